@@ -1,0 +1,80 @@
+"""Configuration: frozen, resolved once, validated with sentences. The only reader of environment variables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from miniserve.core import UserError
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+KV_LAYOUTS = ("auto", "linear", "shuffled")
+LOAD_FORMATS = ("auto", "dummy")
+DEVICES = ("auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """What the user asked of the engine. `auto` and None are settled when the engine starts (see `engine.EngineInfo`).
+
+    model: local directory, hub id or None for the built-in model. Sizes are tokens unless the name says otherwise;
+    kv_cache_memory is in bytes. Raises `UserError` for a value out of range.
+    """
+
+    model: str | None = None
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    load_format: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+    kv_layout: str = "auto"
+    attention_backend: str = "auto"
+    kv_cache_memory: int | None = None
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    async_scheduling: bool | None = None
+    generation_config: Literal["auto", "none"] = "auto"
+    seed: int = 0
+    log_level: str = "info"
+
+    def __post_init__(self) -> None:
+        _choice("--dtype", self.dtype, DTYPES)
+        _choice("--device", self.device, DEVICES)
+        _choice("--load-format", self.load_format, LOAD_FORMATS)
+        _choice("--kv-layout", self.kv_layout, KV_LAYOUTS)
+        _choice("--generation-config", self.generation_config, ("auto", "none"))
+        _positive("--max-num-seqs", self.max_num_seqs)
+        _positive("--max-num-batched-tokens", self.max_num_batched_tokens)
+        _positive("--block-size", self.block_size)
+        if self.max_model_len is not None:
+            _positive("--max-model-len", self.max_model_len)
+        if self.kv_cache_memory is not None:
+            _positive("--kv-cache-memory", self.kv_cache_memory)
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise UserError("--gpu-memory-utilization must be above 0 and at most 1, for example 0.9.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """What the scheduler needs to know, all settled. Sizes in tokens, num_blocks in blocks."""
+
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    enable_prefix_caching: bool = True
+    eos_token_ids: frozenset[int] = frozenset()
+
+
+def _choice(flag: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"{flag} {value!r} is not known; choose one of {', '.join(allowed)}.")
+
+
+def _positive(flag: str, value: int) -> None:
+    if value <= 0:
+        raise UserError(f"{flag} must be a positive number, not {value}.")

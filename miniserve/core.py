@@ -1,0 +1,207 @@
+"""The vocabulary of the engine: what rooms say to each other. Imports nothing from above and no torch.
+
+Everything that crosses the process boundary is a msgspec struct; everything that stays inside the engine process is a
+dataclass.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, field
+
+import msgspec
+
+
+class UserError(Exception):
+    """Something the user asked for cannot be done. `str(error)` is one sentence with its remedy; the CLI exits 2 with it."""
+
+
+class InvalidRequest(ValueError):
+    """A request that is refused. The server answers 400 with `str(error)` and `param`, the field at fault."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"  # an EOS token, a stop token or a stop string
+    LENGTH = "length"  # max_tokens or the context limit
+    ABORT = "abort"  # the client went away
+    ERROR = "error"  # the engine failed; RequestOutput.error says why
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How tokens are chosen and when generation stops. Raises `InvalidRequest` naming the field when a value is out of range.
+
+    temperature 0 is greedy. top_k 0 or -1, top_p 1 and min_p 0 turn the filter off. `logprobs` is the number of
+    alternatives beside the chosen token (0: the chosen token alone; None: no logprobs); `prompt_logprobs` likewise for
+    the prompt. `max_tokens` None means up to the context limit. `seed` makes the tokens depend on the prompt and these
+    parameters alone.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    max_tokens: int | None = 16
+    n: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        _check(math.isfinite(self.temperature) and 0.0 <= self.temperature <= 100.0, "temperature", "between 0 and 100")
+        _check(self.top_k >= -1, "top_k", "-1 or 0 (off) or a positive integer")
+        _check(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1")
+        _check(0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1")
+        _check(0.0 < self.repetition_penalty <= 100.0, "repetition_penalty", "above 0 and at most 100")
+        _check(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "between -2 and 2")
+        _check(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "between -2 and 2")
+        _check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer")
+        _check(self.min_tokens >= 0, "min_tokens", "0 or more")
+        _check(self.max_tokens is None or self.max_tokens >= 0, "max_tokens", "0 or more")
+        _check(self.max_tokens is None or self.min_tokens <= self.max_tokens, "min_tokens", "at most max_tokens")
+        _check(1 <= self.n <= 128, "n", "between 1 and 128")
+        _check(self.logprobs is None or self.logprobs >= 0, "logprobs", "0 or more")
+        _check(self.prompt_logprobs is None or self.prompt_logprobs >= 0, "prompt_logprobs", "0 or more")
+        _check(all(s for s in self.stop), "stop", "made of non-empty strings")
+        for token_id, bias in (self.logit_bias or {}).items():
+            _check(token_id >= 0 and -100.0 <= bias <= 100.0, "logit_bias", "a map from token ids to values in -100..100")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+def _check(good: bool, param: str, rule: str) -> None:
+    if not good:
+        raise InvalidRequest(f"{param} must be {rule}.", param)
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One sequence to generate (a client's `n > 1` arrives as n requests). Times are `time.monotonic()` seconds."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    arrival_time: float = 0.0
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural-log probabilities at one position, from the raw logits in float32, finite (clamped at -9999).
+
+    `top_ids`/`top_logprobs` hold the k best, best first, as asked; the chosen token's `logprob` is the same float there.
+    `rank` is 1 for the most likely token.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class RequestOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What one step brought to one request. The last one of a request, and only that, has a `finish_reason`.
+
+    `prompt_logprobs` comes once, with the first token (or alone where max_tokens is 0): one entry per prompt token, the
+    first None. `stop_token_id` is the stop token that ended it (None for EOS and length). An EOS or stop token is part
+    of `new_token_ids`.
+    """
+
+    request_id: str
+    new_token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    error: str | None = None
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    first_scheduled_time: float = 0.0
+
+
+class SchedulerStats(msgspec.Struct, kw_only=True):
+    """Gauges are of now; counters are totals since the start."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_cache_usage: float = 0.0  # share of blocks that running requests hold, 0..1
+    num_free_blocks: int = 0
+    num_preemptions: int = 0
+    prefix_cache_queries: int = 0  # prompt tokens looked up
+    prefix_cache_hits: int = 0  # prompt tokens found
+    num_steps: int = 0
+    step_tokens: int = 0  # tokens computed in the last step
+
+
+# --- one step: scheduler -> runner -> scheduler -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RowStart:
+    """A sequence takes a row of the runner's persistent state. `output_token_ids` is not empty after a preemption."""
+
+    row: int
+    request: Request
+    output_token_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Prefill (start 0) or extend: compute `token_ids` at positions start, start+1, … of a row. `samples`: its last
+    position yields the next token. `logprob_targets` are the tokens that follow each position, where the request asks
+    for prompt logprobs (shorter than token_ids by one when the chunk ends the prompt), else empty."""
+
+    row: int
+    start: int
+    token_ids: list[int]
+    samples: bool
+    logprob_targets: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step's work, in differences against the runner's persistent state. To be applied in the order of the fields.
+
+    `new_blocks` holds (row, index in the row's block table, block ids). A decode row computes one token: the last one
+    sampled for that row, which may still be on the device, at position seq_len. Results come in the order
+    `decode_rows`, then the chunks that sample.
+    """
+
+    stops: list[int]
+    starts: list[RowStart]
+    new_blocks: list[tuple[int, int, list[int]]]
+    decode_rows: list[int]
+    chunks: list[Chunk]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.decode_rows) + sum(len(chunk.token_ids) for chunk in self.chunks)
+
+    @property
+    def sampling_rows(self) -> list[int]:
+        return self.decode_rows + [chunk.row for chunk in self.chunks if chunk.samples]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What the runner found. `token_ids` and `logprobs` align with `StepPlan.sampling_rows` (a logprobs entry is None
+    where the request asked for none; the list is None where no row asked). `prompt_logprobs` maps a row to the entries
+    of this step's chunk, one per logprob target."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None] | None = None
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
