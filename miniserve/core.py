@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import msgspec
 
@@ -205,3 +206,59 @@ class StepResult:
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None] | None = None
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+
+
+class Runner(Protocol):
+    """Owns the device. `launch` enqueues a step and, on an asynchronous device, returns at once; `collect` waits for
+    its result. Steps are collected in the order they were launched; at most two are in flight."""
+
+    def launch(self, plan: StepPlan) -> object: ...
+
+    def collect(self, handle: object) -> StepResult: ...
+
+
+# --- engine -> API process ----------------------------------------------------------------------------------------
+
+
+class EngineInfo(msgspec.Struct, kw_only=True, frozen=True):
+    """What was settled when the engine started. Memory in bytes."""
+
+    model: str  # as the user named it
+    model_path: str
+    architecture: str
+    dtype: str
+    device: str
+    vocab_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    num_blocks: int
+    kv_layout: str
+    enable_prefix_caching: bool
+    async_scheduling: bool
+    eos_token_ids: list[int]
+    memory: list[tuple[str, int]]  # rows of the memory plan: (what, bytes)
+    attention: list[str]  # the chosen path and why, a sentence a line
+
+
+@dataclass(slots=True, kw_only=True)
+class CompletionDelta:
+    """What became of one of a request's n sequences since its last delta. The last one has a `finish_reason`.
+
+    `text` is what may be shown now (held back while it may be the start of a stop string or half a character).
+    `token_ids`/`logprobs` cover the tokens of this delta; text of theirs that is held back comes with a later delta.
+    `stop_reason` is the stop string or stop token id that ended it. `prompt_logprobs` comes once, with the first delta.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    first_scheduled_time: float = 0.0
+    error: str | None = None
