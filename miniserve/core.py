@@ -15,7 +15,7 @@ import msgspec
 
 
 class UserError(Exception):
-    """Something the user asked for cannot be done. `str(error)` is one sentence with its remedy; the CLI exits 2 with it."""
+    """Something the user asked for cannot be done; `str(error)` says so with its remedy. The CLI exits 2 with it."""
 
 
 class InvalidRequest(ValueError):
@@ -34,8 +34,9 @@ class FinishReason(enum.StrEnum):
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How tokens are chosen and when generation stops. Raises `InvalidRequest` naming the field when a value is out of range.
+    """How tokens are chosen and when generation stops.
 
+    Raises `InvalidRequest` naming the field when a value is out of range.
     temperature 0 is greedy. top_k 0 or -1, top_p 1 and min_p 0 turn the filter off. `logprobs` is the number of
     alternatives beside the chosen token (0: the chosen token alone; None: no logprobs); `prompt_logprobs` likewise for
     the prompt. `max_tokens` None means up to the context limit. `seed` makes the tokens depend on the prompt and these
@@ -79,7 +80,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _check(self.prompt_logprobs is None or self.prompt_logprobs >= 0, "prompt_logprobs", "0 or more")
         _check(all(s for s in self.stop), "stop", "made of non-empty strings")
         for token_id, bias in (self.logit_bias or {}).items():
-            _check(token_id >= 0 and -100.0 <= bias <= 100.0, "logit_bias", "a map from token ids to values in -100..100")
+            _check(
+                token_id >= 0 and -100.0 <= bias <= 100.0, "logit_bias", "a map from token ids to values in -100..100"
+            )
 
     @property
     def greedy(self) -> bool:
@@ -103,8 +106,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Natural-log probabilities at one position, from the raw logits in float32, finite (clamped at -9999).
 
-    `top_ids`/`top_logprobs` hold the k best, best first, as asked; the chosen token's `logprob` is the same float there.
-    `rank` is 1 for the most likely token.
+    `top_ids`/`top_logprobs` hold the k best, best first, as asked; the chosen token's `logprob` is the same float
+    there. `rank` is 1 for the most likely token.
     """
 
     token_id: int

@@ -38,9 +38,7 @@ class AttentionLayer(Protocol):
 class StepContext(Protocol):
     """The step's state, handed to `model.forward` as an argument and by it to every attention layer."""
 
-    def attend(
-        self, layer: AttentionLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
+    def attend(self, layer: AttentionLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Write k, v of this step's tokens to the cache, then attend causally over all cached tokens of each sequence.
 
         q: [num_tokens, num_heads, head_dim], k, v: [num_tokens, num_kv_heads, head_dim], after norm and rope; the last
