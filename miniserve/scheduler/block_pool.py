@@ -1,0 +1,124 @@
+"""The KV cache's blocks: who holds them, which are free, and which hold a prefix worth finding again."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+
+ROOT = 0  # the chain id before a sequence's first block
+
+Key = tuple[int, tuple[int, ...]]  # (chain id of the parent block, the block's tokens)
+
+
+class BlockPool:
+    """Reference-counted blocks with a prefix cache over full ones; every operation is O(1) per block.
+
+    A cached block is found by its tokens and the chain id of its parent, hence by all tokens before it. The idea of
+    hashing (parent, tokens) is PagedAttention's (Kwon et al. 2023) as vLLM's automatic prefix caching has it; here the
+    dict compares the key itself, so that equal hashes of different tokens cannot be confused. A chain id is given once
+    and never again: when a block is reallocated its key goes with it, and what was chained to it can no longer be
+    found.
+
+    A free block keeps its content until it is reallocated, least recently released first; blocks nobody can find are
+    taken before all others.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._refs = [0] * num_blocks
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # in order of reallocation
+        self._cached: dict[Key, int] = {}
+        self._keys: list[Key | None] = [None] * num_blocks
+        self._chains = [ROOT] * num_blocks
+        self._last_chain = ROOT
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def match(self, token_ids: Sequence[int], block_size: int, max_tokens: int) -> list[int]:
+        """The cached blocks of the longest known prefix of `token_ids`, at most `max_tokens` tokens long."""
+        blocks: list[int] = []
+        chain = ROOT
+        for end in range(block_size, max_tokens + 1, block_size):
+            block = self._cached.get((chain, tuple(token_ids[end - block_size : end])))
+            if block is None:
+                break
+            blocks.append(block)
+            chain = self._chains[block]
+        return blocks
+
+    def chain_of(self, blocks: list[int]) -> int:
+        """The chain id with which a sequence goes on that begins with these matched blocks."""
+        return self._chains[blocks[-1]] if blocks else ROOT
+
+    def count_free(self, blocks: Iterable[int]) -> int:
+        return sum(not self._refs[block] for block in blocks)
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """Become one more holder of matched blocks."""
+        for block in blocks:
+            if not self._refs[block]:
+                del self._free[block]
+            self._refs[block] += 1
+
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` blocks, at most `num_free`; what they held is forgotten."""
+        blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
+        for block in blocks:
+            self._refs[block] = 1
+            key = self._keys[block]
+            if key is not None:
+                del self._cached[key]
+                self._keys[block] = None
+        return blocks
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Give up a sequence's blocks, in the order of its block table. Its tail is reallocated first: a prefix without
+        its tail is still of use, a tail without its prefix is not."""
+        for block in reversed(blocks):
+            self._refs[block] -= 1
+            if not self._refs[block]:
+                self._free[block] = None
+                if self._keys[block] is None:
+                    self._free.move_to_end(block, last=False)
+
+    def register(self, block: int, parent: int, token_ids: tuple[int, ...]) -> int:
+        """Make a held, full block findable as the continuation of chain `parent`; returns its chain id.
+
+        Where another block already holds the same, that one stays, unless nobody holds it: the held block lives longer.
+        """
+        key = (parent, token_ids)
+        other = self._cached.get(key)
+        if other is None:
+            self._last_chain += 1
+            chain = self._last_chain
+        else:
+            chain = self._chains[other]
+            if self._refs[other]:
+                return chain
+            self._keys[other] = None
+            self._free.move_to_end(other, last=False)
+        self._cached[key] = block
+        self._keys[block] = key
+        self._chains[block] = chain
+        return chain
+
+    def find_faults(self, tables: Iterable[list[int]]) -> list[str]:
+        """Sentences on what is inconsistent, given the block tables of all holders."""
+        holders = Counter(block for table in tables for block in table)
+        faults = [
+            f"block {block} counts {refs} holders, has {holders[block]}"
+            for block, refs in enumerate(self._refs)
+            if refs != holders[block]
+        ]
+        unheld = {block for block, refs in enumerate(self._refs) if not refs}
+        if unheld != set(self._free):
+            faults.append(f"leaked or doubly owned blocks: {sorted(unheld ^ set(self._free))}")
+        keys = {key: block for block, key in enumerate(self._keys) if key is not None}
+        if keys != self._cached:
+            faults.append("the prefix cache and its blocks disagree")
+        chains = [self._chains[block] for block in keys.values()]
+        if len(set(chains)) != len(chains) or ROOT in chains:
+            faults.append("two cached blocks share a chain id")
+        return faults

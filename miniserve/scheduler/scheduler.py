@@ -1,0 +1,395 @@
+"""Continuous batching with a token budget: every step mixes decode rows, extends and prefills as they come.
+
+The order within a step: decode rows first, so that they never starve; then the one sequence whose prefill does not fit
+into a step; then admissions, first come first served. A sequence is admitted once there are blocks for all it has to
+prefill; only decode rows allocate later, a block each time they cross a block boundary. When blocks run out the latest
+arrival is preempted: its blocks are freed, and it waits at the head of the queue to be computed anew. So every running
+sequence arrived before every waiting one, and the earliest one always gets on: it could run alone (`check_lengths`).
+
+Steps in flight. `schedule` may be called before the results of launched steps came back through `update`. What makes
+this right is that the device works through the plans in order, and each plan applies its stops, starts and block
+tables before it computes:
+- A decode row needs no result: its token waits on the device. The scheduler only counts positions (`num_computed`), so
+  it knows in advance which row samples its last token by length and never schedules it again.
+- A sequence that ends otherwise (stop token, abort) leaves at once: row and blocks are free for the next plan, although
+  steps in flight may still compute that row. Those steps write before the next plan's steps read or write, so whoever
+  gets the blocks overwrites what is left there; the row is stopped in the next plan before it is started anew; and the
+  results of such a row are skipped, since steps remember sequences, not rows.
+- A preempted sequence leaves likewise, but keeps the tokens still in flight: it is not admitted again before they
+  arrived, so nothing is sampled twice, and it may end while it waits.
+- A full block may be found by other sequences from the next plan on, even before the step that fills it is done: only
+  later plans read it. The step's own plan must not, for a row would read what another row writes in the same step;
+  hence `_cache_full_blocks` comes last in `schedule`. Tokens must be known (they are the key), so blocks that decode
+  rows fill follow when the row crosses into the next block. No row ever writes into a registered block: rows write at
+  their next position, which lies behind all their full blocks, and a matched block is full.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+
+from miniserve.config import SchedulerConfig
+from miniserve.core import (
+    Chunk,
+    FinishReason,
+    InvalidRequest,
+    Request,
+    RequestOutput,
+    RowStart,
+    SchedulerStats,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+)
+from miniserve.scheduler.block_pool import ROOT, BlockPool
+from miniserve.scheduler.limits import check_lengths
+from miniserve.scheduler.sequence import Sequence
+
+NewBlocks = list[tuple[int, int, list[int]]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A launched step and whose it is: `sampling` aligns with the plan's sampling rows, `chunked` with its chunks."""
+
+    plan: StepPlan
+    sampling: list[Sequence]
+    chunked: list[Sequence]
+
+
+class Scheduler:
+    """Decides what each step computes. Every plan it returns must be launched, and every result must come back through
+    `update`, in the same order; requests may be added and aborted at any time between the calls."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._config = config
+        self._pool = BlockPool(config.num_blocks)
+        self._sequences: dict[str, Sequence] = {}  # all unfinished ones
+        self._waiting: OrderedDict[int, Sequence] = OrderedDict()  # both by arrival
+        self._running: dict[int, Sequence] = {}
+        self._prefilling: Sequence | None = None  # running, and in the middle of its prefill
+        self._decoding: list[Sequence] = []  # running, and decoding; shared with plans in flight, so never mutated
+        self._decode_rows: list[int] = []
+        self._decoding_changed = False
+        # No more rows than the budget has tokens: each running sequence gets at least one token in each step.
+        self._free_rows = list(range(min(config.max_num_seqs, config.max_num_batched_tokens)))[::-1]
+        self._stops: list[int] = []  # rows to stop in the next plan
+        self._in_flight: deque[_Step] = deque()
+        self._blocks_wanted = 0  # what the head of the queue lacked when it was last tried
+        self._num_arrivals = 0
+        self._num_scheduled = 0
+        self._num_updated = 0
+        self._num_preemptions = 0
+        self._num_queried_tokens = 0
+        self._num_hit_tokens = 0
+        self._step_tokens = 0
+
+    # --- requests come and go -------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises `InvalidRequest` for one that could never finish, or whose id is in use."""
+        config = self._config
+        max_tokens = check_lengths(
+            len(request.prompt_token_ids),
+            request.params.max_tokens,
+            max_model_len=config.max_model_len,
+            num_blocks=config.num_blocks,
+            block_size=config.block_size,
+        )
+        if request.request_id in self._sequences:
+            raise InvalidRequest(f"A request with the id {request.request_id!r} is already running.", "request_id")
+        self._num_arrivals += 1
+        seq = Sequence(request, self._num_arrivals, max_tokens, config.eos_token_ids)
+        self._sequences[request.request_id] = seq
+        self._waiting[seq.arrival] = seq
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request; its row and blocks are free for the next step. Returns its last output, or None where no such
+        request is unfinished (it may have ended on its own meanwhile)."""
+        seq = self._sequences.get(request_id)
+        if seq is None:
+            return None
+        output = self._output(seq)
+        self._finish(seq, output, FinishReason.ABORT)
+        return output
+
+    def has_work(self) -> bool:
+        """Requests are unfinished or steps are in flight."""
+        return bool(self._sequences or self._in_flight)
+
+    def stats(self) -> SchedulerStats:
+        num_blocks = self._config.num_blocks
+        return SchedulerStats(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            kv_cache_usage=1.0 - self._pool.num_free / num_blocks,
+            num_free_blocks=self._pool.num_free,
+            num_preemptions=self._num_preemptions,
+            prefix_cache_queries=self._num_queried_tokens,
+            prefix_cache_hits=self._num_hit_tokens,
+            num_steps=self._num_scheduled,
+            step_tokens=self._step_tokens,
+        )
+
+    # --- what the next step computes ------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None where nothing can be computed before a request or a result arrives."""
+        preemptions = self._num_preemptions
+        new_blocks = self._advance_decoding()
+        budget = self._config.max_num_batched_tokens - len(self._decoding)
+        starts: list[RowStart] = []
+        chunks: list[Chunk] = []
+        chunked: list[Sequence] = []
+        while budget:
+            seq = self._prefilling
+            if seq is None:
+                # Whoever was preempted in this step is the head of the queue, and has no room.
+                seq = self._admit(starts, new_blocks) if self._num_preemptions == preemptions else None
+                if seq is None:
+                    break
+            chunk = self._next_chunk(seq, budget)
+            budget -= len(chunk.token_ids)
+            chunks.append(chunk)
+            chunked.append(seq)
+        if not self._decoding and not chunks:
+            return None
+        for seq in chunked:
+            self._cache_full_blocks(seq)
+        plan = StepPlan(self._stops, starts, new_blocks, self._decode_rows, chunks)
+        self._stops = []
+        sampling = self._decoding + [seq for seq, chunk in zip(chunked, chunks, strict=True) if chunk.samples]
+        self._in_flight.append(_Step(plan, sampling, chunked))
+        self._num_scheduled += 1
+        self._step_tokens = self._config.max_num_batched_tokens - budget
+        return plan
+
+    def _advance_decoding(self) -> NewBlocks:
+        """Settle who decodes in this step and count their token; returns the blocks they need for it."""
+        if self._decoding_changed:
+            self._collect_decoding()
+        new_blocks: NewBlocks = []
+        # In the order of arrival: a victim comes later than whom it makes room for, so it has no new block yet.
+        for seq in [seq for seq in self._decoding if seq.num_computed == seq.limit]:
+            if seq.num_computed == seq.end:
+                self._decoding_changed = True
+            elif seq.row >= 0:
+                self._grow(seq, new_blocks)
+        if self._decoding_changed:
+            self._collect_decoding()
+        for seq in self._decoding:
+            seq.num_computed += 1
+        return new_blocks
+
+    def _collect_decoding(self) -> None:
+        self._decoding = [seq for seq in self._running.values() if seq.decodes]
+        self._decode_rows = [seq.row for seq in self._decoding]
+        self._decoding_changed = False
+
+    def _grow(self, seq: Sequence, new_blocks: NewBlocks) -> None:
+        """Give a decode row its next block, at the cost of the latest arrival if need be, which may be itself."""
+        while not self._pool.num_free:
+            victim = self._running[next(reversed(self._running))]
+            self._preempt(victim)
+            if victim is seq:
+                return
+        self._cache_full_blocks(seq)
+        self._give_blocks(seq, self._pool.allocate(1), new_blocks)
+
+    def _give_blocks(self, seq: Sequence, blocks: list[int], new_blocks: NewBlocks) -> None:
+        new_blocks.append((seq.row, len(seq.blocks), blocks))
+        seq.blocks += blocks
+        seq.limit = min(len(seq.blocks) * self._config.block_size, seq.end)
+
+    def _admit(self, starts: list[RowStart], new_blocks: NewBlocks) -> Sequence | None:
+        """Let the head of the queue run, if there is a row and room for all it has to prefill.
+
+        Beside others there must also be a free block for each of them to grow by, or it would soon be preempted.
+        """
+        if not self._waiting or not self._free_rows:
+            return None
+        seq = next(iter(self._waiting.values()))
+        growth = len(self._running)
+        if seq.ready_step > self._num_updated or self._pool.num_free < self._blocks_wanted + growth:
+            return None
+        hits = self._find_prefix(seq)
+        num_blocks = -(-len(seq.token_ids) // self._config.block_size)
+        self._blocks_wanted = num_blocks - len(hits) + self._pool.count_free(hits)
+        if self._pool.num_free < self._blocks_wanted + growth:
+            return None
+        self._blocks_wanted = 0
+        del self._waiting[seq.arrival]
+        self._running[seq.arrival] = seq
+        self._prefilling = seq
+        seq.row = self._free_rows.pop()
+        starts.append(RowStart(seq.row, seq.request, seq.token_ids[seq.prompt_len :]))
+        seq.prefill_len = len(seq.token_ids)
+        seq.num_registered = len(hits)
+        seq.chain = self._pool.chain_of(hits)
+        seq.num_computed = len(hits) * self._config.block_size
+        self._pool.share(hits)
+        self._give_blocks(seq, hits + self._pool.allocate(num_blocks - len(hits)), new_blocks)
+        if not seq.num_preemptions:
+            self._note_first_admission(seq)
+        return seq
+
+    def _find_prefix(self, seq: Sequence) -> list[int]:
+        """The blocks that need no computing. At least one token must be computed, to sample the next from; and where
+        prompt logprobs are wanted all of the prompt, as they come from its logits."""
+        if not self._config.enable_prefix_caching or seq.prompt_logprobs is not None:
+            return []
+        return self._pool.match(seq.token_ids, self._config.block_size, len(seq.token_ids) - 1)
+
+    def _note_first_admission(self, seq: Sequence) -> None:
+        seq.first_scheduled_time = time.monotonic()
+        if self._config.enable_prefix_caching and seq.prompt_logprobs is None:
+            seq.num_cached_tokens = seq.num_computed
+            self._num_queried_tokens += seq.prompt_len
+            self._num_hit_tokens += seq.num_cached_tokens
+
+    def _next_chunk(self, seq: Sequence, budget: int) -> Chunk:
+        start = seq.num_computed
+        seq.num_computed = end = min(start + budget, seq.prefill_len)
+        complete = end == seq.prefill_len
+        if complete:
+            self._prefilling = None
+            self._decoding_changed = True
+        # Prompt logprobs outlast no first token, so here token_ids is the prompt and the slice ends with it.
+        targets = [] if seq.prompt_logprobs is None else seq.token_ids[start + 1 : end + 1]
+        return Chunk(seq.row, start, seq.token_ids[start:end], complete and seq.max_len > seq.prompt_len, targets)
+
+    def _cache_full_blocks(self, seq: Sequence) -> None:
+        """Let other sequences find the blocks whose tokens are known and whose KV launched steps compute."""
+        if not self._config.enable_prefix_caching:
+            return
+        size = self._config.block_size
+        full = min(len(seq.token_ids), seq.num_computed) // size
+        for index in range(seq.num_registered, full):
+            token_ids = tuple(seq.token_ids[index * size : (index + 1) * size])
+            seq.chain = self._pool.register(seq.blocks[index], seq.chain, token_ids)
+        seq.num_registered = max(seq.num_registered, full)
+
+    def _preempt(self, seq: Sequence) -> None:
+        self._leave(seq)
+        seq.num_preemptions += 1
+        self._num_preemptions += 1
+        seq.ready_step = self._num_scheduled
+        self._waiting[seq.arrival] = seq
+        self._waiting.move_to_end(seq.arrival, last=False)
+        self._blocks_wanted = 0
+
+    def _leave(self, seq: Sequence) -> None:
+        """Stop running: row and blocks are free at once."""
+        del self._running[seq.arrival]
+        self._cache_full_blocks(seq)
+        self._pool.release(seq.blocks)
+        self._stops.append(seq.row)
+        self._free_rows.append(seq.row)
+        seq.row = -1
+        seq.blocks = []
+        seq.num_computed = seq.limit = seq.num_registered = 0
+        seq.chain = ROOT
+        self._decoding_changed = True
+        if self._prefilling is seq:
+            self._prefilling = None
+
+    # --- what a step brought --------------------------------------------------------------------------------------
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
+        """Take in the result of the earliest step in flight; returns what it brought, for each request that got
+        something. Raises `RuntimeError` for a result that does not fit the step."""
+        if not self._in_flight or self._in_flight[0].plan is not plan:
+            raise RuntimeError("Results must come in the order of their plans.")
+        step = self._in_flight.popleft()
+        if len(result.token_ids) != len(step.sampling):
+            raise RuntimeError(f"A step that samples {len(step.sampling)} tokens returned {len(result.token_ids)}.")
+        self._num_updated += 1
+        outputs = self._take_chunks(step, result)
+        logprobs = result.logprobs or [None] * len(step.sampling)
+        for seq, token_id, entry in zip(step.sampling, result.token_ids, logprobs, strict=True):
+            if not seq.finished:
+                outputs.append(self._take_token(seq, token_id, entry))
+        return outputs
+
+    def _take_chunks(self, step: _Step, result: StepResult) -> list[RequestOutput]:
+        """Stitch prompt logprobs together, and end the requests that wanted no token."""
+        outputs = []
+        for seq, chunk in zip(step.chunked, step.plan.chunks, strict=True):
+            if seq.finished:
+                continue
+            if seq.prompt_logprobs is not None:
+                entries = result.prompt_logprobs.get(chunk.row, [])
+                if len(entries) != len(chunk.logprob_targets):
+                    raise RuntimeError(f"{len(chunk.logprob_targets)} prompt logprobs asked, {len(entries)} returned.")
+                # A chunk computed anew after a preemption brings again what is known already.
+                seq.prompt_logprobs += entries[len(seq.prompt_logprobs) - 1 - chunk.start :]
+            if seq.max_len == seq.prompt_len == chunk.start + len(chunk.token_ids):
+                output = self._output(seq)
+                self._finish(seq, output, FinishReason.LENGTH)
+                outputs.append(output)
+        return outputs
+
+    def _take_token(self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> RequestOutput:
+        seq.token_ids.append(token_id)
+        output = self._output(seq)
+        output.new_token_ids = [token_id]
+        if logprobs is not None:
+            output.logprobs = [logprobs]
+        num_tokens = len(seq.token_ids)
+        if token_id in seq.stop_ids and num_tokens >= seq.min_len:
+            is_eos = token_id in self._config.eos_token_ids and not seq.request.params.ignore_eos
+            output.stop_token_id = None if is_eos else token_id
+            self._finish(seq, output, FinishReason.STOP)
+        elif num_tokens == seq.max_len:
+            self._finish(seq, output, FinishReason.LENGTH)
+        return output
+
+    def _output(self, seq: Sequence) -> RequestOutput:
+        output = RequestOutput(
+            request_id=seq.request_id,
+            num_cached_tokens=seq.num_cached_tokens,
+            num_preemptions=seq.num_preemptions,
+            first_scheduled_time=seq.first_scheduled_time,
+        )
+        if seq.prompt_logprobs is not None and len(seq.prompt_logprobs) == seq.prompt_len:
+            output.prompt_logprobs = seq.prompt_logprobs
+            seq.prompt_logprobs = None
+        return output
+
+    def _finish(self, seq: Sequence, output: RequestOutput, reason: FinishReason) -> None:
+        output.finish_reason = reason
+        seq.finished = True
+        del self._sequences[seq.request_id]
+        if seq.row >= 0:
+            self._leave(seq)
+        else:
+            del self._waiting[seq.arrival]
+            self._blocks_wanted = 0
+
+    # --- self-check -----------------------------------------------------------------------------------------------
+
+    def check_integrity(self) -> None:
+        """Raise `RuntimeError` naming what is inconsistent in the bookkeeping; costs O(blocks), for tests and idle
+        times."""
+        running, waiting = list(self._running.values()), list(self._waiting.values())
+        faults = self._pool.find_faults([seq.blocks for seq in running])
+        if {seq.request_id: seq for seq in running + waiting} != self._sequences:
+            faults.append("unfinished requests are neither running nor waiting")
+        arrivals = [seq.arrival for seq in running + waiting]
+        if arrivals != sorted(set(arrivals)) or arrivals != [*self._running, *self._waiting]:
+            faults.append("requests are out of order")
+        rows = [seq.row for seq in running] + self._free_rows
+        if sorted(rows) != list(range(len(rows))) or any(seq.row >= 0 or seq.blocks for seq in waiting):
+            faults.append("rows are leaked or doubly owned")
+        for seq in running:
+            if not seq.num_computed <= len(seq.blocks) * self._config.block_size:
+                faults.append(f"request {seq.request_id} has no blocks for its {seq.num_computed} computed tokens")
+            if not seq.num_registered * self._config.block_size <= min(seq.num_computed, len(seq.token_ids)):
+                faults.append(f"request {seq.request_id} offers blocks to the prefix cache that are not full")
+        unfinished_prefill = [seq for seq in running if seq.num_computed < seq.prefill_len]
+        if unfinished_prefill != ([] if self._prefilling is None else [self._prefilling]):
+            faults.append("the sequence in the middle of its prefill is not the one noted")
+        if faults:
+            raise RuntimeError("The scheduler's state is inconsistent: " + "; ".join(faults) + ".")

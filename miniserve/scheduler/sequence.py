@@ -1,0 +1,76 @@
+"""A request on its way through the scheduler."""
+
+from __future__ import annotations
+
+from miniserve.core import Request, TokenLogprobs
+from miniserve.scheduler.block_pool import ROOT
+
+
+class Sequence:
+    """One request's state. Running means: it holds a row and blocks. Lengths and positions in tokens.
+
+    `token_ids` holds the tokens the scheduler knows: the prompt and what came back. `num_computed` counts the positions
+    whose KV launched steps compute, known or not; it runs ahead of the results. A decode row is due for a decision when
+    `num_computed` reaches `limit`: the end of its blocks, or `end`, after which there is nothing left to compute (the
+    last token is never an input).
+    """
+
+    __slots__ = (
+        "arrival",
+        "blocks",
+        "chain",
+        "end",
+        "finished",
+        "first_scheduled_time",
+        "limit",
+        "max_len",
+        "min_len",
+        "num_cached_tokens",
+        "num_computed",
+        "num_preemptions",
+        "num_registered",
+        "prefill_len",
+        "prompt_len",
+        "prompt_logprobs",
+        "ready_step",
+        "request",
+        "request_id",
+        "row",
+        "stop_ids",
+        "token_ids",
+    )
+
+    def __init__(self, request: Request, arrival: int, max_tokens: int, eos_token_ids: frozenset[int]) -> None:
+        params = request.params
+        self.request = request
+        self.request_id = request.request_id
+        self.arrival = arrival
+        self.prompt_len = len(request.prompt_token_ids)
+        self.token_ids = list(request.prompt_token_ids)
+        self.max_len = self.prompt_len + max_tokens
+        self.min_len = self.prompt_len + params.min_tokens
+        self.end = self.prompt_len + max(max_tokens - 1, 0)
+        self.stop_ids = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            self.stop_ids |= eos_token_ids
+        # Entries so far, until they are handed out; the first prompt token has none.
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None if params.prompt_logprobs is None else [None]
+
+        self.finished = False
+        self.row = -1  # of the runner's state while running
+        self.blocks: list[int] = []
+        self.num_computed = 0
+        self.limit = 0
+        self.prefill_len = 0  # what admission has to compute: the prompt, after a preemption also the output
+        self.num_registered = 0  # leading blocks offered to the prefix cache
+        self.chain = ROOT  # their chain id
+        self.ready_step = 0  # all steps up to this one must be done before it may run (again)
+
+        self.num_cached_tokens = 0
+        self.num_preemptions = 0
+        self.first_scheduled_time = 0.0
+
+    @property
+    def decodes(self) -> bool:
+        """Its next step takes one token, the last one sampled."""
+        return self.prefill_len <= self.num_computed < self.end

@@ -1,0 +1,101 @@
+"""Whatever the batch, budget, pool, prefix hits, preemptions, aborts and loop: every request gets its own tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scheduler_fakes import VOCAB, Driver, expected_of, make_request
+
+from miniserve.config import SchedulerConfig
+from miniserve.core import FinishReason, InvalidRequest, Request
+
+
+@dataclass
+class Workload:
+    config: SchedulerConfig
+    requests: list[Request]
+    arrivals: list[int]  # the turn in which each request arrives
+    aborts: dict[str, int]  # the turn in which a request is aborted
+    depth: int
+    seed: int
+
+
+@st.composite
+def workloads(draw: st.DrawFn) -> Workload:
+    block_size = draw(st.sampled_from([1, 2, 3, 4]))
+    config = SchedulerConfig(
+        num_blocks=draw(st.integers(4, 40)),
+        block_size=block_size,
+        max_num_seqs=draw(st.integers(1, 7)),
+        max_num_batched_tokens=draw(st.sampled_from([1, 2, 3, 5, 8, 16, 64])),
+        max_model_len=draw(st.sampled_from([20, 40, 64])),
+        enable_prefix_caching=draw(st.sampled_from([True, True, True, False])),
+        eos_token_ids=frozenset(draw(st.sampled_from([(), (0,), (0, 1)]))),
+    )
+    token = st.integers(0, VOCAB - 1)
+    stems = draw(st.lists(st.lists(token, max_size=14), min_size=1, max_size=3))
+    requests, arrivals, aborts = [], [], {}
+    for i in range(draw(st.integers(1, 12))):
+        prompt = draw(st.sampled_from(stems)) + draw(st.lists(token, max_size=5))
+        max_tokens = draw(st.sampled_from([0, 1, 2, 5, 11, 20, None]))
+        request = make_request(
+            f"r{i}",
+            prompt or [3],
+            max_tokens=max_tokens,
+            min_tokens=draw(st.integers(0, min(4, 99 if max_tokens is None else max_tokens))),
+            stop_token_ids=tuple(draw(st.sampled_from([(), (), (2,), (0, 5)]))),
+            ignore_eos=draw(st.booleans()),
+            logprobs=draw(st.sampled_from([None, None, 0])),
+            prompt_logprobs=draw(st.sampled_from([None, None, 0])),
+        )
+        requests.append(request)
+        arrivals.append(draw(st.integers(0, 12)))
+        if draw(st.integers(0, 4)) == 0:
+            aborts[request.request_id] = arrivals[-1] + draw(st.integers(0, 15))
+    return Workload(config, requests, arrivals, aborts, draw(st.sampled_from([1, 2, 2, 3])), draw(st.integers(0, 99)))
+
+
+def run(load: Workload) -> tuple[Driver, list[Request]]:
+    driver = Driver(load.config, load.depth, load.seed)
+    accepted = []
+    for turn in range(40):
+        for request, arrival in zip(load.requests, load.arrivals, strict=True):
+            if arrival == turn:
+                try:
+                    driver.add(request)
+                    accepted.append(request)
+                except InvalidRequest:
+                    continue
+        for request_id, when in load.aborts.items():
+            if when == turn:
+                driver.abort(request_id)
+        driver.turn()
+    driver.drain()
+    return driver, accepted
+
+
+@settings(max_examples=400, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(workloads())
+def test_tokens_do_not_depend_on_the_schedule(load: Workload) -> None:
+    driver, accepted = run(load)
+    for request in accepted:
+        outputs = driver.outputs[request.request_id]
+        if outputs[-1].finish_reason is FinishReason.ABORT:
+            assert request.request_id in load.aborts
+            tokens = driver.tokens_of(request.request_id)
+            assert tokens == expected_of(request, load.config).token_ids[: len(tokens)]
+        else:
+            driver.check_against_definition(request)
+
+    stats = driver.scheduler.stats()
+    assert (stats.num_running, stats.num_waiting, stats.kv_cache_usage) == (0, 0, 0.0)
+    assert stats.num_free_blocks == load.config.num_blocks
+    assert stats.num_steps == len(driver.plans)
+    finals = [driver.outputs[request.request_id][-1] for request in accepted]
+    assert stats.num_preemptions == sum(final.num_preemptions for final in finals)
+    assert stats.prefix_cache_hits == sum(final.num_cached_tokens for final in finals)
+    assert stats.prefix_cache_hits <= stats.prefix_cache_queries
+    arrived = [request.request_id for request in accepted]
+    assert driver.runner.first_starts == [name for name in arrived if name in driver.runner.first_starts]
