@@ -1,0 +1,167 @@
+"""The generated word problems: reproducible, disjoint between the splits, and right by an independent calculation."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import tiny_data  # noqa: E402
+
+TEST = list(tiny_data.problems("test", seed=1, count=3000))
+TRAIN = list(tiny_data.problems("train", seed=1, count=6000))
+
+# What each template asks for, from the numbers of its question in reading order.
+FORMULAS: dict[str, Callable[..., int | Fraction]] = {
+    "plain_sum": lambda a, b: a + b,
+    "plain_difference": lambda a, b: a - b,
+    "plain_product": lambda a, b: a * b,
+    "plain_quotient": Fraction,
+    "getting": lambda a, b: a + b,
+    "giving": lambda a, b: a - b,
+    "buying": lambda a, b: a * b,
+    "sharing": Fraction,
+    "travelling": lambda a, b: a * b,
+    "getting_and_giving": lambda a, b, c: a + b - c,
+    "containers": lambda a, b, c: a * b + c,
+    "change": lambda a, b, c: a - b * c,
+    "three_days": lambda a, b, c: a + b + c,
+    "comparing": lambda a, b: a + a + b,
+    "multiple": lambda a, b: a * b + b,
+    "remaining_way": lambda a, b, c: a - b - c,
+}
+
+
+def value(expression: str) -> Fraction:
+    """A chain of + - * / over whole numbers, with the usual precedence."""
+    total = Fraction(0)
+    for sign, term in re.findall(r"(^|[+-])([^+-]+)", expression.replace(" ", "")):
+        first, *rest = re.findall(r"([*/]?)(\d+)", term)
+        product = Fraction(first[1])
+        for operator, number in rest:
+            product = product * int(number) if operator == "*" else product / int(number)
+        total += -product if sign == "-" else product
+    return total
+
+
+@pytest.mark.parametrize("template", tiny_data.TEMPLATES)
+def test_answers_are_right(template: str) -> None:
+    found = [p for p in TEST + TRAIN if p.template == template]
+    assert len(found) > 100
+    for p in found:
+        numbers = [int(n) for n in re.findall(r"\d+", p.question)]
+        assert tuple(numbers) == p.numbers
+        assert FORMULAS[template](*numbers) == int(p.final) >= 0
+        assert p.answer.endswith(f"\n#### {p.final}")
+        assert tiny_data.final_answer(" " + p.answer) == p.final
+
+
+def test_every_worked_step_holds() -> None:
+    steps = 0
+    for p in TEST + TRAIN:
+        chains = re.findall(r"\d+(?: [-+*/] \d+)*(?: = \d+(?: [-+*/] \d+)*)+", p.answer)
+        assert chains
+        for chain in chains:
+            sides = [value(side) for side in chain.split(" = ")]
+            assert len(set(sides)) == 1, p.answer
+            steps += len(sides) - 1
+        assert value(chains[-1].split(" = ")[-1]) == int(p.final)
+    assert steps > len(TEST + TRAIN)
+
+
+def arithmetic(p: tiny_data.Problem) -> tuple[str, tuple[int, ...]]:
+    """Template family and numbers, blind to phrasing and to the order of operands that may be swapped."""
+    families = {"getting": "plain_sum", "giving": "plain_difference", "sharing": "plain_quotient"}
+    families |= dict.fromkeys(("buying", "travelling"), "plain_product")
+    family = families.get(p.template, p.template)
+    commutes = family in ("plain_sum", "plain_product", "three_days")
+    return family, tuple(sorted(p.numbers)) if commutes else p.numbers
+
+
+def test_splits_are_disjoint() -> None:
+    assert not {p.question for p in TEST} & {p.question for p in TRAIN}
+    assert not {arithmetic(p) for p in TEST} & {arithmetic(p) for p in TRAIN}
+    assert all(tiny_data.is_held_out(p.expression) for p in TEST)
+    assert not any(tiny_data.is_held_out(p.expression) for p in TRAIN)
+
+
+def test_operands_may_be_swapped_without_changing_the_split() -> None:
+    by_arithmetic: dict[tuple[str, tuple[int, ...]], str] = {}
+    for p in TEST + TRAIN:
+        assert by_arithmetic.setdefault(arithmetic(p), p.expression) == p.expression
+
+
+def test_a_stream_repeats_for_its_seed_and_never_repeats_a_question() -> None:
+    assert TEST[:200] == list(tiny_data.problems("test", seed=1, count=200))
+    assert TEST[:200] != list(tiny_data.problems("test", seed=2, count=200))
+    assert len({p.question for p in TEST}) == len(TEST)
+    only = list(tiny_data.problems("test", seed=1, count=20, templates=("change",)))
+    assert {p.template for p in only} == {"change"}
+
+
+def test_the_stream_does_not_depend_on_hash_randomisation() -> None:
+    code = (
+        "import tiny_data, sys; print([p.question for p in tiny_data.problems('test', 5, 20)], 'torch' in sys.modules)"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=EXAMPLES,
+            env={"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    expected = [p.question for p in tiny_data.problems("test", 5, 20)]
+    assert outputs == {f"{expected} False\n"}
+
+
+def test_distractors_are_three_other_numbers() -> None:
+    for p in TEST:
+        assert len({*p.distractors, p.final}) == 4
+        assert all(d.isdigit() for d in p.distractors)
+        context, options, right = tiny_data.multiple_choice(p)
+        assert options[right] == f" {p.final}"
+        assert context + options[right] == f"{tiny_data.completion_prompt(p)} {p.answer}"
+        assert sorted(options) == sorted(f" {n}" for n in (p.final, *p.distractors))
+    assert {tiny_data.multiple_choice(p)[2] for p in TEST} == {0, 1, 2, 3}
+
+
+def test_prompts() -> None:
+    shot, problem = TRAIN[0], TEST[0]
+    zero = tiny_data.completion_prompt(problem)
+    assert zero == f"Question: {problem.question}\nAnswer:"
+    assert tiny_data.completion_prompt(problem, [shot]) == (
+        f"Question: {shot.question}\nAnswer: {shot.answer}\n\n{zero}"
+    )
+    assert tiny_data.chat_messages(problem) == [{"role": "user", "content": problem.question}]
+
+
+@pytest.mark.parametrize(
+    ("text", "final"),
+    [
+        ("1 + 1 = 2.\n#### 2", "2"),
+        ("#### 42\n\nQuestion: …", "42"),
+        ("#### 7 #### 8", "7"),
+        ("no result", None),
+        ("####", None),
+        ("#### many", None),
+    ],
+)
+def test_final_answer(text: str, final: str | None) -> None:
+    assert tiny_data.final_answer(text) == final
+
+
+def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="'dev'"):
+        next(tiny_data.problems("dev", 0, 1))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="juggling"):
+        next(tiny_data.problems("test", 0, 1, templates=("juggling",)))
