@@ -41,7 +41,6 @@ from miniserve.core import (
     SchedulerStats,
     StepPlan,
     StepResult,
-    TokenLogprobs,
 )
 from miniserve.scheduler.block_pool import ROOT, BlockPool
 from miniserve.scheduler.limits import check_lengths
@@ -109,11 +108,7 @@ class Scheduler:
         """End a request; its row and blocks are free for the next step. Returns its last output, or None where no such
         request is unfinished (it may have ended on its own meanwhile)."""
         seq = self._sequences.get(request_id)
-        if seq is None:
-            return None
-        output = self._output(seq)
-        self._finish(seq, output, FinishReason.ABORT)
-        return output
+        return None if seq is None else self._last_output(seq, FinishReason.ABORT)
 
     def has_work(self) -> bool:
         """Requests are unfinished or steps are in flight."""
@@ -184,7 +179,7 @@ class Scheduler:
         return new_blocks
 
     def _collect_decoding(self) -> None:
-        self._decoding = [seq for seq in self._running.values() if seq.decodes]
+        self._decoding = [seq for seq in self._running.values() if seq.prefill_len <= seq.num_computed < seq.end]
         self._decode_rows = [seq.row for seq in self._decoding]
         self._decoding_changed = False
 
@@ -309,8 +304,27 @@ class Scheduler:
         outputs = self._take_chunks(step, result)
         logprobs = result.logprobs or [None] * len(step.sampling)
         for seq, token_id, entry in zip(step.sampling, result.token_ids, logprobs, strict=True):
-            if not seq.finished:
-                outputs.append(self._take_token(seq, token_id, entry))
+            if seq.finished:
+                continue
+            token_ids = seq.token_ids
+            token_ids.append(token_id)
+            output = RequestOutput(
+                request_id=seq.request_id,
+                new_token_ids=[token_id],
+                num_cached_tokens=seq.num_cached_tokens,
+                num_preemptions=seq.num_preemptions,
+                first_scheduled_time=seq.first_scheduled_time,
+            )
+            outputs.append(output)
+            if entry is not None:
+                output.logprobs = [entry]
+            if seq.prompt_logprobs is not None:
+                output.prompt_logprobs = seq.prompt_logprobs
+                seq.prompt_logprobs = None
+            if token_id in seq.stop_ids and len(token_ids) >= seq.min_len:
+                self._stop(seq, token_id, output)
+            elif len(token_ids) == seq.max_len:
+                self._finish(seq, output, FinishReason.LENGTH)
         return outputs
 
     def _take_chunks(self, step: _Step, result: StepResult) -> list[RequestOutput]:
@@ -326,27 +340,11 @@ class Scheduler:
                 # A chunk computed anew after a preemption brings again what is known already.
                 seq.prompt_logprobs += entries[len(seq.prompt_logprobs) - 1 - chunk.start :]
             if seq.max_len == seq.prompt_len == chunk.start + len(chunk.token_ids):
-                output = self._output(seq)
-                self._finish(seq, output, FinishReason.LENGTH)
-                outputs.append(output)
+                outputs.append(self._last_output(seq, FinishReason.LENGTH))
         return outputs
 
-    def _take_token(self, seq: Sequence, token_id: int, logprobs: TokenLogprobs | None) -> RequestOutput:
-        seq.token_ids.append(token_id)
-        output = self._output(seq)
-        output.new_token_ids = [token_id]
-        if logprobs is not None:
-            output.logprobs = [logprobs]
-        num_tokens = len(seq.token_ids)
-        if token_id in seq.stop_ids and num_tokens >= seq.min_len:
-            is_eos = token_id in self._config.eos_token_ids and not seq.request.params.ignore_eos
-            output.stop_token_id = None if is_eos else token_id
-            self._finish(seq, output, FinishReason.STOP)
-        elif num_tokens == seq.max_len:
-            self._finish(seq, output, FinishReason.LENGTH)
-        return output
-
-    def _output(self, seq: Sequence) -> RequestOutput:
+    def _last_output(self, seq: Sequence, reason: FinishReason) -> RequestOutput:
+        """End a request that gets no token with its end."""
         output = RequestOutput(
             request_id=seq.request_id,
             num_cached_tokens=seq.num_cached_tokens,
@@ -355,8 +353,13 @@ class Scheduler:
         )
         if seq.prompt_logprobs is not None and len(seq.prompt_logprobs) == seq.prompt_len:
             output.prompt_logprobs = seq.prompt_logprobs
-            seq.prompt_logprobs = None
+        self._finish(seq, output, reason)
         return output
+
+    def _stop(self, seq: Sequence, token_id: int, output: RequestOutput) -> None:
+        is_eos = token_id in self._config.eos_token_ids and not seq.request.params.ignore_eos
+        output.stop_token_id = None if is_eos else token_id
+        self._finish(seq, output, FinishReason.STOP)
 
     def _finish(self, seq: Sequence, output: RequestOutput, reason: FinishReason) -> None:
         output.finish_reason = reason

@@ -10,9 +10,9 @@ class Sequence:
     """One request's state. Running means: it holds a row and blocks. Lengths and positions in tokens.
 
     `token_ids` holds the tokens the scheduler knows: the prompt and what came back. `num_computed` counts the positions
-    whose KV launched steps compute, known or not; it runs ahead of the results. A decode row is due for a decision when
-    `num_computed` reaches `limit`: the end of its blocks, or `end`, after which there is nothing left to compute (the
-    last token is never an input).
+    whose KV launched steps compute, known or not; it runs ahead of the results. From `prefill_len` to `end` the
+    sequence decodes: a step computes the last token sampled; the very last one is never computed. `limit`, where the
+    scheduler has to decide something, is the end of its blocks or `end`.
     """
 
     __slots__ = (
@@ -69,8 +69,3 @@ class Sequence:
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.first_scheduled_time = 0.0
-
-    @property
-    def decodes(self) -> bool:
-        """Its next step takes one token, the last one sampled."""
-        return self.prefill_len <= self.num_computed < self.end

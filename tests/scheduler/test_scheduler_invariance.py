@@ -25,34 +25,38 @@ class Workload:
 @st.composite
 def workloads(draw: st.DrawFn) -> Workload:
     block_size = draw(st.sampled_from([1, 2, 3, 4]))
+    max_model_len = draw(st.sampled_from([20, 40, 64]))
+    # From a pool that holds little more than the longest sequence, so that preemptions abound, to an ample one.
+    num_blocks = -(-max_model_len // block_size) + draw(st.sampled_from([-3, 0, 0, 1, 2, 5, 60]))
     config = SchedulerConfig(
-        num_blocks=draw(st.integers(4, 40)),
+        num_blocks=num_blocks,
         block_size=block_size,
-        max_num_seqs=draw(st.integers(1, 7)),
-        max_num_batched_tokens=draw(st.sampled_from([1, 2, 3, 5, 8, 16, 64])),
-        max_model_len=draw(st.sampled_from([20, 40, 64])),
+        max_num_seqs=draw(st.sampled_from([8, 5, 4, 3, 2, 1])),
+        max_num_batched_tokens=draw(st.sampled_from([64, 16, 8, 5, 3, 2, 1])),
+        max_model_len=max_model_len,
         enable_prefix_caching=draw(st.sampled_from([True, True, True, False])),
-        eos_token_ids=frozenset(draw(st.sampled_from([(), (0,), (0, 1)]))),
+        eos_token_ids=frozenset(draw(st.sampled_from([(), (), (0,), (0, 1)]))),
     )
     token = st.integers(0, VOCAB - 1)
     stems = draw(st.lists(st.lists(token, max_size=14), min_size=1, max_size=3))
     requests, arrivals, aborts = [], [], {}
-    for i in range(draw(st.integers(1, 12))):
+    ignore_eos = draw(st.sampled_from([False, True, None]))  # of all, or request by request
+    for i in range(draw(st.integers(1, 16))):
         prompt = draw(st.sampled_from(stems)) + draw(st.lists(token, max_size=5))
-        max_tokens = draw(st.sampled_from([0, 1, 2, 5, 11, 20, None]))
+        max_tokens = draw(st.sampled_from([20, 11, 30, None, 5, 2, 1, 0]))
         request = make_request(
             f"r{i}",
             prompt or [3],
             max_tokens=max_tokens,
             min_tokens=draw(st.integers(0, min(4, 99 if max_tokens is None else max_tokens))),
-            stop_token_ids=tuple(draw(st.sampled_from([(), (), (2,), (0, 5)]))),
-            ignore_eos=draw(st.booleans()),
+            stop_token_ids=tuple(draw(st.sampled_from([(), (), (), (2,), (0, 5)]))),
+            ignore_eos=draw(st.booleans()) if ignore_eos is None else ignore_eos,
             logprobs=draw(st.sampled_from([None, None, 0])),
             prompt_logprobs=draw(st.sampled_from([None, None, 0])),
         )
         requests.append(request)
-        arrivals.append(draw(st.integers(0, 12)))
-        if draw(st.integers(0, 4)) == 0:
+        arrivals.append(draw(st.sampled_from([0, 0, 0, 1, 2, 3, 5, 8, 13])))
+        if draw(st.sampled_from([False, False, False, False, True])):
             aborts[request.request_id] = arrivals[-1] + draw(st.integers(0, 15))
     return Workload(config, requests, arrivals, aborts, draw(st.sampled_from([1, 2, 2, 3])), draw(st.integers(0, 99)))
 
@@ -76,7 +80,7 @@ def run(load: Workload) -> tuple[Driver, list[Request]]:
     return driver, accepted
 
 
-@settings(max_examples=400, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=1000, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(workloads())
 def test_tokens_do_not_depend_on_the_schedule(load: Workload) -> None:
     driver, accepted = run(load)
