@@ -1,0 +1,52 @@
+"""Both ends of a model over the vocabulary: token embedding and logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.nn import functional
+
+from miniserve.models.layers.base import Layer, Piece
+from miniserve.models.layers.linear import Linear, LinearMethod
+
+
+class Embedding(Layer):
+    weight: torch.Tensor
+
+    def __init__(self, vocab_size: int, hidden_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.declare("weight", (vocab_size, hidden_size), dtype)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """input_ids: int64 [T] -> [T, hidden_size]."""
+        return functional.embedding(input_ids, self.weight)
+
+
+class LMHead(Linear):
+    """Hidden states to logits, in float32."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: torch.dtype, method: LinearMethod) -> None:
+        super().__init__(hidden_size, {"lm_head": vocab_size}, bias=False, dtype=dtype, method=method)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [R, hidden_size] -> float32 [R, vocab_size]."""
+        return super().forward(x).float()
+
+
+class TiedLMHead(LMHead):
+    """A head whose weight is the embedding's. It asks nothing of the checkpoint; a method that repacks the weight makes
+    a copy, and the embedding keeps the original for its look-ups."""
+
+    def __init__(self, embedding: Embedding, *, dtype: torch.dtype, method: LinearMethod) -> None:
+        super().__init__(*embedding.weight.shape, dtype=dtype, method=method)
+        self.register_parameter("weight", None)
+        self._embedding = (embedding,)  # in a tuple, so that it is not this module's child as well
+
+    def pieces(self, prefix: str) -> Iterator[Piece]:
+        return iter(())
+
+    def finish(self) -> None:
+        # The embedding has its memory by now: a model's layers are loaded in order.
+        self.weight = self._embedding[0].weight
+        super().finish()

@@ -1,0 +1,28 @@
+"""RMSNorm, alone and with the residual stream's addition before it."""
+
+from __future__ import annotations
+
+import torch
+
+from miniserve.models.layers import ops
+from miniserve.models.layers.base import Layer
+
+
+class RMSNorm(Layer):
+    weight: torch.Tensor
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps = eps
+        self.declare("weight", (size,), dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [..., size] -> the same shape."""
+        return ops.rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (norm(residual + x), residual + x); all [T, size]."""
+        return ops.add_rms_norm(x, residual, self.weight, self.eps)
+
+    def fill_dummy(self, generator: torch.Generator) -> None:
+        self.weight.fill_(1.0)

@@ -1,0 +1,159 @@
+"""Fill a model's parameters from safetensors files, or with random numbers.
+
+Layers are filled one after the other: each gets its memory, has its pieces of the checkpoint copied straight into it,
+and is put into its final form before the next begins. So there is never a second copy of the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from miniserve.core import UserError
+from miniserve.models.dense import CausalLM
+from miniserve.models.layers.base import Layer, Piece
+
+Progress = Callable[[int, int], None]
+
+# Stored by old checkpoints; the model computes it.
+_IGNORED_SUFFIX = "rotary_emb.inv_freq"
+_FLOATS = ("BF16", "F16", "F32")
+_SHOWN = 5
+
+
+def load_weights(model: CausalLM, path: str | Path, *, progress: Progress | None = None) -> None:
+    """Load `path`/*.safetensors (one file or sharded with an index) into `model`, converting to its dtype.
+
+    progress(done, total) is called after each layer, in bytes of the model's parameters. Of tensors the model does not
+    want, only these are ignored: rotary_emb.inv_freq, and lm_head.weight where the embeddings are tied. Raises
+    `UserError` naming every tensor that is missing, surplus, mis-shaped or not stored as bfloat16, float16 or float32,
+    before anything is read.
+    """
+    files = _tensor_files(Path(path))
+    _check(model, files, Path(path))
+    for layer, pieces in _in_order(model, progress):
+        for file in sorted({files[piece.name] for piece in pieces}):
+            # Opened anew for each layer: pages that stay mapped would count as this process's memory.
+            with _opened(file) as tensors:
+                for piece in pieces:
+                    if files[piece.name] == file:
+                        layer.target(piece).copy_(tensors.get_tensor(piece.name))
+
+
+def dummy_weights(model: CausalLM, seed: int, *, progress: Progress | None = None) -> None:
+    """Random weights of the right shapes: normal with standard deviation 0.02, norms 1. The same seed on the same
+    device gives the same weights."""
+    generator = torch.Generator(device=model.options.device).manual_seed(seed)
+    for layer, _ in _in_order(model, progress):
+        layer.fill_dummy(generator)
+
+
+def _in_order(model: CausalLM, progress: Progress | None) -> Iterator[tuple[Layer, list[Piece]]]:
+    """Yield each layer with its memory, to be filled; finish it when the caller comes back for the next."""
+    layers = list(_layers(model))
+    total = sum(_bytes(layer) for _, layer in layers)
+    done = 0
+    for name, layer in layers:
+        size = _bytes(layer)
+        layer.allocate(model.options.device)
+        yield layer, list(layer.pieces(name))
+        layer.finish()
+        done += size
+        if progress is not None:
+            progress(done, total)
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, Layer]]:
+    for name, module in model.named_modules():
+        if isinstance(module, Layer):
+            yield name, module
+
+
+def _bytes(layer: Layer) -> int:
+    return sum(parameter.numel() * parameter.itemsize for parameter in layer.parameters(recurse=False))
+
+
+# --- the checkpoint's files ------------------------------------------------------------------------------------------
+
+
+def _tensor_files(path: Path) -> dict[str, Path]:
+    """The file of each tensor."""
+    files: dict[str, Path] = {}
+    for file in _weight_files(path):
+        with _opened(file) as tensors:
+            files.update(dict.fromkeys(tensors.keys(), file))
+    return files
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{index} cannot be read ({error}); download the model again.") from error
+        if absent := [name for name in names if not (path / name).is_file()]:
+            raise UserError(f"{path} lacks {_some(absent)}, which its index names; download the model again.")
+        return [path / name for name in names]
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
+    if list(path.glob("pytorch_model*.bin")):
+        raise UserError(f"{path} has its weights as .bin files only; safetensors are supported: convert them.")
+    raise UserError(
+        f"{path} has neither model.safetensors nor model.safetensors.index.json; is it a model's directory?"
+    )
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(str(file), framework="pt") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is not a readable safetensors file ({error}); download it again.") from error
+
+
+def _check(model: CausalLM, files: dict[str, Path], path: Path) -> None:
+    """Compare names, shapes and dtypes, which the files' headers tell."""
+    wanted = {piece.name: piece for name, layer in _layers(model) for piece in layer.pieces(name)}
+    surplus = [name for name in files if name not in wanted and not _ignored(name, model)]
+    problems = []
+    if missing := [name for name in wanted if name not in files]:
+        problems.append(f"missing: {_some(missing)}")
+    if surplus:
+        problems.append(f"not part of this architecture: {_some(surplus)}")
+    wrong = []
+    for file in sorted(set(files.values())):
+        with _opened(file) as tensors:
+            for name, piece in wanted.items():
+                if files.get(name) == file:
+                    wrong += _wrong(piece, tensors.get_slice(name))
+    if wrong:
+        problems.append(_some(wrong))
+    if problems:
+        raise UserError(f"The weights in {path} do not fit {model.config.architecture}: {'; '.join(problems)}.")
+
+
+def _wrong(piece: Piece, header: Any) -> list[str]:
+    shape, dtype = list(header.get_shape()), header.get_dtype()
+    if shape != list(piece.shape):
+        return [f"{piece.name} has shape {shape}, config.json asks for {list(piece.shape)}"]
+    if dtype not in _FLOATS:
+        return [f"{piece.name} is stored as {dtype}, supported are {', '.join(_FLOATS)}"]
+    return []
+
+
+def _ignored(name: str, model: CausalLM) -> bool:
+    return name.endswith(_IGNORED_SUFFIX) or (name == "lm_head.weight" and model.config.tie_word_embeddings)
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(sorted(names)[:_SHOWN]) + more

@@ -1,0 +1,60 @@
+"""From a description to a model without weights, and what its weights will take."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from miniserve.core import UserError
+from miniserve.models.config import SUPPORTED_ARCHITECTURES, ModelConfig
+from miniserve.models.dense import BuildOptions, CausalLM
+from miniserve.models.layers.linear import can_pack
+
+__all__ = ["SUPPORTED_ARCHITECTURES", "build_model", "weight_bytes"]
+
+_MODELS: dict[str, type[CausalLM]] = dict.fromkeys(SUPPORTED_ARCHITECTURES, CausalLM)
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    device: torch.device | str,
+    max_model_len: int | None = None,
+) -> CausalLM:
+    """Make the model with its parameters on the meta device; `loader` gives them memory on `device`.
+
+    max_model_len: positions the rotary table covers, in tokens (default: all the model has). Raises `UserError` where
+    the model cannot reach that far.
+    """
+    length = config.max_position_embeddings if max_model_len is None else max_model_len
+    if length > config.max_position_embeddings:
+        raise UserError(_too_long(config, length))
+    options = BuildOptions(dtype=dtype, kv_dtype=kv_dtype, device=torch.device(device), max_model_len=length)
+    return _MODELS[config.architecture](config, options).eval()
+
+
+def weight_bytes(config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> int:
+    """Bytes that the loaded weights occupy on `device`, a tied head's packed copy included (it exists on a CPU)."""
+    # One layer stands for all of them; a model of a hundred is not built to be counted.
+    short = dataclasses.replace(config, num_layers=1, sliding_windows=(None,))
+    options = BuildOptions(dtype=dtype, kv_dtype=dtype, device=torch.device("meta"), max_model_len=1)
+    model = _MODELS[config.architecture](short, options)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    count = total + layer * (config.num_layers - 1)
+    if config.tie_word_embeddings and torch.device(device).type == "cpu" and can_pack(dtype):
+        count += config.vocab_size * config.hidden_size
+    return count * dtype.itemsize
+
+
+def _too_long(config: ModelConfig, length: int) -> str:
+    limit = config.max_position_embeddings
+    if config.rope.rope_type == "dynamic":
+        return (
+            f"--max-model-len {length} is above this model's {limit} tokens; its 'dynamic' rope scaling changes with "
+            f"each sequence's length beyond that and is supported up to {limit}. Use --max-model-len {limit} or less."
+        )
+    return f"--max-model-len {length} is above this model's longest context; use --max-model-len {limit} or less."
