@@ -73,7 +73,8 @@ class Scheduler:
         self._decode_rows: list[int] = []
         self._decoding_changed = False
         # No more rows than the budget has tokens: each running sequence gets at least one token in each step.
-        self._free_rows = list(range(min(config.max_num_seqs, config.max_num_batched_tokens)))[::-1]
+        self._num_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
+        self._free_rows = list(range(self._num_rows))[::-1]
         self._stops: list[int] = []  # rows to stop in the next plan
         self._in_flight: deque[_Step] = deque()
         self._blocks_wanted = 0  # what the head of the queue lacked when it was last tried
@@ -384,7 +385,7 @@ class Scheduler:
         if arrivals != sorted(set(arrivals)) or arrivals != [*self._running, *self._waiting]:
             faults.append("requests are out of order")
         rows = [seq.row for seq in running] + self._free_rows
-        if sorted(rows) != list(range(len(rows))) or any(seq.row >= 0 or seq.blocks for seq in waiting):
+        if sorted(rows) != list(range(self._num_rows)) or any(seq.row >= 0 or seq.blocks for seq in waiting):
             faults.append("rows are leaked or doubly owned")
         for seq in running:
             if not seq.num_computed <= len(seq.blocks) * self._config.block_size:
