@@ -1,0 +1,49 @@
+"""Put an engine together: runner, scheduler and loop, from the configuration."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from miniserve.config import EngineConfig, SchedulerConfig
+from miniserve.core import EngineInfo, Runner
+from miniserve.engine.generation_config import load_generation_defaults
+from miniserve.engine.loop import EngineLoop
+from miniserve.scheduler.scheduler import Scheduler
+
+RUNNER_FACTORY = "miniserve.runner.build:build_runner"
+ProgressCallback = Callable[[str, int, int], None]
+RunnerFactory = Callable[[EngineConfig, Path, str, ProgressCallback | None], tuple[Runner, EngineInfo]]
+
+
+def build_engine(
+    config: EngineConfig,
+    source_path: Path,
+    model_name: str,
+    progress: ProgressCallback | None = None,
+    runner_factory: str = RUNNER_FACTORY,
+) -> tuple[EngineLoop, EngineInfo]:
+    """Load the model at `source_path` and return an engine ready to step; takes as long as loading does.
+
+    `runner_factory` is "module:function". Raises `UserError` for what the user can mend (no memory, wrong device, …).
+    """
+    module_name, _, function_name = runner_factory.partition(":")
+    factory: RunnerFactory = getattr(importlib.import_module(module_name), function_name)
+    eos_token_ids = load_generation_defaults(source_path, config.generation_config).eos_token_ids
+    runner, info = factory(config, source_path, model_name, progress)
+    info = msgspec.structs.replace(info, eos_token_ids=sorted(eos_token_ids.union(info.eos_token_ids)))
+    scheduler = Scheduler(
+        SchedulerConfig(
+            num_blocks=info.num_blocks,
+            block_size=info.block_size,
+            max_num_seqs=info.max_num_seqs,
+            max_num_batched_tokens=info.max_num_batched_tokens,
+            max_model_len=info.max_model_len,
+            enable_prefix_caching=info.enable_prefix_caching,
+            eos_token_ids=frozenset(info.eos_token_ids),
+        )
+    )
+    return EngineLoop(scheduler, runner, overlap=info.async_scheduling), info

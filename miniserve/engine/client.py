@@ -1,0 +1,284 @@
+"""The engine as the API process sees it: an asyncio object that speaks to the engine process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import msgspec
+
+from miniserve.config import EngineConfig
+from miniserve.core import (
+    EngineInfo,
+    FinishReason,
+    InvalidRequest,
+    RequestOutput,
+    SamplingParams,
+    SchedulerStats,
+    UserError,
+)
+from miniserve.engine import messages
+from miniserve.engine.build import RUNNER_FACTORY, ProgressCallback
+from miniserve.engine.generation_config import GenerationDefaults, load_generation_defaults
+from miniserve.engine.launch import EngineProcess
+from miniserve.engine.output import OutputAssembler, fan_out
+from miniserve.engine.stream import CompletionStream, Mailbox
+from miniserve.engine.tokenizer import Tokenizer, load_tokenizer
+from miniserve.engine.validation import check_request
+
+_POLL_MS = 100  # how often an engine that says nothing is looked at
+_HEARTBEAT = 1.0  # seconds of silence after which the engine is asked for a sign of life
+_log = logging.getLogger(__name__)
+
+
+class EngineDead(RuntimeError):
+    """The engine process has ended, or is about to; `str(error)` says why."""
+
+
+class _Running:
+    """A caller's request in progress. `sequence_ids` are its sequences' ids in the engine."""
+
+    __slots__ = ("assembler", "mailbox", "request_id", "sequence_ids")
+
+    def __init__(self, request_id: str, assembler: OutputAssembler, sequence_ids: list[str]) -> None:
+        self.request_id = request_id
+        self.mailbox = Mailbox()
+        self.assembler = assembler
+        self.sequence_ids = sequence_ids
+
+    def end(self, reason: FinishReason, error: str | None = None) -> None:
+        for delta in self.assembler.end(reason, error):
+            self.mailbox.put(delta)
+        self.mailbox.end()
+
+
+class AsyncEngine:
+    """Runs an engine process and speaks with it. All methods belong to the event loop in which `start` ran.
+
+    `source_path` is the model's directory, `model_name` what the user called it. `runner_factory` ("module:function")
+    builds the runner in the engine process. `info`, `tokenizer` and `generation_defaults` exist once `start` returned.
+    """
+
+    def __init__(
+        self, config: EngineConfig, source_path: str | Path, model_name: str, *, runner_factory: str = RUNNER_FACTORY
+    ) -> None:
+        self._config = config
+        self._source_path = Path(source_path)
+        self._model_name = model_name
+        self._runner_factory = runner_factory
+        self._decode = msgspec.msgpack.Decoder(messages.Event).decode
+        self._process: EngineProcess | None = None
+        self._receiver: asyncio.Task[None] | None = None
+        self._shutting_down = False
+        self._running: dict[str, _Running] = {}  # by the caller's request id
+        self._sequences: dict[str, tuple[_Running, int]] = {}  # by the id in the engine: whose, and which of them
+        self._serial = count()
+        self._last_sign: float | None = None
+        self._heartbeat_sent = False
+        self.info: EngineInfo
+        self.tokenizer: Tokenizer
+        self.generation_defaults: GenerationDefaults
+        self.stats = SchedulerStats()
+        self.last_step_seconds = 0.0
+        self.dead: str | None = None
+
+    # --- life -----------------------------------------------------------------------------------------------------
+
+    async def start(self, progress: ProgressCallback | None = None) -> None:
+        """Start the process and wait until it is ready; `progress` is told (stage, done, total) meanwhile.
+
+        Raises `UserError` with the engine's sentence for what the user can mend, `EngineDead` where the process failed
+        or died otherwise. Cancelling ends the process.
+        """
+        self.generation_defaults = load_generation_defaults(self._source_path, self._config.generation_config)
+        self._process = EngineProcess(
+            messages.Start(
+                config=self._config,
+                source_path=str(self._source_path),
+                model_name=self._model_name,
+                runner_factory=self._runner_factory,
+                parent_pid=os.getpid(),
+            )
+        )
+        ready = asyncio.create_task(self._wait_ready(self._process, progress))
+        loading = asyncio.create_task(asyncio.to_thread(load_tokenizer, self._source_path, self._config.load_format))
+        try:
+            self.info, self.tokenizer = await asyncio.gather(ready, loading)
+        except BaseException as error:
+            self.dead = str(error) or "The engine's start was cancelled."
+            ready.cancel()
+            await asyncio.wait([ready])
+            self._process.close()
+            raise
+        self._last_sign = time.monotonic()
+        self._receiver = asyncio.create_task(self._receive(self._process), name="engine-receiver")
+
+    async def _wait_ready(self, process: EngineProcess, progress: ProgressCallback | None) -> EngineInfo:
+        while not self._shutting_down:
+            if not await process.events.poll(_POLL_MS):
+                reason = process.exit_reason()
+                # The message may have come between the poll and the look at the process.
+                if reason is None or await process.events.poll(0):
+                    continue
+                raise EngineDead(f"The engine did not start: {reason}.")
+            match self._decode(await process.events.recv()):
+                case messages.Progress(stage, done, total):
+                    if progress is not None:
+                        progress(stage, done, total)
+                case messages.Ready(info):
+                    return info
+                case messages.Failed(message, user_error):
+                    raise UserError(message) if user_error else EngineDead(f"The engine did not start: {message}")
+                case messages.StepOutputs():
+                    raise RuntimeError("the engine stepped before it was ready")
+        raise EngineDead("The engine was shut down while it started.")
+
+    async def shutdown(self, drain: bool = True, timeout: float | None = None) -> None:
+        """End the process: at once, or after what is running has finished (`drain`), but within `timeout` seconds.
+
+        Requests that do not finish get their last delta with an error. A second call with drain false ends a drain. May
+        be called at any time, also after the engine's death.
+        """
+        self._shutting_down = True
+        if self._process is None or self._receiver is None:
+            return  # `start` sees the mark
+        self._process.send(messages.Shutdown(drain))
+        done, _ = await asyncio.wait([self._receiver], timeout=timeout)
+        if not done:
+            self._receiver.cancel()
+            await asyncio.wait([self._receiver])
+
+    # --- requests -------------------------------------------------------------------------------------------------
+
+    def generate(self, prompt_token_ids: list[int], params: SamplingParams, request_id: str) -> CompletionStream:
+        """Start a request and return its deltas as an asynchronous iterator; see `CompletionStream` for how it ends.
+
+        All checks happen in this call: raises `InvalidRequest` naming the field for what cannot be served, and
+        `EngineDead` where there is no engine any more. `max_tokens` is clamped to what fits into the context.
+        """
+        process = self._live_process()
+        params = check_request(prompt_token_ids, params, self.info)
+        if request_id in self._running:
+            raise InvalidRequest(f"A request with the id {request_id!r} is already running.", "request_id")
+        # A caller may use an id again while tokens of its first request are still on their way.
+        requests = fan_out(f"{next(self._serial)}:{request_id}", prompt_token_ids, params, time.monotonic())
+        assembler = OutputAssembler(self.tokenizer, prompt_token_ids, params)
+        running = _Running(request_id, assembler, [request.request_id for request in requests])
+        self._running[request_id] = running
+        for index, sequence_id in enumerate(running.sequence_ids):
+            self._sequences[sequence_id] = (running, index)
+        process.send(messages.Add(requests))
+        return CompletionStream(running.mailbox, partial(self._abort, running))
+
+    def abort(self, request_id: str) -> None:
+        """End a request: its blocks are free within one step, and its unfinished sequences get a last delta with
+        finish_reason `abort`. Unknown ids have ended already."""
+        running = self._running.get(request_id)
+        if running is not None:
+            self._abort(running)
+
+    def _abort(self, running: _Running) -> None:
+        if self._running.get(running.request_id) is running:
+            self._forget(running)
+            running.end(FinishReason.ABORT)
+
+    def last_step_age(self) -> float | None:
+        """Seconds since the engine last finished a step or, at rest, answered a heartbeat; None before it was ready."""
+        return None if self._last_sign is None else time.monotonic() - self._last_sign
+
+    def _live_process(self) -> EngineProcess:
+        if self.dead is not None:
+            raise EngineDead(self.dead)
+        if self._shutting_down:
+            raise EngineDead("The engine is shutting down and takes no further requests.")
+        if self._process is None or self._receiver is None:
+            raise EngineDead("The engine was not started.")
+        return self._process
+
+    def _forget(self, running: _Running) -> None:
+        """Take a request off the books, and out of the engine what of it still runs there."""
+        del self._running[running.request_id]
+        unfinished = [each for each in running.sequence_ids if self._sequences.pop(each, None) is not None]
+        if unfinished and self._process is not None:
+            self._process.send(messages.Abort(unfinished))
+
+    # --- what the engine says -------------------------------------------------------------------------------------
+
+    async def _receive(self, process: EngineProcess) -> None:
+        """Take in what the engine sends until it ends. Whatever happens, no stream is left waiting and no process."""
+        reason = "its client was cancelled"
+        try:
+            reason = await self._take_all(process)
+        except Exception as error:
+            _log.exception("The engine's client failed.")
+            reason = f"its client failed ({type(error).__name__}: {error})"
+        finally:
+            self.dead = "The engine was shut down." if self._shutting_down else f"The engine died: {reason}."
+            running, self._running = self._running, {}
+            self._sequences.clear()
+            for request in running.values():
+                request.end(FinishReason.ERROR, self.dead)
+            process.close()
+
+    async def _take_all(self, process: EngineProcess) -> str:
+        """Returns why the engine ended."""
+        while True:
+            if await process.events.poll(_POLL_MS):
+                event = self._decode(await process.events.recv())
+                if isinstance(event, messages.Failed):
+                    return event.message
+                self._take(event)
+                await asyncio.sleep(0)  # a fast engine's messages never run out: let the readers have their turn
+                continue
+            reason = process.exit_reason()
+            if reason is None:
+                self._look_after(process)
+            elif not await process.events.poll(0):
+                return reason
+
+    def _look_after(self, process: EngineProcess) -> None:
+        age = self.last_step_age()
+        if age is not None and age > _HEARTBEAT and not self._heartbeat_sent:
+            self._heartbeat_sent = True
+            process.send(messages.AskStats())
+
+    def _take(self, event: messages.Event) -> None:
+        if not isinstance(event, messages.StepOutputs):
+            raise RuntimeError(f"unexpected {type(event).__name__} from the engine")
+        self._last_sign = time.monotonic()
+        self._heartbeat_sent = False
+        self.stats = event.stats
+        self.last_step_seconds = event.step_seconds
+        for refusal in event.refusals:
+            self._refuse(refusal)
+        for output in event.outputs:
+            self._pass_on(output)
+
+    def _pass_on(self, output: RequestOutput) -> None:
+        entry = self._sequences.get(output.request_id)
+        if entry is None:
+            return  # it was aborted while this was on its way
+        running, index = entry
+        deltas, met_stop = running.assembler.push(index, output)
+        if met_stop and self._process is not None:
+            self._process.send(messages.Abort([output.request_id]))
+        if met_stop or output.finish_reason is not None:
+            del self._sequences[output.request_id]
+        for delta in deltas:
+            running.mailbox.put(delta)
+        if running.assembler.finished:
+            self._forget(running)
+            running.mailbox.end()
+
+    def _refuse(self, refusal: messages.Refusal) -> None:
+        entry = self._sequences.pop(refusal.request_id, None)
+        if entry is None:
+            return  # aborted, or another of its sequences was refused before
+        running, _ = entry
+        self._forget(running)
+        running.mailbox.end(InvalidRequest(refusal.message, refusal.param))

@@ -1,0 +1,92 @@
+"""What a model's own files say about generating with it: sampling defaults and the tokens that end a text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from miniserve.core import UserError
+
+SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """`sampling`: those of `SAMPLING_FIELDS` that the model sets. `eos_token_ids`: every token that ends a text."""
+
+    sampling: Mapping[str, float | int]
+    eos_token_ids: frozenset[int]
+
+
+def load_generation_defaults(path: str | Path, mode: Literal["auto", "none"] = "auto") -> GenerationDefaults:
+    """Read `generation_config.json`, `config.json` and the tokenizer's end-of-text token from a model directory.
+
+    The sampling values are taken as they stand, as vLLM takes them: `do_sample: false` alone does not make greedy the
+    default. Mode "none" leaves the sampling defaults out; the EOS tokens count in either mode, since a model that is
+    not stopped at one of them talks on. Raises `UserError` for a file that holds something else.
+    """
+    path = Path(path)
+    generation = _read(path / "generation_config.json")
+    config = _read(path / "config.json")
+    text_config = config.get("text_config")
+    eos = _ids(generation.get("eos_token_id"), path) | _ids(config.get("eos_token_id"), path)
+    if isinstance(text_config, dict):
+        eos |= _ids(text_config.get("eos_token_id"), path)
+    eos |= _tokenizer_eos(path)
+    return GenerationDefaults(_sampling(generation, path) if mode == "auto" else {}, frozenset(eos))
+
+
+def _sampling(generation: Mapping[str, Any], path: Path) -> dict[str, float | int]:
+    found: dict[str, float | int] = {}
+    for name in SAMPLING_FIELDS:
+        value = generation.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(
+                f"{path / 'generation_config.json'} sets {name} to {value!r}, which is no number; "
+                "correct it or use --generation-config none."
+            )
+        found[name] = value
+    return found
+
+
+def _tokenizer_eos(path: Path) -> set[int]:
+    """The id of the tokenizer's EOS, from the files alone: loading the tokenizer would take seconds here."""
+    settings = _read(path / "tokenizer_config.json")
+    token = settings.get("eos_token")
+    content = token.get("content") if isinstance(token, dict) else token
+    if content is None:
+        return set()
+    added = settings.get("added_tokens_decoder")
+    for token_id, entry in added.items() if isinstance(added, dict) else ():
+        if entry.get("content") == content:
+            return {int(token_id)}
+    for entry in _read(path / "tokenizer.json").get("added_tokens") or ():
+        if entry.get("content") == content:
+            return {int(entry["id"])}
+    return set()
+
+
+def _ids(value: Any, path: Path) -> set[int]:
+    if value is None:
+        return set()
+    ids = value if isinstance(value, list) else [value]
+    if any(isinstance(token_id, bool) or not isinstance(token_id, int) for token_id in ids):
+        raise UserError(f"eos_token_id in {path} is {value!r}; it must be a token id or a list of token ids.")
+    return set(ids)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); download the model again.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold a JSON object; download the model again.")
+    return content

@@ -1,0 +1,91 @@
+"""Start the engine process and hold on to it: its sockets, its private directory, its end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from miniserve.engine import messages
+
+_MAX_SOCKET_PATH = 100  # the system's limit is 107 bytes
+
+
+class EngineProcess:
+    """A running engine process. To be used from one thread, since ZMQ sockets have one owner.
+
+    The sockets lie in a directory that only this user may enter; no TCP port is used. The process gets a process group
+    of its own, so a Ctrl-C in the terminal reaches the API process alone. On Linux the engine is killed when the thread
+    that made this object ends, so make it in the thread that stays.
+    """
+
+    def __init__(self, start: messages.Start) -> None:
+        self._directory = _private_directory()
+        self._context = zmq.Context()
+        self._commands = zmq.Socket(self._context, zmq.PUSH)
+        self.events = zmq.asyncio.Socket(self._context, zmq.PULL)
+        for socket, name in ((self._commands, messages.COMMANDS_SOCKET), (self.events, messages.OUTPUTS_SOCKET)):
+            socket.set_hwm(0)  # no message is ever dropped or waits for the reader
+            socket.bind(f"ipc://{self._directory / name}")
+        self._encode = msgspec.msgpack.Encoder().encode
+        (self._directory / messages.START_FILE).write_bytes(self._encode(start))
+        self._process = subprocess.Popen(
+            # -P: a file called torch.py in the working directory is not to be imported.
+            [sys.executable, "-P", "-m", "miniserve.engine.process", str(self._directory)],
+            stdin=subprocess.PIPE,  # held open and never written: its end tells the engine that this process is gone
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            process_group=0,
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, command: messages.Command) -> None:
+        """Never blocks. A command to a process that has ended goes nowhere; `exit_reason` tells."""
+        if self._commands.closed:
+            return
+        with contextlib.suppress(zmq.Again):
+            self._commands.send(self._encode(command), zmq.NOBLOCK)
+
+    def exit_reason(self) -> str | None:
+        """How the process ended, or None while it runs."""
+        code = self._process.poll()
+        if code is None:
+            return None
+        if code >= 0:
+            return f"the engine process exited with code {code}"
+        with contextlib.suppress(ValueError):
+            name = signal.Signals(-code).name
+            hint = "; the system may have run out of memory" if name == "SIGKILL" else ""
+            return f"the engine process was killed by {name}{hint}"
+        return f"the engine process was killed by signal {-code}"
+
+    def close(self) -> None:
+        """Kill the process if it still runs, wait for it, and remove what was made for it. May be called again."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._commands.close(linger=0)
+        self.events.close(linger=0)
+        self._context.term()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _private_directory() -> Path:
+    directory = Path(tempfile.mkdtemp(prefix="miniserve-"))
+    if len(os.fsencode(directory / messages.COMMANDS_SOCKET)) <= _MAX_SOCKET_PATH:
+        return directory
+    directory.rmdir()
+    return Path(tempfile.mkdtemp(prefix="miniserve-", dir="/tmp"))

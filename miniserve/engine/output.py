@@ -1,0 +1,142 @@
+"""From the engine's outputs to what a caller reads: one request with its n sequences, their texts and stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import msgspec
+
+from miniserve.core import CompletionDelta, FinishReason, Request, RequestOutput, SamplingParams, TokenLogprobs
+from miniserve.engine.detokenizer import Detokenizer
+from miniserve.engine.tokenizer import Tokenizer
+
+
+def fan_out(
+    request_id: str, prompt_token_ids: list[int], params: SamplingParams, arrival_time: float = 0.0
+) -> list[Request]:
+    """The engine's requests for one caller's request: one for each of `params.n` sequences.
+
+    Sequence i draws with seed + i where a seed is given. Only the first computes the prompt's logprobs.
+    """
+    return [
+        Request(
+            request_id=request_id if params.n == 1 else f"{request_id}#{index}",
+            prompt_token_ids=prompt_token_ids,
+            params=msgspec.structs.replace(
+                params,
+                n=1,
+                seed=_child_seed(params.seed, index),
+                prompt_logprobs=params.prompt_logprobs if index == 0 else None,
+            ),
+            arrival_time=arrival_time,
+        )
+        for index in range(params.n)
+    ]
+
+
+def _child_seed(seed: int | None, index: int) -> int | None:
+    return None if seed is None else (seed + index + 2**63) % 2**64 - 2**63  # stays a 64-bit integer
+
+
+class OutputAssembler:
+    """Turns the outputs of one caller's request into deltas.
+
+    Every sequence's first delta has the prompt's logprobs where they are asked for, so the other sequences' deltas wait
+    for those of the first.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+        self._include_stop = params.include_stop_str_in_output
+        self._detokenizers: list[Detokenizer | None] = [
+            Detokenizer(tokenizer, params, prompt_token_ids) for _ in range(params.n)
+        ]
+        self._num_unfinished = params.n
+        self._awaits_prompt_logprobs = params.prompt_logprobs is not None
+        self._lack_prompt_logprobs = set(range(1, params.n)) if self._awaits_prompt_logprobs else set()
+        self._prompt_logprobs: list[TokenLogprobs | None] | None = None
+        self._held: dict[int, CompletionDelta] = {}
+
+    @property
+    def finished(self) -> bool:
+        return self._num_unfinished == 0
+
+    def push(self, index: int, output: RequestOutput) -> tuple[list[CompletionDelta], bool]:
+        """The deltas that sequence `index`'s output brings, and whether the sequence ended here at a stop string, so
+        that the engine must be told to abort it (unless it ended by itself at the same token)."""
+        detokenizer = self._detokenizers[index]
+        if detokenizer is None:
+            return [], False  # tokens that were on their way when the sequence met its stop string
+        delta = self._decode(index, detokenizer, output)
+        met_stop = delta.finish_reason is FinishReason.STOP and isinstance(delta.stop_reason, str)
+        if delta.finish_reason is not None:
+            self._finish(index)
+        return self._release(delta), met_stop and output.finish_reason is None
+
+    def end(self, reason: FinishReason, error: str | None = None) -> list[CompletionDelta]:
+        """The last deltas of all unfinished sequences, which end with `reason`; text held back is dropped."""
+        deltas = list(self._held.values())
+        self._held.clear()
+        self._awaits_prompt_logprobs = False
+        for index, detokenizer in enumerate(self._detokenizers):
+            if detokenizer is not None:
+                deltas.append(CompletionDelta(index=index, text="", token_ids=[], finish_reason=reason, error=error))
+                self._finish(index)
+        return deltas
+
+    def _finish(self, index: int) -> None:
+        self._detokenizers[index] = None
+        self._num_unfinished -= 1
+
+    def _decode(self, index: int, detokenizer: Detokenizer, output: RequestOutput) -> CompletionDelta:
+        token_ids, finish_reason = output.new_token_ids, output.finish_reason
+        # The token that ended the sequence belongs to its ids, but to its text only on demand.
+        hides_last = finish_reason is FinishReason.STOP and bool(token_ids) and not self._include_stop
+        text, num_used, stop = detokenizer.push(token_ids[:-1] if hides_last else token_ids)
+        if stop is None:
+            num_used = len(token_ids)
+            if finish_reason is not None:
+                rest, _, stop = detokenizer.finish()
+                text += rest
+        return CompletionDelta(
+            index=index,
+            text=text,
+            token_ids=token_ids[:num_used],
+            logprobs=None if output.logprobs is None else output.logprobs[:num_used],
+            prompt_logprobs=output.prompt_logprobs,
+            finish_reason=finish_reason if stop is None else FinishReason.STOP,
+            stop_reason=output.stop_token_id if stop is None else stop,
+            num_cached_tokens=output.num_cached_tokens,
+            num_preemptions=output.num_preemptions,
+            first_scheduled_time=output.first_scheduled_time,
+            error=output.error,
+        )
+
+    def _release(self, delta: CompletionDelta) -> list[CompletionDelta]:
+        if delta.index == 0 and self._awaits_prompt_logprobs:
+            self._awaits_prompt_logprobs = False
+            self._prompt_logprobs = delta.prompt_logprobs
+            held, self._held = self._held, {}
+            return [delta, *(self._with_prompt_logprobs(held[index]) for index in sorted(held))]
+        if self._awaits_prompt_logprobs:
+            held_delta = self._held.get(delta.index)
+            self._held[delta.index] = delta if held_delta is None else merge(held_delta, delta)
+            return []
+        return [self._with_prompt_logprobs(delta)]
+
+    def _with_prompt_logprobs(self, delta: CompletionDelta) -> CompletionDelta:
+        if delta.index in self._lack_prompt_logprobs:
+            self._lack_prompt_logprobs.discard(delta.index)
+            delta.prompt_logprobs = self._prompt_logprobs
+        return delta
+
+
+def merge(first: CompletionDelta, second: CompletionDelta) -> CompletionDelta:
+    """Two consecutive deltas of one sequence as one."""
+    return replace(
+        second,
+        text=first.text + second.text,
+        token_ids=first.token_ids + second.token_ids,
+        logprobs=second.logprobs if first.logprobs is None else first.logprobs + (second.logprobs or []),
+        prompt_logprobs=first.prompt_logprobs if second.prompt_logprobs is None else second.prompt_logprobs,
+    )

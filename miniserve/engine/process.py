@@ -1,0 +1,180 @@
+"""The engine process: `python -m miniserve.engine.process DIRECTORY`, started by `engine.launch` and nobody else.
+
+It owns the device. It takes commands while there is work, steps, and pushes what came out. It ignores SIGINT and
+SIGTERM, because the API process decides when it ends (a Ctrl-C or a service manager signals both at once); and it never
+outlives the API process: the kernel kills it with its parent, and its stdin is a pipe whose end says the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from miniserve.core import InvalidRequest, RequestOutput, UserError
+from miniserve.engine import messages
+from miniserve.engine.build import build_engine
+from miniserve.engine.loop import EngineLoop
+
+_PR_SET_PDEATHSIG = 1
+_PROGRESS_INTERVAL = 0.05  # seconds
+_LINGER_MS = 2000  # how long the last message may take to leave a process that ends
+
+
+class _Server:
+    """Takes commands between the steps of an engine, and sends what the steps bring."""
+
+    def __init__(self, loop: EngineLoop, commands: zmq.Socket[bytes], events: zmq.Socket[bytes]) -> None:
+        self._loop = loop
+        self._commands = commands
+        self._events = events
+        self._decode = msgspec.msgpack.Decoder(messages.Command).decode
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._refusals: list[messages.Refusal] = []
+        self._stopping = False
+        self._draining = False
+        self._num_steps = 0
+
+    def serve(self) -> None:
+        """Run until told to shut down. Errors of the engine propagate."""
+        while not self._stopping and not (self._draining and not self._loop.has_work):
+            took_commands = self._take_commands()
+            if self._loop.has_work and not self._stopping:
+                self._step()
+            elif took_commands:
+                self._send([], 0.0)
+
+    def _take_commands(self) -> bool:
+        """Apply the commands that are there; wait for one where the engine has nothing else to do."""
+        took = False
+        while self._commands.poll(0 if took or self._loop.has_work else None):
+            self._apply(self._decode(self._commands.recv()))
+            took = True
+        return took
+
+    def _apply(self, command: messages.Command) -> None:
+        match command:
+            case messages.Add(requests):
+                for request in requests:
+                    try:
+                        self._loop.add(request)
+                    except InvalidRequest as refused:
+                        refusal = messages.Refusal(request.request_id, str(refused), refused.param)
+                        self._refusals.append(refusal)
+            case messages.Abort(request_ids):
+                self._loop.abort(request_ids)
+            case messages.Shutdown(drain):
+                self._draining = True
+                self._stopping = not drain
+            case messages.AskStats():
+                pass  # every batch of commands is answered with the stats
+
+    def _step(self) -> None:
+        start = time.monotonic()
+        outputs = self._loop.step()
+        self._num_steps += 1
+        self._send(outputs, time.monotonic() - start)
+
+    def _send(self, outputs: list[RequestOutput], step_seconds: float) -> None:
+        refusals, self._refusals = self._refusals, []
+        event = messages.StepOutputs(
+            outputs=outputs,
+            refusals=refusals,
+            stats=self._loop.stats,
+            step=self._num_steps,
+            step_seconds=step_seconds,
+            time=time.monotonic(),
+        )
+        self._events.send(self._encode(event))
+
+
+class _ProgressReporter:
+    """Sends start-up progress, at most every `_PROGRESS_INTERVAL` but for the end of each stage."""
+
+    def __init__(self, events: zmq.Socket[bytes]) -> None:
+        self._events = events
+        self._last = 0.0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done >= total or now - self._last >= _PROGRESS_INTERVAL:
+            self._last = now
+            self._events.send(msgspec.msgpack.encode(messages.Progress(stage, done, total)))
+
+
+def main(directory: Path) -> int:
+    """Returns the exit code: 0 after a shutdown, 1 after an error, which was told to the API process and to stderr."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    start = msgspec.msgpack.decode((directory / messages.START_FILE).read_bytes(), type=messages.Start)
+    _die_with_parent(start.parent_pid)
+    context = zmq.Context()
+    events = _connect(context, zmq.PUSH, directory / messages.OUTPUTS_SOCKET)
+    commands = _connect(context, zmq.PULL, directory / messages.COMMANDS_SOCKET)
+    try:
+        _set_up_logging(start.config.log_level)
+        loop, info = build_engine(
+            start.config, Path(start.source_path), start.model_name, _ProgressReporter(events), start.runner_factory
+        )
+        # What exists now lives as long as the process: later collections need not look at it again.
+        gc.collect()
+        gc.freeze()
+        events.send(msgspec.msgpack.encode(messages.Ready(info)))
+        _Server(loop, commands, events).serve()
+    except UserError as error:
+        events.send(msgspec.msgpack.encode(messages.Failed(str(error), True)))
+        return 1
+    except Exception as error:
+        traceback.print_exc()
+        events.send(msgspec.msgpack.encode(messages.Failed(f"{type(error).__name__}: {error}", False)))
+        return 1
+    finally:
+        commands.close(linger=0)
+        events.close(linger=_LINGER_MS)
+        context.term()
+    return 0
+
+
+def _connect(context: zmq.Context[zmq.Socket[bytes]], kind: int, path: Path) -> zmq.Socket[bytes]:
+    socket = context.socket(kind)
+    socket.set_hwm(0)  # no message is ever dropped or waits for the reader
+    socket.connect(f"ipc://{path}")
+    return socket
+
+
+def _set_up_logging(level_name: str) -> None:
+    level = logging.getLevelNamesMapping().get(level_name.upper())
+    if level is None:
+        raise UserError(
+            f"--log-level {level_name!r} is not known; choose one of debug, info, warning, error, critical."
+        )
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+def _die_with_parent(parent_pid: int) -> None:
+    if sys.platform == "linux":
+        # Also where this process hangs in a kernel or holds the interpreter's lock.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it died before the line above
+        os._exit(1)
+    threading.Thread(target=_exit_at_end_of_stdin, name="parent-watch", daemon=True).start()
+
+
+def _exit_at_end_of_stdin() -> None:
+    while os.read(0, 4096):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

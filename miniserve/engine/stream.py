@@ -1,0 +1,96 @@
+"""What a caller holds of a running request: an asynchronous iterator over its deltas."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import TracebackType
+
+from miniserve.core import CompletionDelta
+from miniserve.engine.output import merge
+
+
+class Mailbox:
+    """Deltas on their way to their reader. Those not fetched yet are merged, one per sequence, so that a slow reader
+    holds back nobody and piles up nothing."""
+
+    def __init__(self) -> None:
+        self._pending: dict[int, CompletionDelta] = {}
+        self._error: Exception | None = None
+        self._arrived = asyncio.Event()
+        self.complete = False
+
+    def put(self, delta: CompletionDelta) -> None:
+        earlier = self._pending.get(delta.index)
+        self._pending[delta.index] = delta if earlier is None else merge(earlier, delta)
+        self._arrived.set()
+
+    def end(self, error: Exception | None = None) -> None:
+        """Nothing comes any more: the reader gets what is pending, then `error` if there is one."""
+        self.complete = True
+        self._error = error
+        self._arrived.set()
+
+    async def get(self) -> CompletionDelta | None:
+        """The next delta, or None after the last."""
+        while not self._pending:
+            if self.complete:
+                error, self._error = self._error, None
+                if error is not None:
+                    raise error
+                return None
+            self._arrived.clear()
+            await self._arrived.wait()
+        return self._pending.pop(next(iter(self._pending)))
+
+
+class CompletionStream:
+    """The deltas of one request, of all its n sequences as they come; ends after the last delta of the last sequence.
+
+    Closing the stream early (`aclose`, or leaving `async with`), cancelling the task that waits in it, or dropping it
+    aborts the request in the engine. To be read by one task. If the engine dies, each unfinished sequence gets a last
+    delta with finish_reason `error` and the reason in `error`; nothing is raised. `InvalidRequest` is raised, before
+    any delta, where only the engine could tell that the request cannot be served.
+    """
+
+    def __init__(self, mailbox: Mailbox, abort: Callable[[], None]) -> None:
+        self._mailbox = mailbox
+        self._abort = abort
+        self._event_loop = asyncio.get_running_loop()
+        self._closed = False
+
+    def __aiter__(self) -> CompletionStream:
+        return self
+
+    async def __anext__(self) -> CompletionDelta:
+        if self._closed:
+            raise StopAsyncIteration
+        try:
+            delta = await self._mailbox.get()
+        except asyncio.CancelledError:
+            await self.aclose()
+            raise
+        if delta is None:
+            self._closed = True
+            raise StopAsyncIteration
+        return delta
+
+    async def aclose(self) -> None:
+        """Abort the request unless it has ended. May be called again."""
+        if not self._closed:
+            self._closed = True
+            if not self._mailbox.complete:
+                self._abort()
+
+    async def __aenter__(self) -> CompletionStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        # A dropped stream may be collected in any thread; the engine's client lives in its event loop.
+        if not (self._closed or self._mailbox.complete or self._event_loop.is_closed()):
+            self._event_loop.call_soon_threadsafe(self._abort)

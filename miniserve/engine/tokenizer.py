@@ -1,0 +1,265 @@
+"""Text to token ids and back: one model's tokenizer and chat template, safe to use from several threads."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from miniserve.core import InvalidRequest, UserError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+_BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_METASPACE = "▁"
+
+
+class Tokenizer:
+    """The tokenizer in a model directory, as transformers' `AutoTokenizer` builds it.
+
+    Encoding and decoding go to the Rust tokenizer directly: transformers' own `__call__` writes truncation and padding
+    settings into that shared object, which two threads must not do. Nothing is ever truncated or padded here.
+    Raises `UserError` where the directory has no tokenizer, unless `stand_in_vocab_size` is given: then text becomes
+    its UTF-8 bytes (ids 0..255) and every further id up to that size a made-up word, for models with random weights.
+    """
+
+    def __init__(self, path: str | Path, *, stand_in_vocab_size: int | None = None) -> None:
+        path = Path(path)
+        if any((path / name).is_file() for name in _TOKENIZER_FILES):
+            self._hf = _load(path)
+        elif stand_in_vocab_size is not None:
+            self._hf = _stand_in(stand_in_vocab_size)
+        else:
+            raise UserError(
+                f"{path} has no tokenizer (looked for {', '.join(_TOKENIZER_FILES)}); "
+                "copy the model's tokenizer files there, or use --load-format dummy to run without one."
+            )
+        backend: tokenizers.Tokenizer = self._hf.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        decoder = json.loads(backend.to_str())["decoder"]
+        self.byte_level: bool = decoder is not None and decoder["type"] == "ByteLevel"
+        self._byte_fallback = "ByteFallback" in json.dumps(decoder)
+        self._metaspace = _METASPACE in json.dumps(decoder, ensure_ascii=False)
+        self._token_bytes: dict[int, bytes] = {}
+        self.special_token_ids = frozenset(
+            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids the tokenizer knows; the model's own vocabulary may be padded beyond it."""
+        return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def eos_token(self) -> str | None:
+        return _text(self._hf.eos_token)
+
+    @property
+    def bos_token(self) -> str | None:
+        return _text(self._hf.bos_token)
+
+    @property
+    def pad_token(self) -> str | None:
+        return _text(self._hf.pad_token)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._id(self.eos_token)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self._id(self.bos_token)
+
+    @property
+    def pad_token_id(self) -> int | None:
+        return self._id(self.pad_token)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Special tokens written in `text` become their ids; `add_special_tokens` adds those of the model (a BOS).
+        Raises `InvalidRequest` for text that is no Unicode (lone surrogates)."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest("The text is not valid Unicode: it holds a lone surrogate.", "prompt") from error
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Exactly what the tokens spell: no cleaning up of spaces. Ids without a token spell nothing; bytes that are no
+        UTF-8 become U+FFFD."""
+        text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_str(self, token_id: int) -> str:
+        """One token's text, special or not, as it stands inside a sentence (a leading space is kept)."""
+        return self.token_bytes(token_id).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for: a byte-level token may be a part of a character. Empty for ids without one."""
+        found = self._token_bytes.get(token_id)
+        if found is None:
+            found = self._token_bytes[token_id] = self._find_bytes(token_id)
+        return found
+
+    def is_byte_fallback(self, token_id: int) -> bool:
+        """Whether the token is one raw byte of a sentencepiece vocabulary (`<0xE4>`)."""
+        if not self._byte_fallback:
+            return False
+        return _BYTE_FALLBACK.fullmatch(self._backend.id_to_token(token_id) or "") is not None
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._hf.chat_template is not None
+
+    @property
+    def chat_template(self) -> str | None:
+        template = self._hf.chat_template
+        return template if isinstance(template, str) else None
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> list[int]:
+        """The ids of a conversation. The template writes all special tokens itself, so none is added.
+
+        `kwargs` reach the template as variables. Raises `InvalidRequest` where the model has no template, the template
+        refuses the messages, or the options contradict each other.
+        """
+        text = self.render_chat_template(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            documents=documents,
+            chat_template=chat_template,
+            **kwargs,
+        )
+        return self.encode(text, add_special_tokens=False)
+
+    def render_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """The text that `apply_chat_template` encodes. Raises as that does."""
+        import jinja2
+
+        if chat_template is None and not self.has_chat_template:
+            raise InvalidRequest(
+                "This model has no chat template; use the completions endpoint, or serve a chat model.", "messages"
+            )
+        if not messages:
+            raise InvalidRequest("messages must hold at least one message.", "messages")
+        if add_generation_prompt and continue_final_message:
+            raise InvalidRequest(
+                "add_generation_prompt and continue_final_message exclude each other; set one of them to false.",
+                "continue_final_message",
+            )
+        try:
+            text: str = self._hf.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=None if tools is None else [dict(tool) for tool in tools],
+                documents=None if documents is None else [dict(document) for document in documents],
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=False,
+                **kwargs,
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            raise InvalidRequest(f"The chat template refuses these messages: {error}", "messages") from error
+        return text
+
+    @cached_property
+    def _byte_of_char(self) -> dict[str, int]:
+        return _byte_level_alphabet()
+
+    def _find_bytes(self, token_id: int) -> bytes:
+        token: str | None = self._backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if self.byte_level:
+            values = [self._byte_of_char.get(char) for char in token]
+            # As the library's decoder does it: a token with a character outside the alphabet stands for itself.
+            return token.encode() if None in values else bytes(value for value in values if value is not None)
+        byte = _BYTE_FALLBACK.fullmatch(token) if self._byte_fallback else None
+        if byte is not None:
+            return bytes([int(byte[1], 16)])
+        if token_id in self.special_token_ids:
+            return token.encode()
+        return (token.replace(_METASPACE, " ") if self._metaspace else token).encode()
+
+    def _id(self, token: str | None) -> int | None:
+        found: int | None = None if token is None else self._backend.token_to_id(token)
+        return found
+
+
+def _load(path: Path) -> Any:
+    # Imported here because it takes seconds and pulls in torch.
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(
+            f"The tokenizer in {path} cannot be loaded: {first_line} Check that its files are complete."
+        ) from error
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise UserError(f"The tokenizer in {path} has no fast form; add a tokenizer.json to the model's directory.")
+    return tokenizer
+
+
+def _stand_in(vocab_size: int) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {char: byte for char, byte in _byte_level_alphabet().items() if byte < vocab_size}
+    vocab |= {f"Ġw{token_id}": token_id for token_id in range(256, vocab_size)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)  # type: ignore[no-untyped-call]
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's character for each byte: printable Latin-1 stands for itself, the rest follow from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    alphabet = {chr(byte): byte for byte in printable}
+    alphabet |= {chr(0x100 + index): byte for index, byte in enumerate(others)}
+    return alphabet
+
+
+def _text(token: Any) -> str | None:
+    return None if token is None else str(token)
+
+
+def load_tokenizer(path: str | Path, load_format: str) -> Tokenizer:
+    """The tokenizer of a model directory; with load format "dummy" a stand-in where the directory has none."""
+    stand_in_vocab_size = None
+    config_file = Path(path) / "config.json"
+    if load_format == "dummy" and config_file.is_file():
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        stand_in_vocab_size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    return Tokenizer(path, stand_in_vocab_size=stand_in_vocab_size)
