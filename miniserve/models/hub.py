@@ -1,0 +1,315 @@
+"""From a model's name to a directory with its files: built in, local, in the Hugging Face cache, or downloaded.
+
+The environment variables of huggingface_hub (HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE, …) are honoured by that
+library itself.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from miniserve.core import UserError
+from miniserve.models.names import resolve_alias, suggest
+
+BUILT_IN = "tiny-qwen3"
+
+CONFIG_FILES = ["*.json", "*.jinja", "*.txt", "*.tiktoken", "tokenizer.model"]
+# Subfolders hold other formats of the same weights (original/, onnx/, …), and Mistral's consolidated.safetensors is a
+# second copy of the shards beside it.
+IGNORED_FILES = ["*/*", "consolidated*"]
+_HUB_TIMEOUT = 10.0  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where a model's files are. `name` is what the user calls it; `origin` says in a few words where it came from."""
+
+    name: str
+    path: Path
+    origin: str
+
+
+def locate(
+    model: str | None,
+    revision: str | None = None,
+    *,
+    weights: bool = True,
+    notify: Callable[[str], None] = lambda sentence: None,
+) -> ModelSource:
+    """Find the files of `model`, downloading them where they are on the Hugging Face hub only.
+
+    model: None or `tiny-qwen3` for the built-in model, a local directory, or a hub id (`owner/name`). weights False
+    looks for the configuration and the tokenizer alone. `notify` is told what the user should know (an alias was taken,
+    a download starts), a sentence each. Raises `UserError`, one sentence with its remedy, for every way to fail.
+    """
+    if model is None or (model == BUILT_IN and not Path(model).is_dir()):
+        _refuse_revision(revision, "the built-in model")
+        path = Path(__file__).resolve().parent.parent / "assets" / BUILT_IN
+        return ModelSource(BUILT_IN, path, f"built in ({path})")
+    path = Path(model).expanduser()
+    if model and path.is_dir():
+        _refuse_revision(revision, f"the local directory {model}")
+        require_files(path, model, weights=weights)
+        check_config(_read_json(path / "config.json"), model)
+        return ModelSource(model, path.resolve(), f"local directory {path.resolve()}")
+    _refuse_a_lost_path(model, path)
+    target = resolve_alias(model)
+    if target is not None:
+        notify(f"{model} is not a repository on the Hugging Face hub; taking {target}.")
+        model = target
+    return _locate_on_hub(model, revision, weights, notify)
+
+
+def require_files(path: Path, name: str, *, weights: bool) -> None:
+    """Raise `UserError` naming what is missing in a model's directory: config.json and, with `weights`, safetensors."""
+    if not (path / "config.json").is_file():
+        raise UserError(f"{name} has no config.json: give a directory of a Hugging Face checkpoint.{_hint(path)}")
+    if not weights:
+        return
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = _read_json(index).get("weight_map")
+        shards = {str(shard) for shard in weight_map.values()} if isinstance(weight_map, dict) else set()
+        missing = sorted(shard for shard in shards if not (path / shard).is_file())
+        if missing:
+            raise UserError(
+                f"{name} lacks {len(missing)} of its {len(shards)} weight files (the first is {missing[0]}): "
+                "fetch it again, the download seems to have stopped halfway."
+            )
+    elif not any(path.glob("*.safetensors")):
+        raise UserError(
+            f"{name} has no *.safetensors file: convert its weights to safetensors, "
+            f"or take --load-format dummy for random weights.{_hint(path)}"
+        )
+
+
+def _hint(path: Path) -> str:
+    found = {file.suffix for file in path.iterdir() if file.is_file()}
+    if ".gguf" in found:
+        return " GGUF files are not supported."
+    if found & {".bin", ".pth", ".pt"}:
+        return " It holds pickled PyTorch weights (.bin, .pt or .pth), which are not loaded because they can run code."
+    return ""
+
+
+def _refuse_revision(revision: str | None, what: str) -> None:
+    if revision is not None:
+        raise UserError(f"--revision {revision} means nothing for {what}: leave it out, or name a hub repository.")
+
+
+def _refuse_a_lost_path(model: str, path: Path) -> None:
+    if path.is_file():
+        raise UserError(f"{model} is a file: give the directory that holds config.json and the safetensors files.")
+    looks_like_path = model.startswith((".", "/", "~", "\\")) or model.endswith("/") or model.count("/") > 1
+    if looks_like_path or not model:
+        raise UserError(f"There is no directory {model!r}: give an existing directory or a hub id such as owner/name.")
+
+
+# --- the Hugging Face hub -----------------------------------------------------------------------------------------
+
+
+def _locate_on_hub(model: str, revision: str | None, weights: bool, notify: Callable[[str], None]) -> ModelSource:
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    patterns = [*CONFIG_FILES, "*.safetensors"] if weights else CONFIG_FILES
+    try:
+        names = _list_files(model, revision)
+    except UserError:
+        path = _find_in_cache(model, revision, patterns)
+        if path is None:
+            raise
+        require_files(path, model, weights=weights)
+        check_config(_read_json(path / "config.json"), model)
+        return ModelSource(model, path, f"Hugging Face cache ({path})")
+    with _hub_errors(model, revision):
+        # config.json first: it is small, and a model that cannot be had or served is told before its weights move.
+        check_config(_read_json(Path(hf_hub_download(model, "config.json", revision=revision))), model)
+        if weights and not any(name.endswith(".safetensors") and "/" not in name for name in names):
+            raise UserError(f"{model} {_no_safetensors(names)}")
+        files = snapshot_download(
+            model, revision=revision, allow_patterns=patterns, ignore_patterns=IGNORED_FILES, dry_run=True
+        )
+        missing = [file for file in files if file.will_download]
+        if missing:
+            size = sum(file.file_size or 0 for file in missing)
+            _require_space(model, size)
+            notify(f"Downloading {model}: {_human_bytes(size)} to {_cache_dir()}.")
+        path = _snapshot(model, revision, patterns)
+    require_files(path, model, weights=weights)
+    origin = "downloaded from the Hugging Face hub" if missing else "Hugging Face cache"
+    return ModelSource(model, path, f"{origin} ({path})")
+
+
+def _list_files(model: str, revision: str | None) -> list[str]:
+    """The files of a repository. One short question without retries, so that a machine without network comes to its
+    cache (or its error) at once."""
+    from huggingface_hub import HfApi
+
+    with _hub_errors(model, revision):
+        info = HfApi().model_info(model, revision=revision, timeout=_HUB_TIMEOUT)
+    return [sibling.rfilename for sibling in info.siblings or []]
+
+
+def _find_in_cache(model: str, revision: str | None, patterns: list[str]) -> Path | None:
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return _snapshot(model, revision, patterns, local_files_only=True)
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def _snapshot(model: str, revision: str | None, patterns: list[str], *, local_files_only: bool = False) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(
+            model,
+            revision=revision,
+            allow_patterns=patterns,
+            ignore_patterns=IGNORED_FILES,
+            local_files_only=local_files_only,
+        )
+    )
+
+
+@contextmanager
+def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
+    """Each failure of huggingface_hub becomes a `UserError`."""
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    guess = suggest(model)
+    did_you_mean = (
+        f"; did you mean {guess}?" if guess else "; look for its exact name at https://huggingface.co/models."
+    )
+    try:
+        yield
+    except UserError:
+        raise
+    except GatedRepoError:  # a subclass of RepositoryNotFoundError, therefore first
+        raise UserError(
+            f"{model} is gated: accept its licence at {_url(model)}, then run `hf auth login` or set HF_TOKEN."
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"There is no repository {model} on the Hugging Face hub "
+            f"(or it is private and needs `hf auth login`){did_you_mean}"
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(
+            f"{model} has no revision {revision!r}: see {_url(model)}/commits/main, or leave --revision out."
+        ) from None
+    except EntryNotFoundError as error:
+        if isinstance(error, FileNotFoundError):  # LocalEntryNotFoundError: the connection broke
+            raise UserError(_unreachable(model, error.__cause__ or error)) from error
+        raise UserError(
+            f"{model} has no config.json, so it is no checkpoint in Hugging Face format (GGUF files are not supported)"
+            f"{did_you_mean}"
+        ) from None
+    except OfflineModeIsEnabled:
+        raise UserError(
+            f"{model} is not (or not completely) in the Hugging Face cache ({_cache_dir()}): "
+            "unset HF_HUB_OFFLINE to download it." + (f" Did you mean {guess}?" if guess else "")
+        ) from None
+    except HFValidationError:
+        raise UserError(f"{model!r} is neither a local directory nor a hub id such as owner/name.") from None
+    except HfHubHTTPError as error:
+        if error.response.status_code == 401:
+            raise UserError(
+                "The Hugging Face hub does not accept your token: run `hf auth login`, or correct or unset HF_TOKEN."
+            ) from None
+        raise UserError(f"The Hugging Face hub refused {model} ({_first_line(error)}): try again later.") from error
+    except Exception as error:  # of the HTTP library, which is another one in other versions of huggingface_hub
+        raise UserError(_unreachable(model, error)) from error
+
+
+def _unreachable(model: str, error: BaseException) -> str:
+    return (
+        f"{model} is not (or not completely) in the Hugging Face cache and the hub cannot be reached "
+        f"({type(error).__name__}: {_first_line(error)}): check the network or HF_ENDPOINT, or give a local directory."
+    )
+
+
+def check_config(config: dict[str, object], name: str) -> None:
+    """Raise `UserError` where config.json alone tells that miniserve cannot serve a model: its architecture is another,
+    or its weights are quantised. (`models.config` looks at the rest, and needs torch for it.)"""
+    from miniserve.models.config import SUPPORTED_ARCHITECTURES
+
+    declared = config.get("architectures")
+    names = [str(entry) for entry in declared] if isinstance(declared, list) else []
+    if not any(entry in SUPPORTED_ARCHITECTURES for entry in names):
+        raise UserError(
+            f"{name} is a {', '.join(names) or 'model that names no architecture'}, which miniserve does not support: "
+            f"choose a model of one of {', '.join(SUPPORTED_ARCHITECTURES)}."
+        )
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise UserError(
+            f"{name} has quantised weights ({method or 'of an unnamed method'}), which miniserve does not support: "
+            "choose the model's unquantised repository."
+        )
+
+
+def _no_safetensors(filenames: list[str]) -> str:
+    if any(name.endswith(".bin") for name in filenames):
+        return (
+            "has its weights as pickled *.bin files only, which are not loaded because they can run code: "
+            "choose a repository (or --revision) with safetensors."
+        )
+    return "has no *.safetensors weights: choose another repository."
+
+
+def _require_space(model: str, size: int) -> None:
+    directory = _cache_dir()
+    while not directory.exists():
+        directory = directory.parent
+    free = shutil.disk_usage(directory).free
+    if size > free:
+        raise UserError(
+            f"{model} needs {_human_bytes(size)} on the disk of {_cache_dir()}, which has {_human_bytes(free)} free: "
+            "make room, or set HF_HOME to a bigger disk."
+        )
+
+
+def _cache_dir() -> Path:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE)
+
+
+def _url(model: str) -> str:
+    from huggingface_hub.constants import ENDPOINT
+
+    return f"{ENDPOINT}/{model}"
+
+
+def _human_bytes(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}): fetch the model again.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold a JSON object: fetch the model again.")
+    return content
