@@ -1,0 +1,204 @@
+"""A streaming client for OpenAI-compatible servers that measures: one request in, one record out.
+
+Bytes are split into server-sent events by hand and decoded into narrow msgspec structs, so that the client's own share
+of a core stays small beside the server's; times are taken when bytes arrive, before they are decoded.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import httpx
+import msgspec
+
+from miniserve.bench.workload import Sample
+
+Endpoint = Literal["completions", "chat"]
+_MAX_ERROR_CHARS = 300
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    role: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    text: str | None = None
+    delta: _Delta | None = None
+    finish_reason: str | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: msgspec.Raw = msgspec.Raw(b"null")
+
+
+_decode_chunk = msgspec.json.Decoder(_Chunk).decode
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestRecord:
+    """What one request brought. Times in seconds; `start` counts from the start of the run.
+
+    `ttft` reaches from sending to the first chunk that carries a token, `last` to the last one, `e2e` to the end of the
+    stream. `itl` are the gaps between chunks that carry tokens: where a server sends several tokens a chunk there are
+    fewer gaps than tokens. Token counts are the server's own. `error` is None where the request was answered in full.
+    """
+
+    start: float
+    ttft: float = 0.0
+    last: float = 0.0
+    e2e: float = 0.0
+    itl: list[float] = field(default_factory=list)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    num_chunks: int = 0
+    finish_reason: str | None = None
+    error: str | None = None
+
+    @property
+    def tpot(self) -> float | None:
+        """Seconds per output token after the first: (last - first) / (n - 1). None where there is only one."""
+        if self.completion_tokens < 2:
+            return None
+        return (self.last - self.ttft) / (self.completion_tokens - 1)
+
+
+class SSELines:
+    """Splits a stream of bytes into the payloads of its `data:` lines; comments and other fields are skipped."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[bytes]:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return [line[5:].strip() for line in lines if line.startswith(b"data:")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOptions:
+    """What every request of a run shares. `url` is the server's root, without `/v1`."""
+
+    url: str
+    model: str
+    endpoint: Endpoint = "completions"
+    temperature: float = 0.0
+    ignore_eos: bool = False
+
+    @property
+    def path(self) -> str:
+        return f"{self.url}/v1/completions" if self.endpoint == "completions" else f"{self.url}/v1/chat/completions"
+
+    def body(self, sample: Sample) -> dict[str, Any]:
+        prompt: dict[str, Any] = {"prompt": sample.prompt}
+        if self.endpoint == "chat":
+            prompt = {"messages": [{"role": "user", "content": sample.prompt}]}
+        body = {
+            "model": self.model,
+            **prompt,
+            "max_tokens": sample.output_len,
+            "temperature": self.temperature,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        # Not a field of OpenAI's own API: strict servers refuse it, so it is only sent when asked for.
+        return body | {"ignore_eos": True} if self.ignore_eos else body
+
+
+def open_client(api_key: str | None, timeout: float, max_connections: int | None) -> httpx.AsyncClient:
+    """`timeout` is the longest silence of a server, in seconds. Proxies of the environment are not used: they would be
+    measured with the server."""
+    headers = {"Accept-Encoding": "identity"}
+    if api_key:
+        headers["Authorization"] = f"Bearer {api_key}"
+    limits = httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections)
+    return httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits, trust_env=False)
+
+
+async def send(client: httpx.AsyncClient, options: RequestOptions, sample: Sample, run_start: float) -> RequestRecord:
+    """Send one request and read its stream to the end. A failure becomes the record's `error`; nothing is retried."""
+    content = msgspec.json.encode(options.body(sample))
+    start = time.perf_counter()
+    record = RequestRecord(start=start - run_start)
+    try:
+        headers = {"Content-Type": "application/json"}
+        async with client.stream("POST", options.path, content=content, headers=headers) as response:
+            if response.status_code != 200:
+                text = (await response.aread()).decode(errors="replace")
+                record.error = f"HTTP {response.status_code}: {text[:_MAX_ERROR_CHARS]}"
+            else:
+                await _read_stream(response, record, start)
+    except httpx.HTTPError as error:
+        record.error = f"{type(error).__name__}: {error}"
+    except msgspec.MsgspecError as error:
+        record.error = f"a chunk of the stream is not in OpenAI's shape: {error}"
+    record.e2e = time.perf_counter() - start
+    if record.error is None:
+        record.error = _shortcoming(record, options, sample)
+    return record
+
+
+async def _read_stream(response: httpx.Response, record: RequestRecord, start: float) -> None:
+    lines = SSELines()
+    previous = 0.0
+    done = False
+    async for data in response.aiter_raw():
+        now = time.perf_counter() - start
+        for payload in lines.feed(data):
+            if payload == b"[DONE]":
+                done = True
+                continue
+            chunk = _decode_chunk(payload)
+            error = bytes(chunk.error)
+            if error != b"null":
+                record.error = f"error in the stream: {error.decode()[:_MAX_ERROR_CHARS]}"
+                return
+            if chunk.usage is not None:
+                record.prompt_tokens = chunk.usage.prompt_tokens
+                record.completion_tokens = chunk.usage.completion_tokens
+            if not chunk.choices:
+                continue
+            choice = chunk.choices[0]
+            if choice.finish_reason is not None:
+                record.finish_reason = choice.finish_reason
+                record.last = now
+            if _carries_token(choice):
+                if record.num_chunks == 0:
+                    record.ttft = now
+                else:
+                    record.itl.append(now - previous)
+                record.num_chunks += 1
+                record.last = previous = now
+    if not done:
+        record.error = "the stream ended without [DONE]"
+
+
+def _carries_token(choice: _Choice) -> bool:
+    """Whether a chunk stands for a token. An empty text does, since the text of a token may be held back; but not the
+    chunk that opens a chat answer with its role, nor an empty one that only closes the answer."""
+    delta = choice.delta
+    text = choice.text if delta is None else delta.content or delta.reasoning or delta.reasoning_content
+    if text:
+        return True
+    return choice.finish_reason is None and (delta is None or delta.role is None)
+
+
+def _shortcoming(record: RequestRecord, options: RequestOptions, sample: Sample) -> str | None:
+    if record.completion_tokens == 0:
+        return "the server reported no completion tokens (it must honour stream_options.include_usage)"
+    if record.num_chunks == 0:
+        # One chunk with everything, closed at once and empty of text: the time of the end is the only one known.
+        record.ttft = record.last
+    if options.ignore_eos and record.completion_tokens != sample.output_len:
+        return f"{record.completion_tokens} tokens came although ignore_eos asked for {sample.output_len}"
+    return None

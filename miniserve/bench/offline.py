@@ -1,0 +1,173 @@
+"""`miniserve bench latency` and `throughput`: the engine in this process, without HTTP."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Protocol
+
+from miniserve.bench.report import header
+from miniserve.bench.stats import Summary, summarize
+from miniserve.bench.workload import Shape, token_prompts
+from miniserve.config import EngineConfig
+from miniserve.core import EngineInfo, SamplingParams, UserError
+
+
+class Generate(Protocol):
+    """Generates for all prompts at once and returns the number of tokens that each of them got."""
+
+    def __call__(self, prompts: list[list[int]], params: list[SamplingParams]) -> Sequence[int]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatencyResult:
+    """Of `repeats` batches, in seconds: `whole` from the call to the last token of the batch, `first` likewise with one
+    token per prompt, and `step` = (whole - first) / (output_len - 1), the decode step (TPOT). `step` is empty where
+    output_len is 1."""
+
+    batch_size: int
+    input_len: int
+    output_len: int
+    whole: list[float]
+    first: list[float]
+    step: list[float]
+
+    def summaries(self) -> dict[str, Summary | None]:
+        return {"whole": summarize(self.whole), "first": summarize(self.first), "step": summarize(self.step)}
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        summary = summarize(self.step)
+        return self.batch_size / summary.median if summary else None
+
+    def to_json(self, info: EngineInfo) -> dict[str, Any]:
+        return {
+            **header("latency"),
+            "engine": _engine(info),
+            **asdict(self),
+            "latency_s": {name: summary and asdict(summary) for name, summary in self.summaries().items()},
+            "decode_tokens_per_s": self.decode_tokens_per_s,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThroughputResult:
+    """`duration` in seconds for all prompts, handed over at once."""
+
+    num_prompts: int
+    input_tokens: int
+    output_tokens: int
+    duration: float
+
+    def rates(self) -> dict[str, float]:
+        return {
+            "requests_per_s": self.num_prompts / self.duration,
+            "input_tokens_per_s": self.input_tokens / self.duration,
+            "output_tokens_per_s": self.output_tokens / self.duration,
+            "total_tokens_per_s": (self.input_tokens + self.output_tokens) / self.duration,
+        }
+
+    def to_json(self, info: EngineInfo) -> dict[str, Any]:
+        return {**header("throughput"), "engine": _engine(info), **asdict(self), "throughput": self.rates()}
+
+
+@contextmanager
+def open_engine(config: EngineConfig) -> Iterator[tuple[Generate, EngineInfo]]:
+    """An engine in this process, and what it settled on. Raises `UserError` where it cannot start."""
+    from miniserve.llm import LLM
+
+    llm = LLM(**{field.name: getattr(config, field.name) for field in fields(config)})
+
+    def generate(prompts: list[list[int]], params: list[SamplingParams]) -> list[int]:
+        results = llm.generate(prompts, params)
+        return [len(result.outputs[0].token_ids) for result in results]
+
+    yield generate, llm.info
+
+
+def measure_latency(
+    generate: Generate,
+    vocab_size: int,
+    *,
+    batch_size: int,
+    input_len: int,
+    output_len: int,
+    warmup: int,
+    repeats: int,
+    seed: int,
+    on_done: Callable[[], None] = lambda: None,
+) -> LatencyResult:
+    """Time `repeats` batches after `warmup` unmeasured ones. Each batch has prompts of its own: none is found in the
+    prefix cache. Raises `UserError` for a count out of range."""
+    if batch_size < 1 or repeats < 1 or warmup < 0:
+        raise UserError("--batch-size and --repeats must be 1 or more and --warmup 0 or more.")
+    shape = Shape(input_len=input_len, output_len=output_len)
+    whole, first = [], []
+    for index in range(warmup + repeats):
+        # One draw for both runs of a repeat, half of it each.
+        prompts = [prompt for prompt, _ in token_prompts(2 * batch_size, shape, range(vocab_size), seed + index)]
+        times = [
+            _timed(generate, prompts[:batch_size], [output_len] * batch_size),
+            _timed(generate, prompts[batch_size:], [1] * batch_size),
+        ]
+        if index >= warmup:
+            whole.append(times[0])
+            first.append(times[1])
+        on_done()
+    decode_steps = output_len - 1
+    return LatencyResult(
+        batch_size=batch_size,
+        input_len=input_len,
+        output_len=output_len,
+        whole=whole,
+        first=first,
+        step=[(n - one) / decode_steps for n, one in zip(whole, first, strict=True)] if decode_steps else [],
+    )
+
+
+def measure_throughput(
+    generate: Generate, vocab_size: int, *, num_prompts: int, shape: Shape, seed: int
+) -> ThroughputResult:
+    """Time many prompts handed over at once, after one small unmeasured batch. Raises `UserError`."""
+    if num_prompts < 1:
+        raise UserError("--num-prompts must be 1 or more.")
+    (warmup, _), *_ = token_prompts(1, shape, range(vocab_size), seed + 1)
+    _timed(generate, [warmup], [2])
+    drawn = token_prompts(num_prompts, shape, range(vocab_size), seed)
+    prompts, lengths = [prompt for prompt, _ in drawn], [length for _, length in drawn]
+    duration = _timed(generate, prompts, lengths)
+    return ThroughputResult(
+        num_prompts=num_prompts,
+        input_tokens=sum(map(len, prompts)),
+        output_tokens=sum(lengths),
+        duration=duration,
+    )
+
+
+def _timed(generate: Generate, prompts: list[list[int]], lengths: list[int]) -> float:
+    """Seconds it takes to generate exactly `lengths` tokens, greedily."""
+    params = [SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True) for length in lengths]
+    start = time.perf_counter()
+    counts = generate(prompts, params)
+    duration = time.perf_counter() - start
+    _check(counts, lengths)
+    return duration
+
+
+def _check(counts: Sequence[int], expected: Sequence[int]) -> None:
+    """A figure over fewer tokens than asked for would be wrong."""
+    short = [(got, asked) for got, asked in zip(counts, expected, strict=True) if got != asked]
+    if short:
+        got, asked = short[0]
+        raise UserError(
+            f"{len(short)} of {len(counts)} requests got {got} tokens where {asked} were asked for; "
+            "lower --input-len or --output-len, or raise --max-model-len."
+        )
+
+
+def _engine(info: EngineInfo) -> dict[str, Any]:
+    fields = ("model", "architecture", "dtype", "device", "max_num_seqs", "max_num_batched_tokens", "block_size")
+    more = ("num_blocks", "kv_layout", "enable_prefix_caching", "async_scheduling", "memory", "attention")
+    return {name: getattr(info, name) for name in (*fields, *more)}

@@ -1,0 +1,281 @@
+"""`miniserve bench serve`: load an OpenAI-compatible server with random prompts and measure what its clients see."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import httpx
+
+from miniserve.bench.client import Endpoint, RequestOptions, RequestRecord, open_client, send
+from miniserve.bench.report import header
+from miniserve.bench.stats import Summary, summarize
+from miniserve.bench.workload import WORDS, WORDS_TEXT, Sample, Shape, poisson_arrivals, text_samples, token_samples
+from miniserve.core import UserError
+
+PromptType = Literal["auto", "ids", "text"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """What is to be measured. Either `concurrency` requests are kept in flight, or `request_rate` requests a second
+    arrive as a Poisson process whatever the server does. `timeout` is the longest silence of the server, in seconds.
+
+    Raises `UserError` for what does not go together.
+    """
+
+    url: str
+    shape: Shape
+    model: str | None = None
+    endpoint: Endpoint = "completions"
+    api_key: str | None = None
+    num_prompts: int = 100
+    concurrency: int | None = None
+    request_rate: float | None = None
+    warmup: int = 1
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    seed: int = 0
+    prompt_type: PromptType = "auto"
+    vocab_size: int | None = None
+    timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.num_prompts < 1 or self.warmup < 0:
+            raise UserError("--num-prompts must be 1 or more and --warmup 0 or more.")
+        if (self.concurrency is None) == (self.request_rate is None):
+            raise UserError("Choose one of --concurrency (closed loop) and --request-rate (open loop).")
+        if self.concurrency is not None and self.concurrency < 1:
+            raise UserError("--concurrency must be 1 or more.")
+        if self.request_rate is not None and not (self.request_rate > 0 and math.isfinite(self.request_rate)):
+            raise UserError("--request-rate must be a positive number of requests a second.")
+        if self.endpoint == "chat" and self.prompt_type == "ids":
+            raise UserError("The chat endpoint takes text; use --prompt-type text or --endpoint completions.")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise UserError("--vocab-size must be 1 or more.")
+        if self.vocab_size is not None and self.sends_text:
+            raise UserError("--vocab-size is for prompts of token ids; leave it out where the prompts are text.")
+        if not self.timeout > 0:
+            raise UserError("--timeout must be a positive number of seconds.")
+
+    @property
+    def sends_text(self) -> bool:
+        return self.endpoint == "chat" or self.prompt_type == "text"
+
+    @property
+    def root(self) -> str:
+        return self.url.rstrip("/").removesuffix("/v1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeResult:
+    """`duration` in seconds from the first request's start to the last one's end. `client_cpu` is the share of one core
+    that this client used: near 1, it is the client that was measured. `lag` is by how many seconds at worst a request
+    left later than its arrival time."""
+
+    config: ServeConfig
+    model: str
+    server: dict[str, Any]
+    records: list[RequestRecord]
+    duration: float
+    client_cpu: float
+    lag: float
+
+    @property
+    def completed(self) -> list[RequestRecord]:
+        return [record for record in self.records if record.error is None]
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """How often each error happened, the commonest first."""
+        counts: dict[str, int] = {}
+        for record in self.records:
+            if record.error is not None:
+                counts[record.error] = counts.get(record.error, 0) + 1
+        return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+    def latencies(self) -> dict[str, Summary | None]:
+        """Seconds. One sample a request for ttft, tpot and e2e, one a gap between chunks for itl."""
+        completed = self.completed
+        return {
+            "ttft": summarize([record.ttft for record in completed]),
+            "tpot": summarize([record.tpot for record in completed if record.tpot is not None]),
+            "itl": summarize([gap for record in completed for gap in record.itl]),
+            "e2e": summarize([record.e2e for record in completed]),
+        }
+
+    def throughput(self) -> dict[str, float]:
+        """Requests, input tokens and output tokens a second over the whole run, of the requests that succeeded."""
+        completed = self.completed
+        tokens_in = sum(record.prompt_tokens for record in completed)
+        tokens_out = sum(record.completion_tokens for record in completed)
+        return {
+            "requests_per_s": len(completed) / self.duration,
+            "input_tokens_per_s": tokens_in / self.duration,
+            "output_tokens_per_s": tokens_out / self.duration,
+            "total_tokens_per_s": (tokens_in + tokens_out) / self.duration,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything: settings, summaries, and each request as it was measured. Seconds and tokens."""
+        config = asdict(self.config)
+        config["api_key"] = None if self.config.api_key is None else "***"
+        completed = self.completed
+        chunks = sum(record.num_chunks for record in completed)
+        tokens_out = sum(record.completion_tokens for record in completed)
+        return {
+            **header("serve"),
+            "model": self.model,
+            "server": self.server,
+            "config": config,
+            "duration_s": self.duration,
+            "completed": len(completed),
+            "failed": len(self.records) - len(completed),
+            "failures": self.failures,
+            "input_tokens": sum(record.prompt_tokens for record in completed),
+            "output_tokens": tokens_out,
+            "tokens_per_chunk": tokens_out / chunks if chunks else None,
+            "throughput": self.throughput(),
+            "latency_s": {name: summary and asdict(summary) for name, summary in self.latencies().items()},
+            "client": {"cpu_share": self.client_cpu, "max_lag_s": self.lag},
+            "requests": [asdict(record) | {"tpot": record.tpot} for record in self.records],
+        }
+
+
+def run(config: ServeConfig, on_done: Callable[[RequestRecord], None] = lambda record: None) -> ServeResult:
+    """Measure; `on_done` hears of each measured request as it ends.
+
+    Raises `UserError` where the server cannot be reached, or fails already while warming up.
+    """
+    return asyncio.run(_run(config, on_done))
+
+
+async def _run(config: ServeConfig, on_done: Callable[[RequestRecord], None]) -> ServeResult:
+    # In an open loop nothing but the server may hold requests back.
+    async with open_client(config.api_key, config.timeout, config.concurrency) as client:
+        model = config.model or await _first_model(client, config.root)
+        options = RequestOptions(
+            url=config.root,
+            model=model,
+            endpoint=config.endpoint,
+            temperature=config.temperature,
+            ignore_eos=config.ignore_eos,
+        )
+        server = await _server_version(client, config.root)
+        samples = await _samples(client, config, model)
+        await _warm_up(client, options, samples[: config.warmup])
+        # What lives already need not be walked again by the collector, which would stop every request's clock.
+        gc.collect()
+        gc.freeze()
+        try:
+            cpu, start = time.process_time(), time.perf_counter()
+            records, lag = await _measure(client, config, options, samples[config.warmup :], start, on_done)
+            duration, cpu = time.perf_counter() - start, time.process_time() - cpu
+        finally:
+            gc.unfreeze()
+    return ServeResult(
+        config=config,
+        model=model,
+        server=server,
+        records=records,
+        duration=duration,
+        client_cpu=cpu / duration,
+        lag=lag,
+    )
+
+
+async def _measure(
+    client: httpx.AsyncClient,
+    config: ServeConfig,
+    options: RequestOptions,
+    samples: list[Sample],
+    start: float,
+    on_done: Callable[[RequestRecord], None],
+) -> tuple[list[RequestRecord], float]:
+    """The records in the order of the samples, and the worst lateness in seconds."""
+    records: dict[int, RequestRecord] = {}
+
+    async def one(index: int, sample: Sample) -> None:
+        records[index] = await send(client, options, sample, start)
+        on_done(records[index])
+
+    async def work(queue: Iterable[tuple[int, Sample]]) -> None:
+        for index, sample in queue:
+            await one(index, sample)
+
+    lag = 0.0
+    async with asyncio.TaskGroup() as group:
+        if config.request_rate is None:
+            queue = iter(enumerate(samples))  # shared: each worker takes the next sample
+            for _ in range(min(config.concurrency or 1, len(samples))):
+                group.create_task(work(queue))
+        else:
+            for index, arrival in zip(
+                range(len(samples)), poisson_arrivals(config.request_rate, config.seed), strict=False
+            ):
+                await asyncio.sleep(arrival - (time.perf_counter() - start))
+                lag = max(lag, time.perf_counter() - start - arrival)
+                group.create_task(one(index, samples[index]))
+    return [records[index] for index in range(len(samples))], lag
+
+
+async def _warm_up(client: httpx.AsyncClient, options: RequestOptions, samples: list[Sample]) -> None:
+    now = time.perf_counter()
+    for record in await asyncio.gather(*(send(client, options, sample, now) for sample in samples)):
+        if record.error is not None:
+            raise UserError(f"The warm-up request to {options.path} failed: {record.error}. Check --url and --model.")
+
+
+async def _first_model(client: httpx.AsyncClient, root: str) -> str:
+    url = f"{root}/v1/models"
+    try:
+        response = await client.get(url)
+    except httpx.HTTPError as error:
+        raise UserError(f"Cannot reach {url} ({error or type(error).__name__}); is the server running?") from error
+    if response.status_code in (401, 403):
+        raise UserError(f"{url} answered {response.status_code}; give the server's key with --api-key.")
+    try:
+        return str(response.json()["data"][0]["id"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{url} names no model (HTTP {response.status_code}); name it with --model.") from error
+
+
+async def _server_version(client: httpx.AsyncClient, root: str) -> dict[str, Any]:
+    """What the server says of itself, for the record; empty where it says nothing."""
+    try:
+        answer = (await client.get(f"{root}/version")).json()
+    except (httpx.HTTPError, ValueError):
+        return {}
+    return answer if isinstance(answer, dict) else {}
+
+
+async def _samples(client: httpx.AsyncClient, config: ServeConfig, model: str) -> list[Sample]:
+    """Prompts for the warm-up, then for the measurement. Token ids where the endpoint takes them."""
+    count = config.warmup + config.num_prompts
+    text_ids = None if config.vocab_size is not None else await _tokenize(client, config.root, model, WORDS_TEXT)
+    if config.sends_text:
+        tokens_per_word = len(text_ids) / len(WORDS) if text_ids else 1.0
+        return text_samples(count, config.shape, tokens_per_word, config.seed)
+    ids = range(config.vocab_size) if config.vocab_size is not None else sorted(set(text_ids or ()))
+    if not ids:
+        raise UserError(
+            f"{config.root}/tokenize does not say which token ids the model has; give --vocab-size, "
+            "or use --prompt-type text."
+        )
+    return token_samples(count, config.shape, ids, config.seed)
+
+
+async def _tokenize(client: httpx.AsyncClient, root: str, model: str, text: str) -> list[int] | None:
+    """Token ids of a text as vLLM and miniserve give them, or None where the server has no such endpoint."""
+    try:
+        body = {"model": model, "prompt": text, "add_special_tokens": False}
+        response = await client.post(f"{root}/tokenize", json=body)
+        tokens = response.json()["tokens"] if response.status_code == 200 else None
+    except (httpx.HTTPError, ValueError, LookupError, TypeError):
+        return None
+    return tokens if isinstance(tokens, list) and all(isinstance(token, int) for token in tokens) else None

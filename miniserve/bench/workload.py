@@ -1,0 +1,80 @@
+"""Random prompts and arrival times, drawn from a seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from miniserve.core import UserError
+
+# Short everyday words: one token each, with the space before, in most large vocabularies.
+WORDS_TEXT = (
+    "the of and to in is you that it he was for on are as with his they at be this have from or one had by word but "
+    "not what all were we when your can said there use an each which she do how their if will up other about out many "
+    "then them these so some her would make like him into time has look two more write go see number no way could "
+    "people my than first water been call who oil its now find long down day did get come made may part"
+)
+WORDS = tuple(WORDS_TEXT.split())
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One request to be sent: token ids or text, and how many tokens to ask for."""
+
+    prompt: list[int] | str
+    output_len: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """Lengths in tokens. range_ratio r: each length is drawn uniformly from len·(1-r) … len·(1+r); 0 fixes it."""
+
+    input_len: int
+    output_len: int
+    range_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.input_len < 1 or self.output_len < 1:
+            raise UserError("--input-len and --output-len must be 1 or more.")
+        if not 0.0 <= self.range_ratio < 1.0:
+            raise UserError("--range-ratio must be at least 0 and below 1, for example 0.2.")
+
+
+def _draw(length: int, ratio: float, rng: random.Random) -> int:
+    return max(1, rng.randint(round(length * (1 - ratio)), round(length * (1 + ratio))))
+
+
+def token_prompts(count: int, shape: Shape, ids: Sequence[int], seed: int) -> list[tuple[list[int], int]]:
+    """(prompt, output length) pairs of ids drawn from `ids`: a whole vocabulary, `range(vocab_size)`, or known ids."""
+    rng = random.Random(seed)
+    drawn = []
+    for _ in range(count):
+        prompt = rng.choices(ids, k=_draw(shape.input_len, shape.range_ratio, rng))
+        drawn.append((prompt, _draw(shape.output_len, shape.range_ratio, rng)))
+    return drawn
+
+
+def token_samples(count: int, shape: Shape, ids: Sequence[int], seed: int) -> list[Sample]:
+    """`token_prompts` as requests."""
+    return [Sample(prompt, output_len) for prompt, output_len in token_prompts(count, shape, ids, seed)]
+
+
+def text_samples(count: int, shape: Shape, tokens_per_word: float, seed: int) -> list[Sample]:
+    """Prompts of random words, as many as make about `input_len` tokens; the server's usage says how many they were."""
+    rng = random.Random(seed)
+    samples = []
+    for _ in range(count):
+        words = max(1, round(_draw(shape.input_len, shape.range_ratio, rng) / tokens_per_word))
+        text = " ".join(rng.choices(WORDS, k=words))
+        samples.append(Sample(text, _draw(shape.output_len, shape.range_ratio, rng)))
+    return samples
+
+
+def poisson_arrivals(rate: float, seed: int) -> Iterator[float]:
+    """Seconds after the start at which requests arrive: a Poisson process of `rate` requests a second."""
+    rng = random.Random(seed)
+    now = 0.0
+    while True:
+        yield now
+        now += rng.expovariate(rate)

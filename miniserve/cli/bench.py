@@ -1,0 +1,172 @@
+"""`miniserve bench`: measure a server from outside, or the engine from inside."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from miniserve.bench.client import Endpoint
+from miniserve.bench.serve import PromptType, ServeConfig
+from miniserve.bench.workload import Shape
+from miniserve.cli.options import parse_bytes
+from miniserve.config import EngineConfig
+
+app = typer.Typer(no_args_is_help=True, help="Measure a server from outside, or the engine from inside.")
+
+InputLen = Annotated[int, typer.Option(help="Prompt length in tokens.")]
+OutputLen = Annotated[int, typer.Option(help="Tokens to generate for each prompt.")]
+RangeRatio = Annotated[float, typer.Option(help="Draw each length from len*(1-r) to len*(1+r); 0 fixes it.")]
+Seed = Annotated[int, typer.Option(help="Seed of prompts, lengths and arrival times.")]
+JsonPath = Annotated[Path | None, typer.Option("--json", help="Write settings, machine and all results here.")]
+
+
+@app.command()
+def serve(
+    url: Annotated[str, typer.Option(help="Root of an OpenAI-compatible server.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="Model name; default: the first the server lists.")] = None,
+    endpoint: Annotated[Endpoint, typer.Option(help="Which API to use.")] = "completions",
+    api_key: Annotated[str | None, typer.Option(help="Sent as a bearer token.")] = None,
+    num_prompts: Annotated[int, typer.Option(help="Requests to measure.")] = 100,
+    input_len: InputLen = 128,
+    output_len: OutputLen = 128,
+    range_ratio: RangeRatio = 0.0,
+    concurrency: Annotated[int | None, typer.Option(help="Requests kept in flight; default 16.")] = None,
+    request_rate: Annotated[float | None, typer.Option(help="Poisson arrivals a second instead.")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Generate exactly --output-len tokens.")] = False,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    warmup: Annotated[int, typer.Option(help="Requests sent first, together, and not measured.")] = 1,
+    prompt_type: Annotated[PromptType, typer.Option(help="auto: ids for completions, text for chat.")] = "auto",
+    vocab_size: Annotated[int | None, typer.Option(help="Draw ids below this; default: ask /tokenize.")] = None,
+    timeout: Annotated[float, typer.Option(help="Longest silence of the server, in seconds.")] = 600.0,
+    seed: Seed = 0,
+    json: JsonPath = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a PNG of the distributions here.")] = None,
+) -> None:
+    """Load any OpenAI-compatible server with random prompts; measure TTFT, TPOT, ITL and throughput as clients see it.
+
+    Exits 1 when a request failed.
+    """
+    from miniserve.bench import display
+    from miniserve.bench import plot as plotting
+    from miniserve.bench.report import write_json
+
+    if plot is not None:
+        plotting.load_figure_class()
+    config = ServeConfig(
+        url=url,
+        shape=Shape(input_len=input_len, output_len=output_len, range_ratio=range_ratio),
+        model=model,
+        endpoint=endpoint,
+        api_key=api_key,
+        num_prompts=num_prompts,
+        concurrency=16 if concurrency is None and request_rate is None else concurrency,
+        request_rate=request_rate,
+        warmup=warmup,
+        ignore_eos=ignore_eos,
+        temperature=temperature,
+        seed=seed,
+        prompt_type=prompt_type,
+        vocab_size=vocab_size,
+        timeout=timeout,
+    )
+    result = display.run_with_progress(config)
+    display.print_serve(result)
+    if json is not None:
+        write_json(json, result.to_json())
+    if plot is not None and result.completed:
+        plotting.plot_serve(result, plot)
+    if result.failures:
+        raise typer.Exit(1)
+
+
+def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command whose first parameter is an `EngineConfig` one option for each of its fields, and MODEL."""
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    hints = get_type_hints(EngineConfig)
+    fields = dataclasses.fields(EngineConfig)
+    options = []
+    for field in fields:
+        kind = inspect.Parameter.KEYWORD_ONLY
+        setting: Any = typer.Option(rich_help_panel="Engine")
+        annotation = hints[field.name]
+        if field.name == "model":
+            setting = typer.Argument(help="Hub id or local directory; nothing means the built-in model.")
+        elif field.name == "kv_cache_memory":
+            setting = typer.Option(
+                rich_help_panel="Engine", metavar="BYTES", parser=lambda text: parse_bytes(text, "--kv-cache-memory")
+            )
+        options.append(
+            inspect.Parameter(field.name, kind, default=field.default, annotation=Annotated[annotation, setting])
+        )
+
+    @functools.wraps(command)
+    def wrapper(**given: Any) -> None:
+        config = EngineConfig(**{field.name: given.pop(field.name) for field in fields})
+        command(config, **given)
+
+    parameters = [*options, *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own)]
+    wrapper.__dict__.pop("__wrapped__")  # or typer would read the signature of what is wrapped
+    wrapper.__dict__["__signature__"] = inspect.Signature(parameters)
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapper
+
+
+@app.command()
+@with_engine_options
+def latency(
+    engine: EngineConfig,
+    batch_size: Annotated[int, typer.Option(help="Prompts in a batch.")] = 1,
+    input_len: InputLen = 128,
+    output_len: OutputLen = 128,
+    warmup: Annotated[int, typer.Option(help="Batches run first and not measured.")] = 1,
+    repeats: Annotated[int, typer.Option(help="Batches to measure.")] = 5,
+    json: JsonPath = None,
+) -> None:
+    """Time one batch in this process, without HTTP: the whole of it, and its decode step (TPOT)."""
+    from miniserve.bench import display, offline
+    from miniserve.bench.report import write_json
+
+    with offline.open_engine(engine) as (generate, info):
+        result = offline.measure_latency(
+            generate,
+            info.vocab_size,
+            batch_size=batch_size,
+            input_len=input_len,
+            output_len=output_len,
+            warmup=warmup,
+            repeats=repeats,
+            seed=engine.seed,
+        )
+    display.print_latency(result, info)
+    if json is not None:
+        write_json(json, result.to_json(info))
+
+
+@app.command()
+@with_engine_options
+def throughput(
+    engine: EngineConfig,
+    num_prompts: Annotated[int, typer.Option(help="Prompts, all handed over at once.")] = 200,
+    input_len: InputLen = 128,
+    output_len: OutputLen = 128,
+    range_ratio: RangeRatio = 0.0,
+    json: JsonPath = None,
+) -> None:
+    """Tokens a second over many prompts in this process, without HTTP."""
+    from miniserve.bench import display, offline
+    from miniserve.bench.report import write_json
+
+    shape = Shape(input_len=input_len, output_len=output_len, range_ratio=range_ratio)
+    with offline.open_engine(engine) as (generate, info):
+        result = offline.measure_throughput(
+            generate, info.vocab_size, num_prompts=num_prompts, shape=shape, seed=engine.seed
+        )
+    display.print_throughput(result, info)
+    if json is not None:
+        write_json(json, result.to_json(info))
