@@ -1,0 +1,93 @@
+"""Log-probabilities of tokens and their best alternatives, from raw logits: before bias, penalties and temperature."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from miniserve.core import TokenLogprobs
+from miniserve.runner import sampling_blocks
+
+LOWEST_LOGPROB = -9999.0  # stands for -inf, which JSON cannot say
+
+_CHUNK_BYTES = {"cpu": 8 << 20}  # stays in the cache, and in memory that the allocator keeps
+_CHUNK_BYTES_ELSEWHERE = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobTensors:
+    """Natural-log probabilities of `num_rows` tokens, float32, at least LOWEST_LOGPROB; ranks and ids are int64.
+
+    logprobs, ranks: [num_rows]; top_ids, top_logprobs: [num_rows, k], best first, lowest id first among equals. A
+    token's rank is one more than the number of tokens that are more likely. A chosen token's logprob is the same float
+    in top_logprobs.
+    """
+
+    logprobs: torch.Tensor
+    ranks: torch.Tensor
+    top_ids: torch.Tensor
+    top_logprobs: torch.Tensor
+
+
+def rows_per_chunk(vocab_size: int, device: torch.device) -> int:
+    """How many rows of float32 logits to work on at a time."""
+    return max(1, _CHUNK_BYTES.get(device.type, _CHUNK_BYTES_ELSEWHERE) // (4 * vocab_size))
+
+
+def gather_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> LogprobTensors:
+    """logits: [num_rows, vocab_size] of any float dtype, not modified; token_ids: int64 [num_rows]; k: alternatives
+    per row (0: none; more than the vocabulary: all of it). Works on chunks of rows: no second copy of the logits."""
+    num_rows, vocab_size = logits.shape
+    step = rows_per_chunk(vocab_size, logits.device)
+    k = min(k, vocab_size)
+    chunks = [
+        _gather_chunk(logits[start : start + step], token_ids[start : start + step], k)
+        for start in range(0, max(num_rows, 1), step)
+    ]
+    return LogprobTensors(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+
+
+def _gather_chunk(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> tuple[torch.Tensor, ...]:
+    logits = logits.float()
+    weights = logits.softmax(-1)
+    # softmax sums a row in a single float32, which over a large vocabulary is off by 1e-5: see what its result sums to.
+    total = sampling_blocks.blocked(weights, 0.0).sum(-1).sum(-1, dtype=torch.float64).log_()
+    top_ids = sampling_blocks.largest(logits, max(k, 1))[1]
+    best = top_ids[:, :1]
+    normaliser = logits.gather(1, best).double() - weights.gather(1, best).double().log_() + total[:, None]
+
+    def logprobs(ids: torch.Tensor) -> torch.Tensor:
+        return (logits.gather(1, ids).double() - normaliser).float().clamp_(LOWEST_LOGPROB, 0.0)
+
+    chosen = token_ids[:, None]
+    # As floats, in memory that is at hand, these sum many times faster than as bools.
+    better = torch.gt(logits, logits.gather(1, chosen), out=weights)
+    ranks = sampling_blocks.blocked(better, 0.0).sum(-1).sum(-1, dtype=torch.float64).long().add_(1)
+    top_ids = top_ids[:, :k]
+    return logprobs(chosen).squeeze(1), ranks, top_ids, logprobs(top_ids)
+
+
+def to_token_logprobs(
+    token_ids: Sequence[int], tensors: LogprobTensors, num_logprobs: Sequence[int | None]
+) -> list[TokenLogprobs | None]:
+    """One entry per token, cut to as many alternatives as its request asked for; None where it asked for none.
+
+    num_logprobs aligns with token_ids; the rows of `tensors` (to be on the host) with those entries that are not None.
+    """
+    found = zip(
+        tensors.logprobs.tolist(),
+        tensors.ranks.tolist(),
+        tensors.top_ids.tolist(),
+        tensors.top_logprobs.tolist(),
+        strict=True,
+    )
+    entries: list[TokenLogprobs | None] = []
+    for token_id, count in zip(token_ids, num_logprobs, strict=True):
+        if count is None:
+            entries.append(None)
+        else:
+            logprob, rank, top_ids, top_logprobs = next(found)
+            entries.append(TokenLogprobs(token_id, logprob, rank, top_ids[:count], top_logprobs[:count]))
+    return entries

@@ -1,0 +1,115 @@
+"""From logits to tokens, for the whole batch at once.
+
+What happens to a row, in the order of vLLM: logit_bias, min_tokens, repetition penalty, frequency and presence penalty;
+then the argmax where temperature is 0, else temperature, min_p, top_k, top_p and a draw (`sampling_draw`).
+
+What the requests asked for lies in a table on the host (`sampling_rows`), so that a step knows without a look at the
+device which of this is needed. What changes with every token lies on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from miniserve.core import RowStart
+from miniserve.runner import sampling_blocks
+from miniserve.runner.logprobs import LogprobTensors, gather_logprobs
+from miniserve.runner.sampling_draw import draw
+from miniserve.runner.sampling_penalties import SeenTokens
+from miniserve.runner.sampling_rows import Batch, RowTable
+
+
+@dataclass(frozen=True, slots=True)
+class SampleOutput:
+    """token_ids: int64 [num_rows] on the device. `logprobs` has a row for each entry of `num_logprobs` that is not
+    None, in order, and is None where all are; `to_token_logprobs` puts both together once they are on the host."""
+
+    token_ids: torch.Tensor
+    logprobs: LogprobTensors | None
+    num_logprobs: tuple[int | None, ...]
+
+
+class Sampler:
+    """Draws a token for each row of the runner's persistent state; keeps what that needs from step to step.
+
+    `last_tokens` and `num_outputs` (int64 [max_num_seqs], on the device) hold each row's last sampled token and its
+    number of output tokens.
+
+    Until a row has `min_tokens` output tokens, neither an EOS token (ignore_eos or not) nor one of its stop_token_ids
+    is drawn. A row's tokens are a function of its logits, its parameters and its stream of random numbers, which starts
+    from the request's seed or, without one, from `seed` and the request's id.
+    """
+
+    def __init__(
+        self, max_num_seqs: int, vocab_size: int, device: torch.device, eos_token_ids: Collection[int], seed: int = 0
+    ) -> None:
+        self.last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self.num_outputs = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._table = RowTable(max_num_seqs, vocab_size, device, eos_token_ids, seed)
+        self._seen = SeenTokens(max_num_seqs, vocab_size, device)
+        self._batch_rows: list[int] = []
+        self._batch: Batch | None = None
+
+    def start_row(self, start: RowStart) -> None:
+        """A request takes a free row. Raises `InvalidRequest` for a logit_bias beyond the vocabulary."""
+        self._table.start_row(start)
+        self._batch = None
+        self.num_outputs[start.row] = len(start.output_token_ids)
+        if self._table.penalised[start.row]:
+            self._seen.start_row(start.row, start.request.prompt_token_ids, start.output_token_ids)
+
+    def stop_row(self, row: int) -> None:
+        """The row is free again."""
+        self._table.stop_row(row)
+        self._batch = None
+
+    def sample(self, logits: torch.Tensor, rows: Sequence[int]) -> SampleOutput:
+        """Draw the next token of each of `rows`, which are all different and taken.
+
+        logits: contiguous float32 [len(rows), vocab_size], overwritten. On an asynchronous device nothing waits.
+        """
+        batch = self._prepare(rows)
+        raw = None
+        if batch.logprobs is not None:
+            raw = logits[batch.logprobs.positions]
+            if batch.overwrites_logits and isinstance(batch.logprobs.positions, slice):
+                raw = raw.clone()
+        self._edit(logits, batch)
+        tokens = sampling_blocks.argmax(logits) if batch.any_greedy else torch.zeros_like(batch.rows)
+        for group in batch.groups:
+            num_outputs = self.num_outputs[group.rows]
+            tokens[group.positions] = draw(logits[group.positions], num_outputs, group.params)
+        self.last_tokens[batch.rows] = tokens
+        self.num_outputs[batch.rows] += 1
+        if batch.penalties is not None:
+            self._seen.record(tokens, batch.penalties)
+        if raw is None or batch.logprobs is None:
+            return SampleOutput(tokens, None, batch.num_logprobs)
+        logprobs = gather_logprobs(raw, tokens[batch.logprobs.positions], batch.logprobs.most)
+        return SampleOutput(tokens, logprobs, batch.num_logprobs)
+
+    def max_logprobs(self, rows: Sequence[int]) -> int | None:
+        """The largest `logprobs` that one of the rows asks for, None where none asks."""
+        asked = self._prepare(rows).logprobs
+        return None if asked is None else asked.most
+
+    def _prepare(self, rows: Sequence[int]) -> Batch:
+        if self._batch is None or self._batch_rows != rows:
+            self._batch_rows = list(rows)
+            self._batch = self._table.batch(self._batch_rows)
+        return self._batch
+
+    def _edit(self, logits: torch.Tensor, batch: Batch) -> None:
+        """Everything that changes single logits, in place."""
+        flat = logits.view(-1)
+        if batch.bias is not None:
+            flat.index_add_(0, batch.bias.places, batch.bias.values)
+        if batch.early_stops is not None:
+            stops = batch.early_stops
+            early = self.num_outputs[stops.rows] < stops.min_tokens
+            flat[stops.places] = flat[stops.places].masked_fill_(early, float("-inf"))
+        if batch.penalties is not None:
+            self._seen.penalise(logits, batch.penalties)
