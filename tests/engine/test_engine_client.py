@@ -1,0 +1,419 @@
+"""The engine in a process of its own: real processes and sockets, a runner without a model."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from engine_fakes import FACTORY, TINY, expected_tokens
+
+from miniserve.config import EngineConfig
+from miniserve.core import CompletionDelta, FinishReason, InvalidRequest, SamplingParams, UserError
+from miniserve.engine.client import AsyncEngine, EngineDead
+from miniserve.engine.stream import CompletionStream
+
+pytestmark = pytest.mark.timeout(60)
+ENDLESS = SamplingParams(max_tokens=100)
+PROMPT = [300, 301, 302, 303, 304]
+
+
+def make(options: str = "", config: EngineConfig | None = None) -> AsyncEngine:
+    return AsyncEngine(config or EngineConfig(), TINY, f"fake?{options}", runner_factory=FACTORY)
+
+
+@asynccontextmanager
+async def running(options: str = "", config: EngineConfig | None = None) -> AsyncIterator[AsyncEngine]:
+    engine = make(options, config)
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.shutdown(drain=False, timeout=5)
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(test(), 30))  # type: ignore[arg-type]
+
+
+async def collect(stream: CompletionStream) -> list[CompletionDelta]:
+    return [delta async for delta in stream]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+def pid_of(engine: AsyncEngine) -> int:
+    assert engine._process is not None
+    return engine._process.pid
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_many_requests_at_once_get_their_own_tokens(overlap: bool) -> None:
+    async def body() -> None:
+        stages: list[tuple[str, int, int]] = []
+        engine = make(config=EngineConfig(async_scheduling=overlap, max_num_seqs=16))
+        await engine.start(lambda *progress: stages.append(progress))
+        assert stages[-1] == ("weights", 2, 2)
+        assert engine.info.eos_token_ids == [2045, 2047] == sorted(engine.generation_defaults.eos_token_ids)
+        prompts = [[300 + index, *range(400, 400 + index % 7)] for index in range(60)]
+        params = SamplingParams(max_tokens=30)
+        streams = [engine.generate(prompt, params, f"r{index}") for index, prompt in enumerate(prompts)]
+        for prompt, deltas in zip(prompts, await asyncio.gather(*map(collect, streams)), strict=True):
+            ids = [token_id for delta in deltas for token_id in delta.token_ids]
+            assert ids == expected_tokens(prompt, 30)
+            assert "".join(delta.text for delta in deltas) == engine.tokenizer.decode(ids)
+            assert [delta.finish_reason for delta in deltas if delta.finish_reason] == [FinishReason.LENGTH]
+            assert deltas[-1].finish_reason is FinishReason.LENGTH
+        assert engine.stats.num_running == engine.stats.num_waiting == 0
+        await engine.shutdown(drain=True, timeout=5)
+        assert engine.dead == "The engine was shut down."
+
+    run(body)
+
+
+def test_n_sequences_stop_strings_and_logprobs() -> None:
+    async def body() -> None:
+        async with running() as engine:
+            prompt = engine.tokenizer.encode(" one two three")
+            params = SamplingParams(n=3, seed=0, max_tokens=20, stop=(" one tw",), logprobs=0, prompt_logprobs=0)
+            deltas = await collect(engine.generate(prompt, params, "r"))
+            for index in range(3):
+                mine = [delta for delta in deltas if delta.index == index]
+                ids = [token_id for delta in mine for token_id in delta.token_ids]
+                assert ids == expected_tokens(prompt, len(ids), seed=index)
+                assert mine[-1].finish_reason is FinishReason.STOP and mine[-1].stop_reason == " one tw"
+                text = engine.tokenizer.decode(ids)
+                assert "".join(delta.text for delta in mine) == text[: text.index(" one tw")]
+                assert sum(len(delta.logprobs or ()) for delta in mine) == len(ids)
+                assert len(mine[0].prompt_logprobs or ()) == len(prompt)
+                assert all(delta.prompt_logprobs is None for delta in mine[1:])
+            await until(lambda: engine.stats.num_running == 0)
+
+    run(body)
+
+
+def test_requests_are_refused_at_the_call() -> None:
+    async def body() -> None:
+        async with running("num_blocks=4", EngineConfig(max_model_len=50)) as engine:
+            with pytest.raises(InvalidRequest, match="maximum context length is 50 tokens"):
+                engine.generate([1] * 50, ENDLESS, "long")
+            with pytest.raises(InvalidRequest) as refused:
+                engine.generate([5000], ENDLESS, "odd")
+            assert refused.value.param == "prompt"
+            stream = engine.generate([300], ENDLESS, "twice")
+            with pytest.raises(InvalidRequest, match="already running"):
+                engine.generate([300], ENDLESS, "twice")
+            assert len([t for delta in await collect(stream) for t in delta.token_ids]) == 49
+            await collect(engine.generate([300], ENDLESS, "twice"))
+
+    run(body)
+
+
+def test_what_only_the_scheduler_refuses_reaches_the_reader() -> None:
+    async def body() -> None:
+        async with running() as engine:
+            engine.info = type(engine.info)(**{**_fields(engine.info), "max_model_len": 10_000, "num_blocks": 10_000})
+            with pytest.raises(InvalidRequest, match="maximum context length is 128") as refused:
+                await collect(engine.generate([300] * 200, SamplingParams(n=2, max_tokens=1), "r"))
+            assert refused.value.param == "prompt"
+            assert await collect(engine.generate([300], SamplingParams(max_tokens=1), "r"))
+
+    run(body)
+
+
+def _fields(info: object) -> dict[str, object]:
+    return {name: getattr(info, name) for name in info.__struct_fields__}  # type: ignore[attr-defined]
+
+
+async def _close(stream: CompletionStream) -> None:
+    await stream.aclose()
+    await stream.aclose()
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
+
+
+async def _cancel(stream: CompletionStream) -> None:
+    async def read() -> None:
+        async for _ in stream:
+            pass
+
+    task = asyncio.create_task(read())
+    await asyncio.sleep(0.05)
+    task.cancel()
+    await asyncio.wait([task])
+
+
+async def _leave(stream: CompletionStream) -> None:
+    async with stream:
+        pass
+
+
+@pytest.mark.parametrize("leave", [_close, _cancel, _leave])
+def test_a_reader_that_leaves_frees_its_blocks(leave: Callable[[CompletionStream], Awaitable[None]]) -> None:
+    async def body() -> None:
+        async with running("step_seconds=0.01") as engine:
+            stream = engine.generate(PROMPT, SamplingParams(max_tokens=100, n=4), "r")
+            await anext(stream)
+            await until(lambda: engine.stats.num_running == 4)
+            steps = engine.stats.num_steps
+            await leave(stream)
+            await until(lambda: engine.stats.num_running == 0)
+            assert engine.stats.num_free_blocks == 64
+            assert engine.stats.num_steps < steps + 50, "it ran on"
+            assert not engine._running and not engine._sequences
+
+    run(body)
+
+
+def test_a_stream_that_is_dropped_is_aborted() -> None:
+    async def body() -> None:
+        async with running("step_seconds=0.01") as engine:
+            stream = engine.generate(PROMPT, ENDLESS, "r")
+            await anext(stream)
+            del stream
+            gc.collect()
+            await until(lambda: engine.stats.num_running == 0 and not engine._running)
+
+    run(body)
+
+
+def test_abort_by_id_ends_the_stream_and_the_id_can_be_used_again() -> None:
+    async def body() -> None:
+        async with running("step_seconds=0.01") as engine:
+            stream = engine.generate(PROMPT, ENDLESS, "r")
+            await anext(stream)
+            engine.abort("r")
+            engine.abort("unknown")
+            again = engine.generate([700, 701], SamplingParams(max_tokens=5), "r")
+            assert [delta.finish_reason for delta in await collect(stream)][-1] is FinishReason.ABORT
+            assert [t for delta in await collect(again) for t in delta.token_ids] == expected_tokens([700, 701], 5)
+
+    run(body)
+
+
+def test_a_slow_reader_gets_its_deltas_merged() -> None:
+    async def body() -> None:
+        async with running() as engine:
+            stream = engine.generate(PROMPT, SamplingParams(max_tokens=100, n=2), "r")
+            await until(lambda: not engine._running)
+            deltas = await collect(stream)
+            assert [delta.index for delta in deltas] == [0, 1]
+            assert all(delta.token_ids == expected_tokens(PROMPT, 100) for delta in deltas)
+
+    run(body)
+
+
+def test_a_killed_engine_ends_every_stream_with_an_error() -> None:
+    async def body() -> None:
+        async with running("step_seconds=0.01") as engine:
+            streams = [engine.generate(PROMPT, SamplingParams(max_tokens=100, n=2), f"r{index}") for index in range(5)]
+            await asyncio.gather(*(anext(stream) for stream in streams))
+            os.kill(pid_of(engine), signal.SIGKILL)
+            async with asyncio.timeout(2):
+                results = await asyncio.gather(*map(collect, streams))
+            for deltas in results:
+                last = {delta.index: delta for delta in deltas}
+                assert sorted(last) == [0, 1]
+                for delta in last.values():
+                    assert delta.finish_reason is FinishReason.ERROR
+                    assert "killed by SIGKILL" in (delta.error or "")
+            assert engine.dead is not None and "SIGKILL" in engine.dead
+            with pytest.raises(EngineDead, match="SIGKILL"):
+                engine.generate(PROMPT, ENDLESS, "late")
+
+    run(body)
+
+
+def test_an_error_of_the_device_reaches_every_stream(capfd: pytest.CaptureFixture[str]) -> None:
+    async def body() -> None:
+        async with running("fail_at_step=5") as engine:
+            deltas = await collect(engine.generate(PROMPT, ENDLESS, "r"))
+            assert deltas[-1].finish_reason is FinishReason.ERROR
+            assert "the fake device broke" in (deltas[-1].error or "")
+            await until(lambda: engine.dead is not None)
+
+    run(body)
+    assert "Traceback" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "sentence"),
+    [
+        ("start=user_error", UserError, "^The fake device is too small; buy a larger one.$"),
+        ("start=crash", EngineDead, "did not start: ZeroDivisionError: a bug in the runner"),
+        ("start=exit", EngineDead, "exited with code 3"),
+    ],
+)
+def test_a_start_that_fails_says_why(
+    options: str, error: type[Exception], sentence: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async def body() -> None:
+        engine = make(options)
+        with pytest.raises(error, match=sentence):
+            await engine.start()
+        with pytest.raises(EngineDead):
+            engine.generate(PROMPT, ENDLESS, "r")
+        await engine.shutdown()
+
+    run(body)
+
+
+def test_a_start_without_a_tokenizer_does_not_wait_for_the_model(tmp_path: Path) -> None:
+    async def body() -> None:
+        engine = AsyncEngine(EngineConfig(), tmp_path, "fake?start=hang", runner_factory=FACTORY)
+        with pytest.raises(UserError, match="has no tokenizer"):
+            await engine.start()
+        assert not _alive(pid_of(engine))
+
+    run(body)
+
+
+@pytest.mark.parametrize("how", ["cancel", "shutdown"])
+def test_a_start_can_be_given_up(how: str) -> None:
+    async def body() -> None:
+        engine = make("start=hang")
+        task = asyncio.create_task(engine.start())
+        await until(lambda: engine._process is not None)
+        await (engine.shutdown() if how == "shutdown" else asyncio.sleep(0))
+        if how == "cancel":
+            task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled() or isinstance(task.exception(), EngineDead)
+        assert not _alive(pid_of(engine))
+
+    run(body)
+
+
+def test_a_drain_finishes_what_runs_and_takes_nothing_new() -> None:
+    async def body() -> None:
+        engine = make("step_seconds=0.005")
+        await engine.start()
+        stream = engine.generate(PROMPT, SamplingParams(max_tokens=60), "r")
+        await anext(stream)
+        shutdown = asyncio.create_task(engine.shutdown(drain=True, timeout=20))
+        await asyncio.sleep(0)
+        with pytest.raises(EngineDead, match="shutting down"):
+            engine.generate(PROMPT, ENDLESS, "late")
+        deltas = await collect(stream)
+        assert deltas[-1].finish_reason is FinishReason.LENGTH
+        await shutdown
+        assert not _alive(pid_of(engine))
+
+    run(body)
+
+
+@pytest.mark.parametrize("how", ["at once", "second call", "timeout"])
+def test_a_shutdown_can_cut_a_drain_short(how: str) -> None:
+    async def body() -> None:
+        engine = make("step_seconds=0.2")
+        await engine.start()
+        stream = engine.generate(PROMPT, ENDLESS, "r")
+        await anext(stream)
+        started = time.monotonic()
+        match how:
+            case "at once":
+                await engine.shutdown(drain=False)
+            case "second call":
+                drain = asyncio.create_task(engine.shutdown(drain=True))
+                await asyncio.sleep(0.05)
+                await engine.shutdown(drain=False)
+                await drain
+            case "timeout":
+                await engine.shutdown(drain=True, timeout=0.1)
+        assert time.monotonic() - started < 10, "100 steps of 0.2 s were waited for"
+        deltas = await collect(stream)
+        assert deltas[-1].finish_reason is FinishReason.ERROR
+        assert deltas[-1].error == "The engine was shut down."
+        assert not _alive(pid_of(engine))
+
+    run(body)
+
+
+def test_signals_do_not_end_the_engine_and_a_heartbeat_shows_it_lives() -> None:
+    async def body() -> None:
+        async with running() as engine:
+            for each in (signal.SIGINT, signal.SIGTERM):
+                os.kill(pid_of(engine), each)
+            await until(lambda: (engine.last_step_age() or 0) > 0.9)
+            await until(lambda: (engine.last_step_age() or 1) < 0.5)
+            assert await collect(engine.generate(PROMPT, SamplingParams(max_tokens=1), "r"))
+
+    run(body)
+
+
+def test_an_engine_that_hangs_shows_its_age() -> None:
+    async def body() -> None:
+        async with running() as engine:
+            os.kill(pid_of(engine), signal.SIGSTOP)
+            await until(lambda: (engine.last_step_age() or 0) > 2)
+            await engine.shutdown(drain=True, timeout=0.1)
+            assert not _alive(pid_of(engine))
+
+    run(body)
+
+
+def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    async def body() -> None:
+        tasks = asyncio.all_tasks()
+        async with running() as engine:
+            assert [path.stat().st_mode & 0o777 for path in tmp_path.iterdir()] == [0o700]
+            await collect(engine.generate(PROMPT, SamplingParams(max_tokens=1), "r"))
+        assert asyncio.all_tasks() == tasks
+
+    run(body)
+    assert list(tmp_path.iterdir()) == []
+
+
+PARENT = """
+import asyncio, sys
+sys.path.insert(0, sys.argv[1])
+from engine_fakes import FACTORY, TINY
+from miniserve.config import EngineConfig
+from miniserve.core import SamplingParams
+from miniserve.engine.client import AsyncEngine
+
+async def main():
+    engine = AsyncEngine(EngineConfig(), TINY, "fake?step_seconds=" + sys.argv[2], runner_factory=FACTORY)
+    await engine.start()
+    stream = engine.generate([300, 301], SamplingParams(max_tokens=100), "r")
+    await asyncio.sleep(0.1)
+    print(engine._process.pid, flush=True)
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("step_seconds", ["0.01", "300"])
+def test_the_engine_dies_with_its_parent_also_in_the_middle_of_a_step(step_seconds: str) -> None:
+    command = [sys.executable, "-c", PARENT, str(Path(__file__).parent), step_seconds]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        engine_pid = int(parent.stdout.readline())
+        assert _alive(engine_pid)
+        parent.kill()
+    deadline = time.monotonic() + 10
+    while _alive(engine_pid):
+        assert time.monotonic() < deadline, "the engine outlived its parent"
+        time.sleep(0.02)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
