@@ -1,0 +1,83 @@
+"""The FastAPI app: routes and what stands before them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.middleware.cors import CORSMiddleware
+
+from miniserve.engine.client import AsyncEngine
+from miniserve.server import chat, completions, errors, health, responses, tokenize
+from miniserve.server.config import ServerConfig
+from miniserve.server.errors import APIError, json_response
+from miniserve.server.middleware import ApiKeyMiddleware, BodyLimitMiddleware
+from miniserve.server.protocol import ChatCompletionRequest, CompletionRequest
+from miniserve.server.service import VERSION, Service
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": responses.ErrorEnvelope},
+    "5XX": {"model": responses.ErrorEnvelope},
+}
+
+
+def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
+    """The OpenAI-compatible app over a started engine. `app.state.service` is its `Service`."""
+    service = Service(engine, config)
+    app = FastAPI(title="miniserve", version=VERSION, responses=_ERRORS, redirect_slashes=False)
+    app.state.service = service
+    errors.install(app)
+    _openai_routes(app, service)
+    tokenize.install(app, service)
+    health.install(app, service)
+    # The last one added is the outermost: browsers need CORS headers on refusals, too.
+    app.add_middleware(BodyLimitMiddleware, max_bytes=config.max_body_bytes)
+    if config.api_keys:
+        app.add_middleware(ApiKeyMiddleware, api_keys=config.api_keys)
+    if config.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(config.allowed_origins), allow_methods=["*"], allow_headers=["*"]
+        )
+    return app
+
+
+def _openai_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/completions", response_model=responses.Completion)
+    async def create_completion(body: CompletionRequest) -> Response:
+        return await completions.respond(service, body)
+
+    @app.post("/v1/chat/completions", response_model=responses.ChatCompletion)
+    async def create_chat_completion(body: ChatCompletionRequest) -> Response:
+        return await chat.respond(service, body)
+
+    @app.get("/v1/models", response_model=responses.ModelList)
+    async def list_models() -> Response:
+        models = [_model(service, name) for name in service.model_names]
+        return json_response({"object": "list", "data": models})
+
+    @app.get("/v1/models/{name:path}", response_model=responses.Model)
+    async def get_model(name: str) -> Response:
+        service.check_model(name)
+        return json_response(_model(service, name))
+
+    @app.get("/", include_in_schema=False)
+    async def root(request: Request) -> Response:
+        links = {"api": "/v1", "models": "/v1/models", "health": "/health", "metrics": "/metrics", "docs": "/docs"}
+        return json_response({"name": "miniserve", "version": VERSION, **links})
+
+
+def _model(service: Service, name: str) -> responses.Model:
+    info = service.engine.info
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.started,
+        "owned_by": "miniserve",
+        "root": info.model,
+        "parent": None,
+        "max_model_len": info.max_model_len,
+        "permission": [],
+    }
+
+
+__all__ = ["APIError", "create_app"]

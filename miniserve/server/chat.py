@@ -1,0 +1,168 @@
+"""`/v1/chat/completions`: a conversation through the model's chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from miniserve.core import CompletionDelta, InvalidRequest, SamplingParams
+from miniserve.engine.tokenizer import Tokenizer
+from miniserve.server.fields import REFUSED_IN_CHAT
+from miniserve.server.generation import Generation
+from miniserve.server.logprobs import chat_logprobs
+from miniserve.server.protocol import ChatCompletionRequest, ChatMessage, ConversationBody
+from miniserve.server.reply import GenerationResponse, UsageCount, finish_word
+from miniserve.server.responses import ChatChoice, ChatChunkChoice, ChatDelta, ChatLogprobs, FinishWord
+from miniserve.server.service import Header, Service, stream_mode
+
+# `chat_template_kwargs` are variables for the template; under these names they would be options of the renderer.
+_RESERVED_KWARGS = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "conversations",
+        "documents",
+        "max_length",
+        "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    }
+)
+
+
+class ChatAnswer:
+    """One choice for each of the n sequences of the one prompt."""
+
+    def __init__(self, header: Header, tokenizer: Tokenizer, prompt_len: int, params: SamplingParams) -> None:
+        self.usage = UsageCount([prompt_len])
+        self._header = header
+        self._tokenizer = tokenizer
+        self._with_logprobs = params.logprobs is not None
+        self._deltas: dict[int, list[CompletionDelta]] = {}
+        self._started: set[int] = set()
+
+    def add(self, number: int, delta: CompletionDelta) -> None:
+        self._deltas.setdefault(delta.index, []).append(delta)
+
+    def whole(self) -> dict[str, Any]:
+        choices = [self._choice(index) for index in sorted(self._deltas)]
+        return {**self._header.body("chat.completion"), "choices": choices, "usage": self.usage.result()}
+
+    def chunks(self, number: int, delta: CompletionDelta) -> Iterator[dict[str, Any]]:
+        if delta.index not in self._started:
+            self._started.add(delta.index)
+            yield self._chunk(delta.index, {"role": "assistant", "content": ""}, None, None)
+        logprobs = self._logprobs([delta]) if delta.logprobs else None
+        chunk = self._chunk(delta.index, {"content": delta.text}, logprobs, finish_word(delta))
+        if delta.finish_reason is not None:
+            chunk["choices"][0]["stop_reason"] = delta.stop_reason
+        yield chunk
+
+    def _chunk(
+        self, index: int, delta: ChatDelta, logprobs: ChatLogprobs | None, finish_reason: FinishWord | None
+    ) -> dict[str, Any]:
+        choice: ChatChunkChoice = {
+            "index": index,
+            "delta": delta,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+        }
+        return {**self._header.body("chat.completion.chunk"), "choices": [choice]}
+
+    def empty_chunk(self) -> dict[str, Any]:
+        return {**self._header.body("chat.completion.chunk"), "choices": []}
+
+    def _choice(self, index: int) -> ChatChoice:
+        deltas = self._deltas[index]
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": "".join(delta.text for delta in deltas), "refusal": None},
+            "logprobs": self._logprobs(deltas) if self._with_logprobs else None,
+            "finish_reason": finish_word(deltas[-1]),
+            "stop_reason": deltas[-1].stop_reason,
+        }
+
+    def _logprobs(self, deltas: Sequence[CompletionDelta]) -> ChatLogprobs:
+        return chat_logprobs(self._tokenizer, [entry for delta in deltas for entry in delta.logprobs or ()])
+
+
+async def respond(service: Service, body: ChatCompletionRequest) -> GenerationResponse:
+    """Raises `InvalidRequest` or `APIError` for what cannot be answered."""
+    service.check_alive()
+    service.check_model(body.model)
+    service.fields.check(body.extras, REFUSED_IN_CHAT)
+    params = service.rules.for_chat(body)
+    token_ids = await render(service, body)
+    service.check_length(len(token_ids), params)
+    header = service.header("chatcmpl")
+    answer = ChatAnswer(header, service.engine.tokenizer, len(token_ids), params)
+    generation = Generation(service.engine, service.metrics, [token_ids], params, header.id)
+    return GenerationResponse(generation, answer, stream_mode(body))
+
+
+async def render(service: Service, body: ConversationBody) -> list[int]:
+    """The ids of a conversation; the template writes all special tokens. Raises `InvalidRequest`."""
+    if body.chat_template is not None and not service.config.trust_request_chat_template:
+        raise InvalidRequest(
+            "chat_template is not accepted from requests: a template is a program. The server can allow it.",
+            "chat_template",
+        )
+    kwargs = body.chat_template_kwargs or {}
+    reserved = _RESERVED_KWARGS.intersection(kwargs)
+    if reserved:
+        raise InvalidRequest(f"chat_template_kwargs must not hold {min(reserved)!r}.", "chat_template_kwargs")
+    continues = bool(body.continue_final_message)
+    if continues and body.add_generation_prompt:
+        raise InvalidRequest(
+            "continue_final_message and add_generation_prompt exclude each other.", "continue_final_message"
+        )
+    messages = [_message(position, message) for position, message in enumerate(body.messages)]
+    opens = not continues if body.add_generation_prompt is None else body.add_generation_prompt
+
+    def apply() -> list[int]:
+        return service.engine.tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=opens,
+            continue_final_message=continues,
+            documents=body.documents,
+            chat_template=body.chat_template,
+            **kwargs,
+        )
+
+    return await service.off_loop(sum(len(message["content"]) for message in messages), apply)
+
+
+def _message(position: int, message: ChatMessage) -> dict[str, Any]:
+    """As templates know it: `developer` is OpenAI's newer word for `system`, parts of text are joined by newlines."""
+    path = f"messages[{position}]"
+    for name in ("tool_calls", "function_call"):
+        if getattr(message, name):
+            raise InvalidRequest(f"{path}.{name}: tool calls are not supported by this server.", f"{path}.{name}")
+    role = "system" if message.role == "developer" else message.role
+    return {**message.extras, "role": role, "content": _content(path, message)}
+
+
+def _content(path: str, message: ChatMessage) -> str:
+    if isinstance(message.content, str):
+        return message.content
+    if message.content is None:
+        if message.role != "assistant":
+            raise InvalidRequest(f"{path}.content must be a text or a list of parts.", f"{path}.content")
+        return ""
+    texts = []
+    for position, part in enumerate(message.content):
+        where = f"{path}.content[{position}]"
+        if part.type not in ("text", "input_text") or part.text is None:
+            raise InvalidRequest(
+                f"{where}: this server takes parts of type text only, with their text.", f"{where}.type"
+            )
+        texts.append(part.text)
+    return "\n".join(texts)

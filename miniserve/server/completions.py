@@ -1,0 +1,116 @@
+"""`/v1/completions`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from miniserve.core import CompletionDelta, SamplingParams
+from miniserve.engine.tokenizer import Tokenizer
+from miniserve.server import logprobs
+from miniserve.server.fields import REFUSED
+from miniserve.server.generation import Generation
+from miniserve.server.protocol import CompletionRequest, Prompt
+from miniserve.server.reply import GenerationResponse, UsageCount, finish_word
+from miniserve.server.responses import CompletionChoice, CompletionLogprobs
+from miniserve.server.service import Header, Service, stream_mode
+
+
+class EncodedPrompt:
+    """A prompt's ids, verbatim where the client sent ids, and its text, which is decoded only where it is echoed."""
+
+    def __init__(self, prompt: Prompt, token_ids: list[int]) -> None:
+        self._prompt = prompt
+        self.token_ids = token_ids
+
+    def text(self, tokenizer: Tokenizer) -> str:
+        return self._prompt if isinstance(self._prompt, str) else tokenizer.decode(self._prompt, False)
+
+
+class CompletionAnswer:
+    """Choices are numbered prompt · n + the sequence's index, and listed in that order."""
+
+    def __init__(
+        self, header: Header, tokenizer: Tokenizer, prompts: Sequence[EncodedPrompt], params: SamplingParams, echo: bool
+    ) -> None:
+        self.usage = UsageCount([len(prompt.token_ids) for prompt in prompts])
+        self._header = header
+        self._tokenizer = tokenizer
+        self._prompts = prompts
+        self._params = params
+        self._echo = echo
+        self._writers: dict[int, logprobs.CompletionLogprobsWriter] = {}
+        self._pieces: defaultdict[int, list[CompletionChoice]] = defaultdict(list)
+
+    def add(self, number: int, delta: CompletionDelta) -> None:
+        choice = self._choice(number, delta)
+        self._pieces[choice["index"]].append(choice)
+
+    def whole(self) -> dict[str, Any]:
+        choices = [self._joined(index) for index in sorted(self._pieces)]
+        return {**self._header.body("text_completion"), "choices": choices, "usage": self.usage.result()}
+
+    def chunks(self, number: int, delta: CompletionDelta) -> Iterator[dict[str, Any]]:
+        yield {**self._header.body("text_completion"), "choices": [self._choice(number, delta)]}
+
+    def empty_chunk(self) -> dict[str, Any]:
+        return {**self._header.body("text_completion"), "choices": []}
+
+    def _choice(self, number: int, delta: CompletionDelta) -> CompletionChoice:
+        index = number * self._params.n + delta.index
+        writer = self._writers.get(index)
+        first = writer is None
+        if writer is None:
+            writer = logprobs.CompletionLogprobsWriter(self._tokenizer, self._params.skip_special_tokens)
+            self._writers[index] = writer
+        text = delta.text
+        pieces: list[CompletionLogprobs] = []
+        if first and self._echo:
+            prompt = self._prompts[number]
+            prompt_text = prompt.text(self._tokenizer)
+            text = prompt_text + text
+            if delta.prompt_logprobs is not None:
+                pieces.append(writer.prompt(prompt.token_ids, delta.prompt_logprobs, prompt_text))
+        if delta.logprobs is not None:
+            pieces.append(writer.generated(delta.logprobs))
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": logprobs.join(pieces) if pieces else None,
+            "finish_reason": finish_word(delta),
+            "stop_reason": delta.stop_reason,
+        }
+
+    def _joined(self, index: int) -> CompletionChoice:
+        pieces = self._pieces[index]
+        arrays = [piece["logprobs"] for piece in pieces if piece["logprobs"] is not None]
+        return {
+            "index": index,
+            "text": "".join(piece["text"] for piece in pieces),
+            "logprobs": None if self._params.logprobs is None else logprobs.join(arrays),
+            "finish_reason": pieces[-1]["finish_reason"],
+            "stop_reason": pieces[-1]["stop_reason"],
+        }
+
+
+async def respond(service: Service, body: CompletionRequest) -> GenerationResponse:
+    """Raises `InvalidRequest` or `APIError` for what cannot be answered."""
+    service.check_alive()
+    service.check_model(body.model)
+    service.fields.check(body.extras, REFUSED)
+    params = service.rules.for_completion(body)
+    prompts = [await _encode(service, prompt, body.add_special_tokens is not False) for prompt in body.prompt]
+    token_ids = [prompt.token_ids for prompt in prompts]
+    for ids in token_ids:
+        service.check_length(len(ids), params)
+    header = service.header("cmpl")
+    answer = CompletionAnswer(header, service.engine.tokenizer, prompts, params, bool(body.echo))
+    generation = Generation(service.engine, service.metrics, token_ids, params, header.id)
+    return GenerationResponse(generation, answer, stream_mode(body))
+
+
+async def _encode(service: Service, prompt: Prompt, add_special_tokens: bool) -> EncodedPrompt:
+    if isinstance(prompt, str):
+        return EncodedPrompt(prompt, await service.encode(prompt, add_special_tokens))
+    return EncodedPrompt(prompt, prompt)

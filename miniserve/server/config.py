@@ -1,0 +1,47 @@
+"""What the user asked of the server: frozen, validated with sentences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from miniserve.core import UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Times are in seconds, `max_body_bytes` in bytes. Raises `UserError` for a value out of range.
+
+    api_keys: any of them opens `/v1`; none leaves it open. served_model_names: what clients may call the model, the
+    first is echoed in answers; none means the model's own name. max_prompts bounds the sequences (prompts times n) of
+    one request. stuck_after: how long the engine may be silent (no step, no heartbeat) before `/health` turns 503.
+    drain_timeout: how long running requests may go on after the first signal. allowed_origins: browsers' origins that
+    may call the server (CORS); none by default.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    served_model_names: tuple[str, ...] = ()
+    max_body_bytes: int = 32 * 1024 * 1024
+    max_prompts: int = 1024
+    max_logprobs: int = 20
+    allowed_origins: tuple[str, ...] = ()
+    enable_tokenizer_info: bool = False
+    trust_request_chat_template: bool = False
+    stuck_after: float = 120.0
+    drain_timeout: float = 60.0
+    keep_alive: int = 90
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise UserError(f"--port must be between 0 and 65535, not {self.port}.")
+        if not all(self.api_keys):
+            raise UserError("--api-key must not be empty; leave it out to serve without a key.")
+        if not all(self.served_model_names):
+            raise UserError("--served-model-name must not be empty.")
+        for name in ("max_body_bytes", "max_prompts", "stuck_after", "keep_alive"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} must be a positive number, not {getattr(self, name)}.")
+        for name in ("max_logprobs", "drain_timeout"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must be 0 or more, not {getattr(self, name)}.")

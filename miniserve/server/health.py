@@ -1,0 +1,56 @@
+"""Whether the server lives, is ready, and how it fares."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request, Response
+from starlette.responses import PlainTextResponse
+
+from miniserve.server import responses
+from miniserve.server.errors import APIError, json_response
+from miniserve.server.service import VERSION, Service
+
+
+def install(app: FastAPI, service: Service) -> None:
+    async def health() -> Response:
+        return json_response(check(service))
+
+    async def ready() -> Response:
+        if service.draining:
+            raise APIError(503, "The server is shutting down and takes no new requests.")
+        return json_response(check(service))
+
+    async def version() -> Response:
+        return json_response({"version": VERSION})
+
+    async def metrics(request: Request) -> Response:
+        body, content_type = service.metrics.render(request.headers.get("accept", ""))
+        return Response(body, headers={"content-type": content_type})
+
+    app.add_api_route("/health", health, response_model=responses.Health)
+    app.add_api_route("/ping", health, response_model=responses.Health)
+    app.add_api_route("/ready", ready, response_model=responses.Health)
+    app.add_api_route("/version", version, response_model=responses.Version)
+    app.add_api_route("/metrics", metrics, response_class=PlainTextResponse)
+    # Load clients and balancers look with HEAD, SageMaker pings with POST.
+    for path, methods, endpoint in (
+        ("/health", ["HEAD"], health),
+        ("/ping", ["HEAD", "POST"], health),
+        ("/ready", ["HEAD"], ready),
+        ("/metrics", ["HEAD"], metrics),
+    ):
+        app.add_api_route(path, endpoint, methods=methods, include_in_schema=False)
+
+
+def check(service: Service) -> responses.Health:
+    """Raises `APIError` 503 where the engine is dead, or has given no sign (a finished step or, at rest, an answered
+    heartbeat) for `stuck_after`."""
+    service.check_alive()
+    stats, age = service.engine.stats, service.engine.last_step_age()
+    if age is not None and age > service.config.stuck_after:
+        raise APIError(503, f"The engine has given no sign of life for {age:.0f} s.")
+    return {
+        "status": "ok",
+        "running": stats.num_running,
+        "waiting": stats.num_waiting,
+        "last_step_age": None if age is None else round(age, 3),
+    }

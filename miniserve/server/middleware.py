@@ -1,0 +1,79 @@
+"""Plain ASGI middleware: the API key and the size of a body, both checked before anything is parsed."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from miniserve.server.errors import APIError
+
+
+class ApiKeyMiddleware:
+    """Asks for one of `api_keys` on `/v1` (`Authorization: Bearer …` or `x-api-key`), except for OPTIONS.
+
+    What is outside `/v1` stays open: health checks, metrics, and the tokenizer that lm_eval calls without a key.
+    """
+
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
+        self._app = app
+        self._digests = [_digest(key) for key in api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        guarded = scope["type"] == "http" and scope["method"] != "OPTIONS" and f"{scope['path']}/".startswith("/v1/")
+        if guarded and not self._allowed(Headers(scope=scope)):
+            error = APIError(
+                401,
+                "The API key is missing or wrong; send it as 'Authorization: Bearer KEY'.",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+            await error.response()(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _allowed(self, headers: Headers) -> bool:
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = [token.strip()] if scheme.lower() == "bearer" else []
+        given.append(headers.get("x-api-key", ""))
+        # Every pair is compared, and by digest, so that the time taken says nothing about the keys.
+        matches = [hmac.compare_digest(_digest(key), digest) for key in given for digest in self._digests]
+        return any(matches)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+class BodyLimitMiddleware:
+    """Refuses a body of more than `max_bytes` with 413: by its Content-Length, or while it is being read."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+        self._message = f"The request body is larger than this server's limit of {max_bytes} bytes."
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "0")[:19]  # 19 digits are more than any limit
+        if declared.isdecimal() and int(declared) > self._max_bytes:
+            await APIError(413, self._message).response()(scope, receive, send)
+            return
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._max_bytes:
+                # FastAPI passes an HTTPException on where it would turn any other error of reading into a 400.
+                raise HTTPException(413, self._message)
+            return message
+
+        await self._app(scope, counted, send)

@@ -1,0 +1,172 @@
+"""The bodies of requests. Every optional field takes an explicit null, which means the same as leaving it out.
+
+Unknown fields are kept (`extra="allow"`) and judged by `fields.check_extras`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+
+Prompt = str | list[int]
+
+
+def _prompts(value: object) -> list[Prompt]:
+    """All of OpenAI's four shapes as a list of prompts. Written by hand: pydantic's union would report every element
+    of a list of token ids as an error of its own."""
+    if isinstance(value, str):
+        prompts: list[Prompt] = [value]
+    elif isinstance(value, list) and _token_ids(value):
+        prompts = [value]
+    elif isinstance(value, list) and value and all(isinstance(item, str) or _token_ids(item) for item in value):
+        prompts = value
+    elif value is None:
+        raise ValueError("a prompt is required")
+    else:
+        raise ValueError("must be a string, a list of strings, a list of token ids or a list of lists of token ids")
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError("a prompt must not be empty")
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            _unicode(prompt)
+    return prompts
+
+
+def _token_ids(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value) and value != []
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair, which is no Unicode text") from None
+    return text
+
+
+def _texts(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _not_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+def _bias(value: object) -> object:
+    """OpenAI's keys are token ids written as strings."""
+    if not isinstance(value, dict):
+        return value
+    for key, number in value.items():
+        if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 12):
+            raise ValueError("keys must be token ids")
+        if isinstance(number, bool):
+            raise ValueError("values must be numbers")
+    return {int(key): number for key, number in value.items()}
+
+
+Int = Annotated[int, BeforeValidator(_not_bool), Field(ge=-(2**63), lt=2**63)]
+Float = Annotated[float, BeforeValidator(_not_bool)]
+Texts = Annotated[list[str], BeforeValidator(_texts, json_schema_input_type=str | list[str])]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    @property
+    def extras(self) -> dict[str, Any]:
+        return self.model_extra or {}
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerationBody(Body):
+    """What completions and chat share: how to sample, when to stop, how to answer."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Int | None = None
+    max_tokens: Int | None = None
+    min_tokens: Int | None = None
+    temperature: Float | None = None
+    top_p: Float | None = None
+    top_k: Int | None = None
+    min_p: Float | None = None
+    repetition_penalty: Float | None = None
+    presence_penalty: Float | None = None
+    frequency_penalty: Float | None = None
+    logit_bias: Annotated[dict[int, float], BeforeValidator(_bias, json_schema_input_type=dict[str, float])] | None = (
+        None
+    )
+    seed: Int | None = None
+    stop: Texts | None = None
+    stop_token_ids: list[Int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+
+
+class CompletionRequest(GenerationBody):
+    prompt: Annotated[
+        list[Prompt],
+        PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+    ]
+    echo: bool | None = None
+    logprobs: Int | None = None
+    best_of: Int | None = None
+    add_special_tokens: bool | None = None
+
+
+class ContentPart(Body):
+    type: str
+    text: str | None = None
+
+
+class ChatMessage(Body):
+    role: str = Field(min_length=1, max_length=64)
+    content: str | list[ContentPart] | None = None
+    tool_calls: list[Any] | None = None
+    function_call: Any = None
+
+
+class ConversationBody(Body):
+    """What chat and `/tokenize` share: a conversation and how to render it."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+
+
+class ChatCompletionRequest(ConversationBody, GenerationBody):
+    max_completion_tokens: Int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Int | None = None
+
+
+class TokenizeRequest(Body):
+    """Either `prompt` or `messages` (with the fields of a conversation)."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Body):
+    model: str | None = None
+    tokens: list[Int]

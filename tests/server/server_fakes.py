@@ -1,0 +1,275 @@
+"""An engine without a process or a model, and a real server over it on a loopback socket.
+
+Tokenizer, detokenizer, stop strings, checks and streams are the engine's own. The "model" is a table of random bigrams:
+what follows a token depends on that token alone, so a test can compute every log probability by itself. Decoding is
+greedy; sequence i of n begins with the token of rank i. A `script` replaces what would be generated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from itertools import count, pairwise
+from pathlib import Path
+
+import numpy as np
+
+import miniserve
+from miniserve.core import (
+    CompletionDelta,
+    EngineInfo,
+    FinishReason,
+    RequestOutput,
+    SamplingParams,
+    SchedulerStats,
+    TokenLogprobs,
+)
+from miniserve.engine.client import EngineDead
+from miniserve.engine.output import OutputAssembler
+from miniserve.engine.stream import CompletionStream, Mailbox
+from miniserve.engine.tokenizer import Tokenizer
+from miniserve.engine.validation import check_request
+from miniserve.server.config import ServerConfig
+from miniserve.server.serve import bind, loop_factory, serve
+
+TINY = Path(miniserve.__file__).parent / "assets" / "tiny-qwen3"
+VOCAB_SIZE = 2048
+EOS = 2047
+MAX_MODEL_LEN = 256
+
+
+@cache
+def tokenizer() -> Tokenizer:
+    return Tokenizer(TINY)
+
+
+@lru_cache(4096)
+def bigram_logprobs(token_id: int) -> np.ndarray:
+    """float32 log probabilities of what follows a token, [VOCAB_SIZE]; special tokens never win."""
+    logits = np.random.default_rng(token_id).normal(size=VOCAB_SIZE).astype(np.float32) * 4
+    logits[2045:] = -20.0
+    return logits - np.log(np.exp(logits).sum())
+
+
+def entry(previous: int, token_id: int, k: int) -> TokenLogprobs:
+    row = bigram_logprobs(previous)
+    top = np.argsort(-row, kind="stable")[:k].tolist()
+    logprob = float(row[token_id])
+    return TokenLogprobs(token_id, logprob, int((row > row[token_id]).sum()) + 1, top, [float(row[i]) for i in top])
+
+
+def greedy(prompt: list[int], num_tokens: int, rank: int = 0) -> list[int]:
+    tokens: list[int] = []
+    for position in range(num_tokens):
+        row = bigram_logprobs((prompt + tokens)[-1])
+        tokens.append(int(np.argsort(-row, kind="stable")[rank if position == 0 else 0]))
+    return tokens
+
+
+@dataclass
+class Defaults:
+    sampling: dict[str, float | int] = field(default_factory=dict)
+
+
+class FakeEngine:
+    """Has what the server uses of `AsyncEngine`. `seen` keeps the parameters of every request, `aborted` counts the
+    requests whose stream was closed before its end."""
+
+    def __init__(
+        self,
+        *,
+        script: list[int] | None = None,
+        step_seconds: float = 0.0,
+        fail_after: int | None = None,
+        sampling: dict[str, float | int] | None = None,
+        model: str = "tiny/fake",
+    ) -> None:
+        self.tokenizer = tokenizer()
+        self.generation_defaults = Defaults(sampling or {})
+        self.info = EngineInfo(
+            model=model, model_path=str(TINY), architecture="Fake", dtype="float32", device="cpu",
+            vocab_size=VOCAB_SIZE, max_model_len=MAX_MODEL_LEN, max_num_seqs=64, max_num_batched_tokens=512,
+            block_size=16, num_blocks=64, kv_layout="linear", enable_prefix_caching=True, async_scheduling=False,
+            eos_token_ids=[EOS], memory=[], attention=[],
+        )  # fmt: skip
+        self.script = script
+        self.step_seconds = step_seconds
+        self.fail_after = fail_after
+        self.dead: str | None = None
+        self.age: float | None = 0.0
+        self.seen: list[tuple[list[int], SamplingParams]] = []
+        self.aborted = 0
+        self.num_running = 0
+        self.shutdowns: list[bool] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._boxes: dict[int, tuple[Mailbox, OutputAssembler]] = {}
+        self._serial = count()
+
+    @property
+    def stats(self) -> SchedulerStats:
+        usage = self.num_running / 64
+        return SchedulerStats(num_running=self.num_running, kv_cache_usage=usage, prefix_cache_queries=7)
+
+    def last_step_age(self) -> float | None:
+        return self.age
+
+    def generate(self, prompt_token_ids: list[int], params: SamplingParams, request_id: str) -> CompletionStream:
+        if self.dead or self.shutdowns:
+            raise EngineDead(self.dead or "The engine is shutting down.")
+        self.seen.append((prompt_token_ids, params))
+        params = check_request(prompt_token_ids, params, self.info)
+        number, mailbox = next(self._serial), Mailbox()
+        self._boxes[number] = mailbox, OutputAssembler(self.tokenizer, prompt_token_ids, params)
+        task = asyncio.get_running_loop().create_task(self._run(number, prompt_token_ids, params))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        self.num_running += params.n
+
+        def abort() -> None:
+            self.aborted += 1
+            task.cancel()
+            self._end(number, FinishReason.ABORT)
+
+        return CompletionStream(mailbox, abort)
+
+    def kill(self, reason: str) -> None:
+        self.dead = reason
+        for task in list(self._tasks):
+            task.cancel()
+        for number in list(self._boxes):
+            self._end(number, FinishReason.ERROR, reason)
+
+    async def shutdown(self, drain: bool = True, timeout: float | None = None) -> None:
+        self.shutdowns.append(drain)
+        if drain and self._tasks:
+            await asyncio.wait(list(self._tasks), timeout=timeout)
+        if self.dead is None:
+            self.kill("The engine was shut down.")
+
+    def _end(self, number: int, reason: FinishReason, error: str | None = None) -> None:
+        box = self._boxes.pop(number, None)
+        if box is None:
+            return
+        mailbox, assembler = box
+        for delta in assembler.end(reason, error):
+            self.num_running -= 1
+            mailbox.put(delta)
+        mailbox.end()
+
+    async def _run(self, number: int, prompt: list[int], params: SamplingParams) -> None:
+        mailbox, assembler = self._boxes[number]
+        started = time.monotonic()
+        wanted = max(params.max_tokens or 0, 1)
+        for step in range(wanted):
+            await asyncio.sleep(self.step_seconds)
+            if self.fail_after is not None and step >= self.fail_after:
+                self._end(number, FinishReason.ERROR, "The fake device broke.")
+                return
+            for index in range(params.n):
+                output = self._output(prompt, params, index, step, started)
+                deltas, _ = assembler.push(index, output)
+                for delta in deltas:
+                    self.num_running -= delta.finish_reason is not None
+                    mailbox.put(delta)
+            if assembler.finished:
+                break
+        self._boxes.pop(number, None)
+        mailbox.end()
+
+    def _output(
+        self, prompt: list[int], params: SamplingParams, index: int, step: int, started: float
+    ) -> RequestOutput:
+        tokens = self.script or greedy(prompt, min(step + 1, 300), index)
+        token = tokens[step % len(tokens)]
+        previous = (prompt + tokens[:step])[-1]
+        output = RequestOutput(request_id="", num_cached_tokens=16 * (len(prompt) > 16), first_scheduled_time=started)
+        if step == 0 and params.prompt_logprobs is not None and index == 0:
+            pairs = pairwise(prompt)
+            output.prompt_logprobs = [None, *(entry(a, b, params.prompt_logprobs) for a, b in pairs)]
+        if params.max_tokens:
+            output.new_token_ids = [token]
+            if params.logprobs is not None:
+                output.logprobs = [entry(previous, token, params.logprobs)]
+        if token == EOS and not params.ignore_eos:
+            output.finish_reason = FinishReason.STOP
+        elif token in params.stop_token_ids:
+            output.finish_reason, output.stop_token_id = FinishReason.STOP, token
+        elif step + 1 >= (params.max_tokens or 0):
+            output.finish_reason = FinishReason.LENGTH
+        return output
+
+
+class RunningServer:
+    """`root` is the server's address; `call` runs something on its event loop and waits for it."""
+
+    def __init__(self, engine: FakeEngine, config: ServerConfig) -> None:
+        self.engine = engine
+        self._config = config
+        self._socket = bind("127.0.0.1", 0)
+        self.port: int = self._socket.getsockname()[1]
+        self.root = f"http://127.0.0.1:{self.port}"
+        self.url = f"{self.root}/v1"
+        self._ready = threading.Event()
+        self.exit_code: int | None = None
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        assert self._ready.wait(60)
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            self.exit_code = runner.run(self._main())
+        self._ready.set()
+
+    async def _main(self) -> int:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        return await serve(
+            self.engine,
+            self._config,
+            sock=self._socket,
+            on_ready=self._ready.set,
+            stop=self._stop,  # type: ignore[arg-type]
+        )
+
+    def call(self, work, *args):  # type: ignore[no-untyped-def]
+        async def run():  # type: ignore[no-untyped-def]
+            return work(*args)
+
+        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(30)
+
+    def num_tasks(self) -> int:
+        return self.call(lambda: len(asyncio.all_tasks()))
+
+    def stop(self) -> int:
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+        return self.join()
+
+    def join(self) -> int:
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+        assert self.exit_code is not None
+        return self.exit_code
+
+
+@contextmanager
+def running_server(engine: FakeEngine | None = None, **config: object) -> Iterator[RunningServer]:
+    server = RunningServer(engine or FakeEngine(), ServerConfig(**config))  # type: ignore[arg-type]
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def wait_until(condition, seconds: float = 30.0) -> None:  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.01)
+
+
+__all__ = ["CompletionDelta", "FakeEngine", "RunningServer", "running_server", "wait_until"]
