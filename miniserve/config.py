@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from miniserve.core import UserError
@@ -78,3 +80,9 @@ def _choice(flag: str, value: str, allowed: tuple[str, ...]) -> None:
 def _positive(flag: str, value: int) -> None:
     if value <= 0:
         raise UserError(f"{flag} must be a positive number, not {value}.")
+
+
+def cache_dir() -> Path:
+    """Where compiled kernels are kept: `$XDG_CACHE_HOME/miniserve`, by default ~/.cache/miniserve."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "miniserve"

@@ -1,0 +1,123 @@
+"""TORCH_ATTN: every path in PyTorch alone, on any device. The reference, and the fallback where nothing better runs."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from miniserve.attention.backends.base import Backend
+from miniserve.attention.layouts import KVCache
+from miniserve.attention.metadata import DecodeMetadata, ExtendMetadata
+from miniserve.attention.spec import AttentionLayer, AttentionSpec
+
+
+class TorchBackend(Backend):
+    def write(self, cache: KVCache, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        self.layout.write(cache, k, v, slot_mapping)
+
+    def decode(self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, meta: DecodeMetadata) -> torch.Tensor:
+        """All rows at once over their gathered blocks, padded to the longest: one copy of the rows' cache, but no
+        Python per row. (A call per row on views costs more from a few rows on; CPU_ATTN does neither.)"""
+        k, v = self.layout.gather(cache, meta.block_tables.long())
+        k, v = k.flatten(1, 2), v.flatten(1, 2)  # [rows, width * block_size, KH, D]
+        distance = meta.seq_lens[:, None] - 1 - torch.arange(k.shape[1], device=q.device)
+        visible = _visible(distance, layer.spec.sliding_window)[:, None]  # [rows, 1, keys]
+        return grouped_attention(layer, q[:, None], k, v, visible).flatten(1)
+
+    def extend(
+        self,
+        layer: AttentionLayer,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cache: KVCache,
+        meta: ExtendMetadata,
+    ) -> torch.Tensor:
+        num_keys = meta.context_len + meta.query_len
+        if meta.context_len:
+            k, v = self.layout.gather(cache, meta.block_ids)
+            k, v = k.flatten(0, 1)[:num_keys], v.flatten(0, 1)[:num_keys]
+        positions = torch.arange(num_keys, device=q.device)
+        distance = positions[meta.context_len :, None] - positions
+        causal = meta.context_len == 0 and layer.spec.sliding_window is None
+        visible = None if causal else _visible(distance, layer.spec.sliding_window)
+        return grouped_attention(
+            layer, q[None], k[None], v[None], None if visible is None else visible[None], distance=distance
+        )[0].flatten(1)
+
+
+def _visible(distance: torch.Tensor, window: int | None) -> torch.Tensor:
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)
+
+
+def grouped_attention(
+    layer: AttentionLayer,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor | None,
+    distance: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Softmax attention of q [B, Lq, H, D] over k, v [B, Lk, KH, D], query head h reading kv head h // (H // KH).
+
+    visible bool [B, Lq, Lk]; None means causal with Lq == Lk. Softmax in float32. Returns [B, Lq, H, D].
+    """
+    spec = layer.spec
+    if spec.softcap is not None or spec.sinks:
+        return _explicit_attention(spec, layer.sinks, q, k, v, _mask(visible, distance))
+    batch, q_len, num_heads, head_dim = q.shape
+    group = num_heads // spec.num_kv_heads
+    # Each kv head's queries become rows of one matrix, so that k and v are read once and never repeated.
+    grouped = q.view(batch, q_len, spec.num_kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
+    if q_len == 1:
+        out = scaled_dot_product_attention(
+            grouped.flatten(2, 3),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=None if visible is None else visible[:, None],
+            scale=spec.scale,
+        )[:, :, :, None]
+    else:
+        shape = (batch, spec.num_kv_heads, group, k.shape[1], head_dim)
+        keys, values = (t.transpose(1, 2)[:, :, None].expand(shape).flatten(1, 2) for t in (k, v))
+        out = scaled_dot_product_attention(
+            grouped.flatten(1, 2),
+            keys,
+            values,
+            attn_mask=None if visible is None else visible[:, None],
+            is_causal=visible is None,
+            scale=spec.scale,
+        ).view(batch, spec.num_kv_heads, group, q_len, head_dim)
+    return out.permute(0, 3, 1, 2, 4).reshape(batch, q_len, num_heads, head_dim)
+
+
+def _mask(visible: torch.Tensor | None, distance: torch.Tensor | None) -> torch.Tensor:
+    if visible is not None:
+        return visible
+    if distance is None:
+        raise ValueError("either visible or distance must be given")
+    return (distance >= 0)[None]
+
+
+def _explicit_attention(
+    spec: AttentionSpec,
+    sinks: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor,
+) -> torch.Tensor:
+    """The formula written out in float32, for what PyTorch's fused attention lacks: softcap and sinks."""
+    group = spec.num_heads // spec.num_kv_heads
+    queries = q.float().unflatten(2, (spec.num_kv_heads, group))
+    scores = torch.einsum("bqhgd,bkhd->bhgqk", queries, k.float()) * spec.scale
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
+    if sinks is not None:
+        column = sinks.float().view(1, spec.num_kv_heads, group, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, column], dim=-1).softmax(dim=-1)[..., :-1]
+    else:
+        weights = scores.softmax(dim=-1)
+    return torch.einsum("bhgqk,bkhd->bqhgd", weights, v.float()).flatten(2, 3).to(q.dtype)

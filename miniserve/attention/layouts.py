@@ -1,0 +1,139 @@
+"""The KV cache's layouts: where a token's key and value lie in a block.
+
+A cache holds, for one layer, a key plane and a value plane of `num_blocks` blocks of `block_size` tokens. A token's
+slot is `block_id * block_size + offset`. Both layouts take the same bytes per block.
+
+- `linear`:   key and value [num_blocks, block_size, num_kv_heads, head_dim].
+- `shuffled`: key [num_blocks, num_kv_heads, head_dim/x, block_size, x],
+              value [num_blocks, num_kv_heads, block_size/x, head_dim, x], x = 16 bytes / itemsize:
+              what the aiter library calls the asm (shuffle) layout (aiter `reshape_and_cache(asm_layout=True)`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from miniserve.attention.spec import AttentionSpec
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """One layer's key and value planes, dense and separate."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+class KVLayout(ABC):
+    """A layout of one block size. Knows shapes, how to write tokens and how to read blocks back."""
+
+    name: str
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+
+    @staticmethod
+    @abstractmethod
+    def refusal(spec: AttentionSpec, block_size: int) -> str | None:
+        """Why this layout cannot hold the layer, as a sentence; None when it can."""
+
+    @abstractmethod
+    def shapes(self, spec: AttentionSpec, num_blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of the key and the value plane."""
+
+    @abstractmethod
+    def write(self, cache: KVCache, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        """Store k, v [num_tokens, num_kv_heads, head_dim] at slot_mapping [num_tokens] int64 (every slot >= 0)."""
+
+    @abstractmethod
+    def gather(self, cache: KVCache, block_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read blocks: block_ids [...] -> k, v [..., block_size, num_kv_heads, head_dim]."""
+
+    def block_bytes(self, spec: AttentionSpec) -> int:
+        """Bytes of one block of one layer, keys and values together."""
+        return 2 * self.block_size * spec.num_kv_heads * spec.head_dim * spec.kv_dtype.itemsize
+
+    def allocate(self, spec: AttentionSpec, num_blocks: int, device: torch.device) -> KVCache:
+        """A zeroed cache: a block never written must not hold NaN, which a masked kernel may still multiply by 0."""
+        key, value = self.shapes(spec, num_blocks)
+        return KVCache(
+            torch.zeros(key, dtype=spec.kv_dtype, device=device), torch.zeros(value, dtype=spec.kv_dtype, device=device)
+        )
+
+
+class LinearLayout(KVLayout):
+    name = "linear"
+
+    @staticmethod
+    def refusal(spec: AttentionSpec, block_size: int) -> str | None:
+        return None
+
+    def shapes(self, spec: AttentionSpec, num_blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        shape = (num_blocks, self.block_size, spec.num_kv_heads, spec.head_dim)
+        return shape, shape
+
+    def write(self, cache: KVCache, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        cache.key.flatten(0, 1).index_copy_(0, slot_mapping, k.to(cache.key.dtype))
+        cache.value.flatten(0, 1).index_copy_(0, slot_mapping, v.to(cache.value.dtype))
+
+    def gather(self, cache: KVCache, block_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return _take(cache.key, block_ids), _take(cache.value, block_ids)
+
+
+class ShuffledLayout(KVLayout):
+    name = "shuffled"
+
+    @staticmethod
+    def refusal(spec: AttentionSpec, block_size: int) -> str | None:
+        x = _lanes(spec.kv_dtype)
+        if block_size % x:
+            return f"the shuffled layout needs a block size that is a multiple of {x} for this dtype, not {block_size}"
+        if spec.head_dim % x:
+            return f"the shuffled layout needs a head_dim that is a multiple of {x}, not {spec.head_dim}"
+        return None
+
+    def shapes(self, spec: AttentionSpec, num_blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        x = _lanes(spec.kv_dtype)
+        return (
+            (num_blocks, spec.num_kv_heads, spec.head_dim // x, self.block_size, x),
+            (num_blocks, spec.num_kv_heads, self.block_size // x, spec.head_dim, x),
+        )
+
+    def write(self, cache: KVCache, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        num_tokens, num_kv_heads, head_dim = k.shape
+        x = cache.key.shape[-1]
+        block, offset = slot_mapping // self.block_size, slot_mapping % self.block_size
+        cache.key[block, :, :, offset] = k.reshape(num_tokens, num_kv_heads, head_dim // x, x).to(cache.key.dtype)
+        cache.value[block, :, offset // x, :, offset % x] = v.to(cache.value.dtype)
+
+    def gather(self, cache: KVCache, block_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return unpack_shuffled(_take(cache.key, block_ids), _take(cache.value, block_ids))
+
+
+def pack_shuffled(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Linear blocks [..., block_size, num_kv_heads, head_dim] -> the shuffled key and value of the same blocks."""
+    x = _lanes(k.dtype)
+    key = k.unflatten(-1, (-1, x)).movedim(-4, -2)  # [..., KH, D/x, BS, x]
+    value = v.unflatten(-3, (-1, x)).movedim(-3, -1).movedim(-3, -4)  # [..., KH, BS/x, D, x]
+    return key.contiguous(), value.contiguous()
+
+
+def unpack_shuffled(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of `pack_shuffled`."""
+    k = key.movedim(-2, -4).flatten(-2)  # [..., BS, KH, D]
+    v = value.movedim(-1, -2).flatten(-3, -2).movedim(-3, -2)  # via [..., KH, BS, D]
+    return k.contiguous(), v.contiguous()
+
+
+LAYOUTS: dict[str, type[KVLayout]] = {"linear": LinearLayout, "shuffled": ShuffledLayout}
+
+
+def _lanes(dtype: torch.dtype) -> int:
+    return 16 // dtype.itemsize
+
+
+def _take(plane: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
+    return plane.index_select(0, block_ids.reshape(-1)).view(*block_ids.shape, *plane.shape[1:])

@@ -1,0 +1,485 @@
+// The CPU decode path's kernels: small-batch linear layers, norms, rope and paged attention, for x86-64 and others.
+// Plain C functions over raw pointers (see native.py, which compiles and binds them); no dependency but OpenMP.
+// Every kernel accumulates in float32 whatever the storage type.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+// --- storage types --------------------------------------------------------------------------------------------------
+
+struct bf16 {
+    uint16_t bits;
+};
+
+inline float load(const float* p) { return *p; }
+inline float load(const bf16* p) {
+    uint32_t u = uint32_t(p->bits) << 16;
+    float f;
+    std::memcpy(&f, &u, 4);
+    return f;
+}
+inline float load(const _Float16* p) { return float(*p); }
+
+inline void store(float* p, float f) { *p = f; }
+inline void store(bf16* p, float f) {
+    uint32_t u;
+    std::memcpy(&u, &f, 4);
+    // Round to nearest even; a NaN must not round up into infinity.
+    p->bits = (u & 0x7fffffffu) > 0x7f800000u ? uint16_t((u >> 16) | 0x40u) : uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+inline void store(_Float16* p, float f) { *p = _Float16(f); }
+
+template <class T> inline float rounded(float f) {
+    T t;
+    store(&t, f);
+    return load(&t);
+}
+
+// exp for x <= 0, relative error about 1e-7, branch-free so that loops over it vectorise (Cephes expf polynomial).
+inline float exp_neg(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    float n = std::nearbyintf(x * 1.44269504088896341f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t bits = (int32_t(n) + 127) << 23;
+    float scale;
+    std::memcpy(&scale, &bits, 4);
+    return p * scale;
+}
+
+// --- linear: out[m, n] = sum_k x[m, k] * w[n, k] (+ bias[n]) ----------------------------------------------------------
+
+#if defined(__AVX512BF16__)
+// Weights are packed for vdpbf16ps: panels of 16 output rows, in a panel [k/2][16 rows][2], so that one 64-byte load feeds
+// 16 outputs and x comes in as a broadcast pair: no horizontal sums. A tile is NT panels by MT tokens in registers.
+constexpr int64_t PANEL = 16;     // output rows of a panel
+constexpr int64_t PREFETCH = 1024;  // elements ahead, measured: the hardware prefetcher alone leaves 10 % of the bandwidth
+
+inline __m512bh pair(const bf16* x) {
+    int32_t v;
+    std::memcpy(&v, x, 4);
+    return (__m512bh)_mm512_set1_epi32(v);
+}
+
+template <int NT, int MT>
+inline void linear_tile(const bf16* w, const bf16* x, const bf16* bias, bf16* out, int64_t k, int64_t x_stride, int64_t out_stride) {
+    __m512 acc[NT][MT];
+    for (int n = 0; n < NT; n++)
+        for (int m = 0; m < MT; m++) acc[n][m] = _mm512_setzero_ps();
+    const int64_t panel = k * PANEL;
+    for (int64_t i = 0; i < k; i += 2) {
+        __m512bh wv[NT];
+        for (int n = 0; n < NT; n++) {
+            const bf16* p = w + n * panel + i * PANEL;
+            wv[n] = (__m512bh)_mm512_loadu_si512(p);
+            _mm_prefetch((const char*)(p + PREFETCH), _MM_HINT_T0);
+        }
+        for (int m = 0; m < MT; m++) {
+            __m512bh xv = pair(x + m * x_stride + i);
+            for (int n = 0; n < NT; n++) acc[n][m] = _mm512_dpbf16_ps(acc[n][m], wv[n], xv);
+        }
+    }
+    for (int n = 0; n < NT; n++) {
+        __m512 b = bias ? _mm512_castsi512_ps(_mm512_slli_epi32(
+                              _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(bias + n * PANEL))), 16))
+                        : _mm512_setzero_ps();
+        for (int m = 0; m < MT; m++)
+            _mm256_storeu_si256((__m256i*)(out + m * out_stride + n * PANEL), (__m256i)_mm512_cvtneps_pbh(_mm512_add_ps(acc[n][m], b)));
+    }
+}
+
+template <int NT, int MT>
+void linear_panels(const bf16* w, const bf16* x, const bf16* bias, bf16* out, int64_t m, int64_t k, int64_t x_stride, int64_t out_stride) {
+    if constexpr (MT > 1) {
+        if (m < MT) return linear_panels<NT, MT - 1>(w, x, bias, out, m, k, x_stride, out_stride);
+    }
+    linear_tile<NT, MT>(w, x, bias, out, k, x_stride, out_stride);
+}
+
+template <int NT, int MT>
+void linear_packed(const bf16* w, const bf16* x, const bf16* bias, bf16* out, int64_t m, int64_t n, int64_t k, int64_t x_stride, int threads) {
+    const int64_t groups = n / (NT * PANEL), width = NT * PANEL;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t g = 0; g < groups; g++)
+        for (int64_t i = 0; i < m; i += MT)
+            linear_panels<NT, MT>(w + g * width * k, x + i * x_stride, bias ? bias + g * width : nullptr, out + i * n + g * width,
+                                  m - i < MT ? m - i : MT, k, x_stride, n);
+    const int64_t done = groups * width;
+    if (done < n) {
+        for (int64_t p = done; p < n; p += PANEL)
+            for (int64_t i = 0; i < m; i += MT)
+                linear_panels<1, MT>(w + p * k, x + i * x_stride, bias ? bias + p : nullptr, out + i * n + p, m - i < MT ? m - i : MT, k, x_stride, n);
+    }
+}
+#endif
+
+// --- norms, rope, activation ------------------------------------------------------------------------------------------
+
+template <class T> inline void rms_norm_row(const T* x, const T* weight, T* out, int64_t dim, float eps) {
+    float sum = 0.0f;
+    for (int64_t i = 0; i < dim; i++) sum += load(x + i) * load(x + i);
+    const float inv = 1.0f / std::sqrt(sum / float(dim) + eps);
+    // Rounding before the weight is applied is what the reference models do.
+    for (int64_t i = 0; i < dim; i++) store(out + i, rounded<T>(load(x + i) * inv) * load(weight + i));
+}
+
+template <class T> void add_rms_norm(const T* x, T* residual, const T* weight, T* out, int64_t rows, int64_t dim, float eps, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows * dim > 32768)
+    for (int64_t r = 0; r < rows; r++) {
+        const T* xr = x + r * dim;
+        if (residual) {
+            T* rr = residual + r * dim;
+            for (int64_t i = 0; i < dim; i++) store(rr + i, load(rr + i) + load(xr + i));
+            xr = rr;
+        }
+        rms_norm_row(xr, weight, out + r * dim, dim, eps);
+    }
+}
+
+template <class T> void silu_and_mul(const T* gate_up, T* out, int64_t rows, int64_t dim, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (rows * dim > 32768)
+    for (int64_t r = 0; r < rows; r++) {
+        const T *gate = gate_up + r * 2 * dim, *up = gate + dim;
+        T* o = out + r * dim;
+        for (int64_t i = 0; i < dim; i++) {
+            const float g = load(gate + i), e = exp_neg(g < 0.0f ? g : -g);
+            const float sigmoid = (g < 0.0f ? e : 1.0f) / (1.0f + e);
+            store(o + i, rounded<T>(g * sigmoid) * load(up + i));
+        }
+    }
+}
+
+// In place on q and k of a packed qkv row: norm each head (where a weight is given), then rotate its first rot_dim elements
+// as two halves (the "neox" pairing). table: [positions, rot_dim]: cos of the half, then sin of the half.
+template <class T>
+void qk_norm_rope(T* qkv, const T* q_weight, const T* k_weight, const float* table, const int64_t* positions, int64_t tokens, int64_t heads,
+                  int64_t kv_heads, int64_t head_dim, int64_t rot_dim, float eps, int64_t row_stride, int threads) {
+    const int64_t half = rot_dim / 2;
+#pragma omp parallel for num_threads(threads) schedule(static) if (tokens * (heads + kv_heads) * head_dim > 16384)
+    for (int64_t t = 0; t < tokens; t++) {
+        const float *cos = table + positions[t] * rot_dim, *sin = cos + half;
+        for (int64_t h = 0; h < heads + kv_heads; h++) {
+            T* x = qkv + t * row_stride + h * head_dim;
+            const T* weight = h < heads ? q_weight : k_weight;
+            if (weight) rms_norm_row(x, weight, x, head_dim, eps);
+            for (int64_t i = 0; i < half; i++) {
+                const float a = load(x + i), b = load(x + half + i);
+                store(x + i, a * cos[i] - b * sin[i]);
+                store(x + half + i, b * cos[i] + a * sin[i]);
+            }
+        }
+    }
+}
+
+// --- the paged KV cache ---------------------------------------------------------------------------------------------
+
+// Index formulas of the two layouts; see attention/layouts.py. x is the lane count of the shuffled layout.
+template <class T, bool SHUFFLED> struct Cache {
+    static constexpr int64_t x = 16 / sizeof(T);
+    int64_t kv_heads, head_dim, block_size;
+
+    int64_t block_elements() const { return kv_heads * head_dim * block_size; }
+
+    const T* key_row(const T* key, int64_t block, int64_t t, int64_t head) const {
+        return key + block * block_elements() + (t * kv_heads + head) * head_dim;
+    }
+    // Token t's share of a block's head: one row where tokens are rows, as many bytes of the head's run where they are not.
+    void prefetch(const T* key, const T* value, int64_t block, int64_t head, int64_t t) const {
+        const int64_t start = block * block_elements() + (head * block_size + t) * head_dim;
+        for (int64_t i = 0; i < head_dim; i += 64 / int64_t(sizeof(T))) {
+            __builtin_prefetch(key + start + i);
+            __builtin_prefetch(value + start + i);
+        }
+    }
+    void write_key(T* key, int64_t slot, int64_t head, const T* src) const {
+        const int64_t block = slot / block_size, o = slot % block_size;
+        T* base = key + block * block_elements();
+        if constexpr (SHUFFLED)
+            for (int64_t d = 0; d < head_dim; d += x) std::memcpy(base + head * head_dim * block_size + d * block_size + o * x, src + d, 16);
+        else
+            std::memcpy(base + (o * kv_heads + head) * head_dim, src, head_dim * sizeof(T));
+    }
+    void write_value(T* value, int64_t slot, int64_t head, const T* src) const {
+        const int64_t block = slot / block_size, o = slot % block_size;
+        T* base = value + block * block_elements();
+        if constexpr (SHUFFLED)
+            for (int64_t d = 0; d < head_dim; d++) base[head * head_dim * block_size + (o / x) * head_dim * x + d * x + o % x] = src[d];
+        else
+            std::memcpy(base + (o * kv_heads + head) * head_dim, src, head_dim * sizeof(T));
+    }
+    // The first `n` tokens of a block, one head, as float32 rows [n, width].
+    void read_key(const T* key, int64_t block, int64_t head, int64_t n, float* dst, int64_t width) const {
+        const T* base = key + block * block_elements();
+        if constexpr (SHUFFLED) {
+            base += head * head_dim * block_size;
+            for (int64_t d = 0; d < head_dim; d += x)
+                for (int64_t t = 0; t < n; t++)
+                    for (int64_t j = 0; j < x; j++) dst[t * width + d + j] = load(base + d * block_size + t * x + j);
+        } else {
+            for (int64_t t = 0; t < n; t++)
+                for (int64_t d = 0; d < head_dim; d++) dst[t * width + d] = load(base + (t * kv_heads + head) * head_dim + d);
+        }
+    }
+    void read_value(const T* value, int64_t block, int64_t head, int64_t n, float* dst, int64_t width) const {
+        const T* base = value + block * block_elements();
+        if constexpr (SHUFFLED) {
+            base += head * head_dim * block_size;
+            for (int64_t o = 0; o < n; o += x)
+                for (int64_t j = 0; j < x; j++)
+                    for (int64_t d = 0; d < head_dim; d++) dst[(o + j) * width + d] = load(base + o * head_dim + d * x + j);
+        } else {
+            for (int64_t t = 0; t < n; t++)
+                for (int64_t d = 0; d < head_dim; d++) dst[t * width + d] = load(base + (t * kv_heads + head) * head_dim + d);
+        }
+    }
+};
+
+template <class T, bool SHUFFLED>
+void write_kv(const Cache<T, SHUFFLED>& cache, const T* k, const T* v, int64_t k_stride, int64_t v_stride, T* key, T* value, const int64_t* slots,
+              int64_t tokens) {
+    for (int64_t t = 0; t < tokens; t++)
+        for (int64_t h = 0; h < cache.kv_heads; h++) {
+            cache.write_key(key, slots[t], h, k + t * k_stride + h * cache.head_dim);
+            cache.write_value(value, slots[t], h, v + t * v_stride + h * cache.head_dim);
+        }
+}
+
+// Sixteen floats; GCC and Clang lower it to whatever vectors the processor has.
+typedef float vec __attribute__((vector_size(64), aligned(4)));
+constexpr int64_t LANES = 16;
+
+inline vec load_vec(const float* p) { return *(const vec*)p; }
+inline float sum_lanes(vec v) {
+    v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    return v[0] + v[1];
+}
+
+#if defined(__AVX512BF16__)
+constexpr bool HAS_BF16_DOT = true;
+inline float dot_bf16(const bf16* a, const bf16* b, int64_t n) {
+    __m512 even = _mm512_setzero_ps(), odd = even;
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) {
+        even = _mm512_dpbf16_ps(even, (__m512bh)_mm512_loadu_si512(a + i), (__m512bh)_mm512_loadu_si512(b + i));
+        odd = _mm512_dpbf16_ps(odd, (__m512bh)_mm512_loadu_si512(a + i + 32), (__m512bh)_mm512_loadu_si512(b + i + 32));
+    }
+    for (; i < n; i += 32) {
+        const __mmask32 mask = n - i >= 32 ? ~__mmask32(0) : (__mmask32(1) << (n - i)) - 1;
+        even = _mm512_dpbf16_ps(even, (__m512bh)_mm512_maskz_loadu_epi16(mask, a + i), (__m512bh)_mm512_maskz_loadu_epi16(mask, b + i));
+    }
+    return _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
+}
+#else
+constexpr bool HAS_BF16_DOT = false;
+#endif
+
+// acc[0 .. 16 N) += sum over tokens of p[t] * rows[t], held in registers across the tokens.
+template <int N> inline void accumulate(float* acc, const float* p, const float* rows, int64_t from, int64_t to, int64_t stride) {
+    vec a[N];
+    for (int i = 0; i < N; i++) a[i] = load_vec(acc + i * LANES);
+    for (int64_t t = from; t < to; t++)
+        for (int i = 0; i < N; i++) a[i] += p[t] * load_vec(rows + t * stride + i * LANES);
+    for (int i = 0; i < N; i++) *(vec*)(acc + i * LANES) = a[i];
+}
+
+struct DecodeShape {
+    int64_t rows, heads, q_stride, table_stride, window;  // window 0: none
+    float scale, softcap;                                 // softcap 0: none
+};
+
+// One query token a row, attending over the row's blocks; flash-decoding's running softmax (Dao et al., 2022), a block a step.
+// A task is a row and a group of kv heads: as many heads together as leaves every thread busy, since a block's heads lie side
+// by side. No head's arithmetic depends on the grouping.
+template <class T, bool SHUFFLED> struct PagedDecode {
+    const Cache<T, SHUFFLED>& cache;
+    const DecodeShape& s;
+    const T *q, *key, *value;
+    const int32_t *tables, *seq_lens;
+    const float* sinks;
+    T* out;
+    const int64_t D = cache.head_dim, BS = cache.block_size, G = s.heads / cache.kv_heads;
+    const int64_t width = (D + LANES - 1) / LANES * LANES, depth = BS + Cache<T, SHUFFLED>::x;
+
+    int64_t scratch_floats() const { return 2 * depth * width + depth + s.heads * (2 * width + 2); }
+
+    // One head group's state: for each query head the scaled query, the weighted sum, the running maximum and the sum.
+    struct Heads {
+        const T* raw;
+        float *q, *acc, *top, *sum;
+    };
+
+    void block_step(int64_t head, int64_t block, int64_t next, int64_t skip, int64_t n, const Heads& h, float* kf, float* vf, float* p) const {
+        constexpr bool direct = std::is_same_v<T, bf16> && !SHUFFLED && HAS_BF16_DOT;
+        if (!direct) cache.read_key(key, block, head, n, kf, width);
+        cache.read_value(value, block, head, n, vf, width);
+        for (int64_t g = 0; g < G; g++) {
+            float *acc = h.acc + g * width, high = h.top[g];
+            for (int64_t t = skip; t < n; t++) {
+                if (g == 0) cache.prefetch(key, value, next, head, t);
+                float score;
+                if constexpr (direct) {
+                    score = dot_bf16(h.raw + g * D, cache.key_row(key, block, t, head), D) * s.scale;
+                } else {
+                    vec a{};
+                    for (int64_t d = 0; d < D; d += LANES) a += load_vec(h.q + g * width + d) * load_vec(kf + t * width + d);
+                    score = sum_lanes(a);
+                }
+                p[t] = s.softcap ? s.softcap * std::tanh(score / s.softcap) : score;
+                high = p[t] > high ? p[t] : high;
+            }
+            if (high > h.top[g]) {
+                const float shrink = h.sum[g] == 0.0f ? 0.0f : exp_neg(h.top[g] - high);
+                h.sum[g] *= shrink;
+                for (int64_t d = 0; d < width; d++) acc[d] *= shrink;
+                h.top[g] = high;
+            }
+            for (int64_t t = skip; t < n; t++) p[t] = exp_neg(p[t] - high);
+            for (int64_t t = skip; t < n; t++) h.sum[g] += p[t];
+            int64_t d = 0;
+            for (; d + 4 * LANES <= D; d += 4 * LANES) accumulate<4>(acc + d, p, vf + d, skip, n, width);
+            for (; d < D; d += LANES) accumulate<1>(acc + d, p, vf + d, skip, n, width);
+        }
+    }
+
+    void row_heads(int64_t row, int64_t from, int64_t to, float* scratch) const {
+        float *kf = scratch, *vf = kf + depth * width, *p = vf + depth * width, *state = p + depth;
+        const int64_t count = (to - from) * G, len = seq_lens[row], first = s.window && len > s.window ? len - s.window : 0;
+        const T* raw = q + row * s.q_stride + from * G * D;
+        const Heads all{raw, state, state + count * width, state + 2 * count * width, state + 2 * count * width + count};
+        for (int64_t g = 0; g < count; g++) {
+            for (int64_t d = 0; d < width; d++) {
+                all.q[g * width + d] = d < D ? load(raw + g * D + d) * s.scale : 0.0f;
+                all.acc[g * width + d] = 0.0f;
+            }
+            all.top[g] = sinks ? sinks[from * G + g] : -INFINITY;
+            all.sum[g] = sinks ? 1.0f : 0.0f;
+        }
+        const int32_t* table = tables + row * s.table_stride;
+        for (int64_t b = first / BS; b * BS < len; b++) {
+            const int64_t n = len - b * BS < BS ? len - b * BS : BS, skip = first > b * BS ? first - b * BS : 0;
+            for (int64_t head = from; head < to; head++) {
+                const int64_t i = (head - from) * G;
+                const int64_t next = (b + 1) * BS < len ? table[b + 1] : table[b];
+                block_step(head, table[b], next, skip, n, {raw + i * D, all.q + i * width, all.acc + i * width, all.top + i, all.sum + i}, kf, vf, p);
+            }
+        }
+        for (int64_t g = 0; g < count; g++)
+            for (int64_t d = 0; d < D; d++)
+                store(out + (row * s.heads + from * G + g) * D + d, all.sum[g] > 0.0f ? all.acc[g * width + d] / all.sum[g] : 0.0f);
+    }
+
+    void run(int threads) const {
+        int64_t groups = (2 * threads + s.rows - 1) / s.rows;
+        groups = groups < cache.kv_heads ? groups : cache.kv_heads;
+        if (s.rows >= 2 * threads || threads == 1) groups = 1;
+#pragma omp parallel num_threads(threads)
+        {
+            std::vector<float> scratch(scratch_floats(), 0.0f);
+#pragma omp for schedule(dynamic)
+            for (int64_t task = 0; task < s.rows * groups; task++) {
+                const int64_t group = task % groups;
+                row_heads(task / groups, group * cache.kv_heads / groups, (group + 1) * cache.kv_heads / groups, scratch.data());
+            }
+        }
+    }
+};
+
+// Calls `f` with a null pointer of the storage type: 0 float32, 1 bfloat16, 2 float16.
+template <class F> void with_type(int dtype, F f) {
+    if (dtype == 0) f((float*)nullptr);
+    else if (dtype == 1) f((bf16*)nullptr);
+    else f((_Float16*)nullptr);
+}
+
+}  // namespace
+
+extern "C" {
+
+int ms_linear_available() {
+#if defined(__AVX512BF16__)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+#if defined(__AVX512BF16__)
+void ms_pack_linear(const void* weight, void* packed, int64_t n, int64_t k, int threads) {
+    const uint32_t* src = (const uint32_t*)weight;
+    uint32_t* dst = (uint32_t*)packed;
+    const int64_t pairs = k / 2;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t p = 0; p < n / PANEL; p++)
+        for (int64_t i = 0; i < pairs; i++)
+            for (int64_t r = 0; r < PANEL; r++) dst[(p * pairs + i) * PANEL + r] = src[(p * PANEL + r) * pairs + i];
+}
+
+void ms_linear(const void* w, const void* x, const void* bias, void* out, int64_t m, int64_t n, int64_t k, int64_t x_stride, int threads) {
+    const bf16 *wp = (const bf16*)w, *xp = (const bf16*)x, *bp = (const bf16*)bias;
+    if (m <= 2) linear_packed<8, 2>(wp, xp, bp, (bf16*)out, m, n, k, x_stride, threads);
+    else if (m <= 4) linear_packed<4, 4>(wp, xp, bp, (bf16*)out, m, n, k, x_stride, threads);
+    else if (m <= 8) linear_packed<2, 8>(wp, xp, bp, (bf16*)out, m, n, k, x_stride, threads);
+    else linear_packed<2, 12>(wp, xp, bp, (bf16*)out, m, n, k, x_stride, threads);
+}
+#endif
+
+void ms_add_rms_norm(int dtype, const void* x, void* residual, const void* weight, void* out, int64_t rows, int64_t dim, float eps, int threads) {
+    with_type(dtype, [&](auto* t) {
+        using T = std::remove_pointer_t<decltype(t)>;
+        add_rms_norm((const T*)x, (T*)residual, (const T*)weight, (T*)out, rows, dim, eps, threads);
+    });
+}
+
+void ms_silu_and_mul(int dtype, const void* gate_up, void* out, int64_t rows, int64_t dim, int threads) {
+    with_type(dtype, [&](auto* t) {
+        using T = std::remove_pointer_t<decltype(t)>;
+        silu_and_mul((const T*)gate_up, (T*)out, rows, dim, threads);
+    });
+}
+
+void ms_qk_norm_rope(int dtype, void* qkv, const void* q_weight, const void* k_weight, const float* table, const int64_t* positions,
+                     int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t rot_dim, float eps, int64_t row_stride,
+                     int threads) {
+    with_type(dtype, [&](auto* t) {
+        using T = std::remove_pointer_t<decltype(t)>;
+        qk_norm_rope((T*)qkv, (const T*)q_weight, (const T*)k_weight, table, positions, tokens, heads, kv_heads, head_dim, rot_dim, eps,
+                     row_stride, threads);
+    });
+}
+
+void ms_write_kv(int dtype, int shuffled, const void* k, const void* v, int64_t k_stride, int64_t v_stride, void* key, void* value,
+                 const int64_t* slots, int64_t tokens, int64_t kv_heads, int64_t head_dim, int64_t block_size) {
+    with_type(dtype, [&](auto* t) {
+        using T = std::remove_pointer_t<decltype(t)>;
+        if (shuffled) write_kv(Cache<T, true>{kv_heads, head_dim, block_size}, (const T*)k, (const T*)v, k_stride, v_stride, (T*)key, (T*)value, slots, tokens);
+        else write_kv(Cache<T, false>{kv_heads, head_dim, block_size}, (const T*)k, (const T*)v, k_stride, v_stride, (T*)key, (T*)value, slots, tokens);
+    });
+}
+
+void ms_paged_decode(int dtype, int shuffled, const void* q, const void* key, const void* value, const int32_t* tables, const int32_t* seq_lens,
+                     const float* sinks, void* out, int64_t rows, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t block_size,
+                     int64_t q_stride, int64_t table_stride, int64_t window, float scale, float softcap, int threads) {
+    const DecodeShape s{rows, heads, q_stride, table_stride, window, scale, softcap};
+    with_type(dtype, [&](auto* t) {
+        using T = std::remove_pointer_t<decltype(t)>;
+        if (shuffled) PagedDecode<T, true>{{kv_heads, head_dim, block_size}, s, (const T*)q, (const T*)key, (const T*)value, tables, seq_lens, sinks, (T*)out}.run(threads);
+        else PagedDecode<T, false>{{kv_heads, head_dim, block_size}, s, (const T*)q, (const T*)key, (const T*)value, tables, seq_lens, sinks, (T*)out}.run(threads);
+    });
+}
+}

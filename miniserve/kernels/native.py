@@ -1,0 +1,228 @@
+"""Compiles and binds `cpu.cpp`: the CPU decode path's kernels as methods over torch tensors.
+
+The source is plain C++ without torch's headers, so that one compiler call of a few seconds builds it, once per source,
+compiler and processor; the library is kept in the user's cache directory. Where no compiler is found everything runs on
+PyTorch alone, slower; `load()` says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from miniserve.config import cache_dir
+
+_SOURCE = Path(__file__).with_name("cpu.cpp")
+_FLAGS = (
+    *("-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC"),
+    # Lets reductions vectorise; infinities and NaN keep their meaning (so not -ffast-math).
+    *("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"),
+    *(("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()),
+)
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_PANEL = 16  # output rows of a packed panel, as in cpu.cpp
+
+
+class Unavailable(Exception):
+    """The kernels cannot be used on this machine; `str(error)` is the reason."""
+
+
+class NativeKernels:
+    """The kernels of `cpu.cpp`. Tensors are CPU tensors of float32, bfloat16 or float16, rows contiguous in their last
+    dimension; nothing is checked here beyond what callers fix at construction time."""
+
+    def __init__(self, library: ctypes.CDLL, num_threads: int) -> None:
+        self._lib = library
+        self._threads = num_threads
+        self.has_linear = bool(library.ms_linear_available())
+
+    def can_pack(self, weight: torch.Tensor) -> bool:
+        """Whether `linear` takes this weight [out_features, in_features]."""
+        rows, cols = weight.shape
+        return self.has_linear and weight.dtype == torch.bfloat16 and rows % _PANEL == 0 and cols % 2 == 0
+
+    def pack_linear(self, weight: torch.Tensor) -> torch.Tensor:
+        """A contiguous weight [n, k] -> the same bytes as panels of 16 rows, which `linear` reads."""
+        packed = torch.empty_like(weight)
+        self._lib.ms_pack_linear(_p(weight), _p(packed), *weight.shape, self._threads)
+        return packed
+
+    def linear(self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x [m, k] bfloat16 times the packed weight's transpose, plus bias [n] -> [m, n] bfloat16."""
+        m, (n, k) = x.shape[0], packed.shape
+        out = x.new_empty((m, n))
+        self._lib.ms_linear(_p(packed), _p(x), _p(bias), _p(out), m, n, k, x.stride(0), self._threads)
+        return out
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Root-mean-square norm of the rows of a contiguous x [rows, dim]."""
+        out = torch.empty_like(x)
+        rows, dim = x.shape
+        self._lib.ms_add_rms_norm(_DTYPES[x.dtype], _p(x), None, _p(weight), _p(out), rows, dim, eps, self._threads)
+        return out
+
+    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """residual += x, in place; returns the norm of the sum. x, residual [rows, dim], contiguous."""
+        out = torch.empty_like(x)
+        rows, dim = x.shape
+        self._lib.ms_add_rms_norm(
+            _DTYPES[x.dtype], _p(x), _p(residual), _p(weight), _p(out), rows, dim, eps, self._threads
+        )
+        return out
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) * up of a contiguous [rows, 2 * dim] -> [rows, dim]."""
+        rows, dim = gate_up.shape[0], gate_up.shape[1] // 2
+        out = gate_up.new_empty((rows, dim))
+        self._lib.ms_silu_and_mul(_DTYPES[gate_up.dtype], _p(gate_up), _p(out), rows, dim, self._threads)
+        return out
+
+    def qk_norm_rope(
+        self,
+        qkv: torch.Tensor,
+        q_weight: torch.Tensor | None,
+        k_weight: torch.Tensor | None,
+        table: torch.Tensor,
+        positions: torch.Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        eps: float,
+    ) -> None:
+        """Norm (where weights are given) and rotate q and k, in place.
+
+        qkv [tokens, (num_heads + 2 * num_kv_heads) * head_dim]; table float32 [max_positions, rot_dim]: cosines of the
+        half, then its sines; positions int64 [tokens].
+        """
+        self._lib.ms_qk_norm_rope(
+            *(_DTYPES[qkv.dtype], _p(qkv), _p(q_weight), _p(k_weight), _p(table), _p(positions), qkv.shape[0]),
+            *(num_heads, num_kv_heads, head_dim, table.shape[1], eps, qkv.stride(0), self._threads),
+        )
+
+    def write_kv(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        block_size: int,
+        shuffled: bool,
+    ) -> None:
+        """Store k, v [tokens, num_kv_heads, head_dim] (token stride free) at slot_mapping int64 [tokens]."""
+        tokens, num_kv_heads, head_dim = k.shape
+        self._lib.ms_write_kv(
+            *(_DTYPES[k.dtype], int(shuffled), _p(k), _p(v), k.stride(0), v.stride(0), _p(key), _p(value)),
+            *(_p(slot_mapping), tokens, num_kv_heads, head_dim, block_size),
+        )
+
+    def paged_decode(
+        self,
+        q: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        block_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        *,
+        num_kv_heads: int,
+        block_size: int,
+        shuffled: bool,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """One query token a row: q [rows, num_heads, head_dim] (token stride free), block_tables int32 [rows, width],
+        seq_lens int32 [rows] counting the query's own token -> [rows, num_heads * head_dim]."""
+        rows, num_heads, head_dim = q.shape
+        out = q.new_empty((rows, num_heads * head_dim))
+        self._lib.ms_paged_decode(
+            *(_DTYPES[q.dtype], int(shuffled), _p(q), _p(key), _p(value), _p(block_tables), _p(seq_lens), _p(sinks)),
+            *(_p(out), rows, num_heads, num_kv_heads, head_dim, block_size, q.stride(0), block_tables.stride(0)),
+            *(window or 0, scale, softcap or 0.0, self._threads),
+        )
+        return out
+
+
+@functools.cache
+def load() -> NativeKernels:
+    """The kernels, compiled if need be. Raises `Unavailable` with the reason."""
+    library = ctypes.CDLL(str(_build()))
+    pointer, integer, size, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+    signatures = {
+        "ms_linear_available": [],
+        "ms_add_rms_norm": [integer, *[pointer] * 4, size, size, real, integer],
+        "ms_silu_and_mul": [integer, pointer, pointer, size, size, integer],
+        "ms_qk_norm_rope": [integer, *[pointer] * 5, *[size] * 5, real, size, integer],
+        "ms_write_kv": [integer, integer, pointer, pointer, size, size, *[pointer] * 3, *[size] * 4],
+        "ms_paged_decode": [integer, integer, *[pointer] * 7, *[size] * 8, real, real, integer],
+        "ms_pack_linear": [pointer, pointer, size, size, integer],
+        "ms_linear": [*[pointer] * 4, *[size] * 4, integer],
+    }
+    for name, argtypes in signatures.items():
+        function = getattr(library, name, None)
+        if function is not None:
+            function.argtypes, function.restype = argtypes, integer if not argtypes else None
+    return NativeKernels(library, torch.get_num_threads())
+
+
+def unavailable_reason() -> str | None:
+    """Why the kernels cannot be used here, as a sentence; None when they can."""
+    try:
+        load()
+    except Unavailable as error:
+        return str(error)
+    return None
+
+
+def _build() -> Path:
+    compiler = shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    if compiler is None:
+        raise Unavailable("no C++ compiler (g++ or clang++) was found")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    key = hashlib.sha256("\0".join([_SOURCE.read_text(), *_FLAGS, version, _processor()]).encode()).hexdigest()[:16]
+    directory = cache_dir()
+    path = directory / f"cpu-{key}.so"
+    if not path.exists():
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            _compile(compiler, path)
+        except OSError as error:
+            raise Unavailable(f"{directory} cannot be written: {error.strerror}") from None
+    return path
+
+
+def _compile(compiler: str, path: Path) -> None:
+    handle, temporary = tempfile.mkstemp(suffix=".so", dir=path.parent)
+    os.close(handle)
+    try:
+        run = subprocess.run(
+            [compiler, *_FLAGS, str(_SOURCE), "-o", temporary], capture_output=True, text=True, check=False
+        )
+        if run.returncode != 0:
+            line = next((line for line in run.stderr.splitlines() if "error" in line), "unknown error")
+            raise Unavailable(f"{Path(compiler).name} could not compile the CPU kernels: {line}")
+        Path(temporary).replace(path)  # atomic: another process may be building the same file
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+
+
+def _p(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

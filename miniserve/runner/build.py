@@ -1,0 +1,152 @@
+"""Builds a runner: device, dtype, attention path, weights, memory plan, KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from miniserve.attention.backends.base import Backend
+from miniserve.attention.backends.cpu_attn import CpuBackend
+from miniserve.attention.backends.torch_attn import TorchBackend
+from miniserve.attention.contracts import Platform
+from miniserve.attention.layouts import LAYOUTS
+from miniserve.attention.select import Choice, select
+from miniserve.config import EngineConfig
+from miniserve.core import EngineInfo, UserError
+from miniserve.engine.generation_config import load_generation_defaults
+from miniserve.kernels import native
+from miniserve.models.config import ModelConfig, load_model_config
+from miniserve.models.dense import CausalLM
+from miniserve.models.loader import dummy_weights, load_weights
+from miniserve.models.registry import build_model, weight_bytes
+from miniserve.runner.memory import MemoryPlan, available_bytes, check_weights_fit, plan_memory
+from miniserve.runner.runner import ModelRunner
+from miniserve.runner.sampler import Sampler
+from miniserve.runner.state import StepState
+
+Progress = Callable[[str, int, int], None]
+
+
+def build_runner(
+    config: EngineConfig, source_path: Path, model_name: str, progress: Progress | None = None
+) -> tuple[ModelRunner, EngineInfo]:
+    """Load the model at `source_path` and make it ready to run steps. Raises `UserError` for whatever cannot be done.
+
+    progress(what, done, total) is called while weights load, in bytes.
+    """
+    device = _device(config.device)
+    model_config = load_model_config(source_path)
+    dtype = _dtype(config.dtype, model_config)
+    available = available_bytes(device, config.gpu_memory_utilization)
+    weights = weight_bytes(model_config, dtype, device)
+    check_weights_fit(weights, available, device)
+    longest = min(config.max_model_len or model_config.max_position_embeddings, model_config.max_position_embeddings)
+    model = build_model(
+        model_config, dtype=dtype, kv_dtype=dtype, device=device, max_model_len=config.max_model_len or longest
+    )
+    platform = Platform(device.type, native.unavailable_reason() if device.type == "cpu" else None)
+    choice = select(
+        model.attention_specs,
+        platform,
+        block_size=config.block_size,
+        backend=config.attention_backend,
+        layout=config.kv_layout,
+    )
+    _fill(model, config, source_path, progress)
+    layout = LAYOUTS[choice.layout](config.block_size)
+    plan = plan_memory(
+        config,
+        weights=weights,
+        activations=_activation_bytes(model_config, config, dtype),
+        available=available - weights,
+        block_bytes=sum(layout.block_bytes(spec) for spec in model.attention_specs),
+        longest_context=longest,
+        device=device,
+    )
+    caches = [layout.allocate(spec, plan.num_blocks, device) for spec in model.attention_specs]
+    eos_token_ids = load_generation_defaults(source_path, config.generation_config).eos_token_ids
+    runner = ModelRunner(
+        model,
+        _backend(choice, config.block_size),
+        caches,
+        StepState(config.max_num_seqs, plan.max_model_len, config.block_size, device),
+        Sampler(config.max_num_seqs, model_config.vocab_size, device, eos_token_ids, config.seed),
+    )
+    return runner, _info(config, model_config, source_path, model_name, device, dtype, choice, plan, eos_token_ids)
+
+
+def _info(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    source_path: Path,
+    model_name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    choice: Choice,
+    plan: MemoryPlan,
+    eos_token_ids: frozenset[int],
+) -> EngineInfo:
+    overlap = config.async_scheduling
+    return EngineInfo(
+        model=model_name,
+        model_path=str(source_path),
+        architecture=model_config.architecture,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        vocab_size=model_config.vocab_size,
+        max_model_len=plan.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        block_size=config.block_size,
+        num_blocks=plan.num_blocks,
+        kv_layout=choice.layout,
+        enable_prefix_caching=config.enable_prefix_caching,
+        # A CPU runs a step within launch(): nothing would overlap.
+        async_scheduling=device.type != "cpu" if overlap is None else overlap,
+        eos_token_ids=sorted(eos_token_ids),
+        memory=plan.rows(),
+        attention=choice.explain(),
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda was asked for, but PyTorch finds no GPU; use --device cpu or install its build.")
+    return torch.device(name)
+
+
+def _dtype(name: str, model_config: ModelConfig) -> torch.dtype:
+    dtype = getattr(torch, model_config.dtype if name == "auto" else name)
+    if not isinstance(dtype, torch.dtype):
+        raise UserError(f"--dtype {name} is not a dtype.")
+    return dtype
+
+
+def _backend(choice: Choice, block_size: int) -> Backend:
+    layout = LAYOUTS[choice.layout](block_size)
+    return CpuBackend(layout, native.load()) if choice.backend == "CPU_ATTN" else TorchBackend(layout)
+
+
+def _fill(model: CausalLM, config: EngineConfig, path: Path, progress: Progress | None) -> None:
+    def report(done: int, total: int) -> None:
+        if progress is not None:
+            progress("weights", done, total)
+
+    if config.load_format == "dummy":
+        dummy_weights(model, config.seed, progress=report)
+    else:
+        load_weights(model, path, progress=report)
+
+
+def _activation_bytes(model: ModelConfig, config: EngineConfig, dtype: torch.dtype) -> int:
+    """The largest that is alive at once, roughly: one layer's wide tensors for a full step, or the logits of all rows
+    with the sampler's copies of them."""
+    tokens = config.max_num_batched_tokens
+    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    layer = tokens * (3 * model.intermediate_size + 3 * model.hidden_size + 2 * heads) * dtype.itemsize
+    logits = 3 * min(config.max_num_seqs, tokens) * model.vocab_size * 4
+    return max(layer, logits)

@@ -1,0 +1,140 @@
+"""Runs steps on the device: plan in, tokens out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from miniserve.attention.backends.base import Backend
+from miniserve.attention.context import PagedStepContext
+from miniserve.attention.layouts import KVCache
+from miniserve.core import StepPlan, StepResult, TokenLogprobs
+from miniserve.models.dense import CausalLM
+from miniserve.runner.logprobs import LogprobTensors, gather_logprobs, rows_per_chunk, to_token_logprobs
+from miniserve.runner.sampler import SampleOutput, Sampler
+from miniserve.runner.state import StepState
+
+
+@dataclass(frozen=True, slots=True)
+class _PromptLogprobs:
+    """One chunk's: the row, the tokens that follow each of its positions, and how many alternatives were asked for."""
+
+    row: int
+    targets: list[int]
+    num_logprobs: int
+    tensors: LogprobTensors
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A step on its way: host tensors that are valid once `ready` has passed (None: they are valid now)."""
+
+    token_ids: torch.Tensor | None
+    num_logprobs: Sequence[int | None]
+    logprobs: LogprobTensors | None
+    prompt_logprobs: list[_PromptLogprobs]
+    ready: torch.cuda.Event | None
+
+
+class ModelRunner:
+    """Implements `core.Runner`. Launches run in stream order: state may be advanced as soon as a step is enqueued."""
+
+    def __init__(
+        self, model: CausalLM, backend: Backend, caches: Sequence[KVCache], state: StepState, sampler: Sampler
+    ) -> None:
+        self._model = model
+        self._backend = backend
+        self._caches = caches
+        self._state = state
+        self._sampler = sampler
+        self._asynchronous = model.options.device.type != "cpu"
+        self._prompt_k: dict[int, int] = {}  # row -> alternatives per prompt token, where asked for
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> _Launched:
+        """Enqueue a step; see `core.Runner`."""
+        for row in plan.stops:
+            self._sampler.stop_row(row)
+            self._prompt_k.pop(row, None)
+        for start in plan.starts:
+            self._sampler.start_row(start)
+            if start.request.params.prompt_logprobs is not None:
+                self._prompt_k[start.row] = start.request.params.prompt_logprobs
+        inputs = self._state.prepare(plan, self._sampler.last_tokens)
+        context = PagedStepContext(self._backend, self._caches, inputs.metadata)
+        hidden = self._model(inputs.input_ids, inputs.positions, context)
+        prompt_logprobs = self._prompt_logprobs(plan, hidden)
+        sampled: SampleOutput | None = None
+        if rows := plan.sampling_rows:
+            chosen = hidden if inputs.sample_indices is None else hidden[inputs.sample_indices]
+            sampled = self._sampler.sample(self._model.compute_logits(chosen), rows)
+        return self._to_host(sampled, prompt_logprobs)
+
+    def collect(self, handle: object) -> StepResult:
+        """Wait for a step's result; see `core.Runner`."""
+        if not isinstance(handle, _Launched):
+            raise TypeError("collect takes what launch returned")
+        if handle.ready is not None:
+            handle.ready.synchronize()
+        token_ids = [] if handle.token_ids is None else handle.token_ids.tolist()
+        logprobs = None
+        if handle.logprobs is not None:
+            logprobs = to_token_logprobs(token_ids, handle.logprobs, handle.num_logprobs)
+        return StepResult(token_ids, logprobs, {chunk.row: _entries(chunk) for chunk in handle.prompt_logprobs})
+
+    def _prompt_logprobs(self, plan: StepPlan, hidden: torch.Tensor) -> list[_PromptLogprobs]:
+        """Of every chunk that has targets, a few rows of logits at a time: all of them at once would not fit."""
+        found: list[_PromptLogprobs] = []
+        query_start = len(plan.decode_rows)
+        for chunk in plan.chunks:
+            if targets := chunk.logprob_targets:
+                k = self._prompt_k[chunk.row]
+                ids = torch.tensor(targets, device=hidden.device)
+                step = max(16, rows_per_chunk(self._model.config.vocab_size, hidden.device))
+                parts = [
+                    gather_logprobs(
+                        self._model.compute_logits(hidden[query_start + i : query_start + min(i + step, len(targets))]),
+                        ids[i : i + step],
+                        k,
+                    )
+                    for i in range(0, len(targets), step)
+                ]
+                found.append(_PromptLogprobs(chunk.row, targets, k, _concatenate(parts)))
+            query_start += len(chunk.token_ids)
+        return found
+
+    def _to_host(self, sampled: SampleOutput | None, prompt_logprobs: list[_PromptLogprobs]) -> _Launched:
+        if sampled is None:
+            return _Launched(None, (), None, prompt_logprobs, None)
+        if not self._asynchronous:
+            return _Launched(sampled.token_ids, sampled.num_logprobs, sampled.logprobs, prompt_logprobs, None)
+        token_ids = _pinned(sampled.token_ids)
+        logprobs = sampled.logprobs
+        if logprobs is not None:
+            logprobs = LogprobTensors(
+                *(_pinned(t) for t in (logprobs.logprobs, logprobs.ranks, logprobs.top_ids, logprobs.top_logprobs))
+            )
+        ready = torch.cuda.Event()
+        ready.record()
+        return _Launched(token_ids, sampled.num_logprobs, logprobs, prompt_logprobs, ready)
+
+
+def _entries(chunk: _PromptLogprobs) -> list[TokenLogprobs]:
+    found = to_token_logprobs(chunk.targets, chunk.tensors, [chunk.num_logprobs] * len(chunk.targets))
+    return [entry for entry in found if entry is not None]
+
+
+def _concatenate(parts: list[LogprobTensors]) -> LogprobTensors:
+    return LogprobTensors(
+        torch.cat([p.logprobs for p in parts]),
+        torch.cat([p.ranks for p in parts]),
+        torch.cat([p.top_ids for p in parts]),
+        torch.cat([p.top_logprobs for p in parts]),
+    )
+
+
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
