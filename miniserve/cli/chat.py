@@ -1,0 +1,48 @@
+"""`miniserve chat`: talk to a running server."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from miniserve.core import UserError
+
+
+def chat(
+    url: Annotated[str, typer.Option("--url", help="The server, with or without /v1.")] = "http://127.0.0.1:8000",
+    model: Annotated[
+        str | None, typer.Option("--model", help="The model's name there.", show_default="its first")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option("--api-key", help="The key the server asks for.")] = None,
+    message: Annotated[
+        str | None, typer.Option("--message", "-m", help="Answer this on stdout and exit. `-` reads standard input.")
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", help="The system prompt.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", help="0 is greedy.", show_default="the server's")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", help="Longest answer.", show_default="the server's")
+    ] = None,
+) -> None:
+    """Talk to a running server: a prompt at a terminal, one answer with -m or piped text."""
+    # Here and not above: the HTTP library would slow down `miniserve --help`.
+    from miniserve.cli.chat_client import ChatClient, ChatError, ChatSettings, Message
+    from miniserve.cli.repl import Repl, print_answer
+
+    client = ChatClient(url, model=model, api_key=api_key)
+    settings = ChatSettings(system=system, temperature=temperature, max_tokens=max_tokens)
+    if message is None and sys.stdin.isatty():
+        print(f"{client.model} at {client.url}; /help lists the commands.", file=sys.stderr)
+        Repl(client, settings).run()
+        return
+    text = sys.stdin.read().strip() if message in (None, "-") else message
+    if not text:
+        raise UserError("There is nothing to ask: give -m TEXT, or pipe a text in.")
+    try:
+        print_answer(client, [Message("user", text)], settings)
+    except ChatError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None

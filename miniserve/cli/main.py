@@ -1,0 +1,90 @@
+"""The command `miniserve`: what there is, and how errors are told."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from miniserve import __version__
+from miniserve.cli.chat import chat
+from miniserve.cli.run import run, serve
+from miniserve.core import InvalidRequest, UserError
+
+EXIT_USAGE = 2
+
+
+@dataclass(slots=True)
+class State:
+    """`debug`: errors come with their traceback."""
+
+    debug: bool = False
+
+
+class _Commands(TyperGroup):
+    """The commands, of which `bench` is imported only when it is looked at: it brings a part of the program along."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return ["run", "serve", "chat", "bench", "version"]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name == "bench" and cmd_name not in self.commands:
+            from miniserve.cli import bench
+
+            self.add_command(get_command(bench.app), cmd_name)
+        return super().get_command(ctx, cmd_name)
+
+
+app = typer.Typer(
+    name="miniserve",
+    cls=_Commands,
+    help="A minimal LLM inference engine: `miniserve run` serves a model, and chats with it at a terminal.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={
+        "help_option_names": ["--help", "-h"],
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+    },
+)
+app.command()(run)
+app.command("serve")(serve)
+app.command()(chat)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"miniserve {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    _print_version(True)
+
+
+@app.callback()
+def options(
+    ctx: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    ctx.obj.debug = debug
+
+
+def main() -> None:
+    """Run the command line. What the user can mend is one sentence and exit code 2; a failure is 1."""
+    state = State()
+    try:
+        app(obj=state, prog_name="miniserve")
+    except (UserError, InvalidRequest) as error:
+        if state.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)

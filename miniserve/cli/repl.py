@@ -1,0 +1,160 @@
+"""The chat prompt of `miniserve chat` and `miniserve run`, and the single question of their -m and -p."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import replace
+
+from miniserve.cli.chat_client import ChatClient, ChatError, ChatSettings, Message
+from miniserve.core import UserError
+
+PROMPT = ">>> "
+CONTINUATION = "... "
+QUOTES = '"""'
+HELP = """\
+/help                     this list
+/clear                    forget the conversation
+/system [TEXT]            set the system prompt; without TEXT, remove it
+/set temperature NUMBER   0 is greedy; `default` leaves it to the server
+/set max_tokens NUMBER    longest answer; `default` leaves it to the server
+/bye, /exit, Ctrl-D       leave
+\"\"\"                       begins and ends a message of several lines
+Ctrl-C                    stops an answer"""
+
+# A model's text must not move the cursor or recolour the terminal: control characters but for tab and newline go.
+_CONTROL = dict.fromkeys((*range(9), *range(11, 32), 127, *range(128, 160)))
+
+
+class Repl:
+    """A conversation at a terminal. Prompts and answers go to stdout, everything else to stderr.
+
+    `leave_on_interrupt`: Ctrl-C at the prompt leaves, instead of clearing the line.
+    """
+
+    def __init__(self, client: ChatClient, settings: ChatSettings, *, leave_on_interrupt: bool = False) -> None:
+        self._client = client
+        self._settings = settings
+        self._leave_on_interrupt = leave_on_interrupt
+        self._history: list[Message] = []
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/help": lambda _: _notice(HELP),
+            "/?": lambda _: _notice(HELP),
+            "/clear": self._clear,
+            "/system": self._system,
+            "/set": self._set,
+        }
+
+    def run(self) -> None:
+        """Ask and answer until /bye, /exit or the end of the input."""
+        with suppress(ImportError):
+            importlib.import_module("readline")  # gives input() line editing and history
+        while True:
+            try:
+                text = self._read_message()
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                print()
+                if self._leave_on_interrupt:
+                    return
+                _notice("(Ctrl-D or /bye leaves)")
+                continue
+            command, _, argument = text.partition(" ")
+            if command in ("/bye", "/exit"):
+                return
+            if command in self._commands:
+                self._commands[command](argument.strip())
+            elif command.startswith("/"):
+                _notice(f"There is no command {command}; /help lists them.")
+            elif text:
+                self._ask(text)
+
+    def _read_message(self) -> str:
+        line = input(PROMPT).strip()
+        if not line.startswith(QUOTES):
+            return line
+        text = line.removeprefix(QUOTES)
+        while not text.rstrip().endswith(QUOTES):
+            text += "\n" + input(CONTINUATION)
+        return text.rstrip().removesuffix(QUOTES).strip("\n")
+
+    def _ask(self, text: str) -> None:
+        had_template = self._client.has_chat_template
+        self._history.append(Message("user", text))
+        pieces: list[str] = []
+        try:
+            print_answer(self._client, self._history, self._settings, pieces)
+        except KeyboardInterrupt:
+            print()
+            _notice("(stopped)")
+        except (ChatError, UserError) as error:
+            print()
+            _notice(f"error: {error}")
+        if had_template and not self._client.has_chat_template:
+            _notice("(the model has no chat template: each message is a text to continue, by itself)")
+        answer = "".join(pieces)
+        if answer:
+            self._history.append(Message("assistant", answer))
+        else:
+            self._history.pop()  # unanswered: a template may refuse two user messages in a row
+
+    def _clear(self, argument: str) -> None:
+        if argument:
+            _notice("/clear takes nothing after it.")
+            return
+        self._history.clear()
+        _notice("The conversation is forgotten.")
+
+    def _system(self, argument: str) -> None:
+        if not self._client.has_chat_template:
+            _notice("The model has no chat template, so it takes no system prompt.")
+            return
+        self._settings = replace(self._settings, system=argument or None)
+        _notice("The system prompt is set." if argument else "There is no system prompt.")
+
+    def _set(self, argument: str) -> None:
+        name, _, value = argument.partition(" ")
+        try:
+            if name == "temperature":
+                temperature = None if value == "default" else float(value)
+                self._settings = replace(self._settings, temperature=temperature)
+            elif name == "max_tokens":
+                self._settings = replace(self._settings, max_tokens=None if value == "default" else int(value))
+            else:
+                _notice("/set knows temperature and max_tokens.")
+                return
+        except ValueError:
+            _notice(f"/set {name} takes a number or `default`, not {value!r}.")
+            return
+        _notice(f"{name} is {value}.")
+
+
+def print_answer(
+    client: ChatClient, messages: list[Message], settings: ChatSettings, pieces: list[str] | None = None
+) -> None:
+    """Stream one answer to stdout, ending it with a newline; `pieces` collects what came, even where it breaks off.
+
+    Raises `ChatError`, `UserError` (see `ChatClient.answer`) and KeyboardInterrupt, the request being aborted then.
+    """
+    table = _CONTROL if sys.stdout.isatty() else {}
+    last = ""
+    # closing(): at a Ctrl-C the connection must close now, which frees the request's blocks, not when it is collected.
+    with closing(client.answer(messages, settings)) as answer:
+        for piece in answer:
+            if pieces is not None:
+                pieces.append(piece)
+            sys.stdout.write(piece.translate(table))
+            sys.stdout.flush()
+            last = piece
+    if not last.endswith("\n"):
+        print(flush=True)
+    if client.finish_reason == "length":
+        _notice("(cut at the limit of tokens)")
+
+
+def _notice(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

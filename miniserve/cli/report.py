@@ -1,0 +1,111 @@
+"""What `miniserve run` tells on stderr while a model starts."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+from rich.table import Table
+
+from miniserve.core import EngineInfo
+
+if TYPE_CHECKING:
+    from miniserve.engine.build import ProgressCallback
+
+_LINE_INTERVAL = 5.0  # seconds
+
+
+class Report:
+    """Writes to stderr. `quiet` leaves out everything but notes and, at a terminal, the bars of a load."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._quiet = quiet
+
+    def line(self, text: str) -> None:
+        """One line, however long: it may hold something to copy."""
+        if not self._quiet:
+            self._console.print(text, markup=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """A line that is told also when quiet."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def loading(self) -> Iterator[ProgressCallback]:
+        """What the engine loads, in bytes: bars where stderr is a terminal, elsewhere a line for each tenth."""
+        if not self._console.is_terminal:
+            yield self._tell_tenths()
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        tasks: dict[str, TaskID] = {}
+        with Progress(*columns, console=self._console, transient=True) as progress:
+
+            def update(stage: str, done: int, total: int) -> None:
+                if stage not in tasks:
+                    tasks[stage] = progress.add_task(stage, total=total)
+                progress.update(tasks[stage], completed=done, total=total)
+
+            yield update
+
+    def _tell_tenths(self) -> ProgressCallback:
+        told: dict[str, int] = {}
+        last = time.monotonic()
+
+        def update(stage: str, done: int, total: int) -> None:
+            nonlocal last
+            tenths = 10 * done // total if total else 10
+            now = time.monotonic()
+            # A load of a few seconds is one line.
+            if tenths > told.get(stage, 0) and (tenths == 10 or now - last > _LINE_INTERVAL):
+                told[stage], last = tenths, now
+                self.line(f"loading {stage}: {10 * tenths}% of {human_bytes(total)}")
+
+        return update
+
+    def engine(self, info: EngineInfo) -> None:
+        """The memory plan as a table, then the attention path and why."""
+        if self._quiet:
+            return
+        table = Table(title="Memory plan", title_justify="left", show_header=False, title_style="bold")
+        table.add_column()
+        table.add_column(justify="right")
+        for what, size in info.memory:
+            table.add_row(what, human_bytes(size))
+        table.add_section()
+        tokens = info.num_blocks * info.block_size
+        table.add_row("tokens that the KV cache holds", f"{tokens:,}")
+        table.add_row(f"max concurrency at {info.max_model_len:,} tokens", f"{tokens / info.max_model_len:,.1f}x")
+        self._console.print(table)
+        self.line(f"{info.architecture} in {info.dtype} on {info.device}, KV layout {info.kv_layout}")
+        for sentence in info.attention:
+            self.line(sentence)
+
+    def ready(self, host: str, port: int, model: str, *, with_key: bool) -> None:
+        """The URL and a request to copy into a shell."""
+        url = client_url(host, port)
+        self.line(f"Serving {model} at {url}")
+        self.line(curl_line(url, model, with_key=with_key))
+
+
+def human_bytes(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB" if abs(size) >= 2**30 else f"{size / 2**20:,.1f} MiB"
+
+
+def client_url(host: str, port: int) -> str:
+    """Where a client on this machine reaches a server bound to `host`."""
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
+    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+
+
+def curl_line(url: str, model: str, *, with_key: bool) -> str:
+    """A completion request; the key is left to a shell variable, so that it is in no log."""
+    body = json.dumps({"model": model, "prompt": "Once upon a time", "max_tokens": 64})
+    key = ' -H "Authorization: Bearer $API_KEY"' if with_key else ""
+    return f"curl {url}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"

@@ -1,0 +1,39 @@
+"""What standard input and output are connected to, and what that asks of `miniserve run`."""
+
+from __future__ import annotations
+
+import os
+import select
+import stat
+import sys
+
+_PATIENCE = 2.0  # seconds that a pipe may stay silent before it counts as one that nobody writes to
+
+
+def can_chat() -> bool:
+    """Whether somebody sits at a terminal: both ends are one, and this process is not in the background (`… &`), where
+    reading from the terminal would stop it."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return False
+    try:
+        return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+    except OSError:
+        return False
+
+
+def read_piped_text() -> str | None:
+    """The text that is piped in or redirected from a file; None where there is none.
+
+    Servers are started with all kinds of standard input: a terminal, /dev/null, nothing at all, an empty pipe, a pipe
+    that is held open and never written to. In each of these this returns None, in the last after some patience.
+    """
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError, AttributeError):  # closed
+        return None
+    if stat.S_ISREG(mode):
+        return sys.stdin.read() or None
+    if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+        return None
+    readable, _, _ = select.select([sys.stdin.fileno()], [], [], _PATIENCE)
+    return (sys.stdin.read() or None) if readable else None
