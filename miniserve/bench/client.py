@@ -1,7 +1,8 @@
 """A streaming client for OpenAI-compatible servers that measures: one request in, one record out.
 
-Bytes are split into server-sent events by hand and decoded into narrow msgspec structs, so that the client's own share
-of a core stays small beside the server's; times are taken when bytes arrive, before they are decoded.
+Bytes are split into server-sent events by hand and decoded into narrow msgspec structs as they come from the socket
+(`bench.http`), so that the client's own share of a core stays small beside the server's. Times are taken when bytes
+arrive, before anything is decoded.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import httpx
 import msgspec
 
+from miniserve.bench.http import ConnectionPool, HttpError
 from miniserve.bench.workload import Sample
 
 Endpoint = Literal["completions", "chat"]
@@ -87,9 +88,8 @@ class SSELines:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOptions:
-    """What every request of a run shares. `url` is the server's root, without `/v1`."""
+    """What every request of a run shares."""
 
-    url: str
     model: str
     endpoint: Endpoint = "completions"
     temperature: float = 0.0
@@ -97,7 +97,7 @@ class RequestOptions:
 
     @property
     def path(self) -> str:
-        return f"{self.url}/v1/completions" if self.endpoint == "completions" else f"{self.url}/v1/chat/completions"
+        return "/v1/completions" if self.endpoint == "completions" else "/v1/chat/completions"
 
     def body(self, sample: Sample) -> dict[str, Any]:
         prompt: dict[str, Any] = {"prompt": sample.prompt}
@@ -115,31 +115,17 @@ class RequestOptions:
         return body | {"ignore_eos": True} if self.ignore_eos else body
 
 
-def open_client(api_key: str | None, timeout: float, max_connections: int | None) -> httpx.AsyncClient:
-    """`timeout` is the longest silence of a server, in seconds. Proxies of the environment are not used: they would be
-    measured with the server."""
-    headers = {"Accept-Encoding": "identity"}
-    if api_key:
-        headers["Authorization"] = f"Bearer {api_key}"
-    limits = httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections)
-    return httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits, trust_env=False)
-
-
-async def send(client: httpx.AsyncClient, options: RequestOptions, sample: Sample, run_start: float) -> RequestRecord:
+async def send(pool: ConnectionPool, options: RequestOptions, sample: Sample, run_start: float) -> RequestRecord:
     """Send one request and read its stream to the end. A failure becomes the record's `error`; nothing is retried."""
     content = msgspec.json.encode(options.body(sample))
     start = time.perf_counter()
     record = RequestRecord(start=start - run_start)
+    answer = _Answer(record, start)
     try:
-        headers = {"Content-Type": "application/json"}
-        async with client.stream("POST", options.path, content=content, headers=headers) as response:
-            if response.status_code != 200:
-                text = (await response.aread()).decode(errors="replace")
-                record.error = f"HTTP {response.status_code}: {text[:_MAX_ERROR_CHARS]}"
-            else:
-                await _read_stream(response, record, start)
-    except httpx.HTTPError as error:
-        record.error = f"{type(error).__name__}: {error}"
+        status = await pool.post(options.path, content, answer.feed)
+        record.error = record.error or answer.close(status)
+    except HttpError as error:
+        record.error = str(error)
     except msgspec.MsgspecError as error:
         record.error = f"a chunk of the stream is not in OpenAI's shape: {error}"
     record.e2e = time.perf_counter() - start
@@ -148,39 +134,54 @@ async def send(client: httpx.AsyncClient, options: RequestOptions, sample: Sampl
     return record
 
 
-async def _read_stream(response: httpx.Response, record: RequestRecord, start: float) -> None:
-    lines = SSELines()
-    previous = 0.0
-    done = False
-    async for data in response.aiter_raw():
-        now = time.perf_counter() - start
-        for payload in lines.feed(data):
+class _Answer:
+    """Takes an answer's bytes as they arrive and writes what they mean, and when, into a record."""
+
+    def __init__(self, record: RequestRecord, start: float) -> None:
+        self._record = record
+        self._start = start
+        self._lines = SSELines()
+        self._done = False
+        self._refusal = b""
+
+    def feed(self, status: int, data: bytes, arrived: float) -> None:
+        """`arrived` is of the clock of `start`. Raises `msgspec.MsgspecError` for what no such server sends."""
+        if status != 200:
+            self._refusal += data
+            return
+        for payload in self._lines.feed(data):
             if payload == b"[DONE]":
-                done = True
-                continue
-            chunk = _decode_chunk(payload)
-            error = bytes(chunk.error)
-            if error != b"null":
-                record.error = f"error in the stream: {error.decode()[:_MAX_ERROR_CHARS]}"
-                return
-            if chunk.usage is not None:
-                record.prompt_tokens = chunk.usage.prompt_tokens
-                record.completion_tokens = chunk.usage.completion_tokens
-            if not chunk.choices:
-                continue
-            choice = chunk.choices[0]
-            if choice.finish_reason is not None:
-                record.finish_reason = choice.finish_reason
-                record.last = now
-            if _carries_token(choice):
-                if record.num_chunks == 0:
-                    record.ttft = now
-                else:
-                    record.itl.append(now - previous)
-                record.num_chunks += 1
-                record.last = previous = now
-    if not done:
-        record.error = "the stream ended without [DONE]"
+                self._done = True
+            else:
+                self._chunk(_decode_chunk(payload), arrived - self._start)
+
+    def close(self, status: int) -> str | None:
+        """The answer is over: what is wrong with it, if anything."""
+        if status != 200:
+            return f"HTTP {status}: {self._refusal.decode(errors='replace')[:_MAX_ERROR_CHARS]}"
+        return None if self._done else "the stream ended without [DONE]"
+
+    def _chunk(self, chunk: _Chunk, now: float) -> None:
+        record = self._record
+        error = bytes(chunk.error)
+        if error != b"null":
+            record.error = f"error in the stream: {error.decode()[:_MAX_ERROR_CHARS]}"
+        if chunk.usage is not None:
+            record.prompt_tokens = chunk.usage.prompt_tokens
+            record.completion_tokens = chunk.usage.completion_tokens
+        if not chunk.choices:
+            return
+        choice = chunk.choices[0]
+        if _carries_token(choice):
+            if record.num_chunks == 0:
+                record.ttft = now
+            else:
+                record.itl.append(now - record.last)
+            record.num_chunks += 1
+            record.last = now
+        if choice.finish_reason is not None:
+            record.finish_reason = choice.finish_reason
+            record.last = now
 
 
 def _carries_token(choice: _Choice) -> bool:

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import httpx
 
-from miniserve.bench.client import Endpoint, RequestOptions, RequestRecord, open_client, send
+from miniserve.bench.client import Endpoint, RequestOptions, RequestRecord, send
+from miniserve.bench.http import ConnectionPool
 from miniserve.bench.report import header
 from miniserve.bench.stats import Summary, summarize
 from miniserve.bench.workload import WORDS, WORDS_TEXT, Sample, Shape, poisson_arrivals, text_samples, token_samples
@@ -152,32 +153,40 @@ def run(config: ServeConfig, on_done: Callable[[RequestRecord], None] = lambda r
 
     Raises `UserError` where the server cannot be reached, or fails already while warming up.
     """
-    return asyncio.run(_run(config, on_done))
+    with asyncio.Runner(loop_factory=_fast_loop()) as runner:
+        return runner.run(_run(config, on_done))
+
+
+def _fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop where it is installed (uvicorn's standard extra brings it, but not on every system)."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
 
 
 async def _run(config: ServeConfig, on_done: Callable[[RequestRecord], None]) -> ServeResult:
-    # In an open loop nothing but the server may hold requests back.
-    async with open_client(config.api_key, config.timeout, config.concurrency) as client:
+    pool = ConnectionPool(config.root, config.api_key, config.timeout)
+    headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
+    async with httpx.AsyncClient(headers=headers, timeout=config.timeout, trust_env=False) as client:
         model = config.model or await _first_model(client, config.root)
-        options = RequestOptions(
-            url=config.root,
-            model=model,
-            endpoint=config.endpoint,
-            temperature=config.temperature,
-            ignore_eos=config.ignore_eos,
-        )
         server = await _server_version(client, config.root)
         samples = await _samples(client, config, model)
-        await _warm_up(client, options, samples[: config.warmup])
-        # What lives already need not be walked again by the collector, which would stop every request's clock.
-        gc.collect()
-        gc.freeze()
-        try:
-            cpu, start = time.process_time(), time.perf_counter()
-            records, lag = await _measure(client, config, options, samples[config.warmup :], start, on_done)
-            duration, cpu = time.perf_counter() - start, time.process_time() - cpu
-        finally:
-            gc.unfreeze()
+    options = RequestOptions(
+        model=model, endpoint=config.endpoint, temperature=config.temperature, ignore_eos=config.ignore_eos
+    )
+    await _warm_up(pool, options, samples[: config.warmup], config.root)
+    # What lives already need not be walked again by the collector, which would stop every request's clock.
+    gc.collect()
+    gc.freeze()
+    try:
+        cpu, start = time.process_time(), time.perf_counter()
+        records, lag = await _measure(pool, config, options, samples[config.warmup :], start, on_done)
+        duration, cpu = time.perf_counter() - start, time.process_time() - cpu
+    finally:
+        gc.unfreeze()
+        pool.close()
     return ServeResult(
         config=config,
         model=model,
@@ -190,7 +199,7 @@ async def _run(config: ServeConfig, on_done: Callable[[RequestRecord], None]) ->
 
 
 async def _measure(
-    client: httpx.AsyncClient,
+    pool: ConnectionPool,
     config: ServeConfig,
     options: RequestOptions,
     samples: list[Sample],
@@ -201,7 +210,7 @@ async def _measure(
     records: dict[int, RequestRecord] = {}
 
     async def one(index: int, sample: Sample) -> None:
-        records[index] = await send(client, options, sample, start)
+        records[index] = await send(pool, options, sample, start)
         on_done(records[index])
 
     async def work(queue: Iterable[tuple[int, Sample]]) -> None:
@@ -224,11 +233,11 @@ async def _measure(
     return [records[index] for index in range(len(samples))], lag
 
 
-async def _warm_up(client: httpx.AsyncClient, options: RequestOptions, samples: list[Sample]) -> None:
+async def _warm_up(pool: ConnectionPool, options: RequestOptions, samples: list[Sample], root: str) -> None:
     now = time.perf_counter()
-    for record in await asyncio.gather(*(send(client, options, sample, now) for sample in samples)):
+    for record in await asyncio.gather(*(send(pool, options, sample, now) for sample in samples)):
         if record.error is not None:
-            raise UserError(f"The warm-up request to {options.path} failed: {record.error}. Check --url and --model.")
+            raise UserError(f"The warm-up request to {root} failed: {record.error}. Check --url and --model.")
 
 
 async def _first_model(client: httpx.AsyncClient, root: str) -> str:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
 from miniserve.bench.client import Endpoint
 from miniserve.bench.serve import PromptType, ServeConfig
 from miniserve.bench.workload import Shape
-from miniserve.cli.options import parse_bytes
+from miniserve.cli.run import run
 from miniserve.config import EngineConfig
 
 app = typer.Typer(no_args_is_help=True, help="Measure a server from outside, or the engine from inside.")
@@ -86,34 +85,20 @@ def serve(
 
 
 def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command whose first parameter is an `EngineConfig` one option for each of its fields, and MODEL."""
-    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-    hints = get_type_hints(EngineConfig)
-    fields = dataclasses.fields(EngineConfig)
-    options = []
-    for field in fields:
-        kind = inspect.Parameter.KEYWORD_ONLY
-        setting: Any = typer.Option(rich_help_panel="Engine")
-        annotation = hints[field.name]
-        if field.name == "model":
-            setting = typer.Argument(help="Hub id or local directory; nothing means the built-in model.")
-        elif field.name == "kv_cache_memory":
-            setting = typer.Option(
-                rich_help_panel="Engine", metavar="BYTES", parser=lambda text: parse_bytes(text, "--kv-cache-memory")
-            )
-        options.append(
-            inspect.Parameter(field.name, kind, default=field.default, annotation=Annotated[annotation, setting])
-        )
+    """Give a command whose first parameter is an `EngineConfig` the engine's options of `miniserve run` instead."""
+    names = [field.name for field in dataclasses.fields(EngineConfig) if field.name != "log_level"]  # nothing is logged
+    of_run = inspect.signature(run, eval_str=True).parameters
+    of_command = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
 
-    @functools.wraps(command)
     def wrapper(**given: Any) -> None:
-        config = EngineConfig(**{field.name: given.pop(field.name) for field in fields})
-        command(config, **given)
+        command(EngineConfig(**{name: given.pop(name) for name in names}), **given)
 
-    parameters = [*options, *(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own)]
-    wrapper.__dict__.pop("__wrapped__")  # or typer would read the signature of what is wrapped
-    wrapper.__dict__["__signature__"] = inspect.Signature(parameters)
+    parameters = [of_run[name] for name in names] + of_command
+    wrapper.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    )
     wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
     return wrapper
 
 
