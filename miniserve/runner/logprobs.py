@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,12 +52,12 @@ def gather_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> Lo
 
 def _gather_chunk(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> tuple[torch.Tensor, ...]:
     logits = logits.float()
-    weights = logits.softmax(-1)
-    # softmax sums a row in a single float32, which over a large vocabulary is off by 1e-5: see what its result sums to.
-    total = sampling_blocks.blocked(weights, 0.0).sum(-1).sum(-1, dtype=torch.float64).log_()
     top_ids = sampling_blocks.largest(logits, max(k, 1))[1]
-    best = top_ids[:, :1]
-    normaliser = logits.gather(1, best).double() - weights.gather(1, best).double().log_() + total[:, None]
+    best = logits.gather(1, top_ids[:, :1])
+    weights = logits.sub(best).mul_(math.log2(math.e)).exp2_()
+    # Sums of blocks: a float32 sum over a large vocabulary, as in log_softmax, is off by 1e-5.
+    total = sampling_blocks.blocked(weights, 0.0).sum(-1).sum(-1, keepdim=True, dtype=torch.float64)
+    normaliser = best + total.log_()
 
     def logprobs(ids: torch.Tensor) -> torch.Tensor:
         return (logits.gather(1, ids).double() - normaliser).float().clamp_(LOWEST_LOGPROB, 0.0)

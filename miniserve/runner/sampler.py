@@ -9,7 +9,7 @@ device which of this is needed. What changes with every token lies on the device
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +66,7 @@ class Sampler:
         self._table.stop_row(row)
         self._batch = None
 
-    def sample(self, logits: torch.Tensor, rows: Sequence[int]) -> SampleOutput:
+    def sample(self, logits: torch.Tensor, rows: list[int]) -> SampleOutput:
         """Draw the next token of each of `rows`, which are all different and taken.
 
         logits: contiguous float32 [len(rows), vocab_size], overwritten. On an asynchronous device nothing waits.
@@ -78,12 +78,12 @@ class Sampler:
             if batch.overwrites_logits and isinstance(batch.logprobs.positions, slice):
                 raw = raw.clone()
         self._edit(logits, batch)
-        tokens = sampling_blocks.argmax(logits) if batch.any_greedy else torch.zeros_like(batch.rows)
+        tokens = sampling_blocks.argmax(logits) if batch.any_greedy else torch.empty_like(batch.rows)
         for group in batch.groups:
-            num_outputs = self.num_outputs[group.rows]
+            num_outputs = self.num_outputs.index_select(0, group.rows)
             tokens[group.positions] = draw(logits[group.positions], num_outputs, group.params)
-        self.last_tokens[batch.rows] = tokens
-        self.num_outputs[batch.rows] += 1
+        self.last_tokens.index_copy_(0, batch.rows, tokens)
+        self.num_outputs.index_add_(0, batch.rows, batch.ones)
         if batch.penalties is not None:
             self._seen.record(tokens, batch.penalties)
         if raw is None or batch.logprobs is None:
@@ -91,12 +91,12 @@ class Sampler:
         logprobs = gather_logprobs(raw, tokens[batch.logprobs.positions], batch.logprobs.most)
         return SampleOutput(tokens, logprobs, batch.num_logprobs)
 
-    def max_logprobs(self, rows: Sequence[int]) -> int | None:
+    def max_logprobs(self, rows: list[int]) -> int | None:
         """The largest `logprobs` that one of the rows asks for, None where none asks."""
         asked = self._prepare(rows).logprobs
         return None if asked is None else asked.most
 
-    def _prepare(self, rows: Sequence[int]) -> Batch:
+    def _prepare(self, rows: list[int]) -> Batch:
         if self._batch is None or self._batch_rows != rows:
             self._batch_rows = list(rows)
             self._batch = self._table.batch(self._batch_rows)

@@ -24,8 +24,12 @@ def argmax(rows: torch.Tensor) -> torch.Tensor:
     """int64 [num_rows]: the lowest index of each row's maximum. rows: float32 [num_rows, n]."""
     blocks = blocked(rows, float("-inf"))
     block = blocks.amax(-1).argmax(-1)
-    inside = blocks[torch.arange(len(rows), device=rows.device), block].argmax(-1)
-    return block.mul_(BLOCK).add_(inside)
+    return block * BLOCK + take(blocks, block).argmax(-1)
+
+
+def take(blocks: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    """One block of each row, [num_rows, BLOCK]. blocks: [num_rows, num_blocks, BLOCK]; block: int64 [num_rows]."""
+    return blocks.gather(1, block[:, None, None].expand(-1, 1, BLOCK)).squeeze(1)
 
 
 def largest(rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,14 +38,14 @@ def largest(rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     rows: float32 [num_rows, n], 1 <= k <= n. Exact: an entry among the k largest lies in one of the k blocks that are
     first in the same order by (maximum, index), since every block before its own holds an entry before it.
     """
-    num_rows, n = rows.shape
+    n = rows.shape[1]
     if 2 * k * BLOCK > n:  # the k blocks would be most of the row
         order = _order(rows, torch.arange(n, device=rows.device))
     else:
         blocks = blocked(rows, float("-inf"))
         maxima = blocks.amax(-1)
         block = _index(_order(maxima, torch.arange(maxima.shape[1], device=rows.device)).topk(k, sorted=False).values)
-        entries = blocks[torch.arange(num_rows, device=rows.device)[:, None], block]
+        entries = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))
         index = block[:, :, None] * BLOCK + torch.arange(BLOCK, device=rows.device)
         order = _order(entries, index).flatten(1)
     # The clamp matters only for a row with NaNs in it, which may sort behind the padding.

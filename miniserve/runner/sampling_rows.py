@@ -69,6 +69,7 @@ class Batch:
     """The excerpt for a list of rows. What no row uses is None or empty."""
 
     rows: torch.Tensor  # int64 [num_rows]
+    ones: torch.Tensor  # int64 [num_rows]
     any_greedy: bool
     groups: list[Group]
     bias: Bias | None
@@ -151,6 +152,7 @@ class RowTable:
         asking = np.flatnonzero(counts >= 0)
         return Batch(
             rows=self._to_device(host_rows),
+            ones=torch.ones(len(rows), dtype=torch.int64, device=self._device),
             any_greedy=bool((kinds == _GREEDY).any()),
             groups=groups,
             bias=self._bias(rows) if self._biases else None,
@@ -168,7 +170,7 @@ class RowTable:
             temperature=self._column(numbers, _TEMPERATURE, np.float32),
             top_k=self._column(numbers, _TOP_K, np.int64),
             top_p=self._column(numbers, _TOP_P, np.float64),
-            min_p=self._column(numbers, _MIN_P, np.float64),
+            min_p=self._column(numbers, _MIN_P, np.float32),
             max_top_k=int(numbers[:, _TOP_K].max()),
             any_top_p=bool((numbers[:, _TOP_P] < 1.0).any()),
             any_min_p=bool((numbers[:, _MIN_P] > 0.0).any()),

@@ -265,7 +265,7 @@ def test_a_changed_list_of_rows_is_noticed():
     assert sampler.sample(torch.zeros(2, 300), rows).token_ids.tolist() == [5, 0]
     rows.reverse()
     assert sampler.sample(torch.zeros(2, 300), rows).token_ids.tolist() == [0, 5]
-    assert sampler.sample(torch.zeros(1, 300), (1,)).token_ids.tolist() == [0]
+    assert sampler.sample(torch.zeros(1, 300), [1]).token_ids.tolist() == [0]
 
 
 def test_a_real_vocabulary_in_chunks():

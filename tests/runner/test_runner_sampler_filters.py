@@ -27,7 +27,7 @@ def draw_params(num_rows, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, first_
         temperature=column(temperature, torch.float32),
         top_k=column(top_k, torch.int64),
         top_p=column(top_p, torch.float64),
-        min_p=column(min_p, torch.float64),
+        min_p=column(min_p, torch.float32),
         max_top_k=top_k,
         any_top_p=top_p < 1.0,
         any_min_p=min_p > 0.0,
@@ -130,6 +130,16 @@ def test_draws_follow_the_distribution(options, vocab_size):
     statistic = sum(((seen - wanted) ** 2 / wanted).sum() for seen, wanted in pools)
     freedom = max(sum(len(seen) for seen, _ in pools) - 1, 1)
     assert statistic < freedom + 5 * math.sqrt(2 * freedom) + 5
+
+
+@pytest.mark.parametrize("top_p", [0.9, 0.3, 1e-6])
+def test_a_device_whose_results_are_not_read_draws_the_same(monkeypatch, top_p):
+    logits = torch.randn(300, 1000, generator=torch.Generator().manual_seed(4))
+    params = draw_params(300, top_p=top_p, min_p=0.01)
+    params.top_p[::7] = 1.0
+    drawn = draw(logits.clone(), torch.arange(300), params)
+    monkeypatch.setattr("miniserve.runner.sampling_draw._is_on_host", lambda tensor: False)
+    assert torch.equal(draw(logits.clone(), torch.arange(300), params), drawn)
 
 
 @pytest.mark.parametrize("vocab_size", [50, 4000])
