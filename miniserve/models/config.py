@@ -96,17 +96,25 @@ def load_model_config(path: str | Path) -> ModelConfig:
     """Read `path`/config.json through transformers. Raises `UserError` naming the setting that is not supported."""
     raw = _read_json(Path(path) / "config.json")
     architecture = _architecture(raw, Path(path))
+    from transformers import AutoConfig
+
+    with _config_errors(Path(path)):
+        _refuse_unreadable(raw)
+        hf = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        return _from_transformers(hf, architecture, _stored_dtype(hf, Path(path)))
+
+
+def _refuse_unreadable(raw: dict[str, Any]) -> None:
+    """What transformers, depending on its version, would fail at or act upon before it can be looked at."""
     if raw.get("quantization_config") is not None:
         method = raw["quantization_config"].get("quant_method", "unknown")
         raise UserError(
             f"Quantised weights (quantization_config, method {method!r}) are not supported; choose the unquantised "
             f"checkpoint of this model, stored as {_listed(SUPPORTED_DTYPES)}."
         )
-    from transformers import AutoConfig
-
-    with _config_errors(Path(path)):
-        hf = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-        return _from_transformers(hf, architecture, _stored_dtype(hf, Path(path)))
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise UserError("rope_parameters that differ between layer types are not supported; one set for all layers is.")
 
 
 def _from_transformers(hf: Any, architecture: str, dtype: str) -> ModelConfig:
@@ -194,8 +202,6 @@ def _windows_by_layer_type(hf: Any) -> tuple[int | None, ...]:
 
 
 def _rope(parameters: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
-    if any(isinstance(value, dict) for value in parameters.values()):
-        raise UserError("rope_parameters that differ between layer types are not supported; one set for all layers is.")
     given = {key: value for key, value in parameters.items() if value is not None}
     rope_type = given.get("rope_type", "default")
     if rope_type not in ROPE_KEYS:
