@@ -133,7 +133,6 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None where nothing can be computed before a request or a result arrives."""
-        preemptions = self._num_preemptions
         new_blocks = self._advance_decoding()
         budget = self._config.max_num_batched_tokens - len(self._decoding)
         starts: list[RowStart] = []
@@ -142,8 +141,7 @@ class Scheduler:
         while budget:
             seq = self._prefilling
             if seq is None:
-                # Whoever was preempted in this step is the head of the queue, and has no room.
-                seq = self._admit(starts, new_blocks) if self._num_preemptions == preemptions else None
+                seq = self._admit(starts, new_blocks)
                 if seq is None:
                     break
             chunk = self._next_chunk(seq, budget)

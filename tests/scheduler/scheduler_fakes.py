@@ -1,7 +1,8 @@
-"""A device for the scheduler's tests: a paged KV memory of token ids, and a "model" that reads nothing else.
+"""A device for the scheduler's tests: a paged KV memory, and a "model" that reads nothing else.
 
-Each row's next token is a function of what the memory holds at the row's slots, so a wrong block table, a stale or
-doubly owned block, a chunk in the wrong place or a lost token changes what comes out.
+As in a real model, what a position writes depends on its token and on all that the memory holds at the row's earlier
+slots, and the next token depends on all of it. So a wrong block table, a stale or doubly owned block, a block found
+after another prefix than its own, a chunk in the wrong place or a lost token changes what comes out.
 """
 
 from __future__ import annotations
@@ -38,9 +39,26 @@ def stop_ids_of(request: Request, config: SchedulerConfig) -> set[int]:
     return set(params.stop_token_ids) | (set() if params.ignore_eos else set(config.eos_token_ids))
 
 
-def next_token(context: tuple[int, ...], num_outputs: int, request: Request, config: SchedulerConfig) -> int:
+def read(context: int, kv: int) -> int:
+    """A context is the hash of all KV entries up to a position; 0 before the first."""
+    return hash((context, kv))
+
+
+def kv_of(context: int, token: int) -> int:
+    return hash((context, token, 3))
+
+
+def context_of(tokens: list[int]) -> int:
+    """By definition, without a memory."""
+    context = 0
+    for token in tokens:
+        context = read(context, kv_of(context, token))
+    return context
+
+
+def next_token(context: int, num_outputs: int, request: Request, config: SchedulerConfig) -> int:
     """What the model says after `context`; stop tokens are masked until min_tokens are out, as the sampler does."""
-    token = hash((*context, 17)) % VOCAB
+    token = hash((context, 17)) % VOCAB
     if num_outputs < request.params.min_tokens:
         masked = stop_ids_of(request, config)
         while token in masked:
@@ -48,8 +66,8 @@ def next_token(context: tuple[int, ...], num_outputs: int, request: Request, con
     return token
 
 
-def logprobs_at(context: tuple[int, ...], token: int) -> TokenLogprobs:
-    return TokenLogprobs(token, -float(hash((*context, 5)) % 1000), 1, [], [])
+def logprobs_at(context: int, token: int) -> TokenLogprobs:
+    return TokenLogprobs(token, -float(hash((context, 5)) % 1000), 1, [], [])
 
 
 def max_tokens_of(request: Request, config: SchedulerConfig) -> int:
@@ -75,17 +93,19 @@ def expected_of(request: Request, config: SchedulerConfig) -> Expected:
     tokens = list(prompt)
     reason, stop_token = FinishReason.LENGTH, None
     logprobs = []
+    context = context_of(prompt)
     for count in range(max_tokens_of(request, config)):
-        token = next_token(tuple(tokens), count, request, config)
-        logprobs.append(logprobs_at(tuple(tokens), token))
+        token = next_token(context, count, request, config)
+        logprobs.append(logprobs_at(context, token))
         tokens.append(token)
+        context = read(context, kv_of(context, token))
         if token in stop_ids_of(request, config):
             is_eos = token in config.eos_token_ids and not request.params.ignore_eos
             reason, stop_token = FinishReason.STOP, None if is_eos else token
             break
     prompt_logprobs = None
     if request.params.prompt_logprobs is not None:
-        prompt_logprobs = [None, *(logprobs_at(tuple(prompt[:i]), prompt[i]) for i in range(1, len(prompt)))]
+        prompt_logprobs = [None, *(logprobs_at(context_of(prompt[:i]), prompt[i]) for i in range(1, len(prompt)))]
     return Expected(
         tokens[len(prompt) :],
         reason,
@@ -177,7 +197,6 @@ class FakeRunner:
         self.random.shuffle(work)
         for number, start, tokens in work:
             self._write(number, start, tokens)
-            self._read(number)
         prompt_logprobs = {
             chunk.row: self._prompt_logprobs(chunk.row, chunk.start, chunk.logprob_targets)
             for chunk in plan.chunks
@@ -200,17 +219,21 @@ class FakeRunner:
         written = {slot // self.config.block_size for slot in slots}
         for other, holder in self.rows.items():
             assert other == number or not written & set(holder.table), "a row writes into another one's block"
+        context = self._read(number, start)
         for slot, token in zip(slots, tokens, strict=True):
-            self.memory[slot] = token
+            self.memory[slot] = kv_of(context, token)
+            context = read(context, self.memory[slot])
 
-    def _read(self, number: int) -> tuple[int, ...]:
-        context = tuple(self.memory[slot] for slot in self._slots(self.rows[number]))
-        assert POISON not in context, "a row reads what nobody wrote"
+    def _read(self, number: int, length: int) -> int:
+        context = 0
+        for slot in self._slots(self.rows[number])[:length]:
+            assert self.memory[slot] != POISON, "a row reads what nobody wrote"
+            context = read(context, self.memory[slot])
         return context
 
     def _sample(self, number: int) -> tuple[int, TokenLogprobs | None]:
         row = self.rows[number]
-        context = self._read(number)
+        context = self._read(number, row.seq_len)
         token = next_token(context, row.num_outputs, row.request, self.config)
         row.num_outputs += 1
         row.last_token = token
@@ -220,8 +243,7 @@ class FakeRunner:
         row = self.rows[number]
         assert row.request.params.prompt_logprobs is not None
         assert targets == row.request.prompt_token_ids[start + 1 : row.seq_len + 1]
-        context = self._read(number)
-        return [logprobs_at(context[: start + 1 + i], target) for i, target in enumerate(targets)]
+        return [logprobs_at(self._read(number, start + 1 + i), target) for i, target in enumerate(targets)]
 
 
 class Driver:

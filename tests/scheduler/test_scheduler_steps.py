@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from scheduler_fakes import VOCAB, Driver, expected_of, make_config, make_request, next_token
+from scheduler_fakes import VOCAB, Driver, context_of, expected_of, make_config, make_request, next_token
 
 from miniserve.core import FinishReason, InvalidRequest, Request, StepPlan, StepResult, TokenLogprobs
 from miniserve.scheduler import Scheduler
@@ -244,7 +244,7 @@ def test_what_stops_a_request_is_named(
 ) -> None:
     config = make_config(eos_token_ids=frozenset({0}))
     wanted = range(1, VOCAB) if params.get("stop_token_ids") == ALL_TOKENS[1:] else [0]
-    prompt = next([n] for n in range(999) if next_token((n,), 0, running("a", 1), config) in wanted)
+    prompt = next([n] for n in range(999) if next_token(context_of([n]), 0, running("a", 1), config) in wanted)
     driver = Driver(config)
     driver.add(make_request("a", prompt, max_tokens=1, **params))
     driver.drain()
