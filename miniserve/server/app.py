@@ -10,7 +10,7 @@ from starlette.middleware.cors import CORSMiddleware
 from miniserve.engine.client import AsyncEngine
 from miniserve.server import chat, completions, errors, health, responses, tokenize
 from miniserve.server.config import ServerConfig
-from miniserve.server.errors import APIError, json_response
+from miniserve.server.errors import json_response
 from miniserve.server.middleware import ApiKeyMiddleware, BodyLimitMiddleware
 from miniserve.server.protocol import ChatCompletionRequest, CompletionRequest
 from miniserve.server.service import VERSION, Service
@@ -19,6 +19,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": responses.ErrorEnvelope},
     "5XX": {"model": responses.ErrorEnvelope},
 }
+
+_EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
 
 def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
@@ -42,11 +44,11 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
 
 
 def _openai_routes(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/completions", response_model=responses.Completion)
+    @app.post("/v1/completions", response_model=responses.Completion, responses=_EVENTS)
     async def create_completion(body: CompletionRequest) -> Response:
         return await completions.respond(service, body)
 
-    @app.post("/v1/chat/completions", response_model=responses.ChatCompletion)
+    @app.post("/v1/chat/completions", response_model=responses.ChatCompletion, responses=_EVENTS)
     async def create_chat_completion(body: ChatCompletionRequest) -> Response:
         return await chat.respond(service, body)
 
@@ -78,6 +80,3 @@ def _model(service: Service, name: str) -> responses.Model:
         "max_model_len": info.max_model_len,
         "permission": [],
     }
-
-
-__all__ = ["APIError", "create_app"]

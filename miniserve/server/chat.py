@@ -151,8 +151,6 @@ def _message(position: int, message: ChatMessage) -> dict[str, Any]:
 
 
 def _content(path: str, message: ChatMessage) -> str:
-    if isinstance(message.content, str):
-        return message.content
     if message.content is None:
         if message.role != "assistant":
             raise InvalidRequest(f"{path}.content must be a text or a list of parts.", f"{path}.content")

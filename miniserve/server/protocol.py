@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
 Prompt = str | list[int]
 
@@ -45,6 +45,9 @@ def _unicode(text: str) -> str:
     return text
 
 
+Text = Annotated[str, AfterValidator(_unicode)]
+
+
 def _texts(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
@@ -69,7 +72,7 @@ def _bias(value: object) -> object:
 
 Int = Annotated[int, BeforeValidator(_not_bool), Field(ge=-(2**63), lt=2**63)]
 Float = Annotated[float, BeforeValidator(_not_bool)]
-Texts = Annotated[list[str], BeforeValidator(_texts, json_schema_input_type=str | list[str])]
+Texts = Annotated[list[Text], BeforeValidator(_texts, json_schema_input_type=str | list[str])]
 
 
 class Body(BaseModel):
@@ -125,12 +128,20 @@ class CompletionRequest(GenerationBody):
 
 class ContentPart(Body):
     type: str
-    text: str | None = None
+    text: Text | None = None
+
+
+def _parts(value: object) -> object:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
 class ChatMessage(Body):
-    role: str = Field(min_length=1, max_length=64)
-    content: str | list[ContentPart] | None = None
+    """A plain text is kept as its one part."""
+
+    role: Text = Field(min_length=1, max_length=64)
+    content: (
+        Annotated[list[ContentPart], BeforeValidator(_parts, json_schema_input_type=str | list[ContentPart])] | None
+    ) = None
     tool_calls: list[Any] | None = None
     function_call: Any = None
 
@@ -156,7 +167,7 @@ class TokenizeRequest(Body):
     """Either `prompt` or `messages` (with the fields of a conversation)."""
 
     model: str | None = None
-    prompt: str | None = None
+    prompt: Text | None = None
     messages: list[ChatMessage] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None

@@ -64,7 +64,7 @@ class Service:
 
     def check_model(self, name: str | None) -> None:
         """Raises `APIError` 404. No name means the one model there is."""
-        if name is not None and name not in self.model_names:
+        if name and name not in self.model_names:
             known = ", ".join(self.model_names)
             raise APIError(
                 404,

@@ -63,12 +63,16 @@ def entry(previous: int, token_id: int, k: int) -> TokenLogprobs:
     return TokenLogprobs(token_id, logprob, int((row > row[token_id]).sum()) + 1, top, [float(row[i]) for i in top])
 
 
+@lru_cache(4096)
+def follower(token_id: int, rank: int = 0) -> int:
+    return int(np.argsort(-bigram_logprobs(token_id), kind="stable")[rank])
+
+
 def greedy(prompt: list[int], num_tokens: int, rank: int = 0) -> list[int]:
-    tokens: list[int] = []
+    tokens = [prompt[-1]]
     for position in range(num_tokens):
-        row = bigram_logprobs((prompt + tokens)[-1])
-        tokens.append(int(np.argsort(-row, kind="stable")[rank if position == 0 else 0]))
-    return tokens
+        tokens.append(follower(tokens[-1], rank if position == 0 else 0))
+    return tokens[1:]
 
 
 @dataclass
@@ -165,13 +169,15 @@ class FakeEngine:
         mailbox, assembler = self._boxes[number]
         started = time.monotonic()
         wanted = max(params.max_tokens or 0, 1)
+        tokens = [self.script or greedy(prompt, wanted, index) for index in range(params.n)]
         for step in range(wanted):
             await asyncio.sleep(self.step_seconds)
             if self.fail_after is not None and step >= self.fail_after:
                 self._end(number, FinishReason.ERROR, "The fake device broke.")
                 return
             for index in range(params.n):
-                output = self._output(prompt, params, index, step, started)
+                output = self._output(prompt, params, tokens[index], index, step)
+                output.first_scheduled_time = started
                 deltas, _ = assembler.push(index, output)
                 for delta in deltas:
                     self.num_running -= delta.finish_reason is not None
@@ -182,12 +188,11 @@ class FakeEngine:
         mailbox.end()
 
     def _output(
-        self, prompt: list[int], params: SamplingParams, index: int, step: int, started: float
+        self, prompt: list[int], params: SamplingParams, tokens: list[int], index: int, step: int
     ) -> RequestOutput:
-        tokens = self.script or greedy(prompt, min(step + 1, 300), index)
         token = tokens[step % len(tokens)]
         previous = (prompt + tokens[:step])[-1]
-        output = RequestOutput(request_id="", num_cached_tokens=16 * (len(prompt) > 16), first_scheduled_time=started)
+        output = RequestOutput(request_id="", num_cached_tokens=16 * (len(prompt) > 16))
         if step == 0 and params.prompt_logprobs is not None and index == 0:
             pairs = pairwise(prompt)
             output.prompt_logprobs = [None, *(entry(a, b, params.prompt_logprobs) for a, b in pairs)]

@@ -190,7 +190,7 @@ def test_errors_are_the_clients_typed_exceptions(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="temperature") as bad:
         client.completions.create(model="tiny/fake", prompt="x", temperature=-1)
     assert bad.value.param == "temperature"
-    with pytest.raises(openai.BadRequestError, match="maximum context length is 256 tokens.* 300 input"):
+    with pytest.raises(openai.BadRequestError, match=r"maximum context length is 256 tokens.* 300 input"):
         client.completions.create(model="tiny/fake", prompt=[7] * 300)
 
 

@@ -1,0 +1,393 @@
+"""Every refusal is OpenAI's envelope with the right status, and names the field at fault."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from server_fakes import FakeEngine, RunningServer, running_server
+
+from miniserve.server.fields import REFUSED, REFUSED_IN_CHAT
+from miniserve.server.protocol import ChatCompletionRequest, CompletionRequest, TokenizeRequest
+
+COMPLETION: dict[str, Any] = {"prompt": "Once", "max_tokens": 2}
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+BODIES = {"/v1/completions": COMPLETION, "/v1/chat/completions": CHAT}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RunningServer]:
+    with running_server(max_body_bytes=20_000, max_prompts=8) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def web(server: RunningServer) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.root, timeout=30) as client:
+        yield client
+
+
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["message"]
+    assert len(response.content) < 2000
+    error: dict[str, Any] = body["error"]
+    return error
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize(
+    ("content", "content_type"),
+    [
+        (b"{", "application/json"),
+        (b"", "application/json"),
+        (b"[1]", "application/json"),
+        (b'"x"', "application/json"),
+        (b"null", "application/json"),
+        (b"\xff\xfe", "application/json"),
+        (b"[" * 10_000, "application/json"),
+        (b'{"prompt": "a", "messages": [{"role": "user", "content": "a"}]}', "text/plain"),
+        (b'{"prompt": "a", "messages": [{"role": "user", "content": "a"}]}', "application/x-www-form-urlencoded"),
+        (b'{"prompt": "a"}', ""),
+    ],
+)
+def test_a_body_that_is_no_json_object_is_a_400(
+    web: httpx.Client, path: str, content: bytes, content_type: str
+) -> None:
+    error = error_of(web.post(path, content=content, headers={"content-type": content_type}), 400)
+    assert error["type"] == "BadRequestError"
+    assert error["param"] is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("prompt", None),
+        ("prompt", ""),
+        ("prompt", []),
+        ("prompt", [""]),
+        ("prompt", [[]]),
+        ("prompt", ["a", ""]),
+        ("prompt", ["a", 5, {}]),
+        ("prompt", [1.5]),
+        ("prompt", [True]),
+        ("prompt", [-1]),
+        ("prompt", [2048]),
+        ("prompt", [[5], [99999999999999999999]]),
+        ("prompt", {"a": 1}),
+        ("prompt", "\ud800"),
+        ("prompt", ["fine", "\udfff"]),
+        ("temperature", -0.5),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("temperature", "hot"),
+        ("temperature", True),
+        ("top_p", 0),
+        ("top_p", 1.5),
+        ("top_p", float("nan")),
+        ("top_k", -2),
+        ("top_k", 10**30),
+        ("min_p", 2),
+        ("repetition_penalty", 0),
+        ("presence_penalty", 3),
+        ("frequency_penalty", -3),
+        ("n", 0),
+        ("n", 129),
+        ("n", -1),
+        ("max_tokens", -1),
+        ("max_tokens", 0),
+        ("max_tokens", "many"),
+        ("min_tokens", 17),
+        ("seed", 2**63),
+        ("seed", "x"),
+        ("logprobs", 21),
+        ("logprobs", -1),
+        ("logprobs", True),
+        ("best_of", 2),
+        ("best_of", 0),
+        ("stop", [""]),
+        ("stop", 5),
+        ("stop_token_ids", [4000]),
+        ("stop_token_ids", [-1]),
+        ("logit_bias", {"5": 200}),
+        ("logit_bias", {"x": 1}),
+        ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"5000": 1}),
+        ("logit_bias", {"5": float("nan")}),
+        ("logit_bias", [1]),
+        ("stream_options", {"include_usage": True}),
+        ("stream", "perhaps"),
+        ("suffix", "end"),
+        ("suffix", ""),
+        ("do_sample", False),
+    ],
+)
+def test_a_completion_field_out_of_range_is_named(web: httpx.Client, field: str, value: object) -> None:
+    content = json.dumps({"prompt": "Once", field: value})
+    error = error_of(web.post("/v1/completions", content=content, headers={"content-type": "application/json"}), 400)
+    assert error["param"] == field
+    assert field in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"messages": None}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": "Hi"}, "messages"),
+        ({"messages": [5]}, "messages[0]"),
+        ({"messages": [{"content": "Hi"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content[0].text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages[0].content[0].type",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].type"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": ["Hi"]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]}, "messages[0].tool_calls"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": 3}, "logprobs"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tool_choice": "auto"}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"chat_template": "{{ 1 }}"}, "chat_template"),
+        ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
+        ({"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message"),
+        ({"best_of": 2}, "best_of"),
+        ({"prompt": "x"}, "prompt"),
+    ],
+)
+def test_a_chat_field_that_cannot_be_served_is_named(web: httpx.Client, change: dict[str, Any], param: str) -> None:
+    content = json.dumps({**CHAT, **change})
+    headers = {"content-type": "application/json"}
+    error = error_of(web.post("/v1/chat/completions", content=content, headers=headers), 400)
+    assert error["param"] == param
+    assert param.split("[")[0] in error["message"]
+
+
+def other_value(neutral: tuple[object, ...]) -> object:
+    return True if neutral == (False,) else False if neutral == (True,) else {"type": "something"}
+
+
+@pytest.mark.parametrize(("path", "table"), [("/v1/completions", REFUSED), ("/v1/chat/completions", REFUSED_IN_CHAT)])
+def test_unsupported_fields_are_refused_unless_they_ask_for_nothing(
+    web: httpx.Client, path: str, table: dict[str, tuple[object, ...]]
+) -> None:
+    for name, neutral in table.items():
+        if path == "/v1/chat/completions" and name == "best_of":
+            continue  # an integer there
+        error = error_of(web.post(path, json={**BODIES[path], name: other_value(neutral)}), 400)
+        assert error["param"] == name
+        for value in (None, *neutral):
+            assert web.post(path, json={**BODIES[path], name: value}).status_code == 200, (name, value)
+
+
+@pytest.mark.parametrize(
+    ("path", "model"), [("/v1/completions", CompletionRequest), ("/v1/chat/completions", ChatCompletionRequest)]
+)
+def test_null_is_the_same_as_leaving_a_field_out(web: httpx.Client, path: str, model: type) -> None:
+    optional = [name for name, field in model.model_fields.items() if not field.is_required()]  # type: ignore[attr-defined]
+    assert len(optional) > 20
+    plain = web.post(path, json=BODIES[path]).json()["choices"]
+    for name in optional:
+        if name == "max_tokens":
+            continue  # its default is another one than that of BODIES
+        response = web.post(path, json={**BODIES[path], name: None})
+        assert response.status_code == 200, (name, response.text)
+        assert response.json()["choices"] == plain
+    assert web.post(path, json={**dict.fromkeys(optional), **BODIES[path]}).json()["choices"] == plain
+    assert web.post(path, json={**BODIES[path], "max_tokens": None}).status_code == 200
+
+
+def test_null_options_of_a_stream_and_of_tokenize(web: httpx.Client) -> None:
+    options = {"include_usage": None, "continuous_usage_stats": None}
+    for value in (None, {}, options):
+        assert web.post("/v1/completions", json={**COMPLETION, "stream": True, "stream_options": value}).is_success
+    fields = {name: None for name in TokenizeRequest.model_fields if name != "prompt"}
+    assert web.post("/tokenize", json={"prompt": "a", **fields}).is_success
+
+
+def test_fields_without_effect_are_accepted_and_unknown_ones_warned_about_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    silent = {"user": "me", "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "prediction": {}, "seed": 1}
+    unknown = {"made_up_field": 1, "max_new_tokens": 9}
+    with running_server() as server, caplog.at_level(logging.WARNING, "miniserve"):
+        for _ in range(3):
+            body = {**COMPLETION, **silent, **unknown}
+            assert httpx.post(f"{server.url}/completions", json=body).is_success
+        for name in ("x" * 5000, "two\nlines"):
+            assert httpx.post(f"{server.url}/completions", json={**COMPLETION, name: 1}).is_success
+    messages = [record.getMessage() for record in caplog.records if record.name == "miniserve.server.fields"]
+    assert len(messages) == 4
+    assert "made_up_field" in messages[0]
+    assert all(len(message) < 300 and "\n" not in message for message in messages)
+
+
+def test_an_unknown_model_is_a_404_and_no_model_is_fine(web: httpx.Client) -> None:
+    for path, body in BODIES.items():
+        error = error_of(web.post(path, json={**body, "model": "other"}), 404)
+        assert (error["type"], error["param"], error["code"]) == ("NotFoundError", "model", "model_not_found")
+        assert "`other` does not exist" in error["message"]
+        assert web.post(path, json=body).json()["model"] == "tiny/fake"
+    error_of(web.post("/v1/completions", json={**COMPLETION, "model": "x" * 5000}), 404)
+
+
+def test_a_prompt_may_fill_the_context_but_for_one_token(web: httpx.Client) -> None:
+    def post(length: int, **more: object) -> httpx.Response:
+        return web.post("/v1/completions", json={"prompt": [[7] * length], "max_tokens": 100, **more})
+
+    assert post(255).json()["usage"]["completion_tokens"] == 1
+    assert post(200).json()["usage"]["completion_tokens"] == 56
+    assert post(256, echo=True, max_tokens=0).is_success
+    for response in (post(256), post(257, echo=True, max_tokens=0)):
+        error = error_of(response, 400)
+        assert error["code"] == "context_length_exceeded"
+        assert error["param"] == "input_tokens"
+    assert "256 tokens" in error["message"]
+    assert "257 input tokens" in error["message"]
+
+
+def test_the_number_of_sequences_is_limited(web: httpx.Client) -> None:
+    assert web.post("/v1/completions", json={"prompt": ["a"] * 4, "n": 2, "max_tokens": 1}).is_success
+    assert error_of(web.post("/v1/completions", json={"prompt": ["a"] * 9}), 400)["param"] == "prompt"
+    assert error_of(web.post("/v1/completions", json={"prompt": ["a"] * 3, "n": 3}), 400)["param"] == "n"
+
+
+def test_a_large_body_is_refused_by_its_declared_length(web: httpx.Client, server: RunningServer) -> None:
+    before = len(server.engine.seen)
+    error_of(web.post("/v1/completions", json={"prompt": "a" * 20_000}), 413)
+    error_of(web.post("/nowhere", content=b"a" * 30_000), 413)
+    assert web.post("/v1/completions", json={"prompt": "a" * 10, "user": "b" * 19_000, "max_tokens": 1}).is_success
+    assert len(server.engine.seen) == before + 1
+
+
+def test_a_large_body_without_a_length_is_refused_while_it_is_read(server: RunningServer) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    sent = 0
+
+    def chunks() -> Iterator[bytes]:
+        nonlocal sent
+        while sent < 400_000_000:
+            sent += 65_536
+            yield b" " * 65_536
+
+    try:
+        connection.request(
+            "POST", "/v1/completions", chunks(), {"Content-Type": "application/json"}, encode_chunked=True
+        )
+        response = connection.getresponse()
+        assert response.status == 413
+        assert json.loads(response.read())["error"]["type"] == "RequestEntityTooLargeError"
+    finally:
+        connection.close()
+
+
+def test_unknown_paths_and_methods_are_envelopes(web: httpx.Client) -> None:
+    assert error_of(web.get("/v2/nothing"), 404)["type"] == "NotFoundError"
+    assert error_of(web.get("/v1/models/a/b/c"), 404)["param"] == "model"
+    error_of(web.get("/tokenizer_info"), 404)
+    response = web.get("/v1/completions")
+    error_of(response, 405)
+    assert response.headers["allow"] == "POST"
+
+
+def test_a_bug_is_a_500_envelope_that_tells_nothing_inside(caplog: pytest.LogCaptureFixture) -> None:
+    engine = FakeEngine()
+    with running_server(engine) as server, caplog.at_level(logging.CRITICAL):
+        engine.generate = lambda *_: 1 / 0  # type: ignore[method-assign,assignment]
+        for path, body in BODIES.items():
+            error = error_of(httpx.post(server.root + path, json=body), 500)
+            assert error["type"] == "InternalServerError"
+            assert "division" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 401),
+        ({"Authorization": "Bearer wrong"}, 401),
+        ({"Authorization": "Basic k1"}, 401),
+        ({"Authorization": "k1"}, 401),
+        ({"x-api-key": "k1k2"}, 401),
+        ({"Authorization": "Bearer k1"}, 200),
+        ({"Authorization": "bearer k2"}, 200),
+        ({"x-api-key": "k2"}, 200),
+        ({"Authorization": "Bearer wrong", "x-api-key": "k1"}, 200),
+        ({"Authorization": "Bearer schlüssel"}, 401),
+    ],
+)
+def test_keys(keyed: RunningServer, headers: dict[str, str], status: int) -> None:
+    raw = {name: value.encode() for name, value in headers.items()}
+    for response in (
+        httpx.get(f"{keyed.url}/models", headers=raw),
+        httpx.post(f"{keyed.url}/completions", json=COMPLETION, headers=raw),
+        httpx.get(f"{keyed.root}/v1/nowhere", headers=raw),
+    ):
+        if status == 401:
+            error = error_of(response, 401)
+            assert error["code"] == "invalid_api_key"
+            assert response.headers["www-authenticate"] == "Bearer"
+        else:
+            assert response.status_code != 401
+
+
+@pytest.fixture(scope="module")
+def keyed() -> Iterator[RunningServer]:
+    with running_server(api_keys=("k1", "k2")) as server:
+        yield server
+
+
+def test_what_stays_open_beside_a_key(keyed: RunningServer) -> None:
+    for path in ("/", "/health", "/ping", "/ready", "/version", "/metrics", "/openapi.json"):
+        assert httpx.get(keyed.root + path).status_code == 200, path
+    assert httpx.post(f"{keyed.root}/tokenize", json={"prompt": "a"}).is_success
+    assert httpx.options(f"{keyed.url}/completions").status_code == 405
+    for path in ("/v1", "/v1/", "/%76%31/models"):
+        assert httpx.get(keyed.root + path).status_code == 401, path
+
+
+def test_without_a_key_any_key_is_fine(web: httpx.Client) -> None:
+    for value in ("Bearer anything", "nonsense"):
+        assert web.get("/v1/models", headers={"Authorization": value}).status_code == 200
+
+
+def test_the_empty_key_of_lm_eval(server: RunningServer, keyed: RunningServer) -> None:
+    for target, status in ((server, 200), (keyed, 401)):
+        connection = http.client.HTTPConnection("127.0.0.1", target.port, timeout=30)
+        connection.request("GET", "/v1/models", headers={"Authorization": "Bearer "})
+        assert connection.getresponse().status == status
+        connection.close()
+
+
+def test_browsers_of_other_origins_are_let_in_only_by_name() -> None:
+    asking = {"Origin": "http://app.example", "Access-Control-Request-Method": "POST"}
+    with running_server(api_keys=("k",)) as server:
+        response = httpx.get(f"{server.root}/health", headers=asking)
+        assert "access-control-allow-origin" not in response.headers
+    with running_server(api_keys=("k",), allowed_origins=("http://app.example",)) as server:
+        response = httpx.options(f"{server.url}/completions", headers=asking)
+        assert response.status_code == 200
+        assert response.headers["access-control-allow-origin"] == "http://app.example"
+        refused = httpx.get(f"{server.url}/models", headers=asking)
+        assert refused.status_code == 401
+        assert refused.headers["access-control-allow-origin"] == "http://app.example"
+        stranger = httpx.get(f"{server.root}/health", headers={"Origin": "http://other.example"})
+        assert "access-control-allow-origin" not in stranger.headers
