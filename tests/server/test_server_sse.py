@@ -1,0 +1,175 @@
+"""The event stream, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from server_fakes import FakeEngine, RunningServer, running_server, tokenizer
+
+SCRIPT = tokenizer().encode("one two")[:2]
+WORDS = [tokenizer().decode([token]) for token in SCRIPT]
+CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RunningServer]:
+    with running_server(FakeEngine(script=SCRIPT, step_seconds=0.005)) as server:
+        yield server
+
+
+def stream(server: RunningServer, path: str, body: dict[str, Any]) -> tuple[httpx.Response, list[dict[str, Any]]]:
+    """The events before `[DONE]`; fails on anything but `data:` lines and blank lines between them."""
+    response = httpx.post(server.root + path, json={**body, "stream": True}, timeout=30)
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.text.endswith("\n\ndata: [DONE]\n\n")
+    blocks = response.text.removesuffix("\n\n").split("\n\n")
+    assert all(block.startswith("data: ") and "\n" not in block for block in blocks)
+    return response, [json.loads(block.removeprefix("data: ")) for block in blocks[:-1]]
+
+
+def test_a_completion_stream_byte_for_byte(server: RunningServer) -> None:
+    response, events = stream(server, "/v1/completions", {"prompt": "x", "max_tokens": 2})
+    head = {key: events[0][key] for key in ("id", "object", "created", "model", "system_fingerprint")}
+    assert head["object"] == "text_completion"
+
+    def event(text: str, reason: str | None) -> str:
+        choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": reason, "stop_reason": None}
+        return "data: " + json.dumps({**head, "choices": [choice]}, separators=(",", ":")) + "\n\n"
+
+    assert response.text == event(WORDS[0], None) + event(WORDS[1], "length") + "data: [DONE]\n\n"
+
+
+def test_a_chat_stream_byte_for_byte(server: RunningServer) -> None:
+    response, events = stream(server, "/v1/chat/completions", {**CHAT, "max_tokens": 2})
+    head = {key: events[0][key] for key in ("id", "object", "created", "model", "system_fingerprint")}
+    assert head["object"] == "chat.completion.chunk"
+
+    def event(delta: dict[str, str], reason: str | None = None) -> str:
+        choice: dict[str, Any] = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+        if reason is not None:
+            choice["stop_reason"] = None
+        return "data: " + json.dumps({**head, "choices": [choice]}, separators=(",", ":")) + "\n\n"
+
+    assert response.text == (
+        event({"role": "assistant", "content": ""})
+        + event({"content": WORDS[0]})
+        + event({"content": WORDS[1]}, "length")
+        + "data: [DONE]\n\n"
+    )
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/completions", {"prompt": "x"}), ("/v1/chat/completions", CHAT)])
+def test_usage_comes_as_asked(server: RunningServer, path: str, body: dict[str, Any]) -> None:
+    body = {**body, "max_tokens": 3}
+    for options in (None, {}, {"include_usage": False}, {"continuous_usage_stats": True}):
+        _, events = stream(server, path, {**body, "stream_options": options})
+        assert all("usage" not in event and len(event["choices"]) == 1 for event in events)
+
+    _, events = stream(server, path, {**body, "stream_options": {"include_usage": True}})
+    assert all(event["usage"] is None and len(event["choices"]) == 1 for event in events[:-1])
+    assert events[-1]["choices"] == []
+    total = events[-1]["usage"]
+    whole = httpx.post(server.root + path, json=body).json()["usage"]
+    assert total == whole
+    assert total["completion_tokens"] == 3
+
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    _, events = stream(server, path, {**body, "stream_options": options})
+    counts = [event["usage"]["completion_tokens"] for event in events]
+    assert counts == sorted(counts)
+    assert events[-1]["usage"] == events[-2]["usage"] == total
+
+
+def test_every_event_has_one_choice_and_every_choice_one_end(server: RunningServer) -> None:
+    _, events = stream(server, "/v1/completions", {"prompt": ["a", "b"], "n": 2, "max_tokens": 3})
+    assert all(len(event["choices"]) == 1 for event in events)
+    ends = [event["choices"][0]["index"] for event in events if event["choices"][0]["finish_reason"]]
+    assert sorted(ends) == [0, 1, 2, 3]
+    _, events = stream(server, "/v1/chat/completions", {**CHAT, "n": 2, "max_tokens": 2})
+    roles = [e["choices"][0]["index"] for e in events if "role" in e["choices"][0]["delta"]]
+    assert sorted(roles) == [0, 1]
+    assert all(len(event["choices"]) == 1 for event in events)
+
+
+def test_the_echo_comes_with_the_first_event_of_every_choice(server: RunningServer) -> None:
+    body = {"prompt": ["ab", "cd"], "n": 2, "echo": True, "max_tokens": 2, "logprobs": 1}
+    _, events = stream(server, "/v1/completions", body)
+    whole = httpx.post(f"{server.url}/completions", json=body).json()["choices"]
+    for index in range(4):
+        pieces = [event["choices"][0] for event in events if event["choices"][0]["index"] == index]
+        assert (
+            "".join(piece["text"] for piece in pieces)
+            == whole[index]["text"]
+            == ["ab", "cd"][index // 2] + "".join(WORDS)
+        )
+        for name, values in whole[index]["logprobs"].items():
+            assert [value for piece in pieces for value in (piece["logprobs"] or {name: []})[name]] == values
+
+
+def test_the_echo_alone(server: RunningServer) -> None:
+    body = {"prompt": "Once upon", "echo": True, "max_tokens": 0, "logprobs": 0}
+    whole = httpx.post(f"{server.url}/completions", json=body).json()
+    assert whole["choices"][0]["text"] == "Once upon"
+    assert whole["choices"][0]["finish_reason"] == "length"
+    assert whole["usage"]["completion_tokens"] == 0
+    assert len(whole["choices"][0]["logprobs"]["tokens"]) == whole["usage"]["prompt_tokens"]
+    _, (event,) = stream(server, "/v1/completions", body)
+    assert event["choices"] == whole["choices"]
+
+
+def test_an_error_before_the_first_token_is_an_http_error() -> None:
+    with running_server(FakeEngine(fail_after=0)) as server:
+        for path, body in (("/completions", {"prompt": "x"}), ("/chat/completions", CHAT)):
+            for streams in (False, True):
+                response = httpx.post(server.url + path, json={**body, "stream": streams})
+                assert response.status_code == 500
+                assert response.json()["error"]["message"] == "The fake device broke."
+        refused = httpx.post(f"{server.url}/completions", json={"prompt": [[5] * 300], "stream": True})
+        assert refused.status_code == 400
+        refused = httpx.post(f"{server.url}/completions", json={"prompt": [[5], [5000]], "stream": True})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
+
+
+@pytest.mark.parametrize("prompt", ["x", ["x", "y"]])
+def test_an_error_in_the_middle_is_an_event_before_the_end(prompt: object) -> None:
+    with running_server(FakeEngine(script=SCRIPT, fail_after=2, step_seconds=0.01)) as server:
+        body = {"prompt": prompt, "max_tokens": 9, "stream_options": {"include_usage": True}}
+        _, events = stream(server, "/v1/completions", body)
+        assert events[-1] == {
+            "error": {
+                "message": "The fake device broke.",
+                "type": "InternalServerError",
+                "param": None,
+                "code": None,
+            }
+        }
+        assert all(event["choices"] for event in events[:-1])
+        assert any(event["choices"][0]["text"] for event in events[:-1])
+
+
+def test_events_leave_as_soon_as_their_token_is_there() -> None:
+    with running_server(FakeEngine(script=SCRIPT, step_seconds=0.2)) as server:
+        body = json.dumps({"prompt": "x", "max_tokens": 4, "stream": True}).encode()
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n" % len(body) + body
+            )
+            received, reads = b"", 0
+            while b"[DONE]" not in received:
+                received += connection.recv(65_536)
+                reads += 1
+        assert reads >= 4
+
+
+def test_a_keep_alive_connection_serves_stream_after_stream(server: RunningServer) -> None:
+    with httpx.Client(base_url=server.root, limits=httpx.Limits(max_connections=1)) as client:
+        for _ in range(3):
+            with client.stream("POST", "/v1/completions", json={"prompt": "x", "max_tokens": 2, "stream": True}) as got:
+                assert got.read().endswith(b"data: [DONE]\n\n")
