@@ -57,7 +57,7 @@ class Sampler:
         """A request takes a free row. Raises `InvalidRequest` for a logit_bias beyond the vocabulary."""
         self._table.start_row(start)
         self._batch = None
-        self.num_outputs[start.row] = len(start.output_token_ids)
+        self.num_outputs[start.row].fill_(len(start.output_token_ids))  # item assignment would wait for the device
         if self._table.penalised[start.row]:
             self._seen.start_row(start.row, start.request.prompt_token_ids, start.output_token_ids)
 

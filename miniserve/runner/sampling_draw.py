@@ -72,48 +72,55 @@ def draw_any(logits: torch.Tensor, positions: torch.Tensor, params: DrawParams) 
     weights.sub_(weights.amax(-1, keepdim=True)).mul_(_LOG2_E / params.temperature).exp2_()
     if params.any_min_p:
         weights = torch.ge(weights, params.min_p, out=torch.empty_like(weights)).mul_(weights)
+    reject = params.any_top_p and _is_on_host(weights)
+    if params.any_top_p and not reject:
+        weights = _cut_nucleus(weights, params)
     blocks = weights.view(len(weights), -1, sampling_blocks.BLOCK)
     mass = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
     ids = _locate(blocks, mass, uniform(params.keys, positions))
-    if params.any_top_p:
-        ids = _draw_nucleus(ids, blocks, mass, positions, params)
+    if reject:
+        ids = _redraw(ids, blocks, mass, positions, params)
     return ids.clamp_(max=logits.shape[1] - 1)  # only a row of NaNs could point at the padding
 
 
-def _draw_nucleus(
+def _cut_nucleus(weights: torch.Tensor, params: DrawParams) -> torch.Tensor:
+    """The weights that top_p leaves, others 0, by a sort of each row: for devices that sort fast and whose results the
+    host does not wait for."""
+    ordered = weights.sort(-1, descending=True).values
+    mass = ordered.cumsum(-1, dtype=torch.float64)
+    inside = (mass - ordered < params.top_p * mass[:, -1:]) | (params.top_p >= 1.0)
+    bar = torch.where(inside, ordered, torch.inf).amin(-1, keepdim=True)
+    return torch.ge(weights, bar, out=ordered).mul_(weights)
+
+
+def _redraw(
     ids: torch.Tensor, blocks: torch.Tensor, mass: torch.Tensor, positions: torch.Tensor, params: DrawParams
 ) -> torch.Tensor:
-    """Replace draws that top_p forbids by further draws, until all are allowed.
+    """Replace draws that top_p forbids by further draws, until all are allowed: on a CPU, where a sort of a vocabulary
+    takes fifty times as long as a draw and it costs nothing to read what was rejected.
 
     Rejection sampling as in FlashInfer's sorting-free kernels (Ye et al., 2025): a token is in the nucleus if and only
     if the tokens more likely than it weigh less than top_p of the total. A draw outside shows that all tokens up to
     its weight are outside, so the next one is made among the heavier ones. What is drawn in the end is distributed
     as if the nucleus had been cut out first. The expected number of draws is below 1 / top_p and about logarithmic in
-    the vocabulary at worst; the last one allowed takes the most likely token.
+    the vocabulary at worst; the last one that a position has numbers for takes the most likely token.
     """
     limit = torch.where(params.top_p < 1.0, params.top_p * mass[:, -1:], torch.inf).squeeze(1)
-    compact = _is_on_host(ids)  # reading what was rejected costs nothing there: go on with those rows alone
-    keys, result, left = params.keys, ids, torch.arange(len(ids), device=ids.device)
+    keys, result, left, drawn = params.keys, ids.clone(), torch.arange(len(ids)), ids
     for number in range(1, NUMBERS_PER_POSITION + 1):
-        weight = blocks.flatten(1).gather(1, ids[:, None])[:, :, None]
+        weight = blocks.flatten(1).gather(1, drawn[:, None])[:, :, None]
         blocks = torch.gt(blocks, weight, out=torch.empty_like(blocks)).mul_(blocks)  # floats: no detour by bools
         mass = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
-        rejected = mass[:, -1] >= limit
-        if compact:
-            again = rejected.nonzero().squeeze(1)
-            if not len(again):
-                return result
-            left, blocks, mass, limit = left[again], blocks[again], mass[again], limit[again]
-            keys, positions = keys[again], positions[again]
+        rejected = (mass[:, -1] >= limit).nonzero().squeeze(1)
+        if not len(rejected):
+            break
+        left, blocks, mass, limit = left[rejected], blocks[rejected], mass[rejected], limit[rejected]
+        keys, positions = keys[rejected], positions[rejected]
         if number < NUMBERS_PER_POSITION:
             drawn = _locate(blocks, mass, uniform(keys, positions, number))
         else:
             drawn = sampling_blocks.argmax(blocks.flatten(1))
-        if compact:
-            ids = drawn
-            result = result.index_copy(0, left, ids)
-        else:
-            ids = result = torch.where(rejected, drawn, ids)
+        result[left] = drawn
     return result
 
 

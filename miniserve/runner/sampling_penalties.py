@@ -52,7 +52,7 @@ class SeenTokens:
         device = self._ids.device
         self._ids[row, : len(counts)] = to_device(np.array(list(counts), np.int64), device)
         self._counts[row, : len(counts)] = to_device(np.array(list(counts.values()), np.float32), device)
-        self._sizes[row] = len(counts)
+        self._sizes[row].fill_(len(counts))
 
     def penalise(self, logits: torch.Tensor, params: PenaltyParams) -> None:
         """Apply the penalties to the rows `params.positions` of logits (float32 [batch, vocab_size]) in place.
