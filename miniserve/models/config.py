@@ -128,6 +128,9 @@ def _from_transformers(hf: Any, architecture: str, dtype: str) -> ModelConfig:
             f"num_attention_heads {hf.num_attention_heads} is not a multiple of num_key_value_heads "
             f"{hf.num_key_value_heads}."
         )
+    particulars = _PARTICULARS[architecture](hf)
+    if any(window is not None and window < 1 for window in particulars["sliding_windows"]):
+        raise UserError(f"sliding_window {hf.sliding_window} is not supported; it must be 1 or more, or null for none.")
     rope = _rope(hf.rope_parameters, hf.max_position_embeddings)
     return ModelConfig(
         architecture=architecture,
@@ -143,7 +146,7 @@ def _from_transformers(hf: Any, architecture: str, dtype: str) -> ModelConfig:
         rope=rope,
         tie_word_embeddings=hf.tie_word_embeddings,
         dtype=dtype,
-        **_PARTICULARS[architecture](hf),
+        **particulars,
     )
 
 

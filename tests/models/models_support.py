@@ -25,58 +25,44 @@ CLASSES = {
 LENGTH = 64  # max_position_embeddings of the small models: their trained length, or YaRN's and llama3's stretched one
 
 
-def rope_variants(rng: random.Random) -> dict[str, Any]:
-    theta = rng.choice([10000.0, 500000.0])
-    return rng.choice(
-        [
-            {"rope_type": "default", "rope_theta": theta},
-            {"rope_type": "linear", "rope_theta": theta, "factor": rng.choice([2.0, 4.0])},
-            {"rope_type": "dynamic", "rope_theta": theta, "factor": 2.0},
-            {
-                "rope_type": "yarn",
-                "rope_theta": theta,
-                "factor": 4.0,
-                "original_max_position_embeddings": LENGTH // 4,
-                **rng.choice(
-                    [
-                        {},
-                        {"attention_factor": 1.3},
-                        {"mscale": 0.7, "mscale_all_dim": 1.1},
-                        {"beta_fast": 8.0, "beta_slow": 2.0, "truncate": False},
-                    ]
-                ),
-            },
-            {
-                "rope_type": "llama3",
-                "rope_theta": theta,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": LENGTH // 2,
-            },
-        ]
-    )
+HEAD_DIMS = (64, 80, 128, 256)
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
-def random_settings(architecture: str, rng: random.Random) -> dict[str, Any]:
-    """Settings of a small model, drawn over everything the architecture can vary."""
+def rope_settings(rope_type: str, rng: random.Random) -> dict[str, Any]:
+    settings: dict[str, Any] = {"rope_type": rope_type, "rope_theta": rng.choice([10000.0, 500000.0])}
+    if rope_type != "default":
+        settings["factor"] = rng.choice([2.0, 4.0])
+    if rope_type == "yarn":
+        settings |= {"factor": 4.0, "original_max_position_embeddings": LENGTH // 4}
+        settings |= rng.choice([{}, {"attention_factor": 1.3}, {"mscale": 0.7, "mscale_all_dim": 1.1}])
+        settings |= rng.choice([{}, {"beta_fast": 8.0, "beta_slow": 2.0, "truncate": False}])
+    if rope_type == "llama3":
+        settings |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": LENGTH // 2}
+    return settings
+
+
+def random_settings(architecture: str, number: int) -> dict[str, Any]:
+    """Settings of a small model, drawn over everything the architecture can vary.
+
+    The first twenty numbers pair every head_dim with every rope type; beyond them head_dim is left to be derived.
+    """
+    rng = random.Random(f"{architecture}{number}")
     num_kv_heads = rng.choice([1, 2, 3])
     num_heads = num_kv_heads * rng.choice([1, 2, 4])
-    head_dim = rng.choice([64, 80, 128, 256])
-    hidden = num_heads * rng.choice([8, 12])
     layers = rng.choice([1, 2, 3])
     settings: dict[str, Any] = {
         "vocab_size": VOCAB,
-        "hidden_size": hidden,
+        "hidden_size": num_heads * rng.choice([8, 12]),
         "intermediate_size": rng.choice([40, 64, 97]),
         "num_hidden_layers": layers,
         "num_attention_heads": num_heads,
         "num_key_value_heads": num_kv_heads,
-        "head_dim": head_dim,
+        "head_dim": HEAD_DIMS[number % 4],
         "max_position_embeddings": LENGTH,
         "rms_norm_eps": rng.choice([1e-5, 1e-6]),
         "tie_word_embeddings": rng.random() < 0.5,
-        "rope_parameters": rope_variants(rng),
+        "rope_parameters": rope_settings(ROPE_TYPES[number % 5], rng),
         "hidden_act": rng.choice(["silu", "swish"]),
     }
     if architecture == "LlamaForCausalLM":
@@ -89,12 +75,11 @@ def random_settings(architecture: str, rng: random.Random) -> dict[str, Any]:
             "sliding_window": rng.choice([5, 16]),
             "max_window_layers": rng.randrange(layers + 1),
         }
-        if architecture == "Qwen3ForCausalLM":
-            settings["attention_bias"] = rng.random() < 0.5
-    if rng.random() < 0.3 and architecture != "Qwen3ForCausalLM":  # derived there from the hidden size
-        settings |= {"head_dim": None, "hidden_size": num_heads * 20}
-        if architecture == "Qwen2ForCausalLM":
-            del settings["head_dim"]
+    if architecture == "Qwen3ForCausalLM":  # which has a head_dim of its own always
+        settings["attention_bias"] = rng.random() < 0.5
+    elif number >= len(HEAD_DIMS) * len(ROPE_TYPES):
+        settings["hidden_size"] = num_heads * 20
+        del settings["head_dim"]
     return settings
 
 

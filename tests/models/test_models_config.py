@@ -159,6 +159,7 @@ def test_windows_that_cannot_be_are_refused(tmp_path: Path) -> None:
     assert "'chunked_attention' is not supported" in refusal(
         tmp_path, QWEN3 | {"layer_types": ["chunked_attention"] * 4}
     )
+    assert "sliding_window 0 is not supported" in refusal(tmp_path, MISTRAL | {"sliding_window": 0})
     assert "layer_types in a Mistral config" in refusal(tmp_path, MISTRAL | {"layer_types": ["full_attention"] * 32})
     nested = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
     assert "differ between layer types" in refusal(

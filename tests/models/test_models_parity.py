@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from models_support import CLASSES, LENGTH, VOCAB, DenseContext, load, random_settings, reference_model, run
 
 torch.set_num_threads(1)
-CONFIGURATIONS = 20
+CONFIGURATIONS = 24
 PROMPTS = (23, 9)
 NEW_TOKENS = 24
 
@@ -18,8 +17,7 @@ NEW_TOKENS = 24
 @pytest.mark.parametrize("number", range(CONFIGURATIONS))
 @pytest.mark.parametrize("architecture", CLASSES)
 def test_logits_and_greedy_tokens_equal_transformers(architecture: str, number: int, tmp_path: Path) -> None:
-    rng = random.Random(f"{architecture}{number}")
-    reference = reference_model(architecture, random_settings(architecture, rng), seed=number)
+    reference = reference_model(architecture, random_settings(architecture, number), seed=number)
     reference.save_pretrained(tmp_path, max_shard_size="50KB" if number % 2 else "1GB")
     model = load(tmp_path)
     generator = torch.Generator().manual_seed(number)
@@ -44,7 +42,7 @@ def test_logits_and_greedy_tokens_equal_transformers(architecture: str, number: 
 
 @pytest.mark.parametrize("architecture", CLASSES)
 def test_chunked_prefill_mixed_with_decode_gives_the_same_logits(architecture: str, tmp_path: Path) -> None:
-    settings = random_settings(architecture, random.Random(7))
+    settings = random_settings(architecture, 7)
     if architecture != "LlamaForCausalLM":
         settings |= {"sliding_window": 6, "use_sliding_window": True, "max_window_layers": 1}
     reference_model(architecture, settings).save_pretrained(tmp_path)
@@ -69,7 +67,7 @@ def test_chunked_prefill_mixed_with_decode_gives_the_same_logits(architecture: s
 def test_half_precision_is_as_near_to_float32_as_transformers(
     architecture: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    reference = reference_model(architecture, random_settings(architecture, random.Random(3)))
+    reference = reference_model(architecture, random_settings(architecture, 3))
     reference.save_pretrained(tmp_path)
     ids = torch.randint(VOCAB, (40,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
