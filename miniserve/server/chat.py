@@ -10,7 +10,7 @@ from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server.fields import REFUSED_IN_CHAT
 from miniserve.server.generation import Generation
 from miniserve.server.logprobs import chat_logprobs
-from miniserve.server.protocol import ChatCompletionRequest, ChatMessage, ConversationBody
+from miniserve.server.protocol import ChatCompletionRequest, ChatMessage, RenderOptions
 from miniserve.server.reply import GenerationResponse, UsageCount, finish_word
 from miniserve.server.responses import ChatChoice, ChatChunkChoice, ChatDelta, ChatLogprobs, FinishWord
 from miniserve.server.service import Header, Service, stream_mode
@@ -100,7 +100,7 @@ async def respond(service: Service, body: ChatCompletionRequest) -> GenerationRe
     service.check_model(body.model)
     service.fields.check(body.extras, REFUSED_IN_CHAT)
     params = service.rules.for_chat(body)
-    token_ids = await render(service, body)
+    token_ids = await render(service, body.messages, body)
     service.check_length(len(token_ids), params)
     header = service.header("chatcmpl")
     answer = ChatAnswer(header, service.engine.tokenizer, len(token_ids), params)
@@ -108,7 +108,7 @@ async def respond(service: Service, body: ChatCompletionRequest) -> GenerationRe
     return GenerationResponse(generation, answer, stream_mode(body))
 
 
-async def render(service: Service, body: ConversationBody) -> list[int]:
+async def render(service: Service, messages: Sequence[ChatMessage], body: RenderOptions) -> list[int]:
     """The ids of a conversation; the template writes all special tokens. Raises `InvalidRequest`."""
     if body.chat_template is not None and not service.config.trust_request_chat_template:
         raise InvalidRequest(
@@ -124,12 +124,12 @@ async def render(service: Service, body: ConversationBody) -> list[int]:
         raise InvalidRequest(
             "continue_final_message and add_generation_prompt exclude each other.", "continue_final_message"
         )
-    messages = [_message(position, message) for position, message in enumerate(body.messages)]
+    conversation = [_message(position, message) for position, message in enumerate(messages)]
     opens = not continues if body.add_generation_prompt is None else body.add_generation_prompt
 
     def apply() -> list[int]:
         return service.engine.tokenizer.apply_chat_template(
-            messages,
+            conversation,
             add_generation_prompt=opens,
             continue_final_message=continues,
             documents=body.documents,
@@ -137,7 +137,7 @@ async def render(service: Service, body: ConversationBody) -> list[int]:
             **kwargs,
         )
 
-    return await service.off_loop(sum(len(message["content"]) for message in messages), apply)
+    return await service.off_loop(sum(len(message["content"]) for message in conversation), apply)
 
 
 def _message(position: int, message: ChatMessage) -> dict[str, Any]:

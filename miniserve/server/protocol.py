@@ -146,10 +146,9 @@ class ChatMessage(Body):
     function_call: Any = None
 
 
-class ConversationBody(Body):
-    """What chat and `/tokenize` share: a conversation and how to render it."""
+class RenderOptions(Body):
+    """What chat and `/tokenize` share: how a conversation is rendered."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template: str | None = None
@@ -157,24 +156,20 @@ class ConversationBody(Body):
     documents: list[dict[str, Any]] | None = None
 
 
-class ChatCompletionRequest(ConversationBody, GenerationBody):
+class ChatCompletionRequest(RenderOptions, GenerationBody):
+    messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: Int | None = None
     logprobs: bool | None = None
     top_logprobs: Int | None = None
 
 
-class TokenizeRequest(Body):
-    """Either `prompt` or `messages` (with the fields of a conversation)."""
+class TokenizeRequest(RenderOptions):
+    """Either `prompt` or `messages`."""
 
     model: str | None = None
     prompt: Text | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
     add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    documents: list[dict[str, Any]] | None = None
     return_token_strs: bool | None = None
 
 

@@ -8,10 +8,8 @@ from miniserve.core import InvalidRequest
 from miniserve.server import responses
 from miniserve.server.chat import render
 from miniserve.server.errors import json_response
-from miniserve.server.protocol import ConversationBody, DetokenizeRequest, TokenizeRequest
+from miniserve.server.protocol import DetokenizeRequest, TokenizeRequest
 from miniserve.server.service import Service
-
-_CONVERSATION = frozenset(ConversationBody.model_fields)
 
 
 def install(app: FastAPI, service: Service) -> None:
@@ -46,13 +44,12 @@ def install(app: FastAPI, service: Service) -> None:
 
 
 async def _ids(service: Service, body: TokenizeRequest) -> list[int]:
-    if (body.prompt is None) == (body.messages is None):
-        raise InvalidRequest("Exactly one of prompt and messages is needed.", "prompt")
-    if body.prompt is not None:
+    if body.messages is None and body.prompt is not None:
         return await service.encode(body.prompt, body.add_special_tokens is not False)
+    if body.messages is None or body.prompt is not None:
+        raise InvalidRequest("Exactly one of prompt and messages is needed.", "prompt")
     if body.add_special_tokens:
         raise InvalidRequest(
             "add_special_tokens does not go with messages: the chat template writes them itself.", "add_special_tokens"
         )
-    conversation = {name: value for name, value in body if name in _CONVERSATION}
-    return await render(service, ConversationBody.model_validate(conversation))
+    return await render(service, body.messages, body)

@@ -90,6 +90,7 @@ class FakeEngine:
         script: list[int] | None = None,
         step_seconds: float = 0.0,
         fail_after: int | None = None,
+        hold_at: int | None = None,
         sampling: dict[str, float | int] | None = None,
         model: str = "tiny/fake",
     ) -> None:
@@ -104,6 +105,8 @@ class FakeEngine:
         self.script = script
         self.step_seconds = step_seconds
         self.fail_after = fail_after
+        self.hold_at = hold_at  # the step at which all requests wait for `gate`
+        self.gate = asyncio.Event()
         self.dead: str | None = None
         self.age: float | None = 0.0
         self.seen: list[tuple[list[int], SamplingParams]] = []
@@ -172,6 +175,8 @@ class FakeEngine:
         tokens = [self.script or greedy(prompt, wanted, index) for index in range(params.n)]
         for step in range(wanted):
             await asyncio.sleep(self.step_seconds)
+            if step == self.hold_at:
+                await self.gate.wait()
             if self.fail_after is not None and step >= self.fail_after:
                 self._end(number, FinishReason.ERROR, "The fake device broke.")
                 return

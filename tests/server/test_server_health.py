@@ -1,0 +1,122 @@
+"""Health that is true, and the small endpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from server_fakes import EOS, RunningServer, running_server, tokenizer
+
+import miniserve
+from miniserve.server.config import ServerConfig
+
+
+@pytest.fixture
+def server() -> Iterator[RunningServer]:
+    with running_server(stuck_after=30.0) as server:
+        yield server
+
+
+@pytest.mark.parametrize("path", ["/health", "/ping", "/ready"])
+def test_health_is_that_of_the_engine(server: RunningServer, path: str) -> None:
+    url = server.root + path
+    assert httpx.get(url).json() == {"status": "ok", "running": 0, "waiting": 0, "last_step_age": 0.0}
+    assert httpx.head(url).status_code == 200
+    server.engine.age = 29.0
+    assert httpx.get(url).status_code == 200
+    server.engine.age = 31.0
+    stuck = httpx.get(url)
+    assert stuck.status_code == 503
+    assert "31 s" in stuck.json()["error"]["message"]
+    server.engine.age = None
+    assert httpx.get(url).status_code == 200
+
+
+def test_a_dead_engine_is_a_503_everywhere(server: RunningServer) -> None:
+    app_sees = server.engine
+    server.call(app_sees.kill, "The engine died: killed by signal 9.")
+    health = httpx.get(f"{server.root}/health")
+    assert health.status_code == 503
+    assert health.json()["error"]["type"] == "ServiceUnavailableError"
+    assert server.join() == 1
+
+
+def test_sagemaker_pings_with_post(server: RunningServer) -> None:
+    assert httpx.post(f"{server.root}/ping").status_code == 200
+
+
+def test_version_and_root(server: RunningServer) -> None:
+    assert httpx.get(f"{server.root}/version").json() == {"version": miniserve.__version__}
+    assert httpx.get(server.root).json()["api"] == "/v1"
+    assert httpx.get(f"{server.root}/docs").status_code == 200
+
+
+def test_tokenize_and_detokenize(server: RunningServer) -> None:
+    def tokenize(**body: object) -> dict[str, object]:
+        response = httpx.post(f"{server.root}/tokenize", json=body)
+        assert response.status_code == 200, response.text
+        answer: dict[str, object] = response.json()
+        return answer
+
+    ids = tokenizer().encode("Hello, Zoë")
+    assert tokenize(prompt="Hello, Zoë") == {"count": len(ids), "max_model_len": 256, "tokens": ids, "token_strs": None}
+    strings = tokenize(prompt="Hello, Zoë", return_token_strs=True)["token_strs"]
+    assert strings == [tokenizer().token_str(token) for token in ids]
+    # lm_eval asks for the id of the EOS like this
+    assert tokenize(prompt="<|im_end|>", add_special_tokens=False)["tokens"] == [EOS]
+    assert tokenize(prompt="") == {"count": 0, "max_model_len": 256, "tokens": [], "token_strs": None}
+    chat = tokenize(messages=[{"role": "user", "content": "Hi"}])
+    expected = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    answer = httpx.post(f"{server.root}/detokenize", json={"tokens": chat["tokens"]})
+    assert answer.json() == {"prompt": expected}
+    assert httpx.post(f"{server.root}/detokenize", json={"tokens": []}).json() == {"prompt": ""}
+    bare = tokenize(messages=[{"role": "user", "content": "Hi"}], add_generation_prompt=False)
+    assert tokenizer().decode(bare["tokens"], False) == "<|im_start|>user\nHi<|im_end|>\n"  # type: ignore[arg-type]
+    long = "word " * 10_000
+    assert tokenize(prompt=long)["tokens"] == tokenizer().encode(long)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "prompt"),
+        ("/tokenize", {"messages": []}, "messages"),
+        (
+            "/tokenize",
+            {"messages": [{"role": "user", "content": "a"}], "add_special_tokens": True},
+            "add_special_tokens",
+        ),
+        ("/tokenize", {"prompt": 5}, "prompt"),
+        ("/tokenize", {"prompt": "a", "tools": [{}]}, "tools"),
+        ("/detokenize", {}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens"),
+        ("/detokenize", {"tokens": [2048]}, "tokens"),
+        ("/detokenize", {"tokens": "5"}, "tokens"),
+    ],
+)
+def test_what_cannot_be_tokenized_is_named(server: RunningServer, path: str, body: object, param: str) -> None:
+    response = httpx.post(server.root + path, json=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+
+
+def test_the_tokenizers_description_is_behind_a_flag() -> None:
+    with running_server(enable_tokenizer_info=True) as server:
+        info = httpx.get(f"{server.root}/tokenizer_info").json()
+    assert info["eos_token"] == "<|im_end|>"
+    assert info["bos_token"] is None
+    assert "im_start" in info["chat_template"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"port": -1}, {"port": 65_536}, {"api_keys": ("",)}, {"served_model_names": ("a", "")}, {"max_body_bytes": 0},
+        {"max_prompts": 0}, {"stuck_after": 0}, {"drain_timeout": -1}, {"max_logprobs": -1}, {"keep_alive": 0},
+    ],
+)  # fmt: skip
+def test_a_configuration_out_of_range_is_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(miniserve.core.UserError):
+        ServerConfig(**wrong)  # type: ignore[arg-type]
