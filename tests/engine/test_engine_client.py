@@ -21,7 +21,7 @@ from miniserve.core import CompletionDelta, FinishReason, InvalidRequest, Sampli
 from miniserve.engine.client import AsyncEngine, EngineDead
 from miniserve.engine.stream import CompletionStream
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 ENDLESS = SamplingParams(max_tokens=100)
 PROMPT = [300, 301, 302, 303, 304]
 
@@ -41,7 +41,7 @@ async def running(options: str = "", config: EngineConfig | None = None) -> Asyn
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 30))  # type: ignore[arg-type]
+    asyncio.run(asyncio.wait_for(test(), 120))  # type: ignore[arg-type]
 
 
 async def collect(stream: CompletionStream) -> list[CompletionDelta]:
