@@ -42,7 +42,7 @@ from miniserve.core import (
     StepPlan,
     StepResult,
 )
-from miniserve.scheduler.block_pool import ROOT, BlockPool
+from miniserve.scheduler.block_pool import BlockPool
 from miniserve.scheduler.limits import check_lengths
 from miniserve.scheduler.sequence import Sequence
 
@@ -283,8 +283,6 @@ class Scheduler:
         self._free_rows.append(seq.row)
         seq.row = -1
         seq.blocks = []
-        seq.num_computed = seq.limit = seq.num_registered = 0
-        seq.chain = ROOT
         self._decoding_changed = True
         if self._prefilling is seq:
             self._prefilling = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -38,11 +39,14 @@ def workloads(draw: st.DrawFn) -> Workload:
         eos_token_ids=frozenset(draw(st.sampled_from([(), (), (0,), (0, 1)]))),
     )
     token = st.integers(0, VOCAB - 1)
-    stems = draw(st.lists(st.lists(token, max_size=14), min_size=1, max_size=3))
+    # Prompts share segments in any order, so that the same tokens turn up after different prefixes.
+    length = st.sampled_from([block_size, 2 * block_size, 3 * block_size, 5])
+    segment = length.flatmap(lambda size: st.lists(token, min_size=size, max_size=size))
+    segments = draw(st.lists(segment, min_size=1, max_size=3))
     requests, arrivals, aborts = [], [], {}
     ignore_eos = draw(st.sampled_from([False, True, None]))  # of all, or request by request
     for i in range(draw(st.integers(1, 16))):
-        prompt = draw(st.sampled_from(stems)) + draw(st.lists(token, max_size=5))
+        prompt = [*chain(*draw(st.lists(st.sampled_from(segments), max_size=3))), *draw(st.lists(token, max_size=3))]
         max_tokens = draw(st.sampled_from([20, 11, 30, None, 5, 2, 1, 0]))
         request = make_request(
             f"r{i}",

@@ -404,6 +404,17 @@ def test_a_running_prompt_is_shared_from_the_next_step_on() -> None:
     assert (stats.prefix_cache_queries, stats.prefix_cache_hits) == (30, 8)
 
 
+def test_tokens_are_found_after_their_own_prefix_only() -> None:
+    driver = Driver(make_config(block_size=2))
+    head, middle, tail = [1, 2], [3, 4], [5, 6]
+    for i, prompt in enumerate([[*head, 0], head + middle + tail, middle + tail + head, tail + tail + [1]]):
+        request = make_request(f"r{i}", prompt, max_tokens=4)
+        driver.add(request)
+        driver.drain()
+        driver.check_against_definition(request)
+        assert driver.outputs[f"r{i}"][0].num_cached_tokens == (2 if i == 1 else 0)
+
+
 def test_a_fully_cached_prompt_still_computes_one_token() -> None:
     driver = Driver(make_config(block_size=4))
     for name in "ab":
