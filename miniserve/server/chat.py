@@ -128,14 +128,20 @@ async def render(service: Service, messages: Sequence[ChatMessage], body: Render
     opens = not continues if body.add_generation_prompt is None else body.add_generation_prompt
 
     def apply() -> list[int]:
-        return service.engine.tokenizer.apply_chat_template(
-            conversation,
-            add_generation_prompt=opens,
-            continue_final_message=continues,
-            documents=body.documents,
-            chat_template=body.chat_template,
-            **kwargs,
-        )
+        try:
+            return service.engine.tokenizer.apply_chat_template(
+                conversation,
+                add_generation_prompt=opens,
+                continue_final_message=continues,
+                documents=body.documents,
+                chat_template=body.chat_template,
+                **kwargs,
+            )
+        except InvalidRequest:
+            raise
+        except Exception as error:  # a template is a program that runs on the client's data
+            message = f"The chat template fails on these messages ({type(error).__name__}: {error})."
+            raise InvalidRequest(message, "messages") from error
 
     return await service.off_loop(sum(len(message["content"]) for message in conversation), apply)
 

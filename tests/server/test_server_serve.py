@@ -1,0 +1,192 @@
+"""How a server begins and ends: the port, the signals, the engine's death, the exit code."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from server_fakes import FakeEngine, running_server, wait_until
+
+from miniserve.core import UserError
+from miniserve.server.serve import bind
+
+
+def test_a_port_in_use_is_told_before_anything_else() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match=r"already in use.*--port"):
+        bind("127.0.0.1", taken.getsockname()[1])
+
+
+def test_other_addresses_that_cannot_be_bound() -> None:
+    with pytest.raises(UserError, match="no address of this machine"):
+        bind("192.0.2.1", 0)
+    with pytest.raises(UserError, match="--host"):
+        bind("no such host", 0)
+
+
+def test_a_port_for_the_administrator(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(socket.socket, "bind", refuse)
+    with pytest.raises(UserError, match=r"administrator.*1023"):
+        bind("127.0.0.1", 80)
+
+
+def test_binding_does_not_listen_yet() -> None:
+    with bind("127.0.0.1", 0) as sock, pytest.raises(ConnectionRefusedError):
+        socket.create_connection(sock.getsockname(), timeout=5)
+
+
+def test_a_stop_lets_running_requests_finish() -> None:
+    engine = FakeEngine(step_seconds=0.02, hold_at=3)
+    with running_server(engine) as server:
+        answers: list[httpx.Response] = []
+
+        def ask(streams: bool) -> None:
+            body = {"prompt": "x", "max_tokens": 20, "stream": streams}
+            answers.append(httpx.post(f"{server.url}/completions", json=body, timeout=60))
+
+        clients = [threading.Thread(target=ask, args=(streams,)) for streams in (False, True)]
+        for client in clients:
+            client.start()
+        wait_until(lambda: engine.num_running == 2)
+        stopper = threading.Thread(target=server.stop)
+        stopper.start()
+        wait_until(lambda: engine.shutdowns == [True])
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{server.root}/health")
+        server.call(engine.gate.set)
+        for thread in (*clients, stopper):
+            thread.join(60)
+        assert server.exit_code == 0
+    assert [answer.status_code for answer in answers] == [200, 200]
+    whole, stream = sorted(answers, key=lambda answer: answer.headers["content-type"])
+    assert whole.json()["usage"]["completion_tokens"] == 20
+    assert stream.text.endswith("data: [DONE]\n\n")
+    assert '"finish_reason":"length"' in stream.text
+    assert engine.shutdowns == [True, False]
+
+
+def test_what_does_not_finish_in_time_is_answered_with_an_error() -> None:
+    engine = FakeEngine(hold_at=1)
+    with running_server(engine, drain_timeout=0.3) as server:
+        answers: list[httpx.Response] = []
+
+        def ask(streams: bool) -> None:
+            body = {"prompt": "x", "max_tokens": 20, "stream": streams}
+            answers.append(httpx.post(f"{server.url}/completions", json=body, timeout=60))
+
+        clients = [threading.Thread(target=ask, args=(streams,)) for streams in (False, True)]
+        for client in clients:
+            client.start()
+        wait_until(lambda: engine.num_running == 2)
+        assert server.stop() == 0
+        for client in clients:
+            client.join(60)
+    whole, stream = sorted(answers, key=lambda answer: answer.headers["content-type"])
+    assert whole.status_code == 503
+    assert "shut down" in whole.json()["error"]["message"]
+    *_, error, done = stream.text.removesuffix("\n\n").split("\n\n")
+    assert "shut down" in json.loads(error.removeprefix("data: "))["error"]["message"]
+    assert done == "data: [DONE]"
+
+
+def test_the_engines_death_answers_everybody_and_ends_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    engine = FakeEngine(hold_at=1)
+    with running_server(engine) as server:
+        answers: list[httpx.Response] = []
+
+        def ask() -> None:
+            body = {"prompt": ["x", "y"], "max_tokens": 20}
+            answers.append(httpx.post(f"{server.url}/completions", json=body, timeout=60))
+
+        client = threading.Thread(target=ask)
+        client.start()
+        wait_until(lambda: engine.num_running == 2)
+        server.call(engine.kill, "The engine died: killed by signal 9.")
+        client.join(60)
+        assert server.join() == 1
+    assert answers[0].status_code == 503
+    assert "killed by signal 9" in answers[0].json()["error"]["message"]
+    assert "killed by signal 9" in caplog.text
+
+
+def test_an_engine_that_is_shutting_down_takes_no_requests() -> None:
+    engine = FakeEngine()
+    with running_server(engine) as server:
+        engine.shutdowns.append(False)
+        for streams in (False, True):
+            refused = httpx.post(f"{server.url}/completions", json={"prompt": "x", "stream": streams})
+            assert refused.status_code == 503
+            assert refused.json()["error"]["type"] == "ServiceUnavailableError"
+
+
+PROGRAM = """
+import asyncio, sys
+sys.path.insert(0, sys.argv[1])
+from server_fakes import FakeEngine
+from miniserve.server.config import ServerConfig
+from miniserve.server.serve import bind, loop_factory, serve
+
+sock = bind("127.0.0.1", 0)
+
+async def main():
+    engine = FakeEngine(hold_at=1)
+    def ready():
+        print(sock.getsockname()[1], flush=True)
+    return await serve(engine, ServerConfig(), sock=sock, on_ready=ready)
+
+with asyncio.Runner(loop_factory=loop_factory()) as runner:
+    sys.exit(runner.run(main()))
+"""
+
+
+def start_program() -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PROGRAM, str(Path(__file__).parent)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def port_of(process: subprocess.Popen[str]) -> int:
+    assert process.stdout is not None
+    return int(process.stdout.readline())
+
+
+def test_the_first_signal_drains_and_the_second_ends_at_once() -> None:
+    with start_program() as idle, start_program() as busy:  # side by side: importing takes them seconds
+        port = port_of(busy)
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+            body = b'{"prompt": "x", "stream": true}'
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n" % len(body) + body
+            )
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+            os.kill(busy.pid, signal.SIGINT)
+            wait_until(lambda: not accepts(port))
+            time.sleep(0.3)
+            assert busy.poll() is None  # it waits for the running request
+            os.kill(busy.pid, signal.SIGINT)
+            assert busy.wait(20) == 130
+
+        # Where nothing runs, one signal is enough.
+        assert httpx.get(f"http://127.0.0.1:{port_of(idle)}/health").status_code == 200
+        os.kill(idle.pid, signal.SIGTERM)
+        assert idle.wait(20) == 0
+
+
+def accepts(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    except OSError:
+        return False
+    return True
