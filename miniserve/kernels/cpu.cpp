@@ -163,15 +163,15 @@ template <class T> void silu_and_mul(const T* gate_up, T* out, int64_t rows, int
     }
 }
 
-// In place on q and k of a packed qkv row: norm each head (where a weight is given), then rotate its first rot_dim elements
-// as two halves (the "neox" pairing). table: [positions, rot_dim]: cos of the half, then sin of the half.
+// In place on q and k of a fused qkv row: norm each head (where a weight is given), then rotate its two halves against each
+// other (the "neox" pairing). cos_sin: [tokens, head_dim]: cosines of the half, then its sines.
 template <class T>
-void qk_norm_rope(T* qkv, const T* q_weight, const T* k_weight, const float* table, const int64_t* positions, int64_t tokens, int64_t heads,
-                  int64_t kv_heads, int64_t head_dim, int64_t rot_dim, float eps, int64_t row_stride, int threads) {
-    const int64_t half = rot_dim / 2;
+void qk_norm_rope(T* qkv, const T* q_weight, const T* k_weight, const float* cos_sin, int64_t tokens, int64_t heads, int64_t kv_heads,
+                  int64_t head_dim, float eps, int64_t row_stride, int threads) {
+    const int64_t half = head_dim / 2;
 #pragma omp parallel for num_threads(threads) schedule(static) if (tokens * (heads + kv_heads) * head_dim > 16384)
     for (int64_t t = 0; t < tokens; t++) {
-        const float *cos = table + positions[t] * rot_dim, *sin = cos + half;
+        const float *cos = cos_sin + t * head_dim, *sin = cos + half;
         for (int64_t h = 0; h < heads + kv_heads; h++) {
             T* x = qkv + t * row_stride + h * head_dim;
             const T* weight = h < heads ? q_weight : k_weight;
@@ -453,13 +453,11 @@ void ms_silu_and_mul(int dtype, const void* gate_up, void* out, int64_t rows, in
     });
 }
 
-void ms_qk_norm_rope(int dtype, void* qkv, const void* q_weight, const void* k_weight, const float* table, const int64_t* positions,
-                     int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t rot_dim, float eps, int64_t row_stride,
-                     int threads) {
+void ms_qk_norm_rope(int dtype, void* qkv, const void* q_weight, const void* k_weight, const float* cos_sin, int64_t tokens, int64_t heads,
+                     int64_t kv_heads, int64_t head_dim, float eps, int64_t row_stride, int threads) {
     with_type(dtype, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
-        qk_norm_rope((T*)qkv, (const T*)q_weight, (const T*)k_weight, table, positions, tokens, heads, kv_heads, head_dim, rot_dim, eps,
-                     row_stride, threads);
+        qk_norm_rope((T*)qkv, (const T*)q_weight, (const T*)k_weight, cos_sin, tokens, heads, kv_heads, head_dim, eps, row_stride, threads);
     });
 }
 

@@ -43,12 +43,11 @@ class NativeKernels:
     def __init__(self, library: ctypes.CDLL, num_threads: int) -> None:
         self._lib = library
         self._threads = num_threads
-        self.has_linear = bool(library.ms_linear_available())
+        self._has_linear = bool(library.ms_linear_available())
 
-    def can_pack(self, weight: torch.Tensor) -> bool:
-        """Whether `linear` takes this weight [out_features, in_features]."""
-        rows, cols = weight.shape
-        return self.has_linear and weight.dtype == torch.bfloat16 and rows % _PANEL == 0 and cols % 2 == 0
+    def can_pack(self, dtype: torch.dtype, in_features: int, out_features: int) -> bool:
+        """Whether `linear` takes a weight [out_features, in_features] of this dtype on this processor."""
+        return self._has_linear and dtype == torch.bfloat16 and out_features % _PANEL == 0 and in_features % 2 == 0
 
     def pack_linear(self, weight: torch.Tensor) -> torch.Tensor:
         """A contiguous weight [n, k] -> the same bytes as panels of 16 rows, which `linear` reads."""
@@ -91,8 +90,7 @@ class NativeKernels:
         qkv: torch.Tensor,
         q_weight: torch.Tensor | None,
         k_weight: torch.Tensor | None,
-        table: torch.Tensor,
-        positions: torch.Tensor,
+        cos_sin: torch.Tensor,
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
@@ -100,12 +98,12 @@ class NativeKernels:
     ) -> None:
         """Norm (where weights are given) and rotate q and k, in place.
 
-        qkv [tokens, (num_heads + 2 * num_kv_heads) * head_dim]; table float32 [max_positions, rot_dim]: cosines of the
-        half, then its sines; positions int64 [tokens].
+        qkv [tokens, (num_heads + 2 * num_kv_heads) * head_dim]; cos_sin float32 [tokens, head_dim], contiguous: the
+        cosines of half a head, then its sines.
         """
         self._lib.ms_qk_norm_rope(
-            *(_DTYPES[qkv.dtype], _p(qkv), _p(q_weight), _p(k_weight), _p(table), _p(positions), qkv.shape[0]),
-            *(num_heads, num_kv_heads, head_dim, table.shape[1], eps, qkv.stride(0), self._threads),
+            *(_DTYPES[qkv.dtype], _p(qkv), _p(q_weight), _p(k_weight), _p(cos_sin), qkv.shape[0]),
+            *(num_heads, num_kv_heads, head_dim, eps, qkv.stride(0), self._threads),
         )
 
     def write_kv(
@@ -162,7 +160,7 @@ def load() -> NativeKernels:
         "ms_linear_available": [],
         "ms_add_rms_norm": [integer, *[pointer] * 4, size, size, real, integer],
         "ms_silu_and_mul": [integer, pointer, pointer, size, size, integer],
-        "ms_qk_norm_rope": [integer, *[pointer] * 5, *[size] * 5, real, size, integer],
+        "ms_qk_norm_rope": [integer, *[pointer] * 4, *[size] * 4, real, size, integer],
         "ms_write_kv": [integer, integer, pointer, pointer, size, size, *[pointer] * 3, *[size] * 4],
         "ms_paged_decode": [integer, integer, *[pointer] * 7, *[size] * 8, real, real, integer],
         "ms_pack_linear": [pointer, pointer, size, size, integer],

@@ -12,26 +12,39 @@ import torch
 from torch import nn
 
 from miniserve.attention.spec import AttentionSpec, StepContext
+from miniserve.kernels.native import NativeKernels
 from miniserve.models.config import ModelConfig
-from miniserve.models.layers import ops
 from miniserve.models.layers.embedding import Embedding, LMHead, TiedLMHead
-from miniserve.models.layers.linear import Linear, default_method
+from miniserve.models.layers.linear import Linear, LinearMethod, choose_method
 from miniserve.models.layers.norm import RMSNorm
+from miniserve.models.layers.ops import HeadShape, NativeOps, Ops, TorchOps
 from miniserve.models.layers.rotary import RotaryEmbedding
 
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """What a model is built for. max_model_len in tokens; device is where its weights will lie."""
+    """What a model is built for. max_model_len in tokens; device is where its weights will lie; native are the CPU's
+    kernels, None to do without."""
 
     dtype: torch.dtype
     kv_dtype: torch.dtype
     device: torch.device
     max_model_len: int
+    native: NativeKernels | None = None
+
+    @property
+    def ops(self) -> Ops:
+        return TorchOps() if self.native is None else NativeOps(self.native)
+
+    def method(self, in_features: int, out_features: int) -> LinearMethod:
+        return choose_method(self.dtype, self.device, in_features, out_features, self.native)
 
     def linear(self, in_features: int, outputs: Mapping[str, int], *, bias: bool) -> Linear:
-        method = default_method(self.dtype, self.device)
+        method = self.method(in_features, sum(outputs.values()))
         return Linear(in_features, outputs, bias=bias, dtype=self.dtype, method=method)
+
+    def norm(self, size: int, eps: float) -> RMSNorm:
+        return RMSNorm(size, eps, self.dtype, self.ops)
 
 
 @dataclass(slots=True)
@@ -58,30 +71,27 @@ def _attention_spec(config: ModelConfig, options: BuildOptions, layer_index: int
 class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, options: BuildOptions, layer_index: int) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
-        self.q_size, self.kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.shape = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim)
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.qkv_proj = options.linear(
-            config.hidden_size,
-            {"q_proj": self.q_size, "k_proj": self.kv_size, "v_proj": self.kv_size},
-            bias=config.qkv_bias,
+            config.hidden_size, {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}, bias=config.qkv_bias
         )
-        self.o_proj = options.linear(self.q_size, {"o_proj": config.hidden_size}, bias=config.o_bias)
-        self.eps = config.rms_norm_eps
-        self.q_norm = RMSNorm(self.head_dim, self.eps, options.dtype) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, self.eps, options.dtype) if config.qk_norm else None
+        self.o_proj = options.linear(q_size, {"o_proj": config.hidden_size}, bias=config.o_bias)
+        self.ops, self.eps = options.ops, config.rms_norm_eps
+        self.q_norm = options.norm(config.head_dim, self.eps) if config.qk_norm else None
+        self.k_norm = options.norm(config.head_dim, self.eps) if config.qk_norm else None
         self.attn = Attention(layer_index, _attention_spec(config, options, layer_index))
 
     def forward(self, x: torch.Tensor, cos_sin: torch.Tensor, ctx: StepContext) -> torch.Tensor:
-        q, k, v = self.qkv_proj(x).split((self.q_size, self.kv_size, self.kv_size), dim=-1)
-        q, k = ops.qk_norm_rope(
-            q.unflatten(-1, (self.num_heads, self.head_dim)),
-            k.unflatten(-1, (self.num_kv_heads, self.head_dim)),
+        q, k, v = self.ops.split_norm_rope(
+            self.qkv_proj(x),
+            self.shape,
             cos_sin,
             self.q_norm.weight if self.q_norm is not None else None,
             self.k_norm.weight if self.k_norm is not None else None,
             self.eps,
         )
-        out = ctx.attend(self.attn, q, k, v.unflatten(-1, (self.num_kv_heads, self.head_dim)))
+        out = ctx.attend(self.attn, q, k, v)
         projected: torch.Tensor = self.o_proj(out)
         return projected
 
@@ -90,20 +100,21 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig, options: BuildOptions) -> None:
         super().__init__()
         hidden, middle = config.hidden_size, config.intermediate_size
+        self.ops = options.ops
         self.gate_up_proj = options.linear(hidden, {"gate_proj": middle, "up_proj": middle}, bias=config.mlp_bias)
         self.down_proj = options.linear(middle, {"down_proj": hidden}, bias=config.mlp_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        projected: torch.Tensor = self.down_proj(ops.silu_and_mul(self.gate_up_proj(x)))
+        projected: torch.Tensor = self.down_proj(self.ops.silu_and_mul(self.gate_up_proj(x)))
         return projected
 
 
 class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, options: BuildOptions, layer_index: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, options.dtype)
+        self.input_layernorm = options.norm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = SelfAttention(config, options, layer_index)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, options.dtype)
+        self.post_attention_layernorm = options.norm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, options)
 
     def forward(
@@ -124,7 +135,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, options.dtype)
         self.layers = nn.ModuleList(DecoderLayer(config, options, index) for index in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, options.dtype)
+        self.norm = options.norm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = RotaryEmbedding(
             config.rope, config.head_dim, max_positions=options.max_model_len, device=options.device
         )
@@ -147,7 +158,7 @@ class CausalLM(nn.Module):
         self.options = options
         self.attention_specs = [_attention_spec(config, options, index) for index in range(config.num_layers)]
         self.model = Decoder(config, options)
-        method = default_method(options.dtype, options.device)
+        method = options.method(config.hidden_size, config.vocab_size)
         self.lm_head: LMHead
         if config.tie_word_embeddings:
             self.lm_head = TiedLMHead(self.model.embed_tokens, dtype=options.dtype, method=method)

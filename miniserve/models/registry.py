@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from miniserve.core import UserError
+from miniserve.kernels.native import NativeKernels
 from miniserve.models.config import SUPPORTED_ARCHITECTURES, ModelConfig
 from miniserve.models.dense import BuildOptions, CausalLM
 from miniserve.models.layers.linear import can_pack
@@ -23,16 +24,20 @@ def build_model(
     kv_dtype: torch.dtype,
     device: torch.device | str,
     max_model_len: int | None = None,
+    native: NativeKernels | None = None,
 ) -> CausalLM:
     """Make the model with its parameters on the meta device; `loader` gives them memory on `device`.
 
-    max_model_len: positions the rotary table covers, in tokens (default: all the model has). Raises `UserError` where
+    max_model_len: positions the rotary table covers, in tokens (default: all the model has). native: the CPU's kernels,
+    used on a CPU. Raises `UserError` where
     the model cannot reach that far.
     """
     length = config.max_position_embeddings if max_model_len is None else max_model_len
     if length > config.max_position_embeddings:
         raise UserError(_too_long(config, length))
-    options = BuildOptions(dtype=dtype, kv_dtype=kv_dtype, device=torch.device(device), max_model_len=length)
+    options = BuildOptions(
+        dtype=dtype, kv_dtype=kv_dtype, device=torch.device(device), max_model_len=length, native=native
+    )
     return _MODELS[config.architecture](config, options).eval()
 
 

@@ -43,10 +43,16 @@ def build_runner(
     weights = weight_bytes(model_config, dtype, device)
     check_weights_fit(weights, available, device)
     longest = min(config.max_model_len or model_config.max_position_embeddings, model_config.max_position_embeddings)
-    model = build_model(
-        model_config, dtype=dtype, kv_dtype=dtype, device=device, max_model_len=config.max_model_len or longest
-    )
     platform = Platform(device.type, native.unavailable_reason() if device.type == "cpu" else None)
+    kernels = native.load() if device.type == "cpu" and platform.native_unavailable is None else None
+    model = build_model(
+        model_config,
+        dtype=dtype,
+        kv_dtype=dtype,
+        device=device,
+        max_model_len=config.max_model_len or longest,
+        native=kernels,
+    )
     choice = select(
         model.attention_specs,
         platform,
@@ -69,7 +75,7 @@ def build_runner(
     eos_token_ids = load_generation_defaults(source_path, config.generation_config).eos_token_ids
     runner = ModelRunner(
         model,
-        _backend(choice, config.block_size),
+        _backend(choice, config.block_size, kernels),
         caches,
         StepState(config.max_num_seqs, plan.max_model_len, config.block_size, device),
         Sampler(config.max_num_seqs, model_config.vocab_size, device, eos_token_ids, config.seed),
@@ -126,9 +132,11 @@ def _dtype(name: str, model_config: ModelConfig) -> torch.dtype:
     return dtype
 
 
-def _backend(choice: Choice, block_size: int) -> Backend:
+def _backend(choice: Choice, block_size: int, kernels: native.NativeKernels | None) -> Backend:
     layout = LAYOUTS[choice.layout](block_size)
-    return CpuBackend(layout, native.load()) if choice.backend == "CPU_ATTN" else TorchBackend(layout)
+    if choice.backend == "CPU_ATTN" and kernels is not None:
+        return CpuBackend(layout, kernels)
+    return TorchBackend(layout)
 
 
 def _fill(model: CausalLM, config: EngineConfig, path: Path, progress: Progress | None) -> None:

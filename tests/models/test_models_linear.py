@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from miniserve.models.layers.embedding import Embedding, TiedLMHead
-from miniserve.models.layers.linear import Linear, PackedCpuMethod, PlainMethod, can_pack, default_method
+from miniserve.models.layers.linear import Linear, PackedCpuMethod, PlainMethod, can_pack, choose_method
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -74,9 +74,9 @@ def test_a_fused_layer_asks_for_each_part_and_places_it_in_its_rows() -> None:
 
 
 def test_the_method_follows_device_and_dtype() -> None:
-    assert isinstance(default_method(torch.bfloat16, torch.device("meta")), PlainMethod)
-    assert isinstance(default_method(torch.bfloat16, torch.device("cuda")), PlainMethod)
-    packed = isinstance(default_method(torch.float32, CPU), PackedCpuMethod)
+    assert isinstance(choose_method(torch.bfloat16, torch.device("meta"), 32, 48, None), PlainMethod)
+    assert isinstance(choose_method(torch.bfloat16, torch.device("cuda"), 32, 48, None), PlainMethod)
+    packed = isinstance(choose_method(torch.float32, CPU, 32, 48, None), PackedCpuMethod)
     assert packed == can_pack(torch.float32)
 
 

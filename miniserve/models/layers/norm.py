@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import torch
 
-from miniserve.models.layers import ops
 from miniserve.models.layers.base import Layer
+from miniserve.models.layers.ops import Ops
 
 
 class RMSNorm(Layer):
     weight: torch.Tensor
 
-    def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
+    def __init__(self, size: int, eps: float, dtype: torch.dtype, ops: Ops) -> None:
         super().__init__()
+        self.ops = ops
         self.eps = eps
         self.declare("weight", (size,), dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., size] -> the same shape."""
-        return ops.rms_norm(x, self.weight, self.eps)
+        return self.ops.rms_norm(x, self.weight, self.eps)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (norm(residual + x), residual + x); all [T, size]."""
-        return ops.add_rms_norm(x, residual, self.weight, self.eps)
+        return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
 
     def fill_dummy(self, generator: torch.Generator) -> None:
         self.weight.fill_(1.0)

@@ -1,12 +1,57 @@
-"""The small operations of a decoder, as plain functions over tensors: the reference for every fused kernel.
+"""The small operations of a decoder: in PyTorch, as plain functions (the reference), and as the CPU's fused kernels.
 
-Each rounds to the model's dtype where transformers does, so that in float32 the two differ only by summation order.
+Each rounds to the model's dtype where transformers does, so that in float32 they differ only by summation order.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
 from torch.nn import functional
+
+from miniserve.kernels.native import NativeKernels
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """How a row of fused qkv divides: num_heads queries, then num_kv_heads keys and as many values, of head_dim."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class Ops(Protocol):
+    """What a decoder computes between its matrix products; x, residual [T, size], contiguous."""
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """As the function `rms_norm`."""
+        ...
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the function `add_rms_norm`; may add into `residual` itself."""
+        ...
+
+    def split_norm_rope(
+        self,
+        qkv: torch.Tensor,
+        shape: HeadShape,
+        cos_sin: torch.Tensor,
+        q_weight: torch.Tensor | None,
+        k_weight: torch.Tensor | None,
+        eps: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """qkv [T, (num_heads + 2 num_kv_heads) * head_dim], contiguous, may be overwritten -> q [T, num_heads,
+        head_dim] and k, v [T, num_kv_heads, head_dim], q and k normed and rotated as `qk_norm_rope` does."""
+        ...
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """As the function `silu_and_mul`."""
+        ...
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -63,3 +108,69 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """SwiGLU's middle: silu(gate) * up. gate_up: [T, 2 * size], gate first. Returns [T, size]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return functional.silu(gate) * up
+
+
+class TorchOps:
+    """`Ops` in PyTorch, for any device."""
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return rms_norm(x, weight, eps)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return add_rms_norm(x, residual, weight, eps)
+
+    def split_norm_rope(
+        self,
+        qkv: torch.Tensor,
+        shape: HeadShape,
+        cos_sin: torch.Tensor,
+        q_weight: torch.Tensor | None,
+        k_weight: torch.Tensor | None,
+        eps: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q, k, v = _split(qkv, shape)
+        q, k = qk_norm_rope(q, k, cos_sin, q_weight, k_weight, eps)
+        return q, k, v
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return silu_and_mul(gate_up)
+
+
+class NativeOps:
+    """`Ops` through the C++ kernels: on a CPU."""
+
+    def __init__(self, kernels: NativeKernels) -> None:
+        self._kernels = kernels
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return self._kernels.rms_norm(x, weight, eps)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._kernels.add_rms_norm(x, residual, weight, eps), residual
+
+    def split_norm_rope(
+        self,
+        qkv: torch.Tensor,
+        shape: HeadShape,
+        cos_sin: torch.Tensor,
+        q_weight: torch.Tensor | None,
+        k_weight: torch.Tensor | None,
+        eps: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self._kernels.qk_norm_rope(
+            qkv, q_weight, k_weight, cos_sin, shape.num_heads, shape.num_kv_heads, shape.head_dim, eps
+        )
+        return _split(qkv, shape)
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return self._kernels.silu_and_mul(gate_up)
+
+
+def _split(qkv: torch.Tensor, shape: HeadShape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    heads = qkv.view(qkv.shape[0], -1, shape.head_dim)
+    q, k, v = heads.split((shape.num_heads, shape.num_kv_heads, shape.num_kv_heads), dim=1)
+    return q, k, v
