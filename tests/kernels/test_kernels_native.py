@@ -1,0 +1,108 @@
+"""The C++ kernels against their PyTorch references, at odd sizes and strides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from miniserve.kernels import native
+from miniserve.models.layers.ops import HeadShape, NativeOps, TorchOps
+
+pytestmark = pytest.mark.skipif(
+    native.unavailable_reason() is not None, reason=f"C++ kernels: {native.unavailable_reason()}"
+)
+# bfloat16 may differ by one rounding where the two sum in another order.
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+DTYPES = st.sampled_from(list(TOLERANCE))
+
+
+def normal(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    assert got.dtype == want.dtype
+    assert got.shape == want.shape
+    error = (got.double() - want.double()).norm() / want.double().norm()
+    assert error < TOLERANCE[want.dtype]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    rows=st.sampled_from([1, 2, 3, 4, 5, 8, 11, 12, 13, 24, 40, 100]),
+    out_features=st.integers(1, 20).map(lambda n: 16 * n),
+    in_features=st.sampled_from([2, 30, 64, 130, 512]),
+    bias=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_linear(rows: int, out_features: int, in_features: int, bias: bool, seed: int) -> None:
+    kernels = native.load()
+    if not kernels.can_pack(torch.bfloat16, in_features, out_features):
+        pytest.skip("this processor has no bfloat16 dot product")
+    weight = normal(seed, out_features, in_features).bfloat16()
+    wide = normal(seed + 1, rows, in_features + 6).bfloat16()
+    x = wide[:, :in_features]  # rows need not be adjacent
+    b = normal(seed + 2, out_features).bfloat16() if bias else None
+    got = kernels.linear(x, kernels.pack_linear(weight), b)
+    close(got, torch.nn.functional.linear(x.float(), weight.float(), None if b is None else b.float()).bfloat16())
+
+
+def test_linear_declines_what_it_cannot_pack() -> None:
+    kernels = native.load()
+    assert not kernels.can_pack(torch.float32, 64, 64)
+    assert not kernels.can_pack(torch.bfloat16, 64, 40)
+    assert not kernels.can_pack(torch.bfloat16, 63, 64)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(dtype=DTYPES, rows=st.integers(1, 70), size=st.sampled_from([8, 50, 256, 1000]), seed=st.integers(0, 999))
+def test_norms_and_activation(dtype: torch.dtype, rows: int, size: int, seed: int) -> None:
+    reference, fused = TorchOps(), NativeOps(native.load())
+    x, residual, weight = normal(seed, rows, size).to(dtype), normal(seed + 1, rows, size).to(dtype), None
+    weight = normal(seed + 2, size).to(dtype)
+    close(fused.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
+    want_normed, want_sum = reference.add_rms_norm(x, residual, weight, 1e-6)
+    got_normed, got_sum = fused.add_rms_norm(x, residual.clone(), weight, 1e-6)
+    assert torch.equal(got_sum, want_sum)
+    close(got_normed, want_normed)
+    gate_up = 30 * normal(seed + 3, rows, 2 * size).to(dtype)  # wide enough for the sigmoid to saturate
+    close(fused.silu_and_mul(gate_up), reference.silu_and_mul(gate_up))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    dtype=DTYPES,
+    tokens=st.sampled_from([1, 3, 40]),
+    shape=st.builds(HeadShape, st.sampled_from([1, 4, 6]), st.sampled_from([1, 2]), st.sampled_from([16, 40, 80, 128])),
+    norm=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_split_norm_rope(dtype: torch.dtype, tokens: int, shape: HeadShape, norm: bool, seed: int) -> None:
+    width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    qkv, angles = normal(seed, tokens, width).to(dtype), 100 * normal(seed + 1, tokens, shape.head_dim // 2)
+    cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
+    q_weight, k_weight = (normal(seed + i, shape.head_dim).to(dtype) if norm else None for i in (2, 3))
+    want = TorchOps().split_norm_rope(qkv.clone(), shape, cos_sin, q_weight, k_weight, 1e-6)
+    got = NativeOps(native.load()).split_norm_rope(qkv.clone(), shape, cos_sin, q_weight, k_weight, 1e-6)
+    for mine, theirs in zip(got, want, strict=True):
+        close(mine, theirs)
+
+
+def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    with pytest.raises(native.Unavailable, match=r"no C\+\+ compiler"):
+        native.load.__wrapped__()
+
+
+def test_a_failing_compiler_is_told_with_its_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "cpu.cpp"
+    broken.write_text("this is not C++;")
+    monkeypatch.setattr(native, "_SOURCE", broken)
+    monkeypatch.setattr(native, "cache_dir", lambda: tmp_path / "cache")
+    with pytest.raises(native.Unavailable, match=r"could not compile the CPU kernels: .*error"):
+        native.load.__wrapped__()
+    assert not list((tmp_path / "cache").iterdir()), "a failed build must leave nothing behind"
