@@ -239,6 +239,17 @@ def test_a_row_starts_afresh_after_another_request():
     assert sampler.num_outputs[0] == 1
 
 
+def test_counts_of_an_earlier_request_are_forgotten():
+    sampler = make_sampler(40)
+    greedy = {"temperature": 0.0, "frequency_penalty": 1.0}
+    sampler.start_row(row_start(0, SamplingParams(**greedy), prompt=[0], outputs=[5, 6, 7] * 9))
+    sampler.stop_row(0)
+    sampler.start_row(row_start(0, SamplingParams(**greedy), prompt=[0]))
+    logits = torch.zeros(1, 40)
+    logits[0, 30] = 1.5
+    assert [sampler.sample(logits.clone(), [0]).token_ids.item() for _ in range(3)] == [30, 30, 0]
+
+
 def test_misuse_is_refused():
     sampler = make_sampler(40)
     with pytest.raises(InvalidRequest, match="vocabulary of 40") as error:
@@ -251,6 +262,10 @@ def test_misuse_is_refused():
         sampler.sample(torch.zeros(2, 40), [0, 1])
     with pytest.raises(ValueError, match="row 1 holds no request"):
         sampler.stop_row(1)
+    sampler.sample(torch.zeros(1, 40), [0])
+    sampler.stop_row(0)
+    with pytest.raises(ValueError, match="row 0 holds no request"):
+        sampler.sample(torch.zeros(1, 40), [0])
 
 
 def test_an_empty_batch():
