@@ -6,11 +6,8 @@ import importlib
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
-
 from miniserve.config import EngineConfig, SchedulerConfig
 from miniserve.core import EngineInfo, Runner
-from miniserve.engine.generation_config import load_generation_defaults
 from miniserve.engine.loop import EngineLoop
 from miniserve.scheduler.scheduler import Scheduler
 
@@ -32,9 +29,7 @@ def build_engine(
     """
     module_name, _, function_name = runner_factory.partition(":")
     factory: RunnerFactory = getattr(importlib.import_module(module_name), function_name)
-    eos_token_ids = load_generation_defaults(source_path, config.generation_config).eos_token_ids
     runner, info = factory(config, source_path, model_name, progress)
-    info = msgspec.structs.replace(info, eos_token_ids=sorted(eos_token_ids.union(info.eos_token_ids)))
     scheduler = Scheduler(
         SchedulerConfig(
             num_blocks=info.num_blocks,

@@ -20,7 +20,7 @@ _METASPACE = "▁"
 
 
 class Tokenizer:
-    """The tokenizer in a model directory, as transformers' `AutoTokenizer` builds it.
+    """The tokenizer in a model directory, as transformers loads it.
 
     Encoding and decoding go to the Rust tokenizer directly: transformers' own `__call__` writes truncation and padding
     settings into that shared object, which two threads must not do. Nothing is ever truncated or padded here.
@@ -215,11 +215,17 @@ class Tokenizer:
 
 
 def _load(path: Path) -> Any:
-    # Imported here because it takes seconds and pulls in torch.
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        if (path / "tokenizer.json").is_file():
+            # Complete in itself. AutoTokenizer would take its content over into a class of the model's own, and import
+            # torch for it: seconds and 200 MB in a process that needs neither.
+            from transformers import PreTrainedTokenizerFast
+
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+        else:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except Exception as error:
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(

@@ -13,9 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+import msgspec
+
 import miniserve
 from miniserve.config import EngineConfig
 from miniserve.core import EngineInfo, Request, StepPlan, StepResult, TokenLogprobs, UserError
+from miniserve.engine.generation_config import load_generation_defaults
 
 FACTORY = "engine_fakes:build_fake_runner"
 TINY = Path(miniserve.__file__).parent / "assets" / "tiny-qwen3"
@@ -134,4 +137,6 @@ def build_fake_runner(config: EngineConfig, source_path: Path, model_name: str, 
         step_seconds=float(options.get("step_seconds", 0)),
         fail_at_step=int(options.get("fail_at_step", -1)),
     )
-    return runner, fake_info(config, model_name, int(options.get("num_blocks", 64)))
+    info = fake_info(config, model_name, int(options.get("num_blocks", 64)))
+    eos_token_ids = load_generation_defaults(source_path, config.generation_config).eos_token_ids
+    return runner, msgspec.structs.replace(info, eos_token_ids=sorted(eos_token_ids))

@@ -202,6 +202,30 @@ def test_abort_by_id_ends_the_stream_and_the_id_can_be_used_again() -> None:
     run(body)
 
 
+def test_of_200_readers_a_third_leaves_and_the_others_get_everything() -> None:
+    async def body() -> None:
+        async with running("num_blocks=256", EngineConfig(max_num_seqs=64, async_scheduling=True)) as engine:
+
+            async def read(index: int) -> None:
+                prompt = [300 + index, *range(700, 700 + index % 9)]
+                stream = engine.generate(prompt, SamplingParams(max_tokens=20 + index % 50), f"r{index}")
+                ids: list[int] = []
+                async with stream:
+                    async for delta in stream:
+                        ids += delta.token_ids
+                        if index % 3 == 0 and len(ids) > index % 20:
+                            return
+                assert ids == expected_tokens(prompt, 20 + index % 50)
+                assert delta.finish_reason is FinishReason.LENGTH
+
+            await asyncio.gather(*map(read, range(200)))
+            await until(lambda: engine.stats.num_free_blocks == 256)
+            assert not engine._running and not engine._sequences
+            assert engine.stats.num_running == engine.stats.num_waiting == 0
+
+    run(body)
+
+
 def test_a_slow_reader_gets_its_deltas_merged() -> None:
     async def body() -> None:
         async with running() as engine:

@@ -1,0 +1,332 @@
+"""The offline API: `LLM("model").generate(prompts, SamplingParams(...))`, with the engine in this process."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from types import FrameType
+from typing import Any, cast
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from miniserve.config import EngineConfig
+from miniserve.core import (
+    CompletionDelta,
+    FinishReason,
+    InvalidRequest,
+    RequestOutput,
+    SamplingParams,
+    SchedulerStats,
+    TokenLogprobs,
+)
+from miniserve.engine.build import RUNNER_FACTORY, build_engine
+from miniserve.engine.generation_config import load_generation_defaults
+from miniserve.engine.output import OutputAssembler, fan_out
+from miniserve.engine.tokenizer import Tokenizer, load_tokenizer
+from miniserve.engine.validation import check_request
+from miniserve.models.hub import locate
+
+Message = Mapping[str, Any]
+Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+
+
+@dataclass(slots=True, kw_only=True)
+class Completion:
+    """One generated sequence. `token_ids` include the EOS or stop token that ended it, `text` does not show it.
+    `stop_reason` is the stop string or stop token that ended it, None for EOS and length."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+
+
+@dataclass(slots=True, kw_only=True)
+class Generation:
+    """What became of one prompt: `SamplingParams.n` completions. `prompt` is None where token ids were given."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[Completion]
+    prompt_logprobs: list[TokenLogprobs | None] | None
+    num_cached_tokens: int
+
+
+class LLM:
+    """A model loaded into this process, to generate with batches of prompts. Not to be shared between threads.
+
+    `model` is a directory, a hub id or None for the built-in model; `options` are the other fields of `EngineConfig`
+    (dtype, max_model_len, block_size, …). Raises `UserError` for what the user can mend. `progress` shows bars while
+    loading, where stderr is a terminal.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        progress: bool = True,
+        runner_factory: str = RUNNER_FACTORY,
+        **options: Any,
+    ) -> None:
+        config = EngineConfig(model=model, **options)
+        with _bars(progress) as bars:
+            tasks: dict[str, TaskID] = {}
+
+            def report(stage: str, done: int, total: int) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bars.add_task(f"Loading {stage}")
+                bars.update(tasks[stage], completed=done, total=total)
+
+            source = locate(
+                config.model, config.revision, weights=config.load_format != "dummy", notify=bars.console.print
+            )
+            self.tokenizer = load_tokenizer(source.path, config.load_format)
+            self.generation_defaults = load_generation_defaults(source.path, config.generation_config)
+            self._loop, self.info = build_engine(config, source.path, source.name, report, runner_factory)
+        self._serial = count()
+        self._broken: str | None = None
+
+    @property
+    def stats(self) -> SchedulerStats:
+        return self._loop.stats
+
+    def default_sampling_params(self, **values: Any) -> SamplingParams:
+        """What `generate` uses where it is given none: the model's own sampling defaults, `values` over them."""
+        defaults = dict(self.generation_defaults.sampling)
+        if "max_new_tokens" in defaults:
+            defaults["max_tokens"] = defaults.pop("max_new_tokens")
+        return SamplingParams(**{**defaults, **values})
+
+    def generate(
+        self,
+        prompts: Prompts,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = True,
+    ) -> list[Generation]:
+        """Generate for each prompt; the results come in the prompts' order.
+
+        A prompt is text or token ids, which are used as they are. `sampling_params` are for all prompts, or one for
+        each. `progress` shows a bar where stderr is a terminal. Raises `InvalidRequest` before anything runs. After a
+        KeyboardInterrupt the object can be used again.
+        """
+        tokenized = [
+            (prompt, self.tokenizer.encode(prompt)) if isinstance(prompt, str) else (None, list(prompt))
+            for prompt in _each_prompt(prompts)
+        ]
+        if sampling_params is None:
+            sampling_params = self.default_sampling_params()
+        return self._run(tokenized, sampling_params, progress)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = True,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        **template_variables: Any,
+    ) -> list[Generation]:
+        """Answer a conversation, or each of several. Without `sampling_params` an answer may be as long as the context
+        allows. Raises as `generate` does, and `InvalidRequest` where the chat template refuses a conversation."""
+        if not messages:
+            return []
+        conversations = [messages] if isinstance(messages[0], Mapping) else messages
+        tokenized = []
+        for conversation in conversations:
+            text = self.tokenizer.render_chat_template(
+                conversation,  # type: ignore[arg-type]
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                chat_template=chat_template,
+                **template_variables,
+            )
+            tokenized.append((text, self.tokenizer.encode(text, add_special_tokens=False)))
+        if sampling_params is None:
+            longest = self.generation_defaults.sampling.get("max_new_tokens")
+            sampling_params = self.default_sampling_params(max_tokens=longest)
+        return self._run(tokenized, sampling_params, progress)
+
+    def _run(
+        self,
+        tokenized: Sequence[tuple[str | None, list[int]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams],
+        progress: bool,
+    ) -> list[Generation]:
+        if self._broken is not None:
+            raise RuntimeError(f"This LLM failed before ({self._broken}); make a new one.")
+        if isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params] * len(tokenized)
+        if len(sampling_params) != len(tokenized):
+            raise InvalidRequest(
+                f"{len(tokenized)} prompts came with {len(sampling_params)} sampling_params; give one for each, or a "
+                "single one for all.",
+                "sampling_params",
+            )
+        jobs = []
+        for index, ((text, token_ids), params) in enumerate(zip(tokenized, sampling_params, strict=True)):
+            try:
+                params = check_request(token_ids, params, self.info)
+            except InvalidRequest as refused:
+                where = f"Prompt {index}: " if len(tokenized) > 1 else ""
+                raise InvalidRequest(f"{where}{refused}", refused.param) from None
+            jobs.append(_Job(f"{next(self._serial)}", text, token_ids, params, self.tokenizer))
+        self._finish_all(jobs, progress)
+        return [job.generation() for job in jobs]
+
+    def _finish_all(self, jobs: list[_Job], progress: bool) -> None:
+        unfinished = {request.request_id: (job, i) for job in jobs for i, request in enumerate(job.requests)}
+        num_sequences, num_tokens, start = len(unfinished), 0, time.monotonic()
+        with (
+            _bars(progress, MofNCompleteColumn(), TextColumn("{task.fields[rate]}")) as bars,
+            _interrupts() as interrupts,
+        ):
+            bar = bars.add_task("Generating", total=num_sequences, rate="")
+            try:
+                for job in jobs:
+                    for request in job.requests:
+                        self._loop.add(request)
+                while unfinished:
+                    num_tokens += self._step(unfinished)
+                    rate = f"{num_tokens / (time.monotonic() - start):,.0f} tokens/s"
+                    bars.update(bar, completed=num_sequences - len(unfinished), rate=rate)
+                    interrupts.raise_late()
+            finally:
+                if self._broken is None:
+                    self._loop.abort(unfinished)
+
+    def _step(self, unfinished: dict[str, tuple[_Job, int]]) -> int:
+        """One step of the engine; takes what finished out of `unfinished` and returns the number of new tokens."""
+        try:
+            outputs = self._loop.step()
+        except BaseException as error:
+            self._broken = f"{type(error).__name__}: {error}"
+            raise
+        num_tokens = 0
+        for output in outputs:
+            if output.request_id not in unfinished:
+                continue  # aborted while its last step was on its way
+            job, index = unfinished[output.request_id]
+            num_tokens += len(output.new_token_ids)
+            if job.push(index, output):
+                self._loop.abort([output.request_id])
+                del unfinished[output.request_id]
+            elif output.finish_reason is not None:
+                del unfinished[output.request_id]
+        return num_tokens
+
+
+class _Job:
+    """One prompt on its way to a `Generation`."""
+
+    def __init__(
+        self, request_id: str, prompt: str | None, token_ids: list[int], params: SamplingParams, tokenizer: Tokenizer
+    ) -> None:
+        self.requests = fan_out(request_id, token_ids, params)
+        self._prompt = prompt
+        self._token_ids = token_ids
+        self._assembler = OutputAssembler(tokenizer, token_ids, params)
+        self._deltas: list[list[CompletionDelta]] = [[] for _ in range(params.n)]
+
+    def push(self, index: int, output: RequestOutput) -> bool:
+        """Whether the sequence met a stop string, so that the engine must abort it."""
+        deltas, met_stop = self._assembler.push(index, output)
+        for delta in deltas:
+            self._deltas[delta.index].append(delta)
+        return met_stop
+
+    def generation(self) -> Generation:
+        first = self._deltas[0][0]
+        return Generation(
+            prompt=self._prompt,
+            prompt_token_ids=self._token_ids,
+            outputs=[_completion(deltas) for deltas in self._deltas],
+            prompt_logprobs=first.prompt_logprobs,
+            num_cached_tokens=first.num_cached_tokens,
+        )
+
+
+def _completion(deltas: list[CompletionDelta]) -> Completion:
+    last = deltas[-1]
+    if last.finish_reason is None:
+        raise RuntimeError(f"The engine left sequence {last.index} unfinished.")
+    has_logprobs = any(delta.logprobs is not None for delta in deltas)
+    return Completion(
+        index=last.index,
+        text="".join(delta.text for delta in deltas),
+        token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
+        logprobs=[entry for delta in deltas for entry in delta.logprobs or ()] if has_logprobs else None,
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+    )
+
+
+def _each_prompt(prompts: Prompts) -> list[str | Sequence[int]]:
+    """One prompt or several, text or ids, as a list of prompts. Raises `InvalidRequest` for anything else."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and all(isinstance(item, int) for item in prompts):
+        return [cast(Sequence[int], prompts)]
+    for prompt in prompts:
+        if not isinstance(prompt, str) and not (
+            isinstance(prompt, Sequence) and all(isinstance(token_id, int) for token_id in prompt)
+        ):
+            raise InvalidRequest("prompts must be text, token ids, or a list of either.", "prompts")
+    return list(cast(Sequence[str | Sequence[int]], prompts))
+
+
+def _bars(wanted: bool, *columns: ProgressColumn) -> Progress:
+    console = Console(stderr=True)
+    described = TextColumn("{task.description}")
+    shown = wanted and console.is_terminal
+    return Progress(described, BarColumn(), *columns, TimeRemainingColumn(), console=console, disable=not shown)
+
+
+class _Interrupts:
+    """Remembers a Ctrl-C until the engine has finished its step: a step cut short cannot be continued. The second one
+    comes through at once, and costs the engine."""
+
+    def __init__(self) -> None:
+        self._pending = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self._pending:
+            raise KeyboardInterrupt
+        self._pending = True
+
+    def raise_late(self) -> None:
+        if self._pending:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def _interrupts() -> Iterator[_Interrupts]:
+    interrupts = _Interrupts()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupts  # Ctrl-C reaches the main thread alone
+        return
+    previous = signal.signal(signal.SIGINT, interrupts)
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, previous)
