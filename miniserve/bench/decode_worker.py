@@ -111,7 +111,7 @@ def _start_miniserve(job: Job) -> tuple[Call, int]:
     )
 
     def generate(prompts: list[list[int]], output_len: int) -> None:
-        llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True))
+        llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True), progress=False)
 
     return generate, baseline
 

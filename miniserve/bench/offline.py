@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
@@ -12,7 +11,7 @@ from miniserve.bench.report import header
 from miniserve.bench.stats import Summary, summarize
 from miniserve.bench.workload import Shape, token_prompts
 from miniserve.config import EngineConfig
-from miniserve.core import EngineInfo, SamplingParams, UserError
+from miniserve.core import EngineInfo, InvalidRequest, SamplingParams, UserError
 
 
 class Generate(Protocol):
@@ -73,18 +72,20 @@ class ThroughputResult:
         return {**header("throughput"), "engine": _engine(info), **asdict(self), "throughput": self.rates()}
 
 
-@contextmanager
-def open_engine(config: EngineConfig) -> Iterator[tuple[Generate, EngineInfo]]:
+def open_engine(config: EngineConfig) -> tuple[Generate, EngineInfo]:
     """An engine in this process, and what it settled on. Raises `UserError` where it cannot start."""
     from miniserve.llm import LLM
 
     llm = LLM(**{field.name: getattr(config, field.name) for field in fields(config)})
 
     def generate(prompts: list[list[int]], params: list[SamplingParams]) -> list[int]:
-        results = llm.generate(prompts, params)
+        try:
+            results = llm.generate(prompts, params, progress=False)
+        except InvalidRequest as error:
+            raise UserError(f"The engine refuses such requests: {error}") from error
         return [len(result.outputs[0].token_ids) for result in results]
 
-    yield generate, llm.info
+    return generate, llm.info
 
 
 def measure_latency(

@@ -37,7 +37,7 @@ def plot_serve(result: ServeResult, path: Path) -> None:
     Raises `UserError` where matplotlib is missing or the file cannot be written.
     """
     # A Figure of its own draws without pyplot, whose backends and global state a server has no use for.
-    figure = load_figure_class()(figsize=(14, 4.2), dpi=120, layout="constrained")
+    figure = load_figure_class()(figsize=(14, 4.6), dpi=120, layout="constrained")
     completed = result.completed
     samples = (
         [record.ttft for record in completed],
@@ -47,7 +47,6 @@ def plot_serve(result: ServeResult, path: Path) -> None:
     for axes, (name, meaning), seconds in zip(figure.subplots(1, 3), _PANELS, samples, strict=True):
         _histogram(axes, [1000 * value for value in seconds])
         axes.set_title(f"{name} ({meaning})", fontsize=11)
-        axes.set_xlabel("milliseconds")
     figure.axes[0].set_ylabel("requests")
     figure.axes[1].set_ylabel("requests")
     figure.axes[2].set_ylabel("gaps between chunks")
@@ -83,6 +82,5 @@ def _histogram(axes: Axes, values: Sequence[float]) -> None:
         value = percentile(ordered, q)
         axes.axvline(value, color=color, linestyle=style, linewidth=1.2, label=f"{label} {value:,.2f} ms")
     beyond = sum(value > edge for value in ordered)
-    if beyond:
-        axes.plot([], [], " ", label=f"{beyond} above {edge:,.1f} ms, max {ordered[-1]:,.1f}")
-    axes.legend(frameon=False, fontsize=9)
+    axes.set_xlabel(f"milliseconds ({beyond} beyond, up to {ordered[-1]:,.1f})" if beyond else "milliseconds")
+    axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)

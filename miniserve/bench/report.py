@@ -26,7 +26,7 @@ def header(kind: str) -> dict[str, Any]:
     return {
         "kind": kind,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *_without_secrets(sys.argv[1:])]),
+        "command": shlex.join([_program(Path(sys.argv[0])), *_without_secrets(sys.argv[1:])]),
         "machine": machine(),
     }
 
@@ -47,6 +47,10 @@ def machine() -> dict[str, Any]:
         "gpus": _gpus(),
         "versions": versions,
     }
+
+
+def _program(path: Path) -> str:
+    return path.parent.name if path.name == "__main__.py" else path.name
 
 
 def _without_secrets(arguments: list[str]) -> list[str]:

@@ -117,17 +117,17 @@ def latency(
     from miniserve.bench import display, offline
     from miniserve.bench.report import write_json
 
-    with offline.open_engine(engine) as (generate, info):
-        result = offline.measure_latency(
-            generate,
-            info.vocab_size,
-            batch_size=batch_size,
-            input_len=input_len,
-            output_len=output_len,
-            warmup=warmup,
-            repeats=repeats,
-            seed=engine.seed,
-        )
+    generate, info = offline.open_engine(engine)
+    result = offline.measure_latency(
+        generate,
+        info.vocab_size,
+        batch_size=batch_size,
+        input_len=input_len,
+        output_len=output_len,
+        warmup=warmup,
+        repeats=repeats,
+        seed=engine.seed,
+    )
     display.print_latency(result, info)
     if json is not None:
         write_json(json, result.to_json(info))
@@ -148,10 +148,10 @@ def throughput(
     from miniserve.bench.report import write_json
 
     shape = Shape(input_len=input_len, output_len=output_len, range_ratio=range_ratio)
-    with offline.open_engine(engine) as (generate, info):
-        result = offline.measure_throughput(
-            generate, info.vocab_size, num_prompts=num_prompts, shape=shape, seed=engine.seed
-        )
+    generate, info = offline.open_engine(engine)
+    result = offline.measure_throughput(
+        generate, info.vocab_size, num_prompts=num_prompts, shape=shape, seed=engine.seed
+    )
     display.print_throughput(result, info)
     if json is not None:
         write_json(json, result.to_json(info))

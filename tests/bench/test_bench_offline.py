@@ -1,0 +1,205 @@
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import pytest
+from typer.testing import CliRunner
+
+from miniserve.bench import cpu_decode, offline
+from miniserve.bench.decode_worker import Job, Measured
+from miniserve.bench.workload import Shape
+from miniserve.cli.bench import app
+from miniserve.core import EngineInfo, SamplingParams, UserError
+
+INFO = EngineInfo(
+    model="fake",
+    model_path="",
+    architecture="Fake",
+    dtype="float32",
+    device="cpu",
+    vocab_size=50,
+    max_model_len=64,
+    max_num_seqs=8,
+    max_num_batched_tokens=64,
+    block_size=16,
+    num_blocks=10,
+    kv_layout="linear",
+    enable_prefix_caching=True,
+    async_scheduling=False,
+    eos_token_ids=[],
+    memory=[],
+    attention=[],
+)
+
+
+@dataclass
+class FakeEngine:
+    """Its own clock: 1 s of prefill, then 0.25 s a decode step. `limit` cuts an answer short."""
+
+    now: float = 0.0
+    limit: int = 10**9
+    calls: list[tuple[list[list[int]], list[SamplingParams]]] = field(default_factory=list)
+
+    def generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[int]:
+        self.calls.append((prompts, params))
+        counts = [min(one.max_tokens or 0, self.limit) for one in params]
+        self.now += 1.0 + 0.25 * (max(counts) - 1)
+        return counts
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    fake = FakeEngine()
+    monkeypatch.setattr(offline.time, "perf_counter", lambda: fake.now)
+    return fake
+
+
+def test_latency_separates_prefill_from_decode(engine: FakeEngine) -> None:
+    result = offline.measure_latency(
+        engine.generate, 50, batch_size=4, input_len=10, output_len=9, warmup=2, repeats=3, seed=0
+    )
+    assert (result.whole, result.first, result.step) == ([3.0] * 3, [1.0] * 3, [0.25] * 3)
+    assert result.decode_tokens_per_s == 16.0
+    assert len(engine.calls) == 10
+    prompts = [tuple(prompt) for batch, _ in engine.calls for prompt in batch]
+    assert len(set(prompts)) == len(prompts) == 40  # none can be found in a prefix cache
+    assert all(len(prompt) == 10 and max(prompt) < 50 for prompt in prompts)
+    assert all(one.ignore_eos and one.greedy for _, params in engine.calls for one in params)
+    written = json.loads(msgspec.json.encode(result.to_json(INFO)))
+    assert written["kind"] == "latency"
+    assert written["latency_s"]["step"]["median"] == 0.25
+    assert written["engine"]["kv_layout"] == "linear"
+
+
+def test_one_token_has_no_decode_step(engine: FakeEngine) -> None:
+    result = offline.measure_latency(
+        engine.generate, 50, batch_size=1, input_len=1, output_len=1, warmup=0, repeats=1, seed=0
+    )
+    assert result.step == []
+    assert result.decode_tokens_per_s is None
+    assert result.summaries()["step"] is None
+
+
+def test_throughput_counts_every_token(engine: FakeEngine) -> None:
+    shape = Shape(input_len=20, output_len=8, range_ratio=0.5)
+    result = offline.measure_throughput(engine.generate, 50, num_prompts=30, shape=shape, seed=1)
+    prompts, params = engine.calls[-1]
+    assert result.input_tokens == sum(map(len, prompts))
+    assert result.output_tokens == sum(one.max_tokens or 0 for one in params)
+    assert len({one.max_tokens for one in params}) > 1
+    assert result.duration == 1.0 + 0.25 * 11
+    assert result.rates()["output_tokens_per_s"] == pytest.approx(result.output_tokens / result.duration)
+    assert json.loads(msgspec.json.encode(result.to_json(INFO)))["throughput"]["requests_per_s"] == 30 / result.duration
+
+
+def test_figures_over_fewer_tokens_are_refused(engine: FakeEngine) -> None:
+    engine.limit = 5
+    with pytest.raises(UserError, match="got 5 tokens where 9 were asked for"):
+        offline.measure_latency(
+            engine.generate, 50, batch_size=1, input_len=1, output_len=9, warmup=0, repeats=1, seed=0
+        )
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"repeats": 0}, {"warmup": -1}, {"input_len": 0}])
+def test_counts_out_of_range_are_refused(engine: FakeEngine, wrong: dict[str, int]) -> None:
+    counts = {"batch_size": 1, "input_len": 1, "output_len": 1, "warmup": 0, "repeats": 1, "seed": 0} | wrong
+    with pytest.raises(UserError):
+        offline.measure_latency(engine.generate, 50, **counts)
+
+
+def test_latency_and_throughput_run_the_engine(tmp_path: Path) -> None:
+    small = ["--input-len", "6", "--output-len", "3", "--load-format", "dummy", "--kv-cache-memory", "8M"]
+    commands = (["latency", "--batch-size", "2", "--repeats", "2"], ["throughput", "--num-prompts", "5"])
+    for command in commands:
+        path = tmp_path / f"{command[0]}.json"
+        result = CliRunner().invoke(app, [*command, *small, "--max-num-seqs", "4", "--json", str(path)])
+        assert result.exit_code == 0, (result.output, result.exception)
+        written = json.loads(path.read_text())
+        assert written["kind"] == command[0]
+        assert written["engine"]["device"] == "cpu"
+        assert written["engine"]["max_num_seqs"] == 4
+    assert written["output_tokens"] == 15
+    assert "output tokens/s" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dtype", "int3"], "--dtype"),
+        (["--repeats", "0"], "--repeats"),
+        (["--input-len", "60", "--output-len", "60", "--max-model-len", "64"], "got 4 tokens where 60"),
+        (["--input-len", "80", "--max-model-len", "64"], "refuses"),
+    ],
+)
+def test_what_cannot_be_measured_is_a_sentence(arguments: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["latency", "--load-format", "dummy", "--kv-cache-memory", "8M", *arguments])
+    assert isinstance(result.exception, UserError)
+    assert message in str(result.exception)
+
+
+# --- the comparison with transformers -----------------------------------------------------------------------------
+
+
+def write_config(folder: Path, **changes: object) -> Path:
+    (folder / "config.json").write_text(json.dumps(cpu_decode.SMALL_LLAMA | changes))
+    return folder
+
+
+def test_sizes_count_what_a_step_reads(tmp_path: Path) -> None:
+    sizes = cpu_decode.model_sizes(write_config(tmp_path))
+    layer = 512 * (512 + 256 + 256 + 512) + 3 * 512 * 1408 + 2 * 512
+    assert sizes.weights == 2 * (8 * layer + 512 + 8192 * 512)  # the untied embedding is not read
+    assert sizes.kv_per_token == 2 * 8 * 4 * 64 * 2
+    tied = cpu_decode.model_sizes(write_config(tmp_path, tie_word_embeddings=True))
+    assert tied.weights == sizes.weights  # read once, as the head
+
+
+def test_figures_of_known_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Turn by turn; ours takes 0.1, 0.2 and 0.4 s a step, transformers twice that.
+    steps = {"miniserve": [0.1, 0.2, 0.4], "transformers": [0.2, 0.4, 0.8]}
+    asked: list[Job] = []
+
+    def answer(job: Job) -> object:
+        asked.append(job)
+        turn = sum(other.engine == job.engine for other in asked) - 1
+        whole = 1.0 + 10 * steps[job.engine][turn]
+        return msgspec.to_builtins(Measured(first=[1.0], whole=[whole], baseline=100, peak=100 + 50 * (turn + 1)))
+
+    monkeypatch.setattr(cpu_decode, "run_worker", answer)
+    job = Job(engine="miniserve", batch=4, prompt_len=16, output_len=11, kv_bytes_per_token=10)
+    case = cpu_decode.measure_case(job, turns=3, bandwidth=1e4, weight_bytes=140, name="x")
+    assert [one.engine for one in asked] == ["miniserve", "transformers"] * 3
+    assert len({one.seed for one in asked}) == 3
+    ours = case.engines["miniserve"]
+    assert ours.step_s == pytest.approx(0.2)
+    assert ours.decode_tokens_per_s == pytest.approx(20.0)
+    assert ours.turns == pytest.approx([40.0, 20.0, 10.0])
+    assert (ours.first_s, ours.memory) == (1.0, 100)
+    assert case.ratio == pytest.approx(2.0)
+    assert case.kv_bytes == 4 * 21.5 * 10
+    assert case.floor_step_s == pytest.approx((140 + 860) / 1e4)
+    assert case.floor_share == pytest.approx(0.5)
+
+
+def test_a_worker_that_fails_says_why() -> None:
+    with pytest.raises(RuntimeError, match="no-such-model"):
+        cpu_decode.run_worker(Job(engine="transformers", model="./no-such-model", vocab_size=10))
+
+
+def test_the_comparison_runs(tmp_path: Path) -> None:
+    write_config(tmp_path, hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=1)
+    path = tmp_path / "result.json"
+    cpu_decode.main(
+        config=tmp_path, small=False, batch=[2], prompt_len=5, output_len=4, turns=1, threads=1, json_path=path
+    )
+    written = json.loads(path.read_text())
+    (case,) = written["cases"]
+    assert set(case["engines"]) == {"miniserve", "transformers"}
+    for figures in case["engines"].values():
+        assert figures["decode_tokens_per_s"] > 0
+        assert figures["memory"] > 0
+    assert case["floor_share"] > 0
+    assert written["bandwidth_bytes_per_s"] > 1e8
