@@ -38,6 +38,7 @@ LLAMA3 = {
         YARN | {"beta_fast": 16.0, "beta_slow": 2.0},
         YARN | {"factor": 1.0},
         LLAMA3,
+        LLAMA3 | {"low_freq_factor": 2.0, "high_freq_factor": 8.0},
     ],
     ids=lambda parameters: "-".join(str(value) for value in parameters.values()),
 )
