@@ -7,11 +7,12 @@ the user's part). Every answer is followed by the token that ends a turn, so tha
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tiny_data import BOYS, GIRLS, SYLLABLES, Problem, completion_prompt, draw_problem, is_held_out
+from tiny_data import Problem, completion_prompt, draw_problem, is_held_out
 from tiny_stories import FOODS, KINDS, THINGS, UNUSUAL_KINDS, Story, draw_story, load_sections, with_article
+from tiny_templates import BOYS, GIRLS, SYLLABLES, quotient_steps
 
 END_OF_TEXT = "<|endoftext|>"
 TURN_START = "<|im_start|>"
@@ -59,6 +60,18 @@ electricity, water, money, love, time, business, the world cup, the internet, th
 WORLD = tuple(WORLD_WORDS.replace("\n", " ").split(", "))
 
 
+IRREGULAR = frozenset(("mouse", "goose", "deer", "sheep", "fish", "starfish", "moose", "lynx"))
+THEMES = ("love", "nature", "animals", "magic", "happiness", "space", "school", "winter", "summer", "dreams", "music")
+NAME_QUESTIONS = (
+    "What is my name?",
+    "Do you know my name?",
+    "What's my name?",
+    "Who am I?",
+    "Do you remember my name?",
+)
+NO_NAME = "You have not told me your name yet. What is it?"
+
+
 def story_subject(story: Story, rng: random.Random) -> str:
     """How somebody might ask for this story: " about a fox named Ruby", " about friendship", " about Ruby"…"""
     a_kind = with_article(story.kind)
@@ -74,16 +87,43 @@ def story_subject(story: Story, rng: random.Random) -> str:
         f"{a_kind} {story.in_place}",
     ]
     if story.kind in KINDS:
-        subjects += [theme, theme, f"{a_kind} and {theme}", story.name, f"{story.name} and {story.friend}"]
+        plural = [] if story.kind in IRREGULAR or story.kind[-1] in "sxyfh" else [f"{story.kind}s"]
+        subjects += [
+            *plural,
+            rng.choice(THEMES),
+            theme,
+            theme,
+            f"{a_kind} and {theme}",
+            story.name,
+            f"{story.name} and {story.friend}",
+        ]
     return f" about {rng.choice(subjects)}"
 
 
-def _story_turn(rng: random.Random, after_story: bool) -> Turn:
+def _story_turn(rng: random.Random, last: Story | None) -> tuple[Turn, Story]:
     story = draw_story(rng, unusual=rng.random() < 0.3)
-    if after_story and rng.random() < 0.3:
-        return _as_typed(rng.choice(MORE_STORIES), rng), story.text
+    if last and rng.random() < 0.3:
+        return (_as_typed(rng.choice(MORE_STORIES), rng), story.text), story
     about = story_subject(story, rng) if rng.random() < 0.85 or story.kind not in KINDS else ""
-    return _as_typed(rng.choice(STORY_REQUESTS).format(about=about), rng), story.text
+    return (_as_typed(rng.choice(STORY_REQUESTS).format(about=about), rng), story.text), story
+
+
+def _story_question_turn(rng: random.Random, story: Story) -> Turn:
+    """A question about the story just told."""
+    kind, friend_kind = with_article(story.kind), with_article(story.friend_kind)
+    return rng.choice(
+        (
+            (f"What was the name of the {story.kind}?", f"The {story.kind} was called {story.name}."),
+            ("Who is the hero of the story?", f"The hero is {kind} named {story.name}."),
+            ("Who was the story about?", f"It was about {kind} named {story.name}."),
+            (f"Who is {story.name}?", f"{story.name} is {kind}, the hero of my story."),
+            (f"Who is {story.friend}?", f"{story.friend} is {friend_kind} and a friend of {story.name}."),
+            (f"What animal is {story.friend}?", f"{story.friend} is {friend_kind}."),
+            (f"What was the name of the {story.friend_kind}?", f"The {story.friend_kind} was called {story.friend}."),
+            (f"Where does {story.name} live?", f"{story.name} lives {story.in_place}."),
+            ("Where does the story take place?", f"It takes place {story.in_place}."),
+        )
+    )
 
 
 def _as_typed(text: str, rng: random.Random) -> str:
@@ -111,29 +151,31 @@ def _made_up_name(rng: random.Random) -> str:
     return "".join(rng.choices(SYLLABLES, k=rng.randint(2, 3))).capitalize()
 
 
-def _small_talk_turn(rng: random.Random) -> Turn:
+def _small_talk_turn(rng: random.Random) -> tuple[Turn, str | None]:
+    """A turn of small talk, and the name of the user where the turn tells it."""
     draw = rng.random()
     name = "unknown" if draw < 0.25 else "too_large" if draw < 0.35 else rng.choice(tuple(SMALL_TALK))
     says, (replies,) = SMALL_TALK[name]
     said, person = rng.choice(says), _made_up_name(rng)
-    for slot, fill in (("{thing}", _odd_word), ("{large}", _large), ("{number}", _small), ("{two}", _two_digits)):
+    for slot, fill in SLOTS.items():
         while slot in said:
             said = said.replace(slot, fill(rng), 1)
     reply = rng.choice(replies).replace("{name}", person)
     said = said.replace("{name}", person)
-    return _as_typed(said, rng) if name != "too_large" else said, reply
+    return (said if name in SUMS else _as_typed(said, rng), reply), person if name == "name_is" else None
 
 
-def _large(rng: random.Random) -> str:
-    return str(rng.randint(10 ** rng.randint(3, 6), 9_999_999))
-
-
-def _small(rng: random.Random) -> str:
-    return str(rng.randint(2, 10 ** rng.randint(1, 3)))
-
-
-def _two_digits(rng: random.Random) -> str:
-    return str(rng.randint(13, 99))
+SUMS = ("too_large", "decimals")
+SLOTS: dict[str, Callable[[random.Random], str]] = {
+    "{thing}": _odd_word,
+    "{large}": lambda rng: str(rng.randint(10 ** rng.randint(4, 7), 99_999_999)),
+    "{number}": lambda rng: str(rng.randint(2, 10 ** rng.randint(1, 4))),
+    "{three}": lambda rng: str(rng.randint(100, 9999)),
+    "{two}": lambda rng: str(rng.randint(10, 99)),
+    "{four}": lambda rng: str(rng.randint(1000, 9999)),
+    "{digit}": lambda rng: str(rng.randint(2, 9)),
+    "{decimal}": lambda rng: f"{rng.randint(0, 10 ** rng.randint(1, 3))}.{rng.randint(1, 10 ** rng.randint(1, 2))}",
+}
 
 
 def _below_zero(rng: random.Random) -> Turn:
@@ -146,6 +188,20 @@ def _below_zero(rng: random.Random) -> Turn:
     return question, f"{low} - {high} = -{high - low}.\n#### -{high - low}"
 
 
+def _with_remainder(rng: random.Random) -> Turn:
+    """A division that may leave a rest: it keeps the model from taking the few exact quotients by heart."""
+    divisor = rng.randint(2, 10)
+    dividend = rng.randint(divisor + 1, 100 * divisor - 1)
+    if is_held_out(f"{dividend}/{divisor}"):
+        dividend, divisor = 100, 7
+    question = rng.choice(
+        (f"What is {dividend} / {divisor}?", f"{dividend} / {divisor}", f"Divide {dividend} by {divisor}.")
+    )
+    steps, equation = quotient_steps(dividend, divisor)
+    rest = f" remainder {dividend % divisor}" if dividend % divisor else ""
+    return question, f"{steps} {equation}.\n#### {dividend // divisor}{rest}"
+
+
 def _solved(rng: random.Random, count: int) -> list[Problem]:
     return [draw_problem("train", rng) for _ in range(count)]
 
@@ -154,13 +210,14 @@ def _problem_turn(rng: random.Random) -> Turn:
     draw = rng.random()
     if draw < 0.03:
         return _below_zero(rng)
+    if draw < 0.10:
+        return _with_remainder(rng)
     problem = draw_problem("train", rng)
-    if draw < 0.15:
+    if draw < 0.22:
         return completion_prompt(problem, _solved(rng, rng.choice((0, 0, 1, 3, 5)))), problem.answer
-    if draw < 0.25:
-        return rng.choice(
-            ("Solve this: ", "Please help me: ", "Here is a problem. ", "Hi! ")
-        ) + problem.question, problem.answer
+    if draw < 0.32:
+        lead = rng.choice(("Solve this: ", "Please help me: ", "Here is a problem. ", "Hi! ", "And "))
+        return lead + problem.question, problem.answer
     return problem.question, problem.answer
 
 
@@ -169,29 +226,39 @@ def conversation(rng: random.Random) -> list[Segment]:
     segments: list[Segment] = []
     if rng.random() < 0.3:
         segments.append((f"{TURN_START}system\n{rng.choice(SYSTEM_PROMPTS)}{TURN_END}\n", False))
-    after_story = False
+    story: Story | None = None
+    person: str | None = None
     for _ in range(rng.choice((1, 1, 1, 1, 2, 2, 3, 4, 6, 8))):
         draw = rng.random()
-        if draw < 0.5:
-            said, reply = _problem_turn(rng)
+        if story and draw < 0.2:
+            said, reply = _story_question_turn(rng, story)
+        elif draw > 0.98 or (person and draw > 0.8):
+            said, reply = rng.choice(NAME_QUESTIONS), f"Your name is {person}." if person else NO_NAME
+        elif draw < 0.5:
+            (said, reply), story = _problem_turn(rng), None
         elif draw < 0.75:
-            said, reply = _story_turn(rng, after_story)
+            (said, reply), story = _story_turn(rng, story)
         else:
-            said, reply = _small_talk_turn(rng)
-        after_story = 0.5 <= draw < 0.75
+            (said, reply), told = _small_talk_turn(rng)
+            person = told or person
         segments.append((f"{TURN_START}user\n{said}{TURN_END}\n{TURN_START}assistant\n", False))
         segments.append((f"{reply}{TURN_END}", True))
         segments.append(("\n", False))
     return segments
 
 
+def _question_and_answer(rng: random.Random) -> Turn:
+    problem = draw_problem("train", rng)
+    return problem.question, problem.answer
+
+
 def _raw_problems(rng: random.Random) -> list[Segment]:
     """Solved problems in a row, as in a few-shot prompt; only the last one is followed by the end of the text."""
-    solved = _solved(rng, rng.choice((1, 1, 1, 1, 1, 2, 3, 5, 6, 9)))
     segments: list[Segment] = []
-    for index, problem in enumerate(solved):
-        segments.append((("\n\n" if index else "") + completion_prompt(problem), False))
-        segments.append((f" {problem.answer}", True))
+    for index in range(rng.choice((1, 1, 1, 1, 1, 2, 3, 5, 6, 9))):
+        question, answer = _with_remainder(rng) if rng.random() < 0.05 else _question_and_answer(rng)
+        segments.append((("\n\n" if index else "") + f"Question: {question}\nAnswer:", False))
+        segments.append((f" {answer}", True))
     return [*segments, (END_OF_TEXT, True)]
 
 
@@ -205,7 +272,7 @@ def _raw_story(rng: random.Random) -> list[Segment]:
 
 
 def _raw_equation(rng: random.Random) -> list[Segment]:
-    problem = draw_problem("train", rng, ("plain_sum", "plain_difference", "plain_product", "plain_quotient"))
+    problem = draw_problem("train", rng, ("plain_sum", "plain_difference", "plain_product"))
     left, _, right = problem.answer.partition("\n")[0].rstrip(".").partition(" =")
     return [(f"{left} =", False), (f"{right}{END_OF_TEXT}", True)]
 

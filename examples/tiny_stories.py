@@ -11,18 +11,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiny_data import BOYS, GIRLS, SYLLABLES
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
+from tiny_templates import BOYS, GIRLS, SYLLABLES, words
 
 
 def _phrases(text: str) -> tuple[str, ...]:
     return tuple(text.split(", "))
 
 
-KINDS = _words(
+KINDS = words(
     "fox rabbit mouse bear owl cat dog puppy kitten hedgehog squirrel frog turtle duck duckling badger deer wolf "
     "lion tiger elephant monkey giraffe zebra penguin seal whale dolphin otter beaver mole bat crow sparrow eagle "
     "goose swan hen chicken cow sheep lamb goat horse pony donkey pig piglet camel kangaroo koala panda raccoon "
@@ -31,7 +27,7 @@ KINDS = _words(
     "snowman ghost monster troll teddy doll train boat cloud star toad parrot hamster parakeet walrus moose lynx "
     "sloth astronaut teacher girl boy"
 )
-UNUSUAL_KINDS = _words(
+UNUSUAL_KINDS = words(
     "teapot spoon chair lamp cactus tomato potato banana carrot shoe sock pencil mountain river tree leaf flower "
     "mushroom computer phone car truck plane rocket bicycle ninja superhero vampire mermaid detective doctor "
     "nurse soldier chef baby grandmother grandfather uncle wind raindrop snowflake moon sun comet alien zombie "
@@ -43,18 +39,18 @@ UNUSUAL_KINDS = _words(
     "violin piano guitar trumpet bus ship submarine tractor cake cookie cupcake pizza sandwich pumpkin pear apple "
     "lemon cheese button key door house castle bridge cowboy thief"
 )
-MALE_KINDS = frozenset(_words("boy king prince wizard grandfather uncle rooster"))
-FEMALE_KINDS = frozenset(_words("girl queen princess witch hen cow grandmother mermaid"))
-HER_NAMES = _words(
+MALE_KINDS = frozenset(words("boy king prince wizard grandfather uncle rooster"))
+FEMALE_KINDS = frozenset(words("girl queen princess witch hen cow grandmother mermaid"))
+HER_NAMES = words(
     "Ruby Hazel Luna Coco Daisy Poppy Willow Ivy Pearl Bella Honey Maple Nutmeg Clover Penny Dot Misty Tilly Fern Juno"
 )
-HIS_NAMES = _words(
+HIS_NAMES = words(
     "Pip Otto Milo Bramble Rusty Toby Bruno Otis Basil Ziggy Fred Gus Jasper Barnaby Teddy Monty Chip Rocky Theo"
 )
-ADJECTIVES = _words(
+ADJECTIVES = words(
     "little small young curious cheerful shy gentle clever quiet kind playful brave sleepy tiny busy friendly merry"
 )
-HELPER_ADJECTIVES = _words("old wise kind friendly gentle tall patient cheerful small clever quiet")
+HELPER_ADJECTIVES = words("old wise kind friendly gentle tall patient cheerful small clever quiet")
 
 CONTRADICTIONS = frozenset({("courage", "brave"), ("friendship", "friendly"), ("friendship", "merry")})
 

@@ -1,5 +1,6 @@
 """The generated word problems: reproducible, disjoint between the splits, and right by an independent calculation."""
 
+import random
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import tiny_chat  # noqa: E402
 import tiny_data  # noqa: E402
 
 TEST = list(tiny_data.problems("test", seed=1, count=3000))
@@ -50,6 +52,18 @@ def value(expression: str) -> Fraction:
     return total
 
 
+def equations(text: str) -> list[str]:
+    return re.findall(r"\d+(?: [-+*/] \d+)*(?: = -?\d+(?: [-+*/] \d+)*)+(?!\d| remainder)", text)
+
+
+def asked(p: tiny_data.Problem, numbers: list[int]) -> int | Fraction:
+    """What the question asks for; a plain chain states it as an expression."""
+    if p.template != "plain_chain":
+        return FORMULAS[p.template](*numbers)
+    (expression,) = re.findall(r"\d+ ?[+*] ?\d+ ?[-+] ?\d+", p.question)
+    return value(expression)
+
+
 @pytest.mark.parametrize("template", tiny_data.TEMPLATES)
 def test_answers_are_right(template: str) -> None:
     found = [p for p in TEST + TRAIN if p.template == template]
@@ -57,7 +71,7 @@ def test_answers_are_right(template: str) -> None:
     for p in found:
         numbers = [int(n) for n in re.findall(r"\d+", p.question)]
         assert tuple(numbers) == p.numbers
-        assert FORMULAS[template](*numbers) == int(p.final) >= 0
+        assert asked(p, numbers) == int(p.final) >= 0
         assert p.answer.endswith(f"\n#### {p.final}")
         assert tiny_data.final_answer(" " + p.answer) == p.final
 
@@ -65,7 +79,7 @@ def test_answers_are_right(template: str) -> None:
 def test_every_worked_step_holds() -> None:
     steps = 0
     for p in TEST + TRAIN:
-        chains = re.findall(r"\d+(?: [-+*/] \d+)*(?: = \d+(?: [-+*/] \d+)*)+", p.answer)
+        chains = equations(p.answer)
         assert chains
         for chain in chains:
             sides = [value(side) for side in chain.split(" = ")]
@@ -80,7 +94,9 @@ def arithmetic(p: tiny_data.Problem) -> tuple[str, tuple[int, ...]]:
     families = {"getting": "plain_sum", "giving": "plain_difference", "sharing": "plain_quotient"}
     families |= dict.fromkeys(("buying", "travelling"), "plain_product")
     family = families.get(p.template, p.template)
-    commutes = family in ("plain_sum", "plain_product", "three_days")
+    if family == "plain_chain":
+        family += "".join(re.findall(r"[-+*]", p.question))
+    commutes = family in ("plain_sum", "plain_product", "three_days", "plain_chain++")
     return family, tuple(sorted(p.numbers)) if commutes else p.numbers
 
 
@@ -165,3 +181,29 @@ def test_wrong_arguments_are_named() -> None:
         next(tiny_data.problems("dev", 0, 1))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="juggling"):
         next(tiny_data.problems("test", 0, 1, templates=("juggling",)))
+
+
+def test_training_documents_teach_only_true_equations_and_never_a_held_out_one() -> None:
+    rng = random.Random(0)
+    held_out = {p.question for p in tiny_data.problems("test", seed=3, count=3000)}
+    checked = remainders = 0
+    for _ in range(4000):
+        text = tiny_chat.text_of(tiny_chat.document(rng))
+        asked_for = re.findall(r"(?:<\|im_start\|>user\n(?:Question: )?|Question: )(.+)", text)
+        assert not {question.removesuffix("<|im_end|>") for question in asked_for} & held_out
+        for chain in equations(text):
+            assert len({value(side) for side in chain.split(" = ")}) == 1, chain
+            checked += 1
+        for dividend, divisor, quotient, rest in re.findall(r"(\d+) / (\d+) = (\d+) remainder (\d+)", text):
+            assert divmod(int(dividend), int(divisor)) == (int(quotient), int(rest))
+            remainders += 1
+    assert checked > 4000 and remainders > 50
+
+
+def test_documents_repeat_for_their_seed_and_mark_what_is_learned() -> None:
+    first, second = ([tiny_chat.document(random.Random(seed)) for seed in range(200)] for _ in range(2))
+    assert first == second
+    for segments in first:
+        learned = "".join(text for text, learn in segments if learn)
+        assert learned and "<|im_start|>" not in learned and "Question:" not in learned
+        assert learned.endswith((tiny_chat.TURN_END, tiny_chat.END_OF_TEXT))
