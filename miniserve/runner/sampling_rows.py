@@ -145,9 +145,10 @@ class RowTable:
             raise ValueError(f"row {rows[int(kinds.argmin())]} holds no request")
         step = rows_per_chunk(self._vocab_size, self._device)
         groups = []
-        for kind in (_SMALL_K, _LARGE_K, _ANY):
+        # A small top_k leaves a fraction of the vocabulary to work on.
+        for kind, most in ((_SMALL_K, 8 * step), (_LARGE_K, step), (_ANY, step)):
             positions = np.flatnonzero(kinds == kind)
-            groups += [self._group(host_rows, positions[i : i + step]) for i in range(0, len(positions), step)]
+            groups += [self._group(host_rows, positions[i : i + most]) for i in range(0, len(positions), most)]
         counts = self._num_logprobs[host_rows]
         asking = np.flatnonzero(counts >= 0)
         return Batch(
