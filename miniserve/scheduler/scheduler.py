@@ -72,9 +72,7 @@ class Scheduler:
         self._decoding: list[Sequence] = []  # running, and decoding; shared with plans in flight, so never mutated
         self._decode_rows: list[int] = []
         self._decoding_changed = False
-        # No more rows than the budget has tokens: each running sequence gets at least one token in each step.
-        self._num_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
-        self._free_rows = list(range(self._num_rows))[::-1]
+        self._free_rows = list(range(config.max_num_seqs))[::-1]
         self._stops: list[int] = []  # rows to stop in the next plan
         self._in_flight: deque[_Step] = deque()
         self._blocks_wanted = 0  # what the head of the queue lacked when it was last tried
@@ -134,6 +132,7 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, or None where nothing can be computed before a request or a result arrives."""
         new_blocks = self._advance_decoding()
+        # At least 0, and 1 where a prefill goes on: each of these sequences had a token of the last step's budget.
         budget = self._config.max_num_batched_tokens - len(self._decoding)
         starts: list[RowStart] = []
         chunks: list[Chunk] = []
@@ -263,7 +262,7 @@ class Scheduler:
         for index in range(seq.num_registered, full):
             token_ids = tuple(seq.token_ids[index * size : (index + 1) * size])
             seq.chain = self._pool.register(seq.blocks[index], seq.chain, token_ids)
-        seq.num_registered = max(seq.num_registered, full)
+        seq.num_registered = full
 
     def _preempt(self, seq: Sequence) -> None:
         self._leave(seq)
@@ -381,7 +380,7 @@ class Scheduler:
         if arrivals != sorted(set(arrivals)) or arrivals != [*self._running, *self._waiting]:
             faults.append("requests are out of order")
         rows = [seq.row for seq in running] + self._free_rows
-        if sorted(rows) != list(range(self._num_rows)) or any(seq.row >= 0 or seq.blocks for seq in waiting):
+        if sorted(rows) != list(range(self._config.max_num_seqs)) or any(seq.row >= 0 or seq.blocks for seq in waiting):
             faults.append("rows are leaked or doubly owned")
         for seq in running:
             if not seq.num_computed <= len(seq.blocks) * self._config.block_size:

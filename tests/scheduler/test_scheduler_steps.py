@@ -101,12 +101,23 @@ def test_nothing_to_do_is_no_step() -> None:
     assert not driver.scheduler.has_work()
 
 
-def test_more_rows_than_budget_tokens_are_never_taken() -> None:
-    driver = Driver(make_config(max_num_batched_tokens=3, max_num_seqs=8))
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_budget_below_the_number_of_rows_bounds_who_runs(depth: int) -> None:
+    driver = Driver(make_config(max_num_batched_tokens=3, max_num_seqs=8), depth)
     for name in "abcdef":
         driver.add(running(name, 2, max_tokens=5))
-    driver.drain()
+    driver.drain()  # the runner checks that nobody who runs is left out of a step
     assert max(len(plan.decode_rows) for plan in driver.plans) == 3
+
+
+def test_a_step_in_flight_is_work_though_nobody_waits_for_it() -> None:
+    driver = Driver(make_config())
+    driver.add(running("a", 3))
+    driver.launch()
+    driver.abort("a")
+    assert driver.scheduler.has_work()
+    driver.collect()
+    assert not driver.scheduler.has_work()
 
 
 # --- admission ----------------------------------------------------------------------------------------------------
@@ -126,8 +137,8 @@ def test_beside_others_a_request_is_admitted_only_with_blocks_to_grow_by() -> No
     driver = Driver(make_config(num_blocks=4, block_size=4))
     driver.add(running("a", 4, max_tokens=4))
     driver.add(running("b", 12, max_tokens=1))  # fits into the three free blocks, but a is about to need one
-    driver.turn()
-    assert driver.scheduler.stats().num_running == 1
+    plan = driver.launch()
+    assert plan is not None and len(plan.starts) == 1
     driver.drain()
     assert driver.scheduler.stats().num_preemptions == 0
 
@@ -382,6 +393,21 @@ def test_a_preempted_request_may_end_with_the_token_in_flight() -> None:
     assert not any(start.output_token_ids for plan in driver.plans for start in plan.starts)
 
 
+def test_a_preempted_request_need_not_wait_for_as_much_room_as_the_one_it_pushed_back() -> None:
+    driver = Driver(make_config(num_blocks=8, block_size=4, enable_prefix_caching=False))
+    driver.add(running("a", 11, max_tokens=20))
+    driver.add(running("b", 7, max_tokens=4))
+    driver.add(running("c", 3, max_tokens=9))
+    driver.add(running("large", 24, max_tokens=1))
+    while driver.scheduler.stats().num_preemptions == 0:
+        driver.turn()
+    assert driver.outputs["c"][-1].num_preemptions == 0  # told only when it gets its next token
+    while driver.outputs["b"][-1].finish_reason is None:
+        driver.turn()
+    plan = driver.launch()
+    assert plan is not None and [start.request.request_id for start in plan.starts] == ["c"]
+
+
 # --- the prefix cache ---------------------------------------------------------------------------------------------
 
 
@@ -422,6 +448,21 @@ def test_a_fully_cached_prompt_still_computes_one_token() -> None:
         driver.drain()
     assert driver.outputs["b"][0].num_cached_tokens == 4
     assert driver.tokens_of("a") == driver.tokens_of("b")
+
+
+def test_generated_tokens_are_found_while_their_request_runs() -> None:
+    driver = Driver(make_config(block_size=4), depth=2)
+    driver.add(running("a", 6))
+    while len(driver.tokens_of("a")) < 12:
+        driver.turn()
+    fork = make_request("b", running("a", 6).prompt_token_ids + driver.tokens_of("a"), max_tokens=3)
+    driver.add(fork)
+    driver.turn()
+    driver.turn()
+    assert driver.outputs["b"][0].num_cached_tokens == 16
+    driver.abort("a")
+    driver.drain()
+    driver.check_against_definition(fork)
 
 
 @pytest.mark.parametrize("depth", [1, 2])
