@@ -78,6 +78,8 @@ class ChatClient:
                     raise
                 self.has_chat_template = False
         if not self.has_chat_template:
+            if settings.system is not None:
+                raise ChatError("the model has no chat template, so it takes no system prompt")
             yield from self._stream("/v1/completions", self._completion_body(messages[-1].content, settings))
 
     def _chat_body(self, messages: Sequence[Message], settings: ChatSettings) -> dict[str, Any]:

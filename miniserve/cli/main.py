@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
-from typer.main import get_command
+from typer.main import get_group
 
 from miniserve import __version__
 from miniserve.cli.chat import chat
@@ -35,7 +35,9 @@ class _Commands(TyperGroup):
         if cmd_name == "bench" and cmd_name not in self.commands:
             from miniserve.cli import bench
 
-            self.add_command(get_command(bench.app), cmd_name)
+            group = get_group(bench.app)
+            group.name = cmd_name
+            self.add_command(group)
         return super().get_command(ctx, cmd_name)
 
 

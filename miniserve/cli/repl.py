@@ -83,7 +83,6 @@ class Repl:
         return text.rstrip().removesuffix(QUOTES).strip("\n")
 
     def _ask(self, text: str) -> None:
-        had_template = self._client.has_chat_template
         self._history.append(Message("user", text))
         pieces: list[str] = []
         try:
@@ -94,8 +93,6 @@ class Repl:
         except (ChatError, UserError) as error:
             print()
             _notice(f"error: {error}")
-        if had_template and not self._client.has_chat_template:
-            _notice("(the model has no chat template: each message is a text to continue, by itself)")
         answer = "".join(pieces)
         if answer:
             self._history.append(Message("assistant", answer))
@@ -141,6 +138,7 @@ def print_answer(
     Raises `ChatError`, `UserError` (see `ChatClient.answer`) and KeyboardInterrupt, the request being aborted then.
     """
     table = _CONTROL if sys.stdout.isatty() else {}
+    had_template = client.has_chat_template
     last = ""
     # closing(): at a Ctrl-C the connection must close now, which frees the request's blocks, not when it is collected.
     with closing(client.answer(messages, settings)) as answer:
@@ -152,6 +150,8 @@ def print_answer(
             last = piece
     if not last.endswith("\n"):
         print(flush=True)
+    if had_template and not client.has_chat_template:
+        _notice("(the model has no chat template: each message is a text to continue, by itself)")
     if client.finish_reason == "length":
         _notice("(cut at the limit of tokens)")
 

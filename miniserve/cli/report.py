@@ -56,15 +56,14 @@ class Report:
 
     def _tell_tenths(self) -> ProgressCallback:
         told: dict[str, int] = {}
-        last = time.monotonic()
+        last: dict[str, float] = {}
 
         def update(stage: str, done: int, total: int) -> None:
-            nonlocal last
             tenths = 10 * done // total if total else 10
             now = time.monotonic()
             # A load of a few seconds is one line.
-            if tenths > told.get(stage, 0) and (tenths == 10 or now - last > _LINE_INTERVAL):
-                told[stage], last = tenths, now
+            if tenths > told.get(stage, 0) and (tenths == 10 or now - last.setdefault(stage, now) > _LINE_INTERVAL):
+                told[stage], last[stage] = tenths, now
                 self.line(f"loading {stage}: {10 * tenths}% of {human_bytes(total)}")
 
         return update

@@ -24,11 +24,8 @@ from miniserve.server.serve import loop_factory, serve
 EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
-class Terminated(SystemExit):
-    """SIGTERM came, or the server beneath a chat prompt ended: leave, whatever runs in the main thread.
-
-    A SystemExit, because that is what event loops let through.
-    """
+class Terminated(BaseException):
+    """SIGTERM came, or the server beneath a chat prompt ended: leave, whatever runs in the main thread."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,10 +49,18 @@ class Launch:
 
 def serve_alone(launch: Launch, on_ready: Callable[[], None]) -> int:
     """Serve until a signal or the engine's death ends it; returns the exit code."""
-    with terminated_by_sigterm(), asyncio.Runner(loop_factory=loop_factory()) as runner:
+
+    async def main() -> int:
+        task = asyncio.current_task()
+        assert task is not None
+        # While the model loads; the server then sets its own handlers.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await launch.run(on_ready)
+
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         try:
-            return runner.run(launch.run(on_ready))
-        except Terminated:  # while the model was loading; from then on the server has its own handler
+            return runner.run(main())
+        except asyncio.CancelledError:
             return EXIT_TERMINATED
 
 

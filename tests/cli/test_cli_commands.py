@@ -1,0 +1,116 @@
+"""The commands: what they are called, what they refuse, and how they say so. No model is loaded here."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import cli_terminal as cli
+import pytest
+
+from miniserve import __version__
+from miniserve.config import EngineConfig
+
+
+def test_help_names_all_commands() -> None:
+    done = cli.run("--help")
+    assert done.returncode == 0
+    for command in ("run", "serve", "chat", "bench", "version"):
+        assert f" {command} " in done.stdout
+
+
+def test_help_is_fast_because_it_imports_little() -> None:
+    code = (
+        "import sys\nsys.argv = ['miniserve', 'run', '--help']\n"
+        "from miniserve.cli.main import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == 0, end.code\n"
+        "heavy = {'torch', 'transformers', 'fastapi', 'uvicorn', 'zmq', 'huggingface_hub', 'numpy', 'httpx'}\n"
+        "print('imported:', sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "imported: []"
+
+
+def test_run_has_a_flag_for_each_setting_of_the_engine() -> None:
+    done = subprocess.run(
+        [*cli.COMMAND, "run", "--help"],
+        env=cli.environment() | {"COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for setting in dataclasses.fields(EngineConfig):
+        if setting.name != "model":
+            assert f"--{setting.name.replace('_', '-')} " in done.stdout
+    for flag in ("--host", "--port", "--api-key", "--served-model-name", "--no-chat", "--no-prefix-caching", "-p "):
+        assert flag in done.stdout
+
+
+def test_serve_is_run_without_chat() -> None:
+    help_text = cli.run("serve", "--help").stdout
+    assert "--max-num-seqs" in help_text and "--prompt" not in help_text and "--no-chat" not in help_text
+
+
+@pytest.mark.parametrize("arguments", [("version",), ("--version",)])
+def test_version(arguments: tuple[str, ...]) -> None:
+    done = cli.run(*arguments)
+    assert (done.returncode, done.stdout) == (0, f"miniserve {__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("run", "--no-such-flag"), "--no-such-flag"),
+        (("run", "--port", "eight"), "--port"),
+        (("run", "--port", "70000"), "--port must be between 0 and 65535, not 70000."),
+        (("run", "--dtype", "int3"), "--dtype 'int3' is not known"),
+        (("run", "--kv-layout", "round"), "--kv-layout 'round' is not known; choose one of auto, linear, shuffled."),
+        (("run", "--max-model-len", "8q"), "--max-model-len must be a whole number such as 8192"),
+        (("run", "--max_model_len", "8q"), "--max-model-len must be a whole number such as 8192"),
+        (("run", "--kv-cache-memory", "much"), "--kv-cache-memory must be a size in bytes such as 512M or 4G"),
+        (("run", "--gpu-memory-utilization", "1.5"), "--gpu-memory-utilization must be above 0 and at most 1"),
+        (("run", "--log-level", "loud"), "--log-level 'loud' is not known"),
+        (("run", "--api-key", ""), "--api-key must not be empty"),
+        (("run", "-p", " "), "There is nothing to answer"),
+        (("run", "--port", "0", "./nowhere"), "There is no directory './nowhere'"),
+        (
+            ("run", "--port", "0", "nobody/nothing"),
+            "nobody/nothing is not (or not completely) in the Hugging Face cache",
+        ),
+        (("run", "--port", "0", "--revision", "x"), "--revision x means nothing for the built-in model"),
+        (("run", "--host", "192.0.2.1"), "--host '192.0.2.1' is no address of this machine"),
+        (("chat", "--url", "http://127.0.0.1:9", "-m", "hi"), "No server answers at http://127.0.0.1:9"),
+        (("chat", "--url", "ftp://x", "-m", "hi"), "'ftp://x' is not a URL"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_2(arguments: tuple[str, ...], said: str) -> None:
+    done = cli.run(*arguments)
+    assert done.returncode == 2
+    assert said in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
+    if "--no-such-flag" not in arguments and "eight" not in arguments:  # these two are told by the parser, in a box
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_an_alias_is_told_also_where_the_model_cannot_be_had(tmp_path: Path) -> None:
+    done = cli.run("run", "--port", "0", "Qwen/Qwen3-235B")
+    assert done.returncode == 2
+    assert "Qwen/Qwen3-235B is not a repository on the Hugging Face hub; taking Qwen/Qwen3-235B-A22B." in done.stderr
+    assert "error: Qwen/Qwen3-235B-A22B is not" in done.stderr
+
+
+def test_debug_shows_the_traceback() -> None:
+    for arguments in (("--debug", "run", "--port", "0", "./x"), ("run", "--port", "0", "--log-level", "debug", "./x")):
+        done = cli.run(*arguments)
+        assert done.returncode != 0 and "Traceback" in done.stderr and "UserError" in done.stderr
+
+
+def test_a_port_in_use_is_told_before_the_model_is_looked_for() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = cli.run("run", "./nowhere", "--port", str(port))
+    assert done.returncode == 2
+    assert f"Port {port} on 127.0.0.1 is already in use" in done.stderr and "--port" in done.stderr
+    assert "nowhere" not in done.stderr
