@@ -1,0 +1,117 @@
+"""A request's tokens depend on the request alone: not on the batch, the chunking, the cache, preemption, the layout or
+the loop. Each drawn workload runs once as drawn, and each of its requests once alone on a plain engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+
+import msgspec
+import pytest
+import torch
+from engine_real import BACKENDS, Setup, generate, make_engine, small_model, tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models_support import VOCAB
+
+from miniserve.core import FinishReason, SamplingParams
+from miniserve.models.dense import CausalLM
+
+torch.set_num_threads(1)
+EOS = 7
+
+
+@cache
+def the_model(native_ops: bool) -> CausalLM:
+    return small_model(Path(mkdtemp()), "Qwen3ForCausalLM", 4, native_ops)
+
+
+@cache
+def _alone(native_ops: bool, prompt: tuple[int, ...], params: bytes) -> list[int]:
+    engine, _, _ = make_engine(the_model(native_ops), Setup(), [EOS])
+    return tokens(generate(engine, [(list(prompt), msgspec.json.decode(params, type=SamplingParams))])[0])
+
+
+def alone(native_ops: bool, prompt: list[int], params: SamplingParams) -> list[int]:
+    return _alone(native_ops, tuple(prompt), msgspec.json.encode(params))
+
+
+PARAMS = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.0, 0.7, 1.3]),
+    seed=st.integers(0, 5),
+    top_k=st.sampled_from([0, 0, 5]),
+    top_p=st.sampled_from([1.0, 0.9]),
+    min_p=st.sampled_from([0.0, 0.05]),
+    repetition_penalty=st.sampled_from([1.0, 1.0, 1.2]),
+    presence_penalty=st.sampled_from([0.0, 0.5]),
+    frequency_penalty=st.sampled_from([0.0, 0.3]),
+    logit_bias=st.sampled_from([None, {3: 2.0}]),
+    stop_token_ids=st.sampled_from([(), (11,)]),
+    ignore_eos=st.booleans(),
+    min_tokens=st.sampled_from([0, 0, 1]),
+    max_tokens=st.integers(1, 24),
+    prompt_logprobs=st.sampled_from([None, None, None, 0]),
+)
+
+
+@st.composite
+def workloads(draw: st.DrawFn) -> tuple[Setup, bool, list[tuple[list[int], SamplingParams]], list[int]]:
+    stem = [(5 * i + draw(st.integers(0, 1))) % VOCAB for i in range(48)]
+    requests, arrivals = [], []
+    for _ in range(draw(st.integers(1, 6))):
+        shared = draw(st.sampled_from([0, 8, 16, 24, 32, 48]))
+        tail = draw(st.lists(st.integers(0, VOCAB - 1), min_size=0 if shared else 1, max_size=12))
+        requests.append((stem[:shared] + tail, draw(PARAMS)))
+        arrivals.append(draw(st.integers(0, 12)))
+    block_size = draw(st.sampled_from([8, 16]))
+    longest = max(len(prompt) + (params.max_tokens or 0) for prompt, params in requests)
+    needed = -(-longest // block_size)
+    setup = Setup(
+        backend=draw(st.sampled_from(BACKENDS)),
+        layout=draw(st.sampled_from(["linear", "shuffled"])),
+        block_size=block_size,
+        num_blocks=needed + draw(st.sampled_from([0, 1, 3, 30])),
+        max_num_seqs=draw(st.integers(1, 6)),
+        max_num_batched_tokens=draw(st.sampled_from([1, 3, 8, 17, 64, 512])),
+        prefix_caching=draw(st.booleans()),
+        overlap=draw(st.booleans()),
+    )
+    return setup, draw(st.booleans()), requests, arrivals
+
+
+@settings(max_examples=220, deadline=None, derandomize=True)
+@given(workloads())
+def test_every_request_gets_the_tokens_it_gets_alone(
+    workload: tuple[Setup, bool, list[tuple[list[int], SamplingParams]], list[int]],
+) -> None:
+    setup, native_ops, requests, arrivals = workload
+    engine, scheduler, _ = make_engine(the_model(native_ops), setup, [EOS])
+    outputs = generate(engine, requests, arrivals)
+    for (prompt, params), found in zip(requests, outputs, strict=True):
+        assert found[-1].finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+        assert tokens(found) == alone(native_ops, prompt, params)
+        entries = [entry for output in found for entry in (output.prompt_logprobs or [])]
+        assert len(entries) == (0 if params.prompt_logprobs is None else len(prompt))
+    scheduler.check_integrity()
+    assert scheduler.stats().num_free_blocks == setup.num_blocks
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_drawn_workloads_do_reach_preemption_and_the_prefix_cache(overlap: bool) -> None:
+    """What the invariance above would be hollow without."""
+    model = the_model(False)
+    params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+    requests = [([5 * i % VOCAB for i in range(32)] + [n], params) for n in range(4)]
+    tight = Setup(num_blocks=7, overlap=overlap)
+    roomy = dataclasses.replace(tight, num_blocks=64)
+    for setup in (tight, roomy):
+        engine, scheduler, _ = make_engine(model, setup, [EOS])
+        outputs = generate(engine, requests, [0, 1, 1, 1])
+        for (prompt, _), found in zip(requests, outputs, strict=True):
+            assert tokens(found) == alone(False, prompt, params)
+        stats = scheduler.stats()
+        assert stats.prefix_cache_hits > 0
+        assert (stats.num_preemptions > 0) == (setup is tight)
