@@ -18,6 +18,7 @@ import zmq.asyncio
 from miniserve.engine import messages
 
 _MAX_SOCKET_PATH = 100  # the system's limit is 107 bytes
+_KILL_TIMEOUT = 5.0  # seconds
 
 
 class EngineProcess:
@@ -74,7 +75,8 @@ class EngineProcess:
         """Kill the process if it still runs, wait for it, and remove what was made for it. May be called again."""
         if self._process.poll() is None:
             self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in a driver; the system will reap it
+            self._process.wait(_KILL_TIMEOUT)
         if self._process.stdin is not None:
             self._process.stdin.close()
         self._commands.close(linger=0)

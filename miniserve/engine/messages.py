@@ -81,15 +81,13 @@ class Refusal(msgspec.Struct, frozen=True):
 class StepOutputs(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """Sent after every step, and without outputs whenever commands changed the stats of an engine at rest.
 
-    `step` counts the steps, `step_seconds` is how long the last one took, `time` is `time.monotonic()` of the engine.
+    `step_seconds` is how long the step took; `stats.num_steps` counts the steps.
     """
 
     outputs: list[RequestOutput]
     refusals: list[Refusal]
     stats: SchedulerStats
-    step: int
     step_seconds: float
-    time: float
 
 
 Event = Progress | Ready | Failed | StepOutputs

@@ -43,7 +43,6 @@ class _Server:
         self._refusals: list[messages.Refusal] = []
         self._stopping = False
         self._draining = False
-        self._num_steps = 0
 
     def serve(self) -> None:
         """Run until told to shut down. Errors of the engine propagate."""
@@ -82,7 +81,6 @@ class _Server:
     def _step(self) -> None:
         start = time.monotonic()
         outputs = self._loop.step()
-        self._num_steps += 1
         self._send(outputs, time.monotonic() - start)
 
     def _send(self, outputs: list[RequestOutput], step_seconds: float) -> None:
@@ -91,9 +89,7 @@ class _Server:
             outputs=outputs,
             refusals=refusals,
             stats=self._loop.stats,
-            step=self._num_steps,
             step_seconds=step_seconds,
-            time=time.monotonic(),
         )
         self._events.send(self._encode(event))
 

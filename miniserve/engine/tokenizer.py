@@ -71,15 +71,9 @@ class Tokenizer:
 
     @property
     def eos_token_id(self) -> int | None:
-        return self._id(self.eos_token)
-
-    @property
-    def bos_token_id(self) -> int | None:
-        return self._id(self.bos_token)
-
-    @property
-    def pad_token_id(self) -> int | None:
-        return self._id(self.pad_token)
+        token = self.eos_token
+        found: int | None = None if token is None else self._backend.token_to_id(token)
+        return found
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Special tokens written in `text` become their ids; `add_special_tokens` adds those of the model (a BOS).
@@ -208,10 +202,6 @@ class Tokenizer:
         if token_id in self.special_token_ids:
             return token.encode()
         return (token.replace(_METASPACE, " ") if self._metaspace else token).encode()
-
-    def _id(self, token: str | None) -> int | None:
-        found: int | None = None if token is None else self._backend.token_to_id(token)
-        return found
 
 
 def _load(path: Path) -> Any:

@@ -39,15 +39,17 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return _saved(backend, tmp_path_factory.mktemp("odd"))
 
 
-@pytest.fixture(scope="module")
-def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """As Llama 2's: metaspace, raw bytes for what the vocabulary lacks, the first space stripped."""
+LLAMA = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+
+
+@pytest.fixture(scope="module", params=["llama", "metaspace", "none"])
+def sentencepiece(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Tokenizer:
+    """As Llama 2's: metaspace, raw bytes for what the vocabulary lacks, the first space stripped; and simpler ones."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces += ["▁", "▁the", "▁a", "b", "c", "▁▁", "é", ".", "�"]
     backend = Backend(models.BPE(vocab={piece: index for index, piece in enumerate(pieces)}, merges=[]))
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    if request.param != "none":
+        backend.decoder = decoders.Sequence(LLAMA) if request.param == "llama" else decoders.Metaspace()
     backend.add_special_tokens(["<unk>", "<s>", "</s>"])
     return _saved(backend, tmp_path_factory.mktemp("sentencepiece"))
 
@@ -99,6 +101,7 @@ def test_pieces_do_not_depend_on_how_many_ids_come_at_once(ids: list[int], size:
     assert "".join(pieces) + detokenizer.finish().text == tiny().decode(ids)
 
 
+@pytest.mark.parametrize("sentencepiece", ["llama", "metaspace"], indirect=True)
 def test_a_sentence_goes_on_after_its_prompt(sentencepiece: Tokenizer) -> None:
     the, a = (sentencepiece._backend.token_to_id(piece) for piece in ("▁the", "▁a"))
     assert incremental(sentencepiece, [a, the], prompt=(the,)) == " a the"

@@ -44,7 +44,7 @@ def test_it_knows_its_special_tokens(tokenizer: Tokenizer) -> None:
     assert tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.eos_token_id == tokenizer.encode("<|im_end|>")[0]
     assert tokenizer.pad_token == "<|endoftext|>"
-    assert tokenizer.bos_token is None and tokenizer.bos_token_id is None
+    assert tokenizer.bos_token is None
     assert tokenizer.eos_token_id in tokenizer.special_token_ids
     assert tokenizer.vocab_size == 2048
 
