@@ -20,7 +20,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     "5XX": {"model": responses.ErrorEnvelope},
 }
 
-_EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+_EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+_EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
 
 
 def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:

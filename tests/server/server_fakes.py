@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from itertools import count, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 import miniserve
 from miniserve.core import (
-    CompletionDelta,
     EngineInfo,
     FinishReason,
     RequestOutput,
@@ -29,7 +29,7 @@ from miniserve.core import (
     SchedulerStats,
     TokenLogprobs,
 )
-from miniserve.engine.client import EngineDead
+from miniserve.engine.client import AsyncEngine, EngineDead
 from miniserve.engine.output import OutputAssembler
 from miniserve.engine.stream import CompletionStream, Mailbox
 from miniserve.engine.tokenizer import Tokenizer
@@ -92,15 +92,16 @@ class FakeEngine:
         fail_after: int | None = None,
         hold_at: int | None = None,
         sampling: dict[str, float | int] | None = None,
-        model: str = "tiny/fake",
+        max_model_len: int = MAX_MODEL_LEN,
+        num_blocks: int = 64,
     ) -> None:
         self.tokenizer = tokenizer()
         self.generation_defaults = Defaults(sampling or {})
         self.info = EngineInfo(
-            model=model, model_path=str(TINY), architecture="Fake", dtype="float32", device="cpu",
-            vocab_size=VOCAB_SIZE, max_model_len=MAX_MODEL_LEN, max_num_seqs=64, max_num_batched_tokens=512,
-            block_size=16, num_blocks=64, kv_layout="linear", enable_prefix_caching=True, async_scheduling=False,
-            eos_token_ids=[EOS], memory=[], attention=[],
+            model="tiny/fake", model_path=str(TINY), architecture="Fake", dtype="float32", device="cpu",
+            vocab_size=VOCAB_SIZE, max_model_len=max_model_len, max_num_seqs=64, max_num_batched_tokens=512,
+            block_size=16, num_blocks=num_blocks, kv_layout="linear", enable_prefix_caching=True,
+            async_scheduling=False, eos_token_ids=[EOS], memory=[], attention=[],
         )  # fmt: skip
         self.script = script
         self.step_seconds = step_seconds
@@ -217,7 +218,7 @@ class FakeEngine:
 class RunningServer:
     """`root` is the server's address; `call` runs something on its event loop and waits for it."""
 
-    def __init__(self, engine: FakeEngine, config: ServerConfig) -> None:
+    def __init__(self, engine: Any, config: ServerConfig) -> None:
         self.engine = engine
         self._config = config
         self._socket = bind("127.0.0.1", 0)
@@ -228,22 +229,21 @@ class RunningServer:
         self.exit_code: int | None = None
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
-        assert self._ready.wait(60)
+        assert self._ready.wait(120)
+        assert self.exit_code is None
 
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            self.exit_code = runner.run(self._main())
-        self._ready.set()
+            try:
+                self.exit_code = runner.run(self._main())
+            finally:
+                self._ready.set()
 
     async def _main(self) -> int:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        return await serve(
-            self.engine,
-            self._config,
-            sock=self._socket,
-            on_ready=self._ready.set,
-            stop=self._stop,  # type: ignore[arg-type]
-        )
+        if isinstance(self.engine, AsyncEngine):
+            await self.engine.start()
+        return await serve(self.engine, self._config, sock=self._socket, on_ready=self._ready.set, stop=self._stop)
 
     def call(self, work, *args):  # type: ignore[no-untyped-def]
         async def run():  # type: ignore[no-untyped-def]
@@ -267,7 +267,7 @@ class RunningServer:
 
 
 @contextmanager
-def running_server(engine: FakeEngine | None = None, **config: object) -> Iterator[RunningServer]:
+def running_server(engine: FakeEngine | AsyncEngine | None = None, **config: object) -> Iterator[RunningServer]:
     server = RunningServer(engine or FakeEngine(), ServerConfig(**config))  # type: ignore[arg-type]
     try:
         yield server
@@ -280,6 +280,3 @@ def wait_until(condition, seconds: float = 30.0) -> None:  # type: ignore[no-unt
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
         time.sleep(0.01)
-
-
-__all__ = ["CompletionDelta", "FakeEngine", "RunningServer", "running_server", "wait_until"]

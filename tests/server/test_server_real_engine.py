@@ -1,0 +1,132 @@
+"""The server over the real engine process and the built-in model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from server_fakes import TINY, RunningServer, running_server, tokenizer, wait_until
+
+from miniserve.config import EngineConfig
+from miniserve.engine.client import AsyncEngine
+
+CONFIG = EngineConfig(device="cpu", dtype="float32", kv_cache_memory=16 * 2**20, max_model_len=512, max_num_seqs=16)
+PROMPTS = ["Once upon a time", "Tom has 3 apples and buys 4 more.", "The"]
+
+
+def start() -> AsyncEngine:
+    return AsyncEngine(CONFIG, TINY, "tiny-qwen3")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def server(one_thread: None) -> Iterator[RunningServer]:
+    with running_server(start()) as server:
+        yield server
+
+
+def complete(server: RunningServer, **body: Any) -> list[dict[str, Any]]:
+    response = httpx.post(f"{server.url}/completions", json={"temperature": 0, **body}, timeout=120)
+    assert response.status_code == 200, response.text
+    choices: list[dict[str, Any]] = response.json()["choices"]
+    return choices
+
+
+def test_prompts_together_are_prompts_alone_and_streams_add_up(server: RunningServer) -> None:
+    together = complete(server, prompt=PROMPTS, max_tokens=12, ignore_eos=True)
+    for number, prompt in enumerate(PROMPTS):
+        (alone,) = complete(server, prompt=prompt, max_tokens=12, ignore_eos=True)
+        assert together[number]["text"] == alone["text"]
+        body = {"prompt": prompt, "max_tokens": 12, "ignore_eos": True, "temperature": 0, "stream": True}
+        lines = httpx.post(f"{server.url}/completions", json=body, timeout=120).text.split("\n\n")
+        events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+        assert "".join(event["choices"][0]["text"] for event in events) == alone["text"]
+
+
+def test_scoring_what_chat_generated_gives_its_logprobs(server: RunningServer) -> None:
+    """One request generates, another finds the same tokens in its prompt, as lm_eval asks."""
+    messages = [{"role": "user", "content": "Tell me a story."}]
+    prompt = httpx.post(f"{server.root}/tokenize", json={"messages": messages}).json()["tokens"]
+    body = {"messages": messages, "max_tokens": 8, "temperature": 0, "logprobs": True, "ignore_eos": True}
+    chat = httpx.post(f"{server.url}/chat/completions", json=body, timeout=120).json()
+    entries = chat["choices"][0]["logprobs"]["content"]
+    id_of = {tokenizer().token_bytes(token): token for token in range(tokenizer().vocab_size)}
+    generated = [id_of[bytes(entry["bytes"])] for entry in entries]
+    (scored,) = complete(server, prompt=[prompt + generated], max_tokens=1, logprobs=1, echo=True)
+    logprobs = scored["logprobs"]["token_logprobs"][len(prompt) : -1]
+    assert logprobs == pytest.approx([entry["logprob"] for entry in entries], abs=1e-4)
+    tops = scored["logprobs"]["top_logprobs"][len(prompt) : -1]
+    assert all(logprob == max(top.values()) for logprob, top in zip(logprobs, tops, strict=True))  # it was greedy
+
+
+def test_a_seed_repeats_and_n_differ(server: RunningServer) -> None:
+    body = {"prompt": PROMPTS[0], "max_tokens": 12, "temperature": 1.0, "seed": 7, "n": 4, "ignore_eos": True}
+    first, second = complete(server, **body), complete(server, **body)
+    assert [choice["text"] for choice in first] == [choice["text"] for choice in second]
+    assert len({choice["text"] for choice in first}) > 1
+
+
+def test_a_long_prompt_is_found_in_the_cache_again(server: RunningServer) -> None:
+    prompt = [tokenizer().encode("Once upon a time there was a cat. " * 10)]
+    body = {"prompt": prompt, "max_tokens": 2, "temperature": 0}
+    first = httpx.post(f"{server.url}/completions", json=body, timeout=120).json()
+    second = httpx.post(f"{server.url}/completions", json=body, timeout=120).json()
+    assert first["choices"][0]["text"] == second["choices"][0]["text"]
+    assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert cached > 0
+    assert cached % CONFIG.block_size == 0
+
+
+def test_leaving_frees_the_blocks(server: RunningServer) -> None:
+    idle_blocks = server.engine.info.num_blocks
+    body = {"prompt": PROMPTS, "n": 2, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    content = json.dumps(body).encode()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n" % len(content) + content
+        )
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+        wait_until(lambda: server.engine.stats.num_running == 6)
+    wait_until(lambda: server.engine.stats.num_running == 0)
+    wait_until(lambda: server.engine.stats.kv_cache_usage == 0.0)
+    assert server.engine.stats.num_free_blocks == idle_blocks
+    text = httpx.get(f"{server.root}/metrics").text
+    assert 'vllm:num_requests_running{engine="0",model_name="tiny-qwen3"} 0.0' in text
+
+
+def test_a_killed_engine_answers_its_clients_and_ends_the_server() -> None:
+    with running_server(start()) as server:
+        answers: list[httpx.Response] = []
+
+        def ask() -> None:
+            body = {"prompt": "x", "max_tokens": 500, "ignore_eos": True}
+            answers.append(httpx.post(f"{server.url}/completions", json=body, timeout=120))
+
+        client = threading.Thread(target=ask)
+        client.start()
+        wait_until(lambda: server.engine.stats.num_running == 1)
+        os.kill(engine_pid(server.engine), signal.SIGKILL)
+        client.join(60)
+        assert server.join() == 1
+    assert answers[0].status_code == 503
+    assert "died" in answers[0].json()["error"]["message"]
+
+
+def engine_pid(engine: AsyncEngine) -> int:
+    assert engine._process is not None
+    return engine._process.pid
