@@ -30,6 +30,7 @@ from miniserve.bench.decode_worker import Engine, Job, Measured
 from miniserve.bench.report import header, write_json
 from miniserve.core import UserError
 
+BUSY_MACHINE = 0.5  # processes that wanted a core over the last minute, before ours do
 ENGINES: tuple[Engine, ...] = ("miniserve", "transformers")
 SMALL_LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -199,6 +200,10 @@ def main(
         if small:
             (Path(folder) / "config.json").write_text(json.dumps(SMALL_LLAMA))
             models.append(("small Llama", Path(folder)))
+        result = header("cpu_decode") | {"threads": threads}
+        load = result["machine"]["load_average"]
+        if load > BUSY_MACHINE:
+            console.print(f"Others use this machine (load {load:.1f}): expect little of these figures.", style="yellow")
         bandwidth = float(run_worker(Job(engine="bandwidth", threads=threads)))
         console.print(f"{threads} threads read {bandwidth / 1e9:.1f} GB/s", highlight=False)
         cases = []
@@ -220,8 +225,8 @@ def main(
                 print_case(console, cases[-1])
     if json_path is not None:
         settings = {"prompt_len": prompt_len, "output_len": output_len, "turns": turns, "repeats": repeats}
-        result = {"threads": threads, "bandwidth_bytes_per_s": bandwidth, **settings, "cases": list(map(asdict, cases))}
-        write_json(json_path, header("cpu_decode") | result)
+        measured = {"bandwidth_bytes_per_s": bandwidth, **settings, "cases": list(map(asdict, cases))}
+        write_json(json_path, result | measured)
 
 
 if __name__ == "__main__":

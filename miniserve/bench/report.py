@@ -32,7 +32,8 @@ def header(kind: str) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """CPU model, cores this process may use, memory, GPUs, and the versions of what is installed."""
+    """CPU model, cores this process may use, how many processes wanted one over the last minute, memory, GPUs, and the
+    versions of what is installed."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -43,6 +44,7 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load_average": os.getloadavg()[0],
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpus": _gpus(),
         "versions": versions,

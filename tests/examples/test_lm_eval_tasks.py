@@ -154,3 +154,19 @@ def test_perplexity_is_that_of_transformers(
         expected, _ = loglikelihood(reference, [tokenizer.eos_token_id], text)
         ((value,),) = document["resps"]
         assert float(value) == pytest.approx(expected, rel=1e-5, abs=1e-3)
+
+
+def test_the_openai_client_example_runs(server_url: str) -> None:
+    command = [sys.executable, "openai_client.py", "--url", f"{server_url}/v1"]
+    done = subprocess.run(command, cwd=ROOT / "examples", capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    for expected in (
+        "model: tiny-qwen3",
+        "completion: Once upon a time",
+        "chat: ",
+        "stream: ",
+        " tokens)",
+        "logprobs:",
+    ):
+        assert expected in done.stdout
+    assert "a refused request: Error code: 400" in done.stdout
