@@ -1,7 +1,7 @@
 """A streaming client for OpenAI-compatible servers that measures: one request in, one record out.
 
 Bytes are split into server-sent events by hand and decoded into narrow msgspec structs as they come from the socket
-(`bench.http`), so that the client's own share of a core stays small beside the server's. Times are taken when bytes
+(`bench.connections`), so that the client's own share of a core stays small beside the server's. Times are taken when bytes
 arrive, before anything is decoded.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from miniserve.bench.http import ConnectionPool, HttpError
+from miniserve.bench.connections import ConnectionPool, HttpError
 from miniserve.bench.workload import Sample
 
 Endpoint = Literal["completions", "chat"]

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import httpx
 
 from miniserve.bench.client import Endpoint, RequestOptions, RequestRecord, send
-from miniserve.bench.http import ConnectionPool
+from miniserve.bench.connections import ConnectionPool
 from miniserve.bench.report import header
 from miniserve.bench.stats import Summary, summarize
 from miniserve.bench.workload import WORDS, WORDS_TEXT, Sample, Shape, poisson_arrivals, text_samples, token_samples

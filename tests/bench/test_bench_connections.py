@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from miniserve.bench.http import ConnectionPool, HttpError
+from miniserve.bench.connections import ConnectionPool, HttpError
 from miniserve.core import UserError
 
 OK = b"HTTP/1.1 200 OK\r\n"
