@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import secrets
+import socket
 import sys
 from dataclasses import replace
 
@@ -22,6 +24,7 @@ from miniserve.cli.serving import (
 from miniserve.cli.stdin import can_chat, read_piped_text
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
+from miniserve.engine.client import EngineDead
 from miniserve.models.hub import locate
 from miniserve.server.config import ServerConfig
 from miniserve.server.serve import bind
@@ -38,6 +41,14 @@ def start(engine: EngineConfig, server: ServerConfig, *, prompt: str | None, cha
     if prompt is not None and not prompt.strip():
         raise UserError("There is nothing to answer: the text is empty.")
     _set_up_logging(engine.log_level)
+    try:
+        return _start(engine, server, prompt, chat)
+    except EngineDead as error:  # a bug or a broken device: its traceback, where there is one, was written before
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILURE
+
+
+def _start(engine: EngineConfig, server: ServerConfig, prompt: str | None, chat: bool) -> int:
     if prompt is not None:
         # For this process alone: a free port, and a key that nobody else knows.
         private = replace(server, host="127.0.0.1", port=0, api_keys=(secrets.token_hex(16),))
@@ -72,6 +83,12 @@ def _prepare(engine: EngineConfig, server: ServerConfig, *, quiet: bool) -> Laun
 def _tell_url(launch: Launch) -> None:
     names = launch.server.served_model_names or (launch.source.name,)
     launch.report.ready(launch.server.host, launch.server.port, names[0], with_key=bool(launch.server.api_keys))
+    if not launch.server.api_keys and not _is_local(launch.socket):
+        launch.report.note("Whoever can reach this machine can use the server; --api-key makes it ask for a key.")
+
+
+def _is_local(sock: socket.socket) -> bool:
+    return ipaddress.ip_address(sock.getsockname()[0]).is_loopback
 
 
 def _client(launch: Launch) -> ChatClient:

@@ -19,7 +19,7 @@ def environment() -> dict[str, str]:
     """Plain and reproducible: no width, colour, proxy or hub of the developer's."""
     dropped = ("HF_", "COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR", "HTTP_PROXY", "http_proxy", "ALL_PROXY")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    return kept | {"TERM": "dumb", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    return kept | {"TERM": "dumb", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
 
 
 def run(*arguments: str, text: str | None = None, timeout: float = TIMEOUT) -> subprocess.CompletedProcess[str]:

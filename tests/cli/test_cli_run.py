@@ -138,6 +138,14 @@ def test_a_signal_while_loading(number: signal.Signals, code: int) -> None:
     assert not Path(f"/proc/{engine}").exists()
 
 
+def test_an_engine_that_dies_while_loading_is_exit_1() -> None:
+    with cli.Running("run", *FLAGS) as running:
+        os.kill(wait_for_engine(running.process.pid), signal.SIGKILL)
+        assert running.wait() == 1
+    assert running.stderr.splitlines()[-1].startswith("error: The engine did not start: ")
+    assert "SIGKILL" in running.stderr and "Traceback" not in running.stderr
+
+
 def test_the_death_of_the_engine_is_exit_1() -> None:
     with cli.Running("run", *FLAGS) as running:
         running.wait_for("max_tokens")
