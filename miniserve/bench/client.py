@@ -1,8 +1,8 @@
 """A streaming client for OpenAI-compatible servers that measures: one request in, one record out.
 
 Bytes are split into server-sent events by hand and decoded into narrow msgspec structs as they come from the socket
-(`bench.connections`), so that the client's own share of a core stays small beside the server's. Times are taken when bytes
-arrive, before anything is decoded.
+(`bench.connections`), so that the client's own share of a core stays small beside the server's. Times are taken when
+bytes arrive, before anything is decoded.
 """
 
 from __future__ import annotations
