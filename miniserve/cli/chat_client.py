@@ -98,7 +98,7 @@ class ChatClient:
                 raise ChatError(_error_message(response))
             for line in response.iter_lines():
                 if line.startswith("data:") and line != "data: [DONE]":
-                    yield from self._pieces(json.loads(line.removeprefix("data:")))
+                    yield from self._pieces(_parse(line.removeprefix("data:")))
 
     def _pieces(self, event: dict[str, Any]) -> Iterator[str]:
         if "error" in event:
@@ -132,6 +132,16 @@ class ChatClient:
             raise UserError(f"{self.url!r} is not a URL: give one such as http://127.0.0.1:8000.") from None
         except httpx.HTTPError as error:
             raise ChatError(f"the connection to {self.url} broke ({type(error).__name__})") from error
+
+
+def _parse(data: str) -> dict[str, Any]:
+    try:
+        event = json.loads(data)
+    except ValueError:
+        event = None
+    if not isinstance(event, dict):
+        raise ChatError("the server sent an event that is not a JSON object")
+    return event
 
 
 def _sampling(settings: ChatSettings) -> dict[str, Any]:

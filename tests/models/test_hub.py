@@ -55,12 +55,10 @@ class FakeHub:
     reject_token: bool = False
     requests: list[str] = field(default_factory=list)
 
-    def add(self, name: str, **files: bytes | dict[str, Any]) -> None:
+    def add(self, name: str, files: dict[str, bytes | dict[str, Any]]) -> None:
         self.files[name] = {
-            key.replace("__", "/").replace("_DOT_", "."): content
-            if isinstance(content, bytes)
-            else json.dumps(content).encode()
-            for key, content in files.items()
+            file: content if isinstance(content, bytes) else json.dumps(content).encode()
+            for file, content in files.items()
         }
 
 
@@ -166,14 +164,16 @@ def find(
 def add_qwen(hub: FakeHub, name: str = "Qwen/Qwen3-0.6B") -> None:
     hub.add(
         name,
-        config_DOT_json=CONFIG,
-        tokenizer_DOT_json={"version": "1.0"},
-        chat_template_DOT_jinja=b"{{ messages }}",
-        model_DOT_safetensors=b"w" * 100_000,
-        pytorch_model_DOT_bin=b"b" * 1000,
-        original__params_DOT_json={},
-        consolidated_DOT_safetensors=b"c" * 1000,
-        README_DOT_md=b"# model",
+        {
+            "config.json": CONFIG,
+            "tokenizer.json": {"version": "1.0"},
+            "chat_template.jinja": b"{{ messages }}",
+            "model.safetensors": b"w" * 100_000,
+            "pytorch_model.bin": b"b" * 1000,
+            "original/params.json": {},
+            "consolidated.safetensors": b"c" * 1000,
+            "README.md": b"# model",
+        },
     )
 
 
@@ -275,24 +275,24 @@ def test_the_disk_is_measured_before_the_download(hub: FakeHub, tmp_path: Path) 
 
 
 def test_pickled_weights_are_refused_before_the_download(hub: FakeHub, tmp_path: Path) -> None:
-    hub.add("old/llama", config_DOT_json={"architectures": ["LlamaForCausalLM"]}, pytorch_model_DOT_bin=b"b" * 1000)
+    hub.add("old/llama", {"config.json": {"architectures": ["LlamaForCausalLM"]}, "pytorch_model.bin": b"b" * 1000})
     error = find(tmp_path, hub.url, "old/llama")["error"]
     assert "*.bin" in error and "safetensors" in error
     assert not any(request.startswith("GET ") and request.endswith(".bin") for request in hub.requests)
 
 
 def test_an_unsupported_architecture_is_refused_before_the_download(hub: FakeHub, tmp_path: Path) -> None:
-    hub.add("google-bert/bert", config_DOT_json={"architectures": ["BertForMaskedLM"]}, model_DOT_safetensors=b"w" * 9)
+    hub.add("google-bert/bert", {"config.json": {"architectures": ["BertForMaskedLM"]}, "model.safetensors": b"w" * 9})
     error = find(tmp_path, hub.url, "google-bert/bert")["error"]
     assert "BertForMaskedLM" in error and "Qwen3ForCausalLM" in error
     quantised = CONFIG | {"quantization_config": {"quant_method": "fp8"}}
-    hub.add("a/b", config_DOT_json=quantised, model_DOT_safetensors=b"w")
+    hub.add("a/b", {"config.json": quantised, "model.safetensors": b"w"})
     assert "quantised weights (fp8)" in find(tmp_path, hub.url, "a/b")["error"]
     assert not any(request.endswith("model.safetensors") for request in hub.requests)
 
 
 def test_a_repository_without_config(hub: FakeHub, tmp_path: Path) -> None:
-    hub.add("Qwen/Qwen3-8B-GGUF", qwen_DOT_gguf=b"g")
+    hub.add("Qwen/Qwen3-8B-GGUF", {"qwen.gguf": b"g"})
     error = find(tmp_path, hub.url, "Qwen/Qwen3-8B-GGUF")["error"]
     assert "no config.json" in error and "did you mean Qwen/Qwen3-8B?" in error
 
@@ -300,11 +300,11 @@ def test_a_repository_without_config(hub: FakeHub, tmp_path: Path) -> None:
 # --- without the hub ----------------------------------------------------------------------------------------------
 
 
-def checkpoint(path: Path, **files: bytes) -> Path:
+def checkpoint(path: Path, *files: str) -> Path:
     path.mkdir(exist_ok=True)
     (path / "config.json").write_text(json.dumps(CONFIG))
-    for name, content in files.items():
-        (path / name.replace("_DOT_", ".")).write_bytes(content)
+    for name in files:
+        (path / name).write_bytes(b"w")
     return path
 
 
@@ -316,7 +316,7 @@ def test_the_built_in_model() -> None:
 
 
 def test_a_local_directory(tmp_path: Path) -> None:
-    path = checkpoint(tmp_path / "my-model", model_DOT_safetensors=b"w")
+    path = checkpoint(tmp_path / "my-model", "model.safetensors")
     source = locate(str(path))
     assert (source.name, source.path) == (str(path), path.resolve())
     assert source.origin == f"local directory {path.resolve()}"
@@ -334,8 +334,8 @@ def test_a_local_directory_without_weights(tmp_path: Path) -> None:
 
 def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
     shards = {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}
-    index = json.dumps({"weight_map": shards}).encode()
-    path = checkpoint(tmp_path, **{"model_DOT_safetensors.index_DOT_json": index, "model-1-of-2_DOT_safetensors": b"w"})
+    path = checkpoint(tmp_path, "model-1-of-2.safetensors")
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     with pytest.raises(UserError, match=r"1 of its 2 weight files \(the first is model-2-of-2\.safetensors\)"):
         locate(str(path))
 
@@ -348,14 +348,14 @@ def test_a_directory_that_is_no_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["{", "[]"])
 def test_a_broken_config(tmp_path: Path, content: str) -> None:
-    path = checkpoint(tmp_path, model_DOT_safetensors=b"w")
+    path = checkpoint(tmp_path, "model.safetensors")
     (path / "config.json").write_text(content)
     with pytest.raises(UserError, match=r"config\.json"):
         locate(str(path))
 
 
 def test_an_unsupported_local_architecture(tmp_path: Path) -> None:
-    path = checkpoint(tmp_path, model_DOT_safetensors=b"w")
+    path = checkpoint(tmp_path, "model.safetensors")
     (path / "config.json").write_text('{"architectures": ["MambaForCausalLM"]}')
     with pytest.raises(UserError, match="MambaForCausalLM"):
         locate(str(path))
@@ -383,7 +383,7 @@ def test_a_revision_needs_a_repository(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--revision"):
         locate(None, "main")
     with pytest.raises(UserError, match="--revision"):
-        locate(str(checkpoint(tmp_path, model_DOT_safetensors=b"w")), "main")
+        locate(str(checkpoint(tmp_path, "model.safetensors")), "main")
 
 
 # --- names --------------------------------------------------------------------------------------------------------
