@@ -69,11 +69,11 @@ def test_a_reallocated_block_is_forgotten_and_so_is_what_followed_it() -> None:
 def test_free_blocks_are_reallocated_useless_ones_first_then_oldest_and_tails_first() -> None:
     pool = BlockPool(6)
     first, second = pool.allocate(3), pool.allocate(3)
-    register(pool, first[:2], [1, 2, 3, 4])
-    register(pool, second, [5, 6, 7, 8, 9, 9])
+    register(pool, first, [1, 2, 3, 4, 5, 6])
+    register(pool, second[:2], [6, 7, 8, 9])
     pool.release(first)
     pool.release(second)
-    assert pool.allocate(6) == [first[2], first[1], first[0], second[2], second[1], second[0]]
+    assert pool.allocate(6) == [second[2], first[2], first[1], first[0], second[1], second[0]]
 
 
 def test_a_shared_block_is_freed_by_its_last_holder() -> None:

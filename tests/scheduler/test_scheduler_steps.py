@@ -394,10 +394,10 @@ def test_a_preempted_request_may_end_with_the_token_in_flight() -> None:
 
 
 def test_a_preempted_request_need_not_wait_for_as_much_room_as_the_one_it_pushed_back() -> None:
-    driver = Driver(make_config(num_blocks=8, block_size=4, enable_prefix_caching=False))
+    driver = Driver(make_config(num_blocks=9, block_size=4, enable_prefix_caching=False))
     driver.add(running("a", 11, max_tokens=20))
-    driver.add(running("b", 7, max_tokens=4))
-    driver.add(running("c", 3, max_tokens=9))
+    driver.add(running("b", 7, max_tokens=8))
+    driver.add(running("c", 3, max_tokens=20))
     driver.add(running("large", 24, max_tokens=1))
     while driver.scheduler.stats().num_preemptions == 0:
         driver.turn()
