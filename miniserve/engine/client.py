@@ -119,7 +119,11 @@ class AsyncEngine:
         self._receiver = asyncio.create_task(self._receive(self._process), name="engine-receiver")
 
     async def _wait_ready(self, process: EngineProcess, progress: ProgressCallback | None) -> EngineInfo:
+        info: EngineInfo | None = None
         while not self._shutting_down:
+            if info is not None:
+                # The answer shows that commands arrive: until the engine has connected they go nowhere.
+                process.send(messages.AskStats())
             if not await process.events.poll(_POLL_MS):
                 reason = process.exit_reason()
                 # The message may have come between the poll and the look at the process.
@@ -130,12 +134,15 @@ class AsyncEngine:
                 case messages.Progress(stage, done, total):
                     if progress is not None:
                         progress(stage, done, total)
-                case messages.Ready(info):
-                    return info
+                case messages.Ready(ready):
+                    info = ready
                 case messages.Failed(message, user_error):
                     raise UserError(message) if user_error else EngineDead(f"The engine did not start: {message}")
-                case messages.StepOutputs():
-                    raise RuntimeError("the engine stepped before it was ready")
+                case messages.StepOutputs() if info is not None:
+                    process.remove_directory()
+                    return info
+                case unexpected:
+                    raise RuntimeError(f"unexpected {type(unexpected).__name__} from the engine")
         raise EngineDead("The engine was shut down while it started.")
 
     async def shutdown(self, drain: bool = True, timeout: float | None = None) -> None:

@@ -47,6 +47,10 @@ class EngineProcess:
             process_group=0,
         )
 
+    def remove_directory(self) -> None:
+        """Once both sides are connected no path is needed: so a process that is killed leaves nothing behind."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+
     @property
     def pid(self) -> int:
         return self._process.pid
@@ -82,7 +86,7 @@ class EngineProcess:
         self._commands.close(linger=0)
         self.events.close(linger=0)
         self._context.term()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self.remove_directory()
 
 
 def _private_directory() -> Path:

@@ -392,13 +392,23 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     async def body() -> None:
         tasks = asyncio.all_tasks()
-        async with running() as engine:
-            assert [path.stat().st_mode & 0o777 for path in tmp_path.iterdir()] == [0o700]
-            await collect(engine.generate(PROMPT, SamplingParams(max_tokens=1), "r"))
+        modes: set[int] = set()
+
+        def progress(stage: str, done: int, total: int) -> None:
+            modes.update(path.stat().st_mode & 0o777 for path in tmp_path.iterdir())
+
+        engine = make()
+        await engine.start(progress)
+        assert modes == {0o700}, "the sockets' directory is not private"
+        assert list(tmp_path.iterdir()) == [], "a kill would leave the sockets' directory behind"
+        await collect(engine.generate(PROMPT, SamplingParams(max_tokens=1), "r"))
+        await engine.shutdown()
         assert asyncio.all_tasks() == tasks
+        with pytest.raises(EngineDead):
+            await make("start=crash").start()
+        assert list(tmp_path.iterdir()) == []
 
     run(body)
-    assert list(tmp_path.iterdir()) == []
 
 
 PARENT = """
