@@ -7,12 +7,25 @@ the user's part). Every answer is followed by the token that ends a turn, so tha
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tiny_data import Problem, completion_prompt, draw_problem, is_held_out
-from tiny_stories import FOODS, KINDS, THINGS, UNUSUAL_KINDS, Story, draw_story, load_sections, with_article
-from tiny_templates import BOYS, GIRLS, SYLLABLES, quotient_steps
+from tiny_stories import (
+    FOODS,
+    HER_NAMES,
+    HIS_NAMES,
+    KINDS,
+    THINGS,
+    UNUSUAL_KINDS,
+    Story,
+    draw_story,
+    load_sections,
+    with_article,
+)
+from tiny_templates import quotient_steps
+from tiny_words import BOYS, GIRLS, made_up_name, made_up_word, words
 
 END_OF_TEXT = "<|endoftext|>"
 TURN_START = "<|im_start|>"
@@ -72,10 +85,18 @@ NAME_QUESTIONS = (
 NO_NAME = "You have not told me your name yet. What is it?"
 
 
+KNOWN_NAMES = frozenset((*BOYS, *GIRLS, *HER_NAMES, *HIS_NAMES))
+
+
 def story_subject(story: Story, rng: random.Random) -> str:
-    """How somebody might ask for this story: " about a fox named Ruby", " about friendship", " about Ruby"…"""
+    """How somebody might ask for this story: " about a fox named Ruby", " about friendship", " about Ruby"…
+
+    What no story would have by chance, an unusual hero or a made-up name, is always asked for.
+    """
     a_kind = with_article(story.kind)
     theme = rng.choice(story.asks).replace("someone who", f"{a_kind} who")
+    plural = f"{story.kind}s" if story.kind not in IRREGULAR and story.kind[-1] not in "sxyfh" else a_kind
+    place = "in space" if story.in_place == "on the moon" and rng.random() < 0.7 else story.in_place
     subjects = [
         *[a_kind] * 5,
         *[f"{a_kind} named {story.name}"] * 3,
@@ -84,28 +105,43 @@ def story_subject(story: Story, rng: random.Random) -> str:
         with_article(f"{story.adjective} {story.kind}"),
         with_article(f"{story.adjective} {story.kind} named {story.name}"),
         f"{a_kind} and {with_article(story.friend_kind)}",
-        f"{a_kind} {story.in_place}",
+        f"{a_kind} {place}",
+        plural,
+        rng.choice(THEMES),
+        *[theme] * 3,
+        *([] if a_kind in theme else [f"{a_kind} and {theme}", f"{a_kind} named {story.name} and {theme}"]),
+        story.name,
+        story.name,
+        f"{story.name} and {story.friend}",
+        f"{story.name} and {story.his} friend {story.friend}",
+        f"{a_kind} named {story.name} and {with_article(story.friend_kind)} named {story.friend}",
     ]
-    if story.kind in KINDS:
-        plural = [] if story.kind in IRREGULAR or story.kind[-1] in "sxyfh" else [f"{story.kind}s"]
-        subjects += [
-            *plural,
-            rng.choice(THEMES),
-            theme,
-            theme,
-            f"{a_kind} and {theme}",
-            story.name,
-            f"{story.name} and {story.friend}",
-        ]
-    return f" about {rng.choice(subjects)}"
+    needed = [word for word, known in _unforeseen(story) if not known]
+    return f" about {rng.choice([s for s in subjects if all(word in s for word in needed)])}"
+
+
+def _unforeseen(story: Story) -> tuple[tuple[str, bool], ...]:
+    names = ((story.name, story.name in KNOWN_NAMES), (story.friend, story.friend in KNOWN_NAMES))
+    return (story.kind, story.kind in KINDS), *names
 
 
 def _story_turn(rng: random.Random, last: Story | None) -> tuple[Turn, Story]:
-    story = draw_story(rng, unusual=rng.random() < 0.3)
-    if last and rng.random() < 0.3:
+    story = draw_story(rng, unusual=rng.random() < 0.35)
+    ordinary = all(known for _, known in _unforeseen(story))
+    if ordinary and last and rng.random() < 0.4:
         return (_as_typed(rng.choice(MORE_STORIES), rng), story.text), story
-    about = story_subject(story, rng) if rng.random() < 0.85 or story.kind not in KINDS else ""
-    return (_as_typed(rng.choice(STORY_REQUESTS).format(about=about), rng), story.text), story
+    if ordinary and rng.random() < 0.08:
+        start = "Once upon a time, "
+        stop = start if story.text.startswith(start) and rng.random() < 0.5 else ". "
+        opening, _, rest = story.text.partition(stop)
+        return ((opening + stop).strip(), rest), story
+    about = "" if ordinary and rng.random() < 0.15 else story_subject(story, rng)
+    request = rng.choice(STORY_REQUESTS).format(about=about)
+    if rng.random() < 0.08:
+        request = request.replace(
+            "story", f"{rng.choice(('funny', 'sad', 'nice', 'little', 'scary', 'good'))} story", 1
+        )
+    return (_as_typed(request, rng), story.text), story
 
 
 def _story_question_turn(rng: random.Random, story: Story) -> Turn:
@@ -120,6 +156,7 @@ def _story_question_turn(rng: random.Random, story: Story) -> Turn:
             (f"Who is {story.friend}?", f"{story.friend} is {friend_kind} and a friend of {story.name}."),
             (f"What animal is {story.friend}?", f"{story.friend} is {friend_kind}."),
             (f"What was the name of the {story.friend_kind}?", f"The {story.friend_kind} was called {story.friend}."),
+            (f"Who helped {story.name}?", f"{story.friend}, the {story.friend_kind}."),
             (f"Where does {story.name} live?", f"{story.name} lives {story.in_place}."),
             ("Where does the story take place?", f"It takes place {story.in_place}."),
         )
@@ -140,23 +177,22 @@ def _odd_word(rng: random.Random) -> str:
         return rng.choice(WORLD)
     if draw < 0.55:
         return rng.choice(rng.choice((KINDS, UNUSUAL_KINDS, THINGS, FOODS)))
-    if draw < 0.8:
-        return "".join(rng.choices(SYLLABLES, k=rng.randint(1, 4)))
+    if draw < 0.85:
+        return made_up_word(rng)
     return "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9)))
 
 
-def _made_up_name(rng: random.Random) -> str:
-    if rng.random() < 0.5:
-        return rng.choice(rng.choice((GIRLS, BOYS)))
-    return "".join(rng.choices(SYLLABLES, k=rng.randint(2, 3))).capitalize()
+def _anybody(rng: random.Random) -> str:
+    return rng.choice(rng.choice((GIRLS, BOYS))) if rng.random() < 0.4 else made_up_name(rng)
 
 
 def _small_talk_turn(rng: random.Random) -> tuple[Turn, str | None]:
     """A turn of small talk, and the name of the user where the turn tells it."""
     draw = rng.random()
-    name = "unknown" if draw < 0.25 else "too_large" if draw < 0.35 else rng.choice(tuple(SMALL_TALK))
+    often = "unknown" if draw < 0.2 else "too_large" if draw < 0.28 else "name_is" if draw < 0.36 else None
+    name = often or rng.choice(tuple(SMALL_TALK))
     says, (replies,) = SMALL_TALK[name]
-    said, person = rng.choice(says), _made_up_name(rng)
+    said, person = rng.choice(says), _anybody(rng)
     for slot, fill in SLOTS.items():
         while slot in said:
             said = said.replace(slot, fill(rng), 1)
@@ -165,13 +201,14 @@ def _small_talk_turn(rng: random.Random) -> tuple[Turn, str | None]:
     return (said if name in SUMS else _as_typed(said, rng), reply), person if name == "name_is" else None
 
 
-SUMS = ("too_large", "decimals")
+SUMS = ("too_large", "decimals", "divisors")
 SLOTS: dict[str, Callable[[random.Random], str]] = {
     "{thing}": _odd_word,
     "{large}": lambda rng: str(rng.randint(10 ** rng.randint(4, 7), 99_999_999)),
     "{number}": lambda rng: str(rng.randint(2, 10 ** rng.randint(1, 4))),
     "{three}": lambda rng: str(rng.randint(100, 9999)),
     "{two}": lambda rng: str(rng.randint(10, 99)),
+    "{two_digit}": lambda rng: str(rng.randint(13, 99)),
     "{four}": lambda rng: str(rng.randint(1000, 9999)),
     "{digit}": lambda rng: str(rng.randint(2, 9)),
     "{decimal}": lambda rng: f"{rng.randint(0, 10 ** rng.randint(1, 3))}.{rng.randint(1, 10 ** rng.randint(1, 2))}",
@@ -190,7 +227,7 @@ def _below_zero(rng: random.Random) -> Turn:
 
 def _with_remainder(rng: random.Random) -> Turn:
     """A division that may leave a rest: it keeps the model from taking the few exact quotients by heart."""
-    divisor = rng.randint(2, 10)
+    divisor = rng.randint(2, 12)
     dividend = rng.randint(divisor + 1, 100 * divisor - 1)
     if is_held_out(f"{dividend}/{divisor}"):
         dividend, divisor = 100, 7
@@ -206,19 +243,39 @@ def _solved(rng: random.Random, count: int) -> list[Problem]:
     return [draw_problem("train", rng) for _ in range(count)]
 
 
+NUMBER_WORDS = words("zero one two three four five six seven eight nine ten eleven twelve")
+
+
+def _spelled(question: str, rng: random.Random) -> str:
+    """The question with some of its smallest numbers written out, now and then."""
+    if rng.random() > 0.06 or any(sign in question for sign in "+-*/"):
+        return question
+    return re.sub(
+        r"\b(?:\d|1[0-2])\b", lambda match: NUMBER_WORDS[int(match[0])] if rng.random() < 0.7 else match[0], question
+    )
+
+
+def _count_turn(rng: random.Random) -> Turn:
+    last = rng.randint(3, 20)
+    word = NUMBER_WORDS[last] if last <= 12 and rng.random() < 0.5 else str(last)
+    return rng.choice((f"Count to {word}", f"Can you count to {word}?")), f"{', '.join(map(str, range(1, last + 1)))}."
+
+
 def _problem_turn(rng: random.Random) -> Turn:
     draw = rng.random()
     if draw < 0.03:
         return _below_zero(rng)
     if draw < 0.10:
         return _with_remainder(rng)
+    if draw < 0.11:
+        return _count_turn(rng)
     problem = draw_problem("train", rng)
     if draw < 0.22:
         return completion_prompt(problem, _solved(rng, rng.choice((0, 0, 1, 3, 5)))), problem.answer
     if draw < 0.32:
         lead = rng.choice(("Solve this: ", "Please help me: ", "Here is a problem. ", "Hi! ", "And "))
-        return lead + problem.question, problem.answer
-    return problem.question, problem.answer
+        return lead + _spelled(problem.question, rng), problem.answer
+    return _spelled(problem.question, rng), problem.answer
 
 
 def conversation(rng: random.Random) -> list[Segment]:
@@ -249,7 +306,7 @@ def conversation(rng: random.Random) -> list[Segment]:
 
 def _question_and_answer(rng: random.Random) -> Turn:
     problem = draw_problem("train", rng)
-    return problem.question, problem.answer
+    return _spelled(problem.question, rng), problem.answer
 
 
 def _raw_problems(rng: random.Random) -> list[Segment]:

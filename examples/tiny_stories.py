@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiny_templates import BOYS, GIRLS, SYLLABLES, words
+from tiny_words import BOYS, GIRLS, made_up_name, made_up_word, words
 
 
 def _phrases(text: str) -> tuple[str, ...]:
@@ -127,6 +127,7 @@ SKILLS: tuple[tuple[str, str, str, str], ...] = (
     ("whistle", "whistling", "only blew air", "whistled a tune that echoed from the hills"),
     ("read", "reading", "mixed up all the letters", "read a whole book aloud"),
     ("skate", "skating", "sat down hard on the ice", "glided over the ice like a feather"),
+    ("fly", "flying", "fell flat on the ground", "flew high over the roofs like a bird"),
     ("row a boat", "rowing", "went round in circles", "rowed straight to the other side"),
 )
 
@@ -193,6 +194,7 @@ class Story:
     name: str
     friend_kind: str
     friend: str
+    his: str
     in_place: str
     plot: str
     asks: tuple[str, ...]
@@ -203,14 +205,16 @@ def with_article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' and not noun.startswith('uni') else 'a'} {noun}"
 
 
-def _character(rng: random.Random, taken: str = "", kind: str | None = None) -> tuple[str, str, str]:
-    """Kind, name and "he" or "she"; a name not taken yet, sometimes made up so that any name can be carried along."""
+def _character(
+    rng: random.Random, taken: str = "", kind: str | None = None, invent: bool = False
+) -> tuple[str, str, str]:
+    """Kind, name and "he" or "she"; a name that is not taken yet."""
     kind = kind or rng.choice(KINDS)
     pronoun = "she" if kind in FEMALE_KINDS else "he" if kind in MALE_KINDS else rng.choice(("he", "she"))
     name = taken
     while name == taken:
-        if rng.random() < 0.25:
-            name = "".join(rng.choices(SYLLABLES, k=rng.randint(2, 3))).capitalize()
+        if invent:
+            name = made_up_name(rng)
         else:
             pets, people = (HER_NAMES, GIRLS) if pronoun == "she" else (HIS_NAMES, BOYS)
             name = rng.choice(people if kind in ("girl", "boy") or rng.random() < 0.3 else pets)
@@ -278,14 +282,15 @@ def _slots(
 def draw_story(rng: random.Random, *, unusual: bool = False) -> Story:
     """One story of 100 to 250 words; every choice comes from `rng`.
 
-    `unusual` takes a hero out of the ordinary, sometimes a word that does not exist: whoever asks for a story about a
-    teapot or a "zabel" shall get one about it.
+    `unusual` takes a hero or names out of the ordinary, sometimes words that do not exist: whoever asks for a story
+    about a teapot or about Zorblax the zabel shall get one about it.
     """
-    kind = None
-    if unusual:
-        kind = "".join(rng.choices(SYLLABLES, k=rng.randint(2, 3))) if rng.random() < 0.3 else rng.choice(UNUSUAL_KINDS)
-    hero = _character(rng, kind=kind)
-    friend = _character(rng, taken=hero[1], kind=next(k for k in rng.sample(KINDS, 2) if k != hero[0]))
+    kind, invent = None, unusual and rng.random() < 0.6
+    if unusual and rng.random() < 0.7:
+        kind = made_up_word(rng) if rng.random() < 0.4 else rng.choice(UNUSUAL_KINDS)
+    hero = _character(rng, kind=kind, invent=invent)
+    friend_kind = next(k for k in rng.sample(KINDS, 2) if k != hero[0])
+    friend = _character(rng, taken=hero[1], kind=friend_kind, invent=invent and rng.random() < 0.5)
     plot = rng.choice(tuple(PLOTS))
     adjective = rng.choice([word for word in ADJECTIVES if (plot, word) not in CONTRADICTIONS])
     asks, beats = PLOTS[plot]
@@ -303,6 +308,7 @@ def draw_story(rng: random.Random, *, unusual: bool = False) -> Story:
         name=hero[1],
         friend_kind=friend[0],
         friend=friend[1],
+        his="his" if hero[2] == "he" else "her",
         in_place=slots["in_place"],
         plot=plot,
         asks=tuple(ask.format(**slots) for ask in asks),

@@ -6,30 +6,20 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-
-def words(text: str) -> tuple[str, ...]:
-    """The words of a text."""
-    return tuple(text.split())
-
-
-GIRLS = words(
-    "Mia Anna Lily Ella Zoe Ruth Nora Clara Ines Lucy Rosa Maya Jane Emma Olga Alice Sara Julia Kate Nina Eva Amy Tina "
-    "Laura Sofia Hannah Leila Priya Yuki Grace"
+from tiny_words import (
+    ARTICLES,
+    BOYS,
+    COLOURS,
+    CONTAINERS,
+    DAYS,
+    GIRLS,
+    GROUPS,
+    SHOPS,
+    VEHICLES,
+    goods,
+    items,
+    made_up_name,
 )
-BOYS = words(
-    "Tom Ben Sam Max Leo Omar Paul Finn Hugo Ivan Jack Noah Carl Adam Luis Bob John Peter David Mark Tim Nick Felix "
-    "Oscar Liam Ravi Chen Marco Daniel Alex"
-)
-SYLLABLES = words("ba bel da dor en fi gra ha ik jo ka la lo mar mi na nel pa pi ra ri sa shi ta tor va wen yo za zu")
-ITEMS = words(
-    "apples pears plums lemons oranges eggs cookies candies muffins sweets pencils stickers marbles stamps cards "
-    "shells stones beads buttons balloons coins books crayons flowers nuts acorns tickets toys ribbons candles berries"
-)
-GOODS = words("pens cups caps kites hats balls books lamps plates bags scarves toys tickets cakes pies brushes shirts")
-CONTAINERS = words("boxes bags baskets jars trays shelves crates packs")
-GROUPS = words("friends children students neighbours cousins people")
-VEHICLES = words("car train bus truck ship boat cyclist")
-DAYS = (("Monday", "Tuesday", "Wednesday"), ("Thursday", "Friday", "Saturday"), ("Friday", "Saturday", "Sunday"))
 
 
 @dataclass(frozen=True)
@@ -44,10 +34,9 @@ class Draft:
 
 
 def _person(rng: random.Random) -> tuple[str, str, str]:
-    """A name with "he" and "his", or "she" and "her"; some names are made up, so that any name is copied, not known."""
-    if rng.random() < 0.15:
-        name = "".join(rng.choices(SYLLABLES, k=rng.randint(2, 3))).capitalize()
-        return name, *rng.choice((("she", "her"), ("he", "his")))
+    """A name with "he" and "his", or "she" and "her"."""
+    if rng.random() < 0.3:
+        return made_up_name(rng), *rng.choice((("she", "her"), ("he", "his")))
     if rng.random() < 0.5:
         return rng.choice(GIRLS), "she", "her"
     return rng.choice(BOYS), "he", "his"
@@ -193,7 +182,7 @@ def _plain_product(rng: random.Random) -> Draft:
 
 
 def _plain_quotient(rng: random.Random) -> Draft:
-    divisor = rng.randint(2, 10)
+    divisor = rng.randint(2, 12)
     dividend = divisor * rng.randint(2, 99)
     phrase = rng.choice(
         (
@@ -211,28 +200,41 @@ def _plain_quotient(rng: random.Random) -> Draft:
 
 
 def _plain_chain(rng: random.Random) -> Draft:
-    last = _number(rng, 2, 999)
-    if rng.random() < 0.5:
-        a, b = _number(rng, 2, 999), _number(rng, 2, 999)
-        middle, start, steps, key = a + b, f"{a} + {b}", f"{a} + {b} = {a + b}", _sum_key(a, b)
+    """Three numbers: multiplication first, or what stands in brackets."""
+    form = rng.choice(("sum", "product", "brackets"))
+    if form == "brackets":
+        a, b, c = rng.randint(1, 49), rng.randint(1, 49), rng.randint(2, 9)
+        asked, key, result = f"({a} + {b}) * {c}", f"({_sum_key(a, b)})*{c}", (a + b) * c
+        numbers, working = (a, b, c), f"{a} + {b} = {a + b}. {product_steps(a + b, c)}."
     else:
-        a, b = rng.randint(2, 9), rng.randint(2, 99)
-        middle, start, steps, key = a * b, f"{a} * {b}", product_steps(a, b), _product_key(a, b)
-    if rng.random() < 0.5:
-        operator, result = "+", middle + last
-        key = _sum_key(a, b, last) if "+" in start else f"{key}+{last}"
-    else:
-        last %= middle
-        operator, result, key = "-", middle - last, f"{key}-{last}"
-    asked = f"{start} {operator} {last}"
+        c = _number(rng, 2, 999)
+        if form == "sum":
+            a, b = _number(rng, 2, 999), _number(rng, 2, 999)
+            middle, start, steps, key = a + b, f"{a} + {b}", f"{a} + {b} = {a + b}", _sum_key(a, b)
+        else:
+            a, b = rng.randint(2, 9), rng.randint(2, 99)
+            middle, start, steps, key = a * b, f"{a} * {b}", product_steps(a, b), _product_key(a, b)
+        order = rng.choice(("+", "-") if form == "sum" else ("+", "-", "reversed +", "reversed -"))
+        if order == "-":
+            c %= middle
+        elif order == "reversed -":
+            c += middle
+        numbers, asked, last = (a, b, c), f"{start} {order} {c}", f"{middle} {order} {c}"
+        if order.startswith("reversed"):
+            numbers, asked, last = (c, a, b), f"{c} {order[-1]} {start}", f"{c} {order[-1]} {middle}"
+        result = middle + c if order[-1] == "+" else abs(middle - c)
+        key = {"-": f"{key}-{c}", "reversed -": f"{c}-{key}"}.get(order, f"{key}+{c}")
+        if form == "sum" and order == "+":
+            key = _sum_key(a, b, c)
+        working = f"{steps}. {last} = {result}."
     phrase = rng.choice((f"What is {asked}?", f"Calculate {asked}.", asked, f"{asked} = ?", asked.replace(" ", "")))
-    return Draft((a, b, last), key, phrase, f"{steps}. {middle} {operator} {last} = {result}.", result)
+    return Draft(numbers, key, phrase, working, result)
 
 
 def _getting(rng: random.Random) -> Draft:
-    a, b = _number(rng, 2, 999), _number(rng, 2, 999)
+    a, b = _number(rng, 2, 9999), _number(rng, 2, 9999)
     (name, he, _), (giver, _, _) = _two_people(rng)
-    item = rng.choice(ITEMS)
+    item = items(rng)
     more = rng.choice(
         (
             f". {giver} gives {name} {b} more",
@@ -243,15 +245,19 @@ def _getting(rng: random.Random) -> Draft:
             f". {he.capitalize()} gets {b} more {item}",
         )
     )
+    if rng.random() < 0.15:
+        more = rng.choice((f"get {b} more", f"buy {b} more", f"find {b} more {item}", f"pick {b} more"))
+        question = f"I have {a} {item} and {more}. How many {item} do I have{rng.choice(('', ' now', ' in total'))}?"
+        return Draft((a, b), _sum_key(a, b), question, f"You have {a} + {b} = {a + b} {item}.", a + b)
     ask = rng.choice((f"{name} have now", f"{he} have now", f"{name} have in total", f"{he} have"))
     question = f"{name} has {a} {item}{more}. How many {item} does {ask}?"
     return Draft((a, b), _sum_key(a, b), question, f"{name} has {a} + {b} = {a + b} {item}.", a + b)
 
 
 def _giving(rng: random.Random) -> Draft:
-    a, b = sorted((_number(rng, 2, 999), _number(rng, 2, 999)), reverse=True)
+    a, b = sorted((_number(rng, 2, 9999), _number(rng, 2, 9999)), reverse=True)
     (name, he, his), (friend, _, _) = _two_people(rng)
-    item = rng.choice(ITEMS)
+    item = items(rng)
     less = rng.choice(
         (
             f". {name} gives {b} of them to {friend}",
@@ -262,6 +268,11 @@ def _giving(rng: random.Random) -> Draft:
             f". {he.capitalize()} gives {b} to {his} friend {friend}",
         )
     )
+    if rng.random() < 0.15:
+        less = rng.choice((f"eat {b}", f"lose {b}", f"give away {b}", f"give {b} to {friend}", f"sell {b} of them"))
+        ask = rng.choice((f"How many {item} do I have left", "How many are left", "How many do I have left"))
+        question = f"I have {a} {item} and {less}. {ask}?"
+        return Draft((a, b), f"{a}-{b}", question, f"You have {a} - {b} = {a - b} {item} left.", a - b)
     ask = rng.choice(
         (f"does {name} have left", f"are left for {name}", f"does {he} still have", f"does {he} have left")
     )
@@ -272,12 +283,12 @@ def _giving(rng: random.Random) -> Draft:
 def _buying(rng: random.Random) -> Draft:
     count, price = rng.randint(2, 12), rng.randint(2, 99)
     name, he, _ = _person(rng)
-    goods = rng.choice(GOODS)
+    things = goods(rng)
     question = rng.choice(
         (
-            f"{name} buys {count} {goods}. Each costs {price} dollars. How many dollars does {he} pay?",
-            f"{name} buys {count} {goods} for {price} dollars each. How much does {name} pay in dollars?",
-            f"A shop sells {goods}. {name} takes {count} of them at {price} dollars each. "
+            f"{name} buys {count} {things}. Each costs {price} dollars. How many dollars does {he} pay?",
+            f"{name} buys {count} {things} for {price} dollars each. How much does {name} pay in dollars?",
+            f"A shop sells {things}. {name} takes {count} of them at {price} dollars each. "
             f"How many dollars does {name} spend?",
         )
     )
@@ -286,10 +297,10 @@ def _buying(rng: random.Random) -> Draft:
 
 
 def _sharing(rng: random.Random) -> Draft:
-    groups, each = rng.randint(2, 10), rng.randint(2, 99)
+    groups, each = rng.randint(2, 12), rng.randint(2, 99)
     total = groups * each
     name, _, _ = _person(rng)
-    item, group = rng.choice(ITEMS), rng.choice(GROUPS)
+    item, group = items(rng), rng.choice(GROUPS)
     question = rng.choice(
         (
             f"{name} shares {total} {item} equally among {groups} {group}. How many {item} does each one get?",
@@ -318,10 +329,10 @@ def _travelling(rng: random.Random) -> Draft:
 
 
 def _getting_and_giving(rng: random.Random) -> Draft:
-    a, b = _number(rng, 5, 499), _number(rng, 5, 499)
+    a, b = _number(rng, 5, 999), _number(rng, 5, 999)
     c = rng.randint(2, a + b - 1)
     (name, he, _), (friend, _, _) = _two_people(rng)
-    item = rng.choice(ITEMS)
+    item = items(rng)
     more = rng.choice((f"{he.capitalize()} buys {b} more", f"{name} finds {b} more", f"{name} gets {b} more"))
     less = rng.choice((f"gives {c} to {friend}", f"sells {c} of them", f"gives away {c}"))
     question = f"{name} has {a} {item}. {more} and then {less}. How many {item} does {name} have now?"
@@ -333,9 +344,9 @@ def _getting_and_giving(rng: random.Random) -> Draft:
 
 
 def _containers(rng: random.Random) -> Draft:
-    count, each, extra = rng.randint(2, 12), rng.randint(2, 60), rng.randint(2, 99)
+    count, each, extra = rng.randint(2, 12), rng.randint(2, 60), _number(rng, 2, 999)
     name, _, _ = _person(rng)
-    item, container = rng.choice(ITEMS), rng.choice(CONTAINERS)
+    item, container = items(rng), rng.choice(CONTAINERS)
     question = rng.choice(
         (
             f"{name} has {count} {container} with {each} {item} each and {extra} more {item}. "
@@ -356,19 +367,19 @@ def _containers(rng: random.Random) -> Draft:
 def _change(rng: random.Random) -> Draft:
     count, price = rng.randint(2, 9), rng.randint(2, 60)
     cost = count * price
-    purse = cost + _number(rng, 1, 199)
+    purse = cost + _number(rng, 1, 4999)
     name, he, _ = _person(rng)
-    goods = rng.choice(GOODS)
+    things = goods(rng)
     question = rng.choice(
         (
-            f"{name} has {purse} dollars and buys {count} {goods} for {price} dollars each. "
+            f"{name} has {purse} dollars and buys {count} {things} for {price} dollars each. "
             f"How many dollars does {he} have left?",
-            f"{name} has {purse} dollars. {he.capitalize()} buys {count} {goods} at {price} dollars each. "
+            f"{name} has {purse} dollars. {he.capitalize()} buys {count} {things} at {price} dollars each. "
             f"How many dollars are left?",
         )
     )
     working = (
-        f"The {goods} cost {product_steps(count, price)} dollars. "
+        f"The {things} cost {product_steps(count, price)} dollars. "
         f"{name} has {purse} - {cost} = {purse - cost} dollars left."
     )
     key = f"{purse}-{_product_key(count, price)}"
@@ -376,7 +387,7 @@ def _change(rng: random.Random) -> Draft:
 
 
 def _three_days(rng: random.Random) -> Draft:
-    a, b, c = (_number(rng, 2, 299) for _ in range(3))
+    a, b, c = (_number(rng, 2, 999) for _ in range(3))
     name, _, _ = _person(rng)
     first, second, third = rng.choice(DAYS)
     verb, noun = rng.choice((("reads", "pages"), ("picks", "berries"), ("sells", "tickets"), ("plants", "trees")))
@@ -391,9 +402,9 @@ def _three_days(rng: random.Random) -> Draft:
 
 
 def _comparing(rng: random.Random) -> Draft:
-    a, b = _number(rng, 2, 299), _number(rng, 2, 299)
+    a, b = _number(rng, 2, 999), _number(rng, 2, 999)
     (name, _, _), (friend, _, _) = _two_people(rng)
-    item = rng.choice(ITEMS)
+    item = items(rng)
     question = (
         f"{name} has {a} {item}. {friend} has {b} more {item} than {name}. "
         f"How many {item} do they have {rng.choice(('together', 'in total'))}?"
@@ -405,7 +416,7 @@ def _comparing(rng: random.Random) -> Draft:
 def _multiple(rng: random.Random) -> Draft:
     factor, a = rng.randint(2, 9), rng.randint(2, 99)
     (name, _, _), (friend, _, _) = _two_people(rng)
-    item = rng.choice(ITEMS)
+    item = items(rng)
     question = (
         f"{friend} has {factor} times as many {item} as {name}. {name} has {a} {item}. "
         f"How many {item} do they have {rng.choice(('together', 'in total'))}?"
@@ -416,8 +427,8 @@ def _multiple(rng: random.Random) -> Draft:
 
 
 def _remaining_way(rng: random.Random) -> Draft:
-    a, b = _number(rng, 5, 399), _number(rng, 5, 399)
-    way = a + b + _number(rng, 1, 199)
+    a, b = _number(rng, 5, 999), _number(rng, 5, 999)
+    way = a + b + _number(rng, 1, 999)
     name, he, _ = _person(rng)
     how = rng.choice(("drives", "rides", "travels"))
     question = (
@@ -426,6 +437,64 @@ def _remaining_way(rng: random.Random) -> Draft:
     )
     working = f"{name} {how} {a} + {b} = {a + b} km. Then {way} - {a + b} = {way - a - b} km are left."
     return Draft((way, a, b), f"{way}-({_sum_key(a, b)})", question, working, way - a - b)
+
+
+def _together(rng: random.Random) -> Draft:
+    a, b = _number(rng, 2, 9999), _number(rng, 2, 9999)
+    (name, _, _), (friend, _, _) = _two_people(rng)
+    item, shop, equation = items(rng), rng.choice(SHOPS), f"{a} + {b} = {a + b}"
+    one, other = rng.sample(COLOURS, 2)
+    day, _, other_day = rng.choice(DAYS)
+    question, working = rng.choice(
+        (
+            (
+                f"A {shop} sells {a} {item} in the morning and {b} in the afternoon. "
+                f"How many {item} does it sell in total?",
+                f"The {shop} sells {equation} {item}.",
+            ),
+            (
+                f"A {shop} sold {a} {item} on {day} and {b} {item} on {other_day}. How many {item} did it sell?",
+                f"The {shop} sold {equation} {item}.",
+            ),
+            (
+                f"There are {a} {one} and {b} {other} {item}. How many {item} are there in total?",
+                f"There are {equation} {item}.",
+            ),
+            (
+                f"There are {a} girls and {b} boys in a school. How many children are there in total?",
+                f"There are {equation} children.",
+            ),
+            (
+                f"{name} has {a} {item} and {friend} has {b} {item}. How many {item} do they have together?",
+                f"Together they have {equation} {item}.",
+            ),
+        )
+    )
+    return Draft((a, b), _sum_key(a, b), question, working, a + b)
+
+
+def _missing(rng: random.Random) -> Draft:
+    low, high = sorted((_number(rng, 2, 9999), _number(rng, 2, 9999)))
+    (name, he, _), (friend, _, _) = _two_people(rng)
+    item, equation = items(rng), f"{high} - {low} = {high - low}"
+    question, working = rng.choice(
+        (
+            (
+                f"{name} has {low} dollars. A {rng.choice(ARTICLES)} costs {high} dollars. "
+                f"How many more dollars does {he} need?",
+                f"{name} needs {equation} more dollars.",
+            ),
+            (
+                f"{name} has {low} {item} and wants to have {high}. How many more {item} does {name} need?",
+                f"{name} needs {equation} more {item}.",
+            ),
+            (
+                f"{name} has {low} {item} and {friend} has {high}. How many more {item} does {friend} have?",
+                f"{friend} has {equation} more {item}.",
+            ),
+        )
+    )
+    return Draft((low, high), f"{high}-{low}", question, working, high - low)
 
 
 DRAWS: dict[str, Template] = {
@@ -446,4 +515,6 @@ DRAWS: dict[str, Template] = {
     "comparing": _comparing,
     "multiple": _multiple,
     "remaining_way": _remaining_way,
+    "together": _together,
+    "missing": _missing,
 }

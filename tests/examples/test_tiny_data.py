@@ -37,6 +37,8 @@ FORMULAS: dict[str, Callable[..., int | Fraction]] = {
     "comparing": lambda a, b: a + a + b,
     "multiple": lambda a, b: a * b + b,
     "remaining_way": lambda a, b, c: a - b - c,
+    "together": lambda a, b: a + b,
+    "missing": lambda a, b: b - a,
 }
 
 
@@ -60,8 +62,8 @@ def asked(p: tiny_data.Problem, numbers: list[int]) -> int | Fraction:
     """What the question asks for; a plain chain states it as an expression."""
     if p.template != "plain_chain":
         return FORMULAS[p.template](*numbers)
-    (expression,) = re.findall(r"\d+ ?[+*] ?\d+ ?[-+] ?\d+", p.question)
-    return value(expression)
+    (expression,) = re.findall(r"[\d(][-+*()\d ]+\d", p.question)
+    return value(re.sub(r"\((.+)\)", lambda match: str(value(match[1])), expression))
 
 
 @pytest.mark.parametrize("template", tiny_data.TEMPLATES)
@@ -91,7 +93,8 @@ def test_every_worked_step_holds() -> None:
 
 def arithmetic(p: tiny_data.Problem) -> tuple[str, tuple[int, ...]]:
     """Template family and numbers, blind to phrasing and to the order of operands that may be swapped."""
-    families = {"getting": "plain_sum", "giving": "plain_difference", "sharing": "plain_quotient"}
+    families = {"giving": "plain_difference", "sharing": "plain_quotient"}
+    families |= dict.fromkeys(("getting", "together"), "plain_sum")
     families |= dict.fromkeys(("buying", "travelling"), "plain_product")
     family = families.get(p.template, p.template)
     if family == "plain_chain":
