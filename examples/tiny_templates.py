@@ -35,7 +35,7 @@ class Draft:
 
 def _person(rng: random.Random) -> tuple[str, str, str]:
     """A name with "he" and "his", or "she" and "her"."""
-    if rng.random() < 0.3:
+    if rng.random() < 0.2:
         return made_up_name(rng), *rng.choice((("she", "her"), ("he", "his")))
     if rng.random() < 0.5:
         return rng.choice(GIRLS), "she", "her"

@@ -46,7 +46,7 @@ def made_up_word(rng: random.Random) -> str:
     """A word of one to three syllables, most of which do not exist."""
     syllables = [
         rng.choice(ONSETS) + rng.choice(VOWELS) + (rng.choice(CODAS) if rng.random() < 0.5 else "")
-        for _ in range(rng.choice((1, 2, 2, 2, 3)))
+        for _ in range(rng.choice((1, 1, 2, 2, 2, 2, 3)))
     ]
     return "".join(syllables)
 
@@ -57,7 +57,7 @@ def made_up_name(rng: random.Random) -> str:
 
 def items(rng: random.Random) -> str:
     """Things one can count, in the plural."""
-    return made_up_word(rng) + "s" if rng.random() < 0.15 else rng.choice(ITEMS)
+    return made_up_word(rng) + "s" if rng.random() < 0.1 else rng.choice(ITEMS)
 
 
 def goods(rng: random.Random) -> str:
