@@ -25,10 +25,9 @@ _EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream
 
 
 def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
-    """The OpenAI-compatible app over a started engine. `app.state.service` is its `Service`."""
+    """The OpenAI-compatible app over a started engine."""
     service = Service(engine, config)
     app = FastAPI(title="miniserve", version=VERSION, responses=_ERRORS, redirect_slashes=False)
-    app.state.service = service
     errors.install(app)
     _openai_routes(app, service)
     tokenize.install(app, service)

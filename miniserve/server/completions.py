@@ -17,27 +17,23 @@ from miniserve.server.responses import CompletionChoice, CompletionLogprobs
 from miniserve.server.service import Header, Service, stream_mode
 
 
-class EncodedPrompt:
-    """A prompt's ids, verbatim where the client sent ids, and its text, which is decoded only where it is echoed."""
-
-    def __init__(self, prompt: Prompt, token_ids: list[int]) -> None:
-        self._prompt = prompt
-        self.token_ids = token_ids
-
-    def text(self, tokenizer: Tokenizer) -> str:
-        return self._prompt if isinstance(self._prompt, str) else tokenizer.decode(self._prompt, False)
-
-
 class CompletionAnswer:
     """Choices are numbered prompt · n + the sequence's index, and listed in that order."""
 
     def __init__(
-        self, header: Header, tokenizer: Tokenizer, prompts: Sequence[EncodedPrompt], params: SamplingParams, echo: bool
+        self,
+        header: Header,
+        tokenizer: Tokenizer,
+        prompts: Sequence[Prompt],
+        token_ids: Sequence[list[int]],
+        params: SamplingParams,
+        echo: bool,
     ) -> None:
-        self.usage = UsageCount([len(prompt.token_ids) for prompt in prompts])
+        self.usage = UsageCount([len(ids) for ids in token_ids])
         self._header = header
         self._tokenizer = tokenizer
         self._prompts = prompts
+        self._token_ids = token_ids
         self._params = params
         self._echo = echo
         self._writers: dict[int, logprobs.CompletionLogprobsWriter] = {}
@@ -68,10 +64,10 @@ class CompletionAnswer:
         pieces: list[CompletionLogprobs] = []
         if first and self._echo:
             prompt = self._prompts[number]
-            prompt_text = prompt.text(self._tokenizer)
+            prompt_text = prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt, False)
             text = prompt_text + text
             if delta.prompt_logprobs is not None:
-                pieces.append(writer.prompt(prompt.token_ids, delta.prompt_logprobs, prompt_text))
+                pieces.append(writer.prompt(self._token_ids[number], delta.prompt_logprobs, prompt_text))
         if delta.logprobs is not None:
             pieces.append(writer.generated(delta.logprobs))
         return {
@@ -100,17 +96,12 @@ async def respond(service: Service, body: CompletionRequest) -> GenerationRespon
     service.check_model(body.model)
     service.fields.check(body.extras, REFUSED)
     params = service.rules.for_completion(body)
-    prompts = [await _encode(service, prompt, body.add_special_tokens is not False) for prompt in body.prompt]
-    token_ids = [prompt.token_ids for prompt in prompts]
+    texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
+    encoded = iter(await service.encode(texts, body.add_special_tokens is not False))
+    token_ids = [next(encoded) if isinstance(prompt, str) else prompt for prompt in body.prompt]
     for ids in token_ids:
         service.check_length(len(ids), params)
     header = service.header("cmpl")
-    answer = CompletionAnswer(header, service.engine.tokenizer, prompts, params, bool(body.echo))
+    answer = CompletionAnswer(header, service.engine.tokenizer, body.prompt, token_ids, params, bool(body.echo))
     generation = Generation(service.engine, service.metrics, token_ids, params, header.id)
     return GenerationResponse(generation, answer, stream_mode(body))
-
-
-async def _encode(service: Service, prompt: Prompt, add_special_tokens: bool) -> EncodedPrompt:
-    if isinstance(prompt, str):
-        return EncodedPrompt(prompt, await service.encode(prompt, add_special_tokens))
-    return EncodedPrompt(prompt, prompt)

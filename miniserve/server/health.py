@@ -14,11 +14,6 @@ def install(app: FastAPI, service: Service) -> None:
     async def health() -> Response:
         return json_response(check(service))
 
-    async def ready() -> Response:
-        if service.draining:
-            raise APIError(503, "The server is shutting down and takes no new requests.")
-        return json_response(check(service))
-
     async def version() -> Response:
         return json_response({"version": VERSION})
 
@@ -28,14 +23,14 @@ def install(app: FastAPI, service: Service) -> None:
 
     app.add_api_route("/health", health, response_model=responses.Health)
     app.add_api_route("/ping", health, response_model=responses.Health)
-    app.add_api_route("/ready", ready, response_model=responses.Health)
+    app.add_api_route("/ready", health, response_model=responses.Health)
     app.add_api_route("/version", version, response_model=responses.Version)
     app.add_api_route("/metrics", metrics, response_class=PlainTextResponse)
     # Load clients and balancers look with HEAD, SageMaker pings with POST.
     for path, methods, endpoint in (
         ("/health", ["HEAD"], health),
         ("/ping", ["HEAD", "POST"], health),
-        ("/ready", ["HEAD"], ready),
+        ("/ready", ["HEAD"], health),
         ("/metrics", ["HEAD"], metrics),
     ):
         app.add_api_route(path, endpoint, methods=methods, include_in_schema=False)

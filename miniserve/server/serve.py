@@ -19,7 +19,6 @@ from miniserve.core import UserError
 from miniserve.engine.client import AsyncEngine
 from miniserve.server.app import create_app
 from miniserve.server.config import ServerConfig
-from miniserve.server.service import Service
 
 logger = logging.getLogger(__name__)
 
@@ -83,10 +82,9 @@ async def serve(
     """
     sock = sock if sock is not None else bind(config.host, config.port)
     _raise_open_files_limit()
-    app = create_app(engine, config)
     server = _Server(
         uvicorn.Config(
-            app,
+            create_app(engine, config),
             lifespan="off",
             ws="none",
             access_log=False,
@@ -98,7 +96,7 @@ async def serve(
         ),
         on_ready,
     )
-    supervisor = asyncio.create_task(_supervise(engine, server, app.state.service, stop or asyncio.Event()))
+    supervisor = asyncio.create_task(_supervise(engine, server, config.drain_timeout, stop or asyncio.Event()))
     try:
         await server.serve(sockets=[sock])
     except OSError as error:  # another program took the port since it was bound
@@ -149,18 +147,17 @@ class _Server(uvicorn.Server):
             connection.transport.abort()
 
 
-async def _supervise(engine: AsyncEngine, server: _Server, service: Service, stop: asyncio.Event) -> None:
+async def _supervise(engine: AsyncEngine, server: _Server, drain_timeout: float, stop: asyncio.Event) -> None:
     """Wait for whatever ends the server first, then end the rest."""
     while not (engine.dead or stop.is_set() or server.should_exit):
         await asyncio.sleep(_WATCH_INTERVAL)
-    service.draining = True
     if engine.dead:
         logger.error("%s The server ends.", engine.dead)
         server.engine_died = True
         server.should_exit = True
         return
     server.should_exit = True
-    await engine.shutdown(drain=True, timeout=service.config.drain_timeout)
+    await engine.shutdown(drain=True, timeout=drain_timeout)
 
 
 def _raise_open_files_limit() -> None:

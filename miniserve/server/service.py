@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -57,7 +57,6 @@ class Service:
             max_logprobs=config.max_logprobs,
             max_prompts=config.max_prompts,
         )
-        self.draining = False
 
     def header(self, prefix: str) -> Header:
         return Header(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), self.model_names[0])
@@ -88,11 +87,13 @@ class Service:
     def check_alive(self) -> None:
         """Raises `APIError` 503 once the engine is dead."""
         if self.engine.dead:
-            raise APIError(503, "The engine has stopped; the server is shutting down.")
+            raise APIError(503, self.engine.dead)
 
-    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text. Raises `InvalidRequest`."""
-        return await self.off_loop(len(text), lambda: self.engine.tokenizer.encode(text, add_special_tokens))
+    async def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of each text. Raises `InvalidRequest`."""
+        encode = self.engine.tokenizer.encode
+        num_chars = sum(map(len, texts))
+        return await self.off_loop(num_chars, lambda: [encode(text, add_special_tokens) for text in texts])
 
     async def off_loop(self, num_chars: int, work: Callable[[], T]) -> T:
         """In a thread where the text is long, so that other requests' tokens go on flowing."""

@@ -45,7 +45,8 @@ def install(app: FastAPI, service: Service) -> None:
 
 async def _ids(service: Service, body: TokenizeRequest) -> list[int]:
     if body.messages is None and body.prompt is not None:
-        return await service.encode(body.prompt, body.add_special_tokens is not False)
+        (ids,) = await service.encode([body.prompt], body.add_special_tokens is not False)
+        return ids
     if body.messages is None or body.prompt is not None:
         raise InvalidRequest("Exactly one of prompt and messages is needed.", "prompt")
     if body.add_special_tokens:

@@ -198,7 +198,9 @@ class FakeEngine:
     ) -> RequestOutput:
         token = tokens[step % len(tokens)]
         previous = (prompt + tokens[:step])[-1]
-        output = RequestOutput(request_id="", num_cached_tokens=16 * (len(prompt) > 16))
+        # Like an engine whose later sequences find the blocks of the first.
+        cached = 16 * (len(prompt) > 16) * (1 + index)
+        output = RequestOutput(request_id="", num_cached_tokens=cached)
         if step == 0 and params.prompt_logprobs is not None and index == 0:
             pairs = pairwise(prompt)
             output.prompt_logprobs = [None, *(entry(a, b, params.prompt_logprobs) for a, b in pairs)]

@@ -134,6 +134,7 @@ def test_an_error_before_the_first_token_is_an_http_error() -> None:
         assert refused.status_code == 400
         refused = httpx.post(f"{server.url}/completions", json={"prompt": [[5], [5000]], "stream": True})
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
+        assert server.engine.num_running == 0
 
 
 @pytest.mark.parametrize("prompt", ["x", ["x", "y"]])
