@@ -37,29 +37,89 @@ inline void store(bf16* p, float f) {
 }
 inline void store(_Float16* p, float f) { *p = _Float16(f); }
 
-template <class T> inline float rounded(float f) {
-    T t;
-    store(&t, f);
-    return load(&t);
+// Sixteen floats; GCC and Clang lower it to whatever vectors the processor has.
+typedef float vec __attribute__((vector_size(64), aligned(4)));
+constexpr int64_t LANES = 16;
+
+inline vec load_vec(const float* p) { return *(const vec*)p; }
+inline float sum_lanes(vec v) {
+    v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    return v[0] + v[1];
 }
 
-// exp for x <= 0, relative error about 1e-7, branch-free so that loops over it vectorise (Cephes expf polynomial).
-inline float exp_neg(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    float n = std::nearbyintf(x * 1.44269504088896341f);
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
+// Conversions of sixteen elements at a time.
+inline vec load16(const float* p) { return load_vec(p); }
+inline void store16(float* p, vec v) { *(vec*)p = v; }
+#if defined(__AVX512BF16__)
+inline vec load16(const bf16* p) {
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+}
+inline void store16(bf16* p, vec v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v)); }
+#else
+inline vec load16(const bf16* p) {
+    vec v;
+    for (int64_t i = 0; i < LANES; i++) v[i] = load(p + i);
+    return v;
+}
+inline void store16(bf16* p, vec v) {
+    for (int64_t i = 0; i < LANES; i++) store(p + i, v[i]);
+}
+#endif
+inline vec load16(const _Float16* p) {
+    vec v;
+    for (int64_t i = 0; i < LANES; i++) v[i] = load(p + i);
+    return v;
+}
+inline void store16(_Float16* p, vec v) {
+    for (int64_t i = 0; i < LANES; i++) store(p + i, v[i]);
+}
+
+// The last n < 16 elements of a row: lanes beyond them are 0 and are not stored.
+template <class T> inline vec load_some(const T* p, int64_t n) {
+    vec v{};
+    for (int64_t i = 0; i < n; i++) v[i] = load(p + i);
+    return v;
+}
+template <class T> inline void store_some(T* p, vec v, int64_t n) {
+    for (int64_t i = 0; i < n; i++) store(p + i, v[i]);
+}
+
+// f(index, load, store) over a row of n elements, sixteen at a time and then the rest.
+template <class F> inline void for_lanes(int64_t n, F f) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        f(i, [](auto* p) { return load16(p); }, [](auto* p, vec v) { store16(p, v); });
+    if (const int64_t rest = n - i; rest > 0)
+        f(i, [rest](auto* p) { return load_some(p, rest); }, [rest](auto* p, vec v) { store_some(p, v, rest); });
+}
+
+template <class T> inline vec rounded(vec v) {
+    if constexpr (std::is_same_v<T, float>) return v;
+    T t[LANES];
+    store16(t, v);
+    return load16(t);
+}
+
+// exp for x <= 0, relative error about 1e-7 (the polynomial of Cephes' expf).
+inline vec exp_neg(vec x) {
+    const vec lowest = vec{} - 87.0f;
+    x = x < lowest ? lowest : x;
+    typedef int32_t ints __attribute__((vector_size(64), aligned(4)));
+    const ints exponent = __builtin_convertvector(x * 1.44269504088896341f - 0.5f, ints);  // x <= 0: to the nearest
+    const vec n = __builtin_convertvector(exponent, vec);
+    const vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec p = vec{} + 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    int32_t bits = (int32_t(n) + 127) << 23;
-    float scale;
-    std::memcpy(&scale, &bits, 4);
-    return p * scale;
+    return p * (vec)((exponent + 127) << 23);
 }
+inline float exp_neg(float x) { return exp_neg(vec{} + x)[0]; }
 
 // --- linear: out[m, n] = sum_k x[m, k] * w[n, k] (+ bias[n]) ----------------------------------------------------------
 
@@ -130,11 +190,11 @@ void linear_packed(const bf16* w, const bf16* x, const bf16* bias, bf16* out, in
 // --- norms, rope, activation ------------------------------------------------------------------------------------------
 
 template <class T> inline void rms_norm_row(const T* x, const T* weight, T* out, int64_t dim, float eps) {
-    float sum = 0.0f;
-    for (int64_t i = 0; i < dim; i++) sum += load(x + i) * load(x + i);
-    const float inv = 1.0f / std::sqrt(sum / float(dim) + eps);
+    vec squares{};
+    for_lanes(dim, [&](int64_t i, auto get, auto) { squares += get(x + i) * get(x + i); });
+    const float inv = 1.0f / std::sqrt(sum_lanes(squares) / float(dim) + eps);
     // Rounding before the weight is applied is what the reference models do.
-    for (int64_t i = 0; i < dim; i++) store(out + i, rounded<T>(load(x + i) * inv) * load(weight + i));
+    for_lanes(dim, [&](int64_t i, auto get, auto put) { put(out + i, rounded<T>(get(x + i) * inv) * get(weight + i)); });
 }
 
 template <class T> void add_rms_norm(const T* x, T* residual, const T* weight, T* out, int64_t rows, int64_t dim, float eps, int threads) {
@@ -143,7 +203,7 @@ template <class T> void add_rms_norm(const T* x, T* residual, const T* weight, T
         const T* xr = x + r * dim;
         if (residual) {
             T* rr = residual + r * dim;
-            for (int64_t i = 0; i < dim; i++) store(rr + i, load(rr + i) + load(xr + i));
+            for_lanes(dim, [&](int64_t i, auto get, auto put) { put(rr + i, get(rr + i) + get(xr + i)); });
             xr = rr;
         }
         rms_norm_row(xr, weight, out + r * dim, dim, eps);
@@ -155,11 +215,11 @@ template <class T> void silu_and_mul(const T* gate_up, T* out, int64_t rows, int
     for (int64_t r = 0; r < rows; r++) {
         const T *gate = gate_up + r * 2 * dim, *up = gate + dim;
         T* o = out + r * dim;
-        for (int64_t i = 0; i < dim; i++) {
-            const float g = load(gate + i), e = exp_neg(g < 0.0f ? g : -g);
-            const float sigmoid = (g < 0.0f ? e : 1.0f) / (1.0f + e);
-            store(o + i, rounded<T>(g * sigmoid) * load(up + i));
-        }
+        for_lanes(dim, [&](int64_t i, auto get, auto put) {
+            const vec g = get(gate + i), e = exp_neg(g < 0.0f ? g : -g);
+            const vec sigmoid = (g < 0.0f ? e : vec{} + 1.0f) / (1.0f + e);
+            put(o + i, rounded<T>(g * sigmoid) * get(up + i));
+        });
     }
 }
 
@@ -176,11 +236,11 @@ void qk_norm_rope(T* qkv, const T* q_weight, const T* k_weight, const float* cos
             T* x = qkv + t * row_stride + h * head_dim;
             const T* weight = h < heads ? q_weight : k_weight;
             if (weight) rms_norm_row(x, weight, x, head_dim, eps);
-            for (int64_t i = 0; i < half; i++) {
-                const float a = load(x + i), b = load(x + half + i);
-                store(x + i, a * cos[i] - b * sin[i]);
-                store(x + half + i, b * cos[i] + a * sin[i]);
-            }
+            for_lanes(half, [&](int64_t i, auto get, auto put) {
+                const vec a = get(x + i), b = get(x + half + i), c = get(cos + i), s = get(sin + i);
+                put(x + i, a * c - b * s);
+                put(x + half + i, b * c + a * s);
+            });
         }
     }
 }
@@ -192,6 +252,9 @@ template <class T, bool SHUFFLED> struct Cache {
     static constexpr int64_t x = 16 / sizeof(T);
     int64_t kv_heads, head_dim, block_size;
 
+    void read_row(const T* src, float* dst) const {
+        for_lanes(head_dim, [&](int64_t i, auto get, auto) { store16(dst + i, get(src + i)); });
+    }
     int64_t block_elements() const { return kv_heads * head_dim * block_size; }
 
     const T* key_row(const T* key, int64_t block, int64_t t, int64_t head) const {
@@ -230,8 +293,7 @@ template <class T, bool SHUFFLED> struct Cache {
                 for (int64_t t = 0; t < n; t++)
                     for (int64_t j = 0; j < x; j++) dst[t * width + d + j] = load(base + d * block_size + t * x + j);
         } else {
-            for (int64_t t = 0; t < n; t++)
-                for (int64_t d = 0; d < head_dim; d++) dst[t * width + d] = load(base + (t * kv_heads + head) * head_dim + d);
+            for (int64_t t = 0; t < n; t++) read_row(base + (t * kv_heads + head) * head_dim, dst + t * width);
         }
     }
     void read_value(const T* value, int64_t block, int64_t head, int64_t n, float* dst, int64_t width) const {
@@ -242,8 +304,7 @@ template <class T, bool SHUFFLED> struct Cache {
                 for (int64_t j = 0; j < x; j++)
                     for (int64_t d = 0; d < head_dim; d++) dst[(o + j) * width + d] = load(base + o * head_dim + d * x + j);
         } else {
-            for (int64_t t = 0; t < n; t++)
-                for (int64_t d = 0; d < head_dim; d++) dst[t * width + d] = load(base + (t * kv_heads + head) * head_dim + d);
+            for (int64_t t = 0; t < n; t++) read_row(base + (t * kv_heads + head) * head_dim, dst + t * width);
         }
     }
 };
@@ -256,18 +317,6 @@ void write_kv(const Cache<T, SHUFFLED>& cache, const T* k, const T* v, int64_t k
             cache.write_key(key, slots[t], h, k + t * k_stride + h * cache.head_dim);
             cache.write_value(value, slots[t], h, v + t * v_stride + h * cache.head_dim);
         }
-}
-
-// Sixteen floats; GCC and Clang lower it to whatever vectors the processor has.
-typedef float vec __attribute__((vector_size(64), aligned(4)));
-constexpr int64_t LANES = 16;
-
-inline vec load_vec(const float* p) { return *(const vec*)p; }
-inline float sum_lanes(vec v) {
-    v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-    return v[0] + v[1];
 }
 
 #if defined(__AVX512BF16__)
@@ -314,7 +363,7 @@ template <class T, bool SHUFFLED> struct PagedDecode {
     const float* sinks;
     T* out;
     const int64_t D = cache.head_dim, BS = cache.block_size, G = s.heads / cache.kv_heads;
-    const int64_t width = (D + LANES - 1) / LANES * LANES, depth = BS + Cache<T, SHUFFLED>::x;
+    const int64_t width = (D + LANES - 1) / LANES * LANES, depth = BS + LANES;
 
     int64_t scratch_floats() const { return 2 * depth * width + depth + s.heads * (2 * width + 2); }
 
@@ -349,8 +398,14 @@ template <class T, bool SHUFFLED> struct PagedDecode {
                 for (int64_t d = 0; d < width; d++) acc[d] *= shrink;
                 h.top[g] = high;
             }
-            for (int64_t t = skip; t < n; t++) p[t] = exp_neg(p[t] - high);
-            for (int64_t t = skip; t < n; t++) h.sum[g] += p[t];
+            vec total{};
+            for (int64_t t = skip; t < n; t += LANES) {  // p has room for a whole vector behind its last token
+                vec weights = exp_neg(load_vec(p + t) - high);
+                for (int64_t i = n - t; i < LANES; i++) weights[i] = 0.0f;
+                store16(p + t, weights);
+                total += weights;
+            }
+            h.sum[g] += sum_lanes(total);
             int64_t d = 0;
             for (; d + 4 * LANES <= D; d += 4 * LANES) accumulate<4>(acc + d, p, vf + d, skip, n, width);
             for (; d < D; d += LANES) accumulate<1>(acc + d, p, vf + d, skip, n, width);
