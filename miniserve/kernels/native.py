@@ -52,14 +52,15 @@ class NativeKernels:
     def pack_linear(self, weight: torch.Tensor) -> torch.Tensor:
         """A contiguous weight [n, k] -> the same bytes as panels of 16 rows, which `linear` reads."""
         packed = torch.empty_like(weight)
-        self._lib.ms_pack_linear(_p(weight), _p(packed), *weight.shape, self._threads)
+        self._lib.ms_pack_linear(weight.data_ptr(), packed.data_ptr(), *weight.shape, self._threads)
         return packed
 
     def linear(self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [m, k] bfloat16 times the packed weight's transpose, plus bias [n] -> [m, n] bfloat16."""
         m, (n, k) = x.shape[0], packed.shape
         out = x.new_empty((m, n))
-        self._lib.ms_linear(_p(packed), _p(x), _p(bias), _p(out), m, n, k, x.stride(0), self._threads)
+        pointers = (packed.data_ptr(), x.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr())
+        self._lib.ms_linear(*pointers, m, n, k, x.stride(0), self._threads)
         return out
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -14,6 +14,7 @@ from torch import nn
 from miniserve.attention.spec import AttentionSpec, StepContext
 from miniserve.kernels.native import NativeKernels
 from miniserve.models.config import ModelConfig
+from miniserve.models.layers.base import Module
 from miniserve.models.layers.embedding import Embedding, LMHead, TiedLMHead
 from miniserve.models.layers.linear import Linear, LinearMethod, choose_method
 from miniserve.models.layers.norm import RMSNorm
@@ -68,7 +69,7 @@ def _attention_spec(config: ModelConfig, options: BuildOptions, layer_index: int
     )
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(Module):
     def __init__(self, config: ModelConfig, options: BuildOptions, layer_index: int) -> None:
         super().__init__()
         self.shape = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim)
@@ -96,7 +97,7 @@ class SelfAttention(nn.Module):
         return projected
 
 
-class MLP(nn.Module):
+class MLP(Module):
     def __init__(self, config: ModelConfig, options: BuildOptions) -> None:
         super().__init__()
         hidden, middle = config.hidden_size, config.intermediate_size
@@ -109,7 +110,7 @@ class MLP(nn.Module):
         return projected
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Module):
     def __init__(self, config: ModelConfig, options: BuildOptions, layer_index: int) -> None:
         super().__init__()
         self.input_layernorm = options.norm(config.hidden_size, config.rms_norm_eps)
@@ -130,7 +131,7 @@ class DecoderLayer(nn.Module):
         return self.mlp(x), residual
 
 
-class Decoder(nn.Module):
+class Decoder(Module):
     def __init__(self, config: ModelConfig, options: BuildOptions) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, options.dtype)
@@ -149,7 +150,7 @@ class Decoder(nn.Module):
         return self.norm(x) if residual is None else self.norm.add(x, residual)[0]
 
 
-class CausalLM(nn.Module):
+class CausalLM(Module):
     """The whole model, on the meta device until `loader` fills it. `attention_specs` has one entry per layer."""
 
     def __init__(self, config: ModelConfig, options: BuildOptions) -> None:

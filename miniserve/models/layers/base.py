@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +20,17 @@ class Piece:
     shape: tuple[int, ...]
 
 
-class Layer(nn.Module):
+class Module(nn.Module):
+    """An nn.Module that is called like a function: hooks, which nobody here uses, cost a CPU's decode step more than
+    they are worth (a microsecond or two a call, sixty calls a step of a small model)."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "forward" in cls.__dict__:
+            setattr(cls, "__call__", cls.forward)  # noqa: B010, a type checker refuses the assignment
+
+
+class Layer(Module):
     """Owns parameters. They are made on the meta device (`declare`) and get memory once, when they are loaded.
 
     The life of a layer: `allocate` → each of `pieces` copied to its `target` → `finish`.

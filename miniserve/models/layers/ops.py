@@ -172,5 +172,5 @@ class NativeOps:
 
 def _split(qkv: torch.Tensor, shape: HeadShape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     heads = qkv.view(qkv.shape[0], -1, shape.head_dim)
-    q, k, v = heads.split((shape.num_heads, shape.num_kv_heads, shape.num_kv_heads), dim=1)
+    q, k, v = torch.split_with_sizes(heads, [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
     return q, k, v

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
 
 from miniserve.core import UserError
 from miniserve.models.config import RopeConfig
+from miniserve.models.layers.base import Module
 
 
-class RotaryEmbedding(nn.Module):
+class RotaryEmbedding(Module):
     """cos(p·f) and sin(p·f) of every position p up to `max_positions`, in float32, built once.
 
     The table is [max_positions, head_dim]: head_dim/2 cosines, then head_dim/2 sines, both times the attention factor
