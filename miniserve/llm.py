@@ -34,10 +34,10 @@ from miniserve.core import (
     TokenLogprobs,
 )
 from miniserve.engine.build import RUNNER_FACTORY, build_engine
-from miniserve.engine.generation_config import load_generation_defaults
 from miniserve.engine.output import OutputAssembler, fan_out
 from miniserve.engine.tokenizer import Tokenizer, load_tokenizer
 from miniserve.engine.validation import check_request
+from miniserve.models.generation_config import load_generation_defaults
 from miniserve.models.hub import locate
 
 Message = Mapping[str, Any]

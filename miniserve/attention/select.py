@@ -18,10 +18,11 @@ class Choice:
     backend: str
     layout: str
     rejected: tuple[tuple[str, str, str], ...]
+    reason: str
 
     def explain(self) -> list[str]:
-        """Sentences for people: the choice, then each rejection."""
-        lines = [f"{self.backend}, {self.layout} KV layout"]
+        """Sentences for people: the choice and why, then each rejection."""
+        lines = [f"{self.backend} over the {self.layout} KV layout: {self.reason}"]
         lines += [f"not {backend} ({layout}): {reason}" for backend, layout, reason in self.rejected]
         return lines
 
@@ -51,7 +52,9 @@ def select(
                 dict.fromkeys(r for spec in specs for r in contract.refusals(spec, platform, candidate, block_size))
             )
             if not reasons:
-                return Choice(contract.name, candidate, tuple(rejected))
+                return Choice(
+                    contract.name, candidate, tuple(rejected), _reason(backend, layout, names, contract.layouts)
+                )
             rejected += [(contract.name, candidate, reason) for reason in reasons]
     asked = " ".join(
         f"{flag} {value}"
@@ -60,3 +63,9 @@ def select(
     )
     listed = "; ".join(f"{name} ({candidate}): {reason}" for name, candidate, reason in rejected)
     raise UserError(f"No attention path can serve this model{' with ' + asked if asked else ''}: {listed}.")
+
+
+def _reason(backend: str, layout: str, names: Sequence[str], layouts: Sequence[str]) -> str:
+    path = "asked for" if backend != "auto" else f"the first of {' > '.join(names)} that serves all layers"
+    order = " > ".join(layouts)
+    return f"{path}, {'the layout asked for' if layout != 'auto' else f'in the first layout of {order} that fits'}"

@@ -24,12 +24,12 @@ from miniserve.core import (
 )
 from miniserve.engine import messages
 from miniserve.engine.build import RUNNER_FACTORY, ProgressCallback
-from miniserve.engine.generation_config import GenerationDefaults, load_generation_defaults
 from miniserve.engine.launch import EngineProcess
 from miniserve.engine.output import OutputAssembler, fan_out
 from miniserve.engine.stream import CompletionStream, Mailbox
 from miniserve.engine.tokenizer import Tokenizer, load_tokenizer
 from miniserve.engine.validation import check_request
+from miniserve.models.generation_config import GenerationDefaults, load_generation_defaults
 
 _POLL_MS = 100  # how often an engine that says nothing is looked at
 _HEARTBEAT = 1.0  # seconds of silence after which the engine is asked for a sign of life

@@ -15,10 +15,10 @@ from miniserve.attention.layouts import LAYOUTS
 from miniserve.attention.select import Choice, select
 from miniserve.config import EngineConfig
 from miniserve.core import EngineInfo, UserError
-from miniserve.engine.generation_config import load_generation_defaults
 from miniserve.kernels import native
 from miniserve.models.config import ModelConfig, load_model_config
 from miniserve.models.dense import CausalLM
+from miniserve.models.generation_config import load_generation_defaults
 from miniserve.models.loader import dummy_weights, load_weights
 from miniserve.models.registry import build_model, weight_bytes
 from miniserve.runner.memory import MemoryPlan, available_bytes, check_weights_fit, plan_memory

@@ -18,6 +18,15 @@ CPU, CUDA = Platform("cpu"), Platform("cuda")
 def test_the_cpu_kernels_come_first_with_the_linear_layout() -> None:
     choice = select([SPEC], CPU, block_size=16)
     assert (choice.backend, choice.layout, choice.rejected) == ("CPU_ATTN", "linear", ())
+    assert choice.explain() == [
+        "CPU_ATTN over the linear KV layout: the first of CPU_ATTN > TORCH_ATTN that serves all layers, "
+        "in the first layout of linear > shuffled that fits"
+    ]
+
+
+def test_what_was_asked_for_is_the_reason() -> None:
+    choice = select([SPEC], CPU, block_size=16, backend="TORCH_ATTN", layout="shuffled")
+    assert choice.explain() == ["TORCH_ATTN over the shuffled KV layout: asked for, the layout asked for"]
 
 
 def test_without_a_compiler_pytorch_serves_and_says_why() -> None:

@@ -18,7 +18,7 @@ import msgspec
 import miniserve
 from miniserve.config import EngineConfig
 from miniserve.core import EngineInfo, Request, StepPlan, StepResult, TokenLogprobs, UserError
-from miniserve.engine.generation_config import load_generation_defaults
+from miniserve.models.generation_config import load_generation_defaults
 
 FACTORY = "engine_fakes:build_fake_runner"
 TINY = Path(miniserve.__file__).parent / "assets" / "tiny-qwen3"

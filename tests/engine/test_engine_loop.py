@@ -9,8 +9,8 @@ from engine_fakes import FACTORY, TINY, FakeRunner, expected_tokens
 from miniserve.config import EngineConfig, SchedulerConfig
 from miniserve.core import InvalidRequest, Request, SamplingParams, UserError
 from miniserve.engine.build import build_engine
-from miniserve.engine.generation_config import load_generation_defaults
 from miniserve.engine.loop import EngineLoop
+from miniserve.models.generation_config import load_generation_defaults
 from miniserve.scheduler.scheduler import Scheduler
 
 
