@@ -1,0 +1,82 @@
+"""The house's own rules: imports run downwards, and the rooms that must start fast do not load torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import miniserve
+
+PACKAGE = Path(miniserve.__file__).parent
+# From the top down; a room imports from itself and from rooms below it. bench measures from outside, like cli.
+ROOMS = (
+    "cli",
+    "bench",
+    "server",
+    "llm",
+    "engine",
+    "runner",
+    "scheduler",
+    "models",
+    "attention",
+    "kernels",
+    "config",
+    "core",
+)
+TORCHLESS = (
+    "miniserve",
+    "miniserve.cli.main",
+    "miniserve.server.app",
+    "miniserve.scheduler.scheduler",
+    "miniserve.config",
+)
+
+
+def imports(path: Path) -> set[str]:
+    """The rooms of miniserve that a file imports from, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        found |= {name.split(".")[1] for name in names if name.startswith("miniserve.")}
+    return found
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_a_room_imports_only_from_below(name: str) -> None:
+    files = [path for path in PACKAGE.rglob("*.py") if room(path) == name]
+    assert files
+    above = set(ROOMS[: ROOMS.index(name)])
+    for path in files:
+        # The cli's bench command is the one line through which the two top rooms meet.
+        allowed = {"bench", "cli"} if name in ("cli", "bench") else set()
+        assert not (imports(path) & above) - allowed, path
+
+
+def test_every_room_has_its_place() -> None:
+    rooms = {room(path) for path in PACKAGE.rglob("*.py")} - {"__init__", "__main__"}
+    assert rooms == set(ROOMS)
+
+
+@pytest.mark.parametrize("module", TORCHLESS)
+def test_torch_is_not_loaded_by(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_only_config_reads_the_environment() -> None:
+    """Settings come in by flags; the child process is handed the environment, nothing is read from it."""
+    readers = [
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if any(mark in path.read_text() for mark in ("os.getenv", "environ.get", "environ["))
+    ]
+    assert readers == ["config.py"]
