@@ -274,6 +274,8 @@ def running_server(engine: FakeEngine | AsyncEngine | None = None, **config: obj
     try:
         yield server
     finally:
+        if isinstance(server.engine, FakeEngine) and server.exit_code is None:
+            server.call(server.engine.gate.set)
         server.stop()
 
 

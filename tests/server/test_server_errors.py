@@ -12,6 +12,7 @@ import httpx
 import pytest
 from server_fakes import FakeEngine, RunningServer, running_server
 
+from miniserve.server.errors import APIError
 from miniserve.server.fields import REFUSED, REFUSED_IN_CHAT
 from miniserve.server.protocol import ChatCompletionRequest, CompletionRequest, TokenizeRequest
 
@@ -391,3 +392,9 @@ def test_browsers_of_other_origins_are_let_in_only_by_name() -> None:
         assert refused.headers["access-control-allow-origin"] == "http://app.example"
         stranger = httpx.get(f"{server.root}/health", headers={"Origin": "http://other.example"})
         assert "access-control-allow-origin" not in stranger.headers
+
+
+def test_an_error_never_sends_a_long_or_broken_text_back() -> None:
+    body = APIError(400, "\ud800" + "x" * 100_000, param="prompt").response().body
+    assert len(body) < 1200
+    assert json.loads(body)["error"]["message"].startswith("?xxx")

@@ -133,7 +133,9 @@ def test_the_offsets_of_any_ids_are_the_lengths_of_what_is_decoded_before(ids: l
     """Where no character is cut in two, an offset is the length of the text of the tokens before."""
     table = tokenizer()
     text = table.decode(ids, False)
-    arrays = CompletionLogprobsWriter(table, skip_special_tokens=True).prompt(ids, [None] * len(ids), text)
+    writer = CompletionLogprobsWriter(table, skip_special_tokens=True)
+    arrays = writer.prompt(ids, [None] * len(ids), text)
+    assert writer.generated([TokenLogprobs(65, -1.0, 1, [], [])])["text_offset"] == [len(text)]
     before = table.decode(ids[:cut], False)
     if cut < len(ids) and "\N{REPLACEMENT CHARACTER}" not in text:
         whole_characters = before.rstrip("\N{REPLACEMENT CHARACTER}")
