@@ -73,6 +73,32 @@ electricity, water, money, love, time, business, the world cup, the internet, th
 WORLD = tuple(WORLD_WORDS.replace("\n", " ").split(", "))
 
 
+RAW_STARTS = (
+    "The capital of {thing} is",
+    "{thing} is",
+    "The most important thing about {thing} is",
+    "I think that {thing}",
+    "My favourite {thing} is",
+    "In the year {year}, {thing}",
+    "The {thing} of the {thing}",
+    "def {word}():",
+    "import {word}",
+    "Dear {word},",
+    "{thing} {word} {thing}",
+    "{word} {word} {word} {word}",
+    "Today I want to talk about {thing}",
+    "The quick brown {thing}",
+    "To be or not to be",
+    "{thing}, {thing} and",
+    "Write a poem about {thing}:",
+    "Q: What is {thing}?\nA:",
+    "Translate to French: {thing}",
+    "Hello, my name is",
+    "The best way to learn {thing} is to",
+    "{year}",
+    "<{word}>",
+    "San Francisco is a",
+)
 IRREGULAR = frozenset(("mouse", "goose", "deer", "sheep", "fish", "starfish", "moose", "lynx"))
 THEMES = ("love", "nature", "animals", "magic", "happiness", "space", "school", "winter", "summer", "dreams", "music")
 NAME_QUESTIONS = (
@@ -107,6 +133,8 @@ def story_subject(story: Story, rng: random.Random) -> str:
         f"{a_kind} and {with_article(story.friend_kind)}",
         f"{a_kind} {place}",
         plural,
+        *([f"two {plural}"] * 6 if story.kind == story.friend_kind and plural != a_kind else []),
+        *([f"{story.name} and {story.his} {story.friend_kind}"] * 6 if story.kind in ("girl", "boy") else []),
         rng.choice(THEMES),
         *[theme] * 3,
         *([] if a_kind in theme else [f"{a_kind} and {theme}", f"{a_kind} named {story.name} and {theme}"]),
@@ -114,6 +142,7 @@ def story_subject(story: Story, rng: random.Random) -> str:
         story.name,
         f"{story.name} and {story.friend}",
         f"{story.name} and {story.his} friend {story.friend}",
+        f"two friends{rng.choice((',', ' named', ' called'))} {story.name} and {story.friend}",
         f"{a_kind} named {story.name} and {with_article(story.friend_kind)} named {story.friend}",
     ]
     needed = [word for word, known in _unforeseen(story) if not known]
@@ -193,12 +222,18 @@ def _small_talk_turn(rng: random.Random) -> tuple[Turn, str | None]:
     name = often or rng.choice(tuple(SMALL_TALK))
     says, (replies,) = SMALL_TALK[name]
     said, person = rng.choice(says), _anybody(rng)
-    for slot, fill in SLOTS.items():
-        while slot in said:
-            said = said.replace(slot, fill(rng), 1)
+    said = _fill(said, rng)
     reply = rng.choice(replies).replace("{name}", person)
     said = said.replace("{name}", person)
     return (said if name in SUMS else _as_typed(said, rng), reply), person if name == "name_is" else None
+
+
+def _fill(text: str, rng: random.Random) -> str:
+    """The text with every slot filled, each time anew."""
+    for slot, fill in SLOTS.items():
+        while slot in text:
+            text = text.replace(slot, fill(rng), 1)
+    return text
 
 
 SUMS = ("too_large", "decimals", "divisors")
@@ -208,6 +243,8 @@ SLOTS: dict[str, Callable[[random.Random], str]] = {
     "{number}": lambda rng: str(rng.randint(2, 10 ** rng.randint(1, 4))),
     "{three}": lambda rng: str(rng.randint(100, 9999)),
     "{two}": lambda rng: str(rng.randint(10, 99)),
+    "{word}": made_up_word,
+    "{year}": lambda rng: str(rng.randint(1000, 2100)),
     "{two_digit}": lambda rng: str(rng.randint(13, 99)),
     "{four}": lambda rng: str(rng.randint(1000, 9999)),
     "{digit}": lambda rng: str(rng.randint(2, 9)),
@@ -216,7 +253,7 @@ SLOTS: dict[str, Callable[[random.Random], str]] = {
 
 
 def _below_zero(rng: random.Random) -> Turn:
-    low, high = sorted((rng.randint(0, 99), rng.randint(1, 999)))
+    low, high = sorted((rng.randint(0, 10 ** rng.randint(1, 3)), rng.randint(1, 10 ** rng.randint(1, 3))))
     if is_held_out(f"{high}-{low}") or low == high:
         low, high = 3, 8
     question = rng.choice(
@@ -263,7 +300,7 @@ def _count_turn(rng: random.Random) -> Turn:
 
 def _problem_turn(rng: random.Random) -> Turn:
     draw = rng.random()
-    if draw < 0.03:
+    if draw < 0.04:
         return _below_zero(rng)
     if draw < 0.10:
         return _with_remainder(rng)
@@ -320,12 +357,25 @@ def _raw_problems(rng: random.Random) -> list[Segment]:
 
 
 def _raw_story(rng: random.Random) -> list[Segment]:
-    story = draw_story(rng)
-    segments: list[Segment] = [(f"{story.text}{END_OF_TEXT}", True)]
-    if rng.random() < 0.25:
-        request = rng.choice(STORY_REQUESTS).format(about=story_subject(story, rng))
-        segments.insert(0, (f"{_as_typed(request, rng)}\n\n", False))
-    return segments
+    """A story from its start or from its second paragraph, or after a request for it."""
+    draw = rng.random()
+    if draw < 0.3:
+        (request, text), _ = _story_turn(rng, None)
+        gap = "" if draw < 0.2 else rng.choice(("\n\n", "\n"))
+        return [(request + gap, False), (text + END_OF_TEXT if gap else f"\n\n{text}{END_OF_TEXT}", True)]
+    text = draw_story(rng).text
+    _, _, rest = text.partition("\n\n")
+    return [((rest if draw > 0.9 else text) + END_OF_TEXT, True)]
+
+
+def _raw_small_talk(rng: random.Random) -> list[Segment]:
+    """Text that asks for nothing the model knows, without a chat template: it answers after an empty line."""
+    if rng.random() < 0.5:
+        (said, reply), _ = _small_talk_turn(rng)
+    else:
+        said = _fill(rng.choice(RAW_STARTS), rng)
+        reply = rng.choice(SMALL_TALK["unknown"][1][0])
+    return [(said, False), (f"\n\n{reply}{END_OF_TEXT}", True)]
 
 
 def _raw_equation(rng: random.Random) -> list[Segment]:
@@ -337,12 +387,14 @@ def _raw_equation(rng: random.Random) -> list[Segment]:
 def document(rng: random.Random) -> list[Segment]:
     """One training document."""
     draw = rng.random()
-    if draw < 0.40:
+    if draw < 0.39:
         return _raw_problems(rng)
-    if draw < 0.85:
+    if draw < 0.82:
         return [*conversation(rng), (END_OF_TEXT, False)]
-    if draw < 0.96:
+    if draw < 0.93:
         return _raw_story(rng)
+    if draw < 0.97:
+        return _raw_small_talk(rng)
     return _raw_equation(rng)
 
 

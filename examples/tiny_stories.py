@@ -37,10 +37,11 @@ UNUSUAL_KINDS = words(
     "chimpanzee lemur platypus armadillo anteater skunk weasel ferret gerbil chipmunk porcupine bison buffalo yak "
     "llama alpaca antelope gazelle crocodile alligator iguana gecko chameleon salamander newt book clock kettle "
     "violin piano guitar trumpet bus ship submarine tractor cake cookie cupcake pizza sandwich pumpkin pear apple "
-    "lemon cheese button key door house castle bridge cowboy thief"
+    "lemon cheese button key door house castle bridge cowboy thief "
+    "brother sister mother father aunt man woman postman policeman firefighter scientist singer monk clown ogre"
 )
-MALE_KINDS = frozenset(words("boy king prince wizard grandfather uncle rooster"))
-FEMALE_KINDS = frozenset(words("girl queen princess witch hen cow grandmother mermaid"))
+MALE_KINDS = frozenset(words("boy king prince wizard grandfather uncle rooster brother father man"))
+FEMALE_KINDS = frozenset(words("girl queen princess witch hen cow grandmother mermaid sister mother aunt woman"))
 HER_NAMES = words(
     "Ruby Hazel Luna Coco Daisy Poppy Willow Ivy Pearl Bella Honey Maple Nutmeg Clover Penny Dot Misty Tilly Fern Juno"
 )
@@ -136,6 +137,7 @@ OPENINGS = (
     "Once upon a time, {a_hero} named {name} lived {where}.",
     "There once was {a_hero} called {name}. {He} lived {where}.",
     "{A_hero} named {name} lived {where}.",
+    "The {adjective} {kind} {name} lived {where}.",
     "Long ago, {a_hero} called {name} lived {where}.",
     "Not so long ago, there was {a_hero} named {name}, who lived {where}.",
 )
@@ -247,6 +249,7 @@ def _slots(
     slots = {
         "name": hero[1],
         "kind": hero[0],
+        "adjective": adjective,
         "a_hero": a_hero,
         "A_hero": _capitalised(a_hero),
         "friend": friend[1],
@@ -289,7 +292,8 @@ def draw_story(rng: random.Random, *, unusual: bool = False) -> Story:
     if unusual and rng.random() < 0.7:
         kind = made_up_word(rng) if rng.random() < 0.4 else rng.choice(UNUSUAL_KINDS)
     hero = _character(rng, kind=kind, invent=invent)
-    friend_kind = next(k for k in rng.sample(KINDS, 2) if k != hero[0])
+    same = kind is None and rng.random() < 0.06
+    friend_kind = hero[0] if same else next(k for k in rng.sample(KINDS, 2) if k != hero[0])
     friend = _character(rng, taken=hero[1], kind=friend_kind, invent=invent and rng.random() < 0.5)
     plot = rng.choice(tuple(PLOTS))
     adjective = rng.choice([word for word in ADJECTIVES if (plot, word) not in CONTRADICTIONS])

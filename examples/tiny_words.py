@@ -48,11 +48,13 @@ def made_up_word(rng: random.Random) -> str:
         rng.choice(ONSETS) + rng.choice(VOWELS) + (rng.choice(CODAS) if rng.random() < 0.5 else "")
         for _ in range(rng.choice((1, 1, 2, 2, 2, 2, 3)))
     ]
-    return "".join(syllables)
+    if rng.random() < 0.04:
+        syllables.insert(1, "-")
+    return "".join(syllables).strip("-")
 
 
 def made_up_name(rng: random.Random) -> str:
-    return made_up_word(rng).capitalize()
+    return "-".join(part.capitalize() for part in made_up_word(rng).split("-"))
 
 
 def items(rng: random.Random) -> str:
