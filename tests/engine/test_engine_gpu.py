@@ -1,0 +1,63 @@
+"""The engine on a CUDA device against the engine on a CPU: marked `gpu`, run by hand with `pytest -m gpu`."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from engine_real import generate, tokens
+
+import miniserve
+from miniserve.config import EngineConfig
+from miniserve.core import SamplingParams
+from miniserve.engine.build import build_engine
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+MODEL = Path(miniserve.__file__).parent / "assets" / "tiny-qwen3"
+
+
+def run(device: str, layout: str, overlap: bool, kv_cache_memory: int) -> list[list[int]]:
+    rng = random.Random(0)
+    requests = []
+    for i in range(40):
+        prompt = [rng.randrange(2000) for _ in range(rng.choice([1, 15, 16, 17, 90]))]
+        params = SamplingParams(
+            temperature=0.0 if i % 2 else 0.8,
+            top_k=20 if i % 3 else 0,
+            seed=i,
+            repetition_penalty=1.1 if i % 5 == 0 else 1.0,
+            max_tokens=40,
+            logprobs=2 if i % 4 == 0 else None,
+            prompt_logprobs=1 if i % 7 == 0 else None,
+        )
+        requests.append((prompt, params))
+    config = EngineConfig(
+        device=device,
+        dtype="float32",
+        kv_layout=layout,
+        max_num_seqs=16,
+        max_num_batched_tokens=64,
+        max_model_len=512,
+        kv_cache_memory=kv_cache_memory,
+        async_scheduling=overlap,
+    )
+    engine, _ = build_engine(config, MODEL, "tiny-qwen3")
+    outputs = generate(engine, requests, [rng.randrange(30) for _ in requests])
+    for (prompt, params), found in zip(requests, outputs, strict=True):
+        entries = [e for output in found for e in output.prompt_logprobs or []]
+        assert len(entries) == (0 if params.prompt_logprobs is None else len(prompt))
+    return [tokens(found) for found in outputs]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("layout", ["linear", "shuffled"])
+def test_a_gpu_gives_the_tokens_a_cpu_gives(layout: str, overlap: bool) -> None:
+    # The small pool makes the GPU's run preempt, the CPU's has room.
+    on_gpu = run("cuda", layout, overlap, 12 << 20)
+    on_cpu = run("cpu", "linear", False, 512 << 20)
+    assert on_gpu == on_cpu
