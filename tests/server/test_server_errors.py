@@ -217,6 +217,12 @@ def test_null_is_the_same_as_leaving_a_field_out(web: httpx.Client, path: str, m
     assert web.post(path, json={**BODIES[path], "max_tokens": None}).status_code == 200
 
 
+def test_true_is_not_the_number_one(web: httpx.Client) -> None:
+    for name, value in (("num_beams", True), ("length_penalty", True), ("use_beam_search", 0)):
+        assert error_of(web.post("/v1/completions", json={**COMPLETION, name: value}), 400)["param"] == name
+    assert web.post("/v1/completions", json={**COMPLETION, "length_penalty": 1.0}).is_success
+
+
 def test_null_options_of_a_stream_and_of_tokenize(web: httpx.Client) -> None:
     options = {"include_usage": None, "continuous_usage_stats": None}
     for value in (None, {}, options):

@@ -10,6 +10,10 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from server_fakes import EOS, FakeEngine, RunningServer, greedy, running_server, tokenizer
 
+from miniserve.core import CompletionDelta, SamplingParams
+from miniserve.server.completions import CompletionAnswer
+from miniserve.server.service import Header
+
 PROMPT = "Once upon a time"
 MESSAGES = [{"role": "user", "content": "Tell me a story."}]
 
@@ -68,6 +72,13 @@ def test_choices_are_ordered_prompt_by_prompt(client: OpenAI, num_prompts: int) 
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == sum(map(len, ids))
     assert answer.usage.completion_tokens == 12 * num_prompts
+
+
+def test_choices_are_ordered_whatever_comes_first() -> None:
+    answer = CompletionAnswer(Header("id", 0, "m"), tokenizer(), ["a", "b"], [[1], [2]], SamplingParams(n=2), False)
+    for number, index in ((1, 1), (0, 1), (1, 0), (0, 0)):
+        answer.add(number, CompletionDelta(index=index, text=f"{number}{index}", token_ids=[1]))
+    assert [choice["text"] for choice in answer.whole()["choices"]] == ["00", "01", "10", "11"]
 
 
 def test_cached_tokens_are_reported_once_for_each_prompt(client: OpenAI) -> None:
