@@ -13,10 +13,16 @@ from miniserve.attention.spec import AttentionSpec
 
 @dataclass(frozen=True, slots=True)
 class Platform:
-    """Where attention will run. `native_unavailable`: why the C++ kernels cannot be used, None when they can."""
+    """Where attention will run. `native_unavailable`: why the C++ kernels cannot be used, None when they can.
+    `fastest_layout`: the one its kernels were measured to read fastest, None where the contracts' own order holds."""
 
     device: str
     native_unavailable: str | None = None
+    fastest_layout: str | None = None
+
+    def order(self, layouts: tuple[str, ...]) -> tuple[str, ...]:
+        """A contract's layouts in the order to try them here."""
+        return tuple(sorted(layouts, key=lambda layout: layout != self.fastest_layout))
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,14 +47,13 @@ def select(
     for contract in contracts:
         if backend not in ("auto", contract.name):
             continue
-        for candidate in contract.layouts if layout == "auto" else (layout,):
+        order = platform.order(contract.layouts)
+        for candidate in order if layout == "auto" else (layout,):
             reasons = list(
                 dict.fromkeys(r for spec in specs for r in contract.refusals(spec, platform, candidate, block_size))
             )
             if not reasons:
-                return Choice(
-                    contract.name, candidate, tuple(rejected), _reason(backend, layout, names, contract.layouts)
-                )
+                return Choice(contract.name, candidate, tuple(rejected), _reason(backend, layout, names, order))
             rejected += [(contract.name, candidate, reason) for reason in reasons]
     asked = " ".join(
         f"{flag} {value}"

@@ -260,14 +260,6 @@ template <class T, bool SHUFFLED> struct Cache {
     const T* key_row(const T* key, int64_t block, int64_t t, int64_t head) const {
         return key + block * block_elements() + (t * kv_heads + head) * head_dim;
     }
-    // Token t's share of a block's head: one row where tokens are rows, as many bytes of the head's run where they are not.
-    void prefetch(const T* key, const T* value, int64_t block, int64_t head, int64_t t) const {
-        const int64_t start = block * block_elements() + (head * block_size + t) * head_dim;
-        for (int64_t i = 0; i < head_dim; i += 64 / int64_t(sizeof(T))) {
-            __builtin_prefetch(key + start + i);
-            __builtin_prefetch(value + start + i);
-        }
-    }
     void write_key(T* key, int64_t slot, int64_t head, const T* src) const {
         const int64_t block = slot / block_size, o = slot % block_size;
         T* base = key + block * block_elements();
@@ -334,6 +326,35 @@ inline float dot_bf16(const bf16* a, const bf16* b, int64_t n) {
     }
     return _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
 }
+
+// Dot products of one query with 16 tokens of a shuffled key block: a 64-byte load holds 8 elements of 4 tokens. `count`
+// is 8 where the block ends after 8 tokens.
+inline __m512 dot_16_tokens(const bf16* q, const bf16* key, int64_t head_dim, int64_t block_size, int64_t count) {
+    __m512 acc[4];
+    for (int i = 0; i < 4; i++) acc[i] = _mm512_setzero_ps();
+    const int loads = int(count / 4);
+    for (int64_t d = 0; d < head_dim; d += 8) {
+        const __m512bh qv = (__m512bh)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(q + d)));
+        for (int i = 0; i < loads; i++)
+            acc[i] = _mm512_dpbf16_ps(acc[i], (__m512bh)_mm512_loadu_si512(key + d * block_size + i * 32), qv);
+    }
+    // Each 128-bit lane holds one token's four partial sums: add them by a transposition of 4 x 4.
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(acc[0], acc[1]), _mm512_unpackhi_ps(acc[0], acc[1]));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(acc[2], acc[3]), _mm512_unpackhi_ps(acc[2], acc[3]));
+    const __m512 sums = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    return _mm512_permutexvar_ps(_mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), sums);
+}
+
+// acc [head_dim][4] += weights of 8 tokens times their shuffled values [head_dim][8]. Tokens outside `valid` are not read:
+// what an earlier owner of the block left there may not be finite.
+inline void add_8_tokens(float* acc, const bf16* weights, const bf16* value, int64_t head_dim, uint32_t valid) {
+    const __m512bh w = (__m512bh)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)weights));
+    const __mmask32 mask = valid * 0x01010101u;
+    for (int64_t d = 0; d < head_dim; d += 4) {
+        const __m512bh v = (__m512bh)_mm512_maskz_loadu_epi16(mask, value + d * 8);
+        _mm512_storeu_ps(acc + d * 4, _mm512_dpbf16_ps(_mm512_loadu_ps(acc + d * 4), v, w));
+    }
+}
 #else
 constexpr bool HAS_BF16_DOT = false;
 #endif
@@ -363,9 +384,12 @@ template <class T, bool SHUFFLED> struct PagedDecode {
     const float* sinks;
     T* out;
     const int64_t D = cache.head_dim, BS = cache.block_size, G = s.heads / cache.kv_heads;
-    const int64_t width = (D + LANES - 1) / LANES * LANES, depth = BS + LANES;
+    // In bfloat16 over the shuffled layout the dot products run on the cache as it lies, and the weights are rounded to
+    // bfloat16 for it (as flash attention does on GPUs); the weighted sums are kept in four parts per element.
+    static constexpr bool PACKED = std::is_same_v<T, bf16> && SHUFFLED && HAS_BF16_DOT;
+    const int64_t width = (D + LANES - 1) / LANES * LANES, depth = BS + LANES, sums_width = PACKED ? 4 * D : width;
 
-    int64_t scratch_floats() const { return 2 * depth * width + depth + s.heads * (2 * width + 2); }
+    int64_t scratch_floats() const { return 2 * depth * width + depth + s.heads * (width + sums_width + 2); }
 
     // One head group's state: for each query head the scaled query, the weighted sum, the running maximum and the sum.
     struct Heads {
@@ -373,14 +397,57 @@ template <class T, bool SHUFFLED> struct PagedDecode {
         float *q, *acc, *top, *sum;
     };
 
-    void block_step(int64_t head, int64_t block, int64_t next, int64_t skip, int64_t n, const Heads& h, float* kf, float* vf, float* p) const {
+    // Scores p[skip .. n) -> weights relative to the maximum so far; everything summed before is scaled to a new maximum.
+    void weigh(int64_t g, float high, int64_t skip, int64_t n, const Heads& h, float* p) const {
+        if (high > h.top[g]) {
+            const float shrink = h.sum[g] == 0.0f ? 0.0f : exp_neg(h.top[g] - high);
+            h.sum[g] *= shrink;
+            for (int64_t d = 0; d < sums_width; d++) h.acc[g * sums_width + d] *= shrink;
+            h.top[g] = high;
+        }
+        vec total{};
+        for (int64_t t = skip; t < n; t += LANES) {  // p has room for a whole vector behind its last token
+            vec weights = exp_neg(load_vec(p + t) - high);
+            for (int64_t i = n - t; i < LANES; i++) weights[i] = 0.0f;
+            store16(p + t, weights);
+            total += weights;
+        }
+        h.sum[g] += sum_lanes(total);
+    }
+
+    void packed_step(int64_t head, int64_t block, int64_t skip, int64_t n, const Heads& h, float* p) const {
+        const int64_t base = block * cache.block_elements() + head * D * BS;
+
+        for (int64_t g = 0; g < G; g++) {
+            float high = h.top[g];
+            for (int64_t t = 0; t < n; t += LANES) {
+                vec scores = (vec)dot_16_tokens(h.raw + g * D, key + base + t * 8, D, BS, BS - t < LANES ? BS - t : LANES) * s.scale;
+                if (s.softcap)
+                    for (int64_t i = 0; i < LANES; i++) scores[i] = s.softcap * std::tanh(scores[i] / s.softcap);
+                store16(p + t, scores);
+            }
+            for (int64_t t = skip; t < n; t++) high = p[t] > high ? p[t] : high;
+            weigh(g, high, skip, n, h, p);
+            for (int64_t t = 0; t < n; t += 8) {
+                uint32_t valid = 0;
+                bf16 weights[8];
+                for (int64_t i = 0; i < 8; i++) {
+                    const bool in = t + i >= skip && t + i < n;
+                    valid |= uint32_t(in) << i;
+                    store(weights + i, in ? p[t + i] : 0.0f);
+                }
+                add_8_tokens(h.acc + g * sums_width, weights, value + base + t * D, D, valid);
+            }
+        }
+    }
+
+    void block_step(int64_t head, int64_t block, int64_t skip, int64_t n, const Heads& h, float* kf, float* vf, float* p) const {
         constexpr bool direct = std::is_same_v<T, bf16> && !SHUFFLED && HAS_BF16_DOT;
         if (!direct) cache.read_key(key, block, head, n, kf, width);
         cache.read_value(value, block, head, n, vf, width);
         for (int64_t g = 0; g < G; g++) {
-            float *acc = h.acc + g * width, high = h.top[g];
+            float *acc = h.acc + g * sums_width, high = h.top[g];
             for (int64_t t = skip; t < n; t++) {
-                if (g == 0) cache.prefetch(key, value, next, head, t);
                 float score;
                 if constexpr (direct) {
                     score = dot_bf16(h.raw + g * D, cache.key_row(key, block, t, head), D) * s.scale;
@@ -392,20 +459,7 @@ template <class T, bool SHUFFLED> struct PagedDecode {
                 p[t] = s.softcap ? s.softcap * std::tanh(score / s.softcap) : score;
                 high = p[t] > high ? p[t] : high;
             }
-            if (high > h.top[g]) {
-                const float shrink = h.sum[g] == 0.0f ? 0.0f : exp_neg(h.top[g] - high);
-                h.sum[g] *= shrink;
-                for (int64_t d = 0; d < width; d++) acc[d] *= shrink;
-                h.top[g] = high;
-            }
-            vec total{};
-            for (int64_t t = skip; t < n; t += LANES) {  // p has room for a whole vector behind its last token
-                vec weights = exp_neg(load_vec(p + t) - high);
-                for (int64_t i = n - t; i < LANES; i++) weights[i] = 0.0f;
-                store16(p + t, weights);
-                total += weights;
-            }
-            h.sum[g] += sum_lanes(total);
+            weigh(g, high, skip, n, h, p);
             int64_t d = 0;
             for (; d + 4 * LANES <= D; d += 4 * LANES) accumulate<4>(acc + d, p, vf + d, skip, n, width);
             for (; d < D; d += LANES) accumulate<1>(acc + d, p, vf + d, skip, n, width);
@@ -416,12 +470,11 @@ template <class T, bool SHUFFLED> struct PagedDecode {
         float *kf = scratch, *vf = kf + depth * width, *p = vf + depth * width, *state = p + depth;
         const int64_t count = (to - from) * G, len = seq_lens[row], first = s.window && len > s.window ? len - s.window : 0;
         const T* raw = q + row * s.q_stride + from * G * D;
-        const Heads all{raw, state, state + count * width, state + 2 * count * width, state + 2 * count * width + count};
+        float* sums = state + count * (width + sums_width);
+        const Heads all{raw, state, state + count * width, sums, sums + count};
         for (int64_t g = 0; g < count; g++) {
-            for (int64_t d = 0; d < width; d++) {
-                all.q[g * width + d] = d < D ? load(raw + g * D + d) * s.scale : 0.0f;
-                all.acc[g * width + d] = 0.0f;
-            }
+            for (int64_t d = 0; d < width; d++) all.q[g * width + d] = d < D ? load(raw + g * D + d) * s.scale : 0.0f;
+            for (int64_t d = 0; d < sums_width; d++) all.acc[g * sums_width + d] = 0.0f;
             all.top[g] = sinks ? sinks[from * G + g] : -INFINITY;
             all.sum[g] = sinks ? 1.0f : 0.0f;
         }
@@ -430,13 +483,17 @@ template <class T, bool SHUFFLED> struct PagedDecode {
             const int64_t n = len - b * BS < BS ? len - b * BS : BS, skip = first > b * BS ? first - b * BS : 0;
             for (int64_t head = from; head < to; head++) {
                 const int64_t i = (head - from) * G;
-                const int64_t next = (b + 1) * BS < len ? table[b + 1] : table[b];
-                block_step(head, table[b], next, skip, n, {raw + i * D, all.q + i * width, all.acc + i * width, all.top + i, all.sum + i}, kf, vf, p);
+                const Heads heads{raw + i * D, all.q + i * width, all.acc + i * sums_width, all.top + i, all.sum + i};
+                if constexpr (PACKED) packed_step(head, table[b], skip, n, heads, p);
+                else block_step(head, table[b], skip, n, heads, kf, vf, p);
             }
         }
         for (int64_t g = 0; g < count; g++)
-            for (int64_t d = 0; d < D; d++)
-                store(out + (row * s.heads + from * G + g) * D + d, all.sum[g] > 0.0f ? all.acc[g * width + d] / all.sum[g] : 0.0f);
+            for (int64_t d = 0; d < D; d++) {
+                const float* part = all.acc + g * sums_width + (PACKED ? 4 * d : d);
+                const float total = PACKED ? part[0] + part[1] + part[2] + part[3] : part[0];
+                store(out + (row * s.heads + from * G + g) * D + d, all.sum[g] > 0.0f ? total / all.sum[g] : 0.0f);
+            }
     }
 
     void run(int threads) const {
@@ -466,7 +523,7 @@ template <class F> void with_type(int dtype, F f) {
 
 extern "C" {
 
-int ms_linear_available() {
+int ms_has_bf16_dot() {
 #if defined(__AVX512BF16__)
     return 1;
 #else

@@ -38,16 +38,17 @@ class Unavailable(Exception):
 
 class NativeKernels:
     """The kernels of `cpu.cpp`. Tensors are CPU tensors of float32, bfloat16 or float16, rows contiguous in their last
-    dimension; nothing is checked here beyond what callers fix at construction time."""
+    dimension; nothing is checked here beyond what callers fix at construction time. `has_bf16_dot`: the processor
+    multiplies pairs of bfloat16 (AVX512-BF16), which `linear` needs and decode over the shuffled layout uses."""
 
     def __init__(self, library: ctypes.CDLL, num_threads: int) -> None:
         self._lib = library
         self._threads = num_threads
-        self._has_linear = bool(library.ms_linear_available())
+        self.has_bf16_dot = bool(library.ms_has_bf16_dot())
 
     def can_pack(self, dtype: torch.dtype, in_features: int, out_features: int) -> bool:
         """Whether `linear` takes a weight [out_features, in_features] of this dtype on this processor."""
-        return self._has_linear and dtype == torch.bfloat16 and out_features % _PANEL == 0 and in_features % 2 == 0
+        return self.has_bf16_dot and dtype == torch.bfloat16 and out_features % _PANEL == 0 and in_features % 2 == 0
 
     def pack_linear(self, weight: torch.Tensor) -> torch.Tensor:
         """A contiguous weight [n, k] -> the same bytes as panels of 16 rows, which `linear` reads."""
@@ -158,7 +159,7 @@ def load() -> NativeKernels:
     library = ctypes.CDLL(str(_build()))
     pointer, integer, size, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
     signatures = {
-        "ms_linear_available": [],
+        "ms_has_bf16_dot": [],
         "ms_add_rms_norm": [integer, *[pointer] * 4, size, size, real, integer],
         "ms_silu_and_mul": [integer, pointer, pointer, size, size, integer],
         "ms_qk_norm_rope": [integer, *[pointer] * 4, *[size] * 4, real, size, integer],

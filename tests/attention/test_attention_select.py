@@ -24,6 +24,16 @@ def test_the_cpu_kernels_come_first_with_the_linear_layout() -> None:
     ]
 
 
+def test_a_platform_may_read_another_layout_faster() -> None:
+    fast = Platform("cpu", None, "shuffled")
+    choice = select([SPEC], fast, block_size=16)
+    assert (choice.backend, choice.layout) == ("CPU_ATTN", "shuffled")
+    assert "shuffled > linear" in choice.explain()[0]
+    choice = select([SPEC], fast, block_size=12)  # which shuffled cannot have
+    assert (choice.backend, choice.layout) == ("CPU_ATTN", "linear")
+    assert "multiple of 8" in choice.rejected[0][2]
+
+
 def test_what_was_asked_for_is_the_reason() -> None:
     choice = select([SPEC], CPU, block_size=16, backend="TORCH_ATTN", layout="shuffled")
     assert choice.explain() == ["TORCH_ATTN over the shuffled KV layout: asked for, the layout asked for"]
