@@ -153,9 +153,14 @@ class NativeKernels:
         return out
 
 
+def load(num_threads: int | None = None) -> NativeKernels:
+    """The kernels, compiled if need be, to run on `num_threads` (default: as many as PyTorch). Raises `Unavailable`
+    with the reason."""
+    return NativeKernels(_library(), num_threads or torch.get_num_threads())
+
+
 @functools.cache
-def load() -> NativeKernels:
-    """The kernels, compiled if need be. Raises `Unavailable` with the reason."""
+def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_build()))
     pointer, integer, size, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
     signatures = {
@@ -172,13 +177,13 @@ def load() -> NativeKernels:
         function = getattr(library, name, None)
         if function is not None:
             function.argtypes, function.restype = argtypes, integer if not argtypes else None
-    return NativeKernels(library, torch.get_num_threads())
+    return library
 
 
 def unavailable_reason() -> str | None:
     """Why the kernels cannot be used here, as a sentence; None when they can."""
     try:
-        load()
+        _library()
     except Unavailable as error:
         return str(error)
     return None

@@ -34,7 +34,8 @@ def build_runner(
 ) -> tuple[ModelRunner, EngineInfo]:
     """Load the model at `source_path` and make it ready to run steps. Raises `UserError` for whatever cannot be done.
 
-    progress(what, done, total) is called while weights load, in bytes.
+    progress(what, done, total) is called while weights load, in bytes. On a CPU PyTorch's number of threads is lowered
+    where the model is too small to share between them.
     """
     device = _device(config.device)
     model_config = load_model_config(source_path)
@@ -43,6 +44,8 @@ def build_runner(
     weights = weight_bytes(model_config, dtype, device)
     check_weights_fit(weights, available, device)
     longest = min(config.max_model_len or model_config.max_position_embeddings, model_config.max_position_embeddings)
+    if device.type == "cpu":
+        torch.set_num_threads(_num_threads(weights))
     platform, kernels = _platform(device, dtype)
     model = build_model(
         model_config,
@@ -129,6 +132,12 @@ def _dtype(name: str, model_config: ModelConfig) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise UserError(f"--dtype {name} is not a dtype.")
     return dtype
+
+
+def _num_threads(weights: int) -> int:
+    """A thread with less to read in a step than this loses more by waiting for the others than it brings, all the more
+    where the API process wants a core too."""
+    return max(1, min(torch.get_num_threads(), weights // (16 << 20)))
 
 
 def _platform(device: torch.device, dtype: torch.dtype) -> tuple[Platform, native.NativeKernels | None]:

@@ -95,7 +95,7 @@ def test_split_norm_rope(dtype: torch.dtype, tokens: int, shape: HeadShape, norm
 def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
     with pytest.raises(native.Unavailable, match=r"no C\+\+ compiler"):
-        native.load.__wrapped__()
+        native._library.__wrapped__()
 
 
 def test_a_failing_compiler_is_told_with_its_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -104,5 +104,5 @@ def test_a_failing_compiler_is_told_with_its_error(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(native, "_SOURCE", broken)
     monkeypatch.setattr(native, "cache_dir", lambda: tmp_path / "cache")
     with pytest.raises(native.Unavailable, match=r"could not compile the CPU kernels: .*error"):
-        native.load.__wrapped__()
+        native._library.__wrapped__()
     assert not list((tmp_path / "cache").iterdir()), "a failed build must leave nothing behind"
