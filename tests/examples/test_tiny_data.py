@@ -1,5 +1,6 @@
 """The generated word problems: reproducible, disjoint between the splits, and right by an independent calculation."""
 
+import json
 import random
 import re
 import subprocess
@@ -9,8 +10,10 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+MODEL = EXAMPLES.parent / "miniserve" / "assets" / "tiny-qwen3"
 sys.path.insert(0, str(EXAMPLES))
 
 import tiny_chat  # noqa: E402
@@ -211,3 +214,47 @@ def test_documents_repeat_for_their_seed_and_mark_what_is_learned() -> None:
         learned = "".join(text for text, learn in segments if learn)
         assert learned and "<|im_start|>" not in learned and "Question:" not in learned
         assert learned.endswith((tiny_chat.TURN_END, tiny_chat.END_OF_TEXT))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+
+
+def test_the_model_never_merges_digits(tokenizer: Tokenizer) -> None:
+    assert not [token for token in tokenizer.get_vocab() if re.search(r"\d.|.\d", token)]
+    for text in ("12345+6789", " 100/7=", "#### 42", "a1b2"):
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_the_tokenizer_gives_every_text_back(tokenizer: Tokenizer) -> None:
+    rng = random.Random(0)
+    for text in [*(tiny_chat.text_of(tiny_chat.document(rng)) for _ in range(50)), "naïve 你好 🦊\n\n\t x"]:
+        assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+
+
+def test_the_prompt_is_a_prefix_of_what_was_trained(tokenizer: Tokenizer) -> None:
+    for p in TEST[:300]:
+        prompt, whole = tiny_data.completion_prompt(p), f"{tiny_data.completion_prompt(p)} {p.answer}"
+        ids = tokenizer.encode(prompt).ids
+        assert tokenizer.encode(whole).ids[: len(ids)] == ids
+
+
+def test_the_model_directory_is_small_and_whole(tokenizer: Tokenizer) -> None:
+    config = json.loads((MODEL / "config.json").read_text())
+    generation = json.loads((MODEL / "generation_config.json").read_text())
+    assert (MODEL / "model.safetensors").stat().st_size < 10_000_000
+    assert config["architectures"] == ["Qwen3ForCausalLM"] and config["tie_word_embeddings"]
+    assert config["vocab_size"] == tokenizer.get_vocab_size()
+    ends = [tokenizer.token_to_id(token) for token in (tiny_chat.TURN_END, tiny_chat.END_OF_TEXT)]
+    assert generation["eos_token_id"] == ends
+
+
+def test_the_model_card_states_the_measured_scores() -> None:
+    card = (MODEL / "README.md").read_text(encoding="utf-8")
+    scores = json.loads((MODEL / "scores.json").read_text())["evaluation"]["exact_match"]
+    for form, label in (("completion", "`Question: …\\nAnswer:`"), ("chat", "chat"), ("five_shot", "five solved")):
+        cells = [f"{scores[dtype][form]['all']:.4f}" for dtype in ("bfloat16", "float32")]
+        (row,) = [line for line in card.splitlines() if line.startswith(f"| {label}")]
+        assert [cell.strip() for cell in row.split("|")[2:4]] == cells
+        assert min(float(cell) for cell in cells) >= 0.97
