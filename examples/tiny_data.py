@@ -54,13 +54,18 @@ def is_held_out(expression: str) -> bool:
 
 
 def _distractors(result: int, numbers: Sequence[int], rng: random.Random) -> tuple[str, str, str]:
-    """Three wrong results: slips of one or ten, swapped digits, one of the question's own numbers."""
+    """Three wrong results: slips of one or ten, swapped digits, one of the question's own numbers.
+
+    None of them is how the right result begins: with a token per digit, "15" is as likely as "158".
+    """
     digits = str(result)
     near = [result + step for step in (1, -1, 2, -2, 10, -10, 100, -100)]
     slips = [int(digits[1::-1] + digits[2:]), int(digits[::-1]), sum(numbers), *numbers]
     rng.shuffle(near)
     rng.shuffle(slips)
-    wrong = list(dict.fromkeys(n for n in (*near[:1], *slips[:2], *near[1:]) if n >= 0 and n != result))[:3]
+    wrong = list(
+        dict.fromkeys(n for n in (*near[:1], *slips[:2], *near[1:]) if n >= 0 and not digits.startswith(str(n)))
+    )[:3]
     return str(wrong[0]), str(wrong[1]), str(wrong[2])
 
 

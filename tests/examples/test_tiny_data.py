@@ -149,7 +149,7 @@ def test_the_stream_does_not_depend_on_hash_randomisation() -> None:
 def test_distractors_are_three_other_numbers() -> None:
     for p in TEST:
         assert len({*p.distractors, p.final}) == 4
-        assert all(d.isdigit() for d in p.distractors)
+        assert all(d.isdigit() and not p.final.startswith(d) for d in p.distractors)
         context, options, right = tiny_data.multiple_choice(p)
         assert options[right] == f" {p.final}"
         assert context + options[right] == f"{tiny_data.completion_prompt(p)} {p.answer}"
