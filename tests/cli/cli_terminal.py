@@ -126,6 +126,20 @@ class Terminal:
         self._seen = end + len(text)
         return shown
 
+    def interrupt_until(self, text: str) -> str:
+        """Press Ctrl-C until `text` is shown, once a second; returns what was shown since the last wait.
+
+        Python's readline sees a Ctrl-C that comes between two of its waits for a key only at the next key.
+        """
+        deadline = time.monotonic() + TIMEOUT
+        while True:
+            self.type("\x03")
+            pause = min(deadline, time.monotonic() + 1.0)
+            while self.output.find(text, self._seen) < 0 and time.monotonic() < pause:
+                self._read(pause)
+            if self.output.find(text, self._seen) >= 0 or time.monotonic() >= deadline:
+                return self.wait_for(text)
+
     def wait(self) -> int:
         """The exit code, once all that is shown was read."""
         deadline = time.monotonic() + TIMEOUT

@@ -240,8 +240,9 @@ def test_ctrl_c_stops_an_answer_and_no_more(echo: EchoServer) -> None:
         terminal.type("and then\n")
         terminal.wait_for("3: and then\n")
         terminal.wait_for(">>> ")
-        terminal.type("half a line\x03")
-        terminal.wait_for("(Ctrl-D or /bye leaves)")
+        terminal.type("half a line")
+        terminal.wait_for("half a line")
+        terminal.interrupt_until("(Ctrl-D or /bye leaves)")
         terminal.wait_for(">>> ")
         terminal.type("\x04")
         assert terminal.wait() == 0

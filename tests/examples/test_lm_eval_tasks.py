@@ -130,7 +130,8 @@ def test_loglikelihoods_of_choices_are_those_of_transformers(
     tokenizer, _ = reference
     documents = samples["miniserve_problems_mc"]
     assert len(documents) == DOCUMENTS
-    assert sum(document["acc"] for document in documents) >= 0.9 * DOCUMENTS
+    # A bare result, without the working that the model was taught to write first: better than chance (0.25) by far.
+    assert sum(document["acc"] for document in documents) >= 0.8 * DOCUMENTS
     for document in documents:
         requests = list(document["arguments"].values())
         assert len(requests) == len(document["resps"]) == 4
