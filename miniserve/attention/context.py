@@ -4,23 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.layouts import KVCache
-from miniserve.attention.metadata import AttentionMetadata
-from miniserve.attention.spec import AttentionLayer
+from miniserve.attention.spec import AttentionLayer, LatentLayer
 
 
 @dataclass(frozen=True, slots=True)
 class PagedStepContext:
-    """A `StepContext` over the paged cache: one backend, one cache a layer, this step's metadata."""
+    """A `StepContext` over the paged cache: one backend, one cache a layer, the backend's metadata of the step."""
 
-    backend: Backend
+    backend: Backend[Any]
     caches: Sequence[KVCache]
-    metadata: AttentionMetadata
+    metadata: object
 
     def attend(self, layer: AttentionLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """See `StepContext.attend`."""
         return self.backend.attend(layer, q, k, v, self.caches[layer.layer_index], self.metadata)
+
+    def attend_latent(
+        self,
+        layer: LatentLayer,
+        q_nope: torch.Tensor,
+        q_pe: torch.Tensor,
+        kv_c: torch.Tensor,
+        k_pe: torch.Tensor,
+    ) -> torch.Tensor:
+        """See `StepContext.attend_latent`."""
+        return self.backend.attend_latent(
+            layer, q_nope, q_pe, kv_c, k_pe, self.caches[layer.layer_index], self.metadata
+        )

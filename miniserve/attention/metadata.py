@@ -1,40 +1,52 @@
-"""A step's attention metadata: what a kernel reads, and nothing else."""
+"""What the runner knows of a step, neutrally. A backend makes its metadata of it: what its kernels read."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeMetadata:
+class DecodeRows:
     """The step's first tokens: one query token a row.
 
-    block_tables int32 [rows, width]; seq_lens int32 [rows], counting the query's own token.
+    block_tables int32 [rows, width]; seq_lens int32 [rows], counting the query's own token (0 in a padding row).
+    max_seq_len: no row is longer, as the host knows without asking the device. host_seq_lens: the same lengths on the
+    host, None where the step was captured in a graph and runs with other lengths than these.
     """
 
     block_tables: torch.Tensor
     seq_lens: torch.Tensor
+    max_seq_len: int
+    host_seq_lens: np.ndarray[tuple[int], np.dtype[np.int64]] | None
 
 
 @dataclass(frozen=True, slots=True)
-class ExtendMetadata:
-    """One prefill (context_len 0) or extend chunk: query tokens [query_start, query_start + query_len) of the step.
+class ChunkRows:
+    """Chunks of prompts, one after the other from token `query_start` of the step on.
 
-    block_ids int64 [blocks]: the row's blocks, as many as cover context_len + query_len tokens.
+    query_lens, context_lens (tokens already cached) are on the host; cu_query_lens int32 [rows + 1] starts at 0;
+    seq_lens int32 [rows] = context + query; block_tables int32 [rows, width].
     """
 
     query_start: int
-    query_len: int
-    context_len: int
-    block_ids: torch.Tensor
+    query_lens: tuple[int, ...]
+    context_lens: tuple[int, ...]
+    cu_query_lens: torch.Tensor
+    seq_lens: torch.Tensor
+    block_tables: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionMetadata:
-    """slot_mapping int64 [num_tokens]: where each token's key and value go. Decode rows come first, then the chunks."""
+class StepBatch:
+    """Tokens lie in the order decode | extend (with cached context) | prefill (without).
+
+    slot_mapping int64 [num_tokens]: where each token's key and value go; a negative slot is not written.
+    """
 
     slot_mapping: torch.Tensor
-    decode: DecodeMetadata | None
-    extends: tuple[ExtendMetadata, ...]
+    decode: DecodeRows | None = None
+    extend: ChunkRows | None = None
+    prefill: ChunkRows | None = None

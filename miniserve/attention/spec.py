@@ -9,11 +9,23 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
+class LatentDims:
+    """Multi-head latent attention (DeepSeek-V2, section 2.1): the cache holds kv_lora_rank + rope_dim elements a token,
+    from which each head's key (nope_dim + rope_dim) and value (v_head_dim) are made."""
+
+    kv_lora_rank: int
+    rope_dim: int
+    nope_dim: int
+    v_head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionSpec:
     """One layer's attention. Heads are those of this device's shard; head_dim in elements; `scale` multiplies q·k.
 
     sliding_window W: a query at position p sees keys p-W+1 … p. softcap c: scores become c·tanh(score/c).
     sinks: the layer holds one learned logit per head that takes part in the softmax's sum.
+    latent: of an MLA layer; num_kv_heads is then 1 and head_dim what the cache holds, kv_lora_rank + rope_dim.
     """
 
     num_heads: int
@@ -25,14 +37,40 @@ class AttentionSpec:
     sliding_window: int | None = None
     softcap: float | None = None
     sinks: bool = False
+    latent: LatentDims | None = None
 
 
 class AttentionLayer(Protocol):
-    """The part of a model's attention module that a backend reads."""
+    """The part of a model's attention module that a backend reads.
+
+    k_scale, v_scale: float32 [1]; an fp8 cache stores value / scale and is read as code · scale.
+    """
 
     layer_index: int
     spec: AttentionSpec
     sinks: torch.Tensor | None  # float32 [num_heads]
+    k_scale: torch.Tensor
+    v_scale: torch.Tensor
+
+
+class LatentLayer(Protocol):
+    """The part of an MLA module that a backend reads. kv_scale: float32 [1], of an fp8 cache."""
+
+    layer_index: int
+    spec: AttentionSpec
+    kv_scale: torch.Tensor
+
+    def absorb(self, q_nope: torch.Tensor) -> torch.Tensor:
+        """[T, num_heads, nope_dim] -> [T, num_heads, kv_lora_rank]: queries that meet the latent itself."""
+        ...
+
+    def expand(self, kv_c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[N, kv_lora_rank] -> keys without rope [N, num_heads, nope_dim] and values [N, num_heads, v_head_dim]."""
+        ...
+
+    def project_out(self, latent_out: torch.Tensor) -> torch.Tensor:
+        """[T, num_heads, kv_lora_rank], what absorbed attention gives, -> [T, num_heads * v_head_dim]."""
+        ...
 
 
 class StepContext(Protocol):
@@ -44,4 +82,16 @@ class StepContext(Protocol):
         q: [num_tokens, num_heads, head_dim], k, v: [num_tokens, num_kv_heads, head_dim], after norm and rope; the last
         dimension is contiguous, the others may be strided. Returns [num_tokens, num_heads * head_dim], q's dtype.
         """
+        ...
+
+    def attend_latent(
+        self,
+        layer: LatentLayer,
+        q_nope: torch.Tensor,
+        q_pe: torch.Tensor,
+        kv_c: torch.Tensor,
+        k_pe: torch.Tensor,
+    ) -> torch.Tensor:
+        """As `attend`, for MLA. q_nope [T, num_heads, nope_dim], q_pe [T, num_heads, rope_dim], kv_c [T, kv_lora_rank],
+        k_pe [T, rope_dim], after norms and rope. Returns [T, num_heads * v_head_dim], q_nope's dtype."""
         ...

@@ -54,6 +54,8 @@ class Attention:
 
     layer_index: int
     spec: AttentionSpec
+    k_scale: torch.Tensor
+    v_scale: torch.Tensor
     sinks: torch.Tensor | None = None
 
 
@@ -81,7 +83,8 @@ class SelfAttention(Module):
         self.ops, self.eps = options.ops, config.rms_norm_eps
         self.q_norm = options.norm(config.head_dim, self.eps) if config.qk_norm else None
         self.k_norm = options.norm(config.head_dim, self.eps) if config.qk_norm else None
-        self.attn = Attention(layer_index, _attention_spec(config, options, layer_index))
+        one = torch.ones(1, device=options.device)
+        self.attn = Attention(layer_index, _attention_spec(config, options, layer_index), one, one)
 
     def forward(self, x: torch.Tensor, cos_sin: torch.Tensor, ctx: StepContext) -> torch.Tensor:
         q, k, v = self.ops.split_norm_rope(

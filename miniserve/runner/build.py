@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -151,7 +152,7 @@ def _platform(device: torch.device, dtype: torch.dtype) -> tuple[Platform, nativ
     return Platform("cpu", None, fastest), kernels
 
 
-def _backend(choice: Choice, block_size: int, kernels: native.NativeKernels | None) -> Backend:
+def _backend(choice: Choice, block_size: int, kernels: native.NativeKernels | None) -> Backend[Any]:
     layout = LAYOUTS[choice.layout](block_size)
     if choice.backend == "CPU_ATTN" and kernels is not None:
         return CpuBackend(layout, kernels)

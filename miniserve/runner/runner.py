@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -42,7 +43,7 @@ class ModelRunner:
     """Implements `core.Runner`. Launches run in stream order: state may be advanced as soon as a step is enqueued."""
 
     def __init__(
-        self, model: CausalLM, backend: Backend, caches: Sequence[KVCache], state: StepState, sampler: Sampler
+        self, model: CausalLM, backend: Backend[Any], caches: Sequence[KVCache], state: StepState, sampler: Sampler
     ) -> None:
         self._model = model
         self._backend = backend
@@ -63,9 +64,9 @@ class ModelRunner:
             if start.request.params.prompt_logprobs is not None:
                 self._prompt_k[start.row] = start.request.params.prompt_logprobs
         inputs = self._state.prepare(plan, self._sampler.last_tokens)
-        context = PagedStepContext(self._backend, self._caches, inputs.metadata)
+        context = PagedStepContext(self._backend, self._caches, self._backend.build(inputs.batch))
         hidden = self._model(inputs.input_ids, inputs.positions, context)
-        prompt_logprobs = self._prompt_logprobs(plan, hidden)
+        prompt_logprobs = self._prompt_logprobs(plan, inputs.chunk_starts, hidden)
         sampled: SampleOutput | None = None
         if rows := plan.sampling_rows:
             chosen = hidden if inputs.sample_indices is None else hidden[inputs.sample_indices]
@@ -84,11 +85,10 @@ class ModelRunner:
             logprobs = to_token_logprobs(token_ids, handle.logprobs, handle.num_logprobs)
         return StepResult(token_ids, logprobs, {chunk.row: _entries(chunk) for chunk in handle.prompt_logprobs})
 
-    def _prompt_logprobs(self, plan: StepPlan, hidden: torch.Tensor) -> list[_PromptLogprobs]:
+    def _prompt_logprobs(self, plan: StepPlan, starts: list[int], hidden: torch.Tensor) -> list[_PromptLogprobs]:
         """Of every chunk that has targets, a few rows of logits at a time: all of them at once would not fit."""
         found: list[_PromptLogprobs] = []
-        query_start = len(plan.decode_rows)
-        for chunk in plan.chunks:
+        for chunk, query_start in zip(plan.chunks, starts, strict=True):
             if targets := chunk.logprob_targets:
                 k = self._prompt_k[chunk.row]
                 ids = torch.tensor(targets, device=hidden.device)
@@ -102,7 +102,6 @@ class ModelRunner:
                     for i in range(0, len(targets), step)
                 ]
                 found.append(_PromptLogprobs(chunk.row, targets, k, _concatenate(parts)))
-            query_start += len(chunk.token_ids)
         return found
 
     def _to_host(self, sampled: SampleOutput | None, prompt_logprobs: list[_PromptLogprobs]) -> _Launched:

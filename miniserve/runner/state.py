@@ -7,21 +7,25 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from miniserve.attention.metadata import AttentionMetadata, DecodeMetadata, ExtendMetadata
+from miniserve.attention.metadata import ChunkRows, DecodeRows, StepBatch
 from miniserve.core import Chunk, StepPlan
 from miniserve.runner.sampling_transfer import to_device
+
+Int64 = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """What a step feeds to the model. input_ids, positions: int64 [num_tokens], decode rows first, then the chunks.
+    """What a step feeds to the model. input_ids, positions: int64 [num_tokens], in the order of `StepBatch`.
 
-    sample_indices int64 [sampling rows]: the token of each row that samples; None where that is every token in order.
+    chunk_starts: the first token of each of the plan's chunks. sample_indices int64 [sampling rows]: the token of each
+    row that samples; None where that is every token in order.
     """
 
     input_ids: torch.Tensor
     positions: torch.Tensor
-    metadata: AttentionMetadata
+    batch: StepBatch
+    chunk_starts: list[int]
     sample_indices: torch.Tensor | None
 
 
@@ -51,22 +55,21 @@ class StepState:
             ids.append(last_tokens[rows])
             positions.append(lens)
             slots.append(self._slots(rows, lens))
-        extends: list[ExtendMetadata] = []
-        query_start = len(plan.decode_rows)
+        extends, prefills, starts = _arrange(plan)
         if plan.chunks:
-            chunk_ids, chunk_positions, chunk_slots = [], [], []
-            for chunk in plan.chunks:
-                span, slot, meta = self._chunk(chunk, query_start)
-                chunk_ids += chunk.token_ids
-                chunk_positions.append(span)
-                chunk_slots.append(slot)
-                extends.append(meta)
-                query_start += len(chunk.token_ids)
-            ids.append(to_device(np.array(chunk_ids, dtype=np.int64), self._device))
-            positions.append(to_device(np.concatenate(chunk_positions), self._device))
+            laid = [plan.chunks[index] for index in (*extends, *prefills)]
+            spans = [np.arange(c.start, c.start + len(c.token_ids), dtype=np.int64) for c in laid]
+            ids.append(self._to_device([token for chunk in laid for token in chunk.token_ids]))
+            positions.append(to_device(np.concatenate(spans), self._device))
+            chunk_slots = [self._chunk_slots(chunk.row, span) for chunk, span in zip(laid, spans, strict=True)]
             slots.append(to_device(np.concatenate(chunk_slots), self._device))
-        metadata = AttentionMetadata(_join(slots), decode, tuple(extends))
-        return StepInputs(_join(ids), _join(positions), metadata, self._sample_indices(plan, extends))
+        batch = StepBatch(
+            _join(slots),
+            decode,
+            self._chunk_rows([plan.chunks[index] for index in extends], len(plan.decode_rows)),
+            self._chunk_rows([plan.chunks[index] for index in prefills], starts[prefills[0]] if prefills else 0),
+        )
+        return StepInputs(_join(ids), _join(positions), batch, starts, self._sample_indices(plan, starts))
 
     def _append_blocks(self, new_blocks: list[tuple[int, int, list[int]]]) -> None:
         for row, index, block_ids in new_blocks:
@@ -77,46 +80,73 @@ class StepState:
             places = to_device(rows * self._tables.shape[1] + columns, self._device)
             self._device_tables.view(-1)[places] = to_device(self._tables[rows, columns], self._device)
 
-    def _advance(self, decode_rows: list[int]) -> tuple[torch.Tensor, torch.Tensor, DecodeMetadata]:
-        """The rows, their positions (lengths before this step), and their metadata (lengths after it)."""
+    def _advance(self, decode_rows: list[int]) -> tuple[torch.Tensor, torch.Tensor, DecodeRows]:
+        """The rows, their positions (lengths before this step), and what attention reads (lengths after it)."""
         if decode_rows != self._decode_rows:
             self._decode_rows = decode_rows
             self._host_rows = np.array(decode_rows, dtype=np.int64)
             self._device_rows = to_device(self._host_rows, self._device)
         rows = self._device_rows
         self._lens[self._host_rows] += 1
-        width = -(-int(self._lens[self._host_rows].max()) // self._block_size)
+        host_lens = self._lens[self._host_rows]
+        longest = int(host_lens.max())
         positions = self._device_lens[rows]
         seq_lens = positions + 1
         self._device_lens[rows] = seq_lens
-        tables = self._device_tables[rows, :width]
-        return rows, positions, DecodeMetadata(tables, seq_lens.to(torch.int32))
+        tables = self._device_tables[rows, : -(-longest // self._block_size)]
+        return rows, positions, DecodeRows(tables, seq_lens.to(torch.int32), longest, host_lens)
 
     def _slots(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         blocks = self._device_tables[rows, positions // self._block_size].to(torch.int64)
         return blocks * self._block_size + positions % self._block_size
 
-    def _chunk(
-        self, chunk: Chunk, query_start: int
-    ) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], np.ndarray[tuple[int], np.dtype[np.int64]], ExtendMetadata]:
-        end = chunk.start + len(chunk.token_ids)
-        self._lens[chunk.row] = end
-        self._device_lens[chunk.row] = end
-        span = np.arange(chunk.start, end, dtype=np.int64)
-        table = self._tables[chunk.row]
-        slots = table[span // self._block_size].astype(np.int64) * self._block_size + span % self._block_size
-        blocks = table[: -(-end // self._block_size)].astype(np.int64)
-        meta = ExtendMetadata(query_start, len(chunk.token_ids), chunk.start, to_device(blocks, self._device))
-        return span, slots, meta
+    def _chunk_slots(self, row: int, span: Int64) -> Int64:
+        table = self._tables[row]
+        slots: Int64 = table[span // self._block_size].astype(np.int64) * self._block_size + span % self._block_size
+        return slots
 
-    def _sample_indices(self, plan: StepPlan, extends: list[ExtendMetadata]) -> torch.Tensor | None:
+    def _chunk_rows(self, chunks: list[Chunk], query_start: int) -> ChunkRows | None:
+        if not chunks:
+            return None
+        rows = np.array([chunk.row for chunk in chunks])
+        query_lens = np.array([len(chunk.token_ids) for chunk in chunks])
+        context_lens = np.array([chunk.start for chunk in chunks])
+        seq_lens = context_lens + query_lens
+        self._lens[rows] = seq_lens
+        self._device_lens[to_device(rows, self._device)] = to_device(seq_lens, self._device)
+        tables = self._tables[rows, : -(-int(seq_lens.max()) // self._block_size)]
+        return ChunkRows(
+            query_start,
+            tuple(query_lens.tolist()),
+            tuple(context_lens.tolist()),
+            to_device(np.concatenate([[0], query_lens.cumsum()]).astype(np.int32), self._device),
+            to_device(seq_lens.astype(np.int32), self._device),
+            to_device(tables, self._device),
+        )
+
+    def _sample_indices(self, plan: StepPlan, starts: list[int]) -> torch.Tensor | None:
         if not plan.chunks:
             return None
         indices = list(range(len(plan.decode_rows)))
-        for chunk, meta in zip(plan.chunks, extends, strict=True):
+        for chunk, start in zip(plan.chunks, starts, strict=True):
             if chunk.samples:
-                indices.append(meta.query_start + meta.query_len - 1)
-        return to_device(np.array(indices, dtype=np.int64), self._device)
+                indices.append(start + len(chunk.token_ids) - 1)
+        return self._to_device(indices)
+
+    def _to_device(self, values: list[int]) -> torch.Tensor:
+        return to_device(np.array(values, dtype=np.int64), self._device)
+
+
+def _arrange(plan: StepPlan) -> tuple[list[int], list[int], list[int]]:
+    """Indices of the plan's extends and of its prefills, and where each chunk's tokens start in the step."""
+    extends = [index for index, chunk in enumerate(plan.chunks) if chunk.start]
+    prefills = [index for index, chunk in enumerate(plan.chunks) if not chunk.start]
+    starts = [0] * len(plan.chunks)
+    position = len(plan.decode_rows)
+    for index in (*extends, *prefills):
+        starts[index] = position
+        position += len(plan.chunks[index].token_ids)
+    return extends, prefills, starts
 
 
 def _join(parts: list[torch.Tensor]) -> torch.Tensor:

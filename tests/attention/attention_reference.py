@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -16,6 +16,8 @@ class Layer:
     spec: AttentionSpec
     sinks: torch.Tensor | None = None
     layer_index: int = 0
+    k_scale: torch.Tensor = field(default_factory=lambda: torch.ones(1))
+    v_scale: torch.Tensor = field(default_factory=lambda: torch.ones(1))
 
 
 def attend_one(layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

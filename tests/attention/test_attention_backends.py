@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.cpu_attn import CpuBackend
-from miniserve.attention.backends.torch_attn import TorchBackend
+from miniserve.attention.backends.torch_attn import DecodeMetadata, TorchBackend, TorchMetadata
 from miniserve.attention.layouts import LAYOUTS, KVLayout
-from miniserve.attention.metadata import AttentionMetadata, DecodeMetadata, ExtendMetadata
+from miniserve.attention.metadata import ChunkRows, DecodeRows, StepBatch
 from miniserve.attention.spec import AttentionSpec
 from miniserve.kernels import native
 
@@ -22,7 +22,7 @@ needs_native = pytest.mark.skipif(
 )
 
 
-def make_backend(name: str, layout: KVLayout) -> Backend:
+def make_backend(name: str, layout: KVLayout) -> Backend[TorchMetadata]:
     return CpuBackend(layout, native.load()) if name == "CPU_ATTN" else TorchBackend(layout)
 
 
@@ -49,7 +49,7 @@ def cases(draw: st.DrawFn) -> tuple[AttentionSpec, int, list[tuple[int, int]], i
         (draw(st.sampled_from(boundaries)), draw(st.sampled_from([1, 2, block_size, 37])))
         for _ in range(draw(st.integers(0 if decodes else 1, 2)))
     ]
-    return spec, block_size, [*decodes, *chunks], len(decodes)
+    return spec, block_size, [*decodes, *sorted(chunks, key=lambda chunk: not chunk[0])], len(decodes)
 
 
 def check(name: str, case: tuple[AttentionSpec, int, list[tuple[int, int]], int], layout_name: str, seed: int) -> None:
@@ -83,18 +83,9 @@ def check(name: str, case: tuple[AttentionSpec, int, list[tuple[int, int]], int]
     q = draw_tensor(len(new_k), spec.num_heads, spec.head_dim)
     fused = torch.cat([q, new_k, new_v], dim=1)
     q, new_k, new_v = fused.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
-    decode, extends, start = None, [], num_decodes
-    if num_decodes:
-        lens = torch.tensor([cached + 1 for cached, _ in rows[:num_decodes]], dtype=torch.int32)
-        decode = DecodeMetadata(tables[:num_decodes].int(), lens)
-    for row, (cached, new) in list(enumerate(rows))[num_decodes:]:
-        used = -(-(cached + new) // block_size)
-        extends.append(ExtendMetadata(start, new, cached, tables[row, :used]))
-        start += new
     mapping = torch.cat([slots(row, cached, cached + new) for row, (cached, new) in enumerate(rows)])
-    out = make_backend(name, layout).attend(
-        layer, q, new_k, new_v, cache, AttentionMetadata(mapping, decode, tuple(extends))
-    )
+    backend = make_backend(name, layout)
+    out = backend.attend(layer, q, new_k, new_v, cache, backend.build(step_batch(rows, num_decodes, tables, mapping)))
     want = torch.cat(
         [
             attend_one(layer, q[index], keys[row][:end], values[row][:end]).flatten()[None]
@@ -106,6 +97,34 @@ def check(name: str, case: tuple[AttentionSpec, int, list[tuple[int, int]], int]
     assert out.shape == want.shape
     assert out.dtype == spec.dtype
     assert relative_error(out, want) < TOLERANCE[spec.dtype]
+
+
+def step_batch(
+    rows: list[tuple[int, int]], num_decodes: int, tables: torch.Tensor, slot_mapping: torch.Tensor
+) -> StepBatch:
+    """Rows as (cached, new): decode rows, then those with context, then those without."""
+    decode, tables = None, tables.int()
+    if num_decodes:
+        lens = torch.tensor([cached + 1 for cached, _ in rows[:num_decodes]], dtype=torch.int32)
+        decode = DecodeRows(tables[:num_decodes], lens, int(lens.max()), lens.long().numpy())
+    first_prefill = next((i for i, (cached, _) in enumerate(rows) if not cached and i >= num_decodes), len(rows))
+    return StepBatch(
+        slot_mapping,
+        decode,
+        chunk_rows(rows[num_decodes:first_prefill], tables[num_decodes:first_prefill], num_decodes),
+        chunk_rows(rows[first_prefill:], tables[first_prefill:], sum(new for _, new in rows[:first_prefill])),
+    )
+
+
+def chunk_rows(rows: list[tuple[int, int]], tables: torch.Tensor, query_start: int) -> ChunkRows | None:
+    if not rows:
+        return None
+    new = torch.tensor([new for _, new in rows])
+    cached = torch.tensor([cached for cached, _ in rows])
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), new.cumsum(0)]).int()
+    return ChunkRows(
+        query_start, tuple(new.tolist()), tuple(cached.tolist()), starts, (cached + new).int(), tables.contiguous()
+    )
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -138,6 +157,7 @@ def test_decode_does_not_depend_on_its_neighbours(layout_name: str) -> None:
     tables = torch.randperm(40, generator=torch.Generator().manual_seed(4))[:36].view(9, 4).int()
     lens = torch.tensor([1, 16, 17, 64, 33, 5, 48, 2, 63], dtype=torch.int32)
     backend = make_backend("CPU_ATTN", layout)
+    assert isinstance(backend, CpuBackend)
     together = backend.decode(Layer(spec), q, cache, DecodeMetadata(tables, lens))
     for row in range(9):
         one = slice(row, row + 1)

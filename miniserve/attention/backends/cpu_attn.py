@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from miniserve.attention.backends.torch_attn import TorchBackend
+from miniserve.attention.backends.torch_attn import DecodeMetadata, TorchBackend
 from miniserve.attention.layouts import KVCache, KVLayout
-from miniserve.attention.metadata import DecodeMetadata
 from miniserve.attention.spec import AttentionLayer
 from miniserve.kernels.native import NativeKernels
 

@@ -2,39 +2,108 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.layouts import KVCache
-from miniserve.attention.metadata import DecodeMetadata, ExtendMetadata
+from miniserve.attention.metadata import ChunkRows, StepBatch
 from miniserve.attention.spec import AttentionLayer, AttentionSpec
 
 
-class TorchBackend(Backend):
-    def write(self, cache: KVCache, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-        self.layout.write(cache, k, v, slot_mapping)
+@dataclass(frozen=True, slots=True)
+class DecodeMetadata:
+    """block_tables int32 [rows, width]; seq_lens int32 [rows], counting the query's own token."""
 
-    def decode(self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, meta: DecodeMetadata) -> torch.Tensor:
-        """All rows at once over their gathered blocks, padded to the longest: one copy of the rows' cache, but no
-        Python per row. (A call per row on views costs more from a few rows on; CPU_ATTN does neither.)"""
-        k, v = self.layout.gather(cache, meta.block_tables.long())
-        k, v = k.flatten(1, 2), v.flatten(1, 2)  # [rows, width * block_size, KH, D]
-        distance = meta.seq_lens[:, None] - 1 - torch.arange(k.shape[1], device=q.device)
-        visible = _visible(distance, layer.spec.sliding_window)[:, None]  # [rows, 1, keys]
-        return grouped_attention(layer, q[:, None], k, v, visible).flatten(1)
+    block_tables: torch.Tensor
+    seq_lens: torch.Tensor
 
-    def extend(
+
+@dataclass(frozen=True, slots=True)
+class ChunkMetadata:
+    """One prefill (context_len 0) or extend chunk: query tokens [query_start, query_start + query_len) of the step.
+
+    block_ids int64 [blocks]: the row's blocks, as many as cover context_len + query_len tokens; None without context.
+    """
+
+    query_start: int
+    query_len: int
+    context_len: int
+    block_ids: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class TorchMetadata:
+    """slot_mapping int64 [num_tokens]. Decode rows come first, then the chunks."""
+
+    slot_mapping: torch.Tensor
+    decode: DecodeMetadata | None
+    chunks: tuple[ChunkMetadata, ...]
+
+
+class TorchBackend(Backend[TorchMetadata]):
+    def build(self, batch: StepBatch) -> TorchMetadata:
+        rows = batch.decode
+        decode = None if rows is None else DecodeMetadata(rows.block_tables, rows.seq_lens)
+        chunks = [chunk for group in (batch.extend, batch.prefill) if group for chunk in self._chunks(group)]
+        return TorchMetadata(batch.slot_mapping, decode, tuple(chunks))
+
+    def _chunks(self, group: ChunkRows) -> Iterator[ChunkMetadata]:
+        start = group.query_start
+        for row, (query_len, context_len) in enumerate(zip(group.query_lens, group.context_lens, strict=True)):
+            blocks = None
+            if context_len:
+                blocks = group.block_tables[row, : -(-(context_len + query_len) // self.layout.block_size)].long()
+            yield ChunkMetadata(start, query_len, context_len, blocks)
+            start += query_len
+
+    def attend(
         self,
         layer: AttentionLayer,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         cache: KVCache,
-        meta: ExtendMetadata,
+        meta: TorchMetadata,
     ) -> torch.Tensor:
+        self.write(cache, k, v, meta.slot_mapping)
+        parts: list[torch.Tensor] = []
+        if meta.decode is not None:
+            rows = meta.decode.seq_lens.shape[0]
+            parts.append(self.decode(layer, q[:rows], cache, meta.decode))
+        for chunk in meta.chunks:
+            span = slice(chunk.query_start, chunk.query_start + chunk.query_len)
+            parts.append(self.chunk(layer, q[span], k[span], v[span], cache, chunk))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def write(self, cache: KVCache, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        self.layout.write(cache, k, v, slot_mapping)
+
+    def decode(self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, meta: DecodeMetadata) -> torch.Tensor:
+        """q [rows, num_heads, head_dim] -> [rows, num_heads * head_dim]. All rows at once over their gathered blocks,
+        padded to the longest: one copy of the rows' cache, but no Python per row. (A call per row on views costs more
+        from a few rows on; CPU_ATTN does neither.)"""
+        k, v = self.layout.gather(cache, meta.block_tables.long())
+        k, v = k.flatten(1, 2), v.flatten(1, 2)  # [rows, width * block_size, KH, D]
+        distance = meta.seq_lens[:, None] - 1 - torch.arange(k.shape[1], device=q.device)
+        visible = _visible(distance, layer.spec.sliding_window)[:, None]  # [rows, 1, keys]
+        return grouped_attention(layer, q[:, None], k, v, visible).flatten(1)
+
+    def chunk(
+        self,
+        layer: AttentionLayer,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cache: KVCache,
+        meta: ChunkMetadata,
+    ) -> torch.Tensor:
+        """One chunk's q, k, v [query_len, heads, head_dim], already written -> [query_len, num_heads * head_dim]."""
         num_keys = meta.context_len + meta.query_len
-        if meta.context_len:
+        if meta.block_ids is not None:
             k, v = self.layout.gather(cache, meta.block_ids)
             k, v = k.flatten(0, 1)[:num_keys], v.flatten(0, 1)[:num_keys]
         positions = torch.arange(num_keys, device=q.device)
