@@ -1,6 +1,7 @@
-"""Train the built-in model from scratch: tokenizer, weights, held-out scores. One command:
+"""Train a built-in model from scratch: tokenizer, weights, held-out scores. One command for each:
 
     python examples/train_tiny.py --out miniserve/assets/tiny-qwen3
+    python examples/train_tiny.py --arch deepseek --out tiny-deepseek
 
 Three minutes on one H100; on a CPU it runs too, slowly. `--steps 18000 --batch-size 65536`, eight minutes, gives a
 slightly better model; `--only-eval` measures the model that is there.
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from tiny_chat import END_OF_TEXT, SPECIAL_TOKENS, TURN_END, Segment, document, text_of
 from tiny_data import Problem, chat_messages, completion_prompt, final_answer, problems
+from tiny_models import ARCHITECTURES, MAX_POSITIONS, VOCAB_SIZE, balance_experts, convert
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
@@ -31,13 +33,10 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
-VOCAB_SIZE = 2048
-MAX_POSITIONS = 2048
 REPORT = "scores.json"
+BALANCE_SPEED = 1e-3  # a step's change of an expert's routing bias, while the learning rate is at its peak
 IGNORED = -100  # the label that cross_entropy leaves out
 # Rows of a batch are all this long; the shares make most steps cheap and still teach every position.
 ROW_LENGTHS = ((512, 0.7), (MAX_POSITIONS, 0.3))
@@ -96,28 +95,6 @@ def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return wrapped
 
 
-def build_qwen3(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    config = Qwen3Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=256,
-        intermediate_size=640,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=128,
-        max_position_embeddings=MAX_POSITIONS,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return Qwen3ForCausalLM(config)
-
-
-ARCHITECTURES: dict[str, Callable[[PreTrainedTokenizerFast], PreTrainedModel]] = {"qwen3": build_qwen3}
-
-
 class Batches(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """Step -> (input_ids, labels), int64 [rows, length]; the same for the same seed, whatever the worker count.
 
@@ -169,8 +146,8 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def optimizer_for(model: PreTrainedModel, peak: float) -> torch.optim.Optimizer:
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    matrices = [p for name, p in model.named_parameters() if p.ndim >= 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim < 2 or "embed" in name]
     groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     fused = next(model.parameters()).device.type == "cuda"
     return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=fused)
@@ -195,20 +172,22 @@ def train(model: PreTrainedModel, batches: Batches, args: argparse.Namespace, de
     recent: list[torch.Tensor] = []
     mean = float("nan")
     for step, (ids, labels) in enumerate(loader):
+        rate = learning_rate(step, args.steps, args.lr)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr)
+            group["lr"] = rate
         loss = step_loss(ids.to(device, non_blocking=True), labels.to(device, non_blocking=True))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        balance_experts(model, BALANCE_SPEED * rate / args.lr)
         recent.append(loss.detach())
         if len(recent) == args.log_every or step + 1 == args.steps:
             mean = torch.stack(recent).mean().item()
             recent.clear()
             seconds = time.perf_counter() - started
-            rate = (step + 1) * args.batch_size / seconds
-            print(f"step {step + 1}/{args.steps}  loss {mean:.4f}  {rate:,.0f} tokens/s  {seconds:.0f} s", flush=True)
+            speed = (step + 1) * args.batch_size / seconds
+            print(f"step {step + 1}/{args.steps}  loss {mean:.4f}  {speed:,.0f} tokens/s  {seconds:.0f} s", flush=True)
     seconds = time.perf_counter() - started
     return {"loss": round(mean, 4), "seconds": round(seconds), "tokens": args.steps * args.batch_size}
 
@@ -268,7 +247,7 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, count: i
     scores: dict[str, dict[str, Any]] = {}
     model.eval()
     for dtype in (torch.float32, torch.bfloat16):
-        model.to(dtype)
+        convert(model, dtype)
         name = str(dtype).removeprefix("torch.")
         scores[name] = {}
         for form in FORMS:
@@ -318,7 +297,7 @@ def train_and_save(args: argparse.Namespace, device: torch.device) -> None:
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer)}", flush=True)
     run = train(model, Batches(bare, args.seed, args.steps, args.batch_size), args, device)
 
-    model.to(torch.bfloat16)
+    convert(model, torch.bfloat16)
     ends = [bare.token_to_id(TURN_END), bare.token_to_id(END_OF_TEXT)]
     model.generation_config = GenerationConfig(
         eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, do_sample=True, temperature=0.7, top_p=0.95
