@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -21,24 +22,32 @@ from miniserve.models.layers.norm import RMSNorm
 from miniserve.models.layers.ops import HeadShape, NativeOps, Ops, TorchOps
 from miniserve.models.layers.rotary import RotaryEmbedding
 
+if TYPE_CHECKING:
+    from miniserve.kernels.triton.runtime import TritonKernels
+
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
     """What a model is built for. max_model_len in tokens; device is where its weights will lie; native are the CPU's
-    kernels, None to do without."""
+    kernels and triton the GPU's, None to do without."""
 
     dtype: torch.dtype
     kv_dtype: torch.dtype
     device: torch.device
     max_model_len: int
     native: NativeKernels | None = None
+    triton: TritonKernels | None = None
 
     @property
     def ops(self) -> Ops:
+        if self.triton is not None:
+            from miniserve.models.layers.triton import TritonOps
+
+            return TritonOps(self.triton)
         return TorchOps() if self.native is None else NativeOps(self.native)
 
     def method(self, in_features: int, out_features: int) -> LinearMethod:
-        return choose_method(self.dtype, self.device, in_features, out_features, self.native)
+        return choose_method(self.dtype, self.device, in_features, out_features, self.native, self.triton)
 
     def linear(self, in_features: int, outputs: Mapping[str, int], *, bias: bool) -> Linear:
         method = self.method(in_features, sum(outputs.values()))
@@ -109,7 +118,7 @@ class MLP(Module):
         self.down_proj = options.linear(middle, {"down_proj": hidden}, bias=config.mlp_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        projected: torch.Tensor = self.down_proj(self.ops.silu_and_mul(self.gate_up_proj(x)))
+        projected: torch.Tensor = self.down_proj(self.ops.gated_linear(self.gate_up_proj, x))
         return projected
 
 

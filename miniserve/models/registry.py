@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,6 +12,9 @@ from miniserve.kernels.native import NativeKernels
 from miniserve.models.config import SUPPORTED_ARCHITECTURES, ModelConfig
 from miniserve.models.dense import BuildOptions, CausalLM
 from miniserve.models.layers.linear import can_pack
+
+if TYPE_CHECKING:
+    from miniserve.kernels.triton.runtime import TritonKernels
 
 __all__ = ["SUPPORTED_ARCHITECTURES", "build_model", "weight_bytes"]
 
@@ -25,18 +29,18 @@ def build_model(
     device: torch.device | str,
     max_model_len: int | None = None,
     native: NativeKernels | None = None,
+    triton: TritonKernels | None = None,
 ) -> CausalLM:
     """Make the model with its parameters on the meta device; `loader` gives them memory on `device`.
 
     max_model_len: positions the rotary table covers, in tokens (default: all the model has). native: the CPU's kernels,
-    used on a CPU. Raises `UserError` where
-    the model cannot reach that far.
+    triton: the GPU's, None to do without. Raises `UserError` where the model cannot reach that far.
     """
     length = config.max_position_embeddings if max_model_len is None else max_model_len
     if length > config.max_position_embeddings:
         raise UserError(_too_long(config, length))
     options = BuildOptions(
-        dtype=dtype, kv_dtype=kv_dtype, device=torch.device(device), max_model_len=length, native=native
+        dtype=dtype, kv_dtype=kv_dtype, device=torch.device(device), max_model_len=length, native=native, triton=triton
     )
     return _MODELS[config.architecture](config, options).eval()
 

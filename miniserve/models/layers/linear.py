@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch.nn import functional
 
 from miniserve.kernels.native import NativeKernels
 from miniserve.models.layers.base import Layer, Piece
+
+if TYPE_CHECKING:
+    from miniserve.kernels.triton.runtime import TritonKernels
 
 # Rows that a CPU weight is packed for. It stays correct for any number; of 1, 16, 64, 128 and 512, measured over six
 # shapes, 16 was best or within noise of the best from 1 to 256 rows, in bfloat16 and in float32.
@@ -87,9 +90,18 @@ class NativeCpuMethod:
 
 
 def choose_method(
-    dtype: torch.dtype, device: torch.device, in_features: int, out_features: int, native: NativeKernels | None
+    dtype: torch.dtype,
+    device: torch.device,
+    in_features: int,
+    out_features: int,
+    native: NativeKernels | None,
+    triton: TritonKernels | None = None,
 ) -> LinearMethod:
     """The fastest method there is for a weight [out_features, in_features] on the device."""
+    if triton is not None:
+        from miniserve.models.layers.triton import TritonMethod
+
+        return TritonMethod(triton)
     if device.type != "cpu":
         return PlainMethod()
     if native is not None and native.can_pack(dtype, in_features, out_features):

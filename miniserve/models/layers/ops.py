@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from miniserve.kernels.native import NativeKernels
+from miniserve.models.layers.linear import Linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,10 @@ class Ops(Protocol):
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """As the function `silu_and_mul`."""
+        ...
+
+    def gated_linear(self, layer: Linear, x: torch.Tensor) -> torch.Tensor:
+        """`silu_and_mul` of what the layer, gates before ups, makes of x [T, in_features]."""
         ...
 
 
@@ -130,12 +135,15 @@ class TorchOps:
         k_weight: torch.Tensor | None,
         eps: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        q, k, v = _split(qkv, shape)
+        q, k, v = split_heads(qkv, shape)
         q, k = qk_norm_rope(q, k, cos_sin, q_weight, k_weight, eps)
         return q, k, v
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return silu_and_mul(gate_up)
+
+    def gated_linear(self, layer: Linear, x: torch.Tensor) -> torch.Tensor:
+        return self.silu_and_mul(layer(x))
 
 
 class NativeOps:
@@ -164,13 +172,17 @@ class NativeOps:
         self._kernels.qk_norm_rope(
             qkv, q_weight, k_weight, cos_sin, shape.num_heads, shape.num_kv_heads, shape.head_dim, eps
         )
-        return _split(qkv, shape)
+        return split_heads(qkv, shape)
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return self._kernels.silu_and_mul(gate_up)
 
+    def gated_linear(self, layer: Linear, x: torch.Tensor) -> torch.Tensor:
+        return self.silu_and_mul(layer(x))
 
-def _split(qkv: torch.Tensor, shape: HeadShape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+
+def split_heads(qkv: torch.Tensor, shape: HeadShape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[T, (num_heads + 2 num_kv_heads) * head_dim] -> views [T, heads, head_dim] of q, of k and of v."""
     heads = qkv.view(qkv.shape[0], -1, shape.head_dim)
     q, k, v = torch.split_with_sizes(heads, [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
     return q, k, v

@@ -1,0 +1,163 @@
+"""The ends of a decode step on the device: lengths, slots and block tables of its rows before, the greedy token after.
+
+With these a step needs nothing from the host but, where they changed, the rows that decode and new blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from miniserve.kernels.triton.pdl import launch_options, start, wait
+
+_VOCAB_BLOCK = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class RowState:
+    """Every row's: tables int32 [max_num_seqs, width]; lens, last_tokens, num_outputs int64 [max_num_seqs]."""
+
+    tables: torch.Tensor
+    lens: torch.Tensor
+    last_tokens: torch.Tensor
+    num_outputs: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StepTensors:
+    """One step's, [batch] or [batch, width]. rows int64, negative in padding; input_ids, positions, slots int64;
+    seq_lens, block_tables int32. Padding rows get length 0 and slot -1."""
+
+    rows: torch.Tensor
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    seq_lens: torch.Tensor
+    block_tables: torch.Tensor
+
+
+@triton.jit
+def _advance_kernel(
+    rows_ptr,
+    tables_ptr,
+    lens_ptr,
+    last_ptr,
+    ids_ptr,
+    positions_ptr,
+    slots_ptr,
+    seq_lens_ptr,
+    out_tables_ptr,
+    table_width,
+    BLOCK_SIZE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    start(PDL)
+    wait(PDL)
+    index = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows_ptr + index)
+    if row < 0:
+        tl.store(ids_ptr + index, tl.zeros((), tl.int64))
+        tl.store(positions_ptr + index, tl.zeros((), tl.int64))
+        tl.store(slots_ptr + index, tl.full((), -1, tl.int64))
+        tl.store(seq_lens_ptr + index, tl.zeros((), tl.int32))
+        return
+    position = tl.load(lens_ptr + row)
+    tl.store(ids_ptr + index, tl.load(last_ptr + row))
+    tl.store(positions_ptr + index, position)
+    tl.store(seq_lens_ptr + index, (position + 1).to(tl.int32))
+    tl.store(lens_ptr + row, position + 1)
+    block = tl.load(tables_ptr + row * table_width + position // BLOCK_SIZE).to(tl.int64)
+    tl.store(slots_ptr + index, block * BLOCK_SIZE + position % BLOCK_SIZE)
+    for first in range(0, position // BLOCK_SIZE + 1, CHUNK):
+        cols = first + tl.arange(0, CHUNK)
+        ids = tl.load(tables_ptr + row * table_width + cols, mask=cols < table_width, other=0)
+        tl.store(out_tables_ptr + index * table_width + cols, ids, mask=cols < table_width)
+
+
+def advance(state: RowState, step: StepTensors, block_size: int) -> None:
+    """Count one more token for each of `step.rows` and fill in the rest of `step`."""
+    _advance_kernel[(step.rows.shape[0],)](
+        step.rows,
+        state.tables,
+        state.lens,
+        state.last_tokens,
+        step.input_ids,
+        step.positions,
+        step.slots,
+        step.seq_lens,
+        step.block_tables,
+        state.tables.shape[1],
+        BLOCK_SIZE=block_size,
+        CHUNK=1024,
+        num_warps=4,
+        **launch_options(step.rows.device),
+    )
+
+
+@triton.jit
+def _best_of_part_kernel(
+    logits_ptr, values_ptr, ids_ptr, vocab_size, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    start(PDL)
+    wait(PDL)
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    cols = part * BLOCK + tl.arange(0, BLOCK)
+    logits = tl.load(logits_ptr + row * vocab_size + cols, mask=cols < vocab_size, other=float("-inf"))
+    best = tl.max(logits, axis=0)
+    tl.store(values_ptr + row * PARTS + part, best)
+    tl.store(ids_ptr + row * PARTS + part, tl.min(tl.where(logits == best, cols, vocab_size - 1), axis=0))
+
+
+@triton.jit
+def _hand_over_kernel(
+    values_ptr,
+    ids_ptr,
+    rows_ptr,
+    last_ptr,
+    outputs_ptr,
+    tokens_ptr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    start(PDL)
+    wait(PDL)
+    index = tl.program_id(0).to(tl.int64)
+    parts = tl.arange(0, BLOCK)
+    values = tl.load(values_ptr + index * PARTS + parts, mask=parts < PARTS, other=float("-inf"))
+    ids = tl.load(ids_ptr + index * PARTS + parts, mask=parts < PARTS, other=0x7FFFFFFF)
+    token = tl.min(tl.where(values == tl.max(values, axis=0), ids, 0x7FFFFFFF), axis=0).to(tl.int64)
+    tl.store(tokens_ptr + index, token)
+    row = tl.load(rows_ptr + index)
+    if row >= 0:
+        tl.store(last_ptr + row, token)
+        tl.store(outputs_ptr + row, tl.load(outputs_ptr + row) + 1)
+
+
+def greedy(logits: torch.Tensor, rows: torch.Tensor, state: RowState, tokens: torch.Tensor) -> None:
+    """The argmax of each row of logits (float32 [batch, vocab_size], lowest id among equals) into `tokens` int64
+    [batch] and, where `rows` is not negative, as that row's last token."""
+    batch, vocab_size = logits.shape
+    parts = triton.cdiv(vocab_size, _VOCAB_BLOCK)
+    values = torch.empty(batch, parts, dtype=torch.float32, device=logits.device)
+    ids = torch.empty(batch, parts, dtype=torch.int32, device=logits.device)
+    options = launch_options(logits.device)
+    _best_of_part_kernel[(batch, parts)](
+        logits, values, ids, vocab_size, PARTS=parts, BLOCK=_VOCAB_BLOCK, num_warps=4, **options
+    )
+    _hand_over_kernel[(batch,)](
+        values,
+        ids,
+        rows,
+        state.last_tokens,
+        state.num_outputs,
+        tokens,
+        PARTS=parts,
+        BLOCK=triton.next_power_of_2(parts),
+        num_warps=1,
+        **options,
+    )

@@ -1,0 +1,158 @@
+"""The small operations of a decoder between its matrix products: norms, qk-norm with rope, SwiGLU's middle.
+
+Each rounds where `models/layers/ops.py` does, so that both give the same numbers but for the order of sums.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from miniserve.kernels.triton.pdl import launch_options, start, wait
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, out_ptr, size, eps, ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    start(PDL)
+    row = tl.program_id(0).to(tl.int64) * size
+    cols = tl.arange(0, BLOCK)
+    inside = cols < size
+    weight = tl.load(weight_ptr + cols, mask=inside, other=0.0)
+    wait(PDL)
+    x = tl.load(x_ptr + row + cols, mask=inside, other=0.0)
+    if ADD:
+        x = x + tl.load(residual_ptr + row + cols, mask=inside, other=0.0)
+        tl.store(residual_ptr + row + cols, x, mask=inside)
+    wide = x.to(tl.float32)
+    wide = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / size + eps)
+    tl.store(out_ptr + row + cols, weight * wide.to(x.dtype), mask=inside)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [T, size], contiguous, weight [size], same dtype -> [T, size]."""
+    out = torch.empty_like(x)
+    _launch_norm(x, x, weight, out, eps, add=False)
+    return out
+
+
+def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Adds x into `residual` (both [T, size], contiguous) and returns the norm of the sum."""
+    out = torch.empty_like(x)
+    _launch_norm(x, residual, weight, out, eps, add=True)
+    return out
+
+
+def _launch_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float, *, add: bool
+) -> None:
+    size = x.shape[-1]
+    block = triton.next_power_of_2(size)
+    _rms_norm_kernel[(x.numel() // size,)](
+        x,
+        residual,
+        weight,
+        out,
+        size,
+        eps,
+        ADD=add,
+        BLOCK=block,
+        num_warps=min(16, max(1, block // 512)),
+        **launch_options(x.device),
+    )
+
+
+@triton.jit
+def _silu_mul_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    start(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < size
+    wait(PDL)
+    gate = tl.load(x_ptr + row * 2 * size + cols, mask=inside, other=0.0)
+    up = tl.load(x_ptr + row * 2 * size + size + cols, mask=inside, other=0.0)
+    wide = gate.to(tl.float32)
+    tl.store(out_ptr + row * size + cols, (wide / (1.0 + tl.exp(-wide))).to(gate.dtype) * up, mask=inside)
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """[T, 2 * size], contiguous, gate first -> [T, size]."""
+    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(rows, size, dtype=gate_up.dtype, device=gate_up.device)
+    block = min(1024, triton.next_power_of_2(size))
+    grid = (rows, triton.cdiv(size, block))
+    _silu_mul_kernel[grid](gate_up, out, size, BLOCK=block, num_warps=4, **launch_options(gate_up.device))
+    return out
+
+
+@triton.jit
+def _norm_rope_kernel(
+    qkv_ptr,
+    cos_sin_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    eps,
+    row_size,
+    num_heads,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    NORM: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program a token and head, q's heads first, then k's; in place."""
+    start(PDL)
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    half: tl.constexpr = HEAD_DIM // 2
+    cols = tl.arange(0, HALF)
+    inside = cols < half
+    if NORM:
+        weight_ptr = q_weight_ptr if head < num_heads else k_weight_ptr
+        first_weight = tl.load(weight_ptr + cols, mask=inside, other=0.0)
+        second_weight = tl.load(weight_ptr + half + cols, mask=inside, other=0.0)
+    wait(PDL)
+    base = qkv_ptr + token * row_size + head * HEAD_DIM
+    first = tl.load(base + cols, mask=inside, other=0.0)
+    second = tl.load(base + half + cols, mask=inside, other=0.0)
+    if NORM:
+        wide_1, wide_2 = first.to(tl.float32), second.to(tl.float32)
+        total = tl.sum(wide_1 * wide_1, axis=0) + tl.sum(wide_2 * wide_2, axis=0)
+        inverse = tl.rsqrt(total / HEAD_DIM + eps)
+        first = first_weight * (wide_1 * inverse).to(first.dtype)
+        second = second_weight * (wide_2 * inverse).to(second.dtype)
+    cos = tl.load(cos_sin_ptr + token * HEAD_DIM + cols, mask=inside, other=0.0)
+    sin = tl.load(cos_sin_ptr + token * HEAD_DIM + half + cols, mask=inside, other=0.0)
+    wide_1, wide_2 = first.to(tl.float32), second.to(tl.float32)
+    tl.store(base + cols, (wide_1 * cos - wide_2 * sin).to(first.dtype), mask=inside)
+    tl.store(base + half + cols, (wide_2 * cos + wide_1 * sin).to(first.dtype), mask=inside)
+
+
+def norm_rope(
+    qkv: torch.Tensor,
+    cos_sin: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+) -> None:
+    """Norm (where there are weights [head_dim]) and rotate q and k within qkv [T, (num_heads + 2 num_kv_heads) *
+    head_dim], contiguous; cos_sin float32 [T, head_dim], cosines first. NeoX style: halves are paired."""
+    norm = q_weight is not None and k_weight is not None
+    _norm_rope_kernel[(qkv.shape[0], num_heads + num_kv_heads)](
+        qkv,
+        cos_sin,
+        q_weight if norm else qkv,
+        k_weight if norm else qkv,
+        eps,
+        qkv.shape[1],
+        num_heads,
+        HEAD_DIM=head_dim,
+        HALF=triton.next_power_of_2(head_dim // 2),
+        NORM=norm,
+        num_warps=1,
+        **launch_options(qkv.device),
+    )
