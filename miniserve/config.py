@@ -38,6 +38,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
     async_scheduling: bool | None = None
+    enforce_eager: bool = False
     generation_config: Literal["auto", "none"] = "auto"
     seed: int = 0
     log_level: str = "info"

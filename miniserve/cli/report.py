@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from miniserve.core import EngineInfo
@@ -39,17 +39,17 @@ class Report:
 
     @contextmanager
     def loading(self) -> Iterator[ProgressCallback]:
-        """What the engine loads, in bytes: bars where stderr is a terminal, elsewhere a line for each tenth."""
+        """What the engine loads, in bytes, or captures: bars where stderr is a terminal, elsewhere a line a tenth."""
         if not self._console.is_terminal:
             yield self._tell_tenths()
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[of]}"), TimeElapsedColumn())
         tasks: dict[str, TaskID] = {}
         with Progress(*columns, console=self._console, transient=True) as progress:
 
             def update(stage: str, done: int, total: int) -> None:
                 if stage not in tasks:
-                    tasks[stage] = progress.add_task(stage, total=total)
+                    tasks[stage] = progress.add_task(stage, total=total, of=_amount(stage, total))
                 progress.update(tasks[stage], completed=done, total=total)
 
             yield update
@@ -64,7 +64,7 @@ class Report:
             # A load of a few seconds is one line.
             if tenths > told.get(stage, 0) and (tenths == 10 or now - last.setdefault(stage, now) > _LINE_INTERVAL):
                 told[stage], last[stage] = tenths, now
-                self.line(f"loading {stage}: {10 * tenths}% of {human_bytes(total)}")
+                self.line(f"loading {stage}: {10 * tenths}% of {_amount(stage, total)}")
 
         return update
 
@@ -91,6 +91,10 @@ class Report:
         url = client_url(host, port)
         self.line(f"Serving {model} at {url}")
         self.line(curl_line(url, model, with_key=with_key))
+
+
+def _amount(stage: str, total: int) -> str:
+    return str(total) if stage == "decode graphs" else human_bytes(total)
 
 
 def human_bytes(size: int) -> str:

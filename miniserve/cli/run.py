@@ -123,6 +123,9 @@ def run(
             show_default="auto",
         ),
     ] = None,
+    enforce_eager: Annotated[
+        bool, _switch("--enforce-eager", help="Launch every kernel of a decode step from Python, without graphs.")
+    ] = False,
     no_chat: Annotated[bool, _chat("--no-chat", help="Serve only, also at a terminal.")] = False,
     prompt: Annotated[
         str | None,
@@ -152,6 +155,7 @@ def run(
         gpu_memory_utilization=gpu_memory_utilization,
         enable_prefix_caching=enable_prefix_caching,
         async_scheduling=async_scheduling,
+        enforce_eager=enforce_eager,
         generation_config=generation_config,  # type: ignore[arg-type]  # EngineConfig checks it
         seed=seed,
         log_level=log_level,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,9 @@ from miniserve.models.dense import CausalLM
 from miniserve.runner.logprobs import LogprobTensors, gather_logprobs, rows_per_chunk, to_token_logprobs
 from miniserve.runner.sampler import SampleOutput, Sampler
 from miniserve.runner.state import StepState
+
+if TYPE_CHECKING:
+    from miniserve.runner.decode_graph import DecodeGraphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +46,20 @@ class ModelRunner:
     """Implements `core.Runner`. Launches run in stream order: state may be advanced as soon as a step is enqueued."""
 
     def __init__(
-        self, model: CausalLM, backend: Backend[Any], caches: Sequence[KVCache], state: StepState, sampler: Sampler
+        self,
+        model: CausalLM,
+        backend: Backend[Any],
+        caches: Sequence[KVCache],
+        state: StepState,
+        sampler: Sampler,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self._model = model
         self._backend = backend
         self._caches = caches
         self._state = state
         self._sampler = sampler
+        self._graphs = graphs
         self._asynchronous = model.options.device.type != "cpu"
         self._prompt_k: dict[int, int] = {}  # row -> alternatives per prompt token, where asked for
 
@@ -63,6 +73,11 @@ class ModelRunner:
             self._sampler.start_row(start)
             if start.request.params.prompt_logprobs is not None:
                 self._prompt_k[start.row] = start.request.params.prompt_logprobs
+        bucket = None
+        if self._graphs is not None and not plan.chunks:
+            bucket = self._graphs.bucket(len(plan.decode_rows))
+        if self._graphs is not None and bucket is not None:
+            return self._to_host(self._replay(self._graphs, bucket, plan), [])
         inputs = self._state.prepare(plan, self._sampler.last_tokens)
         context = PagedStepContext(self._backend, self._caches, self._backend.build(inputs.batch))
         hidden = self._model(inputs.input_ids, inputs.positions, context)
@@ -72,6 +87,14 @@ class ModelRunner:
             chosen = hidden if inputs.sample_indices is None else hidden[inputs.sample_indices]
             sampled = self._sampler.sample(self._model.compute_logits(chosen), rows)
         return self._to_host(sampled, prompt_logprobs)
+
+    def _replay(self, graphs: DecodeGraphs, bucket: int, plan: StepPlan) -> SampleOutput:
+        rows = plan.decode_rows
+        self._state.prepare_decode(plan)
+        logits = graphs.forward(bucket, rows)
+        if self._sampler.takes_argmax(rows):
+            return SampleOutput(graphs.greedy(bucket, len(rows)), None, (None,) * len(rows))
+        return self._sampler.sample(logits, rows)
 
     def collect(self, handle: object) -> StepResult:
         """Wait for a step's result; see `core.Runner`."""

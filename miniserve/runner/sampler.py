@@ -91,10 +91,10 @@ class Sampler:
         logprobs = gather_logprobs(raw, tokens[batch.logprobs.positions], batch.logprobs.most)
         return SampleOutput(tokens, logprobs, batch.num_logprobs)
 
-    def max_logprobs(self, rows: list[int]) -> int | None:
-        """The largest `logprobs` that one of the rows asks for, None where none asks."""
-        asked = self._prepare(rows).logprobs
-        return None if asked is None else asked.most
+    def takes_argmax(self, rows: list[int]) -> bool:
+        """Whether `sample` would give each row's most likely token and nothing more."""
+        batch = self._prepare(rows)
+        return batch.any_greedy and not batch.overwrites_logits and batch.logprobs is None
 
     def _prepare(self, rows: list[int]) -> Batch:
         if self._batch is None or self._batch_rows != rows:

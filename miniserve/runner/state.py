@@ -43,7 +43,22 @@ class StepState:
         self._device_lens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self._decode_rows: list[int] = []
         self._host_rows = np.zeros(0, dtype=np.int64)
-        self._device_rows = torch.zeros(0, dtype=torch.int64, device=device)
+        self._device_rows: torch.Tensor | None = None
+
+    @property
+    def tables(self) -> torch.Tensor:
+        """Block tables on the device, int32 [max_num_seqs, width]."""
+        return self._device_tables
+
+    @property
+    def lens(self) -> torch.Tensor:
+        """Lengths on the device, int64 [max_num_seqs]: tokens whose keys and values are in the cache."""
+        return self._device_lens
+
+    def prepare_decode(self, plan: StepPlan) -> None:
+        """As `prepare`, for a step of decode rows alone that a graph advances on the device."""
+        self._append_blocks(plan.new_blocks)
+        self._count(plan.decode_rows)
 
     def prepare(self, plan: StepPlan, last_tokens: torch.Tensor) -> StepInputs:
         """Apply the plan's differences and lay out its tokens. last_tokens int64 [max_num_seqs], on the device."""
@@ -82,19 +97,26 @@ class StepState:
 
     def _advance(self, decode_rows: list[int]) -> tuple[torch.Tensor, torch.Tensor, DecodeRows]:
         """The rows, their positions (lengths before this step), and what attention reads (lengths after it)."""
-        if decode_rows != self._decode_rows:
-            self._decode_rows = decode_rows
-            self._host_rows = np.array(decode_rows, dtype=np.int64)
+        host_lens = self._count(decode_rows)
+        if self._device_rows is None:
             self._device_rows = to_device(self._host_rows, self._device)
         rows = self._device_rows
-        self._lens[self._host_rows] += 1
-        host_lens = self._lens[self._host_rows]
         longest = int(host_lens.max())
         positions = self._device_lens[rows]
         seq_lens = positions + 1
         self._device_lens[rows] = seq_lens
         tables = self._device_tables[rows, : -(-longest // self._block_size)]
         return rows, positions, DecodeRows(tables, seq_lens.to(torch.int32), longest, host_lens)
+
+    def _count(self, decode_rows: list[int]) -> Int64:
+        """One more token in each of the rows, on the host; returns their lengths."""
+        if decode_rows != self._decode_rows:
+            self._decode_rows = decode_rows
+            self._host_rows = np.array(decode_rows, dtype=np.int64)
+            self._device_rows = None
+        lens: Int64 = self._lens[self._host_rows] + 1
+        self._lens[self._host_rows] = lens
+        return lens
 
     def _slots(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         blocks = self._device_tables[rows, positions // self._block_size].to(torch.int64)

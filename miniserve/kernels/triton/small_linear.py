@@ -33,7 +33,7 @@ class LinearTile:
 @triton.jit
 def _product(acc, w, x, DOT: tl.constexpr):
     if DOT:
-        acc = tl.dot(x, tl.trans(w), acc)
+        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
     else:
         acc += w.to(tl.float32) * x.to(tl.float32)
     return acc

@@ -1,0 +1,130 @@
+"""Decode steps as device graphs: positions, slots, forward and, for greedy rows, the token and its hand-over.
+
+A graph belongs to a bucket, a number of rows; a step runs in the smallest bucket that holds its rows, the rest being
+padding. Graphs read and write tensors that never move, so that a step needs from the host its rows, where they changed,
+and nothing else. All graphs share one memory pool, as only one of them runs at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from miniserve.attention.backends.base import Backend
+from miniserve.attention.context import PagedStepContext
+from miniserve.attention.layouts import KVCache
+from miniserve.attention.metadata import DecodeRows, StepBatch
+from miniserve.kernels.triton.decode_step import RowState, StepTensors, advance, greedy
+from miniserve.models.dense import CausalLM
+from miniserve.runner.sampling_transfer import to_device
+
+Progress = Callable[[int, int], None]
+
+
+def decode_buckets(max_num_seqs: int) -> list[int]:
+    """Rows that graphs are captured for: powers of two up to 16, then steps that waste at most a third of a step."""
+    steps = [1, 2, 4, 8, 16, *range(32, 128, 16), *range(128, 256, 32), *range(256, max_num_seqs + 64, 64)]
+    return [size for size in steps if size < max_num_seqs] + [max_num_seqs]
+
+
+class DecodeGraphs:
+    """`state` is that of the runner's rows; `max_seq_len` in tokens bounds every row's length."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        backend: Backend[Any],
+        caches: Sequence[KVCache],
+        state: RowState,
+        *,
+        block_size: int,
+        max_seq_len: int,
+        buckets: Sequence[int],
+    ) -> None:
+        self._model, self._backend, self._caches, self._state = model, backend, caches, state
+        self._block_size, self._max_seq_len = block_size, max_seq_len
+        self._buckets = sorted(buckets)
+        self._device = state.lens.device
+        most = self._buckets[-1]
+
+        def integers(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=self._device)
+
+        self._step = StepTensors(
+            rows=integers(most) - 1,
+            input_ids=integers(most),
+            positions=integers(most),
+            slots=integers(most),
+            seq_lens=integers(most, dtype=torch.int32),
+            block_tables=integers(most, state.tables.shape[1], dtype=torch.int32),
+        )
+        self._tokens = integers(most)
+        self._logits = torch.empty(most, model.config.vocab_size, dtype=torch.float32, device=self._device)
+        self._forward: dict[int, torch.cuda.CUDAGraph] = {}
+        self._greedy: dict[int, torch.cuda.CUDAGraph] = {}
+        self._rows: tuple[int, list[int]] = (0, [])
+
+    def capture(self, progress: Progress | None = None) -> None:
+        """Record every bucket's graphs, the largest first, so that the smaller ones find their memory in the pool."""
+        pool = torch.cuda.graph_pool_handle()
+        for done, bucket in enumerate(reversed(self._buckets)):
+            if progress is not None:
+                progress(done, len(self._buckets))
+            self._run(bucket)  # what is compiled or allocated at the first run must be there before the capture
+            self._pick(bucket)
+            torch.cuda.synchronize(self._device)
+            self._forward[bucket] = _record(lambda bucket=bucket: self._run(bucket), pool)
+            self._greedy[bucket] = _record(lambda bucket=bucket: self._pick(bucket), pool)
+        if progress is not None:
+            progress(len(self._buckets), len(self._buckets))
+
+    def bucket(self, num_rows: int) -> int | None:
+        """The bucket for a step of so many decode rows, None where no graph is that large."""
+        return next((bucket for bucket in self._buckets if num_rows <= bucket), None)
+
+    def forward(self, bucket: int, rows: list[int]) -> torch.Tensor:
+        """Launch a step of `rows`, each advancing by its last token. Returns logits float32 [len(rows), vocab_size],
+        which the next launch overwrites."""
+        known_bucket, known = self._rows
+        if known is not rows or known_bucket != bucket:
+            self._rows = (bucket, rows)
+            host = np.full(bucket, -1, dtype=np.int64)
+            host[: len(rows)] = rows
+            self._step.rows[:bucket].copy_(to_device(host, self._device), non_blocking=True)
+        self._forward[bucket].replay()
+        return self._logits[: len(rows)]
+
+    def greedy(self, bucket: int, num_rows: int) -> torch.Tensor:
+        """After `forward`: take each row's most likely token and hand it to the next step. Returns them, int64
+        [num_rows]; the next launch overwrites them."""
+        self._greedy[bucket].replay()
+        return self._tokens[:num_rows]
+
+    def _run(self, bucket: int) -> None:
+        step = StepTensors(
+            self._step.rows[:bucket],
+            self._step.input_ids[:bucket],
+            self._step.positions[:bucket],
+            self._step.slots[:bucket],
+            self._step.seq_lens[:bucket],
+            self._step.block_tables[:bucket],
+        )
+        advance(self._state, step, self._block_size)
+        decode = DecodeRows(step.block_tables, step.seq_lens, self._max_seq_len, host_seq_lens=None)
+        metadata = self._backend.build(StepBatch(step.slots, decode))
+        context = PagedStepContext(self._backend, self._caches, metadata)
+        hidden = self._model(step.input_ids, step.positions, context)
+        self._logits[:bucket].copy_(self._model.compute_logits(hidden))
+
+    def _pick(self, bucket: int) -> None:
+        greedy(self._logits[:bucket], self._step.rows[:bucket], self._state, self._tokens[:bucket])
+
+
+def _record(work: Callable[[], None], pool: tuple[int, int]) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        work()
+    return graph
