@@ -1,79 +1,370 @@
-"""What each kernel path takes, as data. `select` reads this table; nothing else decides what a path can do."""
+"""What each kernel and each backend takes, as data. `select` reads these tables; nothing else decides what can be done.
+
+The terms of aiter's kernels are those of v0.1.20.post1: its source, its validators and its issue tracker.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import fnmatch
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from miniserve.attention.aiter import MINIMUM_VERSION
 from miniserve.attention.layouts import LAYOUTS
+from miniserve.attention.platform import Platform, Version
 from miniserve.attention.spec import AttentionSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Platform:
-    """Where attention will run. `native_unavailable`: why the C++ kernels cannot be used, None when they can.
-    `fastest_layout`: the one its kernels were measured to read fastest, None where the contracts' own order holds."""
-
-    device: str
-    native_unavailable: str | None = None
-    fastest_layout: str | None = None
-
-    def order(self, layouts: tuple[str, ...]) -> tuple[str, ...]:
-        """A contract's layouts in the order to try them here."""
-        return tuple(sorted(layouts, key=lambda layout: layout != self.fastest_layout))
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KernelContract:
-    """One path's terms. An empty tuple means anything goes; `layouts` are in the order the path prefers them."""
+    """One kernel's terms. An empty tuple or None means anything goes.
+
+    fp8_kv: it also reads a cache of the platform's fp8; otherwise the cache is of the compute dtype, unless `any_kv`.
+    max_group: query heads per KV head. block_multiple, head_dim_multiple: what sizes must divide by. max_query_len:
+    query tokens a row. min_window: the shortest sliding window, None where it has none. any_scale: False where the
+    softmax scale is head_dim ** -0.5 whatever it is told. max_plane_bytes: of one side of one layer's cache.
+    """
 
     name: str
-    devices: tuple[str, ...]
     layouts: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
+    fp8_kv: bool = False
+    any_kv: bool = False
     head_dims: tuple[int, ...] = ()
+    head_dim_multiple: int = 1
+    min_head_dim: int = 1
+    max_head_dim: int | None = None
+    pow2_head_dim: bool = False
+    max_group: int | None = None
     block_sizes: tuple[int, ...] = ()
-    sliding_window: bool = True
+    block_multiple: int = 1
+    pow2_block: bool = False
+    max_query_len: int | None = None
+    min_window: int | None = 1
     softcap: bool = True
     sinks: bool = True
-    needs_native: bool = False
+    any_scale: bool = True
+    max_plane_bytes: int | None = None
 
-    def refusals(self, spec: AttentionSpec, platform: Platform, layout: str, block_size: int) -> Iterator[str]:
-        """Every reason, as a sentence, why this path cannot serve the layer on this platform."""
-        if self.devices and platform.device not in self.devices:
-            yield f"it runs on {' or '.join(self.devices)}, not on {platform.device}"
-        if self.needs_native and platform.native_unavailable:
-            yield platform.native_unavailable
-        if layout not in self.layouts:
-            yield f"it does not read the {layout} layout"
-        elif reason := LAYOUTS[layout].refusal(spec, block_size):
-            yield reason
+    def refusals(self, spec: AttentionSpec, block_size: int, query_len: int | None, plane_bytes: int) -> Iterator[str]:
+        """Every reason, each as a sentence without its subject, why this kernel cannot serve the layer.
+
+        query_len: query tokens a row, None for any number. plane_bytes: 0 where the pool's size is not settled yet.
+        """
         if spec.dtype not in self.dtypes:
-            yield f"it does not compute in {_name(spec.dtype)}"
-        if spec.kv_dtype != spec.dtype:
-            yield f"it needs the KV cache in {_name(spec.dtype)}, not {_name(spec.kv_dtype)}"
-        if self.head_dims and spec.head_dim not in self.head_dims:
-            yield f"it does not take head_dim {spec.head_dim}"
-        if self.block_sizes and block_size not in self.block_sizes:
-            yield f"it does not take block size {block_size}"
-        if spec.sliding_window is not None and not self.sliding_window:
-            yield "it has no sliding window"
+            yield f"does not compute in {name_of(spec.dtype)}"
+        yield from self._refused_cache(spec, plane_bytes)
+        yield from self._refused_sizes(spec, block_size)
+        if self.max_query_len is not None and (query_len is None or query_len > self.max_query_len):
+            yield f"takes {self.max_query_len} query token a row"
+        if spec.sliding_window is not None and (self.min_window is None or spec.sliding_window < self.min_window):
+            short = "" if self.min_window is None else f" of {spec.sliding_window}"
+            yield f"has no sliding window{short}"
         if spec.softcap is not None and not self.softcap:
-            yield "it has no softcap"
+            yield "has no softcap"
         if spec.sinks and not self.sinks:
-            yield "it has no sinks"
+            yield "has no sinks"
+        if not self.any_scale and not math.isclose(spec.scale, spec.head_dim**-0.5, rel_tol=1e-6):
+            yield f"always scales by head_dim ** -0.5, not by {spec.scale:.6g}"
+
+    def _refused_cache(self, spec: AttentionSpec, plane_bytes: int) -> Iterator[str]:
+        if spec.kv_dtype.itemsize == 1 and not (self.fp8_kv or self.any_kv):
+            yield "does not read an fp8 KV cache"
+        elif spec.kv_dtype.itemsize > 1 and spec.kv_dtype != spec.dtype and not self.any_kv:
+            yield f"needs the KV cache in {name_of(spec.dtype)}, not {name_of(spec.kv_dtype)}"
+        if self.max_plane_bytes is not None and plane_bytes > self.max_plane_bytes:
+            yield f"reads at most {self.max_plane_bytes:,} bytes of keys or values, not {plane_bytes:,}"
+
+    def _refused_sizes(self, spec: AttentionSpec, block_size: int) -> Iterator[str]:
+        dim, group = spec.head_dim, spec.num_heads // spec.num_kv_heads
+        if (
+            (self.head_dims and dim not in self.head_dims)
+            or dim % self.head_dim_multiple
+            or dim < self.min_head_dim
+            or (self.max_head_dim is not None and dim > self.max_head_dim)
+            or (self.pow2_head_dim and not _is_pow2(dim))
+        ):
+            yield f"does not take head_dim {dim}"
+        if self.max_group is not None and group > self.max_group:
+            yield f"takes at most {self.max_group} query heads per KV head, not {group}"
+        if (
+            (self.block_sizes and block_size not in self.block_sizes)
+            or block_size % self.block_multiple
+            or (self.pow2_block and not _is_pow2(block_size))
+        ):
+            yield f"does not take block size {block_size}"
 
 
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+@dataclass(frozen=True, slots=True)
+class LayerRoute:
+    """Which kernel serves each part of a layer's step, by its contract's name."""
 
-# In order of preference.
-CONTRACTS = (
-    KernelContract("CPU_ATTN", ("cpu",), ("linear", "shuffled"), _FLOATS, needs_native=True),
-    KernelContract("TORCH_ATTN", (), ("linear", "shuffled"), _FLOATS),
+    decode: str
+    extend: str
+    prefill: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendContract:
+    """A backend: where it runs, its KV layouts in the order it prefers them, and its kernels in order of preference.
+
+    A layer that no kernel of `decode` serves is decoded by one of `rerouted_decode`; a model that has no other layers
+    is left to the backends whose own kernels those are. requires: what must be there, of "native", "aiter", "triton".
+    """
+
+    name: str
+    layouts: tuple[str, ...]
+    decode: tuple[KernelContract, ...]
+    extend: tuple[KernelContract, ...]
+    prefill: tuple[KernelContract, ...]
+    rerouted_decode: tuple[KernelContract, ...] = ()
+    archs: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
+    min_aiter: Version = MINIMUM_VERSION
+    latent: bool = False
+
+    def platform_refusals(self, platform: Platform) -> Iterator[str]:
+        """Why this backend cannot run there whatever the model."""
+        if self.archs and not any(_is_arch(platform.arch, pattern) for pattern in self.archs):
+            yield f"it runs on {' or '.join(self.archs)}, not on {platform.arch}"
+            return
+        missing = {
+            "native": platform.native_unavailable,
+            "aiter": platform.aiter_unavailable,
+            "triton": platform.triton_unavailable,
+        }
+        for what in self.requires:
+            if reason := missing[what]:
+                yield reason
+        version = platform.aiter_version
+        if "aiter" in self.requires and version is not None and version < self.min_aiter:
+            needed, found = (".".join(map(str, v)) for v in (self.min_aiter, version))
+            yield f"it needs aiter v{needed} or newer, not v{found}"
+
+    def kind_refusals(self, specs: Sequence[AttentionSpec]) -> Iterator[str]:
+        """Why this backend cannot serve the model whatever the layout."""
+        if any(self.latent != (spec.latent is not None) for spec in specs):
+            yield "it is for latent (MLA) layers" if self.latent else "it has no latent (MLA) attention"
+
+    def routes(
+        self,
+        specs: Sequence[AttentionSpec],
+        platform: Platform,
+        layout: str,
+        block_size: int,
+        num_blocks: int = 0,
+    ) -> tuple[tuple[LayerRoute, ...], list[str]]:
+        """Each layer's route, or the reasons (sentences, each once) why some layer has none."""
+        if layout not in self.layouts:
+            return (), [f"it does not read the {layout} layout"]
+        reasons: dict[str, None] = {}
+        refused: dict[str, None] = {}
+        routes: dict[AttentionSpec, LayerRoute | None] = {}
+        own = False
+        for spec in dict.fromkeys(specs):
+            if found := _layout_refusal(spec, platform, layout, block_size):
+                reasons[found] = None
+                continue
+            plane = num_blocks * LAYOUTS[layout](block_size).block_bytes(spec) // 2
+            kernels: list[str] = []
+            for role, options in (
+                ("decode", (*self.decode, *self.rerouted_decode)),
+                ("extend", self.extend),
+                ("prefill", self.prefill),
+            ):
+                kernel, why = self._first(options, spec, layout, block_size, 1 if role == "decode" else None, plane)
+                if kernel is None:
+                    reasons |= dict.fromkeys(why)
+                    continue
+                kernels.append(kernel.name)
+                if role == "decode":
+                    own = own or kernel in self.decode
+                    refused |= dict.fromkeys(why)
+            routes[spec] = LayerRoute(*kernels) if len(kernels) == 3 else None
+        if not reasons and not own:
+            reasons = refused
+        if reasons:
+            return (), list(reasons)
+        return tuple(route for spec in specs if (route := routes[spec]) is not None), []
+
+    def _first(
+        self,
+        options: tuple[KernelContract, ...],
+        spec: AttentionSpec,
+        layout: str,
+        block_size: int,
+        query_len: int | None,
+        plane_bytes: int,
+    ) -> tuple[KernelContract | None, list[str]]:
+        """The first kernel that serves the layer, and what the ones before it refused."""
+        refused: list[str] = []
+        for kernel in options:
+            if layout not in kernel.layouts:
+                continue
+            found = list(kernel.refusals(spec, block_size, query_len, plane_bytes))
+            if not found:
+                return kernel, refused
+            subject = "it" if kernel.name == self.name else kernel.name
+            refused += [f"{subject} {reason}" for reason in found]
+        return None, refused
+
+
+def _layout_refusal(spec: AttentionSpec, platform: Platform, layout: str, block_size: int) -> str | None:
+    if spec.kv_dtype.itemsize == 1 and spec.kv_dtype != platform.fp8_dtype:
+        return f"fp8 on {platform.arch} is {name_of(platform.fp8_dtype)}, not {name_of(spec.kv_dtype)}"
+    return LAYOUTS[layout].refusal(spec, block_size)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """The dtype's name as flags and configs have it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _is_pow2(number: int) -> bool:
+    return number & (number - 1) == 0
+
+
+def _is_arch(arch: str, pattern: str) -> bool:
+    """Patterns: "gfx942"; "gfx*": any AMD GPU; "sm_80+": an NVIDIA GPU of compute capability 8.0 or later."""
+    if pattern.endswith("+"):
+        family, _, least = pattern[:-1].partition("_")
+        name, _, number = arch.partition("_")
+        return name == family and int(number) >= int(least)
+    return fnmatch.fnmatchcase(arch, pattern)
+
+
+_ALL = (torch.bfloat16, torch.float16, torch.float32)
+_HALF = (torch.bfloat16, torch.float16)
+_BOTH = ("linear", "shuffled")
+_PAGED_DIMS = (64, 128, 256)  # aiter's HIP kernels drop what is left of head_dim / 64, and return garbage below 64
+
+_CPU = KernelContract(name="CPU_ATTN", layouts=_BOTH, dtypes=_ALL)
+_TORCH = KernelContract(name="TORCH_ATTN", layouts=_BOTH, dtypes=_ALL, fp8_kv=True, any_kv=True)
+_TRITON_DECODE, _TRITON_EXTEND = (
+    KernelContract(
+        name=name, layouts=_BOTH, dtypes=_ALL, fp8_kv=True, min_head_dim=16, max_head_dim=256, max_query_len=query_len
+    )
+    for name, query_len in (("triton paged_decode", 1), ("triton paged_extend", None))
+)
+_PAGED_V1 = KernelContract(
+    name="paged_attention_v1",
+    layouts=("linear",),
+    dtypes=_HALF,
+    fp8_kv=True,
+    head_dims=_PAGED_DIMS,
+    max_group=16,
+    block_sizes=(16, 32),
+    max_query_len=1,
+    sinks=False,
+)
+_PAGED_ROCM = KernelContract(
+    name="paged_attention_rocm",
+    layouts=("shuffled",),
+    dtypes=_HALF,
+    fp8_kv=True,
+    head_dims=_PAGED_DIMS,
+    max_group=16,  # above it the kernel's head index is wrong
+    block_multiple=16,
+    max_query_len=1,
+    min_window=None,
+    softcap=False,
+    sinks=False,
+)
+# Reaches the ASM kernel from some batch on, so it has that kernel's terms at any batch.
+_PAGED_COMMON = KernelContract(
+    name="paged_attention_common",
+    layouts=("shuffled",),
+    dtypes=_HALF,
+    fp8_kv=True,
+    head_dims=(128,),
+    max_group=16,
+    block_sizes=(16,),
+    max_query_len=1,
+    min_window=None,
+    softcap=False,
+    sinks=False,
+    any_scale=False,
+)
+_UNIFIED, _UNIFIED_SHUFFLED = (
+    KernelContract(
+        name="unified_attention",
+        layouts=(layout,),
+        dtypes=_HALF,
+        fp8_kv=True,
+        min_head_dim=32,
+        max_head_dim=256,
+        pow2_head_dim=pow2,  # shuffled, other sizes give NaN
+        block_multiple=16,
+        pow2_block=True,
+    )
+    for layout, pow2 in (("linear", False), ("shuffled", True))
+)
+# Keys and values come dense, gathered from the cache where there is context. Sinks: its ASM variant drops them. A
+# window of 1 is told as (0, 0), which it takes for none.
+_FLASH = KernelContract(
+    name="flash_attn_varlen_func",
+    layouts=_BOTH,
+    dtypes=_HALF,
+    fp8_kv=True,
+    head_dim_multiple=8,
+    max_head_dim=256,
+    min_window=2,
+    sinks=False,
 )
 
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+_INSTINCT = ("gfx942", "gfx950")
+_UNIFIED_BOTH = (_UNIFIED, _UNIFIED_SHUFFLED)
+# In order of preference. Those of latent attention come last, where models without it never get to.
+CONTRACTS = (
+    BackendContract(
+        name="ROCM_ATTN",
+        layouts=("shuffled",),
+        decode=(_PAGED_ROCM,),
+        rerouted_decode=(_TRITON_DECODE,),
+        extend=(_TRITON_EXTEND,),
+        prefill=(_TRITON_EXTEND,),
+        archs=_INSTINCT,
+        requires=("aiter", "triton"),
+    ),
+    BackendContract(
+        name="ROCM_AITER_FA",
+        layouts=_BOTH,
+        decode=(_PAGED_V1, _PAGED_COMMON, _PAGED_ROCM),
+        rerouted_decode=_UNIFIED_BOTH,
+        extend=(_FLASH, *_UNIFIED_BOTH),
+        prefill=(_FLASH, *_UNIFIED_BOTH),
+        archs=_INSTINCT,
+        requires=("aiter",),
+    ),
+    BackendContract(
+        name="ROCM_AITER_UNIFIED_ATTN",
+        layouts=_BOTH,
+        decode=_UNIFIED_BOTH,
+        extend=_UNIFIED_BOTH,
+        prefill=_UNIFIED_BOTH,
+        archs=_INSTINCT,
+        requires=("aiter",),
+    ),
+    BackendContract(
+        name="TRITON_ATTN",
+        layouts=_BOTH,
+        decode=(_TRITON_DECODE,),
+        extend=(_TRITON_EXTEND,),
+        prefill=(_TRITON_EXTEND,),
+        archs=("sm_80+", "gfx*"),
+        requires=("triton",),
+    ),
+    BackendContract(
+        name="CPU_ATTN",
+        layouts=_BOTH,
+        decode=(_CPU,),
+        extend=(_CPU,),
+        prefill=(_CPU,),
+        archs=("cpu",),
+        requires=("native",),
+    ),
+    BackendContract(name="TORCH_ATTN", layouts=_BOTH, decode=(_TORCH,), extend=(_TORCH,), prefill=(_TORCH,)),
+)

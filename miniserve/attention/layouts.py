@@ -44,13 +44,44 @@ class KVLayout(ABC):
     def shapes(self, spec: AttentionSpec, num_blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of the key and the value plane."""
 
+    def write(
+        self,
+        cache: KVCache,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
+    ) -> None:
+        """Store k, v [num_tokens, num_kv_heads, head_dim] at slot_mapping [num_tokens] int64 (every slot >= 0).
+
+        k_scale, v_scale float32 [1], of an fp8 cache: it stores value / scale, limited to the largest code.
+        """
+        self.store(cache, _encode(k, cache.key.dtype, k_scale), _encode(v, cache.value.dtype, v_scale), slot_mapping)
+
+    def read(
+        self,
+        cache: KVCache,
+        block_ids: torch.Tensor,
+        dtype: torch.dtype,
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `gather` finds, as values of `dtype`: an fp8 cache's codes times their scales."""
+        k, v = self.gather(cache, block_ids)
+        return _decode(k, dtype, k_scale), _decode(v, dtype, v_scale)
+
     @abstractmethod
-    def write(self, cache: KVCache, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-        """Store k, v [num_tokens, num_kv_heads, head_dim] at slot_mapping [num_tokens] int64 (every slot >= 0)."""
+    def store(self, cache: KVCache, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        """As `write`, of k and v as the cache holds them."""
 
     @abstractmethod
     def gather(self, cache: KVCache, block_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read blocks: block_ids [...] -> k, v [..., block_size, num_kv_heads, head_dim]."""
+        """Read blocks: block_ids [...] -> k, v [..., block_size, num_kv_heads, head_dim], as the cache holds them."""
+
+    @abstractmethod
+    def gather_tokens(self, cache: KVCache, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read tokens: slots int64 [n] -> k, v [n, num_kv_heads, head_dim], as the cache holds them."""
 
     def block_bytes(self, spec: AttentionSpec) -> int:
         """Bytes of one block of one layer, keys and values together."""
@@ -75,12 +106,15 @@ class LinearLayout(KVLayout):
         shape = (num_blocks, self.block_size, spec.num_kv_heads, spec.head_dim)
         return shape, shape
 
-    def write(self, cache: KVCache, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-        cache.key.flatten(0, 1).index_copy_(0, slot_mapping, k.to(cache.key.dtype))
-        cache.value.flatten(0, 1).index_copy_(0, slot_mapping, v.to(cache.value.dtype))
+    def store(self, cache: KVCache, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        _bits(cache.key).flatten(0, 1).index_copy_(0, slot_mapping, _bits(k))
+        _bits(cache.value).flatten(0, 1).index_copy_(0, slot_mapping, _bits(v))
 
     def gather(self, cache: KVCache, block_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return _take(cache.key, block_ids), _take(cache.value, block_ids)
+
+    def gather_tokens(self, cache: KVCache, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return _take(cache.key.flatten(0, 1), slots), _take(cache.value.flatten(0, 1), slots)
 
 
 class ShuffledLayout(KVLayout):
@@ -102,15 +136,22 @@ class ShuffledLayout(KVLayout):
             (num_blocks, spec.num_kv_heads, self.block_size // x, spec.head_dim, x),
         )
 
-    def write(self, cache: KVCache, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    def store(self, cache: KVCache, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         num_tokens, num_kv_heads, head_dim = k.shape
         x = cache.key.shape[-1]
         block, offset = slot_mapping // self.block_size, slot_mapping % self.block_size
-        cache.key[block, :, :, offset] = k.reshape(num_tokens, num_kv_heads, head_dim // x, x).to(cache.key.dtype)
-        cache.value[block, :, offset // x, :, offset % x] = v.to(cache.value.dtype)
+        _bits(cache.key)[block, :, :, offset] = _bits(k.reshape(num_tokens, num_kv_heads, head_dim // x, x))
+        _bits(cache.value)[block, :, offset // x, :, offset % x] = _bits(v)
 
     def gather(self, cache: KVCache, block_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return unpack_shuffled(_take(cache.key, block_ids), _take(cache.value, block_ids))
+
+    def gather_tokens(self, cache: KVCache, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        block, offset = slots // self.block_size, slots % self.block_size
+        x = cache.key.shape[-1]
+        k = _bits(cache.key)[block, :, :, offset].flatten(-2)
+        v = _bits(cache.value)[block, :, offset // x, :, offset % x]
+        return k.view(cache.key.dtype), v.view(cache.value.dtype)
 
 
 def pack_shuffled(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,4 +177,24 @@ def _lanes(dtype: torch.dtype) -> int:
 
 
 def _take(plane: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
-    return plane.index_select(0, block_ids.reshape(-1)).view(*block_ids.shape, *plane.shape[1:])
+    taken = _bits(plane).index_select(0, block_ids.reshape(-1)).view(*block_ids.shape, *plane.shape[1:])
+    return taken.view(plane.dtype)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a dtype that indexing knows: PyTorch moves fp8 on no CPU."""
+    return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
+
+
+def _encode(values: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> torch.Tensor:
+    if dtype.itemsize > 1:
+        return values.to(dtype)
+    limit = torch.finfo(dtype).max
+    scaled = values.float() if scale is None else values.float() / scale
+    return scaled.clamp(-limit, limit).to(dtype)
+
+
+def _decode(codes: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> torch.Tensor:
+    if codes.dtype.itemsize > 1 or scale is None:
+        return codes.to(dtype)
+    return (codes.float() * scale).to(dtype)

@@ -5,25 +5,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from miniserve.attention.contracts import CONTRACTS, KernelContract, Platform
+from miniserve.attention.contracts import CONTRACTS, BackendContract, LayerRoute
 from miniserve.attention.layouts import LAYOUTS
+from miniserve.attention.platform import Platform
 from miniserve.attention.spec import AttentionSpec
 from miniserve.core import UserError
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The path and layout that serve every layer, and why each one preferred to them cannot: (path, layout, reason)."""
+    """The backend and layout that serve every layer, each layer's kernels, and why each pair preferred to them cannot.
+
+    rejected: (backend, layout, reason), a sentence each; the layout is "" where no layout would help.
+    """
 
     backend: str
     layout: str
+    routes: tuple[LayerRoute, ...]
     rejected: tuple[tuple[str, str, str], ...]
     reason: str
 
     def explain(self) -> list[str]:
-        """Sentences for people: the choice and why, then each rejection."""
+        """Sentences for people: the choice and why, then the rejections, those with the same reason together."""
+        together: dict[tuple[str, str], list[str]] = {}
+        for backend, layout, reason in self.rejected:
+            together.setdefault((layout, reason), []).append(backend)
         lines = [f"{self.backend} over the {self.layout} KV layout: {self.reason}"]
-        lines += [f"not {backend} ({layout}): {reason}" for backend, layout, reason in self.rejected]
+        for (layout, reason), backends in together.items():
+            lines.append(f"not {', '.join(backends)}{f' ({layout})' if layout else ''}: {reason}")
         return lines
 
 
@@ -34,37 +43,68 @@ def select(
     block_size: int,
     backend: str = "auto",
     layout: str = "auto",
-    contracts: Sequence[KernelContract] = CONTRACTS,
+    preferred: Sequence[str] | None = None,
+    num_blocks: int = 0,
+    contracts: Sequence[BackendContract] = CONTRACTS,
 ) -> Choice:
-    """The first path of the table, in its preferred layout, that can serve all layers. Raises `UserError` with every
-    reason when what was asked for cannot be had."""
+    """The first backend of the table, in its preferred layout, that can serve all layers.
+
+    preferred: what a measurement puts before the table's order, as "BACKEND" or "BACKEND:layout", best first.
+    num_blocks: of the pool, 0 where it is not settled yet. Raises `UserError` with every reason when what was asked for
+    cannot be had.
+    """
     names = [contract.name for contract in contracts]
     if backend != "auto" and backend not in names:
         raise UserError(f"--attention-backend {backend!r} is not known; choose one of auto, {', '.join(names)}.")
     if layout != "auto" and layout not in LAYOUTS:
         raise UserError(f"--kv-layout {layout!r} is not known; choose one of auto, {', '.join(LAYOUTS)}.")
     rejected: list[tuple[str, str, str]] = []
-    for contract in contracts:
-        if backend not in ("auto", contract.name):
+    hopeless: set[str] = set()
+    for contract, candidate, measured in _candidates(contracts, platform, layout, preferred or ()):
+        if backend not in ("auto", contract.name) or contract.name in hopeless:
             continue
-        order = platform.order(contract.layouts)
-        for candidate in order if layout == "auto" else (layout,):
-            reasons = list(
-                dict.fromkeys(r for spec in specs for r in contract.refusals(spec, platform, candidate, block_size))
-            )
-            if not reasons:
-                return Choice(contract.name, candidate, tuple(rejected), _reason(backend, layout, names, order))
-            rejected += [(contract.name, candidate, reason) for reason in reasons]
+        if reasons := [*contract.platform_refusals(platform), *contract.kind_refusals(specs)]:
+            hopeless.add(contract.name)
+            rejected += [(contract.name, "", reason) for reason in reasons]
+            continue
+        routes, reasons = contract.routes(specs, platform, candidate, block_size, num_blocks)
+        if not reasons:
+            why = _reason(backend, layout, _possible(contracts, platform), platform.order(contract.layouts), measured)
+            return Choice(contract.name, candidate, routes, tuple(rejected), why)
+        rejected += [(contract.name, candidate, reason) for reason in reasons]
     asked = " ".join(
         f"{flag} {value}"
         for flag, value in (("--attention-backend", backend), ("--kv-layout", layout))
         if value != "auto"
     )
-    listed = "; ".join(f"{name} ({candidate}): {reason}" for name, candidate, reason in rejected)
+    listed = "; ".join(f"{name}{f' ({plan})' if plan else ''}: {reason}" for name, plan, reason in rejected)
     raise UserError(f"No attention path can serve this model{' with ' + asked if asked else ''}: {listed}.")
 
 
-def _reason(backend: str, layout: str, names: Sequence[str], layouts: Sequence[str]) -> str:
-    path = "asked for" if backend != "auto" else f"the first of {' > '.join(names)} that serves all layers"
-    order = " > ".join(layouts)
-    return f"{path}, {'the layout asked for' if layout != 'auto' else f'in the first layout of {order} that fits'}"
+def _candidates(
+    contracts: Sequence[BackendContract], platform: Platform, layout: str, preferred: Sequence[str]
+) -> dict[tuple[BackendContract, str, bool], None]:
+    """Every backend in every layout it reads (or in the one asked for), in the order to try them; True: a measurement
+    put it there."""
+    pairs = [
+        (contract, candidate)
+        for contract in contracts
+        for candidate in (platform.order(contract.layouts) if layout == "auto" else (layout,))
+    ]
+    measured = dict.fromkeys(
+        pair for name in preferred for pair in pairs if name in (pair[0].name, f"{pair[0].name}:{pair[1]}")
+    )
+    return dict.fromkeys((*((*pair, True) for pair in measured), *((*p, False) for p in pairs if p not in measured)))
+
+
+def _possible(contracts: Sequence[BackendContract], platform: Platform) -> list[str]:
+    return [contract.name for contract in contracts if not any(contract.platform_refusals(platform))]
+
+
+def _reason(backend: str, layout: str, names: list[str], order: tuple[str, ...], measured: bool) -> str:
+    why = "asked for" if backend != "auto" else f"the first of {' > '.join(names)} that serves all layers"
+    if measured and backend == "auto":
+        why = "measured fastest by `miniserve tune`"
+    if layout != "auto":
+        return f"{why}, the layout asked for"
+    return why if measured else f"{why}, in the first layout of {' > '.join(order)} that fits"

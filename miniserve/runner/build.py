@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from miniserve.attention.backends.base import Backend
-from miniserve.attention.backends.cpu_attn import CpuBackend
-from miniserve.attention.backends.torch_attn import TorchBackend
-from miniserve.attention.contracts import Platform
-from miniserve.attention.layouts import LAYOUTS
+from miniserve.attention.backends.build import build_backend
+from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.layouts import LAYOUTS, KVCache
+from miniserve.attention.platform import detect_platform
 from miniserve.attention.select import Choice, select
 from miniserve.config import EngineConfig
 from miniserve.core import EngineInfo, UserError
@@ -26,6 +27,10 @@ from miniserve.runner.memory import MemoryPlan, available_bytes, check_weights_f
 from miniserve.runner.runner import ModelRunner
 from miniserve.runner.sampler import Sampler
 from miniserve.runner.state import StepState
+
+if TYPE_CHECKING:
+    from miniserve.kernels.triton.runtime import TritonKernels
+    from miniserve.runner.decode_graph import DecodeGraphs
 
 Progress = Callable[[str, int, int], None]
 
@@ -47,7 +52,8 @@ def build_runner(
     longest = min(config.max_model_len or model_config.max_position_embeddings, model_config.max_position_embeddings)
     if device.type == "cpu":
         torch.set_num_threads(_num_threads(weights))
-    platform, kernels = _platform(device, dtype)
+    platform = detect_platform(device, dtype)
+    kernels = native.load() if platform.arch == "cpu" and platform.native_unavailable is None else None
     model = build_model(
         model_config,
         dtype=dtype,
@@ -55,6 +61,7 @@ def build_runner(
         device=device,
         max_model_len=config.max_model_len or longest,
         native=kernels,
+        triton=_triton_kernels(device),
     )
     choice = select(
         model.attention_specs,
@@ -76,14 +83,57 @@ def build_runner(
     )
     caches = [layout.allocate(spec, plan.num_blocks, device) for spec in model.attention_specs]
     eos_token_ids = load_generation_defaults(source_path, config.generation_config).eos_token_ids
-    runner = ModelRunner(
-        model,
-        _backend(choice, config.block_size, kernels),
-        caches,
-        StepState(config.max_num_seqs, plan.max_model_len, config.block_size, device),
-        Sampler(config.max_num_seqs, model_config.vocab_size, device, eos_token_ids, config.seed),
+    options = BackendOptions(
+        specs=tuple(model.attention_specs),
+        routes=choice.routes,
+        platform=platform,
+        device=device,
+        max_rows=config.max_num_seqs,
+        max_seq_len=plan.max_model_len,
     )
+    backend = build_backend(choice, config.block_size, options)
+    state = StepState(config.max_num_seqs, plan.max_model_len, config.block_size, device)
+    sampler = Sampler(config.max_num_seqs, model_config.vocab_size, device, eos_token_ids, config.seed)
+    graphs = None
+    if device.type == "cuda" and backend.graphs and not config.enforce_eager:
+        graphs = _graphs(model, backend, caches, state, sampler, config, plan, progress)
+    runner = ModelRunner(model, backend, caches, state, sampler, graphs)
     return runner, _info(config, model_config, source_path, model_name, device, dtype, choice, plan, eos_token_ids)
+
+
+def _triton_kernels(device: torch.device) -> TritonKernels | None:
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from miniserve.kernels.triton.runtime import TritonKernels
+
+    return TritonKernels(device)
+
+
+def _graphs(
+    model: CausalLM,
+    backend: Backend[Any],
+    caches: list[KVCache],
+    state: StepState,
+    sampler: Sampler,
+    config: EngineConfig,
+    plan: MemoryPlan,
+    progress: Progress | None,
+) -> DecodeGraphs:
+    from miniserve.kernels.triton.decode_step import RowState
+    from miniserve.runner.decode_graph import DecodeGraphs, decode_buckets
+
+    graphs = DecodeGraphs(
+        model,
+        backend,
+        caches,
+        RowState(state.tables, state.lens, sampler.last_tokens, sampler.num_outputs),
+        block_size=config.block_size,
+        max_seq_len=plan.max_model_len,
+        buckets=decode_buckets(config.max_num_seqs),
+    )
+    with torch.inference_mode():
+        graphs.capture(None if progress is None else lambda done, total: progress("decode graphs", done, total))
+    return graphs
 
 
 def _info(
@@ -139,24 +189,6 @@ def _num_threads(weights: int) -> int:
     """A thread with less to read in a step than this loses more by waiting for the others than it brings, all the more
     where the API process wants a core too."""
     return max(1, min(torch.get_num_threads(), weights // (16 << 20)))
-
-
-def _platform(device: torch.device, dtype: torch.dtype) -> tuple[Platform, native.NativeKernels | None]:
-    if device.type != "cpu":
-        return Platform(device.type), None
-    if reason := native.unavailable_reason():
-        return Platform("cpu", reason), None
-    kernels = native.load()
-    # Measured at 16 rows of 192 and 1024 tokens: 1.4 times as fast as linear (docs/BENCHMARKS.md).
-    fastest = "shuffled" if kernels.has_bf16_dot and dtype == torch.bfloat16 else None
-    return Platform("cpu", None, fastest), kernels
-
-
-def _backend(choice: Choice, block_size: int, kernels: native.NativeKernels | None) -> Backend[Any]:
-    layout = LAYOUTS[choice.layout](block_size)
-    if choice.backend == "CPU_ATTN" and kernels is not None:
-        return CpuBackend(layout, kernels)
-    return TorchBackend(layout)
 
 
 def _fill(model: CausalLM, config: EngineConfig, path: Path, progress: Progress | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from attention_reference import Layer, attend_one, relative_error
@@ -10,9 +12,13 @@ from hypothesis import strategies as st
 
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.cpu_attn import CpuBackend
-from miniserve.attention.backends.torch_attn import DecodeMetadata, TorchBackend, TorchMetadata
+from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.paged_kernels import torch_kernels
+from miniserve.attention.backends.torch_attn import DecodeMetadata, TorchBackend
+from miniserve.attention.backends.triton_attn import TritonBackend
 from miniserve.attention.layouts import LAYOUTS, KVLayout
 from miniserve.attention.metadata import ChunkRows, DecodeRows, StepBatch
+from miniserve.attention.platform import Platform
 from miniserve.attention.spec import AttentionSpec
 from miniserve.kernels import native
 
@@ -22,7 +28,17 @@ needs_native = pytest.mark.skipif(
 )
 
 
-def make_backend(name: str, layout: KVLayout) -> Backend[TorchMetadata]:
+def make_backend(name: str, layout: KVLayout, spec: AttentionSpec) -> Backend[Any]:
+    if name == "TRITON_ATTN":
+        options = BackendOptions(
+            specs=(spec,),
+            routes=(),
+            platform=Platform("gfx942", 304, emulated=True),
+            device=torch.device("cpu"),
+            max_rows=8,
+            max_seq_len=256,
+        )
+        return TritonBackend(layout, torch_kernels(), options)
     return CpuBackend(layout, native.load()) if name == "CPU_ATTN" else TorchBackend(layout)
 
 
@@ -84,7 +100,7 @@ def check(name: str, case: tuple[AttentionSpec, int, list[tuple[int, int]], int]
     fused = torch.cat([q, new_k, new_v], dim=1)
     q, new_k, new_v = fused.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
     mapping = torch.cat([slots(row, cached, cached + new) for row, (cached, new) in enumerate(rows)])
-    backend = make_backend(name, layout)
+    backend = make_backend(name, layout, spec)
     out = backend.attend(layer, q, new_k, new_v, cache, backend.build(step_batch(rows, num_decodes, tables, mapping)))
     want = torch.cat(
         [
@@ -135,6 +151,15 @@ def test_torch_backend_matches_the_reference(
     check("TORCH_ATTN", case, layout, seed)
 
 
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(case=cases(), layout=st.sampled_from(["linear", "shuffled"]), seed=st.integers(0, 999))
+def test_triton_backend_asks_its_kernels_for_the_right_thing(
+    case: tuple[AttentionSpec, int, list[tuple[int, int]], int], layout: str, seed: int
+) -> None:
+    """With PyTorch's twins of the Triton kernels, which run on a CPU; the kernels themselves are tests/kernels'."""
+    check("TRITON_ATTN", case, layout, seed)
+
+
 @needs_native
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(case=cases(), layout=st.sampled_from(["linear", "shuffled"]), seed=st.integers(0, 999))
@@ -156,7 +181,7 @@ def test_decode_does_not_depend_on_its_neighbours(layout_name: str) -> None:
     q = torch.randn(9, 8, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
     tables = torch.randperm(40, generator=torch.Generator().manual_seed(4))[:36].view(9, 4).int()
     lens = torch.tensor([1, 16, 17, 64, 33, 5, 48, 2, 63], dtype=torch.int32)
-    backend = make_backend("CPU_ATTN", layout)
+    backend = make_backend("CPU_ATTN", layout, spec)
     assert isinstance(backend, CpuBackend)
     together = backend.decode(Layer(spec), q, cache, DecodeMetadata(tables, lens))
     for row in range(9):

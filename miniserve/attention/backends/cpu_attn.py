@@ -20,7 +20,9 @@ class CpuBackend(TorchBackend):
         self._kernels = kernels
         self._shuffled = layout.name == "shuffled"
 
-    def write(self, cache: KVCache, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    def write(
+        self, layer: AttentionLayer, cache: KVCache, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
         self._kernels.write_kv(k, v, cache.key, cache.value, slot_mapping, self.layout.block_size, self._shuffled)
 
     def decode(self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, meta: DecodeMetadata) -> torch.Tensor:

@@ -69,7 +69,7 @@ class TorchBackend(Backend[TorchMetadata]):
         cache: KVCache,
         meta: TorchMetadata,
     ) -> torch.Tensor:
-        self.write(cache, k, v, meta.slot_mapping)
+        self.write(layer, cache, k, v, meta.slot_mapping)
         parts: list[torch.Tensor] = []
         if meta.decode is not None:
             rows = meta.decode.seq_lens.shape[0]
@@ -79,14 +79,20 @@ class TorchBackend(Backend[TorchMetadata]):
             parts.append(self.chunk(layer, q[span], k[span], v[span], cache, chunk))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def write(self, cache: KVCache, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-        self.layout.write(cache, k, v, slot_mapping)
+    def write(
+        self, layer: AttentionLayer, cache: KVCache, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        self.layout.write(cache, k, v, slot_mapping, layer.k_scale, layer.v_scale)
+
+    def read(self, layer: AttentionLayer, cache: KVCache, block_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The blocks' keys and values in the dtype the layer computes in."""
+        return self.layout.read(cache, block_ids, layer.spec.dtype, layer.k_scale, layer.v_scale)
 
     def decode(self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, meta: DecodeMetadata) -> torch.Tensor:
         """q [rows, num_heads, head_dim] -> [rows, num_heads * head_dim]. All rows at once over their gathered blocks,
         padded to the longest: one copy of the rows' cache, but no Python per row. (A call per row on views costs more
         from a few rows on; CPU_ATTN does neither.)"""
-        k, v = self.layout.gather(cache, meta.block_tables.long())
+        k, v = self.read(layer, cache, meta.block_tables.long())
         k, v = k.flatten(1, 2), v.flatten(1, 2)  # [rows, width * block_size, KH, D]
         distance = meta.seq_lens[:, None] - 1 - torch.arange(k.shape[1], device=q.device)
         visible = _visible(distance, layer.spec.sliding_window)[:, None]  # [rows, 1, keys]
@@ -104,7 +110,7 @@ class TorchBackend(Backend[TorchMetadata]):
         """One chunk's q, k, v [query_len, heads, head_dim], already written -> [query_len, num_heads * head_dim]."""
         num_keys = meta.context_len + meta.query_len
         if meta.block_ids is not None:
-            k, v = self.layout.gather(cache, meta.block_ids)
+            k, v = self.read(layer, cache, meta.block_ids)
             k, v = k.flatten(0, 1)[:num_keys], v.flatten(0, 1)[:num_keys]
         positions = torch.arange(num_keys, device=q.device)
         distance = positions[meta.context_len :, None] - positions

@@ -1,0 +1,115 @@
+"""The one importer of AMD's aiter library: lazily, and with one sentence where it cannot be used.
+
+Signatures are those of v0.1.20.post1, https://github.com/ROCm/aiter.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+# Older ones let the ASM kernel read other blocks than asked for where a plane is 2 GiB or larger (aiter #3062).
+MINIMUM_VERSION = (0, 1, 17)
+INSTALL = "docs/ROCM.md says how to install it"
+
+
+class Unavailable(Exception):
+    """aiter cannot be used here; `str(error)` says why and what helps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Aiter:
+    """What miniserve calls of aiter. arch, compute_units: of the GPU as aiter sees it."""
+
+    version: tuple[int, ...]
+    arch: str
+    compute_units: int
+    fp8: torch.dtype
+    paged_attention_v1: Callable[..., torch.Tensor]
+    paged_attention_rocm: Callable[..., torch.Tensor]
+    paged_attention_common: Callable[..., torch.Tensor]
+    flash_attn_varlen_func: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    unified_attention: Callable[..., None]
+    reshape_and_cache: Callable[..., None]
+    reshape_and_cache_flash: Callable[..., None]
+
+
+@functools.cache
+def load() -> Aiter:
+    """Import aiter. Raises `Unavailable`."""
+    spec = importlib.util.find_spec("aiter")
+    if spec is None:
+        raise Unavailable(f"aiter is not installed; {INSTALL}")
+    if not any((Path(place) / "ops").is_dir() for place in spec.submodule_search_locations or ()):
+        raise Unavailable(f"the installed `aiter` is an unrelated package of that name; uninstall it: {INSTALL}")
+    try:
+        aiter = importlib.import_module("aiter")
+        version = _version()
+        unified = importlib.import_module("aiter.ops.triton.attention.unified_attention")
+        chip = importlib.import_module("aiter.jit.utils.chip_info")
+        arch, compute_units = chip.get_gfx(), chip.get_cu_num()
+    except Unavailable:
+        raise
+    except Exception as error:  # without ROCm it raises RuntimeError, and others from deep within
+        raise Unavailable(f"aiter cannot be imported: {type(error).__name__}: {_first_line(error)}") from error
+    try:
+        return Aiter(
+            version=version,
+            arch=arch,
+            compute_units=compute_units,
+            fp8=aiter.dtypes.fp8,
+            unified_attention=unified.unified_attention,
+            **{name: getattr(aiter, name) for name in _TOP_LEVEL},
+        )
+    except AttributeError as error:
+        raise Unavailable(f"aiter lacks what it should have ({error}): is AITER_TRITON_ONLY set?") from error
+
+
+_TOP_LEVEL = (
+    "paged_attention_v1",
+    "paged_attention_rocm",
+    "paged_attention_common",
+    "flash_attn_varlen_func",
+    "reshape_and_cache",
+    "reshape_and_cache_flash",
+)
+
+
+def _version() -> tuple[int, ...]:
+    text = None
+    for source in (
+        lambda: importlib.import_module("aiter._version").__version__,  # what its build writes
+        lambda: importlib.metadata.version("amd-aiter"),
+    ):
+        try:
+            text = source()
+            break
+        except (ImportError, AttributeError):
+            continue
+    match = re.match(r"(\d+)\.(\d+)\.(\d+)", text or "")
+    if match is None:
+        raise Unavailable(
+            f"aiter does not say its version, and those below v{_dotted(MINIMUM_VERSION)} read wrong blocks"
+        )
+    version = tuple(int(number) for number in match.groups())
+    if version < MINIMUM_VERSION:
+        raise Unavailable(
+            f"aiter {text} is too old: v{_dotted(MINIMUM_VERSION)} is the first that can be used; {INSTALL}"
+        )
+    return version
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,172 @@
+"""The engine's own paged kernels as an object that backends are given: Triton's on a GPU, PyTorch's for tests.
+
+- paged_decode(q [rows, H, D], key_cache, value_cache, block_tables, seq_lens, *, num_kv_heads, block_size, shuffled,
+  scale, window, softcap, sinks, k_scale, v_scale, num_splits, scratch, out)
+- paged_extend(q [tokens, H, D], key_cache, value_cache, block_tables, cu_query_lens, seq_lens, *, max_query_len, …): as
+  above for several query tokens a row, of which each sees the cache up to itself
+- write_kv(k, v, key_cache, value_cache, slot_mapping, *, block_size, shuffled, k_scale, v_scale); a negative slot is
+  not written
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from miniserve.attention.layouts import LAYOUTS, KVCache
+from miniserve.attention.spec import AttentionSpec
+from miniserve.kernels.triton.launch import cdiv, choose_splits, decode_launch
+
+AllocateScratch = Callable[[Sequence[tuple[int, int]], int, int, torch.device], object]
+
+
+@dataclass(frozen=True, slots=True)
+class PagedKernels:
+    """allocate_scratch(launches as (rows, num_splits), num_heads, head_dim, device): what splits leave for the merge;
+    None where decode never splits a row."""
+
+    paged_decode: Callable[..., torch.Tensor]
+    paged_extend: Callable[..., torch.Tensor]
+    write_kv: Callable[..., None]
+    allocate_scratch: AllocateScratch | None
+
+
+def triton_kernels() -> PagedKernels:
+    """Needs Triton, and a GPU (or Triton's interpreter) to run them."""
+    from miniserve.kernels.triton.cache_write import write_kv
+    from miniserve.kernels.triton.paged_decode import paged_decode
+    from miniserve.kernels.triton.paged_extend import paged_extend
+    from miniserve.kernels.triton.split_kv import DecodeScratch
+
+    return PagedKernels(paged_decode, paged_extend, write_kv, DecodeScratch.allocate)
+
+
+def torch_kernels() -> PagedKernels:
+    """The same in PyTorch, for a platform that is emulated on a CPU."""
+    return PagedKernels(_torch_decode, _torch_extend, _torch_write, None)
+
+
+class SplitPlan:
+    """How many programs share a row's keys, by the step's rows and longest row, and the scratch that takes at most."""
+
+    def __init__(
+        self,
+        kernels: PagedKernels,
+        spec: AttentionSpec,
+        arch: str,
+        num_sms: int,
+        max_rows: int,
+        max_seq_len: int,
+        device: torch.device,
+    ) -> None:
+        self.scratch: object = None
+        self._num_sms = num_sms
+        self._split = kernels.allocate_scratch is not None
+        if kernels.allocate_scratch is None:
+            return
+        group = spec.num_heads // spec.num_kv_heads
+        vendor = "hip" if arch.startswith("gfx") else "cuda"
+        launch = decode_launch(vendor, spec.head_dim, spec.kv_dtype.itemsize, group)  # type: ignore[arg-type]
+        self._head_tiles = spec.num_kv_heads * cdiv(group, launch.block_m)
+        self._block_n = launch.block_n
+        launches = [(rows, self.splits(rows, max_seq_len)) for rows in range(1, max_rows + 1)]
+        self.scratch = kernels.allocate_scratch(launches, spec.num_heads, spec.head_dim, device)
+
+    def splits(self, rows: int, max_seq_len: int) -> int:
+        if not self._split:
+            return 1
+        return choose_splits(rows, self._head_tiles, max_seq_len, self._block_n, self._num_sms)
+
+
+def _torch_decode(
+    q: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    out: torch.Tensor,
+    num_splits: int,
+    scratch: object,
+    **terms: Any,
+) -> torch.Tensor:
+    starts = torch.arange(len(q) + 1, dtype=torch.int32)
+    return _torch_extend(q, key_cache, value_cache, block_tables, starts, seq_lens, max_query_len=1, out=out, **terms)
+
+
+def _torch_extend(
+    q: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    cu_query_lens: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    max_query_len: int,
+    num_kv_heads: int,
+    block_size: int,
+    shuffled: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    layout = LAYOUTS["shuffled" if shuffled else "linear"](block_size)
+    starts = cu_query_lens.tolist()
+    for row, length in enumerate(seq_lens.tolist()):
+        span = slice(starts[row], starts[row + 1])
+        if not length:
+            out[span] = 0
+            continue
+        blocks = block_tables[row, : cdiv(length, block_size)].long()
+        k, v = layout.read(KVCache(key_cache, value_cache), blocks, torch.float32, k_scale, v_scale)
+        k, v = k.flatten(0, 1)[:length], v.flatten(0, 1)[:length]
+        out[span] = _attend(q[span].float(), k, v, num_kv_heads, scale, window, softcap, sinks).to(out.dtype)
+    return out
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    num_kv_heads: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """float32 q [Lq, H, D], the last of k, v [Lk, KH, D] -> [Lq, H, D]."""
+    queries = q.unflatten(1, (num_kv_heads, -1))
+    scores = torch.einsum("qhgd,khd->hgqk", queries, k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    distance = torch.arange(len(k) - len(q), len(k))[:, None] - torch.arange(len(k))
+    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(num_kv_heads, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+    weights = scores.softmax(dim=-1)[..., : len(k)]
+    return torch.einsum("hgqk,khd->qhgd", weights, v).flatten(1, 2)
+
+
+def _torch_write(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    block_size: int,
+    shuffled: bool,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> None:
+    layout = LAYOUTS["shuffled" if shuffled else "linear"](block_size)
+    kept = slot_mapping >= 0
+    layout.write(KVCache(key_cache, value_cache), k[kept], v[kept], slot_mapping[kept], k_scale, v_scale)

@@ -1,0 +1,117 @@
+"""Where attention will run: found on this machine, or named, so that `explain` can answer for other hardware."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+
+from miniserve.attention.aiter import Unavailable as AiterUnavailable
+from miniserve.attention.aiter import load as load_aiter
+from miniserve.core import UserError
+from miniserve.kernels import native
+
+Version = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """arch: "cpu", "sm_90" (an NVIDIA GPU of compute capability 9.0) or "gfx942" (an AMD GPU by its LLVM target).
+
+    compute_units: AMD's compute units, NVIDIA's multiprocessors. aiter_version: None where aiter cannot be used, and
+    `aiter_unavailable` says why; likewise `triton_unavailable`, and `native_unavailable` of the CPU's C++ kernels.
+    fastest_layout: the KV layout that its kernels were measured to read fastest, None where the contracts' own order
+    holds. emulated: tensors lie on the CPU and aiter is a stand-in that computes there.
+    """
+
+    arch: str
+    compute_units: int = 0
+    aiter_version: Version | None = None
+    aiter_unavailable: str | None = None
+    triton_unavailable: str | None = None
+    native_unavailable: str | None = None
+    fastest_layout: str | None = None
+    emulated: bool = False
+
+    @property
+    def fp8_dtype(self) -> torch.dtype:
+        """What the hardware calls fp8 e4m3: gfx942 (and its siblings 940, 941) have a format of their own, whose codes
+        mean half of what the common format's mean."""
+        return torch.float8_e4m3fnuz if self.arch.startswith("gfx94") else torch.float8_e4m3fn
+
+    def order(self, layouts: tuple[str, ...]) -> tuple[str, ...]:
+        """A contract's layouts in the order to try them here."""
+        return tuple(sorted(layouts, key=lambda layout: layout != self.fastest_layout))
+
+
+# The version whose signatures `aiter.py` was written to; what `explain` assumes of hardware that is not here.
+ASSUMED_AITER: Version = (0, 1, 20)
+
+
+def _instinct(arch: str, compute_units: int) -> Platform:
+    return Platform(arch, compute_units, ASSUMED_AITER)
+
+
+_NO_AITER = "aiter runs on AMD GPUs only"
+NAMED_PLATFORMS = {
+    "mi300x": _instinct("gfx942", 304),
+    "mi300a": _instinct("gfx942", 228),
+    "mi308x": _instinct("gfx942", 80),
+    "mi325x": _instinct("gfx942", 304),
+    "mi350x": _instinct("gfx950", 256),
+    "mi355x": _instinct("gfx950", 256),
+    "a100": Platform("sm_80", 108, aiter_unavailable=_NO_AITER),
+    "h100": Platform("sm_90", 132, aiter_unavailable=_NO_AITER),
+    "h200": Platform("sm_90", 132, aiter_unavailable=_NO_AITER),
+    "cpu": Platform("cpu", aiter_unavailable=_NO_AITER, triton_unavailable="Triton compiles for GPUs only"),
+}
+
+
+def detect_platform(device: torch.device, dtype: torch.dtype) -> Platform:
+    """What `device` of this machine is and what can be used on it. dtype: that of the model's weights."""
+    if device.type == "cpu":
+        return _detect_cpu(dtype)
+    properties = torch.cuda.get_device_properties(device)
+    units = properties.multi_processor_count
+    if torch.version.hip is None:
+        arch = f"sm_{properties.major}{properties.minor}"
+        return Platform(arch, units, aiter_unavailable=_NO_AITER, triton_unavailable=_triton_unavailable())
+    arch = properties.gcnArchName.partition(":")[0]  # gfx942:sramecc+:xnack-
+    try:
+        aiter = load_aiter()
+    except AiterUnavailable as error:
+        return Platform(arch, units, None, str(error), _triton_unavailable())
+    return Platform(arch, units, aiter.version, triton_unavailable=_triton_unavailable())
+
+
+def emulated_platform(arch: str) -> Platform:
+    """An AMD GPU on the CPU, for tests. Raises `UserError` where no aiter is found that computes on a CPU as `arch`."""
+    refusal = f"--device {arch} emulates an AMD GPU for tests and needs an aiter that runs on a CPU"
+    if torch.cuda.is_available():
+        raise UserError(f"{refusal}, which this machine has none of beside its GPU; use --device cuda.")
+    try:
+        aiter = load_aiter()
+    except AiterUnavailable as error:
+        raise UserError(f"{refusal}: {error}.") from None
+    if aiter.arch != arch:
+        raise UserError(f"{refusal}; the one found computes as {aiter.arch}.")
+    return Platform(arch, aiter.compute_units, aiter.version, emulated=True)
+
+
+def _detect_cpu(dtype: torch.dtype) -> Platform:
+    cpu = NAMED_PLATFORMS["cpu"]
+    reason = native.unavailable_reason()
+    # Measured at 16 rows of 192 and 1024 tokens: 1.4 times as fast as linear (docs/BENCHMARKS.md).
+    bf16_dot = reason is None and dtype == torch.bfloat16 and native.load().has_bf16_dot
+    return Platform(
+        "cpu",
+        aiter_unavailable=cpu.aiter_unavailable,
+        triton_unavailable=cpu.triton_unavailable,
+        native_unavailable=reason,
+        fastest_layout="shuffled" if bf16_dot else None,
+    )
+
+
+def _triton_unavailable() -> str | None:
+    return None if importlib.util.find_spec("triton") else "Triton is not installed"

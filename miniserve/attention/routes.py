@@ -1,0 +1,93 @@
+"""aiter's own routing mirrored, so that it can be told beforehand and corrected where it would give wrong numbers.
+
+`paged_attention_common` runs one of two kernels: the HIP one, or from some batch on the hand-written ASM one
+(aiter `ops/attention.py`, `_should_use_asm_kernel`).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+
+from miniserve.attention.platform import Platform
+from miniserve.attention.spec import AttentionSpec
+
+Route = Literal["asm", "hip"]
+
+# Context lengths whose last tile the ASM kernel counts twice: its first loop takes 16 blocks or more for a full tile
+# of 256 keys, of which lengths that round up to 16 blocks have fewer.
+ASM_WRONG_LENGTHS = (241, 255)
+
+
+def aiter_route(num_rows: int, num_heads: int, head_dim: int, compute_units: int) -> Route:
+    """What `paged_attention_common` would run for a 16-bit or fp8 cache with its default precision."""
+    return "asm" if head_dim == 128 and num_rows * num_heads > 2 * compute_units else "hip"
+
+
+def common_route(
+    num_rows: int,
+    num_heads: int,
+    head_dim: int,
+    compute_units: int,
+    *,
+    group: int,
+    fp8_kv: bool,
+    any_wrong_length: bool,
+) -> Route:
+    """What is to run: as aiter would have it, except that the ASM kernel is kept from what it gets wrong.
+
+    any_wrong_length: whether some row's length is in `ASM_WRONG_LENGTHS`, or may be. group: query heads per KV head.
+    """
+    if any_wrong_length or not asm_possible(group, fp8_kv):
+        return "hip"
+    return aiter_route(num_rows, num_heads, head_dim, compute_units)
+
+
+def asm_possible(group: int, fp8_kv: bool) -> bool:
+    """Whether there is an ASM kernel whose result can be trusted. Over an fp8 cache there are three precisions, of
+    which the lowest loses contexts of a single block, and for more than 8 query heads per KV head there is only it."""
+    return group <= 8 if fp8_kv else group <= 16
+
+
+def high_precision(route: Route, fp8_kv: bool) -> int:
+    """The argument of that name: 2 names the one kernel that is right over an fp8 cache, and forces the ASM route; 1
+    leaves the route to aiter's own rule."""
+    return 2 if route == "asm" and fp8_kv else 1
+
+
+def has_wrong_length(seq_lens: np.ndarray[tuple[int], np.dtype[np.int64]] | None) -> bool:
+    """Whether a row's length (its own token counted) is one the ASM kernel gets wrong. None, the lengths of a captured
+    step, may be any."""
+    if seq_lens is None:
+        return True
+    first, last = ASM_WRONG_LENGTHS
+    return bool(((seq_lens >= first) & (seq_lens <= last)).any())
+
+
+def describe_decode(kernel: str, spec: AttentionSpec, platform: Platform) -> str:
+    """Which decode kernel at which batch, for people."""
+    if kernel == "paged_attention_rocm":
+        return "paged_attention_rocm: HIP at any batch"
+    if kernel != "paged_attention_common":
+        return kernel
+    if not asm_possible(spec.num_heads // spec.num_kv_heads, spec.kv_dtype.itemsize == 1):
+        return f"{kernel}: HIP at any batch, as no ASM kernel can be trusted with this many heads over an fp8 cache"
+    limit = 2 * platform.compute_units
+    first = limit // spec.num_heads + 1
+    lengths = f"{ASM_WRONG_LENGTHS[0]}…{ASM_WRONG_LENGTHS[1]}"
+    return (
+        f"{kernel}: from batch {first} ({first} x {spec.num_heads} heads > {limit}) ASM, below HIP; HIP too where a "
+        f"length is in {lengths} or, captured in a graph, may be"
+    )
+
+
+def window_pair(window: int | None) -> tuple[int, int]:
+    """A sliding window of W keys, the query's own among them, as flash and unified attention take it."""
+    return (-1, -1) if window is None else (window - 1, 0)
+
+
+def kv_cache_dtype(kv_dtype: torch.dtype) -> str:
+    """The argument of that name of aiter's paged kernels and cache writers."""
+    return "fp8" if kv_dtype.itemsize == 1 else "auto"

@@ -1,0 +1,100 @@
+"""Every term of a kernel's contract, one at a time: kept, and broken with the sentence that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from miniserve.attention.contracts import CONTRACTS, KernelContract
+from miniserve.attention.platform import NAMED_PLATFORMS, Platform
+from miniserve.attention.spec import AttentionSpec
+
+BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
+SPEC = AttentionSpec(32, 8, 128, 128**-0.5, BF16, BF16, sliding_window=64)
+MI300X, MI355X = NAMED_PLATFORMS["mi300x"], NAMED_PLATFORMS["mi355x"]
+
+
+def refusals(spec: AttentionSpec, block_size: int = 16, query_len: int | None = 1, **terms: Any) -> list[str]:
+    terms = {"dtypes": (BF16,)} | terms
+    contract = KernelContract(name="KERNEL", layouts=("linear",), **terms)
+    return list(contract.refusals(spec, block_size, query_len, 3 << 30))
+
+
+def test_open_terms_refuse_nothing() -> None:
+    assert refusals(replace(SPEC, sinks=True, softcap=3.0, scale=1.0, head_dim=7), 5, None) == []
+
+
+@pytest.mark.parametrize(
+    ("terms", "change", "sentence"),
+    [
+        ({"dtypes": (torch.float16,)}, {}, "does not compute in bfloat16"),
+        ({}, {"kv_dtype": FP8}, "does not read an fp8 KV cache"),
+        ({}, {"kv_dtype": torch.float32}, "needs the KV cache in bfloat16, not float32"),
+        ({"head_dims": (64, 256)}, {}, "does not take head_dim 128"),
+        ({"head_dim_multiple": 8}, {"head_dim": 100}, "does not take head_dim 100"),
+        ({"min_head_dim": 32}, {"head_dim": 16}, "does not take head_dim 16"),
+        ({"max_head_dim": 64}, {}, "does not take head_dim 128"),
+        ({"pow2_head_dim": True}, {"head_dim": 96}, "does not take head_dim 96"),
+        ({"max_group": 3}, {}, "takes at most 3 query heads per KV head, not 4"),
+        ({"block_sizes": (32,)}, {}, "does not take block size 16"),
+        ({"block_multiple": 32}, {}, "does not take block size 16"),
+        ({"min_window": None}, {}, "has no sliding window"),
+        ({"min_window": 65}, {}, "has no sliding window of 64"),
+        ({"softcap": False}, {"softcap": 1.0}, "has no softcap"),
+        ({"sinks": False}, {"sinks": True}, "has no sinks"),
+        ({"any_scale": False}, {"scale": 0.1}, "always scales by head_dim ** -0.5, not by 0.1"),
+        ({"max_plane_bytes": 1 << 31}, {}, "reads at most 2,147,483,648 bytes of keys or values, not 3,221,225,472"),
+    ],
+)
+def test_a_broken_term_is_told(terms: Mapping[str, Any], change: Mapping[str, Any], sentence: str) -> None:
+    assert refusals(replace(SPEC, **change), **terms) == [sentence]
+
+
+def test_terms_of_blocks_and_query_tokens() -> None:
+    assert refusals(SPEC, 48, pow2_block=True) == ["does not take block size 48"]
+    for query_len in (2, None):
+        assert refusals(SPEC, query_len=query_len, max_query_len=1) == ["takes 1 query token a row"]
+    assert refusals(SPEC, query_len=2, max_query_len=None) == []
+    assert refusals(replace(SPEC, kv_dtype=FP8), fp8_kv=True) == []
+    assert refusals(replace(SPEC, kv_dtype=torch.float32), any_kv=True) == []
+
+
+def test_the_table_is_in_the_order_that_people_know() -> None:
+    names = [contract.name for contract in CONTRACTS if not contract.latent]
+    assert names == [
+        "ROCM_ATTN",
+        "ROCM_AITER_FA",
+        "ROCM_AITER_UNIFIED_ATTN",
+        "TRITON_ATTN",
+        "CPU_ATTN",
+        "TORCH_ATTN",
+    ]
+    # Latent ones come after all others, where a model without such layers never gets to.
+    assert [contract.latent for contract in CONTRACTS] == sorted(contract.latent for contract in CONTRACTS)
+
+
+def test_every_layout_has_a_kernel_for_each_part_of_a_step() -> None:
+    for contract in CONTRACTS:
+        for layout in contract.layouts:
+            for options in (contract.decode, contract.extend, contract.prefill):
+                assert any(layout in kernel.layouts for kernel in options), (contract.name, layout)
+
+
+def test_an_aiter_below_what_a_backend_needs_is_refused() -> None:
+    contract = replace(CONTRACTS[0], min_aiter=(0, 1, 20))
+    assert list(contract.platform_refusals(Platform("gfx942", 304, (0, 1, 20)))) == []
+    assert list(contract.platform_refusals(Platform("gfx942", 304, (0, 1, 19)))) == [
+        "it needs aiter v0.1.20 or newer, not v0.1.19"
+    ]
+
+
+def test_a_dtype_is_served_where_the_kernels_are_for_it() -> None:
+    rocm = CONTRACTS[0]
+    for dtype, served in ((torch.float16, True), (BF16, True), (torch.float32, False)):
+        spec = replace(SPEC, dtype=dtype, kv_dtype=dtype, sliding_window=None)
+        routes, _ = rocm.routes([spec], MI300X, "shuffled", 16)
+        assert bool(routes) == served
