@@ -1,0 +1,127 @@
+"""The stand-in against a checkout of the real source (AITER_SRC): signatures, kernel tables. How it is installed."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import inspect
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from importlib import import_module, metadata
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from aiter_standin import environment, installed, read_calls, write_metadata
+
+SIGNATURES = {
+    "aiter/ops/attention.py": (
+        "paged_attention_v1",
+        "paged_attention_rocm",
+        "paged_attention_common",
+        "_should_use_asm_kernel",
+        "pa_fwd_asm",
+        "get_mla_metadata_info_v1",
+        "get_mla_metadata_v1",
+    ),
+    "aiter/ops/cache.py": (
+        "reshape_and_cache",
+        "reshape_and_cache_flash",
+        "concat_and_cache_mla",
+        "fused_qk_rope_concat_and_cache_mla",
+    ),
+    "aiter/ops/mha.py": ("flash_attn_varlen_func", "mha_batch_prefill_func"),
+    "aiter/mla.py": ("mla_decode_fwd",),
+    "aiter/ops/triton/attention/unified_attention.py": ("unified_attention",),
+    "aiter/ops/triton/fusions/fused_kv_cache.py": ("fused_qk_rope_reshape_and_cache",),
+    "aiter/ops/triton/gluon/pa_decode_gluon.py": ("pa_decode_gluon",),
+    "aiter/ops/rmsnorm.py": ("rms_norm", "rmsnorm2d_fwd", "rmsnorm2d_fwd_with_add"),
+    "aiter/ops/activation.py": ("silu_and_mul",),
+    "aiter/ops/rope.py": (
+        "rope_cached_positions_fwd",
+        "rope_cached_positions_2c_fwd",
+        "rope_cached_positions_2c_fwd_inplace",
+    ),
+    "aiter/ops/moe_op.py": ("topk_softmax",),
+    "aiter/ops/topk.py": ("grouped_topk", "biased_grouped_topk"),
+    "aiter/fused_moe.py": ("fused_moe",),
+    "aiter/ops/shuffle.py": ("shuffle_weight",),
+}
+
+
+@pytest.fixture(scope="module")
+def aiter() -> Iterator[ModuleType]:
+    with installed() as module:
+        yield module
+
+
+@pytest.fixture(scope="module")
+def source() -> Path:
+    found = os.environ.get("AITER_SRC")
+    if not found:
+        pytest.skip("AITER_SRC names no checkout of github.com/ROCm/aiter to compare with")
+    return Path(found)
+
+
+def parameters(function: ast.FunctionDef) -> list[tuple[str, str | None]]:
+    """(name, default as written) of each, in order."""
+    given = function.args.args
+    defaults = [None] * (len(given) - len(function.args.defaults)) + [ast.unparse(d) for d in function.args.defaults]
+    return [(arg.arg, default) for arg, default in zip(given, defaults, strict=True)]
+
+
+@pytest.mark.parametrize(("path", "name"), [(path, name) for path, names in SIGNATURES.items() for name in names])
+def test_signatures_are_the_real_ones(aiter: ModuleType, source: Path, path: str, name: str) -> None:
+    tree = ast.parse((source / path).read_text())
+    real = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    module = import_module(path.removesuffix(".py").replace("/", "."))
+    ours = ast.parse(textwrap.dedent(inspect.getsource(getattr(module, name)))).body[0]
+    assert isinstance(ours, ast.FunctionDef)
+    assert parameters(ours) == parameters(real)
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
+def test_the_asm_kernels_are_the_shipped_ones(aiter: ModuleType, source: Path, arch: str) -> None:
+    with (source / "hsa" / arch / "pa" / "pa_asm.csv").open() as table:
+        rows = [row for row in csv.DictReader(table) if row["ps"] == "0"]
+    keys = ("Gqa", "Mtp", "Msk", "Hp", "blkSz")
+    real = {(row["qType"], row["kvType"], *(int(row[key]) for key in keys)) for row in rows}
+    assert import_module("aiter._asm").kernels(arch) == real
+
+
+def test_the_enums_are_the_real_ones(aiter: ModuleType, source: Path) -> None:
+    header = (source / "csrc/include/aiter_enum.h").read_text().replace(" ", "")
+    for enum in (aiter.ActivationType, aiter.QuantType, aiter.MlaVersion):
+        real, value = {}, -1
+        for entry in header.split(f"enumclass{enum.__name__}:int")[1].split("{")[1].split("}")[0].split(","):
+            name, _, given = entry.strip().partition("=")
+            value = int(given) if given else value + 1
+            real[name] = value
+        assert {member.name: member.value for member in enum}.items() <= real.items()
+
+
+def test_a_child_process_gets_the_device_it_was_given(tmp_path: Path) -> None:
+    log = tmp_path / "calls"
+    code = (
+        "import torch, aiter, aiter._version\n"
+        "aiter.rms_norm(torch.ones(2, 8), torch.ones(8), 1e-6)\n"
+        "from aiter.jit.utils.chip_info import get_cu_num, get_gfx\n"
+        "from importlib.metadata import version\n"
+        "print(get_gfx(), get_cu_num(), aiter.dtypes.fp8, aiter._version.__version__, version('amd-aiter'))"
+    )
+    where = write_metadata(tmp_path / "metadata", "0.1.16")
+    env = environment("gfx950", 7, version="0.1.16", log=log, metadata=where)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["gfx950", "7", "torch.float8_e4m3fn", "0.1.16", "0.1.16"]
+    assert read_calls(log) == [("rms_norm", "")]
+
+
+def test_nothing_is_left_installed() -> None:
+    before = list(sys.path)
+    with installed(arch="gfx950") as module:
+        assert (metadata.version("amd-aiter"), module._standin.device.cus) == ("0.1.20.post1", 256)
+        assert not hasattr(module, "__version__")  # the real package has none either
+    assert sys.path == before
