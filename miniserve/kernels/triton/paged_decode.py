@@ -1,0 +1,206 @@
+# mypy: allow-untyped-defs, disable-error-code="no-untyped-call"
+"""Decode attention over a paged cache: one query token per row, its keys shared among `num_splits` programs."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from miniserve.kernels.triton.common import LOG2E, capped, finite, key_tile, plane_strides, platform, value_tile
+from miniserve.kernels.triton.launch import Launch, cdiv, decode_launch, next_power_of_2
+from miniserve.kernels.triton.split_kv import (
+    DecodeScratch,
+    fuses_merge,
+    last_to_arrive,
+    merge_splits,
+    merge_tile,
+    shares,
+)
+
+
+def paged_decode(
+    q: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    num_kv_heads: int,
+    block_size: int,
+    shuffled: bool,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    num_splits: int = 1,
+    scratch: DecodeScratch | None = None,
+    out: torch.Tensor | None = None,
+    launch: Launch | None = None,
+    fused_merge: bool | None = None,
+) -> torch.Tensor:
+    """Attention of each row's one query over its cached keys, its own token's included.
+
+    q [rows, num_heads, head_dim], last dimension dense; key_cache, value_cache: planes of the layout (see
+    `attention/layouts.py`); block_tables int32 [rows, width]; seq_lens int32 [rows], 0 for a padding row, which reads
+    nothing and gets zeros. window W: only the last W keys; softcap c: c·tanh(score/c); sinks float32 [num_heads]: a
+    logit per head that joins the softmax's sum. k_scale, v_scale float32 [1]: factors of an fp8 cache's codes.
+    num_splits > 1 needs `scratch`. `launch` and `fused_merge` override the table's choice (for measurements).
+    Returns out [rows, num_heads, head_dim], q's dtype.
+    """
+    rows, num_heads, head_dim = q.shape
+    if out is None:
+        out = torch.empty((rows, num_heads, head_dim), dtype=q.dtype, device=q.device)
+    if rows == 0:
+        return out
+    if num_splits > 1 and scratch is None:
+        raise ValueError("a split decode needs scratch memory")
+    group, on = num_heads // num_kv_heads, platform()
+    launch = launch or decode_launch(on, head_dim, key_cache.element_size(), group)
+    single = num_splits == 1
+    if fused_merge is None:
+        fused_merge = fuses_merge(on, min(launch.block_m, group), head_dim, num_splits)
+    head_tiles = num_kv_heads * cdiv(group, launch.block_m)
+    _decode_kernel[(head_tiles, num_splits, rows)](
+        q,
+        key_cache,
+        value_cache,
+        block_tables,
+        seq_lens,
+        sinks,
+        k_scale,
+        v_scale,
+        out,
+        None if scratch is None else scratch.partial,
+        None if scratch is None else scratch.lse,
+        None if scratch is None else scratch.arrivals,
+        *q.stride()[:2],
+        *plane_strides(key_cache, shuffled),
+        *plane_strides(value_cache, shuffled),
+        block_tables.stride(0),
+        *out.stride()[:2],
+        scale * LOG2E,
+        window or 0,
+        (softcap or 0.0) * LOG2E,
+        num_splits,
+        GROUP=group,
+        KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_D=next_power_of_2(head_dim),
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        BLOCK_SIZE=block_size,
+        X=16 // key_cache.element_size() if shuffled else 0,
+        HAS_WINDOW=window is not None,
+        HAS_SOFTCAP=softcap is not None,
+        SINGLE=single,
+        MERGE_M=next_power_of_2(min(group, launch.block_m)),
+        FUSED_MERGE=fused_merge and not single,
+        **launch.options(on),
+    )
+    if not single and not fused_merge and scratch is not None:
+        merge_splits(scratch, seq_lens, out, block_n=launch.block_n, num_splits=num_splits, window=window)
+    return out
+
+
+@triton.jit(do_not_specialize=["window", "num_splits"])
+def _decode_kernel(
+    q, key_cache, value_cache, block_tables, seq_lens, sinks, k_scale, v_scale, out, partial, lse, arrivals,
+    q_row, q_head, k_block, k_token, k_head, v_block, v_token, v_head, table_row, out_row, out_head,
+    qk_scale, window, softcap, num_splits,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, X: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, SINGLE: tl.constexpr, MERGE_M: tl.constexpr, FUSED_MERGE: tl.constexpr,
+):  # fmt: skip
+    """One program: one row, one split of its keys, up to BLOCK_M query heads of one kv head. Scores are base 2."""
+    head_tile = tl.program_id(0)
+    split = tl.program_id(1)
+    row = tl.program_id(2)
+    TILES: tl.constexpr = (GROUP + BLOCK_M - 1) // BLOCK_M
+    HEADS: tl.constexpr = GROUP * KV_HEADS
+    kv_head = head_tile // TILES
+    member = head_tile % TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+    head = kv_head * GROUP + member
+    d = tl.arange(0, BLOCK_D)
+    mine = (member < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
+    out_at = out + row.to(tl.int64) * out_row + head[:, None] * out_head + d[None, :]
+
+    seq_len = tl.load(seq_lens + row)
+    low, first, last, share = shares(seq_len, window, num_splits, BLOCK_N, HAS_WINDOW)
+    begin = first + split * share
+    end = tl.minimum(begin + share, last)
+    if begin >= end:
+        if split == 0:
+            tl.store(out_at, tl.zeros([BLOCK_M, BLOCK_D], out.dtype.element_ty), mask=mine)
+        return
+
+    query = tl.load(q + row.to(tl.int64) * q_row + head[:, None] * q_head + d[None, :], mask=mine, other=0.0)
+    if k_scale is not None:
+        qk_scale *= tl.load(k_scale)
+    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    if sinks is not None:
+        sink = tl.load(sinks + head, mask=member < GROUP, other=0.0) * 1.4426950408889634
+        best = tl.maximum(best, sink)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # summed over the keys once, after the loop
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    table = block_tables + row.to(tl.int64) * table_row
+    VALUE_STEP: tl.constexpr = X if X > 0 else 1
+    k_pos = begin * BLOCK_N + tl.arange(0, BLOCK_N)
+    v_pos = begin * BLOCK_N + tl.arange(0, BLOCK_N // VALUE_STEP) * VALUE_STEP
+    # Block ids are read one tile ahead, so that a tile's keys never wait for them.
+    k_ids = tl.load(table + k_pos // BLOCK_SIZE, mask=k_pos < seq_len, other=0)
+    v_ids = tl.load(table + v_pos // BLOCK_SIZE, mask=v_pos < seq_len, other=0)
+    for _ in range(begin, end):
+        visible = k_pos < seq_len
+        if HAS_WINDOW:
+            visible = visible & (k_pos >= low)
+        k = key_tile(
+            key_cache, k_ids, k_pos, visible, k_block, k_token, kv_head * k_head,
+            HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, X,
+        )  # fmt: skip
+        v = value_tile(
+            value_cache, v_ids, v_pos, low, seq_len, v_block, v_token, kv_head * v_head,
+            HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, X,
+        )  # fmt: skip
+        k_pos += BLOCK_N
+        v_pos += BLOCK_N
+        k_ids = tl.load(table + k_pos // BLOCK_SIZE, mask=k_pos < seq_len, other=0)
+        v_ids = tl.load(table + v_pos // BLOCK_SIZE, mask=v_pos < seq_len, other=0)
+        scores = tl.dot(query, k.to(query.dtype), input_precision="ieee") * qk_scale
+        if HAS_SOFTCAP:
+            scores = capped(scores, softcap)
+        scores = tl.where(visible[None, :], scores, float("-inf"))
+        higher = tl.maximum(best, tl.max(scores, 1))
+        decay = tl.exp2(best - higher)
+        weights = tl.exp2(scores - higher[:, None])
+        total = total * decay[:, None] + weights
+        best = higher
+        v = v.to(query.dtype)
+        if X > 0:
+            v = finite(v)
+        acc = acc * decay[:, None]
+        acc = tl.dot(weights.to(query.dtype), v, acc, input_precision="ieee")
+
+    denominator = tl.sum(total, 1)
+    if sinks is not None:
+        denominator += tl.where(split == 0, tl.exp2(sink - best), 0.0)  # a sink counts once, in the first split
+    acc = acc / denominator[:, None]
+    if v_scale is not None:
+        acc *= tl.load(v_scale)
+    if SINGLE:
+        tl.store(out_at, acc.to(out.dtype.element_ty), mask=mine)
+    else:
+        entry = (row * HEADS + head).to(tl.int64) * num_splits
+        tl.store(partial + (entry + split)[:, None] * HEAD_DIM + d[None, :], acc, mask=mine)
+        tl.store(lse + entry + split, best + tl.log2(denominator), mask=member < GROUP)
+        if FUSED_MERGE:
+            splits = tl.cdiv(last - first, share)
+            if last_to_arrive(arrivals + row * tl.num_programs(0) + head_tile, splits):
+                few = head_tile % TILES * BLOCK_M + tl.arange(0, MERGE_M)
+                merge_tile(
+                    partial, lse, out, row, kv_head * GROUP + few, few < GROUP, splits, num_splits,
+                    out_row, out_head, HEADS, HEAD_DIM, BLOCK_D, MERGE_M,
+                )  # fmt: skip

@@ -1,0 +1,195 @@
+# mypy: allow-untyped-defs, disable-error-code="no-untyped-call"
+"""Prefill and extend attention over a paged cache that holds the new tokens already.
+
+Flash attention (Dao 2023) with the cache's pages as keys. A tile's rows are (token, query head) pairs of one kv head,
+so that the heads of a group share the keys they read and short queries still fill a tile.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from miniserve.kernels.triton.common import LOG2E, capped, finite, key_tile, plane_strides, platform, value_tile
+from miniserve.kernels.triton.launch import Launch, cdiv, extend_launch, next_power_of_2
+
+
+def paged_extend(
+    q: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    cu_query_lens: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    max_query_len: int,
+    num_kv_heads: int,
+    block_size: int,
+    shuffled: bool,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    launch: Launch | None = None,
+) -> torch.Tensor:
+    """Causal attention of each request's new tokens over its cached ones, the new ones included.
+
+    q [num_tokens, num_heads, head_dim], last dimension dense: the requests' tokens one after another, request r's at
+    cu_query_lens[r] … cu_query_lens[r + 1] (int32 [requests + 1], device), none longer than max_query_len (host);
+    seq_lens int32 [requests]: cached tokens with the new ones, so the last query sees seq_len keys. The rest as
+    `paged_decode`. Tokens of no request are left untouched. Returns out [num_tokens, num_heads, head_dim], q's dtype.
+    """
+    num_heads, head_dim = q.shape[1:]
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    requests = seq_lens.shape[0]
+    if requests == 0 or max_query_len == 0:
+        return out
+    group, on = num_heads // num_kv_heads, platform()
+    launch = launch or extend_launch(on, head_dim, key_cache.element_size(), max_query_len * group)
+    _extend_kernel[(num_kv_heads, cdiv(max_query_len * group, launch.block_m), requests)](
+        q,
+        key_cache,
+        value_cache,
+        block_tables,
+        cu_query_lens,
+        seq_lens,
+        sinks,
+        k_scale,
+        v_scale,
+        out,
+        *q.stride()[:2],
+        *plane_strides(key_cache, shuffled),
+        *plane_strides(value_cache, shuffled),
+        block_tables.stride(0),
+        *out.stride()[:2],
+        scale * LOG2E,
+        window or 0,
+        (softcap or 0.0) * LOG2E,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        BLOCK_D=next_power_of_2(head_dim),
+        BLOCK_M=launch.block_m,
+        BLOCK_N=launch.block_n,
+        BLOCK_SIZE=block_size,
+        X=16 // key_cache.element_size() if shuffled else 0,
+        HAS_WINDOW=window is not None,
+        HAS_SOFTCAP=softcap is not None,
+        **launch.options(on),
+    )
+    return out
+
+
+@triton.jit(do_not_specialize=["window"])
+def _extend_kernel(
+    q, key_cache, value_cache, block_tables, cu_query_lens, seq_lens, sinks, k_scale, v_scale, out,
+    q_row, q_head, k_block, k_token, k_head, v_block, v_token, v_head, table_row, out_row, out_head,
+    qk_scale, window, softcap,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, X: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M (token, head) pairs of one request and kv head."""
+    kv_head = tl.program_id(0)
+    request = tl.program_id(2)
+    first_token = tl.load(cu_query_lens + request)
+    query_len = tl.load(cu_query_lens + request + 1) - first_token
+    # The last tiles see the most keys: they start first.
+    start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
+    if start >= query_len * GROUP:
+        return
+    seq_len = tl.load(seq_lens + request)
+    context = seq_len - query_len
+    pair = start + tl.arange(0, BLOCK_M)
+    token = pair // GROUP
+    head = kv_head * GROUP + pair % GROUP
+    d = tl.arange(0, BLOCK_D)
+    mine = (token < query_len)[:, None] & (d < HEAD_DIM)[None, :]
+    row = (first_token + token).to(tl.int64)
+    query = tl.load(q + (row * q_row + head * q_head)[:, None] + d[None, :], mask=mine, other=0.0)
+    query_pos = context + tl.minimum(token, query_len - 1)
+
+    if k_scale is not None:
+        qk_scale *= tl.load(k_scale)
+    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if sinks is not None:
+        best = tl.load(sinks + head) * 1.4426950408889634
+        total += 1.0
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    # Keys [low, high) are seen by some row of the tile, those below `full` by every row (without a window).
+    low = tl.maximum(context + start // GROUP - window + 1, 0) if HAS_WINDOW else 0
+    high = context + tl.minimum((start + BLOCK_M - 1) // GROUP + 1, query_len)
+    full = low // BLOCK_N * BLOCK_N
+    if not HAS_WINDOW:
+        full = (context + start // GROUP + 1) // BLOCK_N * BLOCK_N
+    table = block_tables + request.to(tl.int64) * table_row
+    best, total, acc = _attend(
+        query, query_pos, best, total, acc, key_cache, value_cache, table, low // BLOCK_N * BLOCK_N, full, low, high,
+        k_block, k_token, kv_head * k_head, v_block, v_token, kv_head * v_head, qk_scale, window, softcap,
+        HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, X, False, HAS_WINDOW, HAS_SOFTCAP,
+    )  # fmt: skip
+    best, total, acc = _attend(
+        query, query_pos, best, total, acc, key_cache, value_cache, table, full, high, low, high,
+        k_block, k_token, kv_head * k_head, v_block, v_token, kv_head * v_head, qk_scale, window, softcap,
+        HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, X, True, HAS_WINDOW, HAS_SOFTCAP,
+    )  # fmt: skip
+    acc = acc / total[:, None]
+    if v_scale is not None:
+        acc *= tl.load(v_scale)
+    tl.store(out + (row * out_row + head * out_head)[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=mine)
+
+
+@triton.jit
+def _attend(
+    query, query_pos, best, total, acc, key_cache, value_cache, table, begin, end, low, high,
+    k_block, k_token, k_offset, v_block, v_token, v_offset, qk_scale, window, softcap,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, X: tl.constexpr,
+    MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Go on with the keys from `begin` to `end`; not MASKED: every row sees them all."""
+    VALUE_STEP: tl.constexpr = X if X > 0 else 1
+    k_pos = begin + tl.arange(0, BLOCK_N)
+    v_pos = begin + tl.arange(0, BLOCK_N // VALUE_STEP) * VALUE_STEP
+    k_ids = tl.load(table + k_pos // BLOCK_SIZE, mask=k_pos < high, other=0)
+    v_ids = tl.load(table + v_pos // BLOCK_SIZE, mask=v_pos < high, other=0)
+    for _ in range(begin, end, BLOCK_N):
+        k = key_tile(
+            key_cache, k_ids, k_pos, (k_pos >= low) & (k_pos < high), k_block, k_token, k_offset,
+            HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, X,
+        )  # fmt: skip
+        v = value_tile(
+            value_cache, v_ids, v_pos, low, high, v_block, v_token, v_offset,
+            HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, X,
+        )  # fmt: skip
+        scores = tl.dot(query, k.to(query.dtype), input_precision="ieee") * qk_scale
+        if HAS_SOFTCAP:
+            scores = capped(scores, softcap)
+        if MASKED:
+            distance = query_pos[:, None] - k_pos[None, :]
+            seen = distance >= 0
+            if HAS_WINDOW:
+                seen = seen & (distance < window)
+            scores = tl.where(seen, scores, float("-inf"))
+        higher = tl.maximum(best, tl.max(scores, 1))
+        if HAS_WINDOW:
+            # A row may see no key of the first tiles: no difference of two infinities then.
+            higher = tl.maximum(higher, -1.0e30)
+        decay = tl.exp2(best - higher)
+        weights = tl.exp2(scores - higher[:, None])
+        total = total * decay + tl.sum(weights, 1)
+        best = higher
+        v = v.to(query.dtype)
+        if MASKED and X > 0:
+            v = finite(v)
+        acc = acc * decay[:, None]
+        acc = tl.dot(weights.to(query.dtype), v, acc, input_precision="ieee")
+        k_pos += BLOCK_N
+        v_pos += BLOCK_N
+        k_ids = tl.load(table + k_pos // BLOCK_SIZE, mask=k_pos < high, other=0)
+        v_ids = tl.load(table + v_pos // BLOCK_SIZE, mask=v_pos < high, other=0)
+    return best, total, acc

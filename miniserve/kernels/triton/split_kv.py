@@ -1,0 +1,150 @@
+# mypy: allow-untyped-defs, disable-error-code="no-untyped-call"
+"""Sharing one row's keys among several programs, and merging what they found.
+
+Split-KV as in Flash-Decoding (Dao et al. 2023): every split takes an equal share of the tiles of its own row's length,
+which is read on the device, so that nothing is planned on the CPU per step. The splits' partial results are merged by
+their log-sum-exp (base 2), either by the last split to arrive or by a second kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from miniserve.kernels.triton.launch import Platform, next_power_of_2
+
+# Above this many float32 values a merge is spread over a kernel of its own: one program would be slower.
+_FUSED_MERGE_VALUES = 32768
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeScratch:
+    """What splits leave for the merge. partial: float32, head_dim values per (row, head, split); lse: float32, one per
+    (row, head, split), base 2; arrivals: int32, one per (row, head tile), zero between launches."""
+
+    partial: torch.Tensor
+    lse: torch.Tensor
+    arrivals: torch.Tensor
+
+    @staticmethod
+    def allocate(
+        launches: Iterable[tuple[int, int]], num_heads: int, head_dim: int, device: torch.device
+    ) -> DecodeScratch:
+        """Large enough for each (rows, num_splits) of `launches`."""
+        pairs = list(launches)
+        entries = max((rows * splits for rows, splits in pairs), default=0) * num_heads
+        rows = max((rows for rows, _ in pairs), default=0)
+        return DecodeScratch(
+            torch.empty(entries * head_dim, dtype=torch.float32, device=device),
+            torch.empty(entries, dtype=torch.float32, device=device),
+            torch.zeros(rows * num_heads, dtype=torch.int32, device=device),
+        )
+
+
+def fuses_merge(on: Platform, heads: int, head_dim: int, num_splits: int) -> bool:
+    """Whether the last split to arrive should merge `heads` heads itself.
+
+    On AMD the merge stays a kernel of its own until an in-kernel one has been seen to work across its dies.
+    """
+    return on == "cuda" and next_power_of_2(heads) * next_power_of_2(head_dim) * num_splits <= _FUSED_MERGE_VALUES
+
+
+def merge_splits(
+    scratch: DecodeScratch,
+    seq_lens: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    block_n: int,
+    num_splits: int,
+    window: int | None = None,
+) -> None:
+    """Merge the partial results of every row and head into out [rows, heads, head_dim]; a row of length 0 is left."""
+    rows, heads, head_dim = out.shape
+    _merge_kernel[(heads, rows)](
+        scratch.partial,
+        scratch.lse,
+        seq_lens,
+        out,
+        *out.stride()[:2],
+        window or 0,
+        num_splits,
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        BLOCK_D=next_power_of_2(head_dim),
+        BLOCK_N=block_n,
+        HAS_WINDOW=window is not None,
+    )
+
+
+@triton.jit
+def shares(seq_len, window, num_splits, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """How a row's visible keys are shared out: (first tile, one past the last tile, tiles per split)."""
+    low = tl.maximum(seq_len - window, 0) if HAS_WINDOW else 0
+    first = low // BLOCK_N
+    last = tl.cdiv(seq_len, BLOCK_N)
+    return low, first, last, tl.cdiv(last - first, num_splits)
+
+
+@triton.jit
+def last_to_arrive(arrivals, splits):
+    """Count this program in; whether it is the last of `splits`, after whose stores it then reads. Resets the count."""
+    # The barrier orders all threads' stores before the one thread's release, which goes before the count.
+    tl.debug_barrier()
+    is_last = tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == splits - 1
+    if is_last:
+        tl.store(arrivals, 0)
+    return is_last
+
+
+@triton.jit(do_not_specialize=["window", "num_splits"])
+def _merge_kernel(
+    partial, lse, seq_lens, out, out_row, out_head, window, num_splits,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """One program: one head of one row. A padding row has its zeros from the decode kernel already."""
+    head = tl.program_id(0)
+    row = tl.program_id(1)
+    seq_len = tl.load(seq_lens + row)
+    if seq_len > 0:
+        _, first, last, share = shares(seq_len, window, num_splits, BLOCK_N, HAS_WINDOW)
+        heads = head + tl.arange(0, 1)
+        splits = tl.cdiv(last - first, share)
+        merge_tile(
+            partial, lse, out, row, heads, heads < HEADS, splits, num_splits, out_row, out_head,
+            HEADS, HEAD_DIM, BLOCK_D, 1,
+        )  # fmt: skip
+
+
+@triton.jit
+def merge_tile(
+    partial, lse, out, row, heads, live, splits, num_splits, out_row, out_head,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MERGE_M: tl.constexpr,
+):  # fmt: skip
+    """Weigh `splits` partial results of MERGE_M heads by exp2(lse), several splits at once, and write the sum."""
+    CHUNK: tl.constexpr = 8192 // (MERGE_M * BLOCK_D) if MERGE_M * BLOCK_D < 8192 else 1
+    entry = (row * HEADS + heads).to(tl.int64)[:, None] * num_splits + tl.arange(0, CHUNK)[None, :]  # [M, CHUNK]
+    d = tl.arange(0, BLOCK_D)
+    best = tl.full([MERGE_M], float("-inf"), tl.float32)
+    total = tl.zeros([MERGE_M], tl.float32)
+    acc = tl.zeros([MERGE_M, BLOCK_D], tl.float32)
+    for start in range(0, splits, CHUNK):
+        there = live[:, None] & (start + tl.arange(0, CHUNK) < splits)[None, :]
+        weight = tl.load(lse + entry + start, mask=there, other=float("-inf"))
+        share = tl.load(
+            partial + (entry + start)[:, :, None] * HEAD_DIM + d[None, None, :],
+            mask=there[:, :, None] & (d < HEAD_DIM)[None, None, :],
+            other=0.0,
+        )
+        higher = tl.where(live, tl.maximum(best, tl.max(weight, 1)), 0.0)
+        decay = tl.exp2(best - higher)
+        weight = tl.exp2(weight - higher[:, None])
+        total = total * decay + tl.sum(weight, 1)
+        acc = acc * decay[:, None] + tl.sum(share * weight[:, :, None], 1)
+        best = higher
+    acc = acc / tl.where(live, total, 1.0)[:, None]
+    out_at = out + row.to(tl.int64) * out_row + heads[:, None] * out_head + d[None, :]
+    tl.store(out_at, acc.to(out.dtype.element_ty), mask=live[:, None] & (d < HEAD_DIM)[None, :])

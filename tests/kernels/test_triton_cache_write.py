@@ -1,0 +1,144 @@
+"""The Triton cache writers: every element where the layout's formula says, and nothing else touched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton_support import DEVICE, DTYPES, FP8, LAYOUTS, NATIVE, close, normal, on_gpu, relative_error
+
+from miniserve.kernels.triton.cache_write import rope_and_write, write_kv, write_latent
+from miniserve.models.layers.ops import qk_norm_rope
+
+SLOTS = [5, -1, 47, 16, 31, 0, -1, 95]
+
+
+def slots(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=DEVICE)
+
+
+def planes(
+    num_blocks: int, block_size: int, heads: int, head_dim: int, dtype: torch.dtype, shuffled: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zeroed planes of the layout."""
+    x = 16 // dtype.itemsize
+    key = (num_blocks, heads, head_dim // x, block_size, x) if shuffled else (num_blocks, block_size, heads, head_dim)
+    value = (num_blocks, heads, block_size // x, head_dim, x) if shuffled else key
+    return torch.zeros(key, dtype=dtype, device=DEVICE), torch.zeros(value, dtype=dtype, device=DEVICE)
+
+
+def stored(
+    key: torch.Tensor, value: torch.Tensor, slot: int, block_size: int, heads: int, head_dim: int, shuffled: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A token's k, v [heads, head_dim] read back by the formulas of flat offsets (aiter's `reshape_and_cache`)."""
+    block, o = divmod(slot, block_size)
+    h, d = torch.arange(heads)[:, None], torch.arange(head_dim)[None, :]
+    base = block * block_size * heads * head_dim
+    at_k = at_v = base + o * heads * head_dim + h * head_dim + d
+    if shuffled:
+        x = 16 // key.element_size()
+        at_k = base + h * head_dim * block_size + d // x * block_size * x + o * x + d % x
+        at_v = base + h * head_dim * block_size + o // x * head_dim * x + d * x + o % x
+    return key.flatten().float()[at_k.to(DEVICE)], value.flatten().float()[at_v.to(DEVICE)]
+
+
+def only_these_were_written(plane: torch.Tensor, expected_elements: int) -> None:
+    assert int((plane.float() != 0).sum()) == expected_elements
+
+
+@LAYOUTS
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "head_dim", "block_size"), [(2, 64, 16), (3, 80, 32), (1, 256, 48)])
+def test_write_kv(heads: int, head_dim: int, block_size: int, dtype: torch.dtype, shuffled: bool) -> None:
+    fused = normal(1, len(SLOTS), 5 + 2 * heads, head_dim, dtype=dtype)  # as a slice of fused qkv
+    fused[fused == 0] = 1
+    k, v = fused[:, 5 : 5 + heads], fused[:, 5 + heads :]
+    key, value = planes(96 // block_size, block_size, heads, head_dim, dtype, shuffled)
+    write_kv(k, v, key, value, slots(SLOTS), block_size=block_size, shuffled=shuffled)
+    for token, slot in enumerate(SLOTS):
+        if slot >= 0:
+            got_k, got_v = stored(key, value, slot, block_size, heads, head_dim, shuffled)
+            assert torch.equal(got_k, k[token].float())
+            assert torch.equal(got_v, v[token].float())
+    for plane in (key, value):
+        only_these_were_written(plane, sum(slot >= 0 for slot in SLOTS) * heads * head_dim)
+
+
+@LAYOUTS
+def test_write_of_no_tokens(shuffled: bool) -> None:
+    key, value = planes(1, 16, 1, 16, torch.float16, shuffled)
+    empty = normal(1, 0, 1, 16, dtype=torch.float16)
+    write_kv(empty, empty, key, value, slots([]), block_size=16, shuffled=shuffled)
+    only_these_were_written(key, 0)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=on_gpu)])
+def test_fp8_is_scaled_and_limited(dtype: torch.dtype, shuffled: bool) -> None:
+    limit = torch.finfo(FP8).max
+    k = torch.tensor([0.25, -3.0, 10.0, 1e6, -1e6, 448.0, 0.5, 96.0] * 4, device=DEVICE).to(dtype).view(1, 1, 32)
+    key, value = planes(1, 16, 1, 32, FP8, shuffled)
+    scales = torch.tensor([0.25], device=DEVICE), torch.tensor([2.0], device=DEVICE)
+    write_kv(
+        k, k, key, value, slots([3]), block_size=16, shuffled=shuffled, k_scale=scales[0], v_scale=scales[1]
+    )  # fmt: skip
+    got = stored(key, value, 3, 16, 1, 32, shuffled)
+    for plane, scale in zip(got, scales, strict=True):
+        want = (k[0].float() / scale).clamp(-limit, limit).to(FP8).float()
+        assert torch.equal(plane, want)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 2, 64), (5, 5, 80), (3, 1, 256)])
+def test_rope_and_write(
+    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, normed: bool, shuffled: bool
+) -> None:
+    tokens = len(SLOTS)
+    wide = normal(1, tokens, (heads + 2 * kv_heads) * head_dim + 16, dtype=dtype)
+    qkv = wide[:, :-16]
+    angles = 3 * normal(2, tokens, head_dim // 2)
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1)
+    weights = (normal(3, head_dim, dtype=dtype), normal(4, head_dim, dtype=dtype)) if normed else (None, None)
+    key, value = planes(6, 16, kv_heads, head_dim, dtype, shuffled)
+    q_out = rope_and_write(
+        qkv, cos_sin, *weights, 1e-6, key, value, slots(SLOTS), num_heads=heads, num_kv_heads=kv_heads,
+        head_dim=head_dim, block_size=16, shuffled=shuffled,
+    )  # fmt: skip
+    q, k, v = qkv.unflatten(1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=1)
+    want_q, want_k = qk_norm_rope(q, k, cos_sin, *weights, 1e-6)
+    # Both round alike; only a sum's order may tip a rounding.
+    ulp = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}[dtype]
+    assert relative_error(q_out, want_q) < ulp
+    assert q_out.dtype == dtype
+    for token, slot in enumerate(SLOTS):
+        if slot >= 0:
+            got_k, got_v = stored(key, value, slot, 16, kv_heads, head_dim, shuffled)
+            assert relative_error(got_k, want_k[token]) < ulp
+            assert torch.equal(got_v, v[token].float())
+    only_these_were_written(value, sum(slot >= 0 for slot in SLOTS) * kv_heads * head_dim)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_write_latent(dtype: torch.dtype) -> None:
+    kv_c, k_pe = normal(1, len(SLOTS), 70, dtype=dtype)[:, :64], normal(2, len(SLOTS), 16, dtype=dtype)
+    cache = torch.zeros(6, 16, 80, dtype=dtype, device=DEVICE)
+    write_latent(kv_c, k_pe, cache, slots(SLOTS))
+    want = torch.zeros_like(cache).flatten(0, 1)
+    for token, slot in enumerate(SLOTS):
+        if slot >= 0:
+            want[slot] = torch.cat((kv_c[token], k_pe[token]))
+    assert torch.equal(cache.flatten(0, 1), want)
+
+
+@LAYOUTS
+@pytest.mark.gpu
+@pytest.mark.skipif(not NATIVE, reason="needs a GPU with 12 GiB")
+def test_the_last_slot_of_a_pool_above_4_gib(shuffled: bool) -> None:
+    num_blocks, heads, head_dim = 150_000, 8, 128
+    key, value = planes(num_blocks, 16, heads, head_dim, torch.bfloat16, shuffled)
+    k, v = normal(1, 1, heads, head_dim, dtype=torch.bfloat16), normal(2, 1, heads, head_dim, dtype=torch.bfloat16)
+    write_kv(k, v, key, value, slots([num_blocks * 16 - 1]), block_size=16, shuffled=shuffled)
+    last = stored(key[-1:], value[-1:], 15, 16, heads, head_dim, shuffled)
+    close(last[0][None], k.double(), torch.float32)
+    close(last[1][None], v.double(), torch.float32)

@@ -1,0 +1,68 @@
+"""The Triton decode kernel for latent attention against attention in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton_support import DEVICE, DTYPES, FP8, attend, block_tables, close, int32, normal, on_gpu
+
+from miniserve.kernels.triton.launch import Launch
+from miniserve.kernels.triton.mla_decode import mla_decode
+from miniserve.kernels.triton.split_kv import DecodeScratch
+
+LENGTHS = [1, 0, 16, 17, 129]
+SMALL = Launch(block_m=16, block_n=32, num_warps=4, num_stages=2)
+
+
+def check(
+    dtype: torch.dtype, kv_dtype: torch.dtype, *, heads: int, rank: int, rope: int, lengths: list[int] = LENGTHS,
+    block_size: int = 16, num_splits: int = 1, fused: bool | None = None, kv_scale: float | None = None,
+    launch: Launch | None = SMALL,
+) -> None:  # fmt: skip
+    num_blocks = 24
+    cache = normal(1, num_blocks, block_size, rank + rope).to(kv_dtype)
+    q = normal(2, len(lengths), heads + 1, rank + rope, dtype=dtype)[:, 1:]
+    tables = block_tables(lengths, num_blocks, block_size)
+    scratch = DecodeScratch.allocate([(len(lengths), num_splits)], heads, rank, DEVICE)
+    for _ in range(2 if num_splits > 1 else 1):
+        got = mla_decode(
+            q, cache, tables, int32(lengths), scale=0.1, kv_lora_rank=rank, num_splits=num_splits, scratch=scratch,
+            kv_scale=None if kv_scale is None else torch.tensor([kv_scale], device=DEVICE), fused_merge=fused,
+            out=torch.full((len(lengths), heads, rank), float("nan"), dtype=dtype, device=DEVICE), launch=launch,
+        )  # fmt: skip
+        want = []
+        for row, length in enumerate(lengths):
+            latent = cache[tables[row, : -(-length // block_size)].long()].flatten(0, 1)[:length, None].double()
+            latent = latent * (kv_scale or 1.0)
+            empty = torch.zeros(1, heads, rank, dtype=torch.float64, device=DEVICE)
+            want.append(attend(q[row : row + 1], latent, latent[..., :rank], 0.1) if length else empty)
+        close(got, torch.cat(want), dtype)
+    assert not scratch.arrivals.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_splits", "fused"), [(1, None), (3, True), (3, False)])
+def test_ragged_rows(num_splits: int, fused: bool | None, dtype: torch.dtype) -> None:
+    check(dtype, dtype, heads=16, rank=64, rope=16, num_splits=num_splits, fused=fused)
+
+
+@pytest.mark.parametrize("heads", [1, 8, 20, 128])
+def test_head_counts(heads: int) -> None:
+    check(torch.float16, torch.float16, heads=heads, rank=64, rope=32, lengths=[1, 70], num_splits=2, launch=None)
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 32, 64])
+def test_block_sizes(block_size: int) -> None:
+    lengths = [max(1, block_size - 1), block_size, 3 * block_size + 1]
+    check(torch.float16, torch.float16, heads=4, rank=32, rope=16, lengths=lengths, block_size=block_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=on_gpu)])
+@pytest.mark.parametrize("heads", [16, 128])
+def test_the_dimensions_of_deepseek(heads: int, dtype: torch.dtype) -> None:
+    check(dtype, dtype, heads=heads, rank=512, rope=64, lengths=[40, 0, 7], num_splits=2, launch=None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=on_gpu)])
+def test_fp8_cache(dtype: torch.dtype) -> None:
+    check(dtype, FP8, heads=16, rank=64, rope=16, num_splits=2, kv_scale=0.5)
