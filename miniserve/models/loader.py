@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,9 @@ def load_weights(model: CausalLM, path: str | Path, *, progress: Progress | None
     """Load `path`/*.safetensors (one file or sharded with an index) into `model`, converting to its dtype.
 
     progress(done, total) is called after each layer, in bytes of the model's parameters. Of tensors the model does not
-    want, only these are ignored: rotary_emb.inv_freq, and lm_head.weight where the embeddings are tied. Raises
-    `UserError` naming every tensor that is missing, surplus, mis-shaped or not stored as bfloat16, float16 or float32,
-    before anything is read.
+    want, only these are ignored: rotary_emb.inv_freq, lm_head.weight where the embeddings are tied, and layers after
+    the last that guess further tokens. Raises `UserError` naming every tensor that is missing, surplus, mis-shaped or
+    not stored as bfloat16, float16 or float32, before anything is read.
     """
     files = _tensor_files(Path(path))
     _check(model, files, Path(path))
@@ -130,11 +131,14 @@ def _check(model: CausalLM, files: dict[str, Path], path: Path) -> None:
     if surplus:
         problems.append(f"not part of this architecture: {_some(surplus)}")
     wrong = []
-    for file in sorted(set(files.values())):
+    found: dict[Path, list[Piece]] = defaultdict(list)
+    for name, piece in wanted.items():
+        if name in files:
+            found[files[name]].append(piece)
+    for file in sorted(found):
         with _opened(file) as tensors:
-            for name, piece in wanted.items():
-                if files.get(name) == file:
-                    wrong += _wrong(piece, tensors.get_slice(name))
+            for piece in found[file]:
+                wrong += _wrong(piece, tensors.get_slice(piece.name))
     if wrong:
         problems.append(_some(wrong))
     if problems:
@@ -151,7 +155,13 @@ def _wrong(piece: Piece, header: Any) -> list[str]:
 
 
 def _ignored(name: str, model: CausalLM) -> bool:
-    return name.endswith(_IGNORED_SUFFIX) or (name == "lm_head.weight" and model.config.tie_word_embeddings)
+    config = model.config
+    drafts = tuple(f"model.layers.{config.num_layers + i}." for i in range(config.num_draft_layers))
+    return (
+        name.endswith(_IGNORED_SUFFIX)
+        or (name == "lm_head.weight" and config.tie_word_embeddings)
+        or name.startswith(drafts)
+    )
 
 
 def _some(names: list[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,15 +9,14 @@ import torch
 from miniserve.core import UserError
 from miniserve.kernels.native import NativeKernels
 from miniserve.models.config import SUPPORTED_ARCHITECTURES, ModelConfig
-from miniserve.models.dense import BuildOptions, CausalLM
+from miniserve.models.dense import CausalLM
 from miniserve.models.layers.linear import can_pack
+from miniserve.models.options import BuildOptions
 
 if TYPE_CHECKING:
     from miniserve.kernels.triton.runtime import TritonKernels
 
 __all__ = ["SUPPORTED_ARCHITECTURES", "build_model", "weight_bytes"]
-
-_MODELS: dict[str, type[CausalLM]] = dict.fromkeys(SUPPORTED_ARCHITECTURES, CausalLM)
 
 
 def build_model(
@@ -42,21 +40,17 @@ def build_model(
     options = BuildOptions(
         dtype=dtype, kv_dtype=kv_dtype, device=torch.device(device), max_model_len=length, native=native, triton=triton
     )
-    return _MODELS[config.architecture](config, options).eval()
+    return CausalLM(config, options).eval()
 
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> int:
     """Bytes that the loaded weights occupy on `device`, a tied head's packed copy included (it exists on a CPU)."""
-    # One layer stands for all of them; a model of a hundred is not built to be counted.
-    short = dataclasses.replace(config, num_layers=1, sliding_windows=(None,))
     options = BuildOptions(dtype=dtype, kv_dtype=dtype, device=torch.device("meta"), max_model_len=1)
-    model = _MODELS[config.architecture](short, options)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
-    count = total + layer * (config.num_layers - 1)
+    model = CausalLM(config, options)
+    count = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
     if config.tie_word_embeddings and torch.device(device).type == "cpu" and can_pack(dtype):
-        count += config.vocab_size * config.hidden_size
-    return count * dtype.itemsize
+        count += config.vocab_size * config.hidden_size * dtype.itemsize
+    return count
 
 
 def _too_long(config: ModelConfig, length: int) -> str:

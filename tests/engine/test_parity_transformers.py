@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_real import BACKENDS, Setup, generate, make_engine, small_model, tokens
-from models_support import CLASSES, VOCAB
+from models_support import CLASSES, LATENT, VOCAB
 
 from miniserve.core import SamplingParams
 
@@ -18,10 +18,11 @@ PROMPTS = (23, 9, 40)
 
 
 @pytest.mark.parametrize("number", range(CONFIGURATIONS))
-@pytest.mark.parametrize("architecture", CLASSES)
+@pytest.mark.parametrize("architecture", [name for name in CLASSES if name not in LATENT])
 def test_logprobs_and_greedy_tokens_equal_transformers(architecture: str, number: int, tmp_path: Path) -> None:
     model = small_model(tmp_path, architecture, number, native_ops=number % 2 == 0)
-    reference = CLASSES[architecture][1].from_pretrained(tmp_path, dtype=torch.float32).eval()
+    routed = {"experts_implementation": "eager"} if model.config.moe else {}  # the default one takes no odd widths
+    reference = CLASSES[architecture][1].from_pretrained(tmp_path, dtype=torch.float32, **routed).eval()
     generator = torch.Generator().manual_seed(number)
     prompts = [torch.randint(VOCAB, (length,), generator=generator).tolist() for length in PROMPTS]
     greedy = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, logprobs=VOCAB, prompt_logprobs=VOCAB)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from miniserve.attention.spec import AttentionLayer
+from miniserve.attention.spec import AttentionLayer, LatentLayer
 from miniserve.models.config import load_model_config
 from miniserve.models.dense import CausalLM
 from miniserve.models.loader import load_weights
@@ -21,7 +22,11 @@ CLASSES = {
     "MistralForCausalLM": (transformers.MistralConfig, transformers.MistralForCausalLM),
     "Qwen2ForCausalLM": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "Qwen3ForCausalLM": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "Qwen3MoeForCausalLM": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
+    "DeepseekV2ForCausalLM": (transformers.DeepseekV2Config, transformers.DeepseekV2ForCausalLM),
+    "DeepseekV3ForCausalLM": (transformers.DeepseekV3Config, transformers.DeepseekV3ForCausalLM),
 }
+LATENT = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
 LENGTH = 64  # max_position_embeddings of the small models: their trained length, or YaRN's and llama3's stretched one
 
 
@@ -65,6 +70,8 @@ def random_settings(architecture: str, number: int) -> dict[str, Any]:
         "rope_parameters": rope_settings(ROPE_TYPES[number % 5], rng),
         "hidden_act": rng.choice(["silu", "swish"]),
     }
+    if architecture in LATENT:
+        return latent_settings(architecture, settings, rng)
     if architecture == "LlamaForCausalLM":
         settings |= {"attention_bias": rng.random() < 0.5, "mlp_bias": rng.random() < 0.5}
     elif architecture == "MistralForCausalLM":
@@ -75,7 +82,16 @@ def random_settings(architecture: str, number: int) -> dict[str, Any]:
             "sliding_window": rng.choice([5, 16]),
             "max_window_layers": rng.randrange(layers + 1),
         }
-    if architecture == "Qwen3ForCausalLM":  # which has a head_dim of its own always
+    if architecture == "Qwen3MoeForCausalLM":
+        settings |= {
+            "num_experts": rng.choice([4, 7]),
+            "num_experts_per_tok": rng.choice([1, 2, 3]),
+            "moe_intermediate_size": rng.choice([24, 33]),
+            "norm_topk_prob": rng.random() < 0.5,
+            "decoder_sparse_step": rng.choice([1, 1, 2]),
+            "mlp_only_layers": rng.choice([[], [0], [layers - 1]]),
+        }
+    if architecture.startswith("Qwen3"):  # which have a head_dim of their own always
         settings["attention_bias"] = rng.random() < 0.5
     elif number >= len(HEAD_DIMS) * len(ROPE_TYPES):
         settings["hidden_size"] = num_heads * 20
@@ -83,11 +99,43 @@ def random_settings(architecture: str, number: int) -> dict[str, Any]:
     return settings
 
 
+def latent_settings(architecture: str, settings: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """DeepSeek's: the latent and the heads' sizes, and every way of routing."""
+    del settings["head_dim"]
+    groups = rng.choice([1, 2, 3])
+    heads = settings["num_attention_heads"]
+    settings |= {
+        "num_key_value_heads": heads,
+        "hidden_size": heads * 12,
+        "q_lora_rank": rng.choice([None, 20]),
+        "kv_lora_rank": rng.choice([16, 40]),
+        "qk_nope_head_dim": rng.choice([8, 24]),
+        "qk_rope_head_dim": rng.choice([4, 16]),
+        "v_head_dim": rng.choice([8, 20]),
+        "attention_bias": rng.random() < 0.3,
+        "first_k_dense_replace": rng.choice([0, 1]),
+        "n_routed_experts": 6 * groups // rng.choice([1, 2]),
+        "num_experts_per_tok": rng.choice([1, 2, 3]),
+        "moe_intermediate_size": rng.choice([24, 33]),
+        "n_shared_experts": rng.choice([1, 2]),
+        "routed_scaling_factor": rng.choice([1.0, 2.5]),
+        "n_group": groups,
+        "topk_group": rng.randint(1, groups),
+    }
+    if architecture == "DeepseekV2ForCausalLM":
+        method = rng.choice(["greedy", "group_limited_greedy"])
+        return settings | {"topk_method": method, "mlp_bias": rng.random() < 0.3}
+    draws = {"norm_topk_prob": rng.random() < 0.5, "rope_interleave": rng.random() < 0.7}
+    return settings | draws | {"num_nextn_predict_layers": 0}
+
+
 def reference_model(architecture: str, settings: dict[str, Any], seed: int = 0) -> Any:
     """A transformers model in float32 whose every parameter, biases and norms too, is random and matters."""
     config_class, model_class = CLASSES[architecture]
     model = model_class(config_class(**settings)).eval()
     model.set_attn_implementation("eager")
+    if hasattr(model.config, "num_experts_per_tok"):
+        model.set_experts_implementation("eager")  # the default one takes no odd widths
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "norm" in name:
@@ -95,6 +143,9 @@ def reference_model(architecture: str, settings: dict[str, Any], seed: int = 0) 
         else:
             scale = 0.3 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
             parameter.data.normal_(0.0, scale, generator=generator)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(0.0, 0.2, generator=generator)
     return model
 
 
@@ -128,15 +179,38 @@ class DenseContext:
         return torch.tensor(positions, dtype=torch.int64)
 
     def attend(self, layer: AttentionLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        outputs, start = [], 0
-        for sequence, count in self.chunks:
-            rows = slice(start, start + count)
-            key = (layer.layer_index, sequence)
-            self.keys[key] = torch.cat([self.keys[key], k[rows]]) if key in self.keys else k[rows]
-            self.values[key] = torch.cat([self.values[key], v[rows]]) if key in self.values else v[rows]
-            outputs.append(_attention(layer, q[rows], self.keys[key], self.values[key]))
-            start += count
+        outputs = [_attention(layer, q[rows], *self._store(key, k[rows], v[rows])) for key, rows in self._parts(layer)]
         return torch.cat(outputs)
+
+    def attend_latent(
+        self, layer: LatentLayer, q_nope: torch.Tensor, q_pe: torch.Tensor, kv_c: torch.Tensor, k_pe: torch.Tensor
+    ) -> torch.Tensor:
+        """One token of a sequence meets the latents themselves, several meet the keys and values made of them."""
+        outputs = []
+        for key, rows in self._parts(layer):
+            latents, ropes = self._store(key, kv_c[rows], k_pe[rows])
+            if rows.stop - rows.start == 1:
+                q = torch.cat([layer.absorb(q_nope[rows]), q_pe[rows]], -1)
+                keys = torch.cat([latents, ropes], -1)[:, None].expand(-1, q.shape[1], -1)
+                out = _softmax(q, keys, latents[:, None].expand(-1, q.shape[1], -1), layer.spec.scale)
+                outputs.append(layer.project_out(out))
+            else:
+                q = torch.cat([q_nope[rows], q_pe[rows]], -1)
+                k_nope, v = layer.expand(latents)
+                keys = torch.cat([k_nope, ropes[:, None].expand(-1, q.shape[1], -1)], -1)
+                outputs.append(_softmax(q, keys, v, layer.spec.scale).flatten(1))
+        return torch.cat(outputs)
+
+    def _parts(self, layer: AttentionLayer | LatentLayer) -> Iterator[tuple[tuple[int, int], slice]]:
+        start = 0
+        for sequence, count in self.chunks:
+            yield (layer.layer_index, sequence), slice(start, start + count)
+            start += count
+
+    def _store(self, key: tuple[int, int], k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys[key] = torch.cat([self.keys[key], k]) if key in self.keys else k
+        self.values[key] = torch.cat([self.values[key], v]) if key in self.values else v
+        return self.keys[key], self.values[key]
 
 
 def _attention(layer: AttentionLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -145,15 +219,21 @@ def _attention(layer: AttentionLayer, q: torch.Tensor, k: torch.Tensor, v: torch
     assert k.shape[1:] == v.shape[1:] == (spec.num_kv_heads, spec.head_dim)
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
     repeats = spec.num_heads // spec.num_kv_heads
-    k, v = k.repeat_interleave(repeats, 1).float(), v.repeat_interleave(repeats, 1).float()
-    scores = torch.einsum("qhd,khd->hqk", q.float(), k) * spec.scale
+    k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    return _softmax(q, k, v, spec.scale, spec.sliding_window).flatten(1)
+
+
+def _softmax(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None = None
+) -> torch.Tensor:
+    scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * scale
     at = torch.arange(k.shape[0])
     query_at = at[-q.shape[0] :, None]
     hidden = at > query_at
-    if spec.sliding_window is not None:
-        hidden |= at <= query_at - spec.sliding_window
+    if window is not None:
+        hidden |= at <= query_at - window
     probabilities = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-    return torch.einsum("hqk,khd->qhd", probabilities, v).flatten(1).to(q.dtype)
+    return torch.einsum("hqk,khd->qhd", probabilities, v.float()).to(q.dtype)
 
 
 @torch.inference_mode()

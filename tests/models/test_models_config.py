@@ -217,7 +217,8 @@ def test_known_models_are_described_without_memory(content: dict[str, Any], bill
 
 def test_supported_architectures_are_those_that_are_tested() -> None:
     assert set(SUPPORTED_ARCHITECTURES) == {
-        "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"
+        "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM",
+        "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM",
     }  # fmt: skip
 
 

@@ -12,11 +12,11 @@ from torch import nn
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One tensor of a checkpoint and where it goes: `rows` of the layer's parameter called `parameter`."""
+    """One tensor of a checkpoint and where it goes: the part at `index` of the layer's parameter called `parameter`."""
 
     name: str
     parameter: str
-    rows: slice
+    index: slice | tuple[int | slice, ...]
     shape: tuple[int, ...]
 
 
@@ -50,7 +50,7 @@ class Layer(Module):
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
 
     def target(self, piece: Piece) -> torch.Tensor:
-        return self.get_parameter(piece.parameter).data[piece.rows]
+        return self.get_parameter(piece.parameter).data[piece.index]
 
     def fill_dummy(self, generator: torch.Generator) -> None:
         """Random weights for `--load-format dummy`: normal, standard deviation 0.02."""

@@ -91,6 +91,13 @@ def rope(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
+def rope_interleaved(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+    """As `rope`, but neighbours are paired: elements 2i and 2i + 1 of a head (GPT-J's and DeepSeek's way)."""
+    cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
+
+
 def qk_norm_rope(
     q: torch.Tensor,
     k: torch.Tensor,

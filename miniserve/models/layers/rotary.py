@@ -7,7 +7,7 @@ import math
 import torch
 
 from miniserve.core import UserError
-from miniserve.models.config import RopeConfig
+from miniserve.models.description import RopeConfig
 from miniserve.models.layers.base import Module
 
 

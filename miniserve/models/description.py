@@ -1,0 +1,122 @@
+"""What a model is: a frozen description in one vocabulary for every architecture. No torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding over the whole head, or over the part that `LatentConfig` sets aside for it. Lengths in
+    tokens; fields that a type does not read stay None. mscale, mscale_all_dim: YaRN's, of which the second also scales
+    the scores of latent attention.
+
+    dynamic: transformers derives the frequencies from the longest sequence of the call, which has no meaning where
+    sequences of different lengths share a step. Up to the model's max_position_embeddings they are the plain ones; that
+    is what is built, and longer contexts are refused.
+    """
+
+    rope_type: str = "default"
+    theta: float = 10000.0
+    factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentConfig:
+    """Multi-head latent attention (DeepSeek-V2, section 2.1). q_lora_rank None: queries are projected in one step.
+    rope_interleaved: rotary pairs are neighbours (2i, 2i + 1), not (i, i + rope_dim / 2)."""
+
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    nope_dim: int
+    rope_dim: int
+    v_head_dim: int
+    rope_interleaved: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoEConfig:
+    """Routed experts: which layers have them (sparse_layers, one entry per layer), and how a token finds its own.
+
+    scoring: softmax or sigmoid of the router's logits. correction_bias: added to the scores to choose experts, not to
+    weigh them. num_groups, top_groups: experts are chosen from the top_groups best of num_groups groups. normalize:
+    a token's weights are made to sum to 1; then come times `scaling`. shared_size: the width of the MLP that every
+    token passes beside its experts, 0 for none.
+    """
+
+    num_experts: int
+    top_k: int
+    intermediate_size: int
+    sparse_layers: tuple[bool, ...]
+    scoring: str = "softmax"
+    normalize: bool = False
+    scaling: float = 1.0
+    num_groups: int = 1
+    top_groups: int = 1
+    correction_bias: bool = False
+    shared_size: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """A decoder. Sizes in elements, lengths in tokens.
+
+    intermediate_size: of the layers that are not sparse. head_dim: of queries and keys. max_position_embeddings: the
+    longest context the model may be served with, rope scaling included. sliding_windows: one entry per layer, None
+    where the layer sees everything. latent, moe: None for plain attention, for plain MLPs. num_draft_layers: layers
+    that a checkpoint has after these, for guessing further tokens; they are not built. dtype: the one the weights are
+    stored in: bfloat16, float16 or float32.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_windows: tuple[int | None, ...]
+    latent: LatentConfig | None = None
+    moe: MoEConfig | None = None
+    num_draft_layers: int = 0
+    dtype: str = "float32"
+
+    @property
+    def rotary_dim(self) -> int:
+        """Elements of a head that rope turns."""
+        return self.head_dim if self.latent is None else self.latent.rope_dim
+
+    @property
+    def attention_scale(self) -> float:
+        """What multiplies q·k. YaRN raises it where latent attention states mscale_all_dim (DeepSeek-V2's code)."""
+        rope = self.rope
+        scale: float = self.head_dim**-0.5
+        if self.latent is None or not rope.mscale_all_dim or rope.factor is None or rope.factor <= 1:
+            return scale
+        magnitude = 0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0
+        return scale * magnitude * magnitude
+
+    @property
+    def widest_mlp(self) -> int:
+        """The largest width that a token's MLP has in any layer, all its experts together."""
+        moe = self.moe
+        return max(self.intermediate_size, 0 if moe is None else moe.top_k * moe.intermediate_size + moe.shared_size)

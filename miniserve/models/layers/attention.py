@@ -1,0 +1,65 @@
+"""Multi-head attention with grouped KV heads: projections, norms of q and k, rope, and what a backend reads of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from miniserve.attention.spec import AttentionSpec, StepContext
+from miniserve.models.description import ModelConfig
+from miniserve.models.layers.base import Module
+from miniserve.models.layers.ops import HeadShape
+from miniserve.models.options import BuildOptions
+
+
+@dataclass(slots=True)
+class Attention:
+    """What a layer shows of itself to the attention backend (an `AttentionLayer`)."""
+
+    layer_index: int
+    spec: AttentionSpec
+    k_scale: torch.Tensor
+    v_scale: torch.Tensor
+    sinks: torch.Tensor | None = None
+
+
+def _attention_spec(config: ModelConfig, options: BuildOptions, layer_index: int) -> AttentionSpec:
+    return AttentionSpec(
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        scale=config.attention_scale,
+        dtype=options.dtype,
+        kv_dtype=options.kv_dtype,
+        sliding_window=config.sliding_windows[layer_index],
+    )
+
+
+class SelfAttention(Module):
+    def __init__(self, config: ModelConfig, options: BuildOptions, layer_index: int) -> None:
+        super().__init__()
+        self.shape = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim)
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.qkv_proj = options.linear(
+            config.hidden_size, {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}, bias=config.qkv_bias
+        )
+        self.o_proj = options.linear(q_size, {"o_proj": config.hidden_size}, bias=config.o_bias)
+        self.ops, self.eps = options.ops, config.rms_norm_eps
+        self.q_norm = options.norm(config.head_dim, self.eps) if config.qk_norm else None
+        self.k_norm = options.norm(config.head_dim, self.eps) if config.qk_norm else None
+        one = torch.ones(1, device=options.device)
+        self.attn = Attention(layer_index, _attention_spec(config, options, layer_index), one, one)
+
+    def forward(self, x: torch.Tensor, cos_sin: torch.Tensor, ctx: StepContext) -> torch.Tensor:
+        q, k, v = self.ops.split_norm_rope(
+            self.qkv_proj(x),
+            self.shape,
+            cos_sin,
+            self.q_norm.weight if self.q_norm is not None else None,
+            self.k_norm.weight if self.k_norm is not None else None,
+            self.eps,
+        )
+        out = ctx.attend(self.attn, q, k, v)
+        projected: torch.Tensor = self.o_proj(out)
+        return projected

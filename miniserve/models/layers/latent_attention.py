@@ -1,0 +1,121 @@
+"""Multi-head latent attention (DeepSeek-V2, section 2.1): all heads' keys and values are made of one cached latent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from miniserve.attention.spec import AttentionSpec, LatentDims, StepContext
+from miniserve.models.description import LatentConfig, ModelConfig
+from miniserve.models.layers.base import Layer, Module
+from miniserve.models.layers.ops import rope, rope_interleaved
+from miniserve.models.options import BuildOptions
+
+# That of the norms of both latents, whatever rms_norm_eps says: so it is in DeepSeek's own code and in transformers.
+_LATENT_NORM_EPS = 1e-6
+
+
+class UpProjection(Layer):
+    """kv_b_proj: from the latent to every head's key (without rope) and value. One weight, [num_heads * (nope_dim +
+    v_head_dim), kv_lora_rank], makes keys and values (`expand`) and takes queries and outputs to and from the latent
+    instead (`absorb`, `project_out`: the two matrices absorbed into their neighbours, as section 2.1.2 suggests)."""
+
+    weight: torch.Tensor
+
+    def __init__(self, num_heads: int, latent: LatentConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._sizes = (latent.nope_dim, latent.v_head_dim)
+        self._shape = (num_heads, latent.nope_dim + latent.v_head_dim, latent.kv_lora_rank)
+        self.declare("weight", (num_heads * self._shape[1], latent.kv_lora_rank), dtype)
+        self._key, self._value = torch.empty(0), torch.empty(0)
+
+    def finish(self) -> None:
+        # Views [num_heads, nope_dim, kv_lora_rank] and [num_heads, kv_lora_rank, v_head_dim].
+        key, value = self.weight.data.view(self._shape).split(self._sizes, dim=1)
+        self._key, self._value = key, value.transpose(1, 2)
+
+    def expand(self, kv_c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[N, kv_lora_rank] -> k_nope [N, num_heads, nope_dim], v [N, num_heads, v_head_dim]: views of one tensor."""
+        both = functional.linear(kv_c, self.weight).unflatten(-1, self._shape[:2])
+        k_nope, v = both.split(self._sizes, dim=-1)
+        return k_nope, v
+
+    def absorb(self, q_nope: torch.Tensor) -> torch.Tensor:
+        """[T, num_heads, nope_dim] -> [T, num_heads, kv_lora_rank]."""
+        return torch.bmm(q_nope.transpose(0, 1), self._key).transpose(0, 1)
+
+    def project_out(self, latent_out: torch.Tensor) -> torch.Tensor:
+        """[T, num_heads, kv_lora_rank] -> [T, num_heads * v_head_dim]."""
+        return torch.bmm(latent_out.transpose(0, 1), self._value).transpose(0, 1).flatten(1)
+
+
+@dataclass(slots=True)
+class LatentAttention:
+    """What an MLA layer shows of itself to the attention backend (a `LatentLayer`)."""
+
+    layer_index: int
+    spec: AttentionSpec
+    kv_scale: torch.Tensor
+    kv_b_proj: UpProjection
+
+    def absorb(self, q_nope: torch.Tensor) -> torch.Tensor:
+        return self.kv_b_proj.absorb(q_nope)
+
+    def expand(self, kv_c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.kv_b_proj.expand(kv_c)
+
+    def project_out(self, latent_out: torch.Tensor) -> torch.Tensor:
+        return self.kv_b_proj.project_out(latent_out)
+
+
+def _attention_spec(config: ModelConfig, latent: LatentConfig, options: BuildOptions) -> AttentionSpec:
+    return AttentionSpec(
+        num_heads=config.num_heads,
+        num_kv_heads=1,
+        head_dim=latent.kv_lora_rank + latent.rope_dim,
+        scale=config.attention_scale,
+        dtype=options.dtype,
+        kv_dtype=options.kv_dtype,
+        latent=LatentDims(latent.kv_lora_rank, latent.rope_dim, latent.nope_dim, latent.v_head_dim),
+    )
+
+
+class LatentSelfAttention(Module):
+    def __init__(self, config: ModelConfig, options: BuildOptions, latent: LatentConfig, layer_index: int) -> None:
+        super().__init__()
+        hidden, heads, bias = config.hidden_size, config.num_heads, config.qkv_bias
+        self.q_sizes = (latent.nope_dim, latent.rope_dim)
+        self.kv_sizes = (latent.kv_lora_rank, latent.rope_dim)
+        self.q_lora_rank = latent.q_lora_rank
+        q_size, kv_size = heads * sum(self.q_sizes), sum(self.kv_sizes)
+        if latent.q_lora_rank is None:
+            self.q_proj = options.linear(hidden, {"q_proj": q_size}, bias=False)
+            self.kv_a_proj = options.linear(hidden, {"kv_a_proj_with_mqa": kv_size}, bias=bias)
+        else:
+            # Both read the hidden states: one product instead of two.
+            outputs = {"q_a_proj": latent.q_lora_rank, "kv_a_proj_with_mqa": kv_size}
+            self.qkv_a_proj = options.linear(hidden, outputs, bias=bias)
+            self.q_a_layernorm = options.norm(latent.q_lora_rank, _LATENT_NORM_EPS)
+            self.q_b_proj = options.linear(latent.q_lora_rank, {"q_b_proj": q_size}, bias=False)
+        self.kv_a_layernorm = options.norm(latent.kv_lora_rank, _LATENT_NORM_EPS)
+        self.kv_b_proj = UpProjection(heads, latent, options.dtype)
+        self.o_proj = options.linear(heads * latent.v_head_dim, {"o_proj": hidden}, bias=config.o_bias)
+        self.rope = rope_interleaved if latent.rope_interleaved else rope
+        spec = _attention_spec(config, latent, options)
+        self.attn = LatentAttention(layer_index, spec, torch.ones(1, device=options.device), self.kv_b_proj)
+
+    def forward(self, x: torch.Tensor, cos_sin: torch.Tensor, ctx: StepContext) -> torch.Tensor:
+        if self.q_lora_rank is None:
+            q, kv = self.q_proj(x), self.kv_a_proj(x)
+        else:
+            q_c, kv = self.qkv_a_proj(x).split((self.q_lora_rank, sum(self.kv_sizes)), dim=-1)
+            q = self.q_b_proj(self.q_a_layernorm(q_c.contiguous()))
+        kv_c, k_pe = kv.split(self.kv_sizes, dim=-1)
+        kv_c = self.kv_a_layernorm(kv_c.contiguous())
+        q_nope, q_pe = q.unflatten(-1, (-1, sum(self.q_sizes))).split(self.q_sizes, dim=-1)
+        q_pe, k_pe = self.rope(q_pe, cos_sin), self.rope(k_pe[:, None], cos_sin)[:, 0]
+        out = ctx.attend_latent(self.attn, q_nope, q_pe, kv_c, k_pe)
+        projected: torch.Tensor = self.o_proj(out)
+        return projected

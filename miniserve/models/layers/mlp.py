@@ -1,0 +1,40 @@
+"""What follows attention in a layer: one SwiGLU MLP, or routed experts with or without one that all tokens share."""
+
+from __future__ import annotations
+
+import torch
+
+from miniserve.models.description import ModelConfig, MoEConfig
+from miniserve.models.layers.base import Module
+from miniserve.models.layers.experts import Experts
+from miniserve.models.layers.routing import Router
+from miniserve.models.options import BuildOptions
+
+
+class MLP(Module):
+    def __init__(self, config: ModelConfig, options: BuildOptions, intermediate_size: int) -> None:
+        super().__init__()
+        hidden, middle = config.hidden_size, intermediate_size
+        self.ops = options.ops
+        self.gate_up_proj = options.linear(hidden, {"gate_proj": middle, "up_proj": middle}, bias=config.mlp_bias)
+        self.down_proj = options.linear(middle, {"down_proj": hidden}, bias=config.mlp_bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        projected: torch.Tensor = self.down_proj(self.ops.gated_linear(self.gate_up_proj, x))
+        return projected
+
+
+class SparseMLP(Module):
+    def __init__(self, config: ModelConfig, options: BuildOptions, moe: MoEConfig) -> None:
+        super().__init__()
+        hidden, middle = config.hidden_size, moe.intermediate_size
+        self.gate = Router(hidden, moe)
+        self.experts = Experts(
+            moe.num_experts, hidden, middle, dtype=options.dtype, method=options.moe_method(hidden, middle)
+        )
+        self.shared_experts = MLP(config, options, moe.shared_size) if moe.shared_size else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        topk_weights, topk_ids = self.gate(x)
+        out: torch.Tensor = self.experts(x, topk_weights, topk_ids)
+        return out if self.shared_experts is None else out + self.shared_experts(x)

@@ -1,0 +1,52 @@
+"""What a model is built for, and the parts that every layer is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from miniserve.kernels.native import NativeKernels
+from miniserve.models.layers.experts import MoEMethod, choose_moe_method
+from miniserve.models.layers.linear import Linear, LinearMethod, choose_method
+from miniserve.models.layers.norm import RMSNorm
+from miniserve.models.layers.ops import NativeOps, Ops, TorchOps
+
+if TYPE_CHECKING:
+    from miniserve.kernels.triton.runtime import TritonKernels
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """What a model is built for. max_model_len in tokens; device is where its weights will lie; native are the CPU's
+    kernels and triton the GPU's, None to do without."""
+
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    device: torch.device
+    max_model_len: int
+    native: NativeKernels | None = None
+    triton: TritonKernels | None = None
+
+    @property
+    def ops(self) -> Ops:
+        if self.triton is not None:
+            from miniserve.models.layers.triton import TritonOps
+
+            return TritonOps(self.triton)
+        return TorchOps() if self.native is None else NativeOps(self.native)
+
+    def method(self, in_features: int, out_features: int) -> LinearMethod:
+        return choose_method(self.dtype, self.device, in_features, out_features, self.native, self.triton)
+
+    def linear(self, in_features: int, outputs: Mapping[str, int], *, bias: bool) -> Linear:
+        method = self.method(in_features, sum(outputs.values()))
+        return Linear(in_features, outputs, bias=bias, dtype=self.dtype, method=method)
+
+    def norm(self, size: int, eps: float) -> RMSNorm:
+        return RMSNorm(size, eps, self.dtype, self.ops)
+
+    def moe_method(self, hidden_size: int, intermediate_size: int) -> MoEMethod:
+        return choose_moe_method(self.dtype, self.device, hidden_size, intermediate_size, self.native)
