@@ -71,6 +71,18 @@ class KVLayout(ABC):
         k, v = self.gather(cache, block_ids)
         return _decode(k, dtype, k_scale), _decode(v, dtype, v_scale)
 
+    def read_tokens(
+        self,
+        cache: KVCache,
+        slots: torch.Tensor,
+        dtype: torch.dtype,
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `read`, of tokens: slots int64 [n] -> k, v [n, num_kv_heads, head_dim]."""
+        k, v = self.gather_tokens(cache, slots)
+        return _decode(k, dtype, k_scale), _decode(v, dtype, v_scale)
+
     @abstractmethod
     def store(self, cache: KVCache, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         """As `write`, of k and v as the cache holds them."""

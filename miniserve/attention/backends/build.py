@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from miniserve.attention.aiter import load as load_aiter
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.paged_kernels import PagedKernels, torch_kernels, triton_kernels
+from miniserve.attention.backends.rocm_aiter_fa import FlashBackend
+from miniserve.attention.backends.rocm_attn import RocmBackend
+from miniserve.attention.backends.rocm_unified import UnifiedBackend
 from miniserve.attention.backends.torch_attn import TorchBackend
 from miniserve.attention.backends.triton_attn import TritonBackend
 from miniserve.attention.layouts import LAYOUTS
@@ -25,6 +29,12 @@ def build_backend(choice: Choice, block_size: int, options: BackendOptions) -> B
         return TorchBackend(layout)
     if choice.backend == "TRITON_ATTN":
         return TritonBackend(layout, _paged_kernels(options), options)
+    if choice.backend == "ROCM_ATTN":
+        return RocmBackend(layout, _paged_kernels(options), load_aiter(), options)
+    if choice.backend == "ROCM_AITER_FA":
+        return FlashBackend(layout, load_aiter(), options)
+    if choice.backend == "ROCM_AITER_UNIFIED_ATTN":
+        return UnifiedBackend(layout, load_aiter(), options)
     raise ValueError(f"no backend is called {choice.backend}")
 
 

@@ -1,0 +1,246 @@
+"""aiter's kernels as the ROCm backends call them: argument by argument, with the scratch memory they write to."""
+
+from __future__ import annotations
+
+import torch
+
+from miniserve.attention.aiter import Aiter
+from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.layouts import KVCache, KVLayout
+from miniserve.attention.routes import high_precision, kv_cache_dtype, window_pair
+from miniserve.attention.spec import AttentionLayer, AttentionSpec
+
+_PARTITION = 256  # keys that one program of the HIP kernels takes
+
+
+class PagedScratch:
+    """What the HIP kernels' partitions leave for their reduction, allocated once at its largest: per row, head and
+    partition the values, the largest logit and the sum of exponentials."""
+
+    def __init__(self, options: BackendOptions) -> None:
+        entries, values = _scratch_sizes(options)
+        itemsize = max(spec.dtype.itemsize for spec in options.specs)
+        # paged_attention_v1 lays the three parts out in it by itself, the other kernels are given each.
+        self._bytes = torch.empty(2 * 4 * entries + itemsize * values, dtype=torch.uint8, device=options.device)
+        self._entries = entries
+
+    @property
+    def workspace(self) -> torch.Tensor:
+        """uint8, all of it."""
+        return self._bytes
+
+    def parts(self, q: torch.Tensor, max_seq_len: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """exp_sums, max_logits float32 [rows, H, partitions]; tmp_out [rows, H, partitions, D] of q's dtype."""
+        rows, heads, head_dim = q.shape
+        partitions = -(-max_seq_len // _PARTITION)
+        shape, size, stride = (rows, heads, partitions), rows * heads * partitions, 4 * self._entries
+        sums, logits = (self._bytes[at : at + 4 * size].view(torch.float32).view(shape) for at in (0, stride))
+        values = self._bytes[2 * stride :].view(q.dtype)[: size * head_dim].view(*shape, head_dim)
+        return sums, logits, values
+
+
+def scratch_bytes(specs: tuple[AttentionSpec, ...], max_rows: int, max_seq_len: int) -> int:
+    """Bytes of a `PagedScratch`."""
+    partitions = -(-max_seq_len // _PARTITION)
+    return max(max_rows * spec.num_heads * partitions * (8 + spec.head_dim * spec.dtype.itemsize) for spec in specs)
+
+
+class AsmScales:
+    """The scales of an fp8 cache as the ASM kernel reads them: float32 [num_blocks, num_kv_heads, block_size] for keys
+    and for values, each full of the layer's one scale. Layers of the same scale share a table."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._tables: dict[tuple[int, int, float], torch.Tensor] = {}
+
+    def of(self, layer: AttentionLayer, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+        """The layer's tables, made when it is first asked for them, which reads its scales on the host; None where its
+        cache is not fp8."""
+        if layer.spec.kv_dtype.itemsize > 1:
+            return None, None
+        if layer.layer_index not in self._layers:
+            k, v = (self._table(float(scale), cache.key) for scale in (layer.k_scale, layer.v_scale))
+            self._layers[layer.layer_index] = k, v
+        return self._layers[layer.layer_index]
+
+    def _table(self, scale: float, plane: torch.Tensor) -> torch.Tensor:
+        num_blocks, num_kv_heads = plane.shape[:2]
+        shape = (num_blocks, num_kv_heads, self._block_size)
+        known = (num_blocks, num_kv_heads, scale)
+        if known not in self._tables:
+            self._tables[known] = torch.full(shape, scale, dtype=torch.float32, device=plane.device)
+        return self._tables[known]
+
+
+def write_kv(
+    aiter: Aiter,
+    layout: KVLayout,
+    layer: AttentionLayer,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: KVCache,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """Store this step's keys and values; negative slots are skipped."""
+    given = (k, v, cache.key, cache.value, slot_mapping, kv_cache_dtype(layer.spec.kv_dtype), layer.k_scale)
+    if layout.name == "linear":
+        aiter.reshape_and_cache_flash(*given, layer.v_scale)
+    else:
+        aiter.reshape_and_cache(*given, layer.v_scale, asm_layout=True)
+
+
+def paged_v1(
+    aiter: Aiter,
+    layer: AttentionLayer,
+    q: torch.Tensor,
+    cache: KVCache,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    max_seq_len: int,
+    scratch: PagedScratch,
+    out: torch.Tensor,
+) -> None:
+    """Decode over the linear layout, one query token a row."""
+    spec = layer.spec
+    aiter.paged_attention_v1(
+        out,
+        scratch.workspace,
+        q,
+        cache.key,
+        cache.value,
+        spec.scale,
+        block_tables,
+        None,
+        seq_lens,
+        max_seq_len,
+        None,
+        kv_cache_dtype(spec.kv_dtype),
+        "NHD",
+        spec.softcap or 0.0,
+        layer.k_scale,
+        layer.v_scale,
+        sliding_window=spec.sliding_window or 0,
+    )
+
+
+def paged_rocm(
+    aiter: Aiter,
+    layer: AttentionLayer,
+    q: torch.Tensor,
+    cache: KVCache,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    max_seq_len: int,
+    scratch: PagedScratch,
+    out: torch.Tensor,
+) -> None:
+    """Decode over the shuffled layout by the HIP kernel, one query token a row."""
+    spec = layer.spec
+    exp_sums, max_logits, tmp_out = scratch.parts(q, max_seq_len)
+    aiter.paged_attention_rocm(
+        out,
+        exp_sums,
+        max_logits,
+        tmp_out,
+        q,
+        cache.key,
+        cache.value,
+        spec.num_kv_heads,
+        spec.scale,
+        block_tables,
+        seq_lens,
+        cache.key.shape[3],
+        max_seq_len,
+        None,
+        kv_cache_dtype(spec.kv_dtype),
+        layer.k_scale,
+        layer.v_scale,
+    )
+
+
+def paged_asm(
+    aiter: Aiter,
+    layer: AttentionLayer,
+    q: torch.Tensor,
+    cache: KVCache,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    max_seq_len: int,
+    scratch: PagedScratch,
+    out: torch.Tensor,
+    asm_scales: AsmScales,
+) -> None:
+    """Decode over the shuffled layout where aiter's own rule takes the ASM kernel (see `routes`)."""
+    spec = layer.spec
+    exp_sums, max_logits, tmp_out = scratch.parts(q, max_seq_len)
+    k_table, v_table = asm_scales.of(layer, cache)
+    aiter.paged_attention_common(
+        Q=q,
+        K=cache.key,
+        V=cache.value,
+        exp_sums=exp_sums,
+        max_logits=max_logits,
+        tmp_out=tmp_out,
+        block_tables=block_tables,
+        context_lens=seq_lens,
+        block_tables_stride0=block_tables.stride(0),
+        scale=spec.scale,
+        max_seq_len=max_seq_len,
+        K_QScale_hip=layer.k_scale,
+        V_QScale_hip=layer.v_scale,
+        K_QScale_asm=k_table,
+        V_QScale_asm=v_table,
+        out_=out,
+        high_precision=high_precision("asm", spec.kv_dtype.itemsize == 1),
+        kv_cache_dtype=kv_cache_dtype(spec.kv_dtype),
+        kv_cache_tensor_dtype=spec.kv_dtype,
+    )
+
+
+def unified(
+    aiter: Aiter,
+    layer: AttentionLayer,
+    q: torch.Tensor,
+    cache: KVCache,
+    *,
+    shuffled: bool,
+    cu_query_lens: torch.Tensor,
+    max_query_len: int,
+    seq_lens: torch.Tensor,
+    max_seq_len: int,
+    block_tables: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Rows of any number of query tokens, which are in the cache already, over either layout."""
+    spec = layer.spec
+    fp8 = spec.kv_dtype.itemsize == 1
+    aiter.unified_attention(
+        q=q,
+        k=cache.key,
+        v=cache.value,
+        out=out,
+        cu_seqlens_q=cu_query_lens,
+        max_seqlen_q=max_query_len,
+        seqused_k=seq_lens,
+        max_seqlen_k=max_seq_len,
+        softmax_scale=spec.scale,
+        causal=True,
+        window_size=window_pair(spec.sliding_window),
+        block_table=block_tables,
+        softcap=spec.softcap or 0.0,
+        q_descale=None,
+        k_descale=layer.k_scale if fp8 else None,
+        v_descale=layer.v_scale if fp8 else None,
+        sinks=layer.sinks,
+        shuffled_kv_cache=shuffled,
+    )
+
+
+def _scratch_sizes(options: BackendOptions) -> tuple[int, int]:
+    partitions = -(-options.max_seq_len // _PARTITION)
+    rows = options.max_rows * partitions
+    return (
+        max(rows * spec.num_heads for spec in options.specs),
+        max(rows * spec.num_heads * spec.head_dim for spec in options.specs),
+    )

@@ -1,0 +1,78 @@
+"""Cached context for kernels that take dense keys and values: what to gather, a bounded piece at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from miniserve.attention.metadata import ChunkRows
+
+Int64 = np.ndarray[tuple[int], np.dtype[np.int64]]
+
+
+@dataclass(frozen=True, slots=True)
+class GatheredRows:
+    """Keys to gather for some of the step's query rows, each with at least one.
+
+    start, end: those rows' query tokens in the step; cu_query_lens, cu_key_lens int32 [rows + 1]; slots int64 [keys],
+    row after row; no row has more than max_query_len query tokens, max_key_len keys.
+    """
+
+    start: int
+    end: int
+    cu_query_lens: torch.Tensor
+    max_query_len: int
+    slots: torch.Tensor
+    cu_key_lens: torch.Tensor
+    max_key_len: int
+
+
+def context_pieces(group: ChunkRows, block_size: int, max_tokens: int) -> tuple[GatheredRows, ...]:
+    """All rows' contexts, one after the other, cut into pieces of at most max_tokens tokens. A piece is of neighbouring
+    rows, each with some of its context in it, so that no kernel meets an empty row."""
+    context = np.array(group.context_lens, dtype=np.int64)
+    ends = context.cumsum()
+    pieces = []
+    for start in range(0, int(ends[-1]), max_tokens):
+        low = np.clip(start - (ends - context), 0, context)
+        high = np.clip(start + max_tokens - (ends - context), 0, context)
+        touched = np.flatnonzero(high > low)
+        rows = slice(int(touched[0]), int(touched[-1]) + 1)
+        pieces.append(_gathered(group, rows, low[rows], high[rows], block_size))
+    return tuple(pieces)
+
+
+def windowed_rows(group: ChunkRows, block_size: int, window: int) -> GatheredRows:
+    """Each row's new tokens and, of its context, what the first of them sees in a window of that many keys."""
+    context = np.array(group.context_lens, dtype=np.int64)
+    query = np.array(group.query_lens, dtype=np.int64)
+    low = np.maximum(context - (window - 1), 0)
+    return _gathered(group, slice(0, len(context)), low, context + query, block_size)
+
+
+def _gathered(group: ChunkRows, rows: slice, low: Int64, high: Int64, block_size: int) -> GatheredRows:
+    """Of each row, its tokens at positions low … high - 1."""
+    device = group.block_tables.device
+    counts = high - low
+    ends = counts.cumsum()
+    owner = np.repeat(np.arange(rows.start, rows.stop), counts)
+    position = np.arange(ends[-1]) + np.repeat(low - (ends - counts), counts)
+    where, offset = (torch.from_numpy(a).to(device, non_blocking=True) for a in (owner, position))
+    slots = group.block_tables[where, offset // block_size].to(torch.int64) * block_size + offset % block_size
+    query_ends = np.cumsum((0, *group.query_lens))
+    cu_query_lens = query_ends[rows.start : rows.stop + 1] - query_ends[rows.start]
+    return GatheredRows(
+        start=group.query_start + int(query_ends[rows.start]),
+        end=group.query_start + int(query_ends[rows.stop]),
+        cu_query_lens=_int32(cu_query_lens, device),
+        max_query_len=max(group.query_lens[rows]),
+        slots=slots,
+        cu_key_lens=_int32(np.concatenate([[0], ends]), device),
+        max_key_len=int(counts.max()),
+    )
+
+
+def _int32(values: Int64, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(values.astype(np.int32)).to(device, non_blocking=True)

@@ -1,0 +1,223 @@
+"""ROCM_AITER_FA: aiter's flash attention for prefill and extend, its paged attention for decode.
+
+Extend takes the new tokens' causal part first, then their cached context in gathered pieces of bounded size, and merges
+the parts by their log-sum-exps. Layers that these kernels cannot take go to aiter's unified attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from miniserve.attention.aiter import Aiter
+from miniserve.attention.backends.aiter_calls import (
+    AsmScales,
+    PagedScratch,
+    paged_asm,
+    paged_rocm,
+    paged_v1,
+    write_kv,
+)
+from miniserve.attention.backends.base import Backend
+from miniserve.attention.backends.context import GatheredRows, context_pieces, windowed_rows
+from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.rocm_unified import RowsMetadata, attend_rows, chunk_rows, decode_rows
+from miniserve.attention.layouts import KVCache, KVLayout
+from miniserve.attention.merge import merge_lse
+from miniserve.attention.metadata import StepBatch
+from miniserve.attention.routes import common_route, has_wrong_length, window_pair
+from miniserve.attention.spec import AttentionLayer
+
+FLASH = "flash_attn_varlen_func"
+CONTEXT_TOKENS = 32768  # of cached context that are gathered at once
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeMetadata:
+    """rows: one query token each. any_wrong_length: some length is, or may be, one that the ASM kernel gets wrong."""
+
+    rows: RowsMetadata
+    any_wrong_length: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ExtendMetadata:
+    """Chunks with context. pieces: of the context, for layers without a window; windowed: for each window that such
+    layers have, the keys that matter to it."""
+
+    rows: RowsMetadata
+    pieces: tuple[GatheredRows, ...]
+    windowed: dict[int, GatheredRows]
+
+
+@dataclass(frozen=True, slots=True)
+class FlashMetadata:
+    """slot_mapping int64 [num_tokens]. Decode rows come first, then chunks with context, then those without."""
+
+    slot_mapping: torch.Tensor
+    decode: DecodeMetadata | None
+    extend: ExtendMetadata | None
+    prefill: RowsMetadata | None
+
+
+class FlashBackend(Backend[FlashMetadata]):
+    """trust_asm_lengths: lifts the guard of `routes.ASM_WRONG_LENGTHS`, for a GPU on which the ASM kernel was seen to
+    get these lengths right. context_tokens: of cached context, how many are gathered at once."""
+
+    graphs = True
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        aiter: Aiter,
+        options: BackendOptions,
+        *,
+        trust_asm_lengths: bool = False,
+        context_tokens: int = CONTEXT_TOKENS,
+    ) -> None:
+        super().__init__(layout)
+        self._aiter = aiter
+        self._routes = options.routes
+        self._compute_units = options.platform.compute_units
+        self._trust_asm_lengths = trust_asm_lengths
+        self._context_tokens = context_tokens
+        self._scratch = PagedScratch(options)
+        self._asm_scales = AsmScales(layout.block_size)
+        self._counting = torch.arange(options.max_rows + 1, dtype=torch.int32, device=options.device)
+        flash = [s for s, route in zip(options.specs, options.routes, strict=True) if route.extend == FLASH]
+        self._windows = {spec.sliding_window for spec in flash if spec.sliding_window is not None}
+        self._gathers_all = any(spec.sliding_window is None for spec in flash)
+
+    def build(self, batch: StepBatch) -> FlashMetadata:
+        decode = extend = None
+        if batch.decode is not None:
+            wrong = not self._trust_asm_lengths and has_wrong_length(batch.decode.host_seq_lens)
+            decode = DecodeMetadata(decode_rows(batch.decode, self._counting), wrong)
+        if (group := batch.extend) is not None:
+            block_size = self.layout.block_size
+            pieces = context_pieces(group, block_size, self._context_tokens) if self._gathers_all else ()
+            windowed = {window: windowed_rows(group, block_size, window) for window in self._windows}
+            extend = ExtendMetadata(chunk_rows(group), pieces, windowed)
+        prefill = None if batch.prefill is None else chunk_rows(batch.prefill)
+        return FlashMetadata(batch.slot_mapping, decode, extend, prefill)
+
+    def attend(
+        self,
+        layer: AttentionLayer,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cache: KVCache,
+        meta: FlashMetadata,
+    ) -> torch.Tensor:
+        write_kv(self._aiter, self.layout, layer, k, v, cache, meta.slot_mapping)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if meta.decode is not None:
+            self._decode(layer, q, cache, meta.decode, out)
+        if meta.extend is not None:
+            self._extend(layer, q, k, v, cache, meta.extend, out)
+        if (rows := meta.prefill) is not None:
+            if self._routes[layer.layer_index].prefill == FLASH:
+                span = slice(rows.start, rows.end)
+                out[span], _ = self._new_tokens(layer, q[span], k[span], v[span], rows)
+            else:
+                attend_rows(self._aiter, self.layout, layer, q, cache, rows, out)
+        return out.flatten(1)
+
+    def _decode(
+        self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, meta: DecodeMetadata, out: torch.Tensor
+    ) -> None:
+        rows, kernel = meta.rows, self._routes[layer.layer_index].decode
+        if kernel == "unified_attention":
+            attend_rows(self._aiter, self.layout, layer, q, cache, rows, out)
+            return
+        span = slice(rows.start, rows.end)
+        tables = (rows.block_tables, rows.seq_lens, rows.max_seq_len, self._scratch, out[span])
+        if kernel == "paged_attention_v1":
+            paged_v1(self._aiter, layer, q[span], cache, *tables)
+        elif kernel == "paged_attention_common" and self._takes_asm(layer, meta):
+            paged_asm(self._aiter, layer, q[span], cache, *tables, self._asm_scales)
+        else:
+            paged_rocm(self._aiter, layer, q[span], cache, *tables)
+
+    def _takes_asm(self, layer: AttentionLayer, meta: DecodeMetadata) -> bool:
+        spec = layer.spec
+        route = common_route(
+            meta.rows.end,
+            spec.num_heads,
+            spec.head_dim,
+            self._compute_units,
+            group=spec.num_heads // spec.num_kv_heads,
+            fp8_kv=spec.kv_dtype.itemsize == 1,
+            any_wrong_length=meta.any_wrong_length,
+        )
+        return route == "asm"
+
+    def _extend(
+        self,
+        layer: AttentionLayer,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cache: KVCache,
+        meta: ExtendMetadata,
+        out: torch.Tensor,
+    ) -> None:
+        rows, window = meta.rows, layer.spec.sliding_window
+        span = slice(rows.start, rows.end)
+        if self._routes[layer.layer_index].extend != FLASH:
+            attend_rows(self._aiter, self.layout, layer, q, cache, rows, out)
+        elif window is not None:
+            out[span], _ = self._cached_tokens(layer, q, cache, meta.windowed[window], causal=True)
+        else:
+            merged, lse = self._new_tokens(layer, q[span], k[span], v[span], rows)
+            merged = merged.float()
+            for piece in meta.pieces:
+                part = slice(piece.start - rows.start, piece.end - rows.start)
+                found = self._cached_tokens(layer, q, cache, piece, causal=False)
+                merged[part], lse[:, part] = merge_lse(merged[part], lse[:, part], *found)
+            out[span] = merged
+
+    def _new_tokens(
+        self, layer: AttentionLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: RowsMetadata
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows' tokens among themselves: out [tokens, num_heads, head_dim], lse float32 [num_heads, tokens]."""
+        lens, longest = rows.cu_query_lens, rows.max_query_len
+        return self._flash(layer, q, k, v, lens, lens, longest, longest, causal=True)
+
+    def _cached_tokens(
+        self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, rows: GatheredRows, *, causal: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows' query tokens over gathered keys; causal: the last of which are the query tokens' own."""
+        k, v = self.layout.read_tokens(cache, rows.slots, layer.spec.dtype, layer.k_scale, layer.v_scale)
+        lens = (rows.cu_query_lens, rows.cu_key_lens, rows.max_query_len, rows.max_key_len)
+        return self._flash(layer, q[rows.start : rows.end], k, v, *lens, causal=causal)
+
+    def _flash(
+        self,
+        layer: AttentionLayer,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_query_lens: torch.Tensor,
+        cu_key_lens: torch.Tensor,
+        max_query_len: int,
+        max_key_len: int,
+        *,
+        causal: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._aiter.flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_query_lens,
+            cu_key_lens,
+            max_query_len,
+            max_key_len,
+            softmax_scale=layer.spec.scale,
+            logits_soft_cap=layer.spec.softcap or 0.0,
+            causal=causal,
+            window_size=window_pair(layer.spec.sliding_window),
+            return_lse=True,
+        )

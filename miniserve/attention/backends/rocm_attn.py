@@ -1,0 +1,36 @@
+"""ROCM_ATTN: aiter's HIP paged attention for decode over the shuffled layout; the engine's own Triton kernels for
+prefill and extend, and for the decode of layers that the HIP kernel cannot take (a window, sinks, a softcap)."""
+
+from __future__ import annotations
+
+import torch
+
+from miniserve.attention.aiter import Aiter
+from miniserve.attention.backends.aiter_calls import PagedScratch, paged_rocm, write_kv
+from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.paged_kernels import PagedKernels
+from miniserve.attention.backends.triton_attn import DecodeMetadata, TritonBackend
+from miniserve.attention.layouts import KVCache, KVLayout
+from miniserve.attention.spec import AttentionLayer
+
+
+class RocmBackend(TritonBackend):
+    def __init__(self, layout: KVLayout, kernels: PagedKernels, aiter: Aiter, options: BackendOptions) -> None:
+        super().__init__(layout, kernels, options)
+        self._aiter = aiter
+        self._routes = options.routes
+        self._scratch = PagedScratch(options)
+
+    def write(
+        self, layer: AttentionLayer, k: torch.Tensor, v: torch.Tensor, cache: KVCache, slot_mapping: torch.Tensor
+    ) -> None:
+        write_kv(self._aiter, self.layout, layer, k, v, cache, slot_mapping)
+
+    def decode(
+        self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, meta: DecodeMetadata, out: torch.Tensor
+    ) -> None:
+        if self._routes[layer.layer_index].decode == "paged_attention_rocm":
+            rows = (meta.block_tables, meta.seq_lens, meta.max_seq_len)
+            paged_rocm(self._aiter, layer, q, cache, *rows, self._scratch, out)
+        else:
+            super().decode(layer, q, cache, meta, out)

@@ -1,0 +1,104 @@
+"""ROCM_AITER_UNIFIED_ATTN: aiter's unified attention for everything, over either layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from miniserve.attention.aiter import Aiter
+from miniserve.attention.backends.aiter_calls import unified, write_kv
+from miniserve.attention.backends.base import Backend
+from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.layouts import KVCache, KVLayout
+from miniserve.attention.metadata import ChunkRows, DecodeRows, StepBatch
+from miniserve.attention.spec import AttentionLayer
+
+
+@dataclass(frozen=True, slots=True)
+class RowsMetadata:
+    """Rows of query tokens, the step's [start, end). cu_query_lens int32 [rows + 1]; seq_lens int32 [rows], counting
+    the query's own tokens; block_tables int32 [rows, width]; no row has more than max_query_len, max_seq_len."""
+
+    start: int
+    end: int
+    cu_query_lens: torch.Tensor
+    max_query_len: int
+    seq_lens: torch.Tensor
+    max_seq_len: int
+    block_tables: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class UnifiedMetadata:
+    """slot_mapping int64 [num_tokens]. Decode rows come first, then the chunks."""
+
+    slot_mapping: torch.Tensor
+    groups: tuple[RowsMetadata, ...]
+
+
+class UnifiedBackend(Backend[UnifiedMetadata]):
+    graphs = True
+
+    def __init__(self, layout: KVLayout, aiter: Aiter, options: BackendOptions) -> None:
+        super().__init__(layout)
+        self._aiter = aiter
+        self._counting = torch.arange(options.max_rows + 1, dtype=torch.int32, device=options.device)
+
+    def build(self, batch: StepBatch) -> UnifiedMetadata:
+        groups = [] if batch.decode is None else [decode_rows(batch.decode, self._counting)]
+        groups += [chunk_rows(group) for group in (batch.extend, batch.prefill) if group is not None]
+        return UnifiedMetadata(batch.slot_mapping, tuple(groups))
+
+    def attend(
+        self,
+        layer: AttentionLayer,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cache: KVCache,
+        meta: UnifiedMetadata,
+    ) -> torch.Tensor:
+        write_kv(self._aiter, self.layout, layer, k, v, cache, meta.slot_mapping)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        for rows in meta.groups:
+            attend_rows(self._aiter, self.layout, layer, q, cache, rows, out)
+        return out.flatten(1)
+
+
+def decode_rows(rows: DecodeRows, counting: torch.Tensor) -> RowsMetadata:
+    """counting int32: 0, 1, 2, … for as many rows as there ever are."""
+    num_rows = rows.seq_lens.shape[0]
+    return RowsMetadata(0, num_rows, counting[: num_rows + 1], 1, rows.seq_lens, rows.max_seq_len, rows.block_tables)
+
+
+def chunk_rows(group: ChunkRows) -> RowsMetadata:
+    longest = max(query + context for query, context in zip(group.query_lens, group.context_lens, strict=True))
+    end = group.query_start + sum(group.query_lens)
+    queries = (group.cu_query_lens, max(group.query_lens))
+    return RowsMetadata(group.query_start, end, *queries, group.seq_lens, longest, group.block_tables)
+
+
+def attend_rows(
+    aiter: Aiter,
+    layout: KVLayout,
+    layer: AttentionLayer,
+    q: torch.Tensor,
+    cache: KVCache,
+    rows: RowsMetadata,
+    out: torch.Tensor,
+) -> None:
+    """q, out [num_tokens, num_heads, head_dim] of the whole step; writes the rows' part of out."""
+    unified(
+        aiter,
+        layer,
+        q[rows.start : rows.end],
+        cache,
+        shuffled=layout.name == "shuffled",
+        cu_query_lens=rows.cu_query_lens,
+        max_query_len=rows.max_query_len,
+        seq_lens=rows.seq_lens,
+        max_seq_len=rows.max_seq_len,
+        block_tables=rows.block_tables,
+        out=out[rows.start : rows.end],
+    )

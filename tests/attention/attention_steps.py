@@ -1,0 +1,146 @@
+"""Random steps over a paged cache, with what attention in float64 gives for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from attention_reference import Layer, attend_one, relative_error
+from hypothesis import strategies as st
+
+from miniserve.attention.backends.base import Backend
+from miniserve.attention.layouts import LAYOUTS, KVCache, KVLayout
+from miniserve.attention.metadata import ChunkRows, DecodeRows, StepBatch
+from miniserve.attention.spec import AttentionSpec
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+Case = tuple[AttentionSpec, int, list[tuple[int, int]], int]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """A layer, a block size, and rows as (tokens in the cache, new tokens): decode rows first."""
+    kv_heads = draw(st.integers(1, 3))
+    dtype = draw(st.sampled_from(list(TOLERANCE)))
+    spec = AttentionSpec(
+        num_heads=kv_heads * draw(st.sampled_from([1, 2, 5])),
+        num_kv_heads=kv_heads,
+        head_dim=draw(st.sampled_from([16, 40, 64, 80, 128])),
+        scale=draw(st.sampled_from([0.125, 0.3])),
+        dtype=dtype,
+        kv_dtype=dtype,
+        sliding_window=draw(st.sampled_from([None, None, 1, 7, 33])),
+        softcap=draw(st.sampled_from([None, None, 5.0])),
+        sinks=draw(st.booleans()),
+    )
+    block_size = draw(st.sampled_from([8, 16]))
+    boundaries = [0, 1, block_size - 1, block_size, block_size + 1, 3 * block_size, 50]
+    decodes = [(draw(st.sampled_from(boundaries)), 1) for _ in range(draw(st.integers(0, 4)))]
+    chunks = [
+        (draw(st.sampled_from(boundaries)), draw(st.sampled_from([1, 2, block_size, 37])))
+        for _ in range(draw(st.integers(0 if decodes else 1, 2)))
+    ]
+    return spec, block_size, [*decodes, *sorted(chunks, key=lambda chunk: not chunk[0])], len(decodes)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of one layer. q, k, v: of its new tokens; want float64 [num_tokens, num_heads * head_dim]."""
+
+    layer: Layer
+    layout: KVLayout
+    cache: KVCache
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    batch: StepBatch
+    want: torch.Tensor
+
+    def run(self, backend: Backend[Any]) -> torch.Tensor:
+        return backend.attend(self.layer, self.q, self.k, self.v, self.cache, backend.build(self.batch))
+
+    def check(self, backend: Backend[Any], tolerance: float | None = None) -> None:
+        out = self.run(backend)
+        assert out.shape == self.want.shape
+        assert out.dtype == self.layer.spec.dtype
+        error = relative_error(out, self.want)
+        assert error < (tolerance or TOLERANCE[self.layer.spec.dtype])
+
+
+def make_step(case: Case, layout_name: str, seed: int, scales: tuple[float, float] = (1.0, 1.0)) -> Step:
+    """A cache that holds the rows' contexts, and their new tokens. scales: of an fp8 cache, whose rounding `want` has
+    in every key and value."""
+    spec, block_size, rows, num_decodes = case
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw_tensor(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(spec.dtype)
+
+    layout = LAYOUTS[layout_name](block_size)
+    width = max(-(-(cached + new) // block_size) for cached, new in rows)
+    num_blocks = len(rows) * width + 2
+    tables = torch.randperm(num_blocks, generator=generator)[: len(rows) * width].view(len(rows), width)
+    tables[0, 0] = num_blocks - 1 if not (tables == num_blocks - 1).any() else tables[0, 0]  # the highest id takes part
+    cache = layout.allocate(spec, num_blocks, torch.device("cpu"))
+    sinks = torch.randn(spec.num_heads, generator=generator) if spec.sinks else None
+    k_scale, v_scale = (torch.tensor([scale]) for scale in scales)
+    layer = Layer(spec, sinks, 0, k_scale, v_scale)
+    keys = [draw_tensor(cached + new, spec.num_kv_heads, spec.head_dim) for cached, new in rows]
+    values = [draw_tensor(cached + new, spec.num_kv_heads, spec.head_dim) for cached, new in rows]
+
+    def slots(row: int, start: int, end: int) -> torch.Tensor:
+        positions = torch.arange(start, end)
+        return tables[row][positions // block_size] * block_size + positions % block_size
+
+    for row, (cached, _) in enumerate(rows):
+        layout.write(cache, keys[row][:cached], values[row][:cached], slots(row, 0, cached), k_scale, v_scale)
+    new_k = torch.cat([keys[row][cached:] for row, (cached, _) in enumerate(rows)])
+    new_v = torch.cat([values[row][cached:] for row, (cached, _) in enumerate(rows)])
+    # As in a fused qkv: q, k and v are strided views of one tensor.
+    q = draw_tensor(len(new_k), spec.num_heads, spec.head_dim)
+    fused = torch.cat([q, new_k, new_v], dim=1)
+    q, new_k, new_v = fused.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
+    mapping = torch.cat([slots(row, cached, cached + new) for row, (cached, new) in enumerate(rows)])
+    if spec.kv_dtype.itemsize == 1:
+        keys = [rounded(key, spec.kv_dtype, scales[0]) for key in keys]
+        values = [rounded(value, spec.kv_dtype, scales[1]) for value in values]
+    ends = ((row, end) for row, (cached, new) in enumerate(rows) for end in range(cached + 1, cached + new + 1))
+    want = [
+        attend_one(layer, q[index], keys[row][:end], values[row][:end]).flatten()
+        for index, (row, end) in enumerate(ends)
+    ]
+    batch = step_batch(rows, num_decodes, tables, mapping)
+    return Step(layer, layout, cache, q, new_k, new_v, batch, torch.stack(want))
+
+
+def rounded(values: torch.Tensor, dtype: torch.dtype, scale: float) -> torch.Tensor:
+    return (values.float() / scale).to(dtype).float() * scale
+
+
+def step_batch(
+    rows: list[tuple[int, int]], num_decodes: int, tables: torch.Tensor, slot_mapping: torch.Tensor
+) -> StepBatch:
+    """Rows as (cached, new): decode rows, then those with context, then those without."""
+    decode, tables = None, tables.int()
+    if num_decodes:
+        lens = torch.tensor([cached + 1 for cached, _ in rows[:num_decodes]], dtype=torch.int32)
+        decode = DecodeRows(tables[:num_decodes], lens, int(lens.max()), lens.long().numpy())
+    first_prefill = next((i for i, (cached, _) in enumerate(rows) if not cached and i >= num_decodes), len(rows))
+    return StepBatch(
+        slot_mapping,
+        decode,
+        chunk_rows(rows[num_decodes:first_prefill], tables[num_decodes:first_prefill], num_decodes),
+        chunk_rows(rows[first_prefill:], tables[first_prefill:], sum(new for _, new in rows[:first_prefill])),
+    )
+
+
+def chunk_rows(rows: list[tuple[int, int]], tables: torch.Tensor, query_start: int) -> ChunkRows | None:
+    if not rows:
+        return None
+    new = torch.tensor([new for _, new in rows])
+    cached = torch.tensor([cached for cached, _ in rows])
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), new.cumsum(0)]).int()
+    return ChunkRows(
+        query_start, tuple(new.tolist()), tuple(cached.tolist()), starts, (cached + new).int(), tables.contiguous()
+    )
