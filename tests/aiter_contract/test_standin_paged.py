@@ -284,12 +284,11 @@ def test_asm_quantised(aiter: ModuleType) -> None:
     with aiter._standin.emulate(tile_bug=False):
         expected = want(step, 128**-0.5 * 0.5) * 2
         assert error(asm(aiter, step, high_precision=2, **scales), expected) < 5e-3
-        got = asm(aiter, step, **scales)  # precision 1 may pick the kernel that returns 0 for one block
-        assert (got[0] == 0).all() and error(got[1:], expected[1:]) < 5e-3
+        assert (asm(aiter, step, **scales) == 0).all()  # precision 1 may pick the kernel that gives 0
     wide = paged([16, 245], heads=32, kv_dtype=torch.float8_e4m3fnuz)
     tables = [torch.ones(wide.k.shape[0], 2, 16)] * 2
     got = asm(aiter, wide, K_QScale=tables[0], V_QScale=tables[1])
-    assert error(got[0], want(wide, 128**-0.5)[0]) < 5e-3 and got[1].isnan().all()
+    assert (got[0] == 0).all() and got[1].isnan().all()  # GQA 16 has no other kernel
     with pytest.raises(RuntimeError, match=r"cannot get heuristic kernel!.*gqa:16.*hp:2"):
         asm(aiter, wide, high_precision=2, K_QScale=tables[0], V_QScale=tables[1])
     for broken, words in (({"K_QScale": tables[0]}, "both or for neither"), ({}, "both scale tables")):

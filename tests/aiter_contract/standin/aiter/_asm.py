@@ -56,9 +56,10 @@ def pa_fwd_asm(
     kernelName: str | None = None,
 ) -> torch.Tensor:
     """Always scales by 1/sqrt(128). Reproduced: a context of 241…255 counts its first tile once unmasked, stale slots
-    included, and once masked (fp8 with GQA > 8: NaN); quantised KV through a kernel of precision 0 gives 0 for a
-    context of one block, also where hash order may pick that kernel. A 4-D V, one scale table of two, fp8 without
-    tables, several queries, and before v0.1.17 a block beyond 2 GiB are violations.
+    included, and once masked (quantised with GQA > 8: NaN); one query over quantised KV through a kernel of precision 0
+    gives 0 (aiter's op_tests/test_pa_block_id_truncation.py), also where hash order may pick that kernel: only fp8 with
+    GQA <= 8 and high_precision 2 escapes it. A 4-D V, one scale table of two, quantised KV without tables, several
+    queries, and before v0.1.17 a block beyond 2 GiB are violations.
     """
     record("pa_fwd_asm", "asm")
     heads, head_dim = Q.shape[1:]
@@ -102,8 +103,8 @@ def pa_fwd_asm(
     got, _ = _math.attention(Q[:batch, None], k, v, lens[:, None] - 1, lens, 128**-0.5, counts=counts)
     got = got[:, 0]
     got[lens == 0] = float("nan")
-    if quantised and 0 in precisions and (kind == "int8" or heads // kv_heads <= 8):
-        got[(lens > 0) & (lens <= block_size)] = 0.0
+    if quantised and 0 in precisions:
+        got[lens > 0] = 0.0
     if quantised and heads // kv_heads > 8:
         got[twice] = float("nan")
     _math.poison(out)

@@ -2,4 +2,8 @@
 
 from aiter import _standin
 
-__version__ = _standin.device.version
+
+def __getattr__(name: str) -> str:
+    if name != "__version__":
+        raise AttributeError(name)
+    return _standin.device.version

@@ -134,7 +134,8 @@ def mla_decode_fwd(
     Reproduced: sm_scale None is 1/sqrt(576); the gfx950 downgrade of bf16, 16 heads, one query, 32 or more sequences to
     non-persistent; a folded call with several queries leaves the result in a new storage that `o` is switched to, and
     rows in folded order in the old one. Page sizes other than 1, some but not all of the six buffers, buffers of
-    another size, another step's plan, and combinations known to fault are violations. Rows without keys stay NaN.
+    another size, another step's plan, and combinations known to fault are violations. Rows without keys, and rows past
+    qo_indptr, are NaN.
     """
     assert logit_cap <= 0, f"{logit_cap=} is not support yet"
     total, heads, dim_v = o.shape
@@ -173,7 +174,8 @@ def mla_decode_fwd(
     qlens, lens = starts_q.diff(), starts_kv.diff()
     require(bool((qlens <= max_seqlen_q).all()), f"a query of more than max_seqlen_q = {max_seqlen_q} tokens")
     folded = seen != heads
-    require(not folded or bool((qlens == max_seqlen_q).all()), "folding heads needs every query of max_seqlen_q tokens")
+    whole = bool((qlens == max_seqlen_q).all()) and int(starts_q[-1]) == total
+    require(not folded or max_seqlen_q == 1 or whole, "folding heads needs every query of max_seqlen_q tokens")
     if persistent:
         _demand_plan(six, starts_q, starts_kv, heads, max_seqlen_q, q, kv_buffer)
     scale = dim**-0.5 if sm_scale is None else sm_scale
@@ -183,7 +185,8 @@ def mla_decode_fwd(
         o.copy_(base.reshape(o.shape))
         o.set_(got.to(o.dtype))
     else:
-        o.copy_(got)
+        _math.poison(o)
+        o[: got.shape[0]] = got.to(o.dtype)
     logits = torch.full((), float("nan")).expand(total, 1, heads, dim_v)
     return logits, sums if return_lse else None
 

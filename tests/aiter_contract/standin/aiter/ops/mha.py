@@ -77,6 +77,7 @@ def flash_attn_varlen_func(
     scale = dim**-0.5 if softmax_scale is None else softmax_scale
     result = torch.empty(tq, heads, dim_v, dtype=q.dtype) if out is None else out
     _checks.tensor("out", result, q.dtype, (tq, heads, dim_v))
+    _math.poison(result)
     lse = torch.full((heads, tq), float("nan"))
     sinks = None if route == "fmha_v3" else sink_ptr
     if route == "fmha_v3":
