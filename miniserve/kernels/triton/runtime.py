@@ -7,7 +7,7 @@ import functools
 import torch
 
 from miniserve.kernels.triton import elementwise
-from miniserve.kernels.triton.small_linear import LinearTile, Workspace, choose_tile, num_sms, small_linear
+from miniserve.kernels.triton.small_linear import LinearTile, Workspace, chip_of, choose_tile, small_linear
 
 
 class TritonKernels:
@@ -20,11 +20,11 @@ class TritonKernels:
 
     def __init__(self, device: torch.device) -> None:
         self._workspace = Workspace(device)
-        num = num_sms(device)
+        chip = chip_of(device)
 
         @functools.cache
-        def tile(m: int, n: int, k: int, gated: bool) -> LinearTile | None:
-            return choose_tile(m, n, k, num, gated=gated)
+        def tile(m: int, n: int, k: int, itemsize: int, gated: bool) -> LinearTile | None:
+            return choose_tile(m, n, k, itemsize, chip, gated=gated)
 
         self._tile = tile
 
@@ -39,7 +39,7 @@ class TritonKernels:
     ) -> torch.Tensor | None:
         """See `small_linear`; None where the vendor's library serves these shapes better."""
         n = weight.shape[0] // 2 if gated else weight.shape[0]
-        tile = self._tile(x.shape[0], n, weight.shape[1], gated)
+        tile = self._tile(x.shape[0], n, weight.shape[1], weight.element_size(), gated)
         if tile is None:
             return None
         return small_linear(x, weight, bias, tile, self._workspace, gated=gated, out_dtype=out_dtype)

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from miniserve.kernels.triton.pdl import launch_options, start, wait
 
-MAX_ROWS = 64
+MAX_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,19 +161,33 @@ class Workspace:
         self.counts = torch.zeros(1 << 16, dtype=torch.int32, device=device)
 
 
-def choose_tile(m: int, n: int, k: int, num_sms: int, *, gated: bool) -> LinearTile | None:
+@dataclass(frozen=True, slots=True)
+class Chip:
+    """What a cut depends on: multiprocessors, and bytes of shared memory that one program can have."""
+
+    num_sms: int
+    shared_bytes: int
+
+
+def choose_tile(m: int, n: int, k: int, itemsize: int, chip: Chip, *, gated: bool) -> LinearTile | None:
     """The cut for m rows, n outputs and k inputs; None where the vendor's library is at least as fast."""
     if m > MAX_ROWS or k % 16:
         return None
+    # Measured on an H100 over the shapes of Qwen3-8B (docs/BENCHMARKS.md).
     if m == 1:
-        block_n, block_k, warps, stages = (4 if gated else 8), 512, 4, 3
-    else:
-        block_n, block_k, warps, stages = (32 if gated else 64), 128, 4, 4
-    while block_n > (1 if m == 1 else 16) and triton.cdiv(n, block_n) < 2 * num_sms:
+        return LinearTile(1 if gated else 4, min(2048, triton.next_power_of_2(k)), 1, 4, 3)
+    block_n, warps = (32, 4) if gated or n <= 4096 else (64, 4)
+    split = m <= 16 and triton.cdiv(n, block_n) < 4 * chip.num_sms
+    block_k, stages, split_k = (256, 2, 4) if split else (256, 6, 1)
+    while block_n > 16 and triton.cdiv(n, block_n) * split_k < 2 * chip.num_sms:
         block_n //= 2
-    split_k, tiles = 1, triton.cdiv(n, block_n)
-    while tiles * split_k < 4 * num_sms and split_k < 8 and k // (split_k * 2) >= 2 * block_k:
-        split_k *= 2
+    if gated:
+        block_k //= 2
+    while split_k > 1 and k < 2 * split_k * block_k:
+        split_k //= 2
+    rows = block_n * (2 if gated else 1) + max(16, triton.next_power_of_2(m))
+    while stages > 1 and rows * block_k * itemsize * stages > chip.shared_bytes:
+        stages -= 1
     return LinearTile(block_n, block_k, split_k, warps, stages)
 
 
@@ -229,5 +243,7 @@ def small_linear(
 
 
 @functools.cache
-def num_sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def chip_of(device: torch.device) -> Chip:
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return Chip(properties.multi_processor_count, shared)
