@@ -109,7 +109,7 @@ def test_not_persistent_and_log_sum_exp(aiter: ModuleType) -> None:
 
 NONE, ONLY = frozenset[int](), tuple(frozenset({n}) for n in range(9))
 FOLDED = (32, 48, 64, 80, 96, 112, 128)
-# Heads -> the query lengths of 1…8 that work: the fact sheet's table (§6.1), less what is known to fault.
+# Heads -> the query lengths of 1…8 that work: read off aiter's dispatch, less what is known to fault.
 TABLE: dict[tuple[str, str, bool], dict[int, frozenset[int]]] = {
     ("gfx942", "bf16 bf16", False): {8: ONLY[1], 16: ALL, 24: NONE, 32: ALL, 48: NONE, 64: NONE, 128: ALL},
     ("gfx950", "bf16 bf16", False): {8: frozenset({1, 2}), 16: ALL, 24: NONE, 32: ALL, 48: NONE, 64: ONLY[1], 128: ALL},

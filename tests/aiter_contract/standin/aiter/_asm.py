@@ -1,4 +1,4 @@
-"""`pa_fwd_asm`: the hand-written decode kernel over shuffled caches (fact sheet §3.1, guards 1, 2, 3, 4, 25, 27)."""
+"""`pa_fwd_asm`: the hand-written decode kernel over shuffled caches."""
 
 from __future__ import annotations
 

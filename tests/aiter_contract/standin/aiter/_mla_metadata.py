@@ -1,4 +1,4 @@
-"""Persistent MLA's metadata (fact sheet §6.2): the sizes of its six buffers, and their filling."""
+"""Persistent MLA's metadata: the sizes of its six buffers, and their filling."""
 
 from __future__ import annotations
 

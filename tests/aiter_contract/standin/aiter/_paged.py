@@ -1,4 +1,4 @@
-"""HIP paged attention for decode (fact sheet §1), and `paged_attention_common`, which chooses HIP or ASM (§2)."""
+"""HIP paged attention for decode, and `paged_attention_common`, which chooses HIP or ASM."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def paged_attention_v1(
     mtp: int = 1,
     sliding_window: int = 0,
 ) -> torch.Tensor:
-    """Decode over linear caches. Head dims other than 64/128/192/256 (D < 64 gives garbage, guard 7), GQA > 16, odd
+    """Decode over linear caches. Head dims other than 64/128/192/256 (D < 64 gives garbage), GQA > 16, odd
     block sizes and K/V of unequal strides are violations. Rows with more than one query are skipped: NaN. Rows with
     none (cu_query_lens equal) are a violation: the kernel writes the next sequence's row, or one past the end.
     """

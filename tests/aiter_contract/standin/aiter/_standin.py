@@ -1,5 +1,7 @@
 """The emulated device, the record of calls, and how a call is refused. Nothing here exists in the real library.
 
+What the stand-in demands and reproduces was read from aiter v0.1.20.post1, its kernels' tables and its issue tracker.
+
 How the stand-in answers a misuse:
 - where the real library raises, it raises the same class with (nearly) the same words: `check` for AITER_CHECK;
 - where the real kernel would silently read or write the wrong memory because of a static property of the call (a
@@ -36,7 +38,7 @@ class Call(NamedTuple):
 @dataclass(frozen=True)
 class Device:
     """arch gfx942 (MI300X) or gfx950 (MI355X); cu_num: compute units, which move the HIP/ASM switch (0: the arch's);
-    version: of aiter; tile_bug: whether `pa_fwd_asm` miscounts context lengths 241…255 (fact sheet, guard 25)."""
+    version: of aiter; tile_bug: whether `pa_fwd_asm` miscounts context lengths 241…255."""
 
     arch: str = "gfx942"
     cu_num: int = 0

@@ -1,4 +1,4 @@
-"""aiter.fused_moe: the experts' two matrix products (fact sheet §8)."""
+"""aiter.fused_moe: the experts' two matrix products."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""aiter.mla: decode over the latent cache (fact sheet §6.1, guards 10, 12, 26)."""
+"""aiter.mla: decode over the latent cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""aiter.ops.cache: writing tokens to the KV cache (fact sheet §4 and §6.3). All write in place and return None."""
+"""aiter.ops.cache: writing tokens to the KV cache. All write in place and return None."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""aiter.ops.mha: prefill (fact sheet §5, guards 5 and 6)."""
+"""aiter.ops.mha: prefill."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""aiter.ops.rmsnorm (fact sheet §8)."""
+"""aiter.ops.rmsnorm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""aiter.ops.rope: rotary embedding by cached cos and sin (fact sheet §8)."""
+"""aiter.ops.rope: rotary embedding by cached cos and sin."""
 
 from __future__ import annotations
 

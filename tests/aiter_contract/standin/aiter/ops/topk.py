@@ -1,4 +1,4 @@
-"""aiter.ops.topk and the routing part of aiter.ops.moe_op (fact sheet §8). Results go into the given tensors."""
+"""aiter.ops.topk and the routing part of aiter.ops.moe_op. Results go into the given tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""aiter.ops.triton.attention.unified_attention (fact sheet §7)."""
+"""aiter.ops.triton.attention.unified_attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""aiter.ops.triton.fusions.fused_kv_cache: rope and cache write in one kernel (fact sheet §7)."""
+"""aiter.ops.triton.fusions.fused_kv_cache: rope and cache write in one kernel."""
 
 from __future__ import annotations
 

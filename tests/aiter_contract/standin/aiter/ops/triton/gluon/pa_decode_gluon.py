@@ -1,4 +1,4 @@
-"""aiter.ops.triton.gluon.pa_decode_gluon (fact sheet §3.3): the shuffled path with sinks, windows and any scale."""
+"""aiter.ops.triton.gluon.pa_decode_gluon: the shuffled path with sinks, windows and any scale."""
 
 from __future__ import annotations
 
