@@ -12,7 +12,9 @@ from miniserve.core import UserError
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 KV_LAYOUTS = ("auto", "linear", "shuffled")
 LOAD_FORMATS = ("auto", "dummy")
-DEVICES = ("auto", "cpu", "cuda")
+KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8")
+# gfx942 and gfx950 are emulated on a CPU, by an aiter that computes there: for tests.
+DEVICES = ("auto", "cpu", "cuda", "gfx942", "gfx950")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     block_size: int = 16
     kv_layout: str = "auto"
+    kv_cache_dtype: str = "auto"
     attention_backend: str = "auto"
     kv_cache_memory: int | None = None
     gpu_memory_utilization: float = 0.9
@@ -48,6 +51,7 @@ class EngineConfig:
         _choice("--device", self.device, DEVICES)
         _choice("--load-format", self.load_format, LOAD_FORMATS)
         _choice("--kv-layout", self.kv_layout, KV_LAYOUTS)
+        _choice("--kv-cache-dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _choice("--generation-config", self.generation_config, ("auto", "none"))
         _positive("--max-num-seqs", self.max_num_seqs)
         _positive("--max-num-batched-tokens", self.max_num_batched_tokens)

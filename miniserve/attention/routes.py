@@ -6,12 +6,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 import torch
 
 from miniserve.attention.platform import Platform
+from miniserve.attention.select import Choice
 from miniserve.attention.spec import AttentionSpec
 
 Route = Literal["asm", "hip"]
@@ -81,6 +84,31 @@ def describe_decode(kernel: str, spec: AttentionSpec, platform: Platform) -> str
         f"{kernel}: from batch {first} ({first} x {spec.num_heads} heads > {limit}) ASM, below HIP; HIP too where a "
         f"length is in {lengths} or, captured in a graph, may be"
     )
+
+
+def describe_routes(choice: Choice, specs: Sequence[AttentionSpec], platform: Platform) -> list[str]:
+    """A sentence for each kind of layer: which kernels run, where these are not the backend's only ones."""
+    kinds = Counter(zip(specs, choice.routes, strict=True))
+    lines = []
+    for (spec, route), count in kinds.items():
+        if route.decode in (choice.backend, "triton paged_decode") and len(kinds) == 1:
+            continue
+        which = "" if len(kinds) == 1 else f"{count} layers {_kind(spec)}: "
+        chunks = route.prefill if route.prefill == route.extend else f"{route.prefill}, with context {route.extend}"
+        lines.append(f"{which}decode by {describe_decode(route.decode, spec, platform)}; prefill by {chunks}")
+    if any(spec.kv_dtype.itemsize == 1 for spec in specs):
+        lines.append(f"fp8 KV cache: {str(specs[0].kv_dtype).removeprefix('torch.')}")
+    if platform.emulated:
+        lines.append(f"{platform.arch} is emulated: the numbers are those of a stand-in for aiter, on a CPU")
+    return lines
+
+
+def _kind(spec: AttentionSpec) -> str:
+    parts = [f"of {spec.num_heads}/{spec.num_kv_heads} heads of {spec.head_dim}"]
+    parts += [f"window {spec.sliding_window}"] if spec.sliding_window is not None else []
+    parts += ["softcap"] if spec.softcap is not None else []
+    parts += ["sinks"] if spec.sinks else []
+    return ", ".join(parts)
 
 
 def window_pair(window: int | None) -> tuple[int, int]:

@@ -69,7 +69,9 @@ def select(
             continue
         routes, reasons = contract.routes(specs, platform, candidate, block_size, num_blocks)
         if not reasons:
-            why = _reason(backend, layout, _possible(contracts, platform), platform.order(contract.layouts), measured)
+            why = _reason(
+                backend, layout, _possible(contracts, platform, specs), platform.order(contract.layouts), measured
+            )
             return Choice(contract.name, candidate, routes, tuple(rejected), why)
         rejected += [(contract.name, candidate, reason) for reason in reasons]
     asked = " ".join(
@@ -97,8 +99,13 @@ def _candidates(
     return dict.fromkeys((*((*pair, True) for pair in measured), *((*p, False) for p in pairs if p not in measured)))
 
 
-def _possible(contracts: Sequence[BackendContract], platform: Platform) -> list[str]:
-    return [contract.name for contract in contracts if not any(contract.platform_refusals(platform))]
+def _possible(contracts: Sequence[BackendContract], platform: Platform, specs: Sequence[AttentionSpec]) -> list[str]:
+    """The backends that run there and are for this kind of model."""
+    return [
+        contract.name
+        for contract in contracts
+        if not [*contract.platform_refusals(platform), *contract.kind_refusals(specs)]
+    ]
 
 
 def _reason(backend: str, layout: str, names: list[str], order: tuple[str, ...], measured: bool) -> str:

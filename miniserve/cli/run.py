@@ -48,7 +48,14 @@ def run(
     dtype: Annotated[
         str, _model("--dtype", help="auto (the model's own), bfloat16, float16 or float32.")
     ] = _ENGINE.dtype,
-    device: Annotated[str, _model("--device", help="auto, cpu or cuda (which is ROCm, too).")] = _ENGINE.device,
+    device: Annotated[
+        str,
+        _model(
+            "--device",
+            help="auto, cpu or cuda (which is ROCm, too); gfx942 and gfx950 are emulated, for tests with a stand-in "
+            "for aiter.",
+        ),
+    ] = _ENGINE.device,
     load_format: Annotated[
         str, _model("--load-format", help="auto, or dummy: random weights, none are loaded.")
     ] = _ENGINE.load_format,
@@ -91,6 +98,9 @@ def run(
     ] = _ENGINE.max_num_batched_tokens,
     block_size: Annotated[int, _sched("--block-size", help="Tokens in one KV block.")] = _ENGINE.block_size,
     kv_layout: Annotated[str, _sched("--kv-layout", help="linear, shuffled or auto.")] = _ENGINE.kv_layout,
+    kv_cache_dtype: Annotated[
+        str, _sched("--kv-cache-dtype", help="auto (the model's), bfloat16, float16, float32 or fp8.")
+    ] = _ENGINE.kv_cache_dtype,
     attention_backend: Annotated[
         str, _sched("--attention-backend", help="auto, or the name of one.")
     ] = _ENGINE.attention_backend,
@@ -150,6 +160,7 @@ def run(
         max_num_batched_tokens=max_num_batched_tokens,
         block_size=block_size,
         kv_layout=kv_layout,
+        kv_cache_dtype=kv_cache_dtype,
         attention_backend=attention_backend,
         kv_cache_memory=kv_cache_memory,
         gpu_memory_utilization=gpu_memory_utilization,

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from miniserve.attention.backends.base import Backend
-from miniserve.attention.backends.build import build_backend
+from miniserve.attention.backends.build import block_bytes, build_backend, scratch_bytes
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.layouts import LAYOUTS, KVCache
-from miniserve.attention.platform import detect_platform
+from miniserve.attention.platform import Platform, detect_platform, emulated_platform
+from miniserve.attention.routes import describe_routes
 from miniserve.attention.select import Choice, select
 from miniserve.config import EngineConfig
 from miniserve.core import EngineInfo, UserError
@@ -52,12 +53,12 @@ def build_runner(
     longest = min(config.max_model_len or model_config.max_position_embeddings, model_config.max_position_embeddings)
     if device.type == "cpu":
         torch.set_num_threads(_num_threads(weights))
-    platform = detect_platform(device, dtype)
-    kernels = native.load() if platform.arch == "cpu" and platform.native_unavailable is None else None
+    platform = _platform(config.device, device, dtype)
+    kernels = native.load() if device.type == "cpu" and native.unavailable_reason() is None else None
     model = build_model(
         model_config,
         dtype=dtype,
-        kv_dtype=dtype,
+        kv_dtype=_kv_dtype(config.kv_cache_dtype, dtype, platform),
         device=device,
         max_model_len=config.max_model_len or longest,
         native=kernels,
@@ -75,9 +76,10 @@ def build_runner(
     plan = plan_memory(
         config,
         weights=weights,
-        activations=_activation_bytes(model_config, config, dtype),
+        activations=_activation_bytes(model_config, config, dtype)
+        + scratch_bytes(choice, model.attention_specs, config.max_num_seqs, longest),
         available=available - weights,
-        block_bytes=sum(layout.block_bytes(spec) for spec in model.attention_specs),
+        block_bytes=block_bytes(choice, layout, model.attention_specs),
         longest_context=longest,
         device=device,
     )
@@ -98,7 +100,10 @@ def build_runner(
     if device.type == "cuda" and backend.graphs and not config.enforce_eager:
         graphs = _graphs(model, backend, caches, state, sampler, config, plan, progress)
     runner = ModelRunner(model, backend, caches, state, sampler, graphs)
-    return runner, _info(config, model_config, source_path, model_name, device, dtype, choice, plan, eos_token_ids)
+    attention = [*choice.explain(), *describe_routes(choice, model.attention_specs, platform)]
+    return runner, _info(
+        config, model_config, source_path, model_name, device, dtype, choice, attention, plan, eos_token_ids
+    )
 
 
 def _triton_kernels(device: torch.device) -> TritonKernels | None:
@@ -144,6 +149,7 @@ def _info(
     device: torch.device,
     dtype: torch.dtype,
     choice: Choice,
+    attention: list[str],
     plan: MemoryPlan,
     eos_token_ids: frozenset[int],
 ) -> EngineInfo:
@@ -166,16 +172,29 @@ def _info(
         async_scheduling=device.type != "cpu" if overlap is None else overlap,
         eos_token_ids=sorted(eos_token_ids),
         memory=plan.rows(),
-        attention=choice.explain(),
+        attention=attention,
     )
 
 
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("gfx"):
+        return torch.device("cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda was asked for, but PyTorch finds no GPU; use --device cpu or install its build.")
     return torch.device(name)
+
+
+def _platform(name: str, device: torch.device, dtype: torch.dtype) -> Platform:
+    return emulated_platform(name) if name.startswith("gfx") else detect_platform(device, dtype)
+
+
+def _kv_dtype(name: str, dtype: torch.dtype, platform: Platform) -> torch.dtype:
+    if name == "fp8":
+        return platform.fp8_dtype
+    kv_dtype: torch.dtype = dtype if name == "auto" else getattr(torch, name)
+    return kv_dtype
 
 
 def _dtype(name: str, model_config: ModelConfig) -> torch.dtype:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from miniserve.attention.aiter import Aiter
@@ -39,7 +41,7 @@ class PagedScratch:
         return sums, logits, values
 
 
-def scratch_bytes(specs: tuple[AttentionSpec, ...], max_rows: int, max_seq_len: int) -> int:
+def scratch_bytes(specs: Sequence[AttentionSpec], max_rows: int, max_seq_len: int) -> int:
     """Bytes of a `PagedScratch`."""
     partitions = -(-max_seq_len // _PARTITION)
     return max(max_rows * spec.num_heads * partitions * (8 + spec.head_dim * spec.dtype.itemsize) for spec in specs)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from miniserve.attention.aiter import load as load_aiter
+from miniserve.attention.backends import aiter_calls
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.paged_kernels import PagedKernels, torch_kernels, triton_kernels
@@ -12,9 +14,11 @@ from miniserve.attention.backends.rocm_aiter_fa import FlashBackend
 from miniserve.attention.backends.rocm_attn import RocmBackend
 from miniserve.attention.backends.rocm_unified import UnifiedBackend
 from miniserve.attention.backends.torch_attn import TorchBackend
+from miniserve.attention.backends.torch_mla import TorchLatentBackend
 from miniserve.attention.backends.triton_attn import TritonBackend
-from miniserve.attention.layouts import LAYOUTS
+from miniserve.attention.layouts import LAYOUTS, KVLayout
 from miniserve.attention.select import Choice
+from miniserve.attention.spec import AttentionSpec
 
 
 def build_backend(choice: Choice, block_size: int, options: BackendOptions) -> Backend[Any]:
@@ -27,6 +31,8 @@ def build_backend(choice: Choice, block_size: int, options: BackendOptions) -> B
         return CpuBackend(layout, native.load())
     if choice.backend == "TORCH_ATTN":
         return TorchBackend(layout)
+    if choice.backend == "TORCH_MLA":
+        return TorchLatentBackend(layout)
     if choice.backend == "TRITON_ATTN":
         return TritonBackend(layout, _paged_kernels(options), options)
     if choice.backend == "ROCM_ATTN":
@@ -40,3 +46,20 @@ def build_backend(choice: Choice, block_size: int, options: BackendOptions) -> B
 
 def _paged_kernels(options: BackendOptions) -> PagedKernels:
     return torch_kernels() if options.platform.emulated else triton_kernels()
+
+
+def scratch_bytes(choice: Choice, specs: Sequence[AttentionSpec], max_rows: int, max_seq_len: int) -> int:
+    """What the backend allocates beside the cache, where that is more than a few megabytes."""
+    if choice.backend in ("ROCM_ATTN", "ROCM_AITER_FA"):
+        return aiter_calls.scratch_bytes(specs, max_rows, max_seq_len)
+    return 0
+
+
+def block_bytes(choice: Choice, layout: KVLayout, specs: Sequence[AttentionSpec]) -> int:
+    """Bytes of one block of every layer, with what the backend keeps for each block beside it."""
+    total = 0
+    for spec, route in zip(specs, choice.routes, strict=True):
+        total += layout.block_bytes(spec)
+        if route.decode == "paged_attention_common" and spec.kv_dtype.itemsize == 1:
+            total += 2 * 4 * layout.block_size * spec.num_kv_heads  # at most: layers of the same scale share tables
+    return total
