@@ -1,12 +1,14 @@
 """The KV cache's layouts: where a token's key and value lie in a block.
 
 A cache holds, for one layer, a key plane and a value plane of `num_blocks` blocks of `block_size` tokens. A token's
-slot is `block_id * block_size + offset`. Both layouts take the same bytes per block.
+slot is `block_id * block_size + offset`. The first two layouts take the same bytes per block.
 
 - `linear`:   key and value [num_blocks, block_size, num_kv_heads, head_dim].
 - `shuffled`: key [num_blocks, num_kv_heads, head_dim/x, block_size, x],
               value [num_blocks, num_kv_heads, block_size/x, head_dim, x], x = 16 bytes / itemsize:
               what the aiter library calls the asm (shuffle) layout (aiter `reshape_and_cache(asm_layout=True)`).
+- `latent`:   of latent attention, in place of keys and values: one plane [num_blocks, block_size, kv_lora_rank +
+              rope_dim], kv_c ‖ k_pe of each token.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from miniserve.attention.spec import AttentionSpec
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """One layer's key and value planes, dense and separate."""
+    """One layer's key and value planes, dense and separate. Of a latent cache `key` is the one plane, and `value` a view
+    of the kv_c in it."""
 
     key: torch.Tensor
     value: torch.Tensor
@@ -112,7 +115,7 @@ class LinearLayout(KVLayout):
 
     @staticmethod
     def refusal(spec: AttentionSpec, block_size: int) -> str | None:
-        return None
+        return _NO_LATENT if spec.latent is not None else None
 
     def shapes(self, spec: AttentionSpec, num_blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         shape = (num_blocks, self.block_size, spec.num_kv_heads, spec.head_dim)
@@ -134,6 +137,8 @@ class ShuffledLayout(KVLayout):
 
     @staticmethod
     def refusal(spec: AttentionSpec, block_size: int) -> str | None:
+        if spec.latent is not None:
+            return _NO_LATENT
         x = _lanes(spec.kv_dtype)
         if block_size % x:
             return f"the shuffled layout needs a block size that is a multiple of {x} for this dtype, not {block_size}"
@@ -181,7 +186,47 @@ def unpack_shuffled(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tenso
     return k.contiguous(), v.contiguous()
 
 
-LAYOUTS: dict[str, type[KVLayout]] = {"linear": LinearLayout, "shuffled": ShuffledLayout}
+class LatentLayout(KVLayout):
+    """Here k and v are kv_c [num_tokens, kv_lora_rank] and k_pe [num_tokens, rope_dim], with one scale for both, and
+    what `gather` and `gather_tokens` find has these two last dimensions. Negative slots are not written."""
+
+    name = "latent"
+
+    @staticmethod
+    def refusal(spec: AttentionSpec, block_size: int) -> str | None:
+        return "the latent layout holds latent (MLA) attention only" if spec.latent is None else None
+
+    def shapes(self, spec: AttentionSpec, num_blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        rank = spec.head_dim if spec.latent is None else spec.latent.kv_lora_rank
+        return (num_blocks, self.block_size, spec.head_dim), (num_blocks, self.block_size, rank)
+
+    def store(self, cache: KVCache, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        kept = slot_mapping >= 0
+        _bits(cache.key).flatten(0, 1)[slot_mapping[kept]] = torch.cat([_bits(k), _bits(v)], dim=-1)[kept]
+
+    def gather(self, cache: KVCache, block_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._split(cache, _take(cache.key, block_ids))
+
+    def gather_tokens(self, cache: KVCache, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._split(cache, _take(cache.key.flatten(0, 1), slots))
+
+    def block_bytes(self, spec: AttentionSpec) -> int:
+        return self.block_size * spec.head_dim * spec.kv_dtype.itemsize
+
+    def allocate(self, spec: AttentionSpec, num_blocks: int, device: torch.device) -> KVCache:
+        whole, kv_c = self.shapes(spec, num_blocks)
+        plane = torch.zeros(whole, dtype=spec.kv_dtype, device=device)
+        return KVCache(plane, plane[..., : kv_c[-1]])
+
+    @staticmethod
+    def _split(cache: KVCache, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rank = cache.value.shape[-1]
+        return tokens[..., :rank], tokens[..., rank:]
+
+
+LAYOUTS: dict[str, type[KVLayout]] = {"linear": LinearLayout, "shuffled": ShuffledLayout, "latent": LatentLayout}
+
+_NO_LATENT = "it does not hold latent (MLA) attention"
 
 
 def _lanes(dtype: torch.dtype) -> int:

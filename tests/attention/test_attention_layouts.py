@@ -33,8 +33,8 @@ def test_every_element_lies_where_the_formulas_say(
     slots = torch.randperm(num_blocks * block_size, generator=generator)[: block_size + 3]
     k = torch.randn(len(slots), kv_heads, head_dim, generator=generator).to(dtype)
     v = torch.randn(len(slots), kv_heads, head_dim, generator=generator).to(dtype)
-    for name, layout_type in LAYOUTS.items():
-        layout = layout_type(block_size)
+    for name in ("linear", "shuffled"):
+        layout = LAYOUTS[name](block_size)
         cache = layout.allocate(spec(kv_heads, head_dim, dtype), num_blocks, CPU)
         layout.write(cache, k, v, slots)
         key, value = cache.key.flatten(), cache.value.flatten()
@@ -78,8 +78,7 @@ def test_packing_matches_writing_and_gathering_undoes_both(
 def test_both_layouts_take_the_same_bytes() -> None:
     one = spec(8, 128, torch.bfloat16)
     sizes = set()
-    for layout_type in LAYOUTS.values():
-        layout = layout_type(16)
+    for layout in (LinearLayout(16), ShuffledLayout(16)):
         cache = layout.allocate(one, 3, CPU)
         assert cache.key.nbytes + cache.value.nbytes == 3 * layout.block_bytes(one)
         sizes.add(layout.block_bytes(one))

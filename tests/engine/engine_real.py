@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from models_support import random_settings, reference_model
 
+from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.cpu_attn import CpuBackend
 from miniserve.attention.backends.torch_attn import TorchBackend
-from miniserve.attention.layouts import LAYOUTS
+from miniserve.attention.backends.torch_mla import TorchLatentBackend
+from miniserve.attention.layouts import LAYOUTS, LatentLayout
 from miniserve.config import SchedulerConfig
 from miniserve.core import Request, RequestOutput, SamplingParams
 from miniserve.engine.loop import EngineLoop
@@ -64,11 +67,19 @@ def small_model(path: Path, architecture: str, number: int, native_ops: bool = F
     return model
 
 
+def make_backend(model: CausalLM, setup: Setup) -> Backend[Any]:
+    """Models with latent attention have one layout and one backend, whatever the setup says."""
+    if model.config.latent is not None:
+        return TorchLatentBackend(LatentLayout(setup.block_size), context_tokens=11)
+    layout = LAYOUTS[setup.layout](setup.block_size)
+    return CpuBackend(layout, KERNELS) if setup.backend == "CPU_ATTN" and KERNELS else TorchBackend(layout)
+
+
 def make_engine(
     model: CausalLM, setup: Setup, eos_token_ids: Iterable[int] = ()
 ) -> tuple[EngineLoop, Scheduler, SchedulerConfig]:
-    layout = LAYOUTS[setup.layout](setup.block_size)
-    backend = CpuBackend(layout, KERNELS) if setup.backend == "CPU_ATTN" and KERNELS else TorchBackend(layout)
+    backend = make_backend(model, setup)
+    layout = backend.layout
     caches = [layout.allocate(spec, setup.num_blocks, CPU) for spec in model.attention_specs]
     eos = frozenset(eos_token_ids)
     config = SchedulerConfig(

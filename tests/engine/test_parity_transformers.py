@@ -1,4 +1,4 @@
-"""The whole engine against transformers: paged cache, chunked prefill, mixed batches; logits and 64 greedy tokens."""
+"""The whole engine gives transformers' log-probabilities and greedy tokens: models of plain attention and MLPs."""
 
 from __future__ import annotations
 
@@ -6,44 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_real import BACKENDS, Setup, generate, make_engine, small_model, tokens
-from models_support import CLASSES, LATENT, VOCAB
-
-from miniserve.core import SamplingParams
+from engine_parity import check_parity
+from models_support import DENSE
 
 torch.set_num_threads(1)
 CONFIGURATIONS = 20
-NEW_TOKENS = 64
-PROMPTS = (23, 9, 40)
 
 
 @pytest.mark.parametrize("number", range(CONFIGURATIONS))
-@pytest.mark.parametrize("architecture", [name for name in CLASSES if name not in LATENT])
+@pytest.mark.parametrize("architecture", DENSE)
 def test_logprobs_and_greedy_tokens_equal_transformers(architecture: str, number: int, tmp_path: Path) -> None:
-    model = small_model(tmp_path, architecture, number, native_ops=number % 2 == 0)
-    routed = {"experts_implementation": "eager"} if model.config.moe else {}  # the default one takes no odd widths
-    reference = CLASSES[architecture][1].from_pretrained(tmp_path, dtype=torch.float32, **routed).eval()
-    generator = torch.Generator().manual_seed(number)
-    prompts = [torch.randint(VOCAB, (length,), generator=generator).tolist() for length in PROMPTS]
-    greedy = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, logprobs=VOCAB, prompt_logprobs=VOCAB)
-    expected: dict[tuple[int, ...], torch.Tensor] = {}
-    for layout in ("linear", "shuffled"):
-        setup = Setup(backend=BACKENDS[number % len(BACKENDS)], layout=layout, max_num_batched_tokens=7)
-        engine, _, _ = make_engine(model, setup)
-        for prompt, outputs in zip(prompts, generate(engine, [(p, greedy) for p in prompts]), strict=True):
-            found = tokens(outputs)
-            assert len(found) == NEW_TOKENS
-            whole = tuple(prompt + found[:-1])
-            if whole not in expected:
-                # One pass over our own continuation: equal arg-maxima all along mean equal greedy tokens.
-                with torch.no_grad():
-                    expected[whole] = reference(torch.tensor([whole])).logits[0]
-            logits = expected[whole]
-            assert logits[len(prompt) - 1 :].argmax(-1).tolist() == found
-            entries = [e for output in outputs for e in (output.prompt_logprobs or [])]
-            entries = entries[1:] + [e for output in outputs for e in (output.logprobs or [])]
-            ours = torch.empty_like(logits)
-            for row, entry in zip(ours, entries, strict=True):
-                row[torch.tensor(entry.top_ids)] = torch.tensor(entry.top_logprobs)
-            difference = (ours - logits.log_softmax(-1)).abs().max()
-            assert difference <= 1e-4 * logits.abs().max()
+    check_parity(architecture, number, tmp_path)

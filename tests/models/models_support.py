@@ -26,6 +26,7 @@ CLASSES = {
     "DeepseekV2ForCausalLM": (transformers.DeepseekV2Config, transformers.DeepseekV2ForCausalLM),
     "DeepseekV3ForCausalLM": (transformers.DeepseekV3Config, transformers.DeepseekV3ForCausalLM),
 }
+DENSE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 LATENT = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
 LENGTH = 64  # max_position_embeddings of the small models: their trained length, or YaRN's and llama3's stretched one
 

@@ -1,0 +1,173 @@
+"""What the backends of latent attention share: the order of a step, absorbed for decode rows and expanded for chunks.
+
+A decode row meets the latents themselves: the query is taken to their space (`LatentLayer.absorb`) and the result back
+(`project_out`), so a cached token is read once for all heads. A chunk has enough query tokens to make it cheaper to
+expand keys and values: those of the new tokens at once, those of the cached context a bounded piece at a time, each
+merged by log-sum-exp (DeepSeek-V2, section 2.1.2; vLLM's MLA backends do it in the same two ways).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+from miniserve.attention.backends.base import Backend
+from miniserve.attention.backends.context import GatheredRows, context_pieces
+from miniserve.attention.layouts import KVCache, KVLayout
+from miniserve.attention.merge import merge_lse
+from miniserve.attention.metadata import ChunkRows, DecodeRows, StepBatch
+from miniserve.attention.spec import LatentLayer
+
+Decode = TypeVar("Decode")
+
+# Of context, expanded at a time: 42 MB in bfloat16 with 16 heads of 192 + 128, 336 MB with 128.
+CONTEXT_TOKENS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class ChunksMetadata:
+    """The step's tokens [start, end), chunk after chunk: cu_query_lens int32 [chunks + 1], none longer than
+    max_query_len; and their cached context, a piece at a time."""
+
+    start: int
+    end: int
+    cu_query_lens: torch.Tensor
+    max_query_len: int
+    context: tuple[GatheredRows, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LatentMetadata(Generic[Decode]):
+    """slot_mapping int64 [num_tokens]; negative slots are not written. num_decodes rows come first."""
+
+    slot_mapping: torch.Tensor
+    num_decodes: int
+    decode: Decode | None
+    chunks: ChunksMetadata | None
+
+
+class LatentBackend(Backend[LatentMetadata[Decode]]):
+    """Subclasses say how decode rows are described and computed, and how dense keys and values are attended to."""
+
+    def __init__(self, layout: KVLayout, context_tokens: int = CONTEXT_TOKENS) -> None:
+        super().__init__(layout)
+        self._context_tokens = context_tokens
+
+    @abstractmethod
+    def build_decode(self, rows: DecodeRows) -> Decode:
+        """What `decode` reads."""
+
+    @abstractmethod
+    def decode(self, layer: LatentLayer, q: torch.Tensor, cache: KVCache, meta: Decode) -> torch.Tensor:
+        """q [rows, num_heads, kv_lora_rank + rope_dim], absorbed, over each row's latents, its own token's included.
+        Returns [rows, num_heads, kv_lora_rank], q's dtype."""
+
+    @abstractmethod
+    def attend_dense(
+        self,
+        layer: LatentLayer,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_query_lens: torch.Tensor,
+        cu_key_lens: torch.Tensor,
+        max_query_len: int,
+        max_key_len: int,
+        *,
+        causal: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """q [tokens, num_heads, nope_dim + rope_dim] of some rows, k likewise [keys, …], v [keys, num_heads,
+        v_head_dim], row after row; causal: query i of a row sees its keys up to i, and there are as many of both.
+        Returns out [tokens, num_heads, v_head_dim] and lse float32 [num_heads, tokens], as `merge_lse` has it."""
+
+    def write(
+        self, layer: LatentLayer, cache: KVCache, kv_c: torch.Tensor, k_pe: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        self.layout.write(cache, kv_c, k_pe, slot_mapping, layer.kv_scale, layer.kv_scale)
+
+    def build(self, batch: StepBatch) -> LatentMetadata[Decode]:
+        rows = batch.decode
+        return LatentMetadata(
+            batch.slot_mapping,
+            0 if rows is None else rows.seq_lens.shape[0],
+            None if rows is None else self.build_decode(rows),
+            self._chunks(batch.extend, batch.prefill),
+        )
+
+    def _chunks(self, extend: ChunkRows | None, prefill: ChunkRows | None) -> ChunksMetadata | None:
+        """Extends and prefills alike: among themselves new tokens are attended to in one go."""
+        groups = [group for group in (extend, prefill) if group is not None]
+        if not groups:
+            return None
+        sizes = [sum(group.query_lens) for group in groups]
+        cu_query_lens = groups[0].cu_query_lens
+        if len(groups) == 2:
+            cu_query_lens = torch.cat([cu_query_lens, groups[1].cu_query_lens[1:] + sizes[0]])
+        return ChunksMetadata(
+            groups[0].query_start,
+            groups[0].query_start + sum(sizes),
+            cu_query_lens,
+            max(length for group in groups for length in group.query_lens),
+            () if extend is None else context_pieces(extend, self.layout.block_size, self._context_tokens),
+        )
+
+    def attend_latent(
+        self,
+        layer: LatentLayer,
+        q_nope: torch.Tensor,
+        q_pe: torch.Tensor,
+        kv_c: torch.Tensor,
+        k_pe: torch.Tensor,
+        cache: KVCache,
+        meta: LatentMetadata[Decode],
+    ) -> torch.Tensor:
+        self.write(layer, cache, kv_c, k_pe, meta.slot_mapping)
+        parts: list[torch.Tensor] = []
+        if meta.decode is not None:
+            rows = slice(0, meta.num_decodes)
+            q = torch.cat([layer.absorb(q_nope[rows]), q_pe[rows]], dim=-1)
+            parts.append(layer.project_out(self.decode(layer, q, cache, meta.decode)))
+        if meta.chunks is not None:
+            span = slice(meta.chunks.start, meta.chunks.end)
+            q = torch.cat([q_nope[span], q_pe[span]], dim=-1)
+            parts.append(self._attend_chunks(layer, q, kv_c[span], k_pe[span], cache, meta.chunks).flatten(1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _attend_chunks(
+        self,
+        layer: LatentLayer,
+        q: torch.Tensor,
+        kv_c: torch.Tensor,
+        k_pe: torch.Tensor,
+        cache: KVCache,
+        meta: ChunksMetadata,
+    ) -> torch.Tensor:
+        lens, longest = meta.cu_query_lens, meta.max_query_len
+        out, lse = self.attend_dense(layer, q, *_expand(layer, kv_c, k_pe), lens, lens, longest, longest, causal=True)
+        if not meta.context:
+            return out
+        merged = out.float()
+        for piece in meta.context:
+            span = slice(piece.start - meta.start, piece.end - meta.start)
+            cached = self.layout.read_tokens(cache, piece.slots, layer.spec.dtype, layer.kv_scale, layer.kv_scale)
+            found = self.attend_dense(
+                layer,
+                q[span],
+                *_expand(layer, *cached),
+                piece.cu_query_lens,
+                piece.cu_key_lens,
+                piece.max_query_len,
+                piece.max_key_len,
+                causal=False,
+            )
+            merged[span], lse[:, span] = merge_lse(merged[span], lse[:, span], *found)
+        return merged.to(q.dtype)
+
+
+def _expand(layer: LatentLayer, kv_c: torch.Tensor, k_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys [N, num_heads, nope_dim + rope_dim] and values [N, num_heads, v_head_dim] of latents."""
+    k_nope, v = layer.expand(kv_c)
+    return torch.cat([k_nope, k_pe[:, None].expand(-1, k_nope.shape[1], -1)], dim=-1), v

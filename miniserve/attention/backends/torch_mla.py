@@ -1,0 +1,91 @@
+"""TORCH_MLA: latent attention in PyTorch alone, on any device, in float32 within. The reference, and the fallback."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from miniserve.attention.backends.latent_base import LatentBackend
+from miniserve.attention.layouts import KVCache
+from miniserve.attention.metadata import DecodeRows
+from miniserve.attention.spec import LatentLayer
+
+# Bytes of latents, or of scores, that are made at a time.
+_WORKSPACE = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeMetadata:
+    """block_tables int32 [rows, width]; seq_lens int32 [rows], counting the query's own token."""
+
+    block_tables: torch.Tensor
+    seq_lens: torch.Tensor
+
+
+class TorchLatentBackend(LatentBackend[DecodeMetadata]):
+    def build_decode(self, rows: DecodeRows) -> DecodeMetadata:
+        return DecodeMetadata(rows.block_tables, rows.seq_lens)
+
+    def decode(self, layer: LatentLayer, q: torch.Tensor, cache: KVCache, meta: DecodeMetadata) -> torch.Tensor:
+        """Some rows at a time over their gathered blocks, padded to the longest."""
+        keys = meta.block_tables.shape[1] * self.layout.block_size
+        step = max(1, _WORKSPACE // (4 * keys * max(q.shape[-1], q.shape[1])))
+        pieces = range(0, q.shape[0], step)
+        return torch.cat([self._decode(layer, q, cache, meta, slice(start, start + step)) for start in pieces])
+
+    def _decode(
+        self, layer: LatentLayer, q: torch.Tensor, cache: KVCache, meta: DecodeMetadata, rows: slice
+    ) -> torch.Tensor:
+        blocks = meta.block_tables[rows].long()
+        kv_c, k_pe = self.layout.read(cache, blocks, torch.float32, layer.kv_scale, layer.kv_scale)
+        kv_c, k_pe = kv_c.flatten(1, 2), k_pe.flatten(1, 2)  # [rows, width * block_size, …]
+        q_c, q_pe = q[rows].float().split((kv_c.shape[-1], k_pe.shape[-1]), dim=-1)
+        scores = (torch.bmm(q_c, kv_c.mT) + torch.bmm(q_pe, k_pe.mT)) * layer.spec.scale
+        # A padding row, of length 0, reads whatever its first slot has rather than nothing, which would be NaN.
+        lens = meta.seq_lens[rows].clamp(min=1)
+        hidden = torch.arange(scores.shape[-1], device=q.device) >= lens[:, None]
+        weights = scores.masked_fill_(hidden[:, None], float("-inf")).softmax(-1)
+        return torch.bmm(weights, kv_c).to(q.dtype)
+
+    def attend_dense(
+        self,
+        layer: LatentLayer,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_query_lens: torch.Tensor,
+        cu_key_lens: torch.Tensor,
+        max_query_len: int,
+        max_key_len: int,
+        *,
+        causal: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out = torch.empty((*q.shape[:2], v.shape[-1]), dtype=q.dtype, device=q.device)
+        lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
+        starts, key_starts = cu_query_lens.tolist(), cu_key_lens.tolist()
+        for row in range(len(starts) - 1):
+            span, keys = slice(*starts[row : row + 2]), slice(*key_starts[row : row + 2])
+            out[span], lse[:, span] = dense_attention(q[span], k[keys], v[keys], layer.spec.scale, causal=causal)
+        return out, lse
+
+
+def dense_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One row's q [Lq, H, D] over its k [Lk, H, D] and v [Lk, H, Dv], some queries at a time. causal: Lq == Lk, and
+    query i sees keys 0 … i. Returns out float32 [Lq, H, Dv] and lse float32 [H, Lq]."""
+    queries, keys, values = (t.float().transpose(0, 1) for t in (q, k, v))  # [H, L, D]
+    step = max(1, _WORKSPACE // (4 * k.shape[0] * k.shape[1]))
+    outs, sums = [], []
+    for start in range(0, q.shape[0], step):
+        stop = min(start + step, q.shape[0])
+        seen = stop if causal else k.shape[0]
+        scores = torch.matmul(queries[:, start:stop], keys[:, :seen].mT).mul_(scale)
+        if causal:
+            at = torch.arange(seen, device=q.device)
+            scores.masked_fill_(at > at[start:, None], float("-inf"))
+        lse = scores.logsumexp(-1)
+        outs.append(torch.matmul(scores.sub_(lse[..., None]).exp_(), values[:, :seen]))
+        sums.append(lse)
+    return torch.cat(outs, dim=1).transpose(0, 1), torch.cat(sums, dim=1)

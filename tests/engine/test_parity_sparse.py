@@ -1,0 +1,19 @@
+"""The whole engine gives transformers' log-probabilities and greedy tokens: routed experts and latent attention."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from engine_parity import check_parity
+from models_support import LATENT
+
+torch.set_num_threads(1)
+CONFIGURATIONS = 20
+
+
+@pytest.mark.parametrize("number", range(CONFIGURATIONS))
+@pytest.mark.parametrize("architecture", ["Qwen3MoeForCausalLM", *LATENT])
+def test_logprobs_and_greedy_tokens_equal_transformers(architecture: str, number: int, tmp_path: Path) -> None:
+    check_parity(architecture, number, tmp_path)
