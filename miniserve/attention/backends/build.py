@@ -15,7 +15,6 @@ from miniserve.attention.backends.rocm_attn import RocmBackend
 from miniserve.attention.backends.rocm_unified import UnifiedBackend
 from miniserve.attention.backends.torch_attn import TorchBackend
 from miniserve.attention.backends.torch_mla import TorchLatentBackend
-from miniserve.attention.backends.torch_mla import TorchLatentBackend
 from miniserve.attention.backends.triton_attn import TritonBackend
 from miniserve.attention.layouts import LAYOUTS, KVLayout
 from miniserve.attention.select import Choice
@@ -32,8 +31,6 @@ def build_backend(choice: Choice, block_size: int, options: BackendOptions) -> B
         return CpuBackend(layout, native.load())
     if choice.backend == "TORCH_ATTN":
         return TorchBackend(layout)
-    if choice.backend == "TORCH_MLA":
-        return TorchLatentBackend(layout)
     if choice.backend == "TORCH_MLA":
         return TorchLatentBackend(layout)
     if choice.backend == "TRITON_ATTN":
