@@ -11,6 +11,7 @@ import torch
 
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.build import block_bytes, build_backend, scratch_bytes
+from miniserve.attention.backends.latent_base import CONTEXT_TOKENS
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.layouts import LAYOUTS, KVCache
 from miniserve.attention.platform import Platform, detect_platform, emulated_platform
@@ -226,6 +227,9 @@ def _activation_bytes(model: ModelConfig, config: EngineConfig, dtype: torch.dty
     with the sampler's copies of them."""
     tokens = config.max_num_batched_tokens
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    layer = tokens * (3 * model.intermediate_size + 3 * model.hidden_size + 2 * heads) * dtype.itemsize
+    copies = 3 + (model.moe.top_k if model.moe is not None else 0)  # each of a token's experts is given its own
+    layer = tokens * (3 * model.widest_mlp + copies * model.hidden_size + 2 * heads) * dtype.itemsize
+    if model.latent is not None:  # keys and values expanded from a piece of cached context
+        layer += CONTEXT_TOKENS * model.num_heads * 2 * (model.head_dim + model.latent.v_head_dim) * dtype.itemsize
     logits = 3 * min(config.max_num_seqs, tokens) * model.vocab_size * 4
     return max(layer, logits)
