@@ -23,8 +23,8 @@ from miniserve.attention.spec import AttentionSpec
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """One layer's key and value planes, dense and separate. Of a latent cache `key` is the one plane, and `value` a view
-    of the kv_c in it."""
+    """One layer's key and value planes, dense and separate. Of a latent cache `key` is the one plane, and `value` a
+    view of the kv_c in it."""
 
     key: torch.Tensor
     value: torch.Tensor

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from miniserve.attention import tuning
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.build import block_bytes, build_backend, scratch_bytes
 from miniserve.attention.backends.latent_base import CONTEXT_TOKENS
@@ -71,6 +72,7 @@ def build_runner(
         block_size=config.block_size,
         backend=config.attention_backend,
         layout=config.kv_layout,
+        preferred=tuning.preferred(platform, model.attention_specs, config.block_size),
     )
     _fill(model, config, source_path, progress)
     layout = LAYOUTS[choice.layout](config.block_size)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from itertools import product
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from aiter_standin import installed
 from attention_steps import Case, Step, make_step
+from engine_support import stand_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,16 +28,8 @@ BF16, FP16 = torch.bfloat16, torch.float16
 FP8 = {"gfx942": torch.float8_e4m3fnuz, "gfx950": torch.float8_e4m3fn}
 BACKENDS = ("ROCM_ATTN", "ROCM_AITER_FA", "ROCM_AITER_UNIFIED_ATTN", "TRITON_ATTN")
 TOLERANCE = {BF16: 1.2e-2, FP16: 2.5e-3}
+CU_NUM = 4  # from 9 heads in a step on, the ASM kernel's turn would come
 FP8_TOLERANCE = 6e-2  # new tokens may be read before they were rounded
-
-
-@contextmanager
-def stand_in(arch: str, cu_num: int = 4) -> Iterator[ModuleType]:
-    """cu_num 4: from 9 heads in a step on, the ASM kernel's turn would come."""
-    aiter.load.cache_clear()
-    with installed(arch=arch, cu_num=cu_num) as module:
-        yield module
-    aiter.load.cache_clear()
 
 
 def build(step: Step, choice: Choice, arch: str, specs: tuple[AttentionSpec, ...] = (), **changes: Any) -> Backend[Any]:
@@ -101,7 +90,7 @@ def test_what_is_allowed_is_right(
     spec, block_size, *rest = case
     if spec.kv_dtype.itemsize == 1:
         spec = replace(spec, kv_dtype=FP8[arch])
-    with stand_in(arch):
+    with stand_in(arch, CU_NUM):
         try:
             choice = select([spec], emulated_platform(arch), block_size=block_size, backend=backend, layout=layout)
         except UserError:
@@ -172,7 +161,7 @@ def test_every_field_of_the_metadata_is_read(backend: str) -> None:
     read: set[str] = set()
     known: set[str] = set()
     for layout, (index, spec) in product(layouts, enumerate(specs)):
-        with stand_in("gfx942"):
+        with stand_in("gfx942", CU_NUM):
             choice = select(specs, emulated_platform("gfx942"), block_size=16, backend=backend, layout=layout)
             step = make_step((spec, 16, [(20, 1), (60, 20), (0, 9)], 1), layout, 3)
             step = replace(step, layer=replace(step.layer, layer_index=index))

@@ -1,0 +1,136 @@
+"""The whole engine on the stand-in for aiter: the built-in model solves its problems over every path of both GPUs."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+
+import pytest
+from aiter_standin import environment, read_calls
+from engine_support import MAX_TOKENS, STOP, prompts_of, score, stand_in
+
+from miniserve.attention.contracts import CONTRACTS
+from miniserve.core import SamplingParams, UserError
+from miniserve.llm import LLM
+
+# Each, and in how many documents: 16 compute units let ASM kernels run from 9 rows of the model's 4 heads on.
+CU_NUM = 16
+PATHS = [
+    (contract.name, layout, 16 if (contract.name, layout) == ("ROCM_AITER_FA", "shuffled") else 8)
+    for contract in CONTRACTS
+    if "gfx942" in contract.archs or "gfx*" in contract.archs
+    for layout in contract.layouts
+    if not contract.latent
+]
+DECODE = {
+    ("ROCM_ATTN", "shuffled"): {"paged_attention_rocm hip"},
+    ("ROCM_AITER_FA", "linear"): {"paged_attention_v1 hip"},
+    ("ROCM_AITER_FA", "shuffled"): {"paged_attention_rocm hip", "paged_attention_common asm", "pa_fwd_asm asm"},
+    ("ROCM_AITER_UNIFIED_ATTN", "linear"): {"unified_attention 2d"},
+    ("ROCM_AITER_UNIFIED_ATTN", "shuffled"): {"unified_attention 2d"},
+}
+
+
+def generate(count: int, **options: str) -> list[str]:
+    """Greedy answers, prefilled in chunks, so that there are extends too."""
+    engine = LLM(
+        progress=False,
+        max_model_len=768,
+        max_num_seqs=24,
+        max_num_batched_tokens=256,
+        enable_prefix_caching=True,
+        **options,
+    )
+    params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, stop=STOP)
+    return [generation.outputs[0].text for generation in engine.generate(prompts_of(count)[0], params)]
+
+
+@pytest.fixture(scope="module")
+def reference() -> list[str]:
+    return generate(16, device="cpu", attention_backend="TORCH_ATTN", dtype="float32")
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
+@pytest.mark.parametrize(("backend", "layout", "count"), PATHS)
+def test_every_path_solves_the_problems(arch: str, backend: str, layout: str, count: int, reference: list[str]) -> None:
+    for kv_cache_dtype in ("auto", "fp8"):
+        with stand_in(arch, CU_NUM) as module:
+            texts = generate(
+                count, device=arch, attention_backend=backend, kv_layout=layout, kv_cache_dtype=kv_cache_dtype
+            )
+            called = {" ".join(call) for call in module._standin.calls}
+        assert score(texts, prompts_of(count)[1]) >= 0.95, kv_cache_dtype
+        same = sum(text == expected for text, expected in zip(texts, reference[:count], strict=True))
+        assert same >= 0.9 * count, kv_cache_dtype
+        decodes = {call for call in called if call.startswith(("pa", "unified"))}
+        assert decodes == DECODE.get((backend, layout), set()), kv_cache_dtype
+
+
+def test_the_table_of_paths_is_whole() -> None:
+    assert set(DECODE) | set(product(["TRITON_ATTN"], ["linear", "shuffled"])) == {path[:2] for path in PATHS}
+
+
+def test_an_emulated_gpu_without_a_stand_in_is_refused() -> None:
+    with pytest.raises(UserError, match="--device gfx942 emulates an AMD GPU for tests"):
+        LLM(progress=False, device="gfx942")
+    with stand_in("gfx950", 0), pytest.raises(UserError, match="the one found computes as gfx950"):
+        LLM(progress=False, device="gfx942")
+
+
+def test_over_http_in_a_process_of_its_own(tmp_path: Path) -> None:
+    log, count = tmp_path / "calls", 24
+    prompts, asked = prompts_of(count)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "miniserve", "serve", "--port", str(port), "--device", "gfx950"]
+    command += ["--attention-backend", "ROCM_AITER_FA", "--kv-layout", "shuffled", "--kv-cache-dtype", "fp8"]
+    command += ["--max-num-batched-tokens", "512"]
+    output = tmp_path / "output"
+    with output.open("wb") as stream:
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=stream, env=environment("gfx950", CU_NUM, log=log) | {"OMP_NUM_THREADS": "1"}
+        )
+    try:
+        wait_until_ready(port, process, output)
+        with ThreadPoolExecutor(count) as pool:
+            texts = list(pool.map(lambda prompt: complete(port, prompt), prompts))
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+    assert score(texts, asked) >= 0.95
+    called = set(read_calls(log))
+    assert {("pa_fwd_asm", "asm"), ("paged_attention_rocm", "hip"), ("reshape_and_cache", "shuffled")} <= called
+    told = output.read_text()
+    assert "ROCM_AITER_FA over the shuffled KV layout" in told
+    assert "gfx950 is emulated" in told
+    assert "fp8 KV cache: float8_e4m3fn" in told
+
+
+def wait_until_ready(port: int, process: subprocess.Popen[bytes], output: Path) -> None:
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            assert process.poll() is None and time.monotonic() < deadline, output.read_text()
+            time.sleep(0.2)
+
+
+def complete(port: int, prompt: str) -> str:
+    body = {"model": "tiny-qwen3", "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0, "stop": STOP}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as response:
+        text: str = json.load(response)["choices"][0]["text"]
+    return text

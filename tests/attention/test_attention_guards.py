@@ -1,0 +1,327 @@
+"""Known faults of aiter, by the numbers of the list they were collected in, and what keeps the engine from each.
+
+Those of mixture-of-experts kernels (17) and of slow builds (16, 19) concern no call that attention makes as such.
+"""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from aiter_standin import installed
+from attention_steps import Step, make_step
+from engine_support import stand_in
+
+import miniserve
+from miniserve.attention import aiter as adapter
+from miniserve.attention.backends.build import build_backend
+from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.rocm_aiter_fa import FlashBackend
+from miniserve.attention.contracts import CONTRACTS, KernelContract
+from miniserve.attention.metadata import DecodeRows, StepBatch
+from miniserve.attention.platform import NAMED_PLATFORMS, Platform, emulated_platform
+from miniserve.attention.routes import aiter_route
+from miniserve.attention.select import Choice, select
+from miniserve.attention.spec import AttentionSpec, LatentDims
+from miniserve.core import UserError
+
+BF16, FP16 = torch.bfloat16, torch.float16
+MI300X, MI355X = NAMED_PLATFORMS["mi300x"], NAMED_PLATFORMS["mi355x"]
+SPEC = AttentionSpec(16, 2, 128, 128**-0.5, BF16, BF16)
+PACKAGE = Path(miniserve.__file__).parent
+
+
+def choose(spec: AttentionSpec, backend: str, layout: str, block_size: int = 16, on: Platform = MI300X) -> Choice:
+    return select([spec], on, block_size=block_size, backend=backend, layout=layout)
+
+
+def decode_kernel(spec: AttentionSpec, layout: str = "shuffled", block_size: int = 16) -> str:
+    """What ROCM_AITER_FA decodes the layer by, beside a plain layer that keeps the backend in play."""
+    plain = replace(SPEC, dtype=spec.dtype, kv_dtype=spec.kv_dtype)
+    choice = select([spec, plain], MI300X, block_size=block_size, backend="ROCM_AITER_FA", layout=layout)
+    return choice.routes[0].decode
+
+
+def refused(spec: AttentionSpec, backend: str, layout: str, block_size: int = 16) -> str:
+    with pytest.raises(UserError) as error:
+        choose(spec, backend, layout, block_size)
+    return str(error.value)
+
+
+def flash_backend(step: Step, **changes: Any) -> FlashBackend:
+    platform = emulated_platform("gfx942")
+    choice = choose(step.layer.spec, "ROCM_AITER_FA", step.layout.name, on=platform)
+    options = BackendOptions(
+        specs=(step.layer.spec,),
+        routes=choice.routes,
+        platform=platform,
+        device=torch.device("cpu"),
+        max_rows=16,
+        max_seq_len=512,
+    )
+    return FlashBackend(step.layout, adapter.load(), options, **changes)
+
+
+def decode_step(spec: AttentionSpec, lengths: list[int], layout: str = "shuffled") -> Step:
+    return make_step((spec, 16, [(length - 1, 1) for length in lengths], len(lengths)), layout, 5, (0.5, 0.25))
+
+
+def error_of(out: torch.Tensor, want: torch.Tensor) -> torch.Tensor:
+    """Of each row, relative."""
+    return (out.double() - want).norm(dim=1) / want.norm(dim=1)
+
+
+def test_1_blocks_beyond_2_gib_are_safe_by_version() -> None:
+    adapter.load.cache_clear()
+    with installed(version="0.1.16.post2"), pytest.raises(adapter.Unavailable, match=r"too old: v0\.1\.17"):
+        adapter.load()
+    kernel = KernelContract(name="K", layouts=("linear",), dtypes=(BF16,), max_plane_bytes=2**31 - 1)
+    assert list(kernel.refusals(SPEC, 16, 1, 2**31)) == [
+        "reads at most 2,147,483,647 bytes of keys or values, not 2,147,483,648"
+    ]
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_2_other_head_dims_never_reach_the_asm_kernel(head_dim: int) -> None:
+    spec = replace(SPEC, head_dim=head_dim, scale=head_dim**-0.5)
+    assert decode_kernel(spec) == "paged_attention_rocm"
+    assert aiter_route(512, 64, head_dim, 304) == "hip"
+    with stand_in("gfx942", 1) as module:  # 8 rows of 16 heads are far above the switch
+        step = decode_step(spec, [30] * 8)
+        step.check(flash_backend(step))
+        assert not [call for call in module._standin.calls if call.route == "asm"]
+
+
+def test_3_what_has_no_asm_kernel_is_settled_at_the_start() -> None:
+    """Not at the first batch that is large enough to ask for it."""
+    assert decode_kernel(SPEC, block_size=32) == "paged_attention_rocm"
+    assert decode_kernel(replace(SPEC, num_heads=34)) == "unified_attention"
+    mixed = replace(SPEC, dtype=FP16)
+    for backend in ("ROCM_ATTN", "ROCM_AITER_FA", "ROCM_AITER_UNIFIED_ATTN"):
+        assert "needs the KV cache in float16, not bfloat16" in refused(mixed, backend, "shuffled")
+
+
+def test_4_another_scale_is_left_to_the_kernel_that_reads_it() -> None:
+    spec = replace(SPEC, scale=0.2)
+    assert decode_kernel(spec) == "paged_attention_rocm"
+    with stand_in("gfx942", 1) as module:
+        step = decode_step(spec, [30] * 8)
+        step.check(flash_backend(step))
+        assert not [call for call in module._standin.calls if call.route == "asm"]
+
+
+def test_5_sinks_never_meet_flash_attention() -> None:
+    spec = replace(SPEC, sinks=True)
+    assert "paged_attention_v1 has no sinks" in refused(spec, "ROCM_AITER_FA", "linear")
+    route = select([spec, SPEC], MI300X, block_size=16, backend="ROCM_AITER_FA", layout="linear").routes[0]
+    assert {route.decode, route.extend, route.prefill} == {"unified_attention"}
+
+
+def test_6_flash_attention_gets_no_block_table() -> None:
+    given: list[set[str]] = []
+    with stand_in("gfx942", 4):
+        step = make_step((SPEC, 16, [(50, 20), (0, 9)], 0), "linear", 1)
+        backend = flash_backend(step)
+        real = adapter.load().flash_attn_varlen_func
+
+        def watch(*args: Any, **options: Any) -> Any:
+            given.append({*options, *(f"position {index}" for index in range(len(args)))})
+            return real(*args, **options)
+
+        backend._aiter = replace(backend._aiter, flash_attn_varlen_func=watch)
+        step.check(backend)
+    assert len(given) == 3
+    assert not any("block_table" in names or "position 7" in names for names in given)
+
+
+def test_7_small_heads_never_reach_paged_attention() -> None:
+    small = replace(SPEC, head_dim=32, scale=32**-0.5)
+    assert "paged_attention_v1 does not take head_dim 32" in refused(small, "ROCM_AITER_FA", "linear")
+    assert choose(small, "ROCM_AITER_UNIFIED_ATTN", "linear").routes[0].decode == "unified_attention"
+    for odd in (80, 96, 112):
+        spec = replace(SPEC, head_dim=odd, scale=odd**-0.5)
+        for backend in ("ROCM_ATTN", "ROCM_AITER_FA"):
+            assert f"does not take head_dim {odd}" in refused(spec, backend, "shuffled")
+
+
+@pytest.mark.parametrize("change", [{"sliding_window": 64}, {"sinks": True}, {"softcap": 20.0}])
+def test_8_what_the_shuffled_kernels_lack_is_rerouted(change: dict[str, Any]) -> None:
+    spec = replace(SPEC, **change)
+    assert decode_kernel(spec) == "unified_attention"
+    rocm = select([spec, SPEC], MI300X, block_size=16, backend="ROCM_ATTN")
+    assert rocm.routes[0].decode == "triton paged_decode"
+    assert choose(spec, "auto", "shuffled").backend == "ROCM_AITER_UNIFIED_ATTN"
+    paged = [kernel for contract in CONTRACTS for kernel in contract.decode if kernel.name.startswith("paged_att")]
+    assert len(paged) == 4
+    for kernel in paged:  # several query tokens a row
+        assert "takes 1 query token a row" in list(kernel.refusals(SPEC, 16, 2, 0))
+
+
+@pytest.mark.parametrize("lengths", [[30, 17], [30] * 8])
+def test_9_one_scale_writes_and_reads_fp8(lengths: list[int]) -> None:
+    """By the HIP kernel below the switch, by the ASM kernel's tables above it."""
+    spec = replace(SPEC, kv_dtype=MI300X.fp8_dtype)
+    with stand_in("gfx942", 32):
+        step = decode_step(spec, lengths)
+        backend = flash_backend(step)
+        step.check(backend, 2e-2)
+        tables = backend._asm_scales.of(step.layer, step.cache)
+        assert [float(table.unique()) for table in tables if table is not None] == [0.5, 0.25]
+        same = replace(step.layer, layer_index=7)
+        assert backend._asm_scales.of(same, step.cache)[0] is tables[0], "layers of one scale share a table"
+
+
+@pytest.mark.parametrize("number", [10, 11, 12, 13, 14, 18, 21, 26])
+def test_latent_attention_reaches_no_kernel_by_heads(number: int) -> None:
+    """10 … 14, 18, 21, 26 are of latent kernels, of which only a backend that is for them may make use."""
+    latent = AttentionSpec(16, 1, 576, 192**-0.5, BF16, BF16, latent=LatentDims(512, 64, 128, 128))
+    for platform in (MI300X, MI355X):
+        choice = select([latent], platform, block_size=16)
+        assert choice.layout == "latent"
+        assert next(contract for contract in CONTRACTS if contract.name == choice.backend).latent
+        refusals = {backend for backend, _, reason in choice.rejected if reason == "it has no latent (MLA) attention"}
+        assert {"ROCM_ATTN", "ROCM_AITER_FA", "ROCM_AITER_UNIFIED_ATTN", "TRITON_ATTN"} <= refusals
+
+
+def test_15_graphs_have_a_pool_of_their_own() -> None:
+    """aiter's kernels allocate when they are called: memory that a graph goes on using must be the graph's."""
+    tree = ast.parse((PACKAGE / "runner" / "decode_graph.py").read_text())
+    captures = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.cuda.graph"
+    ]
+    assert captures
+    assert all("pool" in {keyword.arg for keyword in node.keywords} for node in captures)
+
+
+def test_20_one_module_imports_aiter_and_only_when_asked() -> None:
+    importers = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if any(name.partition(".")[0] == "aiter" for name in names) or (
+                isinstance(node, ast.Constant) and str(node.value).startswith("aiter.")
+            ):
+                importers.append(path.relative_to(PACKAGE).as_posix())
+    assert set(importers) == {"attention/aiter.py"}
+    at_import = ast.parse((PACKAGE / "attention" / "aiter.py").read_text()).body
+    assert not [node for node in at_import if isinstance(node, ast.Import) and node.names[0].name == "aiter"]
+
+
+@pytest.mark.parametrize("layout", ["linear", "shuffled"])
+def test_22_slots_are_int64_and_one_a_token(layout: str) -> None:
+    with stand_in("gfx942", 4):
+        step = make_step((SPEC, 16, [(50, 1), (50, 20), (0, 9)], 1), layout, 1)
+        backend = flash_backend(step)
+        seen: list[tuple[torch.dtype, int, int]] = []
+
+        def watch(
+            k: torch.Tensor, v: torch.Tensor, key: Any, value: Any, slots: torch.Tensor, *_: Any, **__: Any
+        ) -> None:
+            seen.append((slots.dtype, slots.shape[0], k.shape[0]))
+
+        backend._aiter = replace(backend._aiter, reshape_and_cache=watch, reshape_and_cache_flash=watch)
+        step.run(backend)
+    assert seen == [(torch.int64, 30, 30)]
+
+
+def test_23_other_amd_gpus_get_triton() -> None:
+    for arch in ("gfx90a", "gfx1100", "gfx1151", "gfx1250"):
+        choice = choose(SPEC, "auto", "auto", on=Platform(arch, 64, (0, 1, 20)))
+        assert choice.backend == "TRITON_ATTN"
+
+
+def test_24_fp8_is_the_format_of_the_gpu() -> None:
+    wrong = replace(SPEC, kv_dtype=torch.float8_e4m3fn)
+    assert "fp8 on gfx942 is float8_e4m3fnuz" in refused(wrong, "auto", "auto")
+    with stand_in("gfx942", 4):
+        assert adapter.load().fp8 == emulated_platform("gfx942").fp8_dtype
+    with stand_in("gfx950", 4):
+        assert adapter.load().fp8 == emulated_platform("gfx950").fp8_dtype
+
+
+class TestGuard25:
+    """The ASM kernel counts the first tile of contexts of 241 … 255 tokens twice."""
+
+    LENGTHS: ClassVar = [30, 300, 256, 240, 16, 1, 257, 250]
+
+    def routes(self, module: Any) -> set[str]:
+        return {call.route for call in module._standin.calls if call.function.startswith("pa")}
+
+    def test_a_step_with_such_a_length_takes_hip(self) -> None:
+        for length, route in ((250, "hip"), (241, "hip"), (255, "hip"), (240, "asm"), (256, "asm")):
+            with stand_in("gfx942", 32) as module:
+                step = decode_step(SPEC, [*self.LENGTHS[:-1], length])
+                step.check(flash_backend(step))
+                assert self.routes(module) == {route}, length
+
+    def test_without_the_guard_these_rows_would_be_wrong(self) -> None:
+        with stand_in("gfx942", 32) as module:
+            step = decode_step(SPEC, [*self.LENGTHS[:-1], 241])
+            for plane in (step.cache.key, step.cache.value):
+                plane[plane == 0] = 1.0  # as a block's former owner leaves it
+            errors = error_of(step.run(flash_backend(step, trust_asm_lengths=True)), step.want)
+            assert self.routes(module) == {"asm"}
+        assert float(errors[:-1].max()) < 1e-2
+        assert float(errors[-1]) > 5e-2
+
+    def test_the_guard_can_be_lifted_where_the_kernel_is_right(self) -> None:
+        with stand_in("gfx942", 32) as module:
+            module._standin.configure(tile_bug=False)
+            step = decode_step(SPEC, self.LENGTHS)
+            step.check(flash_backend(step, trust_asm_lengths=True))
+            assert self.routes(module) == {"asm"}
+
+    def test_a_captured_step_takes_hip_unless_lifted(self) -> None:
+        for trusted in (False, True):
+            with stand_in("gfx942", 32):
+                step = decode_step(SPEC, [30] * 8)
+                assert step.batch.decode is not None
+                captured = replace(step.batch, decode=replace(step.batch.decode, host_seq_lens=None))
+                decode = flash_backend(step, trust_asm_lengths=trusted).build(captured).decode
+            assert decode is not None
+            assert decode.any_wrong_length != trusted
+
+    def test_it_costs_no_copy_from_the_device(self) -> None:
+        """Tensors on the meta device have no values: whoever asks for one fails."""
+        rows = DecodeRows(
+            torch.empty(8, 20, dtype=torch.int32, device="meta"),
+            torch.empty(8, dtype=torch.int32, device="meta"),
+            300,
+            np.array(self.LENGTHS),
+        )
+        with stand_in("gfx942", 32):
+            step = decode_step(SPEC, self.LENGTHS)
+            for backend in all_backends(step):
+                backend.build(StepBatch(torch.empty(8, dtype=torch.int64, device="meta"), rows))
+
+
+def all_backends(step: Step) -> list[Any]:
+    platform, built = emulated_platform("gfx942"), []
+    for name in ("ROCM_ATTN", "ROCM_AITER_FA", "ROCM_AITER_UNIFIED_ATTN", "TRITON_ATTN"):
+        choice = choose(step.layer.spec, name, step.layout.name, on=platform)
+        options = BackendOptions(
+            specs=(step.layer.spec,),
+            routes=choice.routes,
+            platform=platform,
+            device=torch.device("cpu"),
+            max_rows=16,
+            max_seq_len=512,
+        )
+        built.append(build_backend(choice, 16, options))
+    return built
+
+
+def test_27_fp8_of_short_contexts_through_the_right_precision() -> None:
+    """Precision 0 loses contexts of one block; where it is the only one there is, the ASM kernel is left out."""
+    for group, route in ((8, "asm"), (16, "hip")):
+        spec = replace(SPEC, num_heads=2 * group, kv_dtype=MI300X.fp8_dtype)
+        with stand_in("gfx942", 4) as module:
+            step = decode_step(spec, [1, 2, 15, 16, 17, 300, 9, 16])
+            step.check(flash_backend(step), 2e-2)
+            assert {call.route for call in module._standin.calls if call.function.startswith("pa")} == {route}
