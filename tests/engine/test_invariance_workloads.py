@@ -23,19 +23,26 @@ torch.set_num_threads(1)
 EOS = 7
 
 
-@cache
-def the_model(native_ops: bool) -> CausalLM:
-    return small_model(Path(mkdtemp()), "Qwen3ForCausalLM", 4, native_ops)
+MODELS = {
+    "dense": ("Qwen3ForCausalLM", 4, False),
+    "dense, native": ("Qwen3ForCausalLM", 4, True),
+    "latent, routed": ("DeepseekV3ForCausalLM", 3, True),
+}
 
 
 @cache
-def _alone(native_ops: bool, prompt: tuple[int, ...], params: bytes) -> list[int]:
-    engine, _, _ = make_engine(the_model(native_ops), Setup(), [EOS])
+def the_model(name: str) -> CausalLM:
+    return small_model(Path(mkdtemp()), *MODELS[name])
+
+
+@cache
+def _alone(model: str, prompt: tuple[int, ...], params: bytes) -> list[int]:
+    engine, _, _ = make_engine(the_model(model), Setup(), [EOS])
     return tokens(generate(engine, [(list(prompt), msgspec.json.decode(params, type=SamplingParams))])[0])
 
 
-def alone(native_ops: bool, prompt: list[int], params: SamplingParams) -> list[int]:
-    return _alone(native_ops, tuple(prompt), msgspec.json.encode(params))
+def alone(model: str, prompt: list[int], params: SamplingParams) -> list[int]:
+    return _alone(model, tuple(prompt), msgspec.json.encode(params))
 
 
 PARAMS = st.builds(
@@ -58,7 +65,7 @@ PARAMS = st.builds(
 
 
 @st.composite
-def workloads(draw: st.DrawFn) -> tuple[Setup, bool, list[tuple[list[int], SamplingParams]], list[int]]:
+def workloads(draw: st.DrawFn) -> tuple[Setup, str, list[tuple[list[int], SamplingParams]], list[int]]:
     stem = [(5 * i + draw(st.integers(0, 1))) % VOCAB for i in range(48)]
     requests, arrivals = [], []
     for _ in range(draw(st.integers(1, 6))):
@@ -79,20 +86,20 @@ def workloads(draw: st.DrawFn) -> tuple[Setup, bool, list[tuple[list[int], Sampl
         prefix_caching=draw(st.booleans()),
         overlap=draw(st.booleans()),
     )
-    return setup, draw(st.booleans()), requests, arrivals
+    return setup, draw(st.sampled_from(list(MODELS))), requests, arrivals
 
 
 @settings(max_examples=220, deadline=None, derandomize=True)
 @given(workloads())
 def test_every_request_gets_the_tokens_it_gets_alone(
-    workload: tuple[Setup, bool, list[tuple[list[int], SamplingParams]], list[int]],
+    workload: tuple[Setup, str, list[tuple[list[int], SamplingParams]], list[int]],
 ) -> None:
-    setup, native_ops, requests, arrivals = workload
-    engine, scheduler, _ = make_engine(the_model(native_ops), setup, [EOS])
+    setup, model, requests, arrivals = workload
+    engine, scheduler, _ = make_engine(the_model(model), setup, [EOS])
     outputs = generate(engine, requests, arrivals)
     for (prompt, params), found in zip(requests, outputs, strict=True):
         assert found[-1].finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
-        assert tokens(found) == alone(native_ops, prompt, params)
+        assert tokens(found) == alone(model, prompt, params)
         entries = [entry for output in found for entry in (output.prompt_logprobs or [])]
         assert len(entries) == (0 if params.prompt_logprobs is None else len(prompt))
     scheduler.check_integrity()
@@ -102,7 +109,7 @@ def test_every_request_gets_the_tokens_it_gets_alone(
 @pytest.mark.parametrize("overlap", [False, True])
 def test_the_drawn_workloads_do_reach_preemption_and_the_prefix_cache(overlap: bool) -> None:
     """What the invariance above would be hollow without."""
-    model = the_model(False)
+    model = the_model("dense")
     params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
     requests = [([5 * i % VOCAB for i in range(32)] + [n], params) for n in range(4)]
     tight = Setup(num_blocks=7, overlap=overlap)
@@ -111,7 +118,7 @@ def test_the_drawn_workloads_do_reach_preemption_and_the_prefix_cache(overlap: b
         engine, scheduler, _ = make_engine(model, setup, [EOS])
         outputs = generate(engine, requests, [0, 1, 1, 1])
         for (prompt, _), found in zip(requests, outputs, strict=True):
-            assert tokens(found) == alone(False, prompt, params)
+            assert tokens(found) == alone("dense", prompt, params)
         stats = scheduler.stats()
         assert stats.prefix_cache_hits > 0
         assert (stats.num_preemptions > 0) == (setup is tight)

@@ -103,6 +103,9 @@ def random_settings(architecture: str, number: int) -> dict[str, Any]:
 def latent_settings(architecture: str, settings: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     """DeepSeek's: the latent and the heads' sizes, and every way of routing."""
     del settings["head_dim"]
+    rope = settings["rope_parameters"]
+    if rope["rope_type"] == "yarn" and rng.random() < 0.7:  # which scales the scores too
+        rope |= {"mscale": 0.7, "mscale_all_dim": 1.1}
     groups = rng.choice([1, 2, 3])
     heads = settings["num_attention_heads"]
     settings |= {
@@ -114,7 +117,7 @@ def latent_settings(architecture: str, settings: dict[str, Any], rng: random.Ran
         "qk_rope_head_dim": rng.choice([4, 16]),
         "v_head_dim": rng.choice([8, 20]),
         "attention_bias": rng.random() < 0.3,
-        "first_k_dense_replace": rng.choice([0, 1]),
+        "first_k_dense_replace": rng.randrange(min(2, settings["num_hidden_layers"])),
         "n_routed_experts": 6 * groups // rng.choice([1, 2]),
         "num_experts_per_tok": rng.choice([1, 2, 3]),
         "moe_intermediate_size": rng.choice([24, 33]),
@@ -162,6 +165,10 @@ class DenseContext:
 
     `begin` says which sequence each of a step's consecutive chunks belongs to and returns the step's positions.
     """
+
+    fuses_rope = False
+
+    fuses_rope = False
 
     def __init__(self) -> None:
         self.keys: dict[tuple[int, int], torch.Tensor] = {}
