@@ -112,7 +112,8 @@ class BackendContract:
     """A backend: where it runs, its KV layouts in the order it prefers them, and its kernels in order of preference.
 
     A layer that no kernel of `decode` serves is decoded by one of `rerouted_decode`; a model that has no other layers
-    is left to the backends whose own kernels those are. requires: what must be there, of "native", "aiter", "triton".
+    is left to the backends whose own kernels those are. fp8_archs: where it reads an fp8 cache, if not everywhere.
+    requires: what must be there, of "native", "aiter", "triton".
     """
 
     name: str
@@ -122,6 +123,7 @@ class BackendContract:
     prefill: tuple[KernelContract, ...]
     rerouted_decode: tuple[KernelContract, ...] = ()
     archs: tuple[str, ...] = ()
+    fp8_archs: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
     min_aiter: Version = MINIMUM_VERSION
     latent: bool = False
@@ -165,7 +167,7 @@ class BackendContract:
         routes: dict[AttentionSpec, LayerRoute | None] = {}
         own = False
         for spec in dict.fromkeys(specs):
-            if found := _layout_refusal(spec, platform, layout, block_size):
+            if found := self._cache_refusal(spec, platform, layout, block_size):
                 reasons[found] = None
                 continue
             plane = num_blocks * LAYOUTS[layout](block_size).block_bytes(spec) // 2
@@ -190,6 +192,14 @@ class BackendContract:
             return (), list(reasons)
         return tuple(route for spec in specs if (route := routes[spec]) is not None), []
 
+    def _cache_refusal(self, spec: AttentionSpec, platform: Platform, layout: str, block_size: int) -> str | None:
+        if spec.kv_dtype.itemsize == 1:
+            if spec.kv_dtype != platform.fp8_dtype:
+                return f"fp8 on {platform.arch} is {name_of(platform.fp8_dtype)}, not {name_of(spec.kv_dtype)}"
+            if self.fp8_archs and not any(_is_arch(platform.arch, pattern) for pattern in self.fp8_archs):
+                return f"it reads an fp8 KV cache on {' or '.join(self.fp8_archs)}, not on {platform.arch}"
+        return LAYOUTS[layout].refusal(spec, block_size)
+
     def _first(
         self,
         options: tuple[KernelContract, ...],
@@ -210,12 +220,6 @@ class BackendContract:
             subject = "it" if kernel.name == self.name else kernel.name
             refused += [f"{subject} {reason}" for reason in found]
         return None, refused
-
-
-def _layout_refusal(spec: AttentionSpec, platform: Platform, layout: str, block_size: int) -> str | None:
-    if spec.kv_dtype.itemsize == 1 and spec.kv_dtype != platform.fp8_dtype:
-        return f"fp8 on {platform.arch} is {name_of(platform.fp8_dtype)}, not {name_of(spec.kv_dtype)}"
-    return LAYOUTS[layout].refusal(spec, block_size)
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -356,6 +360,7 @@ CONTRACTS = (
         extend=(_TRITON_EXTEND,),
         prefill=(_TRITON_EXTEND,),
         archs=("sm_80+", "gfx*"),
+        fp8_archs=("sm_89+", "gfx942", "gfx950", "gfx12*"),
         requires=("triton",),
     ),
     BackendContract(

@@ -53,7 +53,7 @@ def refused(spec: AttentionSpec, backend: str, layout: str, block_size: int = 16
     return str(error.value)
 
 
-def flash_backend(step: Step, **changes: Any) -> FlashBackend:
+def flash_backend(step: Step, *, trust_asm_lengths: bool = False) -> FlashBackend:
     platform = emulated_platform("gfx942")
     choice = choose(step.layer.spec, "ROCM_AITER_FA", step.layout.name, on=platform)
     options = BackendOptions(
@@ -63,8 +63,9 @@ def flash_backend(step: Step, **changes: Any) -> FlashBackend:
         device=torch.device("cpu"),
         max_rows=16,
         max_seq_len=512,
+        trust_asm_lengths=trust_asm_lengths,
     )
-    return FlashBackend(step.layout, adapter.load(), options, **changes)
+    return FlashBackend(step.layout, adapter.load(), options)
 
 
 def decode_step(spec: AttentionSpec, lengths: list[int], layout: str = "shuffled") -> Step:

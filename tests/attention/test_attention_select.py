@@ -175,6 +175,13 @@ def test_fp8_is_the_format_of_the_gpu() -> None:
     assert MI300X.fp8_dtype == torch.float8_e4m3fnuz
     assert {platform.fp8_dtype for platform in (MI355X, H100, CPU)} == {torch.float8_e4m3fn}
     assert select([right], MI300X, block_size=16).backend == "ROCM_ATTN"
+    older = replace(SPEC, kv_dtype=torch.float8_e4m3fn)
+    assert select([older], H100, block_size=16).backend == "TRITON_ATTN"
+    choice = select([older], NAMED_PLATFORMS["a100"], block_size=16)
+    assert choice.backend == "TORCH_ATTN"
+    assert reasons(choice, "TRITON_ATTN", "linear") == [
+        "it reads an fp8 KV cache on sm_89+ or gfx942 or gfx950 or gfx12*, not on sm_80"
+    ]
     with pytest.raises(UserError, match="fp8 on gfx950 is float8_e4m3fn, not float8_e4m3fnuz"):
         select([right], MI355X, block_size=16)
     choice = select([replace(SPEC, kv_dtype=torch.float8_e4m3fn)], CPU, block_size=16)

@@ -15,7 +15,8 @@ from miniserve.attention.spec import AttentionSpec
 class BackendOptions:
     """What a backend sizes its scratch memory by, once, and chooses its kernels by.
 
-    specs, routes: of each layer. max_rows: most sequences in a step; max_seq_len: in tokens.
+    specs, routes: of each layer. max_rows: most sequences in a step; max_seq_len: in tokens. trust_asm_lengths: lifts
+    the guard of `routes.ASM_WRONG_LENGTHS`, for a GPU on which the ASM kernel was seen to get these lengths right.
     """
 
     specs: tuple[AttentionSpec, ...]
@@ -24,3 +25,4 @@ class BackendOptions:
     device: torch.device
     max_rows: int
     max_seq_len: int
+    trust_asm_lengths: bool = False

@@ -62,8 +62,7 @@ class FlashMetadata:
 
 
 class FlashBackend(Backend[FlashMetadata]):
-    """trust_asm_lengths: lifts the guard of `routes.ASM_WRONG_LENGTHS`, for a GPU on which the ASM kernel was seen to
-    get these lengths right. context_tokens: of cached context, how many are gathered at once."""
+    """context_tokens: of cached context, how many are gathered at once."""
 
     graphs = True
 
@@ -73,14 +72,13 @@ class FlashBackend(Backend[FlashMetadata]):
         aiter: Aiter,
         options: BackendOptions,
         *,
-        trust_asm_lengths: bool = False,
         context_tokens: int = CONTEXT_TOKENS,
     ) -> None:
         super().__init__(layout)
         self._aiter = aiter
         self._routes = options.routes
         self._compute_units = options.platform.compute_units
-        self._trust_asm_lengths = trust_asm_lengths
+        self._trust_asm_lengths = options.trust_asm_lengths
         self._context_tokens = context_tokens
         self._scratch = PagedScratch(options)
         self._asm_scales = AsmScales(layout.block_size)
@@ -119,8 +117,7 @@ class FlashBackend(Backend[FlashMetadata]):
             self._extend(layer, q, k, v, cache, meta.extend, out)
         if (rows := meta.prefill) is not None:
             if self._routes[layer.layer_index].prefill == FLASH:
-                span = slice(rows.start, rows.end)
-                out[span], _ = self._new_tokens(layer, q[span], k[span], v[span], rows)
+                self._new_tokens(layer, q, k, v, rows, out)
             else:
                 attend_rows(self._aiter, self.layout, layer, q, cache, rows, out)
         return out.flatten(1)
@@ -169,30 +166,46 @@ class FlashBackend(Backend[FlashMetadata]):
         if self._routes[layer.layer_index].extend != FLASH:
             attend_rows(self._aiter, self.layout, layer, q, cache, rows, out)
         elif window is not None:
-            out[span], _ = self._cached_tokens(layer, q, cache, meta.windowed[window], causal=True)
+            self._cached_tokens(layer, q, cache, meta.windowed[window], out[span], causal=True)
         else:
-            merged, lse = self._new_tokens(layer, q[span], k[span], v[span], rows)
-            merged = merged.float()
+            lse = self._new_tokens(layer, q, k, v, rows, out)
+            merged = out[span].float()
             for piece in meta.pieces:
                 part = slice(piece.start - rows.start, piece.end - rows.start)
-                found = self._cached_tokens(layer, q, cache, piece, causal=False)
-                merged[part], lse[:, part] = merge_lse(merged[part], lse[:, part], *found)
+                found = torch.empty_like(out[piece.start : piece.end])
+                found_lse = self._cached_tokens(layer, q, cache, piece, found, causal=False)
+                merged[part], lse[:, part] = merge_lse(merged[part], lse[:, part], found, found_lse)
             out[span] = merged
 
     def _new_tokens(
-        self, layer: AttentionLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: RowsMetadata
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows' tokens among themselves: out [tokens, num_heads, head_dim], lse float32 [num_heads, tokens]."""
-        lens, longest = rows.cu_query_lens, rows.max_query_len
-        return self._flash(layer, q, k, v, lens, lens, longest, longest, causal=True)
+        self,
+        layer: AttentionLayer,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rows: RowsMetadata,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        """The rows' tokens among themselves, of the whole step's q, k, v into its out. Returns lse float32 [num_heads,
+        the rows' tokens]."""
+        span, lens, longest = slice(rows.start, rows.end), rows.cu_query_lens, rows.max_query_len
+        return self._flash(layer, q[span], k[span], v[span], lens, lens, longest, longest, out[span], causal=True)
 
     def _cached_tokens(
-        self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, rows: GatheredRows, *, causal: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows' query tokens over gathered keys; causal: the last of which are the query tokens' own."""
+        self,
+        layer: AttentionLayer,
+        q: torch.Tensor,
+        cache: KVCache,
+        rows: GatheredRows,
+        out: torch.Tensor,
+        *,
+        causal: bool,
+    ) -> torch.Tensor:
+        """The rows' query tokens (of the whole step's q) over gathered keys, into out, which is theirs alone; causal:
+        the last of the keys are the query tokens' own. Returns lse as `_new_tokens`."""
         k, v = self.layout.read_tokens(cache, rows.slots, layer.spec.dtype, layer.k_scale, layer.v_scale)
         lens = (rows.cu_query_lens, rows.cu_key_lens, rows.max_query_len, rows.max_key_len)
-        return self._flash(layer, q[rows.start : rows.end], k, v, *lens, causal=causal)
+        return self._flash(layer, q[rows.start : rows.end], k, v, *lens, out, causal=causal)
 
     def _flash(
         self,
@@ -204,10 +217,11 @@ class FlashBackend(Backend[FlashMetadata]):
         cu_key_lens: torch.Tensor,
         max_query_len: int,
         max_key_len: int,
+        out: torch.Tensor,
         *,
         causal: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._aiter.flash_attn_varlen_func(
+    ) -> torch.Tensor:
+        _, lse = self._aiter.flash_attn_varlen_func(
             q,
             k,
             v,
@@ -220,4 +234,6 @@ class FlashBackend(Backend[FlashMetadata]):
             causal=causal,
             window_size=window_pair(layer.spec.sliding_window),
             return_lse=True,
+            out=out,
         )
+        return lse
