@@ -10,7 +10,7 @@ import torch
 
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.layouts import KVCache
-from miniserve.attention.spec import AttentionLayer, LatentLayer
+from miniserve.attention.spec import AttentionLayer, LatentLayer, QKRope
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,15 @@ class PagedStepContext:
     def attend(self, layer: AttentionLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """See `StepContext.attend`."""
         return self.backend.attend(layer, q, k, v, self.caches[layer.layer_index], self.metadata)
+
+    @property
+    def fuses_rope(self) -> bool:
+        """See `StepContext.fuses_rope`."""
+        return self.backend.fuses_rope
+
+    def attend_qkv(self, layer: AttentionLayer, qkv: torch.Tensor, rope: QKRope) -> torch.Tensor:
+        """See `StepContext.attend_qkv`."""
+        return self.backend.attend_qkv(layer, qkv, rope, self.caches[layer.layer_index], self.metadata)
 
     def attend_latent(
         self,

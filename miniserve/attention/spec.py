@@ -73,6 +73,17 @@ class LatentLayer(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class QKRope:
+    """What happens to q and k between their projection and attention: a norm of each head where there are weights
+    [head_dim], then rope with cos_sin float32 [num_tokens, head_dim], cosines first."""
+
+    cos_sin: torch.Tensor
+    q_weight: torch.Tensor | None
+    k_weight: torch.Tensor | None
+    eps: float
+
+
 class StepContext(Protocol):
     """The step's state, handed to `model.forward` as an argument and by it to every attention layer."""
 
@@ -82,6 +93,15 @@ class StepContext(Protocol):
         q: [num_tokens, num_heads, head_dim], k, v: [num_tokens, num_kv_heads, head_dim], after norm and rope; the last
         dimension is contiguous, the others may be strided. Returns [num_tokens, num_heads * head_dim], q's dtype.
         """
+        ...
+
+    @property
+    def fuses_rope(self) -> bool:
+        """Whether `attend_qkv` is there, which does in one kernel what else are three."""
+        ...
+
+    def attend_qkv(self, layer: AttentionLayer, qkv: torch.Tensor, rope: QKRope) -> torch.Tensor:
+        """As `attend`, of qkv [num_tokens, (num_heads + 2 num_kv_heads) * head_dim] before norm and rope."""
         ...
 
     def attend_latent(

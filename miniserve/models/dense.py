@@ -98,3 +98,7 @@ class CausalLM(Module):
         """hidden: [R, hidden_size] -> float32 [R, vocab_size]."""
         logits: torch.Tensor = self.lm_head(hidden)
         return logits
+
+    def raw_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """As `compute_logits`, in the model's dtype: the same numbers in less memory."""
+        return self.lm_head.raw(hidden)

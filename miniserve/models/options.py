@@ -13,6 +13,7 @@ from miniserve.models.layers.experts import MoEMethod, choose_moe_method
 from miniserve.models.layers.linear import Linear, LinearMethod, choose_method
 from miniserve.models.layers.norm import RMSNorm
 from miniserve.models.layers.ops import NativeOps, Ops, TorchOps
+from miniserve.models.layers.routing import RoutingMethod, torch_routing
 
 if TYPE_CHECKING:
     from miniserve.kernels.triton.runtime import TritonKernels
@@ -48,5 +49,17 @@ class BuildOptions:
     def norm(self, size: int, eps: float) -> RMSNorm:
         return RMSNorm(size, eps, self.dtype, self.ops)
 
+    @property
+    def routing(self) -> RoutingMethod:
+        if self.triton is not None:
+            from miniserve.models.layers.triton import TritonRouting
+
+            return TritonRouting(self.triton)
+        return torch_routing
+
     def moe_method(self, hidden_size: int, intermediate_size: int) -> MoEMethod:
+        if self.triton is not None:
+            from miniserve.models.layers.triton import TritonMoE
+
+            return TritonMoE(self.triton)
         return choose_moe_method(self.dtype, self.device, hidden_size, intermediate_size, self.native)

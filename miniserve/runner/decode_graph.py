@@ -2,11 +2,13 @@
 
 A graph belongs to a bucket, a number of rows; a step runs in the smallest bucket that holds its rows, the rest being
 padding. Graphs read and write tensors that never move, so that a step needs from the host its rows, where they changed,
-and nothing else. All graphs share one memory pool, as only one of them runs at a time.
+and nothing else. A bucket has two: one takes each row's most likely token, one leaves the logits to the sampler. All
+graphs share one memory pool, as only one of them runs at a time.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -63,8 +65,8 @@ class DecodeGraphs:
         )
         self._tokens = integers(most)
         self._logits = torch.empty(most, model.config.vocab_size, dtype=torch.float32, device=self._device)
-        self._forward: dict[int, torch.cuda.CUDAGraph] = {}
         self._greedy: dict[int, torch.cuda.CUDAGraph] = {}
+        self._sampled: dict[int, torch.cuda.CUDAGraph] = {}
         self._rows: tuple[int, list[int]] = (0, [])
 
     def capture(self, progress: Progress | None = None) -> None:
@@ -73,11 +75,10 @@ class DecodeGraphs:
         for done, bucket in enumerate(reversed(self._buckets)):
             if progress is not None:
                 progress(done, len(self._buckets))
-            self._run(bucket)  # what is compiled or allocated at the first run must be there before the capture
-            self._pick(bucket)
+            self._take_argmax(bucket)  # what is compiled or allocated at the first run must be there before a capture
             torch.cuda.synchronize(self._device)
-            self._forward[bucket] = _record(lambda bucket=bucket: self._run(bucket), pool)
-            self._greedy[bucket] = _record(lambda bucket=bucket: self._pick(bucket), pool)
+            self._greedy[bucket] = _record(functools.partial(self._take_argmax, bucket), pool)
+            self._sampled[bucket] = _record(functools.partial(self._leave_logits, bucket), pool)
         if progress is not None:
             progress(len(self._buckets), len(self._buckets))
 
@@ -85,25 +86,37 @@ class DecodeGraphs:
         """The bucket for a step of so many decode rows, None where no graph is that large."""
         return next((bucket for bucket in self._buckets if num_rows <= bucket), None)
 
-    def forward(self, bucket: int, rows: list[int]) -> torch.Tensor:
-        """Launch a step of `rows`, each advancing by its last token. Returns logits float32 [len(rows), vocab_size],
-        which the next launch overwrites."""
+    def greedy(self, bucket: int, rows: list[int]) -> torch.Tensor:
+        """Launch a step of `rows`, each advancing by its last token, and hand each row's most likely token to the next
+        step. Returns them, int64 [len(rows)]; the next launch overwrites them."""
+        self._set_rows(bucket, rows)
+        self._greedy[bucket].replay()
+        return self._tokens[: len(rows)]
+
+    def logits(self, bucket: int, rows: list[int]) -> torch.Tensor:
+        """As `greedy`, but leaves the choice to the caller. Returns float32 [len(rows), vocab_size], which the next
+        launch overwrites."""
+        self._set_rows(bucket, rows)
+        self._sampled[bucket].replay()
+        return self._logits[: len(rows)]
+
+    def _set_rows(self, bucket: int, rows: list[int]) -> None:
         known_bucket, known = self._rows
         if known is not rows or known_bucket != bucket:
             self._rows = (bucket, rows)
             host = np.full(bucket, -1, dtype=np.int64)
             host[: len(rows)] = rows
             self._step.rows[:bucket].copy_(to_device(host, self._device), non_blocking=True)
-        self._forward[bucket].replay()
-        return self._logits[: len(rows)]
 
-    def greedy(self, bucket: int, num_rows: int) -> torch.Tensor:
-        """After `forward`: take each row's most likely token and hand it to the next step. Returns them, int64
-        [num_rows]; the next launch overwrites them."""
-        self._greedy[bucket].replay()
-        return self._tokens[:num_rows]
+    def _take_argmax(self, bucket: int) -> None:
+        logits = self._model.raw_logits(self._run(bucket))
+        greedy(logits, self._step.rows[:bucket], self._state, self._tokens[:bucket])
 
-    def _run(self, bucket: int) -> None:
+    def _leave_logits(self, bucket: int) -> None:
+        self._logits[:bucket].copy_(self._model.raw_logits(self._run(bucket)))
+
+    def _run(self, bucket: int) -> torch.Tensor:
+        """The hidden states [bucket, hidden_size] that the next tokens follow from."""
         step = StepTensors(
             self._step.rows[:bucket],
             self._step.input_ids[:bucket],
@@ -116,14 +129,11 @@ class DecodeGraphs:
         decode = DecodeRows(step.block_tables, step.seq_lens, self._max_seq_len, host_seq_lens=None)
         metadata = self._backend.build(StepBatch(step.slots, decode))
         context = PagedStepContext(self._backend, self._caches, metadata)
-        hidden = self._model(step.input_ids, step.positions, context)
-        self._logits[:bucket].copy_(self._model.compute_logits(hidden))
-
-    def _pick(self, bucket: int) -> None:
-        greedy(self._logits[:bucket], self._step.rows[:bucket], self._state, self._tokens[:bucket])
+        hidden: torch.Tensor = self._model(step.input_ids, step.positions, context)
+        return hidden
 
 
-def _record(work: Callable[[], None], pool: tuple[int, int]) -> torch.cuda.CUDAGraph:
+def _record(work: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         work()

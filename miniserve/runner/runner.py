@@ -91,10 +91,9 @@ class ModelRunner:
     def _replay(self, graphs: DecodeGraphs, bucket: int, plan: StepPlan) -> SampleOutput:
         rows = plan.decode_rows
         self._state.prepare_decode(plan)
-        logits = graphs.forward(bucket, rows)
         if self._sampler.takes_argmax(rows):
-            return SampleOutput(graphs.greedy(bucket, len(rows)), None, (None,) * len(rows))
-        return self._sampler.sample(logits, rows)
+            return SampleOutput(graphs.greedy(bucket, rows), None, (None,) * len(rows))
+        return self._sampler.sample(graphs.logits(bucket, rows), rows)
 
     def collect(self, handle: object) -> StepResult:
         """Wait for a step's result; see `core.Runner`."""

@@ -11,7 +11,7 @@ from torch.nn import functional
 from miniserve.kernels import native
 from miniserve.models.description import MoEConfig
 from miniserve.models.layers.experts import Arithmetic, Experts, GroupedMoE, MoEMethod, choose_moe_method
-from miniserve.models.layers.routing import Router, route
+from miniserve.models.layers.routing import Router, route, torch_routing
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -70,7 +70,7 @@ def test_experts_that_all_score_nothing_get_finite_weights() -> None:
 
 
 def test_the_router_multiplies_in_float32_whatever_the_model_computes_in() -> None:
-    router = Router(8, dataclasses.replace(PLAIN, num_experts=2, top_k=1))
+    router = Router(8, dataclasses.replace(PLAIN, num_experts=2, top_k=1), torch_routing)
     router.allocate(CPU)
     # The experts differ in the ninth bit, which bfloat16 does not have.
     router.weight.data.copy_(torch.stack([torch.full((8,), 1.0), torch.full((8,), 1.0 + 2**-9)]))

@@ -9,7 +9,7 @@ import torch
 
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import StepBatch
-from miniserve.attention.spec import AttentionLayer, LatentLayer
+from miniserve.attention.spec import AttentionLayer, LatentLayer, QKRope
 
 Metadata = TypeVar("Metadata")
 
@@ -19,9 +19,11 @@ class Backend(ABC, Generic[Metadata]):
     its contract says.
 
     `graphs`: its decode step can be captured in a device graph and replayed with other lengths and block tables.
+    `fuses_rope`: it implements `attend_qkv`.
     """
 
     graphs: bool = False
+    fuses_rope: bool = False
 
     def __init__(self, layout: KVLayout) -> None:
         self.layout = layout
@@ -41,6 +43,12 @@ class Backend(ABC, Generic[Metadata]):
     ) -> torch.Tensor:
         """The whole step for one layer: see `StepContext.attend`."""
         raise NotImplementedError(f"{type(self).__name__} has no multi-head attention")
+
+    def attend_qkv(
+        self, layer: AttentionLayer, qkv: torch.Tensor, rope: QKRope, cache: KVCache, meta: Metadata
+    ) -> torch.Tensor:
+        """See `StepContext.attend_qkv`."""
+        raise NotImplementedError(f"{type(self).__name__} does not rotate")
 
     def attend_latent(
         self,

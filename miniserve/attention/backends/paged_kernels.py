@@ -6,6 +6,8 @@
   above for several query tokens a row, of which each sees the cache up to itself
 - write_kv(k, v, key_cache, value_cache, slot_mapping, *, block_size, shuffled, k_scale, v_scale); a negative slot is
   not written
+- rope_and_write(qkv, cos_sin, q_weight, k_weight, eps, key_cache, value_cache, slot_mapping, *, num_heads,
+  num_kv_heads, head_dim, block_size, shuffled, k_scale, v_scale) -> q: norm and rope, then as write_kv
 """
 
 from __future__ import annotations
@@ -26,22 +28,23 @@ AllocateScratch = Callable[[Sequence[tuple[int, int]], int, int, torch.device], 
 @dataclass(frozen=True, slots=True)
 class PagedKernels:
     """allocate_scratch(launches as (rows, num_splits), num_heads, head_dim, device): what splits leave for the merge;
-    None where decode never splits a row."""
+    None where decode never splits a row. rope_and_write is None where it is not to be had."""
 
     paged_decode: Callable[..., torch.Tensor]
     paged_extend: Callable[..., torch.Tensor]
     write_kv: Callable[..., None]
     allocate_scratch: AllocateScratch | None
+    rope_and_write: Callable[..., torch.Tensor] | None = None
 
 
 def triton_kernels() -> PagedKernels:
     """Needs Triton, and a GPU (or Triton's interpreter) to run them."""
-    from miniserve.kernels.triton.cache_write import write_kv
+    from miniserve.kernels.triton.cache_write import rope_and_write, write_kv
     from miniserve.kernels.triton.paged_decode import paged_decode
     from miniserve.kernels.triton.paged_extend import paged_extend
     from miniserve.kernels.triton.split_kv import DecodeScratch
 
-    return PagedKernels(paged_decode, paged_extend, write_kv, DecodeScratch.allocate)
+    return PagedKernels(paged_decode, paged_extend, write_kv, DecodeScratch.allocate, rope_and_write)
 
 
 def torch_kernels() -> PagedKernels:

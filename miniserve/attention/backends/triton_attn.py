@@ -11,7 +11,7 @@ from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.paged_kernels import PagedKernels, SplitPlan
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import ChunkRows, StepBatch
-from miniserve.attention.spec import AttentionLayer, AttentionSpec
+from miniserve.attention.spec import AttentionLayer, AttentionSpec, QKRope
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,7 @@ class TritonBackend(Backend[PagedMetadata]):
     def __init__(self, layout: KVLayout, kernels: PagedKernels, options: BackendOptions) -> None:
         super().__init__(layout)
         self._kernels = kernels
+        self.fuses_rope = kernels.rope_and_write is not None
         self._shuffled = layout.name == "shuffled"
         platform = options.platform
         sizes = (platform.arch, platform.compute_units, options.max_rows, options.max_seq_len, options.device)
@@ -72,6 +73,35 @@ class TritonBackend(Backend[PagedMetadata]):
         meta: PagedMetadata,
     ) -> torch.Tensor:
         self.write(layer, k, v, cache, meta.slot_mapping)
+        return self._over_cache(layer, q, cache, meta)
+
+    def attend_qkv(
+        self, layer: AttentionLayer, qkv: torch.Tensor, rope: QKRope, cache: KVCache, meta: PagedMetadata
+    ) -> torch.Tensor:
+        if self._kernels.rope_and_write is None:
+            raise NotImplementedError("these kernels do not rotate")
+        spec = layer.spec
+        k_scale, v_scale = scales(layer)
+        q = self._kernels.rope_and_write(
+            qkv,
+            rope.cos_sin,
+            rope.q_weight,
+            rope.k_weight,
+            rope.eps,
+            cache.key,
+            cache.value,
+            meta.slot_mapping,
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            block_size=self.layout.block_size,
+            shuffled=self._shuffled,
+            k_scale=k_scale,
+            v_scale=v_scale,
+        )
+        return self._over_cache(layer, q, cache, meta)
+
+    def _over_cache(self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, meta: PagedMetadata) -> torch.Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if meta.decode is not None:
             rows = meta.decode.seq_lens.shape[0]

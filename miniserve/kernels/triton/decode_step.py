@@ -106,7 +106,7 @@ def _best_of_part_kernel(
     wait(PDL)
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     cols = part * BLOCK + tl.arange(0, BLOCK)
-    logits = tl.load(logits_ptr + row * vocab_size + cols, mask=cols < vocab_size, other=float("-inf"))
+    logits = tl.load(logits_ptr + row * vocab_size + cols, mask=cols < vocab_size, other=float("-inf")).to(tl.float32)
     best = tl.max(logits, axis=0)
     tl.store(values_ptr + row * PARTS + part, best)
     tl.store(ids_ptr + row * PARTS + part, tl.min(tl.where(logits == best, cols, vocab_size - 1), axis=0))
@@ -139,7 +139,7 @@ def _hand_over_kernel(
 
 
 def greedy(logits: torch.Tensor, rows: torch.Tensor, state: RowState, tokens: torch.Tensor) -> None:
-    """The argmax of each row of logits (float32 [batch, vocab_size], lowest id among equals) into `tokens` int64
+    """The argmax of each row of logits (any float, [batch, vocab_size], lowest id among equals) into `tokens` int64
     [batch] and, where `rows` is not negative, as that row's last token."""
     batch, vocab_size = logits.shape
     parts = triton.cdiv(vocab_size, _VOCAB_BLOCK)

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from miniserve.kernels.triton import elementwise
+from miniserve.kernels.triton import elementwise, moe
 from miniserve.kernels.triton.small_linear import LinearTile, Workspace, chip_of, choose_tile, small_linear
 
 
@@ -17,6 +17,9 @@ class TritonKernels:
     add_rms_norm = staticmethod(elementwise.add_rms_norm)
     silu_and_mul = staticmethod(elementwise.silu_and_mul)
     norm_rope = staticmethod(elementwise.norm_rope)
+    route = staticmethod(moe.route)
+    can_route = staticmethod(moe.can_route)
+    experts = staticmethod(moe.experts)
 
     def __init__(self, device: torch.device) -> None:
         self._workspace = Workspace(device)

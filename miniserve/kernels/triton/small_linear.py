@@ -33,7 +33,7 @@ class LinearTile:
 @triton.jit
 def _product(acc, w, x, DOT: tl.constexpr):
     if DOT:
-        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+        acc = tl.dot(x.to(w.dtype), tl.trans(w), acc, input_precision="ieee")
     else:
         acc += w.to(tl.float32) * x.to(tl.float32)
     return acc
@@ -201,7 +201,8 @@ def small_linear(
     gated: bool = False,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """x [M, K] (rows may be strided), weight [N, K] or, gated, [2 N, K], contiguous -> [M, N].
+    """x [M, K] (rows may be strided), weight [N, K] or, gated, [2 N, K], contiguous -> [M, N]. x may be of another
+    dtype than the weight, in which it is multiplied.
 
     gated: silu(x W_gateᵀ) * (x W_upᵀ), gates first. M is at most MAX_ROWS. Accumulates in float32.
     """

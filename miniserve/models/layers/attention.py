@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from miniserve.attention.spec import AttentionSpec, StepContext
+from miniserve.attention.spec import AttentionSpec, QKRope, StepContext
 from miniserve.models.description import ModelConfig
 from miniserve.models.layers.base import Module
 from miniserve.models.layers.ops import HeadShape
@@ -52,14 +52,13 @@ class SelfAttention(Module):
         self.attn = Attention(layer_index, _attention_spec(config, options, layer_index), one, one)
 
     def forward(self, x: torch.Tensor, cos_sin: torch.Tensor, ctx: StepContext) -> torch.Tensor:
-        q, k, v = self.ops.split_norm_rope(
-            self.qkv_proj(x),
-            self.shape,
-            cos_sin,
-            self.q_norm.weight if self.q_norm is not None else None,
-            self.k_norm.weight if self.k_norm is not None else None,
-            self.eps,
-        )
-        out = ctx.attend(self.attn, q, k, v)
+        qkv = self.qkv_proj(x)
+        q_weight = self.q_norm.weight if self.q_norm is not None else None
+        k_weight = self.k_norm.weight if self.k_norm is not None else None
+        if ctx.fuses_rope:
+            out = ctx.attend_qkv(self.attn, qkv, QKRope(cos_sin, q_weight, k_weight, self.eps))
+        else:
+            q, k, v = self.ops.split_norm_rope(qkv, self.shape, cos_sin, q_weight, k_weight, self.eps)
+            out = ctx.attend(self.attn, q, k, v)
         projected: torch.Tensor = self.o_proj(out)
         return projected

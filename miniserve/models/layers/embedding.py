@@ -31,7 +31,11 @@ class LMHead(Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [R, hidden_size] -> float32 [R, vocab_size]."""
-        return super().forward(x).float()
+        return self.raw(x).float()
+
+    def raw(self, x: torch.Tensor) -> torch.Tensor:
+        """As `forward`, in the model's dtype."""
+        return super().forward(x)
 
 
 class TiedLMHead(LMHead):

@@ -28,7 +28,7 @@ class SparseMLP(Module):
     def __init__(self, config: ModelConfig, options: BuildOptions, moe: MoEConfig) -> None:
         super().__init__()
         hidden, middle = config.hidden_size, moe.intermediate_size
-        self.gate = Router(hidden, moe)
+        self.gate = Router(hidden, moe, options.routing)
         self.experts = Experts(
             moe.num_experts, hidden, middle, dtype=options.dtype, method=options.moe_method(hidden, middle)
         )

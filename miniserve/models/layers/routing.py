@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch.nn import functional
 
@@ -33,15 +35,27 @@ def route(
     return weights * moe.scaling if moe.scaling != 1.0 else weights, ids
 
 
+class RoutingMethod(Protocol):
+    """How `Router` computes its choice; x [T, hidden_size], then as `Router.forward`."""
+
+    def __call__(self, router: Router, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def torch_routing(router: Router, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A `RoutingMethod` for any device."""
+    return route(functional.linear(x.float(), router.weight), router.moe, router.e_score_correction_bias)
+
+
 class Router(Layer):
     """The gate of a layer with routed experts. Its weights are float32: a rounded logit may choose another expert."""
 
     weight: torch.Tensor
     e_score_correction_bias: torch.Tensor | None
 
-    def __init__(self, hidden_size: int, moe: MoEConfig) -> None:
+    def __init__(self, hidden_size: int, moe: MoEConfig, method: RoutingMethod) -> None:
         super().__init__()
         self.moe = moe
+        self.method = method
         self.declare("weight", (moe.num_experts, hidden_size), torch.float32)
         if moe.correction_bias:
             self.declare("e_score_correction_bias", (moe.num_experts,), torch.float32)
@@ -50,4 +64,4 @@ class Router(Layer):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x: [T, hidden_size] -> as `route`."""
-        return route(functional.linear(x.float(), self.weight), self.moe, self.e_score_correction_bias)
+        return self.method(self, x)

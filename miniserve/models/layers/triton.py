@@ -6,8 +6,10 @@ import torch
 from torch.nn import functional
 
 from miniserve.kernels.triton.runtime import TritonKernels
+from miniserve.models.layers.experts import Experts
 from miniserve.models.layers.linear import Linear
 from miniserve.models.layers.ops import HeadShape, split_heads
+from miniserve.models.layers.routing import Router, route
 
 
 class TritonMethod:
@@ -65,3 +67,45 @@ class TritonOps:
     def gated_linear(self, layer: Linear, x: torch.Tensor) -> torch.Tensor:
         y = self._kernels.linear(x, layer.weight, layer.bias, gated=True)
         return self._kernels.silu_and_mul(functional.linear(x, layer.weight, layer.bias)) if y is None else y
+
+
+class TritonRouting:
+    """A `RoutingMethod`."""
+
+    def __init__(self, kernels: TritonKernels) -> None:
+        self._kernels = kernels
+
+    def __call__(self, router: Router, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        moe = router.moe
+        logits = self._kernels.linear(x, router.weight, None, out_dtype=torch.float32)
+        if logits is None:
+            logits = functional.linear(x.float(), router.weight)
+        if not self._kernels.can_route(moe.num_experts, moe.num_groups, moe.top_groups):
+            return route(logits, moe, router.e_score_correction_bias)
+        weights, ids = self._kernels.route(
+            logits,
+            router.e_score_correction_bias,
+            top_k=moe.top_k,
+            num_groups=moe.num_groups,
+            top_groups=moe.top_groups,
+            sigmoid=moe.scoring == "sigmoid",
+            normalize=moe.normalize,
+            scaling=moe.scaling,
+        )
+        return weights, ids
+
+
+class TritonMoE:
+    """A `MoEMethod`: the weights as they are."""
+
+    def __init__(self, kernels: TritonKernels) -> None:
+        self._kernels = kernels
+
+    def finish(self, layer: Experts) -> None:
+        pass
+
+    def apply(
+        self, layer: Experts, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+    ) -> torch.Tensor:
+        out: torch.Tensor = self._kernels.experts(x, layer.w1, layer.w2, topk_weights, topk_ids)
+        return out

@@ -1,0 +1,368 @@
+"""Routed experts on a GPU: the choice of experts, tokens grouped by expert, and the two grouped products.
+
+A pair is a token with one of its experts; token t's k-th is pair t * K + k. Pairs are laid out expert by expert, each
+expert's filled up to whole blocks of BLOCK_M, so that a program's rows share an expert (the "aligned" layout of vLLM's
+fused_moe). Nothing waits for the host: grids are as large as the worst case, and what is left over returns at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from miniserve.kernels.triton.pdl import launch_options, start, wait
+
+
+@dataclass(frozen=True, slots=True)
+class MoETile:
+    """A program's part of a grouped product: BLOCK_M pairs, BLOCK_N outputs, BLOCK_K inputs a round."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit
+def _route_kernel(
+    logits_ptr,
+    bias_ptr,
+    weights_ptr,
+    ids_ptr,
+    scaling,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    start(PDL)
+    experts = tl.arange(0, BLOCK_E)
+    inside = experts < E
+    wait(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    logits = tl.load(logits_ptr + token * E + experts, mask=inside, other=float("-inf")).to(tl.float32)
+    if SIGMOID:
+        scores = 1.0 / (1.0 + tl.exp(-logits))
+    else:
+        weights = tl.exp(logits - tl.max(logits, axis=0))
+        scores = weights / tl.sum(weights, axis=0)
+    choice = scores
+    if HAS_BIAS:
+        choice = scores + tl.load(bias_ptr + experts, mask=inside, other=0.0)
+    choice = tl.where(inside, choice, float("-inf"))
+    if TOP_GROUPS < GROUPS:
+        choice = _close_groups(choice, experts, BLOCK_E, GROUPS, TOP_GROUPS, HAS_BIAS)
+    total = 0.0
+    for k in tl.static_range(K):
+        best = tl.min(tl.where(choice == tl.max(choice, axis=0), experts, BLOCK_E), axis=0)
+        weight = tl.sum(tl.where(experts == best, scores, 0.0), axis=0)
+        total += weight
+        tl.store(weights_ptr + token * K + k, weight)
+        tl.store(ids_ptr + token * K + k, best)
+        choice = tl.where(experts == best, float("-inf"), choice)
+    factor = scaling
+    if NORMALIZE:
+        factor = scaling / (total + 1e-20)
+    tl.debug_barrier()
+    for k in tl.static_range(K):
+        tl.store(weights_ptr + token * K + k, tl.load(weights_ptr + token * K + k) * factor)
+
+
+@triton.jit
+def _close_groups(
+    choice, experts, E: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, BEST_TWO: tl.constexpr
+):
+    """-inf for all experts outside the TOP_GROUPS best of GROUPS equal groups; E is a power of two here."""
+    size: tl.constexpr = E // GROUPS
+    grouped = tl.reshape(choice, (GROUPS, size))
+    worth = tl.max(grouped, axis=1)
+    if BEST_TWO:
+        members = tl.arange(0, size)[None, :]
+        first = tl.min(tl.where(grouped == worth[:, None], members, size), axis=1)
+        worth += tl.max(tl.where(members == first[:, None], float("-inf"), grouped), axis=1)
+    groups = tl.arange(0, GROUPS)
+    opened = tl.zeros((GROUPS,), tl.int32)
+    for _ in tl.static_range(TOP_GROUPS):
+        best = tl.min(tl.where(worth == tl.max(worth, axis=0), groups, GROUPS), axis=0)
+        opened = tl.where(groups == best, 1, opened)
+        worth = tl.where(groups == best, float("-inf"), worth)
+    closed = tl.where(opened[:, None] == 1, grouped, float("-inf"))
+    return tl.reshape(closed, (E,))
+
+
+def can_route(num_experts: int, num_groups: int, top_groups: int) -> bool:
+    """Whether `route` takes these sizes: groups must be powers of two of powers of two."""
+    limited = top_groups < num_groups
+    return not limited or (num_experts & (num_experts - 1) == 0 and num_groups & (num_groups - 1) == 0)
+
+
+def route(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    top_k: int,
+    num_groups: int,
+    top_groups: int,
+    sigmoid: bool,
+    normalize: bool,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `models/layers/routing.route`: logits float32 [T, E] -> weights float32 and expert ids int32, [T, top_k]."""
+    tokens, num_experts = logits.shape
+    weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
+    ids = torch.empty(tokens, top_k, dtype=torch.int32, device=logits.device)
+    _route_kernel[(tokens,)](
+        logits,
+        logits if bias is None else bias,
+        weights,
+        ids,
+        scaling,
+        E=num_experts,
+        BLOCK_E=triton.next_power_of_2(num_experts),
+        K=top_k,
+        GROUPS=num_groups,
+        TOP_GROUPS=top_groups,
+        SIGMOID=sigmoid,
+        HAS_BIAS=bias is not None,
+        NORMALIZE=normalize,
+        num_warps=1,
+        **launch_options(logits.device),
+    )
+    return weights, ids
+
+
+@triton.jit
+def _align_kernel(
+    ids_ptr,
+    pairs_ptr,
+    experts_ptr,
+    num_pairs,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program an expert: where its pairs start, and which they are. One more counts the blocks in use."""
+    start(PDL)
+    wait(PDL)
+    expert = tl.program_id(0)
+    numbers = tl.arange(0, BLOCK_E)
+    counts = tl.zeros((BLOCK_E,), tl.int32)
+    for first in range(0, num_pairs, BLOCK_P):
+        pairs = first + tl.arange(0, BLOCK_P)
+        ids = tl.load(ids_ptr + pairs, mask=pairs < num_pairs, other=BLOCK_E - 1).to(tl.int32)
+        counts += tl.histogram(ids, BLOCK_E)
+    counts = tl.where(numbers < E, counts, 0)
+    blocks = (counts + BLOCK_M - 1) // BLOCK_M
+    first_block = tl.sum(tl.where(numbers < expert, blocks, 0), axis=0)
+    if expert == E:
+        tl.store(experts_ptr, first_block)
+        return
+    num_blocks = tl.sum(tl.where(numbers == expert, blocks, 0), axis=0)
+    for block in range(num_blocks):
+        tl.store(experts_ptr + 1 + first_block + block, expert)
+    rank = tl.zeros((), tl.int32)
+    for first in range(0, num_pairs, BLOCK_P):
+        pairs = first + tl.arange(0, BLOCK_P)
+        ids = tl.load(ids_ptr + pairs, mask=pairs < num_pairs, other=-1).to(tl.int32)
+        mine = (ids == expert).to(tl.int32)
+        place = first_block * BLOCK_M + rank + tl.cumsum(mine, axis=0) - 1
+        tl.store(pairs_ptr + place, pairs, mask=mine == 1)
+        rank += tl.sum(mine, axis=0)
+    rest = tl.arange(0, BLOCK_M)
+    place = first_block * BLOCK_M + rank + rest
+    tl.store(pairs_ptr + place, num_pairs + rest * 0, mask=rank + rest < num_blocks * BLOCK_M)
+
+
+@triton.jit
+def _grouped_kernel(
+    x_ptr,
+    w_ptr,
+    scale_ptr,
+    y_ptr,
+    pairs_ptr,
+    experts_ptr,
+    num_pairs,
+    N,
+    D,
+    PAIRS_PER_ROW: tl.constexpr,
+    GATED: tl.constexpr,
+    SCALED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """y[pair] = x[pair // PAIRS_PER_ROW] W[expert]ᵀ, GATED as in `small_linear`, SCALED by the pair's weight. N counts
+    outputs, D inputs. Not ALIGNED: a block is one pair, and `experts_ptr` has its expert."""
+    start(PDL)
+    wait(PDL)
+    block = tl.program_id(1)
+    rows = tl.arange(0, BLOCK_M)
+    if ALIGNED:
+        if block >= tl.load(experts_ptr):
+            return
+        expert = tl.load(experts_ptr + 1 + block).to(tl.int64)
+        pairs = tl.load(pairs_ptr + block * BLOCK_M + rows)
+    else:
+        expert = tl.load(experts_ptr + block).to(tl.int64)
+        pairs = tl.where(rows == 0, block, num_pairs)
+    valid = pairs < num_pairs
+    cols_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols_k = tl.arange(0, BLOCK_K)
+    inside_n = cols_n < N
+    width: tl.constexpr = 2 if GATED else 1
+    x_ptrs = x_ptr + (pairs // PAIRS_PER_ROW).to(tl.int64)[:, None] * D + cols_k[None, :]
+    w_ptrs = w_ptr + expert * (width * N).to(tl.int64) * D + cols_n.to(tl.int64)[:, None] * D + cols_k[None, :]
+    up_ptrs = w_ptrs + N.to(tl.int64) * D
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    up_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, D, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs, mask=valid[:, None], other=0.0)
+            w = tl.load(w_ptrs, mask=inside_n[:, None], other=0.0)
+        else:
+            inside_k = (first + cols_k < D)[None, :]
+            x = tl.load(x_ptrs, mask=valid[:, None] & inside_k, other=0.0)
+            w = tl.load(w_ptrs, mask=inside_n[:, None] & inside_k, other=0.0)
+        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+        if GATED:
+            if EVEN_K:
+                up = tl.load(up_ptrs, mask=inside_n[:, None], other=0.0)
+            else:
+                up = tl.load(up_ptrs, mask=inside_n[:, None] & (first + cols_k < D)[None, :], other=0.0)
+            up_acc = tl.dot(x, tl.trans(up), up_acc, input_precision="ieee")
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+        up_ptrs += BLOCK_K
+    if GATED:
+        gate = acc.to(x_ptr.dtype.element_ty).to(tl.float32)
+        silu = (gate / (1.0 + tl.exp(-gate))).to(x_ptr.dtype.element_ty)
+        acc = (silu * up_acc.to(x_ptr.dtype.element_ty)).to(tl.float32)
+    if SCALED:
+        acc = acc.to(x_ptr.dtype.element_ty).to(tl.float32)
+        acc = acc * tl.load(scale_ptr + pairs, mask=valid, other=0.0)[:, None]
+    y_ptrs = y_ptr + pairs.to(tl.int64)[:, None] * N + cols_n[None, :]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=valid[:, None] & inside_n[None, :])
+
+
+@triton.jit
+def _sum_pairs_kernel(
+    parts_ptr,
+    add_ptr,
+    out_ptr,
+    size,
+    K: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    start(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < size
+    wait(PDL)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for k in tl.static_range(K):
+        total += tl.load(parts_ptr + (token * K + k) * size + cols, mask=inside, other=0.0)
+    total = total.to(out_ptr.dtype.element_ty)
+    if ADD:
+        total += tl.load(add_ptr + token * size + cols, mask=inside, other=0.0)
+    tl.store(out_ptr + token * size + cols, total, mask=inside)
+
+
+def choose_tile(num_pairs: int, num_experts: int, *, gated: bool) -> MoETile:
+    """By the rows that an expert gets on average; the fewer, the more all of it is reading weights."""
+    rows = num_pairs / num_experts
+    if rows <= 12:
+        return MoETile(16, 32 if gated else 64, 128, 4, 4)
+    if rows <= 40:
+        return MoETile(32, 32 if gated else 64, 128, 4, 4)
+    if rows <= 100:
+        return MoETile(64, 64, 64, 4, 4)
+    return MoETile(128, 64 if gated else 128, 64, 8, 3)
+
+
+def experts(
+    x: torch.Tensor,
+    w1: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    shared: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """SwiGLU experts, weighted and summed in float32. x [T, D], contiguous; w1 [E, 2 I, D], gates before ups; w2
+    [E, D, I]; topk_weights float32, topk_ids int, [T, K]; `shared` [T, D] is added. Returns [T, D], x's dtype."""
+    tokens, hidden = x.shape
+    num_experts, k, middle = w1.shape[0], topk_ids.shape[1], w2.shape[2]
+    num_pairs = tokens * k
+    options = launch_options(x.device)
+    gate_up, down = choose_tile(num_pairs, num_experts, gated=True), choose_tile(num_pairs, num_experts, gated=False)
+    aligned = tokens > 1
+    if aligned:
+        block_m = gate_up.block_m
+        num_blocks = min(num_pairs, num_experts + num_pairs // block_m)
+        pairs = torch.empty(num_blocks * block_m, dtype=torch.int32, device=x.device)
+        block_experts = torch.empty(num_blocks + 1, dtype=torch.int32, device=x.device)
+        _align_kernel[(num_experts + 1,)](
+            topk_ids,
+            pairs,
+            block_experts,
+            num_pairs,
+            E=num_experts,
+            BLOCK_E=triton.next_power_of_2(num_experts + 1),
+            BLOCK_P=min(1024, triton.next_power_of_2(num_pairs)),
+            BLOCK_M=block_m,
+            num_warps=4,
+            **options,
+        )
+    else:
+        pairs, block_experts, num_blocks = topk_ids, topk_ids, num_pairs
+
+    def product(source: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, tile: MoETile, per_row: int) -> None:
+        n, gated = target.shape[1], tile is gate_up
+        _grouped_kernel[(triton.cdiv(n, tile.block_n), num_blocks)](
+            source,
+            weight,
+            topk_weights,
+            target,
+            pairs,
+            block_experts,
+            num_pairs,
+            n,
+            weight.shape[2],
+            PAIRS_PER_ROW=per_row,
+            GATED=gated,
+            SCALED=not gated,
+            ALIGNED=aligned,
+            EVEN_K=weight.shape[2] % tile.block_k == 0,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            BLOCK_K=tile.block_k,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            **options,
+        )
+
+    activated = torch.empty(num_pairs, middle, dtype=x.dtype, device=x.device)
+    product(x, w1, activated, gate_up, k)
+    parts = torch.empty(num_pairs, hidden, dtype=torch.float32, device=x.device)
+    product(activated, w2, parts, down, 1)
+    out = torch.empty_like(x)
+    block = min(1024, triton.next_power_of_2(hidden))
+    _sum_pairs_kernel[(tokens, triton.cdiv(hidden, block))](
+        parts, x if shared is None else shared, out, hidden, K=k, ADD=shared is not None, BLOCK=block, **options
+    )
+    return out
