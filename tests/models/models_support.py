@@ -168,8 +168,6 @@ class DenseContext:
 
     fuses_rope = False
 
-    fuses_rope = False
-
     def __init__(self) -> None:
         self.keys: dict[tuple[int, int], torch.Tensor] = {}
         self.values: dict[tuple[int, int], torch.Tensor] = {}
