@@ -93,7 +93,7 @@ def describe_routes(choice: Choice, specs: Sequence[AttentionSpec], platform: Pl
     for (spec, route), count in kinds.items():
         if route.decode in (choice.backend, "triton paged_decode") and len(kinds) == 1:
             continue
-        which = "" if len(kinds) == 1 else f"{count} layers {_kind(spec)}: "
+        which = "" if len(kinds) == 1 else f"{count} layer{'s' if count > 1 else ''} {_kind(spec)}: "
         chunks = route.prefill if route.prefill == route.extend else f"{route.prefill}, with context {route.extend}"
         lines.append(f"{which}decode by {describe_decode(route.decode, spec, platform)}; prefill by {chunks}")
     if any(spec.kv_dtype.itemsize == 1 for spec in specs):

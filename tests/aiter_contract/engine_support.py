@@ -28,10 +28,10 @@ def stand_in(arch: str, cu_num: int) -> Iterator[ModuleType]:
 
 
 def prompts_of(count: int) -> tuple[list[str], list[Problem]]:
-    """Prompts of 20 to 400 tokens: each problem after none to four solved ones."""
+    """Prompts of 20 to 330 tokens: each problem after none to three solved ones."""
     solved = [f"{completion_prompt(problem)} {problem.answer}\n\n" for problem in problems("train", 0, 40)]
     asked = list(problems("test", 0, count))
-    shots = ["".join(solved[3 * i % 30 : 3 * i % 30 + i % 5]) for i in range(count)]
+    shots = ["".join(solved[3 * i % 30 : 3 * i % 30 + i % 4]) for i in range(count)]
     return [shot + completion_prompt(problem) for shot, problem in zip(shots, asked, strict=True)], asked
 
 

@@ -24,7 +24,7 @@ from miniserve.llm import LLM
 # Each, and in how many documents: 16 compute units let ASM kernels run from 9 rows of the model's 4 heads on.
 CU_NUM = 16
 PATHS = [
-    (contract.name, layout, 16 if (contract.name, layout) == ("ROCM_AITER_FA", "shuffled") else 8)
+    (contract.name, layout, 16 if (contract.name, layout) == ("ROCM_AITER_FA", "shuffled") else 6)
     for contract in CONTRACTS
     if "gfx942" in contract.archs or "gfx*" in contract.archs
     for layout in contract.layouts
@@ -86,7 +86,7 @@ def test_an_emulated_gpu_without_a_stand_in_is_refused() -> None:
 
 
 def test_over_http_in_a_process_of_its_own(tmp_path: Path) -> None:
-    log, count = tmp_path / "calls", 24
+    log, count = tmp_path / "calls", 12
     prompts, asked = prompts_of(count)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
