@@ -47,6 +47,7 @@ WELL_KNOWN: tuple[str, ...] = (
     "mistralai/Mistral-Small-24B-Instruct-2501",
     *(f"deepseek-ai/DeepSeek-R1-Distill-Qwen-{size}" for size in ("1.5B", "7B", "14B", "32B")),
     *(f"deepseek-ai/DeepSeek-R1-Distill-Llama-{size}" for size in ("8B", "70B")),
+    *(f"deepseek-ai/DeepSeek-{name}" for name in ("V2-Lite-Chat", "V2-Chat", "V2.5", "V3", "V3-0324", "R1", "R1-0528")),
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
     *(f"HuggingFaceTB/SmolLM2-{size}{kind}" for size in ("135M", "360M", "1.7B") for kind in ("", "-Instruct")),
     *sorted(set(ALIASES.values())),
