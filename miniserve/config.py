@@ -91,3 +91,8 @@ def cache_dir() -> Path:
     """Where compiled kernels are kept: `$XDG_CACHE_HOME/miniserve`, by default ~/.cache/miniserve."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "miniserve"
+
+
+def tuning_dir() -> Path:
+    """Where `miniserve tune` keeps its tables."""
+    return cache_dir() / "tuning"

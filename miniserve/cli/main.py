@@ -12,6 +12,7 @@ from typer.main import get_group
 
 from miniserve import __version__
 from miniserve.cli.chat import chat
+from miniserve.cli.explain import explain
 from miniserve.cli.run import run, serve
 from miniserve.core import InvalidRequest, UserError
 
@@ -29,7 +30,7 @@ class _Commands(TyperGroup):
     """The commands, of which `bench` is imported only when it is looked at: it brings a part of the program along."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return ["run", "serve", "chat", "bench", "version"]
+        return ["run", "serve", "chat", "bench", "explain", "version"]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name == "bench" and cmd_name not in self.commands:
@@ -55,6 +56,7 @@ app = typer.Typer(
 app.command()(run)
 app.command("serve")(serve)
 app.command()(chat)
+app.command()(explain)
 
 
 def _print_version(wanted: bool) -> None:

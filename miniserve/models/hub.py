@@ -65,6 +65,34 @@ def locate(
     return _locate_on_hub(model, revision, weights, notify)
 
 
+def locate_config(
+    model: str | None, revision: str | None = None, *, notify: Callable[[str], None] = lambda sentence: None
+) -> tuple[str, dict[str, object]]:
+    """The model's name and what its config.json holds, whatever its architecture; nothing else of it is fetched.
+
+    Arguments and errors as of `locate`.
+    """
+    path = Path(model or "").expanduser()
+    if model and path.is_dir():
+        _refuse_revision(revision, f"the local directory {model}")
+        require_files(path, model, weights=False)
+        return path.resolve().name, _read_json(path / "config.json")
+    if model is None or model == BUILT_IN:
+        source = locate(model, revision, weights=False)
+        return source.name, _read_json(source.path / "config.json")
+    _refuse_a_lost_path(model, path)
+    target = resolve_alias(model)
+    if target is not None:
+        notify(f"{model} is not a repository on the Hugging Face hub; taking {target}.")
+        model = target
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    with _hub_errors(model, revision):
+        cached = try_to_load_from_cache(model, "config.json", revision=revision)
+        found = cached if isinstance(cached, str) else hf_hub_download(model, "config.json", revision=revision)
+    return model, _read_json(Path(found))
+
+
 def require_files(path: Path, name: str, *, weights: bool) -> None:
     """Raise `UserError` naming what is missing in a model's directory: config.json and, with `weights`, safetensors."""
     if not (path / "config.json").is_file():

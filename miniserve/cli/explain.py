@@ -1,0 +1,249 @@
+"""`miniserve explain`: which attention a model would get on some hardware, and why."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from miniserve.cli.options import parse_count
+from miniserve.config import EngineConfig, tuning_dir
+
+if TYPE_CHECKING:
+    from miniserve.attention.contracts import LayerRoute
+    from miniserve.attention.spec import AttentionSpec
+    from miniserve.runner.explain import Explanation, Memory, Path
+
+_ENGINE = EngineConfig()
+
+
+def explain(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Hugging Face id or local directory; only its config.json is read.", show_default="the built-in model"
+        ),
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", help="mi300x, mi355x, h100, cpu, …; auto is this machine.")
+    ] = "auto",
+    tp: Annotated[int, typer.Option("--tp", help="GPUs that share the model.", min=1)] = 1,
+    kv_layout: Annotated[str, typer.Option("--kv-layout", help="linear, shuffled or auto.")] = _ENGINE.kv_layout,
+    kv_cache_dtype: Annotated[
+        str, typer.Option("--kv-cache-dtype", help="auto (the model's), bfloat16, float16, float32 or fp8.")
+    ] = _ENGINE.kv_cache_dtype,
+    attention_backend: Annotated[
+        str, typer.Option("--attention-backend", help="auto, or the name of one.")
+    ] = _ENGINE.attention_backend,
+    block_size: Annotated[int, typer.Option("--block-size", help="Tokens in one KV block.")] = _ENGINE.block_size,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="auto (the model's own), bfloat16, float16 or float32.")
+    ] = _ENGINE.dtype,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(
+            "--max-model-len",
+            help="Longest prompt and answer together.",
+            metavar="TOKENS",
+            show_default="the model's",
+            parser=lambda value: parse_count(str(value), "--max-model-len"),
+        ),
+    ] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say which attention backend, KV layout and kernels a model would get, why not the others, and what fits."""
+    EngineConfig(  # checks what both have
+        dtype=dtype,
+        kv_layout=kv_layout,
+        kv_cache_dtype=kv_cache_dtype,
+        block_size=block_size,
+        max_model_len=max_model_len,
+    )
+    # Here and not above: torch would slow down `miniserve --help`.
+    from miniserve.models.hub import locate_config
+    from miniserve.models.outline import read_outline
+    from miniserve.runner.explain import Wishes
+    from miniserve.runner.explain import explain as explain_model
+
+    name, config = locate_config(model, revision, notify=lambda sentence: print(sentence, file=sys.stderr))
+    outline = read_outline(config, name)
+    wishes = Wishes(
+        device=device,
+        tp=tp,
+        kv_layout=kv_layout,
+        kv_cache_dtype=kv_cache_dtype,
+        attention_backend=attention_backend,
+        dtype=dtype,
+        block_size=block_size,
+        max_model_len=max_model_len,
+    )
+    found = explain_model(name, outline, wishes, tuning_dir())
+    print(json.dumps(to_json(found), indent=2) if as_json else to_text(found))
+
+
+def to_text(found: Explanation) -> str:
+    """For people; lines are not wrapped."""
+    platform, choice = found.platform, found.choice
+    units = f", {platform.compute_units} compute units" if platform.compute_units else ""
+    memory = f", {_gib(found.memory.total)}" if found.memory.total else ""
+    lines = [
+        f"{found.model}: {found.outline.architecture}, {len(found.outline.layers)} layers",
+        f"on {found.device}: {platform.arch}{units}{memory}",
+        *(f"note: {note}" for note in found.notes),
+        "",
+        f"attention layers{f', the part of each of {found.tp} GPUs' if found.tp > 1 else ''}",
+        *(f"  {ranges(kind.layers)}: {kind_text(kind.spec)}" for kind in found.kinds),
+        "",
+        f"chosen: {choice.backend} over the {choice.layout} KV layout: {choice.reason}",
+        *_kernels(found, _chosen(found)),
+        "",
+        "also possible",
+        *_others(found),
+        "",
+        "not possible",
+        *(f"  {_where(path)}: {reason}" for path in found.paths for reason in path.reasons),
+        "",
+        *_memory(found),
+    ]
+    return "\n".join(lines)
+
+
+def to_json(found: Explanation) -> dict[str, Any]:
+    """The same as data."""
+    return {
+        "model": found.model,
+        "architecture": found.outline.architecture,
+        "device": found.device,
+        "arch": found.platform.arch,
+        "tp": found.tp,
+        "notes": list(found.notes),
+        "layers": [{"layers": list(kind.layers), "attention": kind_text(kind.spec)} for kind in found.kinds],
+        "chosen": {
+            "backend": found.choice.backend,
+            "layout": found.choice.layout,
+            "reason": found.choice.reason,
+            "kernels": [line.strip() for line in _kernels(found, _chosen(found))],
+        },
+        "possible": [
+            _place(path) | {"kernels": [line.strip() for line in _kernels(found, path)]}
+            for path in found.paths
+            if not path.reasons
+        ],
+        "impossible": [_place(path) | {"reasons": list(path.reasons)} for path in found.paths if path.reasons],
+        "memory_bytes": {
+            "total": found.memory.total,
+            "usable": found.memory.usable,
+            "weights": found.memory.weights,
+            "scratch": found.memory.scratch,
+            "kv_per_token": found.memory.kv_bytes_per_token,
+        },
+        "kv_tokens": found.memory.tokens,
+        "block_size": found.block_size,
+        "max_model_len": found.max_model_len,
+    }
+
+
+def kind_text(spec: AttentionSpec | None) -> str:
+    """One kind of layer's attention in a few words."""
+    if spec is None:
+        return "linear attention, without KV cache"
+    dtype, kv_dtype = (str(each).removeprefix("torch.") for each in (spec.dtype, spec.kv_dtype))
+    if (latent := spec.latent) is not None:
+        heads = f"{_count(spec.num_heads, 'head')} over a latent of {latent.kv_lora_rank} + {latent.rope_dim}"
+    else:
+        heads = f"{_count(spec.num_heads, 'head')} / {_count(spec.num_kv_heads, 'KV head')} × {spec.head_dim}"
+    more = [f"window {spec.sliding_window}"] if spec.sliding_window is not None else []
+    more += [f"softcap {spec.softcap:g}"] if spec.softcap is not None else []
+    more += ["sinks"] if spec.sinks else []
+    if latent is not None:
+        more += [f"scale {spec.scale:.4g}"]
+    return ", ".join([heads, *more, dtype if dtype == kv_dtype else f"{dtype}, KV cache {kv_dtype}"])
+
+
+def ranges(layers: tuple[int, ...]) -> str:
+    """`layers 0-93`; `layers 0, 2, 4, … 34 (18)` where they alternate."""
+    if len(layers) == 1:
+        return f"layer {layers[0]}"
+    step = layers[1] - layers[0]
+    if step == 1 and layers[-1] - layers[0] == len(layers) - 1:
+        return f"layers {layers[0]}-{layers[-1]}"
+    shown = [str(layer) for layer in layers[:3]]
+    return f"layers {', '.join(shown)}, … {layers[-1]} ({len(layers)})"
+
+
+def _chosen(found: Explanation) -> Path:
+    wanted = (found.choice.backend, found.choice.layout)
+    return next(path for path in found.paths if (path.backend, path.layout) == wanted)
+
+
+def _kernels(found: Explanation, path: Path) -> list[str]:
+    from miniserve.attention.routes import describe_decode
+
+    kinds = [kind for kind in found.kinds if kind.spec is not None]
+    lines = []
+    for kind, route in zip(kinds, path.routes, strict=True):
+        if kind.spec is not None:
+            decode = f"decode by {describe_decode(route.decode, kind.spec, found.platform)}"
+            which = "" if len(kinds) == 1 else f"{ranges(kind.layers)}: "
+            lines.append(f"  {which}{decode}; prefill by {_chunks(route)}")
+    return lines
+
+
+def _chunks(route: LayerRoute) -> str:
+    return route.prefill if route.prefill == route.extend else f"{route.prefill}, with context {route.extend}"
+
+
+def _others(found: Explanation) -> list[str]:
+    chosen, lines = _chosen(found), []
+    for path in found.paths:
+        if path is not chosen and not path.reasons:
+            lines += [f"  {_where(path)}", *(f"  {line}" for line in _kernels(found, path))]
+    return lines or ["  nothing else"]
+
+
+def _place(path: Path) -> dict[str, Any]:
+    return {"backend": path.backend, "layout": path.layout or None}
+
+
+def _where(path: Path) -> str:
+    return f"{path.backend}{f' over {path.layout}' if path.layout else ''}"
+
+
+def _memory(found: Explanation) -> list[str]:
+    from miniserve.attention.layouts import LAYOUTS
+
+    memory, layout = found.memory, LAYOUTS[found.choice.layout](found.block_size)
+    lines = [f"KV cache: {found.choice.layout}, blocks of {found.block_size} tokens"]
+    for kind in found.kinds:
+        if kind.spec is not None:
+            key, value = (" × ".join(map(str, shape[1:])) for shape in layout.shapes(kind.spec, 1))
+            planes = f"one plane of [{key}]" if kind.spec.latent else f"keys [{key}], values [{value}]"
+            lines.append(f"  {ranges(kind.layers)}: a block is {layout.block_bytes(kind.spec):,} bytes: {planes}")
+    lines.append(f"memory{' of each GPU' if found.tp > 1 else ''}")
+    weights = "not known for weights quantised like this" if memory.weights is None else _gib(memory.weights)
+    lines.append(f"  weights: {weights}")
+    lines += [f"  scratch of the backend: {_gib(memory.scratch)}"] if memory.scratch else []
+    lines.append(f"  KV cache: {memory.kv_bytes_per_token:,} bytes a token")
+    return lines + _capacity(memory, found.max_model_len)
+
+
+def _capacity(memory: Memory, longest: int) -> list[str]:
+    if memory.tokens is None or memory.usable is None or memory.total is None:
+        return []
+    share = f"{memory.usable / memory.total:.0%} of {_gib(memory.total)}"
+    if memory.tokens == 0:
+        remedy = f"the weights need --tp {memory.least_tp}" if memory.least_tp else "the weights are too large"
+        return [f"  room for no token in {share}: {remedy}"]
+    sequences = memory.tokens / longest
+    return [f"  room for {memory.tokens:,} tokens in {share}: {sequences:.1f} sequences of {longest:,}"]
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.1f} GiB"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

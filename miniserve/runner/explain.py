@@ -1,0 +1,215 @@
+"""What attention a model would get on some hardware and why, from its config.json: no weights and no GPU are needed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+
+import torch
+
+from miniserve.attention.backends.build import block_bytes, scratch_bytes
+from miniserve.attention.contracts import CONTRACTS, LayerRoute
+from miniserve.attention.layouts import LAYOUTS
+from miniserve.attention.platform import NAMED_PLATFORMS, Platform, detect_platform
+from miniserve.attention.select import Choice, select
+from miniserve.attention.spec import AttentionSpec
+from miniserve.core import UserError
+from miniserve.models.outline import Outline, shard, weight_bytes
+from miniserve.runner.tuning import load_preferred
+
+# What each device has, in GiB, as its driver states it.
+DEVICE_MEMORY = {
+    "mi300x": 192.0,
+    "mi300a": 128.0,
+    "mi308x": 192.0,
+    "mi325x": 256.0,
+    "mi350x": 288.0,
+    "mi355x": 288.0,
+    "a100": 80.0,
+    "h100": 79.6,
+    "h200": 140.4,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerKind:
+    """Layers whose attention is the same. layers: their indices; spec None: they have no KV cache."""
+
+    layers: tuple[int, ...]
+    spec: AttentionSpec | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Path:
+    """A backend over a layout: the kernels of each kind of layer with a KV cache, or the reasons it cannot be had (the
+    layout is then "" where no layout would help)."""
+
+    backend: str
+    layout: str
+    routes: tuple[LayerRoute, ...] = ()
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Of each GPU, in bytes; None where it is not known. tokens: that the KV cache has room for, all sequences
+    together, beside weights and scratch in `usable`. least_tp: where there is none, how many GPUs would have some."""
+
+    total: int | None
+    usable: int | None
+    weights: int | None
+    scratch: int
+    kv_bytes_per_token: int
+    tokens: int | None
+    least_tp: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """paths: every backend and layout, the chosen one among them. notes: sentences."""
+
+    model: str
+    outline: Outline
+    device: str
+    platform: Platform
+    tp: int
+    block_size: int
+    max_model_len: int
+    kinds: tuple[LayerKind, ...]
+    choice: Choice
+    paths: tuple[Path, ...]
+    memory: Memory
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wishes:
+    """What `explain` is asked: the engine's flags of these names, and how many GPUs share the model."""
+
+    device: str = "auto"
+    tp: int = 1
+    kv_layout: str = "auto"
+    kv_cache_dtype: str = "auto"
+    attention_backend: str = "auto"
+    dtype: str = "auto"
+    block_size: int = 16
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    gpu_memory_utilization: float = 0.9
+
+
+def explain(name: str, outline: Outline, wishes: Wishes, tuning: FilePath | None = None) -> Explanation:
+    """tuning: the directory of `miniserve tune`'s tables. Raises `UserError` where what was wished cannot be had, with
+    every reason."""
+    dtype = outline.dtype if wishes.dtype == "auto" else getattr(torch, wishes.dtype)
+    platform, memory = _hardware(wishes.device, dtype)
+    kv_dtype = dtype if wishes.kv_cache_dtype == "auto" else getattr(torch, wishes.kv_cache_dtype, platform.fp8_dtype)
+    layers = [None if spec is None else _part(spec, wishes.tp, dtype, kv_dtype) for spec in outline.layers]
+    specs = [spec for spec in layers if spec is not None]
+    choice = select(
+        specs,
+        platform,
+        block_size=wishes.block_size,
+        backend=wishes.attention_backend,
+        layout=wishes.kv_layout,
+        preferred=load_preferred(tuning, platform, specs, wishes.block_size),
+    )
+    longest = min(wishes.max_model_len or outline.max_position_embeddings, outline.max_position_embeddings)
+    kinds = tuple(
+        LayerKind(layers=tuple(index for index, other in enumerate(layers) if other == spec), spec=spec)
+        for spec in dict.fromkeys(layers)
+    )
+    return Explanation(
+        model=name,
+        outline=outline,
+        device=wishes.device,
+        platform=platform,
+        tp=wishes.tp,
+        block_size=wishes.block_size,
+        max_model_len=longest,
+        kinds=kinds,
+        choice=choice,
+        paths=tuple(_paths(specs, platform, wishes.block_size)),
+        memory=_memory(outline, choice, specs, wishes, memory, longest),
+        notes=tuple(_notes(outline, wishes, platform)),
+    )
+
+
+def _hardware(device: str, dtype: torch.dtype) -> tuple[Platform, int | None]:
+    """The platform and its memory in bytes."""
+    if device in NAMED_PLATFORMS:
+        memory = DEVICE_MEMORY.get(device)
+        return NAMED_PLATFORMS[device], None if memory is None else int(memory * 2**30)
+    if device != "auto":
+        raise UserError(f"--device {device!r} is not known; choose one of auto, {', '.join(NAMED_PLATFORMS)}.")
+    if not torch.cuda.is_available():
+        return detect_platform(torch.device("cpu"), dtype), None
+    return detect_platform(torch.device("cuda"), dtype), torch.cuda.mem_get_info()[1]
+
+
+def _part(spec: AttentionSpec, tp: int, dtype: torch.dtype, kv_dtype: torch.dtype) -> AttentionSpec:
+    return dataclasses.replace(shard(spec, tp), dtype=dtype, kv_dtype=kv_dtype)
+
+
+def _paths(specs: Sequence[AttentionSpec], platform: Platform, block_size: int) -> Iterator[Path]:
+    for contract in CONTRACTS:
+        if reasons := [*contract.platform_refusals(platform), *contract.kind_refusals(specs)]:
+            yield Path(backend=contract.name, layout="", reasons=tuple(reasons))
+            continue
+        for layout in platform.order(contract.layouts):
+            routes, reasons = contract.routes(specs, platform, layout, block_size)
+            kinds = tuple(dict(zip(specs, routes, strict=False)).values())
+            yield Path(backend=contract.name, layout=layout, routes=kinds, reasons=tuple(reasons))
+
+
+def _memory(
+    outline: Outline, choice: Choice, specs: Sequence[AttentionSpec], wishes: Wishes, total: int | None, longest: int
+) -> Memory:
+    layout = LAYOUTS[choice.layout](wishes.block_size)
+    block = block_bytes(choice, layout, specs)
+    weights = weight_bytes(outline, wishes.tp)
+    scratch = scratch_bytes(choice, specs, wishes.max_num_seqs, longest)
+    usable = None if total is None else int(total * wishes.gpu_memory_utilization)
+    tokens = None
+    if usable is not None and weights is not None:
+        tokens = max(0, usable - weights - scratch) // block * wishes.block_size
+    return Memory(
+        total=total,
+        usable=usable,
+        weights=weights,
+        scratch=scratch,
+        kv_bytes_per_token=block // wishes.block_size,
+        tokens=tokens,
+        least_tp=_least_tp(outline, usable) if tokens == 0 and usable is not None else None,
+    )
+
+
+def _least_tp(outline: Outline, usable: int) -> int | None:
+    for tp in (2, 4, 8, 16, 32, 64):
+        try:
+            weights = weight_bytes(outline, tp)
+        except UserError:  # its heads cannot be divided so often
+            return None
+        if weights is not None and weights < usable:
+            return tp
+    return None
+
+
+def _notes(outline: Outline, wishes: Wishes, platform: Platform) -> Iterator[str]:
+    yield from outline.missing
+    if wishes.tp > 1:
+        yield f"each of {wishes.tp} GPUs' part is shown; the engine itself serves TP 1 at present"
+    kv_heads = {spec.num_kv_heads for spec in outline.specs if spec.latent is None}
+    for count in sorted(kv_heads):
+        if wishes.tp > count:
+            yield f"{count} KV heads on {wishes.tp} GPUs: each head's cache is kept on {wishes.tp // count} of them"
+    if wishes.tp > 1 and any(spec.latent is not None for spec in outline.specs):
+        yield f"the latent cache is the same for all heads and is kept whole on each of {wishes.tp} GPUs"
+    if None in outline.layers:
+        yield "layers of linear attention keep a state of fixed size for each sequence, which is not counted"
+    if outline.fp8_kv and wishes.kv_cache_dtype == "auto":
+        yield "the checkpoint states scales for an fp8 KV cache; --kv-cache-dtype fp8 shows one"
+    if wishes.device in NAMED_PLATFORMS and platform.aiter_version is not None:
+        yield f"aiter v{'.'.join(map(str, platform.aiter_version))} and Triton are taken to be installed"

@@ -1,0 +1,202 @@
+"""`miniserve explain`, held to its answers for well-known models, each line of which was compared with the facts.
+
+`python tests/cli/test_cli_explain.py` writes the snapshots anew; read the difference before it is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import cli_terminal as cli
+import pytest
+from explain_models import MODELS
+
+from miniserve.cli.explain import explain, ranges
+from miniserve.core import UserError
+from miniserve.models.config import load_model_config
+from miniserve.models.hub import locate
+from miniserve.models.outline import read_outline, shard, weight_bytes
+from miniserve.models.registry import build_model
+from miniserve.models.registry import weight_bytes as real_weight_bytes
+from miniserve.runner.tuning import save_table, table_path
+
+SNAPSHOTS = Path(__file__).parent / "snapshots"
+# The flags that each model is asked with, beside each device.
+QUESTIONS: dict[str, list[dict[str, Any]]] = {
+    "Qwen3-235B-A22B": [{"tp": 1}, {"tp": 4}, {"tp": 8}],
+    "Qwen3-235B-A22B-FP8": [{"tp": 4}, {"tp": 4, "kv_cache_dtype": "fp8"}, {"tp": 1, "kv_cache_dtype": "fp8"}],
+    "Llama-3.1-8B": [{}, {"kv_cache_dtype": "fp8"}, {"kv_cache_dtype": "fp8", "attention_backend": "ROCM_AITER_FA"}],
+    "Llama-3.1-70B": [{"tp": 1, "kv_cache_dtype": "fp8"}, {"tp": 8, "kv_cache_dtype": "fp8"}],
+    "Llama-3.1-405B-FP8-KV": [{"tp": 8}, {"tp": 8, "kv_cache_dtype": "fp8"}],
+    "Qwen3.5-397B-A17B": [{"tp": 1}, {"tp": 8}, {"tp": 8, "kv_layout": "shuffled"}],
+    "DeepSeek-V3": [{"tp": 1}, {"tp": 4}, {"tp": 8}, {"tp": 8, "kv_cache_dtype": "fp8"}],
+    "gpt-oss-120b": [{"tp": 1}, {"tp": 8}, {"tp": 1, "kv_layout": "shuffled"}],
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def write_model(directory: Path, name: str) -> str:
+    (directory / name).mkdir(exist_ok=True)
+    (directory / name / "config.json").write_text(json.dumps(MODELS[name]))
+    return str(directory / name)
+
+
+def answer(path: str, **flags: Any) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        explain(path, **flags)
+    return out.getvalue()
+
+
+def snapshot(directory: Path, name: str) -> str:
+    path, parts = write_model(directory, name), []
+    for flags in QUESTIONS[name]:
+        for device in ("mi300x", "mi355x"):
+            asked = {"device": device} | flags
+            command = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in asked.items())
+            parts.append(f"$ miniserve explain {name} {command}\n{answer(path, **asked)}")
+    return "\n".join(parts)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_answers_are_those_reviewed(name: str, tmp_path: Path) -> None:
+    assert snapshot(tmp_path, name) == (SNAPSHOTS / f"explain-{name}.txt").read_text()
+
+
+def test_json_says_the_same(tmp_path: Path) -> None:
+    found = json.loads(answer(write_model(tmp_path, "gpt-oss-120b"), device="mi300x", as_json=True))
+    assert found["chosen"]["backend"] == "ROCM_AITER_UNIFIED_ATTN"
+    assert found["layers"][0]["layers"] == list(range(0, 36, 2))
+    assert {path["backend"] for path in found["impossible"]} >= {"ROCM_ATTN", "ROCM_AITER_FA"}
+    assert found["memory_bytes"]["kv_per_token"] == 36 * 2 * 8 * 64 * 2
+
+
+@pytest.mark.parametrize("layout", ["linear", "shuffled"])
+def test_head_dim_256_is_never_told_to_reach_the_asm_kernel(layout: str, tmp_path: Path) -> None:
+    text = answer(write_model(tmp_path, "Qwen3.5-397B-A17B"), device="mi300x", kv_layout=layout)
+    assert "ASM" not in text
+
+
+def test_a_tuning_table_decides_and_is_named(tmp_path: Path) -> None:
+    path = write_model(tmp_path, "Llama-3.1-8B")
+    from miniserve.attention.platform import NAMED_PLATFORMS
+    from miniserve.config import tuning_dir
+
+    specs = read_outline(MODELS["Llama-3.1-8B"], "x").specs
+    table = table_path(tuning_dir(), NAMED_PLATFORMS["mi300x"], specs, 16)
+    save_table(table, ["ROCM_AITER_FA:linear"], [])
+    assert "ROCM_AITER_FA over the linear KV layout: measured fastest by `miniserve tune`" in answer(
+        path, device="mi300x"
+    )
+    assert "measured" not in answer(path, device="mi355x")
+    table.write_text("{")
+    assert "measured" not in answer(path, device="mi300x")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"tp": 3}, "--tp 3 does not divide the model's 64 heads."),
+        ({"device": "mi9"}, "--device 'mi9' is not known; choose one of auto, mi300x"),
+        ({"attention_backend": "CPU_ATTN", "device": "mi300x"}, "it runs on cpu, not on gfx942"),
+        ({"kv_layout": "round"}, "--kv-layout 'round' is not known"),
+    ],
+)
+def test_what_cannot_be_had_is_a_sentence(flags: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^[^\n]+$") as error:
+        explain(write_model(tmp_path, "Qwen3-235B-A22B"), **flags)
+    assert said in str(error.value)
+
+
+def test_kv_heads_are_divided_or_kept_on_several_gpus() -> None:
+    spec = read_outline(MODELS["Qwen3-235B-A22B"], "x").specs[0]
+    assert [(shard(spec, tp).num_heads, shard(spec, tp).num_kv_heads) for tp in (1, 2, 4, 8, 16)] == [
+        (64, 4),
+        (32, 2),
+        (16, 1),
+        (8, 1),
+        (4, 1),
+    ]
+    with pytest.raises(UserError, match="16 and the model's 24 KV heads cannot"):
+        shard(read_outline(MODELS["Qwen3-235B-A22B"] | {"num_key_value_heads": 24}, "x").specs[0], 16)
+
+
+def test_an_unknown_model_type_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match=r"m is a FooForCausalLM \(model_type 'foo'\), whose config.json is not under"):
+        read_outline({"architectures": ["FooForCausalLM"], "model_type": "foo"}, "m")
+    with pytest.raises(UserError, match=r"The config.json of m lacks 'num_hidden_layers'"):
+        read_outline({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8} | HEADS, "m")
+
+
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+def outlines_of_served_models(tmp_path: Path) -> list[Path]:
+    """Directories of models that the engine can build: those of the table without their quantisation."""
+    paths = [locate(None).path]
+    for name in ("Qwen3-235B-A22B", "Llama-3.1-8B", "DeepSeek-V3"):
+        config = {key: value for key, value in MODELS[name].items() if key != "quantization_config"}
+        paths.append(tmp_path / name)
+        paths[-1].mkdir()
+        (paths[-1] / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4, "rope_theta": 1e6}))
+    return paths
+
+
+def test_the_outline_agrees_with_the_models_that_the_engine_builds(tmp_path: Path) -> None:
+    for path in outlines_of_served_models(tmp_path):
+        outline = read_outline(json.loads((path / "config.json").read_text()), path.name)
+        config = load_model_config(path)
+        model = build_model(config, dtype=outline.dtype, kv_dtype=outline.dtype, device="meta", max_model_len=16)
+        assert outline.missing == ()
+        for spec, real in zip(outline.layers, model.attention_specs, strict=True):
+            assert spec is not None and spec.scale == pytest.approx(real.scale)
+            assert (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.latent, spec.sliding_window) == (
+                real.num_heads,
+                real.num_kv_heads,
+                real.head_dim,
+                real.latent,
+                real.sliding_window,
+            )
+        assert weight_bytes(outline, 1) == pytest.approx(real_weight_bytes(config, outline.dtype, "cuda"), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "gib"),
+    # The checkpoints' sizes on the hub: 60.8 GiB by its card, and parameters times bytes.
+    [("gpt-oss-120b", 60.8), ("Qwen3.5-397B-A17B", 396.5e9 * 2 / 2**30), ("Qwen3-235B-A22B", 235.1e9 * 2 / 2**30)],
+)
+def test_weights_are_as_large_as_published(name: str, gib: float) -> None:
+    assert (weight_bytes(read_outline(MODELS[name], name), 1) or 0) / 2**30 == pytest.approx(gib, rel=0.01)
+
+
+def test_weights_quantised_in_an_unknown_way_are_not_guessed() -> None:
+    config = MODELS["Llama-3.1-8B"] | {"quantization_config": {"quant_method": "gptq"}}
+    assert weight_bytes(read_outline(config, "x"), 1) is None
+
+
+def test_ranges_of_layers() -> None:
+    assert ranges((3,)) == "layer 3"
+    assert ranges(tuple(range(94))) == "layers 0-93"
+    assert ranges((3, 7, 11, 15)) == "layers 3, 7, 11, … 15 (4)"
+
+
+def test_the_command_reads_config_json_alone_and_needs_no_gpu(tmp_path: Path) -> None:
+    done = cli.run("explain", write_model(tmp_path, "Llama-3.1-8B"), "--device", "h100", "--tp", "2")
+    assert done.returncode == 0, done.stderr
+    assert "chosen: TRITON_ATTN over the linear KV layout" in done.stdout
+    assert "on h100: sm_90, 132 compute units, 79.6 GiB" in done.stdout
+
+
+if __name__ == "__main__":
+    SNAPSHOTS.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as place:
+        for model in MODELS:
+            (SNAPSHOTS / f"explain-{model}.txt").write_text(snapshot(Path(place), model))
