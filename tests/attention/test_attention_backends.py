@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.cpu_attn import CpuBackend
 from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.backends.paged_kernels import torch_kernels
+from miniserve.attention.backends.paged_kernels import torch_kernels, triton_kernels
 from miniserve.attention.backends.torch_attn import DecodeMetadata, TorchBackend
 from miniserve.attention.backends.triton_attn import TritonBackend
 from miniserve.attention.layouts import LAYOUTS, KVLayout
@@ -87,3 +88,16 @@ def test_decode_does_not_depend_on_its_neighbours(layout_name: str) -> None:
         one = slice(row, row + 1)
         alone = backend.decode(Layer(spec), q[one], cache, DecodeMetadata(tables[one], lens[one]))
         assert torch.equal(alone, together[one])
+
+
+def test_the_twins_of_triton_s_kernels_take_what_those_take() -> None:
+    """Else a backend that is right on a CPU would fail on a GPU."""
+    pytest.importorskip("triton")
+    for name in ("paged_decode", "paged_extend", "write_kv"):
+        ours, theirs = (inspect.signature(getattr(kernels(), name)) for kernels in (torch_kernels, triton_kernels))
+        known = {"num_kv_heads", "block_size", "shuffled", "scale", "window", "softcap", "sinks", "k_scale", "v_scale"}
+        asked = [name for name, it in ours.parameters.items() if it.kind is not it.VAR_KEYWORD]
+        missing = (known if name == "paged_decode" else set()) | set(asked)
+        assert missing <= set(theirs.parameters), name
+        given = {name for name, it in theirs.parameters.items() if it.default is it.empty}
+        assert given <= missing, name

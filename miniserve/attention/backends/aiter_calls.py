@@ -20,11 +20,9 @@ class PagedScratch:
     partition the values, the largest logit and the sum of exponentials."""
 
     def __init__(self, options: BackendOptions) -> None:
-        entries, values = _scratch_sizes(options)
-        itemsize = max(spec.dtype.itemsize for spec in options.specs)
+        self._entries, size = _scratch_sizes(options.specs, options.max_rows, options.max_seq_len)
         # paged_attention_v1 lays the three parts out in it by itself, the other kernels are given each.
-        self._bytes = torch.empty(2 * 4 * entries + itemsize * values, dtype=torch.uint8, device=options.device)
-        self._entries = entries
+        self._bytes = torch.empty(size, dtype=torch.uint8, device=options.device)
 
     @property
     def workspace(self) -> torch.Tensor:
@@ -43,8 +41,7 @@ class PagedScratch:
 
 def scratch_bytes(specs: Sequence[AttentionSpec], max_rows: int, max_seq_len: int) -> int:
     """Bytes of a `PagedScratch`."""
-    partitions = -(-max_seq_len // _PARTITION)
-    return max(max_rows * spec.num_heads * partitions * (8 + spec.head_dim * spec.dtype.itemsize) for spec in specs)
+    return _scratch_sizes(specs, max_rows, max_seq_len)[1]
 
 
 class AsmScales:
@@ -239,10 +236,9 @@ def unified(
     )
 
 
-def _scratch_sizes(options: BackendOptions) -> tuple[int, int]:
-    partitions = -(-options.max_seq_len // _PARTITION)
-    rows = options.max_rows * partitions
-    return (
-        max(rows * spec.num_heads for spec in options.specs),
-        max(rows * spec.num_heads * spec.head_dim for spec in options.specs),
-    )
+def _scratch_sizes(specs: Sequence[AttentionSpec], max_rows: int, max_seq_len: int) -> tuple[int, int]:
+    """The most (row, head, partition) entries of any layer, and the bytes of them with the most bytes of values."""
+    rows = max_rows * -(-max_seq_len // _PARTITION)
+    entries = max(rows * spec.num_heads for spec in specs)
+    values = max(rows * spec.num_heads * spec.head_dim * spec.dtype.itemsize for spec in specs)
+    return entries, 2 * 4 * entries + values

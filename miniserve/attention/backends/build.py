@@ -10,7 +10,7 @@ from miniserve.attention.backends import aiter_calls
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.paged_kernels import PagedKernels, torch_kernels, triton_kernels
-from miniserve.attention.backends.rocm_aiter_fa import FlashBackend
+from miniserve.attention.backends.rocm_aiter_fa import FlashBackend, gathered_bytes
 from miniserve.attention.backends.rocm_attn import RocmBackend
 from miniserve.attention.backends.rocm_unified import UnifiedBackend
 from miniserve.attention.backends.torch_attn import TorchBackend
@@ -50,9 +50,12 @@ def _paged_kernels(options: BackendOptions) -> PagedKernels:
 
 def scratch_bytes(choice: Choice, specs: Sequence[AttentionSpec], max_rows: int, max_seq_len: int) -> int:
     """What the backend allocates beside the cache, where that is more than a few megabytes."""
-    if choice.backend in ("ROCM_ATTN", "ROCM_AITER_FA"):
-        return aiter_calls.scratch_bytes(specs, max_rows, max_seq_len)
-    return 0
+    if choice.backend not in ("ROCM_ATTN", "ROCM_AITER_FA"):
+        return 0
+    scratch = aiter_calls.scratch_bytes(specs, max_rows, max_seq_len)
+    if choice.backend == "ROCM_AITER_FA":
+        scratch += gathered_bytes(specs, max_rows * max_seq_len)
+    return scratch
 
 
 def block_bytes(choice: Choice, layout: KVLayout, specs: Sequence[AttentionSpec]) -> int:

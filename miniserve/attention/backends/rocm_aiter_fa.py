@@ -6,6 +6,7 @@ the parts by their log-sum-exps. Layers that these kernels cannot take go to ait
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,10 +28,23 @@ from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.merge import merge_lse
 from miniserve.attention.metadata import StepBatch
 from miniserve.attention.routes import common_route, has_wrong_length, window_pair
-from miniserve.attention.spec import AttentionLayer
+from miniserve.attention.spec import AttentionLayer, AttentionSpec
 
 FLASH = "flash_attn_varlen_func"
 CONTEXT_TOKENS = 32768  # of cached context that are gathered at once
+
+
+def gathered_bytes(specs: Sequence[AttentionSpec], most_tokens: int) -> int:
+    """What a piece of gathered context takes at most: keys and values, and of an fp8 cache its codes and what they are
+    in float32 before they are rounded."""
+    tokens = min(CONTEXT_TOKENS, most_tokens)
+    return max(
+        tokens
+        * spec.num_kv_heads
+        * spec.head_dim
+        * (2 * spec.dtype.itemsize + (6 if spec.kv_dtype.itemsize == 1 else 0))
+        for spec in specs
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,71 @@
+"""What backends allocate beside the cache is what the memory plan was told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from attention_steps import make_step
+from engine_support import stand_in
+
+from miniserve.attention import aiter
+from miniserve.attention.backends.aiter_calls import AsmScales, PagedScratch, scratch_bytes
+from miniserve.attention.backends.build import block_bytes
+from miniserve.attention.backends.build import scratch_bytes as planned_bytes
+from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.layouts import LAYOUTS
+from miniserve.attention.platform import NAMED_PLATFORMS
+from miniserve.attention.select import select
+from miniserve.attention.spec import AttentionSpec
+
+MI300X = NAMED_PLATFORMS["mi300x"]
+SPEC = AttentionSpec(16, 2, 128, 128**-0.5, torch.bfloat16, torch.bfloat16)
+WIDE = replace(SPEC, num_heads=10, head_dim=256, scale=1 / 16)
+
+
+@pytest.mark.parametrize(("rows", "longest", "partitions"), [(8, 600, 3), (3, 256, 1), (1, 257, 2)])
+def test_the_paged_kernels_scratch(rows: int, longest: int, partitions: int) -> None:
+    options = BackendOptions(
+        specs=(SPEC, WIDE),
+        routes=(),
+        platform=MI300X,
+        device=torch.device("cpu"),
+        max_rows=rows,
+        max_seq_len=longest,
+    )
+    scratch = PagedScratch(options)
+    assert scratch.workspace.nbytes == scratch_bytes((SPEC, WIDE), rows, longest)
+    for spec in (SPEC, WIDE):
+        q = torch.empty(rows, spec.num_heads, spec.head_dim, dtype=torch.bfloat16)
+        sums, logits, values = scratch.parts(q, longest)
+        shape = (rows, spec.num_heads, partitions)
+        assert (sums.shape, logits.shape, values.shape) == (shape, shape, (*shape, spec.head_dim))
+        assert (sums.dtype, logits.dtype, values.dtype) == (torch.float32, torch.float32, torch.bfloat16)
+        places = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in (sums, logits, values)]
+        assert all(end <= start for (_, end), (start, _) in pairwise(places)), "they overlap"
+        assert places[-1][1] <= scratch.workspace.data_ptr() + scratch.workspace.nbytes
+
+
+def test_only_the_backends_that_allocate_are_charged() -> None:
+    charged = {}
+    for backend in ("ROCM_ATTN", "ROCM_AITER_FA", "ROCM_AITER_UNIFIED_ATTN", "TRITON_ATTN"):
+        choice = select([SPEC], MI300X, block_size=16, backend=backend)
+        charged[backend] = planned_bytes(choice, [SPEC], 256, 4096)
+    assert charged["ROCM_ATTN"] == 256 * 16 * 16 * (8 + 2 * 128)
+    assert charged["ROCM_AITER_FA"] == charged["ROCM_ATTN"] + 32768 * 2 * 128 * 4
+    assert charged["ROCM_AITER_UNIFIED_ATTN"] == charged["TRITON_ATTN"] == 0
+
+
+def test_the_asm_kernel_s_scales_are_charged_by_the_block() -> None:
+    spec = replace(SPEC, kv_dtype=MI300X.fp8_dtype)
+    layout = LAYOUTS["shuffled"](16)
+    choice = select([spec], MI300X, block_size=16, backend="ROCM_AITER_FA", layout="shuffled")
+    with stand_in("gfx942", 4):
+        assert aiter.load().fp8 == spec.kv_dtype
+        step = make_step((spec, 16, [(20, 1)], 1), "shuffled", 0, (0.5, 0.25))
+        tables = AsmScales(16).of(step.layer, step.cache)
+    num_blocks = step.cache.key.shape[0]
+    taken = sum(table.nbytes for table in tables if table is not None)
+    assert block_bytes(choice, layout, [spec]) * num_blocks == step.cache.key.nbytes + step.cache.value.nbytes + taken
