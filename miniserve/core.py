@@ -201,14 +201,26 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceStep:
+    """What a step was on the device. `bucket`: the rows of the graph that ran it, 0 where none did. `seconds` it ran,
+    and `idle` seconds the device waited for it after the step before; None where no clock of the device says."""
+
+    bucket: int = 0
+    seconds: float | None = None
+    idle: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """What the runner found. `token_ids` and `logprobs` align with `StepPlan.sampling_rows` (a logprobs entry is None
     where the request asked for none; the list is None where no row asked). `prompt_logprobs` maps a row to the entries
-    of this step's chunk, one per logprob target."""
+    of this step's chunk, one per logprob target. `device` is None where launch and collect were the whole of the work,
+    as on a CPU."""
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None] | None = None
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    device: DeviceStep | None = None
 
 
 class Runner(Protocol):
@@ -221,6 +233,72 @@ class Runner(Protocol):
 
 
 # --- engine -> API process ----------------------------------------------------------------------------------------
+
+
+class StepTraffic(msgspec.Struct, kw_only=True, frozen=True):
+    """What a step reads of the device's memory, in bytes.
+
+    weights: read in every step. expert: one routed expert's weights, over all layers that have them, of `num_experts`
+    of which a token takes `top_k` (all three 0 without experts). kv: pairs of a window in tokens (None: all of the
+    context) and the bytes of one cached token in all layers with that window. bandwidth: bytes a second that the device
+    was measured to move when the engine started, None where it could not be.
+    """
+
+    weights: int
+    expert: int = 0
+    num_experts: int = 0
+    top_k: int = 0
+    kv: list[tuple[int | None, int]]
+    bandwidth: float | None = None
+
+
+class StepTotals(msgspec.Struct, kw_only=True, array_like=True):
+    """Sums over steps since the engine started. "decode": steps of decode rows alone; all other fields but the last two
+    are of these. Steps in seconds, bytes as modelled by `StepTraffic`. `timed_host` and `timed_idle`: what the host
+    did, and the device waited, for the steps whose wait a clock of the device measured."""
+
+    decode_steps: int = 0
+    decode_seconds: float = 0.0
+    decode_rows: int = 0
+    padded_rows: int = 0
+    weight_bytes: int = 0
+    kv_bytes: int = 0
+    timed_host: float = 0.0
+    timed_idle: float = 0.0
+    mixed_steps: int = 0
+    mixed_seconds: float = 0.0
+
+    def since(self, earlier: StepTotals) -> StepTotals:
+        """What came after `earlier`."""
+        names = self.__struct_fields__
+        return StepTotals(**{name: getattr(self, name) - getattr(earlier, name) for name in names})
+
+
+class StepRecord(msgspec.Struct, array_like=True, gc=False):
+    """One step, as the host and the device saw it. Times in seconds; `start` is of the wall clock (Unix time).
+
+    The host schedules, launches, later waits for the step from `wait_start` (seconds after `start`) on, and takes its
+    results in (`update`). rows: decode rows; tokens: of all rows and chunks; bucket: see `DeviceStep`; preemptions:
+    requests that had to leave for this step. weight_bytes, kv_bytes: None where no model says.
+    """
+
+    number: int
+    start: float
+    kind: str  # decode; prefill: chunks alone; mixed: both
+    rows: int
+    chunks: int
+    tokens: int
+    bucket: int
+    preemptions: int
+    schedule: float
+    launch: float
+    wait_start: float
+    wait: float
+    update: float
+    device: float | None
+    idle: float | None
+    weight_bytes: int | None
+    kv_bytes: int | None
 
 
 class EngineInfo(msgspec.Struct, kw_only=True, frozen=True):
@@ -243,6 +321,7 @@ class EngineInfo(msgspec.Struct, kw_only=True, frozen=True):
     eos_token_ids: list[int]
     memory: list[tuple[str, int]]  # rows of the memory plan: (what, bytes)
     attention: list[str]  # the chosen path and why, a sentence a line
+    traffic: StepTraffic | None = None  # what a step reads, where the runner knows
 
 
 @dataclass(slots=True, kw_only=True)

@@ -1,4 +1,5 @@
-"""What the scheduler costs per decode step: `python -m miniserve.bench.scheduler`. No model, no device."""
+"""What the scheduler and the step log cost per decode step: `python -m miniserve.bench.scheduler`. No model, no
+device."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from collections import deque
 from statistics import median, quantiles
 
 from miniserve.config import SchedulerConfig
-from miniserve.core import Request, RequestOutput, SamplingParams, StepPlan, StepResult
+from miniserve.core import DeviceStep, Request, RequestOutput, SamplingParams, StepPlan, StepResult, StepTraffic
+from miniserve.engine.step_log import StepLog
 from miniserve.scheduler import Scheduler
 
 BLOCK_SIZE = 16
@@ -68,6 +70,26 @@ def measure(num_requests: int, depth: int, num_steps: int, output_len: int | Non
     return durations[WARMUP_STEPS:]
 
 
+def measure_log(num_requests: int, num_steps: int) -> list[float]:
+    """Seconds that the step log takes of a step: one of `num_requests` rows, whose set changes every 20 steps."""
+    traffic = StepTraffic(weights=10**9, expert=10**6, num_experts=128, top_k=8, kv=[(None, 4096), (1024, 4096)])
+    log = StepLog(traffic, num_requests)
+    result = StepResult([], device=DeviceStep(num_requests, 1e-3, 1e-5))
+    durations = []
+    for step in range(WARMUP_STEPS + num_steps):
+        if step % 20 == 0:
+            plan = StepPlan([], [], [], list(range(num_requests)), [])
+        started = time.perf_counter()
+        clock = log.clock
+        start, scheduled = clock(), clock()
+        opened = log.open(
+            plan, None, start=start, scheduled=scheduled, launched=clock(), preemptions=0, after_rest=False
+        )
+        log.close(opened, result, wait_start=clock(), collected=clock())
+        durations.append(time.perf_counter() - started)
+    return durations[WARMUP_STEPS:]
+
+
 def main() -> None:
     print("schedule + update, microseconds per step")
     print(f"{'requests':>8}  {'load':<12}  {'loop':<10}  {'median':>7}  {'p99':>7}")
@@ -77,6 +99,10 @@ def main() -> None:
                 durations = [1e6 * duration for duration in measure(num_requests, depth, 2000, output_len)]
                 p99 = quantiles(durations, n=100)[-1]
                 print(f"{num_requests:>8}  {load:<12}  {loop:<10}  {median(durations):>7.1f}  {p99:>7.1f}")
+        durations = [1e6 * duration for duration in measure_log(num_requests, 2000)]
+        print(
+            f"{num_requests:>8}  {'step log':<24}  {median(durations):>7.1f}  {quantiles(durations, n=100)[-1]:>7.1f}"
+        )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from miniserve.config import EngineConfig, SchedulerConfig
 from miniserve.core import EngineInfo, Runner
 from miniserve.engine.loop import EngineLoop
+from miniserve.engine.step_log import StepLog
 from miniserve.scheduler.scheduler import Scheduler
 
 RUNNER_FACTORY = "miniserve.runner.build:build_runner"
@@ -41,4 +42,5 @@ def build_engine(
             eos_token_ids=frozenset(info.eos_token_ids),
         )
     )
-    return EngineLoop(scheduler, runner, overlap=info.async_scheduling), info
+    log = StepLog(info.traffic, info.max_num_seqs)
+    return EngineLoop(scheduler, runner, log, overlap=info.async_scheduling), info

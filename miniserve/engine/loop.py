@@ -9,17 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from miniserve.core import Request, RequestOutput, Runner, SchedulerStats, StepPlan
+from miniserve.core import Request, RequestOutput, Runner, SchedulerStats
+from miniserve.engine.step_log import LaunchedStep, StepLog
 from miniserve.scheduler.scheduler import Scheduler
 
 
 class EngineLoop:
-    """A scheduler and a runner at work. Errors of either propagate and leave the loop unusable."""
+    """A scheduler and a runner at work; `log` keeps what the steps were. Errors of either propagate and leave the loop
+    unusable."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, *, overlap: bool) -> None:
+    def __init__(self, scheduler: Scheduler, runner: Runner, log: StepLog, *, overlap: bool) -> None:
+        self.log = log
         self._scheduler = scheduler
         self._runner = runner
-        self._in_flight: tuple[StepPlan, object] | None = None
+        self._in_flight: LaunchedStep | None = None
+        self._rested = True  # there was nothing to do before the next step
         self.step = self._step_overlapped if overlap else self._step_plain
 
     def add(self, request: Request) -> None:
@@ -41,20 +45,44 @@ class EngineLoop:
         return self._scheduler.stats()
 
     def _step_plain(self) -> list[RequestOutput]:
-        plan = self._scheduler.schedule()
-        if plan is None:
-            return self._idle()
-        result = self._runner.collect(self._runner.launch(plan))
-        return self._scheduler.update(plan, result)
+        launched = self._launch()
+        return self._idle() if launched is None else self._finish(launched)
 
     def _step_overlapped(self) -> list[RequestOutput]:
-        plan = self._scheduler.schedule()
-        previous = self._in_flight
-        self._in_flight = None if plan is None else (plan, self._runner.launch(plan))
+        launched = self._launch()
+        previous, self._in_flight = self._in_flight, launched
         if previous is None:
-            return [] if plan is not None else self._idle()
-        previous_plan, handle = previous
-        return self._scheduler.update(previous_plan, self._runner.collect(handle))
+            return [] if launched is not None else self._idle()
+        return self._finish(previous)
+
+    def _launch(self) -> LaunchedStep | None:
+        clock, preemptions = self.log.clock, self._scheduler.num_preemptions
+        start = clock()
+        plan = self._scheduler.schedule()
+        if plan is None:
+            return None
+        scheduled = clock()
+        handle = self._runner.launch(plan)
+        after_rest, self._rested = self._rested, False
+        return self.log.open(
+            plan,
+            handle,
+            start=start,
+            scheduled=scheduled,
+            launched=clock(),
+            preemptions=self._scheduler.num_preemptions - preemptions,
+            after_rest=after_rest,
+        )
+
+    def _finish(self, step: LaunchedStep) -> list[RequestOutput]:
+        clock = self.log.clock
+        wait_start = clock()
+        result = self._runner.collect(step.handle)
+        collected = clock()
+        outputs = self._scheduler.update(step.plan, result)
+        self.log.close(step, result, wait_start=wait_start, collected=collected)
+        self._rested = not self._scheduler.has_work()
+        return outputs
 
     def _idle(self) -> list[RequestOutput]:
         if self._scheduler.has_work():

@@ -113,6 +113,11 @@ class Scheduler:
         """Requests are unfinished or steps are in flight."""
         return bool(self._sequences or self._in_flight)
 
+    @property
+    def num_preemptions(self) -> int:
+        """Since the start."""
+        return self._num_preemptions
+
     def stats(self) -> SchedulerStats:
         num_blocks = self._config.num_blocks
         return SchedulerStats(

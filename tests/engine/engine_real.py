@@ -18,6 +18,7 @@ from miniserve.attention.layouts import LAYOUTS, LatentLayout
 from miniserve.config import SchedulerConfig
 from miniserve.core import Request, RequestOutput, SamplingParams
 from miniserve.engine.loop import EngineLoop
+from miniserve.engine.step_log import StepLog
 from miniserve.kernels import native
 from miniserve.models.config import load_model_config
 from miniserve.models.dense import CausalLM
@@ -99,7 +100,7 @@ def make_engine(
         Sampler(setup.max_num_seqs, model.config.vocab_size, CPU, eos, seed=0),
     )
     scheduler = Scheduler(config)
-    return EngineLoop(scheduler, runner, overlap=setup.overlap), scheduler, config
+    return EngineLoop(scheduler, runner, StepLog(None, setup.max_num_seqs), overlap=setup.overlap), scheduler, config
 
 
 def generate(

@@ -10,6 +10,7 @@ from miniserve.config import EngineConfig, SchedulerConfig
 from miniserve.core import InvalidRequest, Request, SamplingParams, UserError
 from miniserve.engine.build import build_engine
 from miniserve.engine.loop import EngineLoop
+from miniserve.engine.step_log import StepLog
 from miniserve.models.generation_config import load_generation_defaults
 from miniserve.scheduler.scheduler import Scheduler
 
@@ -19,7 +20,7 @@ def make(overlap: bool, num_blocks: int = 12, **runner: float) -> tuple[EngineLo
         num_blocks=num_blocks, block_size=4, max_num_seqs=4, max_num_batched_tokens=8, max_model_len=40
     )
     fake = FakeRunner(block_size=4, **runner)  # type: ignore[arg-type]
-    return EngineLoop(Scheduler(config), fake, overlap=overlap), fake
+    return EngineLoop(Scheduler(config), fake, StepLog(None, 4), overlap=overlap), fake
 
 
 def request(name: str, prompt: list[int], max_tokens: int) -> Request:
@@ -81,7 +82,7 @@ def test_a_scheduler_without_a_step_for_its_requests_is_an_error_and_no_endless_
 
     config = SchedulerConfig(num_blocks=4, block_size=4, max_num_seqs=4, max_num_batched_tokens=8, max_model_len=40)
     for overlap in (False, True):
-        loop = EngineLoop(Stuck(config), FakeRunner(), overlap=overlap)
+        loop = EngineLoop(Stuck(config), FakeRunner(), StepLog(None, 4), overlap=overlap)
         loop.add(request("a", [1], 1))
         with pytest.raises(RuntimeError, match="no step to run"):
             loop.step()

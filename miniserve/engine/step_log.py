@@ -1,0 +1,170 @@
+"""What the last steps were and how long each part of them took: a ring of records, and sums over all steps.
+
+It costs a few microseconds a step, so it is always on. How much context the decode rows read is counted along with the
+plans, in O(1) for a step whose rows are those of the step before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from miniserve.core import StepPlan, StepRecord, StepResult, StepTotals, StepTraffic
+from miniserve.engine.roofline import kv_bytes, weight_bytes
+
+RING_SIZE = 1024
+
+
+@dataclass(slots=True)  # not frozen: that would cost a microsecond of every step
+class LaunchedStep:
+    """A step on its way: what the runner returned for it, and when its parts began and ended (the log's clock)."""
+
+    plan: StepPlan
+    handle: object
+    start: float
+    scheduled: float
+    launched: float
+    preemptions: int
+    after_rest: bool  # the device had nothing to do before it, so its idle time says nothing
+    num_tokens: int
+    weight_bytes: int | None
+    kv_bytes: int | None
+
+
+class StepLog:
+    """Steps are `open`ed once launched, in the order of their launches, and `close`d in the same order. `traffic` None:
+    bytes are unknown. `max_num_seqs` bounds the row numbers. `clock` counts seconds from an arbitrary point."""
+
+    def __init__(
+        self, traffic: StepTraffic | None, max_num_seqs: int, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.clock = clock
+        self.totals = StepTotals()
+        self._traffic = traffic
+        self._context = None if traffic is None else _Context(traffic, max_num_seqs)
+        self._weights = lru_cache(maxsize=max_num_seqs)(lambda n: 0 if traffic is None else weight_bytes(traffic, n))
+        self._ring: deque[StepRecord] = deque(maxlen=RING_SIZE)
+        self._to_wall = time.time() - clock()
+        self._number = 0
+
+    def open(
+        self,
+        plan: StepPlan,
+        handle: object,
+        *,
+        start: float,
+        scheduled: float,
+        launched: float,
+        preemptions: int,
+        after_rest: bool,
+    ) -> LaunchedStep:
+        num_tokens = plan.num_tokens
+        weights = kv = None
+        if self._traffic is not None and self._context is not None:
+            weights = self._weights(num_tokens)
+            kv = self._context.read(plan)
+        return LaunchedStep(plan, handle, start, scheduled, launched, preemptions, after_rest, num_tokens, weights, kv)
+
+    def close(self, step: LaunchedStep, result: StepResult, *, wait_start: float, collected: float) -> None:
+        """To be called when the results have been taken in."""
+        updated = self.clock()
+        plan, device = step.plan, result.device
+        kind = "decode" if not plan.chunks else "mixed" if plan.decode_rows else "prefill"
+        schedule, launch = step.scheduled - step.start, step.launched - step.scheduled
+        wait, update = collected - wait_start, updated - collected
+        bucket, seconds, idle = 0, None, None
+        if device is not None:
+            bucket, seconds = device.bucket, device.seconds
+            idle = None if step.after_rest else device.idle
+        rows = len(plan.decode_rows)
+        record = StepRecord(
+            self._number, step.start + self._to_wall, kind, rows, len(plan.chunks), step.num_tokens, bucket,
+            step.preemptions, schedule, launch, wait_start - step.start, wait, update, seconds, idle,
+            step.weight_bytes, step.kv_bytes,
+        )  # fmt: skip
+        self._number += 1
+        self._ring.append(record)
+        totals, host = self.totals, schedule + launch + update
+        # The device's own time where it has a clock; else the launch or the wait is the computing.
+        took = host + wait if seconds is None else seconds + (idle or 0.0)
+        if plan.chunks:
+            totals.mixed_steps += 1
+            totals.mixed_seconds += took
+            return
+        totals.decode_steps += 1
+        totals.decode_seconds += took
+        totals.decode_rows += rows
+        totals.padded_rows += max(0, bucket - rows)
+        totals.weight_bytes += step.weight_bytes or 0
+        totals.kv_bytes += step.kv_bytes or 0
+        if idle is not None:
+            totals.timed_host += host
+            totals.timed_idle += idle
+
+    def records(self, limit: int = RING_SIZE) -> list[StepRecord]:
+        """The last `limit` steps that are done, the oldest first."""
+        records = list(self._ring)
+        return records[max(0, len(records) - limit) :]
+
+
+class _Context:
+    """Follows the length of every row's context through the plans, to know what attention reads."""
+
+    def __init__(self, traffic: StepTraffic, max_num_seqs: int) -> None:
+        self._traffic = traffic
+        self._lens = np.zeros(max_num_seqs, dtype=np.int64)
+        self._decode_rows: list[int] = []
+        self._rows = np.zeros(0, dtype=np.int64)
+        self._ahead = 0  # tokens by which the decoding rows are longer than `_lens` says
+        self._windows = [_Window(window, size) for window, size in traffic.kv]
+
+    def read(self, plan: StepPlan) -> int:
+        """Bytes of cache that a step reads; plans must come in order."""
+        rows = plan.decode_rows
+        if rows is not self._decode_rows:  # the scheduler hands out the same list for the same rows
+            self._lens[self._rows] += self._ahead
+            self._decode_rows, self._rows, self._ahead = rows, np.array(rows, dtype=np.int64), 0
+            lens = self._lens[self._rows]
+            for window in self._windows:
+                window.restart(lens)
+        self._ahead += 1
+        total = 0
+        for window in self._windows:
+            total += window.advance(self._ahead)
+        for chunk in plan.chunks:
+            seq_len = self._lens[chunk.row] = chunk.start + len(chunk.token_ids)
+            total += kv_bytes(self._traffic, seq_len)
+        return total
+
+
+class _Window:
+    """What decode rows read in the layers of one window (tokens, None: of no bound), all of them growing by a token a
+    step. `size`: bytes of a token in these layers."""
+
+    def __init__(self, window: int | None, size: int) -> None:
+        self._window, self._size = window, size
+        self._tokens = 0
+        self._growing = 0  # rows that are not longer than the window yet
+        self._room: list[int] = []  # tokens they may still grow by, the least last
+
+    def restart(self, lens: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
+        self._growing, self._room = len(lens), []
+        if self._window is None:
+            self._tokens = int(lens.sum())
+        else:
+            self._tokens = int(np.minimum(lens, self._window).sum())
+            self._room = sorted((self._window - lens).tolist(), reverse=True)
+
+    def advance(self, steps: int) -> int:
+        """Bytes that the step reads which is the `steps`-th since `restart`."""
+        room = self._room
+        while room and room[-1] < steps:
+            room.pop()
+            self._growing -= 1
+        self._tokens += self._growing
+        return self._tokens * self._size
