@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from miniserve.attention import tuning
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.build import block_bytes, build_backend, scratch_bytes
 from miniserve.attention.backends.latent_base import CONTEXT_TOKENS
@@ -18,7 +17,7 @@ from miniserve.attention.layouts import LAYOUTS, KVCache
 from miniserve.attention.platform import Platform, detect_platform, emulated_platform
 from miniserve.attention.routes import describe_routes
 from miniserve.attention.select import Choice, select
-from miniserve.config import EngineConfig
+from miniserve.config import EngineConfig, tuning_dir
 from miniserve.core import EngineInfo, UserError
 from miniserve.kernels import native
 from miniserve.models.config import ModelConfig, load_model_config
@@ -30,6 +29,7 @@ from miniserve.runner.memory import MemoryPlan, available_bytes, check_weights_f
 from miniserve.runner.runner import ModelRunner
 from miniserve.runner.sampler import Sampler
 from miniserve.runner.state import StepState
+from miniserve.runner.tuning import load_preferred
 
 if TYPE_CHECKING:
     from miniserve.kernels.triton.runtime import TritonKernels
@@ -72,7 +72,7 @@ def build_runner(
         block_size=config.block_size,
         backend=config.attention_backend,
         layout=config.kv_layout,
-        preferred=tuning.preferred(platform, model.attention_specs, config.block_size),
+        preferred=load_preferred(tuning_dir(), platform, model.attention_specs, config.block_size),
     )
     _fill(model, config, source_path, progress)
     layout = LAYOUTS[choice.layout](config.block_size)
