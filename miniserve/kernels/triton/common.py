@@ -22,6 +22,12 @@ def platform() -> Platform:
     return "hip" if torch.version.hip else "cuda"
 
 
+def dot_precision(on: Platform) -> str:
+    """How matrix products of float32 are taken (other dtypes have one way only): to float32's accuracy, and by the
+    matrix unit; NVIDIA's does it in three passes of TF32."""
+    return "tf32x3" if on == "cuda" else "ieee"
+
+
 def plane_strides(plane: torch.Tensor, shuffled: bool) -> tuple[int, int, int]:
     """(block, token, kv head) strides in elements of a key or value plane; a shuffled plane has no token stride."""
     if shuffled:

@@ -5,7 +5,7 @@ Pure data and arithmetic, importable without Triton, so that a table of every la
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Platform = Literal["cuda", "hip"]
@@ -36,63 +36,67 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-# Rows: (platform, largest bytes of one key [padded head_dim x itemsize], keys per tile, warps, stages).
-# A tile of keys and one of values per stage have to fit beside each other: 64 KiB of LDS on gfx942, 227 KiB on sm_90.
-_DECODE: tuple[tuple[Platform, int, int, int, int], ...] = (
-    ("cuda", 128, 128, 4, 3),
-    ("cuda", 256, 64, 4, 3),
-    ("cuda", 512, 64, 4, 2),
-    ("cuda", 1024, 16, 4, 2),
-    ("hip", 128, 128, 4, 2),
-    ("hip", 256, 64, 4, 2),
-    ("hip", 512, 32, 4, 2),
-    ("hip", 1024, 16, 4, 2),
+# The first row that fits is taken. Keys and values of every stage have to lie beside each other in shared memory (64
+# KiB on gfx942, 227 KiB on sm_90) and nothing may spill on AMD: `compile_check` holds the tables to that.
+_Row = tuple[Platform, int, int, Launch]  # platform, largest padded head_dim, largest itemsize of the cache
+_DECODE: tuple[_Row, ...] = (  # block_m stands for any: it follows from the group
+    ("cuda", 64, 2, Launch(0, 128, 4, 3)),
+    ("cuda", 128, 1, Launch(0, 64, 4, 4)),
+    ("cuda", 128, 2, Launch(0, 64, 4, 3)),
+    ("cuda", 256, 2, Launch(0, 32, 4, 3)),
+    ("cuda", 128, 4, Launch(0, 32, 4, 2)),
+    ("cuda", 256, 4, Launch(0, 16, 4, 2)),
+    ("hip", 64, 2, Launch(0, 64, 4, 2)),
+    ("hip", 128, 2, Launch(0, 32, 4, 2)),
+    ("hip", 256, 4, Launch(0, 16, 4, 2)),
 )
-_EXTEND: tuple[tuple[Platform, int, int, int, int, int], ...] = (  # as above, with query rows before the keys
-    ("cuda", 128, 128, 64, 4, 3),
-    ("cuda", 256, 128, 64, 8, 3),
-    ("cuda", 512, 64, 32, 4, 2),
-    ("cuda", 1024, 32, 16, 4, 2),
-    ("hip", 128, 128, 64, 4, 1),
-    ("hip", 256, 128, 64, 4, 1),
-    ("hip", 512, 64, 32, 4, 1),
-    ("hip", 1024, 32, 16, 4, 1),
+_EXTEND: tuple[_Row, ...] = (
+    ("cuda", 128, 2, Launch(128, 64, 8, 3)),
+    ("cuda", 256, 2, Launch(64, 32, 8, 2)),
+    ("cuda", 128, 4, Launch(64, 32, 8, 2)),
+    ("cuda", 256, 4, Launch(32, 16, 8, 2)),
+    ("hip", 128, 2, Launch(128, 64, 8, 1)),
+    ("hip", 256, 2, Launch(64, 32, 4, 1)),
+    ("hip", 256, 4, Launch(32, 16, 4, 1)),
 )
-_MLA: tuple[tuple[Platform, int, int, int, int, int], ...] = (  # platform, most heads, query rows, keys, warps, stages
-    ("cuda", 16, 16, 32, 4, 3),
-    ("cuda", 32, 32, 32, 4, 2),
-    ("cuda", 1 << 30, 64, 32, 8, 2),
-    ("hip", 16, 16, 16, 4, 1),
-    ("hip", 1 << 30, 32, 16, 4, 1),
+_MLA: tuple[_Row, ...] = (  # by the number of heads instead of head_dim, which is 576 in every case
+    ("cuda", 16, 4, Launch(16, 32, 8, 3)),
+    ("cuda", 32, 4, Launch(32, 32, 8, 2)),
+    ("cuda", 1 << 30, 1, Launch(32, 32, 8, 3)),
+    ("cuda", 1 << 30, 2, Launch(64, 32, 8, 3)),
+    ("cuda", 1 << 30, 4, Launch(16, 32, 8, 2)),
+    ("hip", 16, 2, Launch(16, 16, 4, 2)),
+    ("hip", 1 << 30, 2, Launch(32, 16, 4, 2)),
+    ("hip", 1 << 30, 4, Launch(16, 16, 4, 1)),
 )
+_SHORT_QUERIES = 32  # rows up to which a tile of an extension is made this small
+
+
+def _first(rows: tuple[_Row, ...], platform: Platform, size: int, itemsize: int) -> Launch:
+    for of, largest, widest, launch in rows:
+        if of == platform and size <= largest and itemsize <= widest:
+            return launch
+    raise ValueError(f"no launch on {platform} for {size} at {itemsize} bytes an element")
 
 
 def decode_launch(platform: Platform, head_dim: int, kv_itemsize: int, group: int) -> Launch:
     """The launch of `paged_decode`; group: query heads per kv head, 16..64 of which share a tile."""
-    key_bytes = next_power_of_2(head_dim) * kv_itemsize
-    for of, most, block_n, warps, stages in _DECODE:
-        if of == platform and key_bytes <= most:
-            return Launch(max(16, min(64, next_power_of_2(group))), block_n, warps, stages)
-    raise ValueError(f"no decode launch for head_dim {head_dim} of {kv_itemsize} bytes")
+    launch = _first(_DECODE, platform, next_power_of_2(head_dim), kv_itemsize)
+    return replace(launch, block_m=max(16, min(64, next_power_of_2(group))))
 
 
 def extend_launch(platform: Platform, head_dim: int, kv_itemsize: int, rows: int) -> Launch:
     """The launch of `paged_extend`; rows: most query tokens of a request times query heads per kv head."""
-    key_bytes = next_power_of_2(head_dim) * kv_itemsize
-    for of, most, block_m, block_n, warps, stages in _EXTEND:
-        if of == platform and key_bytes <= most:
-            if rows <= 32 and block_m > 32:
-                return Launch(32, block_n, 4, stages)
-            return Launch(block_m, block_n, warps, stages)
-    raise ValueError(f"no extend launch for head_dim {head_dim} of {kv_itemsize} bytes")
+    launch = _first(_EXTEND, platform, next_power_of_2(head_dim), kv_itemsize)
+    if rows <= _SHORT_QUERIES < launch.block_m:
+        decode = decode_launch(platform, head_dim, kv_itemsize, 1)
+        return replace(decode, block_m=_SHORT_QUERIES)
+    return launch
 
 
-def mla_launch(platform: Platform, num_heads: int) -> Launch:
-    """The launch of `mla_decode`, whose tile is 576 wide at any dtype."""
-    for of, most, block_m, block_n, warps, stages in _MLA:
-        if of == platform and num_heads <= most:
-            return Launch(block_m, block_n, warps, stages)
-    raise ValueError(f"no MLA launch on {platform}")
+def mla_launch(platform: Platform, num_heads: int, kv_itemsize: int) -> Launch:
+    """The launch of `mla_decode`."""
+    return _first(_MLA, platform, num_heads, kv_itemsize)
 
 
 def choose_splits(

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from miniserve.kernels.triton.common import LOG2E, platform
+from miniserve.kernels.triton.common import LOG2E, dot_precision, platform
 from miniserve.kernels.triton.launch import Launch, cdiv, mla_launch, next_power_of_2
 from miniserve.kernels.triton.split_kv import (
     DecodeScratch,
@@ -53,7 +53,7 @@ def mla_decode(
     if num_splits > 1 and scratch is None:
         raise ValueError("a split decode needs scratch memory")
     on = platform()
-    launch = launch or mla_launch(on, num_heads)
+    launch = launch or mla_launch(on, num_heads, kv_cache.element_size())
     single = num_splits == 1
     if fused_merge is None:
         fused_merge = fuses_merge(on, min(launch.block_m, num_heads), kv_lora_rank, num_splits)
@@ -84,6 +84,7 @@ def mla_decode(
         SINGLE=single,
         MERGE_M=min(launch.block_m, next_power_of_2(num_heads)),
         FUSED_MERGE=fused_merge and not single,
+        PRECISION=dot_precision(on),
         **launch.options(on),
     )
     if not single and not fused_merge and scratch is not None:
@@ -97,7 +98,7 @@ def _mla_kernel(
     q_row, q_head, block_stride, token_stride, table_row, out_row, out_head, qk_scale, num_splits,
     HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, SINGLE: tl.constexpr,
-    MERGE_M: tl.constexpr, FUSED_MERGE: tl.constexpr,
+    MERGE_M: tl.constexpr, FUSED_MERGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one row, one split of its keys, up to BLOCK_M heads. Scores are base 2."""
     head_tile = tl.program_id(0)
@@ -143,8 +144,8 @@ def _mla_kernel(
         pos += BLOCK_N
         ids = tl.load(table + pos // BLOCK_SIZE, mask=pos < seq_len, other=0)
         latent = latent.to(q_latent.dtype)
-        scores = tl.dot(q_latent, tl.trans(latent), input_precision="ieee")
-        scores = tl.dot(q_rope, tl.trans(rope.to(q_latent.dtype)), scores, input_precision="ieee") * qk_scale
+        scores = tl.dot(q_latent, tl.trans(latent), input_precision=PRECISION)
+        scores = tl.dot(q_rope, tl.trans(rope.to(q_latent.dtype)), scores, input_precision=PRECISION) * qk_scale
         scores = tl.where(visible[None, :], scores, float("-inf"))
         higher = tl.maximum(best, tl.max(scores, 1))
         decay = tl.exp2(best - higher)
@@ -152,7 +153,7 @@ def _mla_kernel(
         total = total * decay[:, None] + weights
         best = higher
         acc = acc * decay[:, None]
-        acc = tl.dot(weights.to(q_latent.dtype), latent, acc, input_precision="ieee")
+        acc = tl.dot(weights.to(q_latent.dtype), latent, acc, input_precision=PRECISION)
 
     denominator = tl.sum(total, 1)
     acc = acc / denominator[:, None]

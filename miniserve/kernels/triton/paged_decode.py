@@ -7,7 +7,16 @@ import torch
 import triton
 import triton.language as tl
 
-from miniserve.kernels.triton.common import LOG2E, capped, finite, key_tile, plane_strides, platform, value_tile
+from miniserve.kernels.triton.common import (
+    LOG2E,
+    capped,
+    dot_precision,
+    finite,
+    key_tile,
+    plane_strides,
+    platform,
+    value_tile,
+)
 from miniserve.kernels.triton.launch import Launch, cdiv, decode_launch, next_power_of_2
 from miniserve.kernels.triton.split_kv import (
     DecodeScratch,
@@ -98,6 +107,7 @@ def paged_decode(
         SINGLE=single,
         MERGE_M=next_power_of_2(min(group, launch.block_m)),
         FUSED_MERGE=fused_merge and not single,
+        PRECISION=dot_precision(on),
         **launch.options(on),
     )
     if not single and not fused_merge and scratch is not None:
@@ -113,6 +123,7 @@ def _decode_kernel(
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, X: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, SINGLE: tl.constexpr, MERGE_M: tl.constexpr, FUSED_MERGE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one row, one split of its keys, up to BLOCK_M query heads of one kv head. Scores are base 2."""
     head_tile = tl.program_id(0)
@@ -169,7 +180,7 @@ def _decode_kernel(
         v_pos += BLOCK_N
         k_ids = tl.load(table + k_pos // BLOCK_SIZE, mask=k_pos < seq_len, other=0)
         v_ids = tl.load(table + v_pos // BLOCK_SIZE, mask=v_pos < seq_len, other=0)
-        scores = tl.dot(query, k.to(query.dtype), input_precision="ieee") * qk_scale
+        scores = tl.dot(query, k.to(query.dtype), input_precision=PRECISION) * qk_scale
         if HAS_SOFTCAP:
             scores = capped(scores, softcap)
         scores = tl.where(visible[None, :], scores, float("-inf"))
@@ -182,7 +193,7 @@ def _decode_kernel(
         if X > 0:
             v = finite(v)
         acc = acc * decay[:, None]
-        acc = tl.dot(weights.to(query.dtype), v, acc, input_precision="ieee")
+        acc = tl.dot(weights.to(query.dtype), v, acc, input_precision=PRECISION)
 
     denominator = tl.sum(total, 1)
     if sinks is not None:

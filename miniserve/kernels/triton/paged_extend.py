@@ -11,7 +11,16 @@ import torch
 import triton
 import triton.language as tl
 
-from miniserve.kernels.triton.common import LOG2E, capped, finite, key_tile, plane_strides, platform, value_tile
+from miniserve.kernels.triton.common import (
+    LOG2E,
+    capped,
+    dot_precision,
+    finite,
+    key_tile,
+    plane_strides,
+    platform,
+    value_tile,
+)
 from miniserve.kernels.triton.launch import Launch, cdiv, extend_launch, next_power_of_2
 
 
@@ -79,6 +88,7 @@ def paged_extend(
         X=16 // key_cache.element_size() if shuffled else 0,
         HAS_WINDOW=window is not None,
         HAS_SOFTCAP=softcap is not None,
+        PRECISION=dot_precision(on),
         **launch.options(on),
     )
     return out
@@ -91,6 +101,7 @@ def _extend_kernel(
     qk_scale, window, softcap,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, X: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M (token, head) pairs of one request and kv head."""
     kv_head = tl.program_id(0)
@@ -131,12 +142,12 @@ def _extend_kernel(
     best, total, acc = _attend(
         query, query_pos, best, total, acc, key_cache, value_cache, table, low // BLOCK_N * BLOCK_N, full, low, high,
         k_block, k_token, kv_head * k_head, v_block, v_token, kv_head * v_head, qk_scale, window, softcap,
-        HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, X, False, HAS_WINDOW, HAS_SOFTCAP,
+        HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, X, False, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
     )  # fmt: skip
     best, total, acc = _attend(
         query, query_pos, best, total, acc, key_cache, value_cache, table, full, high, low, high,
         k_block, k_token, kv_head * k_head, v_block, v_token, kv_head * v_head, qk_scale, window, softcap,
-        HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, X, True, HAS_WINDOW, HAS_SOFTCAP,
+        HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, X, True, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
     )  # fmt: skip
     acc = acc / total[:, None]
     if v_scale is not None:
@@ -150,6 +161,7 @@ def _attend(
     k_block, k_token, k_offset, v_block, v_token, v_offset, qk_scale, window, softcap,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, X: tl.constexpr,
     MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Go on with the keys from `begin` to `end`; not MASKED: every row sees them all."""
     VALUE_STEP: tl.constexpr = X if X > 0 else 1
@@ -166,7 +178,7 @@ def _attend(
             value_cache, v_ids, v_pos, low, high, v_block, v_token, v_offset,
             HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, X,
         )  # fmt: skip
-        scores = tl.dot(query, k.to(query.dtype), input_precision="ieee") * qk_scale
+        scores = tl.dot(query, k.to(query.dtype), input_precision=PRECISION) * qk_scale
         if HAS_SOFTCAP:
             scores = capped(scores, softcap)
         if MASKED:
@@ -187,7 +199,7 @@ def _attend(
         if MASKED and X > 0:
             v = finite(v)
         acc = acc * decay[:, None]
-        acc = tl.dot(weights.to(query.dtype), v, acc, input_precision="ieee")
+        acc = tl.dot(weights.to(query.dtype), v, acc, input_precision=PRECISION)
         k_pos += BLOCK_N
         v_pos += BLOCK_N
         k_ids = tl.load(table + k_pos // BLOCK_SIZE, mask=k_pos < high, other=0)

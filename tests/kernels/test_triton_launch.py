@@ -1,0 +1,60 @@
+"""How the Triton kernels are launched, and that what is launched compiles for GPUs that are not there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import triton_support  # noqa: F401  (chooses Triton's interpreter before Triton is imported)
+
+from miniserve.kernels.triton.launch import cdiv, choose_splits, decode_launch, extend_launch, mla_launch
+
+
+@pytest.mark.parametrize(
+    ("batch", "head_tiles", "length", "splits"),
+    [
+        (1, 8, 131_072, 33),  # a long context at batch 1 fills the device
+        (1, 8, 1024, 16),  # never more splits than tiles
+        (1, 8, 1, 1),
+        (8, 8, 4096, 4),
+        (64, 8, 4096, 1),
+        (256, 8, 1088, 1),  # enough programs as it is: no merge
+        (1000, 128, 100_000, 1),
+    ],
+)
+def test_choose_splits_fills_the_device_once(batch: int, head_tiles: int, length: int, splits: int) -> None:
+    assert choose_splits(batch, head_tiles, length, 64, 132) == splits
+
+
+@pytest.mark.parametrize("platform", ["cuda", "hip"])
+@pytest.mark.parametrize("itemsize", [1, 2, 4])
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 112, 128, 192, 256])
+def test_there_is_a_launch_for_every_shape(head_dim: int, itemsize: int, platform: str) -> None:
+    for group, rows in ((1, 16), (3, 16), (16, 16), (20, 32), (64, 64), (128, 64)):
+        assert decode_launch(platform, head_dim, itemsize, group).block_m == rows  # type: ignore[arg-type]
+    for rows in (1, 32, 33, 100_000):
+        launch = extend_launch(platform, head_dim, itemsize, rows)  # type: ignore[arg-type]
+        assert launch.block_m >= 16
+    for heads in (1, 16, 17, 128):
+        launch = mla_launch(platform, heads, itemsize)  # type: ignore[arg-type]
+        assert cdiv(heads, launch.block_m) <= 8
+
+
+def test_an_unknown_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match="no launch"):
+        decode_launch("cuda", 512, 2, 1)
+
+
+def test_one_of_each_kernel_compiles_for_amd_and_nvidia() -> None:
+    """In a process of its own: here Triton may be interpreting."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "miniserve.kernels.triton.compile_check", "--quick"],
+        env=environment, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for kernel in ("decode", "extend", "mla", "merge", "write", "rope_write", "write_latent"):
+        for arch in ("gfx942", "gfx950", "sm_90"):
+            assert f"| {arch} | {kernel} |" in done.stdout
