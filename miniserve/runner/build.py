@@ -18,7 +18,7 @@ from miniserve.attention.platform import Platform, detect_platform, emulated_pla
 from miniserve.attention.routes import describe_routes
 from miniserve.attention.select import Choice, select
 from miniserve.config import EngineConfig, tuning_dir
-from miniserve.core import EngineInfo, UserError
+from miniserve.core import EngineInfo, StepTraffic, UserError
 from miniserve.kernels import native
 from miniserve.models.config import ModelConfig, load_model_config
 from miniserve.models.dense import CausalLM
@@ -29,6 +29,7 @@ from miniserve.runner.memory import MemoryPlan, available_bytes, check_weights_f
 from miniserve.runner.runner import ModelRunner
 from miniserve.runner.sampler import Sampler
 from miniserve.runner.state import StepState
+from miniserve.runner.traffic import measure_bandwidth, step_traffic
 from miniserve.runner.tuning import load_preferred
 
 if TYPE_CHECKING:
@@ -74,8 +75,9 @@ def build_runner(
         layout=config.kv_layout,
         preferred=load_preferred(tuning_dir(), platform, model.attention_specs, config.block_size),
     )
-    _fill(model, config, source_path, progress)
     layout = LAYOUTS[choice.layout](config.block_size)
+    traffic = step_traffic(model, layout, measure_bandwidth(device))  # before the weights are packed
+    _fill(model, config, source_path, progress)
     plan = plan_memory(
         config,
         weights=weights,
@@ -105,7 +107,7 @@ def build_runner(
     runner = ModelRunner(model, backend, caches, state, sampler, graphs)
     attention = [*choice.explain(), *describe_routes(choice, model.attention_specs, platform)]
     return runner, _info(
-        config, model_config, source_path, model_name, device, dtype, choice, attention, plan, eos_token_ids
+        config, model_config, source_path, model_name, device, dtype, choice, attention, plan, eos_token_ids, traffic
     )
 
 
@@ -155,6 +157,7 @@ def _info(
     attention: list[str],
     plan: MemoryPlan,
     eos_token_ids: frozenset[int],
+    traffic: StepTraffic,
 ) -> EngineInfo:
     overlap = config.async_scheduling
     return EngineInfo(
@@ -176,6 +179,7 @@ def _info(
         eos_token_ids=sorted(eos_token_ids),
         memory=plan.rows(),
         attention=attention,
+        traffic=traffic,
     )
 
 

@@ -11,8 +11,9 @@ import torch
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.context import PagedStepContext
 from miniserve.attention.layouts import KVCache
-from miniserve.core import StepPlan, StepResult, TokenLogprobs
+from miniserve.core import DeviceStep, StepPlan, StepResult, TokenLogprobs
 from miniserve.models.dense import CausalLM
+from miniserve.runner.device_timer import DeviceTimer, StepEvents
 from miniserve.runner.logprobs import LogprobTensors, gather_logprobs, rows_per_chunk, to_token_logprobs
 from miniserve.runner.sampler import SampleOutput, Sampler
 from miniserve.runner.state import StepState
@@ -33,13 +34,15 @@ class _PromptLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    """A step on its way: host tensors that are valid once `ready` has passed (None: they are valid now)."""
+    """A step on its way: host tensors that are valid once the last of `events` has passed, on an asynchronous device.
+    `bucket`: rows of the graph that runs it, 0 for none."""
 
     token_ids: torch.Tensor | None
     num_logprobs: Sequence[int | None]
     logprobs: LogprobTensors | None
     prompt_logprobs: list[_PromptLogprobs]
-    ready: torch.cuda.Event | None
+    bucket: int = 0
+    events: StepEvents | None = None
 
 
 class ModelRunner:
@@ -60,12 +63,14 @@ class ModelRunner:
         self._state = state
         self._sampler = sampler
         self._graphs = graphs
-        self._asynchronous = model.options.device.type != "cpu"
+        self._timer = None if model.options.device.type == "cpu" else DeviceTimer()
         self._prompt_k: dict[int, int] = {}  # row -> alternatives per prompt token, where asked for
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> _Launched:
         """Enqueue a step; see `core.Runner`."""
+        if self._timer is not None:
+            self._timer.start()
         for row in plan.stops:
             self._sampler.stop_row(row)
             self._prompt_k.pop(row, None)
@@ -77,7 +82,7 @@ class ModelRunner:
         if self._graphs is not None and not plan.chunks:
             bucket = self._graphs.bucket(len(plan.decode_rows))
         if self._graphs is not None and bucket is not None:
-            return self._to_host(self._replay(self._graphs, bucket, plan), [])
+            return self._to_host(self._replay(self._graphs, bucket, plan), [], bucket)
         inputs = self._state.prepare(plan, self._sampler.last_tokens)
         context = PagedStepContext(self._backend, self._caches, self._backend.build(inputs.batch))
         hidden = self._model(inputs.input_ids, inputs.positions, context)
@@ -99,13 +104,18 @@ class ModelRunner:
         """Wait for a step's result; see `core.Runner`."""
         if not isinstance(handle, _Launched):
             raise TypeError("collect takes what launch returned")
-        if handle.ready is not None:
-            handle.ready.synchronize()
+        device = None
+        if handle.events is not None:
+            device = DeviceStep(handle.bucket)
+            if handle.token_ids is not None:  # a step without a token is not waited for
+                handle.events.end.synchronize()
+                device = DeviceStep(handle.bucket, *handle.events.seconds())
         token_ids = [] if handle.token_ids is None else handle.token_ids.tolist()
         logprobs = None
         if handle.logprobs is not None:
             logprobs = to_token_logprobs(token_ids, handle.logprobs, handle.num_logprobs)
-        return StepResult(token_ids, logprobs, {chunk.row: _entries(chunk) for chunk in handle.prompt_logprobs})
+        prompt_logprobs = {chunk.row: _entries(chunk) for chunk in handle.prompt_logprobs}
+        return StepResult(token_ids, logprobs, prompt_logprobs, device)
 
     def _prompt_logprobs(self, plan: StepPlan, starts: list[int], hidden: torch.Tensor) -> list[_PromptLogprobs]:
         """Of every chunk that has targets, a few rows of logits at a time: all of them at once would not fit."""
@@ -126,20 +136,21 @@ class ModelRunner:
                 found.append(_PromptLogprobs(chunk.row, targets, k, _concatenate(parts)))
         return found
 
-    def _to_host(self, sampled: SampleOutput | None, prompt_logprobs: list[_PromptLogprobs]) -> _Launched:
+    def _to_host(
+        self, sampled: SampleOutput | None, prompt_logprobs: list[_PromptLogprobs], bucket: int = 0
+    ) -> _Launched:
         if sampled is None:
-            return _Launched(None, (), None, prompt_logprobs, None)
-        if not self._asynchronous:
-            return _Launched(sampled.token_ids, sampled.num_logprobs, sampled.logprobs, prompt_logprobs, None)
+            events = None if self._timer is None else self._timer.end()
+            return _Launched(None, (), None, prompt_logprobs, bucket, events)
+        if self._timer is None:
+            return _Launched(sampled.token_ids, sampled.num_logprobs, sampled.logprobs, prompt_logprobs)
         token_ids = _pinned(sampled.token_ids)
         logprobs = sampled.logprobs
         if logprobs is not None:
             logprobs = LogprobTensors(
                 *(_pinned(t) for t in (logprobs.logprobs, logprobs.ranks, logprobs.top_ids, logprobs.top_logprobs))
             )
-        ready = torch.cuda.Event()
-        ready.record()
-        return _Launched(token_ids, sampled.num_logprobs, logprobs, prompt_logprobs, ready)
+        return _Launched(token_ids, sampled.num_logprobs, logprobs, prompt_logprobs, bucket, self._timer.end())
 
 
 def _entries(chunk: _PromptLogprobs) -> list[TokenLogprobs]:

@@ -1,0 +1,78 @@
+"""What a decode step has to read, and how fast this device's memory can be read: the two sides of the roofline."""
+
+from __future__ import annotations
+
+import math
+import time
+from itertools import pairwise
+
+import torch
+
+from miniserve.attention.layouts import KVLayout
+from miniserve.core import StepTraffic
+from miniserve.models.dense import CausalLM
+from miniserve.models.layers.embedding import Embedding
+from miniserve.models.layers.experts import Experts
+
+# Beyond any cache but the last level of large servers; there a small model reads from that cache as well.
+_CPU_BYTES = 96 << 20
+_GPU_BYTES = 512 << 20
+
+
+def step_traffic(model: CausalLM, layout: KVLayout, bandwidth: float | None) -> StepTraffic:
+    """`model` must have its parameters as declared: before they are packed, best on the meta device. The embedding
+    counts where the head is tied to it: a look-up reads a row, the logits all of it."""
+    weights = expert = num_experts = 0
+    for module in model.modules():
+        size = sum(parameter.nbytes for parameter in module.parameters(recurse=False))
+        if isinstance(module, Experts):
+            expert, num_experts = expert + size // module.num_experts, module.num_experts
+        elif not isinstance(module, Embedding) or model.config.tie_word_embeddings:
+            weights += size
+    kv: dict[int | None, int] = {}
+    for spec in model.attention_specs:
+        kv[spec.sliding_window] = kv.get(spec.sliding_window, 0) + layout.block_bytes(spec) // layout.block_size
+    moe = model.config.moe
+    return StepTraffic(
+        weights=weights,
+        expert=expert,
+        num_experts=num_experts,
+        top_k=0 if moe is None or not num_experts else moe.top_k,
+        kv=list(kv.items()),
+        bandwidth=bandwidth,
+    )
+
+
+def measure_bandwidth(device: torch.device) -> float | None:
+    """Bytes a second that the device's memory moves: read and written by a copy on a GPU (about 20 ms), read by a sum
+    on a CPU with PyTorch's threads (about 0.1 s). None where memory is too short to try."""
+    try:
+        return _gpu_bandwidth(device) if device.type == "cuda" else _cpu_bandwidth()
+    except (RuntimeError, MemoryError):
+        return None
+
+
+def _gpu_bandwidth(device: torch.device) -> float:
+    source = torch.zeros(_GPU_BYTES // 4, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)  # what is set up at the first copy is not to be timed
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(9)]
+    events[0].record()
+    for event in events[1:]:
+        target.copy_(source)
+        event.record()
+    torch.cuda.synchronize(device)
+    best: float = min(before.elapsed_time(after) for before, after in pairwise(events))
+    del source, target
+    torch.cuda.empty_cache()
+    return 2 * _GPU_BYTES / (best / 1000)
+
+
+def _cpu_bandwidth() -> float:
+    buffer = torch.ones(_CPU_BYTES // 4, dtype=torch.float32)
+    best = math.inf
+    for _ in range(4):
+        start = time.perf_counter()
+        buffer.sum()
+        best = min(best, time.perf_counter() - start)
+    return _CPU_BYTES / best
