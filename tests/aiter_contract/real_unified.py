@@ -1,0 +1,89 @@
+"""Run as a program: the engine's backend over the real `unified_attention` of a checkout of aiter (AITER_SRC), in
+Triton's interpreter on a CPU, against attention in float64. Prints a line for each step that agreed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+os.environ |= {"TRITON_INTERPRET": "1", "AITER_TRITON_ONLY": "1"}
+
+import torch
+import triton
+from attention_steps import make_step
+
+from miniserve.attention.aiter import Aiter
+from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.rocm_unified import UnifiedBackend
+from miniserve.attention.layouts import KVCache, KVLayout
+from miniserve.attention.platform import NAMED_PLATFORMS
+from miniserve.attention.spec import AttentionSpec
+
+FP16 = torch.float16
+PLAIN = AttentionSpec(8, 2, 64, 0.2, FP16, FP16)
+SPECS = {
+    "plain": PLAIN,
+    "head_dim 128": replace(PLAIN, head_dim=128, num_heads=4),
+    "window": replace(PLAIN, sliding_window=33),
+    "sinks": replace(PLAIN, sinks=True),
+    "softcap": replace(PLAIN, softcap=5.0),
+    "group of 17": replace(PLAIN, num_heads=17, num_kv_heads=1),
+}
+# Decode rows, chunks with context and without; the long ones are for the kernel that splits rows.
+SHORT, LONG = [(0, 1), (15, 1), (16, 1), (300, 1), (20, 17), (0, 30)], [(600, 1), (0, 1), (530, 5)]
+
+
+def pretend_gpu() -> None:
+    """Just so much of an AMD GPU as the modules ask for when they are imported."""
+    target = triton.backends.compiler.GPUTarget("hip", "gfx942", 64)
+    triton.runtime.driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: target,
+            get_current_device=lambda: 0,
+            get_device_interface=lambda: torch.cuda,
+            get_active_torch_device=lambda: torch.device("cpu"),
+        )
+    )
+    properties = SimpleNamespace(multi_processor_count=304)
+    torch.cuda.current_device = lambda: 0
+    torch.cuda.get_device_properties = lambda *_: properties
+
+
+def writer(layout: KVLayout) -> Any:
+    def write(k: Any, v: Any, key: Any, value: Any, slots: Any, kind: str, *scales: Any, **_: Any) -> None:
+        layout.write(KVCache(key, value), k, v, slots)
+
+    return write
+
+
+def main() -> None:
+    pretend_gpu()
+    sys.path.insert(0, os.environ["AITER_SRC"])
+    from aiter.ops.triton.attention.unified_attention import unified_attention
+
+    for layout_name in ("linear", "shuffled"):
+        for name, spec in SPECS.items():
+            for rows in (SHORT, LONG) if name in ("plain", "sinks") else (SHORT,):
+                decodes = sum(new == 1 for _, new in rows)
+                step = make_step((spec, 16, rows, decodes), layout_name, 7)
+                unused = dict.fromkeys(Aiter.__dataclass_fields__)
+                write = writer(step.layout)
+                given = {"unified_attention": unified_attention, "reshape_and_cache": write}
+                aiter = Aiter(**unused | given | {"reshape_and_cache_flash": write})
+                options = BackendOptions(
+                    specs=(spec,),
+                    routes=(),
+                    platform=NAMED_PLATFORMS["mi300x"],
+                    device=torch.device("cpu"),
+                    max_rows=8,
+                    max_seq_len=1024,
+                )
+                step.check(UnifiedBackend(step.layout, aiter, options))
+                print("agrees:", layout_name, name, f"up to {max(map(sum, rows))} tokens", flush=True)
+
+
+if __name__ == "__main__":
+    main()
