@@ -248,6 +248,7 @@ _PAGED_DIMS = (64, 128, 256)  # aiter's HIP kernels drop what is left of head_di
 _CPU = KernelContract(name="CPU_ATTN", layouts=_BOTH, dtypes=_ALL)
 _TORCH = KernelContract(name="TORCH_ATTN", layouts=_BOTH, dtypes=_ALL, fp8_kv=True, any_kv=True)
 _TORCH_MLA = KernelContract(name="TORCH_MLA", layouts=("latent",), dtypes=_ALL, fp8_kv=True, any_kv=True)
+_TRITON_MLA = KernelContract(name="TRITON_MLA", layouts=("latent",), dtypes=_ALL, fp8_kv=True, max_head_dim=576)
 _TRITON_DECODE, _TRITON_EXTEND = (
     KernelContract(
         name=name, layouts=_BOTH, dtypes=_ALL, fp8_kv=True, min_head_dim=16, max_head_dim=256, max_query_len=query_len
@@ -373,6 +374,17 @@ CONTRACTS = (
         requires=("native",),
     ),
     BackendContract(name="TORCH_ATTN", layouts=_BOTH, decode=(_TORCH,), extend=(_TORCH,), prefill=(_TORCH,)),
+    BackendContract(
+        name="TRITON_MLA",
+        layouts=("latent",),
+        decode=(_TRITON_MLA,),
+        extend=(_TRITON_MLA,),
+        prefill=(_TRITON_MLA,),
+        archs=("sm_80+", *_INSTINCT),
+        fp8_archs=("sm_89+", *_INSTINCT),
+        requires=("triton",),
+        latent=True,
+    ),
     BackendContract(
         name="TORCH_MLA",
         layouts=("latent",),

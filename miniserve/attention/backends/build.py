@@ -16,6 +16,7 @@ from miniserve.attention.backends.rocm_unified import UnifiedBackend
 from miniserve.attention.backends.torch_attn import TorchBackend
 from miniserve.attention.backends.torch_mla import TorchLatentBackend
 from miniserve.attention.backends.triton_attn import TritonBackend
+from miniserve.attention.backends.triton_mla import TritonLatentBackend, torch_latent_kernels, triton_latent_kernels
 from miniserve.attention.layouts import LAYOUTS, KVLayout
 from miniserve.attention.select import Choice
 from miniserve.attention.spec import AttentionSpec
@@ -33,6 +34,9 @@ def build_backend(choice: Choice, block_size: int, options: BackendOptions) -> B
         return TorchBackend(layout)
     if choice.backend == "TORCH_MLA":
         return TorchLatentBackend(layout)
+    if choice.backend == "TRITON_MLA":
+        latent_kernels = torch_latent_kernels() if options.platform.emulated else triton_latent_kernels()
+        return TritonLatentBackend(layout, latent_kernels, options)
     if choice.backend == "TRITON_ATTN":
         return TritonBackend(layout, _paged_kernels(options), options)
     if choice.backend == "ROCM_ATTN":

@@ -1,0 +1,172 @@
+"""TRITON_MLA: latent attention with the engine's own Triton kernels for decode and cache writes, on NVIDIA's and AMD's
+GPUs; chunks through PyTorch's flash attention, where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.paged_kernels import AllocateScratch
+from miniserve.attention.backends.torch_mla import DecodeMetadata, TorchLatentBackend
+from miniserve.attention.layouts import KVCache, KVLayout, LatentLayout
+from miniserve.attention.spec import AttentionSpec, LatentLayer
+from miniserve.kernels.triton.launch import cdiv, choose_splits, mla_launch
+
+_FLASH_DTYPES = (torch.float16, torch.bfloat16)
+_FLASH_MAX_DIM = 256  # and a multiple of 8
+
+
+@dataclass(frozen=True, slots=True)
+class LatentKernels:
+    """The engine's own kernels of latent attention: Triton's on a GPU, PyTorch's for tests.
+
+    - mla_decode(q [rows, H, rank + rope], kv_cache, block_tables, seq_lens, *, scale, kv_lora_rank, kv_scale,
+      num_splits, scratch) -> [rows, H, rank]
+    - write_latent(kv_c, k_pe, kv_cache, slot_mapping, *, kv_scale); a negative slot is not written
+    - allocate_scratch(launches as (rows, num_splits), num_heads, kv_lora_rank, device), None where decode never splits
+    """
+
+    mla_decode: Callable[..., torch.Tensor]
+    write_latent: Callable[..., None]
+    allocate_scratch: AllocateScratch | None
+
+
+def triton_latent_kernels() -> LatentKernels:
+    """Needs Triton, and a GPU (or Triton's interpreter) to run them."""
+    from miniserve.kernels.triton.cache_write import write_latent
+    from miniserve.kernels.triton.mla_decode import mla_decode
+    from miniserve.kernels.triton.split_kv import DecodeScratch
+
+    return LatentKernels(mla_decode, write_latent, DecodeScratch.allocate)
+
+
+def torch_latent_kernels() -> LatentKernels:
+    """The same in PyTorch, for a platform that is emulated on a CPU."""
+    return LatentKernels(_torch_decode, _torch_write, None)
+
+
+class TritonLatentBackend(TorchLatentBackend):
+    """Where flash attention cannot serve a chunk (float32, AMD), PyTorch's plain operations do, as in TORCH_MLA."""
+
+    graphs = True
+
+    def __init__(self, layout: KVLayout, kernels: LatentKernels, options: BackendOptions) -> None:
+        super().__init__(layout)
+        self._kernels = kernels
+        self._max_seq_len = options.max_seq_len
+        self._num_sms = options.platform.compute_units
+        self._vendor = "hip" if options.platform.arch.startswith("gfx") else "cuda"
+        self._scratch = {
+            spec: self._allocate(kernels.allocate_scratch, spec, options) for spec in dict.fromkeys(options.specs)
+        }
+
+    def _allocate(self, allocate: AllocateScratch | None, spec: AttentionSpec, options: BackendOptions) -> object:
+        if allocate is None:
+            return None
+        launches = [(rows, self._splits(spec, rows, self._max_seq_len)) for rows in range(1, options.max_rows + 1)]
+        return allocate([launch for launch in launches if launch[1] > 1], spec.num_heads, _rank(spec), options.device)
+
+    def _splits(self, spec: AttentionSpec, rows: int, max_seq_len: int) -> int:
+        if self._kernels.allocate_scratch is None:
+            return 1
+        launch = mla_launch(self._vendor, spec.num_heads, spec.kv_dtype.itemsize)  # type: ignore[arg-type]
+        return choose_splits(rows, cdiv(spec.num_heads, launch.block_m), max_seq_len, launch.block_n, self._num_sms)
+
+    def decode(self, layer: LatentLayer, q: torch.Tensor, cache: KVCache, meta: DecodeMetadata) -> torch.Tensor:
+        spec = layer.spec
+        longest = min(self._max_seq_len, meta.block_tables.shape[1] * self.layout.block_size)
+        return self._kernels.mla_decode(
+            q,
+            cache.key,
+            meta.block_tables,
+            meta.seq_lens,
+            scale=spec.scale,
+            kv_lora_rank=_rank(spec),
+            kv_scale=_scale(layer),
+            num_splits=self._splits(spec, q.shape[0], longest),
+            scratch=self._scratch[spec],
+        )
+
+    def write(
+        self, layer: LatentLayer, cache: KVCache, kv_c: torch.Tensor, k_pe: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        self._kernels.write_latent(kv_c, k_pe, cache.key, slot_mapping, kv_scale=_scale(layer))
+
+    def attend_dense(
+        self,
+        layer: LatentLayer,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_query_lens: torch.Tensor,
+        cu_key_lens: torch.Tensor,
+        max_query_len: int,
+        max_key_len: int,
+        *,
+        causal: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        lens = (cu_query_lens, cu_key_lens, max_query_len, max_key_len)
+        dim = 8 * cdiv(max(q.shape[-1], v.shape[-1]), 8)
+        if self._vendor == "hip" or q.dtype not in _FLASH_DTYPES or dim > _FLASH_MAX_DIM:
+            return super().attend_dense(layer, q, k, v, *lens, causal=causal)
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            *(_padded(tensor, dim) for tensor in (q, k, v)), *lens, 0.0, causal, False, scale=layer.spec.scale
+        )
+        return out[..., : v.shape[-1]], lse
+
+
+def _padded(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """With zeros, which change neither a score nor a sum."""
+    return tensor if tensor.shape[-1] == dim else functional.pad(tensor, (0, dim - tensor.shape[-1]))
+
+
+def _rank(spec: AttentionSpec) -> int:
+    return spec.head_dim if spec.latent is None else spec.latent.kv_lora_rank
+
+
+def _scale(layer: LatentLayer) -> torch.Tensor | None:
+    """The layer's scale where its cache is fp8, which alone has one."""
+    return layer.kv_scale if layer.spec.kv_dtype.itemsize == 1 else None
+
+
+def _torch_decode(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    scale: float,
+    kv_lora_rank: int,
+    kv_scale: torch.Tensor | None,
+    num_splits: int,
+    scratch: object,
+) -> torch.Tensor:
+    layout, cache = _viewed(kv_cache, kv_lora_rank)
+    out = torch.zeros((*q.shape[:2], kv_lora_rank), dtype=q.dtype)
+    for row, length in enumerate(seq_lens.tolist()):
+        if length:
+            blocks = block_tables[row, : cdiv(length, layout.block_size)].long()
+            latent = torch.cat(layout.read(cache, blocks, torch.float32, kv_scale, kv_scale), -1).flatten(0, 1)[:length]
+            weights = (q[row].float() @ latent.T * scale).softmax(-1)
+            out[row] = (weights @ latent[:, :kv_lora_rank]).to(q.dtype)
+    return out
+
+
+def _torch_write(
+    kv_c: torch.Tensor,
+    k_pe: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    kv_scale: torch.Tensor | None,
+) -> None:
+    layout, cache = _viewed(kv_cache, kv_c.shape[1])
+    layout.write(cache, kv_c, k_pe, slot_mapping, kv_scale, kv_scale)
+
+
+def _viewed(kv_cache: torch.Tensor, rank: int) -> tuple[LatentLayout, KVCache]:
+    return LatentLayout(kv_cache.shape[1]), KVCache(kv_cache, kv_cache[..., :rank])
