@@ -14,17 +14,20 @@ import triton
 import triton.language as tl
 
 from miniserve.kernels.triton.pdl import launch_options, start, wait
+from miniserve.kernels.triton.small_linear import product
 
 
 @dataclass(frozen=True, slots=True)
 class MoETile:
-    """A program's part of a grouped product: BLOCK_M pairs, BLOCK_N outputs, BLOCK_K inputs a round."""
+    """A program's part of a grouped product: BLOCK_M pairs, BLOCK_N outputs, BLOCK_K inputs a round. swap: as in
+    `LinearTile`."""
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    swap: bool = False
 
 
 @triton.jit
@@ -199,6 +202,7 @@ def _grouped_kernel(
     GATED: tl.constexpr,
     SCALED: tl.constexpr,
     ALIGNED: tl.constexpr,
+    SWAP: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -227,8 +231,12 @@ def _grouped_kernel(
     x_ptrs = x_ptr + (pairs // PAIRS_PER_ROW).to(tl.int64)[:, None] * D + cols_k[None, :]
     w_ptrs = w_ptr + expert * (width * N).to(tl.int64) * D + cols_n.to(tl.int64)[:, None] * D + cols_k[None, :]
     up_ptrs = w_ptrs + N.to(tl.int64) * D
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    up_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if SWAP:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        up_acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        up_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, D, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_ptrs, mask=valid[:, None], other=0.0)
@@ -237,16 +245,19 @@ def _grouped_kernel(
             inside_k = (first + cols_k < D)[None, :]
             x = tl.load(x_ptrs, mask=valid[:, None] & inside_k, other=0.0)
             w = tl.load(w_ptrs, mask=inside_n[:, None] & inside_k, other=0.0)
-        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+        acc = product(acc, w, x, True, SWAP)
         if GATED:
             if EVEN_K:
                 up = tl.load(up_ptrs, mask=inside_n[:, None], other=0.0)
             else:
                 up = tl.load(up_ptrs, mask=inside_n[:, None] & (first + cols_k < D)[None, :], other=0.0)
-            up_acc = tl.dot(x, tl.trans(up), up_acc, input_precision="ieee")
+            up_acc = product(up_acc, up, x, True, SWAP)
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
         up_ptrs += BLOCK_K
+    if SWAP:
+        acc = tl.trans(acc)
+        up_acc = tl.trans(up_acc)
     if GATED:
         gate = acc.to(x_ptr.dtype.element_ty).to(tl.float32)
         silu = (gate / (1.0 + tl.exp(-gate))).to(x_ptr.dtype.element_ty)
@@ -283,16 +294,16 @@ def _sum_pairs_kernel(
     tl.store(out_ptr + token * size + cols, total, mask=inside)
 
 
-def choose_tile(num_pairs: int, num_experts: int, *, gated: bool) -> MoETile:
-    """By the rows that an expert gets on average; the fewer, the more all of it is reading weights."""
+def choose_tiles(num_pairs: int, num_experts: int) -> tuple[MoETile, MoETile]:
+    """Of the two products, by the rows that an expert gets on average; the fewer, the more it is reading weights."""
     rows = num_pairs / num_experts
     if rows <= 12:
-        return MoETile(16, 32 if gated else 64, 128, 4, 4)
+        return MoETile(16, 32, 128, 4, 5), MoETile(16, 64, 128, 4, 4, swap=True)
     if rows <= 40:
-        return MoETile(32, 32 if gated else 64, 128, 4, 4)
+        return MoETile(32, 32, 128, 4, 4), MoETile(32, 64, 128, 4, 4)
     if rows <= 100:
-        return MoETile(64, 64, 64, 4, 4)
-    return MoETile(128, 64 if gated else 128, 64, 8, 3)
+        return MoETile(64, 64, 64, 4, 4), MoETile(64, 64, 64, 4, 4)
+    return MoETile(128, 64, 64, 8, 3), MoETile(128, 128, 64, 8, 3)
 
 
 def experts(
@@ -302,14 +313,16 @@ def experts(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     shared: torch.Tensor | None = None,
+    tiles: tuple[MoETile, MoETile] | None = None,
 ) -> torch.Tensor:
     """SwiGLU experts, weighted and summed in float32. x [T, D], contiguous; w1 [E, 2 I, D], gates before ups; w2
-    [E, D, I]; topk_weights float32, topk_ids int, [T, K]; `shared` [T, D] is added. Returns [T, D], x's dtype."""
+    [E, D, I]; topk_weights float32, topk_ids int, [T, K]; `shared` [T, D] is added. tiles: of the two products, with
+    the same block_m; chosen by default. Returns [T, D], x's dtype."""
     tokens, hidden = x.shape
     num_experts, k, middle = w1.shape[0], topk_ids.shape[1], w2.shape[2]
     num_pairs = tokens * k
     options = launch_options(x.device)
-    gate_up, down = choose_tile(num_pairs, num_experts, gated=True), choose_tile(num_pairs, num_experts, gated=False)
+    gate_up, down = tiles or choose_tiles(num_pairs, num_experts)
     aligned = tokens > 1
     if aligned:
         block_m = gate_up.block_m
@@ -347,6 +360,7 @@ def experts(
             GATED=gated,
             SCALED=not gated,
             ALIGNED=aligned,
+            SWAP=tile.swap,
             EVEN_K=weight.shape[2] % tile.block_k == 0,
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,

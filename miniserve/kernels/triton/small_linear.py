@@ -16,23 +16,27 @@ import triton.language as tl
 
 from miniserve.kernels.triton.pdl import launch_options, start, wait
 
-MAX_ROWS = 32
+MAX_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class LinearTile:
-    """How a small linear is cut: BLOCK_N weight rows and BLOCK_K columns a tile, split_k programs along the columns."""
+    """How a small linear is cut: BLOCK_N weight rows and BLOCK_K columns a tile, split_k programs along the columns.
+    swap: the weight is the left operand of the matrix unit, which may demand 64 rows of that side."""
 
     block_n: int
     block_k: int
     split_k: int
     num_warps: int
     num_stages: int
+    swap: bool = False
 
 
 @triton.jit
-def _product(acc, w, x, DOT: tl.constexpr):
-    if DOT:
+def product(acc, w, x, DOT: tl.constexpr, SWAP: tl.constexpr):
+    if DOT and SWAP:
+        acc = tl.dot(w, tl.trans(x.to(w.dtype)), acc, input_precision="ieee")
+    elif DOT:
         acc = tl.dot(x.to(w.dtype), tl.trans(w), acc, input_precision="ieee")
     else:
         acc += w.to(tl.float32) * x.to(tl.float32)
@@ -54,6 +58,7 @@ def _small_linear_kernel(
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DOT: tl.constexpr,
+    SWAP: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -62,11 +67,11 @@ def _small_linear_kernel(
     SPLIT_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """N counts outputs. GATED: the weight has 2 N rows, gates first. Without DOT there is one row (M = BLOCK_M = 1)."""
+    """N counts outputs. GATED: the weight has 2 N rows, gates first. Without DOT a program has one row, BLOCK_M = 1."""
     start(PDL)
     tile, split = tl.program_id(0), tl.program_id(1)
     rows_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows_m = tl.arange(0, BLOCK_M)
+    rows_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_K)
     num_tiles = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K)
     first = split * num_tiles * BLOCK_K
@@ -87,10 +92,14 @@ def _small_linear_kernel(
     if DOT:
         x_ptrs = x_ptr + rows_m[:, None].to(tl.int64) * x_stride + (first + cols)[None, :]
         inside_m = (rows_m < M)[:, None]
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        up_acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        if SWAP:
+            acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+            up_acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        else:
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            up_acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     else:
-        x_ptrs = x_ptr + (first + cols)[None, :]
+        x_ptrs = x_ptr + tl.program_id(2).to(tl.int64) * x_stride + (first + cols)[None, :]
         inside_m = True
         acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
         up_acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
@@ -98,9 +107,9 @@ def _small_linear_kernel(
         x = tl.load(x_ptrs, mask=inside_m, other=0.0)
     else:
         x = tl.load(x_ptrs, mask=inside_m & (first + cols < end)[None, :], other=0.0)
-    acc = _product(acc, w, x, DOT)
+    acc = product(acc, w, x, DOT, SWAP)
     if GATED:
-        up_acc = _product(up_acc, up_w, x, DOT)
+        up_acc = product(up_acc, up_w, x, DOT, SWAP)
     for start_k in range(first + BLOCK_K, end, BLOCK_K):
         w_ptrs += BLOCK_K
         x_ptrs += BLOCK_K
@@ -112,16 +121,19 @@ def _small_linear_kernel(
             inside_k = (start_k + cols < end)[None, :]
             x = tl.load(x_ptrs, mask=inside_m & inside_k, other=0.0)
             w = tl.load(w_ptrs, mask=inside_n[:, None] & inside_k, other=0.0)
-        acc = _product(acc, w, x, DOT)
+        acc = product(acc, w, x, DOT, SWAP)
         if GATED:
             if EVEN_K and EVEN_N:
                 up_w = tl.load(up_ptrs)
             else:
                 up_w = tl.load(up_ptrs, mask=inside_n[:, None] & (start_k + cols < end)[None, :], other=0.0)
-            up_acc = _product(up_acc, up_w, x, DOT)
+            up_acc = product(up_acc, up_w, x, DOT, SWAP)
     if not DOT:
         acc = tl.sum(acc, axis=1)[None, :]
         up_acc = tl.sum(up_acc, axis=1)[None, :]
+    elif SWAP:
+        acc = tl.trans(acc)
+        up_acc = tl.trans(up_acc)
     mask = (rows_m < M)[:, None] & inside_n[None, :]
     offsets = rows_m[:, None].to(tl.int64) * N + rows_n[None, :]
     if SPLIT_K > 1:
@@ -170,25 +182,35 @@ class Chip:
 
 
 def choose_tile(m: int, n: int, k: int, itemsize: int, chip: Chip, *, gated: bool) -> LinearTile | None:
-    """The cut for m rows, n outputs and k inputs; None where the vendor's library is at least as fast."""
+    """The cut for m rows, n outputs and k inputs; None where the vendor's library is at least as fast.
+
+    Measured on an H100 over the shapes of Qwen3-0.6B and 8B (docs/BENCHMARKS.md).
+    """
     if m > MAX_ROWS or k % 16:
         return None
-    # Measured on an H100 over the shapes of Qwen3-8B (docs/BENCHMARKS.md).
-    if m == 1:
-        return LinearTile(1 if gated else 4, min(2048, triton.next_power_of_2(k)), 1, 4, 3)
-    block_n, warps = (32, 4) if gated or n <= 4096 else (64, 4)
-    split = m <= 16 and triton.cdiv(n, block_n) < 4 * chip.num_sms
-    block_k, stages, split_k = (256, 2, 4) if split else (256, 6, 1)
-    while block_n > 16 and triton.cdiv(n, block_n) * split_k < 2 * chip.num_sms:
+    if m == 1 or itemsize == 4:
+        # float32, which only routers have on a GPU, gains nothing from the matrix units.
+        return LinearTile(1 if gated else 4, min(2048, triton.next_power_of_2(k)), 1, 4, 3) if m <= 16 else None
+    if m > 32 and n < 2048:
+        return None
+    wanted = 2 * chip.num_sms
+    block_k, stages, swap = (128, 4, False) if gated else (256, 4, False)
+    if m > 32:
+        block_n, block_k, stages, swap = 64 if gated or n > 4096 else 32, 128, 3 if gated else 6, gated
+    else:
+        block_n = 32 if gated or n <= 4096 else 64
+    tiles = triton.cdiv(n, block_n)
+    split_k = 4 if tiles < (wanted if gated or m > 16 else 2 * wanted) and (m <= 16 or (n > 4096 and m <= 32)) else 1
+    while not swap and block_n > 16 and triton.cdiv(n, block_n) * split_k < (wanted if m <= 16 else wanted // 4):
         block_n //= 2
-    if gated:
-        block_k //= 2
     while split_k > 1 and k < 2 * split_k * block_k:
         split_k //= 2
+    if split_k > 1 and not gated:
+        stages = 2
     rows = block_n * (2 if gated else 1) + max(16, triton.next_power_of_2(m))
     while stages > 1 and rows * block_k * itemsize * stages > chip.shared_bytes:
         stages -= 1
-    return LinearTile(block_n, block_k, split_k, warps, stages)
+    return LinearTile(block_n, block_k, split_k, 4, stages, swap)
 
 
 def small_linear(
@@ -208,15 +230,17 @@ def small_linear(
     """
     m, k = x.shape
     n = weight.shape[0] // 2 if gated else weight.shape[0]
-    dot = m > 1
+    dot = m > 1 and weight.dtype != torch.float32
     block_m = max(16, triton.next_power_of_2(m)) if dot else 1
+    if tile.split_k > 1 and not dot and m > 1:
+        raise ValueError("a split linear of several rows needs the matrix units")
     if tile.split_k > 1 and (
         tile.split_k * m * n * (2 if gated else 1) > workspace.parts.numel()
         or triton.cdiv(n, tile.block_n) > workspace.counts.numel()
     ):
         raise ValueError(f"a split linear of {m} x {n} does not fit its workspace")
     y = torch.empty(m, n, dtype=out_dtype or x.dtype, device=x.device)
-    _small_linear_kernel[(triton.cdiv(n, tile.block_n), tile.split_k)](
+    _small_linear_kernel[(triton.cdiv(n, tile.block_n), tile.split_k, 1 if dot else m)](
         x,
         weight,
         weight if bias is None else bias,
@@ -230,6 +254,7 @@ def small_linear(
         GATED=gated,
         HAS_BIAS=bias is not None,
         DOT=dot,
+        SWAP=tile.swap,
         EVEN_N=n % tile.block_n == 0,
         EVEN_K=k % (tile.block_k * tile.split_k) == 0,
         BLOCK_M=block_m,
