@@ -253,9 +253,12 @@ class StepTraffic(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class StepTotals(msgspec.Struct, kw_only=True, array_like=True):
-    """Sums over steps since the engine started. "decode": steps of decode rows alone; all other fields but the last two
-    are of these. Steps in seconds, bytes as modelled by `StepTraffic`. `timed_host` and `timed_idle`: what the host
-    did, and the device waited, for the steps whose wait a clock of the device measured."""
+    """Sums over steps since the engine started, times in seconds, bytes as modelled by `StepTraffic`.
+
+    All fields are of steps of decode rows alone, but for the last four, which are of the others. `padded_rows` filled
+    graphs up. `timed_host` and `timed_idle`: what the host did, and the device waited, for the steps whose wait a clock
+    of the device measured.
+    """
 
     decode_steps: int = 0
     decode_seconds: float = 0.0
@@ -267,6 +270,8 @@ class StepTotals(msgspec.Struct, kw_only=True, array_like=True):
     timed_idle: float = 0.0
     mixed_steps: int = 0
     mixed_seconds: float = 0.0
+    mixed_rows: int = 0  # that decoded
+    prefill_tokens: int = 0
 
     def since(self, earlier: StepTotals) -> StepTotals:
         """What came after `earlier`."""

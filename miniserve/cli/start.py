@@ -51,10 +51,13 @@ def start(engine: EngineConfig, server: ServerConfig, *, prompt: str | None, cha
 def _start(engine: EngineConfig, server: ServerConfig, prompt: str | None, chat: bool) -> int:
     if prompt is not None:
         # For this process alone: a free port, and a key that nobody else knows.
-        private = replace(server, host="127.0.0.1", port=0, api_keys=(secrets.token_hex(16),))
+        private = replace(server, host="127.0.0.1", port=0, api_keys=(secrets.token_hex(16),), log_interval=0)
         return _answer_once(_prepare(engine, private, quiet=True), prompt)
+    with_chat = chat and can_chat()
+    if with_chat:
+        server = replace(server, log_interval=0)  # no lines between those of a conversation
     launch = _prepare(engine, server, quiet=engine.log_level not in ("debug", "info"))
-    return _serve_and_chat(launch) if chat and can_chat() else serve_alone(launch, lambda: _tell_url(launch))
+    return _serve_and_chat(launch) if with_chat else serve_alone(launch, lambda: _tell_url(launch))
 
 
 def _set_up_logging(level: str) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import time
+from collections import deque
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -20,6 +21,8 @@ from miniserve.core import (
     RequestOutput,
     SamplingParams,
     SchedulerStats,
+    StepRecord,
+    StepTotals,
     UserError,
 )
 from miniserve.engine import messages
@@ -33,6 +36,7 @@ from miniserve.models.generation_config import GenerationDefaults, load_generati
 
 _POLL_MS = 100  # how often an engine that says nothing is looked at
 _HEARTBEAT = 1.0  # seconds of silence after which the engine is asked for a sign of life
+_PERIOD = 1.0  # seconds, at least, that `recent` sums up
 _log = logging.getLogger(__name__)
 
 
@@ -62,6 +66,7 @@ class AsyncEngine:
 
     `source_path` is the model's directory, `model_name` what the user called it. `runner_factory` ("module:function")
     builds the runner in the engine process. `info`, `tokenizer` and `generation_defaults` exist once `start` returned.
+    `totals` sums up all steps so far, `recent` those of the last second or so; at rest, no step.
     """
 
     def __init__(
@@ -84,6 +89,10 @@ class AsyncEngine:
         self.tokenizer: Tokenizer
         self.generation_defaults: GenerationDefaults
         self.stats = SchedulerStats()
+        self.totals = StepTotals()
+        self.recent = StepTotals()
+        self._period = (0.0, self.totals)  # the current one's begin and what there was then
+        self._step_readers: deque[asyncio.Future[list[StepRecord]]] = deque()
         self.last_step_seconds = 0.0
         self.dead: str | None = None
 
@@ -198,6 +207,14 @@ class AsyncEngine:
         """Seconds since the engine last finished a step or, at rest, answered a heartbeat; None before it was ready."""
         return None if self._last_sign is None else time.monotonic() - self._last_sign
 
+    async def steps(self, limit: int) -> list[StepRecord]:
+        """The last `limit` steps, the oldest first; the engine answers between two steps. Raises `EngineDead`."""
+        process = self._live_process()
+        reader: asyncio.Future[list[StepRecord]] = asyncio.get_running_loop().create_future()
+        self._step_readers.append(reader)
+        process.send(messages.AskSteps(limit))
+        return await reader
+
     def _live_process(self) -> EngineProcess:
         if self.dead is not None:
             raise EngineDead(self.dead)
@@ -230,6 +247,10 @@ class AsyncEngine:
             self._sequences.clear()
             for request in running.values():
                 request.end(FinishReason.ERROR, self.dead)
+            while self._step_readers:
+                reader = self._step_readers.popleft()
+                if not reader.done():
+                    reader.set_exception(EngineDead(self.dead))
             process.close()
 
     async def _take_all(self, process: EngineProcess) -> str:
@@ -255,11 +276,20 @@ class AsyncEngine:
             process.send(messages.AskStats())
 
     def _take(self, event: messages.Event) -> None:
+        if isinstance(event, messages.Steps):
+            reader = self._step_readers.popleft()
+            if not reader.done():  # its caller may have left
+                reader.set_result(event.records)
+            return
         if not isinstance(event, messages.StepOutputs):
             raise RuntimeError(f"unexpected {type(event).__name__} from the engine")
         self._last_sign = time.monotonic()
         self._heartbeat_sent = False
-        self.stats = event.stats
+        self.stats, self.totals = event.stats, event.totals
+        begin, totals = self._period
+        if self._last_sign - begin >= _PERIOD:
+            self.recent = event.totals.since(totals)
+            self._period = (self._last_sign, event.totals)
         self.last_step_seconds = event.step_seconds
         for refusal in event.refusals:
             self._refuse(refusal)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from miniserve.config import EngineConfig
-from miniserve.core import EngineInfo, Request, RequestOutput, SchedulerStats
+from miniserve.core import EngineInfo, Request, RequestOutput, SchedulerStats, StepRecord, StepTotals
 
 START_FILE = "start"  # in the sockets' directory, read once by the engine process
 COMMANDS_SOCKET = "commands"
@@ -44,7 +44,13 @@ class AskStats(msgspec.Struct, tag=True, frozen=True):
     """Answered by a `StepOutputs` without outputs."""
 
 
-Command = Add | Abort | Shutdown | AskStats
+class AskSteps(msgspec.Struct, tag=True, frozen=True):
+    """For the last `limit` steps; each is answered by one `Steps`, in order."""
+
+    limit: int
+
+
+Command = Add | Abort | Shutdown | AskStats | AskSteps
 
 
 # --- engine -> API process ----------------------------------------------------------------------------------------
@@ -81,13 +87,20 @@ class Refusal(msgspec.Struct, frozen=True):
 class StepOutputs(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """Sent after every step, and without outputs whenever commands changed the stats of an engine at rest.
 
-    `step_seconds` is how long the step took; `stats.num_steps` counts the steps.
+    `step_seconds` is how long the step took; `stats.num_steps` counts the steps; `totals` sums up those that are done.
     """
 
     outputs: list[RequestOutput]
     refusals: list[Refusal]
     stats: SchedulerStats
+    totals: StepTotals
     step_seconds: float
 
 
-Event = Progress | Ready | Failed | StepOutputs
+class Steps(msgspec.Struct, tag=True, frozen=True):
+    """The oldest first."""
+
+    records: list[StepRecord]
+
+
+Event = Progress | Ready | Failed | StepOutputs | Steps

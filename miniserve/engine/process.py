@@ -77,6 +77,8 @@ class _Server:
                 self._stopping = not drain
             case messages.AskStats():
                 pass  # every batch of commands is answered with the stats
+            case messages.AskSteps(limit):
+                self._events.send(self._encode(messages.Steps(self._loop.log.records(limit))))
 
     def _step(self) -> None:
         start = time.monotonic()
@@ -89,6 +91,7 @@ class _Server:
             outputs=outputs,
             refusals=refusals,
             stats=self._loop.stats,
+            totals=self._loop.log.totals,
             step_seconds=step_seconds,
         )
         self._events.send(self._encode(event))

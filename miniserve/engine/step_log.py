@@ -95,6 +95,8 @@ class StepLog:
         if plan.chunks:
             totals.mixed_steps += 1
             totals.mixed_seconds += took
+            totals.mixed_rows += rows
+            totals.prefill_tokens += step.num_tokens - rows
             return
         totals.decode_steps += 1
         totals.decode_seconds += took

@@ -8,7 +8,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.middleware.cors import CORSMiddleware
 
 from miniserve.engine.client import AsyncEngine
-from miniserve.server import chat, completions, errors, health, responses, tokenize
+from miniserve.server import chat, completions, debug, errors, health, responses, tokenize
 from miniserve.server.config import ServerConfig
 from miniserve.server.errors import json_response
 from miniserve.server.middleware import ApiKeyMiddleware, BodyLimitMiddleware
@@ -32,6 +32,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
     _openai_routes(app, service)
     tokenize.install(app, service)
     health.install(app, service)
+    debug.install(app, service)
     # The last one added is the outermost: browsers need CORS headers on refusals, too.
     app.add_middleware(BodyLimitMiddleware, max_bytes=config.max_body_bytes)
     if config.api_keys:

@@ -15,7 +15,8 @@ class ServerConfig:
     first is echoed in answers; none means the model's own name. max_prompts bounds the sequences (prompts times n) of
     one request. stuck_after: how long the engine may be silent (no step, no heartbeat) before `/health` turns 503.
     drain_timeout: how long running requests may go on after the first signal. allowed_origins: browsers' origins that
-    may call the server (CORS); none by default.
+    may call the server (CORS); none by default. log_interval: while requests run, how often a line says how it goes; 0
+    for never.
     """
 
     host: str = "127.0.0.1"
@@ -31,6 +32,7 @@ class ServerConfig:
     stuck_after: float = 120.0
     drain_timeout: float = 60.0
     keep_alive: int = 90
+    log_interval: float = 10.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -42,6 +44,6 @@ class ServerConfig:
         for name in ("max_body_bytes", "max_prompts", "stuck_after", "keep_alive"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be a positive number, not {getattr(self, name)}.")
-        for name in ("max_logprobs", "drain_timeout"):
+        for name in ("max_logprobs", "drain_timeout", "log_interval"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must be 0 or more, not {getattr(self, name)}.")

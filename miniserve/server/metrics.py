@@ -1,4 +1,4 @@
-"""Prometheus metrics under vLLM's names, so that its dashboards and gateways work unchanged.
+"""Prometheus metrics under the names of vLLM, so that its dashboards work unchanged, and the roofline under our own.
 
 Latencies are measured here, where the client's request is; gauges and scheduler counters come from `engine.stats` at
 each scrape. All of it happens on the event loop's thread, so plain numbers serve where prometheus_client's own
@@ -18,6 +18,7 @@ from prometheus_client.exposition import choose_encoder
 
 from miniserve.core import CompletionDelta, FinishReason, SamplingParams
 from miniserve.engine.client import AsyncEngine
+from miniserve.engine.roofline import hidden_share, share_of_bandwidth
 
 _TTFT = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
@@ -124,9 +125,30 @@ class ServerMetrics:
         for reason, count in self.finished.items():
             success.add_metric((*self._labels, reason.value), count)
         yield success
+        yield from self._roofline()
         for value in vars(self).values():
             if isinstance(value, Histogram):
                 yield value.family(self._labels)
+
+    def _roofline(self) -> Iterator[Metric]:
+        totals, recent, traffic = self._engine.totals, self._engine.recent, self._engine.info.traffic
+        bandwidth = None if traffic is None else traffic.bandwidth
+        yield self._counter("miniserve:decode_steps", "Steps of decode rows alone.", totals.decode_steps)
+        yield self._counter("miniserve:decode_step_seconds", "Time of these steps.", totals.decode_seconds)
+        yield self._counter("miniserve:decode_rows", "Rows of these steps: tokens decoded.", totals.decode_rows)
+        yield self._counter("miniserve:decode_padded_rows", "Rows that filled graphs up.", totals.padded_rows)
+        yield self._counter("miniserve:decode_weight_bytes", "Weights these steps had to read.", totals.weight_bytes)
+        yield self._counter("miniserve:decode_kv_bytes", "Cached keys and values they had to read.", totals.kv_bytes)
+        yield self._counter("miniserve:mixed_steps", "Steps with prefill.", totals.mixed_steps)
+        yield self._counter("miniserve:mixed_step_seconds", "Time of these steps.", totals.mixed_seconds)
+        if bandwidth is not None:
+            yield self._gauge("miniserve:memory_bandwidth_bytes_per_second", "Measured at the start.", bandwidth)
+            share = share_of_bandwidth(recent, bandwidth) or 0.0
+            yield self._gauge("miniserve:roofline_ratio", "Share of it that decode reached lately; 0 at rest.", share)
+        if totals.timed_host:
+            yield self._counter("miniserve:device_idle_seconds", "What the device waited for steps.", totals.timed_idle)
+            hidden = hidden_share(recent) or 0.0
+            yield self._gauge("miniserve:cpu_hidden_ratio", "Share of the host's work beside a busy device.", hidden)
 
     def _gauge(self, name: str, about: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, about, labels=_LABELS)

@@ -14,9 +14,9 @@ from miniserve.server.errors import APIError
 
 
 class ApiKeyMiddleware:
-    """Asks for one of `api_keys` on `/v1` (`Authorization: Bearer …` or `x-api-key`), except for OPTIONS.
+    """Asks for one of `api_keys` on `/v1` and `/debug` (`Authorization: Bearer …` or `x-api-key`), except for OPTIONS.
 
-    What is outside `/v1` stays open: health checks, metrics, and the tokenizer that lm_eval calls without a key.
+    What is outside of them stays open: health checks, metrics, and the tokenizer that lm_eval calls without a key.
     """
 
     def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
@@ -24,7 +24,8 @@ class ApiKeyMiddleware:
         self._digests = [_digest(key) for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        guarded = scope["type"] == "http" and scope["method"] != "OPTIONS" and f"{scope['path']}/".startswith("/v1/")
+        asks = scope["type"] == "http" and scope["method"] != "OPTIONS"
+        guarded = asks and f"{scope['path']}/".startswith(("/v1/", "/debug/"))
         if guarded and not self._allowed(Headers(scope=scope)):
             error = APIError(
                 401,

@@ -19,6 +19,7 @@ from miniserve.core import UserError
 from miniserve.engine.client import AsyncEngine
 from miniserve.server.app import create_app
 from miniserve.server.config import ServerConfig
+from miniserve.server.progress import ProgressLine
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ async def serve(
         ),
         on_ready,
     )
-    supervisor = asyncio.create_task(_supervise(engine, server, config.drain_timeout, stop or asyncio.Event()))
+    supervisor = asyncio.create_task(_supervise(engine, server, config, stop or asyncio.Event()))
     try:
         await server.serve(sockets=[sock])
     except OSError as error:  # another program took the port since it was bound
@@ -147,17 +148,19 @@ class _Server(uvicorn.Server):
             connection.transport.abort()
 
 
-async def _supervise(engine: AsyncEngine, server: _Server, drain_timeout: float, stop: asyncio.Event) -> None:
-    """Wait for whatever ends the server first, then end the rest."""
+async def _supervise(engine: AsyncEngine, server: _Server, config: ServerConfig, stop: asyncio.Event) -> None:
+    """Wait for whatever ends the server first, then end the rest; meanwhile say how it goes."""
+    progress = ProgressLine(engine, config.log_interval)
     while not (engine.dead or stop.is_set() or server.should_exit):
         await asyncio.sleep(_WATCH_INTERVAL)
+        progress.tick()
     if engine.dead:
         logger.error("%s The server ends.", engine.dead)
         server.engine_died = True
         server.should_exit = True
         return
     server.should_exit = True
-    await engine.shutdown(drain=True, timeout=drain_timeout)
+    await engine.shutdown(drain=True, timeout=config.drain_timeout)
 
 
 def _raise_open_files_limit() -> None:

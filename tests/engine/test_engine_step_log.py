@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
 from dataclasses import dataclass, field
 
 import pytest
-from engine_fakes import FakeRunner
+from engine_fakes import FACTORY, TINY, FakeRunner
 
-from miniserve.config import SchedulerConfig
+from miniserve.config import EngineConfig, SchedulerConfig
 from miniserve.core import DeviceStep, Request, SamplingParams, StepPlan, StepResult, StepTotals, StepTraffic
+from miniserve.engine.client import AsyncEngine, EngineDead
 from miniserve.engine.loop import EngineLoop
 from miniserve.engine.roofline import describe, hidden_share, kv_bytes, share_of_bandwidth, weight_bytes
 from miniserve.engine.step_log import RING_SIZE, StepLog
@@ -141,3 +145,25 @@ def test_a_period_is_the_difference_of_its_ends() -> None:
     early = StepTotals(decode_steps=3, decode_seconds=1.0, kv_bytes=5)
     late = StepTotals(decode_steps=7, decode_seconds=1.5, kv_bytes=9, mixed_steps=1)
     assert late.since(early) == StepTotals(decode_steps=4, decode_seconds=0.5, kv_bytes=4, mixed_steps=1)
+
+
+def test_an_engine_that_dies_leaves_nobody_waiting_for_its_steps() -> None:
+    async def body() -> None:
+        engine = AsyncEngine(EngineConfig(), TINY, "fake?step_seconds=60", runner_factory=FACTORY)
+        await engine.start()
+        assert await engine.steps(5) == []
+        stream = engine.generate([1, 2, 3], SamplingParams(max_tokens=5), "a")
+        await asyncio.sleep(0.5)  # from now on it is busy with the first step
+        readers = [asyncio.create_task(engine.steps(5)) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        readers[0].cancel()
+        assert engine._process is not None
+        os.kill(engine._process.pid, signal.SIGKILL)
+        for outcome in await asyncio.gather(*readers[1:], return_exceptions=True):
+            assert isinstance(outcome, EngineDead)
+        await stream.aclose()
+        with pytest.raises(EngineDead):
+            await engine.steps(5)
+        await engine.shutdown()
+
+    asyncio.run(body())

@@ -27,6 +27,9 @@ from miniserve.core import (
     RequestOutput,
     SamplingParams,
     SchedulerStats,
+    StepRecord,
+    StepTotals,
+    StepTraffic,
     TokenLogprobs,
 )
 from miniserve.engine.client import AsyncEngine, EngineDead
@@ -102,6 +105,7 @@ class FakeEngine:
             vocab_size=VOCAB_SIZE, max_model_len=max_model_len, max_num_seqs=64, max_num_batched_tokens=512,
             block_size=16, num_blocks=num_blocks, kv_layout="linear", enable_prefix_caching=True,
             async_scheduling=False, eos_token_ids=[EOS], memory=[], attention=[],
+            traffic=StepTraffic(weights=10**9, kv=[(None, 1000)], bandwidth=1e12),
         )  # fmt: skip
         self.script = script
         self.step_seconds = step_seconds
@@ -113,6 +117,9 @@ class FakeEngine:
         self.seen: list[tuple[list[int], SamplingParams]] = []
         self.aborted = 0
         self.num_running = 0
+        self.totals = StepTotals()
+        self.recent = StepTotals()
+        self.records: list[StepRecord] = []
         self.shutdowns: list[bool] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._boxes: dict[int, tuple[Mailbox, OutputAssembler]] = {}
@@ -125,6 +132,11 @@ class FakeEngine:
 
     def last_step_age(self) -> float | None:
         return self.age
+
+    async def steps(self, limit: int) -> list[StepRecord]:
+        if self.dead:
+            raise EngineDead(self.dead)
+        return self.records[-limit:] if limit else []
 
     def generate(self, prompt_token_ids: list[int], params: SamplingParams, request_id: str) -> CompletionStream:
         if self.dead or self.shutdowns:

@@ -30,6 +30,7 @@ NUM_EXAMPLES = {
     "GET /ready": 1,
     "GET /version": 1,
     "GET /metrics": 1,
+    "GET /debug/steps": 20,
 }
 
 
