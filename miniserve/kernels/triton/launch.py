@@ -48,6 +48,7 @@ _DECODE: tuple[_Row, ...] = (  # block_m stands for any: it follows from the gro
     ("cuda", 256, 4, Launch(0, 16, 4, 2)),
     ("hip", 64, 2, Launch(0, 64, 4, 2)),
     ("hip", 128, 2, Launch(0, 32, 4, 2)),
+    ("hip", 256, 1, Launch(0, 32, 4, 2)),  # a tile holds two of the shuffled layout's groups at least
     ("hip", 256, 4, Launch(0, 16, 4, 2)),
 )
 _EXTEND: tuple[_Row, ...] = (
@@ -89,8 +90,7 @@ def extend_launch(platform: Platform, head_dim: int, kv_itemsize: int, rows: int
     """The launch of `paged_extend`; rows: most query tokens of a request times query heads per kv head."""
     launch = _first(_EXTEND, platform, next_power_of_2(head_dim), kv_itemsize)
     if rows <= _SHORT_QUERIES < launch.block_m:
-        decode = decode_launch(platform, head_dim, kv_itemsize, 1)
-        return replace(decode, block_m=_SHORT_QUERIES)
+        return replace(launch, block_m=_SHORT_QUERIES, num_warps=4)
     return launch
 
 
