@@ -12,18 +12,18 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.context import PagedStepContext
 from miniserve.attention.layouts import KVCache
 from miniserve.attention.metadata import DecodeRows, StepBatch
-from miniserve.kernels.triton.decode_step import RowState, StepTensors, advance, greedy
+from miniserve.kernels.triton.decode_step import RowState, StepTensors, advance, apply_changes, greedy
 from miniserve.models.dense import CausalLM
-from miniserve.runner.sampling_transfer import to_device
+from miniserve.runner.state import BlockChanges
 
 Progress = Callable[[int, int], None]
+_RING = 4
 
 
 def decode_buckets(max_num_seqs: int) -> list[int]:
@@ -68,6 +68,9 @@ class DecodeGraphs:
         self._greedy: dict[int, torch.cuda.CUDAGraph] = {}
         self._sampled: dict[int, torch.cuda.CUDAGraph] = {}
         self._rows: tuple[int, list[int]] = (0, [])
+        # A step's changes are read by the device when it gets there: at most two steps are in flight, and one is staged.
+        self._staging = [torch.empty(3 * most, dtype=torch.int32, pin_memory=True) for _ in range(_RING)]
+        self._num_staged = 0
 
     def capture(self, progress: Progress | None = None) -> None:
         """Record every bucket's graphs, the largest first, so that the smaller ones find their memory in the pool."""
@@ -86,27 +89,37 @@ class DecodeGraphs:
         """The bucket for a step of so many decode rows, None where no graph is that large."""
         return next((bucket for bucket in self._buckets if num_rows <= bucket), None)
 
-    def greedy(self, bucket: int, rows: list[int]) -> torch.Tensor:
+    def greedy(self, bucket: int, rows: list[int], blocks: BlockChanges) -> torch.Tensor:
         """Launch a step of `rows`, each advancing by its last token, and hand each row's most likely token to the next
-        step. Returns them, int64 [len(rows)]; the next launch overwrites them."""
-        self._set_rows(bucket, rows)
+        step; `blocks` have come to the rows' block tables. Returns the tokens, int64 [len(rows)]; the next launch
+        overwrites them."""
+        self._stage(bucket, rows, blocks)
         self._greedy[bucket].replay()
         return self._tokens[: len(rows)]
 
-    def logits(self, bucket: int, rows: list[int]) -> torch.Tensor:
+    def logits(self, bucket: int, rows: list[int], blocks: BlockChanges) -> torch.Tensor:
         """As `greedy`, but leaves the choice to the caller. Returns float32 [len(rows), vocab_size], which the next
         launch overwrites."""
-        self._set_rows(bucket, rows)
+        self._stage(bucket, rows, blocks)
         self._sampled[bucket].replay()
         return self._logits[: len(rows)]
 
-    def _set_rows(self, bucket: int, rows: list[int]) -> None:
+    def _stage(self, bucket: int, rows: list[int], blocks: BlockChanges) -> None:
         known_bucket, known = self._rows
-        if known is not rows or known_bucket != bucket:
-            self._rows = (bucket, rows)
-            host = np.full(bucket, -1, dtype=np.int64)
+        num_rows = 0 if known is rows and known_bucket == bucket else bucket
+        if not num_rows and not len(blocks.places):
+            return
+        self._rows = (bucket, rows)
+        staged = self._staging[self._num_staged % _RING]
+        self._num_staged += 1
+        host = staged.numpy()
+        if num_rows:
             host[: len(rows)] = rows
-            self._step.rows[:bucket].copy_(to_device(host, self._device), non_blocking=True)
+            host[len(rows) : bucket] = -1
+        end = num_rows + len(blocks.places)
+        host[num_rows:end] = blocks.places
+        host[end : end + len(blocks.places)] = blocks.block_ids
+        apply_changes(staged, num_rows, len(blocks.places), self._step.rows, self._state.tables)
 
     def _take_argmax(self, bucket: int) -> None:
         logits = self._model.raw_logits(self._run(bucket))

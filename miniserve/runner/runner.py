@@ -95,10 +95,10 @@ class ModelRunner:
 
     def _replay(self, graphs: DecodeGraphs, bucket: int, plan: StepPlan) -> SampleOutput:
         rows = plan.decode_rows
-        self._state.prepare_decode(plan)
+        blocks = self._state.prepare_decode(plan)
         if self._sampler.takes_argmax(rows):
-            return SampleOutput(graphs.greedy(bucket, rows), None, (None,) * len(rows))
-        return self._sampler.sample(graphs.logits(bucket, rows), rows)
+            return SampleOutput(graphs.greedy(bucket, rows, blocks), None, (None,) * len(rows))
+        return self._sampler.sample(graphs.logits(bucket, rows, blocks), rows)
 
     def collect(self, handle: object) -> StepResult:
         """Wait for a step's result; see `core.Runner`."""

@@ -29,6 +29,14 @@ class StepInputs:
     sample_indices: torch.Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class BlockChanges:
+    """Blocks that came to block tables: their places in the flattened tables, int64, and their ids, int32."""
+
+    places: Int64
+    block_ids: np.ndarray[tuple[int], np.dtype[np.int32]]
+
+
 class StepState:
     """Rows 0 … max_num_seqs-1. The host keeps every row's length and block table to build chunks from; the device has
     its own, which decode rows read and advance there."""
@@ -55,10 +63,11 @@ class StepState:
         """Lengths on the device, int64 [max_num_seqs]: tokens whose keys and values are in the cache."""
         return self._device_lens
 
-    def prepare_decode(self, plan: StepPlan) -> None:
-        """As `prepare`, for a step of decode rows alone that a graph advances on the device."""
-        self._append_blocks(plan.new_blocks)
+    def prepare_decode(self, plan: StepPlan) -> BlockChanges:
+        """As `prepare`, for a step of decode rows alone that a graph advances on the device; returns what its block
+        tables there lack."""
         self._count(plan.decode_rows)
+        return self._note_blocks(plan.new_blocks)
 
     def prepare(self, plan: StepPlan, last_tokens: torch.Tensor) -> StepInputs:
         """Apply the plan's differences and lay out its tokens. last_tokens int64 [max_num_seqs], on the device."""
@@ -86,14 +95,21 @@ class StepState:
         )
         return StepInputs(_join(ids), _join(positions), batch, starts, self._sample_indices(plan, starts))
 
-    def _append_blocks(self, new_blocks: list[tuple[int, int, list[int]]]) -> None:
+    def _note_blocks(self, new_blocks: list[tuple[int, int, list[int]]]) -> BlockChanges:
+        places: list[int] = []
+        found: list[int] = []
         for row, index, block_ids in new_blocks:
             self._tables[row, index : index + len(block_ids)] = block_ids
+            first = row * self._tables.shape[1] + index
+            places += range(first, first + len(block_ids))
+            found += block_ids
+        return BlockChanges(np.array(places, dtype=np.int64), np.array(found, dtype=np.int32))
+
+    def _append_blocks(self, new_blocks: list[tuple[int, int, list[int]]]) -> None:
+        changes = self._note_blocks(new_blocks)
         if new_blocks and self._device.type != "cpu":
-            rows = np.concatenate([np.full(len(ids), row) for row, _, ids in new_blocks])
-            columns = np.concatenate([np.arange(index, index + len(ids)) for _, index, ids in new_blocks])
-            places = to_device(rows * self._tables.shape[1] + columns, self._device)
-            self._device_tables.view(-1)[places] = to_device(self._tables[rows, columns], self._device)
+            places = to_device(changes.places, self._device)
+            self._device_tables.view(-1)[places] = to_device(changes.block_ids, self._device)
 
     def _advance(self, decode_rows: list[int]) -> tuple[torch.Tensor, torch.Tensor, DecodeRows]:
         """The rows, their positions (lengths before this step), and what attention reads (lengths after it)."""

@@ -39,6 +39,28 @@ class StepTensors:
     block_tables: torch.Tensor
 
 
+@triton.jit(do_not_specialize=["num_rows", "num_blocks"])
+def _apply_kernel(staged_ptr, rows_ptr, tables_ptr, num_rows, num_blocks, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    start(PDL)
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    rows = tl.load(staged_ptr + index, mask=index < num_rows)
+    places = tl.load(staged_ptr + num_rows + index, mask=index < num_blocks, other=0)
+    blocks = tl.load(staged_ptr + num_rows + num_blocks + index, mask=index < num_blocks)
+    wait(PDL)
+    tl.store(rows_ptr + index, rows.to(tl.int64), mask=index < num_rows)
+    tl.store(tables_ptr + places, blocks, mask=index < num_blocks)
+
+
+def apply_changes(
+    staged: torch.Tensor, num_rows: int, num_blocks: int, rows: torch.Tensor, tables: torch.Tensor
+) -> None:
+    """Take over what the host staged for a step, int32 in pinned memory, which the kernel reads where it is: `num_rows`
+    rows, then places in the flattened `tables` and the block ids that go there, `num_blocks` of each."""
+    grid = (triton.cdiv(max(num_rows, num_blocks), 256),)
+    options = launch_options(tables.device)
+    _apply_kernel[grid](staged, rows, tables, num_rows, num_blocks, BLOCK=256, num_warps=2, **options)
+
+
 @triton.jit
 def _advance_kernel(
     rows_ptr,
