@@ -42,6 +42,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     async_scheduling: bool | None = None
     enforce_eager: bool = False
+    self_check: bool = True
     generation_config: Literal["auto", "none"] = "auto"
     seed: int = 0
     log_level: str = "info"

@@ -136,6 +136,14 @@ def run(
     enforce_eager: Annotated[
         bool, _switch("--enforce-eager", help="Launch every kernel of a decode step from Python, without graphs.")
     ] = False,
+    self_check: Annotated[
+        bool,
+        _switch(
+            "--self-check/--no-self-check",
+            help="Try the attention path on problems with known answers before serving from it.",
+            show_default="on",
+        ),
+    ] = _ENGINE.self_check,
     no_chat: Annotated[bool, _chat("--no-chat", help="Serve only, also at a terminal.")] = False,
     prompt: Annotated[
         str | None,
@@ -167,6 +175,7 @@ def run(
         enable_prefix_caching=enable_prefix_caching,
         async_scheduling=async_scheduling,
         enforce_eager=enforce_eager,
+        self_check=self_check,
         generation_config=generation_config,  # type: ignore[arg-type]  # EngineConfig checks it
         seed=seed,
         log_level=log_level,

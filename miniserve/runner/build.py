@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -28,6 +28,7 @@ from miniserve.models.registry import build_model, weight_bytes
 from miniserve.runner.memory import MemoryPlan, available_bytes, check_weights_fit, plan_memory
 from miniserve.runner.runner import ModelRunner
 from miniserve.runner.sampler import Sampler
+from miniserve.runner.self_check import checked_backend
 from miniserve.runner.state import StepState
 from miniserve.runner.traffic import measure_bandwidth, step_traffic
 from miniserve.runner.tuning import load_preferred
@@ -98,14 +99,18 @@ def build_runner(
         max_rows=config.max_num_seqs,
         max_seq_len=plan.max_model_len,
     )
-    backend = build_backend(choice, config.block_size, options)
+    if config.self_check:
+        layers = [cast(Any, layer).self_attn.attn for layer in model.model.layers]
+        backend, checked = checked_backend(choice, config.block_size, options, layers, caches)
+    else:
+        backend, checked = build_backend(choice, config.block_size, options), ["self-check: left out"]
     state = StepState(config.max_num_seqs, plan.max_model_len, config.block_size, device)
     sampler = Sampler(config.max_num_seqs, model_config.vocab_size, device, eos_token_ids, config.seed)
     graphs = None
     if device.type == "cuda" and backend.graphs and not config.enforce_eager:
         graphs = _graphs(model, backend, caches, state, sampler, config, plan, progress)
     runner = ModelRunner(model, backend, caches, state, sampler, graphs)
-    attention = [*choice.explain(), *describe_routes(choice, model.attention_specs, platform)]
+    attention = [*choice.explain(), *describe_routes(choice, model.attention_specs, platform), *checked]
     return runner, _info(
         config, model_config, source_path, model_name, device, dtype, choice, attention, plan, eos_token_ids, traffic
     )
