@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -40,6 +41,18 @@ class Aiter:
     unified_attention: Callable[..., None]
     reshape_and_cache: Callable[..., None]
     reshape_and_cache_flash: Callable[..., None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AiterLatent:
+    """What latent (MLA) attention calls of it."""
+
+    compute_units: int
+    mla_decode_fwd: Callable[..., object]
+    get_mla_metadata_info_v1: Callable[..., tuple[tuple[int | tuple[int, ...], torch.dtype], ...]]
+    get_mla_metadata_v1: Callable[..., None]
+    concat_and_cache_mla: Callable[..., None]
+    flash_attn_varlen_func: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 @functools.cache
@@ -71,6 +84,27 @@ def load() -> Aiter:
         )
     except AttributeError as error:
         raise Unavailable(f"aiter lacks what it should have ({error}): is AITER_TRITON_ONLY set?") from error
+
+
+def load_latent() -> AiterLatent:
+    """The same for latent attention. Raises `Unavailable`."""
+    known = load()
+    aiter, mla = _module("aiter"), _module("aiter.mla")
+    return AiterLatent(
+        compute_units=known.compute_units,
+        mla_decode_fwd=mla.mla_decode_fwd,
+        get_mla_metadata_info_v1=aiter.get_mla_metadata_info_v1,
+        get_mla_metadata_v1=aiter.get_mla_metadata_v1,
+        concat_and_cache_mla=aiter.concat_and_cache_mla,
+        flash_attn_varlen_func=known.flash_attn_varlen_func,
+    )
+
+
+def _module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise Unavailable(f"{name} cannot be imported: {type(error).__name__}: {_first_line(error)}") from error
 
 
 _TOP_LEVEL = (

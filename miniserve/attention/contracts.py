@@ -26,6 +26,8 @@ class KernelContract:
     max_group: query heads per KV head. block_multiple, head_dim_multiple: what sizes must divide by. max_query_len:
     query tokens a row. min_window: the shortest sliding window, None where it has none. any_scale: False where the
     softmax scale is head_dim ** -0.5 whatever it is told. max_plane_bytes: of one side of one layer's cache.
+    Of latent attention: heads: the numbers of query heads it takes, a layer's being padded to the next; latent_parts:
+    kv_lora_rank and rope_dim; max_dense_dim: of a head's key and of its value, expanded.
     """
 
     name: str
@@ -48,6 +50,9 @@ class KernelContract:
     sinks: bool = True
     any_scale: bool = True
     max_plane_bytes: int | None = None
+    heads: tuple[int, ...] = ()
+    latent_parts: tuple[int, int] | None = None
+    max_dense_dim: int | None = None
 
     def refusals(self, spec: AttentionSpec, block_size: int, query_len: int | None, plane_bytes: int) -> Iterator[str]:
         """Every reason, each as a sentence without its subject, why this kernel cannot serve the layer.
@@ -58,6 +63,7 @@ class KernelContract:
             yield f"does not compute in {name_of(spec.dtype)}"
         yield from self._refused_cache(spec, plane_bytes)
         yield from self._refused_sizes(spec, block_size)
+        yield from self._refused_latent(spec)
         if self.max_query_len is not None and (query_len is None or query_len > self.max_query_len):
             yield f"takes {self.max_query_len} query token a row"
         if spec.sliding_window is not None and (self.min_window is None or spec.sliding_window < self.min_window):
@@ -96,6 +102,18 @@ class KernelContract:
             or (self.pow2_block and not _is_pow2(block_size))
         ):
             yield f"does not take block size {block_size}"
+
+    def _refused_latent(self, spec: AttentionSpec) -> Iterator[str]:
+        if self.heads and spec.num_heads > max(self.heads):
+            yield f"takes at most {max(self.heads)} query heads, not {spec.num_heads}"
+        if (dims := spec.latent) is None:
+            return
+        parts = (dims.kv_lora_rank, dims.rope_dim)
+        if self.latent_parts is not None and parts != self.latent_parts:
+            yield "takes a latent of {} + {}, not of {} + {}".format(*self.latent_parts, *parts)
+        largest = max(dims.nope_dim + dims.rope_dim, dims.v_head_dim)
+        if self.max_dense_dim is not None and largest > self.max_dense_dim:
+            yield f"takes keys and values of at most {self.max_dense_dim}, not of {largest}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,6 +338,31 @@ _FLASH = KernelContract(
     min_window=2,
     sinks=False,
 )
+# Query heads that the persistent kernels take with one query token a row, natively or folded to 16 heads a row, on
+# gfx942 and gfx950, from bfloat16 queries over a cache of bfloat16 or fp8 (aiter's asm_mla.cu and mla_asm.csv).
+MLA_HEADS = tuple(range(16, 129, 16))
+_AITER_MLA = KernelContract(
+    name="mla_decode_fwd",
+    layouts=("latent",),
+    dtypes=(torch.bfloat16,),
+    fp8_kv=True,
+    heads=MLA_HEADS,
+    latent_parts=(512, 64),
+    max_query_len=1,
+    min_window=None,
+    softcap=False,
+    sinks=False,
+)
+_FLASH_LATENT = KernelContract(
+    name="flash_attn_varlen_func",
+    layouts=("latent",),
+    dtypes=_HALF,
+    fp8_kv=True,
+    max_dense_dim=256,
+    min_window=None,
+    softcap=False,
+    sinks=False,
+)
 
 _INSTINCT = ("gfx942", "gfx950")
 _UNIFIED_BOTH = (_UNIFIED, _UNIFIED_SHUFFLED)
@@ -374,6 +417,17 @@ CONTRACTS = (
         requires=("native",),
     ),
     BackendContract(name="TORCH_ATTN", layouts=_BOTH, decode=(_TORCH,), extend=(_TORCH,), prefill=(_TORCH,)),
+    BackendContract(
+        name="ROCM_AITER_MLA",
+        layouts=("latent",),
+        decode=(_AITER_MLA,),
+        extend=(_FLASH_LATENT,),
+        prefill=(_FLASH_LATENT,),
+        archs=_INSTINCT,
+        requires=("aiter", "triton"),
+        min_aiter=(0, 1, 20),  # of the planning kernel's arguments no earlier version was read
+        latent=True,
+    ),
     BackendContract(
         name="TRITON_MLA",
         layouts=("latent",),

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from miniserve.attention.contracts import MLA_HEADS
 from miniserve.attention.platform import Platform
 from miniserve.attention.select import Choice
 from miniserve.attention.spec import AttentionSpec
@@ -69,10 +70,19 @@ def has_wrong_length(seq_lens: np.ndarray[tuple[int], np.dtype[np.int64]] | None
     return bool(((seq_lens >= first) & (seq_lens <= last)).any())
 
 
+def padded_heads(num_heads: int) -> int:
+    """The query heads that aiter's MLA decode is given for a layer's."""
+    return next(heads for heads in MLA_HEADS if heads >= num_heads)
+
+
 def describe_decode(kernel: str, spec: AttentionSpec, platform: Platform) -> str:
     """Which decode kernel at which batch, for people."""
     if kernel == "paged_attention_rocm":
         return "paged_attention_rocm: HIP at any batch"
+    if kernel == "mla_decode_fwd":
+        heads = padded_heads(spec.num_heads)
+        padded = "" if heads == spec.num_heads else f", {spec.num_heads} heads padded to {heads}"
+        return f"{kernel}: persistent ASM at any batch{padded}"
     if kernel != "paged_attention_common":
         return kernel
     if not asm_possible(spec.num_heads // spec.num_kv_heads, spec.kv_dtype.itemsize == 1):

@@ -8,19 +8,22 @@ from typing import Any
 import pytest
 import torch
 from attention_steps import Case
+from engine_support import stand_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from latent_steps import LatentStep, latent_cases, make_latent_step
 
+from miniserve.attention.backends.build import build_backend
 from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.rocm_aiter_mla import AiterLatentBackend
 from miniserve.attention.backends.triton_mla import TritonLatentBackend, torch_latent_kernels
-from miniserve.attention.platform import NAMED_PLATFORMS
+from miniserve.attention.platform import NAMED_PLATFORMS, emulated_platform
 from miniserve.attention.select import select
 from miniserve.attention.spec import AttentionSpec, LatentDims
 from miniserve.core import UserError
 
 torch.set_num_threads(1)
-FP8 = {"mi300x": torch.float8_e4m3fnuz, "mi355x": torch.float8_e4m3fn}
+FP8 = {"gfx942": torch.float8_e4m3fnuz, "gfx950": torch.float8_e4m3fn}
 MLA = AttentionSpec(16, 1, 576, 0.1, torch.bfloat16, torch.bfloat16, latent=LatentDims(512, 64, 128, 128))
 
 
@@ -64,3 +67,52 @@ def test_latents_larger_than_the_kernels_tile_go_to_pytorch() -> None:
     choice = select([wide], NAMED_PLATFORMS["h100"], block_size=16)
     assert choice.backend == "TORCH_MLA"
     assert ("TRITON_MLA", "latent", "it does not take head_dim 1088") in choice.rejected
+
+
+@st.composite
+def aiter_cases(draw: st.DrawFn) -> Case:
+    """Layers of DeepSeek's latents in bfloat16; lengths to around what a page and a row of work have."""
+    nope_dim, v_head_dim = draw(st.sampled_from([(128, 128), (16, 32), (128, 192)]))
+    spec = dataclasses.replace(
+        MLA,
+        num_heads=draw(st.sampled_from([1, 8, 12, 16, 24, 32, 64])),
+        scale=draw(st.sampled_from([192**-0.5, 0.1])),
+        latent=LatentDims(512, 64, nope_dim, v_head_dim),
+        kv_dtype=draw(st.sampled_from([torch.bfloat16, torch.float8_e4m3fn])),  # replaced by the arch's own
+    )
+    lengths = [0, 1, 15, 16, 17, 40]
+    decodes = [(draw(st.sampled_from(lengths)), 1) for _ in range(draw(st.integers(0, 4)))]
+    chunks = [
+        (draw(st.sampled_from(lengths)), draw(st.sampled_from([1, 2, 19])))
+        for _ in range(draw(st.integers(0 if decodes else 1, 3)))
+    ]
+    return spec, 16, [*decodes, *sorted(chunks, key=lambda chunk: not chunk[0])], len(decodes)
+
+
+def aiter_backend(step: LatentStep, arch: str, **changes: Any) -> AiterLatentBackend:
+    given = options(step, **({"platform": emulated_platform(arch)} | changes))
+    choice = select(given.specs, given.platform, block_size=step.layout.block_size, backend="ROCM_AITER_MLA")
+    backend = build_backend(choice, step.layout.block_size, given)
+    assert isinstance(backend, AiterLatentBackend)
+    return backend
+
+
+@pytest.mark.parametrize("arch", FP8)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    case=aiter_cases(),
+    kv_scale=st.sampled_from([0.25, 1.0]),
+    pieces=st.sampled_from([16, 4096]),
+    seed=st.integers(0, 99),
+)
+def test_rocm_aiter_mla_is_what_the_formula_gives(
+    arch: str, case: Case, kv_scale: float, pieces: int, seed: int
+) -> None:
+    spec, *rest = case
+    fp8 = spec.kv_dtype.itemsize == 1
+    spec = dataclasses.replace(spec, kv_dtype=FP8[arch]) if fp8 else spec
+    with stand_in(arch, 4):
+        step = make_latent_step((spec, *rest), seed, kv_scale if fp8 else 1.0)
+        backend = aiter_backend(step, arch)
+        backend._context_tokens = pieces
+        step.check(backend, 3e-2)

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from miniserve.attention.aiter import load as load_aiter
+from miniserve.attention.aiter import load_latent
 from miniserve.attention.backends import aiter_calls
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.paged_kernels import PagedKernels, torch_kernels, triton_kernels
 from miniserve.attention.backends.rocm_aiter_fa import FlashBackend, gathered_bytes
+from miniserve.attention.backends.rocm_aiter_mla import AiterLatentBackend, TokenIndices, torch_token_indices
+from miniserve.attention.backends.rocm_aiter_mla import scratch_bytes as latent_scratch_bytes
 from miniserve.attention.backends.rocm_attn import RocmBackend
 from miniserve.attention.backends.rocm_unified import UnifiedBackend
 from miniserve.attention.backends.torch_attn import TorchBackend
@@ -34,6 +37,8 @@ def build_backend(choice: Choice, block_size: int, options: BackendOptions) -> B
         return TorchBackend(layout)
     if choice.backend == "TORCH_MLA":
         return TorchLatentBackend(layout)
+    if choice.backend == "ROCM_AITER_MLA":
+        return AiterLatentBackend(layout, load_latent(), _token_indices(options), options)
     if choice.backend == "TRITON_MLA":
         latent_kernels = torch_latent_kernels() if options.platform.emulated else triton_latent_kernels()
         return TritonLatentBackend(layout, latent_kernels, options)
@@ -52,8 +57,18 @@ def _paged_kernels(options: BackendOptions) -> PagedKernels:
     return torch_kernels() if options.platform.emulated else triton_kernels()
 
 
+def _token_indices(options: BackendOptions) -> TokenIndices:
+    if options.platform.emulated:
+        return torch_token_indices
+    from miniserve.kernels.triton.token_indices import token_indices
+
+    return token_indices
+
+
 def scratch_bytes(choice: Choice, specs: Sequence[AttentionSpec], max_rows: int, max_seq_len: int) -> int:
     """What the backend allocates beside the cache, where that is more than a few megabytes."""
+    if choice.backend == "ROCM_AITER_MLA":
+        return latent_scratch_bytes(specs, max_rows, max_seq_len)
     if choice.backend not in ("ROCM_ATTN", "ROCM_AITER_FA"):
         return 0
     scratch = aiter_calls.scratch_bytes(specs, max_rows, max_seq_len)

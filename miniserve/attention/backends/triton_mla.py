@@ -110,16 +110,21 @@ class TritonLatentBackend(TorchLatentBackend):
         causal: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         lens = (cu_query_lens, cu_key_lens, max_query_len, max_key_len)
-        dim = 8 * cdiv(max(q.shape[-1], v.shape[-1]), 8)
+        dim = dense_dim(q, v)
         if self._vendor == "hip" or q.dtype not in _FLASH_DTYPES or dim > _FLASH_MAX_DIM:
             return super().attend_dense(layer, q, k, v, *lens, causal=causal)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            *(_padded(tensor, dim) for tensor in (q, k, v)), *lens, 0.0, causal, False, scale=layer.spec.scale
+            *(padded(tensor, dim) for tensor in (q, k, v)), *lens, 0.0, causal, False, scale=layer.spec.scale
         )
         return out[..., : v.shape[-1]], lse
 
 
-def _padded(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+def dense_dim(q: torch.Tensor, v: torch.Tensor) -> int:
+    """The one size of queries, keys and values, a multiple of 8, that flash attention is given."""
+    return 8 * cdiv(max(q.shape[-1], v.shape[-1]), 8)
+
+
+def padded(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     """With zeros, which change neither a score nor a sum."""
     return tensor if tensor.shape[-1] == dim else functional.pad(tensor, (0, dim - tensor.shape[-1]))
 

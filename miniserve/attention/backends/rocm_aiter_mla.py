@@ -1,0 +1,195 @@
+"""ROCM_AITER_MLA: aiter's hand-written MLA decode in its persistent form, its flash attention for chunks, and its cache
+writer, on AMD's Instinct GPUs.
+
+Persistent: as many workgroups as the GPU has compute units, whose work a planning kernel lays down at the start of a
+step, in six buffers that never move; so a captured step plans itself anew at every replay. The kernels take 16, 32, …,
+128 heads and pages of one token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from miniserve.attention.aiter import AiterLatent
+from miniserve.attention.backends.latent_base import LatentBackend
+from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.triton_mla import dense_dim, padded
+from miniserve.attention.layouts import KVCache, KVLayout
+from miniserve.attention.metadata import DecodeRows
+from miniserve.attention.routes import kv_cache_dtype, padded_heads
+from miniserve.attention.spec import AttentionSpec, LatentLayer
+from miniserve.kernels.triton.launch import cdiv
+
+TokenIndices = Callable[..., None]
+# In the order that aiter tells their sizes in. Its functions take them in other orders: always by name.
+_BUFFERS = (
+    "work_metadata_ptrs",
+    "work_indptr",
+    "work_info_set",
+    "reduce_indptr",
+    "reduce_final_map",
+    "reduce_partial_map",
+)
+_RANK = 512
+_MOST_COMPUTE_UNITS = 304
+_ASM_DENSE_DIMS = (192, 128)  # of key and value; other pairs are padded to equals
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeMetadata:
+    """One query token a row, pages of one token. qo_indptr, kv_indptr int32 [rows + 1]; kv_indices int32: where the
+    rows' tokens lie, row after row; kv_last_page_lens int32 [rows], ones."""
+
+    qo_indptr: torch.Tensor
+    kv_indptr: torch.Tensor
+    kv_indices: torch.Tensor
+    kv_last_page_lens: torch.Tensor
+
+
+def scratch_bytes(specs: Sequence[AttentionSpec], max_rows: int, max_seq_len: int) -> int:
+    """Token indices, and the parts of split rows in float32, which aiter allocates in every call."""
+    parts = min(max_rows + _MOST_COMPUTE_UNITS - 1, 2 * (_MOST_COMPUTE_UNITS - 1))
+    return 4 * max_rows * max_seq_len + 4 * parts * max(padded_heads(spec.num_heads) for spec in specs) * (_RANK + 1)
+
+
+class AiterLatentBackend(LatentBackend[DecodeMetadata]):
+    graphs = True
+
+    def __init__(
+        self, layout: KVLayout, aiter: AiterLatent, token_indices: TokenIndices, options: BackendOptions
+    ) -> None:
+        super().__init__(layout)
+        self._aiter, self._token_indices = aiter, token_indices
+        self._max_seq_len = options.max_seq_len
+        rows, device = options.max_rows, options.device
+        self._qo_indptr = torch.arange(rows + 1, dtype=torch.int32, device=device)
+        self._kv_indptr = torch.zeros(rows + 1, dtype=torch.int32, device=device)
+        self._kv_indices = torch.zeros(rows * options.max_seq_len, dtype=torch.int32, device=device)
+        self._ones = torch.ones(rows, dtype=torch.int32, device=device)
+        self._plans = {spec: self._allocate(spec, rows, device) for spec in dict.fromkeys(options.specs)}
+
+    def _allocate(self, spec: AttentionSpec, rows: int, device: torch.device) -> dict[str, torch.Tensor]:
+        sizes = self._aiter.get_mla_metadata_info_v1(
+            rows, 1, padded_heads(spec.num_heads), spec.dtype, spec.kv_dtype, is_sparse=False, fast_mode=True
+        )
+        return {
+            name: torch.empty(shape, dtype=dtype, device=device)
+            for name, (shape, dtype) in zip(_BUFFERS, sizes, strict=True)
+        }
+
+    def build_decode(self, rows: DecodeRows) -> DecodeMetadata:
+        count = rows.seq_lens.shape[0]
+        meta = DecodeMetadata(
+            self._qo_indptr[: count + 1], self._kv_indptr[: count + 1], self._kv_indices, self._ones[:count]
+        )
+        torch.cumsum(rows.seq_lens, 0, dtype=torch.int32, out=meta.kv_indptr[1:])
+        self._token_indices(
+            rows.block_tables,
+            rows.seq_lens,
+            meta.kv_indptr,
+            meta.kv_indices,
+            block_size=self.layout.block_size,
+            max_seq_len=rows.max_seq_len,
+        )
+        for spec, plan in self._plans.items():
+            self._aiter.get_mla_metadata_v1(
+                seqlens_qo_indptr=meta.qo_indptr,
+                seqlens_kv_indptr=meta.kv_indptr,
+                kv_last_page_lens=meta.kv_last_page_lens,
+                num_heads_per_head_k=padded_heads(spec.num_heads),
+                num_heads_k=1,
+                is_causal=True,
+                page_size=1,
+                kv_granularity=16,
+                max_seqlen_qo=1,
+                uni_seqlen_qo=1,
+                fast_mode=True,
+                dtype_q=spec.dtype,
+                dtype_kv=spec.kv_dtype,
+                **plan,
+            )
+        return meta
+
+    def decode(self, layer: LatentLayer, q: torch.Tensor, cache: KVCache, meta: DecodeMetadata) -> torch.Tensor:
+        """Queries stay in bfloat16 over an fp8 cache too: nothing is lost to a second rounding, and the fp8 kernels for
+        32 and 64 heads, of which some fault and some were wrong, are never met."""
+        spec, heads = layer.spec, q.shape[1]
+        if (missing := padded_heads(heads) - heads) > 0:
+            q = functional.pad(q, (0, 0, 0, missing))
+        out = torch.empty((*q.shape[:2], _RANK), dtype=q.dtype, device=q.device)
+        work_metadata_ptrs, *others = (self._plans[spec][name] for name in _BUFFERS)
+        self._aiter.mla_decode_fwd(
+            q,
+            cache.key.view(-1, 1, 1, spec.head_dim),
+            out,
+            meta.qo_indptr,
+            meta.kv_indptr,
+            meta.kv_indices,
+            meta.kv_last_page_lens,
+            1,
+            page_size=1,
+            sm_scale=spec.scale,
+            # Told, aiter keeps to the plan; otherwise it may drop it from 32 rows on for kernels whose own splits lie
+            # in a cache of tensors, from which one that a graph reads may be evicted.
+            num_kv_splits=self._aiter.compute_units,
+            work_meta_data=work_metadata_ptrs,
+            **dict(zip(_BUFFERS[1:], others, strict=True)),
+            kv_scale=layer.kv_scale if spec.kv_dtype.itemsize == 1 else None,
+        )
+        return out[:, :heads]
+
+    def write(
+        self, layer: LatentLayer, cache: KVCache, kv_c: torch.Tensor, k_pe: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        kv_dtype = kv_cache_dtype(layer.spec.kv_dtype)
+        self._aiter.concat_and_cache_mla(kv_c, k_pe, cache.key, slot_mapping, kv_dtype, layer.kv_scale)
+
+    def attend_dense(
+        self,
+        layer: LatentLayer,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_query_lens: torch.Tensor,
+        cu_key_lens: torch.Tensor,
+        max_query_len: int,
+        max_key_len: int,
+        *,
+        causal: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        width = v.shape[-1]
+        if (q.shape[-1], width) != _ASM_DENSE_DIMS:
+            q, k, v = (padded(tensor, dense_dim(q, v)) for tensor in (q, k, v))
+        out, lse = self._aiter.flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_query_lens,
+            cu_key_lens,
+            max_query_len,
+            max_key_len,
+            softmax_scale=layer.spec.scale,
+            causal=causal,
+            return_lse=True,
+        )
+        return out[..., :width], lse
+
+
+def torch_token_indices(
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    starts: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    block_size: int,
+    max_seq_len: int,
+) -> None:
+    """As `kernels.triton.token_indices`, for a platform that is emulated on a CPU."""
+    for row, length in enumerate(seq_lens.tolist()):
+        blocks = block_tables[row, : cdiv(length, block_size), None]
+        tokens = (blocks * block_size + torch.arange(block_size)).flatten()[:length]
+        out[int(starts[row]) : int(starts[row + 1])] = tokens
