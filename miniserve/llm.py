@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from itertools import count
 from types import FrameType
@@ -31,6 +32,7 @@ from miniserve.core import (
     RequestOutput,
     SamplingParams,
     SchedulerStats,
+    StepTotals,
     TokenLogprobs,
 )
 from miniserve.engine.build import RUNNER_FACTORY, build_engine
@@ -105,6 +107,11 @@ class LLM:
     @property
     def stats(self) -> SchedulerStats:
         return self._loop.stats
+
+    @property
+    def step_totals(self) -> StepTotals:
+        """What all steps so far took and read."""
+        return copy(self._loop.log.totals)
 
     def default_sampling_params(self, **values: Any) -> SamplingParams:
         """What `generate` uses where it is given none: the model's own sampling defaults, `values` over them."""

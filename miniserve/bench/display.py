@@ -10,6 +10,7 @@ from rich.table import Table
 
 from miniserve.bench import offline, serve
 from miniserve.bench.client import RequestRecord
+from miniserve.bench.decode_steps import DecodeSteps
 from miniserve.bench.report import summary_row
 from miniserve.bench.stats import Summary
 from miniserve.core import EngineInfo
@@ -62,6 +63,7 @@ def print_serve(result: serve.ServeResult) -> None:
         "e2e": "E2E (whole request)",
     }
     console.print(latency_table("Latency", [(label, latencies[key]) for key, label in names.items()]))
+    _print_steps(console, result.steps)
     for error, count in result.failures.items():
         console.print(f"{count} failed: {error}", style="red", markup=False, highlight=False)
     if result.client_cpu > BUSY_CLIENT:
@@ -84,13 +86,21 @@ def print_latency(result: offline.LatencyResult, info: EngineInfo) -> None:
     console.print(latency_table(title, [(label, summaries[key]) for key, label in names.items()]))
     if result.decode_tokens_per_s is not None:
         console.print(f"{result.decode_tokens_per_s:,.1f} decode tokens/s (median)", highlight=False)
+    _print_steps(console, result.steps)
+
+
+def _print_steps(console: Console, steps: DecodeSteps | None) -> None:
+    if steps is not None and steps.line is not None:
+        console.print(f"decode: {steps.line}", highlight=False)
 
 
 def print_throughput(result: offline.ThroughputResult, info: EngineInfo) -> None:
     rates = result.rates()
-    Console(soft_wrap=True).print(
+    console = Console(soft_wrap=True)
+    console.print(
         f"{info.model} ({info.dtype}, {info.device}): {result.num_prompts} prompts in {result.duration:.2f} s\n"
         f"{rates['requests_per_s']:,.2f} requests/s · {rates['input_tokens_per_s']:,.0f} input tokens/s · "
         f"{rates['output_tokens_per_s']:,.0f} output tokens/s · {rates['total_tokens_per_s']:,.0f} tokens/s in total",
         highlight=False,
     )
+    _print_steps(console, result.steps)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
+from miniserve.bench.decode_steps import DecodeSteps
 from miniserve.bench.report import header
 from miniserve.bench.stats import Summary, summarize
 from miniserve.bench.workload import Shape, token_prompts
@@ -24,7 +25,7 @@ class Generate(Protocol):
 class LatencyResult:
     """Of `repeats` batches, in seconds: `whole` from the call to the last token of the batch, `first` likewise with one
     token per prompt, and `step` = (whole - first) / (output_len - 1), the decode step (TPOT). `step` is empty where
-    output_len is 1."""
+    output_len is 1. `steps`: what the engine counted meanwhile."""
 
     batch_size: int
     input_len: int
@@ -32,6 +33,7 @@ class LatencyResult:
     whole: list[float]
     first: list[float]
     step: list[float]
+    steps: DecodeSteps | None = None
 
     def summaries(self) -> dict[str, Summary | None]:
         return {"whole": summarize(self.whole), "first": summarize(self.first), "step": summarize(self.step)}
@@ -45,7 +47,7 @@ class LatencyResult:
         return {
             **header("latency"),
             "engine": _engine(info),
-            **asdict(self),
+            **(asdict(self) | {"steps": self.steps and self.steps.to_json()}),
             "latency_s": {name: summary and asdict(summary) for name, summary in self.summaries().items()},
             "decode_tokens_per_s": self.decode_tokens_per_s,
         }
@@ -59,6 +61,7 @@ class ThroughputResult:
     input_tokens: int
     output_tokens: int
     duration: float
+    steps: DecodeSteps | None = None
 
     def rates(self) -> dict[str, float]:
         return {
@@ -69,11 +72,13 @@ class ThroughputResult:
         }
 
     def to_json(self, info: EngineInfo) -> dict[str, Any]:
-        return {**header("throughput"), "engine": _engine(info), **asdict(self), "throughput": self.rates()}
+        fields = asdict(self) | {"steps": self.steps and self.steps.to_json()}
+        return {**header("throughput"), "engine": _engine(info), **fields, "throughput": self.rates()}
 
 
-def open_engine(config: EngineConfig) -> tuple[Generate, EngineInfo]:
-    """An engine in this process, and what it settled on. Raises `UserError` where it cannot start."""
+def open_engine(config: EngineConfig) -> tuple[Generate, EngineInfo, Callable[[], DecodeSteps]]:
+    """An engine in this process, what it settled on, and what it has counted so far. Raises `UserError` where it cannot
+    start."""
     from miniserve.llm import LLM
 
     llm = LLM(**{field.name: getattr(config, field.name) for field in fields(config)})
@@ -85,7 +90,8 @@ def open_engine(config: EngineConfig) -> tuple[Generate, EngineInfo]:
             raise UserError(f"The engine refuses such requests: {error}") from error
         return [len(result.outputs[0].token_ids) for result in results]
 
-    return generate, llm.info
+    traffic = llm.info.traffic
+    return generate, llm.info, lambda: DecodeSteps(llm.step_totals, None if traffic is None else traffic.bandwidth)
 
 
 def measure_latency(
@@ -98,7 +104,7 @@ def measure_latency(
     warmup: int,
     repeats: int,
     seed: int,
-    on_done: Callable[[], None] = lambda: None,
+    count_steps: Callable[[], DecodeSteps] | None = None,
 ) -> LatencyResult:
     """Time `repeats` batches after `warmup` unmeasured ones. Each batch has prompts of its own: none is found in the
     prefix cache. Raises `UserError` for a count out of range."""
@@ -106,7 +112,10 @@ def measure_latency(
         raise UserError("--batch-size and --repeats must be 1 or more and --warmup 0 or more.")
     shape = Shape(input_len=input_len, output_len=output_len)
     whole, first = [], []
+    before = None
     for index in range(warmup + repeats):
+        if index == warmup and count_steps is not None:
+            before = count_steps()
         # One draw for both runs of a repeat, half of it each.
         prompts = [prompt for prompt, _ in token_prompts(2 * batch_size, shape, range(vocab_size), seed + index)]
         times = [
@@ -116,7 +125,6 @@ def measure_latency(
         if index >= warmup:
             whole.append(times[0])
             first.append(times[1])
-        on_done()
     decode_steps = output_len - 1
     return LatencyResult(
         batch_size=batch_size,
@@ -125,11 +133,18 @@ def measure_latency(
         whole=whole,
         first=first,
         step=[(n - one) / decode_steps for n, one in zip(whole, first, strict=True)] if decode_steps else [],
+        steps=_since(before, count_steps),
     )
 
 
 def measure_throughput(
-    generate: Generate, vocab_size: int, *, num_prompts: int, shape: Shape, seed: int
+    generate: Generate,
+    vocab_size: int,
+    *,
+    num_prompts: int,
+    shape: Shape,
+    seed: int,
+    count_steps: Callable[[], DecodeSteps] | None = None,
 ) -> ThroughputResult:
     """Time many prompts handed over at once, after one small unmeasured batch. Raises `UserError`."""
     if num_prompts < 1:
@@ -138,13 +153,19 @@ def measure_throughput(
     _timed(generate, [warmup], [2])
     drawn = token_prompts(num_prompts, shape, range(vocab_size), seed)
     prompts, lengths = [prompt for prompt, _ in drawn], [length for _, length in drawn]
+    before = None if count_steps is None else count_steps()
     duration = _timed(generate, prompts, lengths)
     return ThroughputResult(
         num_prompts=num_prompts,
         input_tokens=sum(map(len, prompts)),
         output_tokens=sum(lengths),
         duration=duration,
+        steps=_since(before, count_steps),
     )
+
+
+def _since(before: DecodeSteps | None, count_steps: Callable[[], DecodeSteps] | None) -> DecodeSteps | None:
+    return None if before is None or count_steps is None else count_steps().since(before)
 
 
 def _timed(generate: Generate, prompts: list[list[int]], lengths: list[int]) -> float:

@@ -14,6 +14,7 @@ import httpx
 
 from miniserve.bench.client import Endpoint, RequestOptions, RequestRecord, send
 from miniserve.bench.connections import ConnectionPool
+from miniserve.bench.decode_steps import DecodeSteps, ask_server
 from miniserve.bench.report import header
 from miniserve.bench.stats import Summary, summarize
 from miniserve.bench.workload import WORDS, WORDS_TEXT, Sample, Shape, poisson_arrivals, text_samples, token_samples
@@ -77,7 +78,7 @@ class ServeConfig:
 class ServeResult:
     """`duration` in seconds from the first request's start to the last one's end. `client_cpu` is the share of one core
     that this client used: near 1, it is the client that was measured. `lag` is by how many seconds at worst a request
-    left later than its arrival time."""
+    left later than its arrival time. `steps`: what the server counted meanwhile, where it is ours."""
 
     config: ServeConfig
     model: str
@@ -86,6 +87,7 @@ class ServeResult:
     duration: float
     client_cpu: float
     lag: float
+    steps: DecodeSteps | None = None
 
     @property
     def completed(self) -> list[RequestRecord]:
@@ -143,6 +145,7 @@ class ServeResult:
             "tokens_per_chunk": tokens_out / chunks if chunks else None,
             "throughput": self.throughput(),
             "latency_s": {name: summary and asdict(summary) for name, summary in self.latencies().items()},
+            "steps": self.steps and self.steps.to_json(),
             "client": {"cpu_share": self.client_cpu, "max_lag_s": self.lag},
             "requests": [asdict(record) | {"tpot": record.tpot} for record in self.records],
         }
@@ -168,8 +171,7 @@ def _fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 async def _run(config: ServeConfig, on_done: Callable[[RequestRecord], None]) -> ServeResult:
     pool = ConnectionPool(config.root, config.api_key, config.timeout)
-    headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
-    async with httpx.AsyncClient(headers=headers, timeout=config.timeout, trust_env=False) as client:
+    async with _client(config) as client:
         model = config.model or await _first_model(client, config.root)
         server = await _server_version(client, config.root)
         samples = await _samples(client, config, model)
@@ -177,6 +179,7 @@ async def _run(config: ServeConfig, on_done: Callable[[RequestRecord], None]) ->
         model=model, endpoint=config.endpoint, temperature=config.temperature, ignore_eos=config.ignore_eos
     )
     await _warm_up(pool, options, samples[: config.warmup], config.root)
+    before = await _count_steps(config)
     # What lives already need not be walked again by the collector, which would stop every request's clock.
     gc.collect()
     gc.freeze()
@@ -187,6 +190,7 @@ async def _run(config: ServeConfig, on_done: Callable[[RequestRecord], None]) ->
     finally:
         gc.unfreeze()
         pool.close()
+    after = await _count_steps(config)
     return ServeResult(
         config=config,
         model=model,
@@ -195,7 +199,18 @@ async def _run(config: ServeConfig, on_done: Callable[[RequestRecord], None]) ->
         duration=duration,
         client_cpu=cpu / duration,
         lag=lag,
+        steps=None if before is None or after is None else after.since(before),
     )
+
+
+def _client(config: ServeConfig) -> httpx.AsyncClient:
+    headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
+    return httpx.AsyncClient(headers=headers, timeout=config.timeout, trust_env=False)
+
+
+async def _count_steps(config: ServeConfig) -> DecodeSteps | None:
+    async with _client(config) as client:
+        return await ask_server(client, config.root)
 
 
 async def _measure(

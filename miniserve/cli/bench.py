@@ -13,8 +13,10 @@ import typer
 from miniserve.bench.client import Endpoint
 from miniserve.bench.serve import PromptType, ServeConfig
 from miniserve.bench.workload import Shape
+from miniserve.cli.options import parse_count
 from miniserve.cli.run import run
 from miniserve.config import EngineConfig
+from miniserve.core import UserError
 
 app = typer.Typer(no_args_is_help=True, help="Measure a server from outside, or the engine from inside.")
 
@@ -104,6 +106,70 @@ def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @app.command()
 @with_engine_options
+def sweep(
+    engine: EngineConfig,
+    url: Annotated[str | None, typer.Option(help="A server that runs already, instead of one of ours.")] = None,
+    served_model: Annotated[str | None, typer.Option(help="What that server calls its model.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="Sent to that server as a bearer token.")] = None,
+    lengths: Annotated[
+        str, typer.Option(help="Pairs of prompt and output length; 1k is 1000, 1K 1024.")
+    ] = "1K/1K,1K/8K,8K/1K",
+    concurrency: Annotated[str, typer.Option(help="How many requests are kept in flight.")] = "8,16,32,64,128",
+    rounds: Annotated[int, typer.Option(help="Requests that each of the concurrent clients sends in turn.")] = 2,
+    timeout: Annotated[float, typer.Option(help="Longest silence of the server, in seconds.")] = 600.0,
+    json: JsonPath = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a PNG of throughput and TPOT here.")] = None,
+) -> None:
+    """Throughput and TPOT over lengths × concurrency × KV layout; --kv-layout auto measures both layouts.
+
+    Starts a server for each layout, unless --url names one. Exits 1 when a request failed.
+    """
+    from miniserve.bench import plot as plotting
+    from miniserve.bench import sweep as sweeping
+    from miniserve.bench.report import write_json
+    from miniserve.bench.sweep_display import plot_sweep, print_sweep
+
+    if plot is not None:
+        plotting.load_figure_class()
+    config = sweeping.SweepConfig(
+        engine=engine,
+        url=url,
+        model=served_model,
+        api_key=api_key,
+        shapes=_shapes(lengths),
+        concurrencies=[parse_count(part, "--concurrency") for part in concurrency.split(",")],
+        rounds=rounds,
+        seed=engine.seed,
+        timeout=timeout,
+    )
+
+    def keep(result: sweeping.SweepResult) -> None:
+        if json is not None:  # after every point: a sweep may take hours
+            write_json(json, result.to_json())
+
+    result = sweeping.sweep(config, lambda text: typer.echo(text, err=True), keep)
+    keep(result)
+    print_sweep(result)
+    if plot is not None:
+        plot_sweep(result, plot)
+    if result.failed:
+        raise typer.Exit(1)
+
+
+def _shapes(lengths: str) -> list[Shape]:
+    shapes = []
+    for pair in lengths.split(","):
+        input_len, slash, output_len = pair.partition("/")
+        if not slash:
+            raise UserError(f"--lengths takes pairs such as 1K/1K,8K/1K, not {pair!r}.")
+        shapes.append(
+            Shape(input_len=parse_count(input_len, "--lengths"), output_len=parse_count(output_len, "--lengths"))
+        )
+    return shapes
+
+
+@app.command()
+@with_engine_options
 def latency(
     engine: EngineConfig,
     batch_size: Annotated[int, typer.Option(help="Prompts in a batch.")] = 1,
@@ -117,7 +183,7 @@ def latency(
     from miniserve.bench import display, offline
     from miniserve.bench.report import write_json
 
-    generate, info = offline.open_engine(engine)
+    generate, info, count_steps = offline.open_engine(engine)
     result = offline.measure_latency(
         generate,
         info.vocab_size,
@@ -127,6 +193,7 @@ def latency(
         warmup=warmup,
         repeats=repeats,
         seed=engine.seed,
+        count_steps=count_steps,
     )
     display.print_latency(result, info)
     if json is not None:
@@ -148,9 +215,9 @@ def throughput(
     from miniserve.bench.report import write_json
 
     shape = Shape(input_len=input_len, output_len=output_len, range_ratio=range_ratio)
-    generate, info = offline.open_engine(engine)
+    generate, info, count_steps = offline.open_engine(engine)
     result = offline.measure_throughput(
-        generate, info.vocab_size, num_prompts=num_prompts, shape=shape, seed=engine.seed
+        generate, info.vocab_size, num_prompts=num_prompts, shape=shape, seed=engine.seed, count_steps=count_steps
     )
     display.print_throughput(result, info)
     if json is not None:

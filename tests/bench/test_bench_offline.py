@@ -9,10 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 from miniserve.bench import cpu_decode, offline
+from miniserve.bench.decode_steps import DecodeSteps
 from miniserve.bench.decode_worker import Job, Measured
 from miniserve.bench.workload import Shape
 from miniserve.cli.bench import app
-from miniserve.core import EngineInfo, SamplingParams, UserError
+from miniserve.core import EngineInfo, SamplingParams, StepTotals, UserError
 
 INFO = EngineInfo(
     model="fake",
@@ -72,6 +73,16 @@ def test_latency_separates_prefill_from_decode(engine: FakeEngine) -> None:
     assert written["kind"] == "latency"
     assert written["latency_s"]["step"]["median"] == 0.25
     assert written["engine"]["kv_layout"] == "linear"
+    assert written["steps"] is None  # nobody counted them
+
+
+def test_steps_are_counted_behind_the_warm_up(engine: FakeEngine) -> None:
+    def count_steps() -> DecodeSteps:
+        return DecodeSteps(StepTotals(decode_steps=len(engine.calls), decode_seconds=engine.now), 1e9)
+
+    shape = {"batch_size": 1, "input_len": 10, "output_len": 9, "seed": 0}
+    result = offline.measure_latency(engine.generate, 50, **shape, warmup=2, repeats=3, count_steps=count_steps)
+    assert result.steps == DecodeSteps(StepTotals(decode_steps=6, decode_seconds=12.0), 1e9)
 
 
 def test_one_token_has_no_decode_step(engine: FakeEngine) -> None:
@@ -121,6 +132,8 @@ def test_latency_and_throughput_run_the_engine(tmp_path: Path) -> None:
         assert written["kind"] == command[0]
         assert written["engine"]["device"] == "cpu"
         assert written["engine"]["max_num_seqs"] == 4
+        assert written["steps"]["decode_steps"] >= 2 and written["steps"]["weight_bytes"] > 0
+        assert "decode: step " in result.output
     assert written["output_tokens"] == 15
     assert "output tokens/s" in result.output
 

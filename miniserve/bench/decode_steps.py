@@ -1,0 +1,46 @@
+"""How near the memory's limit decode came while something was measured, as the engine itself counts it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import msgspec
+
+from miniserve.core import StepTotals
+from miniserve.engine.roofline import describe, hidden_share, share_of_bandwidth
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeSteps:
+    """`totals` of a period; `bandwidth` in bytes a second as measured when the engine started, None if it was not."""
+
+    totals: StepTotals
+    bandwidth: float | None
+
+    def since(self, earlier: DecodeSteps) -> DecodeSteps:
+        return DecodeSteps(self.totals.since(earlier.totals), self.bandwidth)
+
+    @property
+    def line(self) -> str | None:
+        """None where no step was one of decode rows alone."""
+        return describe(self.totals, self.bandwidth)
+
+    def to_json(self) -> dict[str, Any]:
+        """Times in seconds."""
+        return {
+            **msgspec.structs.asdict(self.totals),
+            "bandwidth": self.bandwidth,
+            "share_of_bandwidth": share_of_bandwidth(self.totals, self.bandwidth),
+            "cpu_hidden": hidden_share(self.totals),
+        }
+
+
+async def ask_server(client: httpx.AsyncClient, root: str) -> DecodeSteps | None:
+    """What a server has counted since its start; None where it is not ours, or does not say."""
+    try:
+        answer = (await client.get(f"{root}/debug/steps", params={"limit": 0})).json()
+        return DecodeSteps(StepTotals(**answer["totals"]), (answer["traffic"] or {}).get("bandwidth"))
+    except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError):
+        return None

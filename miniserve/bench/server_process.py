@@ -1,0 +1,96 @@
+"""A server of ours in a process of its own, for benchmarks: its Python shares no interpreter with the client's."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import msgspec
+
+from miniserve.config import EngineConfig
+from miniserve.core import UserError
+
+_POLL = 0.1  # seconds
+_LEAVE = 30.0  # seconds for a server to end before it is killed
+_SHOWN_LINES = 5  # of the log of a server that did not start
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """What the process is given on its command line, as JSON."""
+
+    engine: EngineConfig
+    port: int
+
+
+@contextlib.contextmanager
+def running_server(engine: EngineConfig) -> Iterator[str]:
+    """The root URL of a server that answers; it ends with the block. Raises `UserError` with the end of its log where
+    it does not start."""
+    with tempfile.TemporaryDirectory(prefix="miniserve-bench-") as folder:
+        path = Path(folder) / "log"
+        settings = Settings(engine, _free_port())
+        with path.open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "miniserve.bench.server_process", msgspec.json.encode(settings).decode()],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            )
+        try:
+            root = f"http://127.0.0.1:{settings.port}"
+            _wait_until_ready(process, root, path)
+            yield root
+        finally:
+            _end(process)
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], root: str, log: Path) -> None:
+    with httpx.Client(trust_env=False, timeout=5.0) as client:
+        while process.poll() is None:
+            with contextlib.suppress(httpx.HTTPError):
+                if client.get(f"{root}/health").status_code == 200:
+                    return
+            time.sleep(_POLL)
+    lines = log.read_text(errors="replace").strip().splitlines()[-_SHOWN_LINES:]
+    raise UserError(f"The server did not start (exit code {process.returncode}): " + "\n".join(lines))
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(_LEAVE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def main(settings: Settings) -> int:
+    """Serve until a signal; returns the exit code."""
+    from miniserve.cli.start import start
+    from miniserve.server.config import ServerConfig
+
+    try:
+        return start(settings.engine, ServerConfig(port=settings.port), prompt=None, chat=False)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(msgspec.json.decode(sys.argv[1], type=Settings)))

@@ -1,0 +1,201 @@
+"""`miniserve bench sweep`: throughput and TPOT against concurrency, for several lengths and both KV layouts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from miniserve.bench.decode_steps import DecodeSteps
+from miniserve.bench.report import header
+from miniserve.bench.serve import ServeConfig, ServeResult, run
+from miniserve.bench.server_process import running_server
+from miniserve.bench.stats import Summary
+from miniserve.bench.workload import Shape
+from miniserve.config import EngineConfig
+from miniserve.core import UserError
+
+LAYOUTS = ("linear", "shuffled")
+AS_SERVED = "as served"  # the layout of a server that somebody else started
+_WARMUP_OUTPUT = 16  # tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepConfig:
+    """Each of `shapes` at each of `concurrencies`, `rounds` requests a client, against the server at `url` or, where
+    that is None, against one of ours with `engine`'s settings: with its KV layout, or with "auto" one after the other.
+
+    Raises `UserError` for what does not go together.
+    """
+
+    engine: EngineConfig
+    url: str | None = None
+    model: str | None = None
+    api_key: str | None = None
+    shapes: Sequence[Shape]
+    concurrencies: Sequence[int]
+    rounds: int = 2
+    seed: int = 0
+    timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        if not self.shapes or not self.concurrencies or min(self.concurrencies) < 1 or self.rounds < 1:
+            raise UserError("--lengths and --concurrency must name one or more each, and --rounds must be 1 or more.")
+        if self.url is not None and self.engine != EngineConfig():
+            raise UserError("--url names a server that runs already: the engine's options cannot be set from here.")
+        if self.url is None and (self.model is not None or self.api_key is not None):
+            raise UserError("--served-model and --api-key are for a server that runs already; give its --url.")
+        if self.url is None and max(self.concurrencies) > self.engine.max_num_seqs:
+            raise UserError(
+                f"--concurrency {max(self.concurrencies)} is more than the engine runs at once; raise --max-num-seqs."
+            )
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        if self.url is not None:
+            return (AS_SERVED,)
+        return LAYOUTS if self.engine.kv_layout == "auto" else (self.engine.kv_layout,)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request."""
+        return max(shape.input_len + shape.output_len for shape in self.shapes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One measurement. Times in seconds, rates in tokens a second; see `ServeResult`."""
+
+    layout: str
+    input_len: int
+    output_len: int
+    concurrency: int
+    completed: int
+    failures: dict[str, int]
+    duration: float
+    output_tokens_per_s: float
+    total_tokens_per_s: float
+    ttft: Summary | None
+    tpot: Summary | None
+    itl: Summary | None
+    client_cpu: float
+    steps: DecodeSteps | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"steps": self.steps and self.steps.to_json()}
+
+
+@dataclass(slots=True, kw_only=True)
+class SweepResult:
+    """`points` in the order of measuring; `refused`: why a layout could not be measured."""
+
+    config: SweepConfig
+    model: str = ""
+    points: list[Point] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> int:
+        return sum(sum(point.failures.values()) for point in self.points)
+
+    def to_json(self) -> dict[str, Any]:
+        config = asdict(self.config) | {"api_key": None if self.config.api_key is None else "***"}
+        return {
+            **header("sweep"),
+            "model": self.model,
+            "config": config,
+            "refused": self.refused,
+            "points": [point.to_json() for point in self.points],
+        }
+
+
+def sweep(config: SweepConfig, on_start: Callable[[str], None], on_point: Callable[[SweepResult], None]) -> SweepResult:
+    """Measure everything. `on_start` hears what comes next, `on_point` the result so far after each point.
+
+    A layout whose server does not start is left out, with the reason. Raises `UserError` where nothing can be measured.
+    """
+    result = SweepResult(config=config)
+    for layout in config.layouts:
+        on_start(f"starting a server with the {layout} layout" if config.url is None else f"asking {config.url}")
+        try:
+            with _server(config, layout) as url:
+                _measure(config, layout, url, result, on_start, on_point)
+        except UserError as error:
+            if result.points or layout != config.layouts[-1]:
+                result.refused[layout] = str(error)
+                continue
+            raise
+    return result
+
+
+@contextmanager
+def _server(config: SweepConfig, layout: str) -> Iterator[str]:
+    if config.url is not None:
+        yield config.url
+        return
+    length = config.engine.max_model_len or config.longest
+    with running_server(dataclasses.replace(config.engine, kv_layout=layout, max_model_len=length)) as url:
+        yield url
+
+
+def _measure(
+    config: SweepConfig,
+    layout: str,
+    url: str,
+    result: SweepResult,
+    on_start: Callable[[str], None],
+    on_point: Callable[[SweepResult], None],
+) -> None:
+    most = max(config.concurrencies)
+    shortest = min(config.shapes, key=lambda shape: shape.input_len)
+    brief = Shape(input_len=shortest.input_len, output_len=min(shortest.output_len, _WARMUP_OUTPUT))
+    on_start(f"{layout}: warming up")
+    run(_serve_config(config, url, brief, most, rounds=1, seed=config.seed))
+    seed = config.seed
+    for shape in config.shapes:
+        for concurrency in config.concurrencies:
+            seed += 1  # new prompts: none is found in the prefix cache
+            on_start(f"{layout}: {shape.input_len} in, {shape.output_len} out, {concurrency} at a time")
+            measured = run(_serve_config(config, url, shape, concurrency, rounds=config.rounds, seed=seed))
+            result.model = measured.model
+            result.points.append(_point(layout, shape, concurrency, measured))
+            on_point(result)
+
+
+def _serve_config(
+    config: SweepConfig, url: str, shape: Shape, concurrency: int, *, rounds: int, seed: int
+) -> ServeConfig:
+    return ServeConfig(
+        url=url,
+        shape=shape,
+        model=config.model,
+        api_key=config.api_key,
+        num_prompts=rounds * concurrency,
+        concurrency=concurrency,
+        warmup=0,
+        ignore_eos=True,
+        seed=seed,
+        timeout=config.timeout,
+    )
+
+
+def _point(layout: str, shape: Shape, concurrency: int, measured: ServeResult) -> Point:
+    rates, latencies = measured.throughput(), measured.latencies()
+    return Point(
+        layout=layout,
+        input_len=shape.input_len,
+        output_len=shape.output_len,
+        concurrency=concurrency,
+        completed=len(measured.completed),
+        failures=measured.failures,
+        duration=measured.duration,
+        output_tokens_per_s=rates["output_tokens_per_s"],
+        total_tokens_per_s=rates["total_tokens_per_s"],
+        ttft=latencies["ttft"],
+        tpot=latencies["tpot"],
+        itl=latencies["itl"],
+        client_cpu=measured.client_cpu,
+        steps=measured.steps,
+    )

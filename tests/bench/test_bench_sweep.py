@@ -1,0 +1,135 @@
+"""The sweep: over servers of its own with the built-in model, and over the stub for what can go wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench_stub_server import Stub
+from typer.testing import CliRunner
+
+from miniserve.bench.serve import ServeConfig, run
+from miniserve.bench.server_process import running_server
+from miniserve.bench.sweep import AS_SERVED, SweepConfig, SweepResult, sweep
+from miniserve.bench.workload import Shape
+from miniserve.cli.bench import app
+from miniserve.config import EngineConfig
+from miniserve.core import UserError
+
+SMALL = ["--device", "cpu", "--kv-cache-memory", "16M", "--max-num-seqs", "4"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+
+
+def config(**settings: Any) -> SweepConfig:
+    shapes = [Shape(input_len=6, output_len=5), Shape(input_len=3, output_len=4)]
+    return SweepConfig(**({"engine": EngineConfig(), "shapes": shapes, "concurrencies": [1, 3]} | settings))
+
+
+def test_both_layouts_are_measured_and_drawn(tmp_path: Path) -> None:
+    paths = [str(tmp_path / name) for name in ("r.json", "r.png")]
+    options = ["--lengths", "12/6,24/3", "--concurrency", "1,2", "--json", paths[0], "--plot", paths[1]]
+    result = CliRunner().invoke(app, ["sweep", *SMALL, *options])
+    assert result.exit_code == 0, (result.output, result.exception)
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert (written["kind"], written["model"], written["refused"]) == ("sweep", "tiny-qwen3", {})
+    found = [
+        (point["layout"], point["input_len"], point["output_len"], point["concurrency"]) for point in written["points"]
+    ]
+    cases = [(12, 6, 1), (12, 6, 2), (24, 3, 1), (24, 3, 2)]
+    assert found == [(layout, *case) for layout in ("linear", "shuffled") for case in cases]
+    for point in written["points"]:
+        assert point["completed"] == 2 * point["concurrency"] and point["failures"] == {}
+        assert point["output_tokens_per_s"] > 0 and point["tpot"]["median"] > 0 and point["ttft"]["count"] > 0
+        steps = point["steps"]
+        # One after the other there is nothing to mix: each request's tokens but the first are decode steps.
+        if point["concurrency"] == 1:
+            assert steps["decode_steps"] == steps["decode_rows"] == 2 * (point["output_len"] - 1)
+        assert steps["bandwidth"] > 0 and steps["share_of_bandwidth"] > 0
+    assert "12/6" in result.output and "shuffled" in result.output and "TPOT" in result.output
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_layout_that_cannot_be_had_is_left_out() -> None:
+    # The shuffled layout keeps 16 bytes of neighbouring tokens together, which seven tokens cannot be cut into.
+    engine = EngineConfig(device="cpu", block_size=7, kv_cache_memory=1 << 24)
+    result = sweep(config(engine=engine, rounds=1), lambda text: None, lambda result: None)
+    assert set(result.refused) == {"shuffled"}
+    assert {point.layout for point in result.points} == {"linear"}
+    assert "block" in result.refused["shuffled"]
+
+
+def test_a_server_that_does_not_start_says_why() -> None:
+    with pytest.raises(UserError, match=r"did not start.*/nowhere"), running_server(EngineConfig(model="/nowhere")):
+        pass
+
+
+def test_a_server_that_runs_already_is_measured_as_it_is() -> None:
+    stub = Stub()
+    points: list[int] = []
+    with stub.running() as url:
+        result = sweep(
+            config(url=url, rounds=2, api_key="k"), lambda text: None, lambda r: points.append(len(r.points))
+        )
+    assert [(p.layout, p.input_len, p.output_len, p.concurrency) for p in result.points] == [
+        (AS_SERVED, 6, 5, 1), (AS_SERVED, 6, 5, 3), (AS_SERVED, 3, 4, 1), (AS_SERVED, 3, 4, 3),
+    ]  # fmt: skip
+    assert points == [1, 2, 3, 4]
+    assert len(stub.bodies) == 3 + 2 * (1 + 3 + 1 + 3)  # the warm-up is as wide as the widest point
+    assert len({tuple(body["prompt"]) for body in stub.bodies}) == len(stub.bodies)
+    assert all(point.steps is None for point in result.points)
+    assert result.to_json()["config"]["api_key"] == "***"
+
+
+def test_failures_are_told_and_end_with_1() -> None:
+    with Stub(fail=lambda n: "500" if n == 5 else None).running() as url:
+        result = CliRunner().invoke(app, ["sweep", "--url", url, "--lengths", "4/3", "--concurrency", "2"])
+    assert result.exit_code == 1
+    assert "1 failed (as served, 4/3, 2 at a time): HTTP 500" in result.output
+
+
+def test_the_engines_steps_are_in_the_result_of_a_load() -> None:
+    engine = EngineConfig(device="cpu", kv_cache_memory=1 << 24, max_model_len=128, max_num_seqs=4)
+    with running_server(engine) as url:
+        shape = Shape(input_len=8, output_len=6)
+        settings = ServeConfig(url=url, shape=shape, num_prompts=3, concurrency=1, ignore_eos=True)
+        result = run(settings)
+    assert result.steps is not None and result.steps.line is not None
+    assert result.steps.totals.decode_steps == 15
+    assert result.to_json()["steps"]["prefill_tokens"] == 24
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"shapes": []},
+        {"concurrencies": [0]},
+        {"rounds": 0},
+        {"url": "http://x", "engine": EngineConfig(block_size=32)},
+        {"api_key": "k"},
+        {"model": "m"},
+        {"concurrencies": [257]},
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UserError):
+        config(**wrong)
+
+
+def test_one_layout_can_be_asked_for() -> None:
+    assert config(engine=EngineConfig(kv_layout="shuffled")).layouts == ("shuffled",)
+    assert config().layouts == ("linear", "shuffled")
+    assert SweepResult(config=config()).failed == 0
+
+
+@pytest.mark.parametrize("lengths", ["12", "12/x", "0/4", ""])
+def test_lengths_come_in_pairs(lengths: str) -> None:
+    result = CliRunner().invoke(app, ["sweep", "--url", "http://127.0.0.1:1", "--lengths", lengths])
+    assert isinstance(result.exception, UserError)
