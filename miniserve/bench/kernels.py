@@ -333,11 +333,11 @@ def _time(timed: Timed) -> float:
     return timed.microseconds
 
 
-def main() -> None:
+def main(command_line: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Time the Triton attention kernels on this GPU.")
     parser.add_argument("--tune", action="store_true", help="time other tiles and splits instead of the table")
     parser.add_argument("--json", type=Path, help="write the results here")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(command_line)
     torch.manual_seed(0)
     bench = Bench(torch.device("cuda"))
     print(f"{torch.cuda.get_device_name()}: copy {bench.copy_rate / 1e9:.0f} GB/s (bytes read and written)")
