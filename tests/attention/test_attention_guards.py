@@ -1,6 +1,7 @@
 """Known faults of aiter, by the numbers of the list they were collected in, and what keeps the engine from each.
 
-Those of mixture-of-experts kernels (17) and of slow builds (16, 19) concern no call that attention makes as such.
+Those of latent attention (10 … 14, 18, 21, 26) are in test_attention_guards_mla.py. Those of mixture-of-experts kernels
+(17) and of slow builds (16, 19) concern no call that attention makes as such.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from miniserve.attention.metadata import DecodeRows, StepBatch
 from miniserve.attention.platform import NAMED_PLATFORMS, Platform, emulated_platform
 from miniserve.attention.routes import aiter_route
 from miniserve.attention.select import Choice, select
-from miniserve.attention.spec import AttentionSpec, LatentDims
+from miniserve.attention.spec import AttentionSpec
 from miniserve.core import UserError
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -175,18 +176,6 @@ def test_9_one_scale_writes_and_reads_fp8(lengths: list[int]) -> None:
         assert [float(table.unique()) for table in tables if table is not None] == [0.5, 0.25]
         same = replace(step.layer, layer_index=7)
         assert backend._asm_scales.of(same, step.cache)[0] is tables[0], "layers of one scale share a table"
-
-
-@pytest.mark.parametrize("number", [10, 11, 12, 13, 14, 18, 21, 26])
-def test_latent_attention_reaches_no_kernel_by_heads(number: int) -> None:
-    """10 … 14, 18, 21, 26 are of latent kernels, of which only a backend that is for them may make use."""
-    latent = AttentionSpec(16, 1, 576, 192**-0.5, BF16, BF16, latent=LatentDims(512, 64, 128, 128))
-    for platform in (MI300X, MI355X):
-        choice = select([latent], platform, block_size=16)
-        assert choice.layout == "latent"
-        assert next(contract for contract in CONTRACTS if contract.name == choice.backend).latent
-        refusals = {backend for backend, _, reason in choice.rejected if reason == "it has no latent (MLA) attention"}
-        assert {"ROCM_ATTN", "ROCM_AITER_FA", "ROCM_AITER_UNIFIED_ATTN", "TRITON_ATTN"} <= refusals
 
 
 def test_15_graphs_have_a_pool_of_their_own() -> None:

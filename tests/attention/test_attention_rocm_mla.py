@@ -12,11 +12,13 @@ from engine_support import stand_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from latent_steps import LatentStep, latent_cases, make_latent_step
+from test_engine_backends import Watched
 
 from miniserve.attention.backends.build import build_backend
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.rocm_aiter_mla import AiterLatentBackend
 from miniserve.attention.backends.triton_mla import TritonLatentBackend, torch_latent_kernels
+from miniserve.attention.metadata import DecodeRows, StepBatch
 from miniserve.attention.platform import NAMED_PLATFORMS, emulated_platform
 from miniserve.attention.select import select
 from miniserve.attention.spec import AttentionSpec, LatentDims
@@ -116,3 +118,39 @@ def test_rocm_aiter_mla_is_what_the_formula_gives(
         backend = aiter_backend(step, arch)
         backend._context_tokens = pieces
         step.check(backend, 3e-2)
+
+
+@pytest.mark.parametrize("arch", FP8)
+def test_a_step_reads_nothing_of_the_one_before(arch: str) -> None:
+    """The buffers are the same, rows and lengths are not; a padding row, of length 0, harms nobody, writes nothing."""
+    with stand_in(arch, 4):
+        cases = [[(40, 1), (3, 1), (16, 1)], [(0, 1)], [(5, 1), (99, 1)], [(7, 1), (30, 1), (1, 1), (15, 1)]]
+        steps = [make_latent_step((MLA, 16, rows, len(rows)), seed) for seed, rows in enumerate(cases)]
+        backend = aiter_backend(steps[0], arch)
+        for step in steps:
+            step.check(backend, 3e-2)
+        step = steps[-1]
+        decode = step.batch.decode
+        assert decode is not None
+        lens, slots = decode.seq_lens.clone(), step.batch.slot_mapping.clone()
+        lens[-1], slots[-1] = 0, -1
+        before = step.cache.key.clone()
+        batch = StepBatch(slots, DecodeRows(decode.block_tables, lens, 600, None))
+        out = dataclasses.replace(step, batch=batch).run(backend)
+        assert torch.allclose(out[:3].double(), step.want[:3], atol=3e-2)
+        assert torch.equal(step.cache.key, before)  # the other rows' tokens were there already
+
+
+@pytest.mark.parametrize("backend_name", ["ROCM_AITER_MLA", "TRITON_MLA"])
+def test_every_field_of_the_metadata_is_read(backend_name: str) -> None:
+    read: set[str] = set()
+    known: set[str] = set()
+    with stand_in("gfx942", 4):
+        step = make_latent_step((MLA, 16, [(20, 1), (60, 20), (0, 9)], 1), 3)
+        given = options(step, platform=emulated_platform("gfx942"))
+        choice = select(given.specs, given.platform, block_size=16, backend=backend_name)
+        backend = build_backend(choice, 16, given)
+        meta = Watched(backend.build(step.batch), read, known)
+        backend.attend_latent(step.layer, *step.inputs, step.cache, meta)
+    assert known
+    assert read == known

@@ -51,9 +51,12 @@ class DecodeMetadata:
 
 
 def scratch_bytes(specs: Sequence[AttentionSpec], max_rows: int, max_seq_len: int) -> int:
-    """Token indices, and the parts of split rows in float32, which aiter allocates in every call."""
+    """Token indices, and the parts of split rows in float32, which aiter allocates in every call: by the tiles of 16
+    heads that its plan has room for, of up to 48 heads on gfx950 all of them in each tile."""
+    heads = max(padded_heads(spec.num_heads) for spec in specs)
+    tiles = heads // 16 if heads < 64 else 1
     parts = min(max_rows + _MOST_COMPUTE_UNITS - 1, 2 * (_MOST_COMPUTE_UNITS - 1))
-    return 4 * max_rows * max_seq_len + 4 * parts * max(padded_heads(spec.num_heads) for spec in specs) * (_RANK + 1)
+    return 4 * max_rows * max_seq_len + 4 * parts * tiles * heads * (_RANK + 1)
 
 
 class AiterLatentBackend(LatentBackend[DecodeMetadata]):
