@@ -12,6 +12,7 @@ from typer.main import get_group
 
 from miniserve import __version__
 from miniserve.cli.chat import chat
+from miniserve.cli.check import check
 from miniserve.cli.explain import explain
 from miniserve.cli.run import run, serve
 from miniserve.core import InvalidRequest, UserError
@@ -30,7 +31,7 @@ class _Commands(TyperGroup):
     """The commands, of which `bench` is imported only when it is looked at: it brings a part of the program along."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return ["run", "serve", "chat", "bench", "explain", "version"]
+        return ["run", "serve", "chat", "bench", "explain", "check", "version"]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name == "bench" and cmd_name not in self.commands:
@@ -57,6 +58,7 @@ app.command()(run)
 app.command("serve")(serve)
 app.command()(chat)
 app.command()(explain)
+app.command()(check)
 
 
 def _print_version(wanted: bool) -> None:

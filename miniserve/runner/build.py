@@ -14,17 +14,17 @@ from miniserve.attention.backends.build import block_bytes, build_backend, scrat
 from miniserve.attention.backends.latent_base import CONTEXT_TOKENS
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.layouts import LAYOUTS, KVCache
-from miniserve.attention.platform import Platform, detect_platform, emulated_platform
 from miniserve.attention.routes import describe_routes
 from miniserve.attention.select import Choice, select
 from miniserve.config import EngineConfig, tuning_dir
-from miniserve.core import EngineInfo, StepTraffic, UserError
+from miniserve.core import EngineInfo, StepTraffic
 from miniserve.kernels import native
 from miniserve.models.config import ModelConfig, load_model_config
 from miniserve.models.dense import CausalLM
 from miniserve.models.generation_config import load_generation_defaults
 from miniserve.models.loader import dummy_weights, load_weights
 from miniserve.models.registry import build_model, weight_bytes
+from miniserve.runner.device import find_device, find_dtype, find_kv_dtype, find_platform
 from miniserve.runner.memory import MemoryPlan, available_bytes, check_weights_fit, plan_memory
 from miniserve.runner.runner import ModelRunner
 from miniserve.runner.sampler import Sampler
@@ -48,21 +48,21 @@ def build_runner(
     progress(what, done, total) is called while weights load, in bytes. On a CPU PyTorch's number of threads is lowered
     where the model is too small to share between them.
     """
-    device = _device(config.device)
+    device = find_device(config.device)
     model_config = load_model_config(source_path)
-    dtype = _dtype(config.dtype, model_config)
+    dtype = find_dtype(config.dtype, model_config.dtype)
     available = available_bytes(device, config.gpu_memory_utilization)
     weights = weight_bytes(model_config, dtype, device)
     check_weights_fit(weights, available, device)
     longest = min(config.max_model_len or model_config.max_position_embeddings, model_config.max_position_embeddings)
     if device.type == "cpu":
         torch.set_num_threads(_num_threads(weights))
-    platform = _platform(config.device, device, dtype)
+    platform = find_platform(config.device, device, dtype)
     kernels = native.load() if device.type == "cpu" and native.unavailable_reason() is None else None
     model = build_model(
         model_config,
         dtype=dtype,
-        kv_dtype=_kv_dtype(config.kv_cache_dtype, dtype, platform),
+        kv_dtype=find_kv_dtype(config.kv_cache_dtype, dtype, platform),
         device=device,
         max_model_len=config.max_model_len or longest,
         native=kernels,
@@ -186,34 +186,6 @@ def _info(
         attention=attention,
         traffic=traffic,
     )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("gfx"):
-        return torch.device("cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda was asked for, but PyTorch finds no GPU; use --device cpu or install its build.")
-    return torch.device(name)
-
-
-def _platform(name: str, device: torch.device, dtype: torch.dtype) -> Platform:
-    return emulated_platform(name) if name.startswith("gfx") else detect_platform(device, dtype)
-
-
-def _kv_dtype(name: str, dtype: torch.dtype, platform: Platform) -> torch.dtype:
-    if name == "fp8":
-        return platform.fp8_dtype
-    kv_dtype: torch.dtype = dtype if name == "auto" else getattr(torch, name)
-    return kv_dtype
-
-
-def _dtype(name: str, model_config: ModelConfig) -> torch.dtype:
-    dtype = getattr(torch, model_config.dtype if name == "auto" else name)
-    if not isinstance(dtype, torch.dtype):
-        raise UserError(f"--dtype {name} is not a dtype.")
-    return dtype
 
 
 def _num_threads(weights: int) -> int:

@@ -34,7 +34,8 @@ FP8_TOLERANCE = 6e-2  # a kernel over an fp8 cache may round queries or weights 
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """One step of one kind of layer. error: of the worst row, relative; detail: that row, or what was raised."""
+    """One step of one kind of layer, the first of which is `layer`. error: of the worst row, relative; detail: that
+    row, or what was raised."""
 
     backend: str
     layout: str
@@ -96,7 +97,7 @@ def checked_backend(
 
     Where the ASM kernel gets the lengths right that it is feared for, it is trusted with them.
     """
-    if _asm_is_reached(options):
+    if asm_is_reached(options):
         trusting = dataclasses.replace(options, trust_asm_lengths=True)
         backend = build_backend(choice, block_size, trusting)
         if all(result.ok for result in self_check(choice.backend, backend, trusting, layers, caches)):
@@ -104,11 +105,11 @@ def checked_backend(
     backend = build_backend(choice, block_size, options)
     results = self_check(choice.backend, backend, options, layers, caches)
     require(results)
-    kept = [f"self-check: the ASM kernel is wrong here for lengths {_feared()}"] if _asm_is_reached(options) else []
+    kept = [f"self-check: the ASM kernel is wrong here for lengths {_feared()}"] if asm_is_reached(options) else []
     return backend, kept
 
 
-def _asm_is_reached(options: BackendOptions) -> bool:
+def asm_is_reached(options: BackendOptions) -> bool:
     """Whether every layer that the ASM kernel may decode has it in some batch that there can be."""
     rows = [_asm_rows(options, spec) for spec, route in _layers(options) if route == "paged_attention_common"]
     return bool(rows) and all(least is not None and least <= options.max_rows for least in rows)

@@ -47,7 +47,6 @@ def generate(count: int, calls: list[object], **options: str) -> list[str]:
         max_num_seqs=24,
         max_num_batched_tokens=256,
         enable_prefix_caching=True,
-        self_check=False,  # whose calls are not the step's
         **options,
     )
     calls.clear()

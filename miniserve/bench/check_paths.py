@@ -1,0 +1,188 @@
+"""`miniserve check`: the self-check of every attention path that can be had here, at a model's shapes.
+
+Layers are made up (weights do not matter to attention), and so is the pool: on a GPU, keys and values of more than
+4 GiB each, where there is room, so that block ids that overflow 32 bits of bytes are among those checked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from miniserve.attention.backends.build import build_backend
+from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.contracts import CONTRACTS
+from miniserve.attention.layouts import LAYOUTS
+from miniserve.attention.platform import Platform
+from miniserve.attention.select import Choice, select
+from miniserve.attention.spec import AttentionLayer, AttentionSpec, LatentLayer
+from miniserve.config import EngineConfig
+from miniserve.core import UserError
+from miniserve.models.hub import locate_config
+from miniserve.models.outline import read_outline
+from miniserve.runner.device import find_device, find_dtype, find_kv_dtype, find_platform
+from miniserve.runner.self_check import CheckResult, asm_is_reached, self_check
+
+_LARGE_PLANE = 9 << 29  # bytes: 4.5 GiB
+_SMALL_POOL = 512  # blocks, on a CPU
+_MAX_SEQ_LEN = 4096
+_K_SCALE, _V_SCALE = 0.5, 2.0  # of an fp8 cache; told apart, and exact in every dtype
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPath:
+    """A backend over a layout with a KV cache of a dtype, as --kv-cache-dtype names it."""
+
+    backend: str
+    layout: str
+    kv_cache_dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.backend} over {self.layout}, KV cache {self.kv_cache_dtype}"
+
+
+@dataclass(frozen=True, slots=True)
+class PathResults:
+    """asm_lengths: whether the ASM kernel is right for the lengths it is kept from; None where it is not reached."""
+
+    checks: list[CheckResult]
+    asm_lengths: bool | None
+
+    @property
+    def ok(self) -> bool:
+        return all(result.ok for result in self.checks)
+
+
+@dataclass(slots=True)
+class MadeUpLayer:
+    """An `AttentionLayer` of no model."""
+
+    layer_index: int
+    spec: AttentionSpec
+    sinks: torch.Tensor | None
+    k_scale: torch.Tensor
+    v_scale: torch.Tensor
+
+
+@dataclass(slots=True)
+class MadeUpLatentLayer:
+    """A `LatentLayer` of no model. key [num_heads, nope_dim, kv_lora_rank], value [num_heads, v_head_dim, …]."""
+
+    layer_index: int
+    spec: AttentionSpec
+    kv_scale: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+    def absorb(self, q_nope: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("thn,hnc->thc", q_nope, self.key)
+
+    def expand(self, kv_c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.einsum("tc,hnc->thn", kv_c, self.key), torch.einsum("tc,hvc->thv", kv_c, self.value)
+
+    def project_out(self, latent_out: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("thc,hvc->thv", latent_out, self.value).flatten(1)
+
+
+def made_up_layer(spec: AttentionSpec, device: torch.device) -> AttentionLayer | LatentLayer:
+    """A layer of that kind with random weights, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    k_scale, v_scale = (torch.tensor([scale], device=device) for scale in (_K_SCALE, _V_SCALE))
+    if (dims := spec.latent) is None:
+        sinks = torch.randn(spec.num_heads, generator=generator).to(device) if spec.sinks else None
+        return MadeUpLayer(0, spec, sinks, k_scale, v_scale)
+    key, value = (
+        torch.randn(spec.num_heads, size, dims.kv_lora_rank, generator=generator).mul_(dims.kv_lora_rank**-0.5)
+        for size in (dims.nope_dim, dims.v_head_dim)
+    )
+    return MadeUpLatentLayer(0, spec, k_scale, key.to(spec.dtype).to(device), value.to(spec.dtype).to(device))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What paths are looked for on, and for: layers of a model, in its dtype, and a KV cache's block size."""
+
+    specs: tuple[AttentionSpec, ...]
+    platform: Platform
+    device: torch.device
+    block_size: int
+    max_num_seqs: int = 256  # enough rows for every route that there is
+
+    def with_kv(self, kv_cache_dtype: str) -> list[AttentionSpec]:
+        """The layers, their cache in the dtype that --kv-cache-dtype names."""
+        return [
+            dataclasses.replace(spec, kv_dtype=find_kv_dtype(kv_cache_dtype, spec.dtype, self.platform))
+            for spec in self.specs
+        ]
+
+    def choose(self, backend: str, layout: str, kv_cache_dtype: str) -> Choice:
+        """Raises `UserError` where there is no such path."""
+        return select(
+            self.with_kv(kv_cache_dtype), self.platform, block_size=self.block_size, backend=backend, layout=layout
+        )
+
+    def paths(self) -> Iterator[AttentionPath]:
+        """Every path that can serve all layers, the KV cache in the model's dtype or in fp8."""
+        for kv_cache_dtype in ("auto", "fp8"):
+            for contract in CONTRACTS:
+                for layout in contract.layouts:
+                    try:
+                        self.choose(contract.name, layout, kv_cache_dtype)
+                    except UserError:
+                        continue
+                    yield AttentionPath(contract.name, layout, kv_cache_dtype)
+
+    def check(self, path: AttentionPath) -> PathResults:
+        """The self-check of each kind of layer, of which a result's `layer` is the first one's index."""
+        checks: list[CheckResult] = []
+        feared: list[CheckResult] = []
+        specs = self.with_kv(path.kv_cache_dtype)
+        choice = self.choose(path.backend, path.layout, path.kv_cache_dtype)
+        for spec, route in dict(zip(specs, choice.routes, strict=True)).items():
+            options = BackendOptions(
+                specs=(spec,),
+                routes=(route,),
+                platform=self.platform,
+                device=self.device,
+                max_rows=self.max_num_seqs,
+                max_seq_len=_MAX_SEQ_LEN,
+            )
+            found = self._self_check(path, choice, options)
+            checks += [dataclasses.replace(result, layer=specs.index(spec)) for result in found]
+            if asm_is_reached(options):
+                feared += self._self_check(path, choice, dataclasses.replace(options, trust_asm_lengths=True))
+        return PathResults(checks, all(result.ok for result in feared) if feared else None)
+
+    def _self_check(self, path: AttentionPath, choice: Choice, options: BackendOptions) -> list[CheckResult]:
+        layout, spec = LAYOUTS[path.layout](self.block_size), options.specs[0]
+        caches = [layout.allocate(spec, _num_blocks(layout.block_bytes(spec), self.device), self.device)]
+        backend = build_backend(choice, self.block_size, options)
+        found = self_check(path.backend, backend, options, [made_up_layer(spec, self.device)], caches)
+        del backend, caches
+        gc.collect()  # the next pool is as large
+        return found
+
+
+def find_machine(config: EngineConfig) -> Machine:
+    """The device that `config` asks for, and the attention of its model, by config.json alone."""
+    name, raw = locate_config(config.model, config.revision)
+    outline = read_outline(raw, name)
+    device = find_device(config.device)
+    dtype = find_dtype(config.dtype, str(outline.dtype).removeprefix("torch."))
+    return Machine(
+        specs=tuple(dataclasses.replace(spec, dtype=dtype, kv_dtype=dtype) for spec in outline.specs),
+        platform=find_platform(config.device, device, dtype),
+        device=device,
+        block_size=config.block_size,
+    )
+
+
+def _num_blocks(block_bytes: int, device: torch.device) -> int:
+    if device.type != "cuda":
+        return _SMALL_POOL
+    free, _ = torch.cuda.mem_get_info(device)
+    return min(2 * _LARGE_PLANE, free // 2) // block_bytes

@@ -1,0 +1,150 @@
+"""`miniserve check`: the engine's tokens beside those of transformers, whose models are the definition of each.
+
+Greedy tokens of two right implementations may part where the two best logits are nearly equal. What tells a fault from
+rounding is how much less the other implementation thinks of the token taken, and how far apart its two best are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from miniserve.bench.check_paths import AttentionPath
+from miniserve.config import EngineConfig
+from miniserve.core import SamplingParams
+from miniserve.llm import LLM
+
+PROMPTS = (
+    "The capital of France is",
+    "One, two, three, four, five, six, seven,",
+    "def fibonacci(n):\n",
+    "Once upon a time there was a girl who lived with her mother in a small house at the edge of a wood. " * 12,
+)
+# By how much of the logits' spread (largest less mean) a token may be below the best of transformers.
+TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 4e-2}
+FP8_TOLERANCE = 0.15
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """diverges_at: of the first generated token that transformers would not have chosen after the same tokens, None
+    where there is none; gap: transformers' best logit there less that of the token taken; margin: its best less its
+    second best. worst: the largest gap of any token, as a share of the logits' spread there."""
+
+    diverges_at: int | None
+    gap: float
+    margin: float
+    worst: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One prompt's answer on one path. allowed: bounds the verdict's worst gap."""
+
+    path: str
+    prompt_tokens: int
+    tokens: int
+    verdict: Verdict
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        return self.verdict.worst <= self.allowed
+
+    def sentence(self) -> str:
+        """For people."""
+        what, verdict = f"{self.path}: prompt of {self.prompt_tokens} tokens", self.verdict
+        if verdict.diverges_at is None:
+            return f"{what}: all {self.tokens} tokens are those of transformers"
+        return (
+            f"{what}: token {verdict.diverges_at} of {self.tokens} is the first that differs, {verdict.gap:.3g} below "
+            f"the best logit, whose lead over the second is {verdict.margin:.3g}; the worst of all is "
+            f"{verdict.worst:.2%} of the logits' spread below ({self.allowed:.2%} allowed)"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"ok": self.ok}
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What the engine generated: (prompt, answer) in token ids."""
+
+    path: str
+    kv_cache_dtype: str
+    pairs: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+
+
+def compare_paths(
+    config: EngineConfig, paths: Sequence[AttentionPath], device: torch.device, max_tokens: int
+) -> list[Comparison]:
+    """The engine's greedy answers to `PROMPTS` over each path, `max_tokens` each, beside transformers."""
+    answers = []
+    for path in paths:
+        print(f"generating over {path}", file=sys.stderr)
+        chosen = dataclasses.replace(
+            config, attention_backend=path.backend, kv_layout=path.layout, kv_cache_dtype=path.kv_cache_dtype
+        )
+        found, dtype, place = _generate(chosen, path, max_tokens)
+        answers.append(found)
+    return compare(answers, place, dtype, device) if answers else []
+
+
+def _generate(config: EngineConfig, path: AttentionPath, max_tokens: int) -> tuple[Answers, str, Path]:
+    """The answers, the engine's dtype, and where the model's files are. The engine is gone then, with its memory."""
+    options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "model"}
+    engine = LLM(config.model, progress=False, **options)
+    longest = engine.info.max_model_len - max_tokens
+    prompts = [engine.tokenizer.encode(prompt)[:longest] for prompt in PROMPTS]
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    found = engine.generate(prompts, params, progress=False)
+    pairs = tuple((tuple(each.prompt_token_ids), tuple(each.outputs[0].token_ids)) for each in found)
+    dtype, place = engine.info.dtype, Path(engine.info.model_path)
+    del engine
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return Answers(str(path), path.kv_cache_dtype, pairs), dtype, place
+
+
+def compare(answers: Sequence[Answers], place: Path, dtype: str, device: torch.device) -> list[Comparison]:
+    """Each answer beside what transformers' model at `place` says of it, token by token. Equal answers are looked at
+    once."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    model: Any = AutoModelForCausalLM.from_pretrained(str(place), dtype=getattr(torch, dtype), local_files_only=True)
+    model.to(device).eval()
+    known: dict[tuple[tuple[int, ...], tuple[int, ...]], Verdict] = {}
+    comparisons = []
+    with torch.inference_mode():
+        for answer in answers:
+            tolerance = FP8_TOLERANCE if answer.kv_cache_dtype == "fp8" else TOLERANCE[dtype]
+            for pair in answer.pairs:
+                if pair not in known:
+                    known[pair] = judge(model, *pair, device)
+                comparisons.append(Comparison(answer.path, len(pair[0]), len(pair[1]), known[pair], tolerance))
+    return comparisons
+
+
+def judge(model: Any, prompt: Sequence[int], answer: Sequence[int], device: torch.device) -> Verdict:
+    """What transformers' `model` says of an answer's tokens, each after those before it."""
+    ids = torch.tensor([[*prompt, *answer]], device=device)
+    logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
+    taken = logits.gather(1, ids[0, len(prompt) :, None])[:, 0]
+    best, second = logits.topk(2).values.unbind(1)
+    gaps, margins = best - taken, best - second
+    worst = float((gaps / (best - logits.mean(dim=1))).max())
+    differs = (gaps > 0).nonzero()
+    if not len(differs):
+        return Verdict(None, 0.0, float(margins.min()), worst)
+    at = int(differs[0])
+    return Verdict(at, float(gaps[at]), float(margins[at]), worst)

@@ -1,0 +1,40 @@
+"""From what the user asked for to the device, its platform and the dtypes there."""
+
+from __future__ import annotations
+
+import torch
+
+from miniserve.attention.platform import Platform, detect_platform, emulated_platform
+from miniserve.core import UserError
+
+
+def find_device(name: str) -> torch.device:
+    """name: --device. Raises `UserError` where there is no such device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("gfx"):
+        return torch.device("cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda was asked for, but PyTorch finds no GPU; use --device cpu or install its build.")
+    return torch.device(name)
+
+
+def find_platform(name: str, device: torch.device, dtype: torch.dtype) -> Platform:
+    """name: --device; dtype: the model's."""
+    return emulated_platform(name) if name.startswith("gfx") else detect_platform(device, dtype)
+
+
+def find_dtype(name: str, model_dtype: str) -> torch.dtype:
+    """name: --dtype. Raises `UserError` for what is none."""
+    dtype = getattr(torch, model_dtype if name == "auto" else name)
+    if not isinstance(dtype, torch.dtype):
+        raise UserError(f"--dtype {name} is not a dtype.")
+    return dtype
+
+
+def find_kv_dtype(name: str, dtype: torch.dtype, platform: Platform) -> torch.dtype:
+    """name: --kv-cache-dtype; dtype: the model's."""
+    if name == "fp8":
+        return platform.fp8_dtype
+    kv_dtype: torch.dtype = dtype if name == "auto" else getattr(torch, name)
+    return kv_dtype
