@@ -55,6 +55,14 @@ class AiterLatent:
     flash_attn_varlen_func: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AiterExperts:
+    """What routed experts call of it."""
+
+    fused_moe: Callable[..., torch.Tensor]
+    shuffle_weight: Callable[[torch.Tensor], torch.Tensor]
+
+
 @functools.cache
 def load() -> Aiter:
     """Import aiter. Raises `Unavailable`."""
@@ -97,6 +105,14 @@ def load_latent() -> AiterLatent:
         get_mla_metadata_v1=aiter.get_mla_metadata_v1,
         concat_and_cache_mla=aiter.concat_and_cache_mla,
         flash_attn_varlen_func=known.flash_attn_varlen_func,
+    )
+
+
+def load_experts() -> AiterExperts:
+    """The same for routed experts. Raises `Unavailable`."""
+    load()
+    return AiterExperts(
+        fused_moe=_module("aiter.fused_moe").fused_moe, shuffle_weight=_module("aiter.ops.shuffle").shuffle_weight
     )
 
 

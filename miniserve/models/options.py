@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from miniserve.attention.aiter import AiterExperts
 from miniserve.kernels.native import NativeKernels
+from miniserve.models.layers.aiter_moe import DTYPES as AITER_DTYPES
+from miniserve.models.layers.aiter_moe import AiterMoE
 from miniserve.models.layers.experts import MoEMethod, choose_moe_method
 from miniserve.models.layers.linear import Linear, LinearMethod, choose_method
 from miniserve.models.layers.norm import RMSNorm
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
     """What a model is built for. max_model_len in tokens; device is where its weights will lie; native are the CPU's
-    kernels and triton the GPU's, None to do without."""
+    kernels and triton the GPU's, experts aiter's of an AMD GPU, None to do without."""
 
     dtype: torch.dtype
     kv_dtype: torch.dtype
@@ -30,6 +33,7 @@ class BuildOptions:
     max_model_len: int
     native: NativeKernels | None = None
     triton: TritonKernels | None = None
+    experts: AiterExperts | None = None
 
     @property
     def ops(self) -> Ops:
@@ -58,6 +62,8 @@ class BuildOptions:
         return torch_routing
 
     def moe_method(self, hidden_size: int, intermediate_size: int) -> MoEMethod:
+        if self.experts is not None and self.dtype in AITER_DTYPES:
+            return AiterMoE(self.experts)
         if self.triton is not None:
             from miniserve.models.layers.triton import TritonMoE
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from miniserve.attention.aiter import AiterExperts
 from miniserve.core import UserError
 from miniserve.kernels.native import NativeKernels
 from miniserve.models.config import SUPPORTED_ARCHITECTURES, ModelConfig
@@ -28,17 +29,25 @@ def build_model(
     max_model_len: int | None = None,
     native: NativeKernels | None = None,
     triton: TritonKernels | None = None,
+    experts: AiterExperts | None = None,
 ) -> CausalLM:
     """Make the model with its parameters on the meta device; `loader` gives them memory on `device`.
 
     max_model_len: positions the rotary table covers, in tokens (default: all the model has). native: the CPU's kernels,
-    triton: the GPU's, None to do without. Raises `UserError` where the model cannot reach that far.
+    triton: the GPU's, experts: aiter's of an AMD GPU, None to do without. Raises `UserError` where the model cannot
+    reach that far.
     """
     length = config.max_position_embeddings if max_model_len is None else max_model_len
     if length > config.max_position_embeddings:
         raise UserError(_too_long(config, length))
     options = BuildOptions(
-        dtype=dtype, kv_dtype=kv_dtype, device=torch.device(device), max_model_len=length, native=native, triton=triton
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        device=torch.device(device),
+        max_model_len=length,
+        native=native,
+        triton=triton,
+        experts=experts,
     )
     return CausalLM(config, options).eval()
 

@@ -22,6 +22,7 @@ from miniserve.kernels import native
 from miniserve.models.config import ModelConfig, load_model_config
 from miniserve.models.dense import CausalLM
 from miniserve.models.generation_config import load_generation_defaults
+from miniserve.models.layers.aiter_moe import find_experts
 from miniserve.models.loader import dummy_weights, load_weights
 from miniserve.models.registry import build_model, weight_bytes
 from miniserve.runner.device import find_device, find_dtype, find_kv_dtype, find_platform
@@ -67,6 +68,7 @@ def build_runner(
         max_model_len=config.max_model_len or longest,
         native=kernels,
         triton=_triton_kernels(device),
+        experts=find_experts(platform),
     )
     choice = select(
         model.attention_specs,

@@ -1,0 +1,97 @@
+"""Routed experts through aiter: against the engine's plain method, and where they are left to others."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from engine_support import stand_in
+from torch.nn import functional
+
+from miniserve.attention import aiter as adapter
+from miniserve.attention.platform import NAMED_PLATFORMS
+from miniserve.models.layers.aiter_moe import AiterMoE, find_experts
+from miniserve.models.layers.experts import Arithmetic, Experts, GroupedMoE
+from miniserve.models.options import BuildOptions
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+BF16 = torch.bfloat16
+MI300X = NAMED_PLATFORMS["mi300x"]
+
+
+def experts_of(hidden: int, middle: int, dtype: torch.dtype, method: Any) -> Experts:
+    layer = Experts(6, hidden, middle, dtype=dtype, method=method)
+    layer.allocate(CPU)
+    layer.fill_dummy(torch.Generator().manual_seed(1))
+    for parameter in layer.parameters():
+        parameter.data.mul_(5)
+    layer.finish()
+    return layer
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize(("hidden", "middle"), [(256, 128), (192, 96), (128, 64), (130, 200)])
+@pytest.mark.parametrize("num_tokens", [1, 40])
+def test_it_sums_each_tokens_experts(arch: str, dtype: torch.dtype, hidden: int, middle: int, num_tokens: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(num_tokens, hidden, generator=generator).to(dtype)
+    weights = torch.rand(num_tokens, 2, generator=generator)
+    ids = torch.stack([torch.randperm(6, generator=generator)[:2] for _ in range(num_tokens)])
+    plain = GroupedMoE(Arithmetic(lambda weight: weight, functional.linear))
+    want = experts_of(hidden, middle, dtype, plain)(x, weights, ids)
+    with stand_in(arch, 4) as module:
+        layer = experts_of(hidden, middle, dtype, AiterMoE(adapter.load_experts()))
+        out = layer(x, weights, ids)
+        assert ("fused_moe", "No") in module._standin.calls
+    assert list(layer.parameters()) == [], "one copy of the weights"
+    assert out.shape == want.shape
+    assert out.dtype == dtype
+    assert float((out.float() - want.float()).norm() / want.float().norm()) < 2e-2
+
+
+@pytest.mark.parametrize(("hidden", "middle"), [(7168, 2048), (4096, 1536), (4096, 192), (2048, 1408), (2048, 768)])
+def test_the_sizes_of_known_models_need_no_padding(hidden: int, middle: int) -> None:
+    """DeepSeek-V3, Qwen3-235B and an eighth of it, DeepSeek-V2-Lite, Qwen3-30B."""
+    shapes: list[torch.Size] = []
+
+    def shuffle(weight: torch.Tensor) -> torch.Tensor:
+        shapes.append(weight.shape)
+        return weight
+
+    layer = Experts(
+        1, hidden, middle, dtype=BF16, method=AiterMoE(adapter.AiterExperts(fused_moe=_none, shuffle_weight=shuffle))
+    )
+    layer.finish()
+    assert shapes == [(1, 2 * middle, hidden), (1, hidden, middle)]
+
+
+def _none(*given: object) -> torch.Tensor:
+    raise NotImplementedError
+
+
+def test_17_a_routing_kernel_that_corrupts_memory_is_not_used() -> None:
+    with stand_in("gfx942", 4):
+        assert find_experts(MI300X) is not None
+        assert find_experts(replace(MI300X, aiter_version=(0, 1, 19))) is None
+        assert find_experts(replace(MI300X, aiter_version=None)) is None
+        assert find_experts(replace(MI300X, arch="gfx1201")) is None
+        assert find_experts(NAMED_PLATFORMS["h100"]) is None
+
+
+def test_an_aiter_whose_experts_cannot_be_imported_leaves_them_to_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    with stand_in("gfx942", 4), monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "aiter.fused_moe", None)
+        assert find_experts(MI300X) is None
+
+
+def test_float32_is_left_to_the_engine() -> None:
+    with stand_in("gfx942", 4):
+        experts = find_experts(MI300X)
+        for dtype, served in ((BF16, True), (torch.float16, True), (torch.float32, False)):
+            options = BuildOptions(dtype=dtype, kv_dtype=dtype, device=CPU, max_model_len=8, experts=experts)
+            assert isinstance(options.moe_method(128, 128), AiterMoE) == served
