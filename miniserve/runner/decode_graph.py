@@ -68,7 +68,7 @@ class DecodeGraphs:
         self._greedy: dict[int, torch.cuda.CUDAGraph] = {}
         self._sampled: dict[int, torch.cuda.CUDAGraph] = {}
         self._rows: tuple[int, list[int]] = (0, [])
-        # A step's changes are read by the device when it gets there: at most two steps are in flight, and one is staged.
+        # The device reads changes when it gets there: two steps are in flight at most, and one is being staged.
         self._staging = [torch.empty(3 * most, dtype=torch.int32, pin_memory=True) for _ in range(_RING)]
         self._num_staged = 0
 

@@ -19,7 +19,7 @@ from miniserve.kernels.triton.launch import cdiv, choose_splits, decode_launch, 
         (1, 8, 1024, 16),  # never more splits than tiles
         (1, 8, 1, 1),
         (8, 8, 4096, 4),
-        (64, 8, 4096, 1),
+        (64, 8, 4096, 2),  # between one and two rounds of programs: a second split fills the last one
         (256, 8, 1088, 1),  # enough programs as it is: no merge
         (1000, 128, 100_000, 1),
     ],
@@ -32,7 +32,7 @@ def test_choose_splits_fills_the_device_once(batch: int, head_tiles: int, length
 @pytest.mark.parametrize("itemsize", [1, 2, 4])
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 112, 128, 192, 256])
 def test_there_is_a_launch_for_every_shape(head_dim: int, itemsize: int, platform: str) -> None:
-    for group, rows in ((1, 16), (3, 16), (16, 16), (20, 32), (64, 64), (128, 64)):
+    for group, rows in ((1, 16), (3, 16), (16, 16), (20, 32), (64, 32), (128, 32)):
         assert decode_launch(platform, head_dim, itemsize, group).block_m == rows  # type: ignore[arg-type]
     for rows in (1, 32, 33, 100_000):
         launch = extend_launch(platform, head_dim, itemsize, rows)  # type: ignore[arg-type]

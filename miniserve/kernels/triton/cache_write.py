@@ -12,6 +12,7 @@ import triton.language as tl
 
 from miniserve.kernels.triton.common import plane_strides
 from miniserve.kernels.triton.launch import cdiv, next_power_of_2
+from miniserve.kernels.triton.pdl import launch_options, start, wait
 
 _TILE = 2048  # elements of K that one program handles
 
@@ -53,6 +54,7 @@ def write_kv(
         BLOCK_SIZE=block_size,
         X=_lanes(key_cache, shuffled),
         LIMIT=_limit(key_cache.dtype),
+        **launch_options(k.device),
     )
 
 
@@ -113,6 +115,7 @@ def rope_and_write(
         X=_lanes(key_cache, shuffled),
         LIMIT=_limit(key_cache.dtype),
         num_warps=2,
+        **launch_options(qkv.device),
     )
     return q_out
 
@@ -144,6 +147,7 @@ def write_latent(
         BLOCK=next_power_of_2(rank + k_pe.shape[1]),
         BLOCK_SIZE=kv_cache.shape[1],
         LIMIT=_limit(kv_cache.dtype),
+        **launch_options(kv_c.device),
     )
 
 
@@ -193,9 +197,11 @@ def _write_kernel(
     k, v, key_cache, value_cache, slots, k_scale, v_scale, k_row, k_in_head, v_row, v_in_head,
     k_block, k_token, k_head, v_block, v_token, v_head,
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, X: tl.constexpr, LIMIT: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, X: tl.constexpr, LIMIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: up to BLOCK_H kv heads of one token."""
+    start(PDL)
+    wait(PDL)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token)
     if slot < 0:
@@ -236,9 +242,11 @@ def _rope_write_kernel(
     qkv, cos_sin, q_weight, k_weight, key_cache, value_cache, slots, k_scale, v_scale, q_out,
     qkv_row, cos_row, out_row, out_head, k_block, k_token, k_head, v_block, v_token, v_head, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, X: tl.constexpr, LIMIT: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, X: tl.constexpr, LIMIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: up to BLOCK_H query heads of one token, or as many kv heads of it."""
+    start(PDL)
+    wait(PDL)
     HALF: tl.constexpr = HEAD_DIM // 2
     Q_TILES: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
     token = tl.program_id(0).to(tl.int64)
@@ -283,8 +291,11 @@ def _rope_write_kernel(
 def _write_latent_kernel(
     kv_c, k_pe, kv_cache, slots, kv_scale, c_row, pe_row, block_stride, token_stride,
     RANK: tl.constexpr, ROPE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, LIMIT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: one token."""
+    start(PDL)
+    wait(PDL)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token)
     if slot < 0:

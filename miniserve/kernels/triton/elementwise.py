@@ -14,15 +14,25 @@ from miniserve.kernels.triton.pdl import launch_options, start, wait
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, size, eps, ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    out_ptr,
+    size,
+    x_row,
+    eps,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     start(PDL)
-    row = tl.program_id(0).to(tl.int64) * size
+    token = tl.program_id(0).to(tl.int64)
+    row = token * size
     cols = tl.arange(0, BLOCK)
     inside = cols < size
     weight = tl.load(weight_ptr + cols, mask=inside, other=0.0)
     wait(PDL)
-    x = tl.load(x_ptr + row + cols, mask=inside, other=0.0)
+    x = tl.load(x_ptr + token * x_row + cols, mask=inside, other=0.0)
     if ADD:
         x = x + tl.load(residual_ptr + row + cols, mask=inside, other=0.0)
         tl.store(residual_ptr + row + cols, x, mask=inside)
@@ -32,8 +42,8 @@ def _rms_norm_kernel(
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x [T, size], contiguous, weight [size], same dtype -> [T, size]."""
-    out = torch.empty_like(x)
+    """x [T, size], whose rows may be strided, weight [size], same dtype -> [T, size], contiguous."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch_norm(x, x, weight, out, eps, add=False)
     return out
 
@@ -56,6 +66,7 @@ def _launch_norm(
         weight,
         out,
         size,
+        x.stride(0),
         eps,
         ADD=add,
         BLOCK=block,
@@ -155,4 +166,55 @@ def norm_rope(
         NORM=norm,
         num_warps=1,
         **launch_options(qkv.device),
+    )
+
+
+@triton.jit
+def _rope_pair_kernel(
+    q_ptr,
+    k_ptr,
+    cos_sin_ptr,
+    num_heads,
+    q_row,
+    q_head,
+    k_row,
+    DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program a token and head, q's heads first, then k's only one; in place."""
+    start(PDL)
+    wait(PDL)
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    half: tl.constexpr = DIM // 2
+    place = tl.arange(0, HALF)
+    inside = place < half
+    cos = tl.load(cos_sin_ptr + token * DIM + place, mask=inside, other=0.0)
+    sin = tl.load(cos_sin_ptr + token * DIM + half + place, mask=inside, other=0.0)
+    base = q_ptr + token * q_row + head * q_head if head < num_heads else k_ptr + token * k_row
+    first = 2 * place if INTERLEAVED else place
+    second = first + 1 if INTERLEAVED else half + place
+    a = tl.load(base + first, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(base + second, mask=inside, other=0.0).to(tl.float32)
+    tl.store(base + first, (a * cos - b * sin).to(q_ptr.dtype.element_ty), mask=inside)
+    tl.store(base + second, (b * cos + a * sin).to(q_ptr.dtype.element_ty), mask=inside)
+
+
+def rope_pair(q: torch.Tensor, k: torch.Tensor, cos_sin: torch.Tensor, *, interleaved: bool) -> None:
+    """Rotate q [T, num_heads, dim] and k [T, dim] in place (views with a dense last dimension); cos_sin float32 [T,
+    dim], cosines first. interleaved: neighbours are paired instead of halves."""
+    tokens, num_heads, dim = q.shape
+    _rope_pair_kernel[(tokens, num_heads + 1)](
+        q,
+        k,
+        cos_sin,
+        num_heads,
+        *q.stride()[:2],
+        k.stride(0),
+        DIM=dim,
+        HALF=triton.next_power_of_2(dim // 2),
+        INTERLEAVED=interleaved,
+        num_warps=1,
+        **launch_options(q.device),
     )

@@ -81,9 +81,10 @@ def _first(rows: tuple[_Row, ...], platform: Platform, size: int, itemsize: int)
 
 
 def decode_launch(platform: Platform, head_dim: int, kv_itemsize: int, group: int) -> Launch:
-    """The launch of `paged_decode`; group: query heads per kv head, 16..64 of which share a tile."""
+    """The launch of `paged_decode`; group: query heads per kv head, 16 or 32 of which share a tile. (Over the shuffled
+    layout Triton 3.6 gives wrong results with 64, seen on an H100.)"""
     launch = _first(_DECODE, platform, next_power_of_2(head_dim), kv_itemsize)
-    return replace(launch, block_m=max(16, min(64, next_power_of_2(group))))
+    return replace(launch, block_m=max(16, min(32, next_power_of_2(group))))
 
 
 def extend_launch(platform: Platform, head_dim: int, kv_itemsize: int, rows: int) -> Launch:
@@ -104,8 +105,11 @@ def choose_splits(
 ) -> int:
     """How many programs share one row's keys: as many as fill the device once, never more than the row has tiles.
 
-    head_tiles: programs that one row needs at least (kv heads, times the tiles of a group above 64). Fixed when a graph
-    is captured; every split then takes its share of the length that it finds on the device.
+    head_tiles: programs that one row needs at least (kv heads, times the tiles of a group above 32). Fixed when a graph
+    is captured; every split then takes its share of the length that it finds on the device. Between one and two rounds
+    of programs a second split keeps the last round from leaving the device half empty (measured on an H100).
     """
+    if 2 * num_sms < batch * head_tiles < 6 * num_sms and max_seq_len >= 16 * block_n:
+        return 2
     fill = num_sms * programs_per_sm // (batch * head_tiles)
     return max(1, min(fill, cdiv(max_seq_len, block_n)))

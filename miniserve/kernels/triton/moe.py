@@ -143,7 +143,7 @@ def route(
     return weights, ids
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _align_kernel(
     ids_ptr,
     pairs_ptr,
@@ -187,7 +187,7 @@ def _align_kernel(
     tl.store(pairs_ptr + place, num_pairs + rest * 0, mask=rank + rest < num_blocks * BLOCK_M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _grouped_kernel(
     x_ptr,
     w_ptr,

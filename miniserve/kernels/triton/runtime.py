@@ -17,6 +17,7 @@ class TritonKernels:
     add_rms_norm = staticmethod(elementwise.add_rms_norm)
     silu_and_mul = staticmethod(elementwise.silu_and_mul)
     norm_rope = staticmethod(elementwise.norm_rope)
+    rope_pair = staticmethod(elementwise.rope_pair)
     route = staticmethod(moe.route)
     can_route = staticmethod(moe.can_route)
     experts = staticmethod(moe.experts)

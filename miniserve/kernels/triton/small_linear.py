@@ -43,7 +43,7 @@ def product(acc, w, x, DOT: tl.constexpr, SWAP: tl.constexpr):
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _small_linear_kernel(
     x_ptr,
     w_ptr,

@@ -10,7 +10,6 @@ from torch.nn import functional
 from miniserve.attention.spec import AttentionSpec, LatentDims, StepContext
 from miniserve.models.description import LatentConfig, ModelConfig
 from miniserve.models.layers.base import Layer, Module
-from miniserve.models.layers.ops import rope, rope_interleaved
 from miniserve.models.options import BuildOptions
 
 # That of the norms of both latents, whatever rms_norm_eps says: so it is in DeepSeek's own code and in transformers.
@@ -102,7 +101,7 @@ class LatentSelfAttention(Module):
         self.kv_a_layernorm = options.norm(latent.kv_lora_rank, _LATENT_NORM_EPS)
         self.kv_b_proj = UpProjection(heads, latent, options.dtype)
         self.o_proj = options.linear(heads * latent.v_head_dim, {"o_proj": hidden}, bias=config.o_bias)
-        self.rope = rope_interleaved if latent.rope_interleaved else rope
+        self.ops, self.interleaved = options.ops, latent.rope_interleaved
         spec = _attention_spec(config, latent, options)
         self.attn = LatentAttention(layer_index, spec, torch.ones(1, device=options.device), self.kv_b_proj)
 
@@ -111,11 +110,11 @@ class LatentSelfAttention(Module):
             q, kv = self.q_proj(x), self.kv_a_proj(x)
         else:
             q_c, kv = self.qkv_a_proj(x).split((self.q_lora_rank, sum(self.kv_sizes)), dim=-1)
-            q = self.q_b_proj(self.q_a_layernorm(q_c.contiguous()))
+            q = self.q_b_proj(self.q_a_layernorm(q_c))
         kv_c, k_pe = kv.split(self.kv_sizes, dim=-1)
-        kv_c = self.kv_a_layernorm(kv_c.contiguous())
+        kv_c = self.kv_a_layernorm(kv_c)
         q_nope, q_pe = q.unflatten(-1, (-1, sum(self.q_sizes))).split(self.q_sizes, dim=-1)
-        q_pe, k_pe = self.rope(q_pe, cos_sin), self.rope(k_pe[:, None], cos_sin)[:, 0]
+        q_pe, k_pe = self.ops.rope_pair(q_pe, k_pe, cos_sin, interleaved=self.interleaved)
         out = ctx.attend_latent(self.attn, q_nope, q_pe, kv_c, k_pe)
         projected: torch.Tensor = self.o_proj(out)
         return projected

@@ -50,6 +50,13 @@ class Ops(Protocol):
         head_dim] and k, v [T, num_kv_heads, head_dim], q and k normed and rotated as `qk_norm_rope` does."""
         ...
 
+    def rope_pair(
+        self, q: torch.Tensor, k: torch.Tensor, cos_sin: torch.Tensor, *, interleaved: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """q [T, heads, dim] and k [T, dim], which may be views and may be overwritten, rotated as `rope` or
+        `rope_interleaved` does."""
+        ...
+
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """As the function `silu_and_mul`."""
         ...
@@ -125,6 +132,12 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
 class TorchOps:
     """`Ops` in PyTorch, for any device."""
 
+    def rope_pair(
+        self, q: torch.Tensor, k: torch.Tensor, cos_sin: torch.Tensor, *, interleaved: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rotate = rope_interleaved if interleaved else rope
+        return rotate(q, cos_sin), rotate(k[:, None], cos_sin)[:, 0]
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return rms_norm(x, weight, eps)
 
@@ -153,14 +166,14 @@ class TorchOps:
         return self.silu_and_mul(layer(x))
 
 
-class NativeOps:
+class NativeOps(TorchOps):
     """`Ops` through the C++ kernels: on a CPU."""
 
     def __init__(self, kernels: NativeKernels) -> None:
         self._kernels = kernels
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return self._kernels.rms_norm(x, weight, eps)
+        return self._kernels.rms_norm(x.contiguous(), weight, eps)
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float

@@ -33,7 +33,13 @@ class TritonOps:
         self._kernels = kernels
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return self._kernels.rms_norm(x.contiguous(), weight, eps)
+        return self._kernels.rms_norm(x, weight, eps)
+
+    def rope_pair(
+        self, q: torch.Tensor, k: torch.Tensor, cos_sin: torch.Tensor, *, interleaved: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._kernels.rope_pair(q, k, cos_sin, interleaved=interleaved)
+        return q, k
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float

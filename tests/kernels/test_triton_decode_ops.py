@@ -1,0 +1,193 @@
+"""The kernels around attention in a decode step: norms, rope, small linears, routed experts, the step's two ends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton_support import DEVICE, DTYPES, normal, relative_error
+
+from miniserve.kernels.triton import decode_step, elementwise, moe, small_linear
+from miniserve.kernels.triton.small_linear import Chip, LinearTile, Workspace, choose_tile
+from miniserve.models.description import MoEConfig
+from miniserve.models.layers import ops, routing
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+def integers(values: list[int], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype, device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [96, 128, 1000])
+def test_norms(size: int, dtype: torch.dtype) -> None:
+    wide, residual, weight = normal(0, 3, size + 9, dtype=dtype), normal(1, 3, size, dtype=dtype), normal(2, size)
+    weight = weight.to(dtype)
+    x = wide[:, 5 : 5 + size]  # rows may be strided
+    assert relative_error(elementwise.rms_norm(x, weight, 1e-6), ops.rms_norm(x, weight, 1e-6)) < TOLERANCE[dtype]
+    want, total = ops.add_rms_norm(x, residual, weight, 1e-6)
+    got = elementwise.add_rms_norm(x.contiguous(), residual, weight, 1e-6)
+    assert relative_error(got, want) < TOLERANCE[dtype]
+    assert torch.equal(residual, total)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_and_mul(dtype: torch.dtype) -> None:
+    gate_up = normal(0, 5, 2 * 1500, dtype=dtype)
+    assert relative_error(elementwise.silu_and_mul(gate_up), ops.silu_and_mul(gate_up)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("with_norm", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_norm_and_rope_within_a_fused_qkv(head_dim: int, with_norm: bool) -> None:
+    shape = ops.HeadShape(4, 2, head_dim)
+    qkv, cos_sin = normal(0, 4, 8 * head_dim), normal(1, 4, head_dim)
+    weights = (normal(2, head_dim), normal(3, head_dim)) if with_norm else (None, None)
+    want = ops.TorchOps().split_norm_rope(qkv.clone(), shape, cos_sin, *weights, 1e-6)
+    elementwise.norm_rope(qkv, cos_sin, *weights, 1e-6, num_heads=4, num_kv_heads=2, head_dim=head_dim)
+    for got, expected in zip(ops.split_heads(qkv, shape), want, strict=True):
+        assert relative_error(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_the_rope_of_latent_attention(interleaved: bool) -> None:
+    q, k, cos_sin = normal(0, 4, 3, 20)[:, :, 4:], normal(1, 4, 30)[:, 7:23], normal(2, 4, 16)
+    want = ops.TorchOps().rope_pair(q.clone(), k.clone(), cos_sin, interleaved=interleaved)
+    elementwise.rope_pair(q, k, cos_sin, interleaved=interleaved)
+    assert relative_error(q, want[0]) < 1e-5
+    assert relative_error(k, want[1]) < 1e-5
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    "tile", [LinearTile(16, 32, 1, 4, 2), LinearTile(64, 32, 1, 4, 2, True), LinearTile(16, 32, 3, 4, 2)]
+)
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 40, 96), (2, 64, 256), (17, 33, 304)])
+def test_small_linears(m: int, n: int, k: int, tile: LinearTile, gated: bool) -> None:
+    workspace = Workspace(DEVICE)
+    x, weight = normal(0, m, k, dtype=torch.float16), normal(1, n * (2 if gated else 1), k, dtype=torch.float16)
+    bias = normal(2, len(weight), dtype=torch.float16)
+    for _ in range(2):  # the second finds the counters as the first left them
+        got = small_linear.small_linear(x, weight, bias, tile, workspace, gated=gated)
+        want = torch.nn.functional.linear(x.float(), weight.float(), bias.float())
+        assert relative_error(got, ops.silu_and_mul(want) if gated else want) < 5e-3
+    assert not workspace.counts.any()
+
+
+def test_a_float32_weight_takes_any_x_and_several_rows_one_by_one() -> None:
+    x, weight = normal(0, 5, 64, dtype=torch.float16), normal(1, 12, 64)
+    got = small_linear.small_linear(
+        x, weight, None, LinearTile(4, 64, 1, 4, 3), Workspace(DEVICE), out_dtype=torch.float32
+    )
+    assert got.dtype == torch.float32
+    assert relative_error(got, x.float() @ weight.T) < 1e-5
+
+
+@pytest.mark.parametrize("shared_bytes", [64 << 10, 232_448])
+@pytest.mark.parametrize("m", [1, 2, 16, 17, 32, 33, 64, 65])
+def test_every_cut_fits_the_shared_memory(m: int, shared_bytes: int) -> None:
+    for n, k in ((6144, 4096), (4096, 12288), (1024, 2048), (151936, 4096), (48, 4096)):
+        for gated in (False, True):
+            tile = choose_tile(m, n, k, 2, Chip(132, shared_bytes), gated=gated)
+            if tile is None:
+                assert m > 32
+                continue
+            rows = tile.block_n * (2 if gated else 1) + max(16, m)
+            assert m == 1 or rows * tile.block_k * 2 * tile.num_stages <= shared_bytes or tile.num_stages == 1
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("swap", [False, True])
+def test_routed_experts(tokens: int, swap: bool) -> None:
+    num_experts, k, hidden, middle = 12, 3, 80, 40
+    x, shared = normal(0, tokens, hidden), normal(1, tokens, hidden)
+    w1, w2 = normal(2, num_experts, 2 * middle, hidden) * 0.1, normal(3, num_experts, hidden, middle) * 0.1
+    ids = torch.stack([torch.randperm(num_experts)[:k] for _ in range(tokens)]).int().to(DEVICE)
+    weights = normal(4, tokens, k).abs()
+    tiles = (moe.MoETile(16, 64, 32, 4, 2, swap), moe.MoETile(16, 64, 16, 4, 2, swap))
+    got = moe.experts(x, w1, w2, weights, ids, shared, tiles)
+    want = shared.clone()
+    for token in range(tokens):
+        for weight, expert in zip(weights[token], ids[token].tolist(), strict=True):
+            activated = ops.silu_and_mul((x[token] @ w1[expert].T)[None])
+            want[token] += weight * (activated @ w2[expert].T)[0]
+    assert relative_error(got, want) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("scoring", "groups", "top_groups", "bias", "experts", "k"),
+    [
+        ("softmax", 1, 1, False, 12, 4),
+        ("softmax", 4, 2, False, 16, 4),
+        ("sigmoid", 4, 2, True, 16, 4),
+        ("sigmoid", 1, 1, True, 5, 2),
+    ],
+)
+def test_routing(scoring: str, groups: int, top_groups: int, bias: bool, experts: int, k: int) -> None:
+    logits = normal(0, 9, experts)
+    correction = normal(1, experts) if bias else None
+    for normalize in (False, True):
+        config = MoEConfig(
+            num_experts=experts,
+            top_k=k,
+            intermediate_size=8,
+            shared_size=0,
+            sparse_layers=(True,),
+            scoring=scoring,
+            normalize=normalize,
+            scaling=2.5,
+            num_groups=groups,
+            top_groups=top_groups,
+            correction_bias=bias,
+        )
+        weights, ids = routing.route(logits, config, correction)
+        got_weights, got_ids = moe.route(
+            logits,
+            correction,
+            top_k=k,
+            num_groups=groups,
+            top_groups=top_groups,
+            sigmoid=scoring == "sigmoid",
+            normalize=normalize,
+            scaling=2.5,
+        )
+        want = torch.zeros_like(logits).scatter_(1, ids, weights)
+        assert relative_error(torch.zeros_like(logits).scatter_(1, got_ids.long(), got_weights), want) < 1e-5
+
+
+def test_the_start_of_a_step() -> None:
+    tables = torch.arange(5 * 7, dtype=torch.int32, device=DEVICE).view(5, 7)
+    state = decode_step.RowState(tables, integers([0, 16, 5, 47, 3]), integers([9, 8, 7, 6, 5]), integers([0] * 5))
+    step = decode_step.StepTensors(
+        integers([3, -1, 1]),
+        *(integers([77] * 3) for _ in range(3)),
+        integers([77] * 3, torch.int32),
+        torch.zeros(3, 7, dtype=torch.int32, device=DEVICE),
+    )
+    decode_step.advance(state, step, 16)
+    assert step.input_ids.tolist() == [6, 0, 8]
+    assert step.positions.tolist() == [47, 0, 16]
+    assert step.slots.tolist() == [(3 * 7 + 2) * 16 + 15, -1, (7 + 1) * 16]
+    assert step.seq_lens.tolist() == [48, 0, 17]  # a padding row has none
+    assert step.block_tables[0].tolist() == tables[3].tolist()
+    assert state.lens.tolist() == [0, 17, 5, 48, 3]
+
+
+def test_the_end_of_a_step() -> None:
+    logits = normal(0, 3, 9001)
+    logits[0, 100] = logits[0, 8000] = 50.0  # the lowest id among equals
+    state = decode_step.RowState(integers([0]), integers([0] * 5), integers([9, 8, 7, 6, 5]), integers([0] * 5))
+    tokens = integers([0] * 3)
+    decode_step.greedy(logits, integers([3, -1, 1]), state, tokens)
+    assert tokens.tolist() == [100, *logits[1:].argmax(1).tolist()]
+    assert state.last_tokens.tolist() == [9, tokens[2].item(), 7, 100, 5]
+    assert state.num_outputs.tolist() == [0, 1, 0, 1, 0]
+
+
+def test_what_the_host_staged() -> None:
+    staged = torch.tensor([2, 0, -1, -1, 3, 7, 11, 30, 70, 110, 5, 5], dtype=torch.int32)
+    rows, tables = integers([9] * 6), torch.zeros(3, 5, dtype=torch.int32, device=DEVICE)
+    decode_step.apply_changes(staged.pin_memory() if DEVICE.type == "cuda" else staged, 4, 3, rows, tables)
+    assert rows.tolist() == [2, 0, -1, -1, 9, 9]
+    assert tables.flatten()[[3, 7, 11]].tolist() == [30, 70, 110]
+    assert tables.sum() == 210
