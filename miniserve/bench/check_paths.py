@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -125,9 +125,9 @@ class Machine:
             self.with_kv(kv_cache_dtype), self.platform, block_size=self.block_size, backend=backend, layout=layout
         )
 
-    def paths(self) -> Iterator[AttentionPath]:
-        """Every path that can serve all layers, the KV cache in the model's dtype or in fp8."""
-        for kv_cache_dtype in ("auto", "fp8"):
+    def paths(self, kv_cache_dtypes: Sequence[str] = ("auto", "fp8")) -> Iterator[AttentionPath]:
+        """Every path that can serve all layers."""
+        for kv_cache_dtype in kv_cache_dtypes:
             for contract in CONTRACTS:
                 for layout in contract.layouts:
                     try:

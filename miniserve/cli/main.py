@@ -15,6 +15,7 @@ from miniserve.cli.chat import chat
 from miniserve.cli.check import check
 from miniserve.cli.explain import explain
 from miniserve.cli.run import run, serve
+from miniserve.cli.tune import tune
 from miniserve.core import InvalidRequest, UserError
 
 EXIT_USAGE = 2
@@ -31,7 +32,7 @@ class _Commands(TyperGroup):
     """The commands, of which `bench` is imported only when it is looked at: it brings a part of the program along."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return ["run", "serve", "chat", "bench", "explain", "check", "version"]
+        return ["run", "serve", "chat", "bench", "explain", "check", "tune", "version"]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name == "bench" and cmd_name not in self.commands:
@@ -59,6 +60,7 @@ app.command("serve")(serve)
 app.command()(chat)
 app.command()(explain)
 app.command()(check)
+app.command()(tune)
 
 
 def _print_version(wanted: bool) -> None:

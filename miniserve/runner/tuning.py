@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ def table_path(directory: Path, platform: Platform, specs: Sequence[AttentionSpe
     """A table's file in `directory`: its name tells the architecture, aiter's version, the heads and a digest of all
     that the measurement depends on."""
     aiter = ".".join(map(str, platform.aiter_version)) if platform.aiter_version else "none"
-    kinds = sorted(repr(spec) for spec in set(specs))
+    # A scale is computed in more than one place, with rounding of its own.
+    kinds = sorted(repr(dataclasses.replace(spec, scale=float(f"{spec.scale:.5g}"))) for spec in set(specs))
     digest = hashlib.sha256(json.dumps([_FORMAT, platform.compute_units, block_size, kinds]).encode()).hexdigest()[:12]
     spec = specs[0]
     heads = f"{spec.num_heads}x{spec.num_kv_heads}x{spec.head_dim}"

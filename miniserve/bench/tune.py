@@ -1,0 +1,174 @@
+"""`miniserve tune`: which attention path decodes a model's layers fastest here, measured, for `select` to go by."""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from miniserve.attention.backends.base import Backend
+from miniserve.attention.backends.build import build_backend
+from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.contracts import LayerRoute
+from miniserve.attention.layouts import LAYOUTS, KVCache
+from miniserve.attention.metadata import DecodeRows, StepBatch
+from miniserve.attention.select import Choice
+from miniserve.attention.spec import AttentionLayer, AttentionSpec, LatentLayer
+from miniserve.bench.check_paths import AttentionPath, Machine, made_up_layer
+
+_MEASURE = 0.2  # seconds for each figure
+_CACHED = 512 << 20  # bytes that a run must read beyond, or a GPU's own cache would have them
+_MOST_LAYERS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """seconds: of one decode step's attention through all layers, by batch size; every row is `context` tokens long."""
+
+    path: AttentionPath
+    context: int
+    seconds: dict[int, float]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def time_path(machine: Machine, path: AttentionPath, batches: Sequence[int], context: int) -> Timing:
+    """Measure one path."""
+    specs = machine.with_kv(path.kv_cache_dtype)
+    choice = machine.choose(path.backend, path.layout, path.kv_cache_dtype)
+    kinds = Counter(zip(specs, choice.routes, strict=True))
+    seconds = {}
+    for batch in batches:
+        times = [
+            count * _time_kind(machine, choice, spec, route, batch, context) for (spec, route), count in kinds.items()
+        ]
+        seconds[batch] = sum(times)
+    return Timing(path, context, seconds)
+
+
+def rank(timings: Sequence[Timing]) -> list[Timing]:
+    """Best first, by the geometric mean over the batch sizes of the time relative to the fastest's."""
+    fastest = {batch: min(timing.seconds[batch] for timing in timings) for batch in timings[0].seconds}
+    return sorted(
+        timings, key=lambda timing: sum(math.log(timing.seconds[batch] / fastest[batch]) for batch in fastest)
+    )
+
+
+def _time_kind(
+    machine: Machine, choice: Choice, spec: AttentionSpec, route: LayerRoute, batch: int, context: int
+) -> float:
+    """Seconds of one layer, over as many layers' caches in turn as it takes to find none of them cached."""
+    device, block_size = machine.device, machine.block_size
+    layout, width = LAYOUTS[choice.layout](block_size), -(-context // block_size)
+    needed = batch * width * layout.block_bytes(spec)
+    copies = 1 if device.type != "cuda" else min(_MOST_LAYERS, max(1, -(-_CACHED // needed)))
+    options = BackendOptions(
+        specs=(spec,) * copies,
+        routes=(route,) * copies,
+        platform=machine.platform,
+        device=device,
+        max_rows=batch,
+        max_seq_len=context,
+    )
+    backend = build_backend(choice, block_size, options)
+    caches = [layout.allocate(spec, batch * width, device) for _ in range(copies)]
+    layers = [made_up_layer(spec, device) for _ in range(copies)]
+    for index, layer in enumerate(layers):
+        layer.layer_index = index
+    step = _step(backend, layers, caches, _batch(batch, context, block_size, device, captured=_captures(backend)))
+    with torch.inference_mode():
+        found = _measure_gpu(step, captured=_captures(backend)) if device.type == "cuda" else _measure_cpu(step)
+    del backend, caches, layers, step
+    gc.collect()
+    return found / copies
+
+
+def _captures(backend: Backend[Any]) -> bool:
+    return backend.graphs and torch.cuda.is_available()
+
+
+def _batch(rows: int, context: int, block_size: int, device: torch.device, *, captured: bool) -> StepBatch:
+    """Rows of `context` tokens each, in blocks strewn over the pool."""
+    width = -(-context // block_size)
+    tables = torch.randperm(rows * width, generator=torch.Generator().manual_seed(0)).view(rows, width)
+    slots = tables[:, -1] * block_size + (context - 1) % block_size
+    lens = torch.full((rows,), context, dtype=torch.int32, device=device)
+    host = None if captured else np.full(rows, context, dtype=np.int64)
+    return StepBatch(slots.to(device), DecodeRows(tables.int().to(device), lens, context, host))
+
+
+def _step(
+    backend: Backend[Any],
+    layers: Sequence[AttentionLayer | LatentLayer],
+    caches: Sequence[KVCache],
+    batch: StepBatch,
+) -> Callable[[], None]:
+    """One decode step through the layers, all with the same inputs."""
+    spec, device = layers[0].spec, batch.slot_mapping.device
+    rows = len(batch.slot_mapping)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(rows, *shape, dtype=spec.dtype, device=device)
+
+    if (dims := spec.latent) is not None:
+        inputs = (
+            draw(spec.num_heads, dims.nope_dim),
+            draw(spec.num_heads, dims.rope_dim),
+            draw(dims.kv_lora_rank),
+            draw(dims.rope_dim),
+        )
+        attend = cast(Callable[..., torch.Tensor], backend.attend_latent)
+    else:
+        shape = (spec.num_kv_heads, spec.head_dim)
+        inputs = (draw(spec.num_heads, spec.head_dim), draw(*shape), draw(*shape))  # type: ignore[assignment]
+        attend = backend.attend
+
+    def run() -> None:
+        meta = backend.build(batch)
+        for layer, cache in zip(layers, caches, strict=True):
+            attend(layer, *inputs, cache, meta)
+
+    return run
+
+
+def _measure_cpu(step: Callable[[], None]) -> float:
+    """Seconds, the median."""
+    step()
+    times: list[float] = []
+    while sum(times) < _MEASURE or len(times) < 3:
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _measure_gpu(step: Callable[[], None], *, captured: bool) -> float:
+    """Seconds, the mean of many: of a graph's replays where the step can be captured, else of launches."""
+    step()
+    torch.cuda.synchronize()
+    work = step
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        work = graph.replay
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    repeats, elapsed = 3, 0.0
+    while elapsed < _MEASURE:
+        start.record()
+        for _ in range(repeats):
+            work()
+        end.record()
+        end.synchronize()
+        elapsed = start.elapsed_time(end) / 1e3
+        repeats, measured = repeats * 3, repeats
+    return elapsed / measured

@@ -1,0 +1,83 @@
+"""`miniserve tune`: it times what there is, ranks it over all batch sizes, and what it keeps decides afterwards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from engine_support import stand_in
+
+from miniserve.attention.spec import AttentionSpec, LatentDims
+from miniserve.bench import tune as tuner
+from miniserve.bench.check_paths import AttentionPath, Machine, find_machine
+from miniserve.bench.tune import Timing, rank, time_path
+from miniserve.cli.tune import tune
+from miniserve.config import EngineConfig, tuning_dir
+from miniserve.core import UserError
+from miniserve.llm import LLM
+from miniserve.runner.tuning import load_preferred, table_path
+
+
+@pytest.fixture(autouse=True)
+def _short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tuner, "_MEASURE", 0.0)
+
+
+def timing(name: str, *seconds: float) -> Timing:
+    return Timing(AttentionPath(name, "linear", "auto"), 64, dict(zip((1, 8), seconds, strict=True)))
+
+
+def test_the_best_over_all_batch_sizes_comes_first() -> None:
+    timings = [timing("A", 1.0, 9.0), timing("B", 2.0, 2.0), timing("C", 3.0, 2.5), timing("D", 1.5, 4.0)]
+    assert [each.path.backend for each in rank(timings)] == ["B", "D", "C", "A"]
+
+
+def test_a_path_is_timed_for_every_layer_and_batch_size() -> None:
+    machine = find_machine(EngineConfig(device="cpu"))
+    found = time_path(machine, AttentionPath("TORCH_ATTN", "shuffled", "fp8"), [1, 3], 40)
+    assert list(found.seconds) == [1, 3] and all(seconds > 0 for seconds in found.seconds.values())
+
+
+def test_latent_paths_are_timed_too() -> None:
+    spec = AttentionSpec(4, 1, 24, 0.2, torch.float32, torch.float32, latent=LatentDims(16, 8, 12, 10))
+    base = find_machine(EngineConfig(device="cpu"))
+    machine = Machine(specs=(spec, spec), platform=base.platform, device=base.device, block_size=16)
+    (path,) = machine.paths(("auto",))
+    assert (path.backend, path.layout) == ("TORCH_MLA", "latent")
+    assert time_path(machine, path, [2], 20).seconds[2] > 0
+
+
+def test_what_is_kept_decides_for_the_engine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slow = {"TORCH_ATTN:linear": 1.0}
+    monkeypatch.setattr(
+        tuner,
+        "time_path",
+        lambda machine, path, batches, context: Timing(
+            path, context, dict.fromkeys(batches, slow.get(f"{path.backend}:{path.layout}", 2.0))
+        ),
+    )
+    tune(batch=[1], context=32, device="cpu", dtype="float32")
+    told = capsys.readouterr().out
+    assert told.startswith("TORCH_ATTN over linear: 1000.000 ms at batch 1\n")
+    machine = find_machine(EngineConfig(device="cpu", dtype="float32"))
+    table = table_path(tuning_dir(), machine.platform, machine.specs, 16)
+    assert f"kept in {table}\n" in told
+    assert json.loads(table.read_text())["measured"][0]["seconds"] == {"1": 1.0}
+    assert load_preferred(tuning_dir(), machine.platform, machine.specs, 16)[0] == "TORCH_ATTN:linear"
+    assert load_preferred(tuning_dir(), machine.platform, machine.specs, 32) == ()
+    attention = LLM(device="cpu", dtype="float32", progress=False).info.attention
+    assert attention[0] == "TORCH_ATTN over the linear KV layout: measured fastest by `miniserve tune`"
+    asked = LLM(device="cpu", dtype="float32", attention_backend="CPU_ATTN", progress=False).info.attention
+    assert asked[0].startswith("CPU_ATTN over the") and "measured" not in asked[0]
+
+
+def test_an_emulated_gpu_is_not_timed() -> None:
+    with stand_in("gfx942", 16), pytest.raises(UserError, match="its times would say nothing of a GPU"):
+        tune(device="gfx942")
+    with pytest.raises(UserError, match="--batch and --context must be 1 or more"):
+        tune(batch=[0])
