@@ -297,6 +297,8 @@ def _sum_pairs_kernel(
 def choose_tiles(num_pairs: int, num_experts: int) -> tuple[MoETile, MoETile]:
     """Of the two products, by the rows that an expert gets on average; the fewer, the more it is reading weights."""
     rows = num_pairs / num_experts
+    if num_pairs <= 16:
+        return MoETile(16, 64, 64, 4, 5, swap=True), MoETile(16, 64, 128, 4, 5, swap=True)
     if rows <= 12:
         return MoETile(16, 32, 128, 4, 5), MoETile(16, 64, 128, 4, 4, swap=True)
     if rows <= 40:

@@ -194,7 +194,7 @@ def choose_tile(m: int, n: int, k: int, itemsize: int, chip: Chip, *, gated: boo
     if m > 32 and n < 2048:
         return None
     wanted = 2 * chip.num_sms
-    block_k, stages, swap = (128, 4, False) if gated else (256, 4, False)
+    block_k, stages, swap = (128 if gated else 256), (4 if m <= 16 else 6), False
     if m > 32:
         block_n, block_k, stages, swap = 64 if gated or n > 4096 else 32, 128, 3 if gated else 6, gated
     else:
