@@ -434,8 +434,7 @@ CONTRACTS = (
         decode=(_TRITON_MLA,),
         extend=(_TRITON_MLA,),
         prefill=(_TRITON_MLA,),
-        archs=("sm_80+", *_INSTINCT),
-        fp8_archs=("sm_89+", *_INSTINCT),
+        archs=("sm_90", "sm_100", "sm_103", *_INSTINCT),  # other NVIDIA GPUs' shared memory is below its tiles' 184 KB
         requires=("triton",),
         latent=True,
     ),

@@ -22,7 +22,6 @@ from miniserve.attention.metadata import DecodeRows, StepBatch
 from miniserve.attention.platform import NAMED_PLATFORMS, emulated_platform
 from miniserve.attention.select import select
 from miniserve.attention.spec import AttentionSpec, LatentDims
-from miniserve.core import UserError
 
 torch.set_num_threads(1)
 FP8 = {"gfx942": torch.float8_e4m3fnuz, "gfx950": torch.float8_e4m3fn}
@@ -50,18 +49,23 @@ def test_triton_mla_is_what_the_formula_gives(case: Case, fp8: bool, kv_scale: f
     step.check(TritonLatentBackend(step.layout, torch_latent_kernels(), options(step)))
 
 
-@pytest.mark.parametrize("device", ["mi300x", "mi355x", "h100", "a100"])
+@pytest.mark.parametrize("device", ["mi300x", "mi355x", "h100", "h200"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_triton_mla_serves_every_gpu_it_was_compiled_for(device: str, dtype: torch.dtype) -> None:
     spec = dataclasses.replace(MLA, dtype=dtype, kv_dtype=dtype)
-    assert select([spec], NAMED_PLATFORMS[device], block_size=16, backend="TRITON_MLA").layout == "latent"
-    fp8 = dataclasses.replace(spec, kv_dtype=NAMED_PLATFORMS[device].fp8_dtype)
-    if device == "a100":
-        with pytest.raises(UserError, match=r"reads an fp8 KV cache on sm_89\+ or gfx942 or gfx950, not on sm_80"):
-            select([fp8], NAMED_PLATFORMS[device], block_size=16, backend="TRITON_MLA")
-        assert select([fp8], NAMED_PLATFORMS[device], block_size=16).backend == "TORCH_MLA"
-    else:
-        assert select([fp8], NAMED_PLATFORMS[device], block_size=16, backend="TRITON_MLA").layout == "latent"
+    for kv_dtype in (dtype, NAMED_PLATFORMS[device].fp8_dtype):
+        choice = select(
+            [dataclasses.replace(spec, kv_dtype=kv_dtype)], NAMED_PLATFORMS[device], block_size=16, backend="TRITON_MLA"
+        )
+        assert choice.layout == "latent"
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_120"])
+def test_gpus_with_less_shared_memory_than_a_tile_go_to_pytorch(arch: str) -> None:
+    choice = select([MLA], dataclasses.replace(NAMED_PLATFORMS["h100"], arch=arch), block_size=16)
+    assert choice.backend == "TORCH_MLA"
+    reasons = [reason for backend, _, reason in choice.rejected if backend == "TRITON_MLA"]
+    assert reasons == [f"it runs on sm_90 or sm_100 or sm_103 or gfx942 or gfx950, not on {arch}"]
 
 
 def test_latents_larger_than_the_kernels_tile_go_to_pytorch() -> None:

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from miniserve.kernels.triton import cache_write, mla_decode, paged_decode, paged_extend
+from miniserve.kernels.triton import cache_write, mla_decode, paged_decode, paged_extend, token_indices
 from miniserve.kernels.triton.split_kv import DecodeScratch
 
 ROWS, NUM_BLOCKS, TABLE_WIDTH, KV_HEADS = 64, 1 << 20, 4096, 8  # planes of many GiB: 64-bit offsets
@@ -181,6 +181,14 @@ def _write_latent(kv: torch.dtype) -> Case:
     return Case(f"bf16/{_NAMES[kv]}", launch)
 
 
+def _token_indices() -> Case:
+    def launch() -> None:
+        tables, lens, starts = _int32(ROWS, TABLE_WIDTH), _int32(ROWS), _int32(ROWS + 1)
+        token_indices.token_indices(tables, lens, starts, _int32(NUM_BLOCKS), block_size=16, max_seq_len=1 << 16)
+
+    return Case("block 16", launch)
+
+
 _META = torch.device("meta")
 _NAMES = {
     torch.float32: "fp32",
@@ -222,6 +230,7 @@ def cases(fp8: torch.dtype) -> Iterator[Case]:
             yield _extend(torch.float16, head_dim, shuffled, dtype=torch.float16)
             yield _decode(single, head_dim, shuffled, dtype=single)
             yield _extend(single, head_dim, shuffled, dtype=single)
+    yield _token_indices()
     for kv in (half, fp8):
         yield _write_latent(kv)
         for heads in (8, 16, 32, 64, 128):
@@ -236,6 +245,7 @@ def quick_cases(fp8: torch.dtype) -> Iterator[Case]:
     yield _mla(torch.bfloat16, 16, 64)
     yield _write(fp8, 128, True, True)
     yield _write_latent(torch.bfloat16)
+    yield _token_indices()
 
 
 class _Driver:
