@@ -7,14 +7,14 @@ fused_moe). Nothing waits for the host: grids are as large as the worst case, an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 
 from miniserve.kernels.triton.pdl import launch_options, start, wait
-from miniserve.kernels.triton.small_linear import product
+from miniserve.kernels.triton.small_linear import chip_of, product
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,6 +308,14 @@ def choose_tiles(num_pairs: int, num_experts: int) -> tuple[MoETile, MoETile]:
     return MoETile(128, 64, 64, 8, 3), MoETile(128, 128, 64, 8, 3)
 
 
+def _fitted(tile: MoETile, itemsize: int, device: torch.device, *, gated: bool) -> MoETile:
+    """With as many stages as the shared memory holds."""
+    if device.type != "cuda":
+        return tile
+    stage = (tile.block_n * (2 if gated else 1) + tile.block_m) * tile.block_k * itemsize
+    return replace(tile, num_stages=max(1, min(tile.num_stages, chip_of(device).shared_bytes // stage)))
+
+
 def experts(
     x: torch.Tensor,
     w1: torch.Tensor,
@@ -325,6 +333,8 @@ def experts(
     num_pairs = tokens * k
     options = launch_options(x.device)
     gate_up, down = tiles or choose_tiles(num_pairs, num_experts)
+    gate_up = _fitted(gate_up, x.element_size(), x.device, gated=True)
+    down = _fitted(down, x.element_size(), x.device, gated=False)
     aligned = tokens > 1
     if aligned:
         block_m = gate_up.block_m
@@ -346,7 +356,7 @@ def experts(
     else:
         pairs, block_experts, num_blocks = topk_ids, topk_ids, num_pairs
 
-    def product(source: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, tile: MoETile, per_row: int) -> None:
+    def multiply(source: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, tile: MoETile, per_row: int) -> None:
         n, gated = target.shape[1], tile is gate_up
         _grouped_kernel[(triton.cdiv(n, tile.block_n), num_blocks)](
             source,
@@ -373,9 +383,9 @@ def experts(
         )
 
     activated = torch.empty(num_pairs, middle, dtype=x.dtype, device=x.device)
-    product(x, w1, activated, gate_up, k)
+    multiply(x, w1, activated, gate_up, k)
     parts = torch.empty(num_pairs, hidden, dtype=torch.float32, device=x.device)
-    product(activated, w2, parts, down, 1)
+    multiply(activated, w2, parts, down, 1)
     out = torch.empty_like(x)
     block = min(1024, triton.next_power_of_2(hidden))
     _sum_pairs_kernel[(tokens, triton.cdiv(hidden, block))](
