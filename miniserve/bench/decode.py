@@ -1,0 +1,114 @@
+"""The decode step of a model's shape on this device, random weights: `python -m miniserve.bench.decode --model DIR`.
+
+DIR needs a config.json only. All requests of a batch decode together once the last of them is prefilled; the time of a
+step is the median over those steps, as the host sees tokens arrive.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from copy import copy
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from miniserve.bench.report import header
+from miniserve.config import EngineConfig
+from miniserve.core import EngineInfo, Request, SamplingParams
+from miniserve.engine.build import build_engine
+from miniserve.engine.loop import EngineLoop
+from miniserve.engine.roofline import describe
+from miniserve.models.layers.routing import Router, RoutingMethod
+from miniserve.models.options import BuildOptions
+
+
+class UniformRouting:
+    """The weights of the routing it stands in for, but experts drawn uniformly, anew for each layer and row: random
+    weights may send all tokens to a few experts, which would spare the others' bytes."""
+
+    def __init__(self, method: RoutingMethod) -> None:
+        self._method = method
+        self._drawn: dict[int, torch.Tensor] = {}
+
+    def __call__(self, router: Router, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, ids = self._method(router, x)
+        known = self._drawn.get(id(router))
+        if known is None or len(known) < len(x):
+            scores = torch.rand(max(len(x), 8192), router.moe.num_experts, device=x.device)
+            known = self._drawn[id(router)] = scores.topk(router.moe.top_k, dim=1).indices.to(ids.dtype)
+        return weights, known[: len(x)].contiguous()
+
+
+@contextmanager
+def uniform_routing() -> Iterator[None]:
+    """Models built meanwhile route uniformly."""
+    original = BuildOptions.routing.fget  # type: ignore[attr-defined]
+    with mock.patch.object(BuildOptions, "routing", property(lambda options: UniformRouting(original(options)))):
+        yield
+
+
+def measure(engine: EngineLoop, info: EngineInfo, batch: int, prompt_len: int, output_len: int) -> dict[str, object]:
+    """Median seconds of the steps in which every one of `batch` requests gets a token."""
+    rng = random.Random(batch)
+    params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
+    for index in range(batch):
+        prompt = [rng.randrange(info.vocab_size) for _ in range(prompt_len)]
+        engine.add(Request(request_id=f"{batch}-{index}", prompt_token_ids=prompt, params=params))
+    before, times = copy(engine.log.totals), []
+    while engine.has_work:
+        num_tokens = sum(len(output.new_token_ids) for output in engine.step())
+        if num_tokens == batch:
+            times.append(time.perf_counter())
+    steps = [later - earlier for earlier, later in itertools.pairwise(times)][2:]
+    step = statistics.median(steps)
+    bandwidth = info.traffic.bandwidth if info.traffic is not None else None
+    roofline = describe(engine.log.totals.since(before), bandwidth)
+    print(f"{batch:5d} x {prompt_len}: {1e3 * step:8.3f} ms, {batch / step:10,.0f} tokens/s; on average {roofline}")
+    return {"batch": batch, "prompt_len": prompt_len, "step_s": step, "num_steps": len(steps), "roofline": roofline}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, type=Path, help="directory with a config.json")
+    parser.add_argument("--batch", default="1,8,32,64,128,256", help="batch sizes, comma-separated")
+    parser.add_argument("--input-len", type=int, default=1024)
+    parser.add_argument("--output-len", type=int, default=129)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--kv-layout", default="auto")
+    parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--uniform-routing", action="store_true", help="draw experts uniformly")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args()
+    batches = [int(size) for size in args.batch.split(",")]
+    config = EngineConfig(
+        model=str(args.model),
+        device=args.device,
+        load_format="dummy",
+        kv_layout=args.kv_layout,
+        max_num_seqs=max(batches),
+        max_num_batched_tokens=8192,
+        max_model_len=args.input_len + args.output_len,
+        enable_prefix_caching=False,
+        enforce_eager=args.enforce_eager,
+    )
+    start = time.perf_counter()
+    with uniform_routing() if args.uniform_routing else nullcontext():
+        engine, info = build_engine(config, args.model, args.model.name)
+    started = time.perf_counter() - start
+    print(f"{args.model.name} on {info.device}, started in {started:.1f} s; {info.attention[0]}")
+    rows = [measure(engine, info, batch, args.input_len, args.output_len) for batch in batches]
+    if args.json:
+        text = json.dumps({**header("decode"), "model": args.model.name, "start_s": started, "results": rows}, indent=2)
+        args.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
