@@ -13,7 +13,6 @@ import triton.language as tl
 
 from miniserve.kernels.triton.common import LOG2E, dot_precision, platform
 from miniserve.kernels.triton.launch import Launch, cdiv, mla_launch, next_power_of_2
-from miniserve.kernels.triton.pdl import launch_options, start, wait
 from miniserve.kernels.triton.split_kv import (
     DecodeScratch,
     fuses_merge,
@@ -87,7 +86,6 @@ def mla_decode(
         FUSED_MERGE=fused_merge and not single,
         PRECISION=dot_precision(on),
         **launch.options(on),
-        **launch_options(q.device),
     )
     if not single and not fused_merge and scratch is not None:
         merge_splits(scratch, seq_lens, out, block_n=launch.block_n, num_splits=num_splits)
@@ -100,11 +98,9 @@ def _mla_kernel(
     q_row, q_head, block_stride, token_stride, table_row, out_row, out_head, qk_scale, num_splits,
     HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, SINGLE: tl.constexpr,
-    MERGE_M: tl.constexpr, FUSED_MERGE: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    MERGE_M: tl.constexpr, FUSED_MERGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one row, one split of its keys, up to BLOCK_M heads. Scores are base 2."""
-    start(PDL)
-    wait(PDL)
     head_tile = tl.program_id(0)
     split = tl.program_id(1)
     row = tl.program_id(2)

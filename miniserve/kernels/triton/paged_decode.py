@@ -18,7 +18,6 @@ from miniserve.kernels.triton.common import (
     value_tile,
 )
 from miniserve.kernels.triton.launch import Launch, cdiv, decode_launch, next_power_of_2
-from miniserve.kernels.triton.pdl import launch_options, start, wait
 from miniserve.kernels.triton.split_kv import (
     DecodeScratch,
     fuses_merge,
@@ -110,7 +109,6 @@ def paged_decode(
         FUSED_MERGE=fused_merge and not single,
         PRECISION=dot_precision(on),
         **launch.options(on),
-        **launch_options(q.device),
     )
     if not single and not fused_merge and scratch is not None:
         merge_splits(scratch, seq_lens, out, block_n=launch.block_n, num_splits=num_splits, window=window)
@@ -125,11 +123,9 @@ def _decode_kernel(
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, X: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, SINGLE: tl.constexpr, MERGE_M: tl.constexpr, FUSED_MERGE: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one row, one split of its keys, up to BLOCK_M query heads of one kv head. Scores are base 2."""
-    start(PDL)
-    wait(PDL)
     head_tile = tl.program_id(0)
     split = tl.program_id(1)
     row = tl.program_id(2)
