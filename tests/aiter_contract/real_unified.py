@@ -3,17 +3,12 @@ Triton's interpreter on a CPU, against attention in float64. Prints a line for e
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
-os.environ |= {"TRITON_INTERPRET": "1", "AITER_TRITON_ONLY": "1"}
-
 import torch
-import triton
 from attention_steps import make_step
+from real_aiter import make_importable
 
 from miniserve.attention.aiter import Aiter
 from miniserve.attention.backends.options import BackendOptions
@@ -36,22 +31,6 @@ SPECS = {
 SHORT, LONG = [(0, 1), (15, 1), (16, 1), (300, 1), (20, 17), (0, 30)], [(600, 1), (0, 1), (530, 5)]
 
 
-def pretend_gpu() -> None:
-    """Just so much of an AMD GPU as the modules ask for when they are imported."""
-    target = triton.backends.compiler.GPUTarget("hip", "gfx942", 64)
-    triton.runtime.driver.set_active(
-        SimpleNamespace(
-            get_current_target=lambda: target,
-            get_current_device=lambda: 0,
-            get_device_interface=lambda: torch.cuda,
-            get_active_torch_device=lambda: torch.device("cpu"),
-        )
-    )
-    properties = SimpleNamespace(multi_processor_count=304)
-    torch.cuda.current_device = lambda: 0
-    torch.cuda.get_device_properties = lambda *_: properties
-
-
 def writer(layout: KVLayout) -> Any:
     def write(k: Any, v: Any, key: Any, value: Any, slots: Any, kind: str, *scales: Any, **_: Any) -> None:
         layout.write(KVCache(key, value), k, v, slots)
@@ -60,8 +39,7 @@ def writer(layout: KVLayout) -> Any:
 
 
 def main() -> None:
-    pretend_gpu()
-    sys.path.insert(0, os.environ["AITER_SRC"])
+    make_importable("gfx942")
     from aiter.ops.triton.attention.unified_attention import unified_attention
 
     for layout_name in ("linear", "shuffled"):
