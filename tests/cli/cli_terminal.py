@@ -140,6 +140,18 @@ class Terminal:
             if self.output.find(text, self._seen) >= 0 or time.monotonic() >= deadline:
                 return self.wait_for(text)
 
+    def interrupt_and_wait(self) -> int:
+        """The exit code after a Ctrl-C, which is pressed again only where it was missed (see `interrupt_until`)."""
+        deadline = time.monotonic() + TIMEOUT
+        while time.monotonic() < deadline:
+            self.type("\x03")
+            pause = time.monotonic() + 10.0
+            while self._read(pause):
+                pass
+            if time.monotonic() < pause:  # not the pause, but the output has ended
+                return self.process.wait(TIMEOUT)
+        raise AssertionError(f"Ctrl-C did not end the command: {self.output!r}")
+
     def wait(self) -> int:
         """The exit code, once all that is shown was read."""
         deadline = time.monotonic() + TIMEOUT

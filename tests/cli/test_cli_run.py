@@ -214,8 +214,7 @@ def test_chat_at_a_terminal_beneath_which_the_server_runs() -> None:
         terminal.wait_for(">>> ")
         terminal.type("Tell me a story.\n")
         assert terminal.wait_for(">>> ").strip()
-        terminal.type("\x03")
-        assert terminal.wait() == 0
+        assert terminal.interrupt_and_wait() == 0
         assert "Traceback" not in terminal.output
 
 
