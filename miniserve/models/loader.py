@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from miniserve.core import UserError
-from miniserve.models.dense import CausalLM
+from miniserve.models.decoder import CausalLM
 from miniserve.models.layers.base import Layer, Piece
 
 Progress = Callable[[int, int], None]

@@ -10,7 +10,7 @@ from miniserve.attention.aiter import AiterExperts
 from miniserve.core import UserError
 from miniserve.kernels.native import NativeKernels
 from miniserve.models.config import SUPPORTED_ARCHITECTURES, ModelConfig
-from miniserve.models.dense import CausalLM
+from miniserve.models.decoder import CausalLM
 from miniserve.models.layers.linear import can_pack
 from miniserve.models.options import BuildOptions
 

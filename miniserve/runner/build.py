@@ -20,7 +20,7 @@ from miniserve.config import EngineConfig, tuning_dir
 from miniserve.core import EngineInfo, StepTraffic
 from miniserve.kernels import native
 from miniserve.models.config import ModelConfig, load_model_config
-from miniserve.models.dense import CausalLM
+from miniserve.models.decoder import CausalLM
 from miniserve.models.generation_config import load_generation_defaults
 from miniserve.models.layers.aiter_moe import find_experts
 from miniserve.models.loader import dummy_weights, load_weights

@@ -19,7 +19,7 @@ from miniserve.attention.context import PagedStepContext
 from miniserve.attention.layouts import KVCache
 from miniserve.attention.metadata import DecodeRows, StepBatch
 from miniserve.kernels.triton.decode_step import RowState, StepTensors, advance, apply_changes, greedy
-from miniserve.models.dense import CausalLM
+from miniserve.models.decoder import CausalLM
 from miniserve.runner.state import BlockChanges
 
 Progress = Callable[[int, int], None]

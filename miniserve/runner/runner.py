@@ -12,7 +12,7 @@ from miniserve.attention.backends.base import Backend
 from miniserve.attention.context import PagedStepContext
 from miniserve.attention.layouts import KVCache
 from miniserve.core import DeviceStep, StepPlan, StepResult, TokenLogprobs
-from miniserve.models.dense import CausalLM
+from miniserve.models.decoder import CausalLM
 from miniserve.runner.device_timer import DeviceTimer, StepEvents
 from miniserve.runner.logprobs import LogprobTensors, gather_logprobs, rows_per_chunk, to_token_logprobs
 from miniserve.runner.sampler import SampleOutput, Sampler

@@ -10,7 +10,7 @@ import torch
 
 from miniserve.attention.layouts import KVLayout
 from miniserve.core import StepTraffic
-from miniserve.models.dense import CausalLM
+from miniserve.models.decoder import CausalLM
 from miniserve.models.layers.embedding import Embedding
 from miniserve.models.layers.experts import Experts
 

@@ -21,7 +21,7 @@ from miniserve.engine.loop import EngineLoop
 from miniserve.engine.step_log import StepLog
 from miniserve.kernels import native
 from miniserve.models.config import load_model_config
-from miniserve.models.dense import CausalLM
+from miniserve.models.decoder import CausalLM
 from miniserve.models.loader import load_weights
 from miniserve.models.registry import build_model
 from miniserve.runner.runner import ModelRunner

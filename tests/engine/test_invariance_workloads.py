@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from models_support import VOCAB
 
 from miniserve.core import FinishReason, SamplingParams
-from miniserve.models.dense import CausalLM
+from miniserve.models.decoder import CausalLM
 
 torch.set_num_threads(1)
 EOS = 7

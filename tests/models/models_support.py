@@ -12,7 +12,7 @@ import transformers
 
 from miniserve.attention.spec import AttentionLayer, LatentLayer
 from miniserve.models.config import load_model_config
-from miniserve.models.dense import CausalLM
+from miniserve.models.decoder import CausalLM
 from miniserve.models.loader import load_weights
 from miniserve.models.registry import build_model
 
