@@ -25,6 +25,8 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from miniserve.kernels.triton import cache_write, mla_decode, paged_decode, paged_extend, token_indices
+from miniserve.kernels.triton.compile_step import step_launches
+from miniserve.kernels.triton.small_linear import Chip
 from miniserve.kernels.triton.split_kv import DecodeScratch
 
 ROWS, NUM_BLOCKS, TABLE_WIDTH, KV_HEADS = 64, 1 << 20, 4096, 8  # planes of many GiB: 64-bit offsets
@@ -33,18 +35,19 @@ SPLITS = (1, 2, 64)  # no merge, one by the last split to arrive, one by a kerne
 
 @dataclass(frozen=True, slots=True)
 class Arch:
-    """shared: bytes one program may have; shared_per_core: bytes of one compute unit or multiprocessor."""
+    """cores: compute units or multiprocessors; shared: bytes one program may have; shared_per_core: bytes of a core."""
 
     target: GPUTarget
     fp8: torch.dtype
+    cores: int
     shared: int
     shared_per_core: int
 
 
 ARCHS = {
-    "gfx942": Arch(GPUTarget("hip", "gfx942", 64), torch.float8_e4m3fnuz, 64 << 10, 64 << 10),
-    "gfx950": Arch(GPUTarget("hip", "gfx950", 64), torch.float8_e4m3fn, 160 << 10, 160 << 10),
-    "sm_90": Arch(GPUTarget("cuda", 90, 32), torch.float8_e4m3fn, 227 << 10, 228 << 10),
+    "gfx942": Arch(GPUTarget("hip", "gfx942", 64), torch.float8_e4m3fnuz, 304, 64 << 10, 64 << 10),
+    "gfx950": Arch(GPUTarget("hip", "gfx950", 64), torch.float8_e4m3fn, 256, 160 << 10, 160 << 10),
+    "sm_90": Arch(GPUTarget("cuda", 90, 32), torch.float8_e4m3fn, 132, 227 << 10, 228 << 10),
 }
 
 
@@ -207,9 +210,10 @@ def _special(special: bool) -> str:
     return ", window + softcap + sinks" if special else ""
 
 
-def cases(fp8: torch.dtype) -> Iterator[Case]:
+def cases(arch: Arch) -> Iterator[Case]:
     """Each launch that differs in generated code."""
-    half, single = torch.bfloat16, torch.float32
+    half, single, fp8 = torch.bfloat16, torch.float32, arch.fp8
+    yield from (Case(name, launch) for name, launch in step_launches(Chip(arch.cores, arch.shared)))
     for shuffled in (False, True):
         for kv in (half, fp8):
             for head_dim in (64, 80, 96, 112, 128, 192, 256):
@@ -237,8 +241,9 @@ def cases(fp8: torch.dtype) -> Iterator[Case]:
             yield from (_mla(kv, heads, splits) for splits in SPLITS)
 
 
-def quick_cases(fp8: torch.dtype) -> Iterator[Case]:
-    """One of each kernel, in seconds."""
+def quick_cases(arch: Arch) -> Iterator[Case]:
+    """One of each attention kernel, in seconds."""
+    fp8 = arch.fp8
     yield _decode(torch.bfloat16, 128, True, num_splits=8)
     yield _decode(fp8, 128, False, special=True)
     yield _extend(torch.bfloat16, 128, True)
@@ -334,7 +339,7 @@ def main() -> int:
     print("|---|---|---|---|---|---|---|---|---|")
     compiled: dict[tuple[str, str, str], Compiled] = {}
     for arch in arguments.arch:
-        for case in (quick_cases if arguments.quick else cases)(ARCHS[arch].fp8):
+        for case in (quick_cases if arguments.quick else cases)(ARCHS[arch]):
             for one in compile_case(arch, case):
                 compiled[one.arch, one.kernel, one.case] = one
                 if one.problem or not arguments.problems:

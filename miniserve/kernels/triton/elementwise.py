@@ -192,13 +192,22 @@ def _rope_pair_kernel(
     inside = place < half
     cos = tl.load(cos_sin_ptr + token * DIM + place, mask=inside, other=0.0)
     sin = tl.load(cos_sin_ptr + token * DIM + half + place, mask=inside, other=0.0)
-    base = q_ptr + token * q_row + head * q_head if head < num_heads else k_ptr + token * k_row
     first = 2 * place if INTERLEAVED else place
     second = first + 1 if INTERLEAVED else half + place
-    a = tl.load(base + first, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(base + second, mask=inside, other=0.0).to(tl.float32)
-    tl.store(base + first, (a * cos - b * sin).to(q_ptr.dtype.element_ty), mask=inside)
-    tl.store(base + second, (b * cos + a * sin).to(q_ptr.dtype.element_ty), mask=inside)
+    # Triton 3.6 cannot compile a choice between two pointers for AMD.
+    if head < num_heads:
+        _rotate(q_ptr + token * q_row + head * q_head, first, second, cos, sin, inside)
+    else:
+        _rotate(k_ptr + token * k_row, first, second, cos, sin, inside)
+
+
+@triton.jit
+def _rotate(base, first, second, cos, sin, inside):
+    a = tl.load(base + first, mask=inside, other=0.0)
+    b = tl.load(base + second, mask=inside, other=0.0)
+    wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)
+    tl.store(base + first, (wide_a * cos - wide_b * sin).to(a.dtype), mask=inside)
+    tl.store(base + second, (wide_b * cos + wide_a * sin).to(a.dtype), mask=inside)
 
 
 def rope_pair(q: torch.Tensor, k: torch.Tensor, cos_sin: torch.Tensor, *, interleaved: bool) -> None:

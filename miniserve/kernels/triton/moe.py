@@ -308,12 +308,14 @@ def choose_tiles(num_pairs: int, num_experts: int) -> tuple[MoETile, MoETile]:
     return MoETile(128, 64, 64, 8, 3), MoETile(128, 128, 64, 8, 3)
 
 
-def _fitted(tile: MoETile, itemsize: int, device: torch.device, *, gated: bool) -> MoETile:
-    """With as many stages as the shared memory holds."""
-    if device.type != "cuda":
-        return tile
-    stage = (tile.block_n * (2 if gated else 1) + tile.block_m) * tile.block_k * itemsize
-    return replace(tile, num_stages=max(1, min(tile.num_stages, chip_of(device).shared_bytes // stage)))
+def fitted(tiles: tuple[MoETile, MoETile], itemsize: int, shared_bytes: int) -> tuple[MoETile, MoETile]:
+    """With as many stages, each at least one, as the shared memory holds; the first of the two is gated."""
+
+    def fit(tile: MoETile, width: int) -> MoETile:
+        stage = (tile.block_n * width + tile.block_m) * tile.block_k * itemsize
+        return replace(tile, num_stages=max(1, min(tile.num_stages, shared_bytes // stage)))
+
+    return fit(tiles[0], 2), fit(tiles[1], 1)
 
 
 def experts(
@@ -332,9 +334,11 @@ def experts(
     num_experts, k, middle = w1.shape[0], topk_ids.shape[1], w2.shape[2]
     num_pairs = tokens * k
     options = launch_options(x.device)
-    gate_up, down = tiles or choose_tiles(num_pairs, num_experts)
-    gate_up = _fitted(gate_up, x.element_size(), x.device, gated=True)
-    down = _fitted(down, x.element_size(), x.device, gated=False)
+    if tiles is None:
+        tiles = choose_tiles(num_pairs, num_experts)
+        if x.device.type == "cuda":
+            tiles = fitted(tiles, x.element_size(), chip_of(x.device).shared_bytes)
+    gate_up, down = tiles
     aligned = tokens > 1
     if aligned:
         block_m = gate_up.block_m

@@ -1,0 +1,101 @@
+"""What `compile_check` compiles of a decode step besides attention: small linears, norms, rope, experts, its ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from miniserve.kernels.triton import decode_step, elementwise, moe, small_linear
+from miniserve.kernels.triton.small_linear import Chip
+
+_META = torch.device("meta")
+_HALF = torch.bfloat16
+_ROWS = (1, 8, 16, 32, 64)  # of the buckets, those that small linears cut differently
+_PAIRS = (1, 2, 64, 512, 4096)  # tokens of a step with experts, likewise
+
+
+def _tensor(*shape: int, dtype: torch.dtype = _HALF) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=_META)
+
+
+def _linear(chip: Chip, m: int, n: int, k: int, gated: bool, dtype: torch.dtype = _HALF) -> Callable[[], object]:
+    def launch() -> None:
+        tile = small_linear.choose_tile(m, n, k, dtype.itemsize, chip, gated=gated)
+        if tile is not None:
+            weight = _tensor(n * (2 if gated else 1), k, dtype=dtype)
+            small_linear.small_linear(_tensor(m, k), weight, None, tile, small_linear.Workspace(_META), gated=gated)
+
+    return launch
+
+
+def _experts(chip: Chip, tokens: int, num_experts: int, top_k: int, middle: int) -> Callable[[], object]:
+    def launch() -> None:
+        tiles = moe.fitted(moe.choose_tiles(tokens * top_k, num_experts), _HALF.itemsize, chip.shared_bytes)
+        moe.experts(
+            _tensor(tokens, 2048),
+            _tensor(num_experts, 2 * middle, 2048),
+            _tensor(num_experts, 2048, middle),
+            _tensor(tokens, top_k, dtype=torch.float32),
+            _tensor(tokens, top_k, dtype=torch.int32),
+            tiles=tiles,
+        )
+
+    return launch
+
+
+def _route(num_experts: int, top_k: int, groups: int, top_groups: int, sigmoid: bool) -> Callable[[], object]:
+    def launch() -> None:
+        bias = _tensor(num_experts, dtype=torch.float32) if sigmoid else None
+        moe.route(
+            _tensor(64, num_experts, dtype=torch.float32),
+            bias,
+            top_k=top_k,
+            num_groups=groups,
+            top_groups=top_groups,
+            sigmoid=sigmoid,
+            normalize=True,
+            scaling=2.5,
+        )
+
+    return launch
+
+
+def _small_operations() -> None:
+    x, weight, cos_sin = _tensor(64, 4096), _tensor(4096), _tensor(64, 128, dtype=torch.float32)
+    elementwise.rms_norm(x, weight, 1e-6)
+    elementwise.add_rms_norm(x, x, weight, 1e-6)
+    elementwise.silu_and_mul(_tensor(64, 24576))
+    norm = _tensor(128)
+    elementwise.norm_rope(_tensor(64, 6144), cos_sin, norm, norm, 1e-6, num_heads=32, num_kv_heads=8, head_dim=128)
+    rope = _tensor(64, 64, dtype=torch.float32)
+    elementwise.rope_pair(_tensor(64, 16, 192)[:, :, 128:], _tensor(64, 576)[:, 512:], rope, interleaved=True)
+
+
+def _step_ends() -> None:
+    def integers(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return _tensor(*shape, dtype=dtype)
+
+    state = decode_step.RowState(integers(256, 4096, dtype=torch.int32), integers(256), integers(256), integers(256))
+    tables = integers(256, 4096, dtype=torch.int32)
+    rows, lens = integers(256), integers(256, dtype=torch.int32)
+    step = decode_step.StepTensors(rows, integers(256), integers(256), integers(256), lens, tables)
+    decode_step.apply_changes(integers(768, dtype=torch.int32), 256, 16, step.rows, state.tables)
+    decode_step.advance(state, step, 16)
+    decode_step.greedy(_tensor(256, 151936), step.rows, state, integers(256))
+
+
+def step_launches(chip: Chip) -> Iterator[tuple[str, Callable[[], object]]]:
+    """(name, what to launch) for each that differs in generated code, cut for `chip`."""
+    for m in _ROWS:
+        for n, k in ((6144, 4096), (4096, 12288), (1024, 2048), (151936, 4096)):
+            yield f"bf16 {m} rows {n} x {k}", _linear(chip, m, n, k, False)
+        for n, k in ((12288, 4096), (3072, 1024)):
+            yield f"bf16 {m} rows {n} x {k} gated", _linear(chip, m, n, k, True)
+    yield "fp32 router", _linear(chip, 16, 128, 2048, False, torch.float32)
+    for tokens in _PAIRS:
+        yield f"bf16 {tokens} tokens, 8 of 128", _experts(chip, tokens, 128, 8, 768)
+    yield "6 of 64 softmax", _route(64, 6, 1, 1, False)
+    yield "8 of 256 sigmoid, 4 of 8 groups", _route(256, 8, 8, 4, True)
+    yield "bf16", _small_operations
+    yield "256 rows", _step_ends
