@@ -92,6 +92,7 @@ def test_every_cut_fits_the_shared_memory(m: int, shared_bytes: int) -> None:
             if tile is None:
                 assert m > 32
                 continue
+            assert choose_tile(m, n, k, 2, Chip(304, shared_bytes, False), gated=gated).split_k == 1
             rows = tile.block_n * (2 if gated else 1) + max(16, m)
             assert m == 1 or rows * tile.block_k * 2 * tile.num_stages <= shared_bytes or tile.num_stages == 1
 

@@ -213,7 +213,10 @@ def _special(special: bool) -> str:
 def cases(arch: Arch) -> Iterator[Case]:
     """Each launch that differs in generated code."""
     half, single, fp8 = torch.bfloat16, torch.float32, arch.fp8
-    yield from (Case(name, launch) for name, launch in step_launches(Chip(arch.cores, arch.shared)))
+    yield from (
+        Case(name, launch)
+        for name, launch in step_launches(Chip(arch.cores, arch.shared, arch.target.backend == "cuda"))
+    )
     for shuffled in (False, True):
         for kv in (half, fp8):
             for head_dim in (64, 80, 96, 112, 128, 192, 256):

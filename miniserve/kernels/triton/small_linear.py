@@ -175,10 +175,12 @@ class Workspace:
 
 @dataclass(frozen=True, slots=True)
 class Chip:
-    """What a cut depends on: multiprocessors, and bytes of shared memory that one program can have."""
+    """What a cut depends on: multiprocessors, bytes of shared memory that a program can have, and whether programs may
+    share a row: on AMD not before one was seen to read, across the dies, what others wrote."""
 
     num_sms: int
     shared_bytes: int
+    splits: bool = True
 
 
 def choose_tile(m: int, n: int, k: int, itemsize: int, chip: Chip, *, gated: bool) -> LinearTile | None:
@@ -201,6 +203,7 @@ def choose_tile(m: int, n: int, k: int, itemsize: int, chip: Chip, *, gated: boo
         block_n = 32 if gated or n <= 4096 else 64
     tiles = triton.cdiv(n, block_n)
     split_k = 4 if tiles < (wanted if gated or m > 16 else 2 * wanted) and (m <= 16 or (n > 4096 and m <= 32)) else 1
+    split_k = split_k if chip.splits else 1
     while not swap and block_n > 16 and triton.cdiv(n, block_n) * split_k < (wanted if m <= 16 else wanted // 4):
         block_n //= 2
     while split_k > 1 and k < 2 * split_k * block_k:
@@ -272,4 +275,4 @@ def small_linear(
 def chip_of(device: torch.device) -> Chip:
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-    return Chip(properties.multi_processor_count, shared)
+    return Chip(properties.multi_processor_count, shared, torch.version.hip is None)
