@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from miniserve.attention.contracts import CONTRACTS, BackendContract, LayerRoute
+from miniserve.attention.contracts import CONTRACTS
 from miniserve.attention.layouts import LAYOUTS
 from miniserve.attention.platform import Platform
 from miniserve.attention.spec import AttentionSpec
+from miniserve.attention.terms import BackendContract, LayerRoute
 from miniserve.core import UserError
 
 

@@ -17,11 +17,11 @@ import torch
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.build import build_backend
 from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.contracts import LayerRoute
 from miniserve.attention.layouts import LAYOUTS, KVCache
 from miniserve.attention.metadata import DecodeRows, StepBatch
 from miniserve.attention.select import Choice
 from miniserve.attention.spec import AttentionLayer, AttentionSpec, LatentLayer
+from miniserve.attention.terms import LayerRoute
 from miniserve.bench.check_paths import AttentionPath, Machine, made_up_layer
 
 _MEASURE = 0.2  # seconds for each figure

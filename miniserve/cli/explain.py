@@ -12,8 +12,8 @@ from miniserve.cli.options import parse_count
 from miniserve.config import EngineConfig, tuning_dir
 
 if TYPE_CHECKING:
-    from miniserve.attention.contracts import LayerRoute
     from miniserve.attention.spec import AttentionSpec
+    from miniserve.attention.terms import LayerRoute
     from miniserve.runner.explain import Explanation, Memory, Path
 
 _ENGINE = EngineConfig()

@@ -10,11 +10,12 @@ from pathlib import Path as FilePath
 import torch
 
 from miniserve.attention.backends.build import block_bytes, scratch_bytes
-from miniserve.attention.contracts import CONTRACTS, LayerRoute
+from miniserve.attention.contracts import CONTRACTS
 from miniserve.attention.layouts import LAYOUTS
 from miniserve.attention.platform import NAMED_PLATFORMS, Platform, detect_platform
 from miniserve.attention.select import Choice, select
 from miniserve.attention.spec import AttentionSpec
+from miniserve.attention.terms import LayerRoute
 from miniserve.core import UserError
 from miniserve.models.outline import Outline, shard, weight_bytes
 from miniserve.runner.tuning import load_preferred

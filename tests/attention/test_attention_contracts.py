@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from miniserve.attention.contracts import CONTRACTS, KernelContract
+from miniserve.attention.contracts import CONTRACTS
 from miniserve.attention.platform import NAMED_PLATFORMS, Platform
 from miniserve.attention.spec import AttentionSpec
+from miniserve.attention.terms import KernelContract
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 SPEC = AttentionSpec(32, 8, 128, 128**-0.5, BF16, BF16, sliding_window=64)

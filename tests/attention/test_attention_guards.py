@@ -23,12 +23,13 @@ from miniserve.attention import aiter as adapter
 from miniserve.attention.backends.build import build_backend
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.rocm_aiter_fa import FlashBackend
-from miniserve.attention.contracts import CONTRACTS, KernelContract
+from miniserve.attention.contracts import CONTRACTS
 from miniserve.attention.metadata import DecodeRows, StepBatch
 from miniserve.attention.platform import NAMED_PLATFORMS, Platform, emulated_platform
 from miniserve.attention.routes import aiter_route
 from miniserve.attention.select import Choice, select
 from miniserve.attention.spec import AttentionSpec
+from miniserve.attention.terms import KernelContract
 from miniserve.core import UserError
 
 BF16, FP16 = torch.bfloat16, torch.float16

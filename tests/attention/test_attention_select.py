@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from miniserve.attention.contracts import BackendContract, KernelContract
 from miniserve.attention.platform import NAMED_PLATFORMS, Platform
 from miniserve.attention.select import Choice, select
 from miniserve.attention.spec import AttentionSpec, LatentDims
+from miniserve.attention.terms import BackendContract, KernelContract
 from miniserve.core import UserError
 
 BF16 = torch.bfloat16

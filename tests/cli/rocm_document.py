@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from miniserve.attention.contracts import CONTRACTS, BackendContract, KernelContract, name_of
+from miniserve.attention.contracts import CONTRACTS
+from miniserve.attention.terms import BackendContract, KernelContract, name_of
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "ROCM.md"
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from miniserve.attention.contracts import LayerRoute
 from miniserve.attention.platform import Platform
 from miniserve.attention.spec import AttentionSpec
+from miniserve.attention.terms import LayerRoute
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

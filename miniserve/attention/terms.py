@@ -1,0 +1,255 @@
+"""The terms on which kernels and backends serve a layer, and the sentences with which they refuse one."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from miniserve.attention.aiter import MINIMUM_VERSION
+from miniserve.attention.layouts import LAYOUTS
+from miniserve.attention.platform import Platform, Version
+from miniserve.attention.spec import AttentionSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelContract:
+    """One kernel's terms. An empty tuple or None means anything goes.
+
+    fp8_kv: it also reads a cache of the platform's fp8; otherwise the cache is of the compute dtype, unless `any_kv`.
+    max_group: query heads per KV head. block_multiple, head_dim_multiple: what sizes must divide by. max_query_len:
+    query tokens a row. min_window: the shortest sliding window, None where it has none. any_scale: False where the
+    softmax scale is head_dim ** -0.5 whatever it is told. max_plane_bytes: of one side of one layer's cache.
+    Of latent attention: heads: the numbers of query heads it takes, a layer's being padded to the next; latent_parts:
+    kv_lora_rank and rope_dim; max_dense_dim: of a head's key and of its value, expanded.
+    """
+
+    name: str
+    layouts: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    fp8_kv: bool = False
+    any_kv: bool = False
+    head_dims: tuple[int, ...] = ()
+    head_dim_multiple: int = 1
+    min_head_dim: int = 1
+    max_head_dim: int | None = None
+    pow2_head_dim: bool = False
+    max_group: int | None = None
+    block_sizes: tuple[int, ...] = ()
+    block_multiple: int = 1
+    pow2_block: bool = False
+    max_query_len: int | None = None
+    min_window: int | None = 1
+    softcap: bool = True
+    sinks: bool = True
+    any_scale: bool = True
+    max_plane_bytes: int | None = None
+    heads: tuple[int, ...] = ()
+    latent_parts: tuple[int, int] | None = None
+    max_dense_dim: int | None = None
+
+    def refusals(self, spec: AttentionSpec, block_size: int, query_len: int | None, plane_bytes: int) -> Iterator[str]:
+        """Every reason, each as a sentence without its subject, why this kernel cannot serve the layer.
+
+        query_len: query tokens a row, None for any number. plane_bytes: 0 where the pool's size is not settled yet.
+        """
+        if spec.dtype not in self.dtypes:
+            yield f"does not compute in {name_of(spec.dtype)}"
+        yield from self._refused_cache(spec, plane_bytes)
+        yield from self._refused_sizes(spec, block_size)
+        yield from self._refused_latent(spec)
+        if self.max_query_len is not None and (query_len is None or query_len > self.max_query_len):
+            yield f"takes {self.max_query_len} query token a row"
+        if spec.sliding_window is not None and (self.min_window is None or spec.sliding_window < self.min_window):
+            short = "" if self.min_window is None else f" of {spec.sliding_window}"
+            yield f"has no sliding window{short}"
+        if spec.softcap is not None and not self.softcap:
+            yield "has no softcap"
+        if spec.sinks and not self.sinks:
+            yield "has no sinks"
+        if not self.any_scale and not math.isclose(spec.scale, spec.head_dim**-0.5, rel_tol=1e-6):
+            yield f"always scales by head_dim ** -0.5, not by {spec.scale:.6g}"
+
+    def _refused_cache(self, spec: AttentionSpec, plane_bytes: int) -> Iterator[str]:
+        if spec.kv_dtype.itemsize == 1 and not (self.fp8_kv or self.any_kv):
+            yield "does not read an fp8 KV cache"
+        elif spec.kv_dtype.itemsize > 1 and spec.kv_dtype != spec.dtype and not self.any_kv:
+            yield f"needs the KV cache in {name_of(spec.dtype)}, not {name_of(spec.kv_dtype)}"
+        if self.max_plane_bytes is not None and plane_bytes > self.max_plane_bytes:
+            yield f"reads at most {self.max_plane_bytes:,} bytes of keys or values, not {plane_bytes:,}"
+
+    def _refused_sizes(self, spec: AttentionSpec, block_size: int) -> Iterator[str]:
+        dim, group = spec.head_dim, spec.num_heads // spec.num_kv_heads
+        if (
+            (self.head_dims and dim not in self.head_dims)
+            or dim % self.head_dim_multiple
+            or dim < self.min_head_dim
+            or (self.max_head_dim is not None and dim > self.max_head_dim)
+            or (self.pow2_head_dim and not _is_pow2(dim))
+        ):
+            yield f"does not take head_dim {dim}"
+        if self.max_group is not None and group > self.max_group:
+            yield f"takes at most {self.max_group} query heads per KV head, not {group}"
+        if (
+            (self.block_sizes and block_size not in self.block_sizes)
+            or block_size % self.block_multiple
+            or (self.pow2_block and not _is_pow2(block_size))
+        ):
+            yield f"does not take block size {block_size}"
+
+    def _refused_latent(self, spec: AttentionSpec) -> Iterator[str]:
+        if self.heads and spec.num_heads > max(self.heads):
+            yield f"takes at most {max(self.heads)} query heads, not {spec.num_heads}"
+        if (dims := spec.latent) is None:
+            return
+        parts = (dims.kv_lora_rank, dims.rope_dim)
+        if self.latent_parts is not None and parts != self.latent_parts:
+            yield "takes a latent of {} + {}, not of {} + {}".format(*self.latent_parts, *parts)
+        largest = max(dims.nope_dim + dims.rope_dim, dims.v_head_dim)
+        if self.max_dense_dim is not None and largest > self.max_dense_dim:
+            yield f"takes keys and values of at most {self.max_dense_dim}, not of {largest}"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRoute:
+    """Which kernel serves each part of a layer's step, by its contract's name."""
+
+    decode: str
+    extend: str
+    prefill: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendContract:
+    """A backend: where it runs, its KV layouts in the order it prefers them, and its kernels in order of preference.
+
+    A layer that no kernel of `decode` serves is decoded by one of `rerouted_decode`; a model that has no other layers
+    is left to the backends whose own kernels those are. fp8_archs: where it reads an fp8 cache, if not everywhere.
+    requires: what must be there, of "native", "aiter", "triton".
+    """
+
+    name: str
+    layouts: tuple[str, ...]
+    decode: tuple[KernelContract, ...]
+    extend: tuple[KernelContract, ...]
+    prefill: tuple[KernelContract, ...]
+    rerouted_decode: tuple[KernelContract, ...] = ()
+    archs: tuple[str, ...] = ()
+    fp8_archs: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
+    min_aiter: Version = MINIMUM_VERSION
+    latent: bool = False
+
+    def platform_refusals(self, platform: Platform) -> Iterator[str]:
+        """Why this backend cannot run there whatever the model."""
+        if self.archs and not any(_is_arch(platform.arch, pattern) for pattern in self.archs):
+            yield f"it runs on {' or '.join(self.archs)}, not on {platform.arch}"
+            return
+        missing = {
+            "native": platform.native_unavailable,
+            "aiter": platform.aiter_unavailable,
+            "triton": platform.triton_unavailable,
+        }
+        for what in self.requires:
+            if reason := missing[what]:
+                yield reason
+        version = platform.aiter_version
+        if "aiter" in self.requires and version is not None and version < self.min_aiter:
+            needed, found = (".".join(map(str, v)) for v in (self.min_aiter, version))
+            yield f"it needs aiter v{needed} or newer, not v{found}"
+
+    def kind_refusals(self, specs: Sequence[AttentionSpec]) -> Iterator[str]:
+        """Why this backend cannot serve the model whatever the layout."""
+        if any(self.latent != (spec.latent is not None) for spec in specs):
+            yield "it is for latent (MLA) layers" if self.latent else "it has no latent (MLA) attention"
+
+    def routes(
+        self,
+        specs: Sequence[AttentionSpec],
+        platform: Platform,
+        layout: str,
+        block_size: int,
+        num_blocks: int = 0,
+    ) -> tuple[tuple[LayerRoute, ...], list[str]]:
+        """Each layer's route, or the reasons (sentences, each once) why some layer has none."""
+        if layout not in self.layouts:
+            return (), [f"it does not read the {layout} layout"]
+        reasons: dict[str, None] = {}
+        refused: dict[str, None] = {}
+        routes: dict[AttentionSpec, LayerRoute | None] = {}
+        own = False
+        for spec in dict.fromkeys(specs):
+            if found := self._cache_refusal(spec, platform, layout, block_size):
+                reasons[found] = None
+                continue
+            plane = num_blocks * LAYOUTS[layout](block_size).block_bytes(spec) // 2
+            kernels: list[str] = []
+            for role, options in (
+                ("decode", (*self.decode, *self.rerouted_decode)),
+                ("extend", self.extend),
+                ("prefill", self.prefill),
+            ):
+                kernel, why = self._first(options, spec, layout, block_size, 1 if role == "decode" else None, plane)
+                if kernel is None:
+                    reasons |= dict.fromkeys(why)
+                    continue
+                kernels.append(kernel.name)
+                if role == "decode":
+                    own = own or kernel in self.decode
+                    refused |= dict.fromkeys(why)
+            routes[spec] = LayerRoute(*kernels) if len(kernels) == 3 else None
+        if not reasons and not own:
+            reasons = refused
+        if reasons:
+            return (), list(reasons)
+        return tuple(route for spec in specs if (route := routes[spec]) is not None), []
+
+    def _cache_refusal(self, spec: AttentionSpec, platform: Platform, layout: str, block_size: int) -> str | None:
+        if spec.kv_dtype.itemsize == 1:
+            if spec.kv_dtype != platform.fp8_dtype:
+                return f"fp8 on {platform.arch} is {name_of(platform.fp8_dtype)}, not {name_of(spec.kv_dtype)}"
+            if self.fp8_archs and not any(_is_arch(platform.arch, pattern) for pattern in self.fp8_archs):
+                return f"it reads an fp8 KV cache on {' or '.join(self.fp8_archs)}, not on {platform.arch}"
+        return LAYOUTS[layout].refusal(spec, block_size)
+
+    def _first(
+        self,
+        options: tuple[KernelContract, ...],
+        spec: AttentionSpec,
+        layout: str,
+        block_size: int,
+        query_len: int | None,
+        plane_bytes: int,
+    ) -> tuple[KernelContract | None, list[str]]:
+        """The first kernel that serves the layer, and what the ones before it refused."""
+        refused: list[str] = []
+        for kernel in options:
+            if layout not in kernel.layouts:
+                continue
+            found = list(kernel.refusals(spec, block_size, query_len, plane_bytes))
+            if not found:
+                return kernel, refused
+            subject = "it" if kernel.name == self.name else kernel.name
+            refused += [f"{subject} {reason}" for reason in found]
+        return None, refused
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """The dtype's name as flags and configs have it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _is_pow2(number: int) -> bool:
+    return number & (number - 1) == 0
+
+
+def _is_arch(arch: str, pattern: str) -> bool:
+    """Patterns: "gfx942"; "gfx*": any AMD GPU; "sm_80+": an NVIDIA GPU of compute capability 8.0 or later."""
+    if pattern.endswith("+"):
+        family, _, least = pattern[:-1].partition("_")
+        name, _, number = arch.partition("_")
+        return name == family and int(number) >= int(least)
+    return fnmatch.fnmatchcase(arch, pattern)
