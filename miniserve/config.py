@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ class EngineConfig:
     """What the user asked of the engine. `auto` and None are settled when the engine starts (see `engine.EngineInfo`).
 
     model: local directory, hub id or None for the built-in model. Sizes are tokens unless the name says otherwise;
-    kv_cache_memory is in bytes. Raises `UserError` for a value out of range.
+    kv_cache_memory is in bytes. max_itl_ratio: how many times as long as without prefill beside it a step that
+    decodes may take, 0: any number. Raises `UserError` for a value out of range.
     """
 
     model: str | None = None
@@ -33,6 +35,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
+    max_itl_ratio: float = 2.0
     block_size: int = 16
     kv_layout: str = "auto"
     kv_cache_dtype: str = "auto"
@@ -61,6 +64,8 @@ class EngineConfig:
             _positive("--max-model-len", self.max_model_len)
         if self.kv_cache_memory is not None:
             _positive("--kv-cache-memory", self.kv_cache_memory)
+        if self.max_itl_ratio != 0.0 and not 1.0 < self.max_itl_ratio < math.inf:
+            raise UserError("--max-itl-ratio must be above 1, for example 2, or 0 for no bound.")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise UserError("--gpu-memory-utilization must be above 0 and at most 1, for example 0.9.")
 

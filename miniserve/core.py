@@ -182,7 +182,7 @@ class StepPlan:
 
     `new_blocks` holds (row, index in the row's block table, block ids). A decode row computes one token: the last one
     sampled for that row, which may still be on the device, at position seq_len. Results come in the order
-    `decode_rows`, then the chunks that sample.
+    `decode_rows`, then the chunks that sample. A plan may consist of stops alone.
     """
 
     stops: list[int]

@@ -96,6 +96,14 @@ def run(
             parser=_count("--max-num-batched-tokens"),
         ),
     ] = _ENGINE.max_num_batched_tokens,
+    max_itl_ratio: Annotated[
+        float,
+        _sched(
+            "--max-itl-ratio",
+            help="How many times as long as without prefill beside it a step that decodes may take; 0: any number.",
+            metavar="RATIO",
+        ),
+    ] = _ENGINE.max_itl_ratio,
     block_size: Annotated[int, _sched("--block-size", help="Tokens in one KV block.")] = _ENGINE.block_size,
     kv_layout: Annotated[str, _sched("--kv-layout", help="linear, shuffled or auto.")] = _ENGINE.kv_layout,
     kv_cache_dtype: Annotated[
@@ -166,6 +174,7 @@ def run(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        max_itl_ratio=max_itl_ratio,
         block_size=block_size,
         kv_layout=kv_layout,
         kv_cache_dtype=kv_cache_dtype,

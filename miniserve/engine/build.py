@@ -10,7 +10,9 @@ from miniserve.config import EngineConfig, SchedulerConfig
 from miniserve.core import EngineInfo, Runner
 from miniserve.engine.loop import EngineLoop
 from miniserve.engine.step_log import StepLog
+from miniserve.engine.warm_up import warm_up
 from miniserve.scheduler.scheduler import Scheduler
+from miniserve.scheduler.step_cost import StepCost
 
 RUNNER_FACTORY = "miniserve.runner.build:build_runner"
 ProgressCallback = Callable[[str, int, int], None]
@@ -31,16 +33,19 @@ def build_engine(
     module_name, _, function_name = runner_factory.partition(":")
     factory: RunnerFactory = getattr(importlib.import_module(module_name), function_name)
     runner, info = factory(config, source_path, model_name, progress)
-    scheduler = Scheduler(
-        SchedulerConfig(
-            num_blocks=info.num_blocks,
-            block_size=info.block_size,
-            max_num_seqs=info.max_num_seqs,
-            max_num_batched_tokens=info.max_num_batched_tokens,
-            max_model_len=info.max_model_len,
-            enable_prefix_caching=info.enable_prefix_caching,
-            eos_token_ids=frozenset(info.eos_token_ids),
-        )
+    settled = SchedulerConfig(
+        num_blocks=info.num_blocks,
+        block_size=info.block_size,
+        max_num_seqs=info.max_num_seqs,
+        max_num_batched_tokens=info.max_num_batched_tokens,
+        max_model_len=info.max_model_len,
+        enable_prefix_caching=info.enable_prefix_caching,
+        eos_token_ids=frozenset(info.eos_token_ids),
     )
+    if config.max_itl_ratio and info.device != "cpu":
+        cost = warm_up(runner, settled, config.max_itl_ratio)
+    else:  # a CPU is too slow to try: the first requests tell
+        cost = StepCost(config.max_itl_ratio)
+    scheduler = Scheduler(settled, cost)
     log = StepLog(info.traffic, info.max_num_seqs)
     return EngineLoop(scheduler, runner, log, overlap=info.async_scheduling), info

@@ -80,7 +80,8 @@ class EngineLoop:
         result = self._runner.collect(step.handle)
         collected = clock()
         outputs = self._scheduler.update(step.plan, result)
-        self.log.close(step, result, wait_start=wait_start, collected=collected)
+        took = self.log.close(step, result, wait_start=wait_start, collected=collected)
+        self._scheduler.note_seconds(took)
         self._rested = not self._scheduler.has_work()
         return outputs
 

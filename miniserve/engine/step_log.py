@@ -70,8 +70,9 @@ class StepLog:
             kv = self._context.read(plan)
         return LaunchedStep(plan, handle, start, scheduled, launched, preemptions, after_rest, num_tokens, weights, kv)
 
-    def close(self, step: LaunchedStep, result: StepResult, *, wait_start: float, collected: float) -> None:
-        """To be called when the results have been taken in."""
+    def close(self, step: LaunchedStep, result: StepResult, *, wait_start: float, collected: float) -> float:
+        """To be called when the results have been taken in. Returns the seconds that the step took: of the device and
+        its wait for the step where it has a clock, else of what the host did and waited."""
         updated = self.clock()
         plan, device = step.plan, result.device
         kind = "decode" if not plan.chunks else "mixed" if plan.decode_rows else "prefill"
@@ -90,14 +91,13 @@ class StepLog:
         self._number += 1
         self._ring.append(record)
         totals, host = self.totals, schedule + launch + update
-        # The device's own time where it has a clock; else the launch or the wait is the computing.
         took = host + wait if seconds is None else seconds + (idle or 0.0)
         if plan.chunks:
             totals.mixed_steps += 1
             totals.mixed_seconds += took
             totals.mixed_rows += rows
             totals.prefill_tokens += step.num_tokens - rows
-            return
+            return took
         totals.decode_steps += 1
         totals.decode_seconds += took
         totals.decode_rows += rows
@@ -107,6 +107,7 @@ class StepLog:
         if idle is not None:
             totals.timed_host += host
             totals.timed_idle += idle
+        return took
 
     def records(self, limit: int = RING_SIZE) -> list[StepRecord]:
         """The last `limit` steps that are done, the oldest first."""

@@ -78,6 +78,8 @@ class ModelRunner:
             self._sampler.start_row(start)
             if start.request.params.prompt_logprobs is not None:
                 self._prompt_k[start.row] = start.request.params.prompt_logprobs
+        if not plan.num_tokens:
+            return self._to_host(None, [])
         bucket = None
         if self._graphs is not None and not plan.chunks:
             bucket = self._graphs.bucket(len(plan.decode_rows))

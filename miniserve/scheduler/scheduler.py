@@ -1,7 +1,8 @@
 """Continuous batching with a token budget: every step mixes decode rows, extends and prefills as they come.
 
 The order within a step: decode rows first, so that they never starve; then the one sequence whose prefill does not fit
-into a step; then admissions, first come first served. A sequence is admitted once there are blocks for all it has to
+into a step; then admissions, first come first served. Beside decode rows chunks get no more tokens than `StepCost` says
+that the rows can bear. A sequence is admitted once there are blocks for all it has to
 prefill; only decode rows allocate later, a block each time they cross a block boundary. When blocks run out the latest
 arrival is preempted: its blocks are freed, and it waits at the head of the queue to be computed anew. So every running
 sequence arrived before every waiting one, and the earliest one always gets on: it could run alone (`check_lengths`).
@@ -45,6 +46,7 @@ from miniserve.core import (
 from miniserve.scheduler.block_pool import BlockPool
 from miniserve.scheduler.limits import check_lengths
 from miniserve.scheduler.sequence import Sequence
+from miniserve.scheduler.step_cost import StepCost, StepShape
 
 NewBlocks = list[tuple[int, int, list[int]]]
 
@@ -56,14 +58,17 @@ class _Step:
     plan: StepPlan
     sampling: list[Sequence]
     chunked: list[Sequence]
+    shape: StepShape
 
 
 class Scheduler:
     """Decides what each step computes. Every plan it returns must be launched, and every result must come back through
     `update`, in the same order; requests may be added and aborted at any time between the calls."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, cost: StepCost | None = None) -> None:
         self._config = config
+        self._cost = cost or StepCost(0.0)
+        self._updated_shape = StepShape(0, 0)  # of the step that `update` saw last
         self._pool = BlockPool(config.num_blocks)
         self._sequences: dict[str, Sequence] = {}  # all unfinished ones
         self._waiting: OrderedDict[int, Sequence] = OrderedDict()  # both by arrival
@@ -142,16 +147,20 @@ class Scheduler:
         starts: list[RowStart] = []
         chunks: list[Chunk] = []
         chunked: list[Sequence] = []
-        while budget:
+        shape = StepShape(len(self._decoding), sum(seq.num_computed for seq in self._decoding))
+        while budget and self._cost.chunk_tokens(shape, 0):
             seq = self._prefilling
             if seq is None:
                 seq = self._admit(starts, new_blocks)
                 if seq is None:
                     break
-            chunk = self._next_chunk(seq, budget)
+            chunk = self._next_chunk(seq, min(budget, max(1, self._cost.chunk_tokens(shape, seq.num_computed))))
+            shape.add_chunk(chunk.start, len(chunk.token_ids))
             budget -= len(chunk.token_ids)
             chunks.append(chunk)
             chunked.append(seq)
+            if self._prefilling is not None:
+                break
         if not self._decoding and not chunks:
             return None
         for seq in chunked:
@@ -159,7 +168,7 @@ class Scheduler:
         plan = StepPlan(self._stops, starts, new_blocks, self._decode_rows, chunks)
         self._stops = []
         sampling = self._decoding + [seq for seq, chunk in zip(chunked, chunks, strict=True) if chunk.samples]
-        self._in_flight.append(_Step(plan, sampling, chunked))
+        self._in_flight.append(_Step(plan, sampling, chunked, shape))
         self._num_scheduled += 1
         self._step_tokens = self._config.max_num_batched_tokens - budget
         return plan
@@ -302,6 +311,7 @@ class Scheduler:
         if len(result.token_ids) != len(step.sampling):
             raise RuntimeError(f"A step that samples {len(step.sampling)} tokens returned {len(result.token_ids)}.")
         self._num_updated += 1
+        self._updated_shape = step.shape
         outputs = self._take_chunks(step, result)
         logprobs = result.logprobs or [None] * len(step.sampling)
         for seq, token_id, entry in zip(step.sampling, result.token_ids, logprobs, strict=True):
@@ -327,6 +337,10 @@ class Scheduler:
             elif len(token_ids) == seq.max_len:
                 self._finish(seq, output, FinishReason.LENGTH)
         return outputs
+
+    def note_seconds(self, seconds: float) -> None:
+        """How long the step took that `update` saw last, the device's wait for it included."""
+        self._cost.observe(self._updated_shape, seconds)
 
     def _take_chunks(self, step: _Step, result: StepResult) -> list[RequestOutput]:
         """Stitch prompt logprobs together, and end the requests that wanted no token."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from miniserve.config import SchedulerConfig
 from miniserve.core import FinishReason, Request, RequestOutput, SamplingParams, StepPlan, StepResult, TokenLogprobs
 from miniserve.scheduler import Scheduler
+from miniserve.scheduler.step_cost import StepCost
 
 VOCAB = 7
 POISON = -1
@@ -249,10 +250,10 @@ class FakeRunner:
 class Driver:
     """The engine's loop in small: keeps up to `depth` steps in flight (1: each step's result is awaited)."""
 
-    def __init__(self, config: SchedulerConfig, depth: int = 1, seed: int = 0) -> None:
+    def __init__(self, config: SchedulerConfig, depth: int = 1, seed: int = 0, cost: StepCost | None = None) -> None:
         self.config = config
         self.depth = depth
-        self.scheduler = Scheduler(config)
+        self.scheduler = Scheduler(config, cost)
         self.runner = FakeRunner(config, seed)
         self.in_flight: deque[tuple[StepPlan, StepResult]] = deque()
         self.outputs: dict[str, list[RequestOutput]] = {}

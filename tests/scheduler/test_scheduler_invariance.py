@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from itertools import chain
 
@@ -11,6 +12,18 @@ from scheduler_fakes import VOCAB, Driver, expected_of, make_request
 
 from miniserve.config import SchedulerConfig
 from miniserve.core import FinishReason, InvalidRequest, Request
+from miniserve.scheduler.step_cost import StepCost, StepShape
+
+
+class Fickle(StepCost):
+    """Grants what it likes beside decode rows, but something to the first chunk."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(2.0)
+        self._random = random.Random(seed)
+
+    def chunk_tokens(self, shape: StepShape, start: int) -> int:
+        return self._random.randrange(0 if shape.tokens else 1, 9) if shape.rows else 64
 
 
 @dataclass
@@ -21,6 +34,7 @@ class Workload:
     aborts: dict[str, int]  # the turn in which a request is aborted
     depth: int
     seed: int
+    bounded: bool
 
 
 @st.composite
@@ -62,11 +76,12 @@ def workloads(draw: st.DrawFn) -> Workload:
         arrivals.append(draw(st.sampled_from([0, 0, 0, 1, 2, 3, 5, 8, 13])))
         if draw(st.sampled_from([False, False, False, False, True])):
             aborts[request.request_id] = arrivals[-1] + draw(st.integers(0, 15))
-    return Workload(config, requests, arrivals, aborts, draw(st.sampled_from([1, 2, 2, 3])), draw(st.integers(0, 99)))
+    depth, seed, bounded = draw(st.sampled_from([1, 2, 2, 3])), draw(st.integers(0, 99)), draw(st.booleans())
+    return Workload(config, requests, arrivals, aborts, depth, seed, bounded)
 
 
 def run(load: Workload) -> tuple[Driver, list[Request]]:
-    driver = Driver(load.config, load.depth, load.seed)
+    driver = Driver(load.config, load.depth, load.seed, Fickle(load.seed) if load.bounded else None)
     accepted = []
     for turn in range(40):
         for request, arrival in zip(load.requests, load.arrivals, strict=True):
