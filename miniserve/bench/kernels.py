@@ -206,7 +206,9 @@ def mla(bench: Bench, heads: int, batch: int, context: int, splits: list[Split] 
             "fused_merge": split.fused,
         }
         calls = [
-            lambda cache=cache, options=options: mla_decode(q, cache, tables, lengths, scale=0.1, out=out, **options)
+            lambda cache=cache, options=options: mla_decode(
+                q[..., :512], q[..., 512:], cache, tables, lengths, scale=0.1, out=out, **options
+            )
             for (cache,) in layers
         ]
         try:

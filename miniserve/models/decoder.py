@@ -15,6 +15,7 @@ from miniserve.models.layers.base import Module
 from miniserve.models.layers.embedding import Embedding, LMHead, TiedLMHead
 from miniserve.models.layers.latent_attention import LatentSelfAttention
 from miniserve.models.layers.mlp import MLP, SparseMLP
+from miniserve.models.layers.ops import PendingSum
 from miniserve.models.layers.rotary import RotaryEmbedding
 from miniserve.models.options import BuildOptions
 
@@ -28,13 +29,9 @@ class DecoderLayer(Module):
         self.mlp = _mlp(config, options, layer_index)
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None, cos_sin: torch.Tensor, ctx: StepContext
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x: what is still to be added to the residual stream (in the first layer: the stream itself)."""
-        if residual is None:
-            x, residual = self.input_layernorm(x), x
-        else:
-            x, residual = self.input_layernorm.add(x, residual)
+        self, x: torch.Tensor, residual: torch.Tensor, cos_sin: torch.Tensor, ctx: StepContext
+    ) -> tuple[torch.Tensor | PendingSum, torch.Tensor]:
+        """x: the residual stream after `input_layernorm`. Returns what is still to be added to it, and the stream."""
         x = self.self_attn(x, cos_sin, ctx)
         x, residual = self.post_attention_layernorm.add(x, residual)
         return self.mlp(x), residual
@@ -60,17 +57,19 @@ class Decoder(Module):
         self.attention_specs = [layer.self_attn.attn.spec for layer in layers]
         self.layers = nn.ModuleList(layers)
         self.norm = options.norm(config.hidden_size, config.rms_norm_eps)
+        self._norms = [*(layer.input_layernorm for layer in layers), self.norm]
         self.rotary_emb = RotaryEmbedding(
             config.rope, config.rotary_dim, max_positions=options.max_model_len, device=options.device
         )
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, ctx: StepContext) -> torch.Tensor:
-        x: torch.Tensor = self.embed_tokens(input_ids)
-        residual: torch.Tensor | None = None
+        residual: torch.Tensor = self.embed_tokens(input_ids)
         cos_sin = self.rotary_emb(positions)
-        for layer in self.layers:
-            x, residual = layer(x, residual, cos_sin, ctx)
-        return self.norm(x) if residual is None else self.norm.add(x, residual)[0]
+        x: torch.Tensor = self._norms[0](residual)
+        for layer, norm in zip(self.layers, self._norms[1:], strict=True):
+            added, residual = layer(x, residual, cos_sin, ctx)
+            x, residual = norm.add(added, residual)
+        return x
 
 
 class CausalLM(Module):

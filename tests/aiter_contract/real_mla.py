@@ -34,11 +34,12 @@ class RealDecode(TorchLatentBackend):
         super().__init__(layout)
         self._mla_decode_fwd = mla_decode_fwd
 
-    def decode(self, layer: LatentLayer, q: torch.Tensor, cache: KVCache, meta: DecodeMetadata) -> torch.Tensor:
-        rank, rows = cache.value.shape[-1], q.shape[0]
-        out = torch.full((*q.shape[:2], rank), torch.nan, dtype=q.dtype)
+    def decode(
+        self, layer: LatentLayer, q: torch.Tensor, q_pe: torch.Tensor, cache: KVCache, meta: DecodeMetadata
+    ) -> torch.Tensor:
+        rows, out = q.shape[0], torch.full(q.shape, torch.nan, dtype=q.dtype)
         self._mla_decode_fwd(
-            q,
+            torch.cat([q, q_pe], -1),
             cache.key[:, :, None],  # one KV head
             out,
             torch.arange(rows + 1, dtype=torch.int32),
@@ -46,8 +47,8 @@ class RealDecode(TorchLatentBackend):
             int(meta.seq_lens.max()),
             meta.block_tables,
             layer.spec.scale,
-            kv_lora_rank=rank,
-            qk_rope_head_dim=q.shape[-1] - rank,
+            kv_lora_rank=q.shape[-1],
+            qk_rope_head_dim=q_pe.shape[-1],
             causal=True,
             q_descale=None,
             kv_descale=None,

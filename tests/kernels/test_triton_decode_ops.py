@@ -1,4 +1,4 @@
-"""The kernels around attention in a decode step: norms, rope, small linears, routed experts, the step's two ends."""
+"""The kernels around attention in a decode step: norms, rope, small linears, experts, the step's two ends."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from triton_support import DEVICE, DTYPES, normal, relative_error
 
 from miniserve.kernels.triton import decode_step, elementwise, moe, small_linear
 from miniserve.kernels.triton.small_linear import Chip, LinearTile, Workspace, choose_tile
-from miniserve.models.description import MoEConfig
-from miniserve.models.layers import ops, routing
+from miniserve.models.layers import ops
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
@@ -106,54 +105,19 @@ def test_routed_experts(tokens: int, swap: bool) -> None:
     ids = torch.stack([torch.randperm(num_experts)[:k] for _ in range(tokens)]).int().to(DEVICE)
     weights = normal(4, tokens, k).abs()
     tiles = (moe.MoETile(16, 64, 32, 4, 2, swap), moe.MoETile(16, 64, 16, 4, 2, swap))
-    got = moe.experts(x, w1, w2, weights, ids, shared, tiles)
-    want = shared.clone()
+    parts = moe.experts(x, w1, w2, weights, ids, tiles)
+    start, norm = normal(5, tokens, hidden), normal(6, hidden)
+    want = torch.zeros_like(x)
     for token in range(tokens):
         for weight, expert in zip(weights[token], ids[token].tolist(), strict=True):
             activated = ops.silu_and_mul((x[token] @ w1[expert].T)[None])
             want[token] += weight * (activated @ w2[expert].T)[0]
-    assert relative_error(got, want) < 1e-4
-
-
-@pytest.mark.parametrize(
-    ("scoring", "groups", "top_groups", "bias", "experts", "k"),
-    [
-        ("softmax", 1, 1, False, 12, 4),
-        ("softmax", 4, 2, False, 16, 4),
-        ("sigmoid", 4, 2, True, 16, 4),
-        ("sigmoid", 1, 1, True, 5, 2),
-    ],
-)
-def test_routing(scoring: str, groups: int, top_groups: int, bias: bool, experts: int, k: int) -> None:
-    logits = normal(0, 9, experts)
-    correction = normal(1, experts) if bias else None
-    for normalize in (False, True):
-        config = MoEConfig(
-            num_experts=experts,
-            top_k=k,
-            intermediate_size=8,
-            shared_size=0,
-            sparse_layers=(True,),
-            scoring=scoring,
-            normalize=normalize,
-            scaling=2.5,
-            num_groups=groups,
-            top_groups=top_groups,
-            correction_bias=bias,
-        )
-        weights, ids = routing.route(logits, config, correction)
-        got_weights, got_ids = moe.route(
-            logits,
-            correction,
-            top_k=k,
-            num_groups=groups,
-            top_groups=top_groups,
-            sigmoid=scoring == "sigmoid",
-            normalize=normalize,
-            scaling=2.5,
-        )
-        want = torch.zeros_like(logits).scatter_(1, ids, weights)
-        assert relative_error(torch.zeros_like(logits).scatter_(1, got_ids.long(), got_weights), want) < 1e-5
+    for extra in (None, shared):
+        residual = start.clone()
+        got = moe.add_pairs_norm(parts, extra, residual, norm, 1e-6)
+        total = start + want if extra is None else start + want + extra
+        assert relative_error(residual, total) < 1e-4
+        assert relative_error(got, ops.rms_norm(total, norm, 1e-6)) < 1e-4
 
 
 def test_the_start_of_a_step() -> None:

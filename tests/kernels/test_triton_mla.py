@@ -26,7 +26,8 @@ def check(
     scratch = DecodeScratch.allocate([(len(lengths), num_splits)], heads, rank, DEVICE)
     for _ in range(2 if num_splits > 1 else 1):
         got = mla_decode(
-            q, cache, tables, int32(lengths), scale=0.1, kv_lora_rank=rank, num_splits=num_splits, scratch=scratch,
+            q[..., :rank], q[..., rank:], cache, tables, int32(lengths), scale=0.1, num_splits=num_splits,
+            scratch=scratch,
             kv_scale=None if kv_scale is None else torch.tensor([kv_scale], device=DEVICE), fused_merge=fused,
             out=torch.full((len(lengths), heads, rank), float("nan"), dtype=dtype, device=DEVICE), launch=launch,
         )  # fmt: skip

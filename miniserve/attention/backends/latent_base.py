@@ -61,9 +61,11 @@ class LatentBackend(Backend[LatentMetadata[Decode]]):
         """What `decode` reads."""
 
     @abstractmethod
-    def decode(self, layer: LatentLayer, q: torch.Tensor, cache: KVCache, meta: Decode) -> torch.Tensor:
-        """q [rows, num_heads, kv_lora_rank + rope_dim], absorbed, over each row's latents, its own token's included.
-        Returns [rows, num_heads, kv_lora_rank], q's dtype."""
+    def decode(
+        self, layer: LatentLayer, q: torch.Tensor, q_pe: torch.Tensor, cache: KVCache, meta: Decode
+    ) -> torch.Tensor:
+        """q [rows, num_heads, kv_lora_rank], absorbed, and q_pe [rows, num_heads, rope_dim], last dimensions dense,
+        over each row's latents, its own token's included. Returns [rows, num_heads, kv_lora_rank], q's dtype."""
 
     @abstractmethod
     def attend_dense(
@@ -128,8 +130,8 @@ class LatentBackend(Backend[LatentMetadata[Decode]]):
         parts: list[torch.Tensor] = []
         if meta.decode is not None:
             rows = slice(0, meta.num_decodes)
-            q = torch.cat([layer.absorb(q_nope[rows]), q_pe[rows]], dim=-1)
-            parts.append(layer.project_out(self.decode(layer, q, cache, meta.decode)))
+            found = self.decode(layer, layer.absorb(q_nope[rows]), q_pe[rows], cache, meta.decode)
+            parts.append(layer.project_out(found))
         if meta.chunks is not None:
             span = slice(meta.chunks.start, meta.chunks.end)
             q = torch.cat([q_nope[span], q_pe[span]], dim=-1)

@@ -117,10 +117,13 @@ class AiterLatentBackend(LatentBackend[DecodeMetadata]):
             )
         return meta
 
-    def decode(self, layer: LatentLayer, q: torch.Tensor, cache: KVCache, meta: DecodeMetadata) -> torch.Tensor:
+    def decode(
+        self, layer: LatentLayer, q: torch.Tensor, q_pe: torch.Tensor, cache: KVCache, meta: DecodeMetadata
+    ) -> torch.Tensor:
         """Queries stay in bfloat16 over an fp8 cache too: nothing is lost to a second rounding, and the fp8 kernels for
         32 and 64 heads, of which some fault and some were wrong, are never met."""
         spec, heads = layer.spec, q.shape[1]
+        q = torch.cat([q, q_pe], dim=-1)
         if (missing := padded_heads(heads) - heads) > 0:
             q = functional.pad(q, (0, 0, 0, missing))
         out = torch.empty((*q.shape[:2], _RANK), dtype=q.dtype, device=q.device)

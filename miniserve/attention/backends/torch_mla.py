@@ -27,21 +27,28 @@ class TorchLatentBackend(LatentBackend[DecodeMetadata]):
     def build_decode(self, rows: DecodeRows) -> DecodeMetadata:
         return DecodeMetadata(rows.block_tables, rows.seq_lens)
 
-    def decode(self, layer: LatentLayer, q: torch.Tensor, cache: KVCache, meta: DecodeMetadata) -> torch.Tensor:
+    def decode(
+        self, layer: LatentLayer, q: torch.Tensor, q_pe: torch.Tensor, cache: KVCache, meta: DecodeMetadata
+    ) -> torch.Tensor:
         """Some rows at a time over their gathered blocks, padded to the longest."""
         keys = meta.block_tables.shape[1] * self.layout.block_size
-        step = max(1, _WORKSPACE // (4 * keys * max(q.shape[-1], q.shape[1])))
-        pieces = range(0, q.shape[0], step)
-        return torch.cat([self._decode(layer, q, cache, meta, slice(start, start + step)) for start in pieces])
+        step = max(1, _WORKSPACE // (4 * keys * max(layer.spec.head_dim, q.shape[1])))
+        pieces = [slice(start, start + step) for start in range(0, q.shape[0], step)]
+        return torch.cat([self._decode(layer, q[rows], q_pe[rows], cache, meta, rows) for rows in pieces])
 
     def _decode(
-        self, layer: LatentLayer, q: torch.Tensor, cache: KVCache, meta: DecodeMetadata, rows: slice
+        self,
+        layer: LatentLayer,
+        q: torch.Tensor,
+        q_pe: torch.Tensor,
+        cache: KVCache,
+        meta: DecodeMetadata,
+        rows: slice,
     ) -> torch.Tensor:
         blocks = meta.block_tables[rows].long()
         kv_c, k_pe = self.layout.read(cache, blocks, torch.float32, layer.kv_scale, layer.kv_scale)
         kv_c, k_pe = kv_c.flatten(1, 2), k_pe.flatten(1, 2)  # [rows, width * block_size, …]
-        q_c, q_pe = q[rows].float().split((kv_c.shape[-1], k_pe.shape[-1]), dim=-1)
-        scores = (torch.bmm(q_c, kv_c.mT) + torch.bmm(q_pe, k_pe.mT)) * layer.spec.scale
+        scores = (torch.bmm(q.float(), kv_c.mT) + torch.bmm(q_pe.float(), k_pe.mT)) * layer.spec.scale
         # A padding row, of length 0, reads whatever its first slot has rather than nothing, which would be NaN.
         lens = meta.seq_lens[rows].clamp(min=1)
         hidden = torch.arange(scores.shape[-1], device=q.device) >= lens[:, None]

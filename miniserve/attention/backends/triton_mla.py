@@ -24,7 +24,7 @@ _FLASH_MAX_DIM = 256  # and a multiple of 8
 class LatentKernels:
     """The engine's own kernels of latent attention: Triton's on a GPU, PyTorch's for tests.
 
-    - mla_decode(q [rows, H, rank + rope], kv_cache, block_tables, seq_lens, *, scale, kv_lora_rank, kv_scale,
+    - mla_decode(q [rows, H, rank], q_pe [rows, H, rope], kv_cache, block_tables, seq_lens, *, scale, kv_scale,
       num_splits, scratch) -> [rows, H, rank]
     - write_latent(kv_c, k_pe, kv_cache, slot_mapping, *, kv_scale); a negative slot is not written
     - allocate_scratch(launches as (rows, num_splits), num_heads, kv_lora_rank, device), None where decode never splits
@@ -76,16 +76,18 @@ class TritonLatentBackend(TorchLatentBackend):
         launch = mla_launch(self._vendor, spec.num_heads, spec.kv_dtype.itemsize)  # type: ignore[arg-type]
         return choose_splits(rows, cdiv(spec.num_heads, launch.block_m), max_seq_len, launch.block_n, self._num_sms)
 
-    def decode(self, layer: LatentLayer, q: torch.Tensor, cache: KVCache, meta: DecodeMetadata) -> torch.Tensor:
+    def decode(
+        self, layer: LatentLayer, q: torch.Tensor, q_pe: torch.Tensor, cache: KVCache, meta: DecodeMetadata
+    ) -> torch.Tensor:
         spec = layer.spec
         longest = min(self._max_seq_len, meta.block_tables.shape[1] * self.layout.block_size)
         return self._kernels.mla_decode(
             q,
+            q_pe,
             cache.key,
             meta.block_tables,
             meta.seq_lens,
             scale=spec.scale,
-            kv_lora_rank=_rank(spec),
             kv_scale=_scale(layer),
             num_splits=self._splits(spec, q.shape[0], longest),
             scratch=self._scratch[spec],
@@ -140,24 +142,26 @@ def _scale(layer: LatentLayer) -> torch.Tensor | None:
 
 def _torch_decode(
     q: torch.Tensor,
+    q_pe: torch.Tensor,
     kv_cache: torch.Tensor,
     block_tables: torch.Tensor,
     seq_lens: torch.Tensor,
     *,
     scale: float,
-    kv_lora_rank: int,
     kv_scale: torch.Tensor | None,
     num_splits: int,
     scratch: object,
 ) -> torch.Tensor:
-    layout, cache = _viewed(kv_cache, kv_lora_rank)
-    out = torch.zeros((*q.shape[:2], kv_lora_rank), dtype=q.dtype)
+    rank = q.shape[-1]
+    layout, cache = _viewed(kv_cache, rank)
+    out = torch.zeros(q.shape, dtype=q.dtype)
+    both = torch.cat([q, q_pe], -1).float()
     for row, length in enumerate(seq_lens.tolist()):
         if length:
             blocks = block_tables[row, : cdiv(length, layout.block_size)].long()
             latent = torch.cat(layout.read(cache, blocks, torch.float32, kv_scale, kv_scale), -1).flatten(0, 1)[:length]
-            weights = (q[row].float() @ latent.T * scale).softmax(-1)
-            out[row] = (weights @ latent[:, :kv_lora_rank]).to(q.dtype)
+            weights = (both[row] @ latent.T * scale).softmax(-1)
+            out[row] = (weights @ latent[:, :rank]).to(q.dtype)
     return out
 
 

@@ -149,7 +149,8 @@ def _extend(
 def _mla(kv: torch.dtype, heads: int, num_splits: int, block_size: int = 16) -> Case:
     def launch() -> None:
         mla_decode.mla_decode(
-            _tensor(ROWS, heads, 576, dtype=torch.bfloat16), _tensor(NUM_BLOCKS, block_size, 576, dtype=kv),
+            _tensor(ROWS, heads, 512, dtype=torch.bfloat16), _tensor(ROWS, heads, 192, dtype=torch.bfloat16)[..., 128:],
+            _tensor(NUM_BLOCKS, block_size, 576, dtype=kv),
             _int32(ROWS, TABLE_WIDTH), _int32(ROWS), scale=0.1, num_splits=num_splits, kv_scale=_scales(kv)["k_scale"],
             scratch=DecodeScratch.allocate([(ROWS, num_splits)], heads, 512, _META),
         )  # fmt: skip

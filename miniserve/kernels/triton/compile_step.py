@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
-from miniserve.kernels.triton import decode_step, elementwise, moe, small_linear
+from miniserve.kernels.triton import decode_step, elementwise, moe, routing, small_linear
 from miniserve.kernels.triton.small_linear import Chip
 
 _META = torch.device("meta")
@@ -40,23 +41,22 @@ def _experts(chip: Chip, tokens: int, num_experts: int, top_k: int, middle: int)
             _tensor(tokens, top_k, dtype=torch.int32),
             tiles=tiles,
         )
+        parts, x = _tensor(tokens * top_k, 2048, dtype=torch.float32), _tensor(tokens, 2048)
+        moe.add_pairs_norm(parts, x if num_experts == 64 else None, x, _tensor(2048), 1e-6)
 
     return launch
 
 
-def _route(num_experts: int, top_k: int, groups: int, top_groups: int, sigmoid: bool) -> Callable[[], object]:
+def _route(
+    chip: Chip, num_experts: int, top_k: int, groups: int, top_groups: int, sigmoid: bool
+) -> Callable[[], object]:
     def launch() -> None:
         bias = _tensor(num_experts, dtype=torch.float32) if sigmoid else None
-        moe.route(
-            _tensor(64, num_experts, dtype=torch.float32),
-            bias,
-            top_k=top_k,
-            num_groups=groups,
-            top_groups=top_groups,
-            sigmoid=sigmoid,
-            normalize=True,
-            scaling=2.5,
-        )
+        choice: dict[str, Any] = {"top_k": top_k, "num_groups": groups, "top_groups": top_groups}
+        choice |= {"sigmoid": sigmoid, "normalize": True, "scaling": 2.5, "workspace": small_linear.Workspace(_META)}
+        routing.route(_tensor(64, num_experts, dtype=torch.float32), None, bias, **choice)
+        for tokens in (1, 64) if chip.splits else ():
+            routing.route(_tensor(tokens, 2048), _tensor(num_experts, 2048, dtype=torch.float32), bias, **choice)
 
     return launch
 
@@ -95,7 +95,8 @@ def step_launches(chip: Chip) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "fp32 router", _linear(chip, 16, 128, 2048, False, torch.float32)
     for tokens in _PAIRS:
         yield f"bf16 {tokens} tokens, 8 of 128", _experts(chip, tokens, 128, 8, 768)
-    yield "6 of 64 softmax", _route(64, 6, 1, 1, False)
-    yield "8 of 256 sigmoid, 4 of 8 groups", _route(256, 8, 8, 4, True)
+    yield "bf16 64 tokens, 6 of 64", _experts(chip, 64, 64, 6, 1408)
+    yield "6 of 64 softmax", _route(chip, 64, 6, 1, 1, False)
+    yield "8 of 256 sigmoid, 4 of 8 groups", _route(chip, 256, 8, 8, 4, True)
     yield "bf16", _small_operations
     yield "256 rows", _step_ends

@@ -25,12 +25,12 @@ from miniserve.kernels.triton.split_kv import (
 
 def mla_decode(
     q: torch.Tensor,
+    q_pe: torch.Tensor,
     kv_cache: torch.Tensor,
     block_tables: torch.Tensor,
     seq_lens: torch.Tensor,
     *,
     scale: float,
-    kv_lora_rank: int = 512,
     kv_scale: torch.Tensor | None = None,
     num_splits: int = 1,
     scratch: DecodeScratch | None = None,
@@ -40,14 +40,16 @@ def mla_decode(
 ) -> torch.Tensor:
     """Attention of each row's one query over its cached latents, its own token's included.
 
-    q [rows, num_heads, kv_lora_rank + rope_dim]: the absorbed query ‖ the rotated part, last dimension dense; kv_cache
-    [num_blocks, block_size, kv_lora_rank + rope_dim]; block_tables int32 [rows, width]; seq_lens int32 [rows], 0 for a
-    padding row, which reads nothing and gets zeros; kv_scale float32 [1]: factor of an fp8 cache's codes. num_splits
-    and scratch (for head_dim = kv_lora_rank) as in `paged_decode`. Returns out [rows, num_heads, kv_lora_rank].
+    q [rows, num_heads, kv_lora_rank], the absorbed query, and q_pe [rows, num_heads, rope_dim], its rotated part, last
+    dimensions dense; kv_cache [num_blocks, block_size, kv_lora_rank + rope_dim]; block_tables int32 [rows, width];
+    seq_lens int32 [rows], 0 for a padding row, which reads nothing and gets zeros; kv_scale float32 [1]: factor of an
+    fp8 cache's codes. num_splits and scratch (for head_dim = kv_lora_rank) as in `paged_decode`. Returns out [rows,
+    num_heads, kv_lora_rank].
     """
-    rows, num_heads, width = q.shape
+    rows, num_heads, rank = q.shape
+    rope = q_pe.shape[2]
     if out is None:
-        out = torch.empty((rows, num_heads, kv_lora_rank), dtype=q.dtype, device=q.device)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if rows == 0:
         return out
     if num_splits > 1 and scratch is None:
@@ -56,9 +58,10 @@ def mla_decode(
     launch = launch or mla_launch(on, num_heads, kv_cache.element_size())
     single = num_splits == 1
     if fused_merge is None:
-        fused_merge = fuses_merge(on, min(launch.block_m, num_heads), kv_lora_rank, num_splits)
+        fused_merge = fuses_merge(on, min(launch.block_m, num_heads), rank, num_splits)
     _mla_kernel[(cdiv(num_heads, launch.block_m), num_splits, rows)](
         q,
+        q_pe,
         kv_cache,
         block_tables,
         seq_lens,
@@ -68,16 +71,17 @@ def mla_decode(
         None if scratch is None else scratch.lse,
         None if scratch is None else scratch.arrivals,
         *q.stride()[:2],
+        *q_pe.stride()[:2],
         *kv_cache.stride()[:2],
         block_tables.stride(0),
         *out.stride()[:2],
         scale * LOG2E,
         num_splits,
         HEADS=num_heads,
-        RANK=kv_lora_rank,
-        ROPE=width - kv_lora_rank,
-        BLOCK_R=next_power_of_2(kv_lora_rank),
-        BLOCK_P=max(16, next_power_of_2(width - kv_lora_rank)),
+        RANK=rank,
+        ROPE=rope,
+        BLOCK_R=next_power_of_2(rank),
+        BLOCK_P=max(16, next_power_of_2(rope)),
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
         BLOCK_SIZE=kv_cache.shape[1],
@@ -94,8 +98,8 @@ def mla_decode(
 
 @triton.jit(do_not_specialize=["num_splits"])
 def _mla_kernel(
-    q, kv_cache, block_tables, seq_lens, kv_scale, out, partial, lse, arrivals,
-    q_row, q_head, block_stride, token_stride, table_row, out_row, out_head, qk_scale, num_splits,
+    q, q_pe, kv_cache, block_tables, seq_lens, kv_scale, out, partial, lse, arrivals,
+    q_row, q_head, pe_row, pe_head, block_stride, token_stride, table_row, out_row, out_head, qk_scale, num_splits,
     HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, SINGLE: tl.constexpr,
     MERGE_M: tl.constexpr, FUSED_MERGE: tl.constexpr, PRECISION: tl.constexpr,
@@ -119,9 +123,9 @@ def _mla_kernel(
             tl.store(out_at, tl.zeros([BLOCK_M, BLOCK_R], out.dtype.element_ty), mask=mine)
         return
 
-    q_at = q + row.to(tl.int64) * q_row + head[:, None] * q_head
-    q_latent = tl.load(q_at + r[None, :], mask=mine, other=0.0)
-    q_rope = tl.load(q_at + RANK + p[None, :], mask=(head < HEADS)[:, None] & (p < ROPE)[None, :], other=0.0)
+    q_latent = tl.load(q + row.to(tl.int64) * q_row + head[:, None] * q_head + r[None, :], mask=mine, other=0.0)
+    q_rope_at = q_pe + row.to(tl.int64) * pe_row + head[:, None] * pe_head + p[None, :]
+    q_rope = tl.load(q_rope_at, mask=(head < HEADS)[:, None] & (p < ROPE)[None, :], other=0.0)
     if kv_scale is not None:
         qk_scale *= tl.load(kv_scale)
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)

@@ -1,4 +1,4 @@
-"""Routed experts on a GPU: the choice of experts, tokens grouped by expert, and the two grouped products.
+"""Routed experts on a GPU: tokens grouped by expert, the two grouped products, and the sum of what they gave.
 
 A pair is a token with one of its experts; token t's k-th is pair t * K + k. Pairs are laid out expert by expert, each
 expert's filled up to whole blocks of BLOCK_M, so that a program's rows share an expert (the "aligned" layout of vLLM's
@@ -28,119 +28,6 @@ class MoETile:
     num_warps: int
     num_stages: int
     swap: bool = False
-
-
-@triton.jit
-def _route_kernel(
-    logits_ptr,
-    bias_ptr,
-    weights_ptr,
-    ids_ptr,
-    scaling,
-    E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    K: tl.constexpr,
-    GROUPS: tl.constexpr,
-    TOP_GROUPS: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    start(PDL)
-    experts = tl.arange(0, BLOCK_E)
-    inside = experts < E
-    wait(PDL)
-    token = tl.program_id(0).to(tl.int64)
-    logits = tl.load(logits_ptr + token * E + experts, mask=inside, other=float("-inf")).to(tl.float32)
-    if SIGMOID:
-        scores = 1.0 / (1.0 + tl.exp(-logits))
-    else:
-        weights = tl.exp(logits - tl.max(logits, axis=0))
-        scores = weights / tl.sum(weights, axis=0)
-    choice = scores
-    if HAS_BIAS:
-        choice = scores + tl.load(bias_ptr + experts, mask=inside, other=0.0)
-    choice = tl.where(inside, choice, float("-inf"))
-    if TOP_GROUPS < GROUPS:
-        choice = _close_groups(choice, experts, BLOCK_E, GROUPS, TOP_GROUPS, HAS_BIAS)
-    total = 0.0
-    for k in tl.static_range(K):
-        best = tl.min(tl.where(choice == tl.max(choice, axis=0), experts, BLOCK_E), axis=0)
-        weight = tl.sum(tl.where(experts == best, scores, 0.0), axis=0)
-        total += weight
-        tl.store(weights_ptr + token * K + k, weight)
-        tl.store(ids_ptr + token * K + k, best)
-        choice = tl.where(experts == best, float("-inf"), choice)
-    factor = scaling
-    if NORMALIZE:
-        factor = scaling / (total + 1e-20)
-    tl.debug_barrier()
-    for k in tl.static_range(K):
-        tl.store(weights_ptr + token * K + k, tl.load(weights_ptr + token * K + k) * factor)
-
-
-@triton.jit
-def _close_groups(
-    choice, experts, E: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, BEST_TWO: tl.constexpr
-):
-    """-inf for all experts outside the TOP_GROUPS best of GROUPS equal groups; E is a power of two here."""
-    size: tl.constexpr = E // GROUPS
-    grouped = tl.reshape(choice, (GROUPS, size))
-    worth = tl.max(grouped, axis=1)
-    if BEST_TWO:
-        members = tl.arange(0, size)[None, :]
-        first = tl.min(tl.where(grouped == worth[:, None], members, size), axis=1)
-        worth += tl.max(tl.where(members == first[:, None], float("-inf"), grouped), axis=1)
-    groups = tl.arange(0, GROUPS)
-    opened = tl.zeros((GROUPS,), tl.int32)
-    for _ in tl.static_range(TOP_GROUPS):
-        best = tl.min(tl.where(worth == tl.max(worth, axis=0), groups, GROUPS), axis=0)
-        opened = tl.where(groups == best, 1, opened)
-        worth = tl.where(groups == best, float("-inf"), worth)
-    closed = tl.where(opened[:, None] == 1, grouped, float("-inf"))
-    return tl.reshape(closed, (E,))
-
-
-def can_route(num_experts: int, num_groups: int, top_groups: int) -> bool:
-    """Whether `route` takes these sizes: groups must be powers of two of powers of two."""
-    limited = top_groups < num_groups
-    return not limited or (num_experts & (num_experts - 1) == 0 and num_groups & (num_groups - 1) == 0)
-
-
-def route(
-    logits: torch.Tensor,
-    bias: torch.Tensor | None,
-    *,
-    top_k: int,
-    num_groups: int,
-    top_groups: int,
-    sigmoid: bool,
-    normalize: bool,
-    scaling: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `models/layers/routing.route`: logits float32 [T, E] -> weights float32 and expert ids int32, [T, top_k]."""
-    tokens, num_experts = logits.shape
-    weights = torch.empty(tokens, top_k, dtype=torch.float32, device=logits.device)
-    ids = torch.empty(tokens, top_k, dtype=torch.int32, device=logits.device)
-    _route_kernel[(tokens,)](
-        logits,
-        logits if bias is None else bias,
-        weights,
-        ids,
-        scaling,
-        E=num_experts,
-        BLOCK_E=triton.next_power_of_2(num_experts),
-        K=top_k,
-        GROUPS=num_groups,
-        TOP_GROUPS=top_groups,
-        SIGMOID=sigmoid,
-        HAS_BIAS=bias is not None,
-        NORMALIZE=normalize,
-        num_warps=1,
-        **launch_options(logits.device),
-    )
-    return weights, ids
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -270,28 +157,37 @@ def _grouped_kernel(
 
 
 @triton.jit
-def _sum_pairs_kernel(
+def _add_pairs_norm_kernel(
     parts_ptr,
-    add_ptr,
+    shared_ptr,
+    residual_ptr,
+    weight_ptr,
     out_ptr,
     size,
+    eps,
     K: tl.constexpr,
-    ADD: tl.constexpr,
+    SHARED: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    """One program a token. Rounds as if the sum, the sum with `shared` and the residual were stored one by one."""
     start(PDL)
     token = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    cols = tl.arange(0, BLOCK)
     inside = cols < size
+    weight = tl.load(weight_ptr + cols, mask=inside, other=0.0)
     wait(PDL)
     total = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(K):
         total += tl.load(parts_ptr + (token * K + k) * size + cols, mask=inside, other=0.0)
-    total = total.to(out_ptr.dtype.element_ty)
-    if ADD:
-        total += tl.load(add_ptr + token * size + cols, mask=inside, other=0.0)
-    tl.store(out_ptr + token * size + cols, total, mask=inside)
+    x = total.to(weight.dtype)
+    if SHARED:
+        x += tl.load(shared_ptr + token * size + cols, mask=inside, other=0.0)
+    x += tl.load(residual_ptr + token * size + cols, mask=inside, other=0.0)
+    tl.store(residual_ptr + token * size + cols, x, mask=inside)
+    wide = x.to(tl.float32)
+    wide = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / size + eps)
+    tl.store(out_ptr + token * size + cols, weight * wide.to(x.dtype), mask=inside)
 
 
 def choose_tiles(num_pairs: int, num_experts: int) -> tuple[MoETile, MoETile]:
@@ -324,12 +220,11 @@ def experts(
     w2: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
-    shared: torch.Tensor | None = None,
     tiles: tuple[MoETile, MoETile] | None = None,
 ) -> torch.Tensor:
-    """SwiGLU experts, weighted and summed in float32. x [T, D], contiguous; w1 [E, 2 I, D], gates before ups; w2
-    [E, D, I]; topk_weights float32, topk_ids int, [T, K]; `shared` [T, D] is added. tiles: of the two products, with
-    the same block_m; chosen by default. Returns [T, D], x's dtype."""
+    """What each token's SwiGLU experts give, weighted. x [T, D], contiguous; w1 [E, 2 I, D], gates before ups; w2
+    [E, D, I]; topk_weights float32, topk_ids int, [T, K]. tiles: of the two products, with the same block_m; chosen by
+    default. Returns float32 [T * K, D], a token's after one another."""
     tokens, hidden = x.shape
     num_experts, k, middle = w1.shape[0], topk_ids.shape[1], w2.shape[2]
     num_pairs = tokens * k
@@ -390,9 +285,33 @@ def experts(
     multiply(x, w1, activated, gate_up, k)
     parts = torch.empty(num_pairs, hidden, dtype=torch.float32, device=x.device)
     multiply(activated, w2, parts, down, 1)
-    out = torch.empty_like(x)
-    block = min(1024, triton.next_power_of_2(hidden))
-    _sum_pairs_kernel[(tokens, triton.cdiv(hidden, block))](
-        parts, x if shared is None else shared, out, hidden, K=k, ADD=shared is not None, BLOCK=block, **options
+    return parts
+
+
+def add_pairs_norm(
+    parts: torch.Tensor,
+    shared: torch.Tensor | None,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    """Sums each token's `parts`, as `experts` gives them, adds them and `shared` [T, D] into `residual` [T, D], and
+    returns its RMSNorm, `weight` [D]: one kernel for what else is three."""
+    tokens, size = residual.shape
+    out = torch.empty_like(residual)
+    block = triton.next_power_of_2(size)
+    _add_pairs_norm_kernel[(tokens,)](
+        parts,
+        residual if shared is None else shared,
+        residual,
+        weight,
+        out,
+        size,
+        eps,
+        K=parts.shape[0] // tokens,
+        SHARED=shared is not None,
+        BLOCK=block,
+        num_warps=min(16, max(1, block // 512)),
+        **launch_options(parts.device),
     )
     return out

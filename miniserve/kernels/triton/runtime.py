@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
+from torch.nn import functional
 
-from miniserve.kernels.triton import elementwise, moe
-from miniserve.kernels.triton.small_linear import LinearTile, Workspace, chip_of, choose_tile, small_linear
+from miniserve.kernels.triton import elementwise, moe, routing
+from miniserve.kernels.triton.small_linear import MAX_ROWS, LinearTile, Workspace, chip_of, choose_tile, small_linear
 
 
 class TritonKernels:
@@ -18,13 +20,15 @@ class TritonKernels:
     silu_and_mul = staticmethod(elementwise.silu_and_mul)
     norm_rope = staticmethod(elementwise.norm_rope)
     rope_pair = staticmethod(elementwise.rope_pair)
-    route = staticmethod(moe.route)
-    can_route = staticmethod(moe.can_route)
+    can_route = staticmethod(routing.can_route)
     experts = staticmethod(moe.experts)
+    add_pairs_norm = staticmethod(moe.add_pairs_norm)
 
     def __init__(self, device: torch.device) -> None:
         self._workspace = Workspace(device)
         chip = chip_of(device)
+        # A GPU whose programs may not share a row has the router's logits made by a linear.
+        self._routed_rows = MAX_ROWS if chip.splits else 0
 
         @functools.cache
         def tile(m: int, n: int, k: int, itemsize: int, gated: bool) -> LinearTile | None:
@@ -47,3 +51,16 @@ class TritonKernels:
         if tile is None:
             return None
         return small_linear(x, weight, bias, tile, self._workspace, gated=gated, out_dtype=out_dtype)
+
+    def route(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **choice: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `routing.route`: the choice of experts for any number of tokens."""
+        if x.shape[0] <= self._routed_rows:
+            return routing.route(x, weight, bias, workspace=self._workspace, **choice)
+        return routing.route(self.logits(x, weight), None, bias, workspace=self._workspace, **choice)
+
+    def logits(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """A router's, float32, of its float32 weight."""
+        found = self.linear(x, weight, None, out_dtype=torch.float32)
+        return functional.linear(x.float(), weight) if found is None else found

@@ -12,7 +12,7 @@ from torch.nn import functional
 from miniserve.kernels.native import NativeKernels
 from miniserve.models.layers.base import Layer, Piece
 from miniserve.models.layers.linear import PACK_ROWS, can_pack
-from miniserve.models.layers.ops import silu_and_mul
+from miniserve.models.layers.ops import PendingSum, silu_and_mul
 
 
 class MoEMethod(Protocol):
@@ -24,9 +24,9 @@ class MoEMethod(Protocol):
 
     def apply(
         self, layer: Experts, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
-    ) -> torch.Tensor:
-        """x [T, hidden], topk_weights float32 [T, K], topk_ids int64 [T, K] -> [T, hidden], x's dtype: the sum of each
-        token's experts, weighted."""
+    ) -> torch.Tensor | PendingSum:
+        """x [T, hidden], topk_weights float32 [T, K], topk_ids int [T, K] -> [T, hidden], x's dtype: the sum of each
+        token's experts, weighted; or what will give that sum."""
         ...
 
 
@@ -115,7 +115,7 @@ class Experts(Layer):
         self.declare("w1", (num_experts, 2 * intermediate_size, hidden_size), dtype)
         self.declare("w2", (num_experts, hidden_size, intermediate_size), dtype)
 
-    def forward(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor | PendingSum:
         """As `MoEMethod.apply`."""
         return self.method.apply(self, x, topk_weights, topk_ids)
 

@@ -47,7 +47,11 @@ class UpProjection(Layer):
 
     def project_out(self, latent_out: torch.Tensor) -> torch.Tensor:
         """[T, num_heads, kv_lora_rank] -> [T, num_heads * v_head_dim]."""
-        return torch.bmm(latent_out.transpose(0, 1), self._value).transpose(0, 1).flatten(1)
+        rows, heads = latent_out.shape[:2]
+        out = latent_out.new_empty(rows, heads, self._sizes[1])
+        # Into its place at once: the product of many matrices has the heads first, and turning it would be a copy.
+        torch.bmm(latent_out.transpose(0, 1), self._value, out=out.transpose(0, 1))
+        return out.flatten(1)
 
 
 @dataclass(slots=True)

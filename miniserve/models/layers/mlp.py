@@ -7,6 +7,7 @@ import torch
 from miniserve.models.description import ModelConfig, MoEConfig
 from miniserve.models.layers.base import Module
 from miniserve.models.layers.experts import Experts
+from miniserve.models.layers.ops import PendingSum
 from miniserve.models.layers.routing import Router
 from miniserve.models.options import BuildOptions
 
@@ -34,7 +35,7 @@ class SparseMLP(Module):
         )
         self.shared_experts = MLP(config, options, moe.shared_size) if moe.shared_size else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor | PendingSum:
         topk_weights, topk_ids = self.gate(x)
-        out: torch.Tensor = self.experts(x, topk_weights, topk_ids)
+        out: torch.Tensor | PendingSum = self.experts(x, topk_weights, topk_ids)
         return out if self.shared_experts is None else out + self.shared_experts(x)

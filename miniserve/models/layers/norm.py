@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from miniserve.models.layers.base import Layer
-from miniserve.models.layers.ops import Ops
+from miniserve.models.layers.ops import Ops, PendingSum
 
 
 class RMSNorm(Layer):
@@ -21,8 +21,10 @@ class RMSNorm(Layer):
         """x: [..., size] -> the same shape."""
         return self.ops.rms_norm(x, self.weight, self.eps)
 
-    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def add(self, x: torch.Tensor | PendingSum, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (norm(residual + x), residual + x); all [T, size]."""
+        if not isinstance(x, torch.Tensor):
+            return x.add_rms_norm(residual, self.weight, self.eps)
         return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
 
     def fill_dummy(self, generator: torch.Generator) -> None:

@@ -24,6 +24,21 @@ class HeadShape:
     head_dim: int
 
 
+class PendingSum(Protocol):
+    """What a layer adds to the residual stream, in parts that are summed where they are added: the norm that follows
+    does it on its way."""
+
+    def __add__(self, other: torch.Tensor) -> PendingSum:
+        """`other` [T, size] is another part."""
+        ...
+
+    def add_rms_norm(
+        self, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Ops.add_rms_norm`, with all parts for x."""
+        ...
+
+
 class Ops(Protocol):
     """What a decoder computes between its matrix products; x, residual [T, size], contiguous."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch.nn import functional
 
@@ -83,13 +85,11 @@ class TritonRouting:
 
     def __call__(self, router: Router, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         moe = router.moe
-        logits = self._kernels.linear(x, router.weight, None, out_dtype=torch.float32)
-        if logits is None:
-            logits = functional.linear(x.float(), router.weight)
         if not self._kernels.can_route(moe.num_experts, moe.num_groups, moe.top_groups):
-            return route(logits, moe, router.e_score_correction_bias)
-        weights, ids = self._kernels.route(
-            logits,
+            return route(self._kernels.logits(x, router.weight), moe, router.e_score_correction_bias)
+        return self._kernels.route(
+            x,
+            router.weight,
             router.e_score_correction_bias,
             top_k=moe.top_k,
             num_groups=moe.num_groups,
@@ -98,7 +98,23 @@ class TritonRouting:
             normalize=moe.normalize,
             scaling=moe.scaling,
         )
-        return weights, ids
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertParts:
+    """A `PendingSum`: parts float32 [T * K, hidden_size], a token's after one another, and what all tokens share."""
+
+    kernels: TritonKernels
+    parts: torch.Tensor
+    shared: torch.Tensor | None = None
+
+    def __add__(self, shared: torch.Tensor) -> ExpertParts:
+        return replace(self, shared=shared)
+
+    def add_rms_norm(
+        self, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.kernels.add_pairs_norm(self.parts, self.shared, residual, weight, eps), residual
 
 
 class TritonMoE:
@@ -110,8 +126,5 @@ class TritonMoE:
     def finish(self, layer: Experts) -> None:
         pass
 
-    def apply(
-        self, layer: Experts, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
-    ) -> torch.Tensor:
-        out: torch.Tensor = self._kernels.experts(x, layer.w1, layer.w2, topk_weights, topk_ids)
-        return out
+    def apply(self, layer: Experts, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> ExpertParts:
+        return ExpertParts(self._kernels, self._kernels.experts(x, layer.w1, layer.w2, topk_weights, topk_ids))

@@ -1,0 +1,279 @@
+"""The choice of experts on a GPU: from given logits, or for few tokens from the hidden states in one kernel."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from miniserve.kernels.triton.pdl import launch_options, start, wait
+from miniserve.kernels.triton.small_linear import MAX_ROWS, Workspace
+
+_MOST_SPLITS = 32
+
+
+@triton.jit
+def _choose(
+    logits,
+    tokens,
+    valid,
+    bias_ptr,
+    weights_ptr,
+    ids_ptr,
+    scaling,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):
+    """Store the choice for logits [tokens, BLOCK_E], of which the first E count."""
+    experts = tl.arange(0, BLOCK_E)[None, :]
+    inside = experts < E
+    logits = tl.where(inside, logits, float("-inf"))
+    if SIGMOID:
+        scores = 1.0 / (1.0 + tl.exp(-logits))
+    else:
+        weights = tl.exp(logits - tl.max(logits, axis=1)[:, None])
+        scores = weights / tl.sum(weights, axis=1)[:, None]
+    choice = scores
+    if HAS_BIAS:
+        choice = scores + tl.load(bias_ptr + experts, mask=inside, other=0.0)
+    choice = tl.where(inside, choice, float("-inf"))
+    if TOP_GROUPS < GROUPS:
+        choice = _close_groups(choice, choice.shape[0], BLOCK_E, GROUPS, TOP_GROUPS, HAS_BIAS)
+    places = tl.arange(0, BLOCK_K)[None, :]
+    chosen = places + tl.zeros_like(tokens)[:, None].to(tl.int32)
+    shares = chosen.to(tl.float32)
+    for k in tl.static_range(K):
+        best = tl.min(tl.where(choice == tl.max(choice, axis=1)[:, None], experts, E - 1), axis=1)[:, None]
+        chosen = tl.where(places == k, best, chosen)
+        shares = tl.where(places == k, tl.sum(tl.where(experts == best, scores, 0.0), axis=1)[:, None], shares)
+        choice = tl.where(experts == best, float("-inf"), choice)
+    kept = places < K
+    if NORMALIZE:
+        shares = shares / (tl.sum(tl.where(kept, shares, 0.0), axis=1)[:, None] + 1e-20)
+    at = tokens[:, None] * K + places
+    mask = valid[:, None] & kept
+    tl.store(weights_ptr + at, shares * scaling, mask=mask)
+    tl.store(ids_ptr + at, chosen, mask=mask)
+
+
+@triton.jit
+def _close_groups(
+    choice,
+    M: tl.constexpr,
+    E: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    BEST_TWO: tl.constexpr,
+):
+    """-inf for all experts outside the TOP_GROUPS best of GROUPS equal groups; E is a power of two here."""
+    size: tl.constexpr = E // GROUPS
+    grouped = tl.reshape(choice, (M, GROUPS, size))
+    worth = tl.max(grouped, axis=2)
+    if BEST_TWO:
+        members = tl.arange(0, size)[None, None, :]
+        first = tl.min(tl.where(grouped == worth[:, :, None], members, size - 1), axis=2)
+        worth += tl.max(tl.where(members == first[:, :, None], float("-inf"), grouped), axis=2)
+    groups = tl.arange(0, GROUPS)[None, :]
+    opened = tl.zeros((M, GROUPS), tl.int32)
+    for _ in tl.static_range(TOP_GROUPS):
+        best = tl.min(tl.where(worth == tl.max(worth, axis=1)[:, None], groups, GROUPS - 1), axis=1)[:, None]
+        opened = tl.where(groups == best, 1, opened)
+        worth = tl.where(groups == best, float("-inf"), worth)
+    closed = tl.where(opened[:, :, None] == 1, grouped, float("-inf"))
+    return tl.reshape(closed, (M, E))
+
+
+@triton.jit
+def _route_kernel(
+    logits_ptr,
+    bias_ptr,
+    weights_ptr,
+    ids_ptr,
+    scaling,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    start(PDL)
+    wait(PDL)
+    tokens = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    experts = tl.arange(0, BLOCK_E)[None, :]
+    logits = tl.load(logits_ptr + tokens[:, None] * E + experts, mask=experts < E, other=0.0).to(tl.float32)
+    _choose(
+        logits, tokens, tokens >= 0, bias_ptr, weights_ptr, ids_ptr, scaling,
+        E, BLOCK_E, K, BLOCK_K, GROUPS, TOP_GROUPS, SIGMOID, HAS_BIAS, NORMALIZE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _add_product(acc, x, w):
+    """acc + x wᵀ as in float32, x [tokens, k], w float32 [experts, k]. bfloat16 meets the weight in three parts of its
+    own kind, which together are the weight: the matrix units multiply them exactly and sum in float32."""
+    if x.dtype == tl.bfloat16:
+        high = w.to(tl.bfloat16)
+        rest = w - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        acc = tl.dot(x, tl.trans(low), acc)
+        acc = tl.dot(x, tl.trans(middle), acc)
+        return tl.dot(x, tl.trans(high), acc)
+    return tl.dot(x.to(tl.float32), tl.trans(w), acc, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _router_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    weights_ptr,
+    ids_ptr,
+    parts_ptr,
+    counts_ptr,
+    num_tokens,
+    size,
+    x_row,
+    scaling,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLITS: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program: BLOCK_M tokens and one of SPLITS parts of the hidden size; the last to arrive sums and chooses."""
+    start(PDL)
+    block, split = tl.program_id(0), tl.program_id(1)
+    tokens = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    valid = tokens < num_tokens
+    experts = tl.arange(0, BLOCK_E)
+    cols = tl.arange(0, BLOCK_D)
+    share = tl.cdiv(tl.cdiv(size, BLOCK_D), SPLITS) * BLOCK_D
+    first = split * share
+    end = tl.minimum(first + share, size)
+    inside = (experts < E)[:, None]
+    w_ptrs = w_ptr + experts[:, None] * size + cols[None, :]
+    w = tl.load(w_ptrs + first, mask=inside & (first + cols < end)[None, :], other=0.0)
+    wait(PDL)
+    single: tl.constexpr = BLOCK_M == 1
+    acc = tl.zeros((BLOCK_E, BLOCK_D) if single else (BLOCK_M, BLOCK_E), tl.float32)
+    for at in range(first, end, BLOCK_D):
+        there = at + cols < end
+        if single:
+            x = tl.load(x_ptr + block.to(tl.int64) * x_row + at + cols, mask=there, other=0.0)
+            acc += w * x.to(tl.float32)[None, :]
+        else:
+            x_ptrs = x_ptr + tokens[:, None] * x_row + (at + cols)[None, :]
+            x = tl.load(x_ptrs, mask=valid[:, None] & there[None, :], other=0.0)
+            acc = _add_product(acc, x, w)
+        following = at + BLOCK_D
+        w = tl.load(w_ptrs + following, mask=inside & (following + cols < end)[None, :], other=0.0)
+    logits = tl.sum(acc, axis=1)[None, :] if single else acc
+    mask = valid[:, None] & (experts < E)[None, :]
+    places = tokens[:, None] * E + experts[None, :]
+    plane = tl.cast(num_tokens, tl.int64) * E
+    tl.store(parts_ptr + split * plane + places, logits, mask=mask)
+    tl.debug_barrier()
+    if tl.atomic_add(counts_ptr + block, 1, sem="acq_rel") < SPLITS - 1:
+        return
+    tl.store(counts_ptr + block, 0)
+    logits = tl.zeros_like(logits)
+    for part in range(SPLITS):
+        logits += tl.load(parts_ptr + part * plane + places, mask=mask, other=0.0, cache_modifier=".cg")
+    _choose(
+        logits, tokens, valid, bias_ptr, weights_ptr, ids_ptr, scaling,
+        E, BLOCK_E, K, BLOCK_K, GROUPS, TOP_GROUPS, SIGMOID, HAS_BIAS, NORMALIZE,
+    )  # fmt: skip
+
+
+def can_route(num_experts: int, num_groups: int, top_groups: int) -> bool:
+    """Whether `route` takes these sizes: groups must be powers of two, as must be what they hold."""
+    limited = top_groups < num_groups
+    return not limited or (
+        num_experts >= 16 and num_experts & (num_experts - 1) == 0 and num_groups & (num_groups - 1) == 0
+    )
+
+
+def route(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    workspace: Workspace,
+    top_k: int,
+    num_groups: int,
+    top_groups: int,
+    sigmoid: bool,
+    normalize: bool,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `models/layers/routing.route`: x are float32 logits [T, E] or, with the router's weight float32 [E, hidden],
+    hidden states [T, hidden] of at most MAX_ROWS tokens -> weights float32 and expert ids int32, [T, top_k].
+
+    With a weight, programs read what others of the launch wrote: not for GPUs whose `Chip.splits` is false.
+    """
+    tokens = x.shape[0]
+    num_experts = x.shape[1] if weight is None else weight.shape[0]
+    weights = torch.empty(tokens, top_k, dtype=torch.float32, device=x.device)
+    ids = torch.empty(tokens, top_k, dtype=torch.int32, device=x.device)
+    block_e = max(16, triton.next_power_of_2(num_experts))
+    choice = {
+        "E": num_experts,
+        "BLOCK_E": block_e,
+        "K": top_k,
+        "BLOCK_K": triton.next_power_of_2(top_k),
+        "GROUPS": num_groups,
+        "TOP_GROUPS": top_groups,
+        "SIGMOID": sigmoid,
+        "HAS_BIAS": bias is not None,
+        "NORMALIZE": normalize,
+        **launch_options(x.device),
+    }
+    given_bias = x if bias is None else bias
+    if weight is None:
+        _route_kernel[(tokens,)](x, given_bias, weights, ids, scaling, num_warps=1, **choice)
+        return weights, ids
+    if tokens > MAX_ROWS:
+        raise ValueError(f"a router takes up to {MAX_ROWS} tokens, not {tokens}")
+    size = weight.shape[1]
+    block_m, block_d = (1 if tokens == 1 else 16), 64
+    splits = min(_MOST_SPLITS if tokens == 1 else _MOST_SPLITS // 2, triton.cdiv(size, block_d))
+    _router_kernel[(triton.cdiv(tokens, block_m), splits)](
+        x,
+        weight,
+        given_bias,
+        weights,
+        ids,
+        workspace.parts,
+        workspace.counts,
+        tokens,
+        size,
+        x.stride(0),
+        scaling,
+        BLOCK_M=block_m,
+        BLOCK_D=block_d,
+        SPLITS=splits,
+        num_warps=8 if block_e > 128 else 4,
+        **choice,
+    )
+    return weights, ids

@@ -1,0 +1,85 @@
+"""The choice of experts in Triton beside PyTorch's: from logits, and from hidden states with the router's weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from triton_support import DEVICE, normal, on_gpu, relative_error
+
+from miniserve.kernels.triton import routing as triton_routing
+from miniserve.kernels.triton.small_linear import Workspace
+from miniserve.models.description import MoEConfig
+from miniserve.models.layers import routing
+
+CASES = [
+    ("softmax", 1, 1, False, 12, 4),
+    ("softmax", 4, 2, False, 16, 4),
+    ("sigmoid", 4, 2, True, 16, 4),
+    ("sigmoid", 1, 1, True, 5, 2),
+]
+cases = pytest.mark.parametrize(("scoring", "groups", "top_groups", "bias", "experts", "k"), CASES)
+
+
+def setting(
+    scoring: str, groups: int, top_groups: int, bias: bool, experts: int, k: int, normalize: bool
+) -> tuple[MoEConfig, torch.Tensor | None, dict[str, Any]]:
+    """The choice as PyTorch's function takes it, the correction of scores, and the choice as the kernels' does."""
+    shared = {"top_k": k, "num_groups": groups, "top_groups": top_groups, "normalize": normalize, "scaling": 2.5}
+    config = MoEConfig(
+        num_experts=experts,
+        intermediate_size=8,
+        shared_size=0,
+        sparse_layers=(True,),
+        scoring=scoring,
+        correction_bias=bias,
+        **shared,
+    )
+    return config, normal(9, experts) if bias else None, {**shared, "sigmoid": scoring == "sigmoid"}
+
+
+def assert_same(got: tuple[torch.Tensor, torch.Tensor], want: tuple[torch.Tensor, torch.Tensor], experts: int) -> None:
+    """Of each token's experts and weights; their order does not matter."""
+    rows = [torch.zeros(len(ids), experts, device=DEVICE).scatter_(1, ids.long(), w) for w, ids in (got, want)]
+    assert relative_error(*rows) < 1e-5
+
+
+@cases
+@pytest.mark.parametrize("normalize", [False, True])
+def test_from_logits(
+    scoring: str, groups: int, top_groups: int, bias: bool, experts: int, k: int, normalize: bool
+) -> None:
+    config, correction, choice = setting(scoring, groups, top_groups, bias, experts, k, normalize)
+    logits = normal(0, 9, experts)
+    got = triton_routing.route(logits, None, correction, workspace=Workspace(DEVICE), **choice)
+    assert_same(got, routing.route(logits, config, correction), experts)
+
+
+@cases
+@pytest.mark.parametrize("tokens", [1, 2, 16, 37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=on_gpu)])
+def test_from_hidden_states(
+    scoring: str, groups: int, top_groups: int, bias: bool, experts: int, k: int, tokens: int, dtype: torch.dtype
+) -> None:
+    config, correction, choice = setting(scoring, groups, top_groups, bias, experts, k, True)
+    x, weight, workspace = normal(0, tokens, 300, dtype=dtype), normal(1, experts, 300) / 17, Workspace(DEVICE)
+    want = routing.route(x.double() @ weight.double().T, config, correction)
+    for _ in range(2):  # the second finds the counters as the first left them
+        got = triton_routing.route(x, weight, correction, workspace=workspace, **choice)
+        assert_same(got, (want[0].float(), want[1]), experts)
+    assert not workspace.counts.any()
+
+
+def test_a_token_that_is_not_a_number_still_gets_experts_that_exist() -> None:
+    _, _, choice = setting("softmax", 1, 1, False, 12, 4, True)
+    _, ids = triton_routing.route(
+        torch.full((2, 12), torch.nan, device=DEVICE), None, None, workspace=Workspace(DEVICE), **choice
+    )
+    assert ((ids >= 0) & (ids < 12)).all()
+
+
+def test_too_many_tokens_are_refused() -> None:
+    _, _, choice = setting("softmax", 1, 1, False, 12, 4, True)
+    with pytest.raises(ValueError, match="up to 64 tokens, not 65"):
+        triton_routing.route(normal(0, 65, 32), normal(1, 12, 32), None, workspace=Workspace(DEVICE), **choice)
