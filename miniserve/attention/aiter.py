@@ -41,6 +41,7 @@ class Aiter:
     unified_attention: Callable[..., None]
     reshape_and_cache: Callable[..., None]
     reshape_and_cache_flash: Callable[..., None]
+    fused_qk_rope_reshape_and_cache: Callable[..., tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +76,7 @@ def load() -> Aiter:
         aiter = importlib.import_module("aiter")
         version = _version()
         unified = importlib.import_module("aiter.ops.triton.attention.unified_attention")
+        fused = importlib.import_module("aiter.ops.triton.fusions.fused_kv_cache")
         chip = importlib.import_module("aiter.jit.utils.chip_info")
         arch, compute_units = chip.get_gfx(), chip.get_cu_num()
     except Unavailable:
@@ -88,6 +90,7 @@ def load() -> Aiter:
             compute_units=compute_units,
             fp8=aiter.dtypes.fp8,
             unified_attention=unified.unified_attention,
+            fused_qk_rope_reshape_and_cache=fused.fused_qk_rope_reshape_and_cache,
             **{name: getattr(aiter, name) for name in _TOP_LEVEL},
         )
     except AttributeError as error:

@@ -89,6 +89,27 @@ _FLASH = KernelContract(
     min_window=2,
     sinks=False,
 )
+# Both norm, turn and store in one launch; of the kernels that store alone, rope goes before. aiter's stores what it
+# turned unrounded, limited to an fp8 cache's codes (Triton's conversion does that on both GPUs).
+_FUSED_ROPE_WRITE = KernelContract(
+    name="fused_qk_rope_reshape_and_cache",
+    layouts=_BOTH,
+    dtypes=(torch.bfloat16,),
+    fp8_kv=True,
+    pow2_head_dim=True,
+    min_head_dim=16,
+    pow2_block=True,
+    qk_norm=False,
+    partial_rope=False,
+)
+_ROPE_AND_WRITE = KernelContract(
+    name="triton rope_and_write", layouts=_BOTH, dtypes=_ALL, fp8_kv=True, partial_rope=False
+)
+_TRITON_WRITE = KernelContract(name="triton write_kv", layouts=_BOTH, dtypes=_ALL, fp8_kv=True)
+_RESHAPE, _RESHAPE_FLASH = (
+    KernelContract(name=name, layouts=(layout,), dtypes=_HALF, fp8_kv=True)
+    for name, layout in (("reshape_and_cache", "shuffled"), ("reshape_and_cache_flash", "linear"))
+)
 # Query heads that the persistent kernels take with one query token a row, natively or folded to 16 heads a row, on
 # gfx942 and gfx950, from bfloat16 queries over a cache of bfloat16 or fp8 (aiter's asm_mla.cu and mla_asm.csv).
 MLA_HEADS = tuple(range(16, 129, 16))
@@ -117,6 +138,7 @@ _FLASH_LATENT = KernelContract(
 
 _INSTINCT = ("gfx942", "gfx950")
 _UNIFIED_BOTH = (_UNIFIED, _UNIFIED_SHUFFLED)
+_AITER_WRITE = (_FUSED_ROPE_WRITE, _ROPE_AND_WRITE, _RESHAPE, _RESHAPE_FLASH)
 # In order of preference. Those of latent attention come last, where models without it never get to.
 CONTRACTS = (
     BackendContract(
@@ -126,6 +148,7 @@ CONTRACTS = (
         rerouted_decode=(_TRITON_DECODE,),
         extend=(_TRITON_EXTEND,),
         prefill=(_TRITON_EXTEND,),
+        write=(_ROPE_AND_WRITE, _RESHAPE),
         archs=_INSTINCT,
         requires=("aiter", "triton"),
     ),
@@ -136,8 +159,9 @@ CONTRACTS = (
         rerouted_decode=_UNIFIED_BOTH,
         extend=(_FLASH, *_UNIFIED_BOTH),
         prefill=(_FLASH, *_UNIFIED_BOTH),
+        write=_AITER_WRITE,
         archs=_INSTINCT,
-        requires=("aiter",),
+        requires=("aiter", "triton"),
     ),
     BackendContract(
         name="ROCM_AITER_UNIFIED_ATTN",
@@ -145,8 +169,9 @@ CONTRACTS = (
         decode=_UNIFIED_BOTH,
         extend=_UNIFIED_BOTH,
         prefill=_UNIFIED_BOTH,
+        write=_AITER_WRITE,
         archs=_INSTINCT,
-        requires=("aiter",),
+        requires=("aiter", "triton"),
     ),
     BackendContract(
         name="TRITON_ATTN",
@@ -154,6 +179,7 @@ CONTRACTS = (
         decode=(_TRITON_DECODE,),
         extend=(_TRITON_EXTEND,),
         prefill=(_TRITON_EXTEND,),
+        write=(_ROPE_AND_WRITE, _TRITON_WRITE),
         archs=("sm_80+", "gfx*"),
         fp8_archs=("sm_89+", "gfx942", "gfx950", "gfx12*"),
         requires=("triton",),

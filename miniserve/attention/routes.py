@@ -17,8 +17,12 @@ from miniserve.attention.contracts import MLA_HEADS
 from miniserve.attention.platform import Platform
 from miniserve.attention.select import Choice
 from miniserve.attention.spec import AttentionSpec
+from miniserve.attention.terms import LayerRoute
 
 Route = Literal["asm", "hip"]
+
+# Kernels that rotate q and k, and norm them first where the model does, and store k and v.
+ROPE_WRITES = ("fused_qk_rope_reshape_and_cache", "triton rope_and_write")
 
 # Context lengths whose last tile the ASM kernel counts twice: its first loop takes 16 blocks or more for a full tile
 # of 256 keys, of which lengths that round up to 16 blocks have fewer.
@@ -70,6 +74,11 @@ def has_wrong_length(seq_lens: np.ndarray[tuple[int], np.dtype[np.int64]] | None
     return bool(((seq_lens >= first) & (seq_lens <= last)).any())
 
 
+def fuses_rope(routes: Sequence[LayerRoute]) -> bool:
+    """Whether every layer's write takes q, k and v as they were projected."""
+    return all(route.write in ROPE_WRITES for route in routes)
+
+
 def padded_heads(num_heads: int) -> int:
     """The query heads that aiter's MLA decode is given for a layer's."""
     return next(heads for heads in MLA_HEADS if heads >= num_heads)
@@ -96,6 +105,15 @@ def describe_decode(kernel: str, spec: AttentionSpec, platform: Platform) -> str
     )
 
 
+def describe_chunks(route: LayerRoute) -> str:
+    """Which kernels take chunks of prompts, and which writes to the cache, for people."""
+    chunks = route.prefill if route.prefill == route.extend else f"{route.prefill}, with context {route.extend}"
+    if not route.write:
+        return f"prefill by {chunks}"
+    what = "rope with cache write" if route.write in ROPE_WRITES else "cache write"
+    return f"prefill by {chunks}; {what} by {route.write}"
+
+
 def describe_routes(choice: Choice, specs: Sequence[AttentionSpec], platform: Platform) -> list[str]:
     """A sentence for each kind of layer: which kernels run, where these are not the backend's only ones."""
     kinds = Counter(zip(specs, choice.routes, strict=True))
@@ -104,8 +122,7 @@ def describe_routes(choice: Choice, specs: Sequence[AttentionSpec], platform: Pl
         if route.decode in (choice.backend, "triton paged_decode") and len(kinds) == 1:
             continue
         which = "" if len(kinds) == 1 else f"{count} layer{'s' if count > 1 else ''} {_kind(spec)}: "
-        chunks = route.prefill if route.prefill == route.extend else f"{route.prefill}, with context {route.extend}"
-        lines.append(f"{which}decode by {describe_decode(route.decode, spec, platform)}; prefill by {chunks}")
+        lines.append(f"{which}decode by {describe_decode(route.decode, spec, platform)}; {describe_chunks(route)}")
     if any(spec.kv_dtype.itemsize == 1 for spec in specs):
         lines.append(f"fp8 KV cache: {str(specs[0].kv_dtype).removeprefix('torch.')}")
     if platform.emulated:

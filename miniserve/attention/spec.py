@@ -24,7 +24,8 @@ class AttentionSpec:
     """One layer's attention. Heads are those of this device's shard; head_dim in elements; `scale` multiplies q·k.
 
     sliding_window W: a query at position p sees keys p-W+1 … p. softcap c: scores become c·tanh(score/c).
-    sinks: the layer holds one learned logit per head that takes part in the softmax's sum.
+    sinks: the layer holds one learned logit per head that takes part in the softmax's sum. qk_norm: each head of q and
+    k is normed before rope. rotary_dim: the elements of a head that rope turns, None for all.
     latent: of an MLA layer; num_kv_heads is then 1 and head_dim what the cache holds, kv_lora_rank + rope_dim.
     """
 
@@ -38,6 +39,8 @@ class AttentionSpec:
     softcap: float | None = None
     sinks: bool = False
     latent: LatentDims | None = None
+    qk_norm: bool = False
+    rotary_dim: int | None = None
 
 
 class AttentionLayer(Protocol):

@@ -22,7 +22,8 @@ class KernelContract:
     fp8_kv: it also reads a cache of the platform's fp8; otherwise the cache is of the compute dtype, unless `any_kv`.
     max_group: query heads per KV head. block_multiple, head_dim_multiple: what sizes must divide by. max_query_len:
     query tokens a row. min_window: the shortest sliding window, None where it has none. any_scale: False where the
-    softmax scale is head_dim ** -0.5 whatever it is told. max_plane_bytes: of one side of one layer's cache.
+    softmax scale is head_dim ** -0.5 whatever it is told. max_plane_bytes: of one side of one layer's cache. Of kernels
+    that write to the cache: qk_norm: they norm q and k too; partial_rope: rope may turn a part of each head only.
     Of latent attention: heads: the numbers of query heads it takes, a layer's being padded to the next; latent_parts:
     kv_lora_rank and rope_dim; max_dense_dim: of a head's key and of its value, expanded.
     """
@@ -47,6 +48,8 @@ class KernelContract:
     sinks: bool = True
     any_scale: bool = True
     max_plane_bytes: int | None = None
+    qk_norm: bool = True
+    partial_rope: bool = True
     heads: tuple[int, ...] = ()
     latent_parts: tuple[int, int] | None = None
     max_dense_dim: int | None = None
@@ -72,6 +75,10 @@ class KernelContract:
             yield "has no sinks"
         if not self.any_scale and not math.isclose(spec.scale, spec.head_dim**-0.5, rel_tol=1e-6):
             yield f"always scales by head_dim ** -0.5, not by {spec.scale:.6g}"
+        if spec.qk_norm and not self.qk_norm:
+            yield "has no norm of q and k"
+        if spec.rotary_dim is not None and not self.partial_rope:
+            yield f"turns whole heads, not {spec.rotary_dim} elements of {spec.head_dim}"
 
     def _refused_cache(self, spec: AttentionSpec, plane_bytes: int) -> Iterator[str]:
         if spec.kv_dtype.itemsize == 1 and not (self.fp8_kv or self.any_kv):
@@ -115,11 +122,13 @@ class KernelContract:
 
 @dataclass(frozen=True, slots=True)
 class LayerRoute:
-    """Which kernel serves each part of a layer's step, by its contract's name."""
+    """Which kernel serves each part of a layer's step, by its contract's name. write: of keys and values to the cache,
+    "" where the backend leaves no choice."""
 
     decode: str
     extend: str
     prefill: str
+    write: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +145,7 @@ class BackendContract:
     decode: tuple[KernelContract, ...]
     extend: tuple[KernelContract, ...]
     prefill: tuple[KernelContract, ...]
+    write: tuple[KernelContract, ...] = ()
     rerouted_decode: tuple[KernelContract, ...] = ()
     archs: tuple[str, ...] = ()
     fp8_archs: tuple[str, ...] = ()
@@ -181,17 +191,19 @@ class BackendContract:
         refused: dict[str, None] = {}
         routes: dict[AttentionSpec, LayerRoute | None] = {}
         own = False
+        roles = (
+            ("decode", (*self.decode, *self.rerouted_decode)),
+            ("extend", self.extend),
+            ("prefill", self.prefill),
+            *((("write", self.write),) if self.write else ()),
+        )
         for spec in dict.fromkeys(specs):
             if found := self._cache_refusal(spec, platform, layout, block_size):
                 reasons[found] = None
                 continue
             plane = num_blocks * LAYOUTS[layout](block_size).block_bytes(spec) // 2
             kernels: list[str] = []
-            for role, options in (
-                ("decode", (*self.decode, *self.rerouted_decode)),
-                ("extend", self.extend),
-                ("prefill", self.prefill),
-            ):
+            for role, options in roles:
                 kernel, why = self._first(options, spec, layout, block_size, 1 if role == "decode" else None, plane)
                 if kernel is None:
                     reasons |= dict.fromkeys(why)
@@ -200,7 +212,7 @@ class BackendContract:
                 if role == "decode":
                     own = own or kernel in self.decode
                     refused |= dict.fromkeys(why)
-            routes[spec] = LayerRoute(*kernels) if len(kernels) == 3 else None
+            routes[spec] = LayerRoute(*kernels) if len(kernels) == len(roles) else None
         if not reasons and not own:
             reasons = refused
         if reasons:

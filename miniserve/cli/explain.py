@@ -13,7 +13,6 @@ from miniserve.config import EngineConfig, tuning_dir
 
 if TYPE_CHECKING:
     from miniserve.attention.spec import AttentionSpec
-    from miniserve.attention.terms import LayerRoute
     from miniserve.runner.explain import Explanation, Memory, Path
 
 _ENGINE = EngineConfig()
@@ -180,7 +179,7 @@ def _chosen(found: Explanation) -> Path:
 
 
 def _kernels(found: Explanation, path: Path) -> list[str]:
-    from miniserve.attention.routes import describe_decode
+    from miniserve.attention.routes import describe_chunks, describe_decode
 
     kinds = [kind for kind in found.kinds if kind.spec is not None]
     lines = []
@@ -188,12 +187,8 @@ def _kernels(found: Explanation, path: Path) -> list[str]:
         if kind.spec is not None:
             decode = f"decode by {describe_decode(route.decode, kind.spec, found.platform)}"
             which = "" if len(kinds) == 1 else f"{ranges(kind.layers)}: "
-            lines.append(f"  {which}{decode}; prefill by {_chunks(route)}")
+            lines.append(f"  {which}{decode}; {describe_chunks(route)}")
     return lines
-
-
-def _chunks(route: LayerRoute) -> str:
-    return route.prefill if route.prefill == route.extend else f"{route.prefill}, with context {route.extend}"
 
 
 def _others(found: Explanation) -> list[str]:

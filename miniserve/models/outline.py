@@ -22,6 +22,7 @@ Config = dict[str, Any]
 # q_proj twice as wide.
 _LATENT = ("deepseek_v2", "deepseek_v3")
 _GATED = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+_QK_NORM = ("qwen3", "qwen3_moe", *_GATED)
 KNOWN_TYPES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", *_LATENT, "gpt_oss", *_GATED)
 _MXFP4_BYTES = 0.5 + 1 / 32  # four bits, and a scale of eight for 32 of them
 _FP8_METHODS = ("fp8", "quark", "compressed-tensors")
@@ -138,6 +139,8 @@ def _layers(config: Config, dtype: torch.dtype) -> tuple[AttentionSpec | None, .
         kv_dtype=dtype,
         sinks=config["model_type"] == "gpt_oss",
         latent=latent,
+        qk_norm=config["model_type"] in _QK_NORM,
+        rotary_dim=_rotary_dim(config, head_dim),
     )
     kinds = {
         "full_attention": spec,
@@ -145,6 +148,12 @@ def _layers(config: Config, dtype: torch.dtype) -> tuple[AttentionSpec | None, .
         "linear_attention": None,
     }
     return tuple(kinds[name] for name in _layer_types(config))
+
+
+def _rotary_dim(config: Config, head_dim: int) -> int | None:
+    given = config | (config.get("rope_parameters") or {})
+    factor = given.get("partial_rotary_factor") or (0.25 if config["model_type"] in _GATED else 1.0)
+    return None if factor == 1.0 else int(head_dim * factor)
 
 
 def _layer_types(config: Config) -> list[str]:

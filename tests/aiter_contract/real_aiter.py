@@ -19,7 +19,7 @@ def agreements(program: str) -> list[str]:
     if not os.environ.get("AITER_SRC"):
         pytest.skip("AITER_SRC names no checkout of github.com/ROCm/aiter to run")
     pytest.importorskip("triton")
-    paths = [str(HERE.parent / "attention"), str(HERE)]
+    paths = [str(HERE.parent / "attention"), str(HERE), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, str(HERE / program)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},

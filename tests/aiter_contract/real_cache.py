@@ -14,10 +14,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from attention_reference import Layer
 from real_aiter import make_importable
 
+from miniserve.attention.aiter import Aiter
+from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.rope_write import RopeWriter
 from miniserve.attention.layouts import LAYOUTS, KVCache, KVLayout
-from miniserve.attention.spec import AttentionSpec, LatentDims
+from miniserve.attention.platform import NAMED_PLATFORMS
+from miniserve.attention.spec import AttentionSpec, LatentDims, QKRope
+from miniserve.attention.terms import LayerRoute
 from miniserve.models.description import RopeConfig
 from miniserve.models.layers.ops import rope, rope_interleaved
 from miniserve.models.layers.rotary import RotaryEmbedding
@@ -93,6 +99,40 @@ def check_kv(write: Callable[..., Any], layout_name: str, dtype: torch.dtype, ho
     check_written(layout, cache, want)
 
 
+def check_call(write: Callable[..., Any], layout_name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """As the backends call it: q, k and v views of one qkv, angles of the step's tokens, a padding token among them."""
+    heads, kv_heads, head_dim, block_size, tokens = shape
+    largest, denominator, scales = EXACT[dtype]
+    inputs = Inputs(largest, denominator)
+    spec = AttentionSpec(heads, kv_heads, head_dim, 1.0, torch.bfloat16, dtype)
+    layout = LAYOUTS[layout_name](block_size)
+    num_blocks = tokens // block_size + 3
+    cache, want = (layout.allocate(spec, num_blocks, torch.device("cpu")) for _ in range(2))
+    layer = Layer(spec, None, 0, *(torch.tensor([scale]) for scale in scales or (1.0, 1.0)))
+    routes = (LayerRoute("", "", "", "fused_qk_rope_reshape_and_cache"),)
+    options = BackendOptions(
+        specs=(spec,),
+        routes=routes,
+        platform=NAMED_PLATFORMS["mi355x"],
+        device=torch.device("cpu"),
+        max_rows=2,
+        max_seq_len=64,
+    )
+    aiter = Aiter(**dict.fromkeys(Aiter.__dataclass_fields__) | {"fused_qk_rope_reshape_and_cache": write})
+    writer = RopeWriter(layout, aiter, write, options)
+    qkv, slots = inputs.tensor(tokens, heads + 2 * kv_heads, head_dim), inputs.slots(tokens, num_blocks, block_size)
+    cos_sin = inputs.table(head_dim)[:tokens]
+    q, k, v = writer.write(
+        layer, qkv.flatten(1), QKRope(cos_sin, None, None, 0.0), cache, slots, writer.token_ids(slots), keep_k=True
+    )
+    kept, (raw_q, raw_k, raw_v) = slots >= 0, qkv.split((heads, kv_heads, kv_heads), dim=1)
+    assert torch.equal(q, rope(raw_q, cos_sin))
+    assert torch.equal(k[kept], rope(raw_k, cos_sin)[kept])
+    assert torch.equal(v, raw_v)
+    layout.write(want, k[kept], v[kept], slots[kept], layer.k_scale, layer.v_scale)
+    check_written(layout, cache, want)
+
+
 def check_turns(write: Callable[..., Any], how: str) -> None:
     """By the table that a model with the default rope has."""
     heads, kv_heads, head_dim, block_size, tokens = SHAPES[0]
@@ -141,6 +181,11 @@ def main() -> None:
         fused_qk_rope_reshape_and_cache,
     )
 
+    for dtype in EXACT:
+        for layout_name in ("linear", "shuffled"):
+            for shape in SHAPES:
+                check_call(fused_qk_rope_reshape_and_cache, layout_name, dtype, shape)
+                print("agrees: as a backend calls it,", layout_name, dtype, shape, flush=True)
     for how in ROPES:
         check_turns(fused_qk_rope_reshape_and_cache, how)
         print("agrees: the table's turns,", how, flush=True)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from miniserve.attention import aiter
 from miniserve.attention.backends.base import Backend
-from miniserve.attention.backends.build import build_backend
+from miniserve.attention.backends.build import build_backend, rope_writer
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.rocm_aiter_fa import FlashBackend
 from miniserve.attention.metadata import DecodeRows, StepBatch
@@ -42,7 +42,7 @@ def build(step: Step, choice: Choice, arch: str, specs: tuple[AttentionSpec, ...
         max_seq_len=600,
     )
     if changes and choice.backend == "ROCM_AITER_FA":
-        return FlashBackend(step.layout, aiter.load(), options, **changes)
+        return FlashBackend(step.layout, aiter.load(), rope_writer(step.layout, options), options, **changes)
     return build_backend(choice, step.layout.block_size, options)
 
 
@@ -64,6 +64,7 @@ def cases(draw: st.DrawFn) -> Case:
         sliding_window=None if plain else draw(st.sampled_from([None, 1, 7, 33])),
         softcap=None if plain else draw(st.sampled_from([None, None, 5.0])),
         sinks=not plain and draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
     )
     lengths = [0, 1, block_size - 1, block_size, 50, 240, 244, 254, 255, 300]
     decodes = [(draw(st.sampled_from(lengths)), 1) for _ in range(draw(st.integers(0, 4)))]
@@ -126,6 +127,29 @@ def test_the_asm_kernel_takes_over_above_the_switch(arch: str, fp8: bool) -> Non
             assert {call.route for call in decodes} == {route}, lengths
 
 
+@pytest.mark.parametrize("layout", ["linear", "shuffled"])
+@pytest.mark.parametrize("backend", ["ROCM_AITER_FA", "ROCM_AITER_UNIFIED_ATTN"])
+@pytest.mark.parametrize(
+    ("change", "write"),
+    [
+        ({}, "fused_qk_rope_reshape_and_cache"),
+        ({"kv_dtype": FP8["gfx942"]}, "fused_qk_rope_reshape_and_cache"),
+        ({"qk_norm": True}, "triton rope_and_write"),
+        ({"dtype": FP16, "kv_dtype": FP16}, "triton rope_and_write"),
+        ({"rotary_dim": 32}, "reshape_and_cache"),
+    ],
+)
+def test_who_turns_and_writes(backend: str, layout: str, change: dict[str, Any], write: str) -> None:
+    spec = replace(PLAIN, **change)
+    with stand_in("gfx942", CU_NUM) as module:
+        choice = chosen(spec, "gfx942", backend, layout)
+        assert choice.routes[0].write.removesuffix("_flash") == write
+        step = make_step((spec, 16, [(20, 1), (60, 20), (0, 9)], 1), layout, 3, (0.5, 0.25))
+        step.check(build(step, choice, "gfx942"), FP8_TOLERANCE)
+        writers = {call.function for call in module._standin.calls if "cache" in call.function}
+        assert writers == {name for name in (choice.routes[0].write,) if not name.startswith("triton")}
+
+
 @pytest.mark.parametrize("arch", FP8)
 def test_padding_rows_harm_nobody(arch: str) -> None:
     """A graph's padding: length 0, slot -1, whatever is in its row of the block table."""
@@ -167,7 +191,7 @@ def test_every_field_of_the_metadata_is_read(backend: str) -> None:
             step = replace(step, layer=replace(step.layer, layer_index=index))
             made = build(step, choice, "gfx942", specs=specs)
             meta = Watched(made.build(step.batch), read, known)
-            made.attend(step.layer, step.q, step.k, step.v, step.cache, meta)
+            step.attend(made, meta)
     assert known
     assert read == known
 

@@ -6,4 +6,4 @@ from real_aiter import agreements
 
 
 def test_the_real_rope_and_cache_writes_agree() -> None:
-    assert len(agreements("real_cache.py")) == 34
+    assert len(agreements("real_cache.py")) == 46

@@ -142,6 +142,19 @@ def test_fused_rope_and_write(aiter: ModuleType, value: str, is_neox: bool) -> N
         fused(*arguments[:5], long, *arguments[6:])
     with pytest.raises(AssertionError, match="KV cache dtype must be"):
         fused(*arguments[:3], key.half(), other.half(), *arguments[5:])
+    for sin, words in ((table.sin().bfloat16(), "angles of 16 bits"), (table.sin().T.contiguous().T, "cos's strides")):
+        with pytest.raises(aiter._standin.ContractViolation, match=words):
+            fused(*arguments[:8], sin, *arguments[9:])
+
+
+def test_the_fused_write_limits_what_fp8_cannot_hold(aiter: ModuleType) -> None:
+    from aiter.ops.triton.fusions.fused_kv_cache import fused_qk_rope_reshape_and_cache as fused
+
+    (k, v), (key, other) = tokens(), caches("shuffled", aiter.dtypes.fp8)
+    angles = (torch.ones(6, 32), torch.zeros(6, 32))
+    fused(k, 1e4 * k, 1e4 * v, key, other, SLOTS, torch.arange(6), *angles, ONE, ONE, True, False, output_zeros=False)
+    for cache in (key, other):
+        assert float(cache.float().abs().max()) == torch.finfo(aiter.dtypes.fp8).max
 
 
 def test_latent_writes(aiter: ModuleType) -> None:

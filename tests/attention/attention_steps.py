@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from attention_reference import Layer, attend_one, relative_error
 from hypothesis import strategies as st
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.layouts import LAYOUTS, KVCache, KVLayout
 from miniserve.attention.metadata import ChunkRows, DecodeRows, StepBatch
-from miniserve.attention.spec import AttentionSpec
+from miniserve.attention.spec import AttentionSpec, QKRope
+from miniserve.models.layers.ops import qk_norm_rope
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 Case = tuple[AttentionSpec, int, list[tuple[int, int]], int]
@@ -46,7 +48,8 @@ def cases(draw: st.DrawFn) -> Case:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of one layer. q, k, v: of its new tokens; want float64 [num_tokens, num_heads * head_dim]."""
+    """One step of one layer. q, k, v: of its new tokens; qkv, rope: what they are made of; want float64 [num_tokens,
+    num_heads * head_dim]."""
 
     layer: Layer
     layout: KVLayout
@@ -54,11 +57,19 @@ class Step:
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
+    qkv: torch.Tensor
+    rope: QKRope
     batch: StepBatch
     want: torch.Tensor
 
     def run(self, backend: Backend[Any]) -> torch.Tensor:
-        return backend.attend(self.layer, self.q, self.k, self.v, self.cache, backend.build(self.batch))
+        return self.attend(backend, backend.build(self.batch))
+
+    def attend(self, backend: Backend[Any], meta: object) -> torch.Tensor:
+        """As a model calls it."""
+        if backend.fuses_rope:
+            return backend.attend_qkv(self.layer, self.qkv, self.rope, self.cache, meta)
+        return backend.attend(self.layer, self.q, self.k, self.v, self.cache, meta)
 
     def check(self, backend: Backend[Any], tolerance: float | None = None) -> None:
         out = self.run(backend)
@@ -95,27 +106,37 @@ def make_step(case: Case, layout_name: str, seed: int, scales: tuple[float, floa
 
     for row, (cached, _) in enumerate(rows):
         layout.write(cache, keys[row][:cached], values[row][:cached], slots(row, 0, cached), k_scale, v_scale)
-    new_k = torch.cat([keys[row][cached:] for row, (cached, _) in enumerate(rows)])
+    raw_k = torch.cat([keys[row][cached:] for row, (cached, _) in enumerate(rows)])
     new_v = torch.cat([values[row][cached:] for row, (cached, _) in enumerate(rows)])
+    qkv = torch.cat([draw_tensor(len(raw_k), spec.num_heads, spec.head_dim), raw_k, new_v], dim=1)
+    angles = 9 * torch.randn(len(qkv), spec.head_dim // 2, generator=generator)
+    weights = (draw_tensor(spec.head_dim), draw_tensor(spec.head_dim)) if spec.qk_norm else (None, None)
+    rope = QKRope(torch.cat([angles.cos(), angles.sin()], dim=1), *weights, 1e-6)
     # As in a fused qkv: q, k and v are strided views of one tensor.
-    q = draw_tensor(len(new_k), spec.num_heads, spec.head_dim)
-    fused = torch.cat([q, new_k, new_v], dim=1)
-    q, new_k, new_v = fused.split((spec.num_heads, spec.num_kv_heads, spec.num_kv_heads), dim=1)
+    heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
+    q, new_k, new_v = qkv.split(heads, dim=1)
+    q, new_k, new_v = torch.cat([*qk_norm_rope(q, new_k, rope.cos_sin, *weights, rope.eps), new_v], 1).split(heads, 1)
+    ends = np.cumsum([new for _, new in rows])
+    keys = [
+        torch.cat([key[:cached], new_k[end - new : end]])
+        for key, (cached, new), end in zip(keys, rows, ends, strict=True)
+    ]
     mapping = torch.cat([slots(row, cached, cached + new) for row, (cached, new) in enumerate(rows)])
     if spec.kv_dtype.itemsize == 1:
         keys = [rounded(key, spec.kv_dtype, scales[0]) for key in keys]
         values = [rounded(value, spec.kv_dtype, scales[1]) for value in values]
-    ends = ((row, end) for row, (cached, new) in enumerate(rows) for end in range(cached + 1, cached + new + 1))
+    lengths = ((row, end) for row, (cached, new) in enumerate(rows) for end in range(cached + 1, cached + new + 1))
     want = [
         attend_one(layer, q[index], keys[row][:end], values[row][:end]).flatten()
-        for index, (row, end) in enumerate(ends)
+        for index, (row, end) in enumerate(lengths)
     ]
     batch = step_batch(rows, num_decodes, tables, mapping)
-    return Step(layer, layout, cache, q, new_k, new_v, batch, torch.stack(want))
+    return Step(layer, layout, cache, q, new_k, new_v, qkv.flatten(1), rope, batch, torch.stack(want))
 
 
 def rounded(values: torch.Tensor, dtype: torch.dtype, scale: float) -> torch.Tensor:
-    return (values.float() / scale).to(dtype).float() * scale
+    limit = torch.finfo(dtype).max
+    return (values.float() / scale).clamp(-limit, limit).to(dtype).float() * scale
 
 
 def step_batch(

@@ -93,7 +93,7 @@ def test_decode_does_not_depend_on_its_neighbours(layout_name: str) -> None:
 def test_the_twins_of_triton_s_kernels_take_what_those_take() -> None:
     """Else a backend that is right on a CPU would fail on a GPU."""
     pytest.importorskip("triton")
-    for name in ("paged_decode", "paged_extend", "write_kv"):
+    for name in ("paged_decode", "paged_extend", "write_kv", "rope_and_write"):
         ours, theirs = (inspect.signature(getattr(kernels(), name)) for kernels in (torch_kernels, triton_kernels))
         known = {"num_kv_heads", "block_size", "shuffled", "scale", "window", "softcap", "sinks", "k_scale", "v_scale"}
         asked = [name for name, it in ours.parameters.items() if it.kind is not it.VAR_KEYWORD]

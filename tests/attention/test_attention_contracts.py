@@ -47,6 +47,8 @@ def test_open_terms_refuse_nothing() -> None:
         ({"min_window": 65}, {}, "has no sliding window of 64"),
         ({"softcap": False}, {"softcap": 1.0}, "has no softcap"),
         ({"sinks": False}, {"sinks": True}, "has no sinks"),
+        ({"qk_norm": False}, {"qk_norm": True}, "has no norm of q and k"),
+        ({"partial_rope": False}, {"rotary_dim": 32}, "turns whole heads, not 32 elements of 128"),
         ({"any_scale": False}, {"scale": 0.1}, "always scales by head_dim ** -0.5, not by 0.1"),
         ({"max_plane_bytes": 1 << 31}, {}, "reads at most 2,147,483,648 bytes of keys or values, not 3,221,225,472"),
     ],

@@ -20,7 +20,7 @@ from engine_support import stand_in
 
 import miniserve
 from miniserve.attention import aiter as adapter
-from miniserve.attention.backends.build import build_backend
+from miniserve.attention.backends.build import build_backend, rope_writer
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.rocm_aiter_fa import FlashBackend
 from miniserve.attention.contracts import CONTRACTS
@@ -67,7 +67,7 @@ def flash_backend(step: Step, *, trust_asm_lengths: bool = False) -> FlashBacken
         max_seq_len=512,
         trust_asm_lengths=trust_asm_lengths,
     )
-    return FlashBackend(step.layout, adapter.load(), options)
+    return FlashBackend(step.layout, adapter.load(), rope_writer(step.layout, options), options)
 
 
 def decode_step(spec: AttentionSpec, lengths: list[int], layout: str = "shuffled") -> Step:
@@ -206,19 +206,29 @@ def test_20_one_module_imports_aiter_and_only_when_asked() -> None:
 
 @pytest.mark.parametrize("layout", ["linear", "shuffled"])
 def test_22_slots_are_int64_and_one_a_token(layout: str) -> None:
+    seen: list[tuple[torch.dtype, int, int]] = []
+
+    def watched(write: Any, slots_at: int) -> Any:
+        def watch(*given: Any, **options: Any) -> Any:
+            seen.append((given[slots_at].dtype, given[slots_at].shape[0], given[0].shape[0]))
+            return write(*given, **options)
+
+        return watch
+
     with stand_in("gfx942", 4):
         step = make_step((SPEC, 16, [(50, 1), (50, 20), (0, 9)], 1), layout, 1)
+        real = adapter.load()
+        changed = replace(
+            real,
+            reshape_and_cache=watched(real.reshape_and_cache, 4),
+            reshape_and_cache_flash=watched(real.reshape_and_cache_flash, 4),
+            fused_qk_rope_reshape_and_cache=watched(real.fused_qk_rope_reshape_and_cache, 5),
+        )
         backend = flash_backend(step)
-        seen: list[tuple[torch.dtype, int, int]] = []
-
-        def watch(
-            k: torch.Tensor, v: torch.Tensor, key: Any, value: Any, slots: torch.Tensor, *_: Any, **__: Any
-        ) -> None:
-            seen.append((slots.dtype, slots.shape[0], k.shape[0]))
-
-        backend._aiter = replace(backend._aiter, reshape_and_cache=watch, reshape_and_cache_flash=watch)
-        step.run(backend)
-    assert seen == [(torch.int64, 30, 30)]
+        backend._aiter = backend._writer._aiter = changed
+        for backend.fuses_rope in (False, True):
+            step.check(backend)
+    assert seen == [(torch.int64, 30, 30)] * 2
 
 
 def test_23_other_amd_gpus_get_triton() -> None:

@@ -18,6 +18,7 @@ PACKAGE = {
     "__init__.py": INIT,
     "_version.py": "__version__ = '0.1.20.post1'",
     "ops/triton/attention/unified_attention.py": "def unified_attention(): ...",
+    "ops/triton/fusions/fused_kv_cache.py": "def fused_qk_rope_reshape_and_cache(): ...",
     "jit/utils/chip_info.py": "def get_gfx(): return 'gfx942'\ndef get_cu_num(): return 304",
 }
 

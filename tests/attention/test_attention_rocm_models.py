@@ -128,7 +128,7 @@ def test_layers_with_and_without_a_window_are_told_apart(gpu: str) -> None:
     platform = NAMED_PLATFORMS[gpu]
     choice = choose(GEMMA3_27B, gpu)
     assert choice.backend == "ROCM_ATTN"
-    prefill = "prefill by triton paged_extend"
+    prefill = "prefill by triton paged_extend; rope with cache write by triton rope_and_write"
     assert describe_routes(choice, GEMMA3_27B.specs(), platform) == [
         f"5 layers of 32/16 heads of 128, window 1024: decode by triton paged_decode; {prefill}",
         f"1 layer of 32/16 heads of 128: decode by paged_attention_rocm: HIP at any batch; {prefill}",

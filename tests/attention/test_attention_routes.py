@@ -11,13 +11,16 @@ from miniserve.attention.routes import (
     aiter_route,
     asm_possible,
     common_route,
+    describe_chunks,
     describe_decode,
+    fuses_rope,
     has_wrong_length,
     high_precision,
     kv_cache_dtype,
     window_pair,
 )
 from miniserve.attention.spec import AttentionSpec
+from miniserve.attention.terms import LayerRoute
 
 MI300X, MI355X = NAMED_PLATFORMS["mi300x"], NAMED_PLATFORMS["mi355x"]
 
@@ -81,6 +84,16 @@ def test_the_switch_is_told_in_batches() -> None:
     assert describe_decode("paged_attention_rocm", spec, MI300X).endswith("HIP at any batch")
     many = AttentionSpec(64, 4, 128, 128**-0.5, torch.bfloat16, torch.float8_e4m3fn)
     assert "HIP at any batch" in describe_decode("paged_attention_common", many, MI355X)
+
+
+def test_who_writes_is_told() -> None:
+    routes = [LayerRoute("", "E", "P", write) for write in ("triton rope_and_write", "reshape_and_cache", "")]
+    assert [describe_chunks(route) for route in routes] == [
+        "prefill by P, with context E; rope with cache write by triton rope_and_write",
+        "prefill by P, with context E; cache write by reshape_and_cache",
+        "prefill by P, with context E",
+    ]
+    assert [fuses_rope([routes[0], route]) for route in routes] == [True, False, False]
 
 
 def test_windows_and_dtypes_as_aiter_takes_them() -> None:

@@ -15,8 +15,8 @@ DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "ROCM.md"
 
 def backend_table() -> str:
     rows = [
-        "| backend | runs on | needs | KV layouts | decode | prefill; with cached context |",
-        "|---|---|---|---|---|---|",
+        "| backend | runs on | needs | KV layouts | decode | prefill; with cached context | writes to the cache |",
+        "|---|---|---|---|---|---|---|",
     ]
     for contract in CONTRACTS:
         needs = ", ".join(contract.requires).replace("native", "a C++ compiler") or "nothing"
@@ -25,7 +25,7 @@ def backend_table() -> str:
         prefill, extend = _kernels(contract.prefill), _kernels(contract.extend)
         rows.append(
             f"| `{contract.name}` | {_places(contract)} | {needs} | {', '.join(contract.layouts)} | {decode} | "
-            f"{prefill if prefill == extend else f'{prefill}; {extend}'} |"
+            f"{prefill if prefill == extend else f'{prefill}; {extend}'} | {_kernels(contract.write) or '-'} |"
         )
     return "\n".join(rows)
 
@@ -38,7 +38,8 @@ def kernel_table() -> str:
     kernels = {
         kernel: None
         for contract in CONTRACTS
-        for kernel in (*contract.decode, *contract.rerouted_decode, *contract.prefill, *contract.extend)
+        for role in (contract.decode, contract.rerouted_decode, contract.prefill, contract.extend, contract.write)
+        for kernel in role
     }
     rows += [_kernel_row(kernel) for kernel in kernels]
     return "\n".join(rows)
@@ -82,7 +83,7 @@ def _head_dims(kernel: KernelContract) -> str:
     if kernel.max_dense_dim is not None:
         return f"≤ {kernel.max_dense_dim}, keys and values expanded"
     if kernel.max_head_dim is None:
-        return "any"
+        return f"≥ {kernel.min_head_dim}, powers of 2" if kernel.pow2_head_dim else "any"
     least = max(kernel.min_head_dim, kernel.head_dim_multiple)
     more = f", × {kernel.head_dim_multiple}" if kernel.head_dim_multiple > 1 else ""
     return f"{least}-{kernel.max_head_dim}{more}{', powers of 2' if kernel.pow2_head_dim else ''}"
@@ -101,6 +102,8 @@ def _lacks(kernel: KernelContract) -> str:
     lacks += ["softcap"] if not kernel.softcap else []
     lacks += ["sinks"] if not kernel.sinks else []
     lacks += ["a scale other than head_dim ** -0.5"] if not kernel.any_scale else []
+    lacks += ["norm of q and k"] if not kernel.qk_norm else []
+    lacks += ["rope of a part of each head"] if not kernel.partial_rope else []
     lacks += ["several query tokens a row"] if kernel.max_query_len == 1 else []
     return ", ".join(lacks) or "-"
 

@@ -101,9 +101,10 @@ def test_rope_and_write(
     cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1)
     weights = (normal(3, head_dim, dtype=dtype), normal(4, head_dim, dtype=dtype)) if normed else (None, None)
     key, value = planes(6, 16, kv_heads, head_dim, dtype, shuffled)
+    k_out = torch.full((tokens, kv_heads, head_dim), torch.nan, dtype=dtype, device=DEVICE)
     q_out = rope_and_write(
         qkv, cos_sin, *weights, 1e-6, key, value, slots(SLOTS), num_heads=heads, num_kv_heads=kv_heads,
-        head_dim=head_dim, block_size=16, shuffled=shuffled,
+        head_dim=head_dim, block_size=16, shuffled=shuffled, k_out=k_out,
     )  # fmt: skip
     q, k, v = qkv.unflatten(1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=1)
     want_q, want_k = qk_norm_rope(q, k, cos_sin, *weights, 1e-6)
@@ -115,6 +116,7 @@ def test_rope_and_write(
         if slot >= 0:
             got_k, got_v = stored(key, value, slot, 16, kv_heads, head_dim, shuffled)
             assert relative_error(got_k, want_k[token]) < ulp
+            assert torch.equal(k_out[token].float(), got_k)
             assert torch.equal(got_v, v[token].float())
     only_these_were_written(value, sum(slot >= 0 for slot in SLOTS) * kv_heads * head_dim)
 

@@ -42,7 +42,7 @@ def test_the_engine_obeys_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     assert "measured" not in attention()[0]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    spec = AttentionSpec(4, 2, 128, 128**-0.5, torch.float32, torch.float32)
+    spec = AttentionSpec(4, 2, 128, 128**-0.5, torch.float32, torch.float32, qk_norm=True)
     platform = detect_platform(torch.device("cpu"), torch.float32)
     save_table(table_path(tuning_dir(), platform, [spec], 16), ["TORCH_ATTN:shuffled"], [])
     assert attention()[0] == "TORCH_ATTN over the shuffled KV layout: measured fastest by `miniserve tune`"

@@ -89,6 +89,39 @@ def write_kv(
         aiter.reshape_and_cache(*given, layer.v_scale, asm_layout=True)
 
 
+def fused_rope_write(
+    aiter: Aiter,
+    layout: KVLayout,
+    layer: AttentionLayer,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: KVCache,
+    slot_mapping: torch.Tensor,
+    token_ids: torch.Tensor,
+    cos_sin: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `write_kv`, with rope before it: cos_sin has the step's tokens' own angles, so that token_ids, 0, 1, 2, …, are
+    what aiter takes for positions. Returns q and k rotated; k is not set where the slot is negative."""
+    fp8 = layer.spec.kv_dtype.itemsize == 1
+    q_out, k_out, *_ = aiter.fused_qk_rope_reshape_and_cache(
+        q,
+        k,
+        v,
+        cache.key,
+        cache.value,
+        slot_mapping,
+        token_ids,
+        *cos_sin.chunk(2, dim=-1),
+        layer.k_scale if fp8 else None,
+        layer.v_scale if fp8 else None,
+        is_neox=True,
+        flash_layout=layout.name == "linear",
+        output_zeros=False,
+    )
+    return q_out, k_out
+
+
 def paged_v1(
     aiter: Aiter,
     layer: AttentionLayer,

@@ -16,6 +16,7 @@ from miniserve.attention.backends.rocm_aiter_mla import AiterLatentBackend, Toke
 from miniserve.attention.backends.rocm_aiter_mla import scratch_bytes as latent_scratch_bytes
 from miniserve.attention.backends.rocm_attn import RocmBackend
 from miniserve.attention.backends.rocm_unified import UnifiedBackend
+from miniserve.attention.backends.rope_write import RopeWriter
 from miniserve.attention.backends.torch_attn import TorchBackend
 from miniserve.attention.backends.torch_mla import TorchLatentBackend
 from miniserve.attention.backends.triton_attn import TritonBackend
@@ -47,10 +48,14 @@ def build_backend(choice: Choice, block_size: int, options: BackendOptions) -> B
     if choice.backend == "ROCM_ATTN":
         return RocmBackend(layout, _paged_kernels(options), load_aiter(), options)
     if choice.backend == "ROCM_AITER_FA":
-        return FlashBackend(layout, load_aiter(), options)
+        return FlashBackend(layout, load_aiter(), rope_writer(layout, options), options)
     if choice.backend == "ROCM_AITER_UNIFIED_ATTN":
-        return UnifiedBackend(layout, load_aiter(), options)
+        return UnifiedBackend(layout, load_aiter(), rope_writer(layout, options), options)
     raise ValueError(f"no backend is called {choice.backend}")
+
+
+def rope_writer(layout: KVLayout, options: BackendOptions) -> RopeWriter:
+    return RopeWriter(layout, load_aiter(), _paged_kernels(options).rope_and_write, options)
 
 
 def _paged_kernels(options: BackendOptions) -> PagedKernels:

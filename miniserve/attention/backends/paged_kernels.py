@@ -7,7 +7,8 @@
 - write_kv(k, v, key_cache, value_cache, slot_mapping, *, block_size, shuffled, k_scale, v_scale); a negative slot is
   not written
 - rope_and_write(qkv, cos_sin, q_weight, k_weight, eps, key_cache, value_cache, slot_mapping, *, num_heads,
-  num_kv_heads, head_dim, block_size, shuffled, k_scale, v_scale) -> q: norm and rope, then as write_kv
+  num_kv_heads, head_dim, block_size, shuffled, k_scale, v_scale, k_out) -> q: norm and rope, then as write_kv; k_out,
+  None to do without: gets the k that was written
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ AllocateScratch = Callable[[Sequence[tuple[int, int]], int, int, torch.device], 
 @dataclass(frozen=True, slots=True)
 class PagedKernels:
     """allocate_scratch(launches as (rows, num_splits), num_heads, head_dim, device): what splits leave for the merge;
-    None where decode never splits a row. rope_and_write is None where it is not to be had."""
+    None where decode never splits a row."""
 
     paged_decode: Callable[..., torch.Tensor]
     paged_extend: Callable[..., torch.Tensor]
     write_kv: Callable[..., None]
+    rope_and_write: Callable[..., torch.Tensor]
     allocate_scratch: AllocateScratch | None
-    rope_and_write: Callable[..., torch.Tensor] | None = None
 
 
 def triton_kernels() -> PagedKernels:
@@ -44,12 +45,12 @@ def triton_kernels() -> PagedKernels:
     from miniserve.kernels.triton.paged_extend import paged_extend
     from miniserve.kernels.triton.split_kv import DecodeScratch
 
-    return PagedKernels(paged_decode, paged_extend, write_kv, DecodeScratch.allocate, rope_and_write)
+    return PagedKernels(paged_decode, paged_extend, write_kv, rope_and_write, DecodeScratch.allocate)
 
 
 def torch_kernels() -> PagedKernels:
     """The same in PyTorch, for a platform that is emulated on a CPU."""
-    return PagedKernels(_torch_decode, _torch_extend, _torch_write, None)
+    return PagedKernels(_torch_decode, _torch_extend, _torch_write, _torch_rope_and_write, None)
 
 
 class SplitPlan:
@@ -173,3 +174,41 @@ def _torch_write(
     layout = LAYOUTS["shuffled" if shuffled else "linear"](block_size)
     kept = slot_mapping >= 0
     layout.write(KVCache(key_cache, value_cache), k[kept], v[kept], slot_mapping[kept], k_scale, v_scale)
+
+
+def _torch_rope_and_write(
+    qkv: torch.Tensor,
+    cos_sin: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    eps: float,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    shuffled: bool,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    k_out: torch.Tensor | None,
+) -> torch.Tensor:
+    q, k, v = qkv.unflatten(1, (-1, head_dim)).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    q, k = (_norm_rope(x, weight, cos_sin, eps) for x, weight in ((q, q_weight), (k, k_weight)))
+    terms: dict[str, Any] = {"block_size": block_size, "shuffled": shuffled, "k_scale": k_scale, "v_scale": v_scale}
+    _torch_write(k, v, key_cache, value_cache, slot_mapping, **terms)
+    if k_out is not None:
+        k_out.copy_(k)
+    return q
+
+
+def _norm_rope(x: torch.Tensor, weight: torch.Tensor | None, cos_sin: torch.Tensor, eps: float) -> torch.Tensor:
+    """[T, heads, head_dim], rounded to x's dtype where the Triton kernel rounds."""
+    if weight is not None:
+        wide = x.float()
+        x = weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    cos, sin = cos_sin[:, None].chunk(2, dim=-1)
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -24,11 +24,12 @@ from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.context import GatheredRows, context_pieces, windowed_rows
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.rocm_unified import RowsMetadata, attend_rows, chunk_rows, decode_rows
+from miniserve.attention.backends.rope_write import RopeWriter
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.merge import merge_lse
 from miniserve.attention.metadata import StepBatch
-from miniserve.attention.routes import common_route, has_wrong_length, window_pair
-from miniserve.attention.spec import AttentionLayer, AttentionSpec
+from miniserve.attention.routes import common_route, fuses_rope, has_wrong_length, window_pair
+from miniserve.attention.spec import AttentionLayer, AttentionSpec, QKRope
 
 FLASH = "flash_attn_varlen_func"
 CONTEXT_TOKENS = 32768  # of cached context that are gathered at once
@@ -67,9 +68,11 @@ class ExtendMetadata:
 
 @dataclass(frozen=True, slots=True)
 class FlashMetadata:
-    """slot_mapping int64 [num_tokens]. Decode rows come first, then chunks with context, then those without."""
+    """slot_mapping, token_ids int64 [num_tokens]. Decode rows come first, then chunks with context, then those
+    without."""
 
     slot_mapping: torch.Tensor
+    token_ids: torch.Tensor
     decode: DecodeMetadata | None
     extend: ExtendMetadata | None
     prefill: RowsMetadata | None
@@ -84,13 +87,15 @@ class FlashBackend(Backend[FlashMetadata]):
         self,
         layout: KVLayout,
         aiter: Aiter,
+        writer: RopeWriter,
         options: BackendOptions,
         *,
         context_tokens: int = CONTEXT_TOKENS,
     ) -> None:
         super().__init__(layout)
-        self._aiter = aiter
+        self._aiter, self._writer = aiter, writer
         self._routes = options.routes
+        self.fuses_rope = fuses_rope(options.routes)
         self._compute_units = options.platform.compute_units
         self._trust_asm_lengths = options.trust_asm_lengths
         self._context_tokens = context_tokens
@@ -112,7 +117,7 @@ class FlashBackend(Backend[FlashMetadata]):
             windowed = {window: windowed_rows(group, block_size, window) for window in self._windows}
             extend = ExtendMetadata(chunk_rows(group), pieces, windowed)
         prefill = None if batch.prefill is None else chunk_rows(batch.prefill)
-        return FlashMetadata(batch.slot_mapping, decode, extend, prefill)
+        return FlashMetadata(batch.slot_mapping, self._writer.token_ids(batch.slot_mapping), decode, extend, prefill)
 
     def attend(
         self,
@@ -124,6 +129,24 @@ class FlashBackend(Backend[FlashMetadata]):
         meta: FlashMetadata,
     ) -> torch.Tensor:
         write_kv(self._aiter, self.layout, layer, k, v, cache, meta.slot_mapping)
+        return self._attend(layer, q, k, v, cache, meta)
+
+    def attend_qkv(
+        self, layer: AttentionLayer, qkv: torch.Tensor, rope: QKRope, cache: KVCache, meta: FlashMetadata
+    ) -> torch.Tensor:
+        chunks = meta.extend is not None or meta.prefill is not None
+        q, k, v = self._writer.write(layer, qkv, rope, cache, meta.slot_mapping, meta.token_ids, keep_k=chunks)
+        return self._attend(layer, q, k, v, cache, meta)
+
+    def _attend(
+        self,
+        layer: AttentionLayer,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cache: KVCache,
+        meta: FlashMetadata,
+    ) -> torch.Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if meta.decode is not None:
             self._decode(layer, q, cache, meta.decode, out)

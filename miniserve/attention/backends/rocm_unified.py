@@ -10,9 +10,11 @@ from miniserve.attention.aiter import Aiter
 from miniserve.attention.backends.aiter_calls import unified, write_kv
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.rope_write import RopeWriter
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import ChunkRows, DecodeRows, StepBatch
-from miniserve.attention.spec import AttentionLayer
+from miniserve.attention.routes import fuses_rope
+from miniserve.attention.spec import AttentionLayer, QKRope
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,24 +33,26 @@ class RowsMetadata:
 
 @dataclass(frozen=True, slots=True)
 class UnifiedMetadata:
-    """slot_mapping int64 [num_tokens]. Decode rows come first, then the chunks."""
+    """slot_mapping, token_ids int64 [num_tokens]. Decode rows come first, then the chunks."""
 
     slot_mapping: torch.Tensor
+    token_ids: torch.Tensor
     groups: tuple[RowsMetadata, ...]
 
 
 class UnifiedBackend(Backend[UnifiedMetadata]):
     graphs = True
 
-    def __init__(self, layout: KVLayout, aiter: Aiter, options: BackendOptions) -> None:
+    def __init__(self, layout: KVLayout, aiter: Aiter, writer: RopeWriter, options: BackendOptions) -> None:
         super().__init__(layout)
-        self._aiter = aiter
+        self._aiter, self._writer = aiter, writer
+        self.fuses_rope = fuses_rope(options.routes)
         self._counting = torch.arange(options.max_rows + 1, dtype=torch.int32, device=options.device)
 
     def build(self, batch: StepBatch) -> UnifiedMetadata:
         groups = [] if batch.decode is None else [decode_rows(batch.decode, self._counting)]
         groups += [chunk_rows(group) for group in (batch.extend, batch.prefill) if group is not None]
-        return UnifiedMetadata(batch.slot_mapping, tuple(groups))
+        return UnifiedMetadata(batch.slot_mapping, self._writer.token_ids(batch.slot_mapping), tuple(groups))
 
     def attend(
         self,
@@ -60,6 +64,17 @@ class UnifiedBackend(Backend[UnifiedMetadata]):
         meta: UnifiedMetadata,
     ) -> torch.Tensor:
         write_kv(self._aiter, self.layout, layer, k, v, cache, meta.slot_mapping)
+        return self._over_cache(layer, q, cache, meta)
+
+    def attend_qkv(
+        self, layer: AttentionLayer, qkv: torch.Tensor, rope: QKRope, cache: KVCache, meta: UnifiedMetadata
+    ) -> torch.Tensor:
+        q, _, _ = self._writer.write(layer, qkv, rope, cache, meta.slot_mapping, meta.token_ids, keep_k=False)
+        return self._over_cache(layer, q, cache, meta)
+
+    def _over_cache(
+        self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, meta: UnifiedMetadata
+    ) -> torch.Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for rows in meta.groups:
             attend_rows(self._aiter, self.layout, layer, q, cache, rows, out)

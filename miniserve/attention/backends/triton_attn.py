@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.paged_kernels import PagedKernels, SplitPlan
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import ChunkRows, StepBatch
+from miniserve.attention.routes import fuses_rope
 from miniserve.attention.spec import AttentionLayer, AttentionSpec, QKRope
 
 
@@ -51,7 +53,7 @@ class TritonBackend(Backend[PagedMetadata]):
     def __init__(self, layout: KVLayout, kernels: PagedKernels, options: BackendOptions) -> None:
         super().__init__(layout)
         self._kernels = kernels
-        self.fuses_rope = kernels.rope_and_write is not None
+        self.fuses_rope = fuses_rope(options.routes)
         self._shuffled = layout.name == "shuffled"
         platform = options.platform
         sizes = (platform.arch, platform.compute_units, options.max_rows, options.max_seq_len, options.device)
@@ -78,27 +80,7 @@ class TritonBackend(Backend[PagedMetadata]):
     def attend_qkv(
         self, layer: AttentionLayer, qkv: torch.Tensor, rope: QKRope, cache: KVCache, meta: PagedMetadata
     ) -> torch.Tensor:
-        if self._kernels.rope_and_write is None:
-            raise NotImplementedError("these kernels do not rotate")
-        spec = layer.spec
-        k_scale, v_scale = scales(layer)
-        q = self._kernels.rope_and_write(
-            qkv,
-            rope.cos_sin,
-            rope.q_weight,
-            rope.k_weight,
-            rope.eps,
-            cache.key,
-            cache.value,
-            meta.slot_mapping,
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            block_size=self.layout.block_size,
-            shuffled=self._shuffled,
-            k_scale=k_scale,
-            v_scale=v_scale,
-        )
+        q = rope_and_write(self._kernels.rope_and_write, self.layout, layer, qkv, rope, cache, meta.slot_mapping)
         return self._over_cache(layer, q, cache, meta)
 
     def _over_cache(self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, meta: PagedMetadata) -> torch.Tensor:
@@ -174,6 +156,40 @@ class TritonBackend(Backend[PagedMetadata]):
             "k_scale": k_scale,
             "v_scale": v_scale,
         }
+
+
+def rope_and_write(
+    kernel: Callable[..., torch.Tensor],
+    layout: KVLayout,
+    layer: AttentionLayer,
+    qkv: torch.Tensor,
+    rope: QKRope,
+    cache: KVCache,
+    slot_mapping: torch.Tensor,
+    k_out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`PagedKernels.rope_and_write`, for a layer; k_out [num_tokens, num_kv_heads, head_dim]: for k rotated too, of the
+    tokens that are written. Returns q rotated."""
+    spec = layer.spec
+    k_scale, v_scale = scales(layer)
+    return kernel(
+        qkv,
+        rope.cos_sin,
+        rope.q_weight,
+        rope.k_weight,
+        rope.eps,
+        cache.key,
+        cache.value,
+        slot_mapping,
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        block_size=layout.block_size,
+        shuffled=layout.name == "shuffled",
+        k_scale=k_scale,
+        v_scale=v_scale,
+        k_out=k_out,
+    )
 
 
 def scales(layer: AttentionLayer) -> tuple[torch.Tensor | None, torch.Tensor | None]:

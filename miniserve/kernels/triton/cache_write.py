@@ -76,12 +76,14 @@ def rope_and_write(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     q_out: torch.Tensor | None = None,
+    k_out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Norm each head of q and k (where weights [head_dim] are given), rotate both, and store k and v in the cache.
 
     qkv [num_tokens, (num_heads + 2 num_kv_heads) * head_dim], rows may be strided; cos_sin float32 [num_tokens,
     head_dim]: cosines, then sines; slots as in `write_kv`. Rounds to qkv's dtype where `models/layers/ops.py` does.
-    Returns q [num_tokens, num_heads, head_dim].
+    Returns q [num_tokens, num_heads, head_dim]; k_out [num_tokens, num_kv_heads, head_dim], dense, gets the k of the
+    tokens that are written.
     """
     num_tokens = qkv.shape[0]
     if q_out is None:
@@ -100,6 +102,7 @@ def rope_and_write(
         k_scale,
         v_scale,
         q_out,
+        k_out,
         qkv.stride(0),
         cos_sin.stride(0),
         *q_out.stride()[:2],
@@ -239,7 +242,7 @@ def _norm_rope(
 
 @triton.jit
 def _rope_write_kernel(
-    qkv, cos_sin, q_weight, k_weight, key_cache, value_cache, slots, k_scale, v_scale, q_out,
+    qkv, cos_sin, q_weight, k_weight, key_cache, value_cache, slots, k_scale, v_scale, q_out, k_out,
     qkv_row, cos_row, out_row, out_head, k_block, k_token, k_head, v_block, v_token, v_head, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, X: tl.constexpr, LIMIT: tl.constexpr, PDL: tl.constexpr,
@@ -276,6 +279,10 @@ def _rope_write_kernel(
             first = tl.load(k_at, mask=mask, other=0.0)
             second = tl.load(k_at + HALF, mask=mask, other=0.0)
             first, second = _norm_rope(first, second, k_weight, cos, sin, half, there, eps, HEAD_DIM, HALF)
+            if k_out is not None:
+                out_at = k_out + (token * KV_HEADS + kv_head) * HEAD_DIM + half
+                tl.store(out_at, first, mask=mask)
+                tl.store(out_at + HALF, second, mask=mask)
             _store_token(
                 key_cache, value_cache, first, tl.load(v_at, mask=mask, other=0.0), k_scale, v_scale, slot, kv_head,
                 half, mask, k_block, k_token, k_head, v_block, v_token, v_head, HEAD_DIM, BLOCK_SIZE, X, LIMIT,

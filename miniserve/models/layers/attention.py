@@ -33,6 +33,7 @@ def _attention_spec(config: ModelConfig, options: BuildOptions, layer_index: int
         dtype=options.dtype,
         kv_dtype=options.kv_dtype,
         sliding_window=config.sliding_windows[layer_index],
+        qk_norm=config.qk_norm,
     )
 
 

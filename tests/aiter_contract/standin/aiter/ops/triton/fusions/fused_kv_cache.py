@@ -33,8 +33,9 @@ def fused_qk_rope_reshape_and_cache(
 ):
     """q [T, QH, D], k and v [T, KH, D] roped and written -> (q_out, k_out, key_cache, value_cache[, zeros_out]).
 
-    A token of a negative slot is not written and gets no k_out (NaN). More slots than tokens (K read out of bounds), an
-    x that is not 16 bytes, positions past cos, and before v0.1.16 a 5-D V are violations.
+    A token of a negative slot is not written and gets no k_out (NaN). What an fp8 cache cannot hold becomes its largest
+    code, as Triton converts on both GPUs. More slots than tokens (K read out of bounds), an x that is not 16 bytes,
+    cos and sin of unlike strides or not in float32, positions past them, and before v0.1.16 a 5-D V are violations.
     """
     shuffled = value_cache.dim() == 5
     record("fused_qk_rope_reshape_and_cache", "linear" if flash_layout else "shuffled" if shuffled else "v0")
@@ -60,6 +61,10 @@ def fused_qk_rope_reshape_and_cache(
     found = _checks.slots(slot_mapping, tokens, num_blocks * block_size, exact=True)
     at = pos + offs if offs is not None else pos
     require(at.shape == (tokens,) and not at.is_floating_point(), "pos must be one integer per token")
+    require(pos.is_contiguous() and slot_mapping.is_contiguous(), "the kernel takes no strides of pos and slots")
+    require(cos.shape == sin.shape and cos.stride() == sin.stride(), "cos's strides serve sin too")
+    require(cos.dtype == sin.dtype == torch.float32, "angles of 16 bits are multiplied in 16 bits")
+    require(q.dtype == k.dtype == v.dtype, "the stand-in covers q, k and v of one dtype")
     require(not tokens or 0 <= int(at.min()) <= int(at.max()) < cos.shape[0], "a position outside cos and sin")
     c, s = (t.view(t.shape[0], -1)[at][:, None] for t in (cos, sin))
     rotated, key = rotate(q, c, s, is_neox), rotate(k, c, s, is_neox)
@@ -76,7 +81,8 @@ def fused_qk_rope_reshape_and_cache(
         if given is not None and apply_scale:
             _checks.scale("scale", given)
             t /= float(given)  # whatever the cache's dtype
-    key, value = (t if kind == "fp8" else t.to(key_cache.dtype) for t in rows)
+    limit = torch.finfo(key_cache.dtype).max
+    key, value = (t.clamp(-limit, limit) if kind == "fp8" else t.to(key_cache.dtype) for t in rows)
     if flash_layout:
         at_key = at_value = (b, o)
     else:

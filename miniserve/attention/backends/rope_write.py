@@ -1,0 +1,57 @@
+"""Rope and cache write in one launch, for backends over aiter: by its own kernel or by the engine's, as the layer's
+route says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from miniserve.attention.aiter import Aiter
+from miniserve.attention.backends.aiter_calls import fused_rope_write
+from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.triton_attn import rope_and_write
+from miniserve.attention.layouts import KVCache, KVLayout
+from miniserve.attention.spec import AttentionLayer, QKRope
+
+
+class RopeWriter:
+    """kernel: `PagedKernels.rope_and_write`."""
+
+    def __init__(
+        self, layout: KVLayout, aiter: Aiter, kernel: Callable[..., torch.Tensor], options: BackendOptions
+    ) -> None:
+        self._layout, self._aiter, self._kernel = layout, aiter, kernel
+        self._routes = options.routes
+        self._counting = torch.arange(options.max_rows, dtype=torch.int64, device=options.device)
+
+    def token_ids(self, slot_mapping: torch.Tensor) -> torch.Tensor:
+        """int64 0, 1, 2, … for each of the step's tokens; of decode rows alone it is always the same memory."""
+        count = slot_mapping.shape[0]
+        if count <= self._counting.shape[0]:
+            return self._counting[:count]
+        return torch.arange(count, dtype=torch.int64, device=slot_mapping.device)
+
+    def write(
+        self,
+        layer: AttentionLayer,
+        qkv: torch.Tensor,
+        rope: QKRope,
+        cache: KVCache,
+        slot_mapping: torch.Tensor,
+        token_ids: torch.Tensor,
+        *,
+        keep_k: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """qkv as of `StepContext.attend_qkv` -> q, k, v [num_tokens, heads, head_dim], q normed and rotated; so is k,
+        where it is kept, of those tokens that are written to the cache."""
+        spec = layer.spec
+        heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
+        q, k, v = qkv.unflatten(1, (-1, spec.head_dim)).split(heads, dim=1)
+        if self._routes[layer.layer_index].write == "fused_qk_rope_reshape_and_cache":
+            angles = (token_ids, rope.cos_sin)
+            q, k = fused_rope_write(self._aiter, self._layout, layer, q, k, v, cache, slot_mapping, *angles)
+            return q, k, v
+        k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device) if keep_k else None
+        q = rope_and_write(self._kernel, self._layout, layer, qkv, rope, cache, slot_mapping, k_out)
+        return q, k if k_out is None else k_out, v
