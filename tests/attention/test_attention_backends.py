@@ -29,16 +29,16 @@ needs_native = pytest.mark.skipif(
 
 
 def make_backend(name: str, layout: KVLayout, spec: AttentionSpec) -> Backend[Any]:
-    if name == "TRITON_ATTN":
+    if name.startswith("TRITON_ATTN"):
         options = BackendOptions(
             specs=(spec,),
             routes=(),
-            platform=Platform("gfx942", 304, emulated=True),
+            platform=Platform(name.partition(" ")[2], 304, emulated=True),
             device=torch.device("cpu"),
             max_rows=8,
             max_seq_len=256,
         )
-        return TritonBackend(layout, torch_kernels(), options)
+        return TritonBackend(layout, torch_kernels(), options, linearize_from=2)
     return CpuBackend(layout, native.load()) if name == "CPU_ATTN" else TorchBackend(layout)
 
 
@@ -56,10 +56,15 @@ def test_torch_backend_matches_the_reference(case: Case, layout: str, seed: int)
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
-@given(case=cases(), layout=st.sampled_from(["linear", "shuffled"]), seed=st.integers(0, 999))
-def test_triton_backend_asks_its_kernels_for_the_right_thing(case: Case, layout: str, seed: int) -> None:
+@given(
+    case=cases(),
+    layout=st.sampled_from(["linear", "shuffled"]),
+    arch=st.sampled_from(["gfx942", "sm_90"]),
+    seed=st.integers(0, 999),
+)
+def test_triton_backend_asks_its_kernels_for_the_right_thing(case: Case, layout: str, arch: str, seed: int) -> None:
     """With PyTorch's twins of the Triton kernels, which run on a CPU; the kernels themselves are tests/kernels'."""
-    check("TRITON_ATTN", case, layout, seed)
+    check(f"TRITON_ATTN {arch}", case, layout, seed)
 
 
 @needs_native

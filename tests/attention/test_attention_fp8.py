@@ -57,7 +57,7 @@ def test_tokens_are_gathered_from_where_blocks_are(dtype: torch.dtype, seed: int
             assert torch.equal(got.float(), blocks.float().flatten(0, 1)[slots])
 
 
-@pytest.mark.parametrize("name", ["TORCH_ATTN", "TRITON_ATTN"])
+@pytest.mark.parametrize("name", ["TORCH_ATTN", "TRITON_ATTN gfx942", "TRITON_ATTN sm_90"])
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     case=cases(),

@@ -19,7 +19,7 @@ from miniserve.attention.backends.rocm_unified import UnifiedBackend
 from miniserve.attention.backends.rope_write import RopeWriter
 from miniserve.attention.backends.torch_attn import TorchBackend
 from miniserve.attention.backends.torch_mla import TorchLatentBackend
-from miniserve.attention.backends.triton_attn import TritonBackend
+from miniserve.attention.backends.triton_attn import TritonBackend, linearized_bytes
 from miniserve.attention.backends.triton_mla import TritonLatentBackend, torch_latent_kernels, triton_latent_kernels
 from miniserve.attention.layouts import LAYOUTS, KVLayout
 from miniserve.attention.select import Choice
@@ -74,6 +74,8 @@ def scratch_bytes(choice: Choice, specs: Sequence[AttentionSpec], max_rows: int,
     """What the backend allocates beside the cache, where that is more than a few megabytes."""
     if choice.backend == "ROCM_AITER_MLA":
         return latent_scratch_bytes(specs, max_rows, max_seq_len)
+    if choice.backend == "TRITON_ATTN" and choice.layout == "shuffled":
+        return linearized_bytes(specs, max_rows * max_seq_len)
     if choice.backend not in ("ROCM_ATTN", "ROCM_AITER_FA"):
         return 0
     scratch = aiter_calls.scratch_bytes(specs, max_rows, max_seq_len)

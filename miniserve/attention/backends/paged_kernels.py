@@ -6,6 +6,8 @@
   above for several query tokens a row, of which each sees the cache up to itself
 - write_kv(k, v, key_cache, value_cache, slot_mapping, *, block_size, shuffled, k_scale, v_scale); a negative slot is
   not written
+- linearize(key_cache, value_cache, block_tables, cu_query_lens, seq_lens, *, window) -> key, value: what these requests
+  see of a shuffled cache, copied into linear planes, whose block w of request r is r * width + w
 - rope_and_write(qkv, cos_sin, q_weight, k_weight, eps, key_cache, value_cache, slot_mapping, *, num_heads,
   num_kv_heads, head_dim, block_size, shuffled, k_scale, v_scale, k_out) -> q: norm and rope, then as write_kv; k_out,
   None to do without: gets the k that was written
@@ -34,6 +36,7 @@ class PagedKernels:
     paged_decode: Callable[..., torch.Tensor]
     paged_extend: Callable[..., torch.Tensor]
     write_kv: Callable[..., None]
+    linearize: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     rope_and_write: Callable[..., torch.Tensor]
     allocate_scratch: AllocateScratch | None
 
@@ -41,16 +44,17 @@ class PagedKernels:
 def triton_kernels() -> PagedKernels:
     """Needs Triton, and a GPU (or Triton's interpreter) to run them."""
     from miniserve.kernels.triton.cache_write import rope_and_write, write_kv
+    from miniserve.kernels.triton.linearize import linearize
     from miniserve.kernels.triton.paged_decode import paged_decode
     from miniserve.kernels.triton.paged_extend import paged_extend
     from miniserve.kernels.triton.split_kv import DecodeScratch
 
-    return PagedKernels(paged_decode, paged_extend, write_kv, rope_and_write, DecodeScratch.allocate)
+    return PagedKernels(paged_decode, paged_extend, write_kv, linearize, rope_and_write, DecodeScratch.allocate)
 
 
 def torch_kernels() -> PagedKernels:
     """The same in PyTorch, for a platform that is emulated on a CPU."""
-    return PagedKernels(_torch_decode, _torch_extend, _torch_write, _torch_rope_and_write, None)
+    return PagedKernels(_torch_decode, _torch_extend, _torch_write, _torch_linearize, _torch_rope_and_write, None)
 
 
 class SplitPlan:
@@ -212,3 +216,18 @@ def _norm_rope(x: torch.Tensor, weight: torch.Tensor | None, cos_sin: torch.Tens
     cos, sin = cos_sin[:, None].chunk(2, dim=-1)
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def _torch_linearize(
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    cu_query_lens: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    window: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    layout = LAYOUTS["shuffled"](key_cache.shape[-2])
+    there = torch.arange(block_tables.shape[1]) * layout.block_size < seq_lens[:, None]
+    blocks = torch.where(there, block_tables, 0).long().flatten()
+    return layout.gather(KVCache(key_cache, value_cache), blocks)

@@ -1,8 +1,14 @@
-"""TRITON_ATTN: the engine's own Triton kernels for everything, on NVIDIA's and AMD's GPUs."""
+"""TRITON_ATTN: the engine's own Triton kernels for everything, on NVIDIA's and AMD's GPUs.
+
+On NVIDIA's, chunks of a shuffled cache read a copy of their blocks in the linear layout. No chunk reads its own keys
+and values dense, as they were before an fp8 cache rounded them: what a query sees must not depend on how its prompt was
+cut.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +20,15 @@ from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import ChunkRows, StepBatch
 from miniserve.attention.routes import fuses_rope
 from miniserve.attention.spec import AttentionLayer, AttentionSpec, QKRope
+
+LINEARIZE_FROM = 16  # query tokens of a chunk; shorter ones are read in place about as fast (measured on an H100)
+LINEARIZED_TOKENS = 32768  # cached tokens that are copied at most, for all of a step's chunks; more are read in place
+
+
+def linearized_bytes(specs: Sequence[AttentionSpec], most_tokens: int) -> int:
+    """What the copy for a layer takes at most."""
+    token = max(2 * spec.num_kv_heads * spec.head_dim * spec.kv_dtype.itemsize for spec in specs)
+    return min(LINEARIZED_TOKENS, most_tokens) * token
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +43,8 @@ class DecodeMetadata:
 
 @dataclass(frozen=True, slots=True)
 class ChunkMetadata:
-    """Chunks, with or without context, that are the step's tokens [start, end). Tensors as in `ChunkRows`."""
+    """Chunks, with or without context, that are the step's tokens [start, end). Tensors as in `ChunkRows`.
+    linear_tables: as block_tables, of the blocks' copies in the linear layout; None: the cache is read itself."""
 
     start: int
     end: int
@@ -36,6 +52,7 @@ class ChunkMetadata:
     cu_query_lens: torch.Tensor
     seq_lens: torch.Tensor
     block_tables: torch.Tensor
+    linear_tables: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +65,43 @@ class PagedMetadata:
 
 
 class TritonBackend(Backend[PagedMetadata]):
+    """linearize_from: query tokens of a chunk from which the blocks it sees are copied into the linear layout."""
+
     graphs = True
 
-    def __init__(self, layout: KVLayout, kernels: PagedKernels, options: BackendOptions) -> None:
+    def __init__(
+        self,
+        layout: KVLayout,
+        kernels: PagedKernels,
+        options: BackendOptions,
+        *,
+        linearize_from: int = LINEARIZE_FROM,
+    ) -> None:
         super().__init__(layout)
         self._kernels = kernels
         self.fuses_rope = fuses_rope(options.routes)
         self._shuffled = layout.name == "shuffled"
         platform = options.platform
+        # On AMD's nobody has measured what it brings.
+        measured = self._shuffled and platform.arch.startswith("sm_")
+        self._linearize_from = linearize_from if measured else sys.maxsize
         sizes = (platform.arch, platform.compute_units, options.max_rows, options.max_seq_len, options.device)
         self._plans = {_shape(spec): SplitPlan(kernels, spec, *sizes) for spec in options.specs}
 
     def build(self, batch: StepBatch) -> PagedMetadata:
         rows = batch.decode
         decode = None if rows is None else DecodeMetadata(rows.block_tables, rows.seq_lens, rows.max_seq_len)
-        chunks = tuple(_chunk(group) for group in (batch.extend, batch.prefill) if group is not None)
+        chunks = tuple(self._chunk(group) for group in (batch.extend, batch.prefill) if group is not None)
         return PagedMetadata(batch.slot_mapping, decode, chunks)
+
+    def _chunk(self, group: ChunkRows) -> ChunkMetadata:
+        longest, end = max(group.query_lens), group.query_start + sum(group.query_lens)
+        tables, linear_tables = group.block_tables, None
+        if longest >= self._linearize_from and tables.numel() * self.layout.block_size <= LINEARIZED_TOKENS:
+            linear_tables = torch.arange(tables.numel(), dtype=torch.int32, device=tables.device).view(tables.shape)
+        return ChunkMetadata(
+            group.query_start, end, longest, group.cu_query_lens, group.seq_lens, tables, linear_tables
+        )
 
     def attend(
         self,
@@ -130,17 +168,12 @@ class TritonBackend(Backend[PagedMetadata]):
         self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, meta: ChunkMetadata, out: torch.Tensor
     ) -> None:
         """q, out [tokens, num_heads, head_dim]."""
-        self._kernels.paged_extend(
-            q,
-            cache.key,
-            cache.value,
-            meta.block_tables,
-            meta.cu_query_lens,
-            meta.seq_lens,
-            max_query_len=meta.max_query_len,
-            out=out,
-            **self._terms(layer),
-        )
+        planes, tables, terms = (cache.key, cache.value), meta.block_tables, self._terms(layer)
+        lens = (meta.cu_query_lens, meta.seq_lens)
+        if meta.linear_tables is not None:
+            planes = self._kernels.linearize(*planes, tables, *lens, window=layer.spec.sliding_window)
+            tables, terms["shuffled"] = meta.linear_tables, False
+        self._kernels.paged_extend(q, *planes, tables, *lens, max_query_len=meta.max_query_len, out=out, **terms)
 
     def _terms(self, layer: AttentionLayer) -> dict[str, object]:
         spec = layer.spec
@@ -195,13 +228,6 @@ def rope_and_write(
 def scales(layer: AttentionLayer) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The layer's scales where its cache is fp8, which alone has any."""
     return (layer.k_scale, layer.v_scale) if layer.spec.kv_dtype.itemsize == 1 else (None, None)
-
-
-def _chunk(group: ChunkRows) -> ChunkMetadata:
-    end = group.query_start + sum(group.query_lens)
-    return ChunkMetadata(
-        group.query_start, end, max(group.query_lens), group.cu_query_lens, group.seq_lens, group.block_tables
-    )
 
 
 def _shape(spec: AttentionSpec) -> tuple[int, int, int]:

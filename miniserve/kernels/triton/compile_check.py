@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from miniserve.kernels.triton import cache_write, mla_decode, paged_decode, paged_extend, token_indices
+from miniserve.kernels.triton import cache_write, linearize, mla_decode, paged_decode, paged_extend, token_indices
 from miniserve.kernels.triton.compile_step import step_launches
 from miniserve.kernels.triton.small_linear import Chip
 from miniserve.kernels.triton.split_kv import DecodeScratch
@@ -146,6 +146,14 @@ def _extend(
     return Case(f"{_what(dtype, kv, shuffled, 16)} d{head_dim} gqa{group} q{query_len}{_special(special)}", launch)
 
 
+def _linearize(kv: torch.dtype, head_dim: int) -> Case:
+    def launch() -> None:
+        tables, starts, lens = _int32(ROWS, TABLE_WIDTH), _int32(ROWS + 1), _int32(ROWS)
+        linearize.linearize(*_planes(kv, 16, head_dim, True), tables, starts, lens)
+
+    return Case(f"{_NAMES[kv]} block 16 d{head_dim}", launch)
+
+
 def _mla(kv: torch.dtype, heads: int, num_splits: int, block_size: int = 16) -> Case:
     def launch() -> None:
         mla_decode.mla_decode(
@@ -240,6 +248,8 @@ def cases(arch: Arch) -> Iterator[Case]:
             yield _extend(single, head_dim, shuffled, dtype=single)
     yield _token_indices()
     for kv in (half, fp8):
+        if arch.target.backend == "cuda":  # elsewhere it is not used
+            yield from (_linearize(kv, head_dim) for head_dim in (64, 80, 128, 256))
         yield _write_latent(kv)
         for heads in (8, 16, 32, 64, 128):
             yield from (_mla(kv, heads, splits) for splits in SPLITS)
