@@ -158,7 +158,7 @@ def decode(
     out, one = torch.empty_like(q), torch.ones(1, device=bench.device)
     if splits is None:
         launch = decode_launch(platform(), HEAD_DIM, dtype.itemsize, heads // kv_heads)
-        splits = [Split(launch, choose_splits(batch, kv_heads, context, launch.block_n, bench.sms))]
+        splits = [Split(launch, choose_splits(batch, kv_heads, context, launch, bench.sms))]
     layers = bench.planes(kv_shapes(tables.numel(), kv_heads, dtype, shuffled), dtype)
     name = f"{'shuffled' if shuffled else 'linear'} {'fp8' if dtype.itemsize == 1 else 'bf16'}"
     scratch = DecodeScratch.allocate([(batch, s.num_splits) for s in splits], heads, HEAD_DIM, bench.device)
@@ -192,7 +192,7 @@ def mla(bench: Bench, heads: int, batch: int, context: int, splits: list[Split] 
     if splits is None:
         launch = mla_launch(platform(), heads, 2)
         tiles = cdiv(heads, launch.block_m)
-        splits = [Split(launch, choose_splits(batch, tiles, context, launch.block_n, bench.sms))]
+        splits = [Split(launch, choose_splits(batch, tiles, context, launch, bench.sms))]
     scratch = DecodeScratch.allocate([(batch, s.num_splits) for s in splits], heads, 512, bench.device)
     layers = bench.planes([(tables.numel(), BLOCK_SIZE, 576)], torch.bfloat16)
     out = torch.empty(batch, heads, 512, dtype=torch.bfloat16, device=bench.device)
@@ -288,9 +288,7 @@ def standard(bench: Bench) -> None:
 
 def _ways(bench: Bench, tiles: list[Launch], batch: int, head_tiles: int, context: int) -> Iterator[Split]:
     for tile in tiles:
-        numbers = {
-            choose_splits(batch, head_tiles, context, tile.block_n, bench.sms, programs_per_sm=p) for p in (1, 2, 4)
-        }
+        numbers = {choose_splits(batch, head_tiles, context, tile, bench.sms, programs_per_sm=p) for p in (1, 2, 4)}
         for num in sorted(numbers):
             yield from [Split(tile, num, fused) for fused in (True, False)] if num > 1 else [Split(tile, 1)]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from triton_support import DEVICE, DTYPES, normal, relative_error
 
-from miniserve.kernels.triton import decode_step, elementwise, moe, small_linear
+from miniserve.kernels.triton import decode_step, elementwise, moe, moe_token, small_linear
 from miniserve.kernels.triton.small_linear import Chip, LinearTile, Workspace, choose_tile
 from miniserve.models.layers import ops
 
@@ -112,6 +112,8 @@ def test_routed_experts(tokens: int, swap: bool) -> None:
         for weight, expert in zip(weights[token], ids[token].tolist(), strict=True):
             activated = ops.silu_and_mul((x[token] @ w1[expert].T)[None])
             want[token] += weight * (activated @ w2[expert].T)[0]
+    if tokens == 1:
+        assert relative_error(moe_token.token_experts(x, w1, w2, weights, ids), want) < 1e-4
     for extra in (None, shared):
         residual = start.clone()
         got = moe.add_pairs_norm(parts, extra, residual, norm, 1e-6)

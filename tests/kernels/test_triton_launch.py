@@ -9,7 +9,7 @@ import sys
 import pytest
 import triton_support  # noqa: F401  (chooses Triton's interpreter before Triton is imported)
 
-from miniserve.kernels.triton.launch import cdiv, choose_splits, decode_launch, extend_launch, mla_launch
+from miniserve.kernels.triton.launch import Launch, cdiv, choose_splits, decode_launch, extend_launch, mla_launch
 
 
 @pytest.mark.parametrize(
@@ -19,13 +19,18 @@ from miniserve.kernels.triton.launch import cdiv, choose_splits, decode_launch, 
         (1, 8, 1024, 16),  # never more splits than tiles
         (1, 8, 1, 1),
         (8, 8, 4096, 4),
-        (64, 8, 4096, 2),  # between one and two rounds of programs: a second split fills the last one
+        (64, 8, 4096, 1),
         (256, 8, 1088, 1),  # enough programs as it is: no merge
         (1000, 128, 100_000, 1),
     ],
 )
 def test_choose_splits_fills_the_device_once(batch: int, head_tiles: int, length: int, splits: int) -> None:
-    assert choose_splits(batch, head_tiles, length, 64, 132) == splits
+    assert choose_splits(batch, head_tiles, length, Launch(16, 64, 4, 2), 132) == splits
+
+
+def test_programs_of_few_warps_come_in_greater_numbers() -> None:
+    assert choose_splits(8, 8, 4096, Launch(16, 32, 2, 2), 132) == 8
+    assert choose_splits(8, 8, 4096, Launch(16, 32, 8, 2), 132) == 4
 
 
 @pytest.mark.parametrize("platform", ["cuda", "hip"])

@@ -77,16 +77,15 @@ class SplitPlan:
             return
         group = spec.num_heads // spec.num_kv_heads
         vendor = "hip" if arch.startswith("gfx") else "cuda"
-        launch = decode_launch(vendor, spec.head_dim, spec.kv_dtype.itemsize, group)  # type: ignore[arg-type]
-        self._head_tiles = spec.num_kv_heads * cdiv(group, launch.block_m)
-        self._block_n = launch.block_n
+        self._launch = decode_launch(vendor, spec.head_dim, spec.kv_dtype.itemsize, group)  # type: ignore[arg-type]
+        self._head_tiles = spec.num_kv_heads * cdiv(group, self._launch.block_m)
         launches = [(rows, self.splits(rows, max_seq_len)) for rows in range(1, max_rows + 1)]
         self.scratch = kernels.allocate_scratch(launches, spec.num_heads, spec.head_dim, device)
 
     def splits(self, rows: int, max_seq_len: int) -> int:
         if not self._split:
             return 1
-        return choose_splits(rows, self._head_tiles, max_seq_len, self._block_n, self._num_sms)
+        return choose_splits(rows, self._head_tiles, max_seq_len, self._launch, self._num_sms)
 
 
 def _torch_decode(

@@ -74,7 +74,7 @@ class TritonLatentBackend(TorchLatentBackend):
         if self._kernels.allocate_scratch is None:
             return 1
         launch = mla_launch(self._vendor, spec.num_heads, spec.kv_dtype.itemsize)  # type: ignore[arg-type]
-        return choose_splits(rows, cdiv(spec.num_heads, launch.block_m), max_seq_len, launch.block_n, self._num_sms)
+        return choose_splits(rows, cdiv(spec.num_heads, launch.block_m), max_seq_len, launch, self._num_sms)
 
     def decode(
         self, layer: LatentLayer, q: torch.Tensor, q_pe: torch.Tensor, cache: KVCache, meta: DecodeMetadata

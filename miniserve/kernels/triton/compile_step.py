@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from miniserve.kernels.triton import decode_step, elementwise, moe, routing, small_linear
+from miniserve.kernels.triton import decode_step, elementwise, moe, moe_token, routing, small_linear
 from miniserve.kernels.triton.small_linear import Chip
 
 _META = torch.device("meta")
@@ -31,16 +31,15 @@ def _linear(chip: Chip, m: int, n: int, k: int, gated: bool, dtype: torch.dtype 
 
 
 def _experts(chip: Chip, tokens: int, num_experts: int, top_k: int, middle: int) -> Callable[[], object]:
+    w1, w2 = _tensor(num_experts, 2 * middle, 2048), _tensor(num_experts, 2048, middle)
+    choice = _tensor(tokens, top_k, dtype=torch.float32), _tensor(tokens, top_k, dtype=torch.int32)
+
     def launch() -> None:
+        if tokens == 1:
+            moe_token.token_experts(_tensor(1, 2048), w1, w2, *choice)
+            return
         tiles = moe.fitted(moe.choose_tiles(tokens * top_k, num_experts), _HALF.itemsize, chip.shared_bytes)
-        moe.experts(
-            _tensor(tokens, 2048),
-            _tensor(num_experts, 2 * middle, 2048),
-            _tensor(num_experts, 2048, middle),
-            _tensor(tokens, top_k, dtype=torch.float32),
-            _tensor(tokens, top_k, dtype=torch.int32),
-            tiles=tiles,
-        )
+        moe.experts(_tensor(tokens, 2048), w1, w2, *choice, tiles=tiles)
         parts, x = _tensor(tokens * top_k, 2048, dtype=torch.float32), _tensor(tokens, 2048)
         moe.add_pairs_norm(parts, x if num_experts == 64 else None, x, _tensor(2048), 1e-6)
 

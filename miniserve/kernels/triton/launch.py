@@ -42,7 +42,7 @@ _Row = tuple[Platform, int, int, Launch]  # platform, largest padded head_dim, l
 _DECODE: tuple[_Row, ...] = (  # block_m stands for any: it follows from the group
     ("cuda", 64, 2, Launch(0, 128, 4, 3)),
     ("cuda", 128, 1, Launch(0, 64, 4, 4)),
-    ("cuda", 128, 2, Launch(0, 64, 4, 3)),
+    ("cuda", 128, 2, Launch(0, 32, 2, 2)),
     ("cuda", 256, 2, Launch(0, 32, 4, 3)),
     ("cuda", 128, 4, Launch(0, 32, 4, 2)),
     ("cuda", 256, 4, Launch(0, 16, 4, 2)),
@@ -101,15 +101,13 @@ def mla_launch(platform: Platform, num_heads: int, kv_itemsize: int) -> Launch:
 
 
 def choose_splits(
-    batch: int, head_tiles: int, max_seq_len: int, block_n: int, num_sms: int, *, programs_per_sm: int = 2
+    batch: int, head_tiles: int, max_seq_len: int, launch: Launch, num_sms: int, *, programs_per_sm: int | None = None
 ) -> int:
     """How many programs share one row's keys: as many as fill the device once, never more than the row has tiles.
 
     head_tiles: programs that one row needs at least (kv heads, times the tiles of a group above 32). Fixed when a graph
-    is captured; every split then takes its share of the length that it finds on the device. Between one and two rounds
-    of programs a second split keeps the last round from leaving the device half empty (measured on an H100).
+    is captured; every split then takes its share of the length that it finds on the device. programs_per_sm: two, or as
+    many as make eight warps, unless given.
     """
-    if 2 * num_sms < batch * head_tiles < 6 * num_sms and max_seq_len >= 16 * block_n:
-        return 2
-    fill = num_sms * programs_per_sm // (batch * head_tiles)
-    return max(1, min(fill, cdiv(max_seq_len, block_n)))
+    fill = num_sms * (programs_per_sm or max(2, 8 // launch.num_warps)) // (batch * head_tiles)
+    return max(1, min(fill, cdiv(max_seq_len, launch.block_n)))

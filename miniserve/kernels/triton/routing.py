@@ -46,14 +46,25 @@ def _choose(
     choice = tl.where(inside, choice, float("-inf"))
     if TOP_GROUPS < GROUPS:
         choice = _close_groups(choice, choice.shape[0], BLOCK_E, GROUPS, TOP_GROUPS, HAS_BIAS)
+    # Value and expert as one number, so that the best, and of equals the first, is found by one reduction.
+    bits = choice.to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    keys = (ordered.to(tl.int64) << 32) | (BLOCK_E - 1 - experts).to(tl.int64)
+    keys = tl.where(inside, keys, -(1 << 63))
     places = tl.arange(0, BLOCK_K)[None, :]
     chosen = places + tl.zeros_like(tokens)[:, None].to(tl.int32)
     shares = chosen.to(tl.float32)
     for k in tl.static_range(K):
-        best = tl.min(tl.where(choice == tl.max(choice, axis=1)[:, None], experts, E - 1), axis=1)[:, None]
-        chosen = tl.where(places == k, best, chosen)
-        shares = tl.where(places == k, tl.sum(tl.where(experts == best, scores, 0.0), axis=1)[:, None], shares)
-        choice = tl.where(experts == best, float("-inf"), choice)
+        best = tl.max(keys, axis=1)[:, None]
+        expert = BLOCK_E - 1 - (best & 0xFFFFFFFF).to(tl.int32)
+        if HAS_BIAS:
+            share = tl.sum(tl.where(experts == expert, scores, 0.0), axis=1)[:, None]
+        else:
+            high = (best >> 32).to(tl.int32)
+            share = (high ^ ((high >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        chosen = tl.where(places == k, expert, chosen)
+        shares = tl.where(places == k, share, shares)
+        keys = tl.where(keys == best, -(1 << 63), keys)
     kept = places < K
     if NORMALIZE:
         shares = shares / (tl.sum(tl.where(kept, shares, 0.0), axis=1)[:, None] + 1e-20)
@@ -152,6 +163,7 @@ def _router_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SPLITS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -197,9 +209,15 @@ def _router_kernel(
     if tl.atomic_add(counts_ptr + block, 1, sem="acq_rel") < SPLITS - 1:
         return
     tl.store(counts_ptr + block, 0)
-    logits = tl.zeros_like(logits)
-    for part in range(SPLITS):
-        logits += tl.load(parts_ptr + part * plane + places, mask=mask, other=0.0, cache_modifier=".cg")
+    if single:
+        parts = tl.arange(0, BLOCK_S)[:, None]
+        found = parts_ptr + parts * plane + places
+        there = (parts < SPLITS) & (experts < E)[None, :]
+        logits = tl.sum(tl.load(found, mask=there, other=0.0, cache_modifier=".cg"), axis=0)[None, :]
+    else:
+        logits = tl.zeros_like(logits)
+        for part in tl.static_range(SPLITS):
+            logits += tl.load(parts_ptr + part * plane + places, mask=mask, other=0.0, cache_modifier=".cg")
     _choose(
         logits, tokens, valid, bias_ptr, weights_ptr, ids_ptr, scaling,
         E, BLOCK_E, K, BLOCK_K, GROUPS, TOP_GROUPS, SIGMOID, HAS_BIAS, NORMALIZE,
@@ -273,6 +291,7 @@ def route(
         BLOCK_M=block_m,
         BLOCK_D=block_d,
         SPLITS=splits,
+        BLOCK_S=triton.next_power_of_2(splits),
         num_warps=8 if block_e > 128 else 4,
         **choice,
     )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from miniserve.kernels.triton import elementwise, moe, routing
+from miniserve.kernels.triton import elementwise, moe, moe_token, routing
 from miniserve.kernels.triton.small_linear import MAX_ROWS, LinearTile, Workspace, chip_of, choose_tile, small_linear
 
 
@@ -22,6 +22,7 @@ class TritonKernels:
     rope_pair = staticmethod(elementwise.rope_pair)
     can_route = staticmethod(routing.can_route)
     experts = staticmethod(moe.experts)
+    token_experts = staticmethod(moe_token.token_experts)
     add_pairs_norm = staticmethod(moe.add_pairs_norm)
 
     def __init__(self, device: torch.device) -> None:

@@ -148,7 +148,7 @@ def _small_linear_kernel(
         tl.store(counts_ptr + tile, 0)
         acc = tl.zeros_like(acc)
         up_acc = tl.zeros_like(acc)
-        for part in range(SPLIT_K):
+        for part in tl.static_range(SPLIT_K):
             acc += tl.load(parts_ptr + part * width * plane + offsets, mask=mask, other=0.0, cache_modifier=".cg")
             if GATED:
                 other = parts_ptr + (part * width + 1) * plane + offsets

@@ -126,5 +126,10 @@ class TritonMoE:
     def finish(self, layer: Experts) -> None:
         pass
 
-    def apply(self, layer: Experts, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> ExpertParts:
+    def apply(
+        self, layer: Experts, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+    ) -> torch.Tensor | ExpertParts:
+        if x.shape[0] == 1:
+            out: torch.Tensor = self._kernels.token_experts(x, layer.w1, layer.w2, topk_weights, topk_ids)
+            return out
         return ExpertParts(self._kernels, self._kernels.experts(x, layer.w1, layer.w2, topk_weights, topk_ids))

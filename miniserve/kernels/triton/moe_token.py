@@ -1,0 +1,98 @@
+"""Routed experts for one token: all of it reading weights, so no tiles for the matrix units and nothing to sum after."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from miniserve.kernels.triton.pdl import launch_options, start, wait
+
+_MIDDLE_ROWS, _OUT_ROWS = 2, 4  # of a weight, that a program reads
+
+
+@triton.jit
+def _middle_kernel(x_ptr, w_ptr, ids_ptr, y_ptr, N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):
+    """y[k] = silu(gate) * up of expert ids[k]; one program: BLOCK_N outputs of one expert."""
+    start(PDL)
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = tl.arange(0, BLOCK_D)
+    inside = (rows < N)[:, None]
+    wait(PDL)
+    k = tl.program_id(1)
+    expert = tl.load(ids_ptr + k).to(tl.int64)
+    gate_ptrs = w_ptr + (expert * 2 * N + rows)[:, None] * D + cols[None, :]
+    gate = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    up = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for first in range(0, D, BLOCK_D):
+        there = first + cols < D
+        x = tl.load(x_ptr + first + cols, mask=there, other=0.0).to(tl.float32)[None, :]
+        mask = inside & there[None, :]
+        gate += x * tl.load(gate_ptrs + first, mask=mask, other=0.0).to(tl.float32)
+        up += x * tl.load(gate_ptrs + N.to(tl.int64) * D + first, mask=mask, other=0.0).to(tl.float32)
+    dtype = x_ptr.dtype.element_ty
+    wide = tl.sum(gate, axis=1).to(dtype).to(tl.float32)
+    silu = (wide / (1.0 + tl.exp(-wide))).to(dtype)
+    tl.store(y_ptr + k * N + rows, silu * tl.sum(up, axis=1).to(dtype), mask=rows < N)
+
+
+@triton.jit
+def _out_kernel(
+    x_ptr, w_ptr, ids_ptr, weights_ptr, y_ptr, N, D,
+    K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """y = the weighted sum of the experts' products; one program: BLOCK_N outputs of all of them."""
+    start(PDL)
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = tl.arange(0, BLOCK_D)
+    inside = (rows < N)[:, None]
+    wait(PDL)
+    dtype = y_ptr.dtype.element_ty
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for k in tl.static_range(K):
+        w_ptrs = w_ptr + (tl.load(ids_ptr + k).to(tl.int64) * N + rows)[:, None] * D + cols[None, :]
+        acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        for first in range(0, D, BLOCK_D):
+            there = first + cols < D
+            x = tl.load(x_ptr + k * D + first + cols, mask=there, other=0.0).to(tl.float32)[None, :]
+            acc += x * tl.load(w_ptrs + first, mask=inside & there[None, :], other=0.0).to(tl.float32)
+        total += tl.sum(acc, axis=1).to(dtype).to(tl.float32) * tl.load(weights_ptr + k)
+    tl.store(y_ptr + rows, total.to(dtype), mask=rows < N)
+
+
+def token_experts(
+    x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+) -> torch.Tensor:
+    """The weighted sum of one token's SwiGLU experts, each rounded to x's dtype before. x [1, D]; the rest as
+    `moe.experts`. Returns [1, D], x's dtype."""
+    k, (hidden, middle) = topk_ids.shape[1], w2.shape[1:]
+    options = launch_options(x.device)
+    activated = torch.empty(k, middle, dtype=x.dtype, device=x.device)
+    _middle_kernel[(triton.cdiv(middle, _MIDDLE_ROWS), k)](
+        x,
+        w1,
+        topk_ids,
+        activated,
+        middle,
+        hidden,
+        BLOCK_N=_MIDDLE_ROWS,
+        BLOCK_D=min(2048, triton.next_power_of_2(hidden)),
+        num_warps=4,
+        **options,
+    )
+    out = torch.empty_like(x)
+    _out_kernel[(triton.cdiv(hidden, _OUT_ROWS),)](
+        activated,
+        w2,
+        topk_ids,
+        topk_weights,
+        out,
+        hidden,
+        middle,
+        K=k,
+        BLOCK_N=_OUT_ROWS,
+        BLOCK_D=min(1024, triton.next_power_of_2(middle)),
+        num_warps=4,
+        **options,
+    )
+    return out
