@@ -111,6 +111,13 @@ def load_latent() -> AiterLatent:
     )
 
 
+def load_gluon() -> Callable[..., None]:
+    """aiter's `pa_decode_gluon`. Raises `Unavailable`."""
+    load()
+    gluon: Callable[..., None] = _module("aiter.ops.triton.gluon.pa_decode_gluon").pa_decode_gluon
+    return gluon
+
+
 def load_experts() -> AiterExperts:
     """The same for routed experts. Raises `Unavailable`."""
     load()

@@ -63,6 +63,18 @@ _PAGED_COMMON = KernelContract(
     sinks=False,
     any_scale=False,
 )
+# Several query tokens a row it takes too, but a window then counts otherwise.
+_GLUON = KernelContract(
+    name="pa_decode_gluon",
+    layouts=("shuffled",),
+    dtypes=_HALF,
+    fp8_kv=True,
+    head_dims=_PAGED_DIMS,
+    max_group=64,
+    block_sizes=(16, 64),
+    max_query_len=1,
+    softcap=False,
+)
 _UNIFIED, _UNIFIED_SHUFFLED = (
     KernelContract(
         name="unified_attention",
@@ -172,6 +184,19 @@ CONTRACTS = (
         write=_AITER_WRITE,
         archs=_INSTINCT,
         requires=("aiter", "triton"),
+    ),
+    # After the one that serves all it serves: it is taken where it was measured to be faster, or asked for.
+    BackendContract(
+        name="ROCM_AITER_GLUON",
+        layouts=("shuffled",),
+        decode=(_GLUON,),
+        rerouted_decode=(_UNIFIED_SHUFFLED,),
+        extend=(_UNIFIED_SHUFFLED,),
+        prefill=(_UNIFIED_SHUFFLED,),
+        write=_AITER_WRITE,
+        archs=_INSTINCT,
+        requires=("aiter", "triton"),
+        min_aiter=(0, 1, 20),  # of how it counts a window's keys no earlier version was read
     ),
     BackendContract(
         name="TRITON_ATTN",

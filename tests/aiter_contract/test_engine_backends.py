@@ -26,7 +26,7 @@ from miniserve.core import UserError
 
 BF16, FP16 = torch.bfloat16, torch.float16
 FP8 = {"gfx942": torch.float8_e4m3fnuz, "gfx950": torch.float8_e4m3fn}
-BACKENDS = ("ROCM_ATTN", "ROCM_AITER_FA", "ROCM_AITER_UNIFIED_ATTN", "TRITON_ATTN")
+BACKENDS = ("ROCM_ATTN", "ROCM_AITER_FA", "ROCM_AITER_UNIFIED_ATTN", "ROCM_AITER_GLUON", "TRITON_ATTN")
 TOLERANCE = {BF16: 1.2e-2, FP16: 2.5e-3}
 CU_NUM = 4  # from 9 heads in a step on, the ASM kernel's turn would come
 FP8_TOLERANCE = 6e-2  # new tokens may be read before they were rounded
@@ -53,7 +53,7 @@ def cases(draw: st.DrawFn) -> Case:
     kv_heads = draw(st.integers(1, 3))
     dtype = draw(st.sampled_from([BF16, FP16]))
     head_dim = draw(st.sampled_from([128, 64, 256] if plain else [128, 32, 64, 80]))
-    block_size = 16 if plain else draw(st.sampled_from([16, 32]))
+    block_size = 16 if plain else draw(st.sampled_from([16, 32, 64]))
     spec = AttentionSpec(
         num_heads=kv_heads * draw(st.sampled_from([1, 4, 10] if plain else [4, 17])),
         num_kv_heads=kv_heads,
@@ -151,6 +151,28 @@ def test_who_turns_and_writes(backend: str, layout: str, change: dict[str, Any],
 
 
 @pytest.mark.parametrize("arch", FP8)
+@pytest.mark.parametrize(
+    ("change", "decode"),
+    [
+        ({"sliding_window": 33}, "pa_decode_gluon"),
+        ({"sliding_window": 1, "sinks": True}, "pa_decode_gluon"),
+        ({"scale": 0.2, "num_heads": 80}, "pa_decode_gluon"),
+        ({"softcap": 5.0}, "unified_attention"),
+    ],
+)
+def test_gluon_takes_what_hip_and_asm_cannot(arch: str, change: dict[str, Any], decode: str) -> None:
+    """Beside a plain layer, which keeps the backend in play; of either dtype of the cache."""
+    for kv_dtype in (BF16, FP8[arch]):
+        specs = (replace(PLAIN, kv_dtype=kv_dtype, **change), replace(PLAIN, kv_dtype=kv_dtype))
+        with stand_in(arch, CU_NUM) as module:
+            choice = select(specs, emulated_platform(arch), block_size=16, backend="ROCM_AITER_GLUON")
+            assert [route.decode for route in choice.routes] == [decode, "pa_decode_gluon"]
+            step = decode_step(specs[0], [1, 16, 17, 34, 300, 256])
+            step.check(build(step, choice, arch, specs=specs), FP8_TOLERANCE)
+            assert {c.function for c in module._standin.calls if c.function.startswith(("pa", "uni"))} == {decode}
+
+
+@pytest.mark.parametrize("arch", FP8)
 def test_padding_rows_harm_nobody(arch: str) -> None:
     """A graph's padding: length 0, slot -1, whatever is in its row of the block table."""
     for backend in BACKENDS:
@@ -181,7 +203,7 @@ def pad_last(step: Step) -> StepBatch:
 def test_every_field_of_the_metadata_is_read(backend: str) -> None:
     """By some kernel's call, of some layer (plain, with a window, with sinks) over some layout."""
     specs = (PLAIN, replace(PLAIN, sliding_window=40), replace(PLAIN, sinks=True))
-    layouts = ("shuffled",) if backend == "ROCM_ATTN" else ("linear", "shuffled")
+    layouts = ("shuffled",) if backend in ("ROCM_ATTN", "ROCM_AITER_GLUON") else ("linear", "shuffled")
     read: set[str] = set()
     known: set[str] = set()
     for layout, (index, spec) in product(layouts, enumerate(specs)):

@@ -36,6 +36,7 @@ DECODE = {
     ("ROCM_AITER_FA", "shuffled"): {"paged_attention_rocm hip", "paged_attention_common asm", "pa_fwd_asm asm"},
     ("ROCM_AITER_UNIFIED_ATTN", "linear"): {"unified_attention 2d"},
     ("ROCM_AITER_UNIFIED_ATTN", "shuffled"): {"unified_attention 2d"},
+    ("ROCM_AITER_GLUON", "shuffled"): {"pa_decode_gluon ", "unified_attention 2d"},
 }
 
 

@@ -334,8 +334,10 @@ def test_asm_of_old_versions_misreads_beyond_two_gib(aiter: ModuleType) -> None:
 
 def test_gluon_takes_what_the_others_cannot(aiter: ModuleType) -> None:
     step, sinks = paged(LENS), torch.tensor([1.0, -1.0, 3.0, 0.0])
-    got = gluon(aiter, step, sinks=sinks, sliding_window=7)
-    assert error(got, want(step, 0.3, sinks=sinks, window=7)) < 5e-3
+    got = gluon(aiter, step, sinks=sinks, sliding_window=8)
+    assert error(got, want(step, 0.3, sinks=sinks, window=7)) < 5e-3  # it counts a token after the last
+    with pytest.raises(AssertionError, match="a window of 1 sees no key"):
+        gluon(aiter, step, sliding_window=1)
     rows = step.q.repeat_interleave(2, 0)
     two = gluon(aiter, step, query=rows, output=torch.zeros_like(rows), query_length=2)
     assert error(two[2:4], attend(rows[2:4], *step.tokens(1), 0.3)) < 5e-3

@@ -72,6 +72,7 @@ def test_the_table_is_in_the_order_that_people_know() -> None:
         "ROCM_ATTN",
         "ROCM_AITER_FA",
         "ROCM_AITER_UNIFIED_ATTN",
+        "ROCM_AITER_GLUON",
         "TRITON_ATTN",
         "CPU_ATTN",
         "TORCH_ATTN",

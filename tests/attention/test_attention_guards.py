@@ -159,6 +159,8 @@ def test_8_what_the_shuffled_kernels_lack_is_rerouted(change: dict[str, Any]) ->
     rocm = select([spec, SPEC], MI300X, block_size=16, backend="ROCM_ATTN")
     assert rocm.routes[0].decode == "triton paged_decode"
     assert choose(spec, "auto", "shuffled").backend == "ROCM_AITER_UNIFIED_ATTN"
+    gluon = choose(replace(SPEC, sliding_window=64, sinks=True), "ROCM_AITER_GLUON", "shuffled")
+    assert gluon.routes[0].decode == "pa_decode_gluon"
     paged = [kernel for contract in CONTRACTS for kernel in contract.decode if kernel.name.startswith("paged_att")]
     assert len(paged) == 4
     for kernel in paged:  # several query tokens a row

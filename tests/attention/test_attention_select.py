@@ -16,7 +16,7 @@ from miniserve.core import UserError
 BF16 = torch.bfloat16
 SPEC = AttentionSpec(16, 8, 128, 128**-0.5, BF16, BF16)
 CPU, H100, MI300X, MI355X = (NAMED_PLATFORMS[name] for name in ("cpu", "h100", "mi300x", "mi355x"))
-ROCM_ORDER = "ROCM_ATTN > ROCM_AITER_FA > ROCM_AITER_UNIFIED_ATTN > TRITON_ATTN > TORCH_ATTN"
+ROCM_ORDER = "ROCM_ATTN > ROCM_AITER_FA > ROCM_AITER_UNIFIED_ATTN > ROCM_AITER_GLUON > TRITON_ATTN > TORCH_ATTN"
 
 
 def contract(name: str, **terms: object) -> BackendContract:
@@ -35,8 +35,9 @@ def test_the_cpu_kernels_come_first_with_the_linear_layout() -> None:
         "CPU_ATTN over the linear KV layout: the first of CPU_ATTN > TORCH_ATTN that serves all layers, "
         "in the first layout of linear > shuffled that fits"
     )
-    assert "not ROCM_ATTN, ROCM_AITER_FA, ROCM_AITER_UNIFIED_ATTN: it runs on gfx942 or gfx950, not on cpu" in (
-        choice.explain()
+    assert (
+        "not ROCM_ATTN, ROCM_AITER_FA, ROCM_AITER_UNIFIED_ATTN, ROCM_AITER_GLUON: it runs on gfx942 or gfx950, not on cpu"
+        in (choice.explain())
     )
 
 
@@ -75,7 +76,7 @@ def test_the_order_on_rocm_and_what_each_step_down_says() -> None:
     choice = select([SPEC], no_aiter, block_size=16)
     assert (choice.backend, choice.layout) == ("TRITON_ATTN", "linear")
     assert choice.explain()[1:] == [
-        "not ROCM_ATTN, ROCM_AITER_FA, ROCM_AITER_UNIFIED_ATTN: aiter is not installed",
+        "not ROCM_ATTN, ROCM_AITER_FA, ROCM_AITER_UNIFIED_ATTN, ROCM_AITER_GLUON: aiter is not installed",
     ]
 
 

@@ -47,6 +47,7 @@ def test_all_paths_of_a_gpu_are_those_that_can_serve(tmp_path: Path, capsys: pyt
         "ROCM_ATTN",
         "ROCM_AITER_FA",
         "ROCM_AITER_UNIFIED_ATTN",
+        "ROCM_AITER_GLUON",
         "TRITON_ATTN",
         "TORCH_ATTN",
     }

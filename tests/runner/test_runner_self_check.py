@@ -103,6 +103,7 @@ def test_latent_attention_is_checked(kv_dtype: torch.dtype) -> None:
         ("ROCM_AITER_FA", "shuffled"),
         ("ROCM_AITER_UNIFIED_ATTN", "linear"),
         ("ROCM_AITER_UNIFIED_ATTN", "shuffled"),
+        ("ROCM_AITER_GLUON", "shuffled"),
     ],
 )
 def test_aiter_paths_pass_on_the_stand_in(arch: str, name: str, layout: str) -> None:

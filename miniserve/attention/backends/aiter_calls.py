@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -227,6 +227,41 @@ def paged_asm(
         high_precision=high_precision("asm", spec.kv_dtype.itemsize == 1),
         kv_cache_dtype=kv_cache_dtype(spec.kv_dtype),
         kv_cache_tensor_dtype=spec.kv_dtype,
+    )
+
+
+def paged_gluon(
+    gluon: Callable[..., None],
+    layer: AttentionLayer,
+    q: torch.Tensor,
+    cache: KVCache,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Decode over the shuffled layout by `pa_decode_gluon`, one query token a row.
+
+    One program takes all keys of a row and KV head: what splits leave would be summed by one of three kernels, of which
+    v0.1.20.post1 finds none where neither its C++ one nor FlyDSL is installed. A window of W keys, the query's own
+    among them, is W + 1 to it: it takes the query to stand after the last key.
+    """
+    spec = layer.spec
+    fp8 = spec.kv_dtype.itemsize == 1
+    gluon(
+        out,
+        q,
+        cache.key,
+        cache.value,
+        seq_lens,
+        block_tables,
+        spec.scale,
+        query_length=1,
+        max_context_partition_num=1,
+        compute_type=spec.dtype,
+        key_scale=layer.k_scale if fp8 else None,
+        value_scale=layer.v_scale if fp8 else None,
+        sinks=layer.sinks,
+        sliding_window=0 if spec.sliding_window is None else spec.sliding_window + 1,
     )
 
 

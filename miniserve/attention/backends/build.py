@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from miniserve.attention.aiter import load as load_aiter
-from miniserve.attention.aiter import load_latent
+from miniserve.attention.aiter import load_gluon, load_latent
 from miniserve.attention.backends import aiter_calls
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.options import BackendOptions
@@ -15,6 +15,7 @@ from miniserve.attention.backends.rocm_aiter_fa import FlashBackend, gathered_by
 from miniserve.attention.backends.rocm_aiter_mla import AiterLatentBackend, TokenIndices, torch_token_indices
 from miniserve.attention.backends.rocm_aiter_mla import scratch_bytes as latent_scratch_bytes
 from miniserve.attention.backends.rocm_attn import RocmBackend
+from miniserve.attention.backends.rocm_gluon import GluonBackend
 from miniserve.attention.backends.rocm_unified import UnifiedBackend
 from miniserve.attention.backends.rope_write import RopeWriter
 from miniserve.attention.backends.torch_attn import TorchBackend
@@ -51,6 +52,8 @@ def build_backend(choice: Choice, block_size: int, options: BackendOptions) -> B
         return FlashBackend(layout, load_aiter(), rope_writer(layout, options), options)
     if choice.backend == "ROCM_AITER_UNIFIED_ATTN":
         return UnifiedBackend(layout, load_aiter(), rope_writer(layout, options), options)
+    if choice.backend == "ROCM_AITER_GLUON":
+        return GluonBackend(layout, load_aiter(), load_gluon(), rope_writer(layout, options), options)
     raise ValueError(f"no backend is called {choice.backend}")
 
 

@@ -37,7 +37,8 @@ class UnifiedMetadata:
 
     slot_mapping: torch.Tensor
     token_ids: torch.Tensor
-    groups: tuple[RowsMetadata, ...]
+    decode: RowsMetadata | None
+    chunks: tuple[RowsMetadata, ...]
 
 
 class UnifiedBackend(Backend[UnifiedMetadata]):
@@ -50,9 +51,9 @@ class UnifiedBackend(Backend[UnifiedMetadata]):
         self._counting = torch.arange(options.max_rows + 1, dtype=torch.int32, device=options.device)
 
     def build(self, batch: StepBatch) -> UnifiedMetadata:
-        groups = [] if batch.decode is None else [decode_rows(batch.decode, self._counting)]
-        groups += [chunk_rows(group) for group in (batch.extend, batch.prefill) if group is not None]
-        return UnifiedMetadata(batch.slot_mapping, self._writer.token_ids(batch.slot_mapping), tuple(groups))
+        decode = None if batch.decode is None else decode_rows(batch.decode, self._counting)
+        chunks = tuple(chunk_rows(group) for group in (batch.extend, batch.prefill) if group is not None)
+        return UnifiedMetadata(batch.slot_mapping, self._writer.token_ids(batch.slot_mapping), decode, chunks)
 
     def attend(
         self,
@@ -76,9 +77,17 @@ class UnifiedBackend(Backend[UnifiedMetadata]):
         self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, meta: UnifiedMetadata
     ) -> torch.Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        for rows in meta.groups:
+        if meta.decode is not None:
+            self.decode(layer, q, cache, meta.decode, out)
+        for rows in meta.chunks:
             attend_rows(self._aiter, self.layout, layer, q, cache, rows, out)
         return out.flatten(1)
+
+    def decode(
+        self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, rows: RowsMetadata, out: torch.Tensor
+    ) -> None:
+        """As `attend_rows`, of rows of one query token."""
+        attend_rows(self._aiter, self.layout, layer, q, cache, rows, out)
 
 
 def decode_rows(rows: DecodeRows, counting: torch.Tensor) -> RowsMetadata:

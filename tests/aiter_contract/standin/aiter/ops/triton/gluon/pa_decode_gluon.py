@@ -31,7 +31,9 @@ def pa_decode_gluon(
     ps: bool = True,
 ) -> None:
     """Up to four causal queries per sequence. Scales of one element only (more: a violation), fp8 KV without them too.
-    Given scratch must be [S, KH, P, queries * GQA(, D)]; it becomes NaN."""
+    Given scratch must be [S, KH, P, queries * GQA(, D)]; it becomes NaN. A sliding_window W lets a query see W -
+    query_length keys, its own among them (in the kernels' masks, and in the reference of the library's own test). Its
+    output is written through `reshape`: one that is not contiguous would be lost. No alibi is read."""
     record("pa_decode_gluon")
     fp8 = _standin.device.fp8
     known = (fp8, torch.bfloat16, torch.float16)
@@ -48,6 +50,8 @@ def pa_decode_gluon(
     _checks.packed_shapes(key_cache, value_cache, dim)
     block_size, seqs = key_cache.shape[3], rows // query_length
     assert block_size in (16, 64, 1024), f"kv_block_size == {block_size} not in [16, 64, 1024]"
+    require(alibi_slopes is None, "alibi_slopes are never read")
+    require(not sliding_window or sliding_window > query_length, f"a window of {sliding_window} sees no key")
     require(query.dtype != fp8 and query_scale is None, "the stand-in covers 16-bit queries")
     require(context_partition_size == 256 and max_context_partition_num >= 1, "partitions are of 256, at least one")
     require(key_cache.dtype in (query.dtype, fp8), f"the KV cache is {key_cache.dtype}")
@@ -76,7 +80,7 @@ def pa_decode_gluon(
     k, v = _math.packed_key(key_cache, ids), _math.packed_value(value_cache, ids)
     got, _ = _math.attention(
         query.unflatten(0, (seqs, query_length)), k, v, positions, lens, softmax_scale * factors[0],
-        window=sliding_window, alibi=alibi_slopes, sinks=sinks,
+        window=sliding_window - query_length if sliding_window else 0, sinks=sinks,
     )  # fmt: skip
     got[lens == 0] = float("nan")
     _math.poison(output)

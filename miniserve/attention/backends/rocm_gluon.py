@@ -1,0 +1,33 @@
+"""ROCM_AITER_GLUON: as ROCM_AITER_UNIFIED_ATTN, decode by aiter's Gluon kernel over the shuffled layout, which has
+windows, sinks, any scale and many query heads per KV head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from miniserve.attention.aiter import Aiter
+from miniserve.attention.backends.aiter_calls import paged_gluon
+from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.rocm_unified import RowsMetadata, UnifiedBackend
+from miniserve.attention.backends.rope_write import RopeWriter
+from miniserve.attention.layouts import KVCache, KVLayout
+from miniserve.attention.spec import AttentionLayer
+
+
+class GluonBackend(UnifiedBackend):
+    def __init__(
+        self, layout: KVLayout, aiter: Aiter, gluon: Callable[..., None], writer: RopeWriter, options: BackendOptions
+    ) -> None:
+        super().__init__(layout, aiter, writer, options)
+        self._gluon, self._routes = gluon, options.routes
+
+    def decode(
+        self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, rows: RowsMetadata, out: torch.Tensor
+    ) -> None:
+        if self._routes[layer.layer_index].decode == "pa_decode_gluon":
+            span = slice(rows.start, rows.end)
+            paged_gluon(self._gluon, layer, q[span], cache, rows.block_tables, rows.seq_lens, out[span])
+        else:
+            super().decode(layer, q, cache, rows, out)
