@@ -86,6 +86,9 @@ _UNIFIED, _UNIFIED_SHUFFLED = (
         pow2_head_dim=pow2,  # shuffled, other sizes give NaN
         block_multiple=16,
         pow2_block=True,
+        # AMD's own build of 3.7 aborts over its software pipeline, which no version of aiter leaves out (aiter #4517,
+        # not merged); 3.6.0, 3.7.0 and 3.8.0 as on PyPI compile it.
+        crashes=(("gfx950", "3.7.*+amd*"),),
     )
     for layout, pow2 in (("linear", False), ("shuffled", True))
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
 
@@ -21,6 +23,7 @@ class Platform:
 
     compute_units: AMD's compute units, NVIDIA's multiprocessors. aiter_version: None where aiter cannot be used, and
     `aiter_unavailable` says why; likewise `triton_unavailable`, and `native_unavailable` of the CPU's C++ kernels.
+    triton_version: as its package states it, "" where that is not known.
     fastest_layout: the KV layout that its kernels were measured to read fastest, None where the contracts' own order
     holds. emulated: tensors lie on the CPU and aiter is a stand-in that computes there.
     """
@@ -30,6 +33,7 @@ class Platform:
     aiter_version: Version | None = None
     aiter_unavailable: str | None = None
     triton_unavailable: str | None = None
+    triton_version: str = ""
     native_unavailable: str | None = None
     fastest_layout: str | None = None
     emulated: bool = False
@@ -81,8 +85,10 @@ def detect_platform(device: torch.device, dtype: torch.dtype) -> Platform:
     try:
         aiter = load_aiter()
     except AiterUnavailable as error:
-        return Platform(arch, units, None, str(error), _triton_unavailable())
-    return Platform(arch, units, aiter.version, triton_unavailable=_triton_unavailable())
+        return Platform(arch, units, None, str(error), _triton_unavailable(), _triton_version())
+    return Platform(
+        arch, units, aiter.version, triton_unavailable=_triton_unavailable(), triton_version=_triton_version()
+    )
 
 
 def emulated_platform(arch: str) -> Platform:
@@ -111,6 +117,13 @@ def _detect_cpu(dtype: torch.dtype) -> Platform:
         native_unavailable=reason,
         fastest_layout="shuffled" if bf16_dot else None,
     )
+
+
+def _triton_version() -> str:
+    for package in ("triton", "pytorch-triton-rocm", "triton-rocm"):  # AMD's and PyTorch's builds go by these names
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(package)
+    return ""
 
 
 def _triton_unavailable() -> str | None:

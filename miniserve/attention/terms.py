@@ -24,6 +24,7 @@ class KernelContract:
     query tokens a row. min_window: the shortest sliding window, None where it has none. any_scale: False where the
     softmax scale is head_dim ** -0.5 whatever it is told. max_plane_bytes: of one side of one layer's cache. Of kernels
     that write to the cache: qk_norm: they norm q and k too; partial_rope: rope may turn a part of each head only.
+    crashes: (architecture, version of Triton) patterns for which compiling it kills the process.
     Of latent attention: heads: the numbers of query heads it takes, a layer's being padded to the next; latent_parts:
     kv_lora_rank and rope_dim; max_dense_dim: of a head's key and of its value, expanded.
     """
@@ -50,6 +51,7 @@ class KernelContract:
     max_plane_bytes: int | None = None
     qk_norm: bool = True
     partial_rope: bool = True
+    crashes: tuple[tuple[str, str], ...] = ()
     heads: tuple[int, ...] = ()
     latent_parts: tuple[int, int] | None = None
     max_dense_dim: int | None = None
@@ -79,6 +81,12 @@ class KernelContract:
             yield "has no norm of q and k"
         if spec.rotary_dim is not None and not self.partial_rope:
             yield f"turns whole heads, not {spec.rotary_dim} elements of {spec.head_dim}"
+
+    def platform_refusals(self, platform: Platform) -> Iterator[str]:
+        """As `refusals`, whatever the layer."""
+        for arch, version in self.crashes:
+            if _is_arch(platform.arch, arch) and fnmatch.fnmatchcase(platform.triton_version, version):
+                yield f"crashes the compiler of Triton {platform.triton_version} on {platform.arch}"
 
     def _refused_cache(self, spec: AttentionSpec, plane_bytes: int) -> Iterator[str]:
         if spec.kv_dtype.itemsize == 1 and not (self.fp8_kv or self.any_kv):
@@ -204,7 +212,8 @@ class BackendContract:
             plane = num_blocks * LAYOUTS[layout](block_size).block_bytes(spec) // 2
             kernels: list[str] = []
             for role, options in roles:
-                kernel, why = self._first(options, spec, layout, block_size, 1 if role == "decode" else None, plane)
+                query_len = 1 if role == "decode" else None
+                kernel, why = self._first(options, spec, platform, layout, block_size, query_len, plane)
                 if kernel is None:
                     reasons |= dict.fromkeys(why)
                     continue
@@ -231,6 +240,7 @@ class BackendContract:
         self,
         options: tuple[KernelContract, ...],
         spec: AttentionSpec,
+        platform: Platform,
         layout: str,
         block_size: int,
         query_len: int | None,
@@ -241,7 +251,10 @@ class BackendContract:
         for kernel in options:
             if layout not in kernel.layouts:
                 continue
-            found = list(kernel.refusals(spec, block_size, query_len, plane_bytes))
+            found = [
+                *kernel.platform_refusals(platform),
+                *kernel.refusals(spec, block_size, query_len, plane_bytes),
+            ]
             if not found:
                 return kernel, refused
             subject = "it" if kernel.name == self.name else kernel.name

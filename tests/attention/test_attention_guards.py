@@ -1,7 +1,7 @@
 """Known faults of aiter, by the numbers of the list they were collected in, and what keeps the engine from each.
 
 Those of latent attention (10 … 14, 18, 21, 26) are in test_attention_guards_mla.py. Those of mixture-of-experts kernels
-(17) and of slow builds (16, 19) concern no call that attention makes as such.
+(17) and of slow builds (19) concern no call that attention makes as such.
 """
 
 from __future__ import annotations
@@ -189,6 +189,24 @@ def test_15_graphs_have_a_pool_of_their_own() -> None:
     ]
     assert captures
     assert all("pool" in {keyword.arg for keyword in node.keywords} for node in captures)
+
+
+def test_16_unified_attention_is_kept_from_a_compiler_that_it_crashes() -> None:
+    """In the middle of serving, and the process with it: no self-check could tell."""
+    amd = replace(MI355X, triton_version="3.7.0+amd.rocm7.0.0.git89002410")
+    windowed = replace(SPEC, sliding_window=64, sinks=True)
+    for backend in ("ROCM_AITER_UNIFIED_ATTN", "ROCM_AITER_GLUON"):
+        with pytest.raises(
+            UserError, match=r"unified_attention crashes the compiler of Triton 3\.7\.0\+amd\S+ on gfx950"
+        ):
+            choose(windowed, backend, "shuffled", on=amd)
+    assert choose(SPEC, "ROCM_AITER_FA", "shuffled", on=amd).routes[0].extend == "flash_attn_varlen_func"
+    assert choose(windowed, "auto", "auto", on=amd).backend == "TRITON_ATTN"
+    for other in (
+        replace(amd, arch="gfx942"),
+        *(replace(MI355X, triton_version=version) for version in ("", "3.6.0", "3.7.0", "3.8.0+amd.rocm7.2")),
+    ):
+        assert choose(windowed, "auto", "auto", on=other).backend == "ROCM_AITER_UNIFIED_ATTN"
 
 
 def test_20_one_module_imports_aiter_and_only_when_asked() -> None:
