@@ -61,6 +61,8 @@ def draw_top_k(logits: torch.Tensor, positions: torch.Tensor, params: DrawParams
         ahead[:, 1:].masked_fill_(values[:, 1:] == values[:, :-1], 0.0)
         ahead = ahead.cummax(-1).values  # equal tokens have the same tokens ahead of them
         weights *= (ahead < params.top_p * mass[:, -1:]) | (params.top_p >= 1.0)
+    ids, order = ids.sort(-1)
+    weights = weights.gather(1, order)
     place = _invert(weights.cumsum(-1), uniform(params.keys, positions))
     return ids.gather(1, place[:, None]).squeeze(1)
 

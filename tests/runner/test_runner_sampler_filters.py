@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampling_reference import check_counts, check_inverse_cdf, reference_distribution
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from miniserve.runner import sampling_blocks
@@ -32,22 +31,6 @@ def draw_params(num_rows, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, first_
         any_top_p=top_p < 1.0,
         any_min_p=min_p > 0.0,
     )
-
-
-def reference_distribution(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """Probabilities after the filters, by the words of the module's docstring."""
-    weights = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
-    kept = np.argsort(-logits, kind="stable")
-    kept = kept[weights[kept] >= min_p]
-    kept = kept[: top_k or None]
-    if top_p < 1.0:
-        mass = weights[kept].cumsum()
-        first_equal = np.searchsorted(-weights[kept], -weights[kept])
-        ahead = np.append(0.0, mass)[first_equal]
-        kept = kept[ahead < top_p * mass[-1]]
-    result = np.zeros(len(weights))
-    result[kept] = weights[kept]
-    return result / result.sum()
 
 
 # Away from round numbers: at 0.5 of two equal tokens the last bit of a sum would decide.
@@ -91,9 +74,7 @@ def test_unfiltered_draw_is_the_inverse_cdf(temperature, vocab_size, seed):
     numbers = uniform(params.keys, positions).numpy()
     drawn = draw(torch.from_numpy(logits.copy()), positions, params).tolist()
     for row in range(8):
-        mass = reference_distribution(logits[row], temperature).cumsum()
-        below = mass[drawn[row] - 1] if drawn[row] else 0.0
-        assert below - 1e-6 <= numbers[row] <= mass[drawn[row]] + 1e-6
+        check_inverse_cdf(drawn[row], numbers[row], reference_distribution(logits[row], temperature))
 
 
 @pytest.mark.parametrize("vocab_size", [24, 700])
@@ -122,14 +103,7 @@ def test_draws_follow_the_distribution(options, vocab_size):
         rows = torch.from_numpy(logits).repeat(num_rows // 10, 1)
         params = draw_params(num_rows // 10, **options, first_key=part * num_rows)
         counts += np.bincount(draw(rows, torch.full((len(rows),), part), params).numpy(), minlength=vocab_size)
-    assert not counts[expected == 0].any()
-    common = expected * num_rows >= 5
-    pools = [(counts[common], expected[common] * num_rows)]
-    if expected[~common].sum() * num_rows >= 5:  # the rare ones together
-        pools.append((counts[~common].sum(keepdims=True), expected[~common].sum(keepdims=True) * num_rows))
-    statistic = sum(((seen - wanted) ** 2 / wanted).sum() for seen, wanted in pools)
-    freedom = max(sum(len(seen) for seen, _ in pools) - 1, 1)
-    assert statistic < freedom + 5 * math.sqrt(2 * freedom) + 5
+    check_counts(counts, expected)
 
 
 @pytest.mark.parametrize("top_p", [0.9173, 0.3217, 1e-6])

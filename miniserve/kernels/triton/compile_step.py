@@ -1,4 +1,5 @@
-"""What `compile_check` compiles of a decode step besides attention: small linears, norms, rope, experts, its ends."""
+"""What `compile_check` compiles of a decode step besides attention: small linears, norms, rope, experts, its ends,
+the draw."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import Any
 
 import torch
 
-from miniserve.kernels.triton import decode_step, elementwise, moe, moe_token, routing, small_linear
+from miniserve.kernels.triton import decode_step, elementwise, moe, moe_token, routing, sampling, small_linear
 from miniserve.kernels.triton.small_linear import Chip
 
 _META = torch.device("meta")
@@ -84,6 +85,20 @@ def _step_ends() -> None:
     decode_step.greedy(_tensor(256, 151936), step.rows, state, integers(256))
 
 
+def _draw(vocab_size: int, dtype: torch.dtype, *, in_graph: bool) -> Callable[[], object]:
+    def launch() -> None:
+        rows = _tensor(256, dtype=torch.int64)
+        state = decode_step.RowState(rows, rows, rows, rows)
+        params = sampling.RowParams(rows, _tensor(256, sampling.NUM_COLUMNS, dtype=torch.float32))
+        logits = _tensor(256, vocab_size, dtype=dtype)
+        if in_graph:
+            sampling.sample(logits, rows, params, rows, state, left=logits)
+        else:
+            sampling.sample(logits, rows, params, rows, positions=rows)
+
+    return launch
+
+
 def step_launches(chip: Chip) -> Iterator[tuple[str, Callable[[], object]]]:
     """(name, what to launch) for each that differs in generated code, cut for `chip`."""
     for m in _ROWS:
@@ -99,3 +114,6 @@ def step_launches(chip: Chip) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "8 of 256 sigmoid, 4 of 8 groups", _route(chip, 256, 8, 8, 4, True)
     yield "bf16", _small_operations
     yield "256 rows", _step_ends
+    yield "bf16 of 151936", _draw(151936, _HALF, in_graph=True)
+    yield "bf16 of 262144", _draw(262144, _HALF, in_graph=True)
+    yield "fp32 of 151936", _draw(151936, torch.float32, in_graph=False)

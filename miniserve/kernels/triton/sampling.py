@@ -1,0 +1,396 @@
+# mypy: allow-untyped-defs, disable-error-code="no-untyped-call"
+"""Draws a step's tokens from its logits, on the device and without a sort.
+
+What is drawn is what `runner.sampling_draw` draws: temperature, min_p, top_k (exactly k, the lowest ids among equals),
+top_p (all that are as likely as the last one kept), and then the inverse of the CDF in the order of the ids at the one
+number that SplitMix64 (Steele, Lea and Flood, OOPSLA 2014; `runner.sampling_random`) has for a row's key and output
+position. The Gumbel-max trick would need a random number for every token of the vocabulary; by inversion a CPU draws
+the same token from the same number, but for rounding. (Where a row has top_p alone, the CPU repeats its draw until it
+is inside the nucleus, which gives other tokens of the same distribution.)
+
+Three kernels, of which one reads all logits. The first reduces every block of 64 logits to its maximum and the sum of
+its weights. The second has a row to itself: from these it draws for a row without filters, or else finds which blocks
+can hold a token that the filters leave. k blocks have a maximum at or above the k-th largest of all maxima, so no token
+below that is among the k largest; of a nucleus the same holds with the maxima's weights for the count. The third looks
+at these blocks alone, and finds the bar of a filter by bisection on the order that the bits of a float have, which is
+exact after as many halvings as there are bits (as in RTop-K, Xie et al., 2024). Sums are taken block by block in an
+order that nothing but the row decides, so that a row's token does not depend on its batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from miniserve.kernels.triton.decode_step import RowState
+from miniserve.kernels.triton.pdl import launch_options, start, wait
+
+NUM_COLUMNS = 5
+_BLOCK = 64
+_TILE = 4096  # logits that one program looks at in one go
+_ZERO_BITS = {torch.bfloat16: 16, torch.float16: 13}  # at the end of a float32 that was one of these
+
+_TEMPERATURE, _TOP_K, _TOP_P, _MIN_P, _LEFT = (tl.constexpr(i) for i in range(NUM_COLUMNS))
+_COLUMNS = tl.constexpr(NUM_COLUMNS)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LOWEST = tl.constexpr(-3e38)  # stands in for the maximum of a row of -inf, from which nothing can be subtracted
+_NO_WEIGHT = tl.constexpr(2e-38)  # what weighs less, of a best token's 1, is never drawn
+_ORDER_OF_MINUS_INF = tl.constexpr(-0x7F800001)
+_NUMBERS_PER_POSITION = tl.constexpr(32)  # as in runner.sampling_random
+_GAMMA, _MIX_1, _MIX_2 = (tl.constexpr(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+@dataclass(frozen=True, slots=True)
+class RowParams:
+    """What every row's request asks for. keys: int64 [max_num_seqs], of its stream of random numbers; numbers: float32
+    [max_num_seqs, NUM_COLUMNS]: temperature (0: the most likely token), top_k (0: all), top_p (1: all), min_p (0: all),
+    and 1 where a graph is to leave the row's logits to the host."""
+
+    keys: torch.Tensor
+    numbers: torch.Tensor
+
+
+@triton.jit
+def _uniform(key, position):
+    """As `runner.sampling_random.uniform`: one float64 in [0, 1)."""
+    bits = (position * _NUMBERS_PER_POSITION + 1).to(tl.uint64) * _GAMMA + key.to(tl.uint64)
+    bits = (bits ^ (bits >> 30)) * _MIX_1
+    bits = (bits ^ (bits >> 27)) * _MIX_2
+    return ((bits ^ (bits >> 31)) >> 11).to(tl.float64) * (2.0**-53)
+
+
+@triton.jit
+def _order(x):
+    """int32 that sort as the float32 `x` do."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)  # the sum turns -0.0 into 0.0
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _value(key, SHIFT: tl.constexpr):
+    """The smallest float32 whose `_order` has the bits of `key` (int64) above the lowest SHIFT."""
+    bits = tl.maximum(key << SHIFT, _ORDER_OF_MINUS_INF).to(tl.int32)  # below that are NaNs
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _first_above(weights, target, SIZE: tl.constexpr):
+    """The first place at which the running sum of the float64 `weights` exceeds the target, never one of weight 0;
+    the last of those where rounding has put the target beyond the sum."""
+    places = tl.arange(0, SIZE)
+    found = (tl.cumsum(weights, 0) > target) & (weights > 0.0)
+    last = tl.max(tl.where(weights > 0.0, places, 0), axis=0)
+    return tl.minimum(tl.min(tl.where(found, places, SIZE), axis=0), last)
+
+
+@triton.jit
+def _hand_over(token, index, row, vocab_size, last_ptr, outputs_ptr, tokens_ptr, ADVANCE: tl.constexpr):
+    token = tl.minimum(token, vocab_size - 1).to(tl.int64)  # only a row of NaNs could point beyond
+    tl.store(tokens_ptr + index, token)
+    if ADVANCE:
+        tl.store(last_ptr + row, token)
+        tl.store(outputs_ptr + row, tl.load(outputs_ptr + row) + 1)
+
+
+@triton.jit
+def _number(keys_ptr, outputs_ptr, index, row, ADVANCE: tl.constexpr):
+    """The random number of the token to draw. outputs_ptr: of each row where it advances, else of each entry."""
+    place = row if ADVANCE else index
+    return _uniform(tl.load(keys_ptr + row), tl.load(outputs_ptr + place))
+
+
+@triton.jit
+def _summarise_kernel(
+    logits_ptr, rows_ptr, numbers_ptr, left_ptr, maxima_ptr, sums_ptr, vocab_size, num_blocks,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, LEAVE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    start(PDL)
+    wait(PDL)
+    index = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows_ptr + index)
+    if row < 0:
+        return
+    blocks = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    ids = blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    raw = tl.load(logits_ptr + index * vocab_size + ids, mask=ids < vocab_size, other=float("-inf"))
+    numbers_ptr += row * _COLUMNS
+    if LEAVE:
+        leave = tl.load(numbers_ptr + _LEFT) != 0.0
+        if leave:
+            tl.store(left_ptr + index * vocab_size + ids, raw, mask=ids < vocab_size)
+            return
+    logits = raw.to(tl.float32)
+    maxima = tl.max(logits, axis=1)
+    tl.store(maxima_ptr + index * num_blocks + blocks, maxima, mask=blocks < num_blocks)
+    temperature = tl.load(numbers_ptr + _TEMPERATURE)
+    if temperature > 0.0:
+        weights = tl.exp2((logits - tl.maximum(maxima, _LOWEST)[:, None]) * (_LOG2_E / temperature))
+        tl.store(sums_ptr + index * num_blocks + blocks, tl.sum(weights, axis=1), mask=blocks < num_blocks)
+
+
+@triton.jit
+def _floor(order, top, total, best, scale, top_k, top_p, min_p, vocab_size):
+    """What the `_order` of no token that the filters leave is below, without its 16 lowest bits. order: of the blocks'
+    maxima, likewise; top: their weights."""
+    # With min_p before it top_p's sum is not known yet, and min_p leaves few tokens anyhow.
+    nucleus = (top_k == 0.0) & (min_p == 0.0)
+    need = tl.where(nucleus, top_p * total, top_k)
+    measure = tl.where(nucleus, top, 1.0)
+    bottom, most = tl.min(order, axis=0) - 1, tl.max(order, axis=0)
+    low, high = bottom, tl.where(need > 0.0, most, bottom)
+    while low < high:
+        middle = (low + high + 1) >> 1
+        enough = tl.sum(tl.where(order >= middle, measure, 0.0), axis=0) >= need
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+    low = tl.where(low > bottom, low, _ORDER_OF_MINUS_INF >> 16)
+    # Tokens that weigh less than an even share of what top_p cuts off are outside; half of it allows for rounding.
+    share = tl.where(nucleus, 0.5 * (1.0 - top_p) / vocab_size * total, min_p)
+    low = tl.maximum(low, (_order(best + tl.log2(tl.maximum(share, _NO_WEIGHT)) / scale) >> 16) - 1)
+    return tl.minimum(low, most)
+
+
+@triton.jit
+def _draw_kernel(
+    logits_ptr, rows_ptr, keys_ptr, numbers_ptr, last_ptr, outputs_ptr, tokens_ptr, maxima_ptr, sums_ptr,
+    chosen_ptr, num_chosen_ptr, floors_ptr, totals_ptr, vocab_size, num_blocks,
+    BLOCK: tl.constexpr, SIZE: tl.constexpr, ADVANCE: tl.constexpr, LEAVE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The token of a row without filters. For any other: `chosen`, the blocks that can hold a token which the filters
+    leave, in order; `floors`, see `_floor`; `totals`, the maximum and the sum of all weights."""
+    start(PDL)
+    wait(PDL)
+    index = tl.program_id(0).to(tl.int64)
+    tl.store(num_chosen_ptr + index, 0)
+    row = tl.load(rows_ptr + index)
+    if row < 0:
+        return
+    numbers_ptr += row * _COLUMNS
+    if LEAVE:
+        leave = tl.load(numbers_ptr + _LEFT) != 0.0
+        if leave:
+            return
+    logits_ptr += index * vocab_size
+    place, inside = tl.arange(0, SIZE), tl.arange(0, BLOCK)
+    real = place < num_blocks
+    maxima = tl.load(maxima_ptr + index * num_blocks + place, mask=real, other=float("-inf"))
+    best = tl.max(maxima, axis=0)
+    temperature = tl.load(numbers_ptr + _TEMPERATURE)
+    if temperature == 0.0:
+        ids = tl.min(tl.where(maxima == best, place, SIZE), axis=0) * BLOCK + inside
+        logits = tl.load(logits_ptr + ids, mask=ids < vocab_size, other=float("-inf")).to(tl.float32)
+        token = tl.min(tl.where(logits == best, ids, vocab_size), axis=0)
+        _hand_over(token, index, row, vocab_size, last_ptr, outputs_ptr, tokens_ptr, ADVANCE)
+        return
+    scale, best = _LOG2_E / temperature, tl.maximum(best, _LOWEST)
+    top = tl.exp2((maxima - best) * scale)
+    sums = tl.load(sums_ptr + index * num_blocks + place, mask=real, other=0.0)
+    mass = (sums * top).to(tl.float64)
+    total = tl.sum(mass, axis=0)
+    top_k, top_p = tl.load(numbers_ptr + _TOP_K), tl.load(numbers_ptr + _TOP_P)
+    min_p = tl.load(numbers_ptr + _MIN_P)
+    if (top_k == 0.0) & (top_p >= 1.0) & (min_p == 0.0):
+        target = _number(keys_ptr, outputs_ptr, index, row, ADVANCE) * total
+        block = _first_above(mass, target, SIZE)
+        ids = block * BLOCK + inside
+        logits = tl.load(logits_ptr + ids, mask=ids < vocab_size, other=float("-inf")).to(tl.float32)
+        target -= tl.sum(tl.where(place < block, mass, 0.0), axis=0)
+        token = block * BLOCK + _first_above(tl.exp2((logits - best) * scale).to(tl.float64), target, BLOCK)
+        _hand_over(token, index, row, vocab_size, last_ptr, outputs_ptr, tokens_ptr, ADVANCE)
+        return
+    order = _order(maxima) >> 16
+    low = _floor(order, top, total.to(tl.float32), best, scale, top_k, top_p, min_p, vocab_size)
+    taken = real & (order >= low)
+    tl.store(chosen_ptr + index * num_blocks + tl.cumsum(taken.to(tl.int32), 0) - 1, place, mask=taken)
+    tl.store(num_chosen_ptr + index, tl.sum(taken.to(tl.int32), axis=0))
+    tl.store(floors_ptr + index, low)
+    tl.store(totals_ptr + index * 2, best.to(tl.float64))
+    tl.store(totals_ptr + index * 2 + 1, total)
+
+
+@triton.jit
+def _tile(logits_ptr, chosen_ptr, first, num_chosen, vocab_size, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Ids and logits of the chosen blocks from the first-th element on; beyond the last block -inf."""
+    place = first + tl.arange(0, TILE)
+    real = place < num_chosen * BLOCK
+    ids = tl.load(chosen_ptr + place // BLOCK, mask=real, other=0) * BLOCK + place % BLOCK
+    logits = tl.load(logits_ptr + ids, mask=real & (ids < vocab_size), other=float("-inf"))
+    return ids, logits.to(tl.float32)
+
+
+@triton.jit
+def _weights(logits, best, scale, min_p):
+    weights = tl.exp2((logits - best) * scale)
+    return tl.where(weights >= min_p, weights, 0.0)
+
+
+@triton.jit
+def _lowest_bar(
+    logits_ptr, chosen_ptr, num_chosen, vocab_size, best, scale, min_p, low, high, need,
+    COUNT: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The highest key of low … high whose `_value` has `need` tokens (COUNT) or weights at or above it; `low` if none
+    above it has."""
+    while low < high:
+        middle = (low + high + 1) >> 1
+        bar = _value(middle, SHIFT)
+        found = tl.zeros((), tl.float64)
+        for first in range(0, num_chosen * BLOCK, TILE):
+            _, logits = _tile(logits_ptr, chosen_ptr, first, num_chosen, vocab_size, BLOCK, TILE)
+            measure = 1.0 if COUNT else _weights(logits, best, scale, min_p)
+            found += tl.sum(tl.where(logits >= bar, measure, 0.0), axis=0).to(tl.float64)
+        low = tl.where(found >= need, middle, low)
+        high = tl.where(found >= need, high, middle - 1)
+    return low
+
+
+@triton.jit
+def _first_surplus(
+    logits_ptr, chosen_ptr, num_chosen, vocab_size, low, top_k,
+    SHIFT: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The first id of those at the bar `low` that top_k has no room for; vocab_size if it has for all."""
+    bar, above = _value(low, SHIFT), _value(low + 1, SHIFT)
+    room = top_k.to(tl.int32)
+    for first in range(0, num_chosen * BLOCK, TILE):
+        _, logits = _tile(logits_ptr, chosen_ptr, first, num_chosen, vocab_size, BLOCK, TILE)
+        room -= tl.sum((logits >= above).to(tl.int32), axis=0)
+    surplus = vocab_size
+    for first in range(0, num_chosen * BLOCK, TILE):
+        ids, logits = _tile(logits_ptr, chosen_ptr, first, num_chosen, vocab_size, BLOCK, TILE)
+        equal = ((logits >= bar) != (logits >= above)).to(tl.int32)
+        too_many = (equal > 0) & (tl.cumsum(equal, 0) > room)
+        surplus = tl.minimum(surplus, tl.min(tl.where(too_many, ids, vocab_size), axis=0))
+        room -= tl.sum(equal, axis=0)
+    return surplus
+
+
+@triton.jit
+def _kept(
+    logits_ptr, chosen_ptr, first, num_chosen, vocab_size, best, scale, min_p, low, surplus,
+    SHIFT: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Ids and float64 weights of a tile, 0 where a filter has cut the token off."""
+    ids, logits = _tile(logits_ptr, chosen_ptr, first, num_chosen, vocab_size, BLOCK, TILE)
+    inside = (logits >= _value(low + 1, SHIFT)) | ((logits >= _value(low, SHIFT)) & (ids < surplus))
+    return ids, tl.where(inside, _weights(logits, best, scale, min_p), 0.0).to(tl.float64)
+
+
+@triton.jit
+def _filtered_draw_kernel(
+    logits_ptr, rows_ptr, keys_ptr, numbers_ptr, last_ptr, outputs_ptr, tokens_ptr,
+    chosen_ptr, num_chosen_ptr, floors_ptr, totals_ptr, vocab_size, num_blocks,
+    SHIFT: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, ADVANCE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """SHIFT: how many of a float32's lowest bits the logits' dtype leaves 0."""
+    start(PDL)
+    wait(PDL)
+    index = tl.program_id(0).to(tl.int64)
+    num_chosen = tl.load(num_chosen_ptr + index)
+    if num_chosen == 0:
+        return
+    row = tl.load(rows_ptr + index)
+    logits_ptr += index * vocab_size
+    chosen_ptr += index * num_blocks
+    numbers_ptr += row * _COLUMNS
+    scale = _LOG2_E / tl.load(numbers_ptr + _TEMPERATURE)
+    top_k, top_p = tl.load(numbers_ptr + _TOP_K), tl.load(numbers_ptr + _TOP_P)
+    min_p = tl.load(numbers_ptr + _MIN_P)
+    best = tl.load(totals_ptr + index * 2).to(tl.float32)
+    total = tl.load(totals_ptr + index * 2 + 1)
+    low = tl.load(floors_ptr + index).to(tl.int64) << (16 - SHIFT)
+    high = (_order(best) >> SHIFT).to(tl.int64)
+    surplus = vocab_size
+    if top_k > 0.0:
+        low = _lowest_bar(
+            logits_ptr, chosen_ptr, num_chosen, vocab_size, best, scale, min_p, low, high, top_k.to(tl.float64),
+            True, SHIFT, BLOCK, TILE,
+        )  # fmt: skip
+        surplus = _first_surplus(logits_ptr, chosen_ptr, num_chosen, vocab_size, low, top_k, SHIFT, BLOCK, TILE)
+    if top_p < 1.0:
+        if (top_k > 0.0) | (min_p > 0.0):
+            total = tl.zeros((), tl.float64)
+            for first in range(0, num_chosen * BLOCK, TILE):
+                _, weights = _kept(
+                    logits_ptr, chosen_ptr, first, num_chosen, vocab_size, best, scale, min_p, low, surplus,
+                    SHIFT, BLOCK, TILE,
+                )  # fmt: skip
+                total += tl.sum(weights, axis=0)
+        bar = _lowest_bar(
+            logits_ptr, chosen_ptr, num_chosen, vocab_size, best, scale, min_p, low, high, top_p * total,
+            False, SHIFT, BLOCK, TILE,
+        )  # fmt: skip
+        surplus = tl.where(bar > low, vocab_size, surplus)
+        low = bar
+    total = tl.zeros((), tl.float64)
+    for first in range(0, num_chosen * BLOCK, TILE):
+        _, weights = _kept(
+            logits_ptr, chosen_ptr, first, num_chosen, vocab_size, best, scale, min_p, low, surplus, SHIFT, BLOCK, TILE
+        )
+        total += tl.sum(weights, axis=0)
+    target = _number(keys_ptr, outputs_ptr, index, row, ADVANCE) * total
+    token, last, seen = vocab_size, 0, tl.zeros((), tl.float64)
+    for first in range(0, num_chosen * BLOCK, TILE):
+        ids, weights = _kept(
+            logits_ptr, chosen_ptr, first, num_chosen, vocab_size, best, scale, min_p, low, surplus, SHIFT, BLOCK, TILE
+        )
+        found = (seen + tl.cumsum(weights, 0) > target) & (weights > 0.0)
+        token = tl.minimum(token, tl.min(tl.where(found, ids, vocab_size), axis=0))
+        last = tl.maximum(last, tl.max(tl.where(weights > 0.0, ids, 0), axis=0))
+        seen += tl.sum(weights, axis=0)
+    token = tl.minimum(token, last)  # rounding may have put the target beyond the sum
+    _hand_over(token, index, row, vocab_size, last_ptr, outputs_ptr, tokens_ptr, ADVANCE)
+
+
+def sample(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    params: RowParams,
+    tokens: torch.Tensor,
+    state: RowState | None = None,
+    *,
+    positions: torch.Tensor | None = None,
+    left: torch.Tensor | None = None,
+) -> None:
+    """Draw a token from each of the logits, [batch, vocab_size] of any float and contiguous, into `tokens` int64
+    [batch]. rows: int64 [batch], whose parameters are `params`; nothing is done where it is negative.
+
+    With `state`, whose num_outputs are the positions, a token becomes its row's last one; else `positions`, int64
+    [batch], says how many output tokens come before each, and rows may repeat. With `left`, shaped and typed as the
+    logits, the logits of rows so marked go there, and no token is drawn for them.
+    """
+    batch, vocab_size = logits.shape
+    num_blocks = triton.cdiv(vocab_size, _BLOCK)
+    device = logits.device
+
+    def scratch(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(batch, *shape, dtype=dtype, device=device)
+
+    maxima, sums = scratch(num_blocks, dtype=torch.float32), scratch(num_blocks, dtype=torch.float32)
+    chosen = (
+        scratch(num_blocks, dtype=torch.int32),
+        scratch(dtype=torch.int32),
+        scratch(dtype=torch.int32),
+        scratch(2, dtype=torch.float64),
+    )
+    advance = state is not None
+    outputs = positions if state is None else state.num_outputs
+    last = tokens if state is None else state.last_tokens
+    row = (rows, params.keys, params.numbers, last, outputs, tokens)
+    options = launch_options(device)
+    programs = triton.cdiv(num_blocks, _TILE // _BLOCK)
+    _summarise_kernel[(batch, programs)](
+        logits, rows, params.numbers, left, maxima, sums, vocab_size, num_blocks,
+        BLOCK=_BLOCK, BLOCKS=_TILE // _BLOCK, LEAVE=left is not None, num_warps=4, **options,
+    )  # fmt: skip
+    _draw_kernel[(batch,)](
+        logits, *row, maxima, sums, *chosen, vocab_size, num_blocks, BLOCK=_BLOCK,
+        SIZE=triton.next_power_of_2(num_blocks), ADVANCE=advance, LEAVE=left is not None, num_warps=8, **options,
+    )  # fmt: skip
+    _filtered_draw_kernel[(batch,)](
+        logits, *row, *chosen, vocab_size, num_blocks, SHIFT=_ZERO_BITS.get(logits.dtype, 0), BLOCK=_BLOCK,
+        TILE=_TILE, ADVANCE=advance, num_warps=8, **options,
+    )  # fmt: skip
