@@ -57,7 +57,7 @@ def test_from_logits(
 
 
 @cases
-@pytest.mark.parametrize("tokens", [1, 2, 16, 37])
+@pytest.mark.parametrize("tokens", [1, 16, 37])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=on_gpu)])
 def test_from_hidden_states(
     scoring: str, groups: int, top_groups: int, bias: bool, experts: int, k: int, tokens: int, dtype: torch.dtype

@@ -55,8 +55,8 @@ def _route(
         choice: dict[str, Any] = {"top_k": top_k, "num_groups": groups, "top_groups": top_groups}
         choice |= {"sigmoid": sigmoid, "normalize": True, "scaling": 2.5, "workspace": small_linear.Workspace(_META)}
         routing.route(_tensor(64, num_experts, dtype=torch.float32), None, bias, **choice)
-        for tokens in (1, 64) if chip.splits else ():
-            routing.route(_tensor(tokens, 2048), _tensor(num_experts, 2048, dtype=torch.float32), bias, **choice)
+        if chip.splits:
+            routing.route(_tensor(64, 2048), _tensor(num_experts, 2048, dtype=torch.float32), bias, **choice)
 
     return launch
 

@@ -1,4 +1,4 @@
-"""Routed experts for one token: all of it reading weights, so no tiles for the matrix units and nothing to sum after."""
+"""Routed experts for one token: all of it reading weights, so no tiles for the matrix units and nothing to sum."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import triton.language as tl
 
 from miniserve.kernels.triton.pdl import launch_options, start, wait
 
-_MIDDLE_ROWS, _OUT_ROWS = 2, 4  # of a weight, that a program reads
+_MIDDLE_ROWS = 2  # of a weight, that a program reads
+_BLOCK_D = 1024
 
 
 @triton.jit
 def _middle_kernel(x_ptr, w_ptr, ids_ptr, y_ptr, N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):
     """y[k] = silu(gate) * up of expert ids[k]; one program: BLOCK_N outputs of one expert."""
-    start(PDL)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_D)
     inside = (rows < N)[:, None]
     wait(PDL)
+    start(PDL)  # not earlier: the next kernel reads `ids` before it waits for this one
     k = tl.program_id(1)
     expert = tl.load(ids_ptr + k).to(tl.int64)
     gate_ptrs = w_ptr + (expert * 2 * N + rows)[:, None] * D + cols[None, :]
@@ -46,16 +47,19 @@ def _out_kernel(
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_D)
     inside = (rows < N)[:, None]
-    wait(PDL)
     dtype = y_ptr.dtype.element_ty
     total = tl.zeros((BLOCK_N,), tl.float32)
     for k in tl.static_range(K):
         w_ptrs = w_ptr + (tl.load(ids_ptr + k).to(tl.int64) * N + rows)[:, None] * D + cols[None, :]
+        w = tl.load(w_ptrs, mask=inside & (cols < D)[None, :], other=0.0)
+        if k == 0:
+            wait(PDL)
         acc = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         for first in range(0, D, BLOCK_D):
-            there = first + cols < D
-            x = tl.load(x_ptr + k * D + first + cols, mask=there, other=0.0).to(tl.float32)[None, :]
-            acc += x * tl.load(w_ptrs + first, mask=inside & there[None, :], other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + k * D + first + cols, mask=first + cols < D, other=0.0).to(tl.float32)[None, :]
+            acc += x * w.to(tl.float32)
+            following = first + BLOCK_D + cols
+            w = tl.load(w_ptrs + first + BLOCK_D, mask=inside & (following < D)[None, :], other=0.0)
         total += tl.sum(acc, axis=1).to(dtype).to(tl.float32) * tl.load(weights_ptr + k)
     tl.store(y_ptr + rows, total.to(dtype), mask=rows < N)
 
@@ -81,7 +85,8 @@ def token_experts(
         **options,
     )
     out = torch.empty_like(x)
-    _out_kernel[(triton.cdiv(hidden, _OUT_ROWS),)](
+    rows = 4 if middle <= _BLOCK_D else 2
+    _out_kernel[(triton.cdiv(hidden, rows),)](
         activated,
         w2,
         topk_ids,
@@ -90,8 +95,8 @@ def token_experts(
         hidden,
         middle,
         K=k,
-        BLOCK_N=_OUT_ROWS,
-        BLOCK_D=min(1024, triton.next_power_of_2(middle)),
+        BLOCK_N=rows,
+        BLOCK_D=min(_BLOCK_D, triton.next_power_of_2(middle)),
         num_warps=4,
         **options,
     )

@@ -1,4 +1,4 @@
-"""The choice of experts on a GPU: from given logits, or for few tokens from the hidden states in one kernel."""
+"""The choice of experts on a GPU: from given logits, or for tens of tokens from the hidden states in one kernel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import triton.language as tl
 from miniserve.kernels.triton.pdl import launch_options, start, wait
 from miniserve.kernels.triton.small_linear import MAX_ROWS, Workspace
 
-_MOST_SPLITS = 32
+# Tokens for which the router's product and the choice are one launch: for fewer, a linear and `route` are faster
+# (measured on an H100), for more the vendor's library is.
+FUSED_TOKENS = range(17, MAX_ROWS + 1)
+_MOST_SPLITS = 16
 
 
 @triton.jit
@@ -163,7 +166,6 @@ def _router_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SPLITS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -187,37 +189,24 @@ def _router_kernel(
     w_ptrs = w_ptr + experts[:, None] * size + cols[None, :]
     w = tl.load(w_ptrs + first, mask=inside & (first + cols < end)[None, :], other=0.0)
     wait(PDL)
-    single: tl.constexpr = BLOCK_M == 1
-    acc = tl.zeros((BLOCK_E, BLOCK_D) if single else (BLOCK_M, BLOCK_E), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     for at in range(first, end, BLOCK_D):
-        there = at + cols < end
-        if single:
-            x = tl.load(x_ptr + block.to(tl.int64) * x_row + at + cols, mask=there, other=0.0)
-            acc += w * x.to(tl.float32)[None, :]
-        else:
-            x_ptrs = x_ptr + tokens[:, None] * x_row + (at + cols)[None, :]
-            x = tl.load(x_ptrs, mask=valid[:, None] & there[None, :], other=0.0)
-            acc = _add_product(acc, x, w)
+        mask = valid[:, None] & (at + cols < end)[None, :]
+        x = tl.load(x_ptr + tokens[:, None] * x_row + (at + cols)[None, :], mask=mask, other=0.0)
+        acc = _add_product(acc, x, w)
         following = at + BLOCK_D
         w = tl.load(w_ptrs + following, mask=inside & (following + cols < end)[None, :], other=0.0)
-    logits = tl.sum(acc, axis=1)[None, :] if single else acc
     mask = valid[:, None] & (experts < E)[None, :]
     places = tokens[:, None] * E + experts[None, :]
     plane = tl.cast(num_tokens, tl.int64) * E
-    tl.store(parts_ptr + split * plane + places, logits, mask=mask)
+    tl.store(parts_ptr + split * plane + places, acc, mask=mask)
     tl.debug_barrier()
     if tl.atomic_add(counts_ptr + block, 1, sem="acq_rel") < SPLITS - 1:
         return
     tl.store(counts_ptr + block, 0)
-    if single:
-        parts = tl.arange(0, BLOCK_S)[:, None]
-        found = parts_ptr + parts * plane + places
-        there = (parts < SPLITS) & (experts < E)[None, :]
-        logits = tl.sum(tl.load(found, mask=there, other=0.0, cache_modifier=".cg"), axis=0)[None, :]
-    else:
-        logits = tl.zeros_like(logits)
-        for part in tl.static_range(SPLITS):
-            logits += tl.load(parts_ptr + part * plane + places, mask=mask, other=0.0, cache_modifier=".cg")
+    logits = tl.zeros_like(acc)
+    for part in tl.static_range(SPLITS):
+        logits += tl.load(parts_ptr + part * plane + places, mask=mask, other=0.0, cache_modifier=".cg")
     _choose(
         logits, tokens, valid, bias_ptr, weights_ptr, ids_ptr, scaling,
         E, BLOCK_E, K, BLOCK_K, GROUPS, TOP_GROUPS, SIGMOID, HAS_BIAS, NORMALIZE,
@@ -274,8 +263,8 @@ def route(
     if tokens > MAX_ROWS:
         raise ValueError(f"a router takes up to {MAX_ROWS} tokens, not {tokens}")
     size = weight.shape[1]
-    block_m, block_d = (1 if tokens == 1 else 16), 64
-    splits = min(_MOST_SPLITS if tokens == 1 else _MOST_SPLITS // 2, triton.cdiv(size, block_d))
+    block_m, block_d = 16, 64
+    splits = min(_MOST_SPLITS, triton.cdiv(size, block_d))
     _router_kernel[(triton.cdiv(tokens, block_m), splits)](
         x,
         weight,
@@ -291,7 +280,6 @@ def route(
         BLOCK_M=block_m,
         BLOCK_D=block_d,
         SPLITS=splits,
-        BLOCK_S=triton.next_power_of_2(splits),
         num_warps=8 if block_e > 128 else 4,
         **choice,
     )

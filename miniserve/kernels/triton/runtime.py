@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from miniserve.kernels.triton import elementwise, moe, moe_token, routing
-from miniserve.kernels.triton.small_linear import MAX_ROWS, LinearTile, Workspace, chip_of, choose_tile, small_linear
+from miniserve.kernels.triton.small_linear import LinearTile, Workspace, chip_of, choose_tile, small_linear
 
 
 class TritonKernels:
@@ -29,7 +29,7 @@ class TritonKernels:
         self._workspace = Workspace(device)
         chip = chip_of(device)
         # A GPU whose programs may not share a row has the router's logits made by a linear.
-        self._routed_rows = MAX_ROWS if chip.splits else 0
+        self._fused_tokens = routing.FUSED_TOKENS if chip.splits else ()
 
         @functools.cache
         def tile(m: int, n: int, k: int, itemsize: int, gated: bool) -> LinearTile | None:
@@ -57,7 +57,7 @@ class TritonKernels:
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **choice: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `routing.route`: the choice of experts for any number of tokens."""
-        if x.shape[0] <= self._routed_rows:
+        if x.shape[0] in self._fused_tokens:
             return routing.route(x, weight, bias, workspace=self._workspace, **choice)
         return routing.route(self.logits(x, weight), None, bias, workspace=self._workspace, **choice)
 

@@ -198,7 +198,8 @@ def choose_tile(m: int, n: int, k: int, itemsize: int, chip: Chip, *, gated: boo
     wanted = 2 * chip.num_sms
     block_k, stages, swap = (128 if gated else 256), (4 if m <= 16 else 6), False
     if m > 32:
-        block_n, block_k, stages, swap = 64 if gated or n > 4096 else 32, 128, 3 if gated else 6, gated
+        swap = gated and n > 4096
+        block_n, block_k, stages = 64 if n > 4096 else 32, 128, 3 if swap else 6
     else:
         block_n = 32 if gated or n <= 4096 else 64
     tiles = triton.cdiv(n, block_n)
