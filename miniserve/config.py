@@ -11,7 +11,7 @@ from typing import Literal
 from miniserve.core import UserError
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
-KV_LAYOUTS = ("auto", "linear", "shuffled")
+KV_LAYOUTS = ("auto", "linear", "shuffled", "latent")
 LOAD_FORMATS = ("auto", "dummy")
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8")
 # gfx942 and gfx950 are emulated on a CPU, by an aiter that computes there: for tests.

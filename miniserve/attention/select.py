@@ -59,6 +59,8 @@ def select(
         raise UserError(f"--attention-backend {backend!r} is not known; choose one of auto, {', '.join(names)}.")
     if layout != "auto" and layout not in LAYOUTS:
         raise UserError(f"--kv-layout {layout!r} is not known; choose one of auto, {', '.join(LAYOUTS)}.")
+    if layout != "auto" and (layout == "latent") != any(spec.latent is not None for spec in specs):
+        raise UserError(_WRONG_KIND[layout == "latent"].format(layout=layout))
     rejected: list[tuple[str, str, str]] = []
     hopeless: set[str] = set()
     for contract, candidate, measured in _candidates(contracts, platform, layout, preferred or ()):
@@ -82,6 +84,14 @@ def select(
     )
     listed = "; ".join(f"{name}{f' ({plan})' if plan else ''}: {reason}" for name, plan, reason in rejected)
     raise UserError(f"No attention path can serve this model{' with ' + asked if asked else ''}: {listed}.")
+
+
+_WRONG_KIND = {
+    True: "--kv-layout {layout} holds the latents of MLA models, and this one has keys and values of each KV head; use "
+    "linear, shuffled or auto.",
+    False: "--kv-layout {layout} holds keys and values of each KV head, and this MLA model has one latent for all heads; "
+    "use latent or auto.",
+}
 
 
 def _candidates(

@@ -30,7 +30,9 @@ def check(
     ] = True,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = _ENGINE.device,
     dtype: Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")] = _ENGINE.dtype,
-    kv_layout: Annotated[str, typer.Option("--kv-layout", help="linear, shuffled or auto.")] = _ENGINE.kv_layout,
+    kv_layout: Annotated[
+        str, typer.Option("--kv-layout", help="linear, shuffled, latent or auto.")
+    ] = _ENGINE.kv_layout,
     kv_cache_dtype: Annotated[
         str, typer.Option("--kv-cache-dtype", help="auto (the model's), bfloat16, float16, float32 or fp8.")
     ] = _ENGINE.kv_cache_dtype,

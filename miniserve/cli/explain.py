@@ -29,7 +29,9 @@ def explain(
         str, typer.Option("--device", help="mi300x, mi355x, h100, cpu, …; auto is this machine.")
     ] = "auto",
     tp: Annotated[int, typer.Option("--tp", help="GPUs that share the model.", min=1)] = 1,
-    kv_layout: Annotated[str, typer.Option("--kv-layout", help="linear, shuffled or auto.")] = _ENGINE.kv_layout,
+    kv_layout: Annotated[
+        str, typer.Option("--kv-layout", help="linear, shuffled, latent or auto.")
+    ] = _ENGINE.kv_layout,
     kv_cache_dtype: Annotated[
         str, typer.Option("--kv-cache-dtype", help="auto (the model's), bfloat16, float16, float32 or fp8.")
     ] = _ENGINE.kv_cache_dtype,

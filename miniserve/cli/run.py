@@ -105,7 +105,7 @@ def run(
         ),
     ] = _ENGINE.max_itl_ratio,
     block_size: Annotated[int, _sched("--block-size", help="Tokens in one KV block.")] = _ENGINE.block_size,
-    kv_layout: Annotated[str, _sched("--kv-layout", help="linear, shuffled or auto.")] = _ENGINE.kv_layout,
+    kv_layout: Annotated[str, _sched("--kv-layout", help="linear, shuffled, latent or auto.")] = _ENGINE.kv_layout,
     kv_cache_dtype: Annotated[
         str, _sched("--kv-cache-dtype", help="auto (the model's), bfloat16, float16, float32 or fp8.")
     ] = _ENGINE.kv_cache_dtype,

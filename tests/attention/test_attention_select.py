@@ -163,6 +163,17 @@ def test_each_layer_gets_its_own_route() -> None:
     assert [route.decode for route in choice.routes] == ["triton paged_decode", "paged_attention_rocm"]
 
 
+def test_a_layout_of_another_kind_of_attention_is_refused_in_a_sentence() -> None:
+    latent = AttentionSpec(16, 1, 576, 192**-0.5, BF16, BF16, latent=LatentDims(512, 64, 128, 128))
+    for platform in (CPU, MI300X, H100):
+        assert select([latent], platform, block_size=16, layout="latent").layout == "latent"
+        for layout in ("linear", "shuffled"):
+            with pytest.raises(UserError, match=rf"^--kv-layout {layout} holds .* MLA model .*; use latent or auto\.$"):
+                select([latent], platform, block_size=16, layout=layout)
+        with pytest.raises(UserError, match=r"^--kv-layout latent holds .*; use linear, shuffled or auto\.$"):
+            select([SPEC], platform, block_size=16, layout="latent")
+
+
 def test_latent_layers_are_kept_from_attention_by_heads() -> None:
     latent = AttentionSpec(16, 1, 576, 192**-0.5, BF16, BF16, latent=LatentDims(512, 64, 128, 128))
     with pytest.raises(UserError, match="it has no latent"):

@@ -43,7 +43,7 @@ def test_the_latent_path_is_chosen_and_its_memory_counted(checkpoint: Path) -> N
     ("asked", "said"),
     [
         ({"attention_backend": "CPU_ATTN"}, "it has no latent (MLA) attention"),
-        ({"kv_layout": "shuffled"}, "it does not read the shuffled layout"),
+        ({"kv_layout": "shuffled"}, "this MLA model has one latent for all heads; use latent or auto"),
     ],
 )
 def test_what_cannot_hold_latents_is_refused(asked: dict[str, str], said: str, checkpoint: Path) -> None:
