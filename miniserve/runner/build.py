@@ -25,6 +25,7 @@ from miniserve.models.generation_config import load_generation_defaults
 from miniserve.models.layers.aiter_moe import find_experts
 from miniserve.models.loader import dummy_weights, load_weights
 from miniserve.models.registry import build_model, weight_bytes
+from miniserve.runner.chunk_graph import ChunkGraphs
 from miniserve.runner.device import find_device, find_dtype, find_kv_dtype, find_platform
 from miniserve.runner.memory import MemoryPlan, available_bytes, check_weights_fit, plan_memory
 from miniserve.runner.runner import ModelRunner
@@ -108,10 +109,13 @@ def build_runner(
         backend, checked = build_backend(choice, config.block_size, options), ["self-check: left out"]
     state = StepState(config.max_num_seqs, plan.max_model_len, config.block_size, device)
     sampler = Sampler(config.max_num_seqs, model_config.vocab_size, device, eos_token_ids, config.seed)
-    graphs = None
+    graphs = chunk_graphs = None
     if device.type == "cuda" and backend.graphs and not config.enforce_eager:
         graphs = _graphs(model, backend, caches, state, sampler, config, plan, progress)
-    runner = ModelRunner(model, backend, caches, state, sampler, graphs)
+        # What padding holds is anything, also NaN, for which experts cannot be chosen.
+        if backend.chunk_graphs and model_config.moe is None:
+            chunk_graphs = _chunk_graphs(model, backend, caches, config, plan, progress)
+    runner = ModelRunner(model, backend, caches, state, sampler, graphs, chunk_graphs)
     attention = [*choice.explain(), *describe_routes(choice, model.attention_specs, platform), *checked]
     return runner, _info(
         config, model_config, source_path, model_name, device, dtype, choice, attention, plan, eos_token_ids, traffic
@@ -150,6 +154,27 @@ def _graphs(
     )
     with torch.inference_mode():
         graphs.capture(None if progress is None else lambda done, total: progress("decode graphs", done, total))
+    return graphs
+
+
+def _chunk_graphs(
+    model: CausalLM,
+    backend: Backend[Any],
+    caches: list[KVCache],
+    config: EngineConfig,
+    plan: MemoryPlan,
+    progress: Progress | None,
+) -> ChunkGraphs:
+    graphs = ChunkGraphs(
+        model,
+        backend,
+        caches,
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_seq_len=plan.max_model_len,
+    )
+    with torch.inference_mode():
+        graphs.capture(None if progress is None else lambda done, total: progress("chunk graphs", done, total))
     return graphs
 
 

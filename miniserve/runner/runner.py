@@ -19,6 +19,7 @@ from miniserve.runner.sampler import SampleOutput, Sampler
 from miniserve.runner.state import StepState
 
 if TYPE_CHECKING:
+    from miniserve.runner.chunk_graph import ChunkGraphs
     from miniserve.runner.decode_graph import DecodeGraphs
 
 
@@ -56,6 +57,7 @@ class ModelRunner:
         state: StepState,
         sampler: Sampler,
         graphs: DecodeGraphs | None = None,
+        chunk_graphs: ChunkGraphs | None = None,
     ) -> None:
         self._model = model
         self._backend = backend
@@ -63,6 +65,7 @@ class ModelRunner:
         self._state = state
         self._sampler = sampler
         self._graphs = graphs
+        self._chunk_graphs = chunk_graphs
         self._timer = None if model.options.device.type == "cpu" else DeviceTimer()
         self._prompt_k: dict[int, int] = {}  # row -> alternatives per prompt token, where asked for
 
@@ -86,8 +89,10 @@ class ModelRunner:
         if self._graphs is not None and bucket is not None:
             return self._to_host(self._replay(self._graphs, bucket, plan), [], bucket)
         inputs = self._state.prepare(plan, self._sampler.last_tokens)
-        context = PagedStepContext(self._backend, self._caches, self._backend.build(inputs.batch))
-        hidden = self._model(inputs.input_ids, inputs.positions, context)
+        hidden = None if self._chunk_graphs is None else self._chunk_graphs.run(inputs)
+        if hidden is None:
+            context = PagedStepContext(self._backend, self._caches, self._backend.build(inputs.batch))
+            hidden = self._model(inputs.input_ids, inputs.positions, context)
         prompt_logprobs = self._prompt_logprobs(plan, inputs.chunk_starts, hidden)
         sampled: SampleOutput | None = None
         if rows := plan.sampling_rows:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 MIN_TOKENS = 64  # that chunks get whatever rows decode beside them, so that every prompt gets on
 UNKNOWN_TOKENS = 256  # that they get at most before a step with chunks has been seen
-_TILE = 64  # matrix products take rows by this many: a step that fills its last tile wastes nothing
+_TILE = 64  # of tokens in chunks: matrix products and graphs take them by so many at once
 _FOLLOW, _FOLLOW_UP, _FOLLOW_DOWN = 0.2, 0.4, 0.1  # the share of an error that is put right at once
 _LARGEST_ERROR = 0.5  # in steps as expected, so that one odd step moves little
 
@@ -78,8 +78,7 @@ class StepCost:
         _, token, key = (weight / unit for weight, unit in zip(self._chunks.weights, _CHUNK_UNITS, strict=True))
         slope = token + start * key
         most = int(2.0 * room / max(slope + math.sqrt(slope * slope + 2.0 * key * room), 1e-12))
-        others = shape.rows + shape.tokens
-        return max(least, (others + most) // _TILE * _TILE - others)
+        return max(least, (shape.tokens + most) // _TILE * _TILE - shape.tokens)
 
 
 class _Sum:

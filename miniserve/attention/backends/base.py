@@ -12,6 +12,7 @@ from miniserve.attention.metadata import StepBatch
 from miniserve.attention.spec import AttentionLayer, LatentLayer, QKRope
 
 Metadata = TypeVar("Metadata")
+CHUNKS_IN_GRAPH = 2  # the end of one prompt and the start of the next
 
 
 class Backend(ABC, Generic[Metadata]):
@@ -19,10 +20,12 @@ class Backend(ABC, Generic[Metadata]):
     its contract says.
 
     `graphs`: its decode step can be captured in a device graph and replayed with other lengths and block tables.
+    `chunk_graphs`: so can one with up to CHUNKS_IN_GRAPH chunks.
     `fuses_rope`: it implements `attend_qkv`.
     """
 
     graphs: bool = False
+    chunk_graphs: bool = False
     fuses_rope: bool = False
 
     def __init__(self, layout: KVLayout) -> None:

@@ -17,6 +17,7 @@ from miniserve.attention.spec import AttentionLayer
 class RocmBackend(TritonBackend):
     def __init__(self, layout: KVLayout, kernels: PagedKernels, aiter: Aiter, options: BackendOptions) -> None:
         super().__init__(layout, kernels, options)
+        self.chunk_graphs = False  # nobody has seen aiter's cache write pass over padding among chunks
         self._aiter = aiter
         self._routes = options.routes
         self._scratch = PagedScratch(options)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from miniserve.attention.backends.base import Backend
+from miniserve.attention.backends.base import CHUNKS_IN_GRAPH, Backend
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.paged_kernels import PagedKernels, SplitPlan
 from miniserve.attention.layouts import KVCache, KVLayout
@@ -85,6 +85,8 @@ class TritonBackend(Backend[PagedMetadata]):
         # On AMD's nobody has measured what it brings.
         measured = self._shuffled and platform.arch.startswith("sm_")
         self._linearize_from = linearize_from if measured else sys.maxsize
+        # A graph copies block tables of any length, so it must have room for the longest.
+        self.chunk_graphs = not measured or CHUNKS_IN_GRAPH * options.max_seq_len <= LINEARIZED_TOKENS
         sizes = (platform.arch, platform.compute_units, options.max_rows, options.max_seq_len, options.device)
         self._plans = {_shape(spec): SplitPlan(kernels, spec, *sizes) for spec in options.specs}
 

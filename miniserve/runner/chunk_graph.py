@@ -1,0 +1,147 @@
+"""The forward pass of steps with short chunks as device graphs: launched one by one, their kernels take the host longer
+than the device.
+
+A graph is for so many decode rows and so many chunk tokens; a step runs in the smallest that holds it, the rest being
+padding, which is written to no slot and attends to nothing. What a graph reads is copied to tensors that never move;
+before and after it the step is like any other, so a graph has nothing to do with how tokens are chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, product
+from typing import Any
+
+import numpy as np
+import torch
+
+from miniserve.attention.backends.base import CHUNKS_IN_GRAPH, Backend
+from miniserve.attention.context import PagedStepContext
+from miniserve.attention.layouts import KVCache
+from miniserve.attention.metadata import ChunkRows, DecodeRows, StepBatch
+from miniserve.models.decoder import CausalLM
+from miniserve.runner.sampling_transfer import to_device
+from miniserve.runner.state import StepInputs
+
+Progress = Callable[[int, int], None]
+_ROWS = (16, 32, 64, 128, 256)
+_TOKENS = (64, 128, 192, 256, 384, 512)
+
+
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    replay: Callable[[], None]
+    hidden: torch.Tensor  # [rows + tokens, hidden_size]
+
+
+class ChunkGraphs:
+    """For steps of at most `max_num_seqs` rows, none of them longer than `max_seq_len` tokens."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        backend: Backend[Any],
+        caches: Sequence[KVCache],
+        *,
+        block_size: int,
+        max_num_seqs: int,
+        max_seq_len: int,
+    ) -> None:
+        self._model, self._backend, self._caches, self._max_seq_len = model, backend, caches, max_seq_len
+        self._rows = sorted({min(rows, max_num_seqs) for rows in _ROWS})
+        self._device = model.options.device
+        tokens, width = self._rows[-1] + _TOKENS[-1], -(-max_seq_len // block_size)
+
+        def integers(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=self._device)
+
+        self._input_ids, self._positions, self._slots = (integers(tokens, dtype=torch.int64) for _ in range(3))
+        self._decode_lens, self._decode_tables = integers(self._rows[-1]), integers(self._rows[-1], width)
+        self._chunk_lens, self._chunk_tables = integers(CHUNKS_IN_GRAPH), integers(CHUNKS_IN_GRAPH, width)
+        self._chunk_starts = integers(CHUNKS_IN_GRAPH + 1)
+        self._graphs: dict[tuple[int, int], _Graph] = {}
+
+    def capture(self, progress: Progress | None = None) -> None:
+        """Record all graphs, the largest first, so that the smaller ones find their memory in the pool."""
+        pool = torch.cuda.graph_pool_handle()
+        sizes = list(product(reversed(self._rows), reversed(_TOKENS)))
+        self._slots.fill_(-1)
+        for done, (rows, tokens) in enumerate(sizes):
+            if progress is not None:
+                progress(done, len(sizes))
+            self._graphs[rows, tokens] = _record(partial(self._forward, rows, tokens), pool)
+        if progress is not None:
+            progress(len(sizes), len(sizes))
+
+    def run(self, inputs: StepInputs) -> torch.Tensor | None:
+        """The hidden states of a step's tokens, [num_tokens, hidden_size], which the next step may overwrite; None
+        where no graph holds it."""
+        batch = inputs.batch
+        chunks = [group for group in (batch.extend, batch.prefill) if group is not None]
+        lens = [length for group in chunks for length in group.query_lens]
+        num_rows = 0 if batch.decode is None else batch.decode.seq_lens.shape[0]
+        rows = next((rows for rows in self._rows if num_rows <= rows), None)
+        tokens = next((tokens for tokens in _TOKENS if sum(lens) <= tokens), None)
+        if rows is None or tokens is None or not 0 < len(lens) <= CHUNKS_IN_GRAPH:
+            return None
+        self._fill_tokens(inputs, num_rows, rows)
+        self._fill_decode(batch.decode, num_rows)
+        self._fill_chunks(chunks, lens)
+        graph = self._graphs[rows, tokens]
+        graph.replay()
+        end = rows + sum(lens)
+        if num_rows == rows:
+            return graph.hidden[:end]
+        return torch.cat([graph.hidden[:num_rows], graph.hidden[rows:end]])
+
+    def _fill_tokens(self, inputs: StepInputs, num_rows: int, rows: int) -> None:
+        """Decode rows from the start, chunks from `rows` on. Padding keeps the ids and positions of an earlier step."""
+        end = rows + len(inputs.input_ids) - num_rows
+        self._slots.fill_(-1)
+        for fixed, given in (
+            (self._input_ids, inputs.input_ids),
+            (self._positions, inputs.positions),
+            (self._slots, inputs.batch.slot_mapping),
+        ):
+            fixed[:num_rows] = given[:num_rows]
+            fixed[rows:end] = given[num_rows:]
+
+    def _fill_decode(self, decode: DecodeRows | None, num_rows: int) -> None:
+        self._decode_lens.zero_()
+        if decode is not None:
+            self._decode_lens[:num_rows] = decode.seq_lens
+            self._decode_tables[:num_rows, : decode.block_tables.shape[1]] = decode.block_tables
+
+    def _fill_chunks(self, chunks: list[ChunkRows], lens: list[int]) -> None:
+        """Of each chunk its length, its end and its blocks; absent ones have no token and no key."""
+        ends = [*accumulate(lens, initial=0)]
+        ends += ends[-1:] * (CHUNKS_IN_GRAPH - len(lens))
+        self._chunk_starts.copy_(to_device(np.array(ends, dtype=np.int32), self._device))
+        self._chunk_lens.zero_()
+        at = 0
+        for group in chunks:
+            end = at + len(group.query_lens)
+            self._chunk_lens[at:end] = group.seq_lens
+            self._chunk_tables[at:end, : group.block_tables.shape[1]] = group.block_tables
+            at = end
+
+    def _forward(self, rows: int, tokens: int) -> torch.Tensor:
+        decode = DecodeRows(self._decode_tables[:rows], self._decode_lens[:rows], self._max_seq_len, None)
+        none = (0,) * (CHUNKS_IN_GRAPH - 1)  # as far as the host knows one chunk may have all the tokens
+        chunks = ChunkRows(rows, (tokens, *none), (0, *none), self._chunk_starts, self._chunk_lens, self._chunk_tables)
+        end = rows + tokens
+        metadata = self._backend.build(StepBatch(self._slots[:end], decode, chunks))
+        context = PagedStepContext(self._backend, self._caches, metadata)
+        hidden: torch.Tensor = self._model(self._input_ids[:end], self._positions[:end], context)
+        return hidden
+
+
+def _record(work: Callable[[], torch.Tensor], pool: Any) -> _Graph:
+    work()  # what is compiled or allocated at the first run must be there before a capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        hidden = work()
+    return _Graph(graph.replay, hidden)

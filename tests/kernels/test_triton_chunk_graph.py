@@ -1,0 +1,118 @@
+"""Steps with chunks in graphs: what is laid out and padded for them, over the Triton kernels. Without a GPU the work
+that a graph would hold runs again in place of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from triton_support import DEVICE, NATIVE, on_gpu
+
+import miniserve
+from miniserve.attention.backends.base import Backend
+from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.paged_kernels import triton_kernels
+from miniserve.attention.backends.torch_attn import TorchBackend
+from miniserve.attention.backends.triton_attn import TritonBackend
+from miniserve.attention.layouts import LAYOUTS
+from miniserve.attention.platform import NAMED_PLATFORMS, detect_platform
+from miniserve.config import SchedulerConfig
+from miniserve.core import Request, SamplingParams
+from miniserve.engine.loop import EngineLoop
+from miniserve.engine.step_log import StepLog
+from miniserve.models.config import load_model_config
+from miniserve.models.decoder import CausalLM
+from miniserve.models.loader import load_weights
+from miniserve.models.registry import build_model
+from miniserve.runner import chunk_graph
+from miniserve.runner.chunk_graph import ChunkGraphs
+from miniserve.runner.runner import ModelRunner
+from miniserve.runner.sampler import Sampler
+from miniserve.runner.state import StepInputs, StepState
+from miniserve.scheduler.scheduler import Scheduler
+
+MODEL = Path(miniserve.__file__).parent / "assets" / "tiny-qwen3"
+ROWS, LONGEST, BLOCK = 3, 64, 16
+PROMPTS = (5, 4, 30, 20)
+
+
+@pytest.fixture(scope="module")
+def model() -> CausalLM:
+    model = build_model(load_model_config(MODEL), dtype=torch.float32, kv_dtype=torch.float32, device=DEVICE)
+    load_weights(model, MODEL)
+    return model
+
+
+def serve(model: CausalLM, layout_name: str, make_graphs: Callable[..., ChunkGraphs] | None) -> dict[str, list[int]]:
+    """Without graphs: over PyTorch's attention."""
+    layout = LAYOUTS[layout_name](BLOCK)
+    options = BackendOptions(
+        specs=tuple(model.attention_specs),
+        routes=(),
+        platform=detect_platform(DEVICE, torch.float32) if NATIVE else NAMED_PLATFORMS["h100"],
+        device=DEVICE,
+        max_rows=ROWS,
+        max_seq_len=LONGEST,
+    )
+    backend: Backend[Any] = TorchBackend(layout)
+    if make_graphs is not None:
+        backend = TritonBackend(layout, triton_kernels(), options)
+    caches = [layout.allocate(spec, 32, DEVICE) for spec in model.attention_specs]
+    graphs = None
+    if make_graphs is not None:
+        graphs = make_graphs(model, backend, caches, block_size=BLOCK, max_num_seqs=ROWS, max_seq_len=LONGEST)
+        with torch.inference_mode():
+            graphs.capture()
+    runner = ModelRunner(
+        model,
+        backend,
+        caches,
+        StepState(ROWS, LONGEST, BLOCK, DEVICE),
+        Sampler(ROWS, model.config.vocab_size, DEVICE, frozenset(), seed=0),
+        chunk_graphs=graphs,
+    )
+    config = SchedulerConfig(
+        num_blocks=32, block_size=BLOCK, max_num_seqs=ROWS, max_num_batched_tokens=24, max_model_len=LONGEST
+    )
+    loop = EngineLoop(Scheduler(config), runner, StepLog(None, ROWS), overlap=False)
+    rng = random.Random(0)
+    params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+    for number, length in enumerate(PROMPTS):
+        prompt = [rng.randrange(2000) for _ in range(length)]
+        loop.add(Request(request_id=str(number), prompt_token_ids=prompt, params=params))
+    tokens: dict[str, list[int]] = {}
+    while loop.has_work:
+        for output in loop.step():
+            tokens.setdefault(output.request_id, []).extend(output.new_token_ids)
+    return tokens
+
+
+@pytest.mark.parametrize("layout", ["shuffled", pytest.param("linear", marks=on_gpu)])
+def test_tokens_are_those_of_steps_without_graphs(
+    layout: str, model: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunk_graph, "_TOKENS", (16, 24))
+    if not NATIVE:
+        monkeypatch.setattr(chunk_graph, "_record", run_again)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    steps: list[bool] = []
+
+    class Counted(ChunkGraphs):
+        def run(self, inputs: StepInputs) -> torch.Tensor | None:
+            hidden = super().run(inputs)
+            steps.append(hidden is not None)
+            return hidden
+
+    expected = serve(model, layout, None)
+    assert serve(model, layout, Counted) == expected
+    assert len(expected) == len(PROMPTS)
+    assert steps.count(True) >= 2 and steps.count(False) >= 1  # the first step has too many chunks
+
+
+def run_again(work: Callable[[], torch.Tensor], pool: Any) -> chunk_graph._Graph:
+    hidden = torch.full_like(work(), float("nan"))
+    return chunk_graph._Graph(lambda: hidden.copy_(work()), hidden)  # type: ignore[arg-type,return-value]
