@@ -129,8 +129,9 @@ class ChunkGraphs:
 
     def _forward(self, rows: int, tokens: int) -> torch.Tensor:
         decode = DecodeRows(self._decode_tables[:rows], self._decode_lens[:rows], self._max_seq_len, None)
-        none = (0,) * (CHUNKS_IN_GRAPH - 1)  # as far as the host knows one chunk may have all the tokens
-        chunks = ChunkRows(rows, (tokens, *none), (0, *none), self._chunk_starts, self._chunk_lens, self._chunk_tables)
+        none = (0,) * (CHUNKS_IN_GRAPH - 1)  # as far as the host knows one chunk may have all the tokens and keys
+        lens, contexts = (tokens, *none), (self._max_seq_len - tokens, *none)
+        chunks = ChunkRows(rows, lens, contexts, self._chunk_starts, self._chunk_lens, self._chunk_tables)
         end = rows + tokens
         metadata = self._backend.build(StepBatch(self._slots[:end], decode, chunks))
         context = PagedStepContext(self._backend, self._caches, metadata)

@@ -77,6 +77,15 @@ def test_softcap_sinks_and_scale(shuffled: bool) -> None:
 
 
 @LAYOUTS
+@pytest.mark.parametrize("num_splits", [2, 5])
+@pytest.mark.parametrize("options", [{}, {"window": 20}, {"softcap": 3.0}], ids=["", "window", "softcap"])
+def test_programs_that_share_a_tiles_keys(options: dict[str, Any], num_splits: int, shuffled: bool) -> None:
+    cache = random_cache(24, 16, 2, 80, dtype=torch.float16, shuffled=shuffled)
+    sinks = 3 * normal(9, 6)
+    check(cache, 6, REQUESTS, torch.float16, num_splits=num_splits, launch=SMALL, sinks=sinks, **options)
+
+
+@LAYOUTS
 @pytest.mark.parametrize(("head_dim", "group", "block_size"), [(80, 5, 32), (112, 1, 64), (256, 16, 16), (192, 3, 48)])
 def test_shapes(head_dim: int, group: int, block_size: int, shuffled: bool) -> None:
     cache = random_cache(8, block_size, 1, head_dim, dtype=torch.float16, shuffled=shuffled)
@@ -99,7 +108,9 @@ def test_fp8_cache(dtype: torch.dtype, shuffled: bool) -> None:
 def test_long_chunks(window: int | None, shuffled: bool) -> None:
     cache = random_cache(512, 16, 8, 128, dtype=torch.bfloat16, shuffled=shuffled)
     options: dict[str, Any] = {} if window is None else {"window": window}
-    check(cache, 32, [(0, 2048), (3000, 700), (4000, 3)], torch.bfloat16, scale=128**-0.5, **options)
+    for num_splits in (1, 4):
+        requests = [(0, 2048), (3000, 700), (4000, 3)]
+        check(cache, 32, requests, torch.bfloat16, scale=128**-0.5, num_splits=num_splits, **options)
 
 
 def test_no_requests() -> None:

@@ -9,7 +9,15 @@ import sys
 import pytest
 import triton_support  # noqa: F401  (chooses Triton's interpreter before Triton is imported)
 
-from miniserve.kernels.triton.launch import Launch, cdiv, choose_splits, decode_launch, extend_launch, mla_launch
+from miniserve.kernels.triton.launch import (
+    Launch,
+    cdiv,
+    choose_splits,
+    decode_launch,
+    extend_launch,
+    extend_splits,
+    mla_launch,
+)
 
 
 @pytest.mark.parametrize(
@@ -63,3 +71,10 @@ def test_one_of_each_kernel_compiles_for_amd_and_nvidia() -> None:
     for kernel in ("decode", "extend", "mla", "merge", "write", "rope_write", "write_latent"):
         for arch in ("gfx942", "gfx950", "sm_90"):
             assert f"| {arch} | {kernel} |" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("programs", "max_seq_len", "splits"), [(128, 8192, 1), (64, 8192, 2), (32, 8192, 4), (8, 131_072, 8), (8, 512, 1)]
+)
+def test_extend_splits_fill_the_device_where_there_are_many_keys(programs: int, max_seq_len: int, splits: int) -> None:
+    assert extend_splits(programs, max_seq_len, 132) == splits

@@ -2,8 +2,8 @@
 
 - paged_decode(q [rows, H, D], key_cache, value_cache, block_tables, seq_lens, *, num_kv_heads, block_size, shuffled,
   scale, window, softcap, sinks, k_scale, v_scale, num_splits, scratch, out)
-- paged_extend(q [tokens, H, D], key_cache, value_cache, block_tables, cu_query_lens, seq_lens, *, max_query_len, …): as
-  above for several query tokens a row, of which each sees the cache up to itself
+- paged_extend(q [tokens, H, D], key_cache, value_cache, block_tables, cu_query_lens, seq_lens, *, max_query_len,
+  num_splits, …): as above for several query tokens a row, of which each sees the cache up to itself
 - write_kv(k, v, key_cache, value_cache, slot_mapping, *, block_size, shuffled, k_scale, v_scale); a negative slot is
   not written
 - linearize(key_cache, value_cache, block_tables, cu_query_lens, seq_lens, *, window) -> key, value: what these requests
@@ -101,7 +101,9 @@ def _torch_decode(
     **terms: Any,
 ) -> torch.Tensor:
     starts = torch.arange(len(q) + 1, dtype=torch.int32)
-    return _torch_extend(q, key_cache, value_cache, block_tables, starts, seq_lens, max_query_len=1, out=out, **terms)
+    return _torch_extend(
+        q, key_cache, value_cache, block_tables, starts, seq_lens, max_query_len=1, num_splits=1, out=out, **terms
+    )
 
 
 def _torch_extend(
@@ -113,6 +115,7 @@ def _torch_extend(
     seq_lens: torch.Tensor,
     *,
     max_query_len: int,
+    num_splits: int,
     num_kv_heads: int,
     block_size: int,
     shuffled: bool,

@@ -20,6 +20,7 @@ from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import ChunkRows, StepBatch
 from miniserve.attention.routes import fuses_rope
 from miniserve.attention.spec import AttentionLayer, AttentionSpec, QKRope
+from miniserve.kernels.triton.launch import cdiv, extend_launch, extend_splits
 
 LINEARIZE_FROM = 16  # query tokens of a chunk; shorter ones are read in place about as fast (measured on an H100)
 LINEARIZED_TOKENS = 32768  # cached tokens that are copied at most, for all of a step's chunks; more are read in place
@@ -43,12 +44,15 @@ class DecodeMetadata:
 
 @dataclass(frozen=True, slots=True)
 class ChunkMetadata:
-    """Chunks, with or without context, that are the step's tokens [start, end). Tensors as in `ChunkRows`.
+    """Chunks, with or without context, that are the step's tokens [start, end). Tensors as in `ChunkRows`. chunks: how
+    many there are (those without a token not counted); no sequence is longer than max_seq_len.
     linear_tables: as block_tables, of the blocks' copies in the linear layout; None: the cache is read itself."""
 
     start: int
     end: int
+    chunks: int
     max_query_len: int
+    max_seq_len: int
     cu_query_lens: torch.Tensor
     seq_lens: torch.Tensor
     block_tables: torch.Tensor
@@ -82,11 +86,12 @@ class TritonBackend(Backend[PagedMetadata]):
         self.fuses_rope = fuses_rope(options.routes)
         self._shuffled = layout.name == "shuffled"
         platform = options.platform
-        # On AMD's nobody has measured what it brings.
-        measured = self._shuffled and platform.arch.startswith("sm_")
-        self._linearize_from = linearize_from if measured else sys.maxsize
+        # Copies and splits of chunks were measured on NVIDIA's GPUs alone.
+        self._on_nvidia, self._compute_units = platform.arch.startswith("sm_"), platform.compute_units
+        copies = self._shuffled and self._on_nvidia
+        self._linearize_from = linearize_from if copies else sys.maxsize
         # A graph copies block tables of any length, so it must have room for the longest.
-        self.chunk_graphs = not measured or CHUNKS_IN_GRAPH * options.max_seq_len <= LINEARIZED_TOKENS
+        self.chunk_graphs = not copies or CHUNKS_IN_GRAPH * options.max_seq_len <= LINEARIZED_TOKENS
         sizes = (platform.arch, platform.compute_units, options.max_rows, options.max_seq_len, options.device)
         self._plans = {_shape(spec): SplitPlan(kernels, spec, *sizes) for spec in options.specs}
 
@@ -98,11 +103,21 @@ class TritonBackend(Backend[PagedMetadata]):
 
     def _chunk(self, group: ChunkRows) -> ChunkMetadata:
         longest, end = max(group.query_lens), group.query_start + sum(group.query_lens)
+        chunks = sum(length > 0 for length in group.query_lens)
+        max_seq_len = max(map(sum, zip(group.query_lens, group.context_lens, strict=True)))
         tables, linear_tables = group.block_tables, None
         if longest >= self._linearize_from and tables.numel() * self.layout.block_size <= LINEARIZED_TOKENS:
             linear_tables = torch.arange(tables.numel(), dtype=torch.int32, device=tables.device).view(tables.shape)
         return ChunkMetadata(
-            group.query_start, end, longest, group.cu_query_lens, group.seq_lens, tables, linear_tables
+            group.query_start,
+            end,
+            chunks,
+            longest,
+            max_seq_len,
+            group.cu_query_lens,
+            group.seq_lens,
+            tables,
+            linear_tables,
         )
 
     def attend(
@@ -175,7 +190,24 @@ class TritonBackend(Backend[PagedMetadata]):
         if meta.linear_tables is not None:
             planes = self._kernels.linearize(*planes, tables, *lens, window=layer.spec.sliding_window)
             tables, terms["shuffled"] = meta.linear_tables, False
-        self._kernels.paged_extend(q, *planes, tables, *lens, max_query_len=meta.max_query_len, out=out, **terms)
+        self._kernels.paged_extend(
+            q,
+            *planes,
+            tables,
+            *lens,
+            max_query_len=meta.max_query_len,
+            num_splits=self._extend_splits(layer.spec, meta),
+            out=out,
+            **terms,
+        )
+
+    def _extend_splits(self, spec: AttentionSpec, meta: ChunkMetadata) -> int:
+        if not self._on_nvidia:
+            return 1
+        rows = meta.max_query_len * spec.num_heads // spec.num_kv_heads
+        launch = extend_launch("cuda", spec.head_dim, spec.kv_dtype.itemsize, rows)
+        programs = spec.num_kv_heads * cdiv(rows, launch.block_m) * meta.chunks
+        return extend_splits(programs, meta.max_seq_len, self._compute_units)
 
     def _terms(self, layer: AttentionLayer) -> dict[str, object]:
         spec = layer.spec

@@ -131,7 +131,7 @@ def _decode(
 
 def _extend(
     kv: torch.dtype, head_dim: int, shuffled: bool, *, dtype: torch.dtype = torch.bfloat16, group: int = 4,
-    query_len: int = 2048, special: bool = False,
+    query_len: int = 2048, special: bool = False, num_splits: int = 1,
 ) -> Case:  # fmt: skip
     heads = group * KV_HEADS
 
@@ -140,10 +140,14 @@ def _extend(
         paged_extend.paged_extend(
             _tensor(ROWS * query_len, heads, head_dim, dtype=dtype), key, value,
             _int32(ROWS, TABLE_WIDTH), _int32(ROWS + 1), _int32(ROWS), max_query_len=query_len,
-            num_kv_heads=KV_HEADS, block_size=16, shuffled=shuffled, **_formula(heads, special), **_scales(kv),
+            num_kv_heads=KV_HEADS, block_size=16, shuffled=shuffled, num_splits=num_splits,
+            **_formula(heads, special), **_scales(kv),
         )  # fmt: skip
 
-    return Case(f"{_what(dtype, kv, shuffled, 16)} d{head_dim} gqa{group} q{query_len}{_special(special)}", launch)
+    merge = "" if num_splits == 1 else f", {num_splits} splits"
+    return Case(
+        f"{_what(dtype, kv, shuffled, 16)} d{head_dim} gqa{group} q{query_len}{merge}{_special(special)}", launch
+    )
 
 
 def _linearize(kv: torch.dtype, head_dim: int) -> Case:
@@ -250,6 +254,9 @@ def cases(arch: Arch) -> Iterator[Case]:
     for kv in (half, fp8):
         if arch.target.backend == "cuda":  # elsewhere it is not used
             yield from (_linearize(kv, head_dim) for head_dim in (64, 80, 128, 256))
+            yield from (
+                _extend(kv, 128, False, query_len=256, special=special, num_splits=4) for special in (False, True)
+            )
         yield _write_latent(kv)
         for heads in (8, 16, 32, 64, 128):
             yield from (_mla(kv, heads, splits) for splits in SPLITS)

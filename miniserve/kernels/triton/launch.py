@@ -70,6 +70,7 @@ _MLA: tuple[_Row, ...] = (  # by the number of heads instead of head_dim, which 
     ("hip", 1 << 30, 2, Launch(32, 16, 4, 2)),
     ("hip", 1 << 30, 4, Launch(16, 16, 4, 1)),
 )
+_SPLIT_KEYS, _MOST_SPLITS = 1024, 8
 _SHORT_QUERIES = 32  # rows up to which a tile of an extension is made this small
 
 
@@ -93,6 +94,12 @@ def extend_launch(platform: Platform, head_dim: int, kv_itemsize: int, rows: int
     if rows <= _SHORT_QUERIES < launch.block_m:
         return replace(launch, block_m=_SHORT_QUERIES, num_warps=4)
     return launch
+
+
+def extend_splits(programs: int, max_seq_len: int, num_sms: int) -> int:
+    """How many programs share a tile's keys in `paged_extend`, which has as many tiles of queries as `programs` of
+    them: as many as fill the device, where there are keys enough for the merge to pay."""
+    return 1 if max_seq_len < _SPLIT_KEYS else max(1, min(_MOST_SPLITS, num_sms // programs))
 
 
 def mla_launch(platform: Platform, num_heads: int, kv_itemsize: int) -> Launch:

@@ -2,7 +2,8 @@
 """Prefill and extend attention over a paged cache that holds the new tokens already.
 
 Flash attention (Dao 2023) with the cache's pages as keys. A tile's rows are (token, query head) pairs of one kv head,
-so that the heads of a group share the keys they read and short queries still fill a tile.
+so that the heads of a group share the keys they read and short queries still fill a tile. Where tiles are too few to
+fill the device, several programs share a tile's keys, as in `split_kv`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from miniserve.kernels.triton.common import (
     value_tile,
 )
 from miniserve.kernels.triton.launch import Launch, cdiv, extend_launch, next_power_of_2
+from miniserve.kernels.triton.split_kv import merge_tile
+
+_MERGED_HEADS = 8  # of a token, by one program
 
 
 def paged_extend(
@@ -42,6 +46,7 @@ def paged_extend(
     sinks: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    num_splits: int = 1,
     out: torch.Tensor | None = None,
     launch: Launch | None = None,
 ) -> torch.Tensor:
@@ -49,8 +54,9 @@ def paged_extend(
 
     q [num_tokens, num_heads, head_dim], last dimension dense: the requests' tokens one after another, request r's at
     cu_query_lens[r] … cu_query_lens[r + 1] (int32 [requests + 1], device), none longer than max_query_len (host);
-    seq_lens int32 [requests]: cached tokens with the new ones, so the last query sees seq_len keys. The rest as
-    `paged_decode`. Tokens of no request are left untouched. Returns out [num_tokens, num_heads, head_dim], q's dtype.
+    seq_lens int32 [requests]: cached tokens with the new ones, so the last query sees seq_len keys. num_splits: how
+    many programs share a tile's keys. The rest as `paged_decode`. What tokens of no request get is undefined. Returns
+    out [num_tokens, num_heads, head_dim], q's dtype.
     """
     num_heads, head_dim = q.shape[1:]
     if out is None:
@@ -60,7 +66,12 @@ def paged_extend(
         return out
     group, on = num_heads // num_kv_heads, platform()
     launch = launch or extend_launch(on, head_dim, key_cache.element_size(), max_query_len * group)
-    _extend_kernel[(num_kv_heads, cdiv(max_query_len * group, launch.block_m), requests)](
+    tiles = cdiv(max_query_len * group, launch.block_m)
+    partial = lse = None
+    if num_splits > 1:
+        partial = torch.empty((*q.shape[:2], num_splits, head_dim), dtype=torch.float32, device=q.device)
+        lse = torch.empty(partial.shape[:3], dtype=torch.float32, device=q.device)
+    _extend_kernel[(num_kv_heads, tiles * num_splits, requests)](
         q,
         key_cache,
         value_cache,
@@ -71,6 +82,8 @@ def paged_extend(
         k_scale,
         v_scale,
         out,
+        partial,
+        lse,
         *q.stride()[:2],
         *plane_strides(key_cache, shuffled),
         *plane_strides(value_cache, shuffled),
@@ -79,6 +92,7 @@ def paged_extend(
         scale * LOG2E,
         window or 0,
         (softcap or 0.0) * LOG2E,
+        num_splits,
         GROUP=group,
         HEAD_DIM=head_dim,
         BLOCK_D=next_power_of_2(head_dim),
@@ -91,25 +105,40 @@ def paged_extend(
         PRECISION=dot_precision(on),
         **launch.options(on),
     )
+    if num_splits > 1:
+        heads = min(_MERGED_HEADS, next_power_of_2(num_heads))
+        _merge_kernel[(cdiv(num_heads, heads), q.shape[0])](
+            partial,
+            lse,
+            out,
+            *out.stride()[:2],
+            num_splits,
+            HEADS=num_heads,
+            HEAD_DIM=head_dim,
+            BLOCK_D=next_power_of_2(head_dim),
+            MERGE_M=heads,
+        )
     return out
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["window", "num_splits"])
 def _extend_kernel(
-    q, key_cache, value_cache, block_tables, cu_query_lens, seq_lens, sinks, k_scale, v_scale, out,
+    q, key_cache, value_cache, block_tables, cu_query_lens, seq_lens, sinks, k_scale, v_scale, out, partial, lse,
     q_row, q_head, k_block, k_token, k_head, v_block, v_token, v_head, table_row, out_row, out_head,
-    qk_scale, window, softcap,
+    qk_scale, window, softcap, num_splits,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, X: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M (token, head) pairs of one request and kv head."""
+    """One program: BLOCK_M (token, head) pairs of one request and kv head, and a share of their keys."""
     kv_head = tl.program_id(0)
     request = tl.program_id(2)
     first_token = tl.load(cu_query_lens + request)
     query_len = tl.load(cu_query_lens + request + 1) - first_token
     # The last tiles see the most keys: they start first.
-    start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
+    index = tl.num_programs(1) - 1 - tl.program_id(1)
+    start = index // num_splits * BLOCK_M
+    split = index % num_splits
     if start >= query_len * GROUP:
         return
     seq_len = tl.load(seq_lens + request)
@@ -128,8 +157,9 @@ def _extend_kernel(
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if sinks is not None:
-        best = tl.load(sinks + head) * 1.4426950408889634
-        total += 1.0
+        first = split == 0  # the sink counts once
+        best = tl.where(first, tl.load(sinks + head) * 1.4426950408889634, float("-inf"))
+        total += tl.where(first, 1.0, 0.0)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     # Keys [low, high) are seen by some row of the tile, those below `full` by every row (without a window).
@@ -138,21 +168,37 @@ def _extend_kernel(
     full = low // BLOCK_N * BLOCK_N
     if not HAS_WINDOW:
         full = (context + start // GROUP + 1) // BLOCK_N * BLOCK_N
+    begin = low // BLOCK_N * BLOCK_N
+    end = high
+    if partial is not None:
+        share = tl.cdiv(tl.cdiv(high, BLOCK_N) - begin // BLOCK_N, num_splits) * BLOCK_N
+        begin += split * share
+        end = tl.minimum(begin + share, high)
     table = block_tables + request.to(tl.int64) * table_row
     best, total, acc = _attend(
-        query, query_pos, best, total, acc, key_cache, value_cache, table, low // BLOCK_N * BLOCK_N, full, low, high,
+        query, query_pos, best, total, acc, key_cache, value_cache, table, begin, tl.minimum(full, end), low, high,
         k_block, k_token, kv_head * k_head, v_block, v_token, kv_head * v_head, qk_scale, window, softcap,
-        HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, X, False, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
+        HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, X, False, HAS_WINDOW, False, HAS_SOFTCAP, PRECISION,
     )  # fmt: skip
     best, total, acc = _attend(
-        query, query_pos, best, total, acc, key_cache, value_cache, table, full, high, low, high,
+        query, query_pos, best, total, acc, key_cache, value_cache, table, tl.maximum(full, begin), end, low, high,
         k_block, k_token, kv_head * k_head, v_block, v_token, kv_head * v_head, qk_scale, window, softcap,
-        HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, X, True, HAS_WINDOW, HAS_SOFTCAP, PRECISION,
+        HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, X, True, HAS_WINDOW, partial is not None, HAS_SOFTCAP, PRECISION,
     )  # fmt: skip
+    if partial is not None:
+        # A row may see none of these keys: it leaves zeros, of no weight.
+        found = total > 0.0
+        total = tl.where(found, total, 1.0)
     acc = acc / total[:, None]
     if v_scale is not None:
         acc *= tl.load(v_scale)
-    tl.store(out + (row * out_row + head * out_head)[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=mine)
+    if partial is None:
+        to = out + (row * out_row + head * out_head)[:, None] + d[None, :]
+        tl.store(to, acc.to(out.dtype.element_ty), mask=mine)
+    else:
+        entry = ((row * tl.num_programs(0) * GROUP + head) * num_splits + split).to(tl.int64)
+        tl.store(lse + entry, tl.where(found, best + tl.log2(total), float("-inf")), mask=token < query_len)
+        tl.store(partial + entry[:, None] * HEAD_DIM + d[None, :], acc, mask=mine)
 
 
 @triton.jit
@@ -160,7 +206,7 @@ def _attend(
     query, query_pos, best, total, acc, key_cache, value_cache, table, begin, end, low, high,
     k_block, k_token, k_offset, v_block, v_token, v_offset, qk_scale, window, softcap,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, X: tl.constexpr,
-    MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, SPLIT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Go on with the keys from `begin` to `end`; not MASKED: every row sees them all."""
@@ -188,7 +234,7 @@ def _attend(
                 seen = seen & (distance < window)
             scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(best, tl.max(scores, 1))
-        if HAS_WINDOW:
+        if HAS_WINDOW or SPLIT:
             # A row may see no key of the first tiles: no difference of two infinities then.
             higher = tl.maximum(higher, -1.0e30)
         decay = tl.exp2(best - higher)
@@ -205,3 +251,16 @@ def _attend(
         k_ids = tl.load(table + k_pos // BLOCK_SIZE, mask=k_pos < high, other=0)
         v_ids = tl.load(table + v_pos // BLOCK_SIZE, mask=v_pos < high, other=0)
     return best, total, acc
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def _merge_kernel(
+    partial, lse, out, out_row, out_head, num_splits,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MERGE_M: tl.constexpr,
+):  # fmt: skip
+    """One program: MERGE_M heads of one token."""
+    heads = tl.program_id(0) * MERGE_M + tl.arange(0, MERGE_M)
+    merge_tile(
+        partial, lse, out, tl.program_id(1), heads, heads < HEADS, num_splits, num_splits, out_row, out_head,
+        HEADS, HEAD_DIM, BLOCK_D, MERGE_M,
+    )  # fmt: skip
