@@ -89,8 +89,8 @@ def select(
 _WRONG_KIND = {
     True: "--kv-layout {layout} holds the latents of MLA models, and this one has keys and values of each KV head; use "
     "linear, shuffled or auto.",
-    False: "--kv-layout {layout} holds keys and values of each KV head, and this MLA model has one latent for all heads; "
-    "use latent or auto.",
+    False: "--kv-layout {layout} holds keys and values of each KV head, and this MLA model has one latent for all "
+    "heads; use latent or auto.",
 }
 
 

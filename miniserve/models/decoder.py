@@ -13,6 +13,7 @@ from miniserve.models.description import ModelConfig
 from miniserve.models.layers.attention import SelfAttention
 from miniserve.models.layers.base import Module
 from miniserve.models.layers.embedding import Embedding, LMHead, TiedLMHead
+from miniserve.models.layers.experts import Experts, MoEMethod
 from miniserve.models.layers.latent_attention import LatentSelfAttention
 from miniserve.models.layers.mlp import MLP, SparseMLP
 from miniserve.models.layers.ops import PendingSum
@@ -97,6 +98,11 @@ class CausalLM(Module):
         """hidden: [R, hidden_size] -> float32 [R, vocab_size]."""
         logits: torch.Tensor = self.lm_head(hidden)
         return logits
+
+    @property
+    def moe_method(self) -> MoEMethod | None:
+        """How routed experts are multiplied, None where there are none."""
+        return next((module.method for module in self.modules() if isinstance(module, Experts)), None)
 
     def raw_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """As `compute_logits`, in the model's dtype: the same numbers in less memory."""

@@ -10,7 +10,6 @@ import torch
 
 from miniserve.attention.aiter import AiterExperts
 from miniserve.kernels.native import NativeKernels
-from miniserve.models.layers.aiter_moe import DTYPES as AITER_DTYPES
 from miniserve.models.layers.aiter_moe import AiterMoE
 from miniserve.models.layers.experts import MoEMethod, choose_moe_method
 from miniserve.models.layers.linear import Linear, LinearMethod, choose_method
@@ -62,7 +61,7 @@ class BuildOptions:
         return torch_routing
 
     def moe_method(self, hidden_size: int, intermediate_size: int) -> MoEMethod:
-        if self.experts is not None and self.dtype in AITER_DTYPES:
+        if self.experts is not None:
             return AiterMoE(self.experts)
         if self.triton is not None:
             from miniserve.models.layers.triton import TritonMoE

@@ -215,6 +215,14 @@ def _expert_elements(config: Config, tp: int) -> tuple[int, int, int]:
     return int(count * 3 * hidden * width // tp), int(count * hidden), int(3 * hidden * shared // tp)
 
 
+def expert_shape(outline: Outline) -> tuple[int, int] | None:
+    """hidden_size and intermediate_size of a routed expert, None where there are none."""
+    config = outline.config
+    if not _num_experts(config):
+        return None
+    return config["hidden_size"], config.get("moe_intermediate_size") or config["intermediate_size"]
+
+
 def _num_experts(config: Config) -> int:
     names = ("num_experts", "n_routed_experts", "num_local_experts")
     return next((int(config[name]) for name in names if config.get(name)), 0)

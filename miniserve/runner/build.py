@@ -22,7 +22,7 @@ from miniserve.kernels import native
 from miniserve.models.config import ModelConfig, load_model_config
 from miniserve.models.decoder import CausalLM
 from miniserve.models.generation_config import load_generation_defaults
-from miniserve.models.layers.aiter_moe import find_experts
+from miniserve.models.layers.aiter_moe import describe_experts, find_experts
 from miniserve.models.loader import dummy_weights, load_weights
 from miniserve.models.registry import build_model, weight_bytes
 from miniserve.runner.chunk_graph import ChunkGraphs
@@ -60,6 +60,7 @@ def build_runner(
     if device.type == "cpu":
         torch.set_num_threads(_num_threads(weights))
     platform = find_platform(config.device, device, dtype)
+    experts = find_experts(platform, dtype)
     kernels = native.load() if device.type == "cpu" and native.unavailable_reason() is None else None
     model = build_model(
         model_config,
@@ -69,7 +70,7 @@ def build_runner(
         max_model_len=config.max_model_len or longest,
         native=kernels,
         triton=_triton_kernels(device),
-        experts=find_experts(platform),
+        experts=None if isinstance(experts, str) else experts,
     )
     choice = select(
         model.attention_specs,
@@ -117,6 +118,8 @@ def build_runner(
             chunk_graphs = _chunk_graphs(model, backend, caches, config, plan, progress)
     runner = ModelRunner(model, backend, caches, state, sampler, graphs, chunk_graphs)
     attention = [*choice.explain(), *describe_routes(choice, model.attention_specs, platform), *checked]
+    if (method := model.moe_method) is not None:
+        attention.append(describe_experts(method.name, experts if isinstance(experts, str) else None))
     return runner, _info(
         config, model_config, source_path, model_name, device, dtype, choice, attention, plan, eos_token_ids, traffic
     )

@@ -17,7 +17,11 @@ from miniserve.attention.select import Choice, select
 from miniserve.attention.spec import AttentionSpec
 from miniserve.attention.terms import LayerRoute
 from miniserve.core import UserError
-from miniserve.models.outline import Outline, shard, weight_bytes
+from miniserve.kernels import native
+from miniserve.models.layers.aiter_moe import NAME as AITER_MOE
+from miniserve.models.layers.aiter_moe import describe_experts, refusal
+from miniserve.models.layers.experts import TRITON_MOE, choose_moe_method
+from miniserve.models.outline import Outline, expert_shape, shard, weight_bytes
 from miniserve.runner.tuning import load_preferred
 
 # What each device has, in GiB, as its driver states it.
@@ -69,7 +73,8 @@ class Memory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
-    """paths: every backend and layout, the chosen one among them. notes: sentences."""
+    """paths: every backend and layout, the chosen one among them. experts: what multiplies routed ones, a sentence.
+    notes: sentences."""
 
     model: str
     outline: Outline
@@ -82,6 +87,7 @@ class Explanation:
     choice: Choice
     paths: tuple[Path, ...]
     memory: Memory
+    experts: str | None
     notes: tuple[str, ...]
 
 
@@ -134,6 +140,7 @@ def explain(name: str, outline: Outline, wishes: Wishes, tuning: FilePath | None
         choice=choice,
         paths=tuple(_paths(specs, platform, wishes.block_size)),
         memory=_memory(outline, choice, specs, wishes, memory, longest),
+        experts=_experts(outline, platform, dtype),
         notes=tuple(_notes(outline, wishes, platform)),
     )
 
@@ -185,6 +192,21 @@ def _memory(
         tokens=tokens,
         least_tp=_least_tp(outline, usable) if tokens == 0 and usable is not None else None,
     )
+
+
+def _experts(outline: Outline, platform: Platform, dtype: torch.dtype) -> str | None:
+    if (shape := expert_shape(outline)) is None:
+        return None
+    refused = refusal(platform, dtype)
+    if refused is None:
+        name = AITER_MOE
+    elif platform.arch != "cpu" and platform.triton_unavailable is None:
+        name = TRITON_MOE
+    else:
+        device = torch.device("cpu" if platform.arch == "cpu" else "cuda")
+        kernels = native.load() if platform.arch == "cpu" and native.unavailable_reason() is None else None
+        name = choose_moe_method(dtype, device, *shape, kernels).name
+    return describe_experts(name, refused)
 
 
 def _least_tp(outline: Outline, usable: int) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 from engine_support import stand_in
 from torch.nn import functional
 
+import miniserve
 from miniserve.attention import aiter as adapter
 from miniserve.attention.platform import NAMED_PLATFORMS
-from miniserve.models.layers.aiter_moe import AiterMoE, find_experts
+from miniserve.llm import LLM
+from miniserve.models.layers.aiter_moe import AiterMoE, describe_experts, find_experts
 from miniserve.models.layers.experts import Arithmetic, Experts, GroupedMoE
 from miniserve.models.options import BuildOptions
 
@@ -21,6 +24,7 @@ torch.set_num_threads(1)
 CPU = torch.device("cpu")
 BF16 = torch.bfloat16
 MI300X = NAMED_PLATFORMS["mi300x"]
+MODEL = str(Path(miniserve.__file__).parent / "assets" / "tiny-deepseek")
 
 
 def experts_of(hidden: int, middle: int, dtype: torch.dtype, method: Any) -> Experts:
@@ -42,7 +46,7 @@ def test_it_sums_each_tokens_experts(arch: str, dtype: torch.dtype, hidden: int,
     x = torch.randn(num_tokens, hidden, generator=generator).to(dtype)
     weights = torch.rand(num_tokens, 2, generator=generator)
     ids = torch.stack([torch.randperm(6, generator=generator)[:2] for _ in range(num_tokens)])
-    plain = GroupedMoE(Arithmetic(lambda weight: weight, functional.linear))
+    plain = GroupedMoE(Arithmetic("PyTorch", lambda weight: weight, functional.linear))
     want = experts_of(hidden, middle, dtype, plain)(x, weights, ids)
     with stand_in(arch, 4) as module:
         layer = experts_of(hidden, middle, dtype, AiterMoE(adapter.load_experts()))
@@ -74,24 +78,45 @@ def _none(*given: object) -> torch.Tensor:
     raise NotImplementedError
 
 
-def test_17_a_routing_kernel_that_corrupts_memory_is_not_used() -> None:
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"aiter_version": (0, 1, 19)}, "it needs aiter v0.1.20 or newer, not v0.1.19, whose routing writes where"),
+        ({"aiter_version": None, "aiter_unavailable": "aiter is not installed"}, "aiter is not installed"),
+        ({"arch": "gfx1201"}, "it runs on gfx942 or gfx950, not on gfx1201"),
+        ({"arch": "sm_90"}, "it runs on gfx942 or gfx950, not on sm_90"),
+    ],
+)
+def test_17_a_routing_kernel_that_corrupts_memory_is_not_used(change: dict[str, Any], why: str) -> None:
+    """Nor one that is not there; why is told."""
     with stand_in("gfx942", 4):
-        assert find_experts(MI300X) is not None
-        assert find_experts(replace(MI300X, aiter_version=(0, 1, 19))) is None
-        assert find_experts(replace(MI300X, aiter_version=None)) is None
-        assert find_experts(replace(MI300X, arch="gfx1201")) is None
-        assert find_experts(NAMED_PLATFORMS["h100"]) is None
+        assert not isinstance(find_experts(MI300X, BF16), str)
+        found = find_experts(replace(MI300X, **change), BF16)
+    assert isinstance(found, str) and found.startswith(why)
+    assert describe_experts("PyTorch", found) == f"experts by PyTorch; not by aiter fused_moe: {found}"
 
 
 def test_an_aiter_whose_experts_cannot_be_imported_leaves_them_to_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     with stand_in("gfx942", 4), monkeypatch.context() as patch:
         patch.setitem(sys.modules, "aiter.fused_moe", None)
-        assert find_experts(MI300X) is None
+        assert "aiter.fused_moe cannot be imported" in str(find_experts(MI300X, BF16))
 
 
 def test_float32_is_left_to_the_engine() -> None:
     with stand_in("gfx942", 4):
-        experts = find_experts(MI300X)
-        for dtype, served in ((BF16, True), (torch.float16, True), (torch.float32, False)):
+        for dtype in (BF16, torch.float16):
+            experts = find_experts(MI300X, dtype)
+            assert not isinstance(experts, str)
             options = BuildOptions(dtype=dtype, kv_dtype=dtype, device=CPU, max_model_len=8, experts=experts)
-            assert isinstance(options.moe_method(128, 128), AiterMoE) == served
+            assert options.moe_method(128, 128).name == "aiter fused_moe"
+        assert find_experts(MI300X, torch.float32) == "it does not compute in float32"
+
+
+def test_run_says_who_multiplies() -> None:
+    with stand_in("gfx942", 4):
+        for dtype, said in (
+            ("bfloat16", "experts by aiter fused_moe"),
+            ("float32", "one expert after the other; not by aiter fused_moe: it does not compute in float32"),
+        ):
+            told = LLM(MODEL, progress=False, max_model_len=64, max_num_seqs=2, device="gfx942", dtype=dtype)
+            assert told.info.attention[-1].endswith(said)

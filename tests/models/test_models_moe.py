@@ -79,7 +79,7 @@ def test_the_router_multiplies_in_float32_whatever_the_model_computes_in() -> No
 
 
 def methods(dtype: torch.dtype) -> list[MoEMethod]:
-    plain = GroupedMoE(Arithmetic(lambda weight: weight, functional.linear))
+    plain = GroupedMoE(Arithmetic("PyTorch", lambda weight: weight, functional.linear))
     chosen = [choose_moe_method(dtype, CPU, 64, 32, kernels) for kernels in (None, KERNELS)]
     return [plain, *chosen]
 

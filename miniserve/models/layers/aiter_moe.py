@@ -9,25 +9,44 @@ from miniserve.attention.aiter import AiterExperts, Unavailable, load_experts
 from miniserve.attention.platform import Platform
 from miniserve.models.layers.experts import Experts
 
-DTYPES = (torch.bfloat16, torch.float16)
+NAME = "aiter fused_moe"
+_DTYPES = (torch.bfloat16, torch.float16)
 _ARCHS = ("gfx942", "gfx950")
 _MINIMUM_AITER = (0, 1, 20)  # v0.1.19's routing kernel writes where it must not (aiter #4530)
 
 
-def find_experts(platform: Platform) -> AiterExperts | None:
-    """aiter's kernels, None where they cannot be used: the engine's own are there everywhere."""
-    version = platform.aiter_version
-    if platform.arch not in _ARCHS or version is None or version < _MINIMUM_AITER:
-        return None
+def refusal(platform: Platform, dtype: torch.dtype) -> str | None:
+    """Why aiter's kernels cannot be used there, None where they can. The engine's own can be everywhere."""
+    if platform.arch not in _ARCHS:
+        return f"it runs on {' or '.join(_ARCHS)}, not on {platform.arch}"
+    if platform.aiter_version is None:
+        return platform.aiter_unavailable
+    if platform.aiter_version < _MINIMUM_AITER:
+        needed, found = (".".join(map(str, version)) for version in (_MINIMUM_AITER, platform.aiter_version))
+        return f"it needs aiter v{needed} or newer, not v{found}, whose routing writes where it must not"
+    return None if dtype in _DTYPES else f"it does not compute in {str(dtype).removeprefix('torch.')}"
+
+
+def find_experts(platform: Platform, dtype: torch.dtype) -> AiterExperts | str:
+    """aiter's kernels, or why they cannot be used."""
+    if (reason := refusal(platform, dtype)) is not None:
+        return reason
     try:
         return load_experts()
-    except Unavailable:
-        return None
+    except Unavailable as error:
+        return str(error)
+
+
+def describe_experts(name: str, refused: str | None) -> str:
+    """Which method multiplies the experts, and why not aiter's, for people."""
+    return f"experts by {name}{f'; not by {NAME}: {refused}' if refused else ''}"
 
 
 class AiterMoE:
     """A `MoEMethod`: the weights in the order that the kernels read them in, and padded with zeros to the
     kernels' tiles (aiter's CK kernels pad nothing themselves) where a model's sizes are not multiples of these."""
+
+    name = NAME
 
     def __init__(self, aiter: AiterExperts) -> None:
         self._aiter = aiter

@@ -14,9 +14,14 @@ from miniserve.models.layers.base import Layer, Piece
 from miniserve.models.layers.linear import PACK_ROWS, can_pack
 from miniserve.models.layers.ops import PendingSum, silu_and_mul
 
+TRITON_MOE = "the engine's Triton kernels"
+
 
 class MoEMethod(Protocol):
-    """How `Experts` keep their weights and multiply with them; one object per layer."""
+    """How `Experts` keep their weights and multiply with them; one object per layer. name: for people."""
+
+    @property
+    def name(self) -> str: ...
 
     def finish(self, layer: Experts) -> None:
         """The weights are loaded: put them into the form that `apply` wants, and free what is not needed any more."""
@@ -32,8 +37,9 @@ class MoEMethod(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
-    """One matrix at a time: `pack` once, then `multiply(x, packed)` is x Wᵀ; `gate` is `silu_and_mul`."""
+    """One matrix at a time: `pack` once, then `multiply(x, packed)` is x Wᵀ; `gate` is `silu_and_mul`. name: whose."""
 
+    name: str
     pack: Callable[[torch.Tensor], torch.Tensor]
     multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     gate: Callable[[torch.Tensor], torch.Tensor] = silu_and_mul
@@ -45,6 +51,7 @@ class GroupedMoE:
 
     def __init__(self, arithmetic: Arithmetic) -> None:
         self._do = arithmetic
+        self.name = f"{arithmetic.name}, one expert after the other"
         self._w1: list[torch.Tensor] = []
         self._w2: list[torch.Tensor] = []
 
@@ -78,15 +85,17 @@ def choose_moe_method(
 ) -> MoEMethod:
     """The fastest method there is for experts [hidden_size, intermediate_size] on the device."""
     if device.type != "cpu":
-        return GroupedMoE(Arithmetic(lambda weight: weight, functional.linear))
+        return GroupedMoE(Arithmetic("PyTorch", lambda weight: weight, functional.linear))
     gate = silu_and_mul if native is None else native.silu_and_mul
     shapes = ((hidden_size, 2 * intermediate_size), (intermediate_size, hidden_size))
     if native is not None and all(native.can_pack(dtype, *shape) for shape in shapes):
         kernels = native
-        return GroupedMoE(Arithmetic(native.pack_linear, lambda x, packed: kernels.linear(x, packed, None), gate))
+        return GroupedMoE(
+            Arithmetic("C++ kernels", native.pack_linear, lambda x, packed: kernels.linear(x, packed, None), gate)
+        )
     if can_pack(dtype):
-        return GroupedMoE(Arithmetic(_pack, _multiply, gate))
-    return GroupedMoE(Arithmetic(lambda weight: weight, functional.linear, gate))
+        return GroupedMoE(Arithmetic("oneDNN", _pack, _multiply, gate))
+    return GroupedMoE(Arithmetic("PyTorch", lambda weight: weight, functional.linear, gate))
 
 
 def _pack(weight: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from miniserve.kernels.triton.runtime import TritonKernels
-from miniserve.models.layers.experts import Experts
+from miniserve.models.layers.experts import TRITON_MOE, Experts
 from miniserve.models.layers.linear import Linear
 from miniserve.models.layers.ops import HeadShape, split_heads
 from miniserve.models.layers.routing import Router, route
@@ -119,6 +119,8 @@ class ExpertParts:
 
 class TritonMoE:
     """A `MoEMethod`: the weights as they are."""
+
+    name = TRITON_MOE
 
     def __init__(self, kernels: TritonKernels) -> None:
         self._kernels = kernels
