@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,7 +25,8 @@ class EngineConfig:
 
     model: local directory, hub id or None for the built-in model. Sizes are tokens unless the name says otherwise;
     kv_cache_memory is in bytes. max_itl_ratio: how many times as long as without prefill beside it a step that
-    decodes may take, 0: any number. Raises `UserError` for a value out of range.
+    decodes may take, 0: any number. speculative: "ngram:K", or None for no speculation. Raises `UserError` for a value
+    out of range.
     """
 
     model: str | None = None
@@ -44,6 +46,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
     async_scheduling: bool | None = None
+    speculative: str | None = None
     enforce_eager: bool = False
     self_check: bool = True
     generation_config: Literal["auto", "none"] = "auto"
@@ -68,6 +71,31 @@ class EngineConfig:
             raise UserError("--max-itl-ratio must be above 1, for example 2, or 0 for no bound.")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise UserError("--gpu-memory-utilization must be above 0 and at most 1, for example 0.9.")
+        if self.speculative is not None:
+            self._check_speculative(self.speculative)
+
+    def _check_speculative(self, speculative: str) -> None:
+        if re.fullmatch(r"ngram:([1-9]|1[0-6])", speculative) is None:
+            raise UserError(
+                f"--speculative {speculative!r} is not known; give it as ngram:K with K, the most tokens to guess at "
+                "once, between 1 and 16, for example ngram:4."
+            )
+        if self.async_scheduling:
+            raise UserError("--speculative needs each step's tokens for the next; leave --async-scheduling out.")
+        for flag, most in (
+            ("--max-num-seqs", self.max_num_seqs),
+            ("--max-num-batched-tokens", self.max_num_batched_tokens),
+        ):
+            if most <= self.num_draft_tokens:
+                raise UserError(
+                    f"--speculative {speculative} computes up to {self.num_draft_tokens + 1} tokens of a request in a "
+                    f"step, each in a row of its own; raise {flag} from {most}."
+                )
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """K of --speculative; 0 without."""
+        return 0 if self.speculative is None else int(self.speculative.removeprefix("ngram:"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +109,7 @@ class SchedulerConfig:
     max_model_len: int
     enable_prefix_caching: bool = True
     eos_token_ids: frozenset[int] = frozenset()
+    num_draft_tokens: int = 0  # most guesses behind a sequence's last token, 0: no speculation
 
 
 def _choice(flag: str, value: str, allowed: tuple[str, ...]) -> None:

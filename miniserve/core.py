@@ -88,6 +88,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     def greedy(self) -> bool:
         return self.temperature == 0.0
 
+    @property
+    def penalised(self) -> bool:
+        """Whether a token's logits depend on which tokens came before, beyond what the model makes of them."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
 
 def _check(good: bool, param: str, rule: str) -> None:
     if not good:
@@ -149,6 +154,9 @@ class SchedulerStats(msgspec.Struct, kw_only=True):
     prefix_cache_hits: int = 0  # prompt tokens found
     num_steps: int = 0
     step_tokens: int = 0  # tokens computed in the last step
+    num_drafts: int = 0  # runs with draft tokens, of speculation
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0  # draft tokens that became output
 
 
 # --- one step: scheduler -> runner -> scheduler -------------------------------------------------------------------
@@ -177,12 +185,24 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftRun:
+    """What a decoding row computes under speculation: its last token and guesses at those after it, at positions start,
+    start+1, … Each position yields a token; it counts where all guesses up to it were right. `token_ids` is never
+    empty; every position is a decode row of attention of its own."""
+
+    row: int
+    start: int
+    token_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """One step's work, in differences against the runner's persistent state. To be applied in the order of the fields.
 
     `new_blocks` holds (row, index in the row's block table, block ids). A decode row computes one token: the last one
-    sampled for that row, which may still be on the device, at position seq_len. Results come in the order
-    `decode_rows`, then the chunks that sample. A plan may consist of stops alone.
+    sampled for that row, which may still be on the device, at position seq_len. Under speculation there are
+    `draft_runs` instead of `decode_rows`. Results come in the order `decode_rows`, the draft runs' tokens, then the
+    chunks that sample. A plan may consist of stops alone.
     """
 
     stops: list[int]
@@ -190,14 +210,26 @@ class StepPlan:
     new_blocks: list[tuple[int, int, list[int]]]
     decode_rows: list[int]
     chunks: list[Chunk]
+    draft_runs: list[DraftRun] = field(default_factory=list)
+
+    @property
+    def num_decode_tokens(self) -> int:
+        return len(self.decode_rows) + sum(len(run.token_ids) for run in self.draft_runs)
+
+    @property
+    def run_positions(self) -> list[int]:
+        """Of each token of the draft runs."""
+        return [position for run in self.draft_runs for position in range(run.start, run.start + len(run.token_ids))]
 
     @property
     def num_tokens(self) -> int:
-        return len(self.decode_rows) + sum(len(chunk.token_ids) for chunk in self.chunks)
+        return self.num_decode_tokens + sum(len(chunk.token_ids) for chunk in self.chunks)
 
     @property
     def sampling_rows(self) -> list[int]:
-        return self.decode_rows + [chunk.row for chunk in self.chunks if chunk.samples]
+        """The row of each token that the step yields; a draft run's row comes once for each of its tokens."""
+        drafted = [run.row for run in self.draft_runs for _ in run.token_ids]
+        return self.decode_rows + drafted + [chunk.row for chunk in self.chunks if chunk.samples]
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,8 +315,9 @@ class StepRecord(msgspec.Struct, array_like=True, gc=False):
     """One step, as the host and the device saw it. Times in seconds; `start` is of the wall clock (Unix time).
 
     The host schedules, launches, later waits for the step from `wait_start` (seconds after `start`) on, and takes its
-    results in (`update`). rows: decode rows; tokens: of all rows and chunks; bucket: see `DeviceStep`; preemptions:
-    requests that had to leave for this step. weight_bytes, kv_bytes: None where no model says.
+    results in (`update`). rows: decode rows, with those of guesses; tokens: of all rows and chunks; bucket: see
+    `DeviceStep`; preemptions: requests that had to leave for this step. weight_bytes, kv_bytes: None where no model
+    says.
     """
 
     number: int
@@ -323,6 +356,7 @@ class EngineInfo(msgspec.Struct, kw_only=True, frozen=True):
     kv_layout: str
     enable_prefix_caching: bool
     async_scheduling: bool
+    speculative: str | None = None  # as asked for
     eos_token_ids: list[int]
     memory: list[tuple[str, int]]  # rows of the memory plan: (what, bytes)
     attention: list[str]  # the chosen path and why, a sentence a line

@@ -85,6 +85,8 @@ class Report:
         self.line(f"{info.architecture} in {info.dtype} on {info.device}, KV layout {info.kv_layout}")
         for sentence in info.attention:
             self.line(sentence)
+        if info.speculative is not None:
+            self.line(f"speculation {info.speculative}, verified in the rows that running requests leave free")
 
     def ready(self, host: str, port: int, model: str, *, with_key: bool) -> None:
         """The URL and a request to copy into a shell."""

@@ -141,6 +141,15 @@ def run(
             show_default="auto",
         ),
     ] = None,
+    speculative: Annotated[
+        str | None,
+        _sched(
+            "--speculative",
+            help="ngram:K guesses up to K tokens from the text so far and verifies them in one step; same tokens.",
+            show_default="off",
+            metavar="ngram:K",
+        ),
+    ] = None,
     enforce_eager: Annotated[
         bool, _switch("--enforce-eager", help="Launch every kernel of a decode step from Python, without graphs.")
     ] = False,
@@ -183,6 +192,7 @@ def run(
         gpu_memory_utilization=gpu_memory_utilization,
         enable_prefix_caching=enable_prefix_caching,
         async_scheduling=async_scheduling,
+        speculative=speculative,
         enforce_eager=enforce_eager,
         self_check=self_check,
         generation_config=generation_config,  # type: ignore[arg-type]  # EngineConfig checks it

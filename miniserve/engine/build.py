@@ -41,6 +41,7 @@ def build_engine(
         max_model_len=info.max_model_len,
         enable_prefix_caching=info.enable_prefix_caching,
         eos_token_ids=frozenset(info.eos_token_ids),
+        num_draft_tokens=config.num_draft_tokens,
     )
     if config.max_itl_ratio and info.device != "cpu":
         cost = warm_up(runner, settled, config.max_itl_ratio)

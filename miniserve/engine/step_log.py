@@ -75,14 +75,14 @@ class StepLog:
         its wait for the step where it has a clock, else of what the host did and waited."""
         updated = self.clock()
         plan, device = step.plan, result.device
-        kind = "decode" if not plan.chunks else "mixed" if plan.decode_rows else "prefill"
+        rows = plan.num_decode_tokens
+        kind = "decode" if not plan.chunks else "mixed" if rows else "prefill"
         schedule, launch = step.scheduled - step.start, step.launched - step.scheduled
         wait, update = collected - wait_start, updated - collected
         bucket, seconds, idle = 0, None, None
         if device is not None:
             bucket, seconds = device.bucket, device.seconds
             idle = None if step.after_rest else device.idle
-        rows = len(plan.decode_rows)
         record = StepRecord(
             self._number, step.start + self._to_wall, kind, rows, len(plan.chunks), step.num_tokens, bucket,
             step.preemptions, schedule, launch, wait_start - step.start, wait, update, seconds, idle,
@@ -139,6 +139,7 @@ class _Context:
         total = 0
         for window in self._windows:
             total += window.advance(self._ahead)
+        total += sum(kv_bytes(self._traffic, position + 1) for position in plan.run_positions)
         for chunk in plan.chunks:
             seq_len = self._lens[chunk.row] = chunk.start + len(chunk.token_ids)
             total += kv_bytes(self._traffic, seq_len)

@@ -154,6 +154,7 @@ def _graphs(
         block_size=config.block_size,
         max_seq_len=plan.max_model_len,
         buckets=decode_buckets(config.max_num_seqs),
+        explicit=config.speculative is not None,
     )
     with torch.inference_mode():
         graphs.capture(None if progress is None else lambda done, total: progress("decode graphs", done, total))
@@ -194,7 +195,8 @@ def _info(
     eos_token_ids: frozenset[int],
     traffic: StepTraffic,
 ) -> EngineInfo:
-    overlap = config.async_scheduling
+    # A CPU runs a step within launch(), and guesses need a step's tokens: nothing would overlap.
+    overlaps = device.type != "cpu" and config.speculative is None
     return EngineInfo(
         model=model_name,
         model_path=str(source_path),
@@ -209,8 +211,8 @@ def _info(
         num_blocks=plan.num_blocks,
         kv_layout=choice.layout,
         enable_prefix_caching=config.enable_prefix_caching,
-        # A CPU runs a step within launch(): nothing would overlap.
-        async_scheduling=device.type != "cpu" if overlap is None else overlap,
+        async_scheduling=overlaps if config.async_scheduling is None else config.async_scheduling,
+        speculative=config.speculative,
         eos_token_ids=sorted(eos_token_ids),
         memory=plan.rows(),
         attention=attention,

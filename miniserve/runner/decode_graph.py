@@ -20,7 +20,7 @@ from miniserve.attention.layouts import KVCache
 from miniserve.attention.metadata import DecodeRows, StepBatch
 from miniserve.kernels.triton.decode_step import RowState, StepTensors, advance, apply_changes, greedy
 from miniserve.models.decoder import CausalLM
-from miniserve.runner.state import BlockChanges
+from miniserve.runner.state import GraphInputs
 
 Progress = Callable[[int, int], None]
 _RING = 4
@@ -33,7 +33,8 @@ def decode_buckets(max_num_seqs: int) -> list[int]:
 
 
 class DecodeGraphs:
-    """`state` is that of the runner's rows; `max_seq_len` in tokens bounds every row's length."""
+    """`state` is that of the runner's rows; `max_seq_len` in tokens bounds every row's length. `explicit`: the host
+    says what each entry of a step computes, as for draft runs; else each is a row that advances by its last token."""
 
     def __init__(
         self,
@@ -45,9 +46,10 @@ class DecodeGraphs:
         block_size: int,
         max_seq_len: int,
         buckets: Sequence[int],
+        explicit: bool,
     ) -> None:
         self._model, self._backend, self._caches, self._state = model, backend, caches, state
-        self._block_size, self._max_seq_len = block_size, max_seq_len
+        self._block_size, self._max_seq_len, self._explicit = block_size, max_seq_len, explicit
         self._buckets = sorted(buckets)
         self._device = state.lens.device
         most = self._buckets[-1]
@@ -69,7 +71,7 @@ class DecodeGraphs:
         self._sampled: dict[int, torch.cuda.CUDAGraph] = {}
         self._rows: tuple[int, list[int]] = (0, [])
         # The device reads changes when it gets there: two steps are in flight at most, and one is being staged.
-        self._staging = [torch.empty(3 * most, dtype=torch.int32, pin_memory=True) for _ in range(_RING)]
+        self._staging = [torch.empty(5 * most, dtype=torch.int32, pin_memory=True) for _ in range(_RING)]
         self._num_staged = 0
 
     def capture(self, progress: Progress | None = None) -> None:
@@ -89,22 +91,22 @@ class DecodeGraphs:
         """The bucket for a step of so many decode rows, None where no graph is that large."""
         return next((bucket for bucket in self._buckets if num_rows <= bucket), None)
 
-    def greedy(self, bucket: int, rows: list[int], blocks: BlockChanges) -> torch.Tensor:
-        """Launch a step of `rows`, each advancing by its last token, and hand each row's most likely token to the next
-        step; `blocks` have come to the rows' block tables. Returns the tokens, int64 [len(rows)]; the next launch
-        overwrites them."""
-        self._stage(bucket, rows, blocks)
+    def greedy(self, bucket: int, inputs: GraphInputs) -> torch.Tensor:
+        """Launch a step and hand each row's most likely token to the next one. Returns the tokens, int64 [entries]; the
+        next launch overwrites them."""
+        self._stage(bucket, inputs)
         self._greedy[bucket].replay()
-        return self._tokens[: len(rows)]
+        return self._tokens[: len(inputs.rows)]
 
-    def logits(self, bucket: int, rows: list[int], blocks: BlockChanges) -> torch.Tensor:
-        """As `greedy`, but leaves the choice to the caller. Returns float32 [len(rows), vocab_size], which the next
+    def logits(self, bucket: int, inputs: GraphInputs) -> torch.Tensor:
+        """As `greedy`, but leaves the choice to the caller. Returns float32 [entries, vocab_size], which the next
         launch overwrites."""
-        self._stage(bucket, rows, blocks)
+        self._stage(bucket, inputs)
         self._sampled[bucket].replay()
-        return self._logits[: len(rows)]
+        return self._logits[: len(inputs.rows)]
 
-    def _stage(self, bucket: int, rows: list[int], blocks: BlockChanges) -> None:
+    def _stage(self, bucket: int, inputs: GraphInputs) -> None:
+        rows, blocks = inputs.rows, inputs.blocks
         known_bucket, known = self._rows
         num_rows = 0 if known is rows and known_bucket == bucket else bucket
         if not num_rows and not len(blocks.places):
@@ -116,10 +118,15 @@ class DecodeGraphs:
         if num_rows:
             host[: len(rows)] = rows
             host[len(rows) : bucket] = -1
-        end = num_rows + len(blocks.places)
-        host[num_rows:end] = blocks.places
+        start = num_rows
+        if self._explicit:
+            host[bucket : bucket + len(rows)] = inputs.positions
+            host[2 * bucket : 2 * bucket + len(rows)] = inputs.token_ids
+            start = 3 * bucket
+        end = start + len(blocks.places)
+        host[start:end] = blocks.places
         host[end : end + len(blocks.places)] = blocks.block_ids
-        apply_changes(staged, num_rows, len(blocks.places), self._step.rows, self._state.tables)
+        apply_changes(staged, num_rows, len(blocks.places), self._step, self._state.tables, explicit=self._explicit)
 
     def _take_argmax(self, bucket: int) -> None:
         logits = self._model.raw_logits(self._run(bucket))
@@ -138,7 +145,7 @@ class DecodeGraphs:
             self._step.seq_lens[:bucket],
             self._step.block_tables[:bucket],
         )
-        advance(self._state, step, self._block_size)
+        advance(self._state, step, self._block_size, explicit=self._explicit)
         decode = DecodeRows(step.block_tables, step.seq_lens, self._max_seq_len, host_seq_lens=None)
         metadata = self._backend.build(StepBatch(step.slots, decode))
         context = PagedStepContext(self._backend, self._caches, metadata)

@@ -85,7 +85,7 @@ class ModelRunner:
             return self._to_host(None, [])
         bucket = None
         if self._graphs is not None and not plan.chunks:
-            bucket = self._graphs.bucket(len(plan.decode_rows))
+            bucket = self._graphs.bucket(plan.num_decode_tokens)
         if self._graphs is not None and bucket is not None:
             return self._to_host(self._replay(self._graphs, bucket, plan), [], bucket)
         inputs = self._state.prepare(plan, self._sampler.last_tokens)
@@ -97,15 +97,14 @@ class ModelRunner:
         sampled: SampleOutput | None = None
         if rows := plan.sampling_rows:
             chosen = hidden if inputs.sample_indices is None else hidden[inputs.sample_indices]
-            sampled = self._sampler.sample(self._model.compute_logits(chosen), rows)
+            sampled = self._sampler.sample(self._model.compute_logits(chosen), rows, _positions(plan))
         return self._to_host(sampled, prompt_logprobs)
 
     def _replay(self, graphs: DecodeGraphs, bucket: int, plan: StepPlan) -> SampleOutput:
-        rows = plan.decode_rows
-        blocks = self._state.prepare_decode(plan)
-        if self._sampler.takes_argmax(rows):
-            return SampleOutput(graphs.greedy(bucket, rows, blocks), None, (None,) * len(rows))
-        return self._sampler.sample(graphs.logits(bucket, rows, blocks), rows)
+        inputs = self._state.prepare_graph(plan)
+        if self._sampler.takes_argmax(inputs.rows):
+            return SampleOutput(graphs.greedy(bucket, inputs), None, (None,) * len(inputs.rows))
+        return self._sampler.sample(graphs.logits(bucket, inputs), inputs.rows, _positions(plan))
 
     def collect(self, handle: object) -> StepResult:
         """Wait for a step's result; see `core.Runner`."""
@@ -158,6 +157,13 @@ class ModelRunner:
                 *(_pinned(t) for t in (logprobs.logprobs, logprobs.ranks, logprobs.top_ids, logprobs.top_logprobs))
             )
         return _Launched(token_ids, sampled.num_logprobs, logprobs, prompt_logprobs, bucket, self._timer.end())
+
+
+def _positions(plan: StepPlan) -> list[int] | None:
+    """That each sampled token follows from, where the host knows them."""
+    if not plan.draft_runs:
+        return None
+    return plan.run_positions + [chunk.start + len(chunk.token_ids) - 1 for chunk in plan.chunks if chunk.samples]
 
 
 def _entries(chunk: _PromptLogprobs) -> list[TokenLogprobs]:

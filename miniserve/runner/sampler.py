@@ -66,22 +66,27 @@ class Sampler:
         self._table.stop_row(row)
         self._batch = None
 
-    def sample(self, logits: torch.Tensor, rows: list[int]) -> SampleOutput:
-        """Draw the next token of each of `rows`, which are all different and taken.
+    def sample(self, logits: torch.Tensor, rows: list[int], positions: list[int] | None = None) -> SampleOutput:
+        """Draw the next token of each of `rows`, which are all taken.
 
         logits: contiguous float32 [len(rows), vocab_size], overwritten. On an asynchronous device nothing waits.
+        A row may come more than once, unless it is penalised, where the host knows the `positions` that the logits
+        follow from; `last_tokens` and `num_outputs` then say nothing until a request takes the row.
         """
         batch = self._prepare(rows)
+        if positions is None:
+            num_outputs = self.num_outputs.index_select(0, batch.rows)
+        else:
+            num_outputs = self._table.num_outputs(rows, positions)
         raw = None
         if batch.logprobs is not None:
             raw = logits[batch.logprobs.positions]
             if batch.overwrites_logits and isinstance(batch.logprobs.positions, slice):
                 raw = raw.clone()
-        self._edit(logits, batch)
+        self._edit(logits, batch, num_outputs)
         tokens = sampling_blocks.argmax(logits) if batch.any_greedy else torch.empty_like(batch.rows)
         for group in batch.groups:
-            num_outputs = self.num_outputs.index_select(0, group.rows)
-            tokens[group.positions] = draw(logits[group.positions], num_outputs, group.params)
+            tokens[group.positions] = draw(logits[group.positions], num_outputs[group.positions], group.params)
         self.last_tokens.index_copy_(0, batch.rows, tokens)
         self.num_outputs.index_add_(0, batch.rows, batch.ones)
         if batch.penalties is not None:
@@ -102,14 +107,14 @@ class Sampler:
             self._batch = self._table.batch(self._batch_rows)
         return self._batch
 
-    def _edit(self, logits: torch.Tensor, batch: Batch) -> None:
+    def _edit(self, logits: torch.Tensor, batch: Batch, num_outputs: torch.Tensor) -> None:
         """Everything that changes single logits, in place."""
         flat = logits.view(-1)
         if batch.bias is not None:
             flat.index_add_(0, batch.bias.places, batch.bias.values)
         if batch.early_stops is not None:
             stops = batch.early_stops
-            early = self.num_outputs[stops.rows] < stops.min_tokens
+            early = num_outputs[stops.positions] < stops.min_tokens
             flat[stops.places] = flat[stops.places].masked_fill_(early, float("-inf"))
         if batch.penalties is not None:
             self._seen.penalise(logits, batch.penalties)

@@ -31,10 +31,9 @@ _TEMPERATURE, _TOP_K, _TOP_P, _MIN_P, _REPETITION, _FREQUENCY, _PRESENCE = range
 @dataclass(frozen=True, slots=True)
 class Group:
     """Rows of a batch to be drawn together. positions: their places in it, a slice where they are neighbours (so that
-    indexing the logits gives a view); rows: int64, the runner's rows."""
+    indexing the logits gives a view)."""
 
     positions: slice | torch.Tensor
-    rows: torch.Tensor
     params: DrawParams
 
 
@@ -48,11 +47,11 @@ class Bias:
 
 @dataclass(frozen=True, slots=True)
 class EarlyStops:
-    """Tokens that would end a row. places: int64, indices into the flattened logits; rows and min_tokens (int64): whose
-    they are and how many outputs that row must have first."""
+    """Tokens that would end a row. places: int64, indices into the flattened logits; positions and min_tokens (int64):
+    the place in the batch whose they are and how many outputs that row must have first."""
 
     places: torch.Tensor
-    rows: torch.Tensor
+    positions: torch.Tensor
     min_tokens: torch.Tensor
 
 
@@ -97,6 +96,7 @@ class RowTable:
         self._numbers = np.zeros((max_num_seqs, 7), dtype=np.float64)
         self._keys = np.zeros(max_num_seqs, dtype=np.int64)
         self._num_logprobs = np.full(max_num_seqs, -1, dtype=np.int64)
+        self._prompt_lens = np.zeros(max_num_seqs, dtype=np.int64)
         self.penalised = np.zeros(max_num_seqs, dtype=np.bool_)
         self._biases: dict[int, dict[int, float]] = {}
         self._early_stops: dict[int, tuple[list[int], int]] = {}
@@ -122,7 +122,8 @@ class RowTable:
         )
         self._keys[row] = stream_key(params.seed, start.request.request_id, self._seed)
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
-        self.penalised[row] = tuple(self._numbers[row, _REPETITION:]) != (1.0, 0.0, 0.0)
+        self._prompt_lens[row] = len(start.request.prompt_token_ids)
+        self.penalised[row] = params.penalised
         if params.logit_bias:
             self._biases[row] = params.logit_bias
         if len(start.output_token_ids) < params.min_tokens:
@@ -136,6 +137,10 @@ class RowTable:
         self._kinds[row] = _FREE
         self._biases.pop(row, None)
         self._early_stops.pop(row, None)
+
+    def num_outputs(self, rows: list[int], positions: list[int]) -> torch.Tensor:
+        """How many output tokens there are up to these positions of the rows, int64 [num_rows]."""
+        return self._to_device(np.array(positions, dtype=np.int64) + 1 - self._prompt_lens[rows])
 
     def batch(self, rows: list[int]) -> Batch:
         """The excerpt for these rows, which must all be taken."""
@@ -176,7 +181,7 @@ class RowTable:
             any_top_p=bool((numbers[:, _TOP_P] < 1.0).any()),
             any_min_p=bool((numbers[:, _MIN_P] > 0.0).any()),
         )
-        return Group(self._positions(positions), self._to_device(rows), params)
+        return Group(self._positions(positions), params)
 
     def _bias(self, rows: list[int]) -> Bias | None:
         found = [(position, self._biases[row]) for position, row in enumerate(rows) if row in self._biases]
@@ -188,15 +193,15 @@ class RowTable:
 
     def _stops(self, rows: list[int]) -> EarlyStops | None:
         entries = [
-            (position * self._vocab_size + token_id, row, self._early_stops[row][1])
+            (position * self._vocab_size + token_id, position, self._early_stops[row][1])
             for position, row in enumerate(rows)
             if row in self._early_stops
             for token_id in self._early_stops[row][0]
         ]
         if not entries:
             return None
-        places, owners, least = np.array(entries, dtype=np.int64).T.copy()
-        return EarlyStops(self._to_device(places), self._to_device(owners), self._to_device(least))
+        places, positions, least = np.array(entries, dtype=np.int64).T.copy()
+        return EarlyStops(self._to_device(places), self._to_device(positions), self._to_device(least))
 
     def _penalties(self, host_rows: npt.NDArray[np.int64]) -> PenaltyParams | None:
         positions = np.flatnonzero(self.penalised[host_rows])

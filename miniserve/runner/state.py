@@ -37,6 +37,17 @@ class BlockChanges:
     block_ids: np.ndarray[tuple[int], np.dtype[np.int32]]
 
 
+@dataclass(frozen=True, slots=True)
+class GraphInputs:
+    """What a graph's step needs from the host: the runner's row of each token and the blocks that came to the tables;
+    for draft runs also each token's position and id, which otherwise the device knows."""
+
+    rows: list[int]
+    blocks: BlockChanges
+    positions: list[int] | None = None
+    token_ids: list[int] | None = None
+
+
 class StepState:
     """Rows 0 … max_num_seqs-1. The host keeps every row's length and block table to build chunks from; the device has
     its own, which decode rows read and advance there."""
@@ -63,11 +74,13 @@ class StepState:
         """Lengths on the device, int64 [max_num_seqs]: tokens whose keys and values are in the cache."""
         return self._device_lens
 
-    def prepare_decode(self, plan: StepPlan) -> BlockChanges:
-        """As `prepare`, for a step of decode rows alone that a graph advances on the device; returns what its block
-        tables there lack."""
+    def prepare_graph(self, plan: StepPlan) -> GraphInputs:
+        """As `prepare`, for a step without chunks that a graph runs."""
+        blocks = self._note_blocks(plan.new_blocks)
+        if plan.draft_runs:
+            return GraphInputs(plan.sampling_rows, blocks, plan.run_positions, _run_tokens(plan))
         self._count(plan.decode_rows)
-        return self._note_blocks(plan.new_blocks)
+        return GraphInputs(plan.decode_rows, blocks)
 
     def prepare(self, plan: StepPlan, last_tokens: torch.Tensor) -> StepInputs:
         """Apply the plan's differences and lay out its tokens. last_tokens int64 [max_num_seqs], on the device."""
@@ -77,6 +90,11 @@ class StepState:
         if plan.decode_rows:
             rows, lens, decode = self._advance(plan.decode_rows)
             ids.append(last_tokens[rows])
+            positions.append(lens)
+            slots.append(self._slots(rows, lens))
+        elif plan.draft_runs:
+            rows, lens, decode = self._place(plan)
+            ids.append(self._to_device(_run_tokens(plan)))
             positions.append(lens)
             slots.append(self._slots(rows, lens))
         extends, prefills, starts = _arrange(plan)
@@ -90,7 +108,7 @@ class StepState:
         batch = StepBatch(
             _join(slots),
             decode,
-            self._chunk_rows([plan.chunks[index] for index in extends], len(plan.decode_rows)),
+            self._chunk_rows([plan.chunks[index] for index in extends], plan.num_decode_tokens),
             self._chunk_rows([plan.chunks[index] for index in prefills], starts[prefills[0]] if prefills else 0),
         )
         return StepInputs(_join(ids), _join(positions), batch, starts, self._sample_indices(plan, starts))
@@ -123,6 +141,15 @@ class StepState:
         self._device_lens[rows] = seq_lens
         tables = self._device_tables[rows, : -(-longest // self._block_size)]
         return rows, positions, DecodeRows(tables, seq_lens.to(torch.int32), longest, host_lens)
+
+    def _place(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor, DecodeRows]:
+        """As `_advance`, for draft runs: each of their tokens is a row that sees those before it."""
+        rows = self._to_device([run.row for run in plan.draft_runs for _ in run.token_ids])
+        host_lens = np.array(plan.run_positions, dtype=np.int64) + 1
+        longest = int(host_lens.max())
+        seq_lens = to_device(host_lens, self._device)
+        tables = self._device_tables[rows, : -(-longest // self._block_size)]
+        return rows, seq_lens - 1, DecodeRows(tables, seq_lens.to(torch.int32), longest, host_lens)
 
     def _count(self, decode_rows: list[int]) -> Int64:
         """One more token in each of the rows, on the host; returns their lengths."""
@@ -165,7 +192,7 @@ class StepState:
     def _sample_indices(self, plan: StepPlan, starts: list[int]) -> torch.Tensor | None:
         if not plan.chunks:
             return None
-        indices = list(range(len(plan.decode_rows)))
+        indices = list(range(plan.num_decode_tokens))
         for chunk, start in zip(plan.chunks, starts, strict=True):
             if chunk.samples:
                 indices.append(start + len(chunk.token_ids) - 1)
@@ -180,11 +207,15 @@ def _arrange(plan: StepPlan) -> tuple[list[int], list[int], list[int]]:
     extends = [index for index, chunk in enumerate(plan.chunks) if chunk.start]
     prefills = [index for index, chunk in enumerate(plan.chunks) if not chunk.start]
     starts = [0] * len(plan.chunks)
-    position = len(plan.decode_rows)
+    position = plan.num_decode_tokens
     for index in (*extends, *prefills):
         starts[index] = position
         position += len(plan.chunks[index].token_ids)
     return extends, prefills, starts
+
+
+def _run_tokens(plan: StepPlan) -> list[int]:
+    return [token_id for run in plan.draft_runs for token_id in run.token_ids]
 
 
 def _join(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -23,13 +23,21 @@ tables before it computes:
   hence `_cache_full_blocks` comes last in `schedule`. Tokens must be known (they are the key), so blocks that decode
   rows fill follow when the row crosses into the next block. No row ever writes into a registered block: rows write at
   their next position, which lies behind all their full blocks, and a matched block is full.
+
+Speculation needs a step's tokens to guess the next ones, so it allows one step in flight. Every decoding sequence then
+computes a run: its last token, as always, and guesses behind it. Guesses take what a step has left over: rows, tokens
+of the budget, and blocks beyond those that keep running sequences from being preempted. What wrong guesses wrote lies
+behind `num_computed`, where the next run writes.
 """
 
 from __future__ import annotations
 
 import time
 from collections import OrderedDict, deque
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import compress
 
 from miniserve.config import SchedulerConfig
 from miniserve.core import (
@@ -42,10 +50,13 @@ from miniserve.core import (
     SchedulerStats,
     StepPlan,
     StepResult,
+    TokenLogprobs,
 )
 from miniserve.scheduler.block_pool import BlockPool
+from miniserve.scheduler.integrity import find_faults
 from miniserve.scheduler.limits import check_lengths
 from miniserve.scheduler.sequence import Sequence
+from miniserve.scheduler.speculation import Speculation
 from miniserve.scheduler.step_cost import StepCost, StepShape
 
 NewBlocks = list[tuple[int, int, list[int]]]
@@ -88,6 +99,7 @@ class Scheduler:
         self._num_queried_tokens = 0
         self._num_hit_tokens = 0
         self._step_tokens = 0
+        self._speculation = Speculation(config.num_draft_tokens)
 
     # --- requests come and go -------------------------------------------------------------------------------------
 
@@ -135,12 +147,17 @@ class Scheduler:
             prefix_cache_hits=self._num_hit_tokens,
             num_steps=self._num_scheduled,
             step_tokens=self._step_tokens,
+            num_drafts=self._speculation.num_drafts,
+            num_draft_tokens=self._speculation.num_draft_tokens,
+            num_accepted_tokens=self._speculation.num_accepted_tokens,
         )
 
     # --- what the next step computes ------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None where nothing can be computed before a request or a result arrives."""
+        if self._config.num_draft_tokens and self._in_flight:
+            raise RuntimeError("Speculation allows one step in flight.")
         new_blocks = self._advance_decoding()
         # At least 0, and 1 where a prefill goes on: each of these sequences had a token of the last step's budget.
         budget = self._config.max_num_batched_tokens - len(self._decoding)
@@ -165,12 +182,18 @@ class Scheduler:
             return None
         for seq in chunked:
             self._cache_full_blocks(seq)
-        plan = StepPlan(self._stops, starts, new_blocks, self._decode_rows, chunks)
+        plan, decoding = StepPlan(self._stops, starts, new_blocks, self._decode_rows, chunks), self._decoding
+        if self._config.num_draft_tokens:
+            spare_rows = min(budget, self._config.max_num_seqs - len(decoding) - len(chunks))
+            runs = self._speculation.draft(decoding, spare_rows, partial(self._find_room, new_blocks))
+            plan = replace(plan, decode_rows=[], draft_runs=runs)
+            decoding = [seq for seq, run in zip(decoding, runs, strict=True) for _ in run.token_ids]
+            shape.rows, shape.context = len(decoding), sum(plan.run_positions) + len(decoding)
         self._stops = []
-        sampling = self._decoding + [seq for seq, chunk in zip(chunked, chunks, strict=True) if chunk.samples]
+        sampling = decoding + [seq for seq, chunk in zip(chunked, chunks, strict=True) if chunk.samples]
         self._in_flight.append(_Step(plan, sampling, chunked, shape))
         self._num_scheduled += 1
-        self._step_tokens = self._config.max_num_batched_tokens - budget
+        self._step_tokens = plan.num_tokens
         return plan
 
     def _advance_decoding(self) -> NewBlocks:
@@ -209,6 +232,15 @@ class Scheduler:
         new_blocks.append((seq.row, len(seq.blocks), blocks))
         seq.blocks += blocks
         seq.limit = min(len(seq.blocks) * self._config.block_size, seq.end)
+
+    def _find_room(self, new_blocks: NewBlocks, seq: Sequence, count: int) -> int:
+        """How many of `count` guesses have a place, if need be in free blocks that no running sequence may want."""
+        missing = -(-(seq.num_computed + count) // self._config.block_size) - len(seq.blocks)
+        missing = min(missing, self._pool.num_free - len(self._running))
+        if missing > 0:
+            self._cache_full_blocks(seq)
+            self._give_blocks(seq, self._pool.allocate(missing), new_blocks)
+        return min(count, seq.limit - seq.num_computed)
 
     def _admit(self, starts: list[RowStart], new_blocks: NewBlocks) -> Sequence | None:
         """Let the head of the queue run, if there is a row and room for all it has to prefill.
@@ -314,7 +346,12 @@ class Scheduler:
         self._updated_shape = step.shape
         outputs = self._take_chunks(step, result)
         logprobs = result.logprobs or [None] * len(step.sampling)
-        for seq, token_id, entry in zip(step.sampling, result.token_ids, logprobs, strict=True):
+        entries: Iterable[tuple[Sequence, int, TokenLogprobs | None]] = zip(
+            step.sampling, result.token_ids, logprobs, strict=True
+        )
+        if plan.draft_runs:
+            entries = compress(entries, self._speculation.verify(plan.draft_runs, step.sampling, result.token_ids))
+        for seq, token_id, entry in entries:
             if seq.finished:
                 continue
             token_ids = seq.token_ids
@@ -392,22 +429,10 @@ class Scheduler:
         """Raise `RuntimeError` naming what is inconsistent in the bookkeeping; costs O(blocks), for tests and idle
         times."""
         running, waiting = list(self._running.values()), list(self._waiting.values())
-        faults = self._pool.find_faults([seq.blocks for seq in running])
+        faults = find_faults(self._config, self._pool, running, waiting, self._prefilling, self._free_rows)
         if {seq.request_id: seq for seq in running + waiting} != self._sequences:
             faults.append("unfinished requests are neither running nor waiting")
-        arrivals = [seq.arrival for seq in running + waiting]
-        if arrivals != sorted(set(arrivals)) or arrivals != [*self._running, *self._waiting]:
-            faults.append("requests are out of order")
-        rows = [seq.row for seq in running] + self._free_rows
-        if sorted(rows) != list(range(self._config.max_num_seqs)) or any(seq.row >= 0 or seq.blocks for seq in waiting):
-            faults.append("rows are leaked or doubly owned")
-        for seq in running:
-            if not seq.num_computed <= len(seq.blocks) * self._config.block_size:
-                faults.append(f"request {seq.request_id} has no blocks for its {seq.num_computed} computed tokens")
-            if not seq.num_registered * self._config.block_size <= min(seq.num_computed, len(seq.token_ids)):
-                faults.append(f"request {seq.request_id} offers blocks to the prefix cache that are not full")
-        unfinished_prefill = [seq for seq in running if seq.num_computed < seq.prefill_len]
-        if unfinished_prefill != ([] if self._prefilling is None else [self._prefilling]):
-            faults.append("the sequence in the middle of its prefill is not the one noted")
+        if [seq.arrival for seq in running + waiting] != [*self._running, *self._waiting]:
+            faults.append("requests are not kept by their arrivals")
         if faults:
             raise RuntimeError("The scheduler's state is inconsistent: " + "; ".join(faults) + ".")

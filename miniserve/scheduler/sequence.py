@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from miniserve.core import Request, TokenLogprobs
 from miniserve.scheduler.block_pool import ROOT
+from miniserve.scheduler.ngram import NGramDrafter
 
 
 class Sequence:
@@ -19,6 +20,7 @@ class Sequence:
         "arrival",
         "blocks",
         "chain",
+        "drafter",
         "end",
         "finished",
         "first_scheduled_time",
@@ -55,6 +57,9 @@ class Sequence:
             self.stop_ids |= eos_token_ids
         # Entries so far, until they are handed out; the first prompt token has none.
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None if params.prompt_logprobs is None else [None]
+
+        # A penalised token depends on those before it: behind a guess its logits would be those of another sequence.
+        self.drafter = None if params.penalised else NGramDrafter(self.token_ids)
 
         self.finished = False
         self.row = -1  # of the runner's state while running

@@ -62,6 +62,11 @@ class FakeRunner:
         for row in plan.decode_rows:
             self._rows[row].num_computed += 1
             tokens.append(self._next(row))
+        for run in plan.draft_runs:
+            state = self._rows[run.row]
+            state.num_computed = run.start + len(run.token_ids)
+            state.num_output = run.start + 1 - len(state.request.prompt_token_ids)
+            tokens += [self._next(run.row) for _ in run.token_ids]
         for chunk in plan.chunks:
             state = self._rows[chunk.row]
             state.num_computed = chunk.start + len(chunk.token_ids)

@@ -47,6 +47,7 @@ class Setup:
     max_num_batched_tokens: int = 512
     prefix_caching: bool = True
     overlap: bool = False
+    num_draft_tokens: int = 0
 
 
 def small_model(path: Path, architecture: str, number: int, native_ops: bool = False) -> CausalLM:
@@ -91,6 +92,7 @@ def make_engine(
         max_model_len=MAX_LEN,
         enable_prefix_caching=setup.prefix_caching,
         eos_token_ids=eos,
+        num_draft_tokens=setup.num_draft_tokens,
     )
     runner = ModelRunner(
         model,

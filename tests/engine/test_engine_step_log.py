@@ -31,13 +31,21 @@ class CountingRunner(FakeRunner):
         handle = super().launch(plan)
         rows = [*plan.decode_rows, *(chunk.row for chunk in plan.chunks)]
         read = sum(kv_bytes(WINDOWS, self._rows[row].num_computed) for row in rows)
-        self.expected.append((len(plan.decode_rows), plan.num_tokens, read))
+        read += sum(kv_bytes(WINDOWS, position + 1) for position in plan.run_positions)
+        self.expected.append((plan.num_decode_tokens, plan.num_tokens, read))
         return handle
 
 
-def run(runner: FakeRunner, traffic: StepTraffic | None, *, overlap: bool, num_blocks: int = 12) -> EngineLoop:
+def run(
+    runner: FakeRunner, traffic: StepTraffic | None, *, overlap: bool, num_blocks: int = 12, drafts: int = 0
+) -> EngineLoop:
     config = SchedulerConfig(
-        num_blocks=num_blocks, block_size=4, max_num_seqs=4, max_num_batched_tokens=8, max_model_len=40
+        num_blocks=num_blocks,
+        block_size=4,
+        max_num_seqs=4,
+        max_num_batched_tokens=8,
+        max_model_len=40,
+        num_draft_tokens=drafts,
     )
     loop = EngineLoop(Scheduler(config), runner, StepLog(traffic, 4), overlap=overlap)
     for index in range(6):
@@ -48,10 +56,10 @@ def run(runner: FakeRunner, traffic: StepTraffic | None, *, overlap: bool, num_b
     return loop
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_every_step_is_logged_with_what_it_read(overlap: bool) -> None:
+@pytest.mark.parametrize(("overlap", "drafts"), [(False, 0), (True, 0), (False, 3)])
+def test_every_step_is_logged_with_what_it_read(overlap: bool, drafts: int) -> None:
     runner = CountingRunner(block_size=4)
-    log = run(runner, WINDOWS, overlap=overlap).log
+    log = run(runner, WINDOWS, overlap=overlap, drafts=drafts).log
     records = log.records()
     assert [(record.rows, record.tokens, record.kv_bytes) for record in records] == runner.expected
     assert {record.kind for record in records} == {"prefill", "decode", "mixed"}

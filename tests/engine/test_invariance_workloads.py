@@ -1,5 +1,6 @@
-"""A request's tokens depend on the request alone: not on the batch, the chunking, the cache, preemption, the layout or
-the loop. Each drawn workload runs once as drawn, and each of its requests once alone on a plain engine."""
+"""A request's tokens depend on the request alone: not on the batch, the chunking, the cache, preemption, the layout,
+the loop or speculation. Each drawn workload runs once as drawn, and each of its requests once alone on a plain engine.
+"""
 
 from __future__ import annotations
 
@@ -76,6 +77,7 @@ def workloads(draw: st.DrawFn) -> tuple[Setup, str, list[tuple[list[int], Sampli
     block_size = draw(st.sampled_from([8, 16]))
     longest = max(len(prompt) + (params.max_tokens or 0) for prompt, params in requests)
     needed = -(-longest // block_size)
+    num_draft_tokens = draw(st.sampled_from([0, 0, 1, 4, 7]))
     setup = Setup(
         backend=draw(st.sampled_from(BACKENDS)),
         layout=draw(st.sampled_from(["linear", "shuffled"])),
@@ -84,7 +86,8 @@ def workloads(draw: st.DrawFn) -> tuple[Setup, str, list[tuple[list[int], Sampli
         max_num_seqs=draw(st.integers(1, 6)),
         max_num_batched_tokens=draw(st.sampled_from([1, 3, 8, 17, 64, 512])),
         prefix_caching=draw(st.booleans()),
-        overlap=draw(st.booleans()),
+        overlap=not num_draft_tokens and draw(st.booleans()),
+        num_draft_tokens=num_draft_tokens,
     )
     return setup, draw(st.sampled_from(list(MODELS))), requests, arrivals
 
@@ -104,6 +107,29 @@ def test_every_request_gets_the_tokens_it_gets_alone(
         assert len(entries) == (0 if params.prompt_logprobs is None else len(prompt))
     scheduler.check_integrity()
     assert scheduler.stats().num_free_blocks == setup.num_blocks
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("layout", ["linear", "shuffled"])
+def test_guesses_right_and_wrong_change_no_token(name: str, layout: str) -> None:
+    stem = [3, 9, 4, 17, 5, 3, 9, 4, 17, 6, 3, 9, 4]
+    params = [
+        SamplingParams(temperature=temperature, seed=n, max_tokens=60, ignore_eos=True, logprobs=2, logit_bias=bias)
+        for n, (temperature, bias) in enumerate([(0.0, None), (0.8, {3: 9.0, 9: 9.0}), (0.0, {4: 3.0}), (1.0, None)])
+    ]
+    requests = [([*stem, n], params) for n, params in enumerate(params)]
+    plain, _, _ = make_engine(the_model(name), Setup(), [EOS])
+    guessing, scheduler, _ = make_engine(
+        the_model(name), Setup(layout=layout, num_draft_tokens=4, max_num_seqs=12), [EOS]
+    )
+    for want, got in zip(generate(plain, requests), generate(guessing, requests), strict=True):
+        assert tokens(got) == tokens(want)
+        entries = [[entry for output in outputs for entry in output.logprobs or []] for outputs in (want, got)]
+        assert [entry.token_id for entry in entries[1]] == tokens(got)
+        for one, other in zip(*entries, strict=True):
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-3) and one.rank == other.rank
+    stats = scheduler.stats()
+    assert 0 < stats.num_accepted_tokens < stats.num_draft_tokens
 
 
 @pytest.mark.parametrize("overlap", [False, True])

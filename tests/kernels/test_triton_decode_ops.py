@@ -122,16 +122,25 @@ def test_routed_experts(tokens: int, swap: bool) -> None:
         assert relative_error(got, ops.rms_norm(total, norm, 1e-6)) < 1e-4
 
 
+def step_tensors(rows: list[int], width: int) -> decode_step.StepTensors:
+    size = len(rows)
+    return decode_step.StepTensors(
+        integers(rows),
+        *(integers([77] * size) for _ in range(3)),
+        integers([77] * size, torch.int32),
+        torch.zeros(size, width, dtype=torch.int32, device=DEVICE),
+    )
+
+
+def host_memory(staged: torch.Tensor) -> torch.Tensor:
+    return staged.pin_memory() if DEVICE.type == "cuda" else staged
+
+
 def test_the_start_of_a_step() -> None:
     tables = torch.arange(5 * 7, dtype=torch.int32, device=DEVICE).view(5, 7)
     state = decode_step.RowState(tables, integers([0, 16, 5, 47, 3]), integers([9, 8, 7, 6, 5]), integers([0] * 5))
-    step = decode_step.StepTensors(
-        integers([3, -1, 1]),
-        *(integers([77] * 3) for _ in range(3)),
-        integers([77] * 3, torch.int32),
-        torch.zeros(3, 7, dtype=torch.int32, device=DEVICE),
-    )
-    decode_step.advance(state, step, 16)
+    step = step_tensors([3, -1, 1], 7)
+    decode_step.advance(state, step, 16, explicit=False)
     assert step.input_ids.tolist() == [6, 0, 8]
     assert step.positions.tolist() == [47, 0, 16]
     assert step.slots.tolist() == [(3 * 7 + 2) * 16 + 15, -1, (7 + 1) * 16]
@@ -153,8 +162,26 @@ def test_the_end_of_a_step() -> None:
 
 def test_what_the_host_staged() -> None:
     staged = torch.tensor([2, 0, -1, -1, 3, 7, 11, 30, 70, 110, 5, 5], dtype=torch.int32)
-    rows, tables = integers([9] * 6), torch.zeros(3, 5, dtype=torch.int32, device=DEVICE)
-    decode_step.apply_changes(staged.pin_memory() if DEVICE.type == "cuda" else staged, 4, 3, rows, tables)
-    assert rows.tolist() == [2, 0, -1, -1, 9, 9]
+    step, tables = step_tensors([9] * 6, 5), torch.zeros(3, 5, dtype=torch.int32, device=DEVICE)
+    decode_step.apply_changes(host_memory(staged), 4, 3, step, tables, explicit=False)
+    assert step.rows.tolist() == [2, 0, -1, -1, 9, 9]
+    assert step.positions.tolist() == step.input_ids.tolist() == [77] * 6
     assert tables.flatten()[[3, 7, 11]].tolist() == [30, 70, 110]
     assert tables.sum() == 210
+
+
+def test_a_step_whose_entries_the_host_states() -> None:
+    tables = torch.arange(5 * 7, dtype=torch.int32, device=DEVICE).view(5, 7)
+    state = decode_step.RowState(tables, integers([3] * 5), integers([9] * 5), integers([0] * 5))
+    step = step_tensors([0] * 5, 7)
+    # Row 3 from position 15 into a new block, row 1 alone, padding; then block 90 comes to row 3, place 1.
+    staged = [3, 3, 3, 1, -1, 15, 16, 17, 0, 99, 40, 41, 42, 43, 99, 3 * 7 + 1, 90]
+    staged_tensor = host_memory(torch.tensor(staged, dtype=torch.int32))
+    decode_step.apply_changes(staged_tensor, 5, 1, step, tables, explicit=True)
+    decode_step.advance(state, step, 16, explicit=True)
+    assert step.input_ids.tolist() == [40, 41, 42, 43, 0]
+    assert step.positions.tolist() == [15, 16, 17, 0, 0]
+    assert step.slots.tolist() == [21 * 16 + 15, 90 * 16, 90 * 16 + 1, 7 * 16, -1]
+    assert step.seq_lens.tolist() == [16, 17, 18, 1, 0]
+    assert step.block_tables[1].tolist() == [21, 90, 23, 24, 25, 26, 27]
+    assert state.lens.tolist() == [3] * 5 and state.last_tokens.tolist() == [9] * 5

@@ -124,6 +124,7 @@ class Row:
     seq_len: int = 0
     num_outputs: int = 0
     last_token: int | None = None  # on the device: sampled, not yet computed
+    sampled: dict[int, int] = field(default_factory=dict)  # the token last sampled for each position
     fresh: bool = True
 
 
@@ -169,7 +170,8 @@ class FakeRunner:
     def _check_everyone_gets_on(self, plan: StepPlan) -> None:
         """No running sequence waits for another one, in this step or any."""
         chunk_rows = [chunk.row for chunk in plan.chunks]
-        working = plan.decode_rows + chunk_rows
+        decoding = plan.decode_rows + [run.row for run in plan.draft_runs]
+        working = decoding + chunk_rows
         assert len(set(working)) == len(working)
         for number, row in self.rows.items():
             if row.last_token is None:
@@ -177,7 +179,8 @@ class FakeRunner:
                 assert (number in chunk_rows) != complete
             else:
                 finished = row.num_outputs == max_tokens_of(row.request, self.config)
-                assert (number in plan.decode_rows) != finished
+                finished = finished and not self.config.num_draft_tokens  # guesses count there, right or wrong
+                assert (number in decoding) != finished
 
     def _compute(self, plan: StepPlan) -> StepResult:
         work: list[tuple[int, int, list[int]]] = []
@@ -185,6 +188,10 @@ class FakeRunner:
             row = self.rows[number]
             assert row.last_token is not None
             work.append((number, row.seq_len, [row.last_token]))
+        for run in plan.draft_runs:
+            assert run.token_ids[0] == self.rows[run.row].sampled[run.start]
+            assert run.start <= self.rows[run.row].seq_len
+            work.append((run.row, run.start, run.token_ids))
         for chunk in plan.chunks:
             row = self.rows[chunk.row]
             assert chunk.start == row.seq_len or (row.fresh and chunk.start % self.config.block_size == 0)
@@ -203,7 +210,14 @@ class FakeRunner:
             for chunk in plan.chunks
             if chunk.logprob_targets
         }
-        sampled = [self._sample(number) for number in plan.sampling_rows]
+        assert len(plan.sampling_rows) <= self.config.max_num_seqs
+        if plan.draft_runs:
+            ends = [(run.row, run.start + i) for run in plan.draft_runs for i in range(1, len(run.token_ids) + 1)]
+        else:
+            ends = [(number, self.rows[number].seq_len) for number in plan.decode_rows]
+        ends += [(chunk.row, self.rows[chunk.row].seq_len) for chunk in plan.chunks if chunk.samples]
+        assert [number for number, _ in ends] == plan.sampling_rows
+        sampled = [self._sample(number, length) for number, length in ends]
         asked = any(entry is not None for _, entry in sampled)
         return StepResult(
             [token for token, _ in sampled], [entry for _, entry in sampled] if asked else None, prompt_logprobs
@@ -232,12 +246,14 @@ class FakeRunner:
             context = read(context, self.memory[slot])
         return context
 
-    def _sample(self, number: int) -> tuple[int, TokenLogprobs | None]:
+    def _sample(self, number: int, length: int) -> tuple[int, TokenLogprobs | None]:
+        """The token that follows the row's first `length` ones."""
         row = self.rows[number]
-        context = self._read(number, row.seq_len)
+        row.num_outputs = length - len(row.request.prompt_token_ids)
+        context = self._read(number, length)
         token = next_token(context, row.num_outputs, row.request, self.config)
         row.num_outputs += 1
-        row.last_token = token
+        row.last_token = row.sampled[length] = token
         return token, None if row.request.params.logprobs is None else logprobs_at(context, token)
 
     def _prompt_logprobs(self, number: int, start: int, targets: list[int]) -> list[TokenLogprobs]:
@@ -247,12 +263,40 @@ class FakeRunner:
         return [logprobs_at(self._read(number, start + 1 + i), target) for i, target in enumerate(targets)]
 
 
+@dataclass
+class Oracle:
+    """A drafter that knows the model, and lies now and then."""
+
+    token_ids: list[int]
+    share: float
+    random: random.Random
+
+    def draft(self, count: int) -> list[int]:
+        context, guesses = context_of(self.token_ids), []
+        for _ in range(self.random.randint(0, count)):
+            token = hash((context, 17)) % VOCAB
+            if self.random.random() >= self.share:
+                token = (token + self.random.randrange(1, VOCAB)) % VOCAB
+            guesses.append(token)
+            context = read(context, kv_of(context, token))
+        return guesses
+
+
 class Driver:
     """The engine's loop in small: keeps up to `depth` steps in flight (1: each step's result is awaited)."""
 
-    def __init__(self, config: SchedulerConfig, depth: int = 1, seed: int = 0, cost: StepCost | None = None) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        depth: int = 1,
+        seed: int = 0,
+        cost: StepCost | None = None,
+        right_guesses: float | None = None,
+    ) -> None:
         self.config = config
         self.depth = depth
+        self.right_guesses = right_guesses
+        self.random = random.Random(seed)
         self.scheduler = Scheduler(config, cost)
         self.runner = FakeRunner(config, seed)
         self.in_flight: deque[tuple[StepPlan, StepResult]] = deque()
@@ -262,6 +306,9 @@ class Driver:
     def add(self, request: Request) -> None:
         self.scheduler.add(request)
         self.outputs[request.request_id] = []
+        seq = self.scheduler._sequences[request.request_id]
+        if self.right_guesses is not None and seq.drafter is not None:
+            seq.drafter = Oracle(seq.token_ids, self.right_guesses, self.random)  # type: ignore[assignment]
 
     def abort(self, request_id: str) -> None:
         output = self.scheduler.abort(request_id)

@@ -35,6 +35,7 @@ class Workload:
     depth: int
     seed: int
     bounded: bool
+    right_guesses: float  # share of them, under speculation
 
 
 @st.composite
@@ -51,6 +52,7 @@ def workloads(draw: st.DrawFn) -> Workload:
         max_model_len=max_model_len,
         enable_prefix_caching=draw(st.sampled_from([True, True, True, False])),
         eos_token_ids=frozenset(draw(st.sampled_from([(), (), (0,), (0, 1)]))),
+        num_draft_tokens=draw(st.sampled_from([0, 0, 0, 1, 3, 7])),
     )
     token = st.integers(0, VOCAB - 1)
     # Prompts share segments in any order, so that the same tokens turn up after different prefixes.
@@ -76,12 +78,18 @@ def workloads(draw: st.DrawFn) -> Workload:
         arrivals.append(draw(st.sampled_from([0, 0, 0, 1, 2, 3, 5, 8, 13])))
         if draw(st.sampled_from([False, False, False, False, True])):
             aborts[request.request_id] = arrivals[-1] + draw(st.integers(0, 15))
-    depth, seed, bounded = draw(st.sampled_from([1, 2, 2, 3])), draw(st.integers(0, 99)), draw(st.booleans())
-    return Workload(config, requests, arrivals, aborts, depth, seed, bounded)
+    depth = 1 if config.num_draft_tokens else draw(st.sampled_from([1, 2, 2, 3]))
+    seed, bounded, right_guesses = (
+        draw(st.integers(0, 99)),
+        draw(st.booleans()),
+        draw(st.sampled_from([0.0, 0.5, 0.9, 1.0])),
+    )
+    return Workload(config, requests, arrivals, aborts, depth, seed, bounded, right_guesses)
 
 
 def run(load: Workload) -> tuple[Driver, list[Request]]:
-    driver = Driver(load.config, load.depth, load.seed, Fickle(load.seed) if load.bounded else None)
+    cost = Fickle(load.seed) if load.bounded else None
+    driver = Driver(load.config, load.depth, load.seed, cost, load.right_guesses)
     accepted = []
     for turn in range(40):
         for request, arrival in zip(load.requests, load.arrivals, strict=True):
@@ -113,6 +121,12 @@ def test_tokens_do_not_depend_on_the_schedule(load: Workload) -> None:
             driver.check_against_definition(request)
 
     stats = driver.scheduler.stats()
+    guesses = [len(run.token_ids) - 1 for plan in driver.plans for run in plan.draft_runs]
+    assert stats.num_draft_tokens == sum(guesses)
+    assert stats.num_drafts == sum(count > 0 for count in guesses)
+    assert max(guesses, default=0) <= load.config.num_draft_tokens
+    if load.right_guesses in (0.0, 1.0) and not any(request.params.min_tokens for request in accepted):
+        assert stats.num_accepted_tokens == load.right_guesses * stats.num_draft_tokens
     assert (stats.num_running, stats.num_waiting, stats.kv_cache_usage) == (0, 0, 0.0)
     assert stats.num_free_blocks == load.config.num_blocks
     assert stats.num_steps == len(driver.plans)

@@ -80,8 +80,9 @@ def _step_ends() -> None:
     tables = integers(256, 4096, dtype=torch.int32)
     rows, lens = integers(256), integers(256, dtype=torch.int32)
     step = decode_step.StepTensors(rows, integers(256), integers(256), integers(256), lens, tables)
-    decode_step.apply_changes(integers(768, dtype=torch.int32), 256, 16, step.rows, state.tables)
-    decode_step.advance(state, step, 16)
+    for explicit in (False, True):
+        decode_step.apply_changes(integers(1280, dtype=torch.int32), 256, 16, step, state.tables, explicit=explicit)
+        decode_step.advance(state, step, 16, explicit=explicit)
     decode_step.greedy(_tensor(256, 151936), step.rows, state, integers(256))
 
 

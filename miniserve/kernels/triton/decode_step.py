@@ -1,6 +1,8 @@
 """The ends of a decode step on the device: lengths, slots and block tables of its rows before, the greedy token after.
 
-With these a step needs nothing from the host but, where they changed, the rows that decode and new blocks.
+With these a step needs nothing from the host but, where they changed, the rows that decode and new blocks. Under
+speculation it is `explicit`: the host says which position of which row each entry computes, with which token, and a row
+may have several.
 """
 
 from __future__ import annotations
@@ -40,25 +42,55 @@ class StepTensors:
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_blocks"])
-def _apply_kernel(staged_ptr, rows_ptr, tables_ptr, num_rows, num_blocks, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _apply_kernel(
+    staged_ptr,
+    rows_ptr,
+    positions_ptr,
+    ids_ptr,
+    tables_ptr,
+    num_rows,
+    num_blocks,
+    EXPLICIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
     start(PDL)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     rows = tl.load(staged_ptr + index, mask=index < num_rows)
-    places = tl.load(staged_ptr + num_rows + index, mask=index < num_blocks, other=0)
-    blocks = tl.load(staged_ptr + num_rows + num_blocks + index, mask=index < num_blocks)
+    blocks_ptr = staged_ptr + num_rows
+    if EXPLICIT:
+        positions = tl.load(staged_ptr + num_rows + index, mask=index < num_rows)
+        ids = tl.load(staged_ptr + 2 * num_rows + index, mask=index < num_rows)
+        blocks_ptr = staged_ptr + 3 * num_rows
+    places = tl.load(blocks_ptr + index, mask=index < num_blocks, other=0)
+    blocks = tl.load(blocks_ptr + num_blocks + index, mask=index < num_blocks)
     wait(PDL)
     tl.store(rows_ptr + index, rows.to(tl.int64), mask=index < num_rows)
+    if EXPLICIT:
+        tl.store(positions_ptr + index, positions.to(tl.int64), mask=index < num_rows)
+        tl.store(ids_ptr + index, ids.to(tl.int64), mask=index < num_rows)
     tl.store(tables_ptr + places, blocks, mask=index < num_blocks)
 
 
 def apply_changes(
-    staged: torch.Tensor, num_rows: int, num_blocks: int, rows: torch.Tensor, tables: torch.Tensor
+    staged: torch.Tensor, num_rows: int, num_blocks: int, step: StepTensors, tables: torch.Tensor, *, explicit: bool
 ) -> None:
     """Take over what the host staged for a step, int32 in pinned memory, which the kernel reads where it is: `num_rows`
-    rows, then places in the flattened `tables` and the block ids that go there, `num_blocks` of each."""
-    grid = (triton.cdiv(max(num_rows, num_blocks), 256),)
-    options = launch_options(tables.device)
-    _apply_kernel[grid](staged, rows, tables, num_rows, num_blocks, BLOCK=256, num_warps=2, **options)
+    rows, if `explicit` as many positions and input ids, then places in the flattened `tables` and the block ids that go
+    there, `num_blocks` of each."""
+    _apply_kernel[(triton.cdiv(max(num_rows, num_blocks), 256),)](
+        staged,
+        step.rows,
+        step.positions,
+        step.input_ids,
+        tables,
+        num_rows,
+        num_blocks,
+        EXPLICIT=explicit,
+        BLOCK=256,
+        num_warps=2,
+        **launch_options(tables.device),
+    )
 
 
 @triton.jit
@@ -73,6 +105,7 @@ def _advance_kernel(
     seq_lens_ptr,
     out_tables_ptr,
     table_width,
+    EXPLICIT: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     CHUNK: tl.constexpr,
     PDL: tl.constexpr,
@@ -87,11 +120,14 @@ def _advance_kernel(
         tl.store(slots_ptr + index, tl.full((), -1, tl.int64))
         tl.store(seq_lens_ptr + index, tl.zeros((), tl.int32))
         return
-    position = tl.load(lens_ptr + row)
-    tl.store(ids_ptr + index, tl.load(last_ptr + row))
-    tl.store(positions_ptr + index, position)
+    if EXPLICIT:
+        position = tl.load(positions_ptr + index)
+    else:
+        position = tl.load(lens_ptr + row)
+        tl.store(ids_ptr + index, tl.load(last_ptr + row))
+        tl.store(positions_ptr + index, position)
+        tl.store(lens_ptr + row, position + 1)
     tl.store(seq_lens_ptr + index, (position + 1).to(tl.int32))
-    tl.store(lens_ptr + row, position + 1)
     block = tl.load(tables_ptr + row * table_width + position // BLOCK_SIZE).to(tl.int64)
     tl.store(slots_ptr + index, block * BLOCK_SIZE + position % BLOCK_SIZE)
     for first in range(0, position // BLOCK_SIZE + 1, CHUNK):
@@ -100,8 +136,9 @@ def _advance_kernel(
         tl.store(out_tables_ptr + index * table_width + cols, ids, mask=cols < table_width)
 
 
-def advance(state: RowState, step: StepTensors, block_size: int) -> None:
-    """Count one more token for each of `step.rows` and fill in the rest of `step`."""
+def advance(state: RowState, step: StepTensors, block_size: int, *, explicit: bool) -> None:
+    """Count one more token for each of `step.rows` and fill in the rest of `step`; if `explicit`, fill in what follows
+    from its rows and positions, and leave `state` alone."""
     _advance_kernel[(step.rows.shape[0],)](
         step.rows,
         state.tables,
@@ -113,6 +150,7 @@ def advance(state: RowState, step: StepTensors, block_size: int) -> None:
         step.seq_lens,
         step.block_tables,
         state.tables.shape[1],
+        EXPLICIT=explicit,
         BLOCK_SIZE=block_size,
         CHUNK=1024,
         num_warps=4,

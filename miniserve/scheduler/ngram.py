@@ -1,0 +1,41 @@
+"""Guesses at a sequence's next tokens from the sequence itself: what followed when its last tokens came up before.
+
+Known as prompt lookup decoding (Saxena 2023) and n-gram speculation. It needs no second model, and guesses well where
+an answer repeats its prompt or itself.
+"""
+
+from __future__ import annotations
+
+_SIZES = (4, 3, 2)  # of the n-grams that are looked up, the surest first
+
+
+class NGramDrafter:
+    """Follows one sequence, whose `token_ids` others append to. Each token is indexed once, at the first draft after
+    it came."""
+
+    def __init__(self, token_ids: list[int]) -> None:
+        self._token_ids = token_ids
+        self._ends: dict[tuple[int, ...], int] = {}  # of each n-gram, where its latest occurrence ends
+        self._num_indexed = 0
+
+    def draft(self, count: int) -> list[int]:
+        """`count` tokens that may come next, or none. They follow the latest earlier occurrence of the longest n-gram
+        at the end; where that runs into the end, it is taken to repeat."""
+        token_ids = self._token_ids
+        self._index(len(token_ids) - 1)  # the n-grams at the very end have not occurred *before*
+        for size in _SIZES:
+            end = self._ends.get(tuple(token_ids[-size:]))
+            if end is not None:
+                period = len(token_ids) - end
+                known = token_ids[end : end + count]
+                return [known[index % period] for index in range(count)]
+        return []
+
+    def _index(self, until: int) -> None:
+        """All n-grams that end before or at `until`."""
+        token_ids = self._token_ids
+        for end in range(self._num_indexed + 1, until + 1):
+            for size in _SIZES:
+                if size <= end:
+                    self._ends[tuple(token_ids[end - size : end])] = end
+        self._num_indexed = max(self._num_indexed, until)
