@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import inspect
 from collections.abc import Callable
@@ -87,8 +88,9 @@ def serve(
         raise typer.Exit(1)
 
 
-def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command whose first parameter is an `EngineConfig` the engine's options of `miniserve run` instead."""
+def with_engine_options(command: Callable[..., None], **defaults: object) -> Callable[..., None]:
+    """Give a command whose first parameter is an `EngineConfig` the engine's options of `miniserve run` instead, some
+    of them with other defaults."""
     names = [field.name for field in dataclasses.fields(EngineConfig) if field.name != "log_level"]  # nothing is logged
     of_run = inspect.signature(run, eval_str=True).parameters
     of_command = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
@@ -96,13 +98,17 @@ def with_engine_options(command: Callable[..., None]) -> Callable[..., None]:
     def wrapper(**given: Any) -> None:
         command(EngineConfig(**{name: given.pop(name) for name in names}), **given)
 
-    parameters = [of_run[name] for name in names] + of_command
+    parameters = [of_run[name].replace(default=defaults.get(name, of_run[name].default)) for name in names] + of_command
     wrapper.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
     )
     wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
     return wrapper
+
+
+# Nobody reads along: what counts is the whole.
+offline = functools.partial(with_engine_options, max_itl_ratio=0.0)
 
 
 @app.command()
@@ -170,7 +176,7 @@ def _shapes(lengths: str) -> list[Shape]:
 
 
 @app.command()
-@with_engine_options
+@offline
 def latency(
     engine: EngineConfig,
     batch_size: Annotated[int, typer.Option(help="Prompts in a batch.")] = 1,
@@ -202,7 +208,7 @@ def latency(
 
 
 @app.command()
-@with_engine_options
+@offline
 def throughput(
     engine: EngineConfig,
     num_prompts: Annotated[int, typer.Option(help="Prompts, all handed over at once.")] = 200,

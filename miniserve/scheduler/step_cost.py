@@ -16,6 +16,7 @@ from dataclasses import dataclass
 MIN_TOKENS = 64  # that chunks get whatever rows decode beside them, so that every prompt gets on
 UNKNOWN_TOKENS = 256  # that they get at most before a step with chunks has been seen
 _TILE = 64  # of tokens in chunks: matrix products and graphs take them by so many at once
+_UNAVOIDABLE = 1.25  # times what MIN_TOKENS take: more tokens may take that much, for they cost little beside a launch
 _FOLLOW, _FOLLOW_UP, _FOLLOW_DOWN = 0.2, 0.4, 0.1  # the share of an error that is put right at once
 _LARGEST_ERROR = 0.5  # in steps as expected, so that one odd step moves little
 
@@ -39,7 +40,8 @@ class StepShape:
 
 
 class StepCost:
-    """Keeps steps with decode rows within `max_ratio` times what they would take without chunks; 0: does not."""
+    """Keeps steps with decode rows within `max_ratio` times what they would take without chunks; 0: does not. Where
+    the shortest chunk is beyond that already, keeps them near what it takes."""
 
     def __init__(self, max_ratio: float) -> None:
         self._max_ratio = max_ratio
@@ -71,7 +73,8 @@ class StepCost:
         if self._decode is None or self._chunks is None:
             return max(least, UNKNOWN_TOKENS - shape.tokens)
         room = (self._max_ratio - 1.0) * self._decode.of(_decode_features(shape))
-        room -= self._chunks.of(_chunk_features(shape.tokens, shape.keys))
+        shortest = self._chunks.of(_chunk_features(MIN_TOKENS, MIN_TOKENS * start))
+        room = max(room, _UNAVOIDABLE * shortest) - self._chunks.of(_chunk_features(shape.tokens, shape.keys))
         if room <= 0.0:
             return least
         # n tokens take n (token + start key) + n² key / 2.

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +14,9 @@ from miniserve.bench import cpu_decode, offline
 from miniserve.bench.decode_steps import DecodeSteps
 from miniserve.bench.decode_worker import Job, Measured
 from miniserve.bench.workload import Shape
+from miniserve.cli import bench as commands
 from miniserve.cli.bench import app
+from miniserve.config import EngineConfig
 from miniserve.core import EngineInfo, SamplingParams, StepTotals, UserError
 
 INFO = EngineInfo(
@@ -216,3 +220,11 @@ def test_the_comparison_runs(tmp_path: Path) -> None:
         assert figures["memory"] > 0
     assert case["floor_share"] > 0
     assert written["bandwidth_bytes_per_s"] > 1e8
+
+
+def test_nothing_bounds_prefill_where_nobody_reads_along() -> None:
+    def default(command: Callable[..., None]) -> object:
+        return inspect.signature(command).parameters["max_itl_ratio"].default
+
+    assert default(commands.latency) == default(commands.throughput) == 0.0
+    assert default(commands.sweep) == EngineConfig().max_itl_ratio

@@ -56,6 +56,14 @@ def test_noise_does_not_carry_the_slowest_steps_far_beyond_the_ratio() -> None:
     assert ratios[int(0.9 * len(ratios))] <= 2.1
 
 
+def test_where_launching_takes_longer_than_a_decode_step_chunks_get_what_costs_little_more() -> None:
+    cost = StepCost(2.0)
+    for size in (256, 256, 64, 512, 64, 128, 64, 256) * 20:
+        cost.observe(StepShape(4, 0), 2e-3)
+        cost.observe(StepShape(4, 0, size, 0), 2e-3 + 8e-3 + 8e-6 * size)
+    assert 2 * MIN_TOKENS <= cost.chunk_tokens(StepShape(4, 0), 0) <= 6 * MIN_TOKENS
+
+
 def test_one_odd_step_is_soon_forgotten() -> None:
     cost = StepCost(2.0)
     for _ in range(3):
