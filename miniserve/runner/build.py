@@ -87,7 +87,7 @@ def build_runner(
         config,
         weights=weights,
         activations=_activation_bytes(model_config, config, dtype)
-        + scratch_bytes(choice, model.attention_specs, config.max_num_seqs, longest),
+        + scratch_bytes(choice, model.attention_specs, platform, config.max_num_seqs, longest),
         available=available - weights,
         block_bytes=block_bytes(choice, layout, model.attention_specs),
         longest_context=longest,

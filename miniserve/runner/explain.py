@@ -139,7 +139,7 @@ def explain(name: str, outline: Outline, wishes: Wishes, tuning: FilePath | None
         kinds=kinds,
         choice=choice,
         paths=tuple(_paths(specs, platform, wishes.block_size)),
-        memory=_memory(outline, choice, specs, wishes, memory, longest),
+        memory=_memory(outline, choice, specs, platform, wishes, memory, longest),
         experts=_experts(outline, platform, dtype),
         notes=tuple(_notes(outline, wishes, platform)),
     )
@@ -173,12 +173,18 @@ def _paths(specs: Sequence[AttentionSpec], platform: Platform, block_size: int) 
 
 
 def _memory(
-    outline: Outline, choice: Choice, specs: Sequence[AttentionSpec], wishes: Wishes, total: int | None, longest: int
+    outline: Outline,
+    choice: Choice,
+    specs: Sequence[AttentionSpec],
+    platform: Platform,
+    wishes: Wishes,
+    total: int | None,
+    longest: int,
 ) -> Memory:
     layout = LAYOUTS[choice.layout](wishes.block_size)
     block = block_bytes(choice, layout, specs)
     weights = weight_bytes(outline, wishes.tp)
-    scratch = scratch_bytes(choice, specs, wishes.max_num_seqs, longest)
+    scratch = scratch_bytes(choice, specs, platform, wishes.max_num_seqs, longest)
     usable = None if total is None else int(total * wishes.gpu_memory_utilization)
     tokens = None
     if usable is not None and weights is not None:

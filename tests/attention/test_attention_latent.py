@@ -141,7 +141,7 @@ def test_latent_layers_and_others_are_served_apart() -> None:
     for spec, backend, said in ((MHA, "TORCH_MLA", "it is for latent"), (MLA, "TORCH_ATTN", "it has no latent")):
         with pytest.raises(UserError, match=said):
             select([spec], cpu, block_size=16, backend=backend)
-    with pytest.raises(UserError, match=r"does not read the linear layout"):
+    with pytest.raises(UserError, match="this MLA model has one latent for all heads"):
         select([MLA], cpu, block_size=16, layout="linear")
     with pytest.raises(UserError, match=r"does not read the latent layout"):
         select([MHA], cpu, block_size=16, layout="latent")

@@ -15,10 +15,11 @@ from miniserve.attention.backends.aiter_calls import AsmScales, PagedScratch, sc
 from miniserve.attention.backends.build import block_bytes
 from miniserve.attention.backends.build import scratch_bytes as planned_bytes
 from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.triton_mla import TritonLatentBackend, torch_latent_kernels
 from miniserve.attention.layouts import LAYOUTS
 from miniserve.attention.platform import NAMED_PLATFORMS
 from miniserve.attention.select import select
-from miniserve.attention.spec import AttentionSpec
+from miniserve.attention.spec import AttentionSpec, LatentDims
 
 MI300X = NAMED_PLATFORMS["mi300x"]
 SPEC = AttentionSpec(16, 2, 128, 128**-0.5, torch.bfloat16, torch.bfloat16)
@@ -52,10 +53,34 @@ def test_only_the_backends_that_allocate_are_charged() -> None:
     charged = {}
     for backend in ("ROCM_ATTN", "ROCM_AITER_FA", "ROCM_AITER_UNIFIED_ATTN", "TRITON_ATTN"):
         choice = select([SPEC], MI300X, block_size=16, backend=backend)
-        charged[backend] = planned_bytes(choice, [SPEC], 256, 4096)
+        charged[backend] = planned_bytes(choice, [SPEC], MI300X, 256, 4096)
     assert charged["ROCM_ATTN"] == 256 * 16 * 16 * (8 + 2 * 128)
     assert charged["ROCM_AITER_FA"] == charged["ROCM_ATTN"] + 32768 * 2 * 128 * 4
     assert charged["ROCM_AITER_UNIFIED_ATTN"] == charged["TRITON_ATTN"] == 0
+
+
+@pytest.mark.parametrize("gpu", ["h100", "mi300x"])
+@pytest.mark.parametrize(("heads", "max_seq_len"), [(16, 4096), (128, 163840), (16, 1)])
+def test_the_splits_of_latent_rows_are_charged(gpu: str, heads: int, max_seq_len: int) -> None:
+    split_kv = pytest.importorskip("miniserve.kernels.triton.split_kv")
+    spec = AttentionSpec(heads, 1, 576, 0.1, torch.bfloat16, torch.bfloat16, latent=LatentDims(512, 64, 128, 128))
+    platform, specs = NAMED_PLATFORMS[gpu], (spec, replace(spec, scale=0.2), spec)
+    options = BackendOptions(
+        specs=specs,
+        routes=(),
+        platform=platform,
+        device=torch.device("cpu"),
+        max_rows=64,
+        max_seq_len=max_seq_len,
+    )
+    kernels = replace(torch_latent_kernels(), allocate_scratch=split_kv.DecodeScratch.allocate)
+    backend = TritonLatentBackend(LAYOUTS["latent"](16), kernels, options)
+    parts = [(s.partial, s.lse, s.arrivals) for s in backend._scratch.values()]
+    assert len(parts) == 2, "layers of a kind share theirs"
+    choice = select(specs, platform, block_size=16, backend="TRITON_MLA")
+    allocated = sum(tensor.nbytes for tensors in parts for tensor in tensors)
+    assert planned_bytes(choice, specs, platform, 64, max_seq_len) == allocated
+    assert (allocated > 1 << 20) == (max_seq_len > 1)
 
 
 def test_the_asm_kernel_s_scales_are_charged_by_the_block() -> None:

@@ -22,7 +22,9 @@ from miniserve.attention.backends.torch_attn import TorchBackend
 from miniserve.attention.backends.torch_mla import TorchLatentBackend
 from miniserve.attention.backends.triton_attn import TritonBackend, linearized_bytes
 from miniserve.attention.backends.triton_mla import TritonLatentBackend, torch_latent_kernels, triton_latent_kernels
+from miniserve.attention.backends.triton_mla import scratch_bytes as split_scratch_bytes
 from miniserve.attention.layouts import LAYOUTS, KVLayout
+from miniserve.attention.platform import Platform
 from miniserve.attention.select import Choice
 from miniserve.attention.spec import AttentionSpec
 
@@ -73,8 +75,12 @@ def _token_indices(options: BackendOptions) -> TokenIndices:
     return token_indices
 
 
-def scratch_bytes(choice: Choice, specs: Sequence[AttentionSpec], max_rows: int, max_seq_len: int) -> int:
+def scratch_bytes(
+    choice: Choice, specs: Sequence[AttentionSpec], platform: Platform, max_rows: int, max_seq_len: int
+) -> int:
     """What the backend allocates beside the cache, where that is more than a few megabytes."""
+    if choice.backend == "TRITON_MLA":
+        return split_scratch_bytes(specs, platform, max_rows, max_seq_len)
     if choice.backend == "ROCM_AITER_MLA":
         return latent_scratch_bytes(specs, max_rows, max_seq_len)
     if choice.backend == "TRITON_ATTN" and choice.layout == "shuffled":

@@ -3,8 +3,9 @@ GPUs; chunks through PyTorch's flash attention, where there is one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch.nn import functional
@@ -13,8 +14,9 @@ from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.paged_kernels import AllocateScratch
 from miniserve.attention.backends.torch_mla import DecodeMetadata, TorchLatentBackend
 from miniserve.attention.layouts import KVCache, KVLayout, LatentLayout
+from miniserve.attention.platform import Platform
 from miniserve.attention.spec import AttentionSpec, LatentLayer
-from miniserve.kernels.triton.launch import cdiv, choose_splits, mla_launch
+from miniserve.kernels.triton.launch import cdiv, choose_splits, mla_launch, scratch_sizes
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _FLASH_MAX_DIM = 256  # and a multiple of 8
@@ -49,6 +51,30 @@ def torch_latent_kernels() -> LatentKernels:
     return LatentKernels(_torch_decode, _torch_write, None)
 
 
+def scratch_bytes(specs: Sequence[AttentionSpec], platform: Platform, max_rows: int, max_seq_len: int) -> int:
+    """What the splits of each kind of layer leave for their merge."""
+    total = 0
+    for spec in dict.fromkeys(specs):
+        entries, counters = scratch_sizes(_launches(spec, platform, max_rows, max_seq_len), spec.num_heads)
+        total += 4 * (entries * (_rank(spec) + 1) + counters)
+    return total
+
+
+def _launches(spec: AttentionSpec, platform: Platform, max_rows: int, max_seq_len: int) -> list[tuple[int, int]]:
+    """(rows, splits) of every number of rows that is split."""
+    launches = [(rows, _splits(spec, platform, rows, max_seq_len)) for rows in range(1, max_rows + 1)]
+    return [launch for launch in launches if launch[1] > 1]
+
+
+def _splits(spec: AttentionSpec, platform: Platform, rows: int, max_seq_len: int) -> int:
+    launch = mla_launch(_vendor(platform), spec.num_heads, spec.kv_dtype.itemsize)
+    return choose_splits(rows, cdiv(spec.num_heads, launch.block_m), max_seq_len, launch, platform.compute_units)
+
+
+def _vendor(platform: Platform) -> Literal["cuda", "hip"]:
+    return "hip" if platform.arch.startswith("gfx") else "cuda"
+
+
 class TritonLatentBackend(TorchLatentBackend):
     """Where flash attention cannot serve a chunk (float32, AMD), PyTorch's plain operations do, as in TORCH_MLA."""
 
@@ -57,9 +83,7 @@ class TritonLatentBackend(TorchLatentBackend):
     def __init__(self, layout: KVLayout, kernels: LatentKernels, options: BackendOptions) -> None:
         super().__init__(layout)
         self._kernels = kernels
-        self._max_seq_len = options.max_seq_len
-        self._num_sms = options.platform.compute_units
-        self._vendor = "hip" if options.platform.arch.startswith("gfx") else "cuda"
+        self._max_seq_len, self._platform = options.max_seq_len, options.platform
         self._scratch = {
             spec: self._allocate(kernels.allocate_scratch, spec, options) for spec in dict.fromkeys(options.specs)
         }
@@ -67,14 +91,8 @@ class TritonLatentBackend(TorchLatentBackend):
     def _allocate(self, allocate: AllocateScratch | None, spec: AttentionSpec, options: BackendOptions) -> object:
         if allocate is None:
             return None
-        launches = [(rows, self._splits(spec, rows, self._max_seq_len)) for rows in range(1, options.max_rows + 1)]
-        return allocate([launch for launch in launches if launch[1] > 1], spec.num_heads, _rank(spec), options.device)
-
-    def _splits(self, spec: AttentionSpec, rows: int, max_seq_len: int) -> int:
-        if self._kernels.allocate_scratch is None:
-            return 1
-        launch = mla_launch(self._vendor, spec.num_heads, spec.kv_dtype.itemsize)  # type: ignore[arg-type]
-        return choose_splits(rows, cdiv(spec.num_heads, launch.block_m), max_seq_len, launch, self._num_sms)
+        launches = _launches(spec, options.platform, options.max_rows, self._max_seq_len)
+        return allocate(launches, spec.num_heads, _rank(spec), options.device)
 
     def decode(
         self, layer: LatentLayer, q: torch.Tensor, q_pe: torch.Tensor, cache: KVCache, meta: DecodeMetadata
@@ -89,7 +107,7 @@ class TritonLatentBackend(TorchLatentBackend):
             meta.seq_lens,
             scale=spec.scale,
             kv_scale=_scale(layer),
-            num_splits=self._splits(spec, q.shape[0], longest),
+            num_splits=_splits(spec, self._platform, q.shape[0], longest) if self._scratch[spec] is not None else 1,
             scratch=self._scratch[spec],
         )
 
@@ -113,7 +131,7 @@ class TritonLatentBackend(TorchLatentBackend):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         lens = (cu_query_lens, cu_key_lens, max_query_len, max_key_len)
         dim = dense_dim(q, v)
-        if self._vendor == "hip" or q.dtype not in _FLASH_DTYPES or dim > _FLASH_MAX_DIM:
+        if _vendor(self._platform) == "hip" or q.dtype not in _FLASH_DTYPES or dim > _FLASH_MAX_DIM:
             return super().attend_dense(layer, q, k, v, *lens, causal=causal)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             *(padded(tensor, dim) for tensor in (q, k, v)), *lens, 0.0, causal, False, scale=layer.spec.scale

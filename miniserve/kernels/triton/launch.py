@@ -5,6 +5,7 @@ Pure data and arithmetic, importable without Triton, so that a table of every la
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -105,6 +106,14 @@ def extend_splits(programs: int, max_seq_len: int, num_sms: int) -> int:
 def mla_launch(platform: Platform, num_heads: int, kv_itemsize: int) -> Launch:
     """The launch of `mla_decode`."""
     return _first(_MLA, platform, num_heads, kv_itemsize)
+
+
+def scratch_sizes(launches: Iterable[tuple[int, int]], num_heads: int) -> tuple[int, int]:
+    """Of what splits leave for the merge, large enough for each (rows, num_splits): (row, head, split) entries, and
+    (row, head) counters."""
+    pairs = list(launches)
+    entries = max((rows * splits for rows, splits in pairs), default=0) * num_heads
+    return entries, max((rows for rows, _ in pairs), default=0) * num_heads
 
 
 def choose_splits(

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from miniserve.kernels.triton.launch import Platform, next_power_of_2
+from miniserve.kernels.triton.launch import Platform, next_power_of_2, scratch_sizes
 
 # Above this many float32 values a merge is spread over a kernel of its own: one program would be slower.
 _FUSED_MERGE_VALUES = 32768
@@ -35,13 +35,11 @@ class DecodeScratch:
         launches: Iterable[tuple[int, int]], num_heads: int, head_dim: int, device: torch.device
     ) -> DecodeScratch:
         """Large enough for each (rows, num_splits) of `launches`."""
-        pairs = list(launches)
-        entries = max((rows * splits for rows, splits in pairs), default=0) * num_heads
-        rows = max((rows for rows, _ in pairs), default=0)
+        entries, counters = scratch_sizes(launches, num_heads)
         return DecodeScratch(
             torch.empty(entries * head_dim, dtype=torch.float32, device=device),
             torch.empty(entries, dtype=torch.float32, device=device),
-            torch.zeros(rows * num_heads, dtype=torch.int32, device=device),
+            torch.zeros(counters, dtype=torch.int32, device=device),
         )
 
 
