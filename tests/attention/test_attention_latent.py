@@ -143,7 +143,7 @@ def test_latent_layers_and_others_are_served_apart() -> None:
             select([spec], cpu, block_size=16, backend=backend)
     with pytest.raises(UserError, match="this MLA model has one latent for all heads"):
         select([MLA], cpu, block_size=16, layout="linear")
-    with pytest.raises(UserError, match=r"does not read the latent layout"):
+    with pytest.raises(UserError, match="this one has keys and values of each KV head"):
         select([MHA], cpu, block_size=16, layout="latent")
     for name, layout in LAYOUTS.items():
         assert (layout.refusal(MLA, 16) is None) == (name == "latent")
