@@ -48,10 +48,18 @@ def load_model_config(path: str | Path) -> ModelConfig:
         return _from_transformers(hf, architecture, _stored_dtype(hf, Path(path)))
 
 
+def weight_quantization(raw: dict[str, Any]) -> str | None:
+    """The method by which weights are quantised. None where they are not, also where scales for an fp8 KV cache are all
+    that the config's quantisation is about (compressed-tensors without groups of weights)."""
+    quantization = raw.get("quantization_config")
+    if quantization is None or (quantization.get("kv_cache_scheme") and quantization.get("config_groups") == {}):
+        return None
+    return str(quantization.get("quant_method", "unknown"))
+
+
 def _refuse_unreadable(raw: dict[str, Any]) -> None:
     """What transformers, depending on its version, would fail at or act upon before it can be looked at."""
-    if raw.get("quantization_config") is not None:
-        method = raw["quantization_config"].get("quant_method", "unknown")
+    if (method := weight_quantization(raw)) is not None:
         raise UserError(
             f"Quantised weights (quantization_config, method {method!r}) are not supported; choose the unquantised "
             f"checkpoint of this model, stored as {listed(SUPPORTED_DTYPES)}."

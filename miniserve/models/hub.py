@@ -274,7 +274,7 @@ def _unreachable(model: str, error: BaseException) -> str:
 def check_config(config: dict[str, object], name: str) -> None:
     """Raise `UserError` where config.json alone tells that miniserve cannot serve a model: its architecture is another,
     or its weights are quantised. (`models.config` looks at the rest, and needs torch for it.)"""
-    from miniserve.models.config import SUPPORTED_ARCHITECTURES
+    from miniserve.models.config import SUPPORTED_ARCHITECTURES, weight_quantization
 
     declared = config.get("architectures")
     names = [str(entry) for entry in declared] if isinstance(declared, list) else []
@@ -283,11 +283,9 @@ def check_config(config: dict[str, object], name: str) -> None:
             f"{name} is a {', '.join(names) or 'model that names no architecture'}, which miniserve does not support: "
             f"choose a model of one of {', '.join(SUPPORTED_ARCHITECTURES)}."
         )
-    quantization = config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if (method := weight_quantization(config)) is not None:
         raise UserError(
-            f"{name} has quantised weights ({method or 'of an unnamed method'}), which miniserve does not support: "
+            f"{name} has quantised weights ({method}), which miniserve does not support: "
             "choose the model's unquantised repository."
         )
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from miniserve.core import UserError
 from miniserve.models.decoder import CausalLM
+from miniserve.models.kv_scales import is_kv_scale
 from miniserve.models.layers.base import Layer, Piece
 
 Progress = Callable[[int, int], None]
@@ -33,9 +34,9 @@ def load_weights(model: CausalLM, path: str | Path, *, progress: Progress | None
     """Load `path`/*.safetensors (one file or sharded with an index) into `model`, converting to its dtype.
 
     progress(done, total) is called after each layer, in bytes of the model's parameters. Of tensors the model does not
-    want, only these are ignored: rotary_emb.inv_freq, lm_head.weight where the embeddings are tied, and layers after
-    the last that guess further tokens. Raises `UserError` naming every tensor that is missing, surplus, mis-shaped or
-    not stored as bfloat16, float16 or float32, before anything is read.
+    want, only these are ignored: rotary_emb.inv_freq, lm_head.weight where the embeddings are tied, layers after the
+    last that guess further tokens, and scales for an fp8 KV cache (`read_kv_scales`). Raises `UserError` naming every
+    tensor that is missing, surplus, mis-shaped or not stored as bfloat16, float16 or float32, before anything is read.
     """
     files = _tensor_files(Path(path))
     _check(model, files, Path(path))
@@ -46,6 +47,19 @@ def load_weights(model: CausalLM, path: str | Path, *, progress: Progress | None
                 for piece in pieces:
                     if files[piece.name] == file:
                         layer.target(piece).copy_(tensors.get_tensor(piece.name))
+
+
+def read_kv_scales(model: CausalLM, path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of `path`/*.safetensors that are scales for an fp8 KV cache, by name."""
+    scales: dict[str, torch.Tensor] = {}
+    by_file: dict[Path, list[str]] = defaultdict(list)
+    for name, file in _tensor_files(Path(path)).items():
+        if is_kv_scale(name, model.config.num_layers):
+            by_file[file].append(name)
+    for file, names in by_file.items():
+        with _opened(file) as tensors:
+            scales |= {name: tensors.get_tensor(name) for name in names}
+    return scales
 
 
 def dummy_weights(model: CausalLM, seed: int, *, progress: Progress | None = None) -> None:
@@ -161,6 +175,7 @@ def _ignored(name: str, model: CausalLM) -> bool:
         name.endswith(_IGNORED_SUFFIX)
         or (name == "lm_head.weight" and config.tie_word_embeddings)
         or name.startswith(drafts)
+        or is_kv_scale(name, config.num_layers)
     )
 
 

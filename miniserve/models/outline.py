@@ -14,7 +14,7 @@ import torch
 
 from miniserve.attention.spec import AttentionSpec, LatentDims
 from miniserve.core import UserError
-from miniserve.models.config import MODEL_TYPES
+from miniserve.models.config import MODEL_TYPES, weight_quantization
 
 Config = dict[str, Any]
 
@@ -62,7 +62,7 @@ def read_outline(raw: Config, name: str) -> Outline:
             f"{', '.join(KNOWN_TYPES)}."
         )
     quantization = raw.get("quantization_config") or config.get("quantization_config") or {}
-    method = quantization.get("quant_method")
+    method = weight_quantization({"quantization_config": quantization or None})
     missing = [] if architecture in MODEL_TYPES else [f"the engine has no {architecture} model yet"]
     missing += [f"the engine does not load quantised weights ({method}) yet"] if method else []
     try:

@@ -22,8 +22,9 @@ from miniserve.kernels import native
 from miniserve.models.config import ModelConfig, load_model_config
 from miniserve.models.decoder import CausalLM
 from miniserve.models.generation_config import load_generation_defaults
+from miniserve.models.kv_scales import set_kv_scales
 from miniserve.models.layers.aiter_moe import describe_experts, find_experts
-from miniserve.models.loader import dummy_weights, load_weights
+from miniserve.models.loader import dummy_weights, load_weights, read_kv_scales
 from miniserve.models.registry import build_model, weight_bytes
 from miniserve.runner.chunk_graph import ChunkGraphs
 from miniserve.runner.device import find_device, find_dtype, find_kv_dtype, find_platform
@@ -82,7 +83,7 @@ def build_runner(
     )
     layout = LAYOUTS[choice.layout](config.block_size)
     traffic = step_traffic(model, layout, measure_bandwidth(device))  # before the weights are packed
-    _fill(model, config, source_path, progress)
+    scales = _fill(model, config, source_path, progress)
     plan = plan_memory(
         config,
         weights=weights,
@@ -117,7 +118,7 @@ def build_runner(
         if backend.chunk_graphs and model_config.moe is None:
             chunk_graphs = _chunk_graphs(model, backend, caches, config, plan, progress)
     runner = ModelRunner(model, backend, caches, state, sampler, graphs, chunk_graphs)
-    attention = [*choice.explain(), *describe_routes(choice, model.attention_specs, platform), *checked]
+    attention = [*choice.explain(), *describe_routes(choice, model.attention_specs, platform), *scales, *checked]
     if (method := model.moe_method) is not None:
         attention.append(describe_experts(method.name, experts if isinstance(experts, str) else None))
     return runner, _info(
@@ -226,15 +227,18 @@ def _num_threads(weights: int) -> int:
     return max(1, min(torch.get_num_threads(), weights // (16 << 20)))
 
 
-def _fill(model: CausalLM, config: EngineConfig, path: Path, progress: Progress | None) -> None:
+def _fill(model: CausalLM, config: EngineConfig, path: Path, progress: Progress | None) -> list[str]:
+    """Load the weights and the KV cache's scales. Returns what is to be told of these."""
+
     def report(done: int, total: int) -> None:
         if progress is not None:
             progress("weights", done, total)
 
     if config.load_format == "dummy":
         dummy_weights(model, config.seed, progress=report)
-    else:
-        load_weights(model, path, progress=report)
+        return set_kv_scales(model, {})
+    load_weights(model, path, progress=report)
+    return set_kv_scales(model, read_kv_scales(model, path))
 
 
 def _activation_bytes(model: ModelConfig, config: EngineConfig, dtype: torch.dtype) -> int:

@@ -133,6 +133,7 @@ def test_biases_norms_and_windows_of_each_architecture(tmp_path: Path) -> None:
         ({"architectures": ["Qwen3ForCausalLM"]}, "Qwen3ForCausalLM with model_type 'llama'"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported: silu, swish."),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config, method 'gptq'"),
+        ({"quantization_config": {"quant_method": "fp8", "kv_cache_scheme": "static"}}, "method 'fp8'"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 64,
                            "long_factor": [1.0] * 64}},
          "rope type 'longrope' is not supported; supported: default, linear, dynamic, yarn, llama3."),
