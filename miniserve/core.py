@@ -287,9 +287,9 @@ class StepTraffic(msgspec.Struct, kw_only=True, frozen=True):
 class StepTotals(msgspec.Struct, kw_only=True, array_like=True):
     """Sums over steps since the engine started, times in seconds, bytes as modelled by `StepTraffic`.
 
-    All fields are of steps of decode rows alone, but for the last four, which are of the others. `padded_rows` filled
-    graphs up. `timed_host` and `timed_idle`: what the host did, and the device waited, for the steps whose wait a clock
-    of the device measured.
+    All fields are of steps of decode rows alone, but for the last four, which are of the others. Rows are also those of
+    guesses. `padded_rows` filled graphs up. `timed_host` and `timed_idle`: what the host did, and the device waited,
+    for the steps whose wait a clock of the device measured.
     """
 
     decode_steps: int = 0

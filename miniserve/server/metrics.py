@@ -119,6 +119,10 @@ class ServerMetrics:
         yield self._counter("vllm:num_preemptions", "Preemptions by the scheduler.", stats.num_preemptions)
         yield self._counter("vllm:prefix_cache_queries", "Tokens looked up.", stats.prefix_cache_queries)
         yield self._counter("vllm:prefix_cache_hits", "Tokens found.", stats.prefix_cache_hits)
+        if info.speculative is not None:
+            yield self._counter("vllm:spec_decode_num_drafts", "Steps of requests with guesses.", stats.num_drafts)
+            yield self._counter("vllm:spec_decode_num_draft_tokens", "Tokens guessed.", stats.num_draft_tokens)
+            yield self._counter("vllm:spec_decode_num_accepted_tokens", "Of them right.", stats.num_accepted_tokens)
         success = CounterMetricFamily(
             "vllm:request_success", "Requests that ended, by reason.", labels=(*_LABELS, "finished_reason")
         )
@@ -135,7 +139,9 @@ class ServerMetrics:
         bandwidth = None if traffic is None else traffic.bandwidth
         yield self._counter("miniserve:decode_steps", "Steps of decode rows alone.", totals.decode_steps)
         yield self._counter("miniserve:decode_step_seconds", "Time of these steps.", totals.decode_seconds)
-        yield self._counter("miniserve:decode_rows", "Rows of these steps: tokens decoded.", totals.decode_rows)
+        yield self._counter(
+            "miniserve:decode_rows", "Rows of these steps: tokens decoded, and wrong guesses.", totals.decode_rows
+        )
         yield self._counter("miniserve:decode_padded_rows", "Rows that filled graphs up.", totals.padded_rows)
         yield self._counter("miniserve:decode_weight_bytes", "Weights these steps had to read.", totals.weight_bytes)
         yield self._counter("miniserve:decode_kv_bytes", "Cached keys and values they had to read.", totals.kv_bytes)

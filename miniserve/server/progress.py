@@ -21,7 +21,7 @@ class ProgressLine:
         self._engine = engine
         self._interval = interval
         self._since = clock()
-        self._totals = engine.totals
+        self._totals, self._stats = engine.totals, engine.stats
 
     def tick(self) -> None:
         now, engine = self._clock(), self._engine
@@ -30,14 +30,19 @@ class ProgressLine:
         period = engine.totals.since(self._totals)
         if period.decode_steps or period.mixed_steps:
             logger.info("%s", self._line(period, now - self._since))
-        self._since, self._totals = now, engine.totals
+        self._since, self._totals, self._stats = now, engine.totals, engine.stats
 
     def _line(self, period: StepTotals, seconds: float) -> str:
         stats, traffic = self._engine.stats, self._engine.info.traffic
-        decoded = (period.decode_rows + period.mixed_rows) / seconds
+        guessed = stats.num_draft_tokens - self._stats.num_draft_tokens
+        right = stats.num_accepted_tokens - self._stats.num_accepted_tokens
+        decoded = (period.decode_rows + period.mixed_rows - guessed + right) / seconds
         parts = [
             f"{stats.num_running} running, {stats.num_waiting} waiting",
             f"decode {decoded:,.0f} tokens/s, prefill {period.prefill_tokens / seconds:,.0f}",
         ]
+        if guessed:
+            length = 1 + right / (stats.num_drafts - self._stats.num_drafts)
+            parts.append(f"{100 * right / guessed:.0f} % of guesses right, {length:.1f} tokens where guessed")
         line = describe(period, None if traffic is None else traffic.bandwidth)
         return " · ".join(parts if line is None else [*parts, line])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 
+import msgspec
 import pytest
 
 from miniserve.cli.report import Report, client_url, curl_line, human_bytes
@@ -43,6 +44,11 @@ def test_the_memory_plan_and_the_attention_path(capsys: pytest.CaptureFixture[st
         ["max concurrency at 4,096 tokens", "4.0x"],
     ]
     assert err.endswith("CPU_ATTN, because the device is a CPU\nTORCH_ATTN: slower\n")
+
+
+def test_speculation_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    Report().engine(msgspec.structs.replace(INFO, speculative="ngram:4"))
+    assert "speculation ngram:4, verified in the rows that running requests leave free\n" in capsys.readouterr().err
 
 
 def test_quiet_leaves_notes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,11 +21,15 @@ pytestmark = [
 MODEL = Path(miniserve.__file__).parent / "assets" / "tiny-qwen3"
 
 
-def run(device: str, layout: str, overlap: bool, kv_cache_memory: int) -> list[list[int]]:
+def run(
+    device: str, layout: str, overlap: bool, kv_cache_memory: int, speculative: str | None = None
+) -> list[list[int]]:
     rng = random.Random(0)
     requests = []
     for i in range(40):
         prompt = [rng.randrange(2000) for _ in range(rng.choice([1, 15, 16, 17, 90]))]
+        if speculative:
+            prompt = (prompt[:8] * 8)[: len(prompt)]  # something to guess from
         params = SamplingParams(
             temperature=0.0 if i % 2 else 0.8,
             top_k=20 if i % 3 else 0,
@@ -45,12 +49,14 @@ def run(device: str, layout: str, overlap: bool, kv_cache_memory: int) -> list[l
         max_model_len=512,
         kv_cache_memory=kv_cache_memory,
         async_scheduling=overlap,
+        speculative=speculative if device == "cuda" else None,
     )
     engine, _ = build_engine(config, MODEL, "tiny-qwen3")
     outputs = generate(engine, requests, [rng.randrange(30) for _ in requests])
     for (prompt, params), found in zip(requests, outputs, strict=True):
         entries = [e for output in found for e in output.prompt_logprobs or []]
         assert len(entries) == (0 if params.prompt_logprobs is None else len(prompt))
+    assert (engine.stats.num_accepted_tokens > 0) == (config.speculative is not None)
     return [tokens(found) for found in outputs]
 
 
@@ -61,3 +67,9 @@ def test_a_gpu_gives_the_tokens_a_cpu_gives(layout: str, overlap: bool) -> None:
     on_gpu = run("cuda", layout, overlap, 12 << 20)
     on_cpu = run("cpu", "linear", False, 512 << 20)
     assert on_gpu == on_cpu
+
+
+@pytest.mark.parametrize("layout", ["linear", "shuffled"])
+def test_a_gpu_that_guesses_gives_the_tokens_of_a_cpu_that_does_not(layout: str) -> None:
+    on_gpu = run("cuda", layout, False, 12 << 20, "ngram:4")
+    assert on_gpu == run("cpu", "linear", False, 512 << 20, "ngram:4")

@@ -117,6 +117,7 @@ class FakeEngine:
         self.seen: list[tuple[list[int], SamplingParams]] = []
         self.aborted = 0
         self.num_running = 0
+        self.guesses = (0, 0, 0)  # runs, tokens, right ones
         self.totals = StepTotals()
         self.recent = StepTotals()
         self.records: list[StepRecord] = []
@@ -128,7 +129,15 @@ class FakeEngine:
     @property
     def stats(self) -> SchedulerStats:
         usage = self.num_running / 64
-        return SchedulerStats(num_running=self.num_running, kv_cache_usage=usage, prefix_cache_queries=7)
+        drafts, tokens, right = self.guesses
+        return SchedulerStats(
+            num_running=self.num_running,
+            kv_cache_usage=usage,
+            prefix_cache_queries=7,
+            num_drafts=drafts,
+            num_draft_tokens=tokens,
+            num_accepted_tokens=right,
+        )
 
     def last_step_age(self) -> float | None:
         return self.age

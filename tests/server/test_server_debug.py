@@ -178,9 +178,11 @@ def test_the_line_comes_once_an_interval_and_never_at_rest(caplog: pytest.LogCap
                     weight_bytes=10**10, kv_bytes=10**9,
                 )  # fmt: skip
                 engine.num_running = 2
+                engine.guesses = (20, 100, 30)
             line.tick()
             silent.tick()
     (message,) = [record.getMessage() for record in caplog.records]
     assert message == (
-        "2 running, 0 waiting · decode 60 tokens/s, prefill 100 · step 5 ms · 22 % of 1.0 TB/s · weights 91 % KV 9 %"
+        "2 running, 0 waiting · decode 53 tokens/s, prefill 100 · 30 % of guesses right, 2.5 tokens where guessed"
+        " · step 5 ms · 22 % of 1.0 TB/s · weights 91 % KV 9 %"
     )
