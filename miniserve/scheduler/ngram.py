@@ -33,9 +33,9 @@ class NGramDrafter:
 
     def _index(self, until: int) -> None:
         """All n-grams that end before or at `until`."""
-        token_ids = self._token_ids
-        for end in range(self._num_indexed + 1, until + 1):
-            for size in _SIZES:
-                if size <= end:
-                    self._ends[tuple(token_ids[end - size : end])] = end
+        for size in _SIZES:
+            first, last = max(self._num_indexed + 1 - size, 0), until - size  # where they begin
+            if first <= last:
+                columns = (self._token_ids[first + place : last + place + 1] for place in range(size))
+                self._ends.update(zip(zip(*columns, strict=True), range(first + size, until + 1), strict=True))
         self._num_indexed = max(self._num_indexed, until)
