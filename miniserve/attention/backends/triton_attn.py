@@ -87,8 +87,9 @@ class TritonBackend(Backend[PagedMetadata]):
         self._shuffled = layout.name == "shuffled"
         platform = options.platform
         # Copies and splits of chunks were measured on NVIDIA's GPUs alone.
-        self._on_nvidia, self._compute_units = platform.arch.startswith("sm_"), platform.compute_units
-        copies = self._shuffled and self._on_nvidia
+        on_nvidia = platform.arch.startswith("sm_")
+        self._split_over = platform.compute_units if on_nvidia else 1
+        copies = self._shuffled and on_nvidia
         self._linearize_from = linearize_from if copies else sys.maxsize
         # A graph copies block tables of any length, so it must have room for the longest.
         self.chunk_graphs = not copies or CHUNKS_IN_GRAPH * options.max_seq_len <= LINEARIZED_TOKENS
@@ -202,12 +203,10 @@ class TritonBackend(Backend[PagedMetadata]):
         )
 
     def _extend_splits(self, spec: AttentionSpec, meta: ChunkMetadata) -> int:
-        if not self._on_nvidia:
-            return 1
         rows = meta.max_query_len * spec.num_heads // spec.num_kv_heads
         launch = extend_launch("cuda", spec.head_dim, spec.kv_dtype.itemsize, rows)
         programs = spec.num_kv_heads * cdiv(rows, launch.block_m) * meta.chunks
-        return extend_splits(programs, meta.max_seq_len, self._compute_units)
+        return extend_splits(programs, meta.max_seq_len, self._split_over)
 
     def _terms(self, layer: AttentionLayer) -> dict[str, object]:
         spec = layer.spec
