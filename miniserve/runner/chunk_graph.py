@@ -27,7 +27,7 @@ from miniserve.runner.state import StepInputs
 
 Progress = Callable[[int, int], None]
 _ROWS = (16, 32, 64, 128, 256)
-_TOKENS = (64, 128, 192, 256, 384, 512)
+_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512)
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,7 +165,7 @@ class Scheduler:
         chunks: list[Chunk] = []
         chunked: list[Sequence] = []
         shape = StepShape(len(self._decoding), sum(seq.num_computed for seq in self._decoding))
-        while budget and self._cost.chunk_tokens(shape, 0):
+        while budget and (self._prefilling or self._waiting) and self._cost.chunk_tokens(shape, 0):
             seq = self._prefilling
             if seq is None:
                 seq = self._admit(starts, new_blocks)
