@@ -13,9 +13,11 @@ from real_aiter import make_importable
 from miniserve.attention.aiter import Aiter
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.rocm_unified import UnifiedBackend
+from miniserve.attention.backends.rope_write import RopeWriter
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.platform import NAMED_PLATFORMS
 from miniserve.attention.spec import AttentionSpec
+from miniserve.attention.terms import LayerRoute
 
 FP16 = torch.float16
 PLAIN = AttentionSpec(8, 2, 64, 0.2, FP16, FP16)
@@ -53,13 +55,14 @@ def main() -> None:
                 aiter = Aiter(**unused | given | {"reshape_and_cache_flash": write})
                 options = BackendOptions(
                     specs=(spec,),
-                    routes=(),
+                    routes=(LayerRoute("unified_attention", "unified_attention", "unified_attention"),),
                     platform=NAMED_PLATFORMS["mi300x"],
                     device=torch.device("cpu"),
                     max_rows=8,
                     max_seq_len=1024,
                 )
-                step.check(UnifiedBackend(step.layout, aiter, options))
+                rotates_nothing = RopeWriter(step.layout, aiter, write, options)
+                step.check(UnifiedBackend(step.layout, aiter, rotates_nothing, options))
                 print("agrees:", layout_name, name, f"up to {max(map(sum, rows))} tokens", flush=True)
 
 
