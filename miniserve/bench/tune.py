@@ -41,6 +41,15 @@ class Timing:
         return asdict(self)
 
 
+def fault(machine: Machine, path: AttentionPath) -> str | None:
+    """Why a path is not to be preferred however fast it is: its answers are wrong here, or it has none."""
+    try:
+        wrong = [result for result in machine.check(path).checks if not result.ok]
+    except Exception as error:  # whatever a library raises while the backend is made
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return wrong[0].sentence() if wrong else None
+
+
 def time_path(machine: Machine, path: AttentionPath, batches: Sequence[int], context: int) -> Timing:
     """Measure one path."""
     specs = machine.with_kv(path.kv_cache_dtype)

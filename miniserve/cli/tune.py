@@ -53,7 +53,7 @@ def tune(
     )
     # Here and not above: torch would slow down `miniserve --help`.
     from miniserve.bench.check_paths import find_machine
-    from miniserve.bench.tune import rank, time_path
+    from miniserve.bench.tune import fault, rank, time_path
     from miniserve.runner.tuning import save_table, table_path
 
     machine = find_machine(config)
@@ -62,7 +62,12 @@ def tune(
     timings = []
     for path in machine.paths((kv_cache_dtype,)):
         print(f"timing {path}", file=sys.stderr)
-        timings.append(time_path(machine, path, batches, context))
+        if (reason := fault(machine, path)) is None:
+            timings.append(time_path(machine, path, batches, context))
+        else:
+            print(f"left out: {reason}", file=sys.stderr)
+    if not timings:
+        raise UserError("No attention path gives right answers here; `miniserve check MODEL --all` says more.")
     best = rank(timings)
     for timing in best:
         figures = ", ".join(f"{1e3 * seconds:.3f} ms at batch {size}" for size, seconds in timing.seconds.items())

@@ -92,6 +92,16 @@ def test_the_asm_kernels_are_the_shipped_ones(aiter: ModuleType, source: Path, a
     assert import_module("aiter._asm").kernels(arch) == real
 
 
+def test_the_gluon_kernels_count_a_window_from_after_the_last_key(source: Path) -> None:
+    """As `paged_gluon` and the stand-in have it: W - query_length keys are seen, the query's own among them."""
+    text = (source / "aiter/ops/triton/gluon/pa_decode_gluon.py").read_text()
+    start = text.index("def paged_attention_decode_sliding_window(")
+    kernel = text[start : text.index("@gluon.jit", start)]
+    assert "sequence_start_idx = context_length - SLIDING_WINDOW" in kernel
+    assert ">= sequence_start_idx + query_token_idx[:, None] + 1" in kernel  # one query token
+    assert ">= sequence_start_idx + query_seq_len" in kernel  # several
+
+
 def test_the_enums_are_the_real_ones(aiter: ModuleType, source: Path) -> None:
     header = (source / "csrc/include/aiter_enum.h").read_text().replace(" ", "")
     for enum in (aiter.ActivationType, aiter.QuantType, aiter.MlaVersion):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from engine_support import stand_in
 
 from miniserve.attention.spec import AttentionSpec, LatentDims
 from miniserve.bench import tune as tuner
-from miniserve.bench.check_paths import AttentionPath, Machine, find_machine
+from miniserve.bench.check_paths import AttentionPath, Machine, PathResults, find_machine
 from miniserve.bench.tune import Timing, rank, time_path
 from miniserve.cli.tune import tune
 from miniserve.config import EngineConfig, tuning_dir
@@ -74,6 +75,32 @@ def test_what_is_kept_decides_for_the_engine(
     assert attention[0] == "TORCH_ATTN over the linear KV layout: measured fastest by `miniserve tune`"
     asked = LLM(device="cpu", dtype="float32", attention_backend="CPU_ATTN", progress=False).info.attention
     assert asked[0].startswith("CPU_ATTN over the") and "measured" not in asked[0]
+
+
+def test_a_path_that_is_wrong_or_fails_is_not_preferred(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = Machine.check
+
+    def check(machine: Machine, path: AttentionPath) -> PathResults:
+        results = whole(machine, path)
+        if path.layout == "shuffled":
+            raise RuntimeError("no such kernel\nand so on")
+        return (
+            results
+            if path.backend == "TORCH_ATTN"
+            else replace(results, checks=[replace(results.checks[0], error=0.5)])
+        )
+
+    monkeypatch.setattr(Machine, "check", check)
+    tune(batch=[1], context=32, device="cpu", dtype="float32")
+    told = capsys.readouterr()
+    assert [line.partition(":")[0] for line in told.out.splitlines()[:-1]] == ["TORCH_ATTN over linear"]
+    assert "left out: RuntimeError: no such kernel\n" in told.err
+    assert "left out: CPU_ATTN over the linear KV layout, layer 0, prefill: 50.00% off" in told.err
+    monkeypatch.setattr(tuner, "fault", lambda machine, path: "wrong")
+    with pytest.raises(UserError, match="No attention path gives right answers here"):
+        tune(batch=[1], context=32, device="cpu", dtype="float32")
 
 
 def test_an_emulated_gpu_is_not_timed() -> None:
