@@ -95,7 +95,7 @@ class CausalLM(Module):
         return hidden
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden: [R, hidden_size] -> float32 [R, vocab_size]."""
+        """hidden: [R, hidden_size] -> [R, vocab_size] in the model's dtype."""
         logits: torch.Tensor = self.lm_head(hidden)
         return logits
 
@@ -103,7 +103,3 @@ class CausalLM(Module):
     def moe_method(self) -> MoEMethod | None:
         """How routed experts are multiplied, None where there are none."""
         return next((module.method for module in self.modules() if isinstance(module, Experts)), None)
-
-    def raw_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """As `compute_logits`, in the model's dtype: the same numbers in less memory."""
-        return self.lm_head.raw(hidden)

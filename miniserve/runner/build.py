@@ -38,7 +38,9 @@ from miniserve.runner.tuning import load_preferred
 
 if TYPE_CHECKING:
     from miniserve.kernels.triton.runtime import TritonKernels
+    from miniserve.kernels.triton.sampling import RowParams
     from miniserve.runner.decode_graph import DecodeGraphs
+    from miniserve.runner.sampling_device import DeviceDraw
 
 Progress = Callable[[str, int, int], None]
 
@@ -110,10 +112,11 @@ def build_runner(
     else:
         backend, checked = build_backend(choice, config.block_size, options), ["self-check: left out"]
     state = StepState(config.max_num_seqs, plan.max_model_len, config.block_size, device)
-    sampler = Sampler(config.max_num_seqs, model_config.vocab_size, device, eos_token_ids, config.seed)
+    draw = _device_draw(config.max_num_seqs, device)
+    sampler = Sampler(config.max_num_seqs, model_config.vocab_size, device, eos_token_ids, config.seed, draw)
     graphs = chunk_graphs = None
-    if device.type == "cuda" and backend.graphs and not config.enforce_eager:
-        graphs = _graphs(model, backend, caches, state, sampler, config, plan, progress)
+    if draw is not None and backend.graphs and not config.enforce_eager:
+        graphs = _graphs(model, backend, caches, state, sampler, draw.params, config, plan, progress)
         # What padding holds is anything, also NaN, for which experts cannot be chosen.
         if backend.chunk_graphs and model_config.moe is None:
             chunk_graphs = _chunk_graphs(model, backend, caches, config, plan, progress)
@@ -126,8 +129,20 @@ def build_runner(
     )
 
 
+def _has_triton(device: torch.device) -> bool:
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def _device_draw(max_num_seqs: int, device: torch.device) -> DeviceDraw | None:
+    if not _has_triton(device):
+        return None
+    from miniserve.runner.sampling_device import DeviceDraw
+
+    return DeviceDraw(max_num_seqs, device)
+
+
 def _triton_kernels(device: torch.device) -> TritonKernels | None:
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+    if not _has_triton(device):
         return None
     from miniserve.kernels.triton.runtime import TritonKernels
 
@@ -140,6 +155,7 @@ def _graphs(
     caches: list[KVCache],
     state: StepState,
     sampler: Sampler,
+    params: RowParams,
     config: EngineConfig,
     plan: MemoryPlan,
     progress: Progress | None,
@@ -152,6 +168,7 @@ def _graphs(
         backend,
         caches,
         RowState(state.tables, state.lens, sampler.last_tokens, sampler.num_outputs),
+        params,
         block_size=config.block_size,
         max_seq_len=plan.max_model_len,
         buckets=decode_buckets(config.max_num_seqs),

@@ -1,14 +1,13 @@
-"""Decode steps as device graphs: positions, slots, forward and, for greedy rows, the token and its hand-over.
+"""Decode steps as device graphs: positions, slots, forward, the draw of the token and its hand-over.
 
 A graph belongs to a bucket, a number of rows; a step runs in the smallest bucket that holds its rows, the rest being
 padding. Graphs read and write tensors that never move, so that a step needs from the host its rows, where they changed,
-and nothing else. A bucket has two: one takes each row's most likely token, one leaves the logits to the sampler. All
-graphs share one memory pool, as only one of them runs at a time.
+and nothing else. A bucket has two: one takes each row's most likely token; the other draws, but for the rows whose
+logits the sampler wants. All graphs share one memory pool, as only one of them runs at a time.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from miniserve.attention.context import PagedStepContext
 from miniserve.attention.layouts import KVCache
 from miniserve.attention.metadata import DecodeRows, StepBatch
 from miniserve.kernels.triton.decode_step import RowState, StepTensors, advance, apply_changes, greedy
+from miniserve.kernels.triton.sampling import RowParams, sample
 from miniserve.models.decoder import CausalLM
 from miniserve.runner.state import GraphInputs
 
@@ -33,8 +33,9 @@ def decode_buckets(max_num_seqs: int) -> list[int]:
 
 
 class DecodeGraphs:
-    """`state` is that of the runner's rows; `max_seq_len` in tokens bounds every row's length. `explicit`: the host
-    says what each entry of a step computes, as for draft runs; else each is a row that advances by its last token."""
+    """`state` and `params` are those of the runner's rows; `max_seq_len` in tokens bounds every row's length.
+    `explicit`: the host says what each entry of a step computes, as for draft runs; else each is a row that advances by
+    its last token."""
 
     def __init__(
         self,
@@ -42,13 +43,15 @@ class DecodeGraphs:
         backend: Backend[Any],
         caches: Sequence[KVCache],
         state: RowState,
+        params: RowParams,
         *,
         block_size: int,
         max_seq_len: int,
         buckets: Sequence[int],
         explicit: bool,
     ) -> None:
-        self._model, self._backend, self._caches, self._state = model, backend, caches, state
+        self._model, self._backend, self._caches = model, backend, caches
+        self._state, self._params = state, params
         self._block_size, self._max_seq_len, self._explicit = block_size, max_seq_len, explicit
         self._buckets = sorted(buckets)
         self._device = state.lens.device
@@ -66,9 +69,9 @@ class DecodeGraphs:
             block_tables=integers(most, state.tables.shape[1], dtype=torch.int32),
         )
         self._tokens = integers(most)
-        self._logits = torch.empty(most, model.config.vocab_size, dtype=torch.float32, device=self._device)
+        self._logits = torch.empty(most, model.config.vocab_size, dtype=model.options.dtype, device=self._device)
         self._greedy: dict[int, torch.cuda.CUDAGraph] = {}
-        self._sampled: dict[int, torch.cuda.CUDAGraph] = {}
+        self._drawn: dict[int, torch.cuda.CUDAGraph] = {}
         self._rows: tuple[int, list[int]] = (0, [])
         # The device reads changes when it gets there: two steps are in flight at most, and one is being staged.
         self._staging = [torch.empty(5 * most, dtype=torch.int32, pin_memory=True) for _ in range(_RING)]
@@ -80,10 +83,13 @@ class DecodeGraphs:
         for done, bucket in enumerate(reversed(self._buckets)):
             if progress is not None:
                 progress(done, len(self._buckets))
-            self._take_argmax(bucket)  # what is compiled or allocated at the first run must be there before a capture
+            logits = self._run(bucket)  # what is compiled or allocated at the first run must be there before a capture
+            self._take_argmax(logits)
+            self._draw(logits)
+            del logits
             torch.cuda.synchronize(self._device)
-            self._greedy[bucket] = _record(functools.partial(self._take_argmax, bucket), pool)
-            self._sampled[bucket] = _record(functools.partial(self._leave_logits, bucket), pool)
+            self._greedy[bucket] = self._record(bucket, self._take_argmax, pool)
+            self._drawn[bucket] = self._record(bucket, self._draw, pool)
         if progress is not None:
             progress(len(self._buckets), len(self._buckets))
 
@@ -98,12 +104,12 @@ class DecodeGraphs:
         self._greedy[bucket].replay()
         return self._tokens[: len(inputs.rows)]
 
-    def logits(self, bucket: int, inputs: GraphInputs) -> torch.Tensor:
-        """As `greedy`, but leaves the choice to the caller. Returns float32 [entries, vocab_size], which the next
-        launch overwrites."""
+    def drawn(self, bucket: int, inputs: GraphInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `greedy`, but each row's token is drawn as its `params` say. A row that these leave to the host gets none:
+        its logits are in the second result, [entries, vocab_size] in the model's dtype, which has those alone."""
         self._stage(bucket, inputs)
-        self._sampled[bucket].replay()
-        return self._logits[: len(inputs.rows)]
+        self._drawn[bucket].replay()
+        return self._tokens[: len(inputs.rows)], self._logits[: len(inputs.rows)]
 
     def _stage(self, bucket: int, inputs: GraphInputs) -> None:
         rows, blocks = inputs.rows, inputs.blocks
@@ -128,15 +134,28 @@ class DecodeGraphs:
         host[end : end + len(blocks.places)] = blocks.block_ids
         apply_changes(staged, num_rows, len(blocks.places), self._step, self._state.tables, explicit=self._explicit)
 
-    def _take_argmax(self, bucket: int) -> None:
-        logits = self._model.raw_logits(self._run(bucket))
+    def _record(self, bucket: int, end: Callable[[torch.Tensor], None], pool: Any) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            end(self._run(bucket))
+        return graph
+
+    def _take_argmax(self, logits: torch.Tensor) -> None:
+        bucket = len(logits)
         greedy(logits, self._step.rows[:bucket], self._state, self._tokens[:bucket])
 
-    def _leave_logits(self, bucket: int) -> None:
-        self._logits[:bucket].copy_(self._model.raw_logits(self._run(bucket)))
+    def _draw(self, logits: torch.Tensor) -> None:
+        bucket = len(logits)
+        rows, tokens, left = self._step.rows[:bucket], self._tokens[:bucket], self._logits[:bucket]
+        if self._explicit:
+            prompt_lens = self._params.prompt_lens[rows.clamp(min=0)]
+            num_outputs = self._step.positions[:bucket] + 1 - prompt_lens
+            sample(logits, rows, self._params, tokens, num_outputs=num_outputs, left=left)
+        else:
+            sample(logits, rows, self._params, tokens, self._state, left=left)
 
     def _run(self, bucket: int) -> torch.Tensor:
-        """The hidden states [bucket, hidden_size] that the next tokens follow from."""
+        """The logits [bucket, vocab_size] that the next tokens follow from."""
         step = StepTensors(
             self._step.rows[:bucket],
             self._step.input_ids[:bucket],
@@ -149,12 +168,4 @@ class DecodeGraphs:
         decode = DecodeRows(step.block_tables, step.seq_lens, self._max_seq_len, host_seq_lens=None)
         metadata = self._backend.build(StepBatch(step.slots, decode))
         context = PagedStepContext(self._backend, self._caches, metadata)
-        hidden: torch.Tensor = self._model(step.input_ids, step.positions, context)
-        return hidden
-
-
-def _record(work: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        work()
-    return graph
+        return self._model.compute_logits(self._model(step.input_ids, step.positions, context))

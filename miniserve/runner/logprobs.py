@@ -14,7 +14,7 @@ from miniserve.runner import sampling_blocks
 LOWEST_LOGPROB = -9999.0  # stands for -inf, which JSON cannot say
 
 _CHUNK_BYTES = {"cpu": 8 << 20}  # stays in the cache, and in memory that the allocator keeps
-_CHUNK_BYTES_ELSEWHERE = 256 << 20
+_CHUNK_BYTES_ELSEWHERE = 32 << 20  # some dozen rows of a large vocabulary, which fill a GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,8 @@ def rows_per_chunk(vocab_size: int, device: torch.device) -> int:
 
 def gather_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> LogprobTensors:
     """logits: [num_rows, vocab_size] of any float dtype, not modified; token_ids: int64 [num_rows]; k: alternatives
-    per row (0: none; more than the vocabulary: all of it). Works on chunks of rows: no second copy of the logits."""
+    per row (0: none; more than the vocabulary: all of it). Works on chunks of rows: there is never a float32 copy of
+    all logits."""
     num_rows, vocab_size = logits.shape
     step = rows_per_chunk(vocab_size, logits.device)
     k = min(k, vocab_size)

@@ -67,6 +67,8 @@ class ModelRunner:
         self._graphs = graphs
         self._chunk_graphs = chunk_graphs
         self._timer = None if model.options.device.type == "cpu" else DeviceTimer()
+        # Of prompt tokens at a time: enough for the product with the head's weight to be worth reading it.
+        self._least_logit_rows = 16 if model.options.device.type == "cpu" else 512
         self._prompt_k: dict[int, int] = {}  # row -> alternatives per prompt token, where asked for
 
     @torch.inference_mode()
@@ -104,7 +106,8 @@ class ModelRunner:
         inputs = self._state.prepare_graph(plan)
         if self._sampler.takes_argmax(inputs.rows):
             return SampleOutput(graphs.greedy(bucket, inputs), None, (None,) * len(inputs.rows))
-        return self._sampler.sample(graphs.logits(bucket, inputs), inputs.rows, _positions(plan))
+        self._sampler.upload()
+        return self._sampler.complete(*graphs.drawn(bucket, inputs), inputs.rows, _positions(plan))
 
     def collect(self, handle: object) -> StepResult:
         """Wait for a step's result; see `core.Runner`."""
@@ -130,7 +133,7 @@ class ModelRunner:
             if targets := chunk.logprob_targets:
                 k = self._prompt_k[chunk.row]
                 ids = torch.tensor(targets, device=hidden.device)
-                step = max(16, rows_per_chunk(self._model.config.vocab_size, hidden.device))
+                step = max(self._least_logit_rows, rows_per_chunk(self._model.config.vocab_size, hidden.device))
                 parts = [
                     gather_logprobs(
                         self._model.compute_logits(hidden[query_start + i : query_start + min(i + step, len(targets))]),

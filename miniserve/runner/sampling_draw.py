@@ -5,6 +5,8 @@ keeps those at least min_p times as likely as the most likely one. top_k keeps e
 top_p keeps the most likely ones until their share of what the other two filters left reaches top_p; tokens as likely
 as the last one kept are kept too. A row takes the same way through this file whatever the other rows of its batch ask
 for.
+
+This is the way of a CPU; `kernels.triton.sampling` draws on a GPU.
 """
 
 from __future__ import annotations
@@ -74,32 +76,19 @@ def draw_any(logits: torch.Tensor, positions: torch.Tensor, params: DrawParams) 
     weights.sub_(weights.amax(-1, keepdim=True)).mul_(_LOG2_E / params.temperature).exp2_()
     if params.any_min_p:
         weights = torch.ge(weights, params.min_p, out=torch.empty_like(weights)).mul_(weights)
-    reject = params.any_top_p and _is_on_host(weights)
-    if params.any_top_p and not reject:
-        weights = _cut_nucleus(weights, params)
     blocks = weights.view(len(weights), -1, sampling_blocks.BLOCK)
     mass = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
     ids = _locate(blocks, mass, uniform(params.keys, positions))
-    if reject:
+    if params.any_top_p:
         ids = _redraw(ids, blocks, mass, positions, params)
     return ids.clamp_(max=logits.shape[1] - 1)  # only a row of NaNs could point at the padding
-
-
-def _cut_nucleus(weights: torch.Tensor, params: DrawParams) -> torch.Tensor:
-    """The weights that top_p leaves, others 0, by a sort of each row: for devices that sort fast and whose results the
-    host does not wait for."""
-    ordered = weights.sort(-1, descending=True).values
-    mass = ordered.cumsum(-1, dtype=torch.float64)
-    inside = (mass - ordered < params.top_p * mass[:, -1:]) | (params.top_p >= 1.0)
-    bar = torch.where(inside, ordered, torch.inf).amin(-1, keepdim=True)
-    return torch.ge(weights, bar, out=ordered).mul_(weights)
 
 
 def _redraw(
     ids: torch.Tensor, blocks: torch.Tensor, mass: torch.Tensor, positions: torch.Tensor, params: DrawParams
 ) -> torch.Tensor:
-    """Replace draws that top_p forbids by further draws, until all are allowed: on a CPU, where a sort of a vocabulary
-    takes fifty times as long as a draw and it costs nothing to read what was rejected.
+    """Replace draws that top_p forbids by further draws, until all are allowed: on a CPU a sort of a vocabulary takes
+    fifty times as long as a draw, and reading what was rejected costs nothing.
 
     Rejection sampling as in FlashInfer's sorting-free kernels (Ye et al., 2025): a token is in the nucleus if and only
     if the tokens more likely than it weigh less than top_p of the total. A draw outside shows that all tokens up to
@@ -108,7 +97,7 @@ def _redraw(
     the vocabulary at worst; the last one that a position has numbers for takes the most likely token.
     """
     limit = torch.where(params.top_p < 1.0, params.top_p * mass[:, -1:], torch.inf).squeeze(1)
-    keys, result, left, drawn = params.keys, ids.clone(), torch.arange(len(ids)), ids
+    keys, result, left, drawn = params.keys, ids.clone(), torch.arange(len(ids), device=ids.device), ids
     for number in range(1, NUMBERS_PER_POSITION + 1):
         weight = blocks.flatten(1).gather(1, drawn[:, None])[:, :, None]
         blocks = torch.gt(blocks, weight, out=torch.empty_like(blocks)).mul_(blocks)  # floats: no detour by bools
@@ -133,10 +122,6 @@ def _locate(blocks: torch.Tensor, mass: torch.Tensor, numbers: torch.Tensor) -> 
     start = torch.where(block > 0, mass.gather(1, (block - 1).clamp_(min=0)[:, None]).squeeze(1), 0.0)
     target = (numbers * mass[:, -1] - start).clamp_(min=0.0)
     return block * sampling_blocks.BLOCK + _first_above(inside, target)
-
-
-def _is_on_host(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu"
 
 
 def _invert(mass: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:

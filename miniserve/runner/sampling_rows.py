@@ -64,8 +64,19 @@ class LogprobRows:
 
 
 @dataclass(frozen=True, slots=True)
+class HostParams:
+    """What a device has to know of some rows to draw for them. rows, keys, prompt_lens: int64 [num_rows]; numbers:
+    float32 [num_rows, 5]: temperature (0: the most likely token), top_k, top_p, min_p, `RowTable.wants_logits`."""
+
+    rows: npt.NDArray[np.int64]
+    keys: npt.NDArray[np.int64]
+    prompt_lens: npt.NDArray[np.int64]
+    numbers: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
-    """The excerpt for a list of rows. What no row uses is None or empty."""
+    """The excerpt for a list of rows. What no row uses is None or empty; so are the groups where a device draws."""
 
     rows: torch.Tensor  # int64 [num_rows]
     ones: torch.Tensor  # int64 [num_rows]
@@ -78,17 +89,28 @@ class Batch:
     num_logprobs: tuple[int | None, ...]
 
     @property
-    def overwrites_logits(self) -> bool:
-        return bool(self.groups) or any(edit is not None for edit in (self.bias, self.early_stops, self.penalties))
+    def edits_logits(self) -> bool:
+        return any(edit is not None for edit in (self.bias, self.early_stops, self.penalties))
 
 
 class RowTable:
-    """The parameters of all rows; see `Sampler` for the arguments."""
+    """The parameters of all rows; see `Sampler` for the arguments. `grouped`: a batch's rows are to be drawn in groups.
+
+    `wants_logits` [max_num_seqs]: rows whose logits are edited before the draw, or read after it.
+    """
 
     def __init__(
-        self, max_num_seqs: int, vocab_size: int, device: torch.device, eos_token_ids: Collection[int], seed: int
+        self,
+        max_num_seqs: int,
+        vocab_size: int,
+        device: torch.device,
+        eos_token_ids: Collection[int],
+        seed: int,
+        *,
+        grouped: bool,
     ) -> None:
         self._vocab_size = vocab_size
+        self._grouped = grouped
         self._device = device
         self._eos_token_ids = frozenset(eos_token_ids)
         self._seed = seed
@@ -98,6 +120,7 @@ class RowTable:
         self._num_logprobs = np.full(max_num_seqs, -1, dtype=np.int64)
         self._prompt_lens = np.zeros(max_num_seqs, dtype=np.int64)
         self.penalised = np.zeros(max_num_seqs, dtype=np.bool_)
+        self.wants_logits = np.zeros(max_num_seqs, dtype=np.bool_)
         self._biases: dict[int, dict[int, float]] = {}
         self._early_stops: dict[int, tuple[list[int], int]] = {}
 
@@ -130,6 +153,9 @@ class RowTable:
             # An id beyond the vocabulary cannot be drawn anyhow.
             stops = [i for i in self._eos_token_ids.union(params.stop_token_ids) if 0 <= i < self._vocab_size]
             self._early_stops[row] = (stops, params.min_tokens)
+        self.wants_logits[row] = (
+            self.penalised[row] or row in self._biases or row in self._early_stops or params.logprobs is not None
+        )
 
     def stop_row(self, row: int) -> None:
         if self._kinds[row] == _FREE:
@@ -142,31 +168,44 @@ class RowTable:
         """How many output tokens there are up to these positions of the rows, int64 [num_rows]."""
         return self._to_device(np.array(positions, dtype=np.int64) + 1 - self._prompt_lens[rows])
 
+    def all_greedy(self, rows: list[int]) -> bool:
+        return bool((self._kinds[rows] == _GREEDY).all())
+
+    def draw_params(self, rows: list[int]) -> HostParams:
+        numbers = np.empty((len(rows), 5), dtype=np.float32)
+        numbers[:, :4] = self._numbers[rows, : _MIN_P + 1]
+        numbers[self._kinds[rows] == _GREEDY, 0] = 0.0
+        numbers[:, 4] = self.wants_logits[rows]
+        return HostParams(np.array(rows), self._keys[rows], self._prompt_lens[rows], numbers)
+
     def batch(self, rows: list[int]) -> Batch:
         """The excerpt for these rows, which must all be taken."""
         host_rows = np.array(rows, dtype=np.int64)
         kinds = self._kinds[host_rows]
         if not kinds.all():
             raise ValueError(f"row {rows[int(kinds.argmin())]} holds no request")
-        step = rows_per_chunk(self._vocab_size, self._device)
-        groups = []
-        # A small top_k leaves a fraction of the vocabulary to work on.
-        for kind, most in ((_SMALL_K, 8 * step), (_LARGE_K, step), (_ANY, step)):
-            positions = np.flatnonzero(kinds == kind)
-            groups += [self._group(host_rows, positions[i : i + most]) for i in range(0, len(positions), most)]
         counts = self._num_logprobs[host_rows]
         asking = np.flatnonzero(counts >= 0)
         return Batch(
             rows=self._to_device(host_rows),
             ones=torch.ones(len(rows), dtype=torch.int64, device=self._device),
             any_greedy=bool((kinds == _GREEDY).any()),
-            groups=groups,
+            groups=self._groups(host_rows, kinds) if self._grouped else [],
             bias=self._bias(rows) if self._biases else None,
             early_stops=self._stops(rows) if self._early_stops else None,
             penalties=self._penalties(host_rows),
-            logprobs=LogprobRows(self._positions(asking), int(counts.max())) if len(asking) else None,
+            logprobs=LogprobRows(self.places(asking), int(counts.max())) if len(asking) else None,
             num_logprobs=tuple(None if count < 0 else count for count in counts.tolist()),
         )
+
+    def _groups(self, host_rows: npt.NDArray[np.int64], kinds: npt.NDArray[np.int8]) -> list[Group]:
+        step = rows_per_chunk(self._vocab_size, self._device)
+        groups = []
+        # A small top_k leaves a fraction of the vocabulary to work on.
+        for kind, most in ((_SMALL_K, 8 * step), (_LARGE_K, step), (_ANY, step)):
+            positions = np.flatnonzero(kinds == kind)
+            groups += [self._group(host_rows, positions[i : i + most]) for i in range(0, len(positions), most)]
+        return groups
 
     def _group(self, host_rows: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> Group:
         rows = host_rows[positions]
@@ -181,7 +220,7 @@ class RowTable:
             any_top_p=bool((numbers[:, _TOP_P] < 1.0).any()),
             any_min_p=bool((numbers[:, _MIN_P] > 0.0).any()),
         )
-        return Group(self._positions(positions), params)
+        return Group(self.places(positions), params)
 
     def _bias(self, rows: list[int]) -> Bias | None:
         found = [(position, self._biases[row]) for position, row in enumerate(rows) if row in self._biases]
@@ -218,7 +257,8 @@ class RowTable:
             presence=self._column(numbers, _PRESENCE, np.float32),
         )
 
-    def _positions(self, positions: npt.NDArray[np.int64]) -> slice | torch.Tensor:
+    def places(self, positions: npt.NDArray[np.int64]) -> slice | torch.Tensor:
+        """An index of these places in a batch, in ascending order: a slice where they are neighbours."""
         first, last = int(positions[0]), int(positions[-1])
         if last - first + 1 == len(positions):
             return slice(first, last + 1)

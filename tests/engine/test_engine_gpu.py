@@ -60,6 +60,32 @@ def run(
     return [tokens(found) for found in outputs]
 
 
+def test_draws_are_the_same_in_graphs_and_without() -> None:
+    rng = random.Random(1)
+    requests = []
+    for i in range(16):
+        params = SamplingParams(
+            temperature=0.0 if i % 5 == 4 else 0.9,
+            top_k=30 if i % 3 == 1 else 0,
+            top_p=0.9 if i % 2 else 1.0,
+            min_p=0.02 if i % 4 == 3 else 0.0,
+            seed=i,
+            logprobs=1 if i == 7 else None,
+            presence_penalty=0.5 if i == 8 else 0.0,
+            max_tokens=40,
+            ignore_eos=True,
+        )
+        requests.append(([rng.randrange(2000) for _ in range(20)], params))
+    found = []
+    for enforce_eager in (False, True):
+        config = EngineConfig(
+            device="cuda", dtype="float32", max_num_seqs=16, max_model_len=512, enforce_eager=enforce_eager
+        )
+        engine, _ = build_engine(config, MODEL, "tiny-qwen3")
+        found.append([tokens(output) for output in generate(engine, requests, [0] * len(requests))])
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("layout", ["linear", "shuffled"])
 def test_a_gpu_gives_the_tokens_a_cpu_gives(layout: str, overlap: bool) -> None:

@@ -27,7 +27,8 @@ def row_params(options: list[Options], first_key: int = 0) -> RowParams:
         for o in options
     ]
     keys = torch.arange(first_key, first_key + len(options), dtype=torch.int64) * 7919 - 3
-    return RowParams(keys.to(DEVICE), torch.tensor(numbers, dtype=torch.float32, device=DEVICE))
+    columns = torch.tensor(numbers, dtype=torch.float32, device=DEVICE)
+    return RowParams(keys.to(DEVICE), torch.ones_like(keys, device=DEVICE), columns)
 
 
 def integers(*values: int) -> torch.Tensor:
@@ -39,7 +40,7 @@ def drawn(logits: torch.Tensor, params: RowParams, position: int = 3) -> list[in
     batch = len(logits)
     tokens = torch.full((batch,), -1, dtype=torch.int64, device=DEVICE)
     positions = torch.full_like(tokens, position)
-    sample(logits.to(DEVICE).contiguous(), torch.arange(batch, device=DEVICE), params, tokens, positions=positions)
+    sample(logits.to(DEVICE).contiguous(), torch.arange(batch, device=DEVICE), params, tokens, num_outputs=positions)
     return tokens.tolist()
 
 
@@ -147,7 +148,7 @@ def test_a_row_that_repeats_draws_by_the_positions_it_is_given() -> None:
     logits = torch.zeros(1, 500, device=DEVICE)
     params = row_params([{}, {"top_k": 400}])
     tokens = integers(*[-1] * 6)
-    sample(logits.repeat(6, 1), integers(1, 0, 1, 1, 0, 1), params, tokens, positions=integers(0, 5, 1, 2, 6, 0))
+    sample(logits.repeat(6, 1), integers(1, 0, 1, 1, 0, 1), params, tokens, num_outputs=integers(0, 5, 1, 2, 6, 0))
     alone = {
         (row, position): drawn(logits.repeat(2, 1), params, position)[row] for row in (0, 1) for position in (0, 1, 5)
     }
@@ -163,7 +164,7 @@ def test_a_row_is_drawn_alike_alone_and_in_any_batch() -> None:
     together = drawn(logits, params)
     for row in range(5):
         tokens = integers(-1)
-        sample(logits[row : row + 1].to(DEVICE), integers(row), params, tokens, positions=integers(3))
+        sample(logits[row : row + 1].to(DEVICE), integers(row), params, tokens, num_outputs=integers(3))
         assert tokens.tolist() == [together[row]]
 
 

@@ -246,4 +246,4 @@ def _softmax(
 def run(model: CausalLM, ctx: DenseContext, chunks: list[tuple[int, torch.Tensor]]) -> torch.Tensor:
     """One step over (sequence, token ids) chunks. Returns the logits of every token, float32 [T, vocab]."""
     positions = ctx.begin([(sequence, len(ids)) for sequence, ids in chunks])
-    return model.compute_logits(model(torch.cat([ids for _, ids in chunks]), positions, ctx))
+    return model.compute_logits(model(torch.cat([ids for _, ids in chunks]), positions, ctx)).float()

@@ -90,12 +90,12 @@ def _draw(vocab_size: int, dtype: torch.dtype, *, in_graph: bool) -> Callable[[]
     def launch() -> None:
         rows = _tensor(256, dtype=torch.int64)
         state = decode_step.RowState(rows, rows, rows, rows)
-        params = sampling.RowParams(rows, _tensor(256, sampling.NUM_COLUMNS, dtype=torch.float32))
+        params = sampling.RowParams(rows, rows, _tensor(256, sampling.NUM_COLUMNS, dtype=torch.float32))
         logits = _tensor(256, vocab_size, dtype=dtype)
         if in_graph:
             sampling.sample(logits, rows, params, rows, state, left=logits)
         else:
-            sampling.sample(logits, rows, params, rows, positions=rows)
+            sampling.sample(logits, rows, params, rows, num_outputs=rows)
 
     return launch
 

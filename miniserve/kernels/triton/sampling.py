@@ -45,11 +45,12 @@ _GAMMA, _MIX_1, _MIX_2 = (tl.constexpr(c) for c in (0x9E3779B97F4A7C15, 0xBF5847
 
 @dataclass(frozen=True, slots=True)
 class RowParams:
-    """What every row's request asks for. keys: int64 [max_num_seqs], of its stream of random numbers; numbers: float32
-    [max_num_seqs, NUM_COLUMNS]: temperature (0: the most likely token), top_k (0: all), top_p (1: all), min_p (0: all),
-    and 1 where a graph is to leave the row's logits to the host."""
+    """What every row's request asks for. keys: int64 [max_num_seqs], of its stream of random numbers; prompt_lens:
+    int64 [max_num_seqs]; numbers: float32 [max_num_seqs, NUM_COLUMNS]: temperature (0: the most likely token), top_k
+    (0: all), top_p (1: all), min_p (0: all), and 1 where a graph is to leave the row's logits to the host."""
 
     keys: torch.Tensor
+    prompt_lens: torch.Tensor
     numbers: torch.Tensor
 
 
@@ -352,14 +353,14 @@ def sample(
     tokens: torch.Tensor,
     state: RowState | None = None,
     *,
-    positions: torch.Tensor | None = None,
+    num_outputs: torch.Tensor | None = None,
     left: torch.Tensor | None = None,
 ) -> None:
     """Draw a token from each of the logits, [batch, vocab_size] of any float and contiguous, into `tokens` int64
     [batch]. rows: int64 [batch], whose parameters are `params`; nothing is done where it is negative.
 
-    With `state`, whose num_outputs are the positions, a token becomes its row's last one; else `positions`, int64
-    [batch], says how many output tokens come before each, and rows may repeat. With `left`, shaped and typed as the
+    With `state` a token becomes its row's last one; else `num_outputs`, int64 [batch], says how many output tokens come
+    before each, and rows may repeat. With `left`, shaped and typed as the
     logits, the logits of rows so marked go there, and no token is drawn for them.
     """
     batch, vocab_size = logits.shape
@@ -377,7 +378,7 @@ def sample(
         scratch(2, dtype=torch.float64),
     )
     advance = state is not None
-    outputs = positions if state is None else state.num_outputs
+    outputs = num_outputs if state is None else state.num_outputs
     last = tokens if state is None else state.last_tokens
     row = (rows, params.keys, params.numbers, last, outputs, tokens)
     options = launch_options(device)

@@ -24,18 +24,10 @@ class Embedding(Layer):
 
 
 class LMHead(Linear):
-    """Hidden states to logits, in float32."""
+    """Hidden states to logits."""
 
     def __init__(self, vocab_size: int, hidden_size: int, *, dtype: torch.dtype, method: LinearMethod) -> None:
         super().__init__(hidden_size, {"lm_head": vocab_size}, bias=False, dtype=dtype, method=method)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [R, hidden_size] -> float32 [R, vocab_size]."""
-        return self.raw(x).float()
-
-    def raw(self, x: torch.Tensor) -> torch.Tensor:
-        """As `forward`, in the model's dtype."""
-        return super().forward(x)
 
 
 class TiedLMHead(LMHead):

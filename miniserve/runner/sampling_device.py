@@ -1,0 +1,38 @@
+"""The draw on a GPU: what the rows' requests ask for, kept there, and the kernels that read it."""
+
+from __future__ import annotations
+
+import torch
+
+from miniserve.kernels.triton.sampling import NUM_COLUMNS, RowParams, sample
+from miniserve.runner.sampling_rows import HostParams
+from miniserve.runner.sampling_transfer import to_device
+
+
+class DeviceDraw:
+    """`params` never move, so that graphs can hold on to them."""
+
+    def __init__(self, max_num_seqs: int, device: torch.device) -> None:
+        self._device = device
+        self.params = RowParams(
+            keys=torch.zeros(max_num_seqs, dtype=torch.int64, device=device),
+            prompt_lens=torch.zeros(max_num_seqs, dtype=torch.int64, device=device),
+            numbers=torch.zeros(max_num_seqs, NUM_COLUMNS, dtype=torch.float32, device=device),
+        )
+
+    def set_rows(self, params: HostParams) -> None:
+        """Take over new requests' parameters. Nothing waits."""
+        rows = to_device(params.rows, self._device)
+        for kept, new in (
+            (self.params.keys, params.keys),
+            (self.params.prompt_lens, params.prompt_lens),
+            (self.params.numbers, params.numbers),
+        ):
+            kept.index_copy_(0, rows, to_device(new, self._device))
+
+    def draw(self, logits: torch.Tensor, rows: torch.Tensor, num_outputs: torch.Tensor) -> torch.Tensor:
+        """Tokens int64 [batch]. logits: [batch, vocab_size] of any float, contiguous; rows, num_outputs: int64 [batch],
+        the rows' numbers of output tokens so far."""
+        tokens = torch.empty_like(rows)
+        sample(logits, rows, self.params, tokens, num_outputs=num_outputs)
+        return tokens
