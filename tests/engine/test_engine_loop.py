@@ -13,6 +13,7 @@ from miniserve.engine.loop import EngineLoop
 from miniserve.engine.step_log import StepLog
 from miniserve.models.generation_config import load_generation_defaults
 from miniserve.scheduler.scheduler import Scheduler
+from miniserve.scheduler.step_cost import StepCost, StepShape
 
 
 def make(overlap: bool, num_blocks: int = 12, **runner: float) -> tuple[EngineLoop, FakeRunner]:
@@ -155,3 +156,23 @@ def test_a_model_that_says_nothing_has_no_defaults(tmp_path: Path) -> None:
 def test_broken_generation_configs_are_the_users_error(tmp_path: Path, content: object, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         load_generation_defaults(write(tmp_path, generation_config=content))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_scheduler_learns_what_each_step_took(overlap: bool) -> None:
+    seen: list[tuple[int, int, float]] = []
+
+    class Noted(StepCost):
+        def observe(self, shape: StepShape, seconds: float) -> None:
+            seen.append((shape.rows, shape.tokens, seconds))
+
+    config = SchedulerConfig(num_blocks=12, block_size=4, max_num_seqs=4, max_num_batched_tokens=8, max_model_len=40)
+    loop = EngineLoop(
+        Scheduler(config, Noted(2.0)), FakeRunner(block_size=4, step_seconds=0.002), StepLog(None, 4), overlap=overlap
+    )
+    loop.add(request("a", [1, 2, 3], 4))
+    loop.step()
+    loop.add(request("b", [4, 5, 6, 7, 8], 2))
+    run(loop)
+    assert [(rows, tokens) for rows, tokens, _ in seen] == [(0, 3), (1, 5), (2, 0), (1, 0)]
+    assert all(seconds >= 0.002 for *_, seconds in seen)
