@@ -171,7 +171,7 @@ def _mla(kv: torch.dtype, heads: int, num_splits: int, block_size: int = 16) -> 
     return Case(f"bf16/{_NAMES[kv]} block {block_size} {heads} heads{merge}", launch)
 
 
-def _write(kv: torch.dtype, head_dim: int, shuffled: bool, normed: bool) -> Case:
+def _write(kv: torch.dtype, head_dim: int, shuffled: bool, normed: bool, keeps_k: bool = False) -> Case:
     def launch() -> None:
         qkv, slots = _tensor(ROWS, 48 * head_dim, dtype=torch.bfloat16), _tensor(ROWS, dtype=torch.int64)
         (key, value), weight = _planes(kv, 16, head_dim, shuffled), _tensor(head_dim, dtype=torch.bfloat16)
@@ -179,12 +179,14 @@ def _write(kv: torch.dtype, head_dim: int, shuffled: bool, normed: bool) -> Case
         where: dict[str, Any] = {"block_size": 16, "shuffled": shuffled}
         cache_write.write_kv(heads[:, 32:40], heads[:, 40:], key, value, slots, **where, **_scales(kv))
         norm = weight if normed else None
+        k_out = _tensor(ROWS, KV_HEADS, head_dim, dtype=torch.bfloat16) if keeps_k else None
         cache_write.rope_and_write(
             qkv, _tensor(ROWS, head_dim, dtype=torch.float32), norm, norm, 1e-6, key, value, slots, num_heads=32,
-            num_kv_heads=KV_HEADS, head_dim=head_dim, **where, **_scales(kv),
+            num_kv_heads=KV_HEADS, head_dim=head_dim, k_out=k_out, **where, **_scales(kv),
         )  # fmt: skip
 
-    return Case(f"{_what(torch.bfloat16, kv, shuffled, 16)} d{head_dim}{', qk-norm' if normed else ''}", launch)
+    more = (", qk-norm" if normed else "") + (", k kept" if keeps_k else "")
+    return Case(f"{_what(torch.bfloat16, kv, shuffled, 16)} d{head_dim}{more}", launch)
 
 
 def _write_latent(kv: torch.dtype) -> Case:
@@ -245,6 +247,7 @@ def cases(arch: Arch) -> Iterator[Case]:
                 yield _extend(kv, head_dim, shuffled, special=True)
             for normed in (False, True):
                 yield _write(kv, 128, shuffled, normed)
+            yield _write(kv, 128, shuffled, normed=True, keeps_k=True)
         for head_dim in (64, 128, 256):
             yield _decode(torch.float16, head_dim, shuffled, dtype=torch.float16)
             yield _extend(torch.float16, head_dim, shuffled, dtype=torch.float16)
@@ -269,7 +272,7 @@ def quick_cases(arch: Arch) -> Iterator[Case]:
     yield _decode(fp8, 128, False, special=True)
     yield _extend(torch.bfloat16, 128, True)
     yield _mla(torch.bfloat16, 16, 64)
-    yield _write(fp8, 128, True, True)
+    yield _write(fp8, 128, True, True, True)
     yield _write_latent(torch.bfloat16)
     yield _token_indices()
 
