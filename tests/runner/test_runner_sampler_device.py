@@ -56,11 +56,22 @@ class Graph:
         return self.sampler.complete(tokens[:-1], left[:-1], rows, positions)
 
 
-def told(output: SampleOutput) -> tuple[list[int], list[object]]:
-    tokens = output.token_ids.tolist()
-    if output.logprobs is None:
-        return tokens, list(output.num_logprobs)
-    return tokens, list(to_token_logprobs(tokens, output.logprobs, output.num_logprobs))
+def check(output: SampleOutput, expected: SampleOutput) -> None:
+    tokens = expected.token_ids.tolist()
+    assert output.token_ids.tolist() == tokens
+    assert output.num_logprobs == expected.num_logprobs
+    assert (output.logprobs is None) == (expected.logprobs is None)
+    if output.logprobs is None or expected.logprobs is None:
+        return
+    for found, wanted in zip(
+        to_token_logprobs(tokens, output.logprobs, output.num_logprobs),
+        to_token_logprobs(tokens, expected.logprobs, expected.num_logprobs),
+        strict=True,
+    ):
+        assert (found is None) == (wanted is None)
+        if found is not None and wanted is not None:
+            assert (found.token_id, found.rank, found.top_ids) == (wanted.token_id, wanted.rank, wanted.top_ids)
+            assert [found.logprob, *found.top_logprobs] == pytest.approx([wanted.logprob, *wanted.top_logprobs])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -80,11 +91,11 @@ def test_steps_end_alike_in_pytorch_in_kernels_and_in_graphs(
             sampler.start_row(RowStart(row, request, [5] * (row % 2)))
     for step in range(2):
         logits = (torch.randn(len(rows), VOCAB, generator=torch.Generator().manual_seed(step)) * 2).to(dtype)
-        want = told(torch_sampler.sample(logits.clone(), rows))
-        assert told(eager.sample(logits.to(DEVICE, copy=True), rows)) == want
-        assert told(graph.step(logits.to(DEVICE), rows)) == want
+        expected = torch_sampler.sample(logits.clone(), rows)
+        check(eager.sample(logits.to(DEVICE, copy=True), rows), expected)
+        check(graph.step(logits.to(DEVICE), rows), expected)
         positions = [2 + row % 2 + step for row in rows]
-        assert told(explicit_graph.step(logits.to(DEVICE), rows, positions)) == want
+        check(explicit_graph.step(logits.to(DEVICE), rows, positions), expected)
         for sampler in (eager, in_graph):
             assert sampler.last_tokens.tolist() == torch_sampler.last_tokens.tolist()
             assert sampler.num_outputs.tolist() == torch_sampler.num_outputs.tolist()
