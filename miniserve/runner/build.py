@@ -112,7 +112,7 @@ def build_runner(
     else:
         backend, checked = build_backend(choice, config.block_size, options), ["self-check: left out"]
     state = StepState(config.max_num_seqs, plan.max_model_len, config.block_size, device)
-    draw = _device_draw(config.max_num_seqs, device)
+    draw = _device_draw(config.max_num_seqs, model_config.vocab_size, dtype, device)
     sampler = Sampler(config.max_num_seqs, model_config.vocab_size, device, eos_token_ids, config.seed, draw)
     graphs = chunk_graphs = None
     if draw is not None and backend.graphs and not config.enforce_eager:
@@ -133,12 +133,14 @@ def _has_triton(device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
-def _device_draw(max_num_seqs: int, device: torch.device) -> DeviceDraw | None:
+def _device_draw(max_num_seqs: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> DeviceDraw | None:
     if not _has_triton(device):
         return None
     from miniserve.runner.sampling_device import DeviceDraw
 
-    return DeviceDraw(max_num_seqs, device)
+    draw = DeviceDraw(max_num_seqs, device)
+    draw.compile(vocab_size, dtype)
+    return draw
 
 
 def _triton_kernels(device: torch.device) -> TritonKernels | None:

@@ -20,6 +20,13 @@ class DeviceDraw:
             numbers=torch.zeros(max_num_seqs, NUM_COLUMNS, dtype=torch.float32, device=device),
         )
 
+    def compile(self, vocab_size: int, dtype: torch.dtype) -> None:
+        """Build the kernels that `draw` needs for logits as they come and for edited ones: no request is to wait for
+        that."""
+        padding = torch.full((1,), -1, dtype=torch.int64, device=self._device)
+        for kind in {dtype, torch.float32}:
+            self.draw(torch.zeros(1, vocab_size, dtype=kind, device=self._device), padding, padding)
+
     def set_rows(self, params: HostParams) -> None:
         """Take over new requests' parameters. Nothing waits."""
         rows = to_device(params.rows, self._device)

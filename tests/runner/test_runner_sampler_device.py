@@ -103,6 +103,7 @@ def test_steps_end_alike_in_pytorch_in_kernels_and_in_graphs(
 
 def test_a_row_that_is_taken_again_is_drawn_by_its_new_request() -> None:
     draw = DeviceDraw(2, DEVICE)
+    draw.compile(VOCAB, torch.float16)  # draws for nobody
     sampler = Sampler(2, VOCAB, DEVICE, (EOS,), device_draw=draw)
     graph = Graph(sampler, draw)
     logits = torch.zeros(1, VOCAB, device=DEVICE)
