@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from miniserve.core import Request, TokenLogprobs
 from miniserve.scheduler.block_pool import ROOT
 from miniserve.scheduler.ngram import NGramDrafter
@@ -24,6 +26,7 @@ class Sequence:
         "end",
         "finished",
         "first_scheduled_time",
+        "guesses_due",
         "limit",
         "max_len",
         "min_len",
@@ -60,6 +63,7 @@ class Sequence:
 
         # A penalised token depends on those before it: behind a guess its logits would be those of another sequence.
         self.drafter = None if params.penalised else NGramDrafter(self.token_ids)
+        self.guesses_due = sys.maxsize  # how many the last ones' success warrants
 
         self.finished = False
         self.row = -1  # of the runner's state while running

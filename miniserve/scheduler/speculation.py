@@ -15,7 +15,8 @@ from miniserve.scheduler.sequence import Sequence
 
 
 class Speculation:
-    """Makes runs of at most `num_draft_tokens` guesses, and counts."""
+    """Makes runs of at most `num_draft_tokens` guesses, and counts. A sequence that guessed badly guesses less: next
+    time at most twice as many as were right, and one."""
 
     def __init__(self, num_draft_tokens: int) -> None:
         self._num_draft_tokens = num_draft_tokens
@@ -31,7 +32,7 @@ class Speculation:
         runs = []
         for index, seq in enumerate(decoding):
             share = -(-spare_rows // (len(decoding) - index))
-            count = min(self._num_draft_tokens, share, seq.end - seq.num_computed)
+            count = min(self._num_draft_tokens, seq.guesses_due, share, seq.end - seq.num_computed)
             drafts = seq.drafter.draft(count) if count and seq.drafter is not None else []
             drafts = drafts[: find_room(seq, len(drafts))]
             spare_rows -= len(drafts)
@@ -48,7 +49,10 @@ class Speculation:
             guesses, end = run.token_ids[1:], start + len(run.token_ids)
             right = _common_length(guesses, token_ids[start:end])
             counts[start + right + 1 : end] = [False] * (len(guesses) - right)
-            sampling[start].num_computed += right
+            seq = sampling[start]
+            seq.num_computed += right
+            if guesses:
+                seq.guesses_due = 2 * right + 1
             self.num_drafts += bool(guesses)
             self.num_draft_tokens += len(guesses)
             self.num_accepted_tokens += right

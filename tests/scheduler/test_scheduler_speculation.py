@@ -8,6 +8,8 @@ from scheduler_fakes import make_config, make_request
 from miniserve.config import SchedulerConfig
 from miniserve.core import DraftRun, FinishReason, RequestOutput, StepPlan, StepResult
 from miniserve.scheduler import Scheduler
+from miniserve.scheduler.sequence import Sequence
+from miniserve.scheduler.speculation import Speculation
 
 LOOP = [1, 2, 3, 4, 5, 1, 2]  # what follows is 3, 4, 5, 1, …
 
@@ -84,6 +86,18 @@ def test_guesses_share_the_rows_that_are_left() -> None:
     steps.step(3, 3, 3)
     plan = steps.step(*[0] * 8)[0]
     assert [len(run.token_ids) for run in plan.draft_runs] == [3, 3, 2]
+
+
+def test_who_guesses_badly_guesses_less() -> None:
+    seq = Sequence(make_request("a", [1, 2, 1, 2]), 1, 1000, frozenset())
+    speculation, lengths = Speculation(7), []
+    for right in (2, 0, 0, 1, 3, 7, 7):
+        (run,) = speculation.draft([seq], 99, lambda _, count: count)
+        guesses = run.token_ids[1:]
+        lengths.append(len(guesses))
+        found = [*guesses[:right], *([9] * (8 - right))][: len(run.token_ids)]
+        speculation.verify([run], [seq] * len(found), found)
+    assert lengths == [7, 5, 1, 1, 3, 7, 7]
 
 
 def test_a_full_batch_and_a_full_budget_leave_no_guess() -> None:
