@@ -81,6 +81,17 @@ def test_every_path_solves_the_problems(arch: str, backend: str, layout: str, co
         assert decodes == DECODE.get((backend, layout), set()), kv_cache_dtype
 
 
+@pytest.mark.parametrize(("backend", "layout"), sorted({path[:2] for path in PATHS}))
+def test_every_path_verifies_guesses(backend: str, layout: str, reference: list[str]) -> None:
+    """In its own decode kernel: a guess is a row like any other."""
+    with stand_in("gfx942", CU_NUM) as module:
+        calls = module._standin.calls
+        texts = generate(6, calls, device="gfx942", attention_backend=backend, kv_layout=layout, speculative="ngram:4")
+        decodes = {" ".join(call) for call in calls if call[0].startswith(("pa", "unified"))}
+    assert sum(text == expected for text, expected in zip(texts, reference[:6], strict=True)) >= 5
+    assert decodes == DECODE.get((backend, layout), set())
+
+
 def test_the_table_of_paths_is_whole() -> None:
     assert set(DECODE) | set(product(["TRITON_ATTN"], ["linear", "shuffled"])) == {path[:2] for path in PATHS}
 

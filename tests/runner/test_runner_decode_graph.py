@@ -1,0 +1,99 @@
+"""Decode graphs without a GPU: what they would record runs each time instead, its Triton kernels in the interpreter."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from engine_real import CPU, MAX_LEN, Setup, generate, make_backend, small_model, tokens
+
+from miniserve.config import SchedulerConfig
+from miniserve.core import SamplingParams
+from miniserve.engine.loop import EngineLoop
+from miniserve.engine.step_log import StepLog
+from miniserve.kernels.triton.decode_step import RowState
+from miniserve.models.decoder import CausalLM
+from miniserve.runner.decode_graph import DecodeGraphs
+from miniserve.runner.runner import ModelRunner
+from miniserve.runner.sampler import Sampler
+from miniserve.runner.sampling_device import DeviceDraw
+from miniserve.runner.state import GraphInputs, StepState
+from miniserve.scheduler.scheduler import Scheduler
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU records them: tests/engine/test_engine_gpu.py")
+ROWS, BLOCKS = 8, 40
+
+
+class Unrecorded(DecodeGraphs):
+    def greedy(self, bucket: int, inputs: GraphInputs) -> torch.Tensor:
+        self._greedy[bucket] = SimpleNamespace(replay=lambda: self._take_argmax(self._run(bucket)))  # type: ignore[assignment]
+        return super().greedy(bucket, inputs)
+
+    def drawn(self, bucket: int, inputs: GraphInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        self._drawn[bucket] = SimpleNamespace(replay=lambda: self._draw(self._run(bucket)))  # type: ignore[assignment]
+        return super().drawn(bucket, inputs)
+
+
+def make_engine(model: CausalLM, layout: str, num_draft_tokens: int, *, graphs: bool) -> EngineLoop:
+    backend = make_backend(model, Setup(layout=layout))
+    caches = [backend.layout.allocate(spec, BLOCKS, CPU) for spec in model.attention_specs]
+    state = StepState(ROWS, MAX_LEN, 16, CPU)
+    if graphs:
+        draw = DeviceDraw(ROWS, CPU)
+        sampler = Sampler(ROWS, model.config.vocab_size, CPU, frozenset({7}), device_draw=draw)
+        rows = RowState(state.tables, state.lens, sampler.last_tokens, sampler.num_outputs)
+        recorded: DecodeGraphs | None = Unrecorded(
+            model,
+            backend,
+            caches,
+            rows,
+            draw.params,
+            block_size=16,
+            max_seq_len=MAX_LEN,
+            buckets=range(1, ROWS + 1),  # no padding, which this backend would write
+            explicit=num_draft_tokens > 0,
+        )
+    else:
+        sampler, recorded = Sampler(ROWS, model.config.vocab_size, CPU, frozenset({7})), None
+    config = SchedulerConfig(
+        num_blocks=BLOCKS,
+        block_size=16,
+        max_num_seqs=ROWS,
+        max_num_batched_tokens=64,
+        max_model_len=MAX_LEN,
+        eos_token_ids=frozenset({7}),
+        num_draft_tokens=num_draft_tokens,
+    )
+    runner = ModelRunner(model, backend, caches, state, sampler, recorded)
+    return EngineLoop(Scheduler(config), runner, StepLog(None, ROWS), overlap=False)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> CausalLM:
+    return small_model(tmp_path_factory.mktemp("model"), "Qwen3ForCausalLM", 4)
+
+
+@pytest.mark.parametrize("num_draft_tokens", [0, 3])
+@pytest.mark.parametrize("layout", ["linear", "shuffled"])
+def test_graphs_give_the_tokens_of_eager_steps(
+    model: CausalLM, layout: str, num_draft_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = torch.empty
+
+    def unpinned(*shape: int, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", unpinned)
+    stem = [3, 9, 4, 17, 5, 3, 9, 4, 17, 6, 3, 9, 4]
+    requests = [
+        ([*stem, n], SamplingParams(temperature=temperature, seed=n, max_tokens=24, min_tokens=n, logprobs=logprobs))
+        for n, (temperature, logprobs) in enumerate([(0.0, None), (0.0, None), (0.8, 1), (0.0, 0)])
+    ]
+    arrivals = [0, 3, 9, 30]
+    want = generate(make_engine(model, layout, 0, graphs=False), requests, arrivals)
+    engine = make_engine(model, layout, num_draft_tokens, graphs=True)
+    got = generate(engine, requests, arrivals)
+    assert [tokens(outputs) for outputs in got] == [tokens(outputs) for outputs in want]
+    assert (engine.stats.num_accepted_tokens > 0) == (num_draft_tokens > 0)
