@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,21 +13,27 @@ from miniserve.attention.metadata import ChunkRows
 Int64 = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
+class RaggedLens(NamedTuple):
+    """How queries and keys divide into rows, in the order in which flash attention takes it: cu_query_lens and
+    cu_key_lens int32 [rows + 1] start at 0; no row has more than max_query_len queries, max_key_len keys."""
+
+    cu_query_lens: torch.Tensor
+    cu_key_lens: torch.Tensor
+    max_query_len: int
+    max_key_len: int
+
+
 @dataclass(frozen=True, slots=True)
 class GatheredRows:
     """Keys to gather for some of the step's query rows, each with at least one.
 
-    start, end: those rows' query tokens in the step; cu_query_lens, cu_key_lens int32 [rows + 1]; slots int64 [keys],
-    row after row; no row has more than max_query_len query tokens, max_key_len keys.
+    start, end: those rows' query tokens in the step; slots int64 [keys], row after row, and how both divide.
     """
 
     start: int
     end: int
-    cu_query_lens: torch.Tensor
-    max_query_len: int
     slots: torch.Tensor
-    cu_key_lens: torch.Tensor
-    max_key_len: int
+    lens: RaggedLens
 
 
 def context_pieces(group: ChunkRows, block_size: int, max_tokens: int) -> tuple[GatheredRows, ...]:
@@ -66,11 +73,13 @@ def _gathered(group: ChunkRows, rows: slice, low: Int64, high: Int64, block_size
     return GatheredRows(
         start=group.query_start + int(query_ends[rows.start]),
         end=group.query_start + int(query_ends[rows.stop]),
-        cu_query_lens=_int32(cu_query_lens, device),
-        max_query_len=max(group.query_lens[rows]),
         slots=slots,
-        cu_key_lens=_int32(np.concatenate([[0], ends]), device),
-        max_key_len=int(counts.max()),
+        lens=RaggedLens(
+            _int32(cu_query_lens, device),
+            _int32(np.concatenate([[0], ends]), device),
+            max(group.query_lens[rows]),
+            int(counts.max()),
+        ),
     )
 
 

@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 import torch
 
 from miniserve.attention.backends.base import Backend
-from miniserve.attention.backends.context import GatheredRows, context_pieces
+from miniserve.attention.backends.context import GatheredRows, RaggedLens, context_pieces
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.merge import merge_lse
 from miniserve.attention.metadata import ChunkRows, DecodeRows, StepBatch
@@ -74,14 +74,11 @@ class LatentBackend(Backend[LatentMetadata[Decode]]):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        cu_query_lens: torch.Tensor,
-        cu_key_lens: torch.Tensor,
-        max_query_len: int,
-        max_key_len: int,
+        lens: RaggedLens,
         *,
         causal: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """q [tokens, num_heads, nope_dim + rope_dim] of some rows, k likewise [keys, …], v [keys, num_heads,
+        """q [tokens, num_heads, nope_dim + rope_dim] of the rows of `lens`, k likewise [keys, …], v [keys, num_heads,
         v_head_dim], row after row; causal: query i of a row sees its keys up to i, and there are as many of both.
         Returns out [tokens, num_heads, v_head_dim] and lse float32 [num_heads, tokens], as `merge_lse` has it."""
 
@@ -147,24 +144,15 @@ class LatentBackend(Backend[LatentMetadata[Decode]]):
         cache: KVCache,
         meta: ChunksMetadata,
     ) -> torch.Tensor:
-        lens, longest = meta.cu_query_lens, meta.max_query_len
-        out, lse = self.attend_dense(layer, q, *_expand(layer, kv_c, k_pe), lens, lens, longest, longest, causal=True)
+        lens = RaggedLens(meta.cu_query_lens, meta.cu_query_lens, meta.max_query_len, meta.max_query_len)
+        out, lse = self.attend_dense(layer, q, *_expand(layer, kv_c, k_pe), lens, causal=True)
         if not meta.context:
             return out
         merged = out.float()
         for piece in meta.context:
             span = slice(piece.start - meta.start, piece.end - meta.start)
             cached = self.layout.read_tokens(cache, piece.slots, layer.spec.dtype, layer.kv_scale, layer.kv_scale)
-            found = self.attend_dense(
-                layer,
-                q[span],
-                *_expand(layer, *cached),
-                piece.cu_query_lens,
-                piece.cu_key_lens,
-                piece.max_query_len,
-                piece.max_key_len,
-                causal=False,
-            )
+            found = self.attend_dense(layer, q[span], *_expand(layer, *cached), piece.lens, causal=False)
             merged[span], lse[:, span] = merge_lse(merged[span], lse[:, span], *found)
         return merged.to(q.dtype)
 

@@ -21,7 +21,7 @@ from miniserve.attention.backends.aiter_calls import (
     write_kv,
 )
 from miniserve.attention.backends.base import Backend
-from miniserve.attention.backends.context import GatheredRows, context_pieces, windowed_rows
+from miniserve.attention.backends.context import GatheredRows, RaggedLens, context_pieces, windowed_rows
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.rocm_unified import RowsMetadata, attend_rows, chunk_rows, decode_rows
 from miniserve.attention.backends.rope_write import RopeWriter
@@ -225,8 +225,9 @@ class FlashBackend(Backend[FlashMetadata]):
     ) -> torch.Tensor:
         """The rows' tokens among themselves, of the whole step's q, k, v into its out. Returns lse float32 [num_heads,
         the rows' tokens]."""
-        span, lens, longest = slice(rows.start, rows.end), rows.cu_query_lens, rows.max_query_len
-        return self._flash(layer, q[span], k[span], v[span], lens, lens, longest, longest, out[span], causal=True)
+        span = slice(rows.start, rows.end)
+        lens = RaggedLens(rows.cu_query_lens, rows.cu_query_lens, rows.max_query_len, rows.max_query_len)
+        return self._flash(layer, q[span], k[span], v[span], lens, out[span], causal=True)
 
     def _cached_tokens(
         self,
@@ -241,8 +242,7 @@ class FlashBackend(Backend[FlashMetadata]):
         """The rows' query tokens (of the whole step's q) over gathered keys, into out, which is theirs alone; causal:
         the last of the keys are the query tokens' own. Returns lse as `_new_tokens`."""
         k, v = self.layout.read_tokens(cache, rows.slots, layer.spec.dtype, layer.k_scale, layer.v_scale)
-        lens = (rows.cu_query_lens, rows.cu_key_lens, rows.max_query_len, rows.max_key_len)
-        return self._flash(layer, q[rows.start : rows.end], k, v, *lens, out, causal=causal)
+        return self._flash(layer, q[rows.start : rows.end], k, v, rows.lens, out, causal=causal)
 
     def _flash(
         self,
@@ -250,10 +250,7 @@ class FlashBackend(Backend[FlashMetadata]):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        cu_query_lens: torch.Tensor,
-        cu_key_lens: torch.Tensor,
-        max_query_len: int,
-        max_key_len: int,
+        lens: RaggedLens,
         out: torch.Tensor,
         *,
         causal: bool,
@@ -262,10 +259,7 @@ class FlashBackend(Backend[FlashMetadata]):
             q,
             k,
             v,
-            cu_query_lens,
-            cu_key_lens,
-            max_query_len,
-            max_key_len,
+            *lens,
             softmax_scale=layer.spec.scale,
             logits_soft_cap=layer.spec.softcap or 0.0,
             causal=causal,

@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from miniserve.attention.aiter import AiterLatent
+from miniserve.attention.backends.context import RaggedLens
 from miniserve.attention.backends.latent_base import LatentBackend
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.triton_mla import dense_dim, padded
@@ -160,10 +161,7 @@ class AiterLatentBackend(LatentBackend[DecodeMetadata]):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        cu_query_lens: torch.Tensor,
-        cu_key_lens: torch.Tensor,
-        max_query_len: int,
-        max_key_len: int,
+        lens: RaggedLens,
         *,
         causal: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -174,10 +172,7 @@ class AiterLatentBackend(LatentBackend[DecodeMetadata]):
             q,
             k,
             v,
-            cu_query_lens,
-            cu_key_lens,
-            max_query_len,
-            max_key_len,
+            *lens,
             softmax_scale=layer.spec.scale,
             causal=causal,
             return_lse=True,

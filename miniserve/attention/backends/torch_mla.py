@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from miniserve.attention.backends.context import RaggedLens
 from miniserve.attention.backends.latent_base import LatentBackend
 from miniserve.attention.layouts import KVCache
 from miniserve.attention.metadata import DecodeRows
@@ -61,16 +62,13 @@ class TorchLatentBackend(LatentBackend[DecodeMetadata]):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        cu_query_lens: torch.Tensor,
-        cu_key_lens: torch.Tensor,
-        max_query_len: int,
-        max_key_len: int,
+        lens: RaggedLens,
         *,
         causal: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         out = torch.empty((*q.shape[:2], v.shape[-1]), dtype=q.dtype, device=q.device)
         lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
-        starts, key_starts = cu_query_lens.tolist(), cu_key_lens.tolist()
+        starts, key_starts = lens.cu_query_lens.tolist(), lens.cu_key_lens.tolist()
         for row in range(len(starts) - 1):
             span, keys = slice(*starts[row : row + 2]), slice(*key_starts[row : row + 2])
             out[span], lse[:, span] = dense_attention(q[span], k[keys], v[keys], layer.spec.scale, causal=causal)

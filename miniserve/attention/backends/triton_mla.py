@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
+from miniserve.attention.backends.context import RaggedLens
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.paged_kernels import AllocateScratch
 from miniserve.attention.backends.torch_mla import DecodeMetadata, TorchLatentBackend
@@ -122,17 +123,13 @@ class TritonLatentBackend(TorchLatentBackend):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        cu_query_lens: torch.Tensor,
-        cu_key_lens: torch.Tensor,
-        max_query_len: int,
-        max_key_len: int,
+        lens: RaggedLens,
         *,
         causal: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        lens = (cu_query_lens, cu_key_lens, max_query_len, max_key_len)
         dim = dense_dim(q, v)
         if _vendor(self._platform) == "hip" or q.dtype not in _FLASH_DTYPES or dim > _FLASH_MAX_DIM:
-            return super().attend_dense(layer, q, k, v, *lens, causal=causal)
+            return super().attend_dense(layer, q, k, v, lens, causal=causal)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             *(padded(tensor, dim) for tensor in (q, k, v)), *lens, 0.0, causal, False, scale=layer.spec.scale
         )
