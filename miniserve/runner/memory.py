@@ -43,9 +43,10 @@ def available_bytes(device: torch.device, utilization: float) -> int:
 def check_weights_fit(weights: int, available: int, device: torch.device) -> None:
     """Raises `UserError` with both numbers, before anything is loaded."""
     if weights > available:
+        gpu = "end other programs on the GPU, raise --gpu-memory-utilization, or " if device.type == "cuda" else ""
         raise UserError(
-            f"The model's weights need {gib(weights)} and {device.type} has {gib(available)} available; "
-            "choose a smaller model or a smaller --dtype."
+            f"The model's weights need {gib(weights)} and {device.type} has {gib(max(available, 0))} available; "
+            f"{gpu}choose a smaller model or a smaller --dtype."
         )
 
 
