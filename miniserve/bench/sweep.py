@@ -1,4 +1,4 @@
-"""`miniserve bench sweep`: throughput and TPOT against concurrency, for several lengths and both KV layouts."""
+"""`miniserve bench sweep`: throughput and TPOT against concurrency, for several lengths and every KV layout there can be."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from miniserve.bench.stats import Summary
 from miniserve.bench.workload import Shape
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
+from miniserve.models.hub import locate_config
 
-LAYOUTS = ("linear", "shuffled")
 AS_SERVED = "as served"  # the layout of a server that somebody else started
 _WARMUP_OUTPUT = 16  # tokens
 
@@ -51,12 +51,6 @@ class SweepConfig:
             raise UserError(
                 f"--concurrency {max(self.concurrencies)} is more than the engine runs at once; raise --max-num-seqs."
             )
-
-    @property
-    def layouts(self) -> tuple[str, ...]:
-        if self.url is not None:
-            return (AS_SERVED,)
-        return LAYOUTS if self.engine.kv_layout == "auto" else (self.engine.kv_layout,)
 
     @property
     def longest(self) -> int:
@@ -117,17 +111,28 @@ def sweep(config: SweepConfig, on_start: Callable[[str], None], on_point: Callab
     A layout whose server does not start is left out, with the reason. Raises `UserError` where nothing can be measured.
     """
     result = SweepResult(config=config)
-    for layout in config.layouts:
+    layouts = layouts_of(config)
+    for layout in layouts:
         on_start(f"starting a server with the {layout} layout" if config.url is None else f"asking {config.url}")
         try:
             with _server(config, layout) as url:
                 _measure(config, layout, url, result, on_start, on_point)
         except UserError as error:
-            if result.points or layout != config.layouts[-1]:
+            if result.points or layout != layouts[-1]:
                 result.refused[layout] = str(error)
                 continue
             raise
     return result
+
+
+def layouts_of(config: SweepConfig) -> tuple[str, ...]:
+    """The KV layouts to measure. Raises `UserError` where the model's config.json is asked for and not found."""
+    if config.url is not None:
+        return (AS_SERVED,)
+    if config.engine.kv_layout != "auto":
+        return (config.engine.kv_layout,)
+    _, raw = locate_config(config.engine.model, config.engine.revision)
+    return ("latent",) if raw.get("kv_lora_rank") is not None else ("linear", "shuffled")
 
 
 @contextmanager

@@ -12,14 +12,16 @@ import torch
 from bench_stub_server import Stub
 from typer.testing import CliRunner
 
+import miniserve
 from miniserve.bench.serve import ServeConfig, run
 from miniserve.bench.server_process import running_server
-from miniserve.bench.sweep import AS_SERVED, SweepConfig, SweepResult, sweep
+from miniserve.bench.sweep import AS_SERVED, SweepConfig, SweepResult, layouts_of, sweep
 from miniserve.bench.workload import Shape
 from miniserve.cli.bench import app
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
 
+DEEPSEEK = str(Path(miniserve.__file__).parent / "assets" / "tiny-deepseek")
 SMALL = ["--device", "cpu", "--kv-cache-memory", "16M", "--max-num-seqs", "4"]
 
 
@@ -65,6 +67,13 @@ def test_a_layout_that_cannot_be_had_is_left_out() -> None:
     assert set(result.refused) == {"shuffled"}
     assert {point.layout for point in result.points} == {"linear"}
     assert "block" in result.refused["shuffled"]
+
+
+def test_latent_models_have_a_layout_of_their_own() -> None:
+    engine = EngineConfig(model=DEEPSEEK, device="cpu", kv_cache_memory=1 << 24)
+    result = sweep(config(engine=engine, concurrencies=[1], rounds=1), lambda text: None, lambda result: None)
+    assert result.refused == {}
+    assert [(point.layout, point.completed) for point in result.points] == [("latent", 1)] * 2
 
 
 def test_a_server_that_does_not_start_says_why() -> None:
@@ -125,8 +134,8 @@ def test_settings_that_do_not_fit_are_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_one_layout_can_be_asked_for() -> None:
-    assert config(engine=EngineConfig(kv_layout="shuffled")).layouts == ("shuffled",)
-    assert config().layouts == ("linear", "shuffled")
+    assert layouts_of(config(engine=EngineConfig(kv_layout="shuffled"))) == ("shuffled",)
+    assert layouts_of(config()) == ("linear", "shuffled")
     assert SweepResult(config=config()).failed == 0
 
 
