@@ -1,4 +1,4 @@
-"""`miniserve bench sweep`: throughput and TPOT against concurrency, for several lengths and every KV layout there can be."""
+"""`miniserve bench sweep`: throughput and TPOT against concurrency, for several lengths and KV layouts."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def sweep(
     json: JsonPath = None,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG of throughput and TPOT here.")] = None,
 ) -> None:
-    """Throughput and TPOT over lengths × concurrency × KV layout; --kv-layout auto measures each that the model can have.
+    """Throughput and TPOT over lengths × concurrency × KV layout; with --kv-layout auto each that the model can have.
 
     Starts a server for each layout, unless --url names one. Exits 1 when a request failed.
     """

@@ -38,7 +38,7 @@ def build(step: Step, choice: Choice, arch: str, specs: tuple[AttentionSpec, ...
         routes=choice.routes,
         platform=emulated_platform(arch),
         device=torch.device("cpu"),
-        max_rows=8,
+        max_rows=64,
         max_seq_len=600,
     )
     if changes and choice.backend == "ROCM_AITER_FA":
@@ -173,6 +173,28 @@ def test_gluon_takes_what_hip_and_asm_cannot(arch: str, change: dict[str, Any], 
 
 
 @pytest.mark.parametrize("arch", FP8)
+@pytest.mark.parametrize("fp8", [False, True])
+def test_every_length_around_a_partition_of_256(arch: str, fp8: bool) -> None:
+    """Decoded, as the end of a chunk, and one-token requests; those that the ASM kernel gets right by itself, too."""
+    spec = replace(PLAIN, num_heads=4, kv_dtype=FP8[arch]) if fp8 else replace(PLAIN, num_heads=4)
+    lengths = range(230, 271)
+    decodes = [(length - 1, 1) for length in lengths]
+    right = [row for row in decodes if not 240 <= row[0] <= 254]
+    chunks = [(length - new, new) for length in lengths for new in (1 + length % 3,)]
+    for backend, layout in product(BACKENDS, ("linear", "shuffled")):
+        with stand_in(arch, CU_NUM) as module:
+            try:
+                choice = chosen(spec, arch, backend, layout)
+            except UserError:
+                continue
+            for rows, num_decodes in ((decodes, 41), (right, 26), ([(0, 1), *chunks, (0, 1)], 1)):
+                step = make_step((spec, 16, rows, num_decodes), layout, 3, (0.5, 0.25))
+                step.check(build(step, choice, arch), FP8_TOLERANCE if fp8 else TOLERANCE[BF16])
+            asm = {call.route for call in module._standin.calls} & {"asm"}
+            assert bool(asm) == ((backend, layout) == ("ROCM_AITER_FA", "shuffled"))
+
+
+@pytest.mark.parametrize("arch", FP8)
 def test_padding_rows_harm_nobody(arch: str) -> None:
     """A graph's padding: length 0, slot -1, whatever is in its row of the block table."""
     for backend in BACKENDS:
@@ -199,7 +221,7 @@ def pad_last(step: Step) -> StepBatch:
     return StepBatch(slots, DecodeRows(tables, lens, decode.max_seq_len, None))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "TORCH_ATTN"])
 def test_every_field_of_the_metadata_is_read(backend: str) -> None:
     """By some kernel's call, of some layer (plain, with a window, with sinks) over some layout."""
     specs = (PLAIN, replace(PLAIN, sliding_window=40), replace(PLAIN, sinks=True))

@@ -41,7 +41,7 @@ def reference() -> list[str]:
 
 @pytest.mark.parametrize(
     ("arch", "kv_cache_dtype", "backend"),
-    [*product(["gfx942", "gfx950"], ["auto", "fp8"], ["auto"]), ("gfx942", "auto", "TRITON_MLA")],
+    [*product(["gfx942", "gfx950"], ["auto", "fp8"], ["auto", "TRITON_MLA"])],
 )
 def test_the_problems_are_solved(arch: str, kv_cache_dtype: str, backend: str, reference: list[str]) -> None:
     with stand_in(arch, CU_NUM) as module:

@@ -17,12 +17,14 @@ import pytest
 from aiter_standin import environment, read_calls
 from engine_support import MAX_TOKENS, STOP, prompts_of, score, stand_in
 
+import miniserve
 from miniserve.attention.contracts import CONTRACTS
 from miniserve.core import SamplingParams, UserError
 from miniserve.llm import LLM
 
 # Each, and in how many documents: 16 compute units let ASM kernels run from 9 rows of the model's 4 heads on.
 CU_NUM = 16
+DEEPSEEK = Path(miniserve.__file__).parent / "assets" / "tiny-deepseek"
 PATHS = [
     (contract.name, layout, 16 if (contract.name, layout) == ("ROCM_AITER_FA", "shuffled") else 6)
     for contract in CONTRACTS
@@ -103,19 +105,49 @@ def test_an_emulated_gpu_without_a_stand_in_is_refused() -> None:
         LLM(progress=False, device="gfx942")
 
 
-def test_over_http_in_a_process_of_its_own(tmp_path: Path) -> None:
+FLASH_FP8 = "--device gfx950 --attention-backend ROCM_AITER_FA --kv-layout shuffled --kv-cache-dtype fp8"
+
+
+@pytest.mark.parametrize(
+    ("command", "calls", "no_calls", "told"),
+    [
+        (
+            f"serve {FLASH_FP8}",
+            {("pa_fwd_asm", "asm"), ("paged_attention_rocm", "hip")},
+            "cache",  # the engine's own kernel norms, turns and writes
+            [
+                "ROCM_AITER_FA over the shuffled KV layout",
+                "gfx950 is emulated",
+                "fp8 KV cache: float8_e4m3fn",
+                "rope with cache write by triton rope_and_write",
+            ],
+        ),
+        (
+            f"serve {DEEPSEEK} --device gfx942",
+            {("mla_decode_fwd", "persistent"), ("concat_and_cache_mla", ""), ("fused_moe", "No")},
+            "paged",
+            ["ROCM_AITER_MLA over the latent KV layout", "gfx942 is emulated", "experts by aiter fused_moe"],
+        ),
+    ],
+    ids=["tiny-qwen3", "tiny-deepseek"],
+)
+def test_over_http_in_a_process_of_its_own(
+    command: str, calls: set[tuple[str, str]], no_calls: str, told: list[str], tmp_path: Path
+) -> None:
     log, count = tmp_path / "calls", 12
     prompts, asked = prompts_of(count)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "miniserve", "serve", "--port", str(port), "--device", "gfx950"]
-    command += ["--attention-backend", "ROCM_AITER_FA", "--kv-layout", "shuffled", "--kv-cache-dtype", "fp8"]
-    command += ["--max-num-batched-tokens", "512", "--no-self-check"]
+    arguments = [*command.split(), "--port", str(port), "--max-num-batched-tokens", "512", "--no-self-check"]
+    arch = "gfx942" if "gfx942" in command else "gfx950"
     output = tmp_path / "output"
     with output.open("wb") as stream:
         process = subprocess.Popen(
-            command, stdout=stream, stderr=stream, env=environment("gfx950", CU_NUM, log=log) | {"OMP_NUM_THREADS": "1"}
+            [sys.executable, "-m", "miniserve", *arguments],
+            stdout=stream,
+            stderr=stream,
+            env=environment(arch, CU_NUM, log=log) | {"OMP_NUM_THREADS": "1"},
         )
     try:
         wait_until_ready(port, process, output)
@@ -126,13 +158,9 @@ def test_over_http_in_a_process_of_its_own(tmp_path: Path) -> None:
         process.wait(timeout=30)
     assert score(texts, asked) >= 0.95
     called = set(read_calls(log))
-    assert {("pa_fwd_asm", "asm"), ("paged_attention_rocm", "hip")} <= called
-    assert not [call for call in called if "cache" in call[0]]  # the engine's own kernel norms, turns and writes
-    told = output.read_text()
-    assert "ROCM_AITER_FA over the shuffled KV layout" in told
-    assert "gfx950 is emulated" in told
-    assert "fp8 KV cache: float8_e4m3fn" in told
-    assert "rope with cache write by triton rope_and_write" in told
+    assert calls <= called
+    assert not [call for call in called if no_calls in call[0]]
+    assert all(line in output.read_text() for line in told)
 
 
 def wait_until_ready(port: int, process: subprocess.Popen[bytes], output: Path) -> None:
@@ -147,7 +175,7 @@ def wait_until_ready(port: int, process: subprocess.Popen[bytes], output: Path) 
 
 
 def complete(port: int, prompt: str) -> str:
-    body = {"model": "tiny-qwen3", "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0, "stop": STOP}
+    body = {"prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0, "stop": STOP}
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )

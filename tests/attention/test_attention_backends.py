@@ -18,7 +18,7 @@ from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.paged_kernels import torch_kernels, triton_kernels
 from miniserve.attention.backends.torch_attn import DecodeMetadata, TorchBackend
 from miniserve.attention.backends.triton_attn import TritonBackend
-from miniserve.attention.layouts import LAYOUTS, KVLayout
+from miniserve.attention.layouts import LAYOUTS, KVCache, KVLayout
 from miniserve.attention.platform import Platform
 from miniserve.attention.spec import AttentionSpec
 from miniserve.kernels import native
@@ -72,6 +72,34 @@ def test_triton_backend_asks_its_kernels_for_the_right_thing(case: Case, layout:
 @given(case=cases(), layout=st.sampled_from(["linear", "shuffled"]), seed=st.integers(0, 999))
 def test_cpu_backend_matches_the_reference(case: Case, layout: str, seed: int) -> None:
     check("CPU_ATTN", case, layout, seed)
+
+
+@pytest.mark.parametrize("name", ["TORCH_ATTN", pytest.param("CPU_ATTN", marks=needs_native)])
+@pytest.mark.parametrize("layout", ["linear", "shuffled"])
+def test_every_length_around_a_partition_of_256(name: str, layout: str) -> None:
+    """Decoded, as the end of a chunk, and one-token requests."""
+    spec = AttentionSpec(4, 2, 64, 0.125, torch.bfloat16, torch.bfloat16)
+    decodes = [(length - 1, 1) for length in range(230, 271)]
+    chunks = [(length - new, new) for length in range(230, 271) for new in (1 + length % 3,)]
+    check(name, (spec, 16, [(0, 1), *decodes, *chunks, (0, 1)], 42), layout, 0)
+
+
+@needs_native
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_the_highest_block_of_a_pool_above_4_gib(shuffled: bool) -> None:
+    """Which is address space, of which nothing but the end is ever touched."""
+    kernels, spec = native.load(), AttentionSpec(16, 8, 128, 0.1, torch.bfloat16, torch.bfloat16)
+    layout = LAYOUTS["shuffled" if shuffled else "linear"](16)
+    one = layout.allocate(spec, 1, torch.device("cpu"))
+    num_blocks = (1 << 32) // one.key.nbytes + 2
+    key, value = (torch.empty(num_blocks, *plane.shape[1:], dtype=plane.dtype) for plane in (one.key, one.value))
+    k, v = (torch.randn(1, 8, 128, generator=torch.Generator().manual_seed(seed)).bfloat16() for seed in (1, 2))
+    kernels.write_kv(k, v, key, value, torch.tensor([num_blocks * 16 - 16]), 16, shuffled)
+    backend = make_backend("CPU_ATTN", layout, spec)
+    assert isinstance(backend, CpuBackend)
+    meta = DecodeMetadata(torch.tensor([[num_blocks - 1]], dtype=torch.int32), torch.ones(1, dtype=torch.int32))
+    out = backend.decode(Layer(spec), k.repeat_interleave(2, dim=1), KVCache(key, value), meta)
+    assert torch.equal(out, v.repeat_interleave(2, dim=1).flatten(1)), "of one key the weight is 1"
 
 
 @needs_native

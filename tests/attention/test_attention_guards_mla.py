@@ -159,6 +159,20 @@ def test_the_scale_is_told_and_the_six_buffers_come_together() -> None:
     assert all(terms[name] is not None for name in six)
 
 
+def test_a_plan_costs_no_copy_from_the_device() -> None:
+    """Tensors on the meta device have no values: whoever asks for one fails."""
+    meta, asked = torch.device("meta"), []
+    with stand_in("gfx942", 4):
+        step = decode_step(MLA, [3, 17, 250])
+        platform, rows = emulated_platform("gfx942"), step.batch.decode
+        assert rows is not None
+        aiter = replace(adapter.load_latent(), get_mla_metadata_v1=lambda **given: asked.append(given))
+        options = BackendOptions(specs=(MLA,), routes=(), platform=platform, device=meta, max_rows=4, max_seq_len=300)
+        backend = AiterLatentBackend(step.layout, aiter, lambda *given, **terms: asked.append(terms), options)
+        backend.build_decode(replace(rows, block_tables=rows.block_tables.to(meta), seq_lens=rows.seq_lens.to(meta)))
+    assert len(asked) == 2
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -124,6 +124,22 @@ def test_rocm_aiter_mla_is_what_the_formula_gives(
         step.check(backend, 3e-2)
 
 
+@pytest.mark.parametrize("backend_name", ["ROCM_AITER_MLA", "TRITON_MLA", "TORCH_MLA"])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_every_length_around_a_partition_of_256(backend_name: str, fp8: bool) -> None:
+    """Decoded, as the end of a chunk, and one-token requests."""
+    small = dataclasses.replace(MLA, num_heads=2, latent=LatentDims(512, 64, 16, 16))
+    spec = dataclasses.replace(small, kv_dtype=FP8["gfx942"]) if fp8 else small
+    decodes = [(length - 1, 1) for length in range(230, 271)]
+    chunks = [(length - new, new) for length in range(230, 271) for new in (1 + length % 3,)]
+    with stand_in("gfx942", 4):
+        for rows, num_decodes in ((decodes, 41), ([(0, 1), *chunks, (0, 1)], 1)):
+            step = make_latent_step((spec, 16, rows, num_decodes), 3, 0.5)
+            given = options(step, platform=emulated_platform("gfx942"), max_rows=64)
+            choice = select(given.specs, given.platform, block_size=16, backend=backend_name)
+            step.check(build_backend(choice, 16, given), 3e-2)
+
+
 @pytest.mark.parametrize("arch", FP8)
 def test_a_step_reads_nothing_of_the_one_before(arch: str) -> None:
     """The buffers are the same, rows and lengths are not; a padding row, of length 0, harms nobody, writes nothing."""
@@ -145,7 +161,7 @@ def test_a_step_reads_nothing_of_the_one_before(arch: str) -> None:
         assert torch.equal(step.cache.key, before)  # the other rows' tokens were there already
 
 
-@pytest.mark.parametrize("backend_name", ["ROCM_AITER_MLA", "TRITON_MLA"])
+@pytest.mark.parametrize("backend_name", ["ROCM_AITER_MLA", "TRITON_MLA", "TORCH_MLA"])
 def test_every_field_of_the_metadata_is_read(backend_name: str) -> None:
     read: set[str] = set()
     known: set[str] = set()

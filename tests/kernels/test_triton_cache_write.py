@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from triton_support import DEVICE, DTYPES, FP8, LAYOUTS, NATIVE, close, normal, on_gpu, relative_error
+from triton_support import (
+    DEVICE,
+    DTYPES,
+    FP8,
+    LAYOUTS,
+    end_of_a_pool_above_4_gib,
+    normal,
+    on_gpu,
+    relative_error,
+)
 
 from miniserve.kernels.triton.cache_write import rope_and_write, write_kv, write_latent
 from miniserve.models.layers.ops import qk_norm_rope
@@ -134,13 +145,28 @@ def test_write_latent(dtype: torch.dtype) -> None:
 
 
 @LAYOUTS
-@pytest.mark.gpu
-@pytest.mark.skipif(not NATIVE, reason="needs a GPU with 12 GiB")
-def test_the_last_slot_of_a_pool_above_4_gib(shuffled: bool) -> None:
-    num_blocks, heads, head_dim = 150_000, 8, 128
-    key, value = planes(num_blocks, 16, heads, head_dim, torch.bfloat16, shuffled)
-    k, v = normal(1, 1, heads, head_dim, dtype=torch.bfloat16), normal(2, 1, heads, head_dim, dtype=torch.bfloat16)
-    write_kv(k, v, key, value, slots([num_blocks * 16 - 1]), block_size=16, shuffled=shuffled)
+@pytest.mark.parametrize("roped", [False, True])
+def test_the_last_slot_of_a_pool_above_4_gib(roped: bool, shuffled: bool) -> None:
+    heads, head_dim = 8, 128
+    key, value = end_of_a_pool_above_4_gib(*planes(1, 16, heads, head_dim, torch.float16, shuffled))
+    k, v = (normal(seed, 1, heads, head_dim, dtype=torch.float16) for seed in (1, 2))
+    where: dict[str, Any] = {"block_size": 16, "shuffled": shuffled}
+    if roped:  # by no angle
+        cos_sin = torch.cat([torch.ones(1, 64), torch.zeros(1, 64)], dim=1).to(DEVICE)
+        qkv = torch.cat([k, k, v], dim=1).flatten(1)
+        rope_and_write(
+            qkv, cos_sin, None, None, 0.0, key, value, slots([len(key) * 16 - 1]), num_heads=heads, num_kv_heads=heads,
+            head_dim=head_dim, **where,
+        )  # fmt: skip
+    else:
+        write_kv(k, v, key, value, slots([len(key) * 16 - 1]), **where)
     last = stored(key[-1:], value[-1:], 15, 16, heads, head_dim, shuffled)
-    close(last[0][None], k.double(), torch.float32)
-    close(last[1][None], v.double(), torch.float32)
+    assert torch.equal(last[0], k[0].float())
+    assert torch.equal(last[1], v[0].float())
+
+
+def test_the_last_slot_of_latents_above_4_gib() -> None:
+    (cache,) = end_of_a_pool_above_4_gib(torch.zeros(1, 16, 576, dtype=torch.float16, device=DEVICE))
+    kv_c, k_pe = normal(1, 1, 512, dtype=torch.float16), normal(2, 1, 64, dtype=torch.float16)
+    write_latent(kv_c, k_pe, cache, slots([len(cache) * 16 - 1]))
+    assert torch.equal(cache[-1, -1], torch.cat([kv_c, k_pe], dim=-1)[0])

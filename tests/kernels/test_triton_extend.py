@@ -17,6 +17,7 @@ from triton_support import (
     attend,
     block_tables,
     close,
+    end_of_a_pool_above_4_gib,
     int32,
     normal,
     on_gpu,
@@ -40,8 +41,10 @@ def check(
     lengths = [context + new for context, new in requests]
     q = normal(5, starts[-1], num_heads + 1, head_dim, dtype=dtype)[:, 1:]
     tables = block_tables(lengths, cache.k.shape[0], cache.block_size)
+    planes = options.pop("planes", cache.planes)  # which end with the cache's
     got = paged_extend(
-        q, *cache.planes, tables, int32(starts), int32(lengths), max_query_len=max(new for _, new in requests) + 3,
+        q, *planes, tables + (len(planes[0]) - len(cache.planes[0])), int32(starts), int32(lengths),
+        max_query_len=max(new for _, new in requests) + 3,
         scale=scale, out=torch.full_like(q, float("nan")), **cache.layout, **options,
     )  # fmt: skip
     formula = {name: options[name] for name in ("window", "softcap", "sinks") if name in options}
@@ -57,6 +60,20 @@ def test_ragged_requests(dtype: torch.dtype, shuffled: bool) -> None:
     cache = random_cache(24, 16, 2, 64, dtype=dtype, shuffled=shuffled)
     check(cache, 6, REQUESTS, dtype, launch=SMALL)
     check(cache, 2, REQUESTS, dtype)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("num_splits", [1, 2] if NATIVE else [1])
+def test_every_length_around_a_partition_of_256(num_splits: int, shuffled: bool) -> None:
+    cache = random_cache(32, 16, 1, 64, dtype=torch.float16, shuffled=shuffled)
+    requests = [(length - new, new) for length in range(230, 271) for new in (1 + length % 2,)]
+    check(cache, 1, [*requests, (0, 256), (0, 255)], torch.float16, num_splits=num_splits)
+
+
+@LAYOUTS
+def test_the_highest_block_of_a_pool_above_4_gib(shuffled: bool) -> None:
+    cache = random_cache(8, 16, 8, 128, dtype=torch.float16, shuffled=shuffled)
+    check(cache, 16, [(0, 1), (50, 4), (100, 28)], torch.float16, planes=end_of_a_pool_above_4_gib(*cache.planes))
 
 
 @LAYOUTS

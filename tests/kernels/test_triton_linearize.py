@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from triton_support import DEVICE, FP8, attend, block_tables, close, int32, normal
+from triton_support import DEVICE, FP8, attend, block_tables, close, end_of_a_pool_above_4_gib, int32, normal
 
 from miniserve.attention.layouts import pack_shuffled
 from miniserve.kernels.triton.linearize import linearize
@@ -59,3 +59,12 @@ def test_nothing_is_read_that_was_not_copied() -> None:
         keys, values = (t[ids].flatten(0, 1)[: lengths[row]] for t in (k, v))
         want = attend(q[start : start + new], keys, values, 0.125, window=window)
         close(out[start : start + new], want, torch.float16)
+
+
+def test_the_highest_block_of_a_pool_above_4_gib() -> None:
+    k, v = (normal(seed, 3, 16, 8, 128, dtype=torch.float16) for seed in (1, 2))
+    key, value = end_of_a_pool_above_4_gib(*pack_shuffled(k, v))
+    tables = block_tables([40], 3, 16)
+    high = tables + (len(key) - 3)
+    for got, want in zip(linearize(key, value, high, int32([0, 40]), int32([40]), window=None), (k, v), strict=True):
+        assert torch.equal(got[:3], want[tables[0, :3]])

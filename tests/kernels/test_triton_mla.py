@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_support import DEVICE, DTYPES, FP8, attend, block_tables, close, int32, normal, on_gpu
+from triton_support import (
+    DEVICE,
+    DTYPES,
+    FP8,
+    attend,
+    block_tables,
+    close,
+    end_of_a_pool_above_4_gib,
+    int32,
+    normal,
+    on_gpu,
+)
 
 from miniserve.kernels.triton.launch import Launch
 from miniserve.kernels.triton.mla_decode import mla_decode
@@ -17,17 +28,18 @@ SMALL = Launch(block_m=16, block_n=32, num_warps=4, num_stages=2)
 def check(
     dtype: torch.dtype, kv_dtype: torch.dtype, *, heads: int, rank: int, rope: int, lengths: list[int] = LENGTHS,
     block_size: int = 16, num_splits: int = 1, fused: bool | None = None, kv_scale: float | None = None,
-    launch: Launch | None = SMALL,
+    launch: Launch | None = SMALL, large_pool: bool = False,
 ) -> None:  # fmt: skip
     num_blocks = 24
     cache = normal(1, num_blocks, block_size, rank + rope).to(kv_dtype)
     q = normal(2, len(lengths), heads + 1, rank + rope, dtype=dtype)[:, 1:]
     tables = block_tables(lengths, num_blocks, block_size)
+    pool = end_of_a_pool_above_4_gib(cache)[0] if large_pool else cache
     scratch = DecodeScratch.allocate([(len(lengths), num_splits)], heads, rank, DEVICE)
     for _ in range(2 if num_splits > 1 else 1):
         got = mla_decode(
-            q[..., :rank], q[..., rank:], cache, tables, int32(lengths), scale=0.1, num_splits=num_splits,
-            scratch=scratch,
+            q[..., :rank], q[..., rank:], pool, tables + (len(pool) - num_blocks), int32(lengths), scale=0.1,
+            num_splits=num_splits, scratch=scratch,
             kv_scale=None if kv_scale is None else torch.tensor([kv_scale], device=DEVICE), fused_merge=fused,
             out=torch.full((len(lengths), heads, rank), float("nan"), dtype=dtype, device=DEVICE), launch=launch,
         )  # fmt: skip
@@ -45,6 +57,15 @@ def check(
 @pytest.mark.parametrize(("num_splits", "fused"), [(1, None), (3, True), (3, False)])
 def test_ragged_rows(num_splits: int, fused: bool | None, dtype: torch.dtype) -> None:
     check(dtype, dtype, heads=16, rank=64, rope=16, num_splits=num_splits, fused=fused)
+
+
+def test_every_length_around_a_partition_of_256() -> None:
+    check(torch.float16, torch.float16, heads=2, rank=64, rope=16, lengths=[*range(230, 271)])
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_the_highest_block_of_a_pool_above_4_gib(num_splits: int) -> None:
+    check(torch.float16, torch.float16, heads=4, rank=64, rope=16, num_splits=num_splits, large_pool=True)
 
 
 @pytest.mark.parametrize("heads", [1, 8, 20, 128])

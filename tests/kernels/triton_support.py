@@ -70,6 +70,17 @@ def random_cache(
     return Cache(planes, k.double(), v.double(), block_size, shuffled)
 
 
+def end_of_a_pool_above_4_gib(*planes: torch.Tensor) -> list[torch.Tensor]:
+    """Planes of more than 4 GiB that end with these blocks; what lies before them is read by nobody. On a CPU that is
+    address space, of which nothing but the end is ever touched; an offset of 32 bits ends the process."""
+    grown = []
+    for plane in planes:
+        num_blocks = (1 << 32) // plane[0].nbytes + 1 + len(plane)
+        grown.append(torch.empty(num_blocks, *plane.shape[1:], dtype=plane.dtype, device=DEVICE))
+        grown[-1][-len(plane) :] = plane
+    return grown
+
+
 def block_tables(lengths: Sequence[int], num_blocks: int, block_size: int) -> torch.Tensor:
     """A row of shuffled block ids per length; what lies past a row's blocks is no block's id."""
     width = max(1, -(-max(lengths) // block_size))
