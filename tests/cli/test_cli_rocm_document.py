@@ -1,10 +1,16 @@
-"""docs/ROCM.md says of the paths what their contracts say, and of the commands what there is."""
+"""docs/ROCM.md says of the paths what their contracts say, of the kernels what was compiled, and of the commands what
+there is."""
 
 from __future__ import annotations
 
-import cli_terminal as cli
-from rocm_document import DOCUMENT, renewed
+import re
+from pathlib import Path
 
+import cli_terminal as cli
+import pytest
+from rocm_document import DOCUMENT, compiled_rows, renewed
+
+import miniserve
 from miniserve.attention.contracts import CONTRACTS
 
 
@@ -19,3 +25,20 @@ def test_it_names_every_backend_and_commands_that_exist() -> None:
     for command in ("explain", "check", "tune"):
         assert f"miniserve {command} MODEL" in text
         assert cli.run(command, "--help").returncode == 0
+
+
+def test_what_was_compiled_are_the_kernels_that_there_are() -> None:
+    pytest.importorskip("triton")
+    from miniserve.kernels.triton.compile_check import ARCHS, cases
+
+    rows, text = compiled_rows(), DOCUMENT.read_text()
+    different = len({tuple(row[:3]) for row in rows})
+    assert f"compiled {len(rows)} configurations, {different} different kernels: none spills" in text
+    assert not [row for row in rows if row[5] != "0" or row[8]]
+    sources = (Path(miniserve.__file__).parent / "kernels" / "triton").glob("*.py")
+    kernels = {name for path in sources for name in re.findall(r"^def _(\w+)_kernel\(", path.read_text(), re.M)}
+    for arch in ("gfx942", "gfx950"):
+        assert {row[1] for row in rows if row[0] == arch} == kernels - {"linearize", "router"}  # NVIDIA's alone
+        compiled, known = {row[2] for row in rows if row[0] == arch}, {case.name for case in cases(ARCHS[arch])}
+        assert compiled <= known
+        assert known - compiled <= {"bf16 64 rows 1024 x 2048"}, "which the vendor's library multiplies"
