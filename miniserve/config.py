@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from miniserve.core import UserError
+from miniserve.core import InvalidRequest, UserError, check_types
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 KV_LAYOUTS = ("auto", "linear", "shuffled", "latent")
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 LOAD_FORMATS = ("auto", "dummy")
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8")
 # gfx942 and gfx950 are emulated on a CPU, by an aiter that computes there: for tests.
@@ -54,15 +55,22 @@ class EngineConfig:
     log_level: str = "info"
 
     def __post_init__(self) -> None:
+        try:
+            check_types(self)
+        except InvalidRequest as wrong:
+            raise UserError(str(wrong)) from None
         _choice("--dtype", self.dtype, DTYPES)
         _choice("--device", self.device, DEVICES)
         _choice("--load-format", self.load_format, LOAD_FORMATS)
         _choice("--kv-layout", self.kv_layout, KV_LAYOUTS)
         _choice("--kv-cache-dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _choice("--generation-config", self.generation_config, ("auto", "none"))
+        _choice("--log-level", self.log_level, LOG_LEVELS)
         _positive("--max-num-seqs", self.max_num_seqs)
         _positive("--max-num-batched-tokens", self.max_num_batched_tokens)
         _positive("--block-size", self.block_size)
+        if not -(2**63) <= self.seed < 2**63:
+            raise UserError(f"--seed must be a 64-bit integer, not {self.seed}.")
         if self.max_model_len is not None:
             _positive("--max-model-len", self.max_model_len)
         if self.kv_cache_memory is not None:

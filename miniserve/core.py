@@ -7,9 +7,10 @@ dataclass.
 from __future__ import annotations
 
 import enum
+import functools
 import math
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol, get_type_hints
 
 import msgspec
 
@@ -26,6 +27,18 @@ class InvalidRequest(ValueError):
         self.param = param
 
 
+_field_types: Any = functools.cache(get_type_hints)
+
+
+def check_types(instance: object) -> None:
+    """Hold every field to its annotation: True is no number, "5" neither. Raises `InvalidRequest`."""
+    for name, kind in _field_types(type(instance)).items():
+        try:
+            msgspec.convert(getattr(instance, name), kind)
+        except msgspec.ValidationError as error:
+            raise InvalidRequest(f"{name}: {str(error).replace('`', '').replace('null', 'None')}.", name) from None
+
+
 class FinishReason(enum.StrEnum):
     STOP = "stop"  # an EOS token, a stop token or a stop string
     LENGTH = "length"  # max_tokens or the context limit
@@ -40,7 +53,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     temperature 0 is greedy. top_k 0 or -1, top_p 1 and min_p 0 turn the filter off. `logprobs` is the number of
     alternatives beside the chosen token (0: the chosen token alone; None: no logprobs); `prompt_logprobs` likewise for
     the prompt. `max_tokens` None means up to the context limit. `seed` makes the tokens depend on the prompt and these
-    parameters alone.
+    parameters alone. Raises `InvalidRequest` for a value of the wrong type or out of range.
     """
 
     temperature: float = 1.0
@@ -64,6 +77,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, str):  # as OpenAI takes it; a tuple of its characters would not be meant
+            msgspec.structs.force_setattr(self, "stop", (self.stop,))
+        check_types(self)
         _check(math.isfinite(self.temperature) and 0.0 <= self.temperature <= 100.0, "temperature", "between 0 and 100")
         _check(self.top_k >= -1, "top_k", "-1 or 0 (off) or a positive integer")
         _check(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1")
@@ -80,9 +96,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _check(self.prompt_logprobs is None or self.prompt_logprobs >= 0, "prompt_logprobs", "0 or more")
         _check(all(s for s in self.stop), "stop", "made of non-empty strings")
         for token_id, bias in (self.logit_bias or {}).items():
-            _check(
-                token_id >= 0 and -100.0 <= bias <= 100.0, "logit_bias", "a map from token ids to values in -100..100"
-            )
+            _check(token_id >= 0 and -100.0 <= bias <= 100.0, "logit_bias", "a map from token ids to -100..100")
 
     @property
     def greedy(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -80,13 +81,13 @@ class LLM:
 
     def __init__(
         self,
-        model: str | None = None,
+        model: str | os.PathLike[str] | None = None,
         *,
         progress: bool = True,
         runner_factory: str = RUNNER_FACTORY,
         **options: Any,
     ) -> None:
-        config = EngineConfig(model=model, **{"max_itl_ratio": 0.0, **options})
+        config = EngineConfig(model=None if model is None else os.fspath(model), **{"max_itl_ratio": 0.0, **options})
         with _bars(progress) as bars:
             tasks: dict[str, TaskID] = {}
 
@@ -184,6 +185,8 @@ class LLM:
             raise RuntimeError(f"This LLM failed before ({self._broken}); make a new one.")
         if isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * len(tokenized)
+        if not _is_list(sampling_params) or not all(isinstance(params, SamplingParams) for params in sampling_params):
+            raise InvalidRequest("sampling_params must be SamplingParams, or a list of them.", "sampling_params")
         if len(sampling_params) != len(tokenized):
             raise InvalidRequest(
                 f"{len(tokenized)} prompts came with {len(sampling_params)} sampling_params; give one for each, or a "
@@ -290,16 +293,23 @@ def _completion(deltas: list[CompletionDelta]) -> Completion:
 
 def _each_prompt(prompts: Prompts) -> list[str | Sequence[int]]:
     """One prompt or several, text or ids, as a list of prompts. Raises `InvalidRequest` for anything else."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if prompts and all(isinstance(item, int) for item in prompts):
-        return [cast(Sequence[int], prompts)]
-    for prompt in prompts:
-        if not isinstance(prompt, str) and not (
-            isinstance(prompt, Sequence) and all(isinstance(token_id, int) for token_id in prompt)
-        ):
-            raise InvalidRequest("prompts must be text, token ids, or a list of either.", "prompts")
+    if isinstance(prompts, str) or (_are_ids(prompts) and prompts):
+        return [cast(str | Sequence[int], prompts)]
+    if not _is_list(prompts) or not all(isinstance(prompt, str) or _are_ids(prompt) for prompt in prompts):
+        raise InvalidRequest(
+            "prompts must be text, token ids (a list of int), or a list of either; not an iterator, dict, array or "
+            "tensor.",
+            "prompts",
+        )
     return list(cast(Sequence[str | Sequence[int]], prompts))
+
+
+def _are_ids(value: object) -> bool:
+    return _is_list(value) and all(type(item) is int for item in cast(Sequence[object], value))
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
 
 
 def _bars(wanted: bool, *columns: ProgressColumn) -> Progress:

@@ -31,6 +31,7 @@ def chat(
     # Here and not above: the HTTP library would slow down `miniserve --help`.
     from miniserve.cli.chat_client import ChatClient, ChatError, ChatSettings, Message
     from miniserve.cli.repl import Repl, print_answer
+    from miniserve.cli.stdin import read_text
 
     client = ChatClient(url, model=model, api_key=api_key)
     settings = ChatSettings(system=system, temperature=temperature, max_tokens=max_tokens)
@@ -38,7 +39,7 @@ def chat(
         print(f"{client.model} at {client.url}; /help lists the commands.", file=sys.stderr)
         Repl(client, settings).run()
         return
-    text = sys.stdin.read().strip() if message in (None, "-") else message
+    text = read_text().strip() if message in (None, "-") else message
     if not text:
         raise UserError("There is nothing to ask: give -m TEXT, or pipe a text in.")
     try:

@@ -130,6 +130,8 @@ class ChatClient:
             ) from None
         except (httpx.UnsupportedProtocol, httpx.InvalidURL):
             raise UserError(f"{self.url!r} is not a URL: give one such as http://127.0.0.1:8000.") from None
+        except UnicodeEncodeError:  # bytes of a terminal, a pipe or the command line, kept as they were
+            raise ChatError("the text is not valid UTF-8") from None
         except httpx.HTTPError as error:
             raise ChatError(f"the connection to {self.url} broke ({type(error).__name__})") from error
 

@@ -10,11 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from miniserve.cli.options import parse_bytes, parse_count
-from miniserve.config import EngineConfig
-from miniserve.core import UserError
+from miniserve.config import LOG_LEVELS, EngineConfig
 from miniserve.server.config import ServerConfig
 
-LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 _ENGINE = EngineConfig()
 _SERVER = ServerConfig()
 
@@ -82,6 +80,22 @@ def run(
         list[str] | None,
         _http("--served-model-name", help="Name clients use; may be given several times.", show_default="MODEL"),
     ] = None,
+    allowed_origin: Annotated[
+        list[str] | None,
+        _http(
+            "--allowed-origin", help="Origin whose web pages may call the server (CORS); may be given several times."
+        ),
+    ] = None,
+    drain_timeout: Annotated[
+        float,
+        _http("--drain-timeout", help="How long running requests may go on after the first Ctrl-C.", metavar="SECONDS"),
+    ] = _SERVER.drain_timeout,
+    enable_tokenizer_info: Annotated[
+        bool, _http("--enable-tokenizer-info", help="Serve /tokenizer_info, for lm_eval's remote tokenizer.")
+    ] = False,
+    trust_request_chat_template: Annotated[
+        bool, _http("--trust-request-chat-template", help="Accept chat templates, which are programs, from requests.")
+    ] = False,
     log_level: Annotated[str, _http("--log-level", help=f"{', '.join(LOG_LEVELS)}.")] = _ENGINE.log_level,
     max_num_seqs: Annotated[
         int,
@@ -171,8 +185,6 @@ def run(
 
     Text that is piped in is answered once, as with -p.
     """
-    if log_level not in LOG_LEVELS:
-        raise UserError(f"--log-level {log_level!r} is not known; choose one of {', '.join(LOG_LEVELS)}.")
     ctx.obj.debug = ctx.obj.debug or log_level == "debug"
     engine = EngineConfig(
         model=model,
@@ -200,7 +212,14 @@ def run(
         log_level=log_level,
     )
     server = ServerConfig(
-        host=host, port=port, api_keys=tuple(api_key or ()), served_model_names=tuple(served_model_name or ())
+        host=host,
+        port=port,
+        api_keys=tuple(api_key or ()),
+        served_model_names=tuple(served_model_name or ()),
+        allowed_origins=tuple(allowed_origin or ()),
+        drain_timeout=drain_timeout,
+        enable_tokenizer_info=enable_tokenizer_info,
+        trust_request_chat_template=trust_request_chat_template,
     )
     # Here and not above: what serves would slow down `miniserve --help`.
     from miniserve.cli.start import start

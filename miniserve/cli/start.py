@@ -21,7 +21,7 @@ from miniserve.cli.serving import (
     serve_alone,
     terminated_by_sigterm,
 )
-from miniserve.cli.stdin import can_chat, read_piped_text
+from miniserve.cli.stdin import can_chat, read_piped_text, read_text
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
 from miniserve.engine.client import EngineDead
@@ -35,7 +35,7 @@ EXIT_FAILURE = 1
 def start(engine: EngineConfig, server: ServerConfig, *, prompt: str | None, chat: bool) -> int:
     """Returns the exit code of the process. `chat`: a prompt or piped text is welcome. Raises `UserError`."""
     if prompt == "-":
-        prompt = sys.stdin.read()
+        prompt = read_text()
     elif prompt is None and chat:
         prompt = read_piped_text()
     if prompt is not None and not prompt.strip():

@@ -7,6 +7,8 @@ import select
 import stat
 import sys
 
+from miniserve.core import UserError
+
 _PATIENCE = 2.0  # seconds that a pipe may stay silent before it counts as one that nobody writes to
 
 
@@ -21,6 +23,14 @@ def can_chat() -> bool:
         return False
 
 
+def read_text() -> str:
+    """All of standard input. Raises `UserError` where it is no text."""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError:
+        raise UserError("Standard input is not valid UTF-8: give it a text.") from None
+
+
 def read_piped_text() -> str | None:
     """The text that is piped in or redirected from a file; None where there is none.
 
@@ -32,8 +42,8 @@ def read_piped_text() -> str | None:
     except (OSError, ValueError, AttributeError):  # closed
         return None
     if stat.S_ISREG(mode):
-        return sys.stdin.read() or None
+        return read_text() or None
     if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
         return None
     readable, _, _ = select.select([sys.stdin.fileno()], [], [], _PATIENCE)
-    return (sys.stdin.read() or None) if readable else None
+    return (read_text() or None) if readable else None

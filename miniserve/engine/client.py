@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -89,6 +89,7 @@ class AsyncEngine:
         self.tokenizer: Tokenizer
         self.generation_defaults: GenerationDefaults
         self.stats = SchedulerStats()
+        self.step_sizes: Counter[int] = Counter()  # steps so far by the number of their tokens
         self.totals = StepTotals()
         self.recent = StepTotals()
         self._period = (0.0, self.totals)  # the current one's begin and what there was then
@@ -285,6 +286,8 @@ class AsyncEngine:
             raise RuntimeError(f"unexpected {type(event).__name__} from the engine")
         self._last_sign = time.monotonic()
         self._heartbeat_sent = False
+        if event.stats.num_steps > self.stats.num_steps:
+            self.step_sizes[event.stats.step_tokens] += 1
         self.stats, self.totals = event.stats, event.totals
         begin, totals = self._period
         if self._last_sign - begin >= _PERIOD:

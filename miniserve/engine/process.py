@@ -152,12 +152,9 @@ def _connect(context: zmq.Context[zmq.Socket[bytes]], kind: int, path: Path) -> 
 
 
 def _set_up_logging(level_name: str) -> None:
-    level = logging.getLevelNamesMapping().get(level_name.upper())
-    if level is None:
-        raise UserError(
-            f"--log-level {level_name!r} is not known; choose one of debug, info, warning, error, critical."
-        )
-    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(
+        level=level_name.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
 
 
 def _die_with_parent(parent_pid: int) -> None:

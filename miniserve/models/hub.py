@@ -242,7 +242,7 @@ def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
         ) from None
     except EntryNotFoundError as error:
         if isinstance(error, FileNotFoundError):  # LocalEntryNotFoundError: the connection broke
-            raise UserError(_unreachable(model, error.__cause__ or error)) from error
+            raise UserError(_unreachable(model, error.__cause__ or error, guess)) from error
         raise UserError(
             f"{model} has no config.json, so it is no checkpoint in Hugging Face format (GGUF files are not supported)"
             f"{did_you_mean}"
@@ -261,13 +261,14 @@ def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
             ) from None
         raise UserError(f"The Hugging Face hub refused {model} ({_first_line(error)}): try again later.") from error
     except Exception as error:  # of the HTTP library, which is another one in other versions of huggingface_hub
-        raise UserError(_unreachable(model, error)) from error
+        raise UserError(_unreachable(model, error, guess)) from error
 
 
-def _unreachable(model: str, error: BaseException) -> str:
+def _unreachable(model: str, error: BaseException, guess: str | None) -> str:
     return (
         f"{model} is not (or not completely) in the Hugging Face cache and the hub cannot be reached "
         f"({type(error).__name__}: {_first_line(error)}): check the network or HF_ENDPOINT, or give a local directory."
+        + (f" Did you mean {guess}?" if guess else "")
     )
 
 

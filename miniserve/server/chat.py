@@ -30,6 +30,7 @@ _RESERVED_KWARGS = frozenset(
         "return_assistant_tokens_mask",
         "return_dict",
         "return_tensors",
+        "self",
         "tokenize",
         "tokenizer_kwargs",
         "tools",
@@ -112,7 +113,8 @@ async def render(service: Service, messages: Sequence[ChatMessage], body: Render
     """The ids of a conversation; the template writes all special tokens. Raises `InvalidRequest`."""
     if body.chat_template is not None and not service.config.trust_request_chat_template:
         raise InvalidRequest(
-            "chat_template is not accepted from requests: a template is a program. The server can allow it.",
+            "chat_template is not accepted from requests, as a template is a program; the server's operator may allow "
+            "it with --trust-request-chat-template.",
             "chat_template",
         )
     kwargs = body.chat_template_kwargs or {}

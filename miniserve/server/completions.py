@@ -9,7 +9,7 @@ from typing import Any
 from miniserve.core import CompletionDelta, SamplingParams
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server import logprobs
-from miniserve.server.fields import REFUSED
+from miniserve.server.fields import REFUSED_IN_COMPLETIONS
 from miniserve.server.generation import Generation
 from miniserve.server.protocol import CompletionRequest, Prompt
 from miniserve.server.reply import GenerationResponse, UsageCount, finish_word
@@ -94,7 +94,7 @@ async def respond(service: Service, body: CompletionRequest) -> GenerationRespon
     """Raises `InvalidRequest` or `APIError` for what cannot be answered."""
     service.check_alive()
     service.check_model(body.model)
-    service.fields.check(body.extras, REFUSED)
+    service.fields.check(body.extras, REFUSED_IN_COMPLETIONS)
     params = service.rules.for_completion(body)
     texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
     encoded = iter(await service.encode(texts, body.add_special_tokens is not False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from miniserve.core import UserError
@@ -44,6 +45,8 @@ class ServerConfig:
         for name in ("max_body_bytes", "max_prompts", "stuck_after", "keep_alive"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be a positive number, not {getattr(self, name)}.")
-        for name in ("max_logprobs", "drain_timeout", "log_interval"):
+        if not 0 <= self.drain_timeout < math.inf:
+            raise UserError(f"--drain-timeout must be a number of seconds, 0 or more, not {self.drain_timeout}.")
+        for name in ("max_logprobs", "log_interval"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must be 0 or more, not {getattr(self, name)}.")

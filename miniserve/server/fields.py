@@ -71,6 +71,13 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "include_reasoning": (True,),
 }
 
+REFUSED_IN_COMPLETIONS: dict[str, tuple[object, ...]] = {
+    **REFUSED,
+    "max_completion_tokens": (),
+    "top_logprobs": (0,),
+    "messages": (),
+}
+
 REFUSED_IN_CHAT: dict[str, tuple[object, ...]] = {
     **REFUSED,
     "echo": (False,),
@@ -83,6 +90,10 @@ _REMEDIES = {
     "reasoning_effort": 'use chat_template_kwargs, for example {"enable_thinking": false}, where the template knows it',
     "tool_choice": 'leave it out or send "none"',
     "num_beams": "leave it out or send 1",
+    "max_completion_tokens": "use max_tokens",
+    "top_logprobs": "use logprobs, which is a number here",
+    "messages": "send a prompt, or ask /v1/chat/completions",
+    "prompt": "send messages, or ask /v1/completions",
     "add_special_tokens": "the chat template writes the special tokens itself",
 }
 
@@ -121,7 +132,7 @@ class FieldPolicy:
             if name in refused:
                 if value is not None and not any(_same(value, neutral) for neutral in refused[name]):
                     remedy = _REMEDIES.get(name, "leave it out")
-                    raise InvalidRequest(f"{name} is not supported by this server; {remedy}.", name)
+                    raise InvalidRequest(f"{name} is not supported here; {remedy}.", name)
             elif name not in IGNORED:
                 self._warn(name)
 

@@ -32,6 +32,7 @@ _LATENCY = (
     0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
     1920.0, 7680.0,
 )  # fmt: skip
+_STEP_TOKENS = (1.0, *(2.0**power for power in range(3, 15)))  # 1, 8, 16, … 16384
 _N = (1.0, 2.0, 5.0, 10.0, 20.0)
 _PREEMPTIONS = (0.0, 1.0, 2.0, 5.0, 10.0)
 _LABELS = ("model_name", "engine")
@@ -109,6 +110,11 @@ class ServerMetrics:
         yield self._gauge("vllm:num_requests_waiting", "Requests waiting to be scheduled.", stats.num_waiting)
         yield self._gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", stats.kv_cache_usage)
         names = ("block_size", "num_gpu_blocks", "kv_cache_size_tokens", "enable_prefix_caching")
+        waiting = GaugeMetricFamily(
+            "vllm:num_requests_waiting_by_reason", "Requests waiting, by reason.", labels=(*_LABELS, "reason")
+        )
+        waiting.add_metric((*self._labels, "capacity"), stats.num_waiting)
+        yield waiting
         settings = GaugeMetricFamily("vllm:cache_config_info", "The KV cache.", labels=(*_LABELS, *names))
         values = (info.block_size, info.num_blocks, info.num_blocks * info.block_size, info.enable_prefix_caching)
         settings.add_metric((*self._labels, *map(str, values)), 1.0)
@@ -130,6 +136,10 @@ class ServerMetrics:
             success.add_metric((*self._labels, reason.value), count)
         yield success
         yield from self._roofline()
+        step_tokens = Histogram("vllm:iteration_tokens_total", "Tokens of a step.", _STEP_TOKENS)
+        for size, times in self._engine.step_sizes.items():
+            step_tokens.observe(size, times)
+        yield step_tokens.family(self._labels)
         for value in vars(self).values():
             if isinstance(value, Histogram):
                 yield value.family(self._labels)

@@ -67,7 +67,10 @@ def test_version(arguments: tuple[str, ...]) -> None:
         (("run", "--port", "eight"), "--port"),
         (("run", "--port", "70000"), "--port must be between 0 and 65535, not 70000."),
         (("run", "--dtype", "int3"), "--dtype 'int3' is not known"),
-        (("run", "--kv-layout", "round"), "--kv-layout 'round' is not known; choose one of auto, linear, shuffled."),
+        (
+            ("run", "--kv-layout", "round"),
+            "--kv-layout 'round' is not known; choose one of auto, linear, shuffled",
+        ),
         (("run", "--max-model-len", "8q"), "--max-model-len must be a whole number such as 8192"),
         (("run", "--max_model_len", "8q"), "--max-model-len must be a whole number such as 8192"),
         (("run", "--kv-cache-memory", "much"), "--kv-cache-memory must be a size in bytes such as 512M or 4G"),

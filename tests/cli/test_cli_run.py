@@ -105,6 +105,17 @@ def test_ctrl_c_lets_running_requests_finish() -> None:
     assert "Traceback" not in running.stderr
 
 
+def test_ctrl_c_waits_no_longer_than_drain_timeout() -> None:
+    with cli.Running("run", *FLAGS, "--drain-timeout", "0") as running:
+        url = url_of(running.wait_for("max_tokens"))
+        with stream(url, max_tokens=900, n=16) as pieces:
+            next(pieces)
+            running.signal(signal.SIGINT)
+            rest = list(pieces)
+        assert running.wait() == 0
+    assert rest[-1] == "data: [DONE]" and "The engine was shut down." in rest[-2]
+
+
 def test_a_second_ctrl_c_ends_at_once() -> None:
     with cli.Running("run", *FLAGS) as running:
         url = url_of(running.wait_for("max_tokens"))
@@ -177,6 +188,15 @@ def test_one_answer_with_p_or_from_a_pipe_or_a_file(tmp_path: Path) -> None:
     assert done.stdout.strip() and "Traceback" not in done.stderr
     piped = cli.run("run", *short, text="Tom has 2 apples and buys 3 more. How many has he?\n")
     assert piped.returncode == 0 and piped.stdout.strip()
+
+
+def test_bytes_that_are_no_text_are_one_sentence() -> None:
+    done = cli.run("run", *ENGINE, "-p", "a\udcff")
+    assert done.returncode == 1 and done.stderr == "error: the text is not valid UTF-8\n"
+    code = "import io, sys; sys.stdin = io.TextIOWrapper(io.BytesIO(b'a\\xff'), 'utf-8'); "
+    code += "from miniserve.cli.stdin import read_text; read_text()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "UserError: Standard input is not valid UTF-8" in done.stderr
 
 
 def test_a_silent_pipe_is_no_question() -> None:

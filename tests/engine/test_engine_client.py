@@ -99,6 +99,8 @@ def test_n_sequences_stop_strings_and_logprobs() -> None:
                 assert len(mine[0].prompt_logprobs or ()) == len(prompt)
                 assert all(delta.prompt_logprobs is None for delta in mine[1:])
             await until(lambda: engine.stats.num_running == 0)
+            assert engine.step_sizes.total() == engine.stats.num_steps
+            assert max(engine.step_sizes) == 3 * len(prompt) and min(engine.step_sizes) <= 3
 
     run(body)
 

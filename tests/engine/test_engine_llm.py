@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -107,6 +108,24 @@ def test_chats(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_tokens", 1.5), ("max_tokens", True), ("max_tokens", "3"), ("temperature", None), ("seed", 1.5),
+        ("top_k", 2.5), ("ignore_eos", "yes"), ("stop", [5]), ("stop", None), ("stop_token_ids", 5),
+        ("logit_bias", {"5": 1}), ("logprobs", True),
+    ],
+)  # fmt: skip
+def test_sampling_parameters_of_a_wrong_type_are_named(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{name}: Expected .*, got") as refused:
+        SamplingParams(**{name: value})
+    assert refused.value.param == name
+
+
+def test_one_stop_string_is_not_its_characters() -> None:
+    assert SamplingParams(stop="END").stop == ("END",)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
     ("prompts", "params", "sentence"),
     [
         ([[5], [1] * 200], SamplingParams(), "Prompt 1: This model's maximum context length is 128"),
@@ -116,6 +135,13 @@ def test_chats(llm: LLM) -> None:
         ([[5], [6]], [SamplingParams()], "2 prompts came with 1 sampling_params"),
         ([[5], [6.5]], SamplingParams(), "prompts must be"),
         ([None], SamplingParams(), "prompts must be"),
+        (None, SamplingParams(), "prompts must be"),
+        ((text for text in ["a"]), SamplingParams(), "prompts must be"),
+        ({"prompt": "a"}, SamplingParams(), "prompts must be"),
+        (b"abc", SamplingParams(), "prompts must be"),
+        ([True, False], SamplingParams(), "prompts must be"),
+        ("a", {"max_tokens": 2}, "sampling_params must be"),
+        (["a"], [None], "sampling_params must be"),
     ],
 )
 def test_nothing_runs_where_one_request_is_refused(llm: LLM, prompts: object, params: object, sentence: str) -> None:
@@ -168,6 +194,12 @@ def test_a_broken_device_is_reported_now_and_later() -> None:
 def test_wrong_options_are_refused() -> None:
     with pytest.raises(UserError, match="--dtype"):
         make(dtype="float4")
+    for option, value in (
+        ("max_model_len", "8k"), ("block_size", "16"), ("enable_prefix_caching", "no"), ("max_num_seqs", True),
+        ("seed", 2**64), ("log_level", "loud"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=option.replace("_", ".")):
+            make(**{option: value})
     with pytest.raises(TypeError, match="no_such_option"):
         make(no_such_option=1)
     with pytest.raises(UserError):

@@ -257,6 +257,9 @@ def test_a_refused_token_is_told(hub: FakeHub, tmp_path: Path) -> None:
 def test_no_network(tmp_path: Path) -> None:
     error = find(tmp_path, "http://127.0.0.1:9", "Qwen/Qwen3-0.6B")["error"]
     assert "in the Hugging Face cache" in error and "check the network" in error
+    assert "Did you mean" not in error
+    error = find(tmp_path, "http://127.0.0.1:9", "Qwen/Qwen3-0.66B")["error"]
+    assert "check the network" in error and "Did you mean Qwen/Qwen3-0.6B?" in error
 
 
 def test_offline(hub: FakeHub, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -118,6 +119,7 @@ class FakeEngine:
         self.aborted = 0
         self.num_running = 0
         self.guesses = (0, 0, 0)  # runs, tokens, right ones
+        self.step_sizes = Counter({1: 3, 300: 2})
         self.totals = StepTotals()
         self.recent = StepTotals()
         self.records: list[StepRecord] = []

@@ -13,7 +13,7 @@ import pytest
 from server_fakes import FakeEngine, RunningServer, running_server
 
 from miniserve.server.errors import APIError
-from miniserve.server.fields import REFUSED, REFUSED_IN_CHAT
+from miniserve.server.fields import REFUSED_IN_CHAT, REFUSED_IN_COMPLETIONS
 from miniserve.server.protocol import ChatCompletionRequest, CompletionRequest, TokenizeRequest
 
 COMPLETION: dict[str, Any] = {"prompt": "Once", "max_tokens": 2}
@@ -187,7 +187,9 @@ def other_value(neutral: tuple[object, ...]) -> object:
     return True if neutral == (False,) else False if neutral == (True,) else {"type": "something"}
 
 
-@pytest.mark.parametrize(("path", "table"), [("/v1/completions", REFUSED), ("/v1/chat/completions", REFUSED_IN_CHAT)])
+@pytest.mark.parametrize(
+    ("path", "table"), [("/v1/completions", REFUSED_IN_COMPLETIONS), ("/v1/chat/completions", REFUSED_IN_CHAT)]
+)
 def test_unsupported_fields_are_refused_unless_they_ask_for_nothing(
     web: httpx.Client, path: str, table: dict[str, tuple[object, ...]]
 ) -> None:

@@ -15,6 +15,8 @@ from miniserve.server.metrics import Histogram, ServerMetrics, token_buckets
 DASHBOARD = (  # what vLLM's Grafana board and the Kubernetes gateway read
     "vllm:num_requests_running",
     "vllm:num_requests_waiting",
+    "vllm:num_requests_waiting_by_reason",
+    "vllm:iteration_tokens_total_bucket",
     "vllm:kv_cache_usage_perc",
     "vllm:cache_config_info",
     "vllm:prompt_tokens_total",
@@ -84,6 +86,8 @@ def test_the_invariants(server: RunningServer) -> None:
     assert samples["vllm:request_params_n_sum"] == requests * n
     assert samples["vllm:num_requests_running"] == samples["vllm:kv_cache_usage_perc"] == 0
     assert samples["vllm:prefix_cache_queries_total"] == 7
+    assert samples["vllm:iteration_tokens_total_count"] == 5
+    assert samples["vllm:iteration_tokens_total_sum"] == 3 * 1 + 2 * 300
 
 
 def test_the_names_and_labels_that_dashboards_read(server: RunningServer) -> None:
