@@ -1,14 +1,14 @@
 """Known faults of aiter, by the numbers of the list they were collected in, and what keeps the engine from each.
 
 Those of latent attention (10 … 14, 18, 21, 26) are in test_attention_guards_mla.py, that of experts (17) in
-tests/aiter_contract/test_aiter_moe.py. Slow builds (19) concern no call that attention makes as such: docs/ROCM.md says
-how to build beforehand, and the self-check and the graphs call every kernel before a request does.
+tests/aiter_contract/test_aiter_moe.py.
 """
 
 from __future__ import annotations
 
 import ast
-from dataclasses import replace
+from dataclasses import astuple, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,15 +25,19 @@ from miniserve.attention.backends.build import build_backend, rope_writer
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.rocm_aiter_fa import FlashBackend
 from miniserve.attention.contracts import CONTRACTS
+from miniserve.attention.layouts import LAYOUTS
 from miniserve.attention.metadata import DecodeRows, StepBatch
 from miniserve.attention.platform import NAMED_PLATFORMS, Platform, emulated_platform
 from miniserve.attention.routes import aiter_route
 from miniserve.attention.select import Choice, select
 from miniserve.attention.spec import AttentionSpec
 from miniserve.attention.terms import KernelContract
+from miniserve.bench.check_paths import made_up_layer
 from miniserve.core import UserError
+from miniserve.runner.self_check import checked_backend
 
 BF16, FP16 = torch.bfloat16, torch.float16
+BOTH = ("linear", "shuffled")
 MI300X, MI355X = NAMED_PLATFORMS["mi300x"], NAMED_PLATFORMS["mi355x"]
 SPEC = AttentionSpec(16, 2, 128, 128**-0.5, BF16, BF16)
 PACKAGE = Path(miniserve.__file__).parent
@@ -208,6 +212,26 @@ def test_16_unified_attention_is_kept_from_a_compiler_that_it_crashes() -> None:
         *(replace(MI355X, triton_version=version) for version in ("", "3.6.0", "3.7.0", "3.8.0+amd.rocm7.2")),
     ):
         assert choose(windowed, "auto", "auto", on=other).backend == "ROCM_AITER_UNIFIED_ATTN"
+
+
+@pytest.mark.parametrize("kv_dtype", [BF16, MI300X.fp8_dtype])
+def test_19_every_kernel_is_called_before_a_request_is(kv_dtype: torch.dtype) -> None:
+    """aiter builds a kernel at its first call, for minutes: while the engine starts, as part of the self-check."""
+    spec, device = replace(SPEC, kv_dtype=kv_dtype), torch.device("cpu")
+    for name, layout in (("ROCM_ATTN", "shuffled"), *product(("ROCM_AITER_FA", "ROCM_AITER_UNIFIED_ATTN"), BOTH)):
+        with stand_in("gfx942", 4) as module:
+            platform = emulated_platform("gfx942")
+            choice = choose(spec, name, layout, on=platform)
+            options = BackendOptions(
+                specs=(spec,), routes=choice.routes, platform=platform, device=device, max_rows=16, max_seq_len=512
+            )
+            cache = LAYOUTS[layout](16).allocate(spec, 200, device)
+            checked_backend(choice, 16, options, [made_up_layer(spec, device)], [cache])
+            called = {call.function for call in module._standin.calls}
+            (route,) = choice.routes
+            assert {k for k in astuple(route) if not k.startswith("triton")} <= called
+            if route.decode == "paged_attention_common":
+                assert {"pa_fwd_asm", "paged_attention_rocm"} <= called
 
 
 def test_20_one_module_imports_aiter_and_only_when_asked() -> None:
