@@ -288,8 +288,8 @@ async def _samples(client: httpx.AsyncClient, config: ServeConfig, model: str) -
     ids = range(config.vocab_size) if config.vocab_size is not None else sorted(set(text_ids or ()))
     if not ids:
         raise UserError(
-            f"{config.root}/tokenize does not say which token ids the model has; give --vocab-size, "
-            "or use --prompt-type text."
+            f"{config.root}/tokenize does not say which token ids {model} has; is that the model's name? Where the "
+            "server has no such endpoint, give --vocab-size, or use --prompt-type text."
         )
     return token_samples(count, config.shape, ids, config.seed)
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib.util
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +27,21 @@ InputLen = Annotated[int, typer.Option(help="Prompt length in tokens.")]
 OutputLen = Annotated[int, typer.Option(help="Tokens to generate for each prompt.")]
 RangeRatio = Annotated[float, typer.Option(help="Draw each length from len*(1-r) to len*(1+r); 0 fixes it.")]
 Seed = Annotated[int, typer.Option(help="Seed of prompts, lengths and arrival times.")]
-JsonPath = Annotated[Path | None, typer.Option("--json", help="Write settings, machine and all results here.")]
+
+
+def _writable(path: Path | None) -> Path | None:
+    """Asked before the measurement, all of which a file that cannot be written would cost."""
+    if path is not None and (
+        path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK)
+    ):
+        raise UserError(f"Cannot write {path}; name another file.")
+    return path
+
+
+JsonPath = Annotated[
+    Path | None, typer.Option("--json", help="Write settings, machine and all results here.", callback=_writable)
+]
+PlotPath = Annotated[Path | None, typer.Option("--plot", help="Write a PNG of the figures here.", callback=_writable)]
 
 
 @app.command()
@@ -49,7 +64,7 @@ def serve(
     timeout: Annotated[float, typer.Option(help="Longest silence of the server, in seconds.")] = 600.0,
     seed: Seed = 0,
     json: JsonPath = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a PNG of the distributions here.")] = None,
+    plot: PlotPath = None,
 ) -> None:
     """Load any OpenAI-compatible server with random prompts; measure TTFT, TPOT, ITL and throughput as clients see it.
 
@@ -125,7 +140,7 @@ def sweep(
     rounds: Annotated[int, typer.Option(help="Requests that each of the concurrent clients sends in turn.")] = 2,
     timeout: Annotated[float, typer.Option(help="Longest silence of the server, in seconds.")] = 600.0,
     json: JsonPath = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a PNG of throughput and TPOT here.")] = None,
+    plot: PlotPath = None,
 ) -> None:
     """Throughput and TPOT over lengths × concurrency × KV layout; with --kv-layout auto each that the model can have.
 

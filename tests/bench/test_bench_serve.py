@@ -182,6 +182,13 @@ def test_command_writes_json_and_picture(tmp_path: Path) -> None:
     assert len(picture) > 10_000
 
 
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_file_that_cannot_be_written_is_told_before_measuring(option: str, tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere" / "x"):
+        result = CliRunner().invoke(app, ["serve", "--url", "http://127.0.0.1:9", option, str(path)])
+        assert isinstance(result.exception, UserError) and "Cannot write" in str(result.exception)
+
+
 def test_command_exits_1_when_a_request_failed() -> None:
     with Stub(fail=lambda n: "500" if n == 3 else None).running() as url:
         result = CliRunner().invoke(app, bench_command(url))
