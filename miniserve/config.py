@@ -26,8 +26,8 @@ class EngineConfig:
 
     model: local directory, hub id or None for the built-in model. Sizes are tokens unless the name says otherwise;
     kv_cache_memory is in bytes. max_itl_ratio: how many times as long as without prefill beside it a step that
-    decodes may take, 0: any number. speculative: "ngram:K", or None for no speculation. Raises `UserError` for a value
-    out of range.
+    decodes may take, 0: any number. speculative: "ngram:K", or None for no speculation. aiter: whether to use it where
+    it is installed. Raises `UserError` for a value out of range.
     """
 
     model: str | None = None
@@ -49,6 +49,7 @@ class EngineConfig:
     async_scheduling: bool | None = None
     speculative: str | None = None
     enforce_eager: bool = False
+    aiter: bool = True
     self_check: bool = True
     generation_config: Literal["auto", "none"] = "auto"
     seed: int = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -43,6 +43,12 @@ class Platform:
         """What the hardware calls fp8 e4m3: gfx942 (and its siblings 940, 941) have a format of their own, whose codes
         mean half of what the common format's mean."""
         return torch.float8_e4m3fnuz if self.arch.startswith("gfx94") else torch.float8_e4m3fn
+
+    def without_aiter(self) -> Platform:
+        """The same, for who does not want aiter where it is."""
+        if self.aiter_version is None:
+            return self
+        return replace(self, aiter_version=None, aiter_unavailable="aiter is turned off (--no-aiter)")
 
     def order(self, layouts: tuple[str, ...]) -> tuple[str, ...]:
         """A contract's layouts in the order to try them here."""

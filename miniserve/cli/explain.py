@@ -38,6 +38,9 @@ def explain(
     attention_backend: Annotated[
         str, typer.Option("--attention-backend", help="auto, or the name of one.")
     ] = _ENGINE.attention_backend,
+    aiter: Annotated[
+        bool, typer.Option("--aiter/--no-aiter", help="Use AMD's aiter where it is installed.")
+    ] = _ENGINE.aiter,
     block_size: Annotated[int, typer.Option("--block-size", help="Tokens in one KV block.")] = _ENGINE.block_size,
     dtype: Annotated[
         str, typer.Option("--dtype", help="auto (the model's own), bfloat16, float16 or float32.")
@@ -77,6 +80,7 @@ def explain(
         kv_layout=kv_layout,
         kv_cache_dtype=kv_cache_dtype,
         attention_backend=attention_backend,
+        aiter=aiter,
         dtype=dtype,
         block_size=block_size,
         max_model_len=max_model_len,

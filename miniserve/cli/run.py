@@ -167,6 +167,9 @@ def run(
     enforce_eager: Annotated[
         bool, _switch("--enforce-eager", help="Launch every kernel of a decode step from Python, without graphs.")
     ] = False,
+    aiter: Annotated[
+        bool, _switch("--aiter/--no-aiter", help="Use AMD's aiter where it is installed.", show_default="on")
+    ] = _ENGINE.aiter,
     self_check: Annotated[
         bool,
         _switch(
@@ -206,6 +209,7 @@ def run(
         async_scheduling=async_scheduling,
         speculative=speculative,
         enforce_eager=enforce_eager,
+        aiter=aiter,
         self_check=self_check,
         generation_config=generation_config,  # type: ignore[arg-type]  # EngineConfig checks it
         seed=seed,

@@ -63,6 +63,7 @@ def build_runner(
     if device.type == "cpu":
         torch.set_num_threads(_num_threads(weights))
     platform = find_platform(config.device, device, dtype)
+    platform = platform if config.aiter else platform.without_aiter()
     experts = find_experts(platform, dtype)
     kernels = native.load() if device.type == "cpu" and native.unavailable_reason() is None else None
     model = build_model(

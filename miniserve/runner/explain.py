@@ -100,6 +100,7 @@ class Wishes:
     kv_layout: str = "auto"
     kv_cache_dtype: str = "auto"
     attention_backend: str = "auto"
+    aiter: bool = True
     dtype: str = "auto"
     block_size: int = 16
     max_model_len: int | None = None
@@ -112,6 +113,7 @@ def explain(name: str, outline: Outline, wishes: Wishes, tuning: FilePath | None
     every reason."""
     dtype = outline.dtype if wishes.dtype == "auto" else getattr(torch, wishes.dtype)
     platform, memory = _hardware(wishes.device, dtype)
+    platform = platform if wishes.aiter else platform.without_aiter()
     kv_dtype = dtype if wishes.kv_cache_dtype == "auto" else getattr(torch, wishes.kv_cache_dtype, platform.fp8_dtype)
     layers = [None if spec is None else _part(spec, wishes.tp, dtype, kv_dtype) for spec in outline.layers]
     specs = [spec for spec in layers if spec is not None]

@@ -94,6 +94,14 @@ def test_every_path_verifies_guesses(backend: str, layout: str, reference: list[
     assert decodes == DECODE.get((backend, layout), set())
 
 
+def test_without_aiter_none_of_it_is_called(reference: list[str]) -> None:
+    with stand_in("gfx942", CU_NUM) as module:
+        calls = module._standin.calls
+        texts = generate(6, calls, device="gfx942", aiter=False)
+        assert not calls
+    assert sum(text == expected for text, expected in zip(texts, reference[:6], strict=True)) >= 5
+
+
 def test_the_table_of_paths_is_whole() -> None:
     assert set(DECODE) | set(product(["TRITON_ATTN"], ["linear", "shuffled"])) == {path[:2] for path in PATHS}
 

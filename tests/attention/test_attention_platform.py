@@ -102,6 +102,12 @@ def test_named_platforms_need_no_device() -> None:
     assert all(platform.aiter_version for platform in NAMED_PLATFORMS.values() if platform.arch.startswith("gfx"))
 
 
+def test_aiter_that_is_not_wanted_is_as_good_as_none_but_says_so() -> None:
+    assert NAMED_PLATFORMS["mi300x"].without_aiter().aiter_version is None
+    assert "--no-aiter" in str(NAMED_PLATFORMS["mi300x"].without_aiter().aiter_unavailable)
+    assert NAMED_PLATFORMS["h100"].without_aiter() == NAMED_PLATFORMS["h100"]
+
+
 def test_this_machine_is_a_cpu_where_a_cpu_is_asked_for() -> None:
     platform = detect_platform(torch.device("cpu"), torch.float32)
     assert (platform.arch, platform.fastest_layout, platform.emulated) == ("cpu", None, False)

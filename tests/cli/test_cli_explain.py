@@ -108,6 +108,7 @@ def test_a_tuning_table_decides_and_is_named(tmp_path: Path) -> None:
         ({"device": "mi9"}, "--device 'mi9' is not known; choose one of auto, mi300x"),
         ({"attention_backend": "CPU_ATTN", "device": "mi300x"}, "it runs on cpu, not on gfx942"),
         ({"kv_layout": "round"}, "--kv-layout 'round' is not known"),
+        ({"attention_backend": "ROCM_ATTN", "device": "mi300x", "aiter": False}, "aiter is turned off (--no-aiter)"),
     ],
 )
 def test_what_cannot_be_had_is_a_sentence(flags: dict[str, Any], said: str, tmp_path: Path) -> None:
