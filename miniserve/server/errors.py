@@ -110,6 +110,7 @@ def install(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         if error.status_code == 404:
             return APIError(404, f"There is nothing at {request.method} {request.url.path}.").response()
+        # FastAPI's own sentence does not say what is wrong with the body.
         if error.status_code == 400 and isinstance(error.__cause__, UnicodeDecodeError | RecursionError):
             return APIError(400, f"The request body is not valid JSON: {error.__cause__}.").response()
         return APIError(error.status_code, str(error.detail), headers=error.headers).response()

@@ -67,6 +67,7 @@ def test_a_body_that_is_no_json_object_is_a_400(
     error = error_of(web.post(path, content=content, headers={"content-type": content_type}), 400)
     assert error["type"] == "BadRequestError"
     assert error["param"] is None
+    assert "JSON" in error["message"]
 
 
 @pytest.mark.parametrize(
