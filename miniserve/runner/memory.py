@@ -45,7 +45,7 @@ def check_weights_fit(weights: int, available: int, device: torch.device) -> Non
     if weights > available:
         gpu = "end other programs on the GPU, raise --gpu-memory-utilization, or " if device.type == "cuda" else ""
         raise UserError(
-            f"The model's weights need {gib(weights)} and {device.type} has {gib(max(available, 0))} available; "
+            f"The model's weights need {size(weights)} and {device.type} has {size(max(available, 0))} available; "
             f"{gpu}choose a smaller model or a smaller --dtype."
         )
 
@@ -70,8 +70,8 @@ def plan_memory(
         budget = config.kv_cache_memory
         if budget > available - activations:
             raise UserError(
-                f"--kv-cache-memory {gib(budget)} does not fit: {gib(max(available - activations, 0))} are left beside "
-                "weights and activations; lower it."
+                f"--kv-cache-memory {size(budget)} does not fit: {size(max(available - activations, 0))} are left "
+                "beside weights and activations; lower it."
             )
     else:
         budget = available - activations
@@ -81,8 +81,8 @@ def plan_memory(
     needed = blocks_for(config.max_model_len or 1, config.block_size)
     if num_blocks < needed:
         raise UserError(
-            f"The KV cache of one sequence of {config.max_model_len or 1} tokens needs {gib(needed * block_bytes)} and "
-            f"{gib(max(budget, 0))} are available; lower --max-model-len or give it more with --kv-cache-memory"
+            f"The KV cache of one sequence of {config.max_model_len or 1} tokens needs {size(needed * block_bytes)} "
+            f"and {size(max(budget, 0))} are available; lower --max-model-len or give it more with --kv-cache-memory"
             f"{' or --gpu-memory-utilization' if device.type == 'cuda' else ''}."
         )
     max_model_len = min(wanted_len, num_blocks * config.block_size)
@@ -93,5 +93,5 @@ def blocks_for(num_tokens: int, block_size: int) -> int:
     return -(-num_tokens // block_size)
 
 
-def gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
+def size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 10 << 20 else f"{num_bytes / 2**20:.2f} MiB"
