@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -142,14 +143,42 @@ FLASH_FP8 = "--device gfx950 --attention-backend ROCM_AITER_FA --kv-layout shuff
 def test_over_http_in_a_process_of_its_own(
     command: str, calls: set[tuple[str, str]], no_calls: str, told: list[str], tmp_path: Path
 ) -> None:
-    log, count = tmp_path / "calls", 12
+    arch = "gfx942" if "gfx942" in command else "gfx950"
+    called, output = serve_problems(f"{command} --no-self-check", arch, 12, tmp_path)
+    assert calls <= called
+    assert not [call for call in called if no_calls in call[0]]
+    assert all(line in output for line in told)
+
+
+@pytest.mark.skipif("ALL_PATHS" not in os.environ, reason="takes ten minutes; set ALL_PATHS=1")
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
+@pytest.mark.parametrize(
+    ("model", "backend", "layout", "count"),
+    [
+        *(("", *path) for path in PATHS),
+        *((str(DEEPSEEK), name, "latent", 6) for name in ("ROCM_AITER_MLA", "TRITON_MLA")),
+    ],
+)
+def test_every_path_over_http(
+    model: str, backend: str, layout: str, count: int, arch: str, kv_cache_dtype: str, tmp_path: Path
+) -> None:
+    command = f"serve {model} --device {arch} --attention-backend {backend} --kv-layout {layout}"
+    called, output = serve_problems(f"{command} --kv-cache-dtype {kv_cache_dtype}", arch, count, tmp_path)
+    assert f"{backend} over the {layout} KV layout" in output
+    assert {tuple(call.split(" ")) for call in DECODE.get((backend, layout), ())} <= called
+
+
+def serve_problems(command: str, arch: str, count: int, tmp_path: Path) -> tuple[set[tuple[str, ...]], str]:
+    """Start the command's server on the stand-in, ask it `count` problems at once, and check its answers. Returns what
+    was called of aiter, and what the server said."""
+    log, output = tmp_path / "calls", tmp_path / "output"
     prompts, asked = prompts_of(count)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    arguments = [*command.split(), "--port", str(port), "--max-num-batched-tokens", "512", "--no-self-check"]
-    arch = "gfx942" if "gfx942" in command else "gfx950"
-    output = tmp_path / "output"
+    arguments = [*command.split(), "--port", str(port), "--max-num-batched-tokens", "512"]
+    log.touch()
     with output.open("wb") as stream:
         process = subprocess.Popen(
             [sys.executable, "-m", "miniserve", *arguments],
@@ -165,10 +194,7 @@ def test_over_http_in_a_process_of_its_own(
         process.terminate()
         process.wait(timeout=30)
     assert score(texts, asked) >= 0.95
-    called = set(read_calls(log))
-    assert calls <= called
-    assert not [call for call in called if no_calls in call[0]]
-    assert all(line in output.read_text() for line in told)
+    return set(read_calls(log)), output.read_text()
 
 
 def wait_until_ready(port: int, process: subprocess.Popen[bytes], output: Path) -> None:
