@@ -150,7 +150,7 @@ def test_over_http_in_a_process_of_its_own(
     assert all(line in output for line in told)
 
 
-@pytest.mark.skipif("ALL_PATHS" not in os.environ, reason="takes ten minutes; set ALL_PATHS=1")
+@pytest.mark.skipif("ALL_PATHS" not in os.environ, reason="takes minutes; set ALL_PATHS=1")
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
 @pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
 @pytest.mark.parametrize(
