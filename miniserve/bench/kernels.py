@@ -31,7 +31,11 @@ BLOCK_SIZE, HEAD_DIM = 16, 128
 POOL_BYTES = 4 << 30
 COLD_BYTES = 400 << 20  # what the layers of a graph hold together at least
 HEADS = ((32, 8), (64, 4), (16, 8))
-DECODE = ((1, 1024), (1, 8192), (1, 32768), (1, 131072), (8, 4096), (32, 4096), (64, 4096), (128, 2048), (256, 1088))
+DECODE = (
+    *((batch, 1024) for batch in (1, 4, 8, 16, 32, 64, 128)),
+    *((1, context) for context in (8192, 32768, 131072)),
+    *((8, 4096), (16, 8192), (32, 4096), (64, 4096), (128, 2048), (256, 1088)),
+)
 
 
 @dataclass(frozen=True, slots=True)

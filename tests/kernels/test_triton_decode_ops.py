@@ -96,6 +96,17 @@ def test_every_cut_fits_the_shared_memory(m: int, shared_bytes: int) -> None:
             assert m == 1 or rows * tile.block_k * 2 * tile.num_stages <= shared_bytes or tile.num_stages == 1
 
 
+@pytest.mark.parametrize(("hidden", "middle"), [(2200, 16), (16, 1100)])
+def test_the_experts_of_one_token_in_several_rounds(hidden: int, middle: int) -> None:
+    """Longer rows than a program reads at a time."""
+    x, weights, ids = normal(0, 1, hidden), normal(1, 1, 2).abs(), integers([3, 1], torch.int32)[None]
+    w1, w2 = normal(2, 4, 2 * middle, hidden) * 0.1, normal(3, 4, hidden, middle) * 0.1
+    want = torch.zeros_like(x)
+    for weight, expert in zip(weights[0], (3, 1), strict=True):
+        want += weight * (ops.silu_and_mul(x @ w1[expert].T) @ w2[expert].T)
+    assert relative_error(moe_token.token_experts(x, w1, w2, weights, ids), want) < 1e-4
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 @pytest.mark.parametrize("swap", [False, True])
 def test_routed_experts(tokens: int, swap: bool) -> None:

@@ -57,13 +57,21 @@ def test_from_logits(
 
 
 @cases
-@pytest.mark.parametrize("tokens", [1, 16, 37])
+@pytest.mark.parametrize(("tokens", "hidden"), [(1, 300), (16, 300), (37, 300), (37, 2112)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=on_gpu)])
 def test_from_hidden_states(
-    scoring: str, groups: int, top_groups: int, bias: bool, experts: int, k: int, tokens: int, dtype: torch.dtype
+    scoring: str,
+    groups: int,
+    top_groups: int,
+    bias: bool,
+    experts: int,
+    k: int,
+    tokens: int,
+    hidden: int,
+    dtype: torch.dtype,
 ) -> None:
     config, correction, choice = setting(scoring, groups, top_groups, bias, experts, k, True)
-    x, weight, workspace = normal(0, tokens, 300, dtype=dtype), normal(1, experts, 300) / 17, Workspace(DEVICE)
+    x, weight, workspace = normal(0, tokens, hidden, dtype=dtype), normal(1, experts, hidden) / 17, Workspace(DEVICE)
     want = routing.route(x.double() @ weight.double().T, config, correction)
     for _ in range(2):  # the second finds the counters as the first left them
         got = triton_routing.route(x, weight, correction, workspace=workspace, **choice)
