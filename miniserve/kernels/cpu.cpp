@@ -5,13 +5,22 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <omp.h>
 #include <type_traits>
+#include <utility>
 #include <vector>
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
 namespace {
+
+// f() on every thread of a team, which shares the loops in it: the team that is at work already (a replay's), or a new one.
+template <class F> void team(int threads, F f) {
+    if (omp_in_parallel()) return f();
+#pragma omp parallel num_threads(threads)
+    f();
+}
 
 // --- storage types --------------------------------------------------------------------------------------------------
 
@@ -172,18 +181,19 @@ void linear_panels(const bf16* w, const bf16* x, const bf16* bias, bf16* out, in
 
 template <int NT, int MT>
 void linear_packed(const bf16* w, const bf16* x, const bf16* bias, bf16* out, int64_t m, int64_t n, int64_t k, int64_t x_stride, int threads) {
-    const int64_t groups = n / (NT * PANEL), width = NT * PANEL;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t g = 0; g < groups; g++)
-        for (int64_t i = 0; i < m; i += MT)
-            linear_panels<NT, MT>(w + g * width * k, x + i * x_stride, bias ? bias + g * width : nullptr, out + i * n + g * width,
-                                  m - i < MT ? m - i : MT, k, x_stride, n);
-    const int64_t done = groups * width;
-    if (done < n) {
-        for (int64_t p = done; p < n; p += PANEL)
-            for (int64_t i = 0; i < m; i += MT)
-                linear_panels<1, MT>(w + p * k, x + i * x_stride, bias ? bias + p : nullptr, out + i * n + p, m - i < MT ? m - i : MT, k, x_stride, n);
-    }
+    const int64_t groups = n / (NT * PANEL), width = NT * PANEL, rest = n / PANEL - groups * NT;
+    team(threads, [=] {
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < groups + rest; t++) {
+            const int64_t p = t < groups ? t * width : groups * width + (t - groups) * PANEL;
+            for (int64_t i = 0; i < m; i += MT) {
+                const bf16* b = bias ? bias + p : nullptr;
+                const int64_t rows = m - i < MT ? m - i : MT;
+                if (t < groups) linear_panels<NT, MT>(w + p * k, x + i * x_stride, b, out + i * n + p, rows, k, x_stride, n);
+                else linear_panels<1, MT>(w + p * k, x + i * x_stride, b, out + i * n + p, rows, k, x_stride, n);
+            }
+        }
+    });
 }
 #endif
 
@@ -198,29 +208,33 @@ template <class T> inline void rms_norm_row(const T* x, const T* weight, T* out,
 }
 
 template <class T> void add_rms_norm(const T* x, T* residual, const T* weight, T* out, int64_t rows, int64_t dim, float eps, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows * dim > 32768)
-    for (int64_t r = 0; r < rows; r++) {
-        const T* xr = x + r * dim;
-        if (residual) {
-            T* rr = residual + r * dim;
-            for_lanes(dim, [&](int64_t i, auto get, auto put) { put(rr + i, get(rr + i) + get(xr + i)); });
-            xr = rr;
+    team(rows * dim > 32768 ? threads : 1, [=] {
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++) {
+            const T* xr = x + r * dim;
+            if (residual) {
+                T* rr = residual + r * dim;
+                for_lanes(dim, [&](int64_t i, auto get, auto put) { put(rr + i, get(rr + i) + get(xr + i)); });
+                xr = rr;
+            }
+            rms_norm_row(xr, weight, out + r * dim, dim, eps);
         }
-        rms_norm_row(xr, weight, out + r * dim, dim, eps);
-    }
+    });
 }
 
 template <class T> void silu_and_mul(const T* gate_up, T* out, int64_t rows, int64_t dim, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows * dim > 32768)
-    for (int64_t r = 0; r < rows; r++) {
-        const T *gate = gate_up + r * 2 * dim, *up = gate + dim;
-        T* o = out + r * dim;
-        for_lanes(dim, [&](int64_t i, auto get, auto put) {
-            const vec g = get(gate + i), e = exp_neg(g < 0.0f ? g : -g);
-            const vec sigmoid = (g < 0.0f ? e : vec{} + 1.0f) / (1.0f + e);
-            put(o + i, rounded<T>(g * sigmoid) * get(up + i));
-        });
-    }
+    team(rows * dim > 32768 ? threads : 1, [=] {
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++) {
+            const T *gate = gate_up + r * 2 * dim, *up = gate + dim;
+            T* o = out + r * dim;
+            for_lanes(dim, [&](int64_t i, auto get, auto put) {
+                const vec g = get(gate + i), e = exp_neg(g < 0.0f ? g : -g);
+                const vec sigmoid = (g < 0.0f ? e : vec{} + 1.0f) / (1.0f + e);
+                put(o + i, rounded<T>(g * sigmoid) * get(up + i));
+            });
+        }
+    });
 }
 
 // In place on q and k of a fused qkv row: norm each head (where a weight is given), then rotate its two halves against each
@@ -229,20 +243,21 @@ template <class T>
 void qk_norm_rope(T* qkv, const T* q_weight, const T* k_weight, const float* cos_sin, int64_t tokens, int64_t heads, int64_t kv_heads,
                   int64_t head_dim, float eps, int64_t row_stride, int threads) {
     const int64_t half = head_dim / 2;
-#pragma omp parallel for num_threads(threads) schedule(static) if (tokens * (heads + kv_heads) * head_dim > 16384)
-    for (int64_t t = 0; t < tokens; t++) {
-        const float *cos = cos_sin + t * head_dim, *sin = cos + half;
-        for (int64_t h = 0; h < heads + kv_heads; h++) {
-            T* x = qkv + t * row_stride + h * head_dim;
-            const T* weight = h < heads ? q_weight : k_weight;
-            if (weight) rms_norm_row(x, weight, x, head_dim, eps);
-            for_lanes(half, [&](int64_t i, auto get, auto put) {
-                const vec a = get(x + i), b = get(x + half + i), c = get(cos + i), s = get(sin + i);
-                put(x + i, a * c - b * s);
-                put(x + half + i, b * c + a * s);
-            });
-        }
-    }
+    team(tokens * (heads + kv_heads) * head_dim > 16384 ? threads : 1, [=] {
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t t = 0; t < tokens; t++)
+            for (int64_t h = 0; h < heads + kv_heads; h++) {
+                const float *cos = cos_sin + t * head_dim, *sin = cos + half;
+                T* x = qkv + t * row_stride + h * head_dim;
+                const T* weight = h < heads ? q_weight : k_weight;
+                if (weight) rms_norm_row(x, weight, x, head_dim, eps);
+                for_lanes(half, [&](int64_t i, auto get, auto put) {
+                    const vec a = get(x + i), b = get(x + half + i), c = get(cos + i), s = get(sin + i);
+                    put(x + i, a * c - b * s);
+                    put(x + half + i, b * c + a * s);
+                });
+            }
+    });
 }
 
 // --- the paged KV cache ---------------------------------------------------------------------------------------------
@@ -304,11 +319,15 @@ template <class T, bool SHUFFLED> struct Cache {
 template <class T, bool SHUFFLED>
 void write_kv(const Cache<T, SHUFFLED>& cache, const T* k, const T* v, int64_t k_stride, int64_t v_stride, T* key, T* value, const int64_t* slots,
               int64_t tokens) {
-    for (int64_t t = 0; t < tokens; t++)
-        for (int64_t h = 0; h < cache.kv_heads; h++) {
-            cache.write_key(key, slots[t], h, k + t * k_stride + h * cache.head_dim);
-            cache.write_value(value, slots[t], h, v + t * v_stride + h * cache.head_dim);
-        }
+    team(1, [=] {
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t t = 0; t < tokens; t++)
+            for (int64_t h = 0; h < cache.kv_heads; h++) {
+                if (slots[t] < 0) continue;
+                cache.write_key(key, slots[t], h, k + t * k_stride + h * cache.head_dim);
+                cache.write_value(value, slots[t], h, v + t * v_stride + h * cache.head_dim);
+            }
+    });
 }
 
 #if defined(__AVX512BF16__)
@@ -500,17 +519,39 @@ template <class T, bool SHUFFLED> struct PagedDecode {
         int64_t groups = (2 * threads + s.rows - 1) / s.rows;
         groups = groups < cache.kv_heads ? groups : cache.kv_heads;
         if (s.rows >= 2 * threads || threads == 1) groups = 1;
-#pragma omp parallel num_threads(threads)
-        {
+        team(threads, [&] {
             std::vector<float> scratch(scratch_floats(), 0.0f);
 #pragma omp for schedule(dynamic)
             for (int64_t task = 0; task < s.rows * groups; task++) {
                 const int64_t group = task % groups;
                 row_heads(task / groups, group * cache.kv_heads / groups, (group + 1) * cache.kv_heads / groups, scratch.data());
             }
-        }
+        });
     }
 };
+
+// --- replay -----------------------------------------------------------------------------------------------------------
+
+// A recorded call as 64-bit words: its op, then its arguments, floats as doubles.
+using Op = const int64_t* (*)(const int64_t* arguments);  // returns the words behind its own
+
+template <class A> A argument(int64_t word) {
+    if constexpr (std::is_floating_point_v<A>) {
+        double real;
+        std::memcpy(&real, &word, 8);
+        return A(real);
+    } else {
+        return (A)word;
+    }
+}
+
+template <class... A, size_t... I> const int64_t* call(void (*kernel)(A...), const int64_t* words, std::index_sequence<I...>) {
+    kernel(argument<A>(words[I])...);
+    return words + sizeof...(A);
+}
+template <class... A> const int64_t* call(void (*kernel)(A...), const int64_t* words) { return call(kernel, words, std::index_sequence_for<A...>{}); }
+
+template <auto KERNEL> const int64_t* op(const int64_t* words) { return call(KERNEL, words); }
 
 // Calls `f` with a null pointer of the storage type: 0 float32, 1 bfloat16, 2 float16.
 template <class F> void with_type(int dtype, F f) {
@@ -590,6 +631,37 @@ void ms_paged_decode(int dtype, int shuffled, const void* q, const void* key, co
         using T = std::remove_pointer_t<decltype(t)>;
         if (shuffled) PagedDecode<T, true>{{kv_heads, head_dim, block_size}, s, (const T*)q, (const T*)key, (const T*)value, tables, seq_lens, sinks, (T*)out}.run(threads);
         else PagedDecode<T, false>{{kv_heads, head_dim, block_size}, s, (const T*)q, (const T*)key, (const T*)value, tables, seq_lens, sinks, (T*)out}.run(threads);
+    });
+}
+
+void ms_gather_rows(const void* table, const int64_t* ids, void* out, int64_t rows, int64_t row_bytes, int threads) {
+    team(rows * row_bytes > 65536 ? threads : 1, [=] {
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++) std::memcpy((char*)out + r * row_bytes, (const char*)table + ids[r] * row_bytes, row_bytes);
+    });
+}
+
+// The op of a kernel by its name, null for what cannot be recorded.
+Op ms_find_op(const char* name) {
+    static const struct {
+        const char* name;
+        Op op;
+    } OPS[] = {
+#if defined(__AVX512BF16__)
+        {"ms_linear", op<ms_linear>},
+#endif
+        {"ms_add_rms_norm", op<ms_add_rms_norm>}, {"ms_silu_and_mul", op<ms_silu_and_mul>}, {"ms_qk_norm_rope", op<ms_qk_norm_rope>},
+        {"ms_write_kv", op<ms_write_kv>}, {"ms_paged_decode", op<ms_paged_decode>}, {"ms_gather_rows", op<ms_gather_rows>},
+    };
+    for (const auto& known : OPS)
+        if (!std::strcmp(known.name, name)) return known.op;
+    return nullptr;
+}
+
+// One team for all calls: threads meet where a kernel's loop ends instead of being woken for each.
+void ms_replay(const int64_t* words, int64_t count, int threads) {
+    team(threads, [=] {
+        for (const int64_t* word = words; word < words + count;) word = ((Op)*word)(word + 1);
     });
 }
 }

@@ -7,14 +7,18 @@ PyTorch alone, slower; `load()` says why.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
@@ -30,6 +34,23 @@ _FLAGS = (
 )
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PANEL = 16  # output rows of a packed panel, as in cpu.cpp
+Call = tuple[str, tuple[int | float | None, ...]]  # a C function's name and its arguments
+_POINTER, _INT, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+# Of the kernels, which return nothing.
+_SIGNATURES: dict[str, list[type]] = {
+    "ms_add_rms_norm": [_INT, *[_POINTER] * 4, _SIZE, _SIZE, _FLOAT, _INT],
+    "ms_silu_and_mul": [_INT, _POINTER, _POINTER, _SIZE, _SIZE, _INT],
+    "ms_qk_norm_rope": [_INT, *[_POINTER] * 4, *[_SIZE] * 4, _FLOAT, _SIZE, _INT],
+    "ms_write_kv": [_INT, _INT, _POINTER, _POINTER, _SIZE, _SIZE, *[_POINTER] * 3, *[_SIZE] * 4],
+    "ms_paged_decode": [_INT, _INT, *[_POINTER] * 7, *[_SIZE] * 8, _FLOAT, _FLOAT, _INT],
+    "ms_gather_rows": [*[_POINTER] * 3, _SIZE, _SIZE, _INT],
+    "ms_pack_linear": [_POINTER, _POINTER, _SIZE, _SIZE, _INT],
+    "ms_linear": [*[_POINTER] * 4, *[_SIZE] * 4, _INT],
+}
+
+
+# Whoever makes the calls: a model and its attention need not share an object.
+_recorded: ContextVar[list[Call] | None] = ContextVar("recorded", default=None)
 
 
 class Unavailable(Exception):
@@ -46,6 +67,27 @@ class NativeKernels:
         self._threads = num_threads
         self.has_bf16_dot = bool(library.ms_has_bf16_dot())
 
+    def encode(self, calls: Sequence[Call]) -> tuple[list[int], list[tuple[int, int]]]:
+        """The 64-bit words that `replay` takes; and of each pointer in them its place there and its call's number."""
+        words: list[int] = []
+        pointers: list[tuple[int, int]] = []
+        for number, (name, arguments) in enumerate(calls):
+            words.append(self._lib.ms_find_op(name.encode()))
+            for kind, argument in zip(_SIGNATURES[name], arguments, strict=True):
+                if kind is _POINTER and argument is not None:
+                    pointers.append((len(words), number))
+                words += struct.unpack("q", struct.pack("d", argument)) if kind is _FLOAT else (argument or 0,)
+        return words, pointers
+
+    def replay(self, words: torch.Tensor) -> None:
+        """Make the calls in `words`, int64, one after the other."""
+        self._lib.ms_replay(words.data_ptr(), len(words), self._threads)
+
+    def _call(self, name: str, *arguments: int | float | None) -> None:
+        if (calls := _recorded.get()) is not None:
+            calls.append((name, arguments))
+        getattr(self._lib, name)(*arguments)
+
     def can_pack(self, dtype: torch.dtype, in_features: int, out_features: int) -> bool:
         """Whether `linear` takes a weight [out_features, in_features] of this dtype on this processor."""
         return self.has_bf16_dot and dtype == torch.bfloat16 and out_features % _PANEL == 0 and in_features % 2 == 0
@@ -53,7 +95,7 @@ class NativeKernels:
     def pack_linear(self, weight: torch.Tensor) -> torch.Tensor:
         """A contiguous weight [n, k] -> the same bytes as panels of 16 rows, which `linear` reads."""
         packed = torch.empty_like(weight)
-        self._lib.ms_pack_linear(weight.data_ptr(), packed.data_ptr(), *weight.shape, self._threads)
+        self._call("ms_pack_linear", weight.data_ptr(), packed.data_ptr(), *weight.shape, self._threads)
         return packed
 
     def linear(self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -61,30 +103,37 @@ class NativeKernels:
         m, (n, k) = x.shape[0], packed.shape
         out = x.new_empty((m, n))
         pointers = (packed.data_ptr(), x.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr())
-        self._lib.ms_linear(*pointers, m, n, k, x.stride(0), self._threads)
+        self._call("ms_linear", *pointers, m, n, k, x.stride(0), self._threads)
+        return out
+
+    def gather_rows(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """Rows of a contiguous table [n, dim] of any dtype, at ids int64 [rows] -> [rows, dim]."""
+        out = table.new_empty((ids.shape[0], table.shape[1]))
+        row_bytes = table.shape[1] * table.itemsize
+        self._call("ms_gather_rows", _p(table), _p(ids), _p(out), ids.shape[0], row_bytes, self._threads)
         return out
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Root-mean-square norm of the rows of a contiguous x [rows, dim]."""
         out = torch.empty_like(x)
         rows, dim = x.shape
-        self._lib.ms_add_rms_norm(_DTYPES[x.dtype], _p(x), None, _p(weight), _p(out), rows, dim, eps, self._threads)
+        dtype = _DTYPES[x.dtype]
+        self._call("ms_add_rms_norm", dtype, _p(x), None, _p(weight), _p(out), rows, dim, eps, self._threads)
         return out
 
     def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """residual += x, in place; returns the norm of the sum. x, residual [rows, dim], contiguous."""
         out = torch.empty_like(x)
         rows, dim = x.shape
-        self._lib.ms_add_rms_norm(
-            _DTYPES[x.dtype], _p(x), _p(residual), _p(weight), _p(out), rows, dim, eps, self._threads
-        )
+        pointers = (_p(x), _p(residual), _p(weight), _p(out))
+        self._call("ms_add_rms_norm", _DTYPES[x.dtype], *pointers, rows, dim, eps, self._threads)
         return out
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up of a contiguous [rows, 2 * dim] -> [rows, dim]."""
         rows, dim = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty((rows, dim))
-        self._lib.ms_silu_and_mul(_DTYPES[gate_up.dtype], _p(gate_up), _p(out), rows, dim, self._threads)
+        self._call("ms_silu_and_mul", _DTYPES[gate_up.dtype], _p(gate_up), _p(out), rows, dim, self._threads)
         return out
 
     def qk_norm_rope(
@@ -103,7 +152,8 @@ class NativeKernels:
         qkv [tokens, (num_heads + 2 * num_kv_heads) * head_dim]; cos_sin float32 [tokens, head_dim], contiguous: the
         cosines of half a head, then its sines.
         """
-        self._lib.ms_qk_norm_rope(
+        self._call(
+            "ms_qk_norm_rope",
             *(_DTYPES[qkv.dtype], _p(qkv), _p(q_weight), _p(k_weight), _p(cos_sin), qkv.shape[0]),
             *(num_heads, num_kv_heads, head_dim, eps, qkv.stride(0), self._threads),
         )
@@ -118,9 +168,11 @@ class NativeKernels:
         block_size: int,
         shuffled: bool,
     ) -> None:
-        """Store k, v [tokens, num_kv_heads, head_dim] (token stride free) at slot_mapping int64 [tokens]."""
+        """Store k, v [tokens, num_kv_heads, head_dim] (token stride free) at slot_mapping int64 [tokens], of which
+        negative ones are left out."""
         tokens, num_kv_heads, head_dim = k.shape
-        self._lib.ms_write_kv(
+        self._call(
+            "ms_write_kv",
             *(_DTYPES[k.dtype], int(shuffled), _p(k), _p(v), k.stride(0), v.stride(0), _p(key), _p(value)),
             *(_p(slot_mapping), tokens, num_kv_heads, head_dim, block_size),
         )
@@ -145,12 +197,24 @@ class NativeKernels:
         seq_lens int32 [rows] counting the query's own token -> [rows, num_heads * head_dim]."""
         rows, num_heads, head_dim = q.shape
         out = q.new_empty((rows, num_heads * head_dim))
-        self._lib.ms_paged_decode(
+        self._call(
+            "ms_paged_decode",
             *(_DTYPES[q.dtype], int(shuffled), _p(q), _p(key), _p(value), _p(block_tables), _p(seq_lens), _p(sinks)),
             *(_p(out), rows, num_heads, num_kv_heads, head_dim, block_size, q.stride(0), block_tables.stride(0)),
             *(window or 0, scale, softcap or 0.0, self._threads),
         )
         return out
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Call]]:
+    """Within, this thread's calls are noted in the list beside being made."""
+    calls: list[Call] = []
+    token = _recorded.set(calls)
+    try:
+        yield calls
+    finally:
+        _recorded.reset(token)
 
 
 def load(num_threads: int | None = None) -> NativeKernels:
@@ -162,21 +226,12 @@ def load(num_threads: int | None = None) -> NativeKernels:
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_build()))
-    pointer, integer, size, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
-    signatures = {
-        "ms_has_bf16_dot": [],
-        "ms_add_rms_norm": [integer, *[pointer] * 4, size, size, real, integer],
-        "ms_silu_and_mul": [integer, pointer, pointer, size, size, integer],
-        "ms_qk_norm_rope": [integer, *[pointer] * 4, *[size] * 4, real, size, integer],
-        "ms_write_kv": [integer, integer, pointer, pointer, size, size, *[pointer] * 3, *[size] * 4],
-        "ms_paged_decode": [integer, integer, *[pointer] * 7, *[size] * 8, real, real, integer],
-        "ms_pack_linear": [pointer, pointer, size, size, integer],
-        "ms_linear": [*[pointer] * 4, *[size] * 4, integer],
-    }
-    for name, argtypes in signatures.items():
-        function = getattr(library, name, None)
-        if function is not None:
-            function.argtypes, function.restype = argtypes, integer if not argtypes else None
+    for name, arguments in _SIGNATURES.items():
+        if hasattr(library, name):  # some need what this processor lacks
+            getattr(library, name).argtypes = arguments
+            getattr(library, name).restype = None
+    library.ms_replay.argtypes, library.ms_replay.restype = [_POINTER, _SIZE, _INT], None
+    library.ms_find_op.argtypes, library.ms_find_op.restype = [ctypes.c_char_p], _SIZE
     return library
 
 

@@ -53,14 +53,18 @@ def _mlp(config: ModelConfig, options: BuildOptions, layer_index: int) -> MLP | 
 class Decoder(Module):
     def __init__(self, config: ModelConfig, options: BuildOptions) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, options.dtype)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, options.dtype, options.look_up)
         layers = [DecoderLayer(config, options, index) for index in range(config.num_layers)]
         self.attention_specs = [layer.self_attn.attn.spec for layer in layers]
         self.layers = nn.ModuleList(layers)
         self.norm = options.norm(config.hidden_size, config.rms_norm_eps)
         self._norms = [*(layer.input_layernorm for layer in layers), self.norm]
         self.rotary_emb = RotaryEmbedding(
-            config.rope, config.rotary_dim, max_positions=options.max_model_len, device=options.device
+            config.rope,
+            config.rotary_dim,
+            max_positions=options.max_model_len,
+            device=options.device,
+            look_up=options.look_up,
         )
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, ctx: StepContext) -> torch.Tensor:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import functional
 
 from miniserve.attention.aiter import AiterExperts
 from miniserve.kernels.native import NativeKernels
 from miniserve.models.layers.aiter_moe import AiterMoE
+from miniserve.models.layers.embedding import LookUp
 from miniserve.models.layers.experts import MoEMethod, choose_moe_method
 from miniserve.models.layers.linear import Linear, LinearMethod, choose_method
 from miniserve.models.layers.norm import RMSNorm
@@ -41,6 +43,10 @@ class BuildOptions:
 
             return TritonOps(self.triton)
         return TorchOps() if self.native is None else NativeOps(self.native)
+
+    @property
+    def look_up(self) -> LookUp:
+        return functional.embedding if self.native is None else self.native.gather_rows
 
     def method(self, in_features: int, out_features: int) -> LinearMethod:
         return choose_method(self.dtype, self.device, in_features, out_features, self.native, self.triton)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -16,11 +16,19 @@ from miniserve.models.decoder import CausalLM
 from miniserve.runner.device_timer import DeviceTimer, StepEvents
 from miniserve.runner.logprobs import LogprobTensors, gather_logprobs, rows_per_chunk, to_token_logprobs
 from miniserve.runner.sampler import SampleOutput, Sampler
-from miniserve.runner.state import StepState
+from miniserve.runner.state import StepInputs, StepState
 
 if TYPE_CHECKING:
-    from miniserve.runner.chunk_graph import ChunkGraphs
     from miniserve.runner.decode_graph import DecodeGraphs
+
+
+class ForwardGraphs(Protocol):
+    """Forward passes that run without Python: those of a GPU's steps with chunks, or of a CPU's without."""
+
+    def run(self, inputs: StepInputs) -> torch.Tensor | None:
+        """The hidden states of a step's tokens, [num_tokens, hidden_size], which the next step may overwrite; None
+        where no graph holds it."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +65,7 @@ class ModelRunner:
         state: StepState,
         sampler: Sampler,
         graphs: DecodeGraphs | None = None,
-        chunk_graphs: ChunkGraphs | None = None,
+        forward_graphs: ForwardGraphs | None = None,
     ) -> None:
         self._model = model
         self._backend = backend
@@ -65,7 +73,7 @@ class ModelRunner:
         self._state = state
         self._sampler = sampler
         self._graphs = graphs
-        self._chunk_graphs = chunk_graphs
+        self._forward_graphs = forward_graphs
         self._timer = None if model.options.device.type == "cpu" else DeviceTimer()
         # Of prompt tokens at a time: enough for the product with the head's weight to be worth reading it.
         self._least_logit_rows = 16 if model.options.device.type == "cpu" else 512
@@ -91,7 +99,7 @@ class ModelRunner:
         if self._graphs is not None and bucket is not None:
             return self._to_host(self._replay(self._graphs, bucket, plan), [], bucket)
         inputs = self._state.prepare(plan, self._sampler.last_tokens)
-        hidden = None if self._chunk_graphs is None else self._chunk_graphs.run(inputs)
+        hidden = None if self._forward_graphs is None else self._forward_graphs.run(inputs)
         if hidden is None:
             context = PagedStepContext(self._backend, self._caches, self._backend.build(inputs.batch))
             hidden = self._model(inputs.input_ids, inputs.positions, context)

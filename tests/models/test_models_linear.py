@@ -49,7 +49,7 @@ def test_plain_method_keeps_the_weight() -> None:
 
 @pytest.mark.parametrize("method", [PlainMethod, PackedCpuMethod] if packable else [PlainMethod])
 def test_a_tied_head_multiplies_with_the_embedding_and_leaves_it_there(method: type) -> None:
-    embedding = Embedding(50, 16, torch.float32)
+    embedding = Embedding(50, 16, torch.float32, functional.embedding)
     head = TiedLMHead(embedding, dtype=torch.float32, method=method())
     assert list(head.pieces("lm_head")) == []
     embedding.allocate(CPU)

@@ -19,7 +19,8 @@ class Backend(ABC, Generic[Metadata]):
     """Holds the layout and whatever scratch it needs, no step state. It implements `attend` or `attend_latent`; which,
     its contract says.
 
-    `graphs`: its decode step can be captured in a device graph and replayed with other lengths and block tables.
+    `graphs`: its decode step can be captured in a device graph, or as a CPU's native calls, and replayed with other
+    lengths and block tables.
     `chunk_graphs`: so can one with up to CHUNKS_IN_GRAPH chunks.
     `fuses_rope`: it implements `attend_qkv`.
     """

@@ -15,6 +15,8 @@ from miniserve.kernels.native import NativeKernels
 
 
 class CpuBackend(TorchBackend):
+    graphs = True
+
     def __init__(self, layout: KVLayout, kernels: NativeKernels) -> None:
         super().__init__(layout)
         self._kernels = kernels

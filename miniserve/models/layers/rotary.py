@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.nn import functional
 
 from miniserve.core import UserError
 from miniserve.models.description import RopeConfig
 from miniserve.models.layers.base import Module
+from miniserve.models.layers.embedding import LookUp
 
 
 class RotaryEmbedding(Module):
@@ -20,8 +22,17 @@ class RotaryEmbedding(Module):
 
     table: torch.Tensor
 
-    def __init__(self, rope: RopeConfig, head_dim: int, *, max_positions: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        rope: RopeConfig,
+        head_dim: int,
+        *,
+        max_positions: int,
+        device: torch.device,
+        look_up: LookUp = functional.embedding,
+    ) -> None:
         super().__init__()
+        self._look_up = look_up
         inv_freq, attention_factor = inverse_frequencies(rope, head_dim)
         # On the CPU whatever the device, so that every device rotates by the same numbers.
         place = "meta" if device.type == "meta" else "cpu"
@@ -31,7 +42,7 @@ class RotaryEmbedding(Module):
 
     def forward(self, positions: torch.Tensor) -> torch.Tensor:
         """positions: int64 [T] -> float32 [T, head_dim]."""
-        return self.table[positions]
+        return self._look_up(positions, self.table)
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[torch.Tensor, float]:

@@ -1,0 +1,241 @@
+"""A CPU's noted forward passes: what they give is, bit for bit, what the same steps give from Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_real import CPU, KERNELS, MAX_LEN, generate, tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import miniserve
+from miniserve import LLM
+from miniserve.attention.backends.cpu_attn import CpuBackend
+from miniserve.attention.context import PagedStepContext
+from miniserve.attention.layouts import LAYOUTS
+from miniserve.attention.metadata import DecodeRows, StepBatch
+from miniserve.config import SchedulerConfig
+from miniserve.core import RequestOutput, SamplingParams
+from miniserve.engine.loop import EngineLoop
+from miniserve.engine.step_log import StepLog
+from miniserve.kernels.native import NativeKernels
+from miniserve.models.config import load_model_config
+from miniserve.models.decoder import CausalLM
+from miniserve.models.loader import dummy_weights
+from miniserve.models.registry import build_model
+from miniserve.runner.native_arena import plan_arena
+from miniserve.runner.native_graph import NativeGraphs
+from miniserve.runner.runner import ModelRunner
+from miniserve.runner.sampler import Sampler
+from miniserve.runner.state import StepInputs, StepState
+from miniserve.scheduler.scheduler import Scheduler
+
+pytestmark = pytest.mark.skipif(
+    KERNELS is None or not KERNELS.has_bf16_dot, reason="a pass is native as a whole only with AVX512-BF16"
+)
+ROWS = 6
+BUILT_IN = Path(miniserve.__file__).parent / "assets" / "tiny-qwen3"
+SHAPE: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": MAX_LEN,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+QWEN3 = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 48, "tie_word_embeddings": True}
+MOE = QWEN3 | {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "norms of q and k, tied": QWEN3,
+    "window": {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 20},
+}
+
+
+def make_model(path: Path, settings: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> CausalLM:
+    (path / "config.json").write_text(json.dumps(SHAPE | settings))
+    model = build_model(load_model_config(path), dtype=dtype, kv_dtype=dtype, device=CPU, native=KERNELS)
+    dummy_weights(model, seed=1)
+    return model
+
+
+def make_engine(
+    model: CausalLM, layout: str, *, graphs: bool, num_blocks: int = 64, num_draft_tokens: int = 0
+) -> EngineLoop:
+    assert KERNELS is not None
+    backend = CpuBackend(LAYOUTS[layout](16), KERNELS)
+    caches = [backend.layout.allocate(spec, num_blocks, CPU) for spec in model.attention_specs]
+    state = StepState(ROWS, MAX_LEN, 16, CPU)
+    noted = NativeGraphs(model, backend, caches, KERNELS, state.tables.shape) if graphs else None
+    sampler = Sampler(ROWS, model.config.vocab_size, CPU, frozenset({7}))
+    config = SchedulerConfig(
+        num_blocks=num_blocks,
+        block_size=16,
+        max_num_seqs=ROWS,
+        max_num_batched_tokens=64,
+        max_model_len=MAX_LEN,
+        eos_token_ids=frozenset({7}),
+        num_draft_tokens=num_draft_tokens,
+    )
+    runner = ModelRunner(model, backend, caches, state, sampler, forward_graphs=noted)
+    return EngineLoop(Scheduler(config), runner, StepLog(None, ROWS), overlap=False)
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each replay, as they come."""
+    seen: list[int] = []
+    replay = NativeKernels.replay
+
+    def spy(kernels: NativeKernels, words: torch.Tensor) -> None:
+        seen.append(len(words))
+        replay(kernels, words)
+
+    monkeypatch.setattr(NativeKernels, "replay", spy)
+    return seen
+
+
+STEM = [3, 9, 4, 17, 5, 3, 9, 4, 17, 6, 3, 9, 4]
+REQUESTS = [
+    ([*STEM, n], SamplingParams(temperature=temperature, seed=n, max_tokens=40, min_tokens=n, logprobs=logprobs))
+    for n, (temperature, logprobs) in enumerate([(0.0, 2), (0.0, None), (0.8, 1), (0.0, 0), (0.0, None)])
+]
+ARRIVALS = [0, 3, 9, 30, 31]
+
+
+def told(outputs: list[list[RequestOutput]]) -> list[object]:
+    return [(tokens(of_one), [output.logprobs for output in of_one]) for of_one in outputs]
+
+
+@pytest.mark.parametrize("layout", ["linear", "shuffled"])
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_that_come_and_go(name: str, layout: str, tmp_path: Path, replays: list[int]) -> None:
+    model = make_model(tmp_path, MODELS[name])
+    want = generate(make_engine(model, layout, graphs=False), REQUESTS, ARRIVALS)
+    assert not replays
+    got = generate(make_engine(model, layout, graphs=True), REQUESTS, ARRIVALS)
+    assert told(got) == told(want)
+    assert len(replays) > 60
+    assert len(set(replays)) == 1, "a pass is as many calls for any number of rows"
+
+
+def test_guesses_are_rows_like_others(tmp_path: Path, replays: list[int]) -> None:
+    model = make_model(tmp_path, QWEN3)
+    want = generate(make_engine(model, "shuffled", graphs=False, num_draft_tokens=3), REQUESTS, ARRIVALS)
+    engine = make_engine(model, "shuffled", graphs=True, num_draft_tokens=3)
+    assert told(generate(engine, REQUESTS, ARRIVALS)) == told(want)
+    assert engine.stats.num_accepted_tokens > 0
+    assert replays
+
+
+def test_preempted_rows_come_back(tmp_path: Path, replays: list[int]) -> None:
+    model = make_model(tmp_path, {})
+    requests = [([*STEM, n], SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)) for n in range(ROWS)]
+    want = generate(make_engine(model, "shuffled", graphs=False, num_blocks=14), requests)
+    engine = make_engine(model, "shuffled", graphs=True, num_blocks=14)
+    assert told(generate(engine, requests)) == told(want)
+    assert engine.stats.num_preemptions > 0
+    assert len(replays) > 60
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype"), [(MOE, torch.bfloat16), ({}, torch.float32)], ids=["experts", "a product of PyTorch's"]
+)
+def test_a_pass_with_torch_in_it_runs_from_python(
+    settings: dict[str, Any], dtype: torch.dtype, tmp_path: Path, replays: list[int]
+) -> None:
+    model = make_model(tmp_path, settings, dtype)
+    want = generate(make_engine(model, "linear", graphs=False), REQUESTS, ARRIVALS)
+    assert told(generate(make_engine(model, "linear", graphs=True), REQUESTS, ARRIVALS)) == told(want)
+    assert not replays
+
+
+@pytest.mark.parametrize("layout", ["linear", "shuffled"])
+def test_every_attention_that_the_kernels_have(layout: str, tmp_path: Path, replays: list[int]) -> None:
+    """Steps of random numbers of rows and lengths, with a window, softcap and sinks, bit for bit."""
+    model = make_model(tmp_path, {})
+    for layer in model.model.layers:
+        attention: Any = layer.self_attn.attn
+        attention.spec = dataclasses.replace(attention.spec, sliding_window=24, softcap=20.0, sinks=True)
+        attention.sinks = torch.linspace(-1.0, 1.0, 4)
+    assert KERNELS is not None
+    backend = CpuBackend(LAYOUTS[layout](16), KERNELS)
+    generator = torch.Generator().manual_seed(0)
+    caches = [backend.layout.allocate(spec, 64, CPU) for spec in model.attention_specs]
+    for cache in caches:
+        cache.key.normal_(generator=generator)
+        cache.value.normal_(generator=generator)
+    graphs = NativeGraphs(model, backend, caches, KERNELS, (ROWS, MAX_LEN // 16))
+    with torch.inference_mode():
+        for _ in range(24):
+            inputs = random_step(generator)
+            want = model(
+                inputs.input_ids, inputs.positions, PagedStepContext(backend, caches, backend.build(inputs.batch))
+            )
+            got = graphs.run(inputs)
+            assert got is not None
+            assert torch.equal(got, want)
+    assert len(replays) == 24 - ROWS, "each number of rows was noted at its first step"
+
+
+def random_step(generator: torch.Generator) -> StepInputs:
+    def integers(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    rows = int(integers(1, ROWS + 1, 1))
+    lens = integers(1, MAX_LEN, rows)
+    tables = torch.randperm(64, generator=generator)[: 8 * rows].view(rows, 8).int()
+    width = -(-int(lens.max()) // 16)
+    slots = tables[torch.arange(rows), (lens - 1) // 16] * 16 + (lens - 1) % 16
+    decode = DecodeRows(tables[:, :width].contiguous(), lens.int(), int(lens.max()), lens.numpy())
+    return StepInputs(integers(0, 160, rows), lens - 1, StepBatch(slots.long(), decode), [], None)
+
+
+@pytest.mark.parametrize("enforce_eager", [False, True])
+def test_an_engine_replays_unless_told_not_to(enforce_eager: bool, replays: list[int]) -> None:
+    llm = LLM(str(BUILT_IN), device="cpu", dtype="bfloat16", max_model_len=64, enforce_eager=enforce_eager)
+    llm.generate([[1, 2, 3]], SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True), progress=False)
+    assert bool(replays) != enforce_eager
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.data())
+def test_memory_is_shared_only_by_what_is_not_needed_together(data: st.DataObject) -> None:
+    sizes = data.draw(st.lists(st.integers(1, 300), min_size=1, max_size=9))
+    tensors = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+    numbers = st.integers(0, len(sizes) - 1)
+    calls = data.draw(st.lists(st.lists(numbers, max_size=3), min_size=1, max_size=20))
+    result = data.draw(numbers)
+    pointers = [(tensors[index].data_ptr(), number) for number, call in enumerate(calls) for index in call]
+    pointers.append((data.draw(st.sampled_from([0, 12345])), len(calls) - 1))  # of something else
+    offsets, end = plan_arena(pointers, tensors, tensors[result])
+    uses = {index: [n for n, call in enumerate(calls) if index in call] for index in range(len(sizes))}
+    uses[result].append(len(pointers))
+    spans = {index: (min(found), max(found)) for index, found in uses.items() if found}
+    assert offsets.keys() == {tensors[index].data_ptr() for index in spans}
+    for index, (first, last) in spans.items():
+        start = offsets[tensors[index].data_ptr()]
+        assert start % 64 == 0
+        assert start + sizes[index] <= end
+        for other, (other_first, other_last) in spans.items():
+            if other != index and first <= other_last and other_first <= last:
+                other_start = offsets[tensors[other].data_ptr()]
+                assert start + sizes[index] <= other_start or other_start + sizes[other] <= start
