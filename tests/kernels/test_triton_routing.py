@@ -79,12 +79,15 @@ def test_from_hidden_states(
     assert not workspace.counts.any()
 
 
-def test_a_token_that_is_not_a_number_still_gets_experts_that_exist() -> None:
-    _, _, choice = setting("softmax", 1, 1, False, 12, 4, True)
-    _, ids = triton_routing.route(
-        torch.full((2, 12), torch.nan, device=DEVICE), None, None, workspace=Workspace(DEVICE), **choice
-    )
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_token_that_is_not_a_number_still_gets_different_experts_that_exist(biased: bool) -> None:
+    """Also one with all bits set, which as an integer is the lowest there is."""
+    _, _, choice = setting("sigmoid" if biased else "softmax", 1, 1, biased, 12, 4, True)
+    bias = torch.full((12,), -1, dtype=torch.int32, device=DEVICE).view(torch.float32) if biased else None
+    logits = torch.full((2, 12), 0.0 if biased else torch.nan, device=DEVICE)
+    _, ids = triton_routing.route(logits, None, bias, workspace=Workspace(DEVICE), **choice)
     assert ((ids >= 0) & (ids < 12)).all()
+    assert all(len(row.unique()) == 4 for row in ids)
 
 
 def test_too_many_tokens_are_refused() -> None:

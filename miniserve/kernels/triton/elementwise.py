@@ -13,6 +13,14 @@ from miniserve.kernels.triton.pdl import launch_options, start, wait
 
 
 @triton.jit
+def rms_normed(x, weight, size, eps):
+    """The norm of a row x of `size` values, zeros behind them."""
+    wide = x.to(tl.float32)
+    wide = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / size + eps)
+    return weight * wide.to(x.dtype)
+
+
+@triton.jit
 def _rms_norm_kernel(
     x_ptr,
     residual_ptr,
@@ -36,9 +44,7 @@ def _rms_norm_kernel(
     if ADD:
         x = x + tl.load(residual_ptr + row + cols, mask=inside, other=0.0)
         tl.store(residual_ptr + row + cols, x, mask=inside)
-    wide = x.to(tl.float32)
-    wide = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / size + eps)
-    tl.store(out_ptr + row + cols, weight * wide.to(x.dtype), mask=inside)
+    tl.store(out_ptr + row + cols, rms_normed(x, weight, size, eps), mask=inside)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

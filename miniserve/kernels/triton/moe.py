@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from miniserve.kernels.triton.elementwise import rms_normed
 from miniserve.kernels.triton.pdl import launch_options, start, wait
 from miniserve.kernels.triton.small_linear import chip_of, product
 
@@ -185,9 +186,7 @@ def _add_pairs_norm_kernel(
         x += tl.load(shared_ptr + token * size + cols, mask=inside, other=0.0)
     x += tl.load(residual_ptr + token * size + cols, mask=inside, other=0.0)
     tl.store(residual_ptr + token * size + cols, x, mask=inside)
-    wide = x.to(tl.float32)
-    wide = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / size + eps)
-    tl.store(out_ptr + token * size + cols, weight * wide.to(x.dtype), mask=inside)
+    tl.store(out_ptr + token * size + cols, rms_normed(x, weight, size, eps), mask=inside)
 
 
 def choose_tiles(num_pairs: int, num_experts: int) -> tuple[MoETile, MoETile]:

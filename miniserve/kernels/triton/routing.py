@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +18,7 @@ _MOST_SPLITS = 16
 
 
 @triton.jit
-def _choose(
+def choose(
     logits,
     tokens,
     valid,
@@ -27,7 +29,6 @@ def _choose(
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
     K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
     SIGMOID: tl.constexpr,
@@ -49,32 +50,24 @@ def _choose(
     choice = tl.where(inside, choice, float("-inf"))
     if TOP_GROUPS < GROUPS:
         choice = _close_groups(choice, choice.shape[0], BLOCK_E, GROUPS, TOP_GROUPS, HAS_BIAS)
-    # Value and expert as one number, so that the best, and of equals the first, is found by one reduction.
+    # As integers of the same order, whose largest NVIDIA's GPUs find by one instruction. What cannot be chosen any more
+    # is below all others, also those that are not numbers, so that no expert is chosen twice.
     bits = choice.to(tl.int32, bitcast=True)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    keys = (ordered.to(tl.int64) << 32) | (BLOCK_E - 1 - experts).to(tl.int64)
-    keys = tl.where(inside, keys, -(1 << 63))
-    places = tl.arange(0, BLOCK_K)[None, :]
-    chosen = places + tl.zeros_like(tokens)[:, None].to(tl.int32)
-    shares = chosen.to(tl.float32)
+    keys = tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x7FFFFFFF)
+    keys = tl.where(inside, keys, -0x80000000)
+    places = tl.full(keys.shape, K, tl.int32)
     for k in tl.static_range(K):
         best = tl.max(keys, axis=1)[:, None]
-        expert = BLOCK_E - 1 - (best & 0xFFFFFFFF).to(tl.int32)
-        if HAS_BIAS:
-            share = tl.sum(tl.where(experts == expert, scores, 0.0), axis=1)[:, None]
-        else:
-            high = (best >> 32).to(tl.int32)
-            share = (high ^ ((high >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-        chosen = tl.where(places == k, expert, chosen)
-        shares = tl.where(places == k, share, shares)
-        keys = tl.where(keys == best, -(1 << 63), keys)
+        expert = tl.min(tl.where(keys == best, experts, BLOCK_E), axis=1)[:, None]
+        places = tl.where(experts == expert, k, places)
+        keys = tl.where(experts == expert, -0x80000000, keys)
     kept = places < K
     if NORMALIZE:
-        shares = shares / (tl.sum(tl.where(kept, shares, 0.0), axis=1)[:, None] + 1e-20)
+        scores = scores / (tl.sum(tl.where(kept, scores, 0.0), axis=1)[:, None] + 1e-20)
     at = tokens[:, None] * K + places
     mask = valid[:, None] & kept
-    tl.store(weights_ptr + at, shares * scaling, mask=mask)
-    tl.store(ids_ptr + at, chosen, mask=mask)
+    tl.store(weights_ptr + at, scores * scaling, mask=mask)
+    tl.store(ids_ptr + at, experts + tl.zeros_like(places), mask=mask)
 
 
 @triton.jit
@@ -114,7 +107,6 @@ def _route_kernel(
     E: tl.constexpr,
     BLOCK_E: tl.constexpr,
     K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
     SIGMOID: tl.constexpr,
@@ -127,9 +119,9 @@ def _route_kernel(
     tokens = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     experts = tl.arange(0, BLOCK_E)[None, :]
     logits = tl.load(logits_ptr + tokens[:, None] * E + experts, mask=experts < E, other=0.0).to(tl.float32)
-    _choose(
+    choose(
         logits, tokens, tokens >= 0, bias_ptr, weights_ptr, ids_ptr, scaling,
-        E, BLOCK_E, K, BLOCK_K, GROUPS, TOP_GROUPS, SIGMOID, HAS_BIAS, NORMALIZE,
+        E, BLOCK_E, K, GROUPS, TOP_GROUPS, SIGMOID, HAS_BIAS, NORMALIZE,
     )  # fmt: skip
 
 
@@ -167,7 +159,6 @@ def _router_kernel(
     BLOCK_D: tl.constexpr,
     SPLITS: tl.constexpr,
     K: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     GROUPS: tl.constexpr,
     TOP_GROUPS: tl.constexpr,
     SIGMOID: tl.constexpr,
@@ -207,9 +198,9 @@ def _router_kernel(
     logits = tl.zeros_like(acc)
     for part in tl.static_range(SPLITS):
         logits += tl.load(parts_ptr + part * plane + places, mask=mask, other=0.0, cache_modifier=".cg")
-    _choose(
+    choose(
         logits, tokens, valid, bias_ptr, weights_ptr, ids_ptr, scaling,
-        E, BLOCK_E, K, BLOCK_K, GROUPS, TOP_GROUPS, SIGMOID, HAS_BIAS, NORMALIZE,
+        E, BLOCK_E, K, GROUPS, TOP_GROUPS, SIGMOID, HAS_BIAS, NORMALIZE,
     )  # fmt: skip
 
 
@@ -221,6 +212,31 @@ def can_route(num_experts: int, num_groups: int, top_groups: int) -> bool:
     )
 
 
+def constants(
+    num_experts: int,
+    device: torch.device,
+    *,
+    biased: bool,
+    top_k: int,
+    num_groups: int,
+    top_groups: int,
+    sigmoid: bool,
+    normalize: bool,
+) -> dict[str, Any]:
+    """What a kernel that ends with `choose` is compiled and launched with."""
+    return {
+        "E": num_experts,
+        "BLOCK_E": max(16, triton.next_power_of_2(num_experts)),
+        "K": top_k,
+        "GROUPS": num_groups,
+        "TOP_GROUPS": top_groups,
+        "SIGMOID": sigmoid,
+        "HAS_BIAS": biased,
+        "NORMALIZE": normalize,
+        **launch_options(device),
+    }
+
+
 def route(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -228,14 +244,12 @@ def route(
     *,
     workspace: Workspace,
     top_k: int,
-    num_groups: int,
-    top_groups: int,
-    sigmoid: bool,
-    normalize: bool,
     scaling: float,
+    **choice: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `models/layers/routing.route`: x are float32 logits [T, E] or, with the router's weight float32 [E, hidden],
-    hidden states [T, hidden] of at most MAX_ROWS tokens -> weights float32 and expert ids int32, [T, top_k].
+    hidden states [T, hidden] of at most MAX_ROWS tokens -> weights float32 and expert ids int32, [T, top_k]. choice: as
+    of `constants`.
 
     With a weight, programs read what others of the launch wrote: not for GPUs whose `Chip.splits` is false.
     """
@@ -243,22 +257,10 @@ def route(
     num_experts = x.shape[1] if weight is None else weight.shape[0]
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=x.device)
     ids = torch.empty(tokens, top_k, dtype=torch.int32, device=x.device)
-    block_e = max(16, triton.next_power_of_2(num_experts))
-    choice = {
-        "E": num_experts,
-        "BLOCK_E": block_e,
-        "K": top_k,
-        "BLOCK_K": triton.next_power_of_2(top_k),
-        "GROUPS": num_groups,
-        "TOP_GROUPS": top_groups,
-        "SIGMOID": sigmoid,
-        "HAS_BIAS": bias is not None,
-        "NORMALIZE": normalize,
-        **launch_options(x.device),
-    }
+    compiled = constants(num_experts, x.device, biased=bias is not None, top_k=top_k, **choice)
     given_bias = x if bias is None else bias
     if weight is None:
-        _route_kernel[(tokens,)](x, given_bias, weights, ids, scaling, num_warps=1, **choice)
+        _route_kernel[(tokens,)](x, given_bias, weights, ids, scaling, num_warps=1, **compiled)
         return weights, ids
     if tokens > MAX_ROWS:
         raise ValueError(f"a router takes up to {MAX_ROWS} tokens, not {tokens}")
@@ -280,7 +282,7 @@ def route(
         BLOCK_M=block_m,
         BLOCK_D=block_d,
         SPLITS=splits,
-        num_warps=8 if block_e > 128 else 4,
-        **choice,
+        num_warps=8 if num_experts > 128 else 4,
+        **compiled,
     )
     return weights, ids
