@@ -34,8 +34,7 @@ class DecoderLayer(Module):
     ) -> tuple[torch.Tensor | PendingSum, torch.Tensor]:
         """x: the residual stream after `input_layernorm`. Returns what is still to be added to it, and the stream."""
         x = self.self_attn(x, cos_sin, ctx)
-        x, residual = self.post_attention_layernorm.add(x, residual)
-        return self.mlp(x), residual
+        return self.mlp.after(self.post_attention_layernorm, x, residual)
 
 
 def _attention(config: ModelConfig, options: BuildOptions, layer_index: int) -> SelfAttention | LatentSelfAttention:

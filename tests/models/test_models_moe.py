@@ -11,6 +11,8 @@ from torch.nn import functional
 from miniserve.kernels import native
 from miniserve.models.description import MoEConfig
 from miniserve.models.layers.experts import Arithmetic, Experts, GroupedMoE, MoEMethod, choose_moe_method
+from miniserve.models.layers.norm import RMSNorm
+from miniserve.models.layers.ops import TorchOps
 from miniserve.models.layers.routing import Router, route, torch_routing
 
 torch.set_num_threads(1)
@@ -74,7 +76,11 @@ def test_the_router_multiplies_in_float32_whatever_the_model_computes_in() -> No
     router.allocate(CPU)
     # The experts differ in the ninth bit, which bfloat16 does not have.
     router.weight.data.copy_(torch.stack([torch.full((8,), 1.0), torch.full((8,), 1.0 + 2**-9)]))
-    _, ids = router(torch.ones(1, 8, dtype=torch.bfloat16))
+    norm = RMSNorm(8, 1e-6, torch.bfloat16, TorchOps())
+    norm.allocate(CPU)
+    norm.weight.data.fill_(1.0)
+    x, residual, _, ids = router(norm, *torch.ones(2, 1, 8, dtype=torch.bfloat16))
+    assert (x == 1).all() and (residual == 2).all()
     assert ids.tolist() == [[1]]
 
 

@@ -8,7 +8,16 @@ from typing import Any
 
 import torch
 
-from miniserve.kernels.triton import decode_step, elementwise, moe, moe_token, routing, sampling, small_linear
+from miniserve.kernels.triton import (
+    decode_step,
+    elementwise,
+    moe,
+    moe_token,
+    norm_router,
+    routing,
+    sampling,
+    small_linear,
+)
 from miniserve.kernels.triton.small_linear import Chip
 
 _META = torch.device("meta")
@@ -57,6 +66,9 @@ def _route(
         routing.route(_tensor(64, num_experts, dtype=torch.float32), None, bias, **choice)
         if chip.splits:
             routing.route(_tensor(64, 2048), _tensor(num_experts, 2048, dtype=torch.float32), bias, **choice)
+            for hidden in (2048, 7168):
+                x, weight = _tensor(4, hidden), _tensor(num_experts, hidden, dtype=torch.float32)
+                norm_router.add_norm_route(x, x, _tensor(hidden), 1e-6, weight, bias, **choice)
 
     return launch
 

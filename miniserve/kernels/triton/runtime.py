@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from miniserve.kernels.triton import elementwise, moe, moe_token, routing
+from miniserve.kernels.triton import elementwise, moe, moe_token, norm_router, routing
 from miniserve.kernels.triton.small_linear import LinearTile, Workspace, chip_of, choose_tile, small_linear
 
 
@@ -28,8 +28,9 @@ class TritonKernels:
     def __init__(self, device: torch.device) -> None:
         self._workspace = Workspace(device)
         chip = chip_of(device)
-        # A GPU whose programs may not share a row has the router's logits made by a linear.
+        # A GPU whose programs may not share a row has norm, the router's logits and the choice made one after another.
         self._fused_tokens = routing.FUSED_TOKENS if chip.splits else ()
+        self._norm_fused_tokens = norm_router.FUSED_TOKENS if chip.splits else ()
 
         @functools.cache
         def tile(m: int, n: int, k: int, itemsize: int, gated: bool) -> LinearTile | None:
@@ -52,6 +53,22 @@ class TritonKernels:
         if tile is None:
             return None
         return small_linear(x, weight, bias, tile, self._workspace, gated=gated, out_dtype=out_dtype)
+
+    def add_norm_route(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        **choice: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `norm_router.add_norm_route`: for any number of tokens, and `residual` may be overwritten."""
+        if x.shape[0] in self._norm_fused_tokens:
+            return norm_router.add_norm_route(x, residual, norm, eps, weight, bias, workspace=self._workspace, **choice)
+        normed = self.add_rms_norm(x, residual, norm, eps)
+        return normed, residual, *self.route(normed, weight, bias, **choice)
 
     def route(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **choice: Any

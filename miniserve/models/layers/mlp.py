@@ -7,6 +7,7 @@ import torch
 from miniserve.models.description import ModelConfig, MoEConfig
 from miniserve.models.layers.base import Module
 from miniserve.models.layers.experts import Experts
+from miniserve.models.layers.norm import RMSNorm
 from miniserve.models.layers.ops import PendingSum
 from miniserve.models.layers.routing import Router
 from miniserve.models.options import BuildOptions
@@ -24,6 +25,12 @@ class MLP(Module):
         projected: torch.Tensor = self.down_proj(self.ops.gated_linear(self.gate_up_proj, x))
         return projected
 
+    def after(self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds x to the residual stream, both [T, hidden_size], and takes its norm as input. Returns what is then
+        still to be added, and the stream."""
+        x, residual = norm.add(x, residual)
+        return self(x), residual
+
 
 class SparseMLP(Module):
     def __init__(self, config: ModelConfig, options: BuildOptions, moe: MoEConfig) -> None:
@@ -35,7 +42,10 @@ class SparseMLP(Module):
         )
         self.shared_experts = MLP(config, options, moe.shared_size) if moe.shared_size else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor | PendingSum:
-        topk_weights, topk_ids = self.gate(x)
+    def after(
+        self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor
+    ) -> tuple[torch.Tensor | PendingSum, torch.Tensor]:
+        """As `MLP.after`."""
+        x, residual, topk_weights, topk_ids = self.gate(norm, x, residual)
         out: torch.Tensor | PendingSum = self.experts(x, topk_weights, topk_ids)
-        return out if self.shared_experts is None else out + self.shared_experts(x)
+        return out if self.shared_experts is None else out + self.shared_experts(x), residual

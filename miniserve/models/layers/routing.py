@@ -9,6 +9,10 @@ from torch.nn import functional
 
 from miniserve.models.description import MoEConfig
 from miniserve.models.layers.base import Layer
+from miniserve.models.layers.norm import RMSNorm
+
+# The normed x and the residual stream, then a choice as `route` gives it.
+Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def route(
@@ -36,14 +40,16 @@ def route(
 
 
 class RoutingMethod(Protocol):
-    """How `Router` computes its choice; x [T, hidden_size], then as `Router.forward`."""
+    """How `Router` computes its choice and the norm before it; then as `Router.forward`."""
 
-    def __call__(self, router: Router, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def __call__(self, router: Router, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor) -> Routed: ...
 
 
-def torch_routing(router: Router, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def torch_routing(router: Router, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor) -> Routed:
     """A `RoutingMethod` for any device."""
-    return route(functional.linear(x.float(), router.weight), router.moe, router.e_score_correction_bias)
+    x, residual = norm.add(x, residual)
+    logits = functional.linear(x.float(), router.weight)
+    return x, residual, *route(logits, router.moe, router.e_score_correction_bias)
 
 
 class Router(Layer):
@@ -62,6 +68,7 @@ class Router(Layer):
         else:
             self.register_parameter("e_score_correction_bias", None)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x: [T, hidden_size] -> as `route`."""
-        return self.method(self, x)
+    def forward(self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor) -> Routed:
+        """`norm.add`, then the choice for what that gives, so that a method can make both at once. x, residual: [T,
+        hidden_size]."""
+        return self.method(self, norm, x, residual)

@@ -10,8 +10,9 @@ from torch.nn import functional
 from miniserve.kernels.triton.runtime import TritonKernels
 from miniserve.models.layers.experts import TRITON_MOE, Experts
 from miniserve.models.layers.linear import Linear
+from miniserve.models.layers.norm import RMSNorm
 from miniserve.models.layers.ops import HeadShape, split_heads
-from miniserve.models.layers.routing import Router, route
+from miniserve.models.layers.routing import Routed, Router, route
 
 
 class TritonMethod:
@@ -83,12 +84,16 @@ class TritonRouting:
     def __init__(self, kernels: TritonKernels) -> None:
         self._kernels = kernels
 
-    def __call__(self, router: Router, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, router: Router, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor) -> Routed:
         moe = router.moe
         if not self._kernels.can_route(moe.num_experts, moe.num_groups, moe.top_groups):
-            return route(self._kernels.logits(x, router.weight), moe, router.e_score_correction_bias)
-        return self._kernels.route(
+            x, residual = norm.add(x, residual)
+            return x, residual, *route(self._kernels.logits(x, router.weight), moe, router.e_score_correction_bias)
+        return self._kernels.add_norm_route(
             x,
+            residual,
+            norm.weight,
+            norm.eps,
             router.weight,
             router.e_score_correction_bias,
             top_k=moe.top_k,

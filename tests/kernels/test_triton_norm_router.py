@@ -1,0 +1,68 @@
+"""Addition, norm, router and choice in one launch, beside the launches that it stands for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from triton_support import DEVICE, DTYPES, normal, relative_error
+
+from miniserve.kernels.triton import elementwise, norm_router, routing
+from miniserve.kernels.triton.small_linear import Workspace
+
+NORMED = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+SOFTMAX = {"num_groups": 1, "top_groups": 1, "sigmoid": False, "normalize": True, "scaling": 1.0}
+GROUPED = {"num_groups": 8, "top_groups": 4, "sigmoid": True, "normalize": True, "scaling": 2.5}
+
+
+def assert_as_apart(
+    tokens: int, experts: int, hidden: int, dtype: torch.dtype, *, top_k: int, biased: bool, **choice: Any
+) -> None:
+    """Normed x and stream are those of the norm's own kernel; the choice is `route`'s for float64 logits of that x."""
+    x, residual = normal(0, tokens, hidden, dtype=dtype), normal(1, tokens, hidden, dtype=dtype)
+    norm = (1 + normal(2, hidden) / 5).to(dtype)
+    weight, bias = normal(3, experts, hidden) / hidden**0.5, normal(4, experts) if biased else None
+    before, workspace = residual.clone(), Workspace(DEVICE)
+    total = residual.clone()
+    want = elementwise.add_rms_norm(x, total, norm, 1e-6)
+    for _ in range(2):  # the second finds the counters as the first left them
+        normed, added, weights, ids = norm_router.add_norm_route(
+            x, residual, norm, 1e-6, weight, bias, workspace=workspace, top_k=top_k, **choice
+        )
+        assert torch.equal(added, total)
+        assert torch.equal(residual, before)
+        assert relative_error(normed, want) < NORMED[dtype]
+        logits = (normed.double() @ weight.double().T).float()
+        expected = routing.route(logits, None, bias, workspace=workspace, top_k=top_k, **choice)
+        assert torch.equal(ids, expected[1])
+        torch.testing.assert_close(weights, expected[0], rtol=1e-4, atol=0)
+    assert not workspace.counts.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", norm_router.FUSED_TOKENS)
+def test_every_number_of_tokens(tokens: int, dtype: torch.dtype) -> None:
+    assert_as_apart(tokens, 128, 2048, dtype, top_k=8, biased=False, **SOFTMAX)
+
+
+@pytest.mark.parametrize("experts", [60, 64, 256])
+@pytest.mark.parametrize("hidden", [96, 2112, 4096])
+def test_every_size(experts: int, hidden: int) -> None:
+    assert_as_apart(2, experts, hidden, torch.float16, top_k=6, biased=False, **SOFTMAX | {"normalize": False})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("experts", "hidden"), [(16, 96), (256, 1000)])
+def test_groups_and_corrected_scores(experts: int, hidden: int, biased: bool, dtype: torch.dtype) -> None:
+    assert_as_apart(3, experts, hidden, dtype, top_k=8, biased=biased, **GROUPED)
+
+
+def test_a_token_that_is_not_a_number_still_gets_different_experts_that_exist() -> None:
+    x = torch.full((2, 96), torch.nan, device=DEVICE)
+    *_, ids = norm_router.add_norm_route(
+        x, x, normal(0, 96), 1e-6, normal(1, 60, 96), None, workspace=Workspace(DEVICE), top_k=8, **SOFTMAX
+    )
+    assert ((ids >= 0) & (ids < 60)).all()
+    assert all(len(row.unique()) == 8 for row in ids)

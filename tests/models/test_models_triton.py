@@ -1,0 +1,45 @@
+"""A model with routed experts through the Triton kernels, in their interpreter, gives PyTorch's logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from models_support import VOCAB, DenseContext, load, random_settings, reference_model, run
+
+from miniserve.models.config import load_model_config
+from miniserve.models.loader import load_weights
+from miniserve.models.registry import build_model
+
+pytest.importorskip("triton")
+from miniserve.kernels.triton import norm_router, runtime
+from miniserve.kernels.triton.small_linear import Chip
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU there is no interpreter")
+
+
+@pytest.mark.parametrize("splits", [True, False], ids=["nvidia", "amd"])
+@pytest.mark.parametrize(
+    ("architecture", "groups"), [("Qwen3MoeForCausalLM", {}), ("DeepseekV3ForCausalLM", {"n_group": 1})]
+)
+def test_experts_chosen_with_the_norm_or_after_it(
+    architecture: str, groups: dict[str, int], splits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = random_settings(architecture, 0) | {"num_hidden_layers": 2, "mlp_only_layers": []} | groups
+    reference_model(architecture, settings).save_pretrained(tmp_path)
+    monkeypatch.setattr(runtime, "chip_of", lambda device: Chip(132, 1 << 17, splits))
+    monkeypatch.setattr(runtime, "choose_tile", lambda *shape, gated: None)  # linears in PyTorch, which takes no minute
+    kernels = runtime.TritonKernels(torch.device("cpu"))
+    config = load_model_config(tmp_path)
+    ours = build_model(config, dtype=torch.float32, kv_dtype=torch.float32, device="cpu", triton=kernels)
+    load_weights(ours, tmp_path)
+    plain, generator = load(tmp_path), torch.Generator().manual_seed(0)
+    contexts = DenseContext(), DenseContext()
+    with mock.patch.object(norm_router, "add_norm_route", wraps=norm_router.add_norm_route) as fused:
+        for rows in (1, 3, 6):  # the last is too many for one launch
+            chunks = [(row, torch.randint(VOCAB, (1,), generator=generator)) for row in range(rows)]
+            got, want = (run(model, ctx, chunks) for model, ctx in zip((ours, plain), contexts, strict=True))
+            assert (got - want).abs().max() < 1e-4 * want.abs().max()
+    assert sorted({len(call.args[0]) for call in fused.call_args_list}) == ([1, 3] if splits else [])
