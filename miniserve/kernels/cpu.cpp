@@ -260,10 +260,48 @@ void qk_norm_rope(T* qkv, const T* q_weight, const T* k_weight, const float* cos
     });
 }
 
+// The lowest index of the maximum, which a NaN is.
+template <class T> int64_t argmax(const T* x, int64_t n) {
+    constexpr int64_t BLOCK = 256;
+    float best = -INFINITY;
+    int64_t at = 0;
+    for (int64_t start = 0; start < n; start += BLOCK) {
+        const int64_t end = start + BLOCK < n ? start + BLOCK : n;
+        vec top = vec{} - INFINITY;
+        auto unordered = top != top;
+        int64_t i = start;
+        for (; i + LANES <= end; i += LANES) {
+            const vec v = load16(x + i);
+            top = v > top ? v : top;
+            unordered |= v != v;
+        }
+        float high = -INFINITY;
+        bool is_nan = false;
+        for (int64_t lane = 0; lane < LANES; lane++) {
+            high = top[lane] > high ? top[lane] : high;
+            is_nan |= unordered[lane] != 0;
+        }
+        for (; i < end; i++) {
+            high = load(x + i) > high ? load(x + i) : high;
+            is_nan |= std::isnan(load(x + i));
+        }
+        if (is_nan)
+            for (i = start;; i++)
+                if (std::isnan(load(x + i))) return i;
+        if (high > best) {
+            best = high;
+            at = start;
+        }
+    }
+    while (load(x + at) != best) at++;
+    return at;
+}
+
 // --- the paged KV cache ---------------------------------------------------------------------------------------------
 
 // Index formulas of the two layouts; see attention/layouts.py. x is the lane count of the shuffled layout.
-template <class T, bool SHUFFLED> struct Cache {
+template <class T, bool SHUFFLED_> struct Cache {
+    static constexpr bool SHUFFLED = SHUFFLED_;
     static constexpr int64_t x = 16 / sizeof(T);
     int64_t kv_heads, head_dim, block_size;
 
@@ -346,34 +384,6 @@ inline float dot_bf16(const bf16* a, const bf16* b, int64_t n) {
     return _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
 }
 
-// Dot products of one query with 16 tokens of a shuffled key block: a 64-byte load holds 8 elements of 4 tokens. `count`
-// is 8 where the block ends after 8 tokens.
-inline __m512 dot_16_tokens(const bf16* q, const bf16* key, int64_t head_dim, int64_t block_size, int64_t count) {
-    __m512 acc[4];
-    for (int i = 0; i < 4; i++) acc[i] = _mm512_setzero_ps();
-    const int loads = int(count / 4);
-    for (int64_t d = 0; d < head_dim; d += 8) {
-        const __m512bh qv = (__m512bh)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(q + d)));
-        for (int i = 0; i < loads; i++)
-            acc[i] = _mm512_dpbf16_ps(acc[i], (__m512bh)_mm512_loadu_si512(key + d * block_size + i * 32), qv);
-    }
-    // Each 128-bit lane holds one token's four partial sums: add them by a transposition of 4 x 4.
-    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(acc[0], acc[1]), _mm512_unpackhi_ps(acc[0], acc[1]));
-    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(acc[2], acc[3]), _mm512_unpackhi_ps(acc[2], acc[3]));
-    const __m512 sums = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-    return _mm512_permutexvar_ps(_mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), sums);
-}
-
-// acc [head_dim][4] += weights of 8 tokens times their shuffled values [head_dim][8]. Tokens outside `valid` are not read:
-// what an earlier owner of the block left there may not be finite.
-inline void add_8_tokens(float* acc, const bf16* weights, const bf16* value, int64_t head_dim, uint32_t valid) {
-    const __m512bh w = (__m512bh)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)weights));
-    const __mmask32 mask = valid * 0x01010101u;
-    for (int64_t d = 0; d < head_dim; d += 4) {
-        const __m512bh v = (__m512bh)_mm512_maskz_loadu_epi16(mask, value + d * 8);
-        _mm512_storeu_ps(acc + d * 4, _mm512_dpbf16_ps(_mm512_loadu_ps(acc + d * 4), v, w));
-    }
-}
 #else
 constexpr bool HAS_BF16_DOT = false;
 #endif
@@ -403,12 +413,9 @@ template <class T, bool SHUFFLED> struct PagedDecode {
     const float* sinks;
     T* out;
     const int64_t D = cache.head_dim, BS = cache.block_size, G = s.heads / cache.kv_heads;
-    // In bfloat16 over the shuffled layout the dot products run on the cache as it lies, and the weights are rounded to
-    // bfloat16 for it (as flash attention does on GPUs); the weighted sums are kept in four parts per element.
-    static constexpr bool PACKED = std::is_same_v<T, bf16> && SHUFFLED && HAS_BF16_DOT;
-    const int64_t width = (D + LANES - 1) / LANES * LANES, depth = BS + LANES, sums_width = PACKED ? 4 * D : width;
+    const int64_t width = (D + LANES - 1) / LANES * LANES, depth = BS + LANES;
 
-    int64_t scratch_floats() const { return 2 * depth * width + depth + s.heads * (width + sums_width + 2); }
+    int64_t scratch_floats() const { return 2 * depth * width + depth + s.heads * (2 * width + 2); }
 
     // One head group's state: for each query head the scaled query, the weighted sum, the running maximum and the sum.
     struct Heads {
@@ -421,7 +428,7 @@ template <class T, bool SHUFFLED> struct PagedDecode {
         if (high > h.top[g]) {
             const float shrink = h.sum[g] == 0.0f ? 0.0f : exp_neg(h.top[g] - high);
             h.sum[g] *= shrink;
-            for (int64_t d = 0; d < sums_width; d++) h.acc[g * sums_width + d] *= shrink;
+            for (int64_t d = 0; d < width; d++) h.acc[g * width + d] *= shrink;
             h.top[g] = high;
         }
         vec total{};
@@ -434,38 +441,12 @@ template <class T, bool SHUFFLED> struct PagedDecode {
         h.sum[g] += sum_lanes(total);
     }
 
-    void packed_step(int64_t head, int64_t block, int64_t skip, int64_t n, const Heads& h, float* p) const {
-        const int64_t base = block * cache.block_elements() + head * D * BS;
-
-        for (int64_t g = 0; g < G; g++) {
-            float high = h.top[g];
-            for (int64_t t = 0; t < n; t += LANES) {
-                vec scores = (vec)dot_16_tokens(h.raw + g * D, key + base + t * 8, D, BS, BS - t < LANES ? BS - t : LANES) * s.scale;
-                if (s.softcap)
-                    for (int64_t i = 0; i < LANES; i++) scores[i] = s.softcap * std::tanh(scores[i] / s.softcap);
-                store16(p + t, scores);
-            }
-            for (int64_t t = skip; t < n; t++) high = p[t] > high ? p[t] : high;
-            weigh(g, high, skip, n, h, p);
-            for (int64_t t = 0; t < n; t += 8) {
-                uint32_t valid = 0;
-                bf16 weights[8];
-                for (int64_t i = 0; i < 8; i++) {
-                    const bool in = t + i >= skip && t + i < n;
-                    valid |= uint32_t(in) << i;
-                    store(weights + i, in ? p[t + i] : 0.0f);
-                }
-                add_8_tokens(h.acc + g * sums_width, weights, value + base + t * D, D, valid);
-            }
-        }
-    }
-
     void block_step(int64_t head, int64_t block, int64_t skip, int64_t n, const Heads& h, float* kf, float* vf, float* p) const {
-        constexpr bool direct = std::is_same_v<T, bf16> && !SHUFFLED && HAS_BF16_DOT;
+        constexpr bool direct = std::is_same_v<T, bf16> && HAS_BF16_DOT;
         if (!direct) cache.read_key(key, block, head, n, kf, width);
         cache.read_value(value, block, head, n, vf, width);
         for (int64_t g = 0; g < G; g++) {
-            float *acc = h.acc + g * sums_width, high = h.top[g];
+            float *acc = h.acc + g * width, high = h.top[g];
             for (int64_t t = skip; t < n; t++) {
                 float score;
                 if constexpr (direct) {
@@ -489,11 +470,11 @@ template <class T, bool SHUFFLED> struct PagedDecode {
         float *kf = scratch, *vf = kf + depth * width, *p = vf + depth * width, *state = p + depth;
         const int64_t count = (to - from) * G, len = seq_lens[row], first = s.window && len > s.window ? len - s.window : 0;
         const T* raw = q + row * s.q_stride + from * G * D;
-        float* sums = state + count * (width + sums_width);
+        float* sums = state + 2 * count * width;
         const Heads all{raw, state, state + count * width, sums, sums + count};
         for (int64_t g = 0; g < count; g++) {
             for (int64_t d = 0; d < width; d++) all.q[g * width + d] = d < D ? load(raw + g * D + d) * s.scale : 0.0f;
-            for (int64_t d = 0; d < sums_width; d++) all.acc[g * sums_width + d] = 0.0f;
+            for (int64_t d = 0; d < width; d++) all.acc[g * width + d] = 0.0f;
             all.top[g] = sinks ? sinks[from * G + g] : -INFINITY;
             all.sum[g] = sinks ? 1.0f : 0.0f;
         }
@@ -502,33 +483,196 @@ template <class T, bool SHUFFLED> struct PagedDecode {
             const int64_t n = len - b * BS < BS ? len - b * BS : BS, skip = first > b * BS ? first - b * BS : 0;
             for (int64_t head = from; head < to; head++) {
                 const int64_t i = (head - from) * G;
-                const Heads heads{raw + i * D, all.q + i * width, all.acc + i * sums_width, all.top + i, all.sum + i};
-                if constexpr (PACKED) packed_step(head, table[b], skip, n, heads, p);
-                else block_step(head, table[b], skip, n, heads, kf, vf, p);
+                const Heads heads{raw + i * D, all.q + i * width, all.acc + i * width, all.top + i, all.sum + i};
+                block_step(head, table[b], skip, n, heads, kf, vf, p);
             }
         }
         for (int64_t g = 0; g < count; g++)
             for (int64_t d = 0; d < D; d++) {
-                const float* part = all.acc + g * sums_width + (PACKED ? 4 * d : d);
-                const float total = PACKED ? part[0] + part[1] + part[2] + part[3] : part[0];
-                store(out + (row * s.heads + from * G + g) * D + d, all.sum[g] > 0.0f ? total / all.sum[g] : 0.0f);
+                store(out + (row * s.heads + from * G + g) * D + d, all.sum[g] > 0.0f ? all.acc[g * width + d] / all.sum[g] : 0.0f);
             }
     }
 
-    void run(int threads) const {
-        int64_t groups = (2 * threads + s.rows - 1) / s.rows;
-        groups = groups < cache.kv_heads ? groups : cache.kv_heads;
-        if (s.rows >= 2 * threads || threads == 1) groups = 1;
-        team(threads, [&] {
-            std::vector<float> scratch(scratch_floats(), 0.0f);
-#pragma omp for schedule(dynamic)
-            for (int64_t task = 0; task < s.rows * groups; task++) {
-                const int64_t group = task % groups;
-                row_heads(task / groups, group * cache.kv_heads / groups, (group + 1) * cache.kv_heads / groups, scratch.data());
+};
+
+#if defined(__AVX512BF16__)
+inline __m512bh load_pairs(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
+inline __m512bh repeat_8(const bf16* p) { return (__m512bh)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p)); }
+
+// Sixteen sums of four neighbours each, by a transposition of 4 x 4.
+inline vec sum_fours(const __m512* x) {
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+    const __m512 sums = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    return (vec)_mm512_permutexvar_ps(_mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0), sums);
+}
+
+// In bfloat16 over the shuffled layout the dot products run on the cache as it lies: 64 bytes of it are 8 elements of 4 tokens'
+// keys, or 4 elements of 8 tokens' values. The weights are rounded to bfloat16 for it (as flash attention does on GPUs). The
+// running softmax takes a piece of some blocks a step, and up to four queries of a kv head share what is read.
+template <> struct PagedDecode<bf16, true> {
+    const Cache<bf16, true>& cache;
+    const DecodeShape& s;
+    const bf16 *q, *key, *value;
+    const int32_t *tables, *seq_lens;
+    const float* sinks;
+    bf16* out;
+    static constexpr int64_t QUERIES = 4, EIGHT = 8;
+    const int64_t D = cache.head_dim, BS = cache.block_size, G = s.heads / cache.kv_heads;
+    const int64_t blocks = BS < 64 ? 64 / BS : 1, depth = blocks * BS + LANES, sums_width = (D + LANES - 1) / LANES * LANES * 4;
+
+    int64_t scratch_floats() const { return QUERIES * (2 * depth + sums_width) + 4 * depth; }
+
+    // A piece: its blocks' keys and values in one kv head, and [skip, end) of its tokens.
+    struct Piece {
+        const bf16 *key, *value;
+        const int32_t* table;
+        int64_t skip, end;
+    };
+    // Queries: [D] each; scores, weights [depth] each; sums [sums_width] each, four parts of every element.
+    struct State {
+        const bf16* q;
+        float *scores, *sums;
+        bf16* weights;
+        const bf16** values;  // of each eight tokens of a piece
+        __mmask32* seen;
+        float top[QUERIES], total[QUERIES];
+    };
+
+    template <int N> void score(const Piece& piece, const State& h) const {
+        const int64_t step = BS % LANES ? EIGHT : LANES, loads = step / 4;
+        for (int64_t t = 0; t < piece.end; t += step) {
+            const int64_t place = piece.table[t / BS] * cache.block_elements() + t % BS * 8;
+            __m512 acc[N][4] = {};
+            for (int64_t d = 0; d < D; d += 8)
+                for (int64_t i = 0; i < loads; i++) {
+                    const __m512bh k = load_pairs(piece.key + place + d * BS + i * 32);
+                    _mm_prefetch((const char*)(piece.value + place + d * BS + i * 32), _MM_HINT_T1);
+                    for (int g = 0; g < N; g++) acc[g][i] = _mm512_dpbf16_ps(acc[g][i], k, repeat_8(h.q + g * D + d));
+                }
+            for (int g = 0; g < N; g++) store16(h.scores + g * depth + t, sum_fours(acc[g]) * s.scale);
+        }
+    }
+
+    // Scores -> weights relative to the maximum so far; everything summed before is scaled to a new maximum.
+    void weigh(const Piece& piece, State& h, int64_t g) const {
+        float* p = h.scores + g * depth;
+        if (s.softcap)
+            for (int64_t t = piece.skip; t < piece.end; t++) p[t] = s.softcap * std::tanh(p[t] / s.softcap);
+        for (int64_t t = 0; t < piece.skip; t++) p[t] = -INFINITY;
+        for (int64_t t = piece.end; t % LANES; t++) p[t] = -INFINITY;
+        __m512 most = _mm512_set1_ps(h.top[g]);
+        for (int64_t t = 0; t < piece.end; t += LANES) most = _mm512_max_ps(_mm512_loadu_ps(p + t), most);
+        const float high = _mm512_reduce_max_ps(most);
+        if (high > h.top[g]) {
+            const float shrink = h.total[g] == 0.0f ? 0.0f : exp_neg(h.top[g] - high);
+            h.total[g] *= shrink;
+            for (int64_t d = 0; d < sums_width; d += LANES) store16(h.sums + g * sums_width + d, load_vec(h.sums + g * sums_width + d) * shrink);
+            h.top[g] = high;
+        }
+        vec total{};
+        for (int64_t t = 0; t < piece.end; t += LANES) {
+            const vec x = load_vec(p + t), weights = x > -INFINITY ? exp_neg(x - high) : vec{};
+            store16(h.weights + g * depth + t, weights);
+            total += weights;
+        }
+        h.total[g] += sum_lanes(total);
+    }
+
+    // Elements d .. d + 4 M of N queries' sums += weights times values, of each eight tokens in [from, to).
+    template <int N, int M> void add_values(const State& h, int64_t from, int64_t to, int64_t d) const {
+        __m512 acc[N][M];
+        for (int g = 0; g < N; g++)
+            for (int i = 0; i < M; i++) acc[g][i] = _mm512_loadu_ps(h.sums + g * sums_width + d * 4 + i * 16);
+        for (int64_t j = from; j < to; j++) {
+            __m512bh v[M];
+            for (int i = 0; i < M; i++) v[i] = (__m512bh)_mm512_maskz_loadu_epi16(h.seen[j], h.values[j] + d * 8 + i * 32);
+            for (int g = 0; g < N; g++) {
+                const __m512bh w = repeat_8(h.weights + g * depth + j * EIGHT);
+                for (int i = 0; i < M; i++) acc[g][i] = _mm512_dpbf16_ps(acc[g][i], v[i], w);
             }
-        });
+        }
+        for (int g = 0; g < N; g++)
+            for (int i = 0; i < M; i++) _mm512_storeu_ps(h.sums + g * sums_width + d * 4 + i * 16, acc[g][i]);
+    }
+
+    template <int N> void step(const Piece& piece, State& h) const {
+        score<N>(piece, h);
+        for (int64_t g = 0; g < N; g++) weigh(piece, h, g);
+        const int64_t from = piece.skip / EIGHT, to = (piece.end + EIGHT - 1) / EIGHT;
+        for (int64_t j = from; j < to; j++) {
+            const int64_t t = j * EIGHT;
+            h.values[j] = piece.value + piece.table[t / BS] * cache.block_elements() + t % BS * D;
+            // Others are not read: what an earlier owner of the block left there may not be finite.
+            uint32_t seen = 0xff;
+            if (t < piece.skip) seen &= 0xffu << (piece.skip - t);
+            if (t + EIGHT > piece.end) seen &= 0xffu >> (t + EIGHT - piece.end);
+            h.seen[j] = seen * 0x01010101u;
+        }
+        int64_t d = 0;
+        if constexpr (N <= 2)
+            for (; d + 32 <= D; d += 32) add_values<N, 8>(h, from, to, d);
+        for (; d + 16 <= D; d += 16) add_values<N, 4>(h, from, to, d);
+        for (; d < D; d += 8) add_values<N, 2>(h, from, to, d);
+    }
+
+    // N queries of a row from the first of them on, all of the same kv head.
+    template <int N> void attend(int64_t row, int64_t query, float* scratch) const {
+        State h;
+        h.q = q + row * s.q_stride + query * D;
+        h.values = (const bf16**)scratch;
+        h.scores = scratch + 2 * depth;
+        h.sums = h.scores + QUERIES * depth;
+        h.weights = (bf16*)(h.sums + QUERIES * sums_width);
+        h.seen = (__mmask32*)(h.weights + QUERIES * depth);
+        std::memset(h.sums, 0, N * sums_width * sizeof(float));
+        for (int64_t g = 0; g < N; g++) {
+            h.top[g] = sinks ? sinks[query + g] : -INFINITY;
+            h.total[g] = sinks ? 1.0f : 0.0f;
+        }
+        const int64_t len = seq_lens[row], first = s.window && len > s.window ? len - s.window : 0, head = query / G * D * BS;
+        for (int64_t b = first / BS; b * BS < len; b += blocks) {
+            const int64_t rest = len - b * BS, skip = first > b * BS ? first - b * BS : 0;
+            step<N>({key + head, value + head, tables + row * s.table_stride + b, skip, rest < blocks * BS ? rest : blocks * BS}, h);
+        }
+        for (int64_t g = 0; g < N; g++) {
+            const float inverse = h.total[g] > 0.0f ? 1.0f / h.total[g] : 0.0f;
+            bf16* o = out + (row * s.heads + query + g) * D;
+            const float* sums = h.sums + g * sums_width;
+            for_lanes(D, [&](int64_t d, auto, auto put) {
+                const __m512 parts[4] = {_mm512_loadu_ps(sums + d * 4), _mm512_loadu_ps(sums + d * 4 + 16), _mm512_loadu_ps(sums + d * 4 + 32),
+                                         _mm512_loadu_ps(sums + d * 4 + 48)};
+                put(o + d, sum_fours(parts) * inverse);
+            });
+        }
+    }
+
+    void row_heads(int64_t row, int64_t from, int64_t to, float* scratch) const {
+        for (int64_t head = from; head < to; head++)
+            for (int64_t query = head * G; query < (head + 1) * G; query += QUERIES) switch ((head + 1) * G - query) {
+                    case 1: attend<1>(row, query, scratch); break;
+                    case 2: attend<2>(row, query, scratch); break;
+                    case 3: attend<3>(row, query, scratch); break;
+                    default: attend<4>(row, query, scratch);
+                }
     }
 };
+#endif
+
+template <class Decode> void paged_decode(const Decode& decode, int threads) {
+    const int64_t rows = decode.s.rows, kv_heads = decode.cache.kv_heads, size = decode.scratch_floats();
+    int64_t groups = (2 * threads + rows - 1) / rows;
+    groups = groups < kv_heads ? groups : kv_heads;
+    if (rows >= 2 * threads || threads == 1) groups = 1;
+    team(threads, [&] {
+        std::vector<float> scratch(size, 0.0f);
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < rows * groups; task++) {
+            const int64_t group = task % groups;
+            decode.row_heads(task / groups, group * kv_heads / groups, (group + 1) * kv_heads / groups, scratch.data());
+        }
+    });
+}
 
 // --- replay -----------------------------------------------------------------------------------------------------------
 
@@ -629,8 +773,11 @@ void ms_paged_decode(int dtype, int shuffled, const void* q, const void* key, co
     const DecodeShape s{rows, heads, q_stride, table_stride, window, scale, softcap};
     with_type(dtype, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
-        if (shuffled) PagedDecode<T, true>{{kv_heads, head_dim, block_size}, s, (const T*)q, (const T*)key, (const T*)value, tables, seq_lens, sinks, (T*)out}.run(threads);
-        else PagedDecode<T, false>{{kv_heads, head_dim, block_size}, s, (const T*)q, (const T*)key, (const T*)value, tables, seq_lens, sinks, (T*)out}.run(threads);
+        const auto run = [&](auto cache) {
+            paged_decode(PagedDecode<T, decltype(cache)::SHUFFLED>{cache, s, (const T*)q, (const T*)key, (const T*)value, tables, seq_lens, sinks, (T*)out}, threads);
+        };
+        if (shuffled) run(Cache<T, true>{kv_heads, head_dim, block_size});
+        else run(Cache<T, false>{kv_heads, head_dim, block_size});
     });
 }
 
@@ -638,6 +785,41 @@ void ms_gather_rows(const void* table, const int64_t* ids, void* out, int64_t ro
     team(rows * row_bytes > 65536 ? threads : 1, [=] {
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++) std::memcpy((char*)out + r * row_bytes, (const char*)table + ids[r] * row_bytes, row_bytes);
+    });
+}
+
+// The rows of a decode step: entry i computes position positions[i] of row rows[i] from the token ids[i]; `given`, or else the
+// row's next position and last token, and its length grows. Tables are int32 [all rows, width] and [entries, width].
+void ms_advance(int given, const int64_t* rows, const int32_t* tables, int64_t* lens, const int64_t* last_tokens, int64_t* ids, int64_t* positions,
+                int64_t* slots, int32_t* seq_lens, int32_t* step_tables, int64_t count, int64_t width, int64_t block_size) {
+    team(1, [=] {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < count; i++) {
+            if (!given) {
+                positions[i] = lens[rows[i]]++;
+                ids[i] = last_tokens[rows[i]];
+            }
+            const int32_t* table = tables + rows[i] * width;
+            const int64_t block = positions[i] / block_size;
+            slots[i] = table[block] * block_size + positions[i] % block_size;
+            seq_lens[i] = int32_t(positions[i] + 1);
+            std::memcpy(step_tables + i * width, table, (block + 1) * sizeof(int32_t));
+        }
+    });
+}
+
+// Each entry's most likely token, its row's last one from now on.
+void ms_greedy(int dtype, const void* logits, const int64_t* rows, int64_t* tokens, int64_t* last_tokens, int64_t* num_outputs, int64_t count,
+               int64_t vocab_size) {
+    with_type(dtype, [&](auto* t) {
+        using T = std::remove_pointer_t<decltype(t)>;
+        team(1, [=] {
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < count; i++) {
+                tokens[i] = last_tokens[rows[i]] = argmax((const T*)logits + i * vocab_size, vocab_size);
+                num_outputs[rows[i]]++;
+            }
+        });
     });
 }
 
@@ -652,6 +834,7 @@ Op ms_find_op(const char* name) {
 #endif
         {"ms_add_rms_norm", op<ms_add_rms_norm>}, {"ms_silu_and_mul", op<ms_silu_and_mul>}, {"ms_qk_norm_rope", op<ms_qk_norm_rope>},
         {"ms_write_kv", op<ms_write_kv>}, {"ms_paged_decode", op<ms_paged_decode>}, {"ms_gather_rows", op<ms_gather_rows>},
+        {"ms_advance", op<ms_advance>}, {"ms_greedy", op<ms_greedy>},
     };
     for (const auto& known : OPS)
         if (!std::strcmp(known.name, name)) return known.op;

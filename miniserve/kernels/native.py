@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -44,17 +45,37 @@ _SIGNATURES: dict[str, list[type]] = {
     "ms_write_kv": [_INT, _INT, _POINTER, _POINTER, _SIZE, _SIZE, *[_POINTER] * 3, *[_SIZE] * 4],
     "ms_paged_decode": [_INT, _INT, *[_POINTER] * 7, *[_SIZE] * 8, _FLOAT, _FLOAT, _INT],
     "ms_gather_rows": [*[_POINTER] * 3, _SIZE, _SIZE, _INT],
+    "ms_advance": [_INT, *[_POINTER] * 9, *[_SIZE] * 3],
+    "ms_greedy": [_INT, *[_POINTER] * 5, _SIZE, _SIZE],
     "ms_pack_linear": [_POINTER, _POINTER, _SIZE, _SIZE, _INT],
     "ms_linear": [*[_POINTER] * 4, *[_SIZE] * 4, _INT],
 }
 
 
 # Whoever makes the calls: a model and its attention need not share an object.
-_recorded: ContextVar[list[Call] | None] = ContextVar("recorded", default=None)
+_recording: ContextVar[_Recording | None] = ContextVar("recording", default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Recording:
+    calls: list[Call]
+    executes: bool
 
 
 class Unavailable(Exception):
     """The kernels cannot be used on this machine; `str(error)` is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeStep:
+    """One step's, contiguous. input_ids, positions, slots int64 [batch]; seq_lens int32 [batch]; block_tables int32
+    [batch, width]."""
+
+    input_ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    seq_lens: torch.Tensor
+    block_tables: torch.Tensor
 
 
 class NativeKernels:
@@ -81,11 +102,13 @@ class NativeKernels:
 
     def replay(self, words: torch.Tensor) -> None:
         """Make the calls in `words`, int64, one after the other."""
-        self._lib.ms_replay(words.data_ptr(), len(words), self._threads)
+        self._lib.ms_replay(words.data_ptr(), words.shape[0], self._threads)
 
     def _call(self, name: str, *arguments: int | float | None) -> None:
-        if (calls := _recorded.get()) is not None:
-            calls.append((name, arguments))
+        if (recording := _recording.get()) is not None:
+            recording.calls.append((name, arguments))
+            if not recording.executes:
+                return
         getattr(self._lib, name)(*arguments)
 
     def can_pack(self, dtype: torch.dtype, in_features: int, out_features: int) -> bool:
@@ -205,16 +228,50 @@ class NativeKernels:
         )
         return out
 
+    def advance(
+        self,
+        rows: torch.Tensor,
+        tables: torch.Tensor,
+        lens: torch.Tensor,
+        last_tokens: torch.Tensor,
+        step: DecodeStep,
+        block_size: int,
+        *,
+        given: bool,
+    ) -> None:
+        """Lay out a step of rows int64 [batch] in `step`. Of all rows are tables int32 [max_num_seqs, width], lens and
+        last_tokens int64 [max_num_seqs]. Each row gets longer by its last token; where they are `given`, positions and
+        input_ids stay as they are, and so do lens."""
+        places = (step.input_ids, step.positions, step.slots, step.seq_lens, step.block_tables)
+        self._call(
+            "ms_advance",
+            *(int(given), _p(rows), _p(tables), _p(lens), _p(last_tokens), *map(_p, places)),
+            *(rows.shape[0], tables.shape[1], block_size),
+        )
+
+    def greedy(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        tokens: torch.Tensor,
+        last_tokens: torch.Tensor,
+        num_outputs: torch.Tensor,
+    ) -> None:
+        """The most likely token, of equals the lowest, of each of logits [batch, vocab_size], to tokens int64 [batch]
+        and to last_tokens int64 [max_num_seqs] of rows int64 [batch], which in num_outputs int64 have one more."""
+        pointers = (_p(logits), _p(rows), _p(tokens), _p(last_tokens), _p(num_outputs))
+        self._call("ms_greedy", _DTYPES[logits.dtype], *pointers, *logits.shape)
+
 
 @contextlib.contextmanager
-def record() -> Iterator[list[Call]]:
-    """Within, this thread's calls are noted in the list beside being made."""
-    calls: list[Call] = []
-    token = _recorded.set(calls)
+def record(*, execute: bool) -> Iterator[list[Call]]:
+    """Within, this thread's calls are noted in the list, beside being made or instead."""
+    recording = _Recording([], execute)
+    token = _recording.set(recording)
     try:
-        yield calls
+        yield recording.calls
     finally:
-        _recorded.reset(token)
+        _recording.reset(token)
 
 
 def load(num_threads: int | None = None) -> NativeKernels:

@@ -30,7 +30,7 @@ from miniserve.runner.chunk_graph import ChunkGraphs
 from miniserve.runner.device import find_device, find_dtype, find_kv_dtype, find_platform
 from miniserve.runner.memory import MemoryPlan, available_bytes, check_weights_fit, plan_memory
 from miniserve.runner.native_graph import NativeGraphs
-from miniserve.runner.runner import ForwardGraphs, ModelRunner
+from miniserve.runner.runner import ModelRunner, StepGraphs
 from miniserve.runner.sampler import Sampler
 from miniserve.runner.self_check import checked_backend
 from miniserve.runner.state import StepState
@@ -116,16 +116,16 @@ def build_runner(
     state = StepState(config.max_num_seqs, plan.max_model_len, config.block_size, device)
     draw = _device_draw(config.max_num_seqs, model_config.vocab_size, dtype, device)
     sampler = Sampler(config.max_num_seqs, model_config.vocab_size, device, eos_token_ids, config.seed, draw)
-    graphs: DecodeGraphs | None = None
-    forward_graphs: ForwardGraphs | None = None
+    graphs: StepGraphs | None = None
+    chunk_graphs: ChunkGraphs | None = None
     if draw is not None and backend.graphs and not config.enforce_eager:
         graphs = _graphs(model, backend, caches, state, sampler, draw.params, config, plan, progress)
         # What padding holds is anything, also NaN, for which experts cannot be chosen.
         if backend.chunk_graphs and model_config.moe is None:
-            forward_graphs = _chunk_graphs(model, backend, caches, config, plan, progress)
+            chunk_graphs = _chunk_graphs(model, backend, caches, config, plan, progress)
     if kernels is not None and backend.graphs and not platform.emulated and not config.enforce_eager:
-        forward_graphs = NativeGraphs(model, backend, caches, kernels, state.tables.shape)
-    runner = ModelRunner(model, backend, caches, state, sampler, graphs, forward_graphs)
+        graphs = NativeGraphs(model, backend, caches, kernels, state, sampler)
+    runner = ModelRunner(model, backend, caches, state, sampler, graphs, chunk_graphs)
     attention = [*choice.explain(), *describe_routes(choice, model.attention_specs, platform), *scales, *checked]
     if (method := model.moe_method) is not None:
         attention.append(describe_experts(method.name, experts if isinstance(experts, str) else None))

@@ -20,6 +20,7 @@ from miniserve.attention.metadata import DecodeRows, StepBatch
 from miniserve.kernels.triton.decode_step import RowState, StepTensors, advance, apply_changes, greedy
 from miniserve.kernels.triton.sampling import RowParams, sample
 from miniserve.models.decoder import CausalLM
+from miniserve.runner.sampler import SampleOutput, Sampler
 from miniserve.runner.state import GraphInputs
 
 Progress = Callable[[int, int], None]
@@ -110,6 +111,11 @@ class DecodeGraphs:
         self._stage(bucket, inputs)
         self._drawn[bucket].replay()
         return self._tokens[: len(inputs.rows)], self._logits[: len(inputs.rows)]
+
+    def sample(self, bucket: int, inputs: GraphInputs, sampler: Sampler, positions: list[int] | None) -> SampleOutput:
+        """As `drawn`, and `sampler` draws for the rows that were left to it."""
+        sampler.upload()
+        return sampler.complete(*self.drawn(bucket, inputs), inputs.rows, positions)
 
     def _stage(self, bucket: int, inputs: GraphInputs) -> None:
         rows, blocks = inputs.rows, inputs.blocks

@@ -1,9 +1,9 @@
-"""A decode step's forward pass on a CPU as a list of native calls: noted once as Python makes them, then replayed.
+"""A CPU's decode steps as lists of native calls: noted once as Python makes them, then replayed.
 
-What a device graph is to a GPU this is to a CPU: a small model's step is short beside the Python around its kernels. A
-pass may be replayed if nothing but native kernels, views and allocations ran in it, which is watched while it is noted;
-any other keeps running from Python. The notes hold addresses: of weights and caches, which stay where they are once the
-model serves; of the step's inputs, which are copied to where they were; and of what the pass computes on its way.
+What a device graph is to a GPU this is to a CPU: a small model's step is short beside the Python around its kernels. It
+may be replayed if nothing but native kernels, views and allocations ran in its forward pass, which is watched while it
+is noted; a model with any other pass keeps running from Python. The notes hold addresses: of weights, caches and rows'
+state, which stay where they are once the model serves; of the step's inputs; and of what the pass computes on its way.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from miniserve.attention.backends.base import Backend
 from miniserve.attention.context import PagedStepContext
 from miniserve.attention.layouts import KVCache
 from miniserve.attention.metadata import DecodeRows, StepBatch
-from miniserve.kernels.native import Call, NativeKernels, record
+from miniserve.kernels.native import Call, DecodeStep, NativeKernels, record
 from miniserve.models.decoder import CausalLM
 from miniserve.runner.native_arena import plan_arena
-from miniserve.runner.state import StepInputs
+from miniserve.runner.sampler import SampleOutput, Sampler
+from miniserve.runner.state import GraphInputs, StepState
 
 MOST_ROWS = 16  # with more, kernels take so long that the Python around them hardly counts
 _ALLOCATIONS = frozenset({"aten::empty", "aten::empty_like", "aten::new_empty"})
@@ -31,15 +32,17 @@ _VIEWS = frozenset({"aten::view", "aten::slice", "aten::split_with_sizes", "aten
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
-    """`words` for `NativeKernels.replay`, int64; what the pass computes lies in `arena`, in the end `hidden`."""
+    """Words of `NativeKernels.replay`: a whole step, and one that leaves the draw to the sampler. What it computes lies
+    in `arena`, in the end `logits`."""
 
-    words: torch.Tensor
+    greedy: torch.Tensor
+    drawn: torch.Tensor
     arena: torch.Tensor
-    hidden: torch.Tensor
+    logits: torch.Tensor
 
 
 class NativeGraphs:
-    """backend: one whose `graphs` is true. tables_shape: of all rows' block tables, [max_num_seqs, width]."""
+    """backend: one whose `graphs` is true. state, sampler: those of the runner's rows."""
 
     def __init__(
         self,
@@ -47,59 +50,104 @@ class NativeGraphs:
         backend: Backend[Any],
         caches: Sequence[KVCache],
         kernels: NativeKernels,
-        tables_shape: Sequence[int],
+        state: StepState,
+        sampler: Sampler,
     ) -> None:
         self._model, self._backend, self._caches, self._kernels = model, backend, caches, kernels
-        max_num_seqs, width = tables_shape
-        most = min(MOST_ROWS, max_num_seqs)
-        self._ids, self._positions, self._slots = (torch.zeros(most, dtype=torch.int64) for _ in range(3))
-        self._tables = torch.zeros(most, width, dtype=torch.int32)
-        self._lens = torch.zeros(most, dtype=torch.int32)
+        self._state, self._sampler = state, sampler
+        max_num_seqs, width = state.tables.shape
+        self._num_rows = most = min(MOST_ROWS, max_num_seqs)
+
+        def integers(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros(*shape, dtype=dtype)
+
+        self._rows, tokens = integers(most), integers(most)
+        self._tokens = [tokens[:count] for count in range(most + 1)]
+        self._step = DecodeStep(
+            input_ids=integers(most),
+            positions=integers(most),
+            slots=integers(most),
+            seq_lens=integers(most, dtype=torch.int32),
+            block_tables=integers(most, width, dtype=torch.int32),
+        )
+        self._known_rows: list[int] = []
         self._arena = torch.empty(0, dtype=torch.uint8)  # of all graphs, as only one of them runs at a time
-        self._graphs: dict[int, _Graph | None] = {}  # by rows; None where the pass cannot be replayed
+        self._graphs: dict[tuple[int, bool], _Graph] = {}  # by rows, and whether positions and tokens are given
 
-    def run(self, inputs: StepInputs) -> torch.Tensor | None:
-        """The hidden states of a step's tokens, [num_tokens, hidden_size], which the next step may overwrite; None
-        where no graph holds it."""
-        rows, decode = len(inputs.input_ids), inputs.batch.decode
-        if decode is None or inputs.chunk_starts or rows > len(self._ids):
-            return None
-        known = rows in self._graphs
-        graph = self._graphs.get(rows)
-        if known and graph is None:
-            return None
-        self._ids[:rows] = inputs.input_ids
-        self._positions[:rows] = inputs.positions
-        self._slots[:rows] = inputs.batch.slot_mapping
-        self._lens[:rows] = decode.seq_lens
-        self._tables[:rows, : decode.block_tables.shape[1]] = decode.block_tables
+    def bucket(self, num_rows: int) -> int | None:
+        """The entries of the graph for a step of so many decode rows: as many; None where it runs from Python."""
+        return num_rows if num_rows <= self._num_rows else None
+
+    def greedy(self, bucket: int, inputs: GraphInputs) -> torch.Tensor:
+        """Run a step and hand each row's most likely token to the next one. Returns the tokens, int64 [entries]; the
+        next launch overwrites them."""
+        self._run(bucket, inputs, greedy=True)
+        return self._tokens[bucket]
+
+    def sample(self, bucket: int, inputs: GraphInputs, sampler: Sampler, positions: list[int] | None) -> SampleOutput:
+        """Run a step, from the logits of which `sampler` draws."""
+        return sampler.sample(self._run(bucket, inputs, greedy=False), inputs.rows, positions)
+
+    def _run(self, bucket: int, inputs: GraphInputs, *, greedy: bool) -> torch.Tensor:
+        """The step's logits [bucket, vocab_size], which the next step overwrites."""
+        if inputs.rows is not self._known_rows:
+            self._known_rows = inputs.rows
+            self._rows[:bucket] = torch.tensor(inputs.rows)
+        given = inputs.positions is not None
+        if given:
+            self._step.positions[:bucket] = torch.tensor(inputs.positions)
+            self._step.input_ids[:bucket] = torch.tensor(inputs.token_ids)
+        graph = self._graphs.get((bucket, given))
         if graph is None:
-            return self._record(rows)
-        self._kernels.replay(graph.words)
-        return graph.hidden
+            return self._record(bucket, given, greedy)
+        self._kernels.replay(graph.greedy if greedy else graph.drawn)
+        return graph.logits
 
-    def _record(self, rows: int) -> torch.Tensor:
+    def _record(self, rows: int, given: bool, greedy: bool) -> torch.Tensor:
         """Run the step from Python, and note it if it can be replayed."""
-        longest = self._tables.shape[1] * self._backend.layout.block_size
-        decode = DecodeRows(self._tables[:rows], self._lens[:rows], longest, host_seq_lens=None)
-        with _Watch() as watch, record() as calls:
-            metadata = self._backend.build(StepBatch(self._slots[:rows], decode))
-            context = PagedStepContext(self._backend, self._caches, metadata)
-            hidden: torch.Tensor = self._model(self._ids[:rows], self._positions[:rows], context)
-        self._graphs[rows] = None if watch.foreign else self._make(calls, watch.allocated, hidden)
-        return hidden
+        with record(execute=True) as before:
+            self._advance(rows, given)
+        with _Watch() as watch, record(execute=True) as calls:
+            logits = self._forward(rows)
+        with record(execute=greedy) as after:
+            self._take_argmax(logits)
+        if watch.foreign:
+            self._num_rows = 0
+        else:
+            self._graphs[rows, given] = self._make([*before, *calls, *after], watch.allocated, logits)
+        return logits
 
-    def _make(self, calls: list[Call], allocated: list[torch.Tensor], hidden: torch.Tensor) -> _Graph:
+    def _advance(self, rows: int, given: bool) -> None:
+        state, sampler = self._state, self._sampler
+        step, block_size = self._step, self._backend.layout.block_size
+        self._kernels.advance(
+            self._rows[:rows], state.tables, state.lens, sampler.last_tokens, step, block_size, given=given
+        )
+
+    def _forward(self, rows: int) -> torch.Tensor:
+        step = self._step
+        longest = step.block_tables.shape[1] * self._backend.layout.block_size
+        decode = DecodeRows(step.block_tables[:rows], step.seq_lens[:rows], longest, host_seq_lens=None)
+        metadata = self._backend.build(StepBatch(step.slots[:rows], decode))
+        context = PagedStepContext(self._backend, self._caches, metadata)
+        return self._model.compute_logits(self._model(step.input_ids[:rows], step.positions[:rows], context))
+
+    def _take_argmax(self, logits: torch.Tensor) -> None:
+        rows, sampler = len(logits), self._sampler
+        self._kernels.greedy(logits, self._rows[:rows], self._tokens[rows], sampler.last_tokens, sampler.num_outputs)
+
+    def _make(self, calls: list[Call], allocated: list[torch.Tensor], logits: torch.Tensor) -> _Graph:
         words, pointers = self._kernels.encode(calls)
-        offsets, size = plan_arena([(words[place], number) for place, number in pointers], allocated, hidden)
+        offsets, size = plan_arena([(words[place], number) for place, number in pointers], allocated, logits)
         if len(self._arena) < size:  # graphs that are there already keep theirs
-            self._arena = torch.empty(-(-size // len(hidden)) * len(self._ids), dtype=torch.uint8)
+            self._arena = torch.empty(-(-size // len(logits)) * len(self._rows), dtype=torch.uint8)
         for place, _ in pointers:
             if words[place] in offsets:
                 words[place] = self._arena.data_ptr() + offsets[words[place]]
-        start = offsets[hidden.data_ptr()]
-        result = self._arena[start : start + hidden.nbytes].view(hidden.dtype).view(hidden.shape)
-        return _Graph(torch.tensor(words, dtype=torch.int64), self._arena, result)
+        start = offsets[logits.data_ptr()]
+        moved = self._arena[start : start + logits.nbytes].view(logits.dtype).view(logits.shape)
+        whole = torch.tensor(words, dtype=torch.int64)
+        return _Graph(whole, whole[: -1 - len(calls[-1][1])], self._arena, moved)
 
 
 class _Watch(TorchDispatchMode):

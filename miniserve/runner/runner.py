@@ -16,18 +16,26 @@ from miniserve.models.decoder import CausalLM
 from miniserve.runner.device_timer import DeviceTimer, StepEvents
 from miniserve.runner.logprobs import LogprobTensors, gather_logprobs, rows_per_chunk, to_token_logprobs
 from miniserve.runner.sampler import SampleOutput, Sampler
-from miniserve.runner.state import StepInputs, StepState
+from miniserve.runner.state import GraphInputs, StepState
 
 if TYPE_CHECKING:
-    from miniserve.runner.decode_graph import DecodeGraphs
+    from miniserve.runner.chunk_graph import ChunkGraphs
 
 
-class ForwardGraphs(Protocol):
-    """Forward passes that run without Python: those of a GPU's steps with chunks, or of a CPU's without."""
+class StepGraphs(Protocol):
+    """Steps of decode rows alone that run without Python around their kernels."""
 
-    def run(self, inputs: StepInputs) -> torch.Tensor | None:
-        """The hidden states of a step's tokens, [num_tokens, hidden_size], which the next step may overwrite; None
-        where no graph holds it."""
+    def bucket(self, num_rows: int) -> int | None:
+        """The entries of the graph for a step of so many decode rows, None where there is none."""
+        ...
+
+    def greedy(self, bucket: int, inputs: GraphInputs) -> torch.Tensor:
+        """Launch a step and hand each row's most likely token to the next one. Returns the tokens, int64 [entries],
+        valid until the next launch."""
+        ...
+
+    def sample(self, bucket: int, inputs: GraphInputs, sampler: Sampler, positions: list[int] | None) -> SampleOutput:
+        """As `greedy`, but each token is drawn as its request says; `positions` as in `Sampler.sample`."""
         ...
 
 
@@ -43,10 +51,10 @@ class _PromptLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    """A step on its way: host tensors that are valid once the last of `events` has passed, on an asynchronous device.
-    `bucket`: rows of the graph that runs it, 0 for none."""
+    """A step on its way: host tensors that are valid once the last of `events` has passed, on an asynchronous device;
+    of a CPU, where it is over by now, a list of its tokens. `bucket`: rows of the graph that runs it, 0 for none."""
 
-    token_ids: torch.Tensor | None
+    token_ids: torch.Tensor | list[int] | None
     num_logprobs: Sequence[int | None]
     logprobs: LogprobTensors | None
     prompt_logprobs: list[_PromptLogprobs]
@@ -64,8 +72,8 @@ class ModelRunner:
         caches: Sequence[KVCache],
         state: StepState,
         sampler: Sampler,
-        graphs: DecodeGraphs | None = None,
-        forward_graphs: ForwardGraphs | None = None,
+        graphs: StepGraphs | None = None,
+        chunk_graphs: ChunkGraphs | None = None,
     ) -> None:
         self._model = model
         self._backend = backend
@@ -73,7 +81,7 @@ class ModelRunner:
         self._state = state
         self._sampler = sampler
         self._graphs = graphs
-        self._forward_graphs = forward_graphs
+        self._chunk_graphs = chunk_graphs
         self._timer = None if model.options.device.type == "cpu" else DeviceTimer()
         # Of prompt tokens at a time: enough for the product with the head's weight to be worth reading it.
         self._least_logit_rows = 16 if model.options.device.type == "cpu" else 512
@@ -99,7 +107,7 @@ class ModelRunner:
         if self._graphs is not None and bucket is not None:
             return self._to_host(self._replay(self._graphs, bucket, plan), [], bucket)
         inputs = self._state.prepare(plan, self._sampler.last_tokens)
-        hidden = None if self._forward_graphs is None else self._forward_graphs.run(inputs)
+        hidden = None if self._chunk_graphs is None else self._chunk_graphs.run(inputs)
         if hidden is None:
             context = PagedStepContext(self._backend, self._caches, self._backend.build(inputs.batch))
             hidden = self._model(inputs.input_ids, inputs.positions, context)
@@ -110,12 +118,11 @@ class ModelRunner:
             sampled = self._sampler.sample(self._model.compute_logits(chosen), rows, _positions(plan))
         return self._to_host(sampled, prompt_logprobs)
 
-    def _replay(self, graphs: DecodeGraphs, bucket: int, plan: StepPlan) -> SampleOutput:
+    def _replay(self, graphs: StepGraphs, bucket: int, plan: StepPlan) -> SampleOutput:
         inputs = self._state.prepare_graph(plan)
         if self._sampler.takes_argmax(inputs.rows):
             return SampleOutput(graphs.greedy(bucket, inputs), None, (None,) * len(inputs.rows))
-        self._sampler.upload()
-        return self._sampler.complete(*graphs.drawn(bucket, inputs), inputs.rows, _positions(plan))
+        return graphs.sample(bucket, inputs, self._sampler, _positions(plan))
 
     def collect(self, handle: object) -> StepResult:
         """Wait for a step's result; see `core.Runner`."""
@@ -127,7 +134,7 @@ class ModelRunner:
             if handle.token_ids is not None:  # a step without a token is not waited for
                 handle.events.end.synchronize()
                 device = DeviceStep(handle.bucket, *handle.events.seconds())
-        token_ids = [] if handle.token_ids is None else handle.token_ids.tolist()
+        token_ids = handle.token_ids.tolist() if isinstance(handle.token_ids, torch.Tensor) else handle.token_ids or []
         logprobs = None
         if handle.logprobs is not None:
             logprobs = to_token_logprobs(token_ids, handle.logprobs, handle.num_logprobs)
@@ -160,7 +167,7 @@ class ModelRunner:
             events = None if self._timer is None else self._timer.end()
             return _Launched(None, (), None, prompt_logprobs, bucket, events)
         if self._timer is None:
-            return _Launched(sampled.token_ids, sampled.num_logprobs, sampled.logprobs, prompt_logprobs)
+            return _Launched(sampled.token_ids.tolist(), sampled.num_logprobs, sampled.logprobs, prompt_logprobs)
         token_ids = _pinned(sampled.token_ids)
         logprobs = sampled.logprobs
         if logprobs is not None:

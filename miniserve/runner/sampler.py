@@ -122,7 +122,7 @@ class Sampler:
 
     def takes_argmax(self, rows: list[int]) -> bool:
         """Whether `sample` would give each row's most likely token and nothing more."""
-        return self._table.all_greedy(rows) and not self._table.wants_logits[rows].any()
+        return self._table.take_argmax(rows)
 
     def complete(
         self, tokens: torch.Tensor, logits: torch.Tensor, rows: list[int], positions: list[int] | None = None

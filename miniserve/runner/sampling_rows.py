@@ -121,6 +121,7 @@ class RowTable:
         self._prompt_lens = np.zeros(max_num_seqs, dtype=np.int64)
         self.penalised = np.zeros(max_num_seqs, dtype=np.bool_)
         self.wants_logits = np.zeros(max_num_seqs, dtype=np.bool_)
+        self._takes_argmax = [False] * max_num_seqs  # a list, because a look at a few rows is many times as fast
         self._biases: dict[int, dict[int, float]] = {}
         self._early_stops: dict[int, tuple[list[int], int]] = {}
 
@@ -156,6 +157,7 @@ class RowTable:
         self.wants_logits[row] = (
             self.penalised[row] or row in self._biases or row in self._early_stops or params.logprobs is not None
         )
+        self._takes_argmax[row] = bool(self._kinds[row] == _GREEDY and not self.wants_logits[row])
 
     def stop_row(self, row: int) -> None:
         if self._kinds[row] == _FREE:
@@ -168,8 +170,9 @@ class RowTable:
         """How many output tokens there are up to these positions of the rows, int64 [num_rows]."""
         return self._to_device(np.array(positions, dtype=np.int64) + 1 - self._prompt_lens[rows])
 
-    def all_greedy(self, rows: list[int]) -> bool:
-        return bool((self._kinds[rows] == _GREEDY).all())
+    def take_argmax(self, rows: list[int]) -> bool:
+        """Whether each row is given its most likely token and nothing more."""
+        return all(map(self._takes_argmax.__getitem__, rows))
 
     def draw_params(self, rows: list[int]) -> HostParams:
         numbers = np.empty((len(rows), 5), dtype=np.float32)

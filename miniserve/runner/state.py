@@ -37,6 +37,9 @@ class BlockChanges:
     block_ids: np.ndarray[tuple[int], np.dtype[np.int32]]
 
 
+_NO_CHANGES = BlockChanges(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int32))
+
+
 @dataclass(frozen=True, slots=True)
 class GraphInputs:
     """What a graph's step needs from the host: the runner's row of each token and the blocks that came to the tables;
@@ -114,6 +117,8 @@ class StepState:
         return StepInputs(_join(ids), _join(positions), batch, starts, self._sample_indices(plan, starts))
 
     def _note_blocks(self, new_blocks: list[tuple[int, int, list[int]]]) -> BlockChanges:
+        if not new_blocks:
+            return _NO_CHANGES
         places: list[int] = []
         found: list[int] = []
         for row, index, block_ids in new_blocks:

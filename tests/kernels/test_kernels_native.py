@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miniserve.kernels import native
+from miniserve.kernels.native import DecodeStep
 from miniserve.models.layers.ops import HeadShape, NativeOps, TorchOps
+from miniserve.runner.sampling_blocks import argmax
 
 pytestmark = pytest.mark.skipif(
     native.unavailable_reason() is not None, reason=f"C++ kernels: {native.unavailable_reason()}"
@@ -90,6 +92,56 @@ def test_split_norm_rope(dtype: torch.dtype, tokens: int, shape: HeadShape, norm
     got = NativeOps(native.load()).split_norm_rope(qkv.clone(), shape, cos_sin, q_weight, k_weight, 1e-6)
     for mine, theirs in zip(got, want, strict=True):
         close(mine, theirs)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    dtype=DTYPES,
+    rows=st.integers(1, 4),
+    size=st.sampled_from([1, 15, 100, 256, 300, 1000]),
+    levels=st.sampled_from([1, 3, 10**6]),
+    odd=st.sampled_from([None, float("nan"), float("inf"), -float("inf")]),
+    seed=st.integers(0, 999),
+)
+def test_greedy(dtype: torch.dtype, rows: int, size: int, levels: int, odd: float | None, seed: int) -> None:
+    """Few levels make equals, of which the lowest is taken; a NaN counts as the largest, as PyTorch has it."""
+    logits = (levels * normal(seed, rows, size)).round().div(levels).to(dtype) - 3
+    if odd is not None:
+        logits[0, seed % size :: 50] = odd
+    taken = torch.randperm(6, generator=torch.Generator().manual_seed(seed))[:rows]
+    tokens, last_tokens, num_outputs = torch.zeros(rows).long(), torch.full((6,), -1), torch.arange(6)
+    native.load().greedy(logits, taken, tokens, last_tokens, num_outputs)
+    assert torch.equal(tokens, argmax(logits.float()))
+    assert torch.equal(last_tokens[taken], tokens)
+    assert (last_tokens == -1).sum() == 6 - rows
+    assert torch.equal(num_outputs, torch.arange(6).index_add(0, taken, torch.ones(rows).long()))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_advance(given: bool) -> None:
+    rows, tables = torch.tensor([2, 0, 2] if given else [2, 0, 1]), torch.randperm(15).view(3, 5).int()
+    lens, last_tokens = torch.tensor([0, 15, 16]), torch.tensor([7, 8, 9])
+    ids, positions = (torch.tensor([4, 5, 6]), torch.tensor([16, 0, 17])) if given else (torch.zeros(3).long(),) * 2
+    want_ids = ids if given else last_tokens[rows]
+    want = positions if given else lens[rows]
+    want_lens = lens.clone() if given else lens + 1
+    step = DecodeStep(
+        ids.clone(), positions.clone(), torch.zeros(3).long(), torch.zeros(3).int(), torch.zeros(3, 5).int()
+    )
+    native.load().advance(rows, tables, lens, last_tokens, step, 8, given=given)
+    assert torch.equal(step.input_ids, want_ids)
+    assert torch.equal(step.positions, want)
+    assert torch.equal(lens, want_lens)
+    assert torch.equal(step.seq_lens, want.int() + 1)
+    assert torch.equal(step.slots, tables[rows, want // 8].long() * 8 + want % 8)
+    for table, row, position in zip(step.block_tables, rows, want, strict=True):
+        assert torch.equal(table[: position // 8 + 1], tables[row, : position // 8 + 1])
+
+
+@pytest.mark.parametrize("table", [normal(0, 9, 7), normal(0, 9, 3).bfloat16(), normal(0, 300, 300)])
+def test_gather_rows(table: torch.Tensor) -> None:
+    ids = torch.tensor([8, 0, 8, 3])
+    assert torch.equal(native.load().gather_rows(ids, table), table[ids])
 
 
 def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

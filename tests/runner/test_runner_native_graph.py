@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engine_real import CPU, KERNELS, MAX_LEN, generate, tokens
@@ -32,7 +34,8 @@ from miniserve.runner.native_arena import plan_arena
 from miniserve.runner.native_graph import NativeGraphs
 from miniserve.runner.runner import ModelRunner
 from miniserve.runner.sampler import Sampler
-from miniserve.runner.state import StepInputs, StepState
+from miniserve.runner.sampling_blocks import argmax
+from miniserve.runner.state import BlockChanges, GraphInputs, StepState
 from miniserve.scheduler.scheduler import Scheduler
 
 pytestmark = pytest.mark.skipif(
@@ -84,8 +87,8 @@ def make_engine(
     backend = CpuBackend(LAYOUTS[layout](16), KERNELS)
     caches = [backend.layout.allocate(spec, num_blocks, CPU) for spec in model.attention_specs]
     state = StepState(ROWS, MAX_LEN, 16, CPU)
-    noted = NativeGraphs(model, backend, caches, KERNELS, state.tables.shape) if graphs else None
     sampler = Sampler(ROWS, model.config.vocab_size, CPU, frozenset({7}))
+    noted = NativeGraphs(model, backend, caches, KERNELS, state, sampler) if graphs else None
     config = SchedulerConfig(
         num_blocks=num_blocks,
         block_size=16,
@@ -95,7 +98,7 @@ def make_engine(
         eos_token_ids=frozenset({7}),
         num_draft_tokens=num_draft_tokens,
     )
-    runner = ModelRunner(model, backend, caches, state, sampler, forward_graphs=noted)
+    runner = ModelRunner(model, backend, caches, state, sampler, noted)
     return EngineLoop(Scheduler(config), runner, StepLog(None, ROWS), overlap=False)
 
 
@@ -116,7 +119,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 STEM = [3, 9, 4, 17, 5, 3, 9, 4, 17, 6, 3, 9, 4]
 REQUESTS = [
     ([*STEM, n], SamplingParams(temperature=temperature, seed=n, max_tokens=40, min_tokens=n, logprobs=logprobs))
-    for n, (temperature, logprobs) in enumerate([(0.0, 2), (0.0, None), (0.8, 1), (0.0, 0), (0.0, None)])
+    for n, (temperature, logprobs) in enumerate([(0.0, None), (0.0, 2), (0.8, 1), (0.0, 0), (0.0, None)])
 ]
 ARRIVALS = [0, 3, 9, 30, 31]
 
@@ -134,7 +137,7 @@ def test_rows_that_come_and_go(name: str, layout: str, tmp_path: Path, replays: 
     got = generate(make_engine(model, layout, graphs=True), REQUESTS, ARRIVALS)
     assert told(got) == told(want)
     assert len(replays) > 60
-    assert len(set(replays)) == 1, "a pass is as many calls for any number of rows"
+    assert len(set(replays)) == 2, "as many calls for any number of rows, and one less where the sampler draws"
 
 
 def test_guesses_are_rows_like_others(tmp_path: Path, replays: list[int]) -> None:
@@ -183,30 +186,36 @@ def test_every_attention_that_the_kernels_have(layout: str, tmp_path: Path, repl
     for cache in caches:
         cache.key.normal_(generator=generator)
         cache.value.normal_(generator=generator)
-    graphs = NativeGraphs(model, backend, caches, KERNELS, (ROWS, MAX_LEN // 16))
+    state = StepState(ROWS, MAX_LEN, 16, CPU)
+    sampler = Sampler(ROWS, model.config.vocab_size, CPU, frozenset())
+    graphs = NativeGraphs(model, backend, caches, KERNELS, state, sampler)
     with torch.inference_mode():
-        for _ in range(24):
-            inputs = random_step(generator)
-            want = model(
-                inputs.input_ids, inputs.positions, PagedStepContext(backend, caches, backend.build(inputs.batch))
-            )
-            got = graphs.run(inputs)
-            assert got is not None
-            assert torch.equal(got, want)
+        for step in range(24):
+            rows = torch.randperm(ROWS, generator=generator)[: int(integers(generator, 1, ROWS + 1, 1))]
+            state.tables.copy_(torch.randperm(64, generator=generator)[: 8 * ROWS].view(ROWS, 8))
+            state.lens.copy_(integers(generator, 0, MAX_LEN, ROWS))
+            sampler.last_tokens.copy_(integers(generator, 0, 160, ROWS))
+            positions = state.lens[rows]
+            slots = state.tables[rows, positions // 16].long() * 16 + positions % 16
+            decode = DecodeRows(state.tables[rows], positions.int() + 1, MAX_LEN, None)
+            context = PagedStepContext(backend, caches, backend.build(StepBatch(slots, decode)))
+            want = model.compute_logits(model(sampler.last_tokens[rows], positions, context))
+            if step % 2:
+                kept: Any = SimpleNamespace(sample=lambda logits, rows, positions: logits)
+                assert torch.equal(graphs.sample(len(rows), inputs_of(rows), kept, None), want)
+            else:
+                assert torch.equal(graphs.greedy(len(rows), inputs_of(rows)), argmax(want.float()))
+                assert torch.equal(sampler.last_tokens[rows], argmax(want.float()))
+            assert torch.equal(state.lens[rows], positions + 1)
     assert len(replays) == 24 - ROWS, "each number of rows was noted at its first step"
 
 
-def random_step(generator: torch.Generator) -> StepInputs:
-    def integers(low: int, high: int, *shape: int) -> torch.Tensor:
-        return torch.randint(low, high, shape, generator=generator)
+def inputs_of(rows: torch.Tensor) -> GraphInputs:
+    return GraphInputs(rows.tolist(), BlockChanges(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int32)))
 
-    rows = int(integers(1, ROWS + 1, 1))
-    lens = integers(1, MAX_LEN, rows)
-    tables = torch.randperm(64, generator=generator)[: 8 * rows].view(rows, 8).int()
-    width = -(-int(lens.max()) // 16)
-    slots = tables[torch.arange(rows), (lens - 1) // 16] * 16 + (lens - 1) % 16
-    decode = DecodeRows(tables[:, :width].contiguous(), lens.int(), int(lens.max()), lens.numpy())
-    return StepInputs(integers(0, 160, rows), lens - 1, StepBatch(slots.long(), decode), [], None)
+
+def integers(generator: torch.Generator, low: int, high: int, *shape: int) -> torch.Tensor:
+    return torch.randint(low, high, shape, generator=generator)
 
 
 @pytest.mark.parametrize("enforce_eager", [False, True])
