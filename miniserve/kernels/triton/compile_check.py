@@ -228,9 +228,9 @@ def _special(special: bool) -> str:
 def cases(arch: Arch) -> Iterator[Case]:
     """Each launch that differs in generated code."""
     half, single, fp8 = torch.bfloat16, torch.float32, arch.fp8
+    on_nvidia = arch.target.backend == "cuda"
     yield from (
-        Case(name, launch)
-        for name, launch in step_launches(Chip(arch.cores, arch.shared, arch.target.backend == "cuda"))
+        Case(name, launch) for name, launch in step_launches(Chip(arch.cores, arch.shared, on_nvidia, tma=on_nvidia))
     )
     for shuffled in (False, True):
         for kv in (half, fp8):

@@ -11,6 +11,7 @@ import torch
 from miniserve.kernels.triton import (
     decode_step,
     elementwise,
+    medium_linear,
     moe,
     moe_token,
     norm_router,
@@ -36,6 +37,16 @@ def _linear(chip: Chip, m: int, n: int, k: int, gated: bool, dtype: torch.dtype 
         if tile is not None:
             weight = _tensor(n * (2 if gated else 1), k, dtype=dtype)
             small_linear.small_linear(_tensor(m, k), weight, None, tile, small_linear.Workspace(_META), gated=gated)
+
+    return launch
+
+
+def _medium_linear(chip: Chip, m: int, n: int, k: int, gated: bool) -> Callable[[], object]:
+    def launch() -> None:
+        tile = medium_linear.choose_medium_tile(m, n, k, _HALF.itemsize, chip, gated=gated)
+        if tile is not None:
+            weight = _tensor(n * (2 if gated else 1), k)
+            medium_linear.medium_linear(_tensor(m, k), weight, None, tile, gated=gated)
 
     return launch
 
@@ -119,6 +130,10 @@ def step_launches(chip: Chip) -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"bf16 {m} rows {n} x {k}", _linear(chip, m, n, k, False)
         for n, k in ((12288, 4096), (3072, 1024)):
             yield f"bf16 {m} rows {n} x {k} gated", _linear(chip, m, n, k, True)
+    if chip.tma:
+        for m, n, k, gated in ((128, 1024, 2048, False), (256, 4096, 1024, False), (128, 12288, 4096, True)):
+            yield f"bf16 {m} rows {n} x {k}{' gated' if gated else ''}", _medium_linear(chip, m, n, k, gated)
+        yield "bf16 256 rows 3072 x 1024 gated", _medium_linear(chip, 256, 3072, 1024, True)
     yield "fp32 router", _linear(chip, 16, 128, 2048, False, torch.float32)
     for tokens in _PAIRS:
         yield f"bf16 {tokens} tokens, 8 of 128", _experts(chip, tokens, 128, 8, 768)

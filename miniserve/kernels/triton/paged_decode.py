@@ -18,6 +18,7 @@ from miniserve.kernels.triton.common import (
     value_tile,
 )
 from miniserve.kernels.triton.launch import Launch, cdiv, decode_launch, next_power_of_2
+from miniserve.kernels.triton.pdl import launch_options, start, wait
 from miniserve.kernels.triton.split_kv import (
     DecodeScratch,
     fuses_merge,
@@ -26,6 +27,8 @@ from miniserve.kernels.triton.split_kv import (
     merge_tile,
     shares,
 )
+
+_FUSED_MERGE_VALUES = 16384  # measured on an H100
 
 
 def paged_decode(
@@ -70,7 +73,7 @@ def paged_decode(
     launch = launch or decode_launch(on, head_dim, key_cache.element_size(), group)
     single = num_splits == 1
     if fused_merge is None:
-        fused_merge = fuses_merge(on, min(launch.block_m, group), head_dim, num_splits)
+        fused_merge = fuses_merge(on, min(launch.block_m, group), head_dim, num_splits, _FUSED_MERGE_VALUES)
     head_tiles = num_kv_heads * cdiv(group, launch.block_m)
     _decode_kernel[(head_tiles, num_splits, rows)](
         q,
@@ -109,6 +112,7 @@ def paged_decode(
         FUSED_MERGE=fused_merge and not single,
         PRECISION=dot_precision(on),
         **launch.options(on),
+        **launch_options(q.device),
     )
     if not single and not fused_merge and scratch is not None:
         merge_splits(scratch, seq_lens, out, block_n=launch.block_n, num_splits=num_splits, window=window)
@@ -123,7 +127,7 @@ def _decode_kernel(
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, X: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, SINGLE: tl.constexpr, MERGE_M: tl.constexpr, FUSED_MERGE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: one row, one split of its keys, up to BLOCK_M query heads of one kv head. Scores are base 2."""
     head_tile = tl.program_id(0)
@@ -138,6 +142,7 @@ def _decode_kernel(
     mine = (member < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
     out_at = out + row.to(tl.int64) * out_row + head[:, None] * out_head + d[None, :]
 
+    wait(PDL)
     seq_len = tl.load(seq_lens + row)
     low, first, last, share = shares(seq_len, window, num_splits, BLOCK_N, HAS_WINDOW)
     begin = first + split * share
@@ -195,6 +200,7 @@ def _decode_kernel(
         acc = acc * decay[:, None]
         acc = tl.dot(weights.to(query.dtype), v, acc, input_precision=PRECISION)
 
+    start(PDL)  # not before: the next product would fetch its weights while keys and values are still being read
     denominator = tl.sum(total, 1)
     if sinks is not None:
         denominator += tl.where(split == 0, tl.exp2(sink - best), 0.0)  # a sink counts once, in the first split

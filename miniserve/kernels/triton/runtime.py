@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from miniserve.kernels.triton import elementwise, moe, moe_token, norm_router, routing
+from miniserve.kernels.triton.medium_linear import MediumTile, can_describe, choose_medium_tile, medium_linear
 from miniserve.kernels.triton.small_linear import LinearTile, Workspace, chip_of, choose_tile, small_linear
 
 
@@ -36,7 +37,11 @@ class TritonKernels:
         def tile(m: int, n: int, k: int, itemsize: int, gated: bool) -> LinearTile | None:
             return choose_tile(m, n, k, itemsize, chip, gated=gated)
 
-        self._tile = tile
+        @functools.cache
+        def medium_tile(m: int, n: int, k: int, itemsize: int, gated: bool) -> MediumTile | None:
+            return choose_medium_tile(m, n, k, itemsize, chip, gated=gated)
+
+        self._tile, self._medium_tile = tile, medium_tile
 
     def linear(
         self,
@@ -47,12 +52,15 @@ class TritonKernels:
         gated: bool = False,
         out_dtype: torch.dtype | None = None,
     ) -> torch.Tensor | None:
-        """See `small_linear`; None where the vendor's library serves these shapes better."""
+        """See `small_linear` and `medium_linear`; None where the vendor's library serves these shapes better."""
         n = weight.shape[0] // 2 if gated else weight.shape[0]
-        tile = self._tile(x.shape[0], n, weight.shape[1], weight.element_size(), gated)
-        if tile is None:
-            return None
-        return small_linear(x, weight, bias, tile, self._workspace, gated=gated, out_dtype=out_dtype)
+        sizes = (x.shape[0], n, weight.shape[1], weight.element_size(), gated)
+        if (tile := self._tile(*sizes)) is not None:
+            return small_linear(x, weight, bias, tile, self._workspace, gated=gated, out_dtype=out_dtype)
+        medium = self._medium_tile(*sizes) if out_dtype is None else None
+        if medium is not None and can_describe(x):
+            return medium_linear(x, weight, bias, medium, gated=gated)
+        return None
 
     def add_norm_route(
         self,

@@ -16,9 +16,7 @@ import triton
 import triton.language as tl
 
 from miniserve.kernels.triton.launch import Platform, next_power_of_2, scratch_sizes
-
-# Above this many float32 values a merge is spread over a kernel of its own: one program would be slower.
-_FUSED_MERGE_VALUES = 32768
+from miniserve.kernels.triton.pdl import launch_options, start, wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +41,13 @@ class DecodeScratch:
         )
 
 
-def fuses_merge(on: Platform, heads: int, head_dim: int, num_splits: int) -> bool:
-    """Whether the last split to arrive should merge `heads` heads itself.
+def fuses_merge(on: Platform, heads: int, head_dim: int, num_splits: int, most_values: int) -> bool:
+    """Whether the last split to arrive should merge `heads` heads itself. With more than `most_values` float32 values
+    that is a kernel of its own: one program would be slower.
 
     On AMD the merge stays a kernel of its own until an in-kernel one has been seen to work across its dies.
     """
-    return on == "cuda" and next_power_of_2(heads) * next_power_of_2(head_dim) * num_splits <= _FUSED_MERGE_VALUES
+    return on == "cuda" and next_power_of_2(heads) * next_power_of_2(head_dim) * num_splits <= most_values
 
 
 def merge_splits(
@@ -75,6 +74,7 @@ def merge_splits(
         BLOCK_D=next_power_of_2(head_dim),
         BLOCK_N=block_n,
         HAS_WINDOW=window is not None,
+        **launch_options(out.device),
     )
 
 
@@ -102,8 +102,11 @@ def last_to_arrive(arrivals, splits):
 def _merge_kernel(
     partial, lse, seq_lens, out, out_row, out_head, window, num_splits,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: one head of one row. A padding row has its zeros from the decode kernel already."""
+    start(PDL)
+    wait(PDL)
     head = tl.program_id(0)
     row = tl.program_id(1)
     seq_len = tl.load(seq_lens + row)
@@ -129,11 +132,11 @@ def merge_tile(
     best = tl.full([MERGE_M], float("-inf"), tl.float32)
     total = tl.zeros([MERGE_M], tl.float32)
     acc = tl.zeros([MERGE_M, BLOCK_D], tl.float32)
-    for start in range(0, splits, CHUNK):
-        there = live[:, None] & (start + tl.arange(0, CHUNK) < splits)[None, :]
-        weight = tl.load(lse + entry + start, mask=there, other=float("-inf"))
+    for at in range(0, splits, CHUNK):
+        there = live[:, None] & (at + tl.arange(0, CHUNK) < splits)[None, :]
+        weight = tl.load(lse + entry + at, mask=there, other=float("-inf"))
         share = tl.load(
-            partial + (entry + start)[:, :, None] * HEAD_DIM + d[None, None, :],
+            partial + (entry + at)[:, :, None] * HEAD_DIM + d[None, None, :],
             mask=there[:, :, None] & (d < HEAD_DIM)[None, None, :],
             other=0.0,
         )
