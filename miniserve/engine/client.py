@@ -94,7 +94,6 @@ class AsyncEngine:
         self.recent = StepTotals()
         self._period = (0.0, self.totals)  # the current one's begin and what there was then
         self._step_readers: deque[asyncio.Future[list[StepRecord]]] = deque()
-        self.last_step_seconds = 0.0
         self.dead: str | None = None
 
     # --- life -----------------------------------------------------------------------------------------------------
@@ -293,7 +292,6 @@ class AsyncEngine:
         if self._last_sign - begin >= _PERIOD:
             self.recent = event.totals.since(totals)
             self._period = (self._last_sign, event.totals)
-        self.last_step_seconds = event.step_seconds
         for refusal in event.refusals:
             self._refuse(refusal)
         for output in event.outputs:

@@ -87,14 +87,13 @@ class Refusal(msgspec.Struct, frozen=True):
 class StepOutputs(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """Sent after every step, and without outputs whenever commands changed the stats of an engine at rest.
 
-    `step_seconds` is how long the step took; `stats.num_steps` counts the steps; `totals` sums up those that are done.
+    `stats.num_steps` counts the steps; `totals` sums up those that are done.
     """
 
     outputs: list[RequestOutput]
     refusals: list[Refusal]
     stats: SchedulerStats
     totals: StepTotals
-    step_seconds: float
 
 
 class Steps(msgspec.Struct, tag=True, frozen=True):

@@ -49,9 +49,9 @@ class _Server:
         while not self._stopping and not (self._draining and not self._loop.has_work):
             took_commands = self._take_commands()
             if self._loop.has_work and not self._stopping:
-                self._step()
+                self._send(self._loop.step())
             elif took_commands:
-                self._send([], 0.0)
+                self._send([])
 
     def _take_commands(self) -> bool:
         """Apply the commands that are there; wait for one where the engine has nothing else to do."""
@@ -80,19 +80,13 @@ class _Server:
             case messages.AskSteps(limit):
                 self._events.send(self._encode(messages.Steps(self._loop.log.records(limit))))
 
-    def _step(self) -> None:
-        start = time.monotonic()
-        outputs = self._loop.step()
-        self._send(outputs, time.monotonic() - start)
-
-    def _send(self, outputs: list[RequestOutput], step_seconds: float) -> None:
+    def _send(self, outputs: list[RequestOutput]) -> None:
         refusals, self._refusals = self._refusals, []
         event = messages.StepOutputs(
             outputs=outputs,
             refusals=refusals,
             stats=self._loop.stats,
             totals=self._loop.log.totals,
-            step_seconds=step_seconds,
         )
         self._events.send(self._encode(event))
 

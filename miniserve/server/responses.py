@@ -108,16 +108,6 @@ class ChatChunkChoice(TypedDict):
     stop_reason: NotRequired[str | int | None]
 
 
-class ChatChunk(TypedDict):
-    id: str
-    object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[ChatChunkChoice]
-    usage: NotRequired[Usage | None]
-
-
 class Model(TypedDict):
     id: str
     object: Literal["model"]
