@@ -90,7 +90,7 @@ class NativeKernels:
 
     def encode(self, calls: Sequence[Call]) -> tuple[list[int], list[tuple[int, int]]]:
         """The 64-bit words that `replay` takes; and of each pointer in them its place there and its call's number."""
-        words: list[int] = []
+        words: list[int] = [len(calls)]
         pointers: list[tuple[int, int]] = []
         for number, (name, arguments) in enumerate(calls):
             words.append(self._lib.ms_find_op(name.encode()))
@@ -306,7 +306,7 @@ def _build() -> Path:
     if compiler is None:
         raise Unavailable("no C++ compiler (g++ or clang++) was found")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    key = hashlib.sha256("\0".join([_SOURCE.read_text(), *_FLAGS, version, _processor()]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\0".join([*_texts(), *_FLAGS, version, _processor()]).encode()).hexdigest()[:16]
     directory = cache_dir()
     path = directory / f"cpu-{key}.so"
     if not path.exists():
@@ -331,6 +331,10 @@ def _compile(compiler: str, path: Path) -> None:
         Path(temporary).replace(path)  # atomic: another process may be building the same file
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def _texts() -> list[str]:
+    return [path.read_text() for path in (_SOURCE, *sorted(_SOURCE.parent.glob("cpu_*.h")))]
 
 
 def _processor() -> str:
