@@ -19,7 +19,8 @@ from miniserve.attention.backends.base import Backend
 from miniserve.attention.context import PagedStepContext
 from miniserve.attention.layouts import KVCache
 from miniserve.attention.metadata import DecodeRows, StepBatch
-from miniserve.kernels.native import Call, DecodeStep, NativeKernels, record
+from miniserve.kernels.native import DecodeStep, NativeKernels
+from miniserve.kernels.native_calls import Call, encode, record, replay
 from miniserve.models.decoder import CausalLM
 from miniserve.runner.native_arena import plan_arena
 from miniserve.runner.sampler import SampleOutput, Sampler
@@ -32,7 +33,7 @@ _VIEWS = frozenset({"aten::view", "aten::slice", "aten::split_with_sizes", "aten
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
-    """Words of `NativeKernels.replay`: a whole step, and one that leaves the draw to the sampler. What it computes lies
+    """Words of `replay`: a whole step, and one that leaves the draw to the sampler. What it computes lies
     in `arena`, in the end `logits`."""
 
     greedy: torch.Tensor
@@ -100,7 +101,7 @@ class NativeGraphs:
         graph = self._graphs.get((bucket, given))
         if graph is None:
             return self._record(bucket, given, greedy)
-        self._kernels.replay(graph.greedy if greedy else graph.drawn)
+        replay(graph.greedy if greedy else graph.drawn, self._kernels.num_threads)
         return graph.logits
 
     def _record(self, rows: int, given: bool, greedy: bool) -> torch.Tensor:
@@ -137,7 +138,7 @@ class NativeGraphs:
         self._kernels.greedy(logits, self._rows[:rows], self._tokens[rows], sampler.last_tokens, sampler.num_outputs)
 
     def _make(self, calls: list[Call], allocated: list[torch.Tensor], logits: torch.Tensor) -> _Graph:
-        words, pointers = self._kernels.encode(calls)
+        words, pointers = encode(calls)
         offsets, size = plan_arena([(words[place], number) for place, number in pointers], allocated, logits)
         if len(self._arena) < size:  # graphs that are there already keep theirs
             self._arena = torch.empty(-(-size // len(logits)) * len(self._rows), dtype=torch.uint8)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miniserve.kernels import native
+from miniserve.kernels import native, native_build
 from miniserve.kernels.native import DecodeStep
 from miniserve.models.layers.ops import HeadShape, NativeOps, TorchOps
 from miniserve.runner.sampling_blocks import argmax
@@ -145,16 +145,16 @@ def test_gather_rows(table: torch.Tensor) -> None:
 
 
 def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
-    with pytest.raises(native.Unavailable, match=r"no C\+\+ compiler"):
-        native._library.__wrapped__()
+    monkeypatch.setattr(native_build.shutil, "which", lambda name: None)
+    with pytest.raises(native_build.Unavailable, match=r"no C\+\+ compiler"):
+        native_build.build()
 
 
 def test_a_failing_compiler_is_told_with_its_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "cpu.cpp"
     broken.write_text("this is not C++;")
-    monkeypatch.setattr(native, "_SOURCE", broken)
-    monkeypatch.setattr(native, "cache_dir", lambda: tmp_path / "cache")
-    with pytest.raises(native.Unavailable, match=r"could not compile the CPU kernels: .*error"):
-        native._library.__wrapped__()
+    monkeypatch.setattr(native_build, "_SOURCE", broken)
+    monkeypatch.setattr(native_build, "cache_dir", lambda: tmp_path / "cache")
+    with pytest.raises(native_build.Unavailable, match=r"could not compile the CPU kernels: .*error"):
+        native_build.build()
     assert not list((tmp_path / "cache").iterdir()), "a failed build must leave nothing behind"

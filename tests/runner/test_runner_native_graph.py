@@ -25,11 +25,13 @@ from miniserve.config import SchedulerConfig
 from miniserve.core import RequestOutput, SamplingParams
 from miniserve.engine.loop import EngineLoop
 from miniserve.engine.step_log import StepLog
-from miniserve.kernels.native import NativeKernels
+from miniserve.kernels.native import NativeKernels, load
+from miniserve.kernels.native_calls import replay
 from miniserve.models.config import load_model_config
 from miniserve.models.decoder import CausalLM
 from miniserve.models.loader import dummy_weights
 from miniserve.models.registry import build_model
+from miniserve.runner import native_graph
 from miniserve.runner.native_arena import plan_arena
 from miniserve.runner.native_graph import NativeGraphs
 from miniserve.runner.runner import ModelRunner
@@ -73,9 +75,11 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_model(path: Path, settings: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> CausalLM:
+def make_model(
+    path: Path, settings: dict[str, Any], dtype: torch.dtype = torch.bfloat16, kernels: NativeKernels | None = KERNELS
+) -> CausalLM:
     (path / "config.json").write_text(json.dumps(SHAPE | settings))
-    model = build_model(load_model_config(path), dtype=dtype, kv_dtype=dtype, device=CPU, native=KERNELS)
+    model = build_model(load_model_config(path), dtype=dtype, kv_dtype=dtype, device=CPU, native=kernels)
     dummy_weights(model, seed=1)
     return model
 
@@ -106,13 +110,12 @@ def make_engine(
 def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for each replay, as they come."""
     seen: list[int] = []
-    replay = NativeKernels.replay
 
-    def spy(kernels: NativeKernels, words: torch.Tensor) -> None:
+    def spy(words: torch.Tensor, num_threads: int) -> None:
         seen.append(len(words))
-        replay(kernels, words)
+        replay(words, num_threads)
 
-    monkeypatch.setattr(NativeKernels, "replay", spy)
+    monkeypatch.setattr(native_graph, "replay", spy)
     return seen
 
 
@@ -171,16 +174,17 @@ def test_a_pass_with_torch_in_it_runs_from_python(
     assert not replays
 
 
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("layout", ["linear", "shuffled"])
-def test_every_attention_that_the_kernels_have(layout: str, tmp_path: Path, replays: list[int]) -> None:
+def test_every_attention_that_the_kernels_have(layout: str, threads: int, tmp_path: Path, replays: list[int]) -> None:
     """Steps of random numbers of rows and lengths, with a window, softcap and sinks, bit for bit."""
-    model = make_model(tmp_path, {})
+    kernels = load(threads)
+    model = make_model(tmp_path, {}, kernels=kernels)
     for layer in model.model.layers:
         attention: Any = layer.self_attn.attn
         attention.spec = dataclasses.replace(attention.spec, sliding_window=24, softcap=20.0, sinks=True)
         attention.sinks = torch.linspace(-1.0, 1.0, 4)
-    assert KERNELS is not None
-    backend = CpuBackend(LAYOUTS[layout](16), KERNELS)
+    backend = CpuBackend(LAYOUTS[layout](16), kernels)
     generator = torch.Generator().manual_seed(0)
     caches = [backend.layout.allocate(spec, 64, CPU) for spec in model.attention_specs]
     for cache in caches:
@@ -188,7 +192,7 @@ def test_every_attention_that_the_kernels_have(layout: str, tmp_path: Path, repl
         cache.value.normal_(generator=generator)
     state = StepState(ROWS, MAX_LEN, 16, CPU)
     sampler = Sampler(ROWS, model.config.vocab_size, CPU, frozenset())
-    graphs = NativeGraphs(model, backend, caches, KERNELS, state, sampler)
+    graphs = NativeGraphs(model, backend, caches, kernels, state, sampler)
     with torch.inference_mode():
         for step in range(24):
             rows = torch.randperm(ROWS, generator=generator)[: int(integers(generator, 1, ROWS + 1, 1))]
