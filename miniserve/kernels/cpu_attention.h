@@ -107,7 +107,7 @@ template <class T, bool SHUFFLED> struct PagedDecode {
     }
 
     void row_heads(int64_t row, int64_t from, int64_t to, float* scratch) const {
-        std::memset(scratch, 0, scratch_floats() * sizeof(float));  // padding of rows is multiplied, too
+        if (width != D) std::memset(scratch, 0, scratch_floats() * sizeof(float));  // the padding is multiplied, too
         float *kf = scratch, *vf = kf + depth * width, *p = vf + depth * width, *state = p + depth;
         const int64_t count = (to - from) * G, len = seq_lens[row], first = s.window && len > s.window ? len - s.window : 0;
         const T* raw = q + row * s.q_stride + from * G * D;
