@@ -37,12 +37,9 @@ def test_what_was_compiled_are_the_kernels_that_there_are() -> None:
     assert not [row for row in rows if row[5] != "0" or row[8]]
     sources = (Path(miniserve.__file__).parent / "kernels" / "triton").glob("*.py")
     kernels = {name for path in sources for name in re.findall(r"^def _(\w+)_kernel\(", path.read_text(), re.M)}
+    nvidias_alone = {"linearize", "medium_linear", "norm_router", "router"}
     for arch in ("gfx942", "gfx950"):
-        assert {row[1] for row in rows if row[0] == arch} == kernels - {
-            "linearize",
-            "router",
-            "norm_router",
-        }  # NVIDIA's alone
+        assert {row[1] for row in rows if row[0] == arch} == kernels - nvidias_alone
         compiled, known = {row[2] for row in rows if row[0] == arch}, {case.name for case in cases(ARCHS[arch])}
         assert compiled <= known
         assert known - compiled <= {"bf16 64 rows 1024 x 2048"}, "which the vendor's library multiplies"
