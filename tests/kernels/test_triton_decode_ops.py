@@ -104,6 +104,7 @@ def test_every_medium_cut_has_its_rows_and_fits_the_shared_memory(m: int) -> Non
                 continue
             assert 64 < m <= 256 and k % 8 == 0 and tile.block_m <= m
             assert (tile.block_m + tile.block_n) * tile.block_k * 2 * tile.num_stages <= 232_448
+            assert choose_medium_tile(m, n, k, 2, Chip(170, 101_376, tma=True), gated=gated) is None
 
 
 def test_a_float32_weight_takes_any_x_and_several_rows_one_by_one() -> None:

@@ -30,6 +30,9 @@ class MediumTile:
     num_warps: int
     num_stages: int
 
+    def shared_bytes(self, itemsize: int) -> int:
+        return (self.block_m + self.block_n) * self.block_k * itemsize * self.num_stages
+
 
 @triton.jit(do_not_specialize=["M"])
 def _medium_linear_kernel(
@@ -86,13 +89,15 @@ def choose_medium_tile(m: int, n: int, k: int, itemsize: int, chip: Chip, *, gat
     """
     if not chip.tma or itemsize != 2 or not MAX_ROWS < m <= MOST_ROWS or k % 8:
         return None
-    if gated and m > 128:
-        return MediumTile(128, 128, 64, 8, 6) if n * k <= 1 << 23 else None
-    if not gated and n * k > 1 << 22:
-        return None
-    if gated or triton.cdiv(m, 64) * triton.cdiv(n, 64) > chip.num_sms:
-        return MediumTile(64, 128, 128, 4, 4)
-    return MediumTile(64, 64, 128, 4, 6)
+    if gated:
+        tile = MediumTile(64, 128, 128, 4, 4) if m <= 128 else MediumTile(128, 128, 64, 8, 6)
+        large = m > 128 and n * k > 1 << 23
+    else:
+        one_round = triton.cdiv(m, 64) * triton.cdiv(n, 64) <= chip.num_sms
+        tile = MediumTile(64, 64, 128, 4, 6) if one_round else MediumTile(64, 128, 128, 4, 4)
+        large = n * k > 1 << 22
+    # Not all GPUs that copy by descriptor have an H100's shared memory.
+    return None if large or tile.shared_bytes(itemsize) > chip.shared_bytes else tile
 
 
 def can_describe(x: torch.Tensor) -> bool:
