@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import importlib.util
-import inspect
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -17,7 +13,7 @@ from miniserve.bench.client import Endpoint
 from miniserve.bench.serve import PromptType, ServeConfig
 from miniserve.bench.workload import Shape
 from miniserve.cli.options import parse_count
-from miniserve.cli.run import run
+from miniserve.cli.settings import with_settings
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
 
@@ -103,31 +99,13 @@ def serve(
         raise typer.Exit(1)
 
 
-def with_engine_options(command: Callable[..., None], **defaults: object) -> Callable[..., None]:
-    """Give a command whose first parameter is an `EngineConfig` the engine's options of `miniserve run` instead, some
-    of them with other defaults."""
-    names = [field.name for field in dataclasses.fields(EngineConfig) if field.name != "log_level"]  # nothing is logged
-    of_run = inspect.signature(run, eval_str=True).parameters
-    of_command = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-
-    def wrapper(**given: Any) -> None:
-        command(EngineConfig(**{name: given.pop(name) for name in names}), **given)
-
-    parameters = [of_run[name].replace(default=defaults.get(name, of_run[name].default)) for name in names] + of_command
-    wrapper.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
-    )
-    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
-    return wrapper
-
-
-# Nobody reads along: what counts is the whole.
-offline = functools.partial(with_engine_options, max_itl_ratio=0.0)
+# Nothing is logged; and nobody reads along: what counts is the whole.
+_measured = with_settings(without=("log_level",))
+_offline = with_settings(without=("log_level",), max_itl_ratio=0.0)
 
 
 @app.command()
-@with_engine_options
+@_measured
 def sweep(
     engine: EngineConfig,
     url: Annotated[str | None, typer.Option(help="A server that runs already, instead of one of ours.")] = None,
@@ -191,7 +169,7 @@ def _shapes(lengths: str) -> list[Shape]:
 
 
 @app.command()
-@offline
+@_offline
 def latency(
     engine: EngineConfig,
     batch_size: Annotated[int, typer.Option(help="Prompts in a batch.")] = 1,
@@ -223,7 +201,7 @@ def latency(
 
 
 @app.command()
-@offline
+@_offline
 def throughput(
     engine: EngineConfig,
     num_prompts: Annotated[int, typer.Option(help="Prompts, all handed over at once.")] = 200,

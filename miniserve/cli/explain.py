@@ -8,82 +8,50 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from miniserve.cli.options import parse_count
+from miniserve.cli.settings import with_settings
 from miniserve.config import EngineConfig, tuning_dir
 
 if TYPE_CHECKING:
     from miniserve.attention.spec import AttentionSpec
     from miniserve.runner.explain import Explanation, Memory, Path
 
-_ENGINE = EngineConfig()
 
-
+@with_settings(
+    only=(
+        "model", "revision", "kv_layout", "kv_cache_dtype", "attention_backend", "aiter", "block_size", "dtype",
+        "max_model_len",
+    ),
+)  # fmt: skip
 def explain(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="Hugging Face id or local directory; only its config.json is read.", show_default="the built-in model"
-        ),
-    ] = None,
-    device: Annotated[
-        str, typer.Option("--device", help="mi300x, mi355x, h100, cpu, …; auto is this machine.")
-    ] = "auto",
-    tp: Annotated[int, typer.Option("--tp", help="GPUs that share the model.", min=1)] = 1,
-    kv_layout: Annotated[
-        str, typer.Option("--kv-layout", help="linear, shuffled, latent or auto.")
-    ] = _ENGINE.kv_layout,
-    kv_cache_dtype: Annotated[
-        str, typer.Option("--kv-cache-dtype", help="auto (the model's), bfloat16, float16, float32 or fp8.")
-    ] = _ENGINE.kv_cache_dtype,
-    attention_backend: Annotated[
-        str, typer.Option("--attention-backend", help="auto, or the name of one.")
-    ] = _ENGINE.attention_backend,
-    aiter: Annotated[
-        bool, typer.Option("--aiter/--no-aiter", help="Use AMD's aiter where it is installed.")
-    ] = _ENGINE.aiter,
-    block_size: Annotated[int, typer.Option("--block-size", help="Tokens in one KV block.")] = _ENGINE.block_size,
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="auto (the model's own), bfloat16, float16 or float32.")
-    ] = _ENGINE.dtype,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option(
-            "--max-model-len",
-            help="Longest prompt and answer together.",
-            metavar="TOKENS",
-            show_default="the model's",
-            parser=lambda value: parse_count(str(value), "--max-model-len"),
-        ),
-    ] = None,
-    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.")] = None,
+    engine: EngineConfig,
+    device: Annotated[str, typer.Option(help="mi300x, mi355x, h100, cpu, …; auto is this machine.")] = "auto",
+    tp: Annotated[int, typer.Option(help="GPUs that share the model.", min=1)] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say which attention backend, KV layout and kernels a model would get, why not the others, and what fits."""
-    EngineConfig(  # checks what both have
-        dtype=dtype,
-        kv_layout=kv_layout,
-        kv_cache_dtype=kv_cache_dtype,
-        block_size=block_size,
-        max_model_len=max_model_len,
-    )
+    """Say which attention backend, KV layout and kernels a model would get, why not the others, and what fits.
+
+    Only the model's config.json is read.
+    """
     # Here and not above: torch would slow down `miniserve --help`.
     from miniserve.models.hub import locate_config
     from miniserve.models.outline import read_outline
     from miniserve.runner.explain import Wishes
     from miniserve.runner.explain import explain as explain_model
 
-    name, config = locate_config(model, revision, notify=lambda sentence: print(sentence, file=sys.stderr))
+    name, config = locate_config(
+        engine.model, engine.revision, notify=lambda sentence: print(sentence, file=sys.stderr)
+    )
     outline = read_outline(config, name)
     wishes = Wishes(
         device=device,
         tp=tp,
-        kv_layout=kv_layout,
-        kv_cache_dtype=kv_cache_dtype,
-        attention_backend=attention_backend,
-        aiter=aiter,
-        dtype=dtype,
-        block_size=block_size,
-        max_model_len=max_model_len,
+        kv_layout=engine.kv_layout,
+        kv_cache_dtype=engine.kv_cache_dtype,
+        attention_backend=engine.attention_backend,
+        aiter=engine.aiter,
+        dtype=engine.dtype,
+        block_size=engine.block_size,
+        max_model_len=engine.max_model_len,
     )
     found = explain_model(name, outline, wishes, tuning_dir())
     print(json.dumps(to_json(found), indent=2) if as_json else to_text(found))

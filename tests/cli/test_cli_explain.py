@@ -52,7 +52,7 @@ def write_model(directory: Path, name: str) -> str:
 
 def answer(path: str, **flags: Any) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        explain(path, **flags)
+        explain(model=path, **flags)
     return out.getvalue()
 
 
@@ -113,7 +113,7 @@ def test_a_tuning_table_decides_and_is_named(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_had_is_a_sentence(flags: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^[^\n]+$") as error:
-        explain(write_model(tmp_path, "Qwen3-235B-A22B"), **flags)
+        explain(model=write_model(tmp_path, "Qwen3-235B-A22B"), **flags)
     assert said in str(error.value)
 
 

@@ -1,0 +1,159 @@
+"""The settings of engine and server as options of commands, each declared once."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Annotated, Any, Literal, get_origin, get_type_hints
+
+import typer
+
+from miniserve.cli.options import parse_bytes, parse_count
+from miniserve.config import LOG_LEVELS, EngineConfig
+from miniserve.server.config import ServerConfig
+
+
+def _option(*names: str, panel: str, help: str, **settings: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, **settings)
+
+
+_model = functools.partial(_option, panel="Model")
+_http = functools.partial(_option, panel="Server")
+_sched = functools.partial(_option, panel="Scheduling and memory")
+_switch = functools.partial(_option, panel="Switches")
+
+
+def count(flag: str) -> Callable[[object], int]:
+    """A parser of numbers such as 8k for an option."""
+    return lambda value: parse_count(str(value), flag)
+
+
+def _note_debug(ctx: typer.Context, level: str) -> str:
+    ctx.obj.debug = ctx.obj.debug or level == "debug"
+    return level
+
+
+_OPTIONS: dict[type, dict[str, Any]] = {
+    EngineConfig: {
+        "model": typer.Argument(help="Hugging Face id or local directory.", show_default="the built-in model"),
+        "revision": _model(help="Branch, tag or commit on the hub."),
+        "dtype": _model(help="auto (the model's own), bfloat16, float16 or float32."),
+        "device": _model(
+            help="auto, cpu or cuda (which is ROCm, too); gfx942 and gfx950 are emulated, for tests with a stand-in "
+            "for aiter.",
+        ),
+        "load_format": _model(help="auto, or dummy: random weights, none are loaded."),
+        "max_model_len": _model(
+            help="Longest prompt and answer together; 8k is 8000, 8K 8192.",
+            show_default="the model's",
+            metavar="TOKENS",
+            parser=count("--max-model-len"),
+        ),
+        "generation_config": _model(help="auto: sampling defaults of the model's file; none: neutral ones."),
+        "seed": _model(help="Seed of random weights and of requests without one."),
+        "log_level": _http(help=f"{', '.join(LOG_LEVELS)}.", callback=_note_debug),
+        "max_num_seqs": _sched(help="Most requests that run at once.", metavar="N", parser=count("--max-num-seqs")),
+        "max_num_batched_tokens": _sched(
+            help="Most tokens in one step.", metavar="TOKENS", parser=count("--max-num-batched-tokens")
+        ),
+        "max_itl_ratio": _sched(
+            help="How many times as long as without prefill beside it a step that decodes may take; 0: any number.",
+            metavar="RATIO",
+        ),
+        "block_size": _sched(help="Tokens in one KV block."),
+        "kv_layout": _sched(help="linear, shuffled, latent or auto."),
+        "kv_cache_dtype": _sched(help="auto (the model's), bfloat16, float16, float32 or fp8."),
+        "attention_backend": _sched(help="auto, or the name of one."),
+        "kv_cache_memory": _sched(
+            help="Size of the KV cache, such as 512M or 4G.",
+            show_default="computed",
+            metavar="BYTES",
+            parser=lambda value: parse_bytes(str(value), "--kv-cache-memory"),
+        ),
+        "gpu_memory_utilization": _sched(help="Share of the device's memory to use."),
+        "enable_prefix_caching": _switch(
+            "--enable-prefix-caching/--no-prefix-caching",
+            help="Reuse the KV blocks of prompts seen before.",
+            show_default="on",
+        ),
+        "async_scheduling": _switch(help="Plan a step while the device computes the one before.", show_default="auto"),
+        "speculative": _sched(
+            help="ngram:K guesses up to K tokens from the text so far and verifies them in one step; same tokens.",
+            show_default="off",
+            metavar="ngram:K",
+        ),
+        "enforce_eager": _switch(
+            "--enforce-eager", help="Launch every kernel of a decode step from Python, without graphs."
+        ),
+        "aiter": _switch(help="Use AMD's aiter where it is installed.", show_default="on"),
+        "self_check": _switch(
+            help="Try the attention path on problems with known answers before serving from it.", show_default="on"
+        ),
+    },
+    ServerConfig: {
+        "host": _http(help="Address to listen on; 0.0.0.0 is every network."),
+        "port": _http(help="0 takes a free one."),
+        "api_keys": _http("--api-key", help="Key that clients must send; may be given several times."),
+        "served_model_names": _http(
+            "--served-model-name", help="Name clients use; may be given several times.", show_default="MODEL"
+        ),
+        "allowed_origins": _http(
+            "--allowed-origin", help="Origin whose web pages may call the server (CORS); may be given several times."
+        ),
+        "drain_timeout": _http(help="How long running requests may go on after the first Ctrl-C.", metavar="SECONDS"),
+        "enable_tokenizer_info": _http(
+            "--enable-tokenizer-info", help="Serve /tokenizer_info, for lm_eval's remote tokenizer."
+        ),
+        "trust_request_chat_template": _http(
+            "--trust-request-chat-template", help="Accept chat templates, which are programs, from requests."
+        ),
+    },
+}
+
+
+Command = Callable[..., None]
+
+
+def with_settings(
+    *, only: tuple[str, ...] = (), without: tuple[str, ...] = (), **defaults: object
+) -> Callable[[Command], Command]:
+    """Give a command options instead of its `EngineConfig` and `ServerConfig`: for all their settings, or `only` for
+    some, or for all `without` some; with other `defaults` than theirs."""
+
+    def decorate(command: Command) -> Command:
+        parameters: list[inspect.Parameter] = []
+        configs: dict[str, tuple[type, list[str]]] = {}
+        for parameter in inspect.signature(command, eval_str=True).parameters.values():
+            config = parameter.annotation
+            if config not in _OPTIONS:
+                parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY))
+                continue
+            names = [name for name in _OPTIONS[config] if (name in only if only else name not in without)]
+            configs[parameter.name] = config, names
+            parameters += [_parameter(config, name, defaults) for name in names]
+
+        def wrapper(**given: Any) -> None:
+            given = {parameter.name: parameter.default for parameter in parameters} | given
+            for parameter, (config, names) in configs.items():
+                values = {name: given.pop(name) for name in names}
+                given[parameter] = config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+            command(**given)
+
+        wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__
+        return wrapper
+
+    return decorate
+
+
+def _parameter(config: type, name: str, defaults: dict[str, object]) -> inspect.Parameter:
+    (field,) = (each for each in fields(config) if each.name == name)
+    kind: Any = get_type_hints(config)[name]
+    # The configuration itself refuses, in a sentence, a word that is none of its choices.
+    kind = {Literal: str, tuple: list[str]}.get(get_origin(kind), kind)
+    default = defaults.get(name, field.default)
+    annotation = Annotated[kind, _OPTIONS[config][name]]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
