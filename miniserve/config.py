@@ -11,13 +11,17 @@ from typing import Literal
 
 from miniserve.core import InvalidRequest, UserError, check_types
 
-DTYPES = ("auto", "bfloat16", "float16", "float32")
-KV_LAYOUTS = ("auto", "linear", "shuffled", "latent")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
-LOAD_FORMATS = ("auto", "dummy")
-KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8")
-# gfx942 and gfx950 are emulated on a CPU, by an aiter that computes there: for tests.
-DEVICES = ("auto", "cpu", "cuda", "gfx942", "gfx950")
+_CHOICES = {
+    "dtype": ("auto", "bfloat16", "float16", "float32"),
+    # gfx942 and gfx950 are emulated on a CPU, by an aiter that computes there: for tests.
+    "device": ("auto", "cpu", "cuda", "gfx942", "gfx950"),
+    "load_format": ("auto", "dummy"),
+    "kv_layout": ("auto", "linear", "shuffled", "latent"),
+    "kv_cache_dtype": ("auto", "bfloat16", "float16", "float32", "fp8"),
+    "log_level": LOG_LEVELS,
+}
+_POSITIVE = ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_model_len", "kv_cache_memory")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,22 +64,14 @@ class EngineConfig:
             check_types(self)
         except InvalidRequest as wrong:
             raise UserError(str(wrong)) from None
-        _choice("--dtype", self.dtype, DTYPES)
-        _choice("--device", self.device, DEVICES)
-        _choice("--load-format", self.load_format, LOAD_FORMATS)
-        _choice("--kv-layout", self.kv_layout, KV_LAYOUTS)
-        _choice("--kv-cache-dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
-        _choice("--generation-config", self.generation_config, ("auto", "none"))
-        _choice("--log-level", self.log_level, LOG_LEVELS)
-        _positive("--max-num-seqs", self.max_num_seqs)
-        _positive("--max-num-batched-tokens", self.max_num_batched_tokens)
-        _positive("--block-size", self.block_size)
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise UserError(f"{_flag(name)} {value!r} is not known; choose one of {', '.join(choices)}.")
+        for name in _POSITIVE:
+            if (number := getattr(self, name)) is not None and number <= 0:
+                raise UserError(f"{_flag(name)} must be a positive number, not {number}.")
         if not -(2**63) <= self.seed < 2**63:
             raise UserError(f"--seed must be a 64-bit integer, not {self.seed}.")
-        if self.max_model_len is not None:
-            _positive("--max-model-len", self.max_model_len)
-        if self.kv_cache_memory is not None:
-            _positive("--kv-cache-memory", self.kv_cache_memory)
         if self.max_itl_ratio != 0.0 and not 1.0 < self.max_itl_ratio < math.inf:
             raise UserError("--max-itl-ratio must be above 1, for example 2, or 0 for no bound.")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
@@ -91,14 +87,11 @@ class EngineConfig:
             )
         if self.async_scheduling:
             raise UserError("--speculative needs each step's tokens for the next; leave --async-scheduling out.")
-        for flag, most in (
-            ("--max-num-seqs", self.max_num_seqs),
-            ("--max-num-batched-tokens", self.max_num_batched_tokens),
-        ):
-            if most <= self.num_draft_tokens:
+        for name in ("max_num_seqs", "max_num_batched_tokens"):
+            if (most := getattr(self, name)) <= self.num_draft_tokens:
                 raise UserError(
                     f"--speculative {speculative} computes up to {self.num_draft_tokens + 1} tokens of a request in a "
-                    f"step, each in a row of its own; raise {flag} from {most}."
+                    f"step, each in a row of its own; raise {_flag(name)} from {most}."
                 )
 
     @property
@@ -121,14 +114,8 @@ class SchedulerConfig:
     num_draft_tokens: int = 0  # most guesses behind a sequence's last token, 0: no speculation
 
 
-def _choice(flag: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UserError(f"{flag} {value!r} is not known; choose one of {', '.join(allowed)}.")
-
-
-def _positive(flag: str, value: int) -> None:
-    if value <= 0:
-        raise UserError(f"{flag} must be a positive number, not {value}.")
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def cache_dir() -> Path:

@@ -49,11 +49,10 @@ class FinishReason(enum.StrEnum):
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How tokens are chosen and when generation stops.
 
-    Raises `InvalidRequest` naming the field when a value is out of range.
     temperature 0 is greedy. top_k 0 or -1, top_p 1 and min_p 0 turn the filter off. `logprobs` is the number of
     alternatives beside the chosen token (0: the chosen token alone; None: no logprobs); `prompt_logprobs` likewise for
     the prompt. `max_tokens` None means up to the context limit. `seed` makes the tokens depend on the prompt and these
-    parameters alone. Raises `InvalidRequest` for a value of the wrong type or out of range.
+    parameters alone. Raises `InvalidRequest` naming the field for a value of the wrong type or out of range.
     """
 
     temperature: float = 1.0
@@ -258,10 +257,9 @@ class DeviceStep:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What the runner found. `token_ids` and `logprobs` align with `StepPlan.sampling_rows` (a logprobs entry is None
-    where the request asked for none; the list is None where no row asked). `prompt_logprobs` maps a row to the entries
-    of this step's chunk, one per logprob target. `device` is None where launch and collect were the whole of the work,
-    as on a CPU."""
+    """What the runner found. `token_ids` and `logprobs` align with `StepPlan.sampling_rows` (an entry is None where the
+    request asked for no logprobs; the list where no row asked). `prompt_logprobs` maps a row to the entries of this
+    step's chunk, one per logprob target. `device` is None where launch and collect were all the work, as on a CPU."""
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None] | None = None
@@ -321,8 +319,7 @@ class StepTotals(msgspec.Struct, kw_only=True, array_like=True):
 
     def since(self, earlier: StepTotals) -> StepTotals:
         """What came after `earlier`."""
-        names = self.__struct_fields__
-        return StepTotals(**{name: getattr(self, name) - getattr(earlier, name) for name in names})
+        return StepTotals(**{name: getattr(self, name) - getattr(earlier, name) for name in self.__struct_fields__})
 
 
 class StepRecord(msgspec.Struct, array_like=True, gc=False):
@@ -376,14 +373,18 @@ class EngineInfo(msgspec.Struct, kw_only=True, frozen=True):
     attention: list[str]  # the chosen path and why, a sentence a line
     traffic: StepTraffic | None = None  # what a step reads, where the runner knows
 
+    @property
+    def bandwidth(self) -> float | None:  # bytes a second
+        return None if self.traffic is None else self.traffic.bandwidth
+
 
 @dataclass(slots=True, kw_only=True)
 class CompletionDelta:
     """What became of one of a request's n sequences since its last delta. The last one has a `finish_reason`.
 
-    `text` is what may be shown now (held back while it may be the start of a stop string or half a character).
-    `token_ids`/`logprobs` cover the tokens of this delta; text of theirs that is held back comes with a later delta.
-    `stop_reason` is the stop string or stop token id that ended it. `prompt_logprobs` comes once, with the first delta.
+    `text` may be shown now; what may begin a stop string or is half a character comes with a later delta than its
+    `token_ids` and `logprobs`. `stop_reason` is the stop string or stop token id that ended it. `prompt_logprobs` comes
+    once, with the first delta.
     """
 
     index: int

@@ -70,8 +70,7 @@ def measure(engine: EngineLoop, info: EngineInfo, batch: int, prompt_len: int, o
             times.append(time.perf_counter())
     steps = [later - earlier for earlier, later in itertools.pairwise(times)][2:]
     step = statistics.median(steps)
-    bandwidth = info.traffic.bandwidth if info.traffic is not None else None
-    roofline = describe(engine.log.totals.since(before), bandwidth)
+    roofline = describe(engine.log.totals.since(before), info.bandwidth)
     print(f"{batch:5d} x {prompt_len}: {1e3 * step:8.3f} ms, {batch / step:10,.0f} tokens/s; on average {roofline}")
     return {"batch": batch, "prompt_len": prompt_len, "step_s": step, "num_steps": len(steps), "roofline": roofline}
 

@@ -1,4 +1,4 @@
-"""`python -m miniserve.bench.kernels`: the Triton attention kernels alone, on this GPU, beside a device copy.
+"""`miniserve bench kernels`: the Triton attention kernels alone, on this GPU, beside a device copy.
 
 Every case runs inside a CUDA graph, one call per "layer", each layer with planes of its own and all of them together
 far larger than the L2 cache, so that keys and values come from memory as they do in a model. Block tables are shuffled.
@@ -7,18 +7,18 @@ far larger than the L2 cache, so that keys and values come from memory as they d
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from miniserve.bench.report import header
+from miniserve.bench.report import header, write_json
 from miniserve.kernels.triton.cache_write import rope_and_write, write_kv
 from miniserve.kernels.triton.common import platform
 from miniserve.kernels.triton.launch import Launch, cdiv, choose_splits, decode_launch, mla_launch
@@ -164,28 +164,40 @@ def decode(
         launch = decode_launch(platform(), HEAD_DIM, dtype.itemsize, heads // kv_heads)
         splits = [Split(launch, choose_splits(batch, kv_heads, context, launch, bench.sms))]
     layers = bench.planes(kv_shapes(tables.numel(), kv_heads, dtype, shuffled), dtype)
-    name = f"{'shuffled' if shuffled else 'linear'} {'fp8' if dtype.itemsize == 1 else 'bf16'}"
+    name = f"decode {'shuffled' if shuffled else 'linear'} {'fp8' if dtype.itemsize == 1 else 'bf16'}"
     scratch = DecodeScratch.allocate([(batch, s.num_splits) for s in splits], heads, HEAD_DIM, bench.device)
+    scales: dict[str, Any] = {"k_scale": one, "v_scale": one} if dtype.itemsize == 1 else {}
+
+    def calls(split: Split) -> list[Callable[[], object]]:
+        return [
+            partial(
+                paged_decode, q, key, value, tables, lengths, num_kv_heads=kv_heads, block_size=BLOCK_SIZE,
+                shuffled=shuffled, scale=HEAD_DIM**-0.5, num_splits=split.num_splits, scratch=scratch, out=out,
+                launch=split.launch, fused_merge=split.fused, **scales,
+            )
+            for key, value in layers
+        ]  # fmt: skip
+
     num_bytes = 2 * batch * context * kv_heads * HEAD_DIM * dtype.itemsize
+    return _time_splits(bench, splits, calls, name, f"{heads}/{kv_heads} {batch} x {context}", num_bytes)
+
+
+def _time_splits(
+    bench: Bench,
+    splits: list[Split],
+    calls: Callable[[Split], list[Callable[[], object]]],
+    name: str,
+    case: str,
+    num_bytes: int,
+) -> list[Timed]:
     timed = []
     for split in splits:
-        scales = {"k_scale": one, "v_scale": one} if dtype.itemsize == 1 else {}
-        options: dict[str, Any] = {
-            "num_kv_heads": kv_heads, "block_size": BLOCK_SIZE, "shuffled": shuffled, "scale": HEAD_DIM**-0.5,
-            "num_splits": split.num_splits, "scratch": scratch, "out": out, "launch": split.launch,
-            "fused_merge": split.fused, **scales,
-        }  # fmt: skip
-        calls = [
-            lambda key=key, value=value, options=options: paged_decode(q, key, value, tables, lengths, **options)
-            for key, value in layers
-        ]
         try:
-            case = f"{heads}/{kv_heads} {batch} x {context}"
-            timed.append(bench.time(calls, f"decode {name}", case, str(split), num_bytes))
+            timed.append(bench.time(calls(split), name, case, str(split), num_bytes))
         except Exception as error:  # a tile that does not fit is no reason to stop a sweep
             if len(splits) == 1:
                 raise
-            print(f"decode {name} {case} {split}: {type(error).__name__}")
+            print(f"{name} {case} {split}: {type(error).__name__}")
     return timed
 
 
@@ -200,28 +212,19 @@ def mla(bench: Bench, heads: int, batch: int, context: int, splits: list[Split] 
     scratch = DecodeScratch.allocate([(batch, s.num_splits) for s in splits], heads, 512, bench.device)
     layers = bench.planes([(tables.numel(), BLOCK_SIZE, 576)], torch.bfloat16)
     out = torch.empty(batch, heads, 512, dtype=torch.bfloat16, device=bench.device)
-    flops = 2.0 * batch * context * heads * (576 + 512)
-    timed = []
-    for split in splits:
-        options: dict[str, Any] = {
-            "num_splits": split.num_splits,
-            "scratch": scratch,
-            "launch": split.launch,
-            "fused_merge": split.fused,
-        }
-        calls = [
-            lambda cache=cache, options=options: mla_decode(
-                q[..., :512], q[..., 512:], cache, tables, lengths, scale=0.1, out=out, **options
+
+    def calls(split: Split) -> list[Callable[[], object]]:
+        return [
+            partial(
+                mla_decode, q[..., :512], q[..., 512:], cache, tables, lengths, scale=0.1, out=out,
+                num_splits=split.num_splits, scratch=scratch, launch=split.launch, fused_merge=split.fused,
             )
             for (cache,) in layers
-        ]
-        try:
-            case = f"{heads} heads {batch} x {context}"
-            timed.append(bench.time(calls, "mla bf16", case, str(split), 2 * batch * context * 576))
-        except Exception as error:
-            if len(splits) == 1:
-                raise
-            print(f"mla {case} {split}: {type(error).__name__}")
+        ]  # fmt: skip
+
+    num_bytes = 2 * batch * context * 576
+    timed = _time_splits(bench, splits, calls, "mla bf16", f"{heads} heads {batch} x {context}", num_bytes)
+    flops = 2.0 * batch * context * heads * (576 + 512)
     print(f"{'':15} {flops / timed[-1].microseconds / 1e6:.0f} TFLOP/s") if timed else None
     return timed
 
@@ -236,9 +239,9 @@ def extend(
     starts, lengths = (torch.tensor(v, dtype=torch.int32, device=bench.device) for v in ([0, new], [length]))
     layers = bench.planes(kv_shapes(tables.numel(), kv_heads, torch.bfloat16, shuffled), torch.bfloat16)[:2]
     calls = [
-        lambda key=key, value=value: paged_extend(
-            q, key, value, tables, starts, lengths, max_query_len=new, num_kv_heads=kv_heads, block_size=BLOCK_SIZE,
-            shuffled=shuffled, scale=HEAD_DIM**-0.5, out=out, launch=launch,
+        partial(
+            paged_extend, q, key, value, tables, starts, lengths, max_query_len=new, num_kv_heads=kv_heads,
+            block_size=BLOCK_SIZE, shuffled=shuffled, scale=HEAD_DIM**-0.5, out=out, launch=launch,
         )
         for key, value in layers
     ]  # fmt: skip
@@ -263,12 +266,12 @@ def writes(bench: Bench, heads: int, kv_heads: int, tokens: int, shuffled: bool)
     out = torch.empty(tokens, heads, HEAD_DIM, dtype=torch.bfloat16, device=bench.device)
     where: dict[str, Any] = {"block_size": BLOCK_SIZE, "shuffled": shuffled}
     case, name = f"{heads}/{kv_heads} {tokens} tokens", "shuffled" if shuffled else "linear"
-    plain = [lambda key=key, value=value: write_kv(k, v, key, value, slots, **where) for key, value in layers]
+    plain = [partial(write_kv, k, v, key, value, slots, **where) for key, value in layers]
     bench.time(plain, f"write {name}", case, "", 8 * tokens * kv_heads * HEAD_DIM)
     fused = [
-        lambda key=key, value=value: rope_and_write(
-            qkv, cos_sin, weight, weight, 1e-6, key, value, slots, num_heads=heads, num_kv_heads=kv_heads,
-            head_dim=HEAD_DIM, q_out=out, **where,
+        partial(
+            rope_and_write, qkv, cos_sin, weight, weight, 1e-6, key, value, slots, num_heads=heads,
+            num_kv_heads=kv_heads, head_dim=HEAD_DIM, q_out=out, **where,
         )
         for key, value in layers
     ]  # fmt: skip
@@ -288,6 +291,9 @@ def standard(bench: Bench) -> None:
         extend(bench, 32, 8, context + 4096, 4, shuffled)
     for tokens, shuffled in itertools.product((1, 256, 8192), (False, True)):
         writes(bench, 32, 8, tokens, shuffled)
+
+
+_time = operator.attrgetter("microseconds")
 
 
 def _ways(bench: Bench, tiles: list[Launch], batch: int, head_tiles: int, context: int) -> Iterator[Split]:
@@ -333,25 +339,12 @@ def tune(bench: Bench) -> None:
     print("\nbest:", *best, sep="\n")
 
 
-def _time(timed: Timed) -> float:
-    return timed.microseconds
-
-
-def main(command_line: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Time the Triton attention kernels on this GPU.")
-    parser.add_argument("--tune", action="store_true", help="time other tiles and splits instead of the table")
-    parser.add_argument("--json", type=Path, help="write the results here")
-    arguments = parser.parse_args(command_line)
+def main(other_ways: bool, path: Path | None) -> None:
+    """Print the table, or with `other_ways` those of `tune`; write the figures to `path`."""
     torch.manual_seed(0)
     bench = Bench(torch.device("cuda"))
     print(f"{torch.cuda.get_device_name()}: copy {bench.copy_rate / 1e9:.0f} GB/s (bytes read and written)")
-    (tune if arguments.tune else standard)(bench)
-    if arguments.json:
+    (tune if other_ways else standard)(bench)
+    if path is not None:
         results = [asdict(timed) for timed in bench.results]
-        arguments.json.write_text(
-            json.dumps(header("kernels") | {"copy": bench.copy_rate, "results": results}, indent=1)
-        )
-
-
-if __name__ == "__main__":
-    main()
+        write_json(path, header("kernels") | {"copy": bench.copy_rate, "results": results})

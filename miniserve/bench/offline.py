@@ -5,20 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Protocol
+from typing import Any
 
 from miniserve.bench.decode_steps import DecodeSteps
 from miniserve.bench.report import header
-from miniserve.bench.stats import Summary, summarize
+from miniserve.bench.stats import Summary, rates, summarize
 from miniserve.bench.workload import Shape, token_prompts
 from miniserve.config import EngineConfig
 from miniserve.core import EngineInfo, InvalidRequest, SamplingParams, UserError
 
-
-class Generate(Protocol):
-    """Generates for all prompts at once and returns the number of tokens that each of them got."""
-
-    def __call__(self, prompts: list[list[int]], params: list[SamplingParams]) -> Sequence[int]: ...
+# Generates for all prompts at once and returns the number of tokens that each of them got.
+Generate = Callable[[list[list[int]], list[SamplingParams]], Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +30,7 @@ class LatencyResult:
     whole: list[float]
     first: list[float]
     step: list[float]
-    steps: DecodeSteps | None = None
+    steps: DecodeSteps
 
     def summaries(self) -> dict[str, Summary | None]:
         return {"whole": summarize(self.whole), "first": summarize(self.first), "step": summarize(self.step)}
@@ -47,7 +44,8 @@ class LatencyResult:
         return {
             **header("latency"),
             "engine": _engine(info),
-            **(asdict(self) | {"steps": self.steps and self.steps.to_json()}),
+            **asdict(self),
+            "steps": self.steps.to_json(),
             "latency_s": {name: summary and asdict(summary) for name, summary in self.summaries().items()},
             "decode_tokens_per_s": self.decode_tokens_per_s,
         }
@@ -61,19 +59,19 @@ class ThroughputResult:
     input_tokens: int
     output_tokens: int
     duration: float
-    steps: DecodeSteps | None = None
+    steps: DecodeSteps
 
     def rates(self) -> dict[str, float]:
-        return {
-            "requests_per_s": self.num_prompts / self.duration,
-            "input_tokens_per_s": self.input_tokens / self.duration,
-            "output_tokens_per_s": self.output_tokens / self.duration,
-            "total_tokens_per_s": (self.input_tokens + self.output_tokens) / self.duration,
-        }
+        return rates(self.duration, self.num_prompts, self.input_tokens, self.output_tokens)
 
     def to_json(self, info: EngineInfo) -> dict[str, Any]:
-        fields = asdict(self) | {"steps": self.steps and self.steps.to_json()}
-        return {**header("throughput"), "engine": _engine(info), **fields, "throughput": self.rates()}
+        return {
+            **header("throughput"),
+            "engine": _engine(info),
+            **asdict(self),
+            "steps": self.steps.to_json(),
+            "throughput": self.rates(),
+        }
 
 
 def open_engine(config: EngineConfig) -> tuple[Generate, EngineInfo, Callable[[], DecodeSteps]]:
@@ -90,8 +88,7 @@ def open_engine(config: EngineConfig) -> tuple[Generate, EngineInfo, Callable[[]
             raise UserError(f"The engine refuses such requests: {error}") from error
         return [len(result.outputs[0].token_ids) for result in results]
 
-    traffic = llm.info.traffic
-    return generate, llm.info, lambda: DecodeSteps(llm.step_totals, None if traffic is None else traffic.bandwidth)
+    return generate, llm.info, lambda: DecodeSteps(llm.step_totals, llm.info.bandwidth)
 
 
 def measure_latency(
@@ -104,7 +101,7 @@ def measure_latency(
     warmup: int,
     repeats: int,
     seed: int,
-    count_steps: Callable[[], DecodeSteps] | None = None,
+    count_steps: Callable[[], DecodeSteps],
 ) -> LatencyResult:
     """Time `repeats` batches after `warmup` unmeasured ones. Each batch has prompts of its own: none is found in the
     prefix cache. Raises `UserError` for a count out of range."""
@@ -112,9 +109,8 @@ def measure_latency(
         raise UserError("--batch-size and --repeats must be 1 or more and --warmup 0 or more.")
     shape = Shape(input_len=input_len, output_len=output_len)
     whole, first = [], []
-    before = None
     for index in range(warmup + repeats):
-        if index == warmup and count_steps is not None:
+        if index == warmup:
             before = count_steps()
         # One draw for both runs of a repeat, half of it each.
         prompts = [prompt for prompt, _ in token_prompts(2 * batch_size, shape, range(vocab_size), seed + index)]
@@ -133,7 +129,7 @@ def measure_latency(
         whole=whole,
         first=first,
         step=[(n - one) / decode_steps for n, one in zip(whole, first, strict=True)] if decode_steps else [],
-        steps=_since(before, count_steps),
+        steps=count_steps().since(before),
     )
 
 
@@ -144,7 +140,7 @@ def measure_throughput(
     num_prompts: int,
     shape: Shape,
     seed: int,
-    count_steps: Callable[[], DecodeSteps] | None = None,
+    count_steps: Callable[[], DecodeSteps],
 ) -> ThroughputResult:
     """Time many prompts handed over at once, after one small unmeasured batch. Raises `UserError`."""
     if num_prompts < 1:
@@ -153,19 +149,15 @@ def measure_throughput(
     _timed(generate, [warmup], [2])
     drawn = token_prompts(num_prompts, shape, range(vocab_size), seed)
     prompts, lengths = [prompt for prompt, _ in drawn], [length for _, length in drawn]
-    before = None if count_steps is None else count_steps()
+    before = count_steps()
     duration = _timed(generate, prompts, lengths)
     return ThroughputResult(
         num_prompts=num_prompts,
         input_tokens=sum(map(len, prompts)),
         output_tokens=sum(lengths),
         duration=duration,
-        steps=_since(before, count_steps),
+        steps=count_steps().since(before),
     )
-
-
-def _since(before: DecodeSteps | None, count_steps: Callable[[], DecodeSteps] | None) -> DecodeSteps | None:
-    return None if before is None or count_steps is None else count_steps().since(before)
 
 
 def _timed(generate: Generate, prompts: list[list[int]], lengths: list[int]) -> float:
@@ -174,19 +166,15 @@ def _timed(generate: Generate, prompts: list[list[int]], lengths: list[int]) -> 
     start = time.perf_counter()
     counts = generate(prompts, params)
     duration = time.perf_counter() - start
-    _check(counts, lengths)
-    return duration
-
-
-def _check(counts: Sequence[int], expected: Sequence[int]) -> None:
-    """A figure over fewer tokens than asked for would be wrong."""
-    short = [(got, asked) for got, asked in zip(counts, expected, strict=True) if got != asked]
+    # A figure over fewer tokens than asked for would be wrong.
+    short = [(got, asked) for got, asked in zip(counts, lengths, strict=True) if got != asked]
     if short:
         got, asked = short[0]
         raise UserError(
             f"{len(short)} of {len(counts)} requests got {got} tokens where {asked} were asked for; "
             "lower --input-len or --output-len, or raise --max-model-len."
         )
+    return duration
 
 
 def _engine(info: EngineInfo) -> dict[str, Any]:

@@ -51,6 +51,11 @@ def plot_serve(result: ServeResult, path: Path) -> None:
     figure.axes[1].set_ylabel("requests")
     figure.axes[2].set_ylabel("gaps between chunks")
     figure.suptitle(_title(result), fontsize=11)
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a PNG. Raises `UserError` where the file cannot be written."""
     try:
         figure.savefig(path, format="png")
     except OSError as error:

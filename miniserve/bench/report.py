@@ -15,7 +15,6 @@ from typing import Any
 
 import msgspec
 
-from miniserve.bench.stats import Summary
 from miniserve.core import UserError
 
 _PACKAGES = ("miniserve", "torch", "transformers", "httpx")
@@ -98,11 +97,3 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
         path.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
     except OSError as error:
         raise UserError(f"Cannot write {path}: {error.strerror}; name another file with --json.") from error
-
-
-def summary_row(name: str, summary: Summary | None, scale: float = 1.0, digits: int = 2) -> list[str]:
-    """A table's row: mean, median, p90, p99; a dash where there were no samples."""
-    if summary is None:
-        return [name, "-", "-", "-", "-"]
-    figures = (summary.mean, summary.median, summary.p90, summary.p99)
-    return [name, *(f"{figure * scale:,.{digits}f}" for figure in figures)]

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -16,9 +17,10 @@ from miniserve.bench.client import Endpoint, RequestOptions, RequestRecord, send
 from miniserve.bench.connections import ConnectionPool
 from miniserve.bench.decode_steps import DecodeSteps, ask_server
 from miniserve.bench.report import header
-from miniserve.bench.stats import Summary, summarize
+from miniserve.bench.stats import Summary, rates, summarize
 from miniserve.bench.workload import WORDS, WORDS_TEXT, Sample, Shape, poisson_arrivals, text_samples, token_samples
 from miniserve.core import UserError
+from miniserve.server.serve import loop_factory
 
 PromptType = Literal["auto", "ids", "text"]
 
@@ -96,11 +98,7 @@ class ServeResult:
     @property
     def failures(self) -> dict[str, int]:
         """How often each error happened, the commonest first."""
-        counts: dict[str, int] = {}
-        for record in self.records:
-            if record.error is not None:
-                counts[record.error] = counts.get(record.error, 0) + 1
-        return dict(sorted(counts.items(), key=lambda item: -item[1]))
+        return dict(Counter(record.error for record in self.records if record.error is not None).most_common())
 
     def latencies(self) -> dict[str, Summary | None]:
         """Seconds. One sample a request for ttft, tpot and e2e, one a gap between chunks for itl."""
@@ -117,12 +115,7 @@ class ServeResult:
         completed = self.completed
         tokens_in = sum(record.prompt_tokens for record in completed)
         tokens_out = sum(record.completion_tokens for record in completed)
-        return {
-            "requests_per_s": len(completed) / self.duration,
-            "input_tokens_per_s": tokens_in / self.duration,
-            "output_tokens_per_s": tokens_out / self.duration,
-            "total_tokens_per_s": (tokens_in + tokens_out) / self.duration,
-        }
+        return rates(self.duration, len(completed), tokens_in, tokens_out)
 
     def to_json(self) -> dict[str, Any]:
         """Everything: settings, summaries, and each request as it was measured. Seconds and tokens."""
@@ -156,17 +149,8 @@ def run(config: ServeConfig, on_done: Callable[[RequestRecord], None] = lambda r
 
     Raises `UserError` where the server cannot be reached, or fails already while warming up.
     """
-    with asyncio.Runner(loop_factory=_fast_loop()) as runner:
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
         return runner.run(_run(config, on_done))
-
-
-def _fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop where it is installed (uvicorn's standard extra brings it, but not on every system)."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
 
 
 async def _run(config: ServeConfig, on_done: Callable[[RequestRecord], None]) -> ServeResult:

@@ -33,6 +33,16 @@ def percentile(ordered: Sequence[float], q: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
 
 
+def rates(seconds: float, requests: int, input_tokens: int, output_tokens: int) -> dict[str, float]:
+    """Requests and tokens a second."""
+    return {
+        "requests_per_s": requests / seconds,
+        "input_tokens_per_s": input_tokens / seconds,
+        "output_tokens_per_s": output_tokens / seconds,
+        "total_tokens_per_s": (input_tokens + output_tokens) / seconds,
+    }
+
+
 def summarize(samples: Sequence[float]) -> Summary | None:
     """None where there is nothing to summarise (no TPOT exists when every request brought one token)."""
     if not samples:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import itertools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -51,11 +52,6 @@ class SweepConfig:
             raise UserError(
                 f"--concurrency {max(self.concurrencies)} is more than the engine runs at once; raise --max-num-seqs."
             )
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest request."""
-        return max(shape.input_len + shape.output_len for shape in self.shapes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,14 +131,11 @@ def layouts_of(config: SweepConfig) -> tuple[str, ...]:
     return ("latent",) if raw.get("kv_lora_rank") is not None else ("linear", "shuffled")
 
 
-@contextmanager
-def _server(config: SweepConfig, layout: str) -> Iterator[str]:
+def _server(config: SweepConfig, layout: str) -> AbstractContextManager[str]:
     if config.url is not None:
-        yield config.url
-        return
-    length = config.engine.max_model_len or config.longest
-    with running_server(dataclasses.replace(config.engine, kv_layout=layout, max_model_len=length)) as url:
-        yield url
+        return nullcontext(config.url)
+    length = config.engine.max_model_len or max(shape.input_len + shape.output_len for shape in config.shapes)
+    return running_server(dataclasses.replace(config.engine, kv_layout=layout, max_model_len=length))
 
 
 def _measure(
@@ -157,33 +150,32 @@ def _measure(
     shortest = min(config.shapes, key=lambda shape: shape.input_len)
     brief = Shape(input_len=shortest.input_len, output_len=min(shortest.output_len, _WARMUP_OUTPUT))
     on_start(f"{layout}: warming up")
-    run(_serve_config(config, url, brief, most, rounds=1, seed=config.seed))
-    seed = config.seed
-    for shape in config.shapes:
-        for concurrency in config.concurrencies:
-            seed += 1  # new prompts: none is found in the prefix cache
-            on_start(f"{layout}: {shape.input_len} in, {shape.output_len} out, {concurrency} at a time")
-            measured = run(_serve_config(config, url, shape, concurrency, rounds=config.rounds, seed=seed))
-            result.model = measured.model
-            result.points.append(_point(layout, shape, concurrency, measured))
-            on_point(result)
-
-
-def _serve_config(
-    config: SweepConfig, url: str, shape: Shape, concurrency: int, *, rounds: int, seed: int
-) -> ServeConfig:
-    return ServeConfig(
+    load = ServeConfig(
         url=url,
-        shape=shape,
+        shape=brief,
         model=config.model,
         api_key=config.api_key,
-        num_prompts=rounds * concurrency,
-        concurrency=concurrency,
+        num_prompts=most,
+        concurrency=most,
         warmup=0,
         ignore_eos=True,
-        seed=seed,
+        seed=config.seed,
         timeout=config.timeout,
     )
+    run(load)
+    for shape, concurrency in itertools.product(config.shapes, config.concurrencies):
+        on_start(f"{layout}: {shape.input_len} in, {shape.output_len} out, {concurrency} at a time")
+        load = dataclasses.replace(
+            load,
+            shape=shape,
+            concurrency=concurrency,
+            num_prompts=config.rounds * concurrency,
+            seed=load.seed + 1,  # new prompts: none is found in the prefix cache
+        )
+        measured = run(load)
+        result.model = measured.model
+        result.points.append(_point(layout, shape, concurrency, measured))
+        on_point(result)
 
 
 def _point(layout: str, shape: Shape, concurrency: int, measured: ServeResult) -> Point:

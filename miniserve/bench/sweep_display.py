@@ -8,9 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from miniserve.bench.plot import load_figure_class
+from miniserve.bench.plot import load_figure_class, save
 from miniserve.bench.sweep import Point, SweepResult
-from miniserve.core import UserError
 from miniserve.engine.roofline import share_of_bandwidth
 
 _COLORS = ("#4878a8", "#d07030")
@@ -80,7 +79,4 @@ def plot_sweep(result: SweepResult, path: Path) -> None:
         axes.set_xlabel("concurrent requests")
     grid[0][0].legend(frameon=False)
     figure.suptitle(result.model, fontsize=11)
-    try:
-        figure.savefig(path, format="png")
-    except OSError as error:
-        raise UserError(f"Cannot write {path}: {error.strerror}; name another file with --plot.") from error
+    save(figure, path)

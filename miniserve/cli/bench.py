@@ -238,4 +238,4 @@ def kernels(
         raise UserError("The kernels are timed on a GPU, and PyTorch finds none here.")
     from miniserve.bench.kernels import main
 
-    main([*(["--tune"] if tune else []), *(["--json", str(json)] if json is not None else [])])
+    main(tune, json)

@@ -72,10 +72,13 @@ class AsyncEngine:
     def __init__(
         self, config: EngineConfig, source_path: str | Path, model_name: str, *, runner_factory: str = RUNNER_FACTORY
     ) -> None:
-        self._config = config
-        self._source_path = Path(source_path)
-        self._model_name = model_name
-        self._runner_factory = runner_factory
+        self._start = messages.Start(
+            config=config,
+            source_path=str(source_path),
+            model_name=model_name,
+            runner_factory=runner_factory,
+            parent_pid=os.getpid(),
+        )
         self._decode = msgspec.msgpack.Decoder(messages.Event).decode
         self._process: EngineProcess | None = None
         self._receiver: asyncio.Task[None] | None = None
@@ -104,18 +107,11 @@ class AsyncEngine:
         Raises `UserError` with the engine's sentence for what the user can mend, `EngineDead` where the process failed
         or died otherwise. Cancelling ends the process.
         """
-        self.generation_defaults = load_generation_defaults(self._source_path, self._config.generation_config)
-        self._process = EngineProcess(
-            messages.Start(
-                config=self._config,
-                source_path=str(self._source_path),
-                model_name=self._model_name,
-                runner_factory=self._runner_factory,
-                parent_pid=os.getpid(),
-            )
-        )
+        path, config = self._start.source_path, self._start.config
+        self.generation_defaults = load_generation_defaults(path, config.generation_config)
+        self._process = EngineProcess(self._start)
         ready = asyncio.create_task(self._wait_ready(self._process, progress))
-        loading = asyncio.create_task(asyncio.to_thread(load_tokenizer, self._source_path, self._config.load_format))
+        loading = asyncio.create_task(asyncio.to_thread(load_tokenizer, path, config.load_format))
         try:
             self.info, self.tokenizer = await asyncio.gather(ready, loading)
         except BaseException as error:
@@ -191,14 +187,8 @@ class AsyncEngine:
         process.send(messages.Add(requests))
         return CompletionStream(running.mailbox, partial(self._abort, running))
 
-    def abort(self, request_id: str) -> None:
-        """End a request: its blocks are free within one step, and its unfinished sequences get a last delta with
-        finish_reason `abort`. Unknown ids have ended already."""
-        running = self._running.get(request_id)
-        if running is not None:
-            self._abort(running)
-
     def _abort(self, running: _Running) -> None:
+        """Its blocks are free within one step."""
         if self._running.get(running.request_id) is running:
             self._forget(running)
             running.end(FinishReason.ABORT)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from miniserve.core import SamplingParams
 from miniserve.engine.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ class Detokenizer:
     a stop string cannot fire in the prompt."""
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt_token_ids: Sequence[int] = ()) -> None:
-        self._decoder: _Decoder
+        self._decoder: _ByteLevelDecoder | _WindowDecoder
         if tokenizer.byte_level:
             self._decoder = _ByteLevelDecoder(tokenizer, params.skip_special_tokens)
         else:
@@ -107,12 +107,6 @@ def _partial_start(text: str, stop: str) -> int:
             return start
         start = text.find(stop[0], start + 1)
     return len(text)
-
-
-class _Decoder(Protocol):
-    def push(self, token_id: int) -> str: ...
-
-    def flush(self) -> str: ...
 
 
 class _ByteLevelDecoder:

@@ -52,14 +52,11 @@ class EngineProcess:
             },
             process_group=0,
         )
+        self.pid = self._process.pid
 
     def remove_directory(self) -> None:
         """Once both sides are connected no path is needed: so a process that is killed leaves nothing behind."""
         shutil.rmtree(self._directory, ignore_errors=True)
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
 
     def send(self, command: messages.Command) -> None:
         """Never blocks. A command to a process that has ended goes nowhere; `exit_reason` tells."""

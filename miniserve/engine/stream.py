@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from types import TracebackType
 
 from miniserve.core import CompletionDelta
 from miniserve.engine.output import merge
@@ -47,7 +46,7 @@ class Mailbox:
 class CompletionStream:
     """The deltas of one request, of all its n sequences as they come; ends after the last delta of the last sequence.
 
-    Closing the stream early (`aclose`, or leaving `async with`), cancelling the task that waits in it, or dropping it
+    Closing the stream early (`aclose`), cancelling the task that waits in it, or dropping it
     aborts the request in the engine. To be read by one task. If the engine dies, each unfinished sequence gets a last
     delta with finish_reason `error` and the reason in `error`; nothing is raised. `InvalidRequest` is raised, before
     any delta, where only the engine could tell that the request cannot be served.
@@ -81,14 +80,6 @@ class CompletionStream:
             self._closed = True
             if not self._mailbox.complete:
                 self._abort()
-
-    async def __aenter__(self) -> CompletionStream:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()
 
     def __del__(self) -> None:
         # A dropped stream may be collected in any thread; the engine's client lives in its event loop.

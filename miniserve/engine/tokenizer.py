@@ -57,23 +57,14 @@ class Tokenizer:
         """Number of ids the tokenizer knows; the model's own vocabulary may be padded beyond it."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
-    @property
-    def eos_token(self) -> str | None:
-        return _text(self._hf.eos_token)
-
-    @property
-    def bos_token(self) -> str | None:
-        return _text(self._hf.bos_token)
-
-    @property
-    def pad_token(self) -> str | None:
-        return _text(self._hf.pad_token)
-
-    @property
-    def eos_token_id(self) -> int | None:
-        token = self.eos_token
-        found: int | None = None if token is None else self._backend.token_to_id(token)
-        return found
+    def info(self) -> dict[str, str | None]:
+        """The tokens that have a part to play and the chat template; None where there is none, or several templates."""
+        tokens = {name: getattr(self._hf, name) for name in ("eos_token", "bos_token", "pad_token")}
+        template = self._hf.chat_template
+        return {
+            **{name: None if token is None else str(token) for name, token in tokens.items()},
+            "chat_template": template if isinstance(template, str) else None,
+        }
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Special tokens written in `text` become their ids; `add_special_tokens` adds those of the model (a BOS).
@@ -108,41 +99,10 @@ class Tokenizer:
             return False
         return _BYTE_FALLBACK.fullmatch(self._backend.id_to_token(token_id) or "") is not None
 
-    @property
-    def has_chat_template(self) -> bool:
-        return self._hf.chat_template is not None
-
-    @property
-    def chat_template(self) -> str | None:
-        template = self._hf.chat_template
-        return template if isinstance(template, str) else None
-
-    def apply_chat_template(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
-        chat_template: str | None = None,
-        **kwargs: Any,
-    ) -> list[int]:
-        """The ids of a conversation. The template writes all special tokens itself, so none is added.
-
-        `kwargs` reach the template as variables. Raises `InvalidRequest` where the model has no template, the template
-        refuses the messages, or the options contradict each other.
-        """
-        text = self.render_chat_template(
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            tools=tools,
-            documents=documents,
-            chat_template=chat_template,
-            **kwargs,
-        )
-        return self.encode(text, add_special_tokens=False)
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """The ids of what `render_chat_template` makes of it. The template writes all special tokens itself, so none is
+        added."""
+        return self.encode(self.render_chat_template(messages, **options), add_special_tokens=False)
 
     def render_chat_template(
         self,
@@ -155,10 +115,14 @@ class Tokenizer:
         chat_template: str | None = None,
         **kwargs: Any,
     ) -> str:
-        """The text that `apply_chat_template` encodes. Raises as that does."""
+        """The text of a conversation. `kwargs` reach the template as variables.
+
+        Raises `InvalidRequest` where the model has no template, the template refuses the messages, or the options
+        contradict each other.
+        """
         import jinja2
 
-        if chat_template is None and not self.has_chat_template:
+        if chat_template is None and self._hf.chat_template is None:
             raise InvalidRequest(
                 "This model has no chat template; use the completions endpoint, or serve a chat model.", "messages"
             )
@@ -245,10 +209,6 @@ def _byte_level_alphabet() -> dict[str, int]:
     alphabet = {chr(byte): byte for byte in printable}
     alphabet |= {chr(0x100 + index): byte for index, byte in enumerate(others)}
     return alphabet
-
-
-def _text(token: Any) -> str | None:
-    return None if token is None else str(token)
 
 
 def load_tokenizer(path: str | Path, load_format: str) -> Tokenizer:

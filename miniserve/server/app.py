@@ -7,13 +7,14 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from starlette.middleware.cors import CORSMiddleware
 
+from miniserve import __version__
 from miniserve.engine.client import AsyncEngine
 from miniserve.server import chat, completions, debug, errors, health, responses, tokenize
 from miniserve.server.config import ServerConfig
 from miniserve.server.errors import json_response
 from miniserve.server.middleware import ApiKeyMiddleware, BodyLimitMiddleware
 from miniserve.server.protocol import ChatCompletionRequest, CompletionRequest
-from miniserve.server.service import VERSION, Service
+from miniserve.server.service import Service
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": responses.ErrorEnvelope},
@@ -27,7 +28,7 @@ _EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream
 def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
     """The OpenAI-compatible app over a started engine."""
     service = Service(engine, config)
-    app = FastAPI(title="miniserve", version=VERSION, responses=_ERRORS, redirect_slashes=False)
+    app = FastAPI(title="miniserve", version=__version__, responses=_ERRORS, redirect_slashes=False)
     errors.install(app)
     _openai_routes(app, service)
     tokenize.install(app, service)
@@ -66,7 +67,7 @@ def _openai_routes(app: FastAPI, service: Service) -> None:
     @app.get("/", include_in_schema=False)
     async def root(request: Request) -> Response:
         links = {"api": "/v1", "models": "/v1/models", "health": "/health", "metrics": "/metrics", "docs": "/docs"}
-        return json_response({"name": "miniserve", "version": VERSION, **links})
+        return json_response({"name": "miniserve", "version": __version__, **links})
 
 
 def _model(service: Service, name: str) -> responses.Model:

@@ -8,43 +8,28 @@ from typing import Any
 from miniserve.core import CompletionDelta, InvalidRequest, SamplingParams
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server.fields import REFUSED_IN_CHAT
-from miniserve.server.generation import Generation
+from miniserve.server.generation import generate
 from miniserve.server.logprobs import chat_logprobs
 from miniserve.server.protocol import ChatCompletionRequest, ChatMessage, RenderOptions
-from miniserve.server.reply import GenerationResponse, UsageCount, finish_word
-from miniserve.server.responses import ChatChoice, ChatChunkChoice, ChatDelta, ChatLogprobs, FinishWord
-from miniserve.server.service import Header, Service, stream_mode
+from miniserve.server.reply import Answer, GenerationResponse, Header, finish_word
+from miniserve.server.responses import ChatChoice, ChatChunkChoice, ChatDelta, ChatLogprobs
+from miniserve.server.service import Service, stream_mode
 
 # `chat_template_kwargs` are variables for the template; under these names they would be options of the renderer.
-_RESERVED_KWARGS = frozenset(
-    {
-        "add_generation_prompt",
-        "chat_template",
-        "continue_final_message",
-        "conversation",
-        "conversations",
-        "documents",
-        "max_length",
-        "messages",
-        "padding",
-        "return_assistant_tokens_mask",
-        "return_dict",
-        "return_tensors",
-        "self",
-        "tokenize",
-        "tokenizer_kwargs",
-        "tools",
-        "truncation",
-    }
-)
+_RESERVED_KWARGS = frozenset({
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "conversations", "documents",
+    "max_length", "messages", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "self",
+    "tokenize", "tokenizer_kwargs", "tools", "truncation",
+})  # fmt: skip
 
 
-class ChatAnswer:
+class ChatAnswer(Answer):
     """One choice for each of the n sequences of the one prompt."""
 
+    whole_kind, chunk_kind = "chat.completion", "chat.completion.chunk"
+
     def __init__(self, header: Header, tokenizer: Tokenizer, prompt_len: int, params: SamplingParams) -> None:
-        self.usage = UsageCount([prompt_len])
-        self._header = header
+        super().__init__(header, [prompt_len])
         self._tokenizer = tokenizer
         self._with_logprobs = params.logprobs is not None
         self._deltas: dict[int, list[CompletionDelta]] = {}
@@ -53,33 +38,24 @@ class ChatAnswer:
     def add(self, number: int, delta: CompletionDelta) -> None:
         self._deltas.setdefault(delta.index, []).append(delta)
 
-    def whole(self) -> dict[str, Any]:
-        choices = [self._choice(index) for index in sorted(self._deltas)]
-        return {**self._header.body("chat.completion"), "choices": choices, "usage": self.usage.result()}
+    def choices(self) -> list[ChatChoice]:
+        return [self._choice(index) for index in sorted(self._deltas)]
 
-    def chunks(self, number: int, delta: CompletionDelta) -> Iterator[dict[str, Any]]:
-        if delta.index not in self._started:
-            self._started.add(delta.index)
-            yield self._chunk(delta.index, {"role": "assistant", "content": ""}, None, None)
-        logprobs = self._logprobs([delta]) if delta.logprobs else None
-        chunk = self._chunk(delta.index, {"content": delta.text}, logprobs, finish_word(delta))
-        if delta.finish_reason is not None:
-            chunk["choices"][0]["stop_reason"] = delta.stop_reason
-        yield chunk
-
-    def _chunk(
-        self, index: int, delta: ChatDelta, logprobs: ChatLogprobs | None, finish_reason: FinishWord | None
-    ) -> dict[str, Any]:
+    def pieces(self, number: int, delta: CompletionDelta) -> Iterator[ChatChunkChoice]:
+        index = delta.index
+        if index not in self._started:
+            self._started.add(index)
+            opening: ChatDelta = {"role": "assistant", "content": ""}
+            yield {"index": index, "delta": opening, "logprobs": None, "finish_reason": None}
         choice: ChatChunkChoice = {
             "index": index,
-            "delta": delta,
-            "logprobs": logprobs,
-            "finish_reason": finish_reason,
+            "delta": {"content": delta.text},
+            "logprobs": self._logprobs([delta]) if delta.logprobs else None,
+            "finish_reason": finish_word(delta),
         }
-        return {**self._header.body("chat.completion.chunk"), "choices": [choice]}
-
-    def empty_chunk(self) -> dict[str, Any]:
-        return {**self._header.body("chat.completion.chunk"), "choices": []}
+        if delta.finish_reason is not None:
+            choice["stop_reason"] = delta.stop_reason
+        yield choice
 
     def _choice(self, index: int) -> ChatChoice:
         deltas = self._deltas[index]
@@ -105,8 +81,8 @@ async def respond(service: Service, body: ChatCompletionRequest) -> GenerationRe
     service.check_length(len(token_ids), params)
     header = service.header("chatcmpl")
     answer = ChatAnswer(header, service.engine.tokenizer, len(token_ids), params)
-    generation = Generation(service.engine, service.metrics, [token_ids], params, header.id)
-    return GenerationResponse(generation, answer, stream_mode(body))
+    deltas = generate(service.engine, service.metrics, [token_ids], params, header.id)
+    return GenerationResponse(deltas, answer, stream_mode(body))
 
 
 async def render(service: Service, messages: Sequence[ChatMessage], body: RenderOptions) -> list[int]:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from miniserve.core import CompletionDelta, SamplingParams
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server import logprobs
 from miniserve.server.fields import REFUSED_IN_COMPLETIONS
-from miniserve.server.generation import Generation
+from miniserve.server.generation import generate
 from miniserve.server.protocol import CompletionRequest, Prompt
-from miniserve.server.reply import GenerationResponse, UsageCount, finish_word
+from miniserve.server.reply import Answer, GenerationResponse, Header, finish_word
 from miniserve.server.responses import CompletionChoice, CompletionLogprobs
-from miniserve.server.service import Header, Service, stream_mode
+from miniserve.server.service import Service, stream_mode
 
 
-class CompletionAnswer:
+class CompletionAnswer(Answer):
     """Choices are numbered prompt · n + the sequence's index, and listed in that order."""
+
+    whole_kind = chunk_kind = "text_completion"
 
     def __init__(
         self,
@@ -29,8 +30,7 @@ class CompletionAnswer:
         params: SamplingParams,
         echo: bool,
     ) -> None:
-        self.usage = UsageCount([len(ids) for ids in token_ids])
-        self._header = header
+        super().__init__(header, [len(ids) for ids in token_ids])
         self._tokenizer = tokenizer
         self._prompts = prompts
         self._token_ids = token_ids
@@ -43,15 +43,11 @@ class CompletionAnswer:
         choice = self._choice(number, delta)
         self._pieces[choice["index"]].append(choice)
 
-    def whole(self) -> dict[str, Any]:
-        choices = [self._joined(index) for index in sorted(self._pieces)]
-        return {**self._header.body("text_completion"), "choices": choices, "usage": self.usage.result()}
+    def choices(self) -> list[CompletionChoice]:
+        return [self._joined(index) for index in sorted(self._pieces)]
 
-    def chunks(self, number: int, delta: CompletionDelta) -> Iterator[dict[str, Any]]:
-        yield {**self._header.body("text_completion"), "choices": [self._choice(number, delta)]}
-
-    def empty_chunk(self) -> dict[str, Any]:
-        return {**self._header.body("text_completion"), "choices": []}
+    def pieces(self, number: int, delta: CompletionDelta) -> Iterator[CompletionChoice]:
+        yield self._choice(number, delta)
 
     def _choice(self, number: int, delta: CompletionDelta) -> CompletionChoice:
         index = number * self._params.n + delta.index
@@ -103,5 +99,5 @@ async def respond(service: Service, body: CompletionRequest) -> GenerationRespon
         service.check_length(len(ids), params)
     header = service.header("cmpl")
     answer = CompletionAnswer(header, service.engine.tokenizer, body.prompt, token_ids, params, bool(body.echo))
-    generation = Generation(service.engine, service.metrics, token_ids, params, header.id)
-    return GenerationResponse(generation, answer, stream_mode(body))
+    deltas = generate(service.engine, service.metrics, token_ids, params, header.id)
+    return GenerationResponse(deltas, answer, stream_mode(body))

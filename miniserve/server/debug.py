@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from fastapi import FastAPI, Query, Response
 
-from miniserve.core import StepRecord, StepTotals, StepTraffic
+from miniserve.core import EngineInfo, StepRecord, StepTotals
 from miniserve.engine.client import EngineDead
 from miniserve.engine.roofline import describe
 from miniserve.engine.step_log import RING_SIZE
@@ -30,14 +30,14 @@ def install(app: FastAPI, service: Service) -> None:
             raise APIError(503, str(error)) from error
         if format == "chrome":
             return json_response(chrome_trace(records))
-        return json_response(report(records, engine.totals, engine.info.traffic))
+        return json_response(report(records, engine.totals, engine.info))
 
 
-def report(records: Sequence[StepRecord], totals: StepTotals, traffic: StepTraffic | None) -> dict[str, Any]:
+def report(records: Sequence[StepRecord], totals: StepTotals, info: EngineInfo) -> dict[str, Any]:
     """Times in seconds, `start` as Unix time; `totals` since the engine started, `summary` of them in a line."""
     return {
-        "summary": describe(totals, None if traffic is None else traffic.bandwidth),
-        "traffic": None if traffic is None else msgspec.structs.asdict(traffic),
+        "summary": describe(totals, info.bandwidth),
+        "traffic": info.traffic and msgspec.structs.asdict(info.traffic),
         "totals": msgspec.structs.asdict(totals),
         "steps": [msgspec.structs.asdict(record) for record in records],
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,8 +11,6 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from miniserve.core import InvalidRequest
-
-logger = logging.getLogger(__name__)
 
 _MAX_MESSAGE = 1000  # characters: an error never sends a large input back
 _TYPES = {
@@ -65,11 +62,23 @@ def clip(text: str) -> str:
     return text if len(text) <= _MAX_MESSAGE else text[:_MAX_MESSAGE] + "…"
 
 
-def from_invalid_request(error: InvalidRequest) -> APIError:
-    return APIError(400, str(error), param=error.param)
+def as_api_error(error: Exception) -> APIError:
+    """How a request that ended with `error` is answered."""
+    if isinstance(error, APIError):
+        return error
+    if isinstance(error, InvalidRequest):
+        return APIError(400, str(error), param=error.param)
+    if isinstance(error, RequestValidationError):
+        return _from_validation(error.errors())
+    if isinstance(error, HTTPException):
+        # FastAPI's own sentence does not say what is wrong with the body.
+        if error.status_code == 400 and isinstance(error.__cause__, UnicodeDecodeError | RecursionError):
+            return APIError(400, f"The request body is not valid JSON: {error.__cause__}.")
+        return APIError(error.status_code, str(error.detail), headers=error.headers)
+    return APIError(500, f"The server failed on this request ({type(error).__name__}); its log says more.")
 
 
-def from_validation(errors: Sequence[Mapping[str, Any]]) -> APIError:
+def _from_validation(errors: Sequence[Mapping[str, Any]]) -> APIError:
     """The first thing wrong with a body, as FastAPI found it."""
     first = errors[0]
     kind, where = str(first.get("type", "")), tuple(first.get("loc", ()))
@@ -92,37 +101,13 @@ def _field_path(parts: Sequence[object]) -> str:
 
 
 def install(app: FastAPI) -> None:
-    """Make every exception of a request an envelope."""
+    """Make every exception of a request an envelope. One that nobody foresaw Starlette raises again after the answer;
+    uvicorn's logger then prints the traceback."""
 
-    async def api_error(_: Request, error: Exception) -> Response:
-        assert isinstance(error, APIError)
-        return error.response()
+    async def answer(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException) and error.status_code == 404:
+            error = APIError(404, f"There is nothing at {request.method} {request.url.path}.")
+        return as_api_error(error).response()
 
-    async def invalid_request(_: Request, error: Exception) -> Response:
-        assert isinstance(error, InvalidRequest)
-        return from_invalid_request(error).response()
-
-    async def validation(_: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        return from_validation(error.errors()).response()
-
-    async def http(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        if error.status_code == 404:
-            return APIError(404, f"There is nothing at {request.method} {request.url.path}.").response()
-        # FastAPI's own sentence does not say what is wrong with the body.
-        if error.status_code == 400 and isinstance(error.__cause__, UnicodeDecodeError | RecursionError):
-            return APIError(400, f"The request body is not valid JSON: {error.__cause__}.").response()
-        return APIError(error.status_code, str(error.detail), headers=error.headers).response()
-
-    async def unexpected(request: Request, error: Exception) -> Response:
-        # Starlette raises it again after this answer; uvicorn's logger then prints the traceback.
-        return APIError(
-            500, f"The server failed on this request ({type(error).__name__}); its log says more."
-        ).response()
-
-    app.add_exception_handler(APIError, api_error)
-    app.add_exception_handler(InvalidRequest, invalid_request)
-    app.add_exception_handler(RequestValidationError, validation)
-    app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(Exception, unexpected)
+    for kind in (APIError, InvalidRequest, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, answer)

@@ -15,76 +15,26 @@ _MAX_WARNINGS = 1000  # field names come from clients, so remembering them needs
 # They would change the answer and are not supported: refused unless null or one of the values that ask for nothing.
 REFUSED: dict[str, tuple[object, ...]] = {
     # structured output
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "structural_tag": (),
-    "json_schema": (),
-    "regex": (),
-    "ebnf": (),
+    "response_format": ({"type": "text"},), "structured_outputs": (), "guided_json": (), "guided_regex": (),
+    "guided_choice": (), "guided_grammar": (), "structural_tag": (), "json_schema": (), "regex": (), "ebnf": (),
     "grammar": ("",),
     # tools
-    "tools": ([],),
-    "tool_choice": ("none",),
-    "functions": ([],),
-    "function_call": ("none",),
-    "web_search_options": (),
+    "tools": ([],), "tool_choice": ("none",), "functions": ([],), "function_call": ("none",), "web_search_options": (),
     # what may be sampled, and how
-    "suffix": (),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
-    "logits_processors": ([],),
-    "logit_processors": ([],),
-    "custom_logit_processor": (),
-    "use_beam_search": (False,),
-    "num_beams": (1,),
-    "early_stopping": (False,),
-    "length_penalty": (1,),
-    "no_repeat_ngram_size": (0,),
-    "typical_p": (1,),
-    "mirostat": (0,),
-    "dry_multiplier": (0,),
-    "xtc_probability": (0,),
-    "thinking_token_budget": (),
-    "repetition_detection": (),
-    "vllm_xargs": ({},),
+    "suffix": (), "bad_words": ([],), "allowed_token_ids": (), "logits_processors": ([],), "logit_processors": ([],),
+    "custom_logit_processor": (), "use_beam_search": (False,), "num_beams": (1,), "early_stopping": (False,),
+    "length_penalty": (1,), "no_repeat_ngram_size": (0,), "typical_p": (1,), "mirostat": (0,), "dry_multiplier": (0,),
+    "xtc_probability": (0,), "thinking_token_budget": (), "repetition_detection": (), "vllm_xargs": ({},),
     "lora_path": (),
     # what goes in
-    "prompt_embeds": (),
-    "truncate_prompt_tokens": (),
-    "audio": (),
-    "mm_processor_kwargs": ({},),
-    "reasoning_effort": (),
-    "cache_salt": (),
-    "kv_transfer_params": (),
-    "priority": (0,),
+    "prompt_embeds": (), "truncate_prompt_tokens": (), "audio": (), "mm_processor_kwargs": ({},),
+    "reasoning_effort": (), "cache_salt": (), "kv_transfer_params": (), "priority": (0,),
     # what comes out
-    "modalities": (["text"],),
-    "prompt_logprobs": (),
-    "logprob_token_ids": ([],),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "return_prompt_text": (False,),
-    "include_reasoning": (True,),
-}
-
-REFUSED_IN_COMPLETIONS: dict[str, tuple[object, ...]] = {
-    **REFUSED,
-    "max_completion_tokens": (),
-    "top_logprobs": (0,),
-    "messages": (),
-}
-
-REFUSED_IN_CHAT: dict[str, tuple[object, ...]] = {
-    **REFUSED,
-    "echo": (False,),
-    "add_special_tokens": (False,),
-    "best_of": (1,),
-    "prompt": (),
-}
+    "modalities": (["text"],), "prompt_logprobs": (), "logprob_token_ids": ([],), "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,), "return_prompt_text": (False,), "include_reasoning": (True,),
+}  # fmt: skip
+REFUSED_IN_COMPLETIONS = REFUSED | {"max_completion_tokens": (), "top_logprobs": (0,), "messages": ()}
+REFUSED_IN_CHAT = REFUSED | {"echo": (False,), "add_special_tokens": (False,), "best_of": (1,), "prompt": ()}
 
 _REMEDIES = {
     "reasoning_effort": 'use chat_template_kwargs, for example {"enable_thinking": false}, where the template knows it',
@@ -97,27 +47,12 @@ _REMEDIES = {
     "add_special_tokens": "the chat template writes the special tokens itself",
 }
 
-# Without effect on the answer by their nature, or only a hint.
-IGNORED = frozenset(
-    {
-        "user",
-        "store",
-        "metadata",
-        "service_tier",
-        "safety_identifier",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "prediction",
-        "verbosity",
-        "parallel_tool_calls",
-        "stream_interval",
-        "request_id",
-        "session_id",
-        "do_sample",  # judged together with temperature
-        "truncation_side",
-        "spaces_between_special_tokens",
-    }
-)
+# Without effect on the answer by their nature, or only a hint; do_sample is judged together with temperature.
+IGNORED = frozenset({
+    "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "prediction", "verbosity", "parallel_tool_calls", "stream_interval", "request_id", "session_id", "do_sample",
+    "truncation_side", "spaces_between_special_tokens",
+})  # fmt: skip
 
 
 class FieldPolicy:

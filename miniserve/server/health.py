@@ -5,9 +5,10 @@ from __future__ import annotations
 from fastapi import FastAPI, Request, Response
 from starlette.responses import PlainTextResponse
 
+from miniserve import __version__
 from miniserve.server import responses
 from miniserve.server.errors import APIError, json_response
-from miniserve.server.service import VERSION, Service
+from miniserve.server.service import Service
 
 
 def install(app: FastAPI, service: Service) -> None:
@@ -15,7 +16,7 @@ def install(app: FastAPI, service: Service) -> None:
         return json_response(check(service))
 
     async def version() -> Response:
-        return json_response({"version": VERSION})
+        return json_response({"version": __version__})
 
     async def metrics(request: Request) -> Response:
         body, content_type = service.metrics.render(request.headers.get("accept", ""))

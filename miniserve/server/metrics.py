@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry
@@ -96,9 +97,6 @@ class ServerMetrics:
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
 
-    def begin(self, prompt_len: int, params: SamplingParams) -> RequestMetrics:
-        return RequestMetrics(self, prompt_len, params)
-
     def render(self, accept: str) -> tuple[bytes, str]:
         """The body and its content type, in the format that the client's Accept header prefers."""
         encode, content_type = choose_encoder(accept)
@@ -109,16 +107,18 @@ class ServerMetrics:
         yield self._gauge("vllm:num_requests_running", "Requests in the running batch.", stats.num_running)
         yield self._gauge("vllm:num_requests_waiting", "Requests waiting to be scheduled.", stats.num_waiting)
         yield self._gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", stats.kv_cache_usage)
-        names = ("block_size", "num_gpu_blocks", "kv_cache_size_tokens", "enable_prefix_caching")
-        waiting = GaugeMetricFamily(
-            "vllm:num_requests_waiting_by_reason", "Requests waiting, by reason.", labels=(*_LABELS, "reason")
+        yield self._gauge(
+            "vllm:num_requests_waiting_by_reason", "Requests waiting, by reason.", stats.num_waiting, reason="capacity"
         )
-        waiting.add_metric((*self._labels, "capacity"), stats.num_waiting)
-        yield waiting
-        settings = GaugeMetricFamily("vllm:cache_config_info", "The KV cache.", labels=(*_LABELS, *names))
-        values = (info.block_size, info.num_blocks, info.num_blocks * info.block_size, info.enable_prefix_caching)
-        settings.add_metric((*self._labels, *map(str, values)), 1.0)
-        yield settings
+        yield self._gauge(
+            "vllm:cache_config_info",
+            "The KV cache.",
+            1.0,
+            block_size=info.block_size,
+            num_gpu_blocks=info.num_blocks,
+            kv_cache_size_tokens=info.num_blocks * info.block_size,
+            enable_prefix_caching=info.enable_prefix_caching,
+        )
         yield self._counter("vllm:prompt_tokens", "Prompt tokens processed.", self.prompt_tokens)
         yield self._counter("vllm:prompt_tokens_cached", "Prompt tokens from the prefix cache.", self.cached_tokens)
         yield self._counter("vllm:generation_tokens", "Tokens generated.", self.generation_tokens)
@@ -145,8 +145,7 @@ class ServerMetrics:
                 yield value.family(self._labels)
 
     def _roofline(self) -> Iterator[Metric]:
-        totals, recent, traffic = self._engine.totals, self._engine.recent, self._engine.info.traffic
-        bandwidth = None if traffic is None else traffic.bandwidth
+        totals, recent, bandwidth = self._engine.totals, self._engine.recent, self._engine.info.bandwidth
         yield self._counter("miniserve:decode_steps", "Steps of decode rows alone.", totals.decode_steps)
         yield self._counter("miniserve:decode_step_seconds", "Time of these steps.", totals.decode_seconds)
         yield self._counter(
@@ -166,9 +165,9 @@ class ServerMetrics:
             hidden = hidden_share(recent) or 0.0
             yield self._gauge("miniserve:cpu_hidden_ratio", "Share of the host's work beside a busy device.", hidden)
 
-    def _gauge(self, name: str, about: str, value: float) -> Metric:
-        family = GaugeMetricFamily(name, about, labels=_LABELS)
-        family.add_metric(self._labels, value)
+    def _gauge(self, name: str, about: str, value: float, **labels: object) -> Metric:
+        family = GaugeMetricFamily(name, about, labels=(*_LABELS, *labels))
+        family.add_metric((*self._labels, *map(str, labels.values())), value)
         return family
 
     def _counter(self, name: str, about: str, value: float) -> Metric:
@@ -177,13 +176,11 @@ class ServerMetrics:
         return family
 
 
+@dataclass(slots=True)
 class _Sequence:
-    __slots__ = ("first_token", "last_token", "num_tokens")
-
-    def __init__(self) -> None:
-        self.first_token = 0.0  # time.monotonic() seconds
-        self.last_token = 0.0
-        self.num_tokens = 0
+    first_token: float = 0.0  # time.monotonic() seconds
+    last_token: float = 0.0
+    num_tokens: int = 0
 
 
 class RequestMetrics:

@@ -33,7 +33,7 @@ class ProgressLine:
         self._since, self._totals, self._stats = now, engine.totals, engine.stats
 
     def _line(self, period: StepTotals, seconds: float) -> str:
-        stats, traffic = self._engine.stats, self._engine.info.traffic
+        stats = self._engine.stats
         guessed = stats.num_draft_tokens - self._stats.num_draft_tokens
         right = stats.num_accepted_tokens - self._stats.num_accepted_tokens
         decoded = (period.decode_rows + period.mixed_rows - guessed + right) / seconds
@@ -44,5 +44,5 @@ class ProgressLine:
         if guessed:
             length = 1 + right / (stats.num_drafts - self._stats.num_drafts)
             parts.append(f"{100 * right / guessed:.0f} % of guesses right, {length:.1f} tokens where guessed")
-        line = describe(period, None if traffic is None else traffic.bandwidth)
+        line = describe(period, self._engine.info.bandwidth)
         return " · ".join(parts if line is None else [*parts, line])

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import msgspec
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
+from miniserve import __version__
 from miniserve.core import CompletionDelta, FinishReason, InvalidRequest
-from miniserve.server.errors import APIError, from_invalid_request, json_response
-from miniserve.server.generation import ClientGone, Generation, while_connected
+from miniserve.server.errors import APIError, as_api_error, json_response
+from miniserve.server.generation import ClientGone, while_connected
 from miniserve.server.responses import FinishWord, Usage
 
+Deltas = AsyncGenerator[tuple[int, CompletionDelta], None]
 logger = logging.getLogger(__name__)
 
 _encoder = msgspec.json.Encoder()
@@ -48,21 +52,52 @@ class UsageCount:
         }
 
 
-class Answer(Protocol):
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The first fields of every answer of one request."""
+
+    id: str
+    created: int
+    model: str
+
+    def body(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": f"miniserve-{__version__}",
+        }
+
+
+class Answer(ABC):
     """The shape of an answer, of completions or of chat. `number` is that of the prompt."""
 
-    usage: UsageCount
+    whole_kind: ClassVar[str]
+    chunk_kind: ClassVar[str]
 
+    def __init__(self, header: Header, prompt_lens: Sequence[int]) -> None:
+        self.usage = UsageCount(prompt_lens)
+        self._header = header
+
+    @abstractmethod
     def add(self, number: int, delta: CompletionDelta) -> None:
         """Gather for `whole`."""
 
-    def whole(self) -> object: ...
+    @abstractmethod
+    def choices(self) -> Sequence[Mapping[str, Any]]:
+        """What was gathered, in order."""
 
-    def chunks(self, number: int, delta: CompletionDelta) -> Iterator[dict[str, Any]]:
-        """The events for one delta, each with exactly one choice, without usage."""
+    @abstractmethod
+    def pieces(self, number: int, delta: CompletionDelta) -> Iterator[Mapping[str, Any]]:
+        """The choices for one delta, each of which goes out in an event of its own."""
 
-    def empty_chunk(self) -> dict[str, Any]:
-        """An event without choices, for the usage."""
+    def whole(self) -> dict[str, Any]:
+        return {**self._header.body(self.whole_kind), "choices": self.choices(), "usage": self.usage.result()}
+
+    def chunk(self, *choices: Mapping[str, Any]) -> dict[str, Any]:
+        """An event; one without choices is for the usage."""
+        return {**self._header.body(self.chunk_kind), "choices": choices}
 
 
 class StreamMode(msgspec.Struct, frozen=True):
@@ -78,9 +113,9 @@ class GenerationResponse(Response):
     Until the first token is there an error is an HTTP error; after that it is an event `{"error": …}` before `[DONE]`.
     """
 
-    def __init__(self, generation: Generation, answer: Answer, stream: StreamMode | None) -> None:
+    def __init__(self, deltas: Deltas, answer: Answer, stream: StreamMode | None) -> None:
         super().__init__()
-        self._generation = generation
+        self._deltas = deltas
         self._answer = answer
         self._stream = stream
 
@@ -95,14 +130,14 @@ class GenerationResponse(Response):
             return
 
     async def _whole(self) -> Response:
-        async with self._generation, aclosing(self._generation.deltas()) as deltas:
+        async with aclosing(self._deltas) as deltas:
             async for number, delta in deltas:
                 self._answer.usage.add(number, delta)
                 self._answer.add(number, delta)
         return json_response(self._answer.whole())
 
     async def _send_events(self, send: Send, mode: StreamMode) -> None:
-        async with self._generation, aclosing(self._generation.deltas()) as deltas:
+        async with aclosing(self._deltas) as deltas:
             first = await anext(deltas)
             await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM_HEADERS})
             try:
@@ -110,15 +145,18 @@ class GenerationResponse(Response):
                 async for number, delta in deltas:
                     await self._send_chunks(send, mode, number, delta)
                 if mode.usage_at_end:
-                    await _send_event(send, {**self._answer.empty_chunk(), "usage": self._answer.usage.result()})
+                    await _send_event(send, {**self._answer.chunk(), "usage": self._answer.usage.result()})
             except Exception as error:
-                await _send_event(send, _as_api_error(error).envelope())
+                if not isinstance(error, APIError | InvalidRequest):
+                    logger.error("A streaming request failed.", exc_info=error)
+                await _send_event(send, as_api_error(error).envelope())
             await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 
     async def _send_chunks(self, send: Send, mode: StreamMode, number: int, delta: CompletionDelta) -> None:
         usage = self._answer.usage
         usage.add(number, delta)
-        for chunk in self._answer.chunks(number, delta):
+        for choice in self._answer.pieces(number, delta):
+            chunk = self._answer.chunk(choice)
             if mode.usage_at_end:
                 chunk["usage"] = usage.result() if mode.usage_in_every_chunk else None
             await _send_event(send, chunk)
@@ -134,12 +172,3 @@ def finish_word(delta: CompletionDelta) -> FinishWord | None:
 async def _send_event(send: Send, body: object) -> None:
     data = b"data: " + _encoder.encode(body) + b"\n\n"
     await send({"type": "http.response.body", "body": data, "more_body": True})
-
-
-def _as_api_error(error: Exception) -> APIError:
-    if isinstance(error, APIError):
-        return error
-    if isinstance(error, InvalidRequest):
-        return from_invalid_request(error)
-    logger.error("A streaming request failed.", exc_info=error)
-    return APIError(500, f"The server failed on this request ({type(error).__name__}); its log says more.")

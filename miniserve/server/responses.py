@@ -46,12 +46,15 @@ class CompletionChoice(TypedDict):
     stop_reason: str | int | None
 
 
-class Completion(TypedDict):
+class _Header(TypedDict):
     id: str
-    object: Literal["text_completion"]
     created: int
     model: str
     system_fingerprint: str
+
+
+class Completion(_Header):
+    object: Literal["text_completion"]
     choices: list[CompletionChoice]
     usage: NotRequired[Usage | None]
 
@@ -85,12 +88,8 @@ class ChatChoice(TypedDict):
     stop_reason: str | int | None
 
 
-class ChatCompletion(TypedDict):
-    id: str
+class ChatCompletion(_Header):
     object: Literal["chat.completion"]
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import uvicorn
-from starlette.types import Receive, Scope, Send
 
 from miniserve.core import UserError
 from miniserve.engine.client import AsyncEngine
@@ -64,7 +63,7 @@ def _bind_failure(host: str, port: int, error: OSError) -> str:
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     """The fastest event loop installed, for `asyncio.Runner(loop_factory=…)`."""
-    return uvicorn.Config(_no_app, loop="auto").get_loop_factory()
+    return uvicorn.Config("", loop="auto").get_loop_factory()
 
 
 async def serve(
@@ -169,7 +168,3 @@ def _raise_open_files_limit() -> None:
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-async def _no_app(scope: Scope, receive: Receive, send: Send) -> None:
-    """uvicorn chooses its event loop in a configuration, which wants an app."""

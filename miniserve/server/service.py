@@ -6,9 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from miniserve.core import SamplingParams
 from miniserve.engine.client import AsyncEngine
@@ -17,30 +15,11 @@ from miniserve.server.errors import APIError
 from miniserve.server.fields import FieldPolicy
 from miniserve.server.metrics import ServerMetrics
 from miniserve.server.protocol import GenerationBody
-from miniserve.server.reply import StreamMode
+from miniserve.server.reply import Header, StreamMode
 from miniserve.server.sampling import SamplingRules
 
-VERSION = version("miniserve")
 T = TypeVar("T")
 _LONG_TEXT = 16_384  # characters; beyond, encoding takes milliseconds
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """The first fields of every answer of one request."""
-
-    id: str
-    created: int
-    model: str
-
-    def body(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": f"miniserve-{VERSION}",
-        }
 
 
 class Service:

@@ -38,9 +38,7 @@ def install(app: FastAPI, service: Service) -> None:
 
         @app.get("/tokenizer_info", response_model=responses.TokenizerInfo)
         async def tokenizer_info() -> Response:
-            tokenizer = service.engine.tokenizer
-            names = ("eos_token", "bos_token", "pad_token", "chat_template")
-            return json_response({name: getattr(tokenizer, name) for name in names})
+            return json_response(service.engine.tokenizer.info())
 
 
 async def _ids(service: Service, body: TokenizeRequest) -> list[int]:

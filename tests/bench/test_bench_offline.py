@@ -55,6 +55,10 @@ class FakeEngine:
         return counts
 
 
+def no_steps() -> DecodeSteps:
+    return DecodeSteps(StepTotals(), None)
+
+
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     fake = FakeEngine()
@@ -64,7 +68,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
 
 def test_latency_separates_prefill_from_decode(engine: FakeEngine) -> None:
     result = offline.measure_latency(
-        engine.generate, 50, batch_size=4, input_len=10, output_len=9, warmup=2, repeats=3, seed=0
+        engine.generate, 50, batch_size=4, input_len=10, output_len=9, warmup=2, repeats=3, seed=0, count_steps=no_steps
     )
     assert (result.whole, result.first, result.step) == ([3.0] * 3, [1.0] * 3, [0.25] * 3)
     assert result.decode_tokens_per_s == 16.0
@@ -77,7 +81,6 @@ def test_latency_separates_prefill_from_decode(engine: FakeEngine) -> None:
     assert written["kind"] == "latency"
     assert written["latency_s"]["step"]["median"] == 0.25
     assert written["engine"]["kv_layout"] == "linear"
-    assert written["steps"] is None  # nobody counted them
 
 
 def test_steps_are_counted_behind_the_warm_up(engine: FakeEngine) -> None:
@@ -91,7 +94,15 @@ def test_steps_are_counted_behind_the_warm_up(engine: FakeEngine) -> None:
 
 def test_one_token_has_no_decode_step(engine: FakeEngine) -> None:
     result = offline.measure_latency(
-        engine.generate, 50, batch_size=1, input_len=1, output_len=1, warmup=0, repeats=1, seed=0
+        engine.generate,
+        50,
+        batch_size=1,
+        input_len=1,
+        output_len=1,
+        warmup=0,
+        repeats=1,
+        seed=0,
+        count_steps=no_steps,
     )
     assert result.step == []
     assert result.decode_tokens_per_s is None
@@ -100,7 +111,7 @@ def test_one_token_has_no_decode_step(engine: FakeEngine) -> None:
 
 def test_throughput_counts_every_token(engine: FakeEngine) -> None:
     shape = Shape(input_len=20, output_len=8, range_ratio=0.5)
-    result = offline.measure_throughput(engine.generate, 50, num_prompts=30, shape=shape, seed=1)
+    result = offline.measure_throughput(engine.generate, 50, num_prompts=30, shape=shape, seed=1, count_steps=no_steps)
     prompts, params = engine.calls[-1]
     assert result.input_tokens == sum(map(len, prompts))
     assert result.output_tokens == sum(one.max_tokens or 0 for one in params)
@@ -114,7 +125,15 @@ def test_figures_over_fewer_tokens_are_refused(engine: FakeEngine) -> None:
     engine.limit = 5
     with pytest.raises(UserError, match="got 5 tokens where 9 were asked for"):
         offline.measure_latency(
-            engine.generate, 50, batch_size=1, input_len=1, output_len=9, warmup=0, repeats=1, seed=0
+            engine.generate,
+            50,
+            batch_size=1,
+            input_len=1,
+            output_len=9,
+            warmup=0,
+            repeats=1,
+            seed=0,
+            count_steps=no_steps,
         )
 
 
@@ -122,7 +141,7 @@ def test_figures_over_fewer_tokens_are_refused(engine: FakeEngine) -> None:
 def test_counts_out_of_range_are_refused(engine: FakeEngine, wrong: dict[str, int]) -> None:
     counts = {"batch_size": 1, "input_len": 1, "output_len": 1, "warmup": 0, "repeats": 1, "seed": 0} | wrong
     with pytest.raises(UserError):
-        offline.measure_latency(engine.generate, 50, **counts)
+        offline.measure_latency(engine.generate, 50, **counts, count_steps=no_steps)
 
 
 def test_latency_and_throughput_run_the_engine(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_the_token_that_stops_is_in_the_ids_but_not_in_the_text_unless_asked_for
 
 
 def test_eos_is_not_shown_even_where_special_tokens_are() -> None:
-    ids = [*TOKENIZER.encode("one"), TOKENIZER.eos_token_id or 0]
+    ids = [*TOKENIZER.encode("one"), *TOKENIZER.encode("<|im_end|>")]
     assembler = OutputAssembler(TOKENIZER, [1], SamplingParams(skip_special_tokens=False))
     (delta,), _ = push(assembler, new_token_ids=ids, finish_reason=FinishReason.STOP)
     assert (delta.text, delta.stop_reason) == ("one", None)

@@ -41,11 +41,9 @@ def test_token_bytes_put_together_are_the_text(tokenizer: Tokenizer) -> None:
 
 
 def test_it_knows_its_special_tokens(tokenizer: Tokenizer) -> None:
-    assert tokenizer.eos_token == "<|im_end|>"
-    assert tokenizer.eos_token_id == tokenizer.encode("<|im_end|>")[0]
-    assert tokenizer.pad_token == "<|endoftext|>"
-    assert tokenizer.bos_token is None
-    assert tokenizer.eos_token_id in tokenizer.special_token_ids
+    info = tokenizer.info()
+    assert (info["eos_token"], info["pad_token"], info["bos_token"]) == ("<|im_end|>", "<|endoftext|>", None)
+    assert tokenizer.encode("<|im_end|>")[0] in tokenizer.special_token_ids
     assert tokenizer.vocab_size == 2048
 
 
@@ -81,7 +79,7 @@ def test_without_a_template_there_is_no_chat(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text((TINY / "tokenizer.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     tokenizer = Tokenizer(tmp_path)
-    assert not tokenizer.has_chat_template
+    assert tokenizer.info()["chat_template"] is None
     with pytest.raises(InvalidRequest, match="no chat template"):
         tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
 

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from server_fakes import EOS, FakeEngine, RunningServer, running_server
 
 from miniserve.core import CompletionDelta, FinishReason, SamplingParams
-from miniserve.server.metrics import Histogram, ServerMetrics, token_buckets
+from miniserve.server.metrics import Histogram, RequestMetrics, ServerMetrics, token_buckets
 
 DASHBOARD = (  # what vLLM's Grafana board and the Kubernetes gateway read
     "vllm:num_requests_running",
@@ -160,7 +160,7 @@ def test_tokens_that_come_together_share_the_time_since_the_last_ones(monkeypatc
     now = 100.0
     monkeypatch.setattr("miniserve.server.metrics.time.monotonic", lambda: now)
     metrics = ServerMetrics(FakeEngine(), "m")  # type: ignore[arg-type]
-    record = metrics.begin(5, SamplingParams(max_tokens=9))
+    record = RequestMetrics(metrics, 5, SamplingParams(max_tokens=9))
     for seconds, num_tokens in ((0.5, 2), (0.6, 4), (1.0, 1)):
         now += seconds
         last = num_tokens == 1

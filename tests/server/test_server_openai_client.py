@@ -12,7 +12,7 @@ from server_fakes import EOS, FakeEngine, RunningServer, greedy, running_server,
 
 from miniserve.core import CompletionDelta, SamplingParams
 from miniserve.server.completions import CompletionAnswer
-from miniserve.server.service import Header
+from miniserve.server.reply import Header
 
 PROMPT = "Once upon a time"
 MESSAGES = [{"role": "user", "content": "Tell me a story."}]
