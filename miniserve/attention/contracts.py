@@ -19,10 +19,8 @@ _TORCH = KernelContract(name="TORCH_ATTN", layouts=_BOTH, dtypes=_ALL, fp8_kv=Tr
 _TORCH_MLA = KernelContract(name="TORCH_MLA", layouts=("latent",), dtypes=_ALL, fp8_kv=True, any_kv=True)
 _TRITON_MLA = KernelContract(name="TRITON_MLA", layouts=("latent",), dtypes=_ALL, fp8_kv=True, max_head_dim=576)
 _TRITON_DECODE, _TRITON_EXTEND = (
-    KernelContract(
-        name=name, layouts=_BOTH, dtypes=_ALL, fp8_kv=True, min_head_dim=16, max_head_dim=256, max_query_len=query_len
-    )
-    for name, query_len in (("triton paged_decode", 1), ("triton paged_extend", None))
+    KernelContract(name=name, layouts=_BOTH, dtypes=_ALL, fp8_kv=True, min_head_dim=16, max_head_dim=256)
+    for name in ("triton paged_decode", "triton paged_extend")
 )
 _PAGED_V1 = KernelContract(
     name="paged_attention_v1",
@@ -32,7 +30,6 @@ _PAGED_V1 = KernelContract(
     head_dims=_PAGED_DIMS,
     max_group=16,
     block_sizes=(16, 32),
-    max_query_len=1,
     sinks=False,
 )
 _PAGED_ROCM = KernelContract(
@@ -43,7 +40,6 @@ _PAGED_ROCM = KernelContract(
     head_dims=_PAGED_DIMS,
     max_group=16,  # above it the kernel's head index is wrong
     block_multiple=16,
-    max_query_len=1,
     min_window=None,
     softcap=False,
     sinks=False,
@@ -57,7 +53,6 @@ _PAGED_COMMON = KernelContract(
     head_dims=(128,),
     max_group=16,
     block_sizes=(16,),
-    max_query_len=1,
     min_window=None,
     softcap=False,
     sinks=False,
@@ -72,7 +67,6 @@ _GLUON = KernelContract(
     head_dims=_PAGED_DIMS,
     max_group=64,
     block_sizes=(16, 64),
-    max_query_len=1,
     softcap=False,
 )
 _UNIFIED, _UNIFIED_SHUFFLED = (
@@ -135,7 +129,6 @@ _AITER_MLA = KernelContract(
     fp8_kv=True,
     heads=MLA_HEADS,
     latent_parts=(512, 64),
-    max_query_len=1,
     min_window=None,
     softcap=False,
     sinks=False,
@@ -161,8 +154,7 @@ CONTRACTS = (
         layouts=("shuffled",),
         decode=(_PAGED_ROCM,),
         rerouted_decode=(_TRITON_DECODE,),
-        extend=(_TRITON_EXTEND,),
-        prefill=(_TRITON_EXTEND,),
+        chunks=(_TRITON_EXTEND,),
         write=(_ROPE_AND_WRITE, _RESHAPE),
         archs=_INSTINCT,
         requires=("aiter", "triton"),
@@ -172,8 +164,7 @@ CONTRACTS = (
         layouts=_BOTH,
         decode=(_PAGED_V1, _PAGED_COMMON, _PAGED_ROCM),
         rerouted_decode=_UNIFIED_BOTH,
-        extend=(_FLASH, *_UNIFIED_BOTH),
-        prefill=(_FLASH, *_UNIFIED_BOTH),
+        chunks=(_FLASH, *_UNIFIED_BOTH),
         write=_AITER_WRITE,
         archs=_INSTINCT,
         requires=("aiter", "triton"),
@@ -182,8 +173,7 @@ CONTRACTS = (
         name="ROCM_AITER_UNIFIED_ATTN",
         layouts=_BOTH,
         decode=_UNIFIED_BOTH,
-        extend=_UNIFIED_BOTH,
-        prefill=_UNIFIED_BOTH,
+        chunks=_UNIFIED_BOTH,
         write=_AITER_WRITE,
         archs=_INSTINCT,
         requires=("aiter", "triton"),
@@ -194,8 +184,7 @@ CONTRACTS = (
         layouts=("shuffled",),
         decode=(_GLUON,),
         rerouted_decode=(_UNIFIED_SHUFFLED,),
-        extend=(_UNIFIED_SHUFFLED,),
-        prefill=(_UNIFIED_SHUFFLED,),
+        chunks=(_UNIFIED_SHUFFLED,),
         write=_AITER_WRITE,
         archs=_INSTINCT,
         requires=("aiter", "triton"),
@@ -205,8 +194,7 @@ CONTRACTS = (
         name="TRITON_ATTN",
         layouts=_BOTH,
         decode=(_TRITON_DECODE,),
-        extend=(_TRITON_EXTEND,),
-        prefill=(_TRITON_EXTEND,),
+        chunks=(_TRITON_EXTEND,),
         write=(_ROPE_AND_WRITE, _TRITON_WRITE),
         archs=("sm_80+", "gfx*"),
         fp8_archs=("sm_89+", "gfx942", "gfx950", "gfx12*"),
@@ -216,18 +204,16 @@ CONTRACTS = (
         name="CPU_ATTN",
         layouts=_BOTH,
         decode=(_CPU,),
-        extend=(_CPU,),
-        prefill=(_CPU,),
+        chunks=(_CPU,),
         archs=("cpu",),
         requires=("native",),
     ),
-    BackendContract(name="TORCH_ATTN", layouts=_BOTH, decode=(_TORCH,), extend=(_TORCH,), prefill=(_TORCH,)),
+    BackendContract(name="TORCH_ATTN", layouts=_BOTH, decode=(_TORCH,), chunks=(_TORCH,)),
     BackendContract(
         name="ROCM_AITER_MLA",
         layouts=("latent",),
         decode=(_AITER_MLA,),
-        extend=(_FLASH_LATENT,),
-        prefill=(_FLASH_LATENT,),
+        chunks=(_FLASH_LATENT,),
         archs=_INSTINCT,
         requires=("aiter", "triton"),
         min_aiter=(0, 1, 20),  # of the planning kernel's arguments no earlier version was read
@@ -237,8 +223,7 @@ CONTRACTS = (
         name="TRITON_MLA",
         layouts=("latent",),
         decode=(_TRITON_MLA,),
-        extend=(_TRITON_MLA,),
-        prefill=(_TRITON_MLA,),
+        chunks=(_TRITON_MLA,),
         archs=("sm_90", "sm_100", "sm_103", *_INSTINCT),  # other NVIDIA GPUs' shared memory is below its tiles' 184 KB
         requires=("triton",),
         latent=True,
@@ -247,8 +232,7 @@ CONTRACTS = (
         name="TORCH_MLA",
         layouts=("latent",),
         decode=(_TORCH_MLA,),
-        extend=(_TORCH_MLA,),
-        prefill=(_TORCH_MLA,),
+        chunks=(_TORCH_MLA,),
         latent=True,
     ),
 )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -17,9 +16,7 @@ from miniserve.attention.contracts import MLA_HEADS
 from miniserve.attention.platform import Platform
 from miniserve.attention.select import Choice
 from miniserve.attention.spec import AttentionSpec
-from miniserve.attention.terms import LayerRoute
-
-Route = Literal["asm", "hip"]
+from miniserve.attention.terms import LayerRoute, name_of
 
 # Kernels that rotate q and k, and norm them first where the model does, and store k and v.
 ROPE_WRITES = ("fused_qk_rope_reshape_and_cache", "triton rope_and_write")
@@ -27,42 +24,20 @@ ROPE_WRITES = ("fused_qk_rope_reshape_and_cache", "triton rope_and_write")
 # Context lengths whose last tile the ASM kernel counts twice: its first loop takes 16 blocks or more for a full tile
 # of 256 keys, of which lengths that round up to 16 blocks have fewer.
 ASM_WRONG_LENGTHS = (241, 255)
+WRONG_LENGTHS = "{}…{}".format(*ASM_WRONG_LENGTHS)  # for people
 
 
-def aiter_route(num_rows: int, num_heads: int, head_dim: int, compute_units: int) -> Route:
-    """What `paged_attention_common` would run for a 16-bit or fp8 cache with its default precision."""
-    return "asm" if head_dim == 128 and num_rows * num_heads > 2 * compute_units else "hip"
+def least_asm_rows(spec: AttentionSpec, compute_units: int) -> int | None:
+    """From how many rows on `paged_attention_common` runs the ASM kernel, for a 16-bit or fp8 cache with its default
+    precision; None where there is no ASM kernel whose result can be trusted.
 
-
-def common_route(
-    num_rows: int,
-    num_heads: int,
-    head_dim: int,
-    compute_units: int,
-    *,
-    group: int,
-    fp8_kv: bool,
-    any_wrong_length: bool,
-) -> Route:
-    """What is to run: as aiter would have it, except that the ASM kernel is kept from what it gets wrong.
-
-    any_wrong_length: whether some row's length is in `ASM_WRONG_LENGTHS`, or may be. group: query heads per KV head.
+    Over an fp8 cache there are three precisions, of which the lowest loses contexts of a single block, and for more
+    than 8 query heads per KV head there is only it.
     """
-    if any_wrong_length or not asm_possible(group, fp8_kv):
-        return "hip"
-    return aiter_route(num_rows, num_heads, head_dim, compute_units)
-
-
-def asm_possible(group: int, fp8_kv: bool) -> bool:
-    """Whether there is an ASM kernel whose result can be trusted. Over an fp8 cache there are three precisions, of
-    which the lowest loses contexts of a single block, and for more than 8 query heads per KV head there is only it."""
-    return group <= 8 if fp8_kv else group <= 16
-
-
-def high_precision(route: Route, fp8_kv: bool) -> int:
-    """The argument of that name: 2 names the one kernel that is right over an fp8 cache, and forces the ASM route; 1
-    leaves the route to aiter's own rule."""
-    return 2 if route == "asm" and fp8_kv else 1
+    most = 8 if spec.kv_dtype.itemsize == 1 else 16
+    if spec.head_dim != 128 or spec.num_heads // spec.num_kv_heads > most:
+        return None
+    return 2 * compute_units // spec.num_heads + 1
 
 
 def has_wrong_length(seq_lens: np.ndarray[tuple[int], np.dtype[np.int64]] | None) -> bool:
@@ -94,24 +69,21 @@ def describe_decode(kernel: str, spec: AttentionSpec, platform: Platform) -> str
         return f"{kernel}: persistent ASM at any batch{padded}"
     if kernel != "paged_attention_common":
         return kernel
-    if not asm_possible(spec.num_heads // spec.num_kv_heads, spec.kv_dtype.itemsize == 1):
+    first = least_asm_rows(spec, platform.compute_units)
+    if first is None:
         return f"{kernel}: HIP at any batch, as no ASM kernel can be trusted with this many heads over an fp8 cache"
-    limit = 2 * platform.compute_units
-    first = limit // spec.num_heads + 1
-    lengths = f"{ASM_WRONG_LENGTHS[0]}…{ASM_WRONG_LENGTHS[1]}"
     return (
-        f"{kernel}: from batch {first} ({first} x {spec.num_heads} heads > {limit}) ASM, below HIP; HIP too where a "
-        f"length is in {lengths} or, captured in a graph, may be"
+        f"{kernel}: from batch {first} ({first} x {spec.num_heads} heads > {2 * platform.compute_units}) ASM, below "
+        f"HIP; HIP too where a length is in {WRONG_LENGTHS} or, captured in a graph, may be"
     )
 
 
 def describe_chunks(route: LayerRoute) -> str:
     """Which kernels take chunks of prompts, and which writes to the cache, for people."""
-    chunks = route.prefill if route.prefill == route.extend else f"{route.prefill}, with context {route.extend}"
     if not route.write:
-        return f"prefill by {chunks}"
+        return f"prefill by {route.chunks}"
     what = "rope with cache write" if route.write in ROPE_WRITES else "cache write"
-    return f"prefill by {chunks}; {what} by {route.write}"
+    return f"prefill by {route.chunks}; {what} by {route.write}"
 
 
 def describe_routes(choice: Choice, specs: Sequence[AttentionSpec], platform: Platform) -> list[str]:
@@ -124,7 +96,7 @@ def describe_routes(choice: Choice, specs: Sequence[AttentionSpec], platform: Pl
         which = "" if len(kinds) == 1 else f"{count} layer{'s' if count > 1 else ''} {_kind(spec)}: "
         lines.append(f"{which}decode by {describe_decode(route.decode, spec, platform)}; {describe_chunks(route)}")
     if any(spec.kv_dtype.itemsize == 1 for spec in specs):
-        lines.append(f"fp8 KV cache: {str(specs[0].kv_dtype).removeprefix('torch.')}")
+        lines.append(f"fp8 KV cache: {name_of(specs[0].kv_dtype)}")
     if platform.emulated:
         lines.append(f"{platform.arch} is emulated: the numbers are those of a stand-in for aiter, on a CPU")
     return lines

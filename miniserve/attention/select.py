@@ -45,14 +45,12 @@ def select(
     backend: str = "auto",
     layout: str = "auto",
     preferred: Sequence[str] | None = None,
-    num_blocks: int = 0,
     contracts: Sequence[BackendContract] = CONTRACTS,
 ) -> Choice:
     """The first backend of the table, in its preferred layout, that can serve all layers.
 
-    preferred: what a measurement puts before the table's order, as "BACKEND" or "BACKEND:layout", best first.
-    num_blocks: of the pool, 0 where it is not settled yet. Raises `UserError` with every reason when what was asked for
-    cannot be had.
+    preferred: what a measurement puts before the table's order, as "BACKEND" or "BACKEND:layout", best first. Raises
+    `UserError` with every reason when what was asked for cannot be had.
     """
     names = [contract.name for contract in contracts]
     if backend != "auto" and backend not in names:
@@ -70,7 +68,7 @@ def select(
             hopeless.add(contract.name)
             rejected += [(contract.name, "", reason) for reason in reasons]
             continue
-        routes, reasons = contract.routes(specs, platform, candidate, block_size, num_blocks)
+        routes, reasons = contract.routes(specs, platform, candidate, block_size)
         if not reasons:
             why = _reason(
                 backend, layout, _possible(contracts, platform, specs), platform.order(contract.layouts), measured

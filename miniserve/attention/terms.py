@@ -20,11 +20,11 @@ class KernelContract:
     """One kernel's terms. An empty tuple or None means anything goes.
 
     fp8_kv: it also reads a cache of the platform's fp8; otherwise the cache is of the compute dtype, unless `any_kv`.
-    max_group: query heads per KV head. block_multiple, head_dim_multiple: what sizes must divide by. max_query_len:
-    query tokens a row. min_window: the shortest sliding window, None where it has none. any_scale: False where the
-    softmax scale is head_dim ** -0.5 whatever it is told. max_plane_bytes: of one side of one layer's cache. Of kernels
-    that write to the cache: qk_norm: they norm q and k too; partial_rope: rope may turn a part of each head only.
-    crashes: (architecture, version of Triton) patterns for which compiling it kills the process.
+    max_group: query heads per KV head. block_multiple, head_dim_multiple: what sizes must divide by. min_window: the
+    shortest sliding window, None where it has none. any_scale: False where the softmax scale is head_dim ** -0.5
+    whatever it is told. Of kernels that write to the cache: qk_norm: they norm q and k too; partial_rope: rope may turn
+    a part of each head only. crashes: (architecture, version of Triton) patterns for which compiling it kills the
+    process.
     Of latent attention: heads: the numbers of query heads it takes, a layer's being padded to the next; latent_parts:
     kv_lora_rank and rope_dim; max_dense_dim: of a head's key and of its value, expanded.
     """
@@ -43,12 +43,10 @@ class KernelContract:
     block_sizes: tuple[int, ...] = ()
     block_multiple: int = 1
     pow2_block: bool = False
-    max_query_len: int | None = None
     min_window: int | None = 1
     softcap: bool = True
     sinks: bool = True
     any_scale: bool = True
-    max_plane_bytes: int | None = None
     qk_norm: bool = True
     partial_rope: bool = True
     crashes: tuple[tuple[str, str], ...] = ()
@@ -56,18 +54,13 @@ class KernelContract:
     latent_parts: tuple[int, int] | None = None
     max_dense_dim: int | None = None
 
-    def refusals(self, spec: AttentionSpec, block_size: int, query_len: int | None, plane_bytes: int) -> Iterator[str]:
-        """Every reason, each as a sentence without its subject, why this kernel cannot serve the layer.
-
-        query_len: query tokens a row, None for any number. plane_bytes: 0 where the pool's size is not settled yet.
-        """
+    def refusals(self, spec: AttentionSpec, block_size: int) -> Iterator[str]:
+        """Every reason, each as a sentence without its subject, why this kernel cannot serve the layer."""
         if spec.dtype not in self.dtypes:
             yield f"does not compute in {name_of(spec.dtype)}"
-        yield from self._refused_cache(spec, plane_bytes)
+        yield from self._refused_cache(spec)
         yield from self._refused_sizes(spec, block_size)
         yield from self._refused_latent(spec)
-        if self.max_query_len is not None and (query_len is None or query_len > self.max_query_len):
-            yield f"takes {self.max_query_len} query token a row"
         if spec.sliding_window is not None and (self.min_window is None or spec.sliding_window < self.min_window):
             short = "" if self.min_window is None else f" of {spec.sliding_window}"
             yield f"has no sliding window{short}"
@@ -88,13 +81,11 @@ class KernelContract:
             if _is_arch(platform.arch, arch) and fnmatch.fnmatchcase(platform.triton_version, version):
                 yield f"crashes the compiler of Triton {platform.triton_version} on {platform.arch}"
 
-    def _refused_cache(self, spec: AttentionSpec, plane_bytes: int) -> Iterator[str]:
+    def _refused_cache(self, spec: AttentionSpec) -> Iterator[str]:
         if spec.kv_dtype.itemsize == 1 and not (self.fp8_kv or self.any_kv):
             yield "does not read an fp8 KV cache"
         elif spec.kv_dtype.itemsize > 1 and spec.kv_dtype != spec.dtype and not self.any_kv:
             yield f"needs the KV cache in {name_of(spec.dtype)}, not {name_of(spec.kv_dtype)}"
-        if self.max_plane_bytes is not None and plane_bytes > self.max_plane_bytes:
-            yield f"reads at most {self.max_plane_bytes:,} bytes of keys or values, not {plane_bytes:,}"
 
     def _refused_sizes(self, spec: AttentionSpec, block_size: int) -> Iterator[str]:
         dim, group = spec.head_dim, spec.num_heads // spec.num_kv_heads
@@ -130,12 +121,11 @@ class KernelContract:
 
 @dataclass(frozen=True, slots=True)
 class LayerRoute:
-    """Which kernel serves each part of a layer's step, by its contract's name. write: of keys and values to the cache,
-    "" where the backend leaves no choice."""
+    """Which kernel serves each part of a layer's step, by its contract's name. chunks: of prompts, with cached context
+    or without; write: of keys and values to the cache, "" where the backend leaves no choice."""
 
     decode: str
-    extend: str
-    prefill: str
+    chunks: str
     write: str = ""
 
 
@@ -151,8 +141,7 @@ class BackendContract:
     name: str
     layouts: tuple[str, ...]
     decode: tuple[KernelContract, ...]
-    extend: tuple[KernelContract, ...]
-    prefill: tuple[KernelContract, ...]
+    chunks: tuple[KernelContract, ...]
     write: tuple[KernelContract, ...] = ()
     rerouted_decode: tuple[KernelContract, ...] = ()
     archs: tuple[str, ...] = ()
@@ -185,48 +174,36 @@ class BackendContract:
             yield "it is for latent (MLA) layers" if self.latent else "it has no latent (MLA) attention"
 
     def routes(
-        self,
-        specs: Sequence[AttentionSpec],
-        platform: Platform,
-        layout: str,
-        block_size: int,
-        num_blocks: int = 0,
+        self, specs: Sequence[AttentionSpec], platform: Platform, layout: str, block_size: int
     ) -> tuple[tuple[LayerRoute, ...], list[str]]:
         """Each layer's route, or the reasons (sentences, each once) why some layer has none."""
         if layout not in self.layouts:
             return (), [f"it does not read the {layout} layout"]
         reasons: dict[str, None] = {}
         refused: dict[str, None] = {}
-        routes: dict[AttentionSpec, LayerRoute | None] = {}
+        routes: dict[AttentionSpec, LayerRoute] = {}
         own = False
-        roles = (
-            ("decode", (*self.decode, *self.rerouted_decode)),
-            ("extend", self.extend),
-            ("prefill", self.prefill),
-            *((("write", self.write),) if self.write else ()),
-        )
+        decode = (*self.decode, *self.rerouted_decode)
+        roles = [options for options in (decode, self.chunks, self.write) if options]
         for spec in dict.fromkeys(specs):
             if found := self._cache_refusal(spec, platform, layout, block_size):
                 reasons[found] = None
                 continue
-            plane = num_blocks * LAYOUTS[layout](block_size).block_bytes(spec) // 2
             kernels: list[str] = []
-            for role, options in roles:
-                query_len = 1 if role == "decode" else None
-                kernel, why = self._first(options, spec, platform, layout, block_size, query_len, plane)
+            for options in roles:
+                kernel, why = self._first(options, spec, platform, layout, block_size)
                 if kernel is None:
                     reasons |= dict.fromkeys(why)
                     continue
                 kernels.append(kernel.name)
-                if role == "decode":
+                if options is decode:
                     own = own or kernel in self.decode
                     refused |= dict.fromkeys(why)
-            routes[spec] = LayerRoute(*kernels) if len(kernels) == len(roles) else None
+            if len(kernels) == len(roles):
+                routes[spec] = LayerRoute(*kernels)
         if not reasons and not own:
             reasons = refused
-        if reasons:
-            return (), list(reasons)
-        return tuple(route for spec in specs if (route := routes[spec]) is not None), []
+        return ((), list(reasons)) if reasons else (tuple(routes[spec] for spec in specs), [])
 
     def _cache_refusal(self, spec: AttentionSpec, platform: Platform, layout: str, block_size: int) -> str | None:
         if spec.kv_dtype.itemsize == 1:
@@ -243,18 +220,13 @@ class BackendContract:
         platform: Platform,
         layout: str,
         block_size: int,
-        query_len: int | None,
-        plane_bytes: int,
     ) -> tuple[KernelContract | None, list[str]]:
         """The first kernel that serves the layer, and what the ones before it refused."""
         refused: list[str] = []
         for kernel in options:
             if layout not in kernel.layouts:
                 continue
-            found = [
-                *kernel.platform_refusals(platform),
-                *kernel.refusals(spec, block_size, query_len, plane_bytes),
-            ]
+            found = [*kernel.platform_refusals(platform), *kernel.refusals(spec, block_size)]
             if not found:
                 return kernel, refused
             subject = "it" if kernel.name == self.name else kernel.name

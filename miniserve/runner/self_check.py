@@ -21,7 +21,7 @@ from miniserve.attention.backends.build import build_backend
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.layouts import KVCache
 from miniserve.attention.metadata import StepBatch
-from miniserve.attention.routes import ASM_WRONG_LENGTHS, asm_possible
+from miniserve.attention.routes import ASM_WRONG_LENGTHS, WRONG_LENGTHS, least_asm_rows
 from miniserve.attention.select import Choice
 from miniserve.attention.spec import AttentionLayer, AttentionSpec, LatentLayer, QKRope
 from miniserve.core import UserError
@@ -101,34 +101,22 @@ def checked_backend(
         trusting = dataclasses.replace(options, trust_asm_lengths=True)
         backend = build_backend(choice, block_size, trusting)
         if all(result.ok for result in self_check(choice.backend, backend, trusting, layers, caches)):
-            return backend, [f"self-check: passed; the ASM kernel is right here for lengths {_feared()} too"]
+            return backend, [f"self-check: passed; the ASM kernel is right here for lengths {WRONG_LENGTHS} too"]
     backend = build_backend(choice, block_size, options)
     results = self_check(choice.backend, backend, options, layers, caches)
     require(results)
-    kept = [f"self-check: the ASM kernel is wrong here for lengths {_feared()}"] if asm_is_reached(options) else []
+    kept = [f"self-check: the ASM kernel is wrong here for lengths {WRONG_LENGTHS}"] if asm_is_reached(options) else []
     return backend, kept
 
 
 def asm_is_reached(options: BackendOptions) -> bool:
     """Whether every layer that the ASM kernel may decode has it in some batch that there can be."""
-    rows = [_asm_rows(options, spec) for spec, route in _layers(options) if route == "paged_attention_common"]
+    rows = [
+        least_asm_rows(spec, options.platform.compute_units)
+        for spec, route in zip(options.specs, options.routes, strict=True)
+        if route.decode == "paged_attention_common"
+    ]
     return bool(rows) and all(least is not None and least <= options.max_rows for least in rows)
-
-
-def _asm_rows(options: BackendOptions, spec: AttentionSpec) -> int | None:
-    """The least rows that go to the ASM kernel, None where none do."""
-    if not asm_possible(spec.num_heads // spec.num_kv_heads, spec.kv_dtype.itemsize == 1):
-        return None
-    return 2 * options.platform.compute_units // spec.num_heads + 1
-
-
-def _layers(options: BackendOptions) -> Iterator[tuple[AttentionSpec, str]]:
-    for spec, route in zip(options.specs, options.routes, strict=True):
-        yield spec, route.decode
-
-
-def _feared() -> str:
-    return f"{ASM_WRONG_LENGTHS[0]}…{ASM_WRONG_LENGTHS[1]}"
 
 
 def require(results: Sequence[CheckResult]) -> None:
@@ -155,7 +143,7 @@ def _cases(problem: Problem, backend: Backend[Any], options: BackendOptions) -> 
         yield "decode", _last(group), False
         if backend.graphs and len(group) < options.max_rows:
             yield "decode with padding", _last(group), True
-    least = _asm_rows(options, problem.layer.spec)
+    least = least_asm_rows(problem.layer.spec, options.platform.compute_units)
     if options.routes[problem.layer.layer_index].decode == "paged_attention_common" and least is not None:
         low, high = ASM_WRONG_LENGTHS
         fit = [row for row in problem.rows if options.trust_asm_lengths or not low <= row.length <= high]

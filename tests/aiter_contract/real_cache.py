@@ -109,7 +109,7 @@ def check_call(write: Callable[..., Any], layout_name: str, dtype: torch.dtype, 
     num_blocks = tokens // block_size + 3
     cache, want = (layout.allocate(spec, num_blocks, torch.device("cpu")) for _ in range(2))
     layer = Layer(spec, None, 0, *(torch.tensor([scale]) for scale in scales or (1.0, 1.0)))
-    routes = (LayerRoute("", "", "", "fused_qk_rope_reshape_and_cache"),)
+    routes = (LayerRoute("", "", "fused_qk_rope_reshape_and_cache"),)
     options = BackendOptions(
         specs=(spec,),
         routes=routes,

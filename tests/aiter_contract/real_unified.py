@@ -55,7 +55,7 @@ def main() -> None:
                 aiter = Aiter(**unused | given | {"reshape_and_cache_flash": write})
                 options = BackendOptions(
                     specs=(spec,),
-                    routes=(LayerRoute("unified_attention", "unified_attention", "unified_attention"),),
+                    routes=(LayerRoute("unified_attention", "unified_attention"),),
                     platform=NAMED_PLATFORMS["mi300x"],
                     device=torch.device("cpu"),
                     max_rows=8,

@@ -19,14 +19,14 @@ SPEC = AttentionSpec(32, 8, 128, 128**-0.5, BF16, BF16, sliding_window=64)
 MI300X, MI355X = NAMED_PLATFORMS["mi300x"], NAMED_PLATFORMS["mi355x"]
 
 
-def refusals(spec: AttentionSpec, block_size: int = 16, query_len: int | None = 1, **terms: Any) -> list[str]:
+def refusals(spec: AttentionSpec, block_size: int = 16, **terms: Any) -> list[str]:
     terms = {"dtypes": (BF16,)} | terms
     contract = KernelContract(name="KERNEL", layouts=("linear",), **terms)
-    return list(contract.refusals(spec, block_size, query_len, 3 << 30))
+    return list(contract.refusals(spec, block_size))
 
 
 def test_open_terms_refuse_nothing() -> None:
-    assert refusals(replace(SPEC, sinks=True, softcap=3.0, scale=1.0, head_dim=7), 5, None) == []
+    assert refusals(replace(SPEC, sinks=True, softcap=3.0, scale=1.0, head_dim=7), 5) == []
 
 
 @pytest.mark.parametrize(
@@ -50,18 +50,14 @@ def test_open_terms_refuse_nothing() -> None:
         ({"qk_norm": False}, {"qk_norm": True}, "has no norm of q and k"),
         ({"partial_rope": False}, {"rotary_dim": 32}, "turns whole heads, not 32 elements of 128"),
         ({"any_scale": False}, {"scale": 0.1}, "always scales by head_dim ** -0.5, not by 0.1"),
-        ({"max_plane_bytes": 1 << 31}, {}, "reads at most 2,147,483,648 bytes of keys or values, not 3,221,225,472"),
     ],
 )
 def test_a_broken_term_is_told(terms: Mapping[str, Any], change: Mapping[str, Any], sentence: str) -> None:
     assert refusals(replace(SPEC, **change), **terms) == [sentence]
 
 
-def test_terms_of_blocks_and_query_tokens() -> None:
+def test_terms_of_blocks_and_caches() -> None:
     assert refusals(SPEC, 48, pow2_block=True) == ["does not take block size 48"]
-    for query_len in (2, None):
-        assert refusals(SPEC, query_len=query_len, max_query_len=1) == ["takes 1 query token a row"]
-    assert refusals(SPEC, query_len=2, max_query_len=None) == []
     assert refusals(replace(SPEC, kv_dtype=FP8), fp8_kv=True) == []
     assert refusals(replace(SPEC, kv_dtype=torch.float32), any_kv=True) == []
 
@@ -84,7 +80,7 @@ def test_the_table_is_in_the_order_that_people_know() -> None:
 def test_every_layout_has_a_kernel_for_each_part_of_a_step() -> None:
     for contract in CONTRACTS:
         for layout in contract.layouts:
-            for options in (contract.decode, contract.extend, contract.prefill):
+            for options in (contract.decode, contract.chunks):
                 assert any(layout in kernel.layouts for kernel in options), (contract.name, layout)
 
 

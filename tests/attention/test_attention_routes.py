@@ -8,15 +8,12 @@ import torch
 
 from miniserve.attention.platform import NAMED_PLATFORMS
 from miniserve.attention.routes import (
-    aiter_route,
-    asm_possible,
-    common_route,
     describe_chunks,
     describe_decode,
     fuses_rope,
     has_wrong_length,
-    high_precision,
     kv_cache_dtype,
+    least_asm_rows,
     window_pair,
 )
 from miniserve.attention.spec import AttentionSpec
@@ -26,41 +23,36 @@ MI300X, MI355X = NAMED_PLATFORMS["mi300x"], NAMED_PLATFORMS["mi355x"]
 
 
 @pytest.mark.parametrize(
-    ("rows", "heads", "head_dim", "compute_units", "route"),
+    ("heads", "head_dim", "compute_units", "least"),
     [
-        (38, 16, 128, 304, "hip"),  # 608 is not above 608
-        (39, 16, 128, 304, "asm"),
-        (64, 16, 128, 304, "asm"),
-        (32, 16, 128, 256, "hip"),
-        (33, 16, 128, 256, "asm"),
-        (1, 609, 128, 304, "asm"),
-        (512, 64, 64, 304, "hip"),
-        (512, 64, 256, 304, "hip"),
-        (512, 64, 192, 256, "hip"),
+        (16, 128, 304, 39),  # 608 is not above 608
+        (16, 128, 256, 33),
+        (64, 128, 304, 10),
+        (608, 128, 304, 2),
+        (609, 128, 304, 1),
+        (64, 64, 304, None),
+        (64, 256, 304, None),
+        (64, 192, 256, None),
     ],
 )
-def test_the_switch_counts_rows_times_heads(
-    rows: int, heads: int, head_dim: int, compute_units: int, route: str
-) -> None:
-    assert aiter_route(rows, heads, head_dim, compute_units) == route
+def test_the_switch_counts_rows_times_heads(heads: int, head_dim: int, compute_units: int, least: int | None) -> None:
+    spec = AttentionSpec(heads, heads, head_dim, 0.1, torch.bfloat16, torch.bfloat16)
+    assert least_asm_rows(spec, compute_units) == least
 
 
 @pytest.mark.parametrize(
-    ("group", "fp8", "wrong_length", "route"),
+    ("group", "kv_dtype", "trusted"),
     [
-        (8, False, False, "asm"),
-        (8, False, True, "hip"),
-        (16, False, False, "asm"),
-        (17, False, False, "hip"),
-        (8, True, False, "asm"),
-        (9, True, False, "hip"),  # only the precision that loses short contexts has a kernel for it
-        (8, True, True, "hip"),
+        (8, torch.bfloat16, True),
+        (16, torch.bfloat16, True),
+        (17, torch.bfloat16, False),
+        (8, torch.float8_e4m3fn, True),
+        (9, torch.float8_e4m3fn, False),  # only the precision that loses short contexts has a kernel for it
     ],
 )
-def test_the_asm_kernel_is_kept_from_what_it_gets_wrong(group: int, fp8: bool, wrong_length: bool, route: str) -> None:
-    got = common_route(64, 32, 128, 304, group=group, fp8_kv=fp8, any_wrong_length=wrong_length)
-    assert got == route
-    assert asm_possible(group, fp8) or got == "hip"
+def test_the_asm_kernel_is_kept_from_what_it_gets_wrong(group: int, kv_dtype: torch.dtype, trusted: bool) -> None:
+    spec = AttentionSpec(2 * group, 2, 128, 0.1, torch.bfloat16, kv_dtype)
+    assert (least_asm_rows(spec, 304) is not None) == trusted
 
 
 def test_wrong_lengths_are_those_of_one_tile_that_is_not_full() -> None:
@@ -69,10 +61,6 @@ def test_wrong_lengths_are_those_of_one_tile_that_is_not_full() -> None:
     assert has_wrong_length(np.array([1, 300, 250]))
     assert not has_wrong_length(np.array([1, 300, 256]))
     assert has_wrong_length(None), "a captured step may meet any length"
-
-
-def test_high_precision_forces_asm_only_where_it_is_meant() -> None:
-    assert [high_precision(route, fp8) for route in ("asm", "hip") for fp8 in (False, True)] == [1, 2, 1, 1]  # type: ignore[arg-type]
 
 
 def test_the_switch_is_told_in_batches() -> None:
@@ -87,11 +75,11 @@ def test_the_switch_is_told_in_batches() -> None:
 
 
 def test_who_writes_is_told() -> None:
-    routes = [LayerRoute("", "E", "P", write) for write in ("triton rope_and_write", "reshape_and_cache", "")]
+    routes = [LayerRoute("", "P", write) for write in ("triton rope_and_write", "reshape_and_cache", "")]
     assert [describe_chunks(route) for route in routes] == [
-        "prefill by P, with context E; rope with cache write by triton rope_and_write",
-        "prefill by P, with context E; cache write by reshape_and_cache",
-        "prefill by P, with context E",
+        "prefill by P; rope with cache write by triton rope_and_write",
+        "prefill by P; cache write by reshape_and_cache",
+        "prefill by P",
     ]
     assert [fuses_rope([routes[0], route]) for route in routes] == [True, False, False]
 

@@ -21,7 +21,7 @@ ROCM_ORDER = "ROCM_ATTN > ROCM_AITER_FA > ROCM_AITER_UNIFIED_ATTN > ROCM_AITER_G
 
 def contract(name: str, **terms: object) -> BackendContract:
     kernel = KernelContract(name=name, layouts=("linear",), dtypes=(BF16,), **terms)  # type: ignore[arg-type]
-    return BackendContract(name=name, layouts=("linear",), decode=(kernel,), extend=(kernel,), prefill=(kernel,))
+    return BackendContract(name=name, layouts=("linear",), decode=(kernel,), chunks=(kernel,))
 
 
 def reasons(choice: Choice, backend: str, layout: str = "") -> list[str]:
@@ -158,7 +158,7 @@ def test_each_layer_gets_its_own_route() -> None:
     windowed = replace(SPEC, sliding_window=128)
     choice = select([windowed, SPEC], MI300X, block_size=16, backend="ROCM_AITER_FA", layout="shuffled")
     assert [route.decode for route in choice.routes] == ["unified_attention", "paged_attention_common"]
-    assert {route.prefill for route in choice.routes} == {"flash_attn_varlen_func"}
+    assert {route.chunks for route in choice.routes} == {"flash_attn_varlen_func"}
     choice = select([windowed, SPEC], MI300X, block_size=16)
     assert [route.decode for route in choice.routes] == ["triton paged_decode", "paged_attention_rocm"]
 

@@ -24,10 +24,9 @@ def backend_table() -> str:
         needs = ", ".join(contract.requires).replace("native", "a C++ compiler") or "nothing"
         rerouted = _kernels(contract.rerouted_decode)
         decode = _kernels(contract.decode) + (f"; rerouted: {rerouted}" if rerouted else "")
-        prefill, extend = _kernels(contract.prefill), _kernels(contract.extend)
         rows.append(
             f"| `{contract.name}` | {_places(contract)} | {needs} | {', '.join(contract.layouts)} | {decode} | "
-            f"{prefill if prefill == extend else f'{prefill}; {extend}'} | {_kernels(contract.write) or '-'} |"
+            f"{_kernels(contract.chunks)} | {_kernels(contract.write) or '-'} |"
         )
     return "\n".join(rows)
 
@@ -40,7 +39,7 @@ def kernel_table() -> str:
     kernels = {
         kernel: None
         for contract in CONTRACTS
-        for role in (contract.decode, contract.rerouted_decode, contract.prefill, contract.extend, contract.write)
+        for role in (contract.decode, contract.rerouted_decode, contract.chunks, contract.write)
         for kernel in role
     }
     rows += [_kernel_row(kernel) for kernel in kernels]
@@ -129,7 +128,9 @@ def _lacks(kernel: KernelContract) -> str:
     lacks += ["a scale other than head_dim ** -0.5"] if not kernel.any_scale else []
     lacks += ["norm of q and k"] if not kernel.qk_norm else []
     lacks += ["rope of a part of each head"] if not kernel.partial_rope else []
-    lacks += ["several query tokens a row"] if kernel.max_query_len == 1 else []
+    decoding = {decode for contract in CONTRACTS for decode in (*contract.decode, *contract.rerouted_decode)}
+    chunks = {chunk for contract in CONTRACTS for chunk in contract.chunks}
+    lacks += ["several query tokens a row"] if kernel in decoding - chunks else []
     return ", ".join(lacks) or "-"
 
 

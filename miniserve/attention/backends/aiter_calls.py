@@ -9,7 +9,7 @@ import torch
 from miniserve.attention.aiter import Aiter
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.layouts import KVCache, KVLayout
-from miniserve.attention.routes import high_precision, kv_cache_dtype, window_pair
+from miniserve.attention.routes import kv_cache_dtype, window_pair
 from miniserve.attention.spec import AttentionLayer, AttentionSpec
 
 _PARTITION = 256  # keys that one program of the HIP kernels takes
@@ -224,7 +224,8 @@ def paged_asm(
         K_QScale_asm=k_table,
         V_QScale_asm=v_table,
         out_=out,
-        high_precision=high_precision("asm", spec.kv_dtype.itemsize == 1),
+        # 2 names the one kernel that is right over an fp8 cache, and forces it; 1 leaves the route to aiter's own rule.
+        high_precision=2 if spec.kv_dtype.itemsize == 1 else 1,
         kv_cache_dtype=kv_cache_dtype(spec.kv_dtype),
         kv_cache_tensor_dtype=spec.kv_dtype,
     )

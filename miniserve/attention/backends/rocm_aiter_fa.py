@@ -28,7 +28,7 @@ from miniserve.attention.backends.rope_write import RopeWriter
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.merge import merge_lse
 from miniserve.attention.metadata import StepBatch
-from miniserve.attention.routes import common_route, fuses_rope, has_wrong_length, window_pair
+from miniserve.attention.routes import fuses_rope, has_wrong_length, least_asm_rows, window_pair
 from miniserve.attention.spec import AttentionLayer, AttentionSpec, QKRope
 
 FLASH = "flash_attn_varlen_func"
@@ -102,7 +102,7 @@ class FlashBackend(Backend[FlashMetadata]):
         self._scratch = PagedScratch(options)
         self._asm_scales = AsmScales(layout.block_size)
         self._counting = torch.arange(options.max_rows + 1, dtype=torch.int32, device=options.device)
-        flash = [s for s, route in zip(options.specs, options.routes, strict=True) if route.extend == FLASH]
+        flash = [s for s, route in zip(options.specs, options.routes, strict=True) if route.chunks == FLASH]
         self._windows = {spec.sliding_window for spec in flash if spec.sliding_window is not None}
         self._gathers_all = any(spec.sliding_window is None for spec in flash)
 
@@ -153,7 +153,7 @@ class FlashBackend(Backend[FlashMetadata]):
         if meta.extend is not None:
             self._extend(layer, q, k, v, cache, meta.extend, out)
         if (rows := meta.prefill) is not None:
-            if self._routes[layer.layer_index].prefill == FLASH:
+            if self._routes[layer.layer_index].chunks == FLASH:
                 self._new_tokens(layer, q, k, v, rows, out)
             else:
                 attend_rows(self._aiter, self.layout, layer, q, cache, rows, out)
@@ -176,17 +176,9 @@ class FlashBackend(Backend[FlashMetadata]):
             paged_rocm(self._aiter, layer, q[span], cache, *tables)
 
     def _takes_asm(self, layer: AttentionLayer, meta: DecodeMetadata) -> bool:
-        spec = layer.spec
-        route = common_route(
-            meta.rows.end,
-            spec.num_heads,
-            spec.head_dim,
-            self._compute_units,
-            group=spec.num_heads // spec.num_kv_heads,
-            fp8_kv=spec.kv_dtype.itemsize == 1,
-            any_wrong_length=meta.any_wrong_length,
-        )
-        return route == "asm"
+        """As aiter would, except that the ASM kernel is kept from what it gets wrong."""
+        least = least_asm_rows(layer.spec, self._compute_units)
+        return least is not None and meta.rows.end >= least and not meta.any_wrong_length
 
     def _extend(
         self,
@@ -200,7 +192,7 @@ class FlashBackend(Backend[FlashMetadata]):
     ) -> None:
         rows, window = meta.rows, layer.spec.sliding_window
         span = slice(rows.start, rows.end)
-        if self._routes[layer.layer_index].extend != FLASH:
+        if self._routes[layer.layer_index].chunks != FLASH:
             attend_rows(self._aiter, self.layout, layer, q, cache, rows, out)
         elif window is not None:
             self._cached_tokens(layer, q, cache, meta.windowed[window], out[span], causal=True)
