@@ -50,3 +50,8 @@ class StepBatch:
     decode: DecodeRows | None = None
     extend: ChunkRows | None = None
     prefill: ChunkRows | None = None
+
+    @property
+    def chunks(self) -> tuple[ChunkRows, ...]:
+        """Those there are, in order."""
+        return tuple(group for group in (self.extend, self.prefill) if group is not None)

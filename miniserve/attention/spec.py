@@ -56,6 +56,11 @@ class AttentionLayer(Protocol):
     v_scale: torch.Tensor
 
 
+def fp8_scales(layer: AttentionLayer) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The layer's scales where its cache is fp8, which alone has any."""
+    return (layer.k_scale, layer.v_scale) if layer.spec.kv_dtype.itemsize == 1 else (None, None)
+
+
 class LatentLayer(Protocol):
     """The part of an MLA module that a backend reads. kv_scale: float32 [1], of an fp8 cache."""
 

@@ -8,6 +8,7 @@ from typing import cast
 import numpy as np
 import torch
 
+from miniserve.attention.formula import attention_by_formula, visible_keys
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import ChunkRows, DecodeRows, StepBatch
 from miniserve.attention.spec import AttentionLayer, AttentionSpec, LatentLayer
@@ -150,22 +151,10 @@ class Problem:
 def reference_attention(
     spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
 ) -> torch.Tensor:
-    """Causal attention by its formula in float32. q [L, H, D], k [L, KH, D], v [L, KH, Dv] -> [L, H * Dv]."""
-    group = q.shape[1] // k.shape[1]
-    keys, values = (t.float().repeat_interleave(group, dim=1).transpose(0, 1) for t in (k, v))  # [H, L, D]
-    scores = torch.matmul(q.float().transpose(0, 1), keys.mT) * spec.scale
-    if spec.softcap is not None:
-        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    """Causal attention in float32. q [L, H, D], k [L, KH, D], v [L, KH, Dv] -> [L, H * Dv]."""
     position = torch.arange(len(q), device=q.device)
-    distance = position[:, None] - position
-    hidden = distance < 0 if spec.sliding_window is None else (distance < 0) | (distance >= spec.sliding_window)
-    scores = scores.masked_fill(hidden, float("-inf"))
-    if sinks is not None:
-        column = sinks.float()[:, None, None].expand(-1, len(q), 1)
-        weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
-    else:
-        weights = scores.softmax(-1)
-    return torch.matmul(weights, values).transpose(0, 1).flatten(1)
+    visible = visible_keys(position[:, None] - position, spec.sliding_window)
+    return attention_by_formula(q, k, v, visible, scale=spec.scale, softcap=spec.softcap, sinks=sinks).flatten(1)
 
 
 def _tables(lengths: list[int], block_size: int, num_blocks: int) -> dict[int, list[int]]:

@@ -79,7 +79,7 @@ class ChunkGraphs:
         """The hidden states of a step's tokens, [num_tokens, hidden_size], which the next step may overwrite; None
         where no graph holds it."""
         batch = inputs.batch
-        chunks = [group for group in (batch.extend, batch.prefill) if group is not None]
+        chunks = batch.chunks
         lens = [length for group in chunks for length in group.query_lens]
         num_rows = 0 if batch.decode is None else batch.decode.seq_lens.shape[0]
         rows = next((rows for rows in self._rows if num_rows <= rows), None)
@@ -114,7 +114,7 @@ class ChunkGraphs:
             self._decode_lens[:num_rows] = decode.seq_lens
             self._decode_tables[:num_rows, : decode.block_tables.shape[1]] = decode.block_tables
 
-    def _fill_chunks(self, chunks: list[ChunkRows], lens: list[int]) -> None:
+    def _fill_chunks(self, chunks: Sequence[ChunkRows], lens: list[int]) -> None:
         """Of each chunk its length, its end and its blocks; absent ones have no token and no key."""
         ends = [*accumulate(lens, initial=0)]
         ends += ends[-1:] * (CHUNKS_IN_GRAPH - len(lens))

@@ -11,8 +11,9 @@ from attention_reference import relative_error
 from latent_steps import TOLERANCE, make_latent_step
 from real_aiter import make_importable
 
-from miniserve.attention.backends.torch_mla import DecodeMetadata, TorchLatentBackend
+from miniserve.attention.backends.torch_mla import TorchLatentBackend
 from miniserve.attention.layouts import KVCache, KVLayout
+from miniserve.attention.metadata import DecodeRows
 from miniserve.attention.spec import AttentionSpec, LatentDims, LatentLayer
 
 DEEPSEEK, SMALL = LatentDims(512, 64, 128, 128), LatentDims(64, 16, 24, 20)
@@ -35,7 +36,7 @@ class RealDecode(TorchLatentBackend):
         self._mla_decode_fwd = mla_decode_fwd
 
     def decode(
-        self, layer: LatentLayer, q: torch.Tensor, q_pe: torch.Tensor, cache: KVCache, meta: DecodeMetadata
+        self, layer: LatentLayer, q: torch.Tensor, q_pe: torch.Tensor, cache: KVCache, meta: DecodeRows
     ) -> torch.Tensor:
         rows, out = q.shape[0], torch.full(q.shape, torch.nan, dtype=q.dtype)
         self._mla_decode_fwd(

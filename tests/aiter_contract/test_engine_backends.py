@@ -252,6 +252,8 @@ class Watched:
         return self._watch(getattr(self._of, name))
 
     def _watch(self, value: object) -> object:
+        if isinstance(value, DecodeRows):  # the runner's, handed on whole
+            return value
         if isinstance(value, tuple) and not hasattr(value, "_fields"):  # a named one is handed on whole
             return tuple(self._watch(item) for item in value)
         if isinstance(value, dict):

@@ -11,13 +11,12 @@ from attention_steps import Case
 from engine_support import stand_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from latent_steps import LatentStep, latent_cases, make_latent_step
+from latent_steps import LatentStep, make_latent_step
 from test_engine_backends import Watched
 
 from miniserve.attention.backends.build import build_backend
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.rocm_aiter_mla import AiterLatentBackend
-from miniserve.attention.backends.triton_mla import TritonLatentBackend, torch_latent_kernels
 from miniserve.attention.metadata import DecodeRows, StepBatch
 from miniserve.attention.platform import NAMED_PLATFORMS, emulated_platform
 from miniserve.attention.select import select
@@ -38,15 +37,6 @@ def options(step: LatentStep, device: str = "mi300x", **changes: Any) -> Backend
         "max_seq_len": 600,
     }
     return BackendOptions(**(given | changes))
-
-
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(case=latent_cases(), fp8=st.booleans(), kv_scale=st.sampled_from([0.25, 1.0]), seed=st.integers(0, 99))
-def test_triton_mla_is_what_the_formula_gives(case: Case, fp8: bool, kv_scale: float, seed: int) -> None:
-    if fp8:
-        case = (dataclasses.replace(case[0], kv_dtype=torch.float8_e4m3fn), *case[1:])
-    step = make_latent_step(case, seed, kv_scale if fp8 else 1.0)
-    step.check(TritonLatentBackend(step.layout, torch_latent_kernels(), options(step)))
 
 
 @pytest.mark.parametrize("device", ["mi300x", "mi355x", "h100", "h200"])

@@ -15,7 +15,7 @@ from miniserve.attention.backends.aiter_calls import AsmScales, PagedScratch, sc
 from miniserve.attention.backends.build import block_bytes
 from miniserve.attention.backends.build import scratch_bytes as planned_bytes
 from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.backends.triton_mla import TritonLatentBackend, torch_latent_kernels
+from miniserve.attention.backends.triton_mla import TritonLatentBackend
 from miniserve.attention.layouts import LAYOUTS
 from miniserve.attention.platform import NAMED_PLATFORMS
 from miniserve.attention.select import select
@@ -62,7 +62,7 @@ def test_only_the_backends_that_allocate_are_charged() -> None:
 @pytest.mark.parametrize("gpu", ["h100", "mi300x"])
 @pytest.mark.parametrize(("heads", "max_seq_len"), [(16, 4096), (128, 163840), (16, 1)])
 def test_the_splits_of_latent_rows_are_charged(gpu: str, heads: int, max_seq_len: int) -> None:
-    split_kv = pytest.importorskip("miniserve.kernels.triton.split_kv")
+    pytest.importorskip("miniserve.kernels.triton.split_kv")
     spec = AttentionSpec(heads, 1, 576, 0.1, torch.bfloat16, torch.bfloat16, latent=LatentDims(512, 64, 128, 128))
     platform, specs = NAMED_PLATFORMS[gpu], (spec, replace(spec, scale=0.2), spec)
     options = BackendOptions(
@@ -73,8 +73,7 @@ def test_the_splits_of_latent_rows_are_charged(gpu: str, heads: int, max_seq_len
         max_rows=64,
         max_seq_len=max_seq_len,
     )
-    kernels = replace(torch_latent_kernels(), allocate_scratch=split_kv.DecodeScratch.allocate)
-    backend = TritonLatentBackend(LAYOUTS["latent"](16), kernels, options)
+    backend = TritonLatentBackend(LAYOUTS["latent"](16), options)
     parts = [(s.partial, s.lse, s.arrivals) for s in backend._scratch.values()]
     assert len(parts) == 2, "layers of a kind share theirs"
     choice = select(specs, platform, block_size=16, backend="TRITON_MLA")

@@ -11,7 +11,7 @@ from latent_steps import TOLERANCE, LatentStep, make_latent_step
 from triton_support import DEVICE, DTYPES, NATIVE, on_gpu
 
 from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.backends.triton_mla import TritonLatentBackend, triton_latent_kernels
+from miniserve.attention.backends.triton_mla import TritonLatentBackend
 from miniserve.attention.metadata import DecodeRows, StepBatch
 from miniserve.attention.platform import NAMED_PLATFORMS, detect_platform
 from miniserve.attention.spec import AttentionSpec, LatentDims
@@ -47,10 +47,10 @@ def backend(step: LatentStep, max_rows: int = 8) -> TritonLatentBackend:
         specs=(spec,), routes=(), platform=platform, device=DEVICE, max_rows=max_rows, max_seq_len=128
     )
     if NATIVE:
-        return TritonLatentBackend(step.layout, triton_latent_kernels(), options)
+        return TritonLatentBackend(step.layout, options)
     # The interpreter has no flash attention: as on AMD, PyTorch's operations take the chunks.
     amd = replace(options, platform=NAMED_PLATFORMS["mi300x"])
-    return TritonLatentBackend(step.layout, triton_latent_kernels(), amd)
+    return TritonLatentBackend(step.layout, amd)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,9 +8,11 @@ import torch
 
 from miniserve.attention.aiter import Aiter
 from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.rows import QueryRows
 from miniserve.attention.layouts import KVCache, KVLayout
+from miniserve.attention.metadata import DecodeRows
 from miniserve.attention.routes import kv_cache_dtype, window_pair
-from miniserve.attention.spec import AttentionLayer, AttentionSpec
+from miniserve.attention.spec import AttentionLayer, AttentionSpec, fp8_scales
 
 _PARTITION = 256  # keys that one program of the HIP kernels takes
 
@@ -103,7 +105,6 @@ def fused_rope_write(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `write_kv`, with rope before it: cos_sin has the step's tokens' own angles, so that token_ids, 0, 1, 2, …, are
     what aiter takes for positions. Returns q and k rotated; k is not set where the slot is negative."""
-    fp8 = layer.spec.kv_dtype.itemsize == 1
     q_out, k_out, *_ = aiter.fused_qk_rope_reshape_and_cache(
         q,
         k,
@@ -113,8 +114,7 @@ def fused_rope_write(
         slot_mapping,
         token_ids,
         *cos_sin.chunk(2, dim=-1),
-        layer.k_scale if fp8 else None,
-        layer.v_scale if fp8 else None,
+        *fp8_scales(layer),
         is_neox=True,
         flash_layout=layout.name == "linear",
         output_zeros=False,
@@ -127,9 +127,7 @@ def paged_v1(
     layer: AttentionLayer,
     q: torch.Tensor,
     cache: KVCache,
-    block_tables: torch.Tensor,
-    seq_lens: torch.Tensor,
-    max_seq_len: int,
+    rows: DecodeRows | QueryRows,
     scratch: PagedScratch,
     out: torch.Tensor,
 ) -> None:
@@ -142,10 +140,10 @@ def paged_v1(
         cache.key,
         cache.value,
         spec.scale,
-        block_tables,
+        rows.block_tables,
         None,
-        seq_lens,
-        max_seq_len,
+        rows.seq_lens,
+        rows.max_seq_len,
         None,
         kv_cache_dtype(spec.kv_dtype),
         "NHD",
@@ -161,15 +159,13 @@ def paged_rocm(
     layer: AttentionLayer,
     q: torch.Tensor,
     cache: KVCache,
-    block_tables: torch.Tensor,
-    seq_lens: torch.Tensor,
-    max_seq_len: int,
+    rows: DecodeRows | QueryRows,
     scratch: PagedScratch,
     out: torch.Tensor,
 ) -> None:
     """Decode over the shuffled layout by the HIP kernel, one query token a row."""
     spec = layer.spec
-    exp_sums, max_logits, tmp_out = scratch.parts(q, max_seq_len)
+    exp_sums, max_logits, tmp_out = scratch.parts(q, rows.max_seq_len)
     aiter.paged_attention_rocm(
         out,
         exp_sums,
@@ -180,10 +176,10 @@ def paged_rocm(
         cache.value,
         spec.num_kv_heads,
         spec.scale,
-        block_tables,
-        seq_lens,
+        rows.block_tables,
+        rows.seq_lens,
         cache.key.shape[3],
-        max_seq_len,
+        rows.max_seq_len,
         None,
         kv_cache_dtype(spec.kv_dtype),
         layer.k_scale,
@@ -196,16 +192,14 @@ def paged_asm(
     layer: AttentionLayer,
     q: torch.Tensor,
     cache: KVCache,
-    block_tables: torch.Tensor,
-    seq_lens: torch.Tensor,
-    max_seq_len: int,
+    rows: DecodeRows | QueryRows,
     scratch: PagedScratch,
     out: torch.Tensor,
     asm_scales: AsmScales,
 ) -> None:
     """Decode over the shuffled layout where aiter's own rule takes the ASM kernel (see `routes`)."""
     spec = layer.spec
-    exp_sums, max_logits, tmp_out = scratch.parts(q, max_seq_len)
+    exp_sums, max_logits, tmp_out = scratch.parts(q, rows.max_seq_len)
     k_table, v_table = asm_scales.of(layer, cache)
     aiter.paged_attention_common(
         Q=q,
@@ -214,11 +208,11 @@ def paged_asm(
         exp_sums=exp_sums,
         max_logits=max_logits,
         tmp_out=tmp_out,
-        block_tables=block_tables,
-        context_lens=seq_lens,
-        block_tables_stride0=block_tables.stride(0),
+        block_tables=rows.block_tables,
+        context_lens=rows.seq_lens,
+        block_tables_stride0=rows.block_tables.stride(0),
         scale=spec.scale,
-        max_seq_len=max_seq_len,
+        max_seq_len=rows.max_seq_len,
         K_QScale_hip=layer.k_scale,
         V_QScale_hip=layer.v_scale,
         K_QScale_asm=k_table,
@@ -236,8 +230,7 @@ def paged_gluon(
     layer: AttentionLayer,
     q: torch.Tensor,
     cache: KVCache,
-    block_tables: torch.Tensor,
-    seq_lens: torch.Tensor,
+    rows: QueryRows,
     out: torch.Tensor,
 ) -> None:
     """Decode over the shuffled layout by `pa_decode_gluon`, one query token a row.
@@ -247,20 +240,20 @@ def paged_gluon(
     among them, is W + 1 to it: it takes the query to stand after the last key.
     """
     spec = layer.spec
-    fp8 = spec.kv_dtype.itemsize == 1
+    k_scale, v_scale = fp8_scales(layer)
     gluon(
         out,
         q,
         cache.key,
         cache.value,
-        seq_lens,
-        block_tables,
+        rows.seq_lens,
+        rows.block_tables,
         spec.scale,
         query_length=1,
         max_context_partition_num=1,
         compute_type=spec.dtype,
-        key_scale=layer.k_scale if fp8 else None,
-        value_scale=layer.v_scale if fp8 else None,
+        key_scale=k_scale,
+        value_scale=v_scale,
         sinks=layer.sinks,
         sliding_window=0 if spec.sliding_window is None else spec.sliding_window + 1,
     )
@@ -268,40 +261,36 @@ def paged_gluon(
 
 def unified(
     aiter: Aiter,
+    layout: KVLayout,
     layer: AttentionLayer,
     q: torch.Tensor,
     cache: KVCache,
-    *,
-    shuffled: bool,
-    cu_query_lens: torch.Tensor,
-    max_query_len: int,
-    seq_lens: torch.Tensor,
-    max_seq_len: int,
-    block_tables: torch.Tensor,
+    rows: QueryRows,
     out: torch.Tensor,
 ) -> None:
-    """Rows of any number of query tokens, which are in the cache already, over either layout."""
+    """Rows of any number of query tokens, which are in the cache already, over either layout. q, out [num_tokens,
+    num_heads, head_dim] of the whole step, of which it reads and writes the rows' part."""
     spec = layer.spec
-    fp8 = spec.kv_dtype.itemsize == 1
+    k_scale, v_scale = fp8_scales(layer)
     aiter.unified_attention(
-        q=q,
+        q=q[rows.start : rows.end],
         k=cache.key,
         v=cache.value,
-        out=out,
-        cu_seqlens_q=cu_query_lens,
-        max_seqlen_q=max_query_len,
-        seqused_k=seq_lens,
-        max_seqlen_k=max_seq_len,
+        out=out[rows.start : rows.end],
+        cu_seqlens_q=rows.cu_query_lens,
+        max_seqlen_q=rows.max_query_len,
+        seqused_k=rows.seq_lens,
+        max_seqlen_k=rows.max_seq_len,
         softmax_scale=spec.scale,
         causal=True,
         window_size=window_pair(spec.sliding_window),
-        block_table=block_tables,
+        block_table=rows.block_tables,
         softcap=spec.softcap or 0.0,
         q_descale=None,
-        k_descale=layer.k_scale if fp8 else None,
-        v_descale=layer.v_scale if fp8 else None,
+        k_descale=k_scale,
+        v_descale=v_scale,
         sinks=layer.sinks,
-        shuffled_kv_cache=shuffled,
+        shuffled_kv_cache=layout.name == "shuffled",
     )
 
 

@@ -21,7 +21,7 @@ from miniserve.attention.backends.rope_write import RopeWriter
 from miniserve.attention.backends.torch_attn import TorchBackend
 from miniserve.attention.backends.torch_mla import TorchLatentBackend
 from miniserve.attention.backends.triton_attn import TritonBackend, linearized_bytes
-from miniserve.attention.backends.triton_mla import TritonLatentBackend, torch_latent_kernels, triton_latent_kernels
+from miniserve.attention.backends.triton_mla import TritonLatentBackend
 from miniserve.attention.backends.triton_mla import scratch_bytes as split_scratch_bytes
 from miniserve.attention.layouts import LAYOUTS, KVLayout
 from miniserve.attention.platform import Platform
@@ -39,13 +39,12 @@ def build_backend(choice: Choice, block_size: int, options: BackendOptions) -> B
         return CpuBackend(layout, native.load())
     if choice.backend == "TORCH_ATTN":
         return TorchBackend(layout)
-    if choice.backend == "TORCH_MLA":
-        return TorchLatentBackend(layout)
     if choice.backend == "ROCM_AITER_MLA":
         return AiterLatentBackend(layout, load_latent(), _token_indices(options), options)
-    if choice.backend == "TRITON_MLA":
-        latent_kernels = torch_latent_kernels() if options.platform.emulated else triton_latent_kernels()
-        return TritonLatentBackend(layout, latent_kernels, options)
+    if choice.backend == "TRITON_MLA" and not options.platform.emulated:
+        return TritonLatentBackend(layout, options)
+    if choice.backend in ("TRITON_MLA", "TORCH_MLA"):
+        return TorchLatentBackend(layout)
     if choice.backend == "TRITON_ATTN":
         return TritonBackend(layout, _paged_kernels(options), options)
     if choice.backend == "ROCM_ATTN":

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from miniserve.attention.backends.torch_attn import DecodeMetadata, TorchBackend
+from miniserve.attention.backends.torch_attn import TorchBackend
 from miniserve.attention.layouts import KVCache, KVLayout
+from miniserve.attention.metadata import DecodeRows
 from miniserve.attention.spec import AttentionLayer
 from miniserve.kernels.native import NativeKernels
 
@@ -27,7 +28,7 @@ class CpuBackend(TorchBackend):
     ) -> None:
         self._kernels.write_kv(k, v, cache.key, cache.value, slot_mapping, self.layout.block_size, self._shuffled)
 
-    def decode(self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, meta: DecodeMetadata) -> torch.Tensor:
+    def decode(self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, meta: DecodeRows) -> torch.Tensor:
         spec = layer.spec
         return self._kernels.paged_decode(
             q,

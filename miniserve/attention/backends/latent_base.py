@@ -18,7 +18,7 @@ from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.context import GatheredRows, RaggedLens, context_pieces
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.merge import merge_lse
-from miniserve.attention.metadata import ChunkRows, DecodeRows, StepBatch
+from miniserve.attention.metadata import DecodeRows, StepBatch
 from miniserve.attention.spec import LatentLayer
 
 Decode = TypeVar("Decode")
@@ -93,14 +93,12 @@ class LatentBackend(Backend[LatentMetadata[Decode]]):
             batch.slot_mapping,
             0 if rows is None else rows.seq_lens.shape[0],
             None if rows is None else self.build_decode(rows),
-            self._chunks(batch.extend, batch.prefill),
+            self._chunks(batch) if batch.chunks else None,
         )
 
-    def _chunks(self, extend: ChunkRows | None, prefill: ChunkRows | None) -> ChunksMetadata | None:
+    def _chunks(self, batch: StepBatch) -> ChunksMetadata:
         """Extends and prefills alike: among themselves new tokens are attended to in one go."""
-        groups = [group for group in (extend, prefill) if group is not None]
-        if not groups:
-            return None
+        groups, extend = batch.chunks, batch.extend
         sizes = [sum(group.query_lens) for group in groups]
         cu_query_lens = groups[0].cu_query_lens
         if len(groups) == 2:

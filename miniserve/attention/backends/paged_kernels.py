@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from miniserve.attention.formula import attention_by_formula, visible_keys
 from miniserve.attention.layouts import LAYOUTS, KVCache
 from miniserve.attention.spec import AttentionSpec
 from miniserve.kernels.triton.launch import cdiv, choose_splits, decode_launch
@@ -137,32 +138,10 @@ def _torch_extend(
         blocks = block_tables[row, : cdiv(length, block_size)].long()
         k, v = layout.read(KVCache(key_cache, value_cache), blocks, torch.float32, k_scale, v_scale)
         k, v = k.flatten(0, 1)[:length], v.flatten(0, 1)[:length]
-        out[span] = _attend(q[span].float(), k, v, num_kv_heads, scale, window, softcap, sinks).to(out.dtype)
+        position = torch.arange(length)
+        visible = visible_keys(position[length - (span.stop - span.start) :, None] - position, window)
+        out[span] = attention_by_formula(q[span], k, v, visible, scale=scale, softcap=softcap, sinks=sinks)
     return out
-
-
-def _attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    num_kv_heads: int,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """float32 q [Lq, H, D], the last of k, v [Lk, KH, D] -> [Lq, H, D]."""
-    queries = q.unflatten(1, (num_kv_heads, -1))
-    scores = torch.einsum("qhgd,khd->hgqk", queries, k) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    distance = torch.arange(len(k) - len(q), len(k))[:, None] - torch.arange(len(k))
-    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-    scores = scores.masked_fill(hidden, float("-inf"))
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.view(num_kv_heads, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
-    weights = scores.softmax(dim=-1)[..., : len(k)]
-    return torch.einsum("hgqk,khd->qhgd", weights, v).flatten(1, 2)
 
 
 def _torch_write(

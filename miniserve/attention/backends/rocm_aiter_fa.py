@@ -18,13 +18,14 @@ from miniserve.attention.backends.aiter_calls import (
     paged_asm,
     paged_rocm,
     paged_v1,
+    unified,
     write_kv,
 )
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.context import GatheredRows, RaggedLens, context_pieces, windowed_rows
 from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.backends.rocm_unified import RowsMetadata, attend_rows, chunk_rows, decode_rows
 from miniserve.attention.backends.rope_write import RopeWriter
+from miniserve.attention.backends.rows import QueryRows, chunk_rows, decode_rows
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.merge import merge_lse
 from miniserve.attention.metadata import StepBatch
@@ -52,7 +53,7 @@ def gathered_bytes(specs: Sequence[AttentionSpec], most_tokens: int) -> int:
 class DecodeMetadata:
     """rows: one query token each. any_wrong_length: some length is, or may be, one that the ASM kernel gets wrong."""
 
-    rows: RowsMetadata
+    rows: QueryRows
     any_wrong_length: bool
 
 
@@ -61,7 +62,7 @@ class ExtendMetadata:
     """Chunks with context. pieces: of the context, for layers without a window; windowed: for each window that such
     layers have, the keys that matter to it."""
 
-    rows: RowsMetadata
+    rows: QueryRows
     pieces: tuple[GatheredRows, ...]
     windowed: dict[int, GatheredRows]
 
@@ -75,7 +76,7 @@ class FlashMetadata:
     token_ids: torch.Tensor
     decode: DecodeMetadata | None
     extend: ExtendMetadata | None
-    prefill: RowsMetadata | None
+    prefill: QueryRows | None
 
 
 class FlashBackend(Backend[FlashMetadata]):
@@ -156,7 +157,7 @@ class FlashBackend(Backend[FlashMetadata]):
             if self._routes[layer.layer_index].chunks == FLASH:
                 self._new_tokens(layer, q, k, v, rows, out)
             else:
-                attend_rows(self._aiter, self.layout, layer, q, cache, rows, out)
+                unified(self._aiter, self.layout, layer, q, cache, rows, out)
         return out.flatten(1)
 
     def _decode(
@@ -164,16 +165,16 @@ class FlashBackend(Backend[FlashMetadata]):
     ) -> None:
         rows, kernel = meta.rows, self._routes[layer.layer_index].decode
         if kernel == "unified_attention":
-            attend_rows(self._aiter, self.layout, layer, q, cache, rows, out)
+            unified(self._aiter, self.layout, layer, q, cache, rows, out)
             return
         span = slice(rows.start, rows.end)
-        tables = (rows.block_tables, rows.seq_lens, rows.max_seq_len, self._scratch, out[span])
+        terms = (q[span], cache, rows, self._scratch, out[span])
         if kernel == "paged_attention_v1":
-            paged_v1(self._aiter, layer, q[span], cache, *tables)
+            paged_v1(self._aiter, layer, *terms)
         elif kernel == "paged_attention_common" and self._takes_asm(layer, meta):
-            paged_asm(self._aiter, layer, q[span], cache, *tables, self._asm_scales)
+            paged_asm(self._aiter, layer, *terms, self._asm_scales)
         else:
-            paged_rocm(self._aiter, layer, q[span], cache, *tables)
+            paged_rocm(self._aiter, layer, *terms)
 
     def _takes_asm(self, layer: AttentionLayer, meta: DecodeMetadata) -> bool:
         """As aiter would, except that the ASM kernel is kept from what it gets wrong."""
@@ -193,7 +194,7 @@ class FlashBackend(Backend[FlashMetadata]):
         rows, window = meta.rows, layer.spec.sliding_window
         span = slice(rows.start, rows.end)
         if self._routes[layer.layer_index].chunks != FLASH:
-            attend_rows(self._aiter, self.layout, layer, q, cache, rows, out)
+            unified(self._aiter, self.layout, layer, q, cache, rows, out)
         elif window is not None:
             self._cached_tokens(layer, q, cache, meta.windowed[window], out[span], causal=True)
         else:
@@ -212,7 +213,7 @@ class FlashBackend(Backend[FlashMetadata]):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        rows: RowsMetadata,
+        rows: QueryRows,
         out: torch.Tensor,
     ) -> torch.Tensor:
         """The rows' tokens among themselves, of the whole step's q, k, v into its out. Returns lse float32 [num_heads,

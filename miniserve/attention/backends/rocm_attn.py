@@ -9,8 +9,9 @@ from miniserve.attention.aiter import Aiter
 from miniserve.attention.backends.aiter_calls import PagedScratch, paged_rocm, write_kv
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.paged_kernels import PagedKernels
-from miniserve.attention.backends.triton_attn import DecodeMetadata, TritonBackend
+from miniserve.attention.backends.triton_attn import TritonBackend
 from miniserve.attention.layouts import KVCache, KVLayout
+from miniserve.attention.metadata import DecodeRows
 from miniserve.attention.spec import AttentionLayer
 
 
@@ -28,10 +29,9 @@ class RocmBackend(TritonBackend):
         write_kv(self._aiter, self.layout, layer, k, v, cache, slot_mapping)
 
     def decode(
-        self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, meta: DecodeMetadata, out: torch.Tensor
+        self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, meta: DecodeRows, out: torch.Tensor
     ) -> None:
         if self._routes[layer.layer_index].decode == "paged_attention_rocm":
-            rows = (meta.block_tables, meta.seq_lens, meta.max_seq_len)
-            paged_rocm(self._aiter, layer, q, cache, *rows, self._scratch, out)
+            paged_rocm(self._aiter, layer, q, cache, meta, self._scratch, out)
         else:
             super().decode(layer, q, cache, meta, out)

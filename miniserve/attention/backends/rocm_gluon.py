@@ -10,8 +10,9 @@ import torch
 from miniserve.attention.aiter import Aiter
 from miniserve.attention.backends.aiter_calls import paged_gluon
 from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.backends.rocm_unified import RowsMetadata, UnifiedBackend
+from miniserve.attention.backends.rocm_unified import UnifiedBackend
 from miniserve.attention.backends.rope_write import RopeWriter
+from miniserve.attention.backends.rows import QueryRows
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.spec import AttentionLayer
 
@@ -24,10 +25,10 @@ class GluonBackend(UnifiedBackend):
         self._gluon, self._routes = gluon, options.routes
 
     def decode(
-        self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, rows: RowsMetadata, out: torch.Tensor
+        self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, rows: QueryRows, out: torch.Tensor
     ) -> None:
         if self._routes[layer.layer_index].decode == "pa_decode_gluon":
             span = slice(rows.start, rows.end)
-            paged_gluon(self._gluon, layer, q[span], cache, rows.block_tables, rows.seq_lens, out[span])
+            paged_gluon(self._gluon, layer, q[span], cache, rows, out[span])
         else:
             super().decode(layer, q, cache, rows, out)

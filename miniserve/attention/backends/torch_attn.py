@@ -9,17 +9,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from miniserve.attention.backends.base import Backend
+from miniserve.attention.formula import attention_by_formula, visible_keys
 from miniserve.attention.layouts import KVCache
-from miniserve.attention.metadata import ChunkRows, StepBatch
+from miniserve.attention.metadata import ChunkRows, DecodeRows, StepBatch
 from miniserve.attention.spec import AttentionLayer, AttentionSpec
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeMetadata:
-    """block_tables int32 [rows, width]; seq_lens int32 [rows], counting the query's own token."""
-
-    block_tables: torch.Tensor
-    seq_lens: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +33,14 @@ class TorchMetadata:
     """slot_mapping int64 [num_tokens]. Decode rows come first, then the chunks."""
 
     slot_mapping: torch.Tensor
-    decode: DecodeMetadata | None
+    decode: DecodeRows | None
     chunks: tuple[ChunkMetadata, ...]
 
 
 class TorchBackend(Backend[TorchMetadata]):
     def build(self, batch: StepBatch) -> TorchMetadata:
-        rows = batch.decode
-        decode = None if rows is None else DecodeMetadata(rows.block_tables, rows.seq_lens)
-        chunks = [chunk for group in (batch.extend, batch.prefill) if group for chunk in self._chunks(group)]
-        return TorchMetadata(batch.slot_mapping, decode, tuple(chunks))
+        chunks = tuple(chunk for group in batch.chunks for chunk in self._chunks(group))
+        return TorchMetadata(batch.slot_mapping, batch.decode, chunks)
 
     def _chunks(self, group: ChunkRows) -> Iterator[ChunkMetadata]:
         start = group.query_start
@@ -88,14 +79,14 @@ class TorchBackend(Backend[TorchMetadata]):
         """The blocks' keys and values in the dtype the layer computes in."""
         return self.layout.read(cache, block_ids, layer.spec.dtype, layer.k_scale, layer.v_scale)
 
-    def decode(self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, meta: DecodeMetadata) -> torch.Tensor:
+    def decode(self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, meta: DecodeRows) -> torch.Tensor:
         """q [rows, num_heads, head_dim] -> [rows, num_heads * head_dim]. All rows at once over their gathered blocks,
         padded to the longest: one copy of the rows' cache, but no Python per row. (A call per row on views costs more
         from a few rows on; CPU_ATTN does neither.)"""
         k, v = self.read(layer, cache, meta.block_tables.long())
         k, v = k.flatten(1, 2), v.flatten(1, 2)  # [rows, width * block_size, KH, D]
         distance = meta.seq_lens[:, None] - 1 - torch.arange(k.shape[1], device=q.device)
-        visible = _visible(distance, layer.spec.sliding_window)[:, None]  # [rows, 1, keys]
+        visible = visible_keys(distance, layer.spec.sliding_window)[:, None]  # [rows, 1, keys]
         return grouped_attention(layer, q[:, None], k, v, visible).flatten(1)
 
     def chunk(
@@ -108,91 +99,46 @@ class TorchBackend(Backend[TorchMetadata]):
         meta: ChunkMetadata,
     ) -> torch.Tensor:
         """One chunk's q, k, v [query_len, heads, head_dim], already written -> [query_len, num_heads * head_dim]."""
-        num_keys = meta.context_len + meta.query_len
+        num_keys, window = meta.context_len + meta.query_len, layer.spec.sliding_window
         if meta.block_ids is not None:
             k, v = self.read(layer, cache, meta.block_ids)
             k, v = k.flatten(0, 1)[:num_keys], v.flatten(0, 1)[:num_keys]
-        positions = torch.arange(num_keys, device=q.device)
-        distance = positions[meta.context_len :, None] - positions
-        causal = meta.context_len == 0 and layer.spec.sliding_window is None
-        visible = None if causal else _visible(distance, layer.spec.sliding_window)
-        return grouped_attention(
-            layer, q[None], k[None], v[None], None if visible is None else visible[None], distance=distance
-        )[0].flatten(1)
+        visible = None
+        if meta.context_len or window is not None or _needs_formula(layer.spec):
+            positions = torch.arange(num_keys, device=q.device)
+            visible = visible_keys(positions[meta.context_len :, None] - positions, window)[None]
+        return grouped_attention(layer, q[None], k[None], v[None], visible)[0].flatten(1)
 
 
-def _visible(distance: torch.Tensor, window: int | None) -> torch.Tensor:
-    seen = distance >= 0
-    return seen if window is None else seen & (distance < window)
+def _needs_formula(spec: AttentionSpec) -> bool:
+    return spec.softcap is not None or spec.sinks
 
 
 def grouped_attention(
-    layer: AttentionLayer,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    visible: torch.Tensor | None,
-    distance: torch.Tensor | None = None,
+    layer: AttentionLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None
 ) -> torch.Tensor:
     """Softmax attention of q [B, Lq, H, D] over k, v [B, Lk, KH, D], query head h reading kv head h // (H // KH).
 
-    visible bool [B, Lq, Lk]; None means causal with Lq == Lk. Softmax in float32. Returns [B, Lq, H, D].
+    visible bool [B, Lq, Lk]; None: causal with Lq == Lk, of a layer without softcap and sinks. Softmax in float32.
+    Returns [B, Lq, H, D].
     """
     spec = layer.spec
-    if spec.softcap is not None or spec.sinks:
-        return _explicit_attention(spec, layer.sinks, q, k, v, _mask(visible, distance))
+    if visible is not None and _needs_formula(spec):
+        out = attention_by_formula(q, k, v, visible, scale=spec.scale, softcap=spec.softcap, sinks=layer.sinks)
+        return out.to(q.dtype)
+    mask = None if visible is None else visible[:, None]
     batch, q_len, num_heads, head_dim = q.shape
     group = num_heads // spec.num_kv_heads
     # Each kv head's queries become rows of one matrix, so that k and v are read once and never repeated.
     grouped = q.view(batch, q_len, spec.num_kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
     if q_len == 1:
         out = scaled_dot_product_attention(
-            grouped.flatten(2, 3),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=None if visible is None else visible[:, None],
-            scale=spec.scale,
+            grouped.flatten(2, 3), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=spec.scale
         )[:, :, :, None]
     else:
         shape = (batch, spec.num_kv_heads, group, k.shape[1], head_dim)
         keys, values = (t.transpose(1, 2)[:, :, None].expand(shape).flatten(1, 2) for t in (k, v))
         out = scaled_dot_product_attention(
-            grouped.flatten(1, 2),
-            keys,
-            values,
-            attn_mask=None if visible is None else visible[:, None],
-            is_causal=visible is None,
-            scale=spec.scale,
+            grouped.flatten(1, 2), keys, values, attn_mask=mask, is_causal=visible is None, scale=spec.scale
         ).view(batch, spec.num_kv_heads, group, q_len, head_dim)
     return out.permute(0, 3, 1, 2, 4).reshape(batch, q_len, num_heads, head_dim)
-
-
-def _mask(visible: torch.Tensor | None, distance: torch.Tensor | None) -> torch.Tensor:
-    if visible is not None:
-        return visible
-    if distance is None:
-        raise ValueError("either visible or distance must be given")
-    return (distance >= 0)[None]
-
-
-def _explicit_attention(
-    spec: AttentionSpec,
-    sinks: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    visible: torch.Tensor,
-) -> torch.Tensor:
-    """The formula written out in float32, for what PyTorch's fused attention lacks: softcap and sinks."""
-    group = spec.num_heads // spec.num_kv_heads
-    queries = q.float().unflatten(2, (spec.num_kv_heads, group))
-    scores = torch.einsum("bqhgd,bkhd->bhgqk", queries, k.float()) * spec.scale
-    if spec.softcap is not None:
-        scores = spec.softcap * torch.tanh(scores / spec.softcap)
-    scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
-    if sinks is not None:
-        column = sinks.float().view(1, spec.num_kv_heads, group, 1, 1).expand(*scores.shape[:-1], 1)
-        weights = torch.cat([scores, column], dim=-1).softmax(dim=-1)[..., :-1]
-    else:
-        weights = scores.softmax(dim=-1)
-    return torch.einsum("bhgqk,bkhd->bqhgd", weights, v.float()).flatten(2, 3).to(q.dtype)

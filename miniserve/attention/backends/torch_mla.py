@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from miniserve.attention.backends.context import RaggedLens
@@ -16,20 +14,12 @@ from miniserve.attention.spec import LatentLayer
 _WORKSPACE = 64 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeMetadata:
-    """block_tables int32 [rows, width]; seq_lens int32 [rows], counting the query's own token."""
-
-    block_tables: torch.Tensor
-    seq_lens: torch.Tensor
-
-
-class TorchLatentBackend(LatentBackend[DecodeMetadata]):
-    def build_decode(self, rows: DecodeRows) -> DecodeMetadata:
-        return DecodeMetadata(rows.block_tables, rows.seq_lens)
+class TorchLatentBackend(LatentBackend[DecodeRows]):
+    def build_decode(self, rows: DecodeRows) -> DecodeRows:
+        return rows
 
     def decode(
-        self, layer: LatentLayer, q: torch.Tensor, q_pe: torch.Tensor, cache: KVCache, meta: DecodeMetadata
+        self, layer: LatentLayer, q: torch.Tensor, q_pe: torch.Tensor, cache: KVCache, meta: DecodeRows
     ) -> torch.Tensor:
         """Some rows at a time over their gathered blocks, padded to the longest."""
         keys = meta.block_tables.shape[1] * self.layout.block_size
@@ -43,7 +33,7 @@ class TorchLatentBackend(LatentBackend[DecodeMetadata]):
         q: torch.Tensor,
         q_pe: torch.Tensor,
         cache: KVCache,
-        meta: DecodeMetadata,
+        meta: DecodeRows,
         rows: slice,
     ) -> torch.Tensor:
         blocks = meta.block_tables[rows].long()

@@ -16,10 +16,11 @@ import torch
 from miniserve.attention.backends.base import CHUNKS_IN_GRAPH, Backend
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.paged_kernels import PagedKernels, SplitPlan
+from miniserve.attention.backends.rows import QueryRows, chunk_rows
 from miniserve.attention.layouts import KVCache, KVLayout
-from miniserve.attention.metadata import ChunkRows, StepBatch
+from miniserve.attention.metadata import ChunkRows, DecodeRows, StepBatch
 from miniserve.attention.routes import fuses_rope
-from miniserve.attention.spec import AttentionLayer, AttentionSpec, QKRope
+from miniserve.attention.spec import AttentionLayer, AttentionSpec, QKRope, fp8_scales
 from miniserve.kernels.triton.launch import cdiv, extend_launch, extend_splits
 
 LINEARIZE_FROM = 16  # query tokens of a chunk; shorter ones are read in place about as fast (measured on an H100)
@@ -33,29 +34,12 @@ def linearized_bytes(specs: Sequence[AttentionSpec], most_tokens: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeMetadata:
-    """block_tables int32 [rows, width]; seq_lens int32 [rows], counting the query's own token; no row is longer than
-    max_seq_len."""
-
-    block_tables: torch.Tensor
-    seq_lens: torch.Tensor
-    max_seq_len: int
-
-
-@dataclass(frozen=True, slots=True)
 class ChunkMetadata:
-    """Chunks, with or without context, that are the step's tokens [start, end). Tensors as in `ChunkRows`. chunks: how
-    many there are (those without a token not counted); no sequence is longer than max_seq_len.
-    linear_tables: as block_tables, of the blocks' copies in the linear layout; None: the cache is read itself."""
+    """Chunks, with or without context. count: how many there are (those without a token not counted). linear_tables: as
+    the rows' block_tables, of the blocks' copies in the linear layout; None: the cache is read itself."""
 
-    start: int
-    end: int
-    chunks: int
-    max_query_len: int
-    max_seq_len: int
-    cu_query_lens: torch.Tensor
-    seq_lens: torch.Tensor
-    block_tables: torch.Tensor
+    rows: QueryRows
+    count: int
     linear_tables: torch.Tensor | None
 
 
@@ -64,7 +48,7 @@ class PagedMetadata:
     """slot_mapping int64 [num_tokens]. Decode rows come first, then the chunks."""
 
     slot_mapping: torch.Tensor
-    decode: DecodeMetadata | None
+    decode: DecodeRows | None
     chunks: tuple[ChunkMetadata, ...]
 
 
@@ -84,12 +68,11 @@ class TritonBackend(Backend[PagedMetadata]):
         super().__init__(layout)
         self._kernels = kernels
         self.fuses_rope = fuses_rope(options.routes)
-        self._shuffled = layout.name == "shuffled"
         platform = options.platform
         # Copies and splits of chunks were measured on NVIDIA's GPUs alone.
         on_nvidia = platform.arch.startswith("sm_")
         self._split_over = platform.compute_units if on_nvidia else 1
-        copies = self._shuffled and on_nvidia
+        copies = layout.name == "shuffled" and on_nvidia
         self._linearize_from = linearize_from if copies else sys.maxsize
         # A graph copies block tables of any length, so it must have room for the longest.
         self.chunk_graphs = not copies or CHUNKS_IN_GRAPH * options.max_seq_len <= LINEARIZED_TOKENS
@@ -97,29 +80,14 @@ class TritonBackend(Backend[PagedMetadata]):
         self._plans = {_shape(spec): SplitPlan(kernels, spec, *sizes) for spec in options.specs}
 
     def build(self, batch: StepBatch) -> PagedMetadata:
-        rows = batch.decode
-        decode = None if rows is None else DecodeMetadata(rows.block_tables, rows.seq_lens, rows.max_seq_len)
-        chunks = tuple(self._chunk(group) for group in (batch.extend, batch.prefill) if group is not None)
-        return PagedMetadata(batch.slot_mapping, decode, chunks)
+        return PagedMetadata(batch.slot_mapping, batch.decode, tuple(self._chunk(group) for group in batch.chunks))
 
     def _chunk(self, group: ChunkRows) -> ChunkMetadata:
-        longest, end = max(group.query_lens), group.query_start + sum(group.query_lens)
-        chunks = sum(length > 0 for length in group.query_lens)
-        max_seq_len = max(map(sum, zip(group.query_lens, group.context_lens, strict=True)))
-        tables, linear_tables = group.block_tables, None
-        if longest >= self._linearize_from and tables.numel() * self.layout.block_size <= LINEARIZED_TOKENS:
+        rows, linear_tables = chunk_rows(group), None
+        tables, count = rows.block_tables, sum(length > 0 for length in group.query_lens)
+        if rows.max_query_len >= self._linearize_from and tables.numel() * self.layout.block_size <= LINEARIZED_TOKENS:
             linear_tables = torch.arange(tables.numel(), dtype=torch.int32, device=tables.device).view(tables.shape)
-        return ChunkMetadata(
-            group.query_start,
-            end,
-            chunks,
-            longest,
-            max_seq_len,
-            group.cu_query_lens,
-            group.seq_lens,
-            tables,
-            linear_tables,
-        )
+        return ChunkMetadata(rows, count, linear_tables)
 
     def attend(
         self,
@@ -145,28 +113,17 @@ class TritonBackend(Backend[PagedMetadata]):
             rows = meta.decode.seq_lens.shape[0]
             self.decode(layer, q[:rows], cache, meta.decode, out[:rows])
         for chunk in meta.chunks:
-            span = slice(chunk.start, chunk.end)
+            span = slice(chunk.rows.start, chunk.rows.end)
             self.extend(layer, q[span], cache, chunk, out[span])
         return out.flatten(1)
 
     def write(
         self, layer: AttentionLayer, k: torch.Tensor, v: torch.Tensor, cache: KVCache, slot_mapping: torch.Tensor
     ) -> None:
-        k_scale, v_scale = scales(layer)
-        self._kernels.write_kv(
-            k,
-            v,
-            cache.key,
-            cache.value,
-            slot_mapping,
-            block_size=self.layout.block_size,
-            shuffled=self._shuffled,
-            k_scale=k_scale,
-            v_scale=v_scale,
-        )
+        self._kernels.write_kv(k, v, cache.key, cache.value, slot_mapping, **_cache_terms(self.layout, layer))
 
     def decode(
-        self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, meta: DecodeMetadata, out: torch.Tensor
+        self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, meta: DecodeRows, out: torch.Tensor
     ) -> None:
         """q, out [rows, num_heads, head_dim]."""
         plan = self._plans[_shape(layer.spec)]
@@ -186,42 +143,38 @@ class TritonBackend(Backend[PagedMetadata]):
         self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, meta: ChunkMetadata, out: torch.Tensor
     ) -> None:
         """q, out [tokens, num_heads, head_dim]."""
-        planes, tables, terms = (cache.key, cache.value), meta.block_tables, self._terms(layer)
-        lens = (meta.cu_query_lens, meta.seq_lens)
+        rows, planes, terms = meta.rows, (cache.key, cache.value), self._terms(layer)
+        tables, lens = rows.block_tables, (rows.cu_query_lens, rows.seq_lens)
         if meta.linear_tables is not None:
             planes = self._kernels.linearize(*planes, tables, *lens, window=layer.spec.sliding_window)
             tables, terms["shuffled"] = meta.linear_tables, False
+        num_splits = self._extend_splits(layer.spec, meta)
         self._kernels.paged_extend(
-            q,
-            *planes,
-            tables,
-            *lens,
-            max_query_len=meta.max_query_len,
-            num_splits=self._extend_splits(layer.spec, meta),
-            out=out,
-            **terms,
+            q, *planes, tables, *lens, max_query_len=rows.max_query_len, num_splits=num_splits, out=out, **terms
         )
 
     def _extend_splits(self, spec: AttentionSpec, meta: ChunkMetadata) -> int:
-        rows = meta.max_query_len * spec.num_heads // spec.num_kv_heads
-        launch = extend_launch("cuda", spec.head_dim, spec.kv_dtype.itemsize, rows)
-        programs = spec.num_kv_heads * cdiv(rows, launch.block_m) * meta.chunks
-        return extend_splits(programs, meta.max_seq_len, self._split_over)
+        queries = meta.rows.max_query_len * spec.num_heads // spec.num_kv_heads
+        launch = extend_launch("cuda", spec.head_dim, spec.kv_dtype.itemsize, queries)
+        programs = spec.num_kv_heads * cdiv(queries, launch.block_m) * meta.count
+        return extend_splits(programs, meta.rows.max_seq_len, self._split_over)
 
     def _terms(self, layer: AttentionLayer) -> dict[str, object]:
         spec = layer.spec
-        k_scale, v_scale = scales(layer)
-        return {
+        return _cache_terms(self.layout, layer) | {
             "num_kv_heads": spec.num_kv_heads,
-            "block_size": self.layout.block_size,
-            "shuffled": self._shuffled,
             "scale": spec.scale,
             "window": spec.sliding_window,
             "softcap": spec.softcap,
             "sinks": layer.sinks,
-            "k_scale": k_scale,
-            "v_scale": v_scale,
         }
+
+
+def _cache_terms(layout: KVLayout, layer: AttentionLayer) -> dict[str, object]:
+    """What every kernel over the layer's cache is told of it."""
+    k_scale, v_scale = fp8_scales(layer)
+    shuffled = layout.name == "shuffled"
+    return {"block_size": layout.block_size, "shuffled": shuffled, "k_scale": k_scale, "v_scale": v_scale}
 
 
 def rope_and_write(
@@ -237,7 +190,6 @@ def rope_and_write(
     """`PagedKernels.rope_and_write`, for a layer; k_out [num_tokens, num_kv_heads, head_dim]: for k rotated too, of the
     tokens that are written. Returns q rotated."""
     spec = layer.spec
-    k_scale, v_scale = scales(layer)
     return kernel(
         qkv,
         rope.cos_sin,
@@ -250,17 +202,9 @@ def rope_and_write(
         num_heads=spec.num_heads,
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
-        block_size=layout.block_size,
-        shuffled=layout.name == "shuffled",
-        k_scale=k_scale,
-        v_scale=v_scale,
         k_out=k_out,
+        **_cache_terms(layout, layer),
     )
-
-
-def scales(layer: AttentionLayer) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The layer's scales where its cache is fp8, which alone has any."""
-    return (layer.k_scale, layer.v_scale) if layer.spec.kv_dtype.itemsize == 1 else (None, None)
 
 
 def _shape(spec: AttentionSpec) -> tuple[int, int, int]:

@@ -3,8 +3,7 @@ GPUs; chunks through PyTorch's flash attention, where there is one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -12,44 +11,15 @@ from torch.nn import functional
 
 from miniserve.attention.backends.context import RaggedLens
 from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.backends.paged_kernels import AllocateScratch
-from miniserve.attention.backends.torch_mla import DecodeMetadata, TorchLatentBackend
-from miniserve.attention.layouts import KVCache, KVLayout, LatentLayout
+from miniserve.attention.backends.torch_mla import TorchLatentBackend
+from miniserve.attention.layouts import KVCache, KVLayout
+from miniserve.attention.metadata import DecodeRows
 from miniserve.attention.platform import Platform
 from miniserve.attention.spec import AttentionSpec, LatentLayer
 from miniserve.kernels.triton.launch import cdiv, choose_splits, mla_launch, scratch_sizes
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _FLASH_MAX_DIM = 256  # and a multiple of 8
-
-
-@dataclass(frozen=True, slots=True)
-class LatentKernels:
-    """The engine's own kernels of latent attention: Triton's on a GPU, PyTorch's for tests.
-
-    - mla_decode(q [rows, H, rank], q_pe [rows, H, rope], kv_cache, block_tables, seq_lens, *, scale, kv_scale,
-      num_splits, scratch) -> [rows, H, rank]
-    - write_latent(kv_c, k_pe, kv_cache, slot_mapping, *, kv_scale); a negative slot is not written
-    - allocate_scratch(launches as (rows, num_splits), num_heads, kv_lora_rank, device), None where decode never splits
-    """
-
-    mla_decode: Callable[..., torch.Tensor]
-    write_latent: Callable[..., None]
-    allocate_scratch: AllocateScratch | None
-
-
-def triton_latent_kernels() -> LatentKernels:
-    """Needs Triton, and a GPU (or Triton's interpreter) to run them."""
-    from miniserve.kernels.triton.cache_write import write_latent
-    from miniserve.kernels.triton.mla_decode import mla_decode
-    from miniserve.kernels.triton.split_kv import DecodeScratch
-
-    return LatentKernels(mla_decode, write_latent, DecodeScratch.allocate)
-
-
-def torch_latent_kernels() -> LatentKernels:
-    """The same in PyTorch, for a platform that is emulated on a CPU."""
-    return LatentKernels(_torch_decode, _torch_write, None)
 
 
 def scratch_bytes(specs: Sequence[AttentionSpec], platform: Platform, max_rows: int, max_seq_len: int) -> int:
@@ -81,26 +51,30 @@ class TritonLatentBackend(TorchLatentBackend):
 
     graphs = True
 
-    def __init__(self, layout: KVLayout, kernels: LatentKernels, options: BackendOptions) -> None:
+    def __init__(self, layout: KVLayout, options: BackendOptions) -> None:
+        from miniserve.kernels.triton.cache_write import write_latent
+        from miniserve.kernels.triton.mla_decode import mla_decode
+        from miniserve.kernels.triton.split_kv import DecodeScratch
+
         super().__init__(layout)
-        self._kernels = kernels
+        self._decode_kernel, self._write_kernel = mla_decode, write_latent
         self._max_seq_len, self._platform = options.max_seq_len, options.platform
         self._scratch = {
-            spec: self._allocate(kernels.allocate_scratch, spec, options) for spec in dict.fromkeys(options.specs)
+            spec: DecodeScratch.allocate(
+                _launches(spec, options.platform, options.max_rows, options.max_seq_len),
+                spec.num_heads,
+                _rank(spec),
+                options.device,
+            )
+            for spec in dict.fromkeys(options.specs)
         }
 
-    def _allocate(self, allocate: AllocateScratch | None, spec: AttentionSpec, options: BackendOptions) -> object:
-        if allocate is None:
-            return None
-        launches = _launches(spec, options.platform, options.max_rows, self._max_seq_len)
-        return allocate(launches, spec.num_heads, _rank(spec), options.device)
-
     def decode(
-        self, layer: LatentLayer, q: torch.Tensor, q_pe: torch.Tensor, cache: KVCache, meta: DecodeMetadata
+        self, layer: LatentLayer, q: torch.Tensor, q_pe: torch.Tensor, cache: KVCache, meta: DecodeRows
     ) -> torch.Tensor:
         spec = layer.spec
         longest = min(self._max_seq_len, meta.block_tables.shape[1] * self.layout.block_size)
-        return self._kernels.mla_decode(
+        return self._decode_kernel(
             q,
             q_pe,
             cache.key,
@@ -108,14 +82,14 @@ class TritonLatentBackend(TorchLatentBackend):
             meta.seq_lens,
             scale=spec.scale,
             kv_scale=_scale(layer),
-            num_splits=_splits(spec, self._platform, q.shape[0], longest) if self._scratch[spec] is not None else 1,
+            num_splits=_splits(spec, self._platform, q.shape[0], longest),
             scratch=self._scratch[spec],
         )
 
     def write(
         self, layer: LatentLayer, cache: KVCache, kv_c: torch.Tensor, k_pe: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
-        self._kernels.write_latent(kv_c, k_pe, cache.key, slot_mapping, kv_scale=_scale(layer))
+        self._write_kernel(kv_c, k_pe, cache.key, slot_mapping, kv_scale=_scale(layer))
 
     def attend_dense(
         self,
@@ -153,44 +127,3 @@ def _rank(spec: AttentionSpec) -> int:
 def _scale(layer: LatentLayer) -> torch.Tensor | None:
     """The layer's scale where its cache is fp8, which alone has one."""
     return layer.kv_scale if layer.spec.kv_dtype.itemsize == 1 else None
-
-
-def _torch_decode(
-    q: torch.Tensor,
-    q_pe: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    seq_lens: torch.Tensor,
-    *,
-    scale: float,
-    kv_scale: torch.Tensor | None,
-    num_splits: int,
-    scratch: object,
-) -> torch.Tensor:
-    rank = q.shape[-1]
-    layout, cache = _viewed(kv_cache, rank)
-    out = torch.zeros(q.shape, dtype=q.dtype)
-    both = torch.cat([q, q_pe], -1).float()
-    for row, length in enumerate(seq_lens.tolist()):
-        if length:
-            blocks = block_tables[row, : cdiv(length, layout.block_size)].long()
-            latent = torch.cat(layout.read(cache, blocks, torch.float32, kv_scale, kv_scale), -1).flatten(0, 1)[:length]
-            weights = (both[row] @ latent.T * scale).softmax(-1)
-            out[row] = (weights @ latent[:, :rank]).to(q.dtype)
-    return out
-
-
-def _torch_write(
-    kv_c: torch.Tensor,
-    k_pe: torch.Tensor,
-    kv_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    *,
-    kv_scale: torch.Tensor | None,
-) -> None:
-    layout, cache = _viewed(kv_cache, kv_c.shape[1])
-    layout.write(cache, kv_c, k_pe, slot_mapping, kv_scale, kv_scale)
-
-
-def _viewed(kv_cache: torch.Tensor, rank: int) -> tuple[LatentLayout, KVCache]:
-    return LatentLayout(kv_cache.shape[1]), KVCache(kv_cache, kv_cache[..., :rank])
