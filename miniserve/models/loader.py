@@ -30,7 +30,11 @@ _FLOATS = ("BF16", "F16", "F32")
 _SHOWN = 5
 
 
-def load_weights(model: CausalLM, path: str | Path, *, progress: Progress | None = None) -> None:
+def _silent(done: int, total: int) -> None:
+    pass
+
+
+def load_weights(model: CausalLM, path: str | Path, *, progress: Progress = _silent) -> None:
     """Load `path`/*.safetensors (one file or sharded with an index) into `model`, converting to its dtype.
 
     progress(done, total) is called after each layer, in bytes of the model's parameters. Of tensors the model does not
@@ -62,7 +66,7 @@ def read_kv_scales(model: CausalLM, path: str | Path) -> dict[str, torch.Tensor]
     return scales
 
 
-def dummy_weights(model: CausalLM, seed: int, *, progress: Progress | None = None) -> None:
+def dummy_weights(model: CausalLM, seed: int, *, progress: Progress = _silent) -> None:
     """Random weights of the right shapes: normal with standard deviation 0.02, norms 1. The same seed on the same
     device gives the same weights."""
     generator = torch.Generator(device=model.options.device).manual_seed(seed)
@@ -70,7 +74,7 @@ def dummy_weights(model: CausalLM, seed: int, *, progress: Progress | None = Non
         layer.fill_dummy(generator)
 
 
-def _in_order(model: CausalLM, progress: Progress | None) -> Iterator[tuple[Layer, list[Piece]]]:
+def _in_order(model: CausalLM, progress: Progress) -> Iterator[tuple[Layer, list[Piece]]]:
     """Yield each layer with its memory, to be filled; finish it when the caller comes back for the next."""
     layers = list(_layers(model))
     total = sum(_bytes(layer) for _, layer in layers)
@@ -81,8 +85,7 @@ def _in_order(model: CausalLM, progress: Progress | None) -> Iterator[tuple[Laye
         yield layer, list(layer.pieces(name))
         layer.finish()
         done += size
-        if progress is not None:
-            progress(done, total)
+        progress(done, total)
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Layer]]:

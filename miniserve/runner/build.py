@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.build import block_bytes, build_backend, scratch_bytes
 from miniserve.attention.backends.latent_base import CONTEXT_TOKENS
 from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.layouts import LAYOUTS, KVCache
+from miniserve.attention.layouts import LAYOUTS
 from miniserve.attention.routes import describe_routes
-from miniserve.attention.select import Choice, select
+from miniserve.attention.select import select
+from miniserve.attention.terms import name_of
 from miniserve.config import EngineConfig, tuning_dir
-from miniserve.core import EngineInfo, StepTraffic
+from miniserve.core import EngineInfo
 from miniserve.kernels import native
 from miniserve.models.config import ModelConfig, load_model_config
 from miniserve.models.decoder import CausalLM
@@ -30,18 +31,16 @@ from miniserve.runner.chunk_graph import ChunkGraphs
 from miniserve.runner.device import find_device, find_dtype, find_kv_dtype, find_platform
 from miniserve.runner.memory import MemoryPlan, available_bytes, check_weights_fit, plan_memory
 from miniserve.runner.native_graph import NativeGraphs
-from miniserve.runner.runner import ModelRunner, StepGraphs
+from miniserve.runner.runner import ModelRunner
 from miniserve.runner.sampler import Sampler
 from miniserve.runner.self_check import checked_backend
+from miniserve.runner.served import ServedModel
 from miniserve.runner.state import StepState
 from miniserve.runner.traffic import measure_bandwidth, step_traffic
 from miniserve.runner.tuning import load_preferred
 
 if TYPE_CHECKING:
     from miniserve.kernels.triton.runtime import TritonKernels
-    from miniserve.kernels.triton.sampling import RowParams
-    from miniserve.runner.decode_graph import DecodeGraphs
-    from miniserve.runner.sampling_device import DeviceDraw
 
 Progress = Callable[[str, int, int], None]
 
@@ -54,6 +53,7 @@ def build_runner(
     progress(what, done, total) is called while weights load, in bytes. On a CPU PyTorch's number of threads is lowered
     where the model is too small to share between them.
     """
+    report = progress or (lambda what, done, total: None)
     device = find_device(config.device)
     model_config = load_model_config(source_path)
     dtype = find_dtype(config.dtype, model_config.dtype)
@@ -87,7 +87,7 @@ def build_runner(
     )
     layout = LAYOUTS[choice.layout](config.block_size)
     traffic = step_traffic(model, layout, measure_bandwidth(device))  # before the weights are packed
-    scales = _fill(model, config, source_path, progress)
+    scales = _fill(model, config, source_path, partial(report, "weights"))
     plan = plan_memory(
         config,
         weights=weights,
@@ -113,120 +113,18 @@ def build_runner(
         backend, checked = checked_backend(choice, config.block_size, options, layers, caches)
     else:
         backend, checked = build_backend(choice, config.block_size, options), ["self-check: left out"]
-    state = StepState(config.max_num_seqs, plan.max_model_len, config.block_size, device)
-    draw = _device_draw(config.max_num_seqs, model_config.vocab_size, dtype, device)
-    sampler = Sampler(config.max_num_seqs, model_config.vocab_size, device, eos_token_ids, config.seed, draw)
-    graphs: StepGraphs | None = None
-    chunk_graphs: ChunkGraphs | None = None
-    if draw is not None and backend.graphs and not config.enforce_eager:
-        graphs = _graphs(model, backend, caches, state, sampler, draw.params, config, plan, progress)
-        # What padding holds is anything, also NaN, for which experts cannot be chosen.
-        if backend.chunk_graphs and model_config.moe is None:
-            chunk_graphs = _chunk_graphs(model, backend, caches, config, plan, progress)
-    if kernels is not None and backend.graphs and not platform.emulated and not config.enforce_eager:
-        graphs = NativeGraphs(model, backend, caches, kernels, state, sampler)
-    runner = ModelRunner(model, backend, caches, state, sampler, graphs, chunk_graphs)
+    replays = backend.graphs and not platform.emulated and not config.enforce_eager
+    runner = _make_runner(ServedModel(model, backend, caches), config, plan, eos_token_ids, replays, report)
     attention = [*choice.explain(), *describe_routes(choice, model.attention_specs, platform), *scales, *checked]
     if (method := model.moe_method) is not None:
         attention.append(describe_experts(method.name, experts if isinstance(experts, str) else None))
-    return runner, _info(
-        config, model_config, source_path, model_name, device, dtype, choice, attention, plan, eos_token_ids, traffic
-    )
-
-
-def _has_triton(device: torch.device) -> bool:
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
-
-
-def _device_draw(max_num_seqs: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> DeviceDraw | None:
-    if not _has_triton(device):
-        return None
-    from miniserve.runner.sampling_device import DeviceDraw
-
-    draw = DeviceDraw(max_num_seqs, device)
-    draw.compile(vocab_size, dtype)
-    return draw
-
-
-def _triton_kernels(device: torch.device) -> TritonKernels | None:
-    if not _has_triton(device):
-        return None
-    from miniserve.kernels.triton.runtime import TritonKernels
-
-    return TritonKernels(device)
-
-
-def _graphs(
-    model: CausalLM,
-    backend: Backend[Any],
-    caches: list[KVCache],
-    state: StepState,
-    sampler: Sampler,
-    params: RowParams,
-    config: EngineConfig,
-    plan: MemoryPlan,
-    progress: Progress | None,
-) -> DecodeGraphs:
-    from miniserve.kernels.triton.decode_step import RowState
-    from miniserve.runner.decode_graph import DecodeGraphs, decode_buckets
-
-    graphs = DecodeGraphs(
-        model,
-        backend,
-        caches,
-        RowState(state.tables, state.lens, sampler.last_tokens, sampler.num_outputs),
-        params,
-        block_size=config.block_size,
-        max_seq_len=plan.max_model_len,
-        buckets=decode_buckets(config.max_num_seqs),
-        explicit=config.speculative is not None,
-    )
-    with torch.inference_mode():
-        graphs.capture(None if progress is None else lambda done, total: progress("decode graphs", done, total))
-    return graphs
-
-
-def _chunk_graphs(
-    model: CausalLM,
-    backend: Backend[Any],
-    caches: list[KVCache],
-    config: EngineConfig,
-    plan: MemoryPlan,
-    progress: Progress | None,
-) -> ChunkGraphs:
-    graphs = ChunkGraphs(
-        model,
-        backend,
-        caches,
-        block_size=config.block_size,
-        max_num_seqs=config.max_num_seqs,
-        max_seq_len=plan.max_model_len,
-    )
-    with torch.inference_mode():
-        graphs.capture(None if progress is None else lambda done, total: progress("chunk graphs", done, total))
-    return graphs
-
-
-def _info(
-    config: EngineConfig,
-    model_config: ModelConfig,
-    source_path: Path,
-    model_name: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    choice: Choice,
-    attention: list[str],
-    plan: MemoryPlan,
-    eos_token_ids: frozenset[int],
-    traffic: StepTraffic,
-) -> EngineInfo:
     # A CPU runs a step within launch(), and guesses need a step's tokens: nothing would overlap.
     overlaps = device.type != "cpu" and config.speculative is None
-    return EngineInfo(
+    return runner, EngineInfo(
         model=model_name,
         model_path=str(source_path),
         architecture=model_config.architecture,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=name_of(dtype),
         device=str(device),
         vocab_size=model_config.vocab_size,
         max_model_len=plan.max_model_len,
@@ -245,23 +143,66 @@ def _info(
     )
 
 
+def _triton_kernels(device: torch.device) -> TritonKernels | None:
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from miniserve.kernels.triton.runtime import TritonKernels
+
+    return TritonKernels(device)
+
+
+def _make_runner(
+    served: ServedModel,
+    config: EngineConfig,
+    plan: MemoryPlan,
+    eos_token_ids: frozenset[int],
+    replays: bool,
+    report: Progress,
+) -> ModelRunner:
+    """replays: steps are to be recorded and replayed, where they can be."""
+    model, options, rows = served.model, served.model.options, config.max_num_seqs
+    vocab_size, device = model.config.vocab_size, options.device
+    state = StepState(rows, plan.max_model_len, config.block_size, device)
+    if options.triton is None:
+        sampler = Sampler(rows, vocab_size, device, eos_token_ids, config.seed)
+        native_graphs = None
+        if replays and options.native is not None:
+            native_graphs = NativeGraphs(served, options.native, state, sampler)
+        return ModelRunner(served, state, sampler, native_graphs)
+    from miniserve.kernels.triton.decode_step import RowState
+    from miniserve.runner.decode_graph import DecodeGraphs, decode_buckets
+    from miniserve.runner.sampling_device import DeviceDraw
+
+    draw = DeviceDraw(rows, device)
+    draw.compile(vocab_size, options.dtype)
+    sampler = Sampler(rows, vocab_size, device, eos_token_ids, config.seed, draw)
+    if not replays:
+        return ModelRunner(served, state, sampler)
+    sizes = {"block_size": config.block_size, "max_seq_len": plan.max_model_len}
+    row_state = RowState(state.tables, state.lens, sampler.last_tokens, sampler.num_outputs)
+    explicit, buckets = config.speculative is not None, decode_buckets(rows)
+    graphs = DecodeGraphs(served, row_state, draw.params, **sizes, buckets=buckets, explicit=explicit)
+    graphs.capture(partial(report, "decode graphs"))
+    chunk_graphs = None
+    # What padding holds is anything, also NaN, for which experts cannot be chosen.
+    if served.backend.chunk_graphs and model.config.moe is None:
+        chunk_graphs = ChunkGraphs(served, **sizes, max_num_seqs=rows)
+        chunk_graphs.capture(partial(report, "chunk graphs"))
+    return ModelRunner(served, state, sampler, graphs, chunk_graphs)
+
+
 def _num_threads(weights: int) -> int:
     """A thread with less to read in a step than this loses more by waiting for the others than it brings, all the more
     where the API process wants a core too."""
     return max(1, min(torch.get_num_threads(), weights // (16 << 20)))
 
 
-def _fill(model: CausalLM, config: EngineConfig, path: Path, progress: Progress | None) -> list[str]:
+def _fill(model: CausalLM, config: EngineConfig, path: Path, progress: Callable[[int, int], None]) -> list[str]:
     """Load the weights and the KV cache's scales. Returns what is to be told of these."""
-
-    def report(done: int, total: int) -> None:
-        if progress is not None:
-            progress("weights", done, total)
-
     if config.load_format == "dummy":
-        dummy_weights(model, config.seed, progress=report)
+        dummy_weights(model, config.seed, progress=progress)
         return set_kv_scales(model, {})
-    load_weights(model, path, progress=report)
+    load_weights(model, path, progress=progress)
     return set_kv_scales(model, read_kv_scales(model, path))
 
 

@@ -17,12 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from miniserve.attention.backends.base import CHUNKS_IN_GRAPH, Backend
-from miniserve.attention.context import PagedStepContext
-from miniserve.attention.layouts import KVCache
+from miniserve.attention.backends.base import CHUNKS_IN_GRAPH
 from miniserve.attention.metadata import ChunkRows, DecodeRows, StepBatch
-from miniserve.models.decoder import CausalLM
 from miniserve.runner.sampling_transfer import to_device
+from miniserve.runner.served import ServedModel
 from miniserve.runner.state import StepInputs
 
 Progress = Callable[[int, int], None]
@@ -39,19 +37,10 @@ class _Graph:
 class ChunkGraphs:
     """For steps of at most `max_num_seqs` rows, none of them longer than `max_seq_len` tokens."""
 
-    def __init__(
-        self,
-        model: CausalLM,
-        backend: Backend[Any],
-        caches: Sequence[KVCache],
-        *,
-        block_size: int,
-        max_num_seqs: int,
-        max_seq_len: int,
-    ) -> None:
-        self._model, self._backend, self._caches, self._max_seq_len = model, backend, caches, max_seq_len
+    def __init__(self, served: ServedModel, *, block_size: int, max_num_seqs: int, max_seq_len: int) -> None:
+        self._served, self._max_seq_len = served, max_seq_len
         self._rows = sorted({min(rows, max_num_seqs) for rows in _ROWS})
-        self._device = model.options.device
+        self._device = served.model.options.device
         tokens, width = self._rows[-1] + _TOKENS[-1], -(-max_seq_len // block_size)
 
         def integers(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -63,17 +52,16 @@ class ChunkGraphs:
         self._chunk_starts = integers(CHUNKS_IN_GRAPH + 1)
         self._graphs: dict[tuple[int, int], _Graph] = {}
 
-    def capture(self, progress: Progress | None = None) -> None:
+    @torch.inference_mode()
+    def capture(self, progress: Progress = lambda done, total: None) -> None:
         """Record all graphs, the largest first, so that the smaller ones find their memory in the pool."""
         pool = torch.cuda.graph_pool_handle()
         sizes = list(product(reversed(self._rows), reversed(_TOKENS)))
         self._slots.fill_(-1)
         for done, (rows, tokens) in enumerate(sizes):
-            if progress is not None:
-                progress(done, len(sizes))
+            progress(done, len(sizes))
             self._graphs[rows, tokens] = _record(partial(self._forward, rows, tokens), pool)
-        if progress is not None:
-            progress(len(sizes), len(sizes))
+        progress(len(sizes), len(sizes))
 
     def run(self, inputs: StepInputs) -> torch.Tensor | None:
         """The hidden states of a step's tokens, [num_tokens, hidden_size], which the next step may overwrite; None
@@ -133,10 +121,8 @@ class ChunkGraphs:
         lens, contexts = (tokens, *none), (self._max_seq_len - tokens, *none)
         chunks = ChunkRows(rows, lens, contexts, self._chunk_starts, self._chunk_lens, self._chunk_tables)
         end = rows + tokens
-        metadata = self._backend.build(StepBatch(self._slots[:end], decode, chunks))
-        context = PagedStepContext(self._backend, self._caches, metadata)
-        hidden: torch.Tensor = self._model(self._input_ids[:end], self._positions[:end], context)
-        return hidden
+        batch = StepBatch(self._slots[:end], decode, chunks)
+        return self._served.hidden(self._input_ids[:end], self._positions[:end], batch)
 
 
 def _record(work: Callable[[], torch.Tensor], pool: Any) -> _Graph:

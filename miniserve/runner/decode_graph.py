@@ -13,14 +13,11 @@ from typing import Any
 
 import torch
 
-from miniserve.attention.backends.base import Backend
-from miniserve.attention.context import PagedStepContext
-from miniserve.attention.layouts import KVCache
 from miniserve.attention.metadata import DecodeRows, StepBatch
 from miniserve.kernels.triton.decode_step import RowState, StepTensors, advance, apply_changes, greedy
 from miniserve.kernels.triton.sampling import RowParams, sample
-from miniserve.models.decoder import CausalLM
 from miniserve.runner.sampler import SampleOutput, Sampler
+from miniserve.runner.served import ServedModel
 from miniserve.runner.state import GraphInputs
 
 Progress = Callable[[int, int], None]
@@ -40,9 +37,7 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        model: CausalLM,
-        backend: Backend[Any],
-        caches: Sequence[KVCache],
+        served: ServedModel,
         state: RowState,
         params: RowParams,
         *,
@@ -51,8 +46,7 @@ class DecodeGraphs:
         buckets: Sequence[int],
         explicit: bool,
     ) -> None:
-        self._model, self._backend, self._caches = model, backend, caches
-        self._state, self._params = state, params
+        self._served, self._state, self._params = served, state, params
         self._block_size, self._max_seq_len, self._explicit = block_size, max_seq_len, explicit
         self._buckets = sorted(buckets)
         self._device = state.lens.device
@@ -70,6 +64,7 @@ class DecodeGraphs:
             block_tables=integers(most, state.tables.shape[1], dtype=torch.int32),
         )
         self._tokens = integers(most)
+        model = served.model
         self._logits = torch.empty(most, model.config.vocab_size, dtype=model.options.dtype, device=self._device)
         self._greedy: dict[int, torch.cuda.CUDAGraph] = {}
         self._drawn: dict[int, torch.cuda.CUDAGraph] = {}
@@ -78,12 +73,12 @@ class DecodeGraphs:
         self._staging = [torch.empty(5 * most, dtype=torch.int32, pin_memory=True) for _ in range(_RING)]
         self._num_staged = 0
 
-    def capture(self, progress: Progress | None = None) -> None:
+    @torch.inference_mode()
+    def capture(self, progress: Progress = lambda done, total: None) -> None:
         """Record every bucket's graphs, the largest first, so that the smaller ones find their memory in the pool."""
         pool = torch.cuda.graph_pool_handle()
         for done, bucket in enumerate(reversed(self._buckets)):
-            if progress is not None:
-                progress(done, len(self._buckets))
+            progress(done, len(self._buckets))
             logits = self._run(bucket)  # what is compiled or allocated at the first run must be there before a capture
             self._take_argmax(logits)
             self._draw(logits)
@@ -91,16 +86,14 @@ class DecodeGraphs:
             torch.cuda.synchronize(self._device)
             self._greedy[bucket] = self._record(bucket, self._take_argmax, pool)
             self._drawn[bucket] = self._record(bucket, self._draw, pool)
-        if progress is not None:
-            progress(len(self._buckets), len(self._buckets))
+        progress(len(self._buckets), len(self._buckets))
 
     def bucket(self, num_rows: int) -> int | None:
-        """The bucket for a step of so many decode rows, None where no graph is that large."""
+        """See `StepGraphs.bucket`."""
         return next((bucket for bucket in self._buckets if num_rows <= bucket), None)
 
     def greedy(self, bucket: int, inputs: GraphInputs) -> torch.Tensor:
-        """Launch a step and hand each row's most likely token to the next one. Returns the tokens, int64 [entries]; the
-        next launch overwrites them."""
+        """See `StepGraphs.greedy`."""
         self._stage(bucket, inputs)
         self._greedy[bucket].replay()
         return self._tokens[: len(inputs.rows)]
@@ -172,6 +165,4 @@ class DecodeGraphs:
         )
         advance(self._state, step, self._block_size, explicit=self._explicit)
         decode = DecodeRows(step.block_tables, step.seq_lens, self._max_seq_len, host_seq_lens=None)
-        metadata = self._backend.build(StepBatch(step.slots, decode))
-        context = PagedStepContext(self._backend, self._caches, metadata)
-        return self._model.compute_logits(self._model(step.input_ids, step.positions, context))
+        return self._served.logits(step.input_ids, step.positions, StepBatch(step.slots, decode))

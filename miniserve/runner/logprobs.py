@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -17,8 +17,7 @@ _CHUNK_BYTES = {"cpu": 8 << 20}  # stays in the cache, and in memory that the al
 _CHUNK_BYTES_ELSEWHERE = 32 << 20  # some dozen rows of a large vocabulary, which fill a GPU
 
 
-@dataclass(frozen=True, slots=True)
-class LogprobTensors:
+class LogprobTensors(NamedTuple):
     """Natural-log probabilities of `num_rows` tokens, float32, at least LOWEST_LOGPROB; ranks and ids are int64.
 
     logprobs, ranks: [num_rows]; top_ids, top_logprobs: [num_rows, k], best first, lowest id first among equals. A
@@ -78,13 +77,7 @@ def to_token_logprobs(
 
     num_logprobs aligns with token_ids; the rows of `tensors` (to be on the host) with those entries that are not None.
     """
-    found = zip(
-        tensors.logprobs.tolist(),
-        tensors.ranks.tolist(),
-        tensors.top_ids.tolist(),
-        tensors.top_logprobs.tolist(),
-        strict=True,
-    )
+    found = zip(*(tensor.tolist() for tensor in tensors), strict=True)
     entries: list[TokenLogprobs | None] = []
     for token_id, count in zip(token_ids, num_logprobs, strict=True):
         if count is None:

@@ -8,22 +8,18 @@ state, which stay where they are once the model serves; of the step's inputs; an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from miniserve.attention.backends.base import Backend
-from miniserve.attention.context import PagedStepContext
-from miniserve.attention.layouts import KVCache
 from miniserve.attention.metadata import DecodeRows, StepBatch
 from miniserve.kernels.native import DecodeStep, NativeKernels
 from miniserve.kernels.native_calls import Call, encode, record, replay
-from miniserve.models.decoder import CausalLM
 from miniserve.runner.native_arena import plan_arena
 from miniserve.runner.sampler import SampleOutput, Sampler
+from miniserve.runner.served import ServedModel
 from miniserve.runner.state import GraphInputs, StepState
 
 MOST_ROWS = 16  # with more, kernels take so long that the Python around them hardly counts
@@ -43,19 +39,16 @@ class _Graph:
 
 
 class NativeGraphs:
-    """backend: one whose `graphs` is true. state, sampler: those of the runner's rows."""
+    """served: over a backend whose `graphs` is true. state, sampler: those of the runner's rows."""
 
     def __init__(
         self,
-        model: CausalLM,
-        backend: Backend[Any],
-        caches: Sequence[KVCache],
+        served: ServedModel,
         kernels: NativeKernels,
         state: StepState,
         sampler: Sampler,
     ) -> None:
-        self._model, self._backend, self._caches, self._kernels = model, backend, caches, kernels
-        self._state, self._sampler = state, sampler
+        self._served, self._kernels, self._state, self._sampler = served, kernels, state, sampler
         max_num_seqs, width = state.tables.shape
         self._num_rows = most = min(MOST_ROWS, max_num_seqs)
 
@@ -76,12 +69,11 @@ class NativeGraphs:
         self._graphs: dict[tuple[int, bool], _Graph] = {}  # by rows, and whether positions and tokens are given
 
     def bucket(self, num_rows: int) -> int | None:
-        """The entries of the graph for a step of so many decode rows: as many; None where it runs from Python."""
+        """See `StepGraphs.bucket`; None where it runs from Python."""
         return num_rows if num_rows <= self._num_rows else None
 
     def greedy(self, bucket: int, inputs: GraphInputs) -> torch.Tensor:
-        """Run a step and hand each row's most likely token to the next one. Returns the tokens, int64 [entries]; the
-        next launch overwrites them."""
+        """See `StepGraphs.greedy`."""
         self._run(bucket, inputs, greedy=True)
         return self._tokens[bucket]
 
@@ -120,18 +112,16 @@ class NativeGraphs:
 
     def _advance(self, rows: int, given: bool) -> None:
         state, sampler = self._state, self._sampler
-        step, block_size = self._step, self._backend.layout.block_size
+        step, block_size = self._step, self._served.backend.layout.block_size
         self._kernels.advance(
             self._rows[:rows], state.tables, state.lens, sampler.last_tokens, step, block_size, given=given
         )
 
     def _forward(self, rows: int) -> torch.Tensor:
         step = self._step
-        longest = step.block_tables.shape[1] * self._backend.layout.block_size
+        longest = step.block_tables.shape[1] * self._served.backend.layout.block_size
         decode = DecodeRows(step.block_tables[:rows], step.seq_lens[:rows], longest, host_seq_lens=None)
-        metadata = self._backend.build(StepBatch(step.slots[:rows], decode))
-        context = PagedStepContext(self._backend, self._caches, metadata)
-        return self._model.compute_logits(self._model(step.input_ids[:rows], step.positions[:rows], context))
+        return self._served.logits(step.input_ids[:rows], step.positions[:rows], StepBatch(step.slots[:rows], decode))
 
     def _take_argmax(self, logits: torch.Tensor) -> None:
         rows, sampler = len(logits), self._sampler

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from miniserve.attention.backends.base import Backend
-from miniserve.attention.context import PagedStepContext
-from miniserve.attention.layouts import KVCache
 from miniserve.core import DeviceStep, StepPlan, StepResult, TokenLogprobs
-from miniserve.models.decoder import CausalLM
 from miniserve.runner.device_timer import DeviceTimer, StepEvents
 from miniserve.runner.logprobs import LogprobTensors, gather_logprobs, rows_per_chunk, to_token_logprobs
 from miniserve.runner.sampler import SampleOutput, Sampler
+from miniserve.runner.served import ServedModel
 from miniserve.runner.state import GraphInputs, StepState
 
 if TYPE_CHECKING:
@@ -67,24 +64,21 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: CausalLM,
-        backend: Backend[Any],
-        caches: Sequence[KVCache],
+        served: ServedModel,
         state: StepState,
         sampler: Sampler,
         graphs: StepGraphs | None = None,
         chunk_graphs: ChunkGraphs | None = None,
     ) -> None:
-        self._model = model
-        self._backend = backend
-        self._caches = caches
+        self._served, self._model = served, served.model
         self._state = state
         self._sampler = sampler
         self._graphs = graphs
         self._chunk_graphs = chunk_graphs
-        self._timer = None if model.options.device.type == "cpu" else DeviceTimer()
+        on_cpu = self._model.options.device.type == "cpu"
+        self._timer = None if on_cpu else DeviceTimer()
         # Of prompt tokens at a time: enough for the product with the head's weight to be worth reading it.
-        self._least_logit_rows = 16 if model.options.device.type == "cpu" else 512
+        self._least_logit_rows = 16 if on_cpu else 512
         self._prompt_k: dict[int, int] = {}  # row -> alternatives per prompt token, where asked for
 
     @torch.inference_mode()
@@ -109,8 +103,7 @@ class ModelRunner:
         inputs = self._state.prepare(plan, self._sampler.last_tokens)
         hidden = None if self._chunk_graphs is None else self._chunk_graphs.run(inputs)
         if hidden is None:
-            context = PagedStepContext(self._backend, self._caches, self._backend.build(inputs.batch))
-            hidden = self._model(inputs.input_ids, inputs.positions, context)
+            hidden = self._served.hidden(inputs.input_ids, inputs.positions, inputs.batch)
         prompt_logprobs = self._prompt_logprobs(plan, inputs.chunk_starts, hidden)
         sampled: SampleOutput | None = None
         if rows := plan.sampling_rows:
@@ -157,7 +150,8 @@ class ModelRunner:
                     )
                     for i in range(0, len(targets), step)
                 ]
-                found.append(_PromptLogprobs(chunk.row, targets, k, _concatenate(parts)))
+                tensors = LogprobTensors(*(torch.cat(pieces) for pieces in zip(*parts, strict=True)))
+                found.append(_PromptLogprobs(chunk.row, targets, k, tensors))
         return found
 
     def _to_host(
@@ -168,12 +162,8 @@ class ModelRunner:
             return _Launched(None, (), None, prompt_logprobs, bucket, events)
         if self._timer is None:
             return _Launched(sampled.token_ids.tolist(), sampled.num_logprobs, sampled.logprobs, prompt_logprobs)
+        logprobs = None if sampled.logprobs is None else LogprobTensors(*map(_pinned, sampled.logprobs))
         token_ids = _pinned(sampled.token_ids)
-        logprobs = sampled.logprobs
-        if logprobs is not None:
-            logprobs = LogprobTensors(
-                *(_pinned(t) for t in (logprobs.logprobs, logprobs.ranks, logprobs.top_ids, logprobs.top_logprobs))
-            )
         return _Launched(token_ids, sampled.num_logprobs, logprobs, prompt_logprobs, bucket, self._timer.end())
 
 
@@ -187,15 +177,6 @@ def _positions(plan: StepPlan) -> list[int] | None:
 def _entries(chunk: _PromptLogprobs) -> list[TokenLogprobs]:
     found = to_token_logprobs(chunk.targets, chunk.tensors, [chunk.num_logprobs] * len(chunk.targets))
     return [entry for entry in found if entry is not None]
-
-
-def _concatenate(parts: list[LogprobTensors]) -> LogprobTensors:
-    return LogprobTensors(
-        torch.cat([p.logprobs for p in parts]),
-        torch.cat([p.ranks for p in parts]),
-        torch.cat([p.top_ids for p in parts]),
-        torch.cat([p.top_logprobs for p in parts]),
-    )
 
 
 def _pinned(tensor: torch.Tensor) -> torch.Tensor:

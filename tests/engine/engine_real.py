@@ -26,6 +26,7 @@ from miniserve.models.loader import load_weights
 from miniserve.models.registry import build_model
 from miniserve.runner.runner import ModelRunner
 from miniserve.runner.sampler import Sampler
+from miniserve.runner.served import ServedModel
 from miniserve.runner.state import StepState
 from miniserve.scheduler.scheduler import Scheduler
 
@@ -95,9 +96,7 @@ def make_engine(
         num_draft_tokens=setup.num_draft_tokens,
     )
     runner = ModelRunner(
-        model,
-        backend,
-        caches,
+        ServedModel(model, backend, caches),
         StepState(setup.max_num_seqs, MAX_LEN, setup.block_size, CPU),
         Sampler(setup.max_num_seqs, model.config.vocab_size, CPU, eos, seed=0),
     )

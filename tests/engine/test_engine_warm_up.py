@@ -14,6 +14,7 @@ from miniserve.engine.step_log import StepLog
 from miniserve.engine.warm_up import warm_up
 from miniserve.runner.runner import ModelRunner
 from miniserve.runner.sampler import Sampler
+from miniserve.runner.served import ServedModel
 from miniserve.runner.state import StepState
 from miniserve.scheduler.scheduler import Scheduler
 from miniserve.scheduler.step_cost import MIN_TOKENS, UNKNOWN_TOKENS, StepCost, StepShape
@@ -60,10 +61,9 @@ def test_a_runner_serves_others_afterwards(tmp_path) -> None:  # type: ignore[no
 
     def make_runner() -> ModelRunner:
         backend = make_backend(model, setup)
+        caches = [backend.layout.allocate(spec, setup.num_blocks, CPU) for spec in model.attention_specs]
         return ModelRunner(
-            model,
-            backend,
-            [backend.layout.allocate(spec, setup.num_blocks, CPU) for spec in model.attention_specs],
+            ServedModel(model, backend, caches),
             StepState(setup.max_num_seqs, MAX_LEN, setup.block_size, CPU),
             Sampler(setup.max_num_seqs, model.config.vocab_size, CPU, frozenset(), seed=0),
         )

@@ -32,6 +32,7 @@ from miniserve.runner import chunk_graph
 from miniserve.runner.chunk_graph import ChunkGraphs
 from miniserve.runner.runner import ModelRunner
 from miniserve.runner.sampler import Sampler
+from miniserve.runner.served import ServedModel
 from miniserve.runner.state import StepInputs, StepState
 from miniserve.scheduler.scheduler import Scheduler
 
@@ -62,15 +63,13 @@ def serve(model: CausalLM, layout_name: str, make_graphs: Callable[..., ChunkGra
     if make_graphs is not None:
         backend = TritonBackend(layout, triton_kernels(), options)
     caches = [layout.allocate(spec, 32, DEVICE) for spec in model.attention_specs]
-    graphs = None
+    served, graphs = ServedModel(model, backend, caches), None
     if make_graphs is not None:
-        graphs = make_graphs(model, backend, caches, block_size=BLOCK, max_num_seqs=ROWS, max_seq_len=LONGEST)
+        graphs = make_graphs(served, block_size=BLOCK, max_num_seqs=ROWS, max_seq_len=LONGEST)
         with torch.inference_mode():
             graphs.capture()
     runner = ModelRunner(
-        model,
-        backend,
-        caches,
+        served,
         StepState(ROWS, LONGEST, BLOCK, DEVICE),
         Sampler(ROWS, model.config.vocab_size, DEVICE, frozenset(), seed=0),
         chunk_graphs=graphs,

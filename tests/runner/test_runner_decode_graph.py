@@ -19,6 +19,7 @@ from miniserve.runner.decode_graph import DecodeGraphs
 from miniserve.runner.runner import ModelRunner
 from miniserve.runner.sampler import Sampler
 from miniserve.runner.sampling_device import DeviceDraw
+from miniserve.runner.served import ServedModel
 from miniserve.runner.state import GraphInputs, StepState
 from miniserve.scheduler.scheduler import Scheduler
 
@@ -39,15 +40,14 @@ class Unrecorded(DecodeGraphs):
 def make_engine(model: CausalLM, layout: str, num_draft_tokens: int, *, graphs: bool) -> EngineLoop:
     backend = make_backend(model, Setup(layout=layout))
     caches = [backend.layout.allocate(spec, BLOCKS, CPU) for spec in model.attention_specs]
+    served = ServedModel(model, backend, caches)
     state = StepState(ROWS, MAX_LEN, 16, CPU)
     if graphs:
         draw = DeviceDraw(ROWS, CPU)
         sampler = Sampler(ROWS, model.config.vocab_size, CPU, frozenset({7}), device_draw=draw)
         rows = RowState(state.tables, state.lens, sampler.last_tokens, sampler.num_outputs)
         recorded: DecodeGraphs | None = Unrecorded(
-            model,
-            backend,
-            caches,
+            served,
             rows,
             draw.params,
             block_size=16,
@@ -66,7 +66,7 @@ def make_engine(model: CausalLM, layout: str, num_draft_tokens: int, *, graphs: 
         eos_token_ids=frozenset({7}),
         num_draft_tokens=num_draft_tokens,
     )
-    runner = ModelRunner(model, backend, caches, state, sampler, recorded)
+    runner = ModelRunner(served, state, sampler, recorded)
     return EngineLoop(Scheduler(config), runner, StepLog(None, ROWS), overlap=False)
 
 

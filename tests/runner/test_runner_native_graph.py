@@ -37,6 +37,7 @@ from miniserve.runner.native_graph import NativeGraphs
 from miniserve.runner.runner import ModelRunner
 from miniserve.runner.sampler import Sampler
 from miniserve.runner.sampling_blocks import argmax
+from miniserve.runner.served import ServedModel
 from miniserve.runner.state import BlockChanges, GraphInputs, StepState
 from miniserve.scheduler.scheduler import Scheduler
 
@@ -90,9 +91,10 @@ def make_engine(
     assert KERNELS is not None
     backend = CpuBackend(LAYOUTS[layout](16), KERNELS)
     caches = [backend.layout.allocate(spec, num_blocks, CPU) for spec in model.attention_specs]
+    served = ServedModel(model, backend, caches)
     state = StepState(ROWS, MAX_LEN, 16, CPU)
     sampler = Sampler(ROWS, model.config.vocab_size, CPU, frozenset({7}))
-    noted = NativeGraphs(model, backend, caches, KERNELS, state, sampler) if graphs else None
+    noted = NativeGraphs(served, KERNELS, state, sampler) if graphs else None
     config = SchedulerConfig(
         num_blocks=num_blocks,
         block_size=16,
@@ -102,7 +104,7 @@ def make_engine(
         eos_token_ids=frozenset({7}),
         num_draft_tokens=num_draft_tokens,
     )
-    runner = ModelRunner(model, backend, caches, state, sampler, noted)
+    runner = ModelRunner(served, state, sampler, noted)
     return EngineLoop(Scheduler(config), runner, StepLog(None, ROWS), overlap=False)
 
 
@@ -192,7 +194,7 @@ def test_every_attention_that_the_kernels_have(layout: str, threads: int, tmp_pa
         cache.value.normal_(generator=generator)
     state = StepState(ROWS, MAX_LEN, 16, CPU)
     sampler = Sampler(ROWS, model.config.vocab_size, CPU, frozenset())
-    graphs = NativeGraphs(model, backend, caches, kernels, state, sampler)
+    graphs = NativeGraphs(ServedModel(model, backend, caches), kernels, state, sampler)
     with torch.inference_mode():
         for step in range(24):
             rows = torch.randperm(ROWS, generator=generator)[: int(integers(generator, 1, ROWS + 1, 1))]

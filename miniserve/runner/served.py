@@ -1,0 +1,34 @@
+"""A model over its KV cache: what every way to run a step is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from miniserve.attention.backends.base import Backend
+from miniserve.attention.context import PagedStepContext
+from miniserve.attention.layouts import KVCache
+from miniserve.attention.metadata import StepBatch
+from miniserve.models.decoder import CausalLM
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """caches: one a layer."""
+
+    model: CausalLM
+    backend: Backend[Any]
+    caches: Sequence[KVCache]
+
+    def hidden(self, input_ids: torch.Tensor, positions: torch.Tensor, batch: StepBatch) -> torch.Tensor:
+        """input_ids, positions: int64 [num_tokens] -> [num_tokens, hidden_size]."""
+        context = PagedStepContext(self.backend, self.caches, self.backend.build(batch))
+        hidden: torch.Tensor = self.model(input_ids, positions, context)
+        return hidden
+
+    def logits(self, input_ids: torch.Tensor, positions: torch.Tensor, batch: StepBatch) -> torch.Tensor:
+        """As `hidden` -> [num_tokens, vocab_size] in the model's dtype."""
+        return self.model.compute_logits(self.hidden(input_ids, positions, batch))
