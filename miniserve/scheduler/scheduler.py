@@ -20,7 +20,7 @@ tables before it computes:
   arrived, so nothing is sampled twice, and it may end while it waits.
 - A full block may be found by other sequences from the next plan on, even before the step that fills it is done: only
   later plans read it. The step's own plan must not, for a row would read what another row writes in the same step;
-  hence `_cache_full_blocks` comes last in `schedule`. Tokens must be known (they are the key), so blocks that decode
+  hence `cache_full` comes last in `schedule`. Tokens must be known (they are the key), so blocks that decode
   rows fill follow when the row crosses into the next block. No row ever writes into a registered block: rows write at
   their next position, which lies behind all their full blocks, and a matched block is full.
 
@@ -35,8 +35,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from itertools import compress
 
 from miniserve.config import SchedulerConfig
@@ -52,14 +51,12 @@ from miniserve.core import (
     StepResult,
     TokenLogprobs,
 )
-from miniserve.scheduler.block_pool import BlockPool
+from miniserve.scheduler.blocks import SequenceBlocks
 from miniserve.scheduler.integrity import find_faults
 from miniserve.scheduler.limits import check_lengths
 from miniserve.scheduler.sequence import Sequence
 from miniserve.scheduler.speculation import Speculation
 from miniserve.scheduler.step_cost import StepCost, StepShape
-
-NewBlocks = list[tuple[int, int, list[int]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +77,8 @@ class Scheduler:
         self._config = config
         self._cost = cost or StepCost(0.0)
         self._updated_shape = StepShape(0, 0)  # of the step that `update` saw last
-        self._pool = BlockPool(config.num_blocks)
+        self._blocks = SequenceBlocks(config)
+        self._pool = self._blocks.pool
         self._sequences: dict[str, Sequence] = {}  # all unfinished ones
         self._waiting: OrderedDict[int, Sequence] = OrderedDict()  # both by arrival
         self._running: dict[int, Sequence] = {}
@@ -158,7 +156,7 @@ class Scheduler:
         """The next step, or None where nothing can be computed before a request or a result arrives."""
         if self._config.num_draft_tokens and self._in_flight:
             raise RuntimeError("Speculation allows one step in flight.")
-        new_blocks = self._advance_decoding()
+        self._advance_decoding()
         # At least 0, and 1 where a prefill goes on: each of these sequences had a token of the last step's budget.
         budget = self._config.max_num_batched_tokens - len(self._decoding)
         starts: list[RowStart] = []
@@ -168,7 +166,7 @@ class Scheduler:
         while budget and (self._prefilling or self._waiting) and self._cost.chunk_tokens(shape, 0):
             seq = self._prefilling
             if seq is None:
-                seq = self._admit(starts, new_blocks)
+                seq = self._admit(starts)
                 if seq is None:
                     break
             chunk = self._next_chunk(seq, min(budget, max(1, self._cost.chunk_tokens(shape, seq.num_computed))))
@@ -181,13 +179,14 @@ class Scheduler:
         if not self._decoding and not chunks:
             return None
         for seq in chunked:
-            self._cache_full_blocks(seq)
-        plan, decoding = StepPlan(self._stops, starts, new_blocks, self._decode_rows, chunks), self._decoding
+            self._blocks.cache_full(seq)
+        decoding, decode_rows, runs = self._decoding, self._decode_rows, []
         if self._config.num_draft_tokens:
             spare_rows = min(budget, self._config.max_num_seqs - len(decoding) - len(chunks))
-            runs = self._speculation.draft(decoding, spare_rows, partial(self._find_room, new_blocks))
-            plan = replace(plan, decode_rows=[], draft_runs=runs)
+            runs, decode_rows = self._speculation.draft(decoding, spare_rows, self._find_room), []
             decoding = [seq for seq, run in zip(decoding, runs, strict=True) for _ in run.token_ids]
+        plan = StepPlan(self._stops, starts, self._blocks.take_new(), decode_rows, chunks, runs)
+        if runs:
             shape.rows, shape.context = len(decoding), sum(plan.run_positions) + len(decoding)
         self._stops = []
         sampling = decoding + [seq for seq, chunk in zip(chunked, chunks, strict=True) if chunk.samples]
@@ -196,53 +195,43 @@ class Scheduler:
         self._step_tokens = plan.num_tokens
         return plan
 
-    def _advance_decoding(self) -> NewBlocks:
-        """Settle who decodes in this step and count their token; returns the blocks they need for it."""
+    def _advance_decoding(self) -> None:
+        """Settle who decodes in this step, give them the blocks they need for it and count their token."""
         if self._decoding_changed:
             self._collect_decoding()
-        new_blocks: NewBlocks = []
         # In the order of arrival: a victim comes later than whom it makes room for, so it has no new block yet.
         for seq in [seq for seq in self._decoding if seq.num_computed == seq.limit]:
             if seq.num_computed == seq.end:
                 self._decoding_changed = True
             elif seq.row >= 0:
-                self._grow(seq, new_blocks)
+                self._grow(seq)
         if self._decoding_changed:
             self._collect_decoding()
         for seq in self._decoding:
             seq.num_computed += 1
-        return new_blocks
 
     def _collect_decoding(self) -> None:
         self._decoding = [seq for seq in self._running.values() if seq.prefill_len <= seq.num_computed < seq.end]
         self._decode_rows = [seq.row for seq in self._decoding]
         self._decoding_changed = False
 
-    def _grow(self, seq: Sequence, new_blocks: NewBlocks) -> None:
+    def _grow(self, seq: Sequence) -> None:
         """Give a decode row its next block, at the cost of the latest arrival if need be, which may be itself."""
         while not self._pool.num_free:
             victim = self._running[next(reversed(self._running))]
             self._preempt(victim)
             if victim is seq:
                 return
-        self._cache_full_blocks(seq)
-        self._give_blocks(seq, self._pool.allocate(1), new_blocks)
+        self._blocks.grow(seq, 1)
 
-    def _give_blocks(self, seq: Sequence, blocks: list[int], new_blocks: NewBlocks) -> None:
-        new_blocks.append((seq.row, len(seq.blocks), blocks))
-        seq.blocks += blocks
-        seq.limit = min(len(seq.blocks) * self._config.block_size, seq.end)
-
-    def _find_room(self, new_blocks: NewBlocks, seq: Sequence, count: int) -> int:
+    def _find_room(self, seq: Sequence, count: int) -> int:
         """How many of `count` guesses have a place, if need be in free blocks that no running sequence may want."""
-        missing = -(-(seq.num_computed + count) // self._config.block_size) - len(seq.blocks)
-        missing = min(missing, self._pool.num_free - len(self._running))
+        missing = min(self._blocks.missing(seq, seq.num_computed + count), self._pool.num_free - len(self._running))
         if missing > 0:
-            self._cache_full_blocks(seq)
-            self._give_blocks(seq, self._pool.allocate(missing), new_blocks)
+            self._blocks.grow(seq, missing)
         return min(count, seq.limit - seq.num_computed)
 
-    def _admit(self, starts: list[RowStart], new_blocks: NewBlocks) -> Sequence | None:
+    def _admit(self, starts: list[RowStart]) -> Sequence | None:
         """Let the head of the queue run, if there is a row and room for all it has to prefill.
 
         Beside others there must also be a free block for each of them to grow by, or it would soon be preempted.
@@ -253,8 +242,8 @@ class Scheduler:
         growth = len(self._running)
         if seq.ready_step > self._num_updated or self._pool.num_free < self._blocks_wanted + growth:
             return None
-        hits = self._find_prefix(seq)
-        num_blocks = -(-len(seq.token_ids) // self._config.block_size)
+        hits = self._blocks.find_prefix(seq)
+        num_blocks = self._blocks.missing(seq, len(seq.token_ids))
         self._blocks_wanted = num_blocks - len(hits) + self._pool.count_free(hits)
         if self._pool.num_free < self._blocks_wanted + growth:
             return None
@@ -265,25 +254,14 @@ class Scheduler:
         seq.row = self._free_rows.pop()
         starts.append(RowStart(seq.row, seq.request, seq.token_ids[seq.prompt_len :]))
         seq.prefill_len = len(seq.token_ids)
-        seq.num_registered = len(hits)
-        seq.chain = self._pool.chain_of(hits)
-        seq.num_computed = len(hits) * self._config.block_size
-        self._pool.share(hits)
-        self._give_blocks(seq, hits + self._pool.allocate(num_blocks - len(hits)), new_blocks)
+        self._blocks.start(seq, hits)
         if not seq.num_preemptions:
             self._note_first_admission(seq)
         return seq
 
-    def _find_prefix(self, seq: Sequence) -> list[int]:
-        """The blocks that need no computing. At least one token must be computed, to sample the next from; and where
-        prompt logprobs are wanted all of the prompt, as they come from its logits."""
-        if not self._config.enable_prefix_caching or seq.prompt_logprobs is not None:
-            return []
-        return self._pool.match(seq.token_ids, self._config.block_size, len(seq.token_ids) - 1)
-
     def _note_first_admission(self, seq: Sequence) -> None:
         seq.first_scheduled_time = time.monotonic()
-        if self._config.enable_prefix_caching and seq.prompt_logprobs is None:
+        if self._blocks.uses_cache(seq):
             seq.num_cached_tokens = seq.num_computed
             self._num_queried_tokens += seq.prompt_len
             self._num_hit_tokens += seq.num_cached_tokens
@@ -299,17 +277,6 @@ class Scheduler:
         targets = [] if seq.prompt_logprobs is None else seq.token_ids[start + 1 : end + 1]
         return Chunk(seq.row, start, seq.token_ids[start:end], complete and seq.max_len > seq.prompt_len, targets)
 
-    def _cache_full_blocks(self, seq: Sequence) -> None:
-        """Let other sequences find the blocks whose tokens are known and whose KV launched steps compute."""
-        if not self._config.enable_prefix_caching:
-            return
-        size = self._config.block_size
-        full = min(len(seq.token_ids), seq.num_computed) // size
-        for index in range(seq.num_registered, full):
-            token_ids = tuple(seq.token_ids[index * size : (index + 1) * size])
-            seq.chain = self._pool.register(seq.blocks[index], seq.chain, token_ids)
-        seq.num_registered = full
-
     def _preempt(self, seq: Sequence) -> None:
         self._leave(seq)
         seq.num_preemptions += 1
@@ -322,12 +289,10 @@ class Scheduler:
     def _leave(self, seq: Sequence) -> None:
         """Stop running: row and blocks are free at once."""
         del self._running[seq.arrival]
-        self._cache_full_blocks(seq)
-        self._pool.release(seq.blocks)
+        self._blocks.release(seq)
         self._stops.append(seq.row)
         self._free_rows.append(seq.row)
         seq.row = -1
-        seq.blocks = []
         self._decoding_changed = True
         if self._prefilling is seq:
             self._prefilling = None
@@ -356,13 +321,7 @@ class Scheduler:
                 continue
             token_ids = seq.token_ids
             token_ids.append(token_id)
-            output = RequestOutput(
-                request_id=seq.request_id,
-                new_token_ids=[token_id],
-                num_cached_tokens=seq.num_cached_tokens,
-                num_preemptions=seq.num_preemptions,
-                first_scheduled_time=seq.first_scheduled_time,
-            )
+            output = seq.output([token_id])
             outputs.append(output)
             if entry is not None:
                 output.logprobs = [entry]
@@ -397,12 +356,7 @@ class Scheduler:
 
     def _last_output(self, seq: Sequence, reason: FinishReason) -> RequestOutput:
         """End a request that gets no token with its end."""
-        output = RequestOutput(
-            request_id=seq.request_id,
-            num_cached_tokens=seq.num_cached_tokens,
-            num_preemptions=seq.num_preemptions,
-            first_scheduled_time=seq.first_scheduled_time,
-        )
+        output = seq.output([])
         if seq.prompt_logprobs is not None and len(seq.prompt_logprobs) == seq.prompt_len:
             output.prompt_logprobs = seq.prompt_logprobs
         self._finish(seq, output, reason)

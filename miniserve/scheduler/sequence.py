@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from miniserve.core import Request, TokenLogprobs
+from miniserve.core import Request, RequestOutput, TokenLogprobs
 from miniserve.scheduler.block_pool import ROOT
 from miniserve.scheduler.ngram import NGramDrafter
 
@@ -78,3 +78,12 @@ class Sequence:
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.first_scheduled_time = 0.0
+
+    def output(self, new_token_ids: list[int]) -> RequestOutput:
+        return RequestOutput(
+            request_id=self.request_id,
+            new_token_ids=new_token_ids,
+            num_cached_tokens=self.num_cached_tokens,
+            num_preemptions=self.num_preemptions,
+            first_scheduled_time=self.first_scheduled_time,
+        )
