@@ -5,6 +5,8 @@ The terms of aiter's kernels are those of v0.1.20.post1: its source, its validat
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from miniserve.attention.terms import BackendContract, KernelContract
@@ -14,6 +16,9 @@ _HALF = (torch.bfloat16, torch.float16)
 _BOTH = ("linear", "shuffled")
 _PAGED_DIMS = (64, 128, 256)  # aiter's HIP kernels drop what is left of head_dim / 64, and return garbage below 64
 
+_aiter = partial(KernelContract, dtypes=_HALF, fp8_kv=True)
+_plain = partial(_aiter, min_window=None, softcap=False, sinks=False)
+
 _CPU = KernelContract(name="CPU_ATTN", layouts=_BOTH, dtypes=_ALL)
 _TORCH = KernelContract(name="TORCH_ATTN", layouts=_BOTH, dtypes=_ALL, fp8_kv=True, any_kv=True)
 _TORCH_MLA = KernelContract(name="TORCH_MLA", layouts=("latent",), dtypes=_ALL, fp8_kv=True, any_kv=True)
@@ -22,59 +27,43 @@ _TRITON_DECODE, _TRITON_EXTEND = (
     KernelContract(name=name, layouts=_BOTH, dtypes=_ALL, fp8_kv=True, min_head_dim=16, max_head_dim=256)
     for name in ("triton paged_decode", "triton paged_extend")
 )
-_PAGED_V1 = KernelContract(
+_PAGED_V1 = _aiter(
     name="paged_attention_v1",
     layouts=("linear",),
-    dtypes=_HALF,
-    fp8_kv=True,
     head_dims=_PAGED_DIMS,
     max_group=16,
     block_sizes=(16, 32),
     sinks=False,
 )
-_PAGED_ROCM = KernelContract(
+_PAGED_ROCM = _plain(
     name="paged_attention_rocm",
     layouts=("shuffled",),
-    dtypes=_HALF,
-    fp8_kv=True,
     head_dims=_PAGED_DIMS,
     max_group=16,  # above it the kernel's head index is wrong
     block_multiple=16,
-    min_window=None,
-    softcap=False,
-    sinks=False,
 )
 # Reaches the ASM kernel from some batch on, so it has that kernel's terms at any batch.
-_PAGED_COMMON = KernelContract(
+_PAGED_COMMON = _plain(
     name="paged_attention_common",
     layouts=("shuffled",),
-    dtypes=_HALF,
-    fp8_kv=True,
     head_dims=(128,),
     max_group=16,
     block_sizes=(16,),
-    min_window=None,
-    softcap=False,
-    sinks=False,
     any_scale=False,
 )
 # Several query tokens a row it takes too, but a window then counts otherwise.
-_GLUON = KernelContract(
+_GLUON = _aiter(
     name="pa_decode_gluon",
     layouts=("shuffled",),
-    dtypes=_HALF,
-    fp8_kv=True,
     head_dims=_PAGED_DIMS,
     max_group=64,
     block_sizes=(16, 64),
     softcap=False,
 )
 _UNIFIED, _UNIFIED_SHUFFLED = (
-    KernelContract(
+    _aiter(
         name="unified_attention",
         layouts=(layout,),
-        dtypes=_HALF,
-        fp8_kv=True,
         min_head_dim=32,
         max_head_dim=256,
         pow2_head_dim=pow2,  # shuffled, other sizes give NaN
@@ -88,15 +77,8 @@ _UNIFIED, _UNIFIED_SHUFFLED = (
 )
 # Keys and values come dense, gathered from the cache where there is context. Sinks: its ASM variant drops them. A
 # window of 1 is told as (0, 0), which it takes for none.
-_FLASH = KernelContract(
-    name="flash_attn_varlen_func",
-    layouts=_BOTH,
-    dtypes=_HALF,
-    fp8_kv=True,
-    head_dim_multiple=8,
-    max_head_dim=256,
-    min_window=2,
-    sinks=False,
+_FLASH = _aiter(
+    name="flash_attn_varlen_func", layouts=_BOTH, head_dim_multiple=8, max_head_dim=256, min_window=2, sinks=False
 )
 # Both norm, turn and store in one launch; of the kernels that store alone, rope goes before. aiter's stores what it
 # turned unrounded, limited to an fp8 cache's codes (Triton's conversion does that on both GPUs).
@@ -115,79 +97,53 @@ _ROPE_AND_WRITE = KernelContract(
     name="triton rope_and_write", layouts=_BOTH, dtypes=_ALL, fp8_kv=True, partial_rope=False
 )
 _TRITON_WRITE = KernelContract(name="triton write_kv", layouts=_BOTH, dtypes=_ALL, fp8_kv=True)
-_RESHAPE, _RESHAPE_FLASH = (
-    KernelContract(name=name, layouts=(layout,), dtypes=_HALF, fp8_kv=True)
-    for name, layout in (("reshape_and_cache", "shuffled"), ("reshape_and_cache_flash", "linear"))
-)
+_RESHAPE = _aiter(name="reshape_and_cache", layouts=("shuffled",))
+_RESHAPE_FLASH = _aiter(name="reshape_and_cache_flash", layouts=("linear",))
 # Query heads that the persistent kernels take with one query token a row, natively or folded to 16 heads a row, on
 # gfx942 and gfx950, from bfloat16 queries over a cache of bfloat16 or fp8 (aiter's asm_mla.cu and mla_asm.csv).
 MLA_HEADS = tuple(range(16, 129, 16))
-_AITER_MLA = KernelContract(
-    name="mla_decode_fwd",
-    layouts=("latent",),
-    dtypes=(torch.bfloat16,),
-    fp8_kv=True,
-    heads=MLA_HEADS,
-    latent_parts=(512, 64),
-    min_window=None,
-    softcap=False,
-    sinks=False,
+_AITER_MLA = _plain(
+    name="mla_decode_fwd", layouts=("latent",), dtypes=(torch.bfloat16,), heads=MLA_HEADS, latent_parts=(512, 64)
 )
-_FLASH_LATENT = KernelContract(
-    name="flash_attn_varlen_func",
-    layouts=("latent",),
-    dtypes=_HALF,
-    fp8_kv=True,
-    max_dense_dim=256,
-    min_window=None,
-    softcap=False,
-    sinks=False,
-)
+_FLASH_LATENT = _plain(name="flash_attn_varlen_func", layouts=("latent",), max_dense_dim=256)
 
 _INSTINCT = ("gfx942", "gfx950")
 _UNIFIED_BOTH = (_UNIFIED, _UNIFIED_SHUFFLED)
 _AITER_WRITE = (_FUSED_ROPE_WRITE, _ROPE_AND_WRITE, _RESHAPE, _RESHAPE_FLASH)
+_rocm = partial(BackendContract, archs=_INSTINCT, requires=("aiter", "triton"))
 # In order of preference. Those of latent attention come last, where models without it never get to.
 CONTRACTS = (
-    BackendContract(
+    _rocm(
         name="ROCM_ATTN",
         layouts=("shuffled",),
         decode=(_PAGED_ROCM,),
         rerouted_decode=(_TRITON_DECODE,),
         chunks=(_TRITON_EXTEND,),
         write=(_ROPE_AND_WRITE, _RESHAPE),
-        archs=_INSTINCT,
-        requires=("aiter", "triton"),
     ),
-    BackendContract(
+    _rocm(
         name="ROCM_AITER_FA",
         layouts=_BOTH,
         decode=(_PAGED_V1, _PAGED_COMMON, _PAGED_ROCM),
         rerouted_decode=_UNIFIED_BOTH,
         chunks=(_FLASH, *_UNIFIED_BOTH),
         write=_AITER_WRITE,
-        archs=_INSTINCT,
-        requires=("aiter", "triton"),
     ),
-    BackendContract(
+    _rocm(
         name="ROCM_AITER_UNIFIED_ATTN",
         layouts=_BOTH,
         decode=_UNIFIED_BOTH,
         chunks=_UNIFIED_BOTH,
         write=_AITER_WRITE,
-        archs=_INSTINCT,
-        requires=("aiter", "triton"),
     ),
     # After the one that serves all it serves: it is taken where it was measured to be faster, or asked for.
-    BackendContract(
+    _rocm(
         name="ROCM_AITER_GLUON",
         layouts=("shuffled",),
         decode=(_GLUON,),
         rerouted_decode=(_UNIFIED_SHUFFLED,),
         chunks=(_UNIFIED_SHUFFLED,),
         write=_AITER_WRITE,
-        archs=_INSTINCT,
-        requires=("aiter", "triton"),
         min_aiter=(0, 1, 20),  # of how it counts a window's keys no earlier version was read
     ),
     BackendContract(
@@ -209,15 +165,12 @@ CONTRACTS = (
         requires=("native",),
     ),
     BackendContract(name="TORCH_ATTN", layouts=_BOTH, decode=(_TORCH,), chunks=(_TORCH,)),
-    BackendContract(
+    _rocm(
         name="ROCM_AITER_MLA",
         layouts=("latent",),
         decode=(_AITER_MLA,),
         chunks=(_FLASH_LATENT,),
-        archs=_INSTINCT,
-        requires=("aiter", "triton"),
         min_aiter=(0, 1, 20),  # of the planning kernel's arguments no earlier version was read
-        latent=True,
     ),
     BackendContract(
         name="TRITON_MLA",
@@ -226,13 +179,6 @@ CONTRACTS = (
         chunks=(_TRITON_MLA,),
         archs=("sm_90", "sm_100", "sm_103", *_INSTINCT),  # other NVIDIA GPUs' shared memory is below its tiles' 184 KB
         requires=("triton",),
-        latent=True,
     ),
-    BackendContract(
-        name="TORCH_MLA",
-        layouts=("latent",),
-        decode=(_TORCH_MLA,),
-        chunks=(_TORCH_MLA,),
-        latent=True,
-    ),
+    BackendContract(name="TORCH_MLA", layouts=("latent",), decode=(_TORCH_MLA,), chunks=(_TORCH_MLA,)),
 )

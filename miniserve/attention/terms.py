@@ -148,7 +148,11 @@ class BackendContract:
     fp8_archs: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
     min_aiter: Version = MINIMUM_VERSION
-    latent: bool = False
+
+    @property
+    def latent(self) -> bool:
+        """It is for latent (MLA) attention, and for nothing else."""
+        return "latent" in self.layouts
 
     def platform_refusals(self, platform: Platform) -> Iterator[str]:
         """Why this backend cannot run there whatever the model."""
