@@ -171,16 +171,8 @@ class ShuffledLayout(KVLayout):
         return k.view(cache.key.dtype), v.view(cache.value.dtype)
 
 
-def pack_shuffled(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Linear blocks [..., block_size, num_kv_heads, head_dim] -> the shuffled key and value of the same blocks."""
-    x = _lanes(k.dtype)
-    key = k.unflatten(-1, (-1, x)).movedim(-4, -2)  # [..., KH, D/x, BS, x]
-    value = v.unflatten(-3, (-1, x)).movedim(-3, -1).movedim(-3, -4)  # [..., KH, BS/x, D, x]
-    return key.contiguous(), value.contiguous()
-
-
 def unpack_shuffled(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of `pack_shuffled`."""
+    """Shuffled keys and values of some blocks -> the linear ones, [..., block_size, num_kv_heads, head_dim] each."""
     k = key.movedim(-2, -4).flatten(-2)  # [..., BS, KH, D]
     v = value.movedim(-1, -2).flatten(-3, -2).movedim(-3, -2)  # via [..., KH, BS, D]
     return k.contiguous(), v.contiguous()

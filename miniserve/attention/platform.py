@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -37,6 +38,11 @@ class Platform:
     native_unavailable: str | None = None
     fastest_layout: str | None = None
     emulated: bool = False
+
+    @property
+    def vendor(self) -> Literal["cuda", "hip"]:
+        """Whose GPU it is, as launches of Triton kernels ask."""
+        return "hip" if self.arch.startswith("gfx") else "cuda"
 
     @property
     def fp8_dtype(self) -> torch.dtype:

@@ -31,6 +31,11 @@ class RopeConfig:
     truncate: bool | None = None
 
 
+def yarn_magnitude(factor: float | None, mscale: float | None) -> float:
+    """By which YaRN (Peng et al. 2023) raises queries and keys; 1 where it does not stretch."""
+    return 1.0 if factor is None or factor <= 1 or not mscale else 0.1 * mscale * math.log(factor) + 1.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentConfig:
     """Multi-head latent attention (DeepSeek-V2, section 2.1). q_lora_rank None: queries are projected in one step.
@@ -108,12 +113,10 @@ class ModelConfig:
     @property
     def attention_scale(self) -> float:
         """What multiplies q·k. YaRN raises it where latent attention states mscale_all_dim (DeepSeek-V2's code)."""
-        rope = self.rope
         scale: float = self.head_dim**-0.5
-        if self.latent is None or not rope.mscale_all_dim or rope.factor is None or rope.factor <= 1:
+        if self.latent is None:
             return scale
-        magnitude = 0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0
-        return scale * magnitude * magnitude
+        return scale * yarn_magnitude(self.rope.factor, self.rope.mscale_all_dim) ** 2
 
     @property
     def widest_mlp(self) -> int:

@@ -57,12 +57,7 @@ def locate(
         require_files(path, model, weights=weights)
         check_config(_read_json(path / "config.json"), model)
         return ModelSource(model, path.resolve(), f"local directory {path.resolve()}")
-    _refuse_a_lost_path(model, path)
-    target = resolve_alias(model)
-    if target is not None:
-        notify(f"{model} is not a repository on the Hugging Face hub; taking {target}.")
-        model = target
-    return _locate_on_hub(model, revision, weights, notify)
+    return _locate_on_hub(_hub_id(model, path, notify), revision, weights, notify)
 
 
 def locate_config(
@@ -80,11 +75,7 @@ def locate_config(
     if model is None or model == BUILT_IN:
         source = locate(model, revision, weights=False)
         return source.name, _read_json(source.path / "config.json")
-    _refuse_a_lost_path(model, path)
-    target = resolve_alias(model)
-    if target is not None:
-        notify(f"{model} is not a repository on the Hugging Face hub; taking {target}.")
-        model = target
+    model = _hub_id(model, path, notify)
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     with _hub_errors(model, revision):
@@ -130,12 +121,17 @@ def _refuse_revision(revision: str | None, what: str) -> None:
         raise UserError(f"--revision {revision} means nothing for {what}: leave it out, or name a hub repository.")
 
 
-def _refuse_a_lost_path(model: str, path: Path) -> None:
+def _hub_id(model: str, path: Path, notify: Callable[[str], None]) -> str:
+    """The repository that is meant by `model`, which is no directory."""
     if path.is_file():
         raise UserError(f"{model} is a file: give the directory that holds config.json and the safetensors files.")
     looks_like_path = model.startswith((".", "/", "~", "\\")) or model.endswith("/") or model.count("/") > 1
     if looks_like_path or not model:
         raise UserError(f"There is no directory {model!r}: give an existing directory or a hub id such as owner/name.")
+    if (target := resolve_alias(model)) is None:
+        return model
+    notify(f"{model} is not a repository on the Hugging Face hub; taking {target}.")
+    return target
 
 
 # --- the Hugging Face hub -----------------------------------------------------------------------------------------

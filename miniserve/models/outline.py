@@ -15,6 +15,7 @@ import torch
 from miniserve.attention.spec import AttentionSpec, LatentDims
 from miniserve.core import UserError
 from miniserve.models.config import MODEL_TYPES, weight_quantization
+from miniserve.models.description import yarn_magnitude
 
 Config = dict[str, Any]
 
@@ -129,7 +130,9 @@ def _layers(config: Config, dtype: torch.dtype) -> tuple[AttentionSpec | None, .
             config["kv_lora_rank"], config["qk_rope_head_dim"], config["qk_nope_head_dim"], config["v_head_dim"]
         )
         kv_heads, head_dim = 1, latent.kv_lora_rank + latent.rope_dim
-        scale = (latent.nope_dim + latent.rope_dim) ** -0.5 * _yarn_magnitude(config) ** 2
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        magnitude = yarn_magnitude(rope.get("factor", 1), rope.get("mscale_all_dim"))
+        scale = (latent.nope_dim + latent.rope_dim) ** -0.5 * magnitude**2
     spec = AttentionSpec(
         num_heads=heads,
         num_kv_heads=kv_heads,
@@ -169,15 +172,6 @@ def _layer_types(config: Config) -> list[str]:
     if model_type in ("qwen2", "qwen3"):
         windowed = max(windowed, config.get("max_window_layers", 28))
     return ["sliding_attention" if index >= windowed else "full_attention" for index in range(count)]
-
-
-def _yarn_magnitude(config: Config) -> float:
-    """By which YaRN raises both queries and keys of latent attention (DeepSeek-V2's code)."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not rope.get("mscale_all_dim") or rope.get("factor", 1) <= 1:
-        return 1.0
-    magnitude: float = 0.1 * rope["mscale_all_dim"] * math.log(rope["factor"]) + 1.0
-    return magnitude
 
 
 def _attention_elements(config: Config, spec: AttentionSpec | None, tp: int) -> int:

@@ -9,6 +9,7 @@ logits the sampler wants. All graphs share one memory pool, as only one of them 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -155,14 +156,7 @@ class DecodeGraphs:
 
     def _run(self, bucket: int) -> torch.Tensor:
         """The logits [bucket, vocab_size] that the next tokens follow from."""
-        step = StepTensors(
-            self._step.rows[:bucket],
-            self._step.input_ids[:bucket],
-            self._step.positions[:bucket],
-            self._step.slots[:bucket],
-            self._step.seq_lens[:bucket],
-            self._step.block_tables[:bucket],
-        )
+        step = StepTensors(*(getattr(self._step, field.name)[:bucket] for field in fields(StepTensors)))
         advance(self._state, step, self._block_size, explicit=self._explicit)
         decode = DecodeRows(step.block_tables, step.seq_lens, self._max_seq_len, host_seq_lens=None)
         return self._served.logits(step.input_ids, step.positions, StepBatch(step.slots, decode))

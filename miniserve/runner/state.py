@@ -90,14 +90,9 @@ class StepState:
         self._append_blocks(plan.new_blocks)
         ids, positions, slots = [], [], []
         decode = None
-        if plan.decode_rows:
-            rows, lens, decode = self._advance(plan.decode_rows)
-            ids.append(last_tokens[rows])
-            positions.append(lens)
-            slots.append(self._slots(rows, lens))
-        elif plan.draft_runs:
-            rows, lens, decode = self._place(plan)
-            ids.append(self._to_device(_run_tokens(plan)))
+        if plan.num_decode_tokens:
+            rows, lens, decode = self._place(plan) if plan.draft_runs else self._advance(plan.decode_rows)
+            ids.append(self._to_device(_run_tokens(plan)) if plan.draft_runs else last_tokens[rows])
             positions.append(lens)
             slots.append(self._slots(rows, lens))
         extends, prefills, starts = _arrange(plan)

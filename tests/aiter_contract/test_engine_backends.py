@@ -13,11 +13,9 @@ from engine_support import stand_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miniserve.attention import aiter
 from miniserve.attention.backends.base import Backend
-from miniserve.attention.backends.build import build_backend, rope_writer
+from miniserve.attention.backends.build import build_backend
 from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.backends.rocm_aiter_fa import FlashBackend
 from miniserve.attention.metadata import DecodeRows, StepBatch
 from miniserve.attention.platform import emulated_platform
 from miniserve.attention.select import Choice, select
@@ -41,9 +39,10 @@ def build(step: Step, choice: Choice, arch: str, specs: tuple[AttentionSpec, ...
         max_rows=64,
         max_seq_len=600,
     )
-    if changes and choice.backend == "ROCM_AITER_FA":
-        return FlashBackend(step.layout, aiter.load(), rope_writer(step.layout, options), options, **changes)
-    return build_backend(choice, step.layout.block_size, options)
+    backend = build_backend(choice, step.layout.block_size, options)
+    for name, value in changes.items():
+        setattr(backend, name, value)
+    return backend
 
 
 @st.composite

@@ -38,3 +38,11 @@ def attend_one(layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.double() - want).norm() / want.norm())
+
+
+def pack_shuffled(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Linear blocks [..., block_size, num_kv_heads, head_dim] -> the shuffled key and value of the same blocks."""
+    x = 16 // k.dtype.itemsize
+    key = k.unflatten(-1, (-1, x)).movedim(-4, -2)  # [..., KH, D/x, BS, x]
+    value = v.unflatten(-3, (-1, x)).movedim(-3, -1).movedim(-3, -4)  # [..., KH, BS/x, D, x]
+    return key.contiguous(), value.contiguous()

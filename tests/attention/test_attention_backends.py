@@ -39,7 +39,9 @@ def make_backend(name: str, layout: KVLayout, spec: AttentionSpec) -> Backend[An
             max_rows=8,
             max_seq_len=256,
         )
-        return TritonBackend(layout, torch_kernels(), options, linearize_from=2)
+        backend = TritonBackend(layout, torch_kernels(), options)
+        backend.linearize_from = 2
+        return backend
     return CpuBackend(layout, native.load()) if name == "CPU_ATTN" else TorchBackend(layout)
 
 

@@ -32,7 +32,9 @@ MHA = AttentionSpec(4, 2, 64, 0.125, torch.bfloat16, torch.bfloat16)
 @given(case=latent_cases(), context_tokens=st.sampled_from([1, 7, 16, 4096]), seed=st.integers(0, 99))
 def test_a_step_is_what_the_formula_gives(case: Case, context_tokens: int, seed: int) -> None:
     step = make_latent_step(case, seed)
-    step.check(TorchLatentBackend(step.layout, context_tokens))
+    backend = TorchLatentBackend(step.layout)
+    backend.context_tokens = context_tokens
+    step.check(backend)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -47,7 +49,9 @@ def test_an_fp8_cache_is_read_by_the_scale_it_was_written_with(
 ) -> None:
     case = (dataclasses.replace(case[0], kv_dtype=kv_dtype), *case[1:])
     step = make_latent_step(case, seed, kv_scale)
-    step.check(TorchLatentBackend(step.layout, 16))
+    backend = TorchLatentBackend(step.layout)
+    backend.context_tokens = 16
+    step.check(backend)
 
 
 def test_small_workspaces_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from attention_reference import pack_shuffled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miniserve.attention.layouts import LAYOUTS, LinearLayout, ShuffledLayout, pack_shuffled, unpack_shuffled
+from miniserve.attention.layouts import LAYOUTS, LinearLayout, ShuffledLayout, unpack_shuffled
 from miniserve.attention.spec import AttentionSpec
 
 CPU = torch.device("cpu")

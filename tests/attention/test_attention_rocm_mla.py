@@ -110,7 +110,7 @@ def test_rocm_aiter_mla_is_what_the_formula_gives(
     with stand_in(arch, 4):
         step = make_latent_step((spec, *rest), seed, kv_scale if fp8 else 1.0)
         backend = aiter_backend(step, arch)
-        backend._context_tokens = pieces
+        backend.context_tokens = pieces
         step.check(backend, 3e-2)
 
 

@@ -73,7 +73,9 @@ def small_model(path: Path, architecture: str, number: int, native_ops: bool = F
 def make_backend(model: CausalLM, setup: Setup) -> Backend[Any]:
     """Models with latent attention have one layout and one backend, whatever the setup says."""
     if model.config.latent is not None:
-        return TorchLatentBackend(LatentLayout(setup.block_size), context_tokens=11)
+        latent = TorchLatentBackend(LatentLayout(setup.block_size))
+        latent.context_tokens = 11
+        return latent
     layout = LAYOUTS[setup.layout](setup.block_size)
     return CpuBackend(layout, KERNELS) if setup.backend == "CPU_ATTN" and KERNELS else TorchBackend(layout)
 

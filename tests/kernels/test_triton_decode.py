@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from attention_reference import pack_shuffled
 from triton_support import (
     DEVICE,
     DTYPES,
@@ -23,7 +24,6 @@ from triton_support import (
     random_cache,
 )
 
-from miniserve.attention.layouts import pack_shuffled
 from miniserve.kernels.triton.launch import Launch
 from miniserve.kernels.triton.paged_decode import paged_decode
 from miniserve.kernels.triton.split_kv import DecodeScratch

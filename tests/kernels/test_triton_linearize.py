@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 import torch
+from attention_reference import pack_shuffled
 from triton_support import DEVICE, FP8, attend, block_tables, close, end_of_a_pool_above_4_gib, int32, normal
 
-from miniserve.attention.layouts import pack_shuffled
 from miniserve.kernels.triton.linearize import linearize
 from miniserve.kernels.triton.paged_extend import paged_extend
 

@@ -63,7 +63,7 @@ def test_steps_of_all_kinds(dtype: torch.dtype) -> None:
 def test_contexts_longer_than_a_piece() -> None:
     step = made(SMALL, [(100, 1), (90, 30), (40, 20)], 1)
     small = backend(step)
-    small._context_tokens = 64
+    small.context_tokens = 64
     step.check(small)
 
 

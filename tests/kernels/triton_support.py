@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-
-from miniserve.attention.layouts import pack_shuffled
+from attention_reference import pack_shuffled
 
 NATIVE = torch.cuda.is_available()
 if not NATIVE and os.environ.get("TRITON_INTERPRET") != "1":

@@ -16,7 +16,7 @@ import torch
 
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.context import GatheredRows, RaggedLens, context_pieces
-from miniserve.attention.layouts import KVCache, KVLayout
+from miniserve.attention.layouts import KVCache
 from miniserve.attention.merge import merge_lse
 from miniserve.attention.metadata import DecodeRows, StepBatch
 from miniserve.attention.spec import LatentLayer
@@ -52,9 +52,7 @@ class LatentMetadata(Generic[Decode]):
 class LatentBackend(Backend[LatentMetadata[Decode]]):
     """Subclasses say how decode rows are described and computed, and how dense keys and values are attended to."""
 
-    def __init__(self, layout: KVLayout, context_tokens: int = CONTEXT_TOKENS) -> None:
-        super().__init__(layout)
-        self._context_tokens = context_tokens
+    context_tokens = CONTEXT_TOKENS
 
     @abstractmethod
     def build_decode(self, rows: DecodeRows) -> Decode:
@@ -108,7 +106,7 @@ class LatentBackend(Backend[LatentMetadata[Decode]]):
             groups[0].query_start + sum(sizes),
             cu_query_lens,
             max(length for group in groups for length in group.query_lens),
-            () if extend is None else context_pieces(extend, self.layout.block_size, self._context_tokens),
+            () if extend is None else context_pieces(extend, self.layout.block_size, self.context_tokens),
         )
 
     def attend_latent(

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.formula import attention_by_formula, visible_keys
 from miniserve.attention.layouts import LAYOUTS, KVCache
 from miniserve.attention.spec import AttentionSpec
@@ -61,27 +62,17 @@ def torch_kernels() -> PagedKernels:
 class SplitPlan:
     """How many programs share a row's keys, by the step's rows and longest row, and the scratch that takes at most."""
 
-    def __init__(
-        self,
-        kernels: PagedKernels,
-        spec: AttentionSpec,
-        arch: str,
-        num_sms: int,
-        max_rows: int,
-        max_seq_len: int,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, kernels: PagedKernels, spec: AttentionSpec, options: BackendOptions) -> None:
         self.scratch: object = None
-        self._num_sms = num_sms
+        self._num_sms = options.platform.compute_units
         self._split = kernels.allocate_scratch is not None
         if kernels.allocate_scratch is None:
             return
         group = spec.num_heads // spec.num_kv_heads
-        vendor = "hip" if arch.startswith("gfx") else "cuda"
-        self._launch = decode_launch(vendor, spec.head_dim, spec.kv_dtype.itemsize, group)  # type: ignore[arg-type]
+        self._launch = decode_launch(options.platform.vendor, spec.head_dim, spec.kv_dtype.itemsize, group)
         self._head_tiles = spec.num_kv_heads * cdiv(group, self._launch.block_m)
-        launches = [(rows, self.splits(rows, max_seq_len)) for rows in range(1, max_rows + 1)]
-        self.scratch = kernels.allocate_scratch(launches, spec.num_heads, spec.head_dim, device)
+        launches = [(rows, self.splits(rows, options.max_seq_len)) for rows in range(1, options.max_rows + 1)]
+        self.scratch = kernels.allocate_scratch(launches, spec.num_heads, spec.head_dim, options.device)
 
     def splits(self, rows: int, max_seq_len: int) -> int:
         if not self._split:

@@ -80,26 +80,16 @@ class FlashMetadata:
 
 
 class FlashBackend(Backend[FlashMetadata]):
-    """context_tokens: of cached context, how many are gathered at once."""
-
     graphs = True
+    context_tokens = CONTEXT_TOKENS
 
-    def __init__(
-        self,
-        layout: KVLayout,
-        aiter: Aiter,
-        writer: RopeWriter,
-        options: BackendOptions,
-        *,
-        context_tokens: int = CONTEXT_TOKENS,
-    ) -> None:
+    def __init__(self, layout: KVLayout, aiter: Aiter, writer: RopeWriter, options: BackendOptions) -> None:
         super().__init__(layout)
         self._aiter, self._writer = aiter, writer
         self._routes = options.routes
         self.fuses_rope = fuses_rope(options.routes)
         self._compute_units = options.platform.compute_units
         self._trust_asm_lengths = options.trust_asm_lengths
-        self._context_tokens = context_tokens
         self._scratch = PagedScratch(options)
         self._asm_scales = AsmScales(layout.block_size)
         self._counting = torch.arange(options.max_rows + 1, dtype=torch.int32, device=options.device)
@@ -114,7 +104,7 @@ class FlashBackend(Backend[FlashMetadata]):
             decode = DecodeMetadata(decode_rows(batch.decode, self._counting), wrong)
         if (group := batch.extend) is not None:
             block_size = self.layout.block_size
-            pieces = context_pieces(group, block_size, self._context_tokens) if self._gathers_all else ()
+            pieces = context_pieces(group, block_size, self.context_tokens) if self._gathers_all else ()
             windowed = {window: windowed_rows(group, block_size, window) for window in self._windows}
             extend = ExtendMetadata(chunk_rows(group), pieces, windowed)
         prefill = None if batch.prefill is None else chunk_rows(batch.prefill)

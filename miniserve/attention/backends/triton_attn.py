@@ -7,7 +7,6 @@ cut.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -53,31 +52,20 @@ class PagedMetadata:
 
 
 class TritonBackend(Backend[PagedMetadata]):
-    """linearize_from: query tokens of a chunk from which the blocks it sees are copied into the linear layout."""
-
     graphs = True
+    linearize_from = LINEARIZE_FROM
 
-    def __init__(
-        self,
-        layout: KVLayout,
-        kernels: PagedKernels,
-        options: BackendOptions,
-        *,
-        linearize_from: int = LINEARIZE_FROM,
-    ) -> None:
+    def __init__(self, layout: KVLayout, kernels: PagedKernels, options: BackendOptions) -> None:
         super().__init__(layout)
         self._kernels = kernels
         self.fuses_rope = fuses_rope(options.routes)
-        platform = options.platform
         # Copies and splits of chunks were measured on NVIDIA's GPUs alone.
-        on_nvidia = platform.arch.startswith("sm_")
-        self._split_over = platform.compute_units if on_nvidia else 1
-        copies = layout.name == "shuffled" and on_nvidia
-        self._linearize_from = linearize_from if copies else sys.maxsize
+        on_nvidia = options.platform.vendor == "cuda"
+        self._split_over = options.platform.compute_units if on_nvidia else 1
+        self._copies = layout.name == "shuffled" and on_nvidia
         # A graph copies block tables of any length, so it must have room for the longest.
-        self.chunk_graphs = not copies or CHUNKS_IN_GRAPH * options.max_seq_len <= LINEARIZED_TOKENS
-        sizes = (platform.arch, platform.compute_units, options.max_rows, options.max_seq_len, options.device)
-        self._plans = {_shape(spec): SplitPlan(kernels, spec, *sizes) for spec in options.specs}
+        self.chunk_graphs = not self._copies or CHUNKS_IN_GRAPH * options.max_seq_len <= LINEARIZED_TOKENS
+        self._plans = {_shape(spec): SplitPlan(kernels, spec, options) for spec in options.specs}
 
     def build(self, batch: StepBatch) -> PagedMetadata:
         return PagedMetadata(batch.slot_mapping, batch.decode, tuple(self._chunk(group) for group in batch.chunks))
@@ -85,7 +73,8 @@ class TritonBackend(Backend[PagedMetadata]):
     def _chunk(self, group: ChunkRows) -> ChunkMetadata:
         rows, linear_tables = chunk_rows(group), None
         tables, count = rows.block_tables, sum(length > 0 for length in group.query_lens)
-        if rows.max_query_len >= self._linearize_from and tables.numel() * self.layout.block_size <= LINEARIZED_TOKENS:
+        fits = tables.numel() * self.layout.block_size <= LINEARIZED_TOKENS
+        if self._copies and fits and rows.max_query_len >= self.linearize_from:
             linear_tables = torch.arange(tables.numel(), dtype=torch.int32, device=tables.device).view(tables.shape)
         return ChunkMetadata(rows, count, linear_tables)
 

@@ -4,7 +4,6 @@ GPUs; chunks through PyTorch's flash attention, where there is one."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch.nn import functional
@@ -38,12 +37,8 @@ def _launches(spec: AttentionSpec, platform: Platform, max_rows: int, max_seq_le
 
 
 def _splits(spec: AttentionSpec, platform: Platform, rows: int, max_seq_len: int) -> int:
-    launch = mla_launch(_vendor(platform), spec.num_heads, spec.kv_dtype.itemsize)
+    launch = mla_launch(platform.vendor, spec.num_heads, spec.kv_dtype.itemsize)
     return choose_splits(rows, cdiv(spec.num_heads, launch.block_m), max_seq_len, launch, platform.compute_units)
-
-
-def _vendor(platform: Platform) -> Literal["cuda", "hip"]:
-    return "hip" if platform.arch.startswith("gfx") else "cuda"
 
 
 class TritonLatentBackend(TorchLatentBackend):
@@ -102,7 +97,7 @@ class TritonLatentBackend(TorchLatentBackend):
         causal: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         dim = dense_dim(q, v)
-        if _vendor(self._platform) == "hip" or q.dtype not in _FLASH_DTYPES or dim > _FLASH_MAX_DIM:
+        if self._platform.vendor == "hip" or q.dtype not in _FLASH_DTYPES or dim > _FLASH_MAX_DIM:
             return super().attend_dense(layer, q, k, v, lens, causal=causal)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             *(padded(tensor, dim) for tensor in (q, k, v)), *lens, 0.0, causal, False, scale=layer.spec.scale

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from miniserve.core import UserError
-from miniserve.models.description import RopeConfig
+from miniserve.models.description import RopeConfig, yarn_magnitude
 from miniserve.models.layers.base import Module
 from miniserve.models.layers.embedding import LookUp
 
@@ -95,13 +95,9 @@ def _yarn(rope: RopeConfig, powers: torch.Tensor, head_dim: int) -> tuple[torch.
 def _yarn_attention_factor(rope: RopeConfig, factor: float) -> float:
     if rope.attention_factor is not None:
         return rope.attention_factor
-
-    def magnitude(scale: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
-
     if rope.mscale and rope.mscale_all_dim:
-        return magnitude(rope.mscale) / magnitude(rope.mscale_all_dim)
-    return magnitude(1.0)
+        return yarn_magnitude(factor, rope.mscale) / yarn_magnitude(factor, rope.mscale_all_dim)
+    return yarn_magnitude(factor, 1.0)
 
 
 def _given(value: float | None) -> float:
