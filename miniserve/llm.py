@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -209,7 +209,7 @@ class LLM:
         num_sequences, num_tokens, start = len(unfinished), 0, time.monotonic()
         with (
             _bars(progress, MofNCompleteColumn(), TextColumn("{task.fields[rate]}")) as bars,
-            _interrupts() as interrupts,
+            _late_interrupts() as raise_interrupt,
         ):
             bar = bars.add_task("Generating", total=num_sequences, rate="")
             try:
@@ -220,7 +220,7 @@ class LLM:
                     num_tokens += self._step(unfinished)
                     rate = f"{num_tokens / (time.monotonic() - start):,.0f} tokens/s"
                     bars.update(bar, completed=num_sequences - len(unfinished), rate=rate)
-                    interrupts.raise_late()
+                    raise_interrupt()
             finally:
                 if self._broken is None:
                     self._loop.abort(unfinished)
@@ -319,31 +319,26 @@ def _bars(wanted: bool, *columns: ProgressColumn) -> Progress:
     return Progress(described, BarColumn(), *columns, TimeRemainingColumn(), console=console, disable=not shown)
 
 
-class _Interrupts:
-    """Remembers a Ctrl-C until the engine has finished its step: a step cut short cannot be continued. The second one
-    comes through at once, and costs the engine."""
-
-    def __init__(self) -> None:
-        self._pending = False
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self._pending:
-            raise KeyboardInterrupt
-        self._pending = True
-
-    def raise_late(self) -> None:
-        if self._pending:
-            raise KeyboardInterrupt
-
-
 @contextmanager
-def _interrupts() -> Iterator[_Interrupts]:
-    interrupts = _Interrupts()
+def _late_interrupts() -> Iterator[Callable[[], None]]:
+    """Keep a Ctrl-C until the function yielded is called, when the engine has finished its step: a step cut short
+    cannot be continued. The second one comes through at once, and costs the engine."""
+    pending = False
+
+    def raise_pending() -> None:
+        if pending:
+            raise KeyboardInterrupt
+
+    def keep(number: int, frame: FrameType | None) -> None:
+        nonlocal pending
+        raise_pending()
+        pending = True
+
     if threading.current_thread() is not threading.main_thread():
-        yield interrupts  # Ctrl-C reaches the main thread alone
+        yield raise_pending  # Ctrl-C reaches the main thread alone
         return
-    previous = signal.signal(signal.SIGINT, interrupts)
+    previous = signal.signal(signal.SIGINT, keep)
     try:
-        yield interrupts
+        yield raise_pending
     finally:
         signal.signal(signal.SIGINT, previous)

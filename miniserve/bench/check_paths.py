@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -119,29 +120,28 @@ class Machine:
             for spec in self.specs
         ]
 
-    def choose(self, backend: str, layout: str, kv_cache_dtype: str) -> Choice:
+    def choose(self, path: AttentionPath) -> Choice:
         """Raises `UserError` where there is no such path."""
-        return select(
-            self.with_kv(kv_cache_dtype), self.platform, block_size=self.block_size, backend=backend, layout=layout
-        )
+        specs = self.with_kv(path.kv_cache_dtype)
+        return select(specs, self.platform, block_size=self.block_size, backend=path.backend, layout=path.layout)
 
     def paths(self, kv_cache_dtypes: Sequence[str] = ("auto", "fp8")) -> Iterator[AttentionPath]:
         """Every path that can serve all layers."""
-        for kv_cache_dtype in kv_cache_dtypes:
-            for contract in CONTRACTS:
-                for layout in contract.layouts:
-                    try:
-                        self.choose(contract.name, layout, kv_cache_dtype)
-                    except UserError:
-                        continue
-                    yield AttentionPath(contract.name, layout, kv_cache_dtype)
+        for kv_cache_dtype, contract in itertools.product(kv_cache_dtypes, CONTRACTS):
+            for layout in contract.layouts:
+                path = AttentionPath(contract.name, layout, kv_cache_dtype)
+                try:
+                    self.choose(path)
+                except UserError:
+                    continue
+                yield path
 
     def check(self, path: AttentionPath) -> PathResults:
         """The self-check of each kind of layer, of which a result's `layer` is the first one's index."""
         checks: list[CheckResult] = []
         feared: list[CheckResult] = []
         specs = self.with_kv(path.kv_cache_dtype)
-        choice = self.choose(path.backend, path.layout, path.kv_cache_dtype)
+        choice = self.choose(path)
         for spec, route in dict(zip(specs, choice.routes, strict=True)).items():
             options = BackendOptions(
                 specs=(spec,),

@@ -96,8 +96,7 @@ def measure_latency(
     vocab_size: int,
     *,
     batch_size: int,
-    input_len: int,
-    output_len: int,
+    shape: Shape,
     warmup: int,
     repeats: int,
     seed: int,
@@ -107,7 +106,6 @@ def measure_latency(
     prefix cache. Raises `UserError` for a count out of range."""
     if batch_size < 1 or repeats < 1 or warmup < 0:
         raise UserError("--batch-size and --repeats must be 1 or more and --warmup 0 or more.")
-    shape = Shape(input_len=input_len, output_len=output_len)
     whole, first = [], []
     for index in range(warmup + repeats):
         if index == warmup:
@@ -115,17 +113,17 @@ def measure_latency(
         # One draw for both runs of a repeat, half of it each.
         prompts = [prompt for prompt, _ in token_prompts(2 * batch_size, shape, range(vocab_size), seed + index)]
         times = [
-            _timed(generate, prompts[:batch_size], [output_len] * batch_size),
+            _timed(generate, prompts[:batch_size], [shape.output_len] * batch_size),
             _timed(generate, prompts[batch_size:], [1] * batch_size),
         ]
         if index >= warmup:
             whole.append(times[0])
             first.append(times[1])
-    decode_steps = output_len - 1
+    decode_steps = shape.output_len - 1
     return LatencyResult(
         batch_size=batch_size,
-        input_len=input_len,
-        output_len=output_len,
+        input_len=shape.input_len,
+        output_len=shape.output_len,
         whole=whole,
         first=first,
         step=[(n - one) / decode_steps for n, one in zip(whole, first, strict=True)] if decode_steps else [],

@@ -9,7 +9,7 @@ from statistics import median, quantiles
 
 from miniserve.config import SchedulerConfig
 from miniserve.core import DeviceStep, Request, RequestOutput, SamplingParams, StepPlan, StepResult, StepTraffic
-from miniserve.engine.step_log import StepLog
+from miniserve.engine.step_log import LaunchedStep, StepLog
 from miniserve.scheduler import Scheduler
 
 BLOCK_SIZE = 16
@@ -82,9 +82,7 @@ def measure_log(num_requests: int, num_steps: int) -> list[float]:
         started = time.perf_counter()
         clock = log.clock
         start, scheduled = clock(), clock()
-        opened = log.open(
-            plan, None, start=start, scheduled=scheduled, launched=clock(), preemptions=0, after_rest=False
-        )
+        opened = log.open(LaunchedStep(plan, None, start, scheduled, clock(), preemptions=0, after_rest=False))
         log.close(opened, result, wait_start=clock(), collected=clock())
         durations.append(time.perf_counter() - started)
     return durations[WARMUP_STEPS:]

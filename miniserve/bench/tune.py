@@ -8,7 +8,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -37,9 +37,6 @@ class Timing:
     context: int
     seconds: dict[int, float]
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def fault(machine: Machine, path: AttentionPath) -> str | None:
     """Why a path is not to be preferred however fast it is: its answers are wrong here, or it has none."""
@@ -53,7 +50,7 @@ def fault(machine: Machine, path: AttentionPath) -> str | None:
 def time_path(machine: Machine, path: AttentionPath, batches: Sequence[int], context: int) -> Timing:
     """Measure one path."""
     specs = machine.with_kv(path.kv_cache_dtype)
-    choice = machine.choose(path.backend, path.layout, path.kv_cache_dtype)
+    choice = machine.choose(path)
     kinds = Counter(zip(specs, choice.routes, strict=True))
     seconds = {}
     for batch in batches:

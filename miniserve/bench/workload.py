@@ -30,8 +30,8 @@ class Sample:
 class Shape:
     """Lengths in tokens. range_ratio r: each length is drawn uniformly from len·(1-r) … len·(1+r); 0 fixes it."""
 
-    input_len: int
-    output_len: int
+    input_len: int = 128
+    output_len: int = 128
     range_ratio: float = 0.0
 
     def __post_init__(self) -> None:

@@ -19,11 +19,6 @@ from miniserve.core import UserError
 
 app = typer.Typer(no_args_is_help=True, help="Measure a server from outside, or the engine from inside.")
 
-InputLen = Annotated[int, typer.Option(help="Prompt length in tokens.")]
-OutputLen = Annotated[int, typer.Option(help="Tokens to generate for each prompt.")]
-RangeRatio = Annotated[float, typer.Option(help="Draw each length from len*(1-r) to len*(1+r); 0 fixes it.")]
-Seed = Annotated[int, typer.Option(help="Seed of prompts, lengths and arrival times.")]
-
 
 def _writable(path: Path | None) -> Path | None:
     """Asked before the measurement, all of which a file that cannot be written would cost."""
@@ -41,15 +36,14 @@ PlotPath = Annotated[Path | None, typer.Option("--plot", help="Write a PNG of th
 
 
 @app.command()
+@with_settings()
 def serve(
+    shape: Shape,
     url: Annotated[str, typer.Option(help="Root of an OpenAI-compatible server.")] = "http://127.0.0.1:8000",
     model: Annotated[str | None, typer.Option(help="Model name; default: the first the server lists.")] = None,
     endpoint: Annotated[Endpoint, typer.Option(help="Which API to use.")] = "completions",
     api_key: Annotated[str | None, typer.Option(help="Sent as a bearer token.")] = None,
     num_prompts: Annotated[int, typer.Option(help="Requests to measure.")] = 100,
-    input_len: InputLen = 128,
-    output_len: OutputLen = 128,
-    range_ratio: RangeRatio = 0.0,
     concurrency: Annotated[int | None, typer.Option(help="Requests kept in flight; default 16.")] = None,
     request_rate: Annotated[float | None, typer.Option(help="Poisson arrivals a second instead.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Generate exactly --output-len tokens.")] = False,
@@ -58,7 +52,7 @@ def serve(
     prompt_type: Annotated[PromptType, typer.Option(help="auto: ids for completions, text for chat.")] = "auto",
     vocab_size: Annotated[int | None, typer.Option(help="Draw ids below this; default: ask /tokenize.")] = None,
     timeout: Annotated[float, typer.Option(help="Longest silence of the server, in seconds.")] = 600.0,
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(help="Seed of prompts, lengths and arrival times.")] = 0,
     json: JsonPath = None,
     plot: PlotPath = None,
 ) -> None:
@@ -74,7 +68,7 @@ def serve(
         plotting.load_figure_class()
     config = ServeConfig(
         url=url,
-        shape=Shape(input_len=input_len, output_len=output_len, range_ratio=range_ratio),
+        shape=shape,
         model=model,
         endpoint=endpoint,
         api_key=api_key,
@@ -99,13 +93,8 @@ def serve(
         raise typer.Exit(1)
 
 
-# Nothing is logged; and nobody reads along: what counts is the whole.
-_measured = with_settings(without=("log_level",))
-_offline = with_settings(without=("log_level",), max_itl_ratio=0.0)
-
-
 @app.command()
-@_measured
+@with_settings(without=("log_level",))
 def sweep(
     engine: EngineConfig,
     url: Annotated[str | None, typer.Option(help="A server that runs already, instead of one of ours.")] = None,
@@ -169,12 +158,11 @@ def _shapes(lengths: str) -> list[Shape]:
 
 
 @app.command()
-@_offline
+@with_settings(without=("log_level", "range_ratio"), max_itl_ratio=0.0)  # nobody reads along: what counts is the whole
 def latency(
     engine: EngineConfig,
+    shape: Shape,
     batch_size: Annotated[int, typer.Option(help="Prompts in a batch.")] = 1,
-    input_len: InputLen = 128,
-    output_len: OutputLen = 128,
     warmup: Annotated[int, typer.Option(help="Batches run first and not measured.")] = 1,
     repeats: Annotated[int, typer.Option(help="Batches to measure.")] = 5,
     json: JsonPath = None,
@@ -188,8 +176,7 @@ def latency(
         generate,
         info.vocab_size,
         batch_size=batch_size,
-        input_len=input_len,
-        output_len=output_len,
+        shape=shape,
         warmup=warmup,
         repeats=repeats,
         seed=engine.seed,
@@ -201,20 +188,17 @@ def latency(
 
 
 @app.command()
-@_offline
+@with_settings(without=("log_level",), max_itl_ratio=0.0)
 def throughput(
     engine: EngineConfig,
+    shape: Shape,
     num_prompts: Annotated[int, typer.Option(help="Prompts, all handed over at once.")] = 200,
-    input_len: InputLen = 128,
-    output_len: OutputLen = 128,
-    range_ratio: RangeRatio = 0.0,
     json: JsonPath = None,
 ) -> None:
     """Tokens a second over many prompts in this process, without HTTP."""
     from miniserve.bench import display, offline
     from miniserve.bench.report import write_json
 
-    shape = Shape(input_len=input_len, output_len=output_len, range_ratio=range_ratio)
     generate, info, count_steps = offline.open_engine(engine)
     result = offline.measure_throughput(
         generate, info.vocab_size, num_prompts=num_prompts, shape=shape, seed=engine.seed, count_steps=count_steps

@@ -54,9 +54,6 @@ class ChatClient:
         self.has_chat_template = True
         self.finish_reason: str | None = None
 
-    def close(self) -> None:
-        self._http.close()
-
     @property
     def model(self) -> str:
         """The model asked for, else the first that the server has. Raises `UserError` where no server answers."""

@@ -46,7 +46,7 @@ def check(
     if every:
         paths = list(machine.paths())
     else:
-        choice = machine.choose(engine.attention_backend, engine.kv_layout, engine.kv_cache_dtype)
+        choice = machine.choose(AttentionPath(engine.attention_backend, engine.kv_layout, engine.kv_cache_dtype))
         paths = [AttentionPath(choice.backend, choice.layout, engine.kv_cache_dtype)]
     attention = {}
     for path in paths:

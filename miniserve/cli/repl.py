@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import replace
+from typing import Any
 
 from miniserve.cli.chat_client import ChatClient, ChatError, ChatSettings, Message
 from miniserve.core import UserError
@@ -115,18 +116,16 @@ class Repl:
 
     def _set(self, argument: str) -> None:
         name, _, value = argument.partition(" ")
+        kinds: dict[str, Callable[[str], float]] = {"temperature": float, "max_tokens": int}
+        if name not in kinds:
+            _notice("/set knows temperature and max_tokens.")
+            return
         try:
-            if name == "temperature":
-                temperature = None if value == "default" else float(value)
-                self._settings = replace(self._settings, temperature=temperature)
-            elif name == "max_tokens":
-                self._settings = replace(self._settings, max_tokens=None if value == "default" else int(value))
-            else:
-                _notice("/set knows temperature and max_tokens.")
-                return
+            setting: dict[str, Any] = {name: None if value == "default" else kinds[name](value)}
         except ValueError:
             _notice(f"/set {name} takes a number or `default`, not {value!r}.")
             return
+        self._settings = replace(self._settings, **setting)
         _notice(f"{name} is {value}.")
 
 

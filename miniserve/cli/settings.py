@@ -1,4 +1,4 @@
-"""The settings of engine and server as options of commands, each declared once."""
+"""The settings of engine, server and loads as options of commands, each declared once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 import typer
 
+from miniserve.bench.workload import Shape
 from miniserve.cli.options import parse_bytes, parse_count
 from miniserve.config import LOG_LEVELS, EngineConfig
 from miniserve.server.config import ServerConfig
@@ -110,6 +111,11 @@ _OPTIONS: dict[type, dict[str, Any]] = {
             "--trust-request-chat-template", help="Accept chat templates, which are programs, from requests."
         ),
     },
+    Shape: {
+        "input_len": typer.Option(help="Prompt length in tokens."),
+        "output_len": typer.Option(help="Tokens to generate for each prompt."),
+        "range_ratio": typer.Option(help="Draw each length from len*(1-r) to len*(1+r); 0 fixes it."),
+    },
 }
 
 
@@ -119,8 +125,8 @@ Command = Callable[..., None]
 def with_settings(
     *, only: tuple[str, ...] = (), without: tuple[str, ...] = (), **defaults: object
 ) -> Callable[[Command], Command]:
-    """Give a command options instead of its `EngineConfig` and `ServerConfig`: for all their settings, or `only` for
-    some, or for all `without` some; with other `defaults` than theirs."""
+    """Give a command options instead of its `EngineConfig`, `ServerConfig` and `Shape`: for all their settings, or
+    `only` for some, or for all `without` some; with other `defaults` than theirs."""
 
     def decorate(command: Command) -> Command:
         parameters: list[inspect.Parameter] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -50,6 +51,6 @@ def tune(
     save_table(
         table,
         [f"{timing.path.backend}:{timing.path.layout}" for timing in best],
-        [timing.to_json() for timing in best],
+        [asdict(timing) for timing in best],
     )
     print(f"kept in {table}")

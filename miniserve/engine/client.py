@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections import Counter, deque
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -16,7 +17,6 @@ import msgspec
 from miniserve.config import EngineConfig
 from miniserve.core import (
     EngineInfo,
-    FinishReason,
     InvalidRequest,
     RequestOutput,
     SamplingParams,
@@ -44,21 +44,14 @@ class EngineDead(RuntimeError):
     """The engine process has ended, or is about to; `str(error)` says why."""
 
 
+@dataclass(slots=True, eq=False)
 class _Running:
     """A caller's request in progress. `sequence_ids` are its sequences' ids in the engine."""
 
-    __slots__ = ("assembler", "mailbox", "request_id", "sequence_ids")
-
-    def __init__(self, request_id: str, assembler: OutputAssembler, sequence_ids: list[str]) -> None:
-        self.request_id = request_id
-        self.mailbox = Mailbox()
-        self.assembler = assembler
-        self.sequence_ids = sequence_ids
-
-    def end(self, reason: FinishReason, error: str | None = None) -> None:
-        for delta in self.assembler.end(reason, error):
-            self.mailbox.put(delta)
-        self.mailbox.end()
+    request_id: str
+    assembler: OutputAssembler
+    sequence_ids: list[str]
+    mailbox: Mailbox = field(default_factory=Mailbox)
 
 
 class AsyncEngine:
@@ -191,7 +184,7 @@ class AsyncEngine:
         """Its blocks are free within one step."""
         if self._running.get(running.request_id) is running:
             self._forget(running)
-            running.end(FinishReason.ABORT)
+            running.mailbox.end()
 
     def last_step_age(self) -> float | None:
         """Seconds since the engine last finished a step or, at rest, answered a heartbeat; None before it was ready."""
@@ -236,7 +229,9 @@ class AsyncEngine:
             running, self._running = self._running, {}
             self._sequences.clear()
             for request in running.values():
-                request.end(FinishReason.ERROR, self.dead)
+                for delta in request.assembler.fail(self.dead):
+                    request.mailbox.put(delta)
+                request.mailbox.end()
             while self._step_readers:
                 reader = self._step_readers.popleft()
                 if not reader.done():
@@ -282,8 +277,6 @@ class AsyncEngine:
         if self._last_sign - begin >= _PERIOD:
             self.recent = event.totals.since(totals)
             self._period = (self._last_sign, event.totals)
-        for refusal in event.refusals:
-            self._refuse(refusal)
         for output in event.outputs:
             self._pass_on(output)
 
@@ -302,11 +295,3 @@ class AsyncEngine:
         if running.assembler.finished:
             self._forget(running)
             running.mailbox.end()
-
-    def _refuse(self, refusal: messages.Refusal) -> None:
-        entry = self._sequences.pop(refusal.request_id, None)
-        if entry is None:
-            return  # aborted, or another of its sequences was refused before
-        running, _ = entry
-        self._forget(running)
-        running.mailbox.end(InvalidRequest(refusal.message, refusal.param))

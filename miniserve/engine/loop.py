@@ -64,15 +64,8 @@ class EngineLoop:
         scheduled = clock()
         handle = self._runner.launch(plan)
         after_rest, self._rested = self._rested, False
-        return self.log.open(
-            plan,
-            handle,
-            start=start,
-            scheduled=scheduled,
-            launched=clock(),
-            preemptions=self._scheduler.num_preemptions - preemptions,
-            after_rest=after_rest,
-        )
+        preemptions = self._scheduler.num_preemptions - preemptions
+        return self.log.open(LaunchedStep(plan, handle, start, scheduled, clock(), preemptions, after_rest))
 
     def _finish(self, step: LaunchedStep) -> list[RequestOutput]:
         clock = self.log.clock

@@ -27,6 +27,8 @@ class Start(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class Add(msgspec.Struct, tag=True, frozen=True):
+    """Requests that have passed `check_request`: the scheduler refuses none of them."""
+
     requests: list[Request]
 
 
@@ -76,14 +78,6 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
     user_error: bool
 
 
-class Refusal(msgspec.Struct, frozen=True):
-    """A request the scheduler would not take: the fields of its `InvalidRequest`."""
-
-    request_id: str
-    message: str
-    param: str | None
-
-
 class StepOutputs(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """Sent after every step, and without outputs whenever commands changed the stats of an engine at rest.
 
@@ -91,7 +85,6 @@ class StepOutputs(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     """
 
     outputs: list[RequestOutput]
-    refusals: list[Refusal]
     stats: SchedulerStats
     totals: StepTotals
 

@@ -73,15 +73,16 @@ class OutputAssembler:
             self._finish(index)
         return self._release(delta), met_stop and output.finish_reason is None
 
-    def end(self, reason: FinishReason, error: str | None = None) -> list[CompletionDelta]:
-        """The last deltas of all unfinished sequences, which end with `reason`; text held back is dropped."""
+    def fail(self, error: str) -> list[CompletionDelta]:
+        """The last deltas of all unfinished sequences, which end with `error`; text held back is dropped."""
         deltas = list(self._held.values())
         self._held.clear()
         self._awaits_prompt_logprobs = False
         for index, detokenizer in enumerate(self._detokenizers):
             if detokenizer is not None:
-                deltas.append(CompletionDelta(index=index, text="", token_ids=[], finish_reason=reason, error=error))
                 self._finish(index)
+                reason = FinishReason.ERROR
+                deltas.append(CompletionDelta(index=index, text="", token_ids=[], finish_reason=reason, error=error))
         return deltas
 
     def _finish(self, index: int) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from miniserve.core import InvalidRequest, RequestOutput, UserError
+from miniserve.core import RequestOutput, UserError
 from miniserve.engine import messages
 from miniserve.engine.build import build_engine
 from miniserve.engine.loop import EngineLoop
@@ -40,7 +40,6 @@ class _Server:
         self._events = events
         self._decode = msgspec.msgpack.Decoder(messages.Command).decode
         self._encode = msgspec.msgpack.Encoder().encode
-        self._refusals: list[messages.Refusal] = []
         self._stopping = False
         self._draining = False
 
@@ -65,11 +64,7 @@ class _Server:
         match command:
             case messages.Add(requests):
                 for request in requests:
-                    try:
-                        self._loop.add(request)
-                    except InvalidRequest as refused:
-                        refusal = messages.Refusal(request.request_id, str(refused), refused.param)
-                        self._refusals.append(refusal)
+                    self._loop.add(request)
             case messages.Abort(request_ids):
                 self._loop.abort(request_ids)
             case messages.Shutdown(drain):
@@ -81,13 +76,7 @@ class _Server:
                 self._events.send(self._encode(messages.Steps(self._loop.log.records(limit))))
 
     def _send(self, outputs: list[RequestOutput]) -> None:
-        refusals, self._refusals = self._refusals, []
-        event = messages.StepOutputs(
-            outputs=outputs,
-            refusals=refusals,
-            stats=self._loop.stats,
-            totals=self._loop.log.totals,
-        )
+        event = messages.StepOutputs(outputs=outputs, stats=self._loop.stats, totals=self._loop.log.totals)
         self._events.send(self._encode(event))
 
 

@@ -31,9 +31,9 @@ class LaunchedStep:
     launched: float
     preemptions: int
     after_rest: bool  # the device had nothing to do before it, so its idle time says nothing
-    num_tokens: int
-    weight_bytes: int | None
-    kv_bytes: int | None
+    num_tokens: int = 0  # this and the following are the log's
+    weight_bytes: int | None = None
+    kv_bytes: int | None = None
 
 
 class StepLog:
@@ -45,30 +45,18 @@ class StepLog:
     ) -> None:
         self.clock = clock
         self.totals = StepTotals()
-        self._traffic = traffic
         self._context = None if traffic is None else _Context(traffic, max_num_seqs)
         self._weights = lru_cache(maxsize=max_num_seqs)(lambda n: 0 if traffic is None else weight_bytes(traffic, n))
         self._ring: deque[StepRecord] = deque(maxlen=RING_SIZE)
         self._to_wall = time.time() - clock()
         self._number = 0
 
-    def open(
-        self,
-        plan: StepPlan,
-        handle: object,
-        *,
-        start: float,
-        scheduled: float,
-        launched: float,
-        preemptions: int,
-        after_rest: bool,
-    ) -> LaunchedStep:
-        num_tokens = plan.num_tokens
-        weights = kv = None
-        if self._traffic is not None and self._context is not None:
-            weights = self._weights(num_tokens)
-            kv = self._context.read(plan)
-        return LaunchedStep(plan, handle, start, scheduled, launched, preemptions, after_rest, num_tokens, weights, kv)
+    def open(self, step: LaunchedStep) -> LaunchedStep:
+        step.num_tokens = step.plan.num_tokens
+        if self._context is not None:
+            step.weight_bytes = self._weights(step.num_tokens)
+            step.kv_bytes = self._context.read(step.plan)
+        return step
 
     def close(self, step: LaunchedStep, result: StepResult, *, wait_start: float, collected: float) -> float:
         """To be called when the results have been taken in. Returns the seconds that the step took: of the device and

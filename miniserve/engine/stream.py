@@ -15,7 +15,6 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._pending: dict[int, CompletionDelta] = {}
-        self._error: Exception | None = None
         self._arrived = asyncio.Event()
         self.complete = False
 
@@ -24,19 +23,15 @@ class Mailbox:
         self._pending[delta.index] = delta if earlier is None else merge(earlier, delta)
         self._arrived.set()
 
-    def end(self, error: Exception | None = None) -> None:
-        """Nothing comes any more: the reader gets what is pending, then `error` if there is one."""
+    def end(self) -> None:
+        """Nothing comes any more but what is pending."""
         self.complete = True
-        self._error = error
         self._arrived.set()
 
     async def get(self) -> CompletionDelta | None:
         """The next delta, or None after the last."""
         while not self._pending:
             if self.complete:
-                error, self._error = self._error, None
-                if error is not None:
-                    raise error
                 return None
             self._arrived.clear()
             await self._arrived.wait()
@@ -46,10 +41,9 @@ class Mailbox:
 class CompletionStream:
     """The deltas of one request, of all its n sequences as they come; ends after the last delta of the last sequence.
 
-    Closing the stream early (`aclose`), cancelling the task that waits in it, or dropping it
-    aborts the request in the engine. To be read by one task. If the engine dies, each unfinished sequence gets a last
-    delta with finish_reason `error` and the reason in `error`; nothing is raised. `InvalidRequest` is raised, before
-    any delta, where only the engine could tell that the request cannot be served.
+    Closing the stream early (`aclose`), cancelling the task that waits in it, or dropping it aborts the request in the
+    engine. To be read by one task. If the engine dies, each unfinished sequence gets a last delta with finish_reason
+    `error` and the reason in `error`; nothing is raised.
     """
 
     def __init__(self, mailbox: Mailbox, abort: Callable[[], None]) -> None:

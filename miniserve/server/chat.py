@@ -13,7 +13,7 @@ from miniserve.server.logprobs import chat_logprobs
 from miniserve.server.protocol import ChatCompletionRequest, ChatMessage, RenderOptions
 from miniserve.server.reply import Answer, GenerationResponse, Header, finish_word
 from miniserve.server.responses import ChatChoice, ChatChunkChoice, ChatDelta, ChatLogprobs
-from miniserve.server.service import Service, stream_mode
+from miniserve.server.service import Service
 
 # `chat_template_kwargs` are variables for the template; under these names they would be options of the renderer.
 _RESERVED_KWARGS = frozenset({
@@ -82,7 +82,7 @@ async def respond(service: Service, body: ChatCompletionRequest) -> GenerationRe
     header = service.header("chatcmpl")
     answer = ChatAnswer(header, service.engine.tokenizer, len(token_ids), params)
     deltas = generate(service.engine, service.metrics, [token_ids], params, header.id)
-    return GenerationResponse(deltas, answer, stream_mode(body))
+    return GenerationResponse(deltas, answer, body)
 
 
 async def render(service: Service, messages: Sequence[ChatMessage], body: RenderOptions) -> list[int]:

@@ -13,7 +13,7 @@ from miniserve.server.generation import generate
 from miniserve.server.protocol import CompletionRequest, Prompt
 from miniserve.server.reply import Answer, GenerationResponse, Header, finish_word
 from miniserve.server.responses import CompletionChoice, CompletionLogprobs
-from miniserve.server.service import Service, stream_mode
+from miniserve.server.service import Service
 
 
 class CompletionAnswer(Answer):
@@ -100,4 +100,4 @@ async def respond(service: Service, body: CompletionRequest) -> GenerationRespon
     header = service.header("cmpl")
     answer = CompletionAnswer(header, service.engine.tokenizer, body.prompt, token_ids, params, bool(body.echo))
     deltas = generate(service.engine, service.metrics, token_ids, params, header.id)
-    return GenerationResponse(deltas, answer, stream_mode(body))
+    return GenerationResponse(deltas, answer, body)

@@ -26,13 +26,11 @@ class ServerConfig:
     served_model_names: tuple[str, ...] = ()
     max_body_bytes: int = 32 * 1024 * 1024
     max_prompts: int = 1024
-    max_logprobs: int = 20
     allowed_origins: tuple[str, ...] = ()
     enable_tokenizer_info: bool = False
     trust_request_chat_template: bool = False
     stuck_after: float = 120.0
     drain_timeout: float = 60.0
-    keep_alive: int = 90
     log_interval: float = 10.0
 
     def __post_init__(self) -> None:
@@ -42,11 +40,10 @@ class ServerConfig:
             raise UserError("--api-key must not be empty; leave it out to serve without a key.")
         if not all(self.served_model_names):
             raise UserError("--served-model-name must not be empty.")
-        for name in ("max_body_bytes", "max_prompts", "stuck_after", "keep_alive"):
+        for name in ("max_body_bytes", "max_prompts", "stuck_after"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be a positive number, not {getattr(self, name)}.")
         if not 0 <= self.drain_timeout < math.inf:
             raise UserError(f"--drain-timeout must be a number of seconds, 0 or more, not {self.drain_timeout}.")
-        for name in ("max_logprobs", "log_interval"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must be 0 or more, not {getattr(self, name)}.")
+        if self.log_interval < 0:
+            raise UserError(f"log_interval must be 0 or more, not {self.log_interval}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -60,8 +60,13 @@ def chrome_trace(records: Sequence[StepRecord]) -> dict[str, Any]:
             key: getattr(record, key)
             for key in ("number", "rows", "chunks", "tokens", "bucket", "preemptions", "weight_bytes", "kv_bytes")
         }
-        events += _host_spans(record, start, arguments)
-        end = start + record.wait_start + record.wait
+        collect, end = start + record.wait_start, start + record.wait_start + record.wait
+        events += [
+            _span("schedule", _HOST, start, record.schedule, arguments),
+            _span("launch", _HOST, start + record.schedule, record.launch, arguments),
+            _span("wait", _HOST, collect, record.wait, arguments),
+            _span("update", _HOST, end, record.update, arguments),
+        ]
         took = record.device
         if took is None:  # computed within launch, or waited for
             begin, took = start + record.schedule, max(record.launch, record.wait)
@@ -71,14 +76,6 @@ def chrome_trace(records: Sequence[StepRecord]) -> dict[str, Any]:
         device_free = begin + took
         events.append(_span(record.kind, _DEVICE, begin, took, arguments))
     return {"traceEvents": events, "displayTimeUnit": "ms"}
-
-
-def _host_spans(record: StepRecord, start: float, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield _span("schedule", _HOST, start, record.schedule, arguments)
-    yield _span("launch", _HOST, start + record.schedule, record.launch, arguments)
-    collect = start + record.wait_start
-    yield _span("wait", _HOST, collect, record.wait, arguments)
-    yield _span("update", _HOST, collect + record.wait, record.update, arguments)
 
 
 def _span(name: str, thread: int, start: float, seconds: float, arguments: dict[str, Any]) -> dict[str, Any]:

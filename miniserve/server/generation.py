@@ -36,8 +36,6 @@ async def generate(
         records[number].observe(delta)
         if delta.finish_reason is FinishReason.ERROR:
             raise APIError(503 if engine.dead else 500, delta.error or "The engine failed on this request.")
-        if delta.finish_reason is FinishReason.ABORT:
-            raise APIError(503, delta.error or "The server is shutting down and has aborted the request.")
         return number, delta
 
     try:

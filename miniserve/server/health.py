@@ -22,18 +22,13 @@ def install(app: FastAPI, service: Service) -> None:
         body, content_type = service.metrics.render(request.headers.get("accept", ""))
         return Response(body, headers={"content-type": content_type})
 
-    app.add_api_route("/health", health, response_model=responses.Health)
-    app.add_api_route("/ping", health, response_model=responses.Health)
-    app.add_api_route("/ready", health, response_model=responses.Health)
+    for path in ("/health", "/ping", "/ready"):
+        app.add_api_route(path, health, response_model=responses.Health)
     app.add_api_route("/version", version, response_model=responses.Version)
     app.add_api_route("/metrics", metrics, response_class=PlainTextResponse)
     # Load clients and balancers look with HEAD, SageMaker pings with POST.
-    for path, methods, endpoint in (
-        ("/health", ["HEAD"], health),
-        ("/ping", ["HEAD", "POST"], health),
-        ("/ready", ["HEAD"], health),
-        ("/metrics", ["HEAD"], metrics),
-    ):
+    for path, endpoint in (("/health", health), ("/ping", health), ("/ready", health), ("/metrics", metrics)):
+        methods = ["HEAD", "POST"] if path == "/ping" else ["HEAD"]
         app.add_api_route(path, endpoint, methods=methods, include_in_schema=False)
 
 

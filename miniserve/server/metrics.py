@@ -232,7 +232,7 @@ class RequestMetrics:
         metrics = self._metrics
         self._unfinished -= 1
         metrics.finished[reason] += 1
-        if reason in (FinishReason.ERROR, FinishReason.ABORT):
+        if reason is FinishReason.ERROR:
             return
         metrics.e2e.observe(now - self._arrival)
         metrics.prompt_len.observe(self._prompt_len)

@@ -17,6 +17,7 @@ from miniserve import __version__
 from miniserve.core import CompletionDelta, FinishReason, InvalidRequest
 from miniserve.server.errors import APIError, as_api_error, json_response
 from miniserve.server.generation import ClientGone, while_connected
+from miniserve.server.protocol import GenerationBody, StreamOptions
 from miniserve.server.responses import FinishWord, Usage
 
 Deltas = AsyncGenerator[tuple[int, CompletionDelta], None]
@@ -28,28 +29,6 @@ _EVENT_STREAM_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would hold events back
 ]
-
-
-class UsageCount:
-    """Tokens of one HTTP request: every prompt once, the output of every choice."""
-
-    def __init__(self, prompt_lens: Sequence[int]) -> None:
-        self._prompt_tokens = sum(prompt_lens)
-        self._cached: dict[int, int] = {}
-        self._completion_tokens = 0
-
-    def add(self, number: int, delta: CompletionDelta) -> None:
-        self._completion_tokens += len(delta.token_ids)
-        if delta.index == 0:
-            self._cached[number] = max(delta.num_cached_tokens, self._cached.get(number, 0))
-
-    def result(self) -> Usage:
-        return {
-            "prompt_tokens": self._prompt_tokens,
-            "completion_tokens": self._completion_tokens,
-            "total_tokens": self._prompt_tokens + self._completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": sum(self._cached.values())},
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +50,17 @@ class Header:
 
 
 class Answer(ABC):
-    """The shape of an answer, of completions or of chat. `number` is that of the prompt."""
+    """The shape of an answer, of completions or of chat. `number` is that of the prompt. Every prompt's tokens count
+    once, and the output of every choice."""
 
     whole_kind: ClassVar[str]
     chunk_kind: ClassVar[str]
 
     def __init__(self, header: Header, prompt_lens: Sequence[int]) -> None:
-        self.usage = UsageCount(prompt_lens)
         self._header = header
+        self._prompt_tokens = sum(prompt_lens)
+        self._cached_tokens = [0] * len(prompt_lens)
+        self._completion_tokens = 0
 
     @abstractmethod
     def add(self, number: int, delta: CompletionDelta) -> None:
@@ -93,72 +75,81 @@ class Answer(ABC):
         """The choices for one delta, each of which goes out in an event of its own."""
 
     def whole(self) -> dict[str, Any]:
-        return {**self._header.body(self.whole_kind), "choices": self.choices(), "usage": self.usage.result()}
+        return {**self._header.body(self.whole_kind), "choices": self.choices(), "usage": self.usage()}
 
     def chunk(self, *choices: Mapping[str, Any]) -> dict[str, Any]:
         """An event; one without choices is for the usage."""
         return {**self._header.body(self.chunk_kind), "choices": choices}
 
+    def count(self, number: int, delta: CompletionDelta) -> None:
+        """Take a delta's tokens into the usage."""
+        self._completion_tokens += len(delta.token_ids)
+        if delta.index == 0:
+            self._cached_tokens[number] = max(delta.num_cached_tokens, self._cached_tokens[number])
 
-class StreamMode(msgspec.Struct, frozen=True):
-    """What the client asked for in `stream_options`."""
-
-    usage_at_end: bool = False
-    usage_in_every_chunk: bool = False
+    def usage(self) -> Usage:
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": self._completion_tokens,
+            "total_tokens": self._prompt_tokens + self._completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens)},
+        }
 
 
 class GenerationResponse(Response):
-    """Runs the generation while the client is there. `stream` None answers with one JSON body.
+    """Runs the generation while the client is there, for one JSON body or a stream of events, as `body` asks.
 
     Until the first token is there an error is an HTTP error; after that it is an event `{"error": …}` before `[DONE]`.
     """
 
-    def __init__(self, deltas: Deltas, answer: Answer, stream: StreamMode | None) -> None:
+    def __init__(self, deltas: Deltas, answer: Answer, body: GenerationBody) -> None:
         super().__init__()
         self._deltas = deltas
         self._answer = answer
-        self._stream = stream
+        self._stream = bool(body.stream)
+        options = body.stream_options or StreamOptions()
+        self._usage_at_end = bool(options.include_usage)
+        self._usage_in_every_chunk = self._usage_at_end and bool(options.continuous_usage_stats)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            if self._stream is None:
+            if self._stream:
+                await while_connected(receive, self._send_events(send))
+            else:
                 response = await while_connected(receive, self._whole())
                 await response(scope, receive, send)
-            else:
-                await while_connected(receive, self._send_events(send, self._stream))
         except ClientGone:
             return
 
     async def _whole(self) -> Response:
         async with aclosing(self._deltas) as deltas:
             async for number, delta in deltas:
-                self._answer.usage.add(number, delta)
+                self._answer.count(number, delta)
                 self._answer.add(number, delta)
         return json_response(self._answer.whole())
 
-    async def _send_events(self, send: Send, mode: StreamMode) -> None:
+    async def _send_events(self, send: Send) -> None:
         async with aclosing(self._deltas) as deltas:
             first = await anext(deltas)
             await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM_HEADERS})
             try:
-                await self._send_chunks(send, mode, *first)
+                await self._send_chunks(send, *first)
                 async for number, delta in deltas:
-                    await self._send_chunks(send, mode, number, delta)
-                if mode.usage_at_end:
-                    await _send_event(send, {**self._answer.chunk(), "usage": self._answer.usage.result()})
+                    await self._send_chunks(send, number, delta)
+                if self._usage_at_end:
+                    await _send_event(send, {**self._answer.chunk(), "usage": self._answer.usage()})
             except Exception as error:
                 if not isinstance(error, APIError | InvalidRequest):
                     logger.error("A streaming request failed.", exc_info=error)
                 await _send_event(send, as_api_error(error).envelope())
             await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
 
-    async def _send_chunks(self, send: Send, mode: StreamMode, number: int, delta: CompletionDelta) -> None:
-        usage = self._answer.usage
-        usage.add(number, delta)
+    async def _send_chunks(self, send: Send, number: int, delta: CompletionDelta) -> None:
+        self._answer.count(number, delta)
         for choice in self._answer.pieces(number, delta):
             chunk = self._answer.chunk(choice)
-            if mode.usage_at_end:
-                chunk["usage"] = usage.result() if mode.usage_in_every_chunk else None
+            if self._usage_at_end:
+                chunk["usage"] = self._answer.usage() if self._usage_in_every_chunk else None
             await _send_event(send, chunk)
 
 

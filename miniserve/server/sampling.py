@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from miniserve.core import InvalidRequest, SamplingParams
+from miniserve.engine.validation import MAX_LOGPROBS
 from miniserve.server.protocol import ChatCompletionRequest, CompletionRequest, GenerationBody
 
 _DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -30,7 +31,6 @@ class SamplingRules:
 
     defaults: Mapping[str, float | int]
     vocab_size: int
-    max_logprobs: int
     max_prompts: int
 
     def for_completion(self, body: CompletionRequest) -> SamplingParams:
@@ -69,8 +69,8 @@ class SamplingRules:
         return self._params(body, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=None)
 
     def _logprobs(self, value: int | None, param: str) -> int | None:
-        if value is not None and not 0 <= value <= self.max_logprobs:
-            raise InvalidRequest(f"{param} must be between 0 and {self.max_logprobs}.", param)
+        if value is not None and not 0 <= value <= MAX_LOGPROBS:
+            raise InvalidRequest(f"{param} must be between 0 and {MAX_LOGPROBS}.", param)
         return value
 
     def _params(self, body: GenerationBody, **settled: Any) -> SamplingParams:

@@ -26,6 +26,7 @@ EXIT_OK, EXIT_ENGINE_DIED, EXIT_INTERRUPTED = 0, 1, 130
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _WATCH_INTERVAL = 0.2  # seconds between looks at the engine
 _GRACE = 5.0  # seconds for answers to leave after the engine has ended
+_KEEP_ALIVE = 90  # seconds that a connection may rest
 _OPEN_FILES = 65_536
 
 
@@ -91,7 +92,7 @@ async def serve(
             log_config=None,
             log_level=logging.WARNING,
             server_header=False,
-            timeout_keep_alive=config.keep_alive,
+            timeout_keep_alive=_KEEP_ALIVE,
             timeout_graceful_shutdown=int(config.drain_timeout + _GRACE),
         ),
         on_ready,

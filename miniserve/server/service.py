@@ -14,8 +14,7 @@ from miniserve.server.config import ServerConfig
 from miniserve.server.errors import APIError
 from miniserve.server.fields import FieldPolicy
 from miniserve.server.metrics import ServerMetrics
-from miniserve.server.protocol import GenerationBody
-from miniserve.server.reply import Header, StreamMode
+from miniserve.server.reply import Header
 from miniserve.server.sampling import SamplingRules
 
 T = TypeVar("T")
@@ -33,7 +32,6 @@ class Service:
         self.rules = SamplingRules(
             defaults=engine.generation_defaults.sampling,
             vocab_size=engine.info.vocab_size,
-            max_logprobs=config.max_logprobs,
             max_prompts=config.max_prompts,
         )
 
@@ -77,12 +75,3 @@ class Service:
     async def off_loop(self, num_chars: int, work: Callable[[], T]) -> T:
         """In a thread where the text is long, so that other requests' tokens go on flowing."""
         return work() if num_chars <= _LONG_TEXT else await asyncio.to_thread(work)
-
-
-def stream_mode(body: GenerationBody) -> StreamMode | None:
-    """None for one JSON body. `continuous_usage_stats` counts only together with `include_usage`."""
-    if not body.stream:
-        return None
-    options = body.stream_options
-    usage = bool(options and options.include_usage)
-    return StreamMode(usage, usage and bool(options and options.continuous_usage_stats))

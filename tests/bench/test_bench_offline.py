@@ -68,7 +68,14 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
 
 def test_latency_separates_prefill_from_decode(engine: FakeEngine) -> None:
     result = offline.measure_latency(
-        engine.generate, 50, batch_size=4, input_len=10, output_len=9, warmup=2, repeats=3, seed=0, count_steps=no_steps
+        engine.generate,
+        50,
+        batch_size=4,
+        shape=Shape(input_len=10, output_len=9),
+        warmup=2,
+        repeats=3,
+        seed=0,
+        count_steps=no_steps,
     )
     assert (result.whole, result.first, result.step) == ([3.0] * 3, [1.0] * 3, [0.25] * 3)
     assert result.decode_tokens_per_s == 16.0
@@ -87,8 +94,8 @@ def test_steps_are_counted_behind_the_warm_up(engine: FakeEngine) -> None:
     def count_steps() -> DecodeSteps:
         return DecodeSteps(StepTotals(decode_steps=len(engine.calls), decode_seconds=engine.now), 1e9)
 
-    shape = {"batch_size": 1, "input_len": 10, "output_len": 9, "seed": 0}
-    result = offline.measure_latency(engine.generate, 50, **shape, warmup=2, repeats=3, count_steps=count_steps)
+    load = {"batch_size": 1, "shape": Shape(input_len=10, output_len=9), "seed": 0}
+    result = offline.measure_latency(engine.generate, 50, **load, warmup=2, repeats=3, count_steps=count_steps)
     assert result.steps == DecodeSteps(StepTotals(decode_steps=6, decode_seconds=12.0), 1e9)
 
 
@@ -97,8 +104,7 @@ def test_one_token_has_no_decode_step(engine: FakeEngine) -> None:
         engine.generate,
         50,
         batch_size=1,
-        input_len=1,
-        output_len=1,
+        shape=Shape(input_len=1, output_len=1),
         warmup=0,
         repeats=1,
         seed=0,
@@ -128,8 +134,7 @@ def test_figures_over_fewer_tokens_are_refused(engine: FakeEngine) -> None:
             engine.generate,
             50,
             batch_size=1,
-            input_len=1,
-            output_len=9,
+            shape=Shape(input_len=1, output_len=9),
             warmup=0,
             repeats=1,
             seed=0,
@@ -137,11 +142,11 @@ def test_figures_over_fewer_tokens_are_refused(engine: FakeEngine) -> None:
         )
 
 
-@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"repeats": 0}, {"warmup": -1}, {"input_len": 0}])
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"repeats": 0}, {"warmup": -1}])
 def test_counts_out_of_range_are_refused(engine: FakeEngine, wrong: dict[str, int]) -> None:
-    counts = {"batch_size": 1, "input_len": 1, "output_len": 1, "warmup": 0, "repeats": 1, "seed": 0} | wrong
+    counts = {"batch_size": 1, "warmup": 0, "repeats": 1, "seed": 0} | wrong
     with pytest.raises(UserError):
-        offline.measure_latency(engine.generate, 50, **counts, count_steps=no_steps)
+        offline.measure_latency(engine.generate, 50, shape=Shape(), **counts, count_steps=no_steps)
 
 
 def test_latency_and_throughput_run_the_engine(tmp_path: Path) -> None:
@@ -166,6 +171,7 @@ def test_latency_and_throughput_run_the_engine(tmp_path: Path) -> None:
     [
         (["--dtype", "int3"], "--dtype"),
         (["--repeats", "0"], "--repeats"),
+        (["--input-len", "0"], "--input-len"),
         (["--input-len", "60", "--output-len", "60", "--max-model-len", "64"], "got 4 tokens where 60"),
         (["--input-len", "80", "--max-model-len", "64"], "refuses"),
     ],

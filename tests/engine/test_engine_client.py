@@ -123,22 +123,6 @@ def test_requests_are_refused_at_the_call() -> None:
     run(body)
 
 
-def test_what_only_the_scheduler_refuses_reaches_the_reader() -> None:
-    async def body() -> None:
-        async with running() as engine:
-            engine.info = type(engine.info)(**{**_fields(engine.info), "max_model_len": 10_000, "num_blocks": 10_000})
-            with pytest.raises(InvalidRequest, match="maximum context length is 128") as refused:
-                await collect(engine.generate([300] * 200, SamplingParams(n=2, max_tokens=1), "r"))
-            assert refused.value.param == "prompt"
-            assert await collect(engine.generate([300], SamplingParams(max_tokens=1), "r"))
-
-    run(body)
-
-
-def _fields(info: object) -> dict[str, object]:
-    return {name: getattr(info, name) for name in info.__struct_fields__}  # type: ignore[attr-defined]
-
-
 async def _close(stream: CompletionStream) -> None:
     await stream.aclose()
     await stream.aclose()

@@ -114,12 +114,12 @@ def test_prompt_logprobs_reach_every_sequences_first_delta_whatever_comes_first(
 def test_an_end_from_outside_reaches_every_unfinished_sequence_once() -> None:
     assembler = OutputAssembler(TOKENIZER, [1], SamplingParams(n=3))
     push(assembler, 1, new_token_ids=[5], finish_reason=FinishReason.LENGTH)
-    deltas = assembler.end(FinishReason.ERROR, "it broke")
+    deltas = assembler.fail("it broke")
     assert [(delta.index, delta.finish_reason, delta.error) for delta in deltas] == [
         (0, FinishReason.ERROR, "it broke"),
         (2, FinishReason.ERROR, "it broke"),
     ]
-    assert assembler.finished and assembler.end(FinishReason.ERROR, "again") == []
+    assert assembler.finished and assembler.fail("again") == []
 
 
 def test_merging_keeps_everything_in_order() -> None:

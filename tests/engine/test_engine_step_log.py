@@ -15,7 +15,7 @@ from miniserve.core import DeviceStep, Request, SamplingParams, StepPlan, StepRe
 from miniserve.engine.client import AsyncEngine, EngineDead
 from miniserve.engine.loop import EngineLoop
 from miniserve.engine.roofline import describe, hidden_share, kv_bytes, share_of_bandwidth, weight_bytes
-from miniserve.engine.step_log import RING_SIZE, StepLog
+from miniserve.engine.step_log import RING_SIZE, LaunchedStep, StepLog
 from miniserve.scheduler.scheduler import Scheduler
 
 WINDOWS = StepTraffic(weights=1000, kv=[(None, 10), (7, 3), (12, 2)], bandwidth=1e6)
@@ -84,7 +84,7 @@ def test_the_ring_is_bounded_and_the_sums_are_not() -> None:
     log = StepLog(None, 1)
     for _ in range(RING_SIZE + 10):
         plan = StepPlan([], [], [], [0], [])
-        step = log.open(plan, None, start=0.0, scheduled=0.0, launched=0.0, preemptions=0, after_rest=False)
+        step = log.open(LaunchedStep(plan, None, 0.0, 0.0, 0.0, preemptions=0, after_rest=False))
         log.close(step, StepResult([5]), wait_start=0.0, collected=0.0)
     records = log.records()
     assert len(records) == RING_SIZE

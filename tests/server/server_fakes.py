@@ -164,7 +164,7 @@ class FakeEngine:
         def abort() -> None:
             self.aborted += 1
             task.cancel()
-            self._end(number, FinishReason.ABORT)
+            self._end(number, "aborted")
 
         return CompletionStream(mailbox, abort)
 
@@ -173,7 +173,7 @@ class FakeEngine:
         for task in list(self._tasks):
             task.cancel()
         for number in list(self._boxes):
-            self._end(number, FinishReason.ERROR, reason)
+            self._end(number, reason)
 
     async def shutdown(self, drain: bool = True, timeout: float | None = None) -> None:
         self.shutdowns.append(drain)
@@ -182,12 +182,12 @@ class FakeEngine:
         if self.dead is None:
             self.kill("The engine was shut down.")
 
-    def _end(self, number: int, reason: FinishReason, error: str | None = None) -> None:
+    def _end(self, number: int, error: str) -> None:
         box = self._boxes.pop(number, None)
         if box is None:
             return
         mailbox, assembler = box
-        for delta in assembler.end(reason, error):
+        for delta in assembler.fail(error):
             self.num_running -= 1
             mailbox.put(delta)
         mailbox.end()
@@ -202,7 +202,7 @@ class FakeEngine:
             if step == self.hold_at:
                 await self.gate.wait()
             if self.fail_after is not None and step >= self.fail_after:
-                self._end(number, FinishReason.ERROR, "The fake device broke.")
+                self._end(number, "The fake device broke.")
                 return
             for index in range(params.n):
                 output = self._output(prompt, params, tokens[index], index, step)

@@ -114,7 +114,7 @@ def test_the_tokenizers_description_is_behind_a_flag() -> None:
     "wrong",
     [
         {"port": -1}, {"port": 65_536}, {"api_keys": ("",)}, {"served_model_names": ("a", "")}, {"max_body_bytes": 0},
-        {"max_prompts": 0}, {"stuck_after": 0}, {"max_logprobs": -1}, {"keep_alive": 0}, {"drain_timeout": -1},
+        {"max_prompts": 0}, {"stuck_after": 0}, {"log_interval": -1}, {"drain_timeout": -1},
         {"drain_timeout": float("nan")},
     ],
 )  # fmt: skip
