@@ -21,6 +21,7 @@ from engine_support import stand_in
 
 import miniserve
 from miniserve.attention import aiter as adapter
+from miniserve.attention.backends.aiter_calls import AiterCalls
 from miniserve.attention.backends.build import build_backend, rope_writer
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.rocm_aiter_fa import FlashBackend
@@ -175,10 +176,10 @@ def test_9_one_scale_writes_and_reads_fp8(lengths: list[int]) -> None:
         step = decode_step(spec, lengths)
         backend = flash_backend(step)
         step.check(backend, 2e-2)
-        tables = backend._asm_scales.of(step.layer, step.cache)
+        tables = backend._paged.asm_scales.of(step.layer, step.cache)
         assert [float(table.unique()) for table in tables if table is not None] == [0.5, 0.25]
         same = replace(step.layer, layer_index=7)
-        assert backend._asm_scales.of(same, step.cache)[0] is tables[0], "layers of one scale share a table"
+        assert backend._paged.asm_scales.of(same, step.cache)[0] is tables[0], "layers of one scale share a table"
 
 
 def test_15_graphs_have_a_pool_of_their_own() -> None:
@@ -265,7 +266,7 @@ def test_22_slots_are_int64_and_one_a_token(layout: str) -> None:
             fused_qk_rope_reshape_and_cache=watched(real.fused_qk_rope_reshape_and_cache, 5),
         )
         backend = flash_backend(step)
-        backend._aiter = backend._writer._aiter = changed
+        backend._calls = backend._writer._calls = AiterCalls(changed, step.layout)
         for backend.fuses_rope in (False, True):
             step.check(backend)
     assert seen == [(torch.int64, 30, 30)] * 2

@@ -14,6 +14,7 @@ from miniserve.attention.metadata import DecodeRows
 from miniserve.attention.routes import kv_cache_dtype, window_pair
 from miniserve.attention.spec import AttentionLayer, AttentionSpec, fp8_scales
 
+Rows = DecodeRows | QueryRows
 _PARTITION = 256  # keys that one program of the HIP kernels takes
 
 
@@ -24,20 +25,15 @@ class PagedScratch:
     def __init__(self, options: BackendOptions) -> None:
         self._entries, size = _scratch_sizes(options.specs, options.max_rows, options.max_seq_len)
         # paged_attention_v1 lays the three parts out in it by itself, the other kernels are given each.
-        self._bytes = torch.empty(size, dtype=torch.uint8, device=options.device)
-
-    @property
-    def workspace(self) -> torch.Tensor:
-        """uint8, all of it."""
-        return self._bytes
+        self.workspace = torch.empty(size, dtype=torch.uint8, device=options.device)
 
     def parts(self, q: torch.Tensor, max_seq_len: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """exp_sums, max_logits float32 [rows, H, partitions]; tmp_out [rows, H, partitions, D] of q's dtype."""
         rows, heads, head_dim = q.shape
         partitions = -(-max_seq_len // _PARTITION)
         shape, size, stride = (rows, heads, partitions), rows * heads * partitions, 4 * self._entries
-        sums, logits = (self._bytes[at : at + 4 * size].view(torch.float32).view(shape) for at in (0, stride))
-        values = self._bytes[2 * stride :].view(q.dtype)[: size * head_dim].view(*shape, head_dim)
+        sums, logits = (self.workspace[at : at + 4 * size].view(torch.float32).view(shape) for at in (0, stride))
+        values = self.workspace[2 * stride :].view(q.dtype)[: size * head_dim].view(*shape, head_dim)
         return sums, logits, values
 
 
@@ -74,155 +70,160 @@ class AsmScales:
         return self._tables[known]
 
 
-def write_kv(
-    aiter: Aiter,
-    layout: KVLayout,
-    layer: AttentionLayer,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cache: KVCache,
-    slot_mapping: torch.Tensor,
-) -> None:
-    """Store this step's keys and values; negative slots are skipped."""
-    given = (k, v, cache.key, cache.value, slot_mapping, kv_cache_dtype(layer.spec.kv_dtype), layer.k_scale)
-    if layout.name == "linear":
-        aiter.reshape_and_cache_flash(*given, layer.v_scale)
-    else:
-        aiter.reshape_and_cache(*given, layer.v_scale, asm_layout=True)
+class AiterCalls:
+    """Its kernels that write to or attend over a cache of one layout."""
+
+    def __init__(self, aiter: Aiter, layout: KVLayout) -> None:
+        self._aiter = aiter
+        self._linear = layout.name == "linear"
+
+    def write(
+        self, layer: AttentionLayer, k: torch.Tensor, v: torch.Tensor, cache: KVCache, slot_mapping: torch.Tensor
+    ) -> None:
+        """Store this step's keys and values; negative slots are skipped."""
+        given = (k, v, cache.key, cache.value, slot_mapping, kv_cache_dtype(layer.spec.kv_dtype), layer.k_scale)
+        if self._linear:
+            self._aiter.reshape_and_cache_flash(*given, layer.v_scale)
+        else:
+            self._aiter.reshape_and_cache(*given, layer.v_scale, asm_layout=True)
+
+    def rope_and_write(
+        self,
+        layer: AttentionLayer,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cache: KVCache,
+        slot_mapping: torch.Tensor,
+        token_ids: torch.Tensor,
+        cos_sin: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `write`, with rope before it: cos_sin has the step's tokens' own angles, so that token_ids, 0, 1, 2, …,
+        are what aiter takes for positions. Returns q and k rotated; k is not set where the slot is negative."""
+        q_out, k_out, *_ = self._aiter.fused_qk_rope_reshape_and_cache(
+            q,
+            k,
+            v,
+            cache.key,
+            cache.value,
+            slot_mapping,
+            token_ids,
+            *cos_sin.chunk(2, dim=-1),
+            *fp8_scales(layer),
+            is_neox=True,
+            flash_layout=self._linear,
+            output_zeros=False,
+        )
+        return q_out, k_out
+
+    def unified(
+        self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, rows: QueryRows, out: torch.Tensor
+    ) -> None:
+        """Rows of any number of query tokens, which are in the cache already, over either layout. q, out [num_tokens,
+        num_heads, head_dim] of the whole step, of which it reads and writes the rows' part."""
+        spec = layer.spec
+        k_scale, v_scale = fp8_scales(layer)
+        self._aiter.unified_attention(
+            q=q[rows.start : rows.end],
+            k=cache.key,
+            v=cache.value,
+            out=out[rows.start : rows.end],
+            cu_seqlens_q=rows.cu_query_lens,
+            max_seqlen_q=rows.max_query_len,
+            seqused_k=rows.seq_lens,
+            max_seqlen_k=rows.max_seq_len,
+            softmax_scale=spec.scale,
+            causal=True,
+            window_size=window_pair(spec.sliding_window),
+            block_table=rows.block_tables,
+            softcap=spec.softcap or 0.0,
+            q_descale=None,
+            k_descale=k_scale,
+            v_descale=v_scale,
+            sinks=layer.sinks,
+            shuffled_kv_cache=not self._linear,
+        )
 
 
-def fused_rope_write(
-    aiter: Aiter,
-    layout: KVLayout,
-    layer: AttentionLayer,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cache: KVCache,
-    slot_mapping: torch.Tensor,
-    token_ids: torch.Tensor,
-    cos_sin: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `write_kv`, with rope before it: cos_sin has the step's tokens' own angles, so that token_ids, 0, 1, 2, …, are
-    what aiter takes for positions. Returns q and k rotated; k is not set where the slot is negative."""
-    q_out, k_out, *_ = aiter.fused_qk_rope_reshape_and_cache(
-        q,
-        k,
-        v,
-        cache.key,
-        cache.value,
-        slot_mapping,
-        token_ids,
-        *cos_sin.chunk(2, dim=-1),
-        *fp8_scales(layer),
-        is_neox=True,
-        flash_layout=layout.name == "linear",
-        output_zeros=False,
-    )
-    return q_out, k_out
+class PagedDecode:
+    """Its paged attention: decode rows of one query token, q, out [rows, num_heads, head_dim]."""
 
+    def __init__(self, aiter: Aiter, options: BackendOptions, block_size: int) -> None:
+        self._aiter = aiter
+        self._scratch = PagedScratch(options)
+        self.asm_scales = AsmScales(block_size)
 
-def paged_v1(
-    aiter: Aiter,
-    layer: AttentionLayer,
-    q: torch.Tensor,
-    cache: KVCache,
-    rows: DecodeRows | QueryRows,
-    scratch: PagedScratch,
-    out: torch.Tensor,
-) -> None:
-    """Decode over the linear layout, one query token a row."""
-    spec = layer.spec
-    aiter.paged_attention_v1(
-        out,
-        scratch.workspace,
-        q,
-        cache.key,
-        cache.value,
-        spec.scale,
-        rows.block_tables,
-        None,
-        rows.seq_lens,
-        rows.max_seq_len,
-        None,
-        kv_cache_dtype(spec.kv_dtype),
-        "NHD",
-        spec.softcap or 0.0,
-        layer.k_scale,
-        layer.v_scale,
-        sliding_window=spec.sliding_window or 0,
-    )
+    def v1(self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, rows: Rows, out: torch.Tensor) -> None:
+        """Decode over the linear layout."""
+        spec = layer.spec
+        self._aiter.paged_attention_v1(
+            out,
+            self._scratch.workspace,
+            q,
+            cache.key,
+            cache.value,
+            spec.scale,
+            rows.block_tables,
+            None,
+            rows.seq_lens,
+            rows.max_seq_len,
+            None,
+            kv_cache_dtype(spec.kv_dtype),
+            "NHD",
+            spec.softcap or 0.0,
+            layer.k_scale,
+            layer.v_scale,
+            sliding_window=spec.sliding_window or 0,
+        )
 
+    def rocm(self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, rows: Rows, out: torch.Tensor) -> None:
+        """Decode over the shuffled layout by the HIP kernel."""
+        spec = layer.spec
+        self._aiter.paged_attention_rocm(
+            out,
+            *self._scratch.parts(q, rows.max_seq_len),
+            q,
+            cache.key,
+            cache.value,
+            spec.num_kv_heads,
+            spec.scale,
+            rows.block_tables,
+            rows.seq_lens,
+            cache.key.shape[3],
+            rows.max_seq_len,
+            None,
+            kv_cache_dtype(spec.kv_dtype),
+            layer.k_scale,
+            layer.v_scale,
+        )
 
-def paged_rocm(
-    aiter: Aiter,
-    layer: AttentionLayer,
-    q: torch.Tensor,
-    cache: KVCache,
-    rows: DecodeRows | QueryRows,
-    scratch: PagedScratch,
-    out: torch.Tensor,
-) -> None:
-    """Decode over the shuffled layout by the HIP kernel, one query token a row."""
-    spec = layer.spec
-    exp_sums, max_logits, tmp_out = scratch.parts(q, rows.max_seq_len)
-    aiter.paged_attention_rocm(
-        out,
-        exp_sums,
-        max_logits,
-        tmp_out,
-        q,
-        cache.key,
-        cache.value,
-        spec.num_kv_heads,
-        spec.scale,
-        rows.block_tables,
-        rows.seq_lens,
-        cache.key.shape[3],
-        rows.max_seq_len,
-        None,
-        kv_cache_dtype(spec.kv_dtype),
-        layer.k_scale,
-        layer.v_scale,
-    )
-
-
-def paged_asm(
-    aiter: Aiter,
-    layer: AttentionLayer,
-    q: torch.Tensor,
-    cache: KVCache,
-    rows: DecodeRows | QueryRows,
-    scratch: PagedScratch,
-    out: torch.Tensor,
-    asm_scales: AsmScales,
-) -> None:
-    """Decode over the shuffled layout where aiter's own rule takes the ASM kernel (see `routes`)."""
-    spec = layer.spec
-    exp_sums, max_logits, tmp_out = scratch.parts(q, rows.max_seq_len)
-    k_table, v_table = asm_scales.of(layer, cache)
-    aiter.paged_attention_common(
-        Q=q,
-        K=cache.key,
-        V=cache.value,
-        exp_sums=exp_sums,
-        max_logits=max_logits,
-        tmp_out=tmp_out,
-        block_tables=rows.block_tables,
-        context_lens=rows.seq_lens,
-        block_tables_stride0=rows.block_tables.stride(0),
-        scale=spec.scale,
-        max_seq_len=rows.max_seq_len,
-        K_QScale_hip=layer.k_scale,
-        V_QScale_hip=layer.v_scale,
-        K_QScale_asm=k_table,
-        V_QScale_asm=v_table,
-        out_=out,
-        # 2 names the one kernel that is right over an fp8 cache, and forces it; 1 leaves the route to aiter's own rule.
-        high_precision=2 if spec.kv_dtype.itemsize == 1 else 1,
-        kv_cache_dtype=kv_cache_dtype(spec.kv_dtype),
-        kv_cache_tensor_dtype=spec.kv_dtype,
-    )
+    def asm(self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, rows: Rows, out: torch.Tensor) -> None:
+        """Decode over the shuffled layout where aiter's own rule takes the ASM kernel (see `routes`)."""
+        spec = layer.spec
+        exp_sums, max_logits, tmp_out = self._scratch.parts(q, rows.max_seq_len)
+        k_table, v_table = self.asm_scales.of(layer, cache)
+        self._aiter.paged_attention_common(
+            Q=q,
+            K=cache.key,
+            V=cache.value,
+            exp_sums=exp_sums,
+            max_logits=max_logits,
+            tmp_out=tmp_out,
+            block_tables=rows.block_tables,
+            context_lens=rows.seq_lens,
+            block_tables_stride0=rows.block_tables.stride(0),
+            scale=spec.scale,
+            max_seq_len=rows.max_seq_len,
+            K_QScale_hip=layer.k_scale,
+            V_QScale_hip=layer.v_scale,
+            K_QScale_asm=k_table,
+            V_QScale_asm=v_table,
+            out_=out,
+            # 2 names the one kernel that is right over an fp8 cache, and forces it; 1 leaves the route to aiter's rule.
+            high_precision=2 if spec.kv_dtype.itemsize == 1 else 1,
+            kv_cache_dtype=kv_cache_dtype(spec.kv_dtype),
+            kv_cache_tensor_dtype=spec.kv_dtype,
+        )
 
 
 def paged_gluon(
@@ -233,7 +234,7 @@ def paged_gluon(
     rows: QueryRows,
     out: torch.Tensor,
 ) -> None:
-    """Decode over the shuffled layout by `pa_decode_gluon`, one query token a row.
+    """Decode over the shuffled layout by `pa_decode_gluon`
 
     One program takes all keys of a row and KV head: what splits leave would be summed by one of three kernels, of which
     v0.1.20.post1 finds none where neither its C++ one nor FlyDSL is installed. A window of W keys, the query's own
@@ -256,41 +257,6 @@ def paged_gluon(
         value_scale=v_scale,
         sinks=layer.sinks,
         sliding_window=0 if spec.sliding_window is None else spec.sliding_window + 1,
-    )
-
-
-def unified(
-    aiter: Aiter,
-    layout: KVLayout,
-    layer: AttentionLayer,
-    q: torch.Tensor,
-    cache: KVCache,
-    rows: QueryRows,
-    out: torch.Tensor,
-) -> None:
-    """Rows of any number of query tokens, which are in the cache already, over either layout. q, out [num_tokens,
-    num_heads, head_dim] of the whole step, of which it reads and writes the rows' part."""
-    spec = layer.spec
-    k_scale, v_scale = fp8_scales(layer)
-    aiter.unified_attention(
-        q=q[rows.start : rows.end],
-        k=cache.key,
-        v=cache.value,
-        out=out[rows.start : rows.end],
-        cu_seqlens_q=rows.cu_query_lens,
-        max_seqlen_q=rows.max_query_len,
-        seqused_k=rows.seq_lens,
-        max_seqlen_k=rows.max_seq_len,
-        softmax_scale=spec.scale,
-        causal=True,
-        window_size=window_pair(spec.sliding_window),
-        block_table=rows.block_tables,
-        softcap=spec.softcap or 0.0,
-        q_descale=None,
-        k_descale=k_scale,
-        v_descale=v_scale,
-        sinks=layer.sinks,
-        shuffled_kv_cache=layout.name == "shuffled",
     )
 
 

@@ -12,15 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from miniserve.attention.aiter import Aiter
-from miniserve.attention.backends.aiter_calls import (
-    AsmScales,
-    PagedScratch,
-    paged_asm,
-    paged_rocm,
-    paged_v1,
-    unified,
-    write_kv,
-)
+from miniserve.attention.backends.aiter_calls import AiterCalls, PagedDecode
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.context import GatheredRows, RaggedLens, context_pieces, windowed_rows
 from miniserve.attention.backends.options import BackendOptions
@@ -90,8 +82,7 @@ class FlashBackend(Backend[FlashMetadata]):
         self.fuses_rope = fuses_rope(options.routes)
         self._compute_units = options.platform.compute_units
         self._trust_asm_lengths = options.trust_asm_lengths
-        self._scratch = PagedScratch(options)
-        self._asm_scales = AsmScales(layout.block_size)
+        self._calls, self._paged = AiterCalls(aiter, layout), PagedDecode(aiter, options, layout.block_size)
         self._counting = torch.arange(options.max_rows + 1, dtype=torch.int32, device=options.device)
         flash = [s for s, route in zip(options.specs, options.routes, strict=True) if route.chunks == FLASH]
         self._windows = {spec.sliding_window for spec in flash if spec.sliding_window is not None}
@@ -119,7 +110,7 @@ class FlashBackend(Backend[FlashMetadata]):
         cache: KVCache,
         meta: FlashMetadata,
     ) -> torch.Tensor:
-        write_kv(self._aiter, self.layout, layer, k, v, cache, meta.slot_mapping)
+        self._calls.write(layer, k, v, cache, meta.slot_mapping)
         return self._attend(layer, q, k, v, cache, meta)
 
     def attend_qkv(
@@ -147,7 +138,7 @@ class FlashBackend(Backend[FlashMetadata]):
             if self._routes[layer.layer_index].chunks == FLASH:
                 self._new_tokens(layer, q, k, v, rows, out)
             else:
-                unified(self._aiter, self.layout, layer, q, cache, rows, out)
+                self._calls.unified(layer, q, cache, rows, out)
         return out.flatten(1)
 
     def _decode(
@@ -155,16 +146,16 @@ class FlashBackend(Backend[FlashMetadata]):
     ) -> None:
         rows, kernel = meta.rows, self._routes[layer.layer_index].decode
         if kernel == "unified_attention":
-            unified(self._aiter, self.layout, layer, q, cache, rows, out)
+            self._calls.unified(layer, q, cache, rows, out)
             return
         span = slice(rows.start, rows.end)
-        terms = (q[span], cache, rows, self._scratch, out[span])
+        given = (layer, q[span], cache, rows, out[span])
         if kernel == "paged_attention_v1":
-            paged_v1(self._aiter, layer, *terms)
+            self._paged.v1(*given)
         elif kernel == "paged_attention_common" and self._takes_asm(layer, meta):
-            paged_asm(self._aiter, layer, *terms, self._asm_scales)
+            self._paged.asm(*given)
         else:
-            paged_rocm(self._aiter, layer, *terms)
+            self._paged.rocm(*given)
 
     def _takes_asm(self, layer: AttentionLayer, meta: DecodeMetadata) -> bool:
         """As aiter would, except that the ASM kernel is kept from what it gets wrong."""
@@ -184,7 +175,7 @@ class FlashBackend(Backend[FlashMetadata]):
         rows, window = meta.rows, layer.spec.sliding_window
         span = slice(rows.start, rows.end)
         if self._routes[layer.layer_index].chunks != FLASH:
-            unified(self._aiter, self.layout, layer, q, cache, rows, out)
+            self._calls.unified(layer, q, cache, rows, out)
         elif window is not None:
             self._cached_tokens(layer, q, cache, meta.windowed[window], out[span], causal=True)
         else:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from miniserve.attention.aiter import Aiter
-from miniserve.attention.backends.aiter_calls import PagedScratch, paged_rocm, write_kv
+from miniserve.attention.backends.aiter_calls import AiterCalls, PagedDecode
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.paged_kernels import PagedKernels
 from miniserve.attention.backends.triton_attn import TritonBackend
@@ -19,19 +19,18 @@ class RocmBackend(TritonBackend):
     def __init__(self, layout: KVLayout, kernels: PagedKernels, aiter: Aiter, options: BackendOptions) -> None:
         super().__init__(layout, kernels, options)
         self.chunk_graphs = False  # nobody has seen aiter's cache write pass over padding among chunks
-        self._aiter = aiter
+        self._calls, self._paged = AiterCalls(aiter, layout), PagedDecode(aiter, options, layout.block_size)
         self._routes = options.routes
-        self._scratch = PagedScratch(options)
 
     def write(
         self, layer: AttentionLayer, k: torch.Tensor, v: torch.Tensor, cache: KVCache, slot_mapping: torch.Tensor
     ) -> None:
-        write_kv(self._aiter, self.layout, layer, k, v, cache, slot_mapping)
+        self._calls.write(layer, k, v, cache, slot_mapping)
 
     def decode(
         self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, meta: DecodeRows, out: torch.Tensor
     ) -> None:
         if self._routes[layer.layer_index].decode == "paged_attention_rocm":
-            paged_rocm(self._aiter, layer, q, cache, meta, self._scratch, out)
+            self._paged.rocm(layer, q, cache, meta, out)
         else:
             super().decode(layer, q, cache, meta, out)

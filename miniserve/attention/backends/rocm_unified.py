@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from miniserve.attention.aiter import Aiter
-from miniserve.attention.backends.aiter_calls import unified, write_kv
+from miniserve.attention.backends.aiter_calls import AiterCalls
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.rope_write import RopeWriter
@@ -33,7 +33,7 @@ class UnifiedBackend(Backend[UnifiedMetadata]):
 
     def __init__(self, layout: KVLayout, aiter: Aiter, writer: RopeWriter, options: BackendOptions) -> None:
         super().__init__(layout)
-        self._aiter, self._writer = aiter, writer
+        self._calls, self._writer = AiterCalls(aiter, layout), writer
         self.fuses_rope = fuses_rope(options.routes)
         self._counting = torch.arange(options.max_rows + 1, dtype=torch.int32, device=options.device)
 
@@ -51,7 +51,7 @@ class UnifiedBackend(Backend[UnifiedMetadata]):
         cache: KVCache,
         meta: UnifiedMetadata,
     ) -> torch.Tensor:
-        write_kv(self._aiter, self.layout, layer, k, v, cache, meta.slot_mapping)
+        self._calls.write(layer, k, v, cache, meta.slot_mapping)
         return self._over_cache(layer, q, cache, meta)
 
     def attend_qkv(
@@ -67,11 +67,11 @@ class UnifiedBackend(Backend[UnifiedMetadata]):
         if meta.decode is not None:
             self.decode(layer, q, cache, meta.decode, out)
         for rows in meta.chunks:
-            unified(self._aiter, self.layout, layer, q, cache, rows, out)
+            self._calls.unified(layer, q, cache, rows, out)
         return out.flatten(1)
 
     def decode(
         self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, rows: QueryRows, out: torch.Tensor
     ) -> None:
-        """As `unified`, of rows of one query token."""
-        unified(self._aiter, self.layout, layer, q, cache, rows, out)
+        """As `AiterCalls.unified`, of rows of one query token."""
+        self._calls.unified(layer, q, cache, rows, out)

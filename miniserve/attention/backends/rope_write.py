@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from miniserve.attention.aiter import Aiter
-from miniserve.attention.backends.aiter_calls import fused_rope_write
+from miniserve.attention.backends.aiter_calls import AiterCalls
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.triton_attn import rope_and_write
 from miniserve.attention.layouts import KVCache, KVLayout
@@ -21,7 +21,7 @@ class RopeWriter:
     def __init__(
         self, layout: KVLayout, aiter: Aiter, kernel: Callable[..., torch.Tensor], options: BackendOptions
     ) -> None:
-        self._layout, self._aiter, self._kernel = layout, aiter, kernel
+        self._layout, self._calls, self._kernel = layout, AiterCalls(aiter, layout), kernel
         self._routes = options.routes
         self._counting = torch.arange(options.max_rows, dtype=torch.int64, device=options.device)
 
@@ -49,8 +49,7 @@ class RopeWriter:
         heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
         q, k, v = qkv.unflatten(1, (-1, spec.head_dim)).split(heads, dim=1)
         if self._routes[layer.layer_index].write == "fused_qk_rope_reshape_and_cache":
-            angles = (token_ids, rope.cos_sin)
-            q, k = fused_rope_write(self._aiter, self._layout, layer, q, k, v, cache, slot_mapping, *angles)
+            q, k = self._calls.rope_and_write(layer, q, k, v, cache, slot_mapping, token_ids, rope.cos_sin)
             return q, k, v
         k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device) if keep_k else None
         q = rope_and_write(self._kernel, self._layout, layer, qkv, rope, cache, slot_mapping, k_out)
