@@ -89,18 +89,16 @@ def detect_platform(device: torch.device, dtype: torch.dtype) -> Platform:
     if device.type == "cpu":
         return _detect_cpu(dtype)
     properties = torch.cuda.get_device_properties(device)
-    units = properties.multi_processor_count
+    units, no_triton = properties.multi_processor_count, _triton_unavailable()
     if torch.version.hip is None:
         arch = f"sm_{properties.major}{properties.minor}"
-        return Platform(arch, units, aiter_unavailable=_NO_AITER, triton_unavailable=_triton_unavailable())
+        return Platform(arch, units, aiter_unavailable=_NO_AITER, triton_unavailable=no_triton)
     arch = properties.gcnArchName.partition(":")[0]  # gfx942:sramecc+:xnack-
+    platform = Platform(arch, units, triton_unavailable=no_triton, triton_version=_triton_version())
     try:
-        aiter = load_aiter()
+        return replace(platform, aiter_version=load_aiter().version)
     except AiterUnavailable as error:
-        return Platform(arch, units, None, str(error), _triton_unavailable(), _triton_version())
-    return Platform(
-        arch, units, aiter.version, triton_unavailable=_triton_unavailable(), triton_version=_triton_version()
-    )
+        return replace(platform, aiter_unavailable=str(error))
 
 
 def emulated_platform(arch: str) -> Platform:
@@ -118,17 +116,11 @@ def emulated_platform(arch: str) -> Platform:
 
 
 def _detect_cpu(dtype: torch.dtype) -> Platform:
-    cpu = NAMED_PLATFORMS["cpu"]
     reason = native.unavailable_reason()
     # Measured at 16 rows of 192 and 1024 tokens: 1.4 times as fast as linear (docs/BENCHMARKS.md).
     bf16_dot = reason is None and dtype == torch.bfloat16 and native.load().has_bf16_dot
-    return Platform(
-        "cpu",
-        aiter_unavailable=cpu.aiter_unavailable,
-        triton_unavailable=cpu.triton_unavailable,
-        native_unavailable=reason,
-        fastest_layout="shuffled" if bf16_dot else None,
-    )
+    fastest = "shuffled" if bf16_dot else None
+    return replace(NAMED_PLATFORMS["cpu"], native_unavailable=reason, fastest_layout=fastest)
 
 
 def _triton_version() -> str:

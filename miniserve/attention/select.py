@@ -60,19 +60,17 @@ def select(
     if layout != "auto" and (layout == "latent") != any(spec.latent is not None for spec in specs):
         raise UserError(_WRONG_KIND[layout == "latent"].format(layout=layout))
     rejected: list[tuple[str, str, str]] = []
-    hopeless: set[str] = set()
+    hopeless = {contract.name: contract.refusals(specs, platform) for contract in contracts}
     for contract, candidate, measured in _candidates(contracts, platform, layout, preferred or ()):
-        if backend not in ("auto", contract.name) or contract.name in hopeless:
+        if backend not in ("auto", contract.name):
             continue
-        if reasons := [*contract.platform_refusals(platform), *contract.kind_refusals(specs)]:
-            hopeless.add(contract.name)
-            rejected += [(contract.name, "", reason) for reason in reasons]
+        if reasons := hopeless[contract.name]:
+            rejected += [told for reason in reasons if (told := (contract.name, "", reason)) not in rejected]
             continue
         routes, reasons = contract.routes(specs, platform, candidate, block_size)
         if not reasons:
-            why = _reason(
-                backend, layout, _possible(contracts, platform, specs), platform.order(contract.layouts), measured
-            )
+            possible = [name for name in names if not hopeless[name]]
+            why = _reason(backend, layout, possible, platform.order(contract.layouts), measured)
             return Choice(contract.name, candidate, routes, tuple(rejected), why)
         rejected += [(contract.name, candidate, reason) for reason in reasons]
     asked = " ".join(
@@ -106,15 +104,6 @@ def _candidates(
         pair for name in preferred for pair in pairs if name in (pair[0].name, f"{pair[0].name}:{pair[1]}")
     )
     return dict.fromkeys((*((*pair, True) for pair in measured), *((*p, False) for p in pairs if p not in measured)))
-
-
-def _possible(contracts: Sequence[BackendContract], platform: Platform, specs: Sequence[AttentionSpec]) -> list[str]:
-    """The backends that run there and are for this kind of model."""
-    return [
-        contract.name
-        for contract in contracts
-        if not [*contract.platform_refusals(platform), *contract.kind_refusals(specs)]
-    ]
 
 
 def _reason(backend: str, layout: str, names: list[str], order: tuple[str, ...], measured: bool) -> str:

@@ -172,10 +172,12 @@ class BackendContract:
             needed, found = (".".join(map(str, v)) for v in (self.min_aiter, version))
             yield f"it needs aiter v{needed} or newer, not v{found}"
 
-    def kind_refusals(self, specs: Sequence[AttentionSpec]) -> Iterator[str]:
-        """Why this backend cannot serve the model whatever the layout."""
+    def refusals(self, specs: Sequence[AttentionSpec], platform: Platform) -> list[str]:
+        """Why this backend cannot serve the model there, whatever the layout."""
+        reasons = [*self.platform_refusals(platform)]
         if any(self.latent != (spec.latent is not None) for spec in specs):
-            yield "it is for latent (MLA) layers" if self.latent else "it has no latent (MLA) attention"
+            reasons.append("it is for latent (MLA) layers" if self.latent else "it has no latent (MLA) attention")
+        return reasons
 
     def routes(
         self, specs: Sequence[AttentionSpec], platform: Platform, layout: str, block_size: int

@@ -165,7 +165,7 @@ def _part(spec: AttentionSpec, tp: int, dtype: torch.dtype, kv_dtype: torch.dtyp
 
 def _paths(specs: Sequence[AttentionSpec], platform: Platform, block_size: int) -> Iterator[Path]:
     for contract in CONTRACTS:
-        if reasons := [*contract.platform_refusals(platform), *contract.kind_refusals(specs)]:
+        if reasons := contract.refusals(specs, platform):
             yield Path(backend=contract.name, layout="", reasons=tuple(reasons))
             continue
         for layout in platform.order(contract.layouts):
