@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 # Older ones let the ASM kernel read other blocks than asked for where a plane is 2 GiB or larger (aiter #3062).
 MINIMUM_VERSION = (0, 1, 17)
@@ -34,14 +35,14 @@ class Aiter:
     arch: str
     compute_units: int
     fp8: torch.dtype
-    paged_attention_v1: Callable[..., torch.Tensor]
-    paged_attention_rocm: Callable[..., torch.Tensor]
-    paged_attention_common: Callable[..., torch.Tensor]
-    flash_attn_varlen_func: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    paged_attention_v1: Callable[..., Tensor]
+    paged_attention_rocm: Callable[..., Tensor]
+    paged_attention_common: Callable[..., Tensor]
+    flash_attn_varlen_func: Callable[..., tuple[Tensor, Tensor]]
     unified_attention: Callable[..., None]
     reshape_and_cache: Callable[..., None]
     reshape_and_cache_flash: Callable[..., None]
-    fused_qk_rope_reshape_and_cache: Callable[..., tuple[torch.Tensor, ...]]
+    fused_qk_rope_reshape_and_cache: Callable[..., tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,15 +54,15 @@ class AiterLatent:
     get_mla_metadata_info_v1: Callable[..., tuple[tuple[int | tuple[int, ...], torch.dtype], ...]]
     get_mla_metadata_v1: Callable[..., None]
     concat_and_cache_mla: Callable[..., None]
-    flash_attn_varlen_func: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    flash_attn_varlen_func: Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AiterExperts:
     """What routed experts call of it."""
 
-    fused_moe: Callable[..., torch.Tensor]
-    shuffle_weight: Callable[[torch.Tensor], torch.Tensor]
+    fused_moe: Callable[..., Tensor]
+    shuffle_weight: Callable[[Tensor], Tensor]
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.layouts import KVCache
@@ -21,7 +21,7 @@ class PagedStepContext:
     caches: Sequence[KVCache]
     metadata: object
 
-    def attend(self, layer: AttentionLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `StepContext.attend`."""
         return self.backend.attend(layer, q, k, v, self.caches[layer.layer_index], self.metadata)
 
@@ -30,18 +30,11 @@ class PagedStepContext:
         """See `StepContext.fuses_rope`."""
         return self.backend.fuses_rope
 
-    def attend_qkv(self, layer: AttentionLayer, qkv: torch.Tensor, rope: QKRope) -> torch.Tensor:
+    def attend_qkv(self, layer: AttentionLayer, qkv: Tensor, rope: QKRope) -> Tensor:
         """See `StepContext.attend_qkv`."""
         return self.backend.attend_qkv(layer, qkv, rope, self.caches[layer.layer_index], self.metadata)
 
-    def attend_latent(
-        self,
-        layer: LatentLayer,
-        q_nope: torch.Tensor,
-        q_pe: torch.Tensor,
-        kv_c: torch.Tensor,
-        k_pe: torch.Tensor,
-    ) -> torch.Tensor:
+    def attend_latent(self, layer: LatentLayer, q_nope: Tensor, q_pe: Tensor, kv_c: Tensor, k_pe: Tensor) -> Tensor:
         """See `StepContext.attend_latent`."""
         return self.backend.attend_latent(
             layer, q_nope, q_pe, kv_c, k_pe, self.caches[layer.layer_index], self.metadata

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
-def visible_keys(distance: torch.Tensor, window: int | None) -> torch.Tensor:
+def visible_keys(distance: Tensor, window: int | None) -> Tensor:
     """distance: a query's position less a key's, any shape. window: see `AttentionSpec.sliding_window`."""
     seen = distance >= 0
     return seen if window is None else seen & (distance < window)
 
 
 def attention_by_formula(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    visible: torch.Tensor,
-    *,
-    scale: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, *, scale: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
     """q [..., Lq, H, D], k [..., Lk, KH, D], v [..., Lk, KH, Dv], visible bool [..., Lq, Lk] -> float32 [..., Lq, H,
     Dv].
 

@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from miniserve.attention.spec import AttentionSpec
 
@@ -26,8 +27,8 @@ class KVCache:
     """One layer's key and value planes, dense and separate. Of a latent cache `key` is the one plane, and `value` a
     view of the kv_c in it."""
 
-    key: torch.Tensor
-    value: torch.Tensor
+    key: Tensor
+    value: Tensor
 
 
 class KVLayout(ABC):
@@ -50,11 +51,11 @@ class KVLayout(ABC):
     def write(
         self,
         cache: KVCache,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        slot_mapping: torch.Tensor,
-        k_scale: torch.Tensor | None = None,
-        v_scale: torch.Tensor | None = None,
+        k: Tensor,
+        v: Tensor,
+        slot_mapping: Tensor,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
     ) -> None:
         """Store k, v [num_tokens, num_kv_heads, head_dim] at slot_mapping [num_tokens] int64 (every slot >= 0).
 
@@ -65,11 +66,11 @@ class KVLayout(ABC):
     def read(
         self,
         cache: KVCache,
-        block_ids: torch.Tensor,
+        block_ids: Tensor,
         dtype: torch.dtype,
-        k_scale: torch.Tensor | None = None,
-        v_scale: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """What `gather` finds, as values of `dtype`: an fp8 cache's codes times their scales."""
         k, v = self.gather(cache, block_ids)
         return _decode(k, dtype, k_scale), _decode(v, dtype, v_scale)
@@ -77,25 +78,25 @@ class KVLayout(ABC):
     def read_tokens(
         self,
         cache: KVCache,
-        slots: torch.Tensor,
+        slots: Tensor,
         dtype: torch.dtype,
-        k_scale: torch.Tensor | None = None,
-        v_scale: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """As `read`, of tokens: slots int64 [n] -> k, v [n, num_kv_heads, head_dim]."""
         k, v = self.gather_tokens(cache, slots)
         return _decode(k, dtype, k_scale), _decode(v, dtype, v_scale)
 
     @abstractmethod
-    def store(self, cache: KVCache, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    def store(self, cache: KVCache, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
         """As `write`, of k and v as the cache holds them."""
 
     @abstractmethod
-    def gather(self, cache: KVCache, block_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def gather(self, cache: KVCache, block_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Read blocks: block_ids [...] -> k, v [..., block_size, num_kv_heads, head_dim], as the cache holds them."""
 
     @abstractmethod
-    def gather_tokens(self, cache: KVCache, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def gather_tokens(self, cache: KVCache, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Read tokens: slots int64 [n] -> k, v [n, num_kv_heads, head_dim], as the cache holds them."""
 
     def block_bytes(self, spec: AttentionSpec) -> int:
@@ -121,14 +122,14 @@ class LinearLayout(KVLayout):
         shape = (num_blocks, self.block_size, spec.num_kv_heads, spec.head_dim)
         return shape, shape
 
-    def store(self, cache: KVCache, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    def store(self, cache: KVCache, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
         _bits(cache.key).flatten(0, 1).index_copy_(0, slot_mapping, _bits(k))
         _bits(cache.value).flatten(0, 1).index_copy_(0, slot_mapping, _bits(v))
 
-    def gather(self, cache: KVCache, block_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def gather(self, cache: KVCache, block_ids: Tensor) -> tuple[Tensor, Tensor]:
         return _take(cache.key, block_ids), _take(cache.value, block_ids)
 
-    def gather_tokens(self, cache: KVCache, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def gather_tokens(self, cache: KVCache, slots: Tensor) -> tuple[Tensor, Tensor]:
         return _take(cache.key.flatten(0, 1), slots), _take(cache.value.flatten(0, 1), slots)
 
 
@@ -153,17 +154,17 @@ class ShuffledLayout(KVLayout):
             (num_blocks, spec.num_kv_heads, self.block_size // x, spec.head_dim, x),
         )
 
-    def store(self, cache: KVCache, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    def store(self, cache: KVCache, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
         num_tokens, num_kv_heads, head_dim = k.shape
         x = cache.key.shape[-1]
         block, offset = slot_mapping // self.block_size, slot_mapping % self.block_size
         _bits(cache.key)[block, :, :, offset] = _bits(k.reshape(num_tokens, num_kv_heads, head_dim // x, x))
         _bits(cache.value)[block, :, offset // x, :, offset % x] = _bits(v)
 
-    def gather(self, cache: KVCache, block_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def gather(self, cache: KVCache, block_ids: Tensor) -> tuple[Tensor, Tensor]:
         return unpack_shuffled(_take(cache.key, block_ids), _take(cache.value, block_ids))
 
-    def gather_tokens(self, cache: KVCache, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def gather_tokens(self, cache: KVCache, slots: Tensor) -> tuple[Tensor, Tensor]:
         block, offset = slots // self.block_size, slots % self.block_size
         x = cache.key.shape[-1]
         k = _bits(cache.key)[block, :, :, offset].flatten(-2)
@@ -171,7 +172,7 @@ class ShuffledLayout(KVLayout):
         return k.view(cache.key.dtype), v.view(cache.value.dtype)
 
 
-def unpack_shuffled(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def unpack_shuffled(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Shuffled keys and values of some blocks -> the linear ones, [..., block_size, num_kv_heads, head_dim] each."""
     k = key.movedim(-2, -4).flatten(-2)  # [..., BS, KH, D]
     v = value.movedim(-1, -2).flatten(-3, -2).movedim(-3, -2)  # via [..., KH, BS, D]
@@ -192,14 +193,14 @@ class LatentLayout(KVLayout):
         rank = spec.head_dim if spec.latent is None else spec.latent.kv_lora_rank
         return (num_blocks, self.block_size, spec.head_dim), (num_blocks, self.block_size, rank)
 
-    def store(self, cache: KVCache, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    def store(self, cache: KVCache, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
         kept = slot_mapping >= 0
         _bits(cache.key).flatten(0, 1)[slot_mapping[kept]] = torch.cat([_bits(k), _bits(v)], dim=-1)[kept]
 
-    def gather(self, cache: KVCache, block_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def gather(self, cache: KVCache, block_ids: Tensor) -> tuple[Tensor, Tensor]:
         return self._split(cache, _take(cache.key, block_ids))
 
-    def gather_tokens(self, cache: KVCache, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def gather_tokens(self, cache: KVCache, slots: Tensor) -> tuple[Tensor, Tensor]:
         return self._split(cache, _take(cache.key.flatten(0, 1), slots))
 
     def block_bytes(self, spec: AttentionSpec) -> int:
@@ -211,7 +212,7 @@ class LatentLayout(KVLayout):
         return KVCache(plane, plane[..., : kv_c[-1]])
 
     @staticmethod
-    def _split(cache: KVCache, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _split(cache: KVCache, tokens: Tensor) -> tuple[Tensor, Tensor]:
         rank = cache.value.shape[-1]
         return tokens[..., :rank], tokens[..., rank:]
 
@@ -225,17 +226,17 @@ def _lanes(dtype: torch.dtype) -> int:
     return 16 // dtype.itemsize
 
 
-def _take(plane: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
+def _take(plane: Tensor, block_ids: Tensor) -> Tensor:
     taken = _bits(plane).index_select(0, block_ids.reshape(-1)).view(*block_ids.shape, *plane.shape[1:])
     return taken.view(plane.dtype)
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
+def _bits(tensor: Tensor) -> Tensor:
     """The same memory as a dtype that indexing knows: PyTorch moves fp8 on no CPU."""
     return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
 
 
-def _encode(values: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> torch.Tensor:
+def _encode(values: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
     if dtype.itemsize > 1:
         return values.to(dtype)
     limit = torch.finfo(dtype).max
@@ -243,7 +244,7 @@ def _encode(values: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None
     return scaled.clamp(-limit, limit).to(dtype)
 
 
-def _decode(codes: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None) -> torch.Tensor:
+def _decode(codes: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
     if codes.dtype.itemsize > 1 or scale is None:
         return codes.to(dtype)
     return (codes.float() * scale).to(dtype)

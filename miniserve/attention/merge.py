@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
-def merge_lse(
-    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def merge_lse(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Two parts' results as those of their union (Flash-Decoding, Dao et al. 2023).
 
     out [tokens, num_heads, head_dim]; lse float32 [num_heads, tokens], the natural logarithm of the softmax's sum, -inf

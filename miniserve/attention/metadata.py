@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +17,8 @@ class DecodeRows:
     host, None where the step was captured in a graph and runs with other lengths than these.
     """
 
-    block_tables: torch.Tensor
-    seq_lens: torch.Tensor
+    block_tables: Tensor
+    seq_lens: Tensor
     max_seq_len: int
     host_seq_lens: np.ndarray[tuple[int], np.dtype[np.int64]] | None
 
@@ -34,9 +34,9 @@ class ChunkRows:
     query_start: int
     query_lens: tuple[int, ...]
     context_lens: tuple[int, ...]
-    cu_query_lens: torch.Tensor
-    seq_lens: torch.Tensor
-    block_tables: torch.Tensor
+    cu_query_lens: Tensor
+    seq_lens: Tensor
+    block_tables: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class StepBatch:
     slot_mapping int64 [num_tokens]: where each token's key and value go; a negative slot is not written.
     """
 
-    slot_mapping: torch.Tensor
+    slot_mapping: Tensor
     decode: DecodeRows | None = None
     extend: ChunkRows | None = None
     prefill: ChunkRows | None = None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +52,12 @@ class AttentionLayer(Protocol):
 
     layer_index: int
     spec: AttentionSpec
-    sinks: torch.Tensor | None  # float32 [num_heads]
-    k_scale: torch.Tensor
-    v_scale: torch.Tensor
+    sinks: Tensor | None  # float32 [num_heads]
+    k_scale: Tensor
+    v_scale: Tensor
 
 
-def fp8_scales(layer: AttentionLayer) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def fp8_scales(layer: AttentionLayer) -> tuple[Tensor | None, Tensor | None]:
     """The layer's scales where its cache is fp8, which alone has any."""
     return (layer.k_scale, layer.v_scale) if layer.spec.kv_dtype.itemsize == 1 else (None, None)
 
@@ -66,17 +67,17 @@ class LatentLayer(Protocol):
 
     layer_index: int
     spec: AttentionSpec
-    kv_scale: torch.Tensor
+    kv_scale: Tensor
 
-    def absorb(self, q_nope: torch.Tensor) -> torch.Tensor:
+    def absorb(self, q_nope: Tensor) -> Tensor:
         """[T, num_heads, nope_dim] -> [T, num_heads, kv_lora_rank]: queries that meet the latent itself."""
         ...
 
-    def expand(self, kv_c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def expand(self, kv_c: Tensor) -> tuple[Tensor, Tensor]:
         """[N, kv_lora_rank] -> keys without rope [N, num_heads, nope_dim] and values [N, num_heads, v_head_dim]."""
         ...
 
-    def project_out(self, latent_out: torch.Tensor) -> torch.Tensor:
+    def project_out(self, latent_out: Tensor) -> Tensor:
         """[T, num_heads, kv_lora_rank], what absorbed attention gives, -> [T, num_heads * v_head_dim]."""
         ...
 
@@ -86,16 +87,16 @@ class QKRope:
     """What happens to q and k between their projection and attention: a norm of each head where there are weights
     [head_dim], then rope with cos_sin float32 [num_tokens, head_dim], cosines first."""
 
-    cos_sin: torch.Tensor
-    q_weight: torch.Tensor | None
-    k_weight: torch.Tensor | None
+    cos_sin: Tensor
+    q_weight: Tensor | None
+    k_weight: Tensor | None
     eps: float
 
 
 class StepContext(Protocol):
     """The step's state, handed to `model.forward` as an argument and by it to every attention layer."""
 
-    def attend(self, layer: AttentionLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write k, v of this step's tokens to the cache, then attend causally over all cached tokens of each sequence.
 
         q: [num_tokens, num_heads, head_dim], k, v: [num_tokens, num_kv_heads, head_dim], after norm and rope; the last
@@ -108,18 +109,11 @@ class StepContext(Protocol):
         """Whether `attend_qkv` is there, which does in one kernel what else are three."""
         ...
 
-    def attend_qkv(self, layer: AttentionLayer, qkv: torch.Tensor, rope: QKRope) -> torch.Tensor:
+    def attend_qkv(self, layer: AttentionLayer, qkv: Tensor, rope: QKRope) -> Tensor:
         """As `attend`, of qkv [num_tokens, (num_heads + 2 num_kv_heads) * head_dim] before norm and rope."""
         ...
 
-    def attend_latent(
-        self,
-        layer: LatentLayer,
-        q_nope: torch.Tensor,
-        q_pe: torch.Tensor,
-        kv_c: torch.Tensor,
-        k_pe: torch.Tensor,
-    ) -> torch.Tensor:
+    def attend_latent(self, layer: LatentLayer, q_nope: Tensor, q_pe: Tensor, kv_c: Tensor, k_pe: Tensor) -> Tensor:
         """As `attend`, for MLA. q_nope [T, num_heads, nope_dim], q_pe [T, num_heads, rope_dim], kv_c [T, kv_lora_rank],
         k_pe [T, rope_dim], after norms and rope. Returns [T, num_heads * v_head_dim], q_nope's dtype."""
         ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from miniserve.attention.aiter import Aiter
 from miniserve.attention.backends.options import BackendOptions
@@ -27,7 +28,7 @@ class PagedScratch:
         # paged_attention_v1 lays the three parts out in it by itself, the other kernels are given each.
         self.workspace = torch.empty(size, dtype=torch.uint8, device=options.device)
 
-    def parts(self, q: torch.Tensor, max_seq_len: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def parts(self, q: Tensor, max_seq_len: int) -> tuple[Tensor, Tensor, Tensor]:
         """exp_sums, max_logits float32 [rows, H, partitions]; tmp_out [rows, H, partitions, D] of q's dtype."""
         rows, heads, head_dim = q.shape
         partitions = -(-max_seq_len // _PARTITION)
@@ -48,10 +49,10 @@ class AsmScales:
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
-        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._tables: dict[tuple[int, int, float], torch.Tensor] = {}
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._tables: dict[tuple[int, int, float], Tensor] = {}
 
-    def of(self, layer: AttentionLayer, cache: KVCache) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    def of(self, layer: AttentionLayer, cache: KVCache) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """The layer's tables, made when it is first asked for them, which reads its scales on the host; None where its
         cache is not fp8."""
         if layer.spec.kv_dtype.itemsize > 1:
@@ -61,7 +62,7 @@ class AsmScales:
             self._layers[layer.layer_index] = k, v
         return self._layers[layer.layer_index]
 
-    def _table(self, scale: float, plane: torch.Tensor) -> torch.Tensor:
+    def _table(self, scale: float, plane: Tensor) -> Tensor:
         num_blocks, num_kv_heads = plane.shape[:2]
         shape = (num_blocks, num_kv_heads, self._block_size)
         known = (num_blocks, num_kv_heads, scale)
@@ -77,9 +78,7 @@ class AiterCalls:
         self._aiter = aiter
         self._linear = layout.name == "linear"
 
-    def write(
-        self, layer: AttentionLayer, k: torch.Tensor, v: torch.Tensor, cache: KVCache, slot_mapping: torch.Tensor
-    ) -> None:
+    def write(self, layer: AttentionLayer, k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None:
         """Store this step's keys and values; negative slots are skipped."""
         given = (k, v, cache.key, cache.value, slot_mapping, kv_cache_dtype(layer.spec.kv_dtype), layer.k_scale)
         if self._linear:
@@ -90,14 +89,14 @@ class AiterCalls:
     def rope_and_write(
         self,
         layer: AttentionLayer,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
         cache: KVCache,
-        slot_mapping: torch.Tensor,
-        token_ids: torch.Tensor,
-        cos_sin: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        slot_mapping: Tensor,
+        token_ids: Tensor,
+        cos_sin: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         """As `write`, with rope before it: cos_sin has the step's tokens' own angles, so that token_ids, 0, 1, 2, …,
         are what aiter takes for positions. Returns q and k rotated; k is not set where the slot is negative."""
         q_out, k_out, *_ = self._aiter.fused_qk_rope_reshape_and_cache(
@@ -116,9 +115,7 @@ class AiterCalls:
         )
         return q_out, k_out
 
-    def unified(
-        self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, rows: QueryRows, out: torch.Tensor
-    ) -> None:
+    def unified(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: QueryRows, out: Tensor) -> None:
         """Rows of any number of query tokens, which are in the cache already, over either layout. q, out [num_tokens,
         num_heads, head_dim] of the whole step, of which it reads and writes the rows' part."""
         spec = layer.spec
@@ -153,7 +150,7 @@ class PagedDecode:
         self._scratch = PagedScratch(options)
         self.asm_scales = AsmScales(block_size)
 
-    def v1(self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, rows: Rows, out: torch.Tensor) -> None:
+    def v1(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: Rows, out: Tensor) -> None:
         """Decode over the linear layout."""
         spec = layer.spec
         self._aiter.paged_attention_v1(
@@ -176,7 +173,7 @@ class PagedDecode:
             sliding_window=spec.sliding_window or 0,
         )
 
-    def rocm(self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, rows: Rows, out: torch.Tensor) -> None:
+    def rocm(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: Rows, out: Tensor) -> None:
         """Decode over the shuffled layout by the HIP kernel."""
         spec = layer.spec
         self._aiter.paged_attention_rocm(
@@ -197,7 +194,7 @@ class PagedDecode:
             layer.v_scale,
         )
 
-    def asm(self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, rows: Rows, out: torch.Tensor) -> None:
+    def asm(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: Rows, out: Tensor) -> None:
         """Decode over the shuffled layout where aiter's own rule takes the ASM kernel (see `routes`)."""
         spec = layer.spec
         exp_sums, max_logits, tmp_out = self._scratch.parts(q, rows.max_seq_len)
@@ -227,12 +224,7 @@ class PagedDecode:
 
 
 def paged_gluon(
-    gluon: Callable[..., None],
-    layer: AttentionLayer,
-    q: torch.Tensor,
-    cache: KVCache,
-    rows: QueryRows,
-    out: torch.Tensor,
+    gluon: Callable[..., None], layer: AttentionLayer, q: Tensor, cache: KVCache, rows: QueryRows, out: Tensor
 ) -> None:
     """Decode over the shuffled layout by `pa_decode_gluon`
 

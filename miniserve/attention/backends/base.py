@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Generic, TypeVar
 
-import torch
+from torch import Tensor
 
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import StepBatch
@@ -36,33 +36,23 @@ class Backend(ABC, Generic[Metadata]):
     def build(self, batch: StepBatch) -> Metadata:
         """The step's metadata, once for all layers."""
 
-    def attend(
-        self,
-        layer: AttentionLayer,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        cache: KVCache,
-        meta: Metadata,
-    ) -> torch.Tensor:
+    def attend(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, meta: Metadata) -> Tensor:
         """The whole step for one layer: see `StepContext.attend`."""
         raise NotImplementedError(f"{type(self).__name__} has no multi-head attention")
 
-    def attend_qkv(
-        self, layer: AttentionLayer, qkv: torch.Tensor, rope: QKRope, cache: KVCache, meta: Metadata
-    ) -> torch.Tensor:
+    def attend_qkv(self, layer: AttentionLayer, qkv: Tensor, rope: QKRope, cache: KVCache, meta: Metadata) -> Tensor:
         """See `StepContext.attend_qkv`."""
         raise NotImplementedError(f"{type(self).__name__} does not rotate")
 
     def attend_latent(
         self,
         layer: LatentLayer,
-        q_nope: torch.Tensor,
-        q_pe: torch.Tensor,
-        kv_c: torch.Tensor,
-        k_pe: torch.Tensor,
+        q_nope: Tensor,
+        q_pe: Tensor,
+        kv_c: Tensor,
+        k_pe: Tensor,
         cache: KVCache,
         meta: Metadata,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """The whole step for one MLA layer: see `StepContext.attend_latent`. The latent is `cache.key`."""
         raise NotImplementedError(f"{type(self).__name__} has no latent attention")

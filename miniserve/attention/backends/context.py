@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from miniserve.attention.metadata import ChunkRows
 
@@ -17,8 +18,8 @@ class RaggedLens(NamedTuple):
     """How queries and keys divide into rows, in the order in which flash attention takes it: cu_query_lens and
     cu_key_lens int32 [rows + 1] start at 0; no row has more than max_query_len queries, max_key_len keys."""
 
-    cu_query_lens: torch.Tensor
-    cu_key_lens: torch.Tensor
+    cu_query_lens: Tensor
+    cu_key_lens: Tensor
     max_query_len: int
     max_key_len: int
 
@@ -32,7 +33,7 @@ class GatheredRows:
 
     start: int
     end: int
-    slots: torch.Tensor
+    slots: Tensor
     lens: RaggedLens
 
 
@@ -83,5 +84,5 @@ def _gathered(group: ChunkRows, rows: slice, low: Int64, high: Int64, block_size
     )
 
 
-def _int32(values: Int64, device: torch.device) -> torch.Tensor:
+def _int32(values: Int64, device: torch.device) -> Tensor:
     return torch.from_numpy(values.astype(np.int32)).to(device, non_blocking=True)

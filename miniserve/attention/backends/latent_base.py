@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
+from torch import Tensor
 
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.context import GatheredRows, RaggedLens, context_pieces
@@ -34,7 +35,7 @@ class ChunksMetadata:
 
     start: int
     end: int
-    cu_query_lens: torch.Tensor
+    cu_query_lens: Tensor
     max_query_len: int
     context: tuple[GatheredRows, ...]
 
@@ -43,7 +44,7 @@ class ChunksMetadata:
 class LatentMetadata(Generic[Decode]):
     """slot_mapping int64 [num_tokens]; negative slots are not written. num_decodes rows come first."""
 
-    slot_mapping: torch.Tensor
+    slot_mapping: Tensor
     num_decodes: int
     decode: Decode | None
     chunks: ChunksMetadata | None
@@ -59,30 +60,19 @@ class LatentBackend(Backend[LatentMetadata[Decode]]):
         """What `decode` reads."""
 
     @abstractmethod
-    def decode(
-        self, layer: LatentLayer, q: torch.Tensor, q_pe: torch.Tensor, cache: KVCache, meta: Decode
-    ) -> torch.Tensor:
+    def decode(self, layer: LatentLayer, q: Tensor, q_pe: Tensor, cache: KVCache, meta: Decode) -> Tensor:
         """q [rows, num_heads, kv_lora_rank], absorbed, and q_pe [rows, num_heads, rope_dim], last dimensions dense,
         over each row's latents, its own token's included. Returns [rows, num_heads, kv_lora_rank], q's dtype."""
 
     @abstractmethod
     def attend_dense(
-        self,
-        layer: LatentLayer,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        lens: RaggedLens,
-        *,
-        causal: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, layer: LatentLayer, q: Tensor, k: Tensor, v: Tensor, lens: RaggedLens, *, causal: bool
+    ) -> tuple[Tensor, Tensor]:
         """q [tokens, num_heads, nope_dim + rope_dim] of the rows of `lens`, k likewise [keys, …], v [keys, num_heads,
         v_head_dim], row after row; causal: query i of a row sees its keys up to i, and there are as many of both.
         Returns out [tokens, num_heads, v_head_dim] and lse float32 [num_heads, tokens], as `merge_lse` has it."""
 
-    def write(
-        self, layer: LatentLayer, cache: KVCache, kv_c: torch.Tensor, k_pe: torch.Tensor, slot_mapping: torch.Tensor
-    ) -> None:
+    def write(self, layer: LatentLayer, cache: KVCache, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor) -> None:
         self.layout.write(cache, kv_c, k_pe, slot_mapping, layer.kv_scale, layer.kv_scale)
 
     def build(self, batch: StepBatch) -> LatentMetadata[Decode]:
@@ -112,15 +102,15 @@ class LatentBackend(Backend[LatentMetadata[Decode]]):
     def attend_latent(
         self,
         layer: LatentLayer,
-        q_nope: torch.Tensor,
-        q_pe: torch.Tensor,
-        kv_c: torch.Tensor,
-        k_pe: torch.Tensor,
+        q_nope: Tensor,
+        q_pe: Tensor,
+        kv_c: Tensor,
+        k_pe: Tensor,
         cache: KVCache,
         meta: LatentMetadata[Decode],
-    ) -> torch.Tensor:
+    ) -> Tensor:
         self.write(layer, cache, kv_c, k_pe, meta.slot_mapping)
-        parts: list[torch.Tensor] = []
+        parts: list[Tensor] = []
         if meta.decode is not None:
             rows = slice(0, meta.num_decodes)
             found = self.decode(layer, layer.absorb(q_nope[rows]), q_pe[rows], cache, meta.decode)
@@ -132,14 +122,8 @@ class LatentBackend(Backend[LatentMetadata[Decode]]):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _attend_chunks(
-        self,
-        layer: LatentLayer,
-        q: torch.Tensor,
-        kv_c: torch.Tensor,
-        k_pe: torch.Tensor,
-        cache: KVCache,
-        meta: ChunksMetadata,
-    ) -> torch.Tensor:
+        self, layer: LatentLayer, q: Tensor, kv_c: Tensor, k_pe: Tensor, cache: KVCache, meta: ChunksMetadata
+    ) -> Tensor:
         lens = RaggedLens(meta.cu_query_lens, meta.cu_query_lens, meta.max_query_len, meta.max_query_len)
         out, lse = self.attend_dense(layer, q, *_expand(layer, kv_c, k_pe), lens, causal=True)
         if not meta.context:
@@ -153,7 +137,7 @@ class LatentBackend(Backend[LatentMetadata[Decode]]):
         return merged.to(q.dtype)
 
 
-def _expand(layer: LatentLayer, kv_c: torch.Tensor, k_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _expand(layer: LatentLayer, kv_c: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
     """Keys [N, num_heads, nope_dim + rope_dim] and values [N, num_heads, v_head_dim] of latents."""
     k_nope, v = layer.expand(kv_c)
     return torch.cat([k_nope, k_pe[:, None].expand(-1, k_nope.shape[1], -1)], dim=-1), v

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.formula import attention_by_formula, visible_keys
@@ -35,11 +36,11 @@ class PagedKernels:
     """allocate_scratch(launches as (rows, num_splits), num_heads, head_dim, device): what splits leave for the merge;
     None where decode never splits a row."""
 
-    paged_decode: Callable[..., torch.Tensor]
-    paged_extend: Callable[..., torch.Tensor]
+    paged_decode: Callable[..., Tensor]
+    paged_extend: Callable[..., Tensor]
     write_kv: Callable[..., None]
-    linearize: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    rope_and_write: Callable[..., torch.Tensor]
+    linearize: Callable[..., tuple[Tensor, Tensor]]
+    rope_and_write: Callable[..., Tensor]
     allocate_scratch: AllocateScratch | None
 
 
@@ -81,17 +82,17 @@ class SplitPlan:
 
 
 def _torch_decode(
-    q: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    seq_lens: torch.Tensor,
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
     *,
-    out: torch.Tensor,
+    out: Tensor,
     num_splits: int,
     scratch: object,
     **terms: Any,
-) -> torch.Tensor:
+) -> Tensor:
     starts = torch.arange(len(q) + 1, dtype=torch.int32)
     return _torch_extend(
         q, key_cache, value_cache, block_tables, starts, seq_lens, max_query_len=1, num_splits=1, out=out, **terms
@@ -99,12 +100,12 @@ def _torch_decode(
 
 
 def _torch_extend(
-    q: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    cu_query_lens: torch.Tensor,
-    seq_lens: torch.Tensor,
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    cu_query_lens: Tensor,
+    seq_lens: Tensor,
     *,
     max_query_len: int,
     num_splits: int,
@@ -114,11 +115,11 @@ def _torch_extend(
     scale: float,
     window: int | None,
     softcap: float | None,
-    sinks: torch.Tensor | None,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-    out: torch.Tensor,
-) -> torch.Tensor:
+    sinks: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    out: Tensor,
+) -> Tensor:
     layout = LAYOUTS["shuffled" if shuffled else "linear"](block_size)
     starts = cu_query_lens.tolist()
     for row, length in enumerate(seq_lens.tolist()):
@@ -136,16 +137,16 @@ def _torch_extend(
 
 
 def _torch_write(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
     *,
     block_size: int,
     shuffled: bool,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
 ) -> None:
     layout = LAYOUTS["shuffled" if shuffled else "linear"](block_size)
     kept = slot_mapping >= 0
@@ -153,24 +154,24 @@ def _torch_write(
 
 
 def _torch_rope_and_write(
-    qkv: torch.Tensor,
-    cos_sin: torch.Tensor,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
+    qkv: Tensor,
+    cos_sin: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
     eps: float,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
     *,
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
     block_size: int,
     shuffled: bool,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-    k_out: torch.Tensor | None,
-) -> torch.Tensor:
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    k_out: Tensor | None,
+) -> Tensor:
     q, k, v = qkv.unflatten(1, (-1, head_dim)).split((num_heads, num_kv_heads, num_kv_heads), dim=1)
     q, k = (_norm_rope(x, weight, cos_sin, eps) for x, weight in ((q, q_weight), (k, k_weight)))
     terms: dict[str, Any] = {"block_size": block_size, "shuffled": shuffled, "k_scale": k_scale, "v_scale": v_scale}
@@ -180,7 +181,7 @@ def _torch_rope_and_write(
     return q
 
 
-def _norm_rope(x: torch.Tensor, weight: torch.Tensor | None, cos_sin: torch.Tensor, eps: float) -> torch.Tensor:
+def _norm_rope(x: Tensor, weight: Tensor | None, cos_sin: Tensor, eps: float) -> Tensor:
     """[T, heads, head_dim], rounded to x's dtype where the Triton kernel rounds."""
     if weight is not None:
         wide = x.float()
@@ -191,14 +192,14 @@ def _norm_rope(x: torch.Tensor, weight: torch.Tensor | None, cos_sin: torch.Tens
 
 
 def _torch_linearize(
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    cu_query_lens: torch.Tensor,
-    seq_lens: torch.Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_tables: Tensor,
+    cu_query_lens: Tensor,
+    seq_lens: Tensor,
     *,
     window: int | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     layout = LAYOUTS["shuffled"](key_cache.shape[-2])
     there = torch.arange(block_tables.shape[1]) * layout.block_size < seq_lens[:, None]
     blocks = torch.where(there, block_tables, 0).long().flatten()

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from miniserve.attention.aiter import Aiter
 from miniserve.attention.backends.aiter_calls import AiterCalls, PagedDecode
@@ -64,8 +65,8 @@ class FlashMetadata:
     """slot_mapping, token_ids int64 [num_tokens]. Decode rows come first, then chunks with context, then those
     without."""
 
-    slot_mapping: torch.Tensor
-    token_ids: torch.Tensor
+    slot_mapping: Tensor
+    token_ids: Tensor
     decode: DecodeMetadata | None
     extend: ExtendMetadata | None
     prefill: QueryRows | None
@@ -102,33 +103,21 @@ class FlashBackend(Backend[FlashMetadata]):
         return FlashMetadata(batch.slot_mapping, self._writer.token_ids(batch.slot_mapping), decode, extend, prefill)
 
     def attend(
-        self,
-        layer: AttentionLayer,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        cache: KVCache,
-        meta: FlashMetadata,
-    ) -> torch.Tensor:
+        self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, meta: FlashMetadata
+    ) -> Tensor:
         self._calls.write(layer, k, v, cache, meta.slot_mapping)
         return self._attend(layer, q, k, v, cache, meta)
 
     def attend_qkv(
-        self, layer: AttentionLayer, qkv: torch.Tensor, rope: QKRope, cache: KVCache, meta: FlashMetadata
-    ) -> torch.Tensor:
+        self, layer: AttentionLayer, qkv: Tensor, rope: QKRope, cache: KVCache, meta: FlashMetadata
+    ) -> Tensor:
         chunks = meta.extend is not None or meta.prefill is not None
         q, k, v = self._writer.write(layer, qkv, rope, cache, meta.slot_mapping, meta.token_ids, keep_k=chunks)
         return self._attend(layer, q, k, v, cache, meta)
 
     def _attend(
-        self,
-        layer: AttentionLayer,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        cache: KVCache,
-        meta: FlashMetadata,
-    ) -> torch.Tensor:
+        self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, meta: FlashMetadata
+    ) -> Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if meta.decode is not None:
             self._decode(layer, q, cache, meta.decode, out)
@@ -141,9 +130,7 @@ class FlashBackend(Backend[FlashMetadata]):
                 self._calls.unified(layer, q, cache, rows, out)
         return out.flatten(1)
 
-    def _decode(
-        self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, meta: DecodeMetadata, out: torch.Tensor
-    ) -> None:
+    def _decode(self, layer: AttentionLayer, q: Tensor, cache: KVCache, meta: DecodeMetadata, out: Tensor) -> None:
         rows, kernel = meta.rows, self._routes[layer.layer_index].decode
         if kernel == "unified_attention":
             self._calls.unified(layer, q, cache, rows, out)
@@ -163,14 +150,7 @@ class FlashBackend(Backend[FlashMetadata]):
         return least is not None and meta.rows.end >= least and not meta.any_wrong_length
 
     def _extend(
-        self,
-        layer: AttentionLayer,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        cache: KVCache,
-        meta: ExtendMetadata,
-        out: torch.Tensor,
+        self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, meta: ExtendMetadata, out: Tensor
     ) -> None:
         rows, window = meta.rows, layer.spec.sliding_window
         span = slice(rows.start, rows.end)
@@ -189,14 +169,8 @@ class FlashBackend(Backend[FlashMetadata]):
             out[span] = merged
 
     def _new_tokens(
-        self,
-        layer: AttentionLayer,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        rows: QueryRows,
-        out: torch.Tensor,
-    ) -> torch.Tensor:
+        self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, rows: QueryRows, out: Tensor
+    ) -> Tensor:
         """The rows' tokens among themselves, of the whole step's q, k, v into its out. Returns lse float32 [num_heads,
         the rows' tokens]."""
         span = slice(rows.start, rows.end)
@@ -204,31 +178,16 @@ class FlashBackend(Backend[FlashMetadata]):
         return self._flash(layer, q[span], k[span], v[span], lens, out[span], causal=True)
 
     def _cached_tokens(
-        self,
-        layer: AttentionLayer,
-        q: torch.Tensor,
-        cache: KVCache,
-        rows: GatheredRows,
-        out: torch.Tensor,
-        *,
-        causal: bool,
-    ) -> torch.Tensor:
+        self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: GatheredRows, out: Tensor, *, causal: bool
+    ) -> Tensor:
         """The rows' query tokens (of the whole step's q) over gathered keys, into out, which is theirs alone; causal:
         the last of the keys are the query tokens' own. Returns lse as `_new_tokens`."""
         k, v = self.layout.read_tokens(cache, rows.slots, layer.spec.dtype, layer.k_scale, layer.v_scale)
         return self._flash(layer, q[rows.start : rows.end], k, v, rows.lens, out, causal=causal)
 
     def _flash(
-        self,
-        layer: AttentionLayer,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        lens: RaggedLens,
-        out: torch.Tensor,
-        *,
-        causal: bool,
-    ) -> torch.Tensor:
+        self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, lens: RaggedLens, out: Tensor, *, causal: bool
+    ) -> Tensor:
         _, lse = self._aiter.flash_attn_varlen_func(
             q,
             k,

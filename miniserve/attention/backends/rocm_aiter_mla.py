@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from miniserve.attention.aiter import AiterLatent
@@ -45,10 +46,10 @@ class DecodeMetadata:
     """One query token a row, pages of one token. qo_indptr, kv_indptr int32 [rows + 1]; kv_indices int32: where the
     rows' tokens lie, row after row; kv_last_page_lens int32 [rows], ones."""
 
-    qo_indptr: torch.Tensor
-    kv_indptr: torch.Tensor
-    kv_indices: torch.Tensor
-    kv_last_page_lens: torch.Tensor
+    qo_indptr: Tensor
+    kv_indptr: Tensor
+    kv_indices: Tensor
+    kv_last_page_lens: Tensor
 
 
 def scratch_bytes(specs: Sequence[AttentionSpec], max_rows: int, max_seq_len: int) -> int:
@@ -76,7 +77,7 @@ class AiterLatentBackend(LatentBackend[DecodeMetadata]):
         self._ones = torch.ones(rows, dtype=torch.int32, device=device)
         self._plans = {spec: self._allocate(spec, rows, device) for spec in dict.fromkeys(options.specs)}
 
-    def _allocate(self, spec: AttentionSpec, rows: int, device: torch.device) -> dict[str, torch.Tensor]:
+    def _allocate(self, spec: AttentionSpec, rows: int, device: torch.device) -> dict[str, Tensor]:
         sizes = self._aiter.get_mla_metadata_info_v1(
             rows, 1, padded_heads(spec.num_heads), spec.dtype, spec.kv_dtype, is_sparse=False, fast_mode=True
         )
@@ -118,9 +119,7 @@ class AiterLatentBackend(LatentBackend[DecodeMetadata]):
             )
         return meta
 
-    def decode(
-        self, layer: LatentLayer, q: torch.Tensor, q_pe: torch.Tensor, cache: KVCache, meta: DecodeMetadata
-    ) -> torch.Tensor:
+    def decode(self, layer: LatentLayer, q: Tensor, q_pe: Tensor, cache: KVCache, meta: DecodeMetadata) -> Tensor:
         """Queries stay in bfloat16 over an fp8 cache too: nothing is lost to a second rounding, and the fp8 kernels for
         32 and 64 heads, of which some fault and some were wrong, are never met."""
         spec, heads = layer.spec, q.shape[1]
@@ -149,22 +148,13 @@ class AiterLatentBackend(LatentBackend[DecodeMetadata]):
         )
         return out[:, :heads]
 
-    def write(
-        self, layer: LatentLayer, cache: KVCache, kv_c: torch.Tensor, k_pe: torch.Tensor, slot_mapping: torch.Tensor
-    ) -> None:
+    def write(self, layer: LatentLayer, cache: KVCache, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor) -> None:
         kv_dtype = kv_cache_dtype(layer.spec.kv_dtype)
         self._aiter.concat_and_cache_mla(kv_c, k_pe, cache.key, slot_mapping, kv_dtype, layer.kv_scale)
 
     def attend_dense(
-        self,
-        layer: LatentLayer,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        lens: RaggedLens,
-        *,
-        causal: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, layer: LatentLayer, q: Tensor, k: Tensor, v: Tensor, lens: RaggedLens, *, causal: bool
+    ) -> tuple[Tensor, Tensor]:
         width = v.shape[-1]
         if (q.shape[-1], width) != _ASM_DENSE_DIMS:
             q, k, v = (padded(tensor, dense_dim(q, v)) for tensor in (q, k, v))
@@ -181,13 +171,7 @@ class AiterLatentBackend(LatentBackend[DecodeMetadata]):
 
 
 def torch_token_indices(
-    block_tables: torch.Tensor,
-    seq_lens: torch.Tensor,
-    starts: torch.Tensor,
-    out: torch.Tensor,
-    *,
-    block_size: int,
-    max_seq_len: int,
+    block_tables: Tensor, seq_lens: Tensor, starts: Tensor, out: Tensor, *, block_size: int, max_seq_len: int
 ) -> None:
     """As `kernels.triton.token_indices`, for a platform that is emulated on a CPU."""
     for row, length in enumerate(seq_lens.tolist()):

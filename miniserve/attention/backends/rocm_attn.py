@@ -3,7 +3,7 @@ prefill and extend, and for the decode of layers that the HIP kernel cannot take
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
 from miniserve.attention.aiter import Aiter
 from miniserve.attention.backends.aiter_calls import AiterCalls, PagedDecode
@@ -22,14 +22,10 @@ class RocmBackend(TritonBackend):
         self._calls, self._paged = AiterCalls(aiter, layout), PagedDecode(aiter, options, layout.block_size)
         self._routes = options.routes
 
-    def write(
-        self, layer: AttentionLayer, k: torch.Tensor, v: torch.Tensor, cache: KVCache, slot_mapping: torch.Tensor
-    ) -> None:
+    def write(self, layer: AttentionLayer, k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None:
         self._calls.write(layer, k, v, cache, slot_mapping)
 
-    def decode(
-        self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, meta: DecodeRows, out: torch.Tensor
-    ) -> None:
+    def decode(self, layer: AttentionLayer, q: Tensor, cache: KVCache, meta: DecodeRows, out: Tensor) -> None:
         if self._routes[layer.layer_index].decode == "paged_attention_rocm":
             self._paged.rocm(layer, q, cache, meta, out)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
+from torch import Tensor
 
 from miniserve.attention.aiter import Aiter
 from miniserve.attention.backends.aiter_calls import paged_gluon
@@ -24,9 +24,7 @@ class GluonBackend(UnifiedBackend):
         super().__init__(layout, aiter, writer, options)
         self._gluon, self._routes = gluon, options.routes
 
-    def decode(
-        self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, rows: QueryRows, out: torch.Tensor
-    ) -> None:
+    def decode(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: QueryRows, out: Tensor) -> None:
         if self._routes[layer.layer_index].decode == "pa_decode_gluon":
             span = slice(rows.start, rows.end)
             paged_gluon(self._gluon, layer, q[span], cache, rows, out[span])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from miniserve.attention.aiter import Aiter
 from miniserve.attention.backends.aiter_calls import AiterCalls
@@ -22,8 +23,8 @@ from miniserve.attention.spec import AttentionLayer, QKRope
 class UnifiedMetadata:
     """slot_mapping, token_ids int64 [num_tokens]. Decode rows come first, then the chunks."""
 
-    slot_mapping: torch.Tensor
-    token_ids: torch.Tensor
+    slot_mapping: Tensor
+    token_ids: Tensor
     decode: QueryRows | None
     chunks: tuple[QueryRows, ...]
 
@@ -43,26 +44,18 @@ class UnifiedBackend(Backend[UnifiedMetadata]):
         return UnifiedMetadata(batch.slot_mapping, self._writer.token_ids(batch.slot_mapping), decode, chunks)
 
     def attend(
-        self,
-        layer: AttentionLayer,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        cache: KVCache,
-        meta: UnifiedMetadata,
-    ) -> torch.Tensor:
+        self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, meta: UnifiedMetadata
+    ) -> Tensor:
         self._calls.write(layer, k, v, cache, meta.slot_mapping)
         return self._over_cache(layer, q, cache, meta)
 
     def attend_qkv(
-        self, layer: AttentionLayer, qkv: torch.Tensor, rope: QKRope, cache: KVCache, meta: UnifiedMetadata
-    ) -> torch.Tensor:
+        self, layer: AttentionLayer, qkv: Tensor, rope: QKRope, cache: KVCache, meta: UnifiedMetadata
+    ) -> Tensor:
         q, _, _ = self._writer.write(layer, qkv, rope, cache, meta.slot_mapping, meta.token_ids, keep_k=False)
         return self._over_cache(layer, q, cache, meta)
 
-    def _over_cache(
-        self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, meta: UnifiedMetadata
-    ) -> torch.Tensor:
+    def _over_cache(self, layer: AttentionLayer, q: Tensor, cache: KVCache, meta: UnifiedMetadata) -> Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if meta.decode is not None:
             self.decode(layer, q, cache, meta.decode, out)
@@ -70,8 +63,6 @@ class UnifiedBackend(Backend[UnifiedMetadata]):
             self._calls.unified(layer, q, cache, rows, out)
         return out.flatten(1)
 
-    def decode(
-        self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, rows: QueryRows, out: torch.Tensor
-    ) -> None:
+    def decode(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: QueryRows, out: Tensor) -> None:
         """As `AiterCalls.unified`, of rows of one query token."""
         self._calls.unified(layer, q, cache, rows, out)

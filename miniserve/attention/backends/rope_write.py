@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from miniserve.attention.aiter import Aiter
 from miniserve.attention.backends.aiter_calls import AiterCalls
@@ -18,14 +19,12 @@ from miniserve.attention.spec import AttentionLayer, QKRope
 class RopeWriter:
     """kernel: `PagedKernels.rope_and_write`."""
 
-    def __init__(
-        self, layout: KVLayout, aiter: Aiter, kernel: Callable[..., torch.Tensor], options: BackendOptions
-    ) -> None:
+    def __init__(self, layout: KVLayout, aiter: Aiter, kernel: Callable[..., Tensor], options: BackendOptions) -> None:
         self._layout, self._calls, self._kernel = layout, AiterCalls(aiter, layout), kernel
         self._routes = options.routes
         self._counting = torch.arange(options.max_rows, dtype=torch.int64, device=options.device)
 
-    def token_ids(self, slot_mapping: torch.Tensor) -> torch.Tensor:
+    def token_ids(self, slot_mapping: Tensor) -> Tensor:
         """int64 0, 1, 2, … for each of the step's tokens; of decode rows alone it is always the same memory."""
         count = slot_mapping.shape[0]
         if count <= self._counting.shape[0]:
@@ -35,14 +34,14 @@ class RopeWriter:
     def write(
         self,
         layer: AttentionLayer,
-        qkv: torch.Tensor,
+        qkv: Tensor,
         rope: QKRope,
         cache: KVCache,
-        slot_mapping: torch.Tensor,
-        token_ids: torch.Tensor,
+        slot_mapping: Tensor,
+        token_ids: Tensor,
         *,
         keep_k: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """qkv as of `StepContext.attend_qkv` -> q, k, v [num_tokens, heads, head_dim], q normed and rotated; so is k,
         where it is kept, of those tokens that are written to the cache."""
         spec = layer.spec

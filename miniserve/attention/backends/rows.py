@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from miniserve.attention.metadata import ChunkRows, DecodeRows
 
@@ -16,14 +16,14 @@ class QueryRows:
 
     start: int
     end: int
-    cu_query_lens: torch.Tensor
+    cu_query_lens: Tensor
     max_query_len: int
-    seq_lens: torch.Tensor
+    seq_lens: Tensor
     max_seq_len: int
-    block_tables: torch.Tensor
+    block_tables: Tensor
 
 
-def decode_rows(rows: DecodeRows, counting: torch.Tensor) -> QueryRows:
+def decode_rows(rows: DecodeRows, counting: Tensor) -> QueryRows:
     """counting int32: 0, 1, 2, … for as many rows as there ever are."""
     num_rows = rows.seq_lens.shape[0]
     return QueryRows(0, num_rows, counting[: num_rows + 1], 1, rows.seq_lens, rows.max_seq_len, rows.block_tables)

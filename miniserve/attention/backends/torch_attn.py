@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from miniserve.attention.backends.base import Backend
@@ -25,14 +26,14 @@ class ChunkMetadata:
     query_start: int
     query_len: int
     context_len: int
-    block_ids: torch.Tensor | None
+    block_ids: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
 class TorchMetadata:
     """slot_mapping int64 [num_tokens]. Decode rows come first, then the chunks."""
 
-    slot_mapping: torch.Tensor
+    slot_mapping: Tensor
     decode: DecodeRows | None
     chunks: tuple[ChunkMetadata, ...]
 
@@ -52,16 +53,10 @@ class TorchBackend(Backend[TorchMetadata]):
             start += query_len
 
     def attend(
-        self,
-        layer: AttentionLayer,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        cache: KVCache,
-        meta: TorchMetadata,
-    ) -> torch.Tensor:
+        self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, meta: TorchMetadata
+    ) -> Tensor:
         self.write(layer, cache, k, v, meta.slot_mapping)
-        parts: list[torch.Tensor] = []
+        parts: list[Tensor] = []
         if meta.decode is not None:
             rows = meta.decode.seq_lens.shape[0]
             parts.append(self.decode(layer, q[:rows], cache, meta.decode))
@@ -70,16 +65,14 @@ class TorchBackend(Backend[TorchMetadata]):
             parts.append(self.chunk(layer, q[span], k[span], v[span], cache, chunk))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def write(
-        self, layer: AttentionLayer, cache: KVCache, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor
-    ) -> None:
+    def write(self, layer: AttentionLayer, cache: KVCache, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
         self.layout.write(cache, k, v, slot_mapping, layer.k_scale, layer.v_scale)
 
-    def read(self, layer: AttentionLayer, cache: KVCache, block_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, layer: AttentionLayer, cache: KVCache, block_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The blocks' keys and values in the dtype the layer computes in."""
         return self.layout.read(cache, block_ids, layer.spec.dtype, layer.k_scale, layer.v_scale)
 
-    def decode(self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, meta: DecodeRows) -> torch.Tensor:
+    def decode(self, layer: AttentionLayer, q: Tensor, cache: KVCache, meta: DecodeRows) -> Tensor:
         """q [rows, num_heads, head_dim] -> [rows, num_heads * head_dim]. All rows at once over their gathered blocks,
         padded to the longest: one copy of the rows' cache, but no Python per row. (A call per row on views costs more
         from a few rows on; CPU_ATTN does neither.)"""
@@ -90,14 +83,8 @@ class TorchBackend(Backend[TorchMetadata]):
         return grouped_attention(layer, q[:, None], k, v, visible).flatten(1)
 
     def chunk(
-        self,
-        layer: AttentionLayer,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        cache: KVCache,
-        meta: ChunkMetadata,
-    ) -> torch.Tensor:
+        self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, meta: ChunkMetadata
+    ) -> Tensor:
         """One chunk's q, k, v [query_len, heads, head_dim], already written -> [query_len, num_heads * head_dim]."""
         num_keys, window = meta.context_len + meta.query_len, layer.spec.sliding_window
         if meta.block_ids is not None:
@@ -114,9 +101,7 @@ def _needs_formula(spec: AttentionSpec) -> bool:
     return spec.softcap is not None or spec.sinks
 
 
-def grouped_attention(
-    layer: AttentionLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None
-) -> torch.Tensor:
+def grouped_attention(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
     """Softmax attention of q [B, Lq, H, D] over k, v [B, Lk, KH, D], query head h reading kv head h // (H // KH).
 
     visible bool [B, Lq, Lk]; None: causal with Lq == Lk, of a layer without softcap and sinks. Softmax in float32.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from miniserve.attention.backends.context import RaggedLens
 from miniserve.attention.backends.latent_base import LatentBackend
@@ -18,9 +19,7 @@ class TorchLatentBackend(LatentBackend[DecodeRows]):
     def build_decode(self, rows: DecodeRows) -> DecodeRows:
         return rows
 
-    def decode(
-        self, layer: LatentLayer, q: torch.Tensor, q_pe: torch.Tensor, cache: KVCache, meta: DecodeRows
-    ) -> torch.Tensor:
+    def decode(self, layer: LatentLayer, q: Tensor, q_pe: Tensor, cache: KVCache, meta: DecodeRows) -> Tensor:
         """Some rows at a time over their gathered blocks, padded to the longest."""
         keys = meta.block_tables.shape[1] * self.layout.block_size
         step = max(1, _WORKSPACE // (4 * keys * max(layer.spec.head_dim, q.shape[1])))
@@ -28,14 +27,8 @@ class TorchLatentBackend(LatentBackend[DecodeRows]):
         return torch.cat([self._decode(layer, q[rows], q_pe[rows], cache, meta, rows) for rows in pieces])
 
     def _decode(
-        self,
-        layer: LatentLayer,
-        q: torch.Tensor,
-        q_pe: torch.Tensor,
-        cache: KVCache,
-        meta: DecodeRows,
-        rows: slice,
-    ) -> torch.Tensor:
+        self, layer: LatentLayer, q: Tensor, q_pe: Tensor, cache: KVCache, meta: DecodeRows, rows: slice
+    ) -> Tensor:
         blocks = meta.block_tables[rows].long()
         kv_c, k_pe = self.layout.read(cache, blocks, torch.float32, layer.kv_scale, layer.kv_scale)
         kv_c, k_pe = kv_c.flatten(1, 2), k_pe.flatten(1, 2)  # [rows, width * block_size, …]
@@ -47,15 +40,8 @@ class TorchLatentBackend(LatentBackend[DecodeRows]):
         return torch.bmm(weights, kv_c).to(q.dtype)
 
     def attend_dense(
-        self,
-        layer: LatentLayer,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        lens: RaggedLens,
-        *,
-        causal: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, layer: LatentLayer, q: Tensor, k: Tensor, v: Tensor, lens: RaggedLens, *, causal: bool
+    ) -> tuple[Tensor, Tensor]:
         out = torch.empty((*q.shape[:2], v.shape[-1]), dtype=q.dtype, device=q.device)
         lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
         starts, key_starts = lens.cu_query_lens.tolist(), lens.cu_key_lens.tolist()
@@ -65,9 +51,7 @@ class TorchLatentBackend(LatentBackend[DecodeRows]):
         return out, lse
 
 
-def dense_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *, causal: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
     """One row's q [Lq, H, D] over its k [Lk, H, D] and v [Lk, H, Dv], some queries at a time. causal: Lq == Lk, and
     query i sees keys 0 … i. Returns out float32 [Lq, H, Dv] and lse float32 [H, Lq]."""
     queries, keys, values = (t.float().transpose(0, 1) for t in (q, k, v))  # [H, L, D]

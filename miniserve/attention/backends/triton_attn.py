@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from miniserve.attention.backends.base import CHUNKS_IN_GRAPH, Backend
 from miniserve.attention.backends.options import BackendOptions
@@ -39,14 +40,14 @@ class ChunkMetadata:
 
     rows: QueryRows
     count: int
-    linear_tables: torch.Tensor | None
+    linear_tables: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
 class PagedMetadata:
     """slot_mapping int64 [num_tokens]. Decode rows come first, then the chunks."""
 
-    slot_mapping: torch.Tensor
+    slot_mapping: Tensor
     decode: DecodeRows | None
     chunks: tuple[ChunkMetadata, ...]
 
@@ -79,24 +80,18 @@ class TritonBackend(Backend[PagedMetadata]):
         return ChunkMetadata(rows, count, linear_tables)
 
     def attend(
-        self,
-        layer: AttentionLayer,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        cache: KVCache,
-        meta: PagedMetadata,
-    ) -> torch.Tensor:
+        self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, meta: PagedMetadata
+    ) -> Tensor:
         self.write(layer, k, v, cache, meta.slot_mapping)
         return self._over_cache(layer, q, cache, meta)
 
     def attend_qkv(
-        self, layer: AttentionLayer, qkv: torch.Tensor, rope: QKRope, cache: KVCache, meta: PagedMetadata
-    ) -> torch.Tensor:
+        self, layer: AttentionLayer, qkv: Tensor, rope: QKRope, cache: KVCache, meta: PagedMetadata
+    ) -> Tensor:
         q = rope_and_write(self._kernels.rope_and_write, self.layout, layer, qkv, rope, cache, meta.slot_mapping)
         return self._over_cache(layer, q, cache, meta)
 
-    def _over_cache(self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, meta: PagedMetadata) -> torch.Tensor:
+    def _over_cache(self, layer: AttentionLayer, q: Tensor, cache: KVCache, meta: PagedMetadata) -> Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if meta.decode is not None:
             rows = meta.decode.seq_lens.shape[0]
@@ -106,14 +101,10 @@ class TritonBackend(Backend[PagedMetadata]):
             self.extend(layer, q[span], cache, chunk, out[span])
         return out.flatten(1)
 
-    def write(
-        self, layer: AttentionLayer, k: torch.Tensor, v: torch.Tensor, cache: KVCache, slot_mapping: torch.Tensor
-    ) -> None:
+    def write(self, layer: AttentionLayer, k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None:
         self._kernels.write_kv(k, v, cache.key, cache.value, slot_mapping, **_cache_terms(self.layout, layer))
 
-    def decode(
-        self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, meta: DecodeRows, out: torch.Tensor
-    ) -> None:
+    def decode(self, layer: AttentionLayer, q: Tensor, cache: KVCache, meta: DecodeRows, out: Tensor) -> None:
         """q, out [rows, num_heads, head_dim]."""
         plan = self._plans[_shape(layer.spec)]
         self._kernels.paged_decode(
@@ -128,9 +119,7 @@ class TritonBackend(Backend[PagedMetadata]):
             **self._terms(layer),
         )
 
-    def extend(
-        self, layer: AttentionLayer, q: torch.Tensor, cache: KVCache, meta: ChunkMetadata, out: torch.Tensor
-    ) -> None:
+    def extend(self, layer: AttentionLayer, q: Tensor, cache: KVCache, meta: ChunkMetadata, out: Tensor) -> None:
         """q, out [tokens, num_heads, head_dim]."""
         rows, planes, terms = meta.rows, (cache.key, cache.value), self._terms(layer)
         tables, lens = rows.block_tables, (rows.cu_query_lens, rows.seq_lens)
@@ -167,15 +156,15 @@ def _cache_terms(layout: KVLayout, layer: AttentionLayer) -> dict[str, object]:
 
 
 def rope_and_write(
-    kernel: Callable[..., torch.Tensor],
+    kernel: Callable[..., Tensor],
     layout: KVLayout,
     layer: AttentionLayer,
-    qkv: torch.Tensor,
+    qkv: Tensor,
     rope: QKRope,
     cache: KVCache,
-    slot_mapping: torch.Tensor,
-    k_out: torch.Tensor | None = None,
-) -> torch.Tensor:
+    slot_mapping: Tensor,
+    k_out: Tensor | None = None,
+) -> Tensor:
     """`PagedKernels.rope_and_write`, for a layer; k_out [num_tokens, num_kv_heads, head_dim]: for k rotated too, of the
     tokens that are written. Returns q rotated."""
     spec = layer.spec

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from miniserve.attention.backends.context import RaggedLens
@@ -64,9 +65,7 @@ class TritonLatentBackend(TorchLatentBackend):
             for spec in dict.fromkeys(options.specs)
         }
 
-    def decode(
-        self, layer: LatentLayer, q: torch.Tensor, q_pe: torch.Tensor, cache: KVCache, meta: DecodeRows
-    ) -> torch.Tensor:
+    def decode(self, layer: LatentLayer, q: Tensor, q_pe: Tensor, cache: KVCache, meta: DecodeRows) -> Tensor:
         spec = layer.spec
         longest = min(self._max_seq_len, meta.block_tables.shape[1] * self.layout.block_size)
         return self._decode_kernel(
@@ -81,21 +80,12 @@ class TritonLatentBackend(TorchLatentBackend):
             scratch=self._scratch[spec],
         )
 
-    def write(
-        self, layer: LatentLayer, cache: KVCache, kv_c: torch.Tensor, k_pe: torch.Tensor, slot_mapping: torch.Tensor
-    ) -> None:
+    def write(self, layer: LatentLayer, cache: KVCache, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor) -> None:
         self._write_kernel(kv_c, k_pe, cache.key, slot_mapping, kv_scale=_scale(layer))
 
     def attend_dense(
-        self,
-        layer: LatentLayer,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        lens: RaggedLens,
-        *,
-        causal: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, layer: LatentLayer, q: Tensor, k: Tensor, v: Tensor, lens: RaggedLens, *, causal: bool
+    ) -> tuple[Tensor, Tensor]:
         dim = dense_dim(q, v)
         if self._platform.vendor == "hip" or q.dtype not in _FLASH_DTYPES or dim > _FLASH_MAX_DIM:
             return super().attend_dense(layer, q, k, v, lens, causal=causal)
@@ -105,12 +95,12 @@ class TritonLatentBackend(TorchLatentBackend):
         return out[..., : v.shape[-1]], lse
 
 
-def dense_dim(q: torch.Tensor, v: torch.Tensor) -> int:
+def dense_dim(q: Tensor, v: Tensor) -> int:
     """The one size of queries, keys and values, a multiple of 8, that flash attention is given."""
     return 8 * cdiv(max(q.shape[-1], v.shape[-1]), 8)
 
 
-def padded(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+def padded(tensor: Tensor, dim: int) -> Tensor:
     """With zeros, which change neither a score nor a sum."""
     return tensor if tensor.shape[-1] == dim else functional.pad(tensor, (0, dim - tensor.shape[-1]))
 
@@ -119,6 +109,6 @@ def _rank(spec: AttentionSpec) -> int:
     return spec.head_dim if spec.latent is None else spec.latent.kv_lora_rank
 
 
-def _scale(layer: LatentLayer) -> torch.Tensor | None:
+def _scale(layer: LatentLayer) -> Tensor | None:
     """The layer's scale where its cache is fp8, which alone has one."""
     return layer.kv_scale if layer.spec.kv_dtype.itemsize == 1 else None
