@@ -22,20 +22,16 @@ class PagedStepContext:
     metadata: object
 
     def attend(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See `StepContext.attend`."""
         return self.backend.attend(layer, q, k, v, self.caches[layer.layer_index], self.metadata)
 
     @property
     def fuses_rope(self) -> bool:
-        """See `StepContext.fuses_rope`."""
         return self.backend.fuses_rope
 
     def attend_qkv(self, layer: AttentionLayer, qkv: Tensor, rope: QKRope) -> Tensor:
-        """See `StepContext.attend_qkv`."""
         return self.backend.attend_qkv(layer, qkv, rope, self.caches[layer.layer_index], self.metadata)
 
     def attend_latent(self, layer: LatentLayer, q_nope: Tensor, q_pe: Tensor, kv_c: Tensor, k_pe: Tensor) -> Tensor:
-        """See `StepContext.attend_latent`."""
         return self.backend.attend_latent(
             layer, q_nope, q_pe, kv_c, k_pe, self.caches[layer.layer_index], self.metadata
         )

@@ -85,7 +85,7 @@ class Sampler:
     def upload(self) -> None:
         """Tell `device_draw` of the rows that have started since; before a graph draws."""
         if self._device_draw is not None and self._started:
-            self._device_draw.set_rows(self._table.draw_params(self._started))
+            self._device_draw.set_rows(*self._table.draw_params(self._started))
         self._started.clear()
 
     def sample(self, logits: torch.Tensor, rows: list[int], positions: list[int] | None = None) -> SampleOutput:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from miniserve.kernels.triton.sampling import NUM_COLUMNS, RowParams, sample
-from miniserve.runner.sampling_rows import HostParams
 from miniserve.runner.sampling_transfer import to_device
+
+Array = npt.NDArray[np.generic]
 
 
 class DeviceDraw:
@@ -27,15 +30,16 @@ class DeviceDraw:
         for kind in {dtype, torch.float32}:
             self.draw(torch.zeros(1, vocab_size, dtype=kind, device=self._device), padding, padding)
 
-    def set_rows(self, params: HostParams) -> None:
-        """Take over new requests' parameters. Nothing waits."""
-        rows = to_device(params.rows, self._device)
+    def set_rows(self, rows: Array, keys: Array, prompt_lens: Array, numbers: Array) -> None:
+        """Take over new requests' parameters. Nothing waits. rows, keys, prompt_lens: int64 [num_rows]; numbers:
+        float32 [num_rows, 5]: temperature (0: the most likely token), top_k, top_p, min_p, `RowTable.wants_logits`."""
+        places = to_device(rows, self._device)
         for kept, new in (
-            (self.params.keys, params.keys),
-            (self.params.prompt_lens, params.prompt_lens),
-            (self.params.numbers, params.numbers),
+            (self.params.keys, keys),
+            (self.params.prompt_lens, prompt_lens),
+            (self.params.numbers, numbers),
         ):
-            kept.index_copy_(0, rows, to_device(new, self._device))
+            kept.index_copy_(0, places, to_device(new, self._device))
 
     def draw(self, logits: torch.Tensor, rows: torch.Tensor, num_outputs: torch.Tensor) -> torch.Tensor:
         """Tokens int64 [batch]. logits: [batch, vocab_size] of any float, contiguous; rows, num_outputs: int64 [batch],

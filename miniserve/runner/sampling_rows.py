@@ -64,17 +64,6 @@ class LogprobRows:
 
 
 @dataclass(frozen=True, slots=True)
-class HostParams:
-    """What a device has to know of some rows to draw for them. rows, keys, prompt_lens: int64 [num_rows]; numbers:
-    float32 [num_rows, 5]: temperature (0: the most likely token), top_k, top_p, min_p, `RowTable.wants_logits`."""
-
-    rows: npt.NDArray[np.int64]
-    keys: npt.NDArray[np.int64]
-    prompt_lens: npt.NDArray[np.int64]
-    numbers: npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
 class Batch:
     """The excerpt for a list of rows. What no row uses is None or empty; so are the groups where a device draws."""
 
@@ -174,12 +163,13 @@ class RowTable:
         """Whether each row is given its most likely token and nothing more."""
         return all(map(self._takes_argmax.__getitem__, rows))
 
-    def draw_params(self, rows: list[int]) -> HostParams:
+    def draw_params(self, rows: list[int]) -> tuple[npt.NDArray[np.generic], ...]:
+        """What `DeviceDraw.set_rows` takes of these rows."""
         numbers = np.empty((len(rows), 5), dtype=np.float32)
         numbers[:, :4] = self._numbers[rows, : _MIN_P + 1]
         numbers[self._kinds[rows] == _GREEDY, 0] = 0.0
         numbers[:, 4] = self.wants_logits[rows]
-        return HostParams(np.array(rows), self._keys[rows], self._prompt_lens[rows], numbers)
+        return np.array(rows), self._keys[rows], self._prompt_lens[rows], numbers
 
     def batch(self, rows: list[int]) -> Batch:
         """The excerpt for these rows, which must all be taken."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -95,9 +96,12 @@ class StepState:
             ids.append(self._to_device(_run_tokens(plan)) if plan.draft_runs else last_tokens[rows])
             positions.append(lens)
             slots.append(self._slots(rows, lens))
-        extends, prefills, starts = _arrange(plan)
-        if plan.chunks:
-            laid = [plan.chunks[index] for index in (*extends, *prefills)]
+        extends = [chunk for chunk in plan.chunks if chunk.start]
+        prefills = [chunk for chunk in plan.chunks if not chunk.start]
+        laid = extends + prefills  # in their order in the step; no row has two
+        ends = accumulate((len(chunk.token_ids) for chunk in laid), initial=plan.num_decode_tokens)
+        start_of = {chunk.row: start for chunk, start in zip(laid, ends, strict=False)}
+        if laid:
             spans = [np.arange(c.start, c.start + len(c.token_ids), dtype=np.int64) for c in laid]
             ids.append(self._to_device([token for chunk in laid for token in chunk.token_ids]))
             positions.append(to_device(np.concatenate(spans), self._device))
@@ -106,9 +110,10 @@ class StepState:
         batch = StepBatch(
             _join(slots),
             decode,
-            self._chunk_rows([plan.chunks[index] for index in extends], plan.num_decode_tokens),
-            self._chunk_rows([plan.chunks[index] for index in prefills], starts[prefills[0]] if prefills else 0),
+            self._chunk_rows(extends, start_of[extends[0].row]) if extends else None,
+            self._chunk_rows(prefills, start_of[prefills[0].row]) if prefills else None,
         )
+        starts = [start_of[chunk.row] for chunk in plan.chunks]
         return StepInputs(_join(ids), _join(positions), batch, starts, self._sample_indices(plan, starts))
 
     def _note_blocks(self, new_blocks: list[tuple[int, int, list[int]]]) -> BlockChanges:
@@ -170,9 +175,7 @@ class StepState:
         slots: Int64 = table[span // self._block_size].astype(np.int64) * self._block_size + span % self._block_size
         return slots
 
-    def _chunk_rows(self, chunks: list[Chunk], query_start: int) -> ChunkRows | None:
-        if not chunks:
-            return None
+    def _chunk_rows(self, chunks: list[Chunk], query_start: int) -> ChunkRows:
         rows = np.array([chunk.row for chunk in chunks])
         query_lens = np.array([len(chunk.token_ids) for chunk in chunks])
         context_lens = np.array([chunk.start for chunk in chunks])
@@ -200,18 +203,6 @@ class StepState:
 
     def _to_device(self, values: list[int]) -> torch.Tensor:
         return to_device(np.array(values, dtype=np.int64), self._device)
-
-
-def _arrange(plan: StepPlan) -> tuple[list[int], list[int], list[int]]:
-    """Indices of the plan's extends and of its prefills, and where each chunk's tokens start in the step."""
-    extends = [index for index, chunk in enumerate(plan.chunks) if chunk.start]
-    prefills = [index for index, chunk in enumerate(plan.chunks) if not chunk.start]
-    starts = [0] * len(plan.chunks)
-    position = plan.num_decode_tokens
-    for index in (*extends, *prefills):
-        starts[index] = position
-        position += len(plan.chunks[index].token_ids)
-    return extends, prefills, starts
 
 
 def _run_tokens(plan: StepPlan) -> list[int]:

@@ -1,16 +1,6 @@
 """The engine's own paged kernels as an object that backends are given: Triton's on a GPU, PyTorch's for tests.
 
-- paged_decode(q [rows, H, D], key_cache, value_cache, block_tables, seq_lens, *, num_kv_heads, block_size, shuffled,
-  scale, window, softcap, sinks, k_scale, v_scale, num_splits, scratch, out)
-- paged_extend(q [tokens, H, D], key_cache, value_cache, block_tables, cu_query_lens, seq_lens, *, max_query_len,
-  num_splits, …): as above for several query tokens a row, of which each sees the cache up to itself
-- write_kv(k, v, key_cache, value_cache, slot_mapping, *, block_size, shuffled, k_scale, v_scale); a negative slot is
-  not written
-- linearize(key_cache, value_cache, block_tables, cu_query_lens, seq_lens, *, window) -> key, value: what these requests
-  see of a shuffled cache, copied into linear planes, whose block w of request r is r * width + w
-- rope_and_write(qkv, cos_sin, q_weight, k_weight, eps, key_cache, value_cache, slot_mapping, *, num_heads,
-  num_kv_heads, head_dim, block_size, shuffled, k_scale, v_scale, k_out) -> q: norm and rope, then as write_kv; k_out,
-  None to do without: gets the k that was written
+What each takes and returns is said where Triton's are, in `miniserve.kernels.triton`; PyTorch's take the same.
 """
 
 from __future__ import annotations
