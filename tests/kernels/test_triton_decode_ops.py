@@ -6,8 +6,7 @@ import pytest
 import torch
 from triton_support import DEVICE, DTYPES, normal, relative_error
 
-from miniserve.kernels.triton import decode_step, elementwise, medium_linear, moe, moe_token, small_linear
-from miniserve.kernels.triton.medium_linear import MediumTile, choose_medium_tile
+from miniserve.kernels.triton import decode_step, elementwise, moe, moe_token, small_linear
 from miniserve.kernels.triton.small_linear import Chip, LinearTile, Workspace, choose_tile
 from miniserve.models.layers import ops
 
@@ -72,39 +71,6 @@ def test_small_linears(m: int, n: int, k: int, tile: LinearTile, gated: bool) ->
         want = torch.nn.functional.linear(x.float(), weight.float(), bias.float())
         assert relative_error(got, ops.silu_and_mul(want) if gated else want) < 5e-3
     assert not workspace.counts.any()
-
-
-@pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("tile", [MediumTile(64, 64, 128, 4, 6), MediumTile(64, 128, 128, 4, 4)])
-@pytest.mark.parametrize(("m", "n", "k"), [(64, 128, 256), (65, 40, 96), (130, 200, 264)])
-def test_medium_linears(m: int, n: int, k: int, tile: MediumTile, gated: bool, dtype: torch.dtype) -> None:
-    x, weight = normal(0, m, k + 8, dtype=dtype)[:, :k], normal(1, n * (2 if gated else 1), k, dtype=dtype)
-    bias = normal(2, len(weight), dtype=dtype)
-    for given in (bias, None):
-        got = medium_linear.medium_linear(x, weight, given, tile, gated=gated)
-        want = torch.nn.functional.linear(x.float(), weight.float(), None if given is None else given.float())
-        assert relative_error(got, ops.silu_and_mul(want) if gated else want) < TOLERANCE[dtype]
-
-
-def test_a_medium_linear_refuses_fewer_rows_than_its_tile_has() -> None:
-    x = normal(0, 63, 64, dtype=torch.float16)
-    with pytest.raises(ValueError, match="64 rows cannot be cut from 63"):
-        medium_linear.medium_linear(x, x, None, MediumTile(64, 64, 64, 4, 3))
-
-
-@pytest.mark.parametrize("m", [1, 64, 65, 96, 128, 129, 256, 257])
-def test_every_medium_cut_has_its_rows_and_fits_the_shared_memory(m: int) -> None:
-    for n, k in ((3072, 1024), (1024, 2048), (2816, 2048), (12288, 4096), (151936, 4096), (1000, 1020)):
-        for gated in (False, True):
-            assert choose_medium_tile(m, n, k, 2, Chip(304, 65536, False), gated=gated) is None
-            assert choose_medium_tile(m, n, k, 4, Chip(132, 232_448, tma=True), gated=gated) is None
-            tile = choose_medium_tile(m, n, k, 2, Chip(132, 232_448, tma=True), gated=gated)
-            if tile is None:
-                continue
-            assert 64 < m <= 256 and k % 8 == 0 and tile.block_m <= m
-            assert (tile.block_m + tile.block_n) * tile.block_k * 2 * tile.num_stages <= 232_448
-            assert choose_medium_tile(m, n, k, 2, Chip(170, 101_376, tma=True), gated=gated) is None
 
 
 def test_a_float32_weight_takes_any_x_and_several_rows_one_by_one() -> None:

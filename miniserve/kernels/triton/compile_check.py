@@ -25,7 +25,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from miniserve.kernels.triton import cache_write, linearize, mla_decode, paged_decode, paged_extend, token_indices
-from miniserve.kernels.triton.compile_step import step_launches
+from miniserve.kernels.triton.compile_step import medium_launches, step_launches
 from miniserve.kernels.triton.small_linear import Chip
 from miniserve.kernels.triton.split_kv import DecodeScratch
 
@@ -230,7 +230,7 @@ def cases(arch: Arch) -> Iterator[Case]:
     half, single, fp8 = torch.bfloat16, torch.float32, arch.fp8
     on_nvidia = arch.target.backend == "cuda"
     yield from (
-        Case(name, launch) for name, launch in step_launches(Chip(arch.cores, arch.shared, on_nvidia, tma=on_nvidia))
+        Case(name, launch) for name, launch in step_launches(Chip(arch.cores, arch.shared, on_nvidia, wgmma=on_nvidia))
     )
     for shuffled in (False, True):
         for kv in (half, fp8):
@@ -266,7 +266,7 @@ def cases(arch: Arch) -> Iterator[Case]:
 
 
 def quick_cases(arch: Arch) -> Iterator[Case]:
-    """One of each attention kernel, in seconds."""
+    """One of each attention kernel, and those that no interpreter runs, in seconds."""
     fp8 = arch.fp8
     yield _decode(torch.bfloat16, 128, True, num_splits=8)
     yield _decode(fp8, 128, False, special=True)
@@ -275,6 +275,8 @@ def quick_cases(arch: Arch) -> Iterator[Case]:
     yield _write(fp8, 128, True, True, True)
     yield _write_latent(torch.bfloat16)
     yield _token_indices()
+    chip = Chip(arch.cores, arch.shared, wgmma=arch.target.backend == "cuda")
+    yield from (Case(name, launch) for name, launch in medium_launches(chip))
 
 
 class _Driver:

@@ -123,6 +123,15 @@ def _draw(vocab_size: int, dtype: torch.dtype, *, in_graph: bool) -> Callable[[]
     return launch
 
 
+def medium_launches(chip: Chip) -> Iterator[tuple[str, Callable[[], object]]]:
+    """As `step_launches`, the linear layers of 65 to 256 rows alone."""
+    if chip.wgmma:
+        for m, n, k in ((128, 1024, 2048), (256, 4096, 1024)):
+            yield f"bf16 {m} rows {n} x {k}", _medium_linear(chip, m, n, k, False)
+        for m, n, k in ((128, 12288, 4096), (256, 3072, 1024), (256, 12288, 4096)):
+            yield f"bf16 {m} rows {n} x {k} gated", _medium_linear(chip, m, n, k, True)
+
+
 def step_launches(chip: Chip) -> Iterator[tuple[str, Callable[[], object]]]:
     """(name, what to launch) for each that differs in generated code, cut for `chip`."""
     for m in _ROWS:
@@ -130,10 +139,7 @@ def step_launches(chip: Chip) -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"bf16 {m} rows {n} x {k}", _linear(chip, m, n, k, False)
         for n, k in ((12288, 4096), (3072, 1024)):
             yield f"bf16 {m} rows {n} x {k} gated", _linear(chip, m, n, k, True)
-    if chip.tma:
-        for m, n, k, gated in ((128, 1024, 2048, False), (256, 4096, 1024, False), (128, 12288, 4096, True)):
-            yield f"bf16 {m} rows {n} x {k}{' gated' if gated else ''}", _medium_linear(chip, m, n, k, gated)
-        yield "bf16 256 rows 3072 x 1024 gated", _medium_linear(chip, 256, 3072, 1024, True)
+    yield from medium_launches(chip)
     yield "fp32 router", _linear(chip, 16, 128, 2048, False, torch.float32)
     for tokens in _PAIRS:
         yield f"bf16 {tokens} tokens, 8 of 128", _experts(chip, tokens, 128, 8, 768)

@@ -1,103 +1,237 @@
-"""Linear layers for some hundred rows of a small weight, optionally with SwiGLU's middle: y = x Wᵀ + b.
+"""Linear layers for 65 to 256 rows, optionally with SwiGLU's middle: y = x Wᵀ + b, by Hopper's matrix units.
 
-There the vendor's library takes longer to start a product than to do it, and cannot be started while the kernel before
-drains. Tiles come by descriptor (TMA: copies that one thread starts and that zero what lies outside), so NVIDIA's GPUs
-from sm_90 on only.
+A program has up to three warpgroups that multiply, each with 64 rows of the weight as the left operand and the tile's
+rows of x as the right one, and one warp that keeps a ring of tiles filled (TMA: copies by descriptor). So that one
+round of programs fills the chip where the vendor's library needs two; and the ring fills with weights before the
+program waits for x. Written in Gluon, Triton's language in which layouts and the division of labour are explicit.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 import triton
-import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from miniserve.kernels.triton.pdl import launch_options, start, wait
 from miniserve.kernels.triton.small_linear import MAX_ROWS, Chip
 
 MOST_ROWS = 256
+_GROUP_ROWS = 64  # of the weight; half as many outputs where they are gated
+_BLOCK_K = 64  # 128 bytes: a row of a swizzled tile
+_MOST_STAGES = 8
+_PRODUCER_REGISTERS = 24
 
 
 @dataclass(frozen=True, slots=True)
 class MediumTile:
-    """How a medium linear is cut: rows of x, rows of the weight (gated: half of them gates, half ups) and columns."""
+    """How a medium linear is cut: block_m rows of x, 64 rows of the weight for each of 1 to 3 warpgroups, num_stages
+    tiles of 64 columns in the ring. stagger: tiles by which neighbouring programs' first columns differ."""
 
     block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
+    groups: int
     num_stages: int
-
-    def shared_bytes(self, itemsize: int) -> int:
-        return (self.block_m + self.block_n) * self.block_k * itemsize * self.num_stages
+    stagger: int = 0
 
 
-@triton.jit(do_not_specialize=["M"])
+@gluon.jit
+def _fetch_weight(w_desc, w, ready, first_n, k, GATED: gl.constexpr):
+    """64 rows of the weight; gated, 8 of gates and 8 of ups by turns: a thread then holds an output's both."""
+    if GATED:
+        pairs = w._reinterpret(w_desc.dtype, [4, 2, 8, w.type.shape[1]], w_desc.layout)
+        tma.async_copy_global_to_shared(w_desc, [first_n // 8, 0, 0, k], ready, pairs)
+    else:
+        tma.async_copy_global_to_shared(w_desc, [first_n, k], ready, w)
+
+
+@gluon.jit
+def _fetch_weights(w_desc, w0, w1, w2, ready, stage, first_n, k, GROUPS: gl.constexpr, GATED: gl.constexpr):
+    OUTPUTS: gl.constexpr = 32 if GATED else 64
+    _fetch_weight(w_desc, w0.index(stage), ready, first_n, k, GATED)
+    if GROUPS > 1:
+        _fetch_weight(w_desc, w1.index(stage), ready, first_n + OUTPUTS, k, GATED)
+    if GROUPS > 2:
+        _fetch_weight(w_desc, w2.index(stage), ready, first_n + 2 * OUTPUTS, k, GATED)
+
+
+@gluon.jit
+def _produce(
+    x_desc, w_desc, xs, w0, w1, w2, ready, free, first_m, first_n, rounds,
+    GROUPS: gl.constexpr, GATED: gl.constexpr, STAGES: gl.constexpr, STAGGER: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """Keeps the ring filled; the weights of its first turn are asked for before x can be read."""
+    BLOCK_K: gl.constexpr = xs.type.shape[2]
+    BYTES: gl.constexpr = (xs.type.shape[1] + 64 * GROUPS) * BLOCK_K * 2
+    offset = gl.program_id(1) * STAGGER
+    early = gl.minimum(STAGES, rounds)
+    for i in range(early):
+        mbarrier.expect(ready.index(i), BYTES)
+        k = (i + offset) % rounds * BLOCK_K
+        _fetch_weights(w_desc, w0, w1, w2, ready.index(i), i, first_n, k, GROUPS, GATED)
+    wait(PDL)
+    for i in range(early):
+        k = (i + offset) % rounds * BLOCK_K
+        tma.async_copy_global_to_shared(x_desc, [first_m, k], ready.index(i), xs.index(i))
+    for i in range(early, rounds):
+        stage = i % STAGES
+        mbarrier.wait(free.index(stage), (i // STAGES - 1) & 1)
+        mbarrier.expect(ready.index(stage), BYTES)
+        k = (i + offset) % rounds * BLOCK_K
+        _fetch_weights(w_desc, w0, w1, w2, ready.index(stage), stage, first_n, k, GROUPS, GATED)
+        tma.async_copy_global_to_shared(x_desc, [first_m, k], ready.index(stage), xs.index(stage))
+
+
+@gluon.jit
+def _consume(
+    xs, ws, ready, free, y_desc, b_ptr, first_m, first_n, rounds, N,
+    GATED: gl.constexpr, HAS_BIAS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: the outputs of its 64 rows of the weight, for the tile's rows of x."""
+    BLOCK_M: gl.constexpr = xs.type.shape[1]
+    # An instruction's results must fit the registers that a thread has before the warps share them out anew.
+    WIDTH: gl.constexpr = BLOCK_M if BLOCK_M < 128 else 128
+    layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 16])
+    acc = warpgroup_mma_init(gl.zeros((64, BLOCK_M), gl.float32, layout))
+    for i in range(rounds):
+        stage = i % STAGES
+        mbarrier.wait(ready.index(stage), (i // STAGES) & 1)
+        acc = warpgroup_mma(ws.index(stage), xs.index(stage).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))
+        mbarrier.arrive(free.index((i + STAGES - 1) % STAGES), pred=i > 0)
+    out = warpgroup_mma_wait(0, deps=[acc])
+    dtype: gl.constexpr = y_desc.dtype
+    if GATED:
+        gate, up = gl.split(out.reshape((4, 2, 8, BLOCK_M)).permute((0, 2, 3, 1)))
+        gate, up = gate.reshape((32, BLOCK_M)), up.reshape((32, BLOCK_M))
+        if HAS_BIAS:
+            outputs = first_n + gl.arange(0, 32, gl.SliceLayout(1, gate.type.layout))
+            gate += gl.load(b_ptr + outputs, mask=outputs < N, other=0.0).to(gl.float32)[:, None]
+            up += gl.load(b_ptr + N + outputs, mask=outputs < N, other=0.0).to(gl.float32)[:, None]
+        # Rounded as gate and up would be if they were stored first.
+        gate = gate.to(dtype).to(gl.float32)
+        y = (gate / (1.0 + gl.exp(-gate))).to(dtype) * up.to(dtype)
+    else:
+        if HAS_BIAS:
+            outputs = first_n + gl.arange(0, 64, gl.SliceLayout(1, layout))
+            out += gl.load(b_ptr + outputs, mask=outputs < N, other=0.0).to(gl.float32)[:, None]
+        y = out.to(dtype)
+    # Through this warpgroup's own part of the ring, which nobody fills or reads any more.
+    turned = ws._reinterpret(dtype, [BLOCK_M, 32 if GATED else 64], y_desc.layout)
+    turned.permute((1, 0)).store(y)
+    fence_async_shared()
+    tma.async_copy_shared_to_global(y_desc, [first_m, first_n], turned)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["M"])
 def _medium_linear_kernel(
     x_desc,
     w_desc,
+    y_desc,
     b_ptr,
-    y_ptr,
     M,
     N,
     K,
-    GATED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PDL: tl.constexpr,
+    GATED: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    GROUPS: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr,
+    STAGGER: gl.constexpr,
+    REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
+    PDL: gl.constexpr,
 ):
     """N counts outputs. Neighbouring programs share rows of the weight, which then come from the L2 cache."""
     start(PDL)
-    OUTPUTS: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
-    # The last rows share some with those before rather than reach beyond M: tiles that lie half outside are slow.
-    first_m = tl.minimum(tl.program_id(0) * BLOCK_M, M - BLOCK_M)
-    first_n = tl.program_id(1) * OUTPUTS
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    wait(PDL)
-    for k in range(0, K, BLOCK_K):
-        x = x_desc.load([first_m, k])
-        w = w_desc.load([0, first_n, k]).reshape(BLOCK_N, BLOCK_K) if GATED else w_desc.load([first_n, k])
-        acc = tl.dot(x, w.T, acc)
-    rows_m = first_m + tl.arange(0, BLOCK_M)
-    rows_n = first_n + tl.arange(0, OUTPUTS)
-    inside_n = rows_n < N
-    dtype: tl.constexpr = y_ptr.dtype.element_ty
-    if GATED:
-        gate, up = acc.reshape(BLOCK_M, 2, OUTPUTS).permute(0, 2, 1).split()
-        if HAS_BIAS:
-            gate += tl.load(b_ptr + rows_n, mask=inside_n, other=0.0).to(tl.float32)[None, :]
-            up += tl.load(b_ptr + N + rows_n, mask=inside_n, other=0.0).to(tl.float32)[None, :]
-        # Rounded as gate and up would be if they were stored first.
-        gate = gate.to(dtype).to(tl.float32)
-        y = (gate / (1.0 + tl.exp(-gate))).to(dtype) * up.to(dtype)
+    xs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
+    w_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    w0 = gl.allocate_shared_memory(x_desc.dtype, [STAGES, 64, BLOCK_K], w_layout)
+    w1 = gl.allocate_shared_memory(x_desc.dtype, [STAGES, 64, BLOCK_K], w_layout) if GROUPS > 1 else w0
+    w2 = gl.allocate_shared_memory(x_desc.dtype, [STAGES, 64, BLOCK_K], w_layout) if GROUPS > 2 else w0
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(ready.index(stage), count=1)
+        mbarrier.init(free.index(stage), count=GROUPS)
+    OUTPUTS: gl.constexpr = 32 if GATED else 64
+    # The last rows share some with those before rather than reach beyond M, where there are as many as a tile has.
+    first_m = gl.minimum(gl.program_id(0) * BLOCK_M, gl.maximum(M - BLOCK_M, 0))
+    n0 = gl.program_id(1) * GROUPS * OUTPUTS
+    n1, n2 = n0 + OUTPUTS, n0 + 2 * OUTPUTS
+    rounds = (K + BLOCK_K - 1) // BLOCK_K
+    # Constants do not survive in a variable's tuple, hence the repetitions.
+    if GROUPS == 1:
+        gl.warp_specialize(
+            [
+                (_consume, (xs, w0, ready, free, y_desc, b_ptr, first_m, n0, rounds, N, GATED, HAS_BIAS, STAGES)),
+                (_produce, (x_desc, w_desc, xs, w0, w1, w2, ready, free, first_m, n0, rounds,
+                            GROUPS, GATED, STAGES, STAGGER, PDL)),
+            ],
+            [1],
+            [PRODUCER_REGISTERS],
+        )  # fmt: skip
+    elif GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (xs, w0, ready, free, y_desc, b_ptr, first_m, n0, rounds, N, GATED, HAS_BIAS, STAGES)),
+                (_consume, (xs, w1, ready, free, y_desc, b_ptr, first_m, n1, rounds, N, GATED, HAS_BIAS, STAGES)),
+                (_produce, (x_desc, w_desc, xs, w0, w1, w2, ready, free, first_m, n0, rounds,
+                            GROUPS, GATED, STAGES, STAGGER, PDL)),
+            ],
+            [4, 1],
+            [REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip
     else:
-        if HAS_BIAS:
-            acc += tl.load(b_ptr + rows_n, mask=inside_n, other=0.0).to(tl.float32)[None, :]
-        y = acc.to(dtype)
-    offsets = rows_m[:, None].to(tl.int64) * N + rows_n[None, :]
-    tl.store(y_ptr + offsets, y, mask=inside_n[None, :])
+        gl.warp_specialize(
+            [
+                (_consume, (xs, w0, ready, free, y_desc, b_ptr, first_m, n0, rounds, N, GATED, HAS_BIAS, STAGES)),
+                (_consume, (xs, w1, ready, free, y_desc, b_ptr, first_m, n1, rounds, N, GATED, HAS_BIAS, STAGES)),
+                (_consume, (xs, w2, ready, free, y_desc, b_ptr, first_m, n2, rounds, N, GATED, HAS_BIAS, STAGES)),
+                (_produce, (x_desc, w_desc, xs, w0, w1, w2, ready, free, first_m, n0, rounds,
+                            GROUPS, GATED, STAGES, STAGGER, PDL)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip
 
 
+# (rows of x, warpgroups), the smallest first.
+_CUTS = ((64, 1), (128, 1), (64, 2), (128, 2), (128, 3), (256, 3))
+
+
+@functools.cache
 def choose_medium_tile(m: int, n: int, k: int, itemsize: int, chip: Chip, *, gated: bool) -> MediumTile | None:
-    """The cut for m rows, n outputs and k inputs; None where `small_linear` or the vendor's library is as fast.
+    """The smallest cut whose programs for m rows, n outputs and k inputs all run at once; None where there is none, or
+    the vendor's library is as fast.
 
     Measured on an H100 over the shapes of Qwen3-0.6B, 8B, 30B-A3B and DeepSeek-V2-Lite (docs/BENCHMARKS.md).
     """
-    if not chip.tma or itemsize != 2 or not MAX_ROWS < m <= MOST_ROWS or k % 8:
+    if not chip.wgmma or itemsize != 2 or not MAX_ROWS < m <= MOST_ROWS or k % 8 or n % 8:
         return None
-    if gated:
-        tile = MediumTile(64, 128, 128, 4, 4) if m <= 128 else MediumTile(128, 128, 64, 8, 6)
-        large = m > 128 and n * k > 1 << 23
-    else:
-        one_round = triton.cdiv(m, 64) * triton.cdiv(n, 64) <= chip.num_sms
-        tile = MediumTile(64, 64, 128, 4, 6) if one_round else MediumTile(64, 128, 128, 4, 4)
-        large = n * k > 1 << 22
-    # Not all GPUs that copy by descriptor have an H100's shared memory.
-    return None if large or tile.shared_bytes(itemsize) > chip.shared_bytes else tile
+    if not gated and n * k > 1 << (25 if m <= 128 else 24):
+        return None
+    for block_m, groups in _CUTS:
+        outputs = groups * (_GROUP_ROWS // 2 if gated else _GROUP_ROWS)
+        wasted = triton.cdiv(m, block_m) * block_m - m
+        one_round = triton.cdiv(m, block_m) * triton.cdiv(n, outputs) <= chip.num_sms
+        if one_round and (wasted < 64 or groups == 3):
+            stages = (chip.shared_bytes - 1024) // ((block_m + _GROUP_ROWS * groups) * _BLOCK_K * itemsize)
+            return MediumTile(block_m, groups, min(_MOST_STAGES, stages), stagger=5 if m == block_m == 256 else 0)
+    return None
 
 
 def can_describe(x: torch.Tensor) -> bool:
@@ -108,33 +242,46 @@ def can_describe(x: torch.Tensor) -> bool:
 def medium_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: MediumTile, *, gated: bool = False
 ) -> torch.Tensor:
-    """x [M, K], weight [N, K] or, gated, [2 N, K] -> [M, N], as of `small_linear`; M is at least the tile's block_m.
-    float16 or bfloat16, for which `can_describe` holds. Accumulates in float32."""
+    """x [M, K], weight [N, K] or, gated, [2 N, K] -> [M, N], as of `small_linear`; N is a multiple of 8. float16 or
+    bfloat16, for which `can_describe` holds. Accumulates in float32."""
     m, k = x.shape
-    if m < tile.block_m:
-        raise ValueError(f"tiles of {tile.block_m} rows cannot be cut from {m}")
     n = weight.shape[0] // 2 if gated else weight.shape[0]
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    outputs = tile.block_n // 2 if gated else tile.block_n
+    flat = gl.NVMMASharedLayout(128, 16, rank=2)
     if gated:
-        rows = TensorDescriptor(weight, [2, n, k], [n * k, k, 1], [2, outputs, tile.block_k])
+        pairs = gl.NVMMASharedLayout(128, 16, rank=4)
+        rows = TensorDescriptor(weight, [n // 8, 2, 8, k], [8 * k, n * k, k, 1], [4, 2, 8, _BLOCK_K], pairs)
+        out = TensorDescriptor(y, [m, n], [n, 1], [tile.block_m, 32], gl.NVMMASharedLayout(64, 16, rank=2))
     else:
-        rows = TensorDescriptor(weight, [n, k], [k, 1], [outputs, tile.block_k])
+        rows = TensorDescriptor(weight, [n, k], [k, 1], [_GROUP_ROWS, _BLOCK_K], flat)
+        out = TensorDescriptor(y, [m, n], [n, 1], [tile.block_m, _GROUP_ROWS], flat)
+    outputs = tile.groups * (_GROUP_ROWS // 2 if gated else _GROUP_ROWS)
     _medium_linear_kernel[(triton.cdiv(m, tile.block_m), triton.cdiv(n, outputs))](
-        TensorDescriptor(x, [m, k], [x.stride(0), 1], [tile.block_m, tile.block_k]),
+        TensorDescriptor(x, [m, k], [x.stride(0), 1], [tile.block_m, _BLOCK_K], flat),
         rows,
+        out,
         weight if bias is None else bias,
-        y,
         m,
         n,
         k,
         GATED=gated,
         HAS_BIAS=bias is not None,
+        GROUPS=tile.groups,
         BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        BLOCK_K=_BLOCK_K,
+        STAGES=tile.num_stages,
+        STAGGER=tile.stagger,
+        REGISTERS=160 if tile.groups == 3 else 232,
+        PRODUCER_REGISTERS=_PRODUCER_REGISTERS,
+        num_warps=4,
         **launch_options(x.device),
     )
     return y
+
+
+def try_out(device: torch.device) -> None:
+    """Multiply once. RuntimeError: it came out wrong; what Triton raises where it cannot compile the kernel."""
+    x = torch.eye(_GROUP_ROWS, dtype=torch.bfloat16, device=device)
+    weight = torch.arange(_GROUP_ROWS**2, device=device).view(_GROUP_ROWS, -1).remainder(127).to(x.dtype)
+    if not torch.equal(medium_linear(x, weight, None, MediumTile(_GROUP_ROWS, 1, _MOST_STAGES)), weight.T):
+        raise RuntimeError("the product of an identity with a matrix is not that matrix")

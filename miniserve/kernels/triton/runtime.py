@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import functools
+import logging
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 from miniserve.kernels.triton import elementwise, moe, moe_token, norm_router, routing
-from miniserve.kernels.triton.medium_linear import MediumTile, can_describe, choose_medium_tile, medium_linear
-from miniserve.kernels.triton.small_linear import LinearTile, Workspace, chip_of, choose_tile, small_linear
+from miniserve.kernels.triton.small_linear import Chip, LinearTile, Workspace, chip_of, choose_tile, small_linear
+
+_logger = logging.getLogger(__name__)
+
+
+def _medium_linears(device: torch.device, chip: Chip) -> ModuleType | None:
+    """The module of products of 65 to 256 rows. None on GPUs without them, and where this Triton's Gluon, which calls
+    itself experimental, is not the one that they were written for: they are tried here once."""
+    if not chip.wgmma:
+        return None
+    try:
+        from miniserve.kernels.triton import medium_linear
+
+        medium_linear.try_out(device)
+    except Exception as error:
+        _logger.warning("Linear layers of 65 to 256 rows are left to the vendor's library: %r", error)
+        return None
+    return medium_linear
 
 
 class TritonKernels:
@@ -37,11 +55,8 @@ class TritonKernels:
         def tile(m: int, n: int, k: int, itemsize: int, gated: bool) -> LinearTile | None:
             return choose_tile(m, n, k, itemsize, chip, gated=gated)
 
-        @functools.cache
-        def medium_tile(m: int, n: int, k: int, itemsize: int, gated: bool) -> MediumTile | None:
-            return choose_medium_tile(m, n, k, itemsize, chip, gated=gated)
-
-        self._tile, self._medium_tile = tile, medium_tile
+        self._tile = tile
+        self._chip, self._medium = chip, _medium_linears(device, chip)
 
     def linear(
         self,
@@ -57,10 +72,10 @@ class TritonKernels:
         sizes = (x.shape[0], n, weight.shape[1], weight.element_size(), gated)
         if (tile := self._tile(*sizes)) is not None:
             return small_linear(x, weight, bias, tile, self._workspace, gated=gated, out_dtype=out_dtype)
-        medium = self._medium_tile(*sizes) if out_dtype is None else None
-        if medium is not None and can_describe(x):
-            return medium_linear(x, weight, bias, medium, gated=gated)
-        return None
+        if self._medium is None or out_dtype is not None or not self._medium.can_describe(x):
+            return None
+        medium = self._medium.choose_medium_tile(*sizes[:4], self._chip, gated=gated)
+        return None if medium is None else self._medium.medium_linear(x, weight, bias, medium, gated=gated)
 
     def add_norm_route(
         self,

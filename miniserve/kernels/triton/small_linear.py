@@ -176,13 +176,13 @@ class Workspace:
 @dataclass(frozen=True, slots=True)
 class Chip:
     """What a cut depends on: multiprocessors, bytes of shared memory that a program can have; whether programs may
-    share a row: on AMD not before one was seen to read, across the dies, what others wrote; and whether there are
-    copies by descriptor (TMA)."""
+    share a row: on AMD not before one was seen to read, across the dies, what others wrote; and whether it has the
+    matrix unit that whole warpgroups feed from shared memory (Hopper's)."""
 
     num_sms: int
     shared_bytes: int
     splits: bool = True
-    tma: bool = False
+    wgmma: bool = False
 
 
 def choose_tile(m: int, n: int, k: int, itemsize: int, chip: Chip, *, gated: bool) -> LinearTile | None:
@@ -279,4 +279,4 @@ def chip_of(device: torch.device) -> Chip:
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
     on_nvidia = torch.version.hip is None
-    return Chip(properties.multi_processor_count, shared, on_nvidia, tma=on_nvidia and properties.major >= 9)
+    return Chip(properties.multi_processor_count, shared, on_nvidia, wgmma=on_nvidia and properties.major == 9)

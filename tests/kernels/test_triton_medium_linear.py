@@ -1,0 +1,67 @@
+"""Linear layers for 65 to 256 rows: how they are cut, and what they give on a Hopper GPU (Gluon has no interpreter)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton_support import DEVICE, NATIVE, normal, relative_error
+
+from miniserve.kernels.triton import medium_linear, runtime
+from miniserve.kernels.triton.medium_linear import _CUTS, MediumTile, choose_medium_tile
+from miniserve.kernels.triton.small_linear import Chip, chip_of
+from miniserve.models.layers import ops
+
+H100 = Chip(132, 232_448, wgmma=True)
+SHAPES = [(3072, 1024), (1024, 2048), (2816, 2048), (12288, 4096), (4096, 12288), (151936, 4096), (1000, 1020)]
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not NATIVE or not chip_of(DEVICE).wgmma, reason="needs a Hopper GPU, whose matrix units these use")
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("block_m", "groups"), _CUTS)
+@pytest.mark.parametrize(("m", "n", "k"), [(65, 40, 96), (130, 200, 264), (256, 1208, 1000)])
+def test_products(m: int, n: int, k: int, block_m: int, groups: int, gated: bool, dtype: torch.dtype) -> None:
+    x, weight = normal(0, m, k + 8, dtype=dtype)[:, :k], normal(1, n * (2 if gated else 1), k, dtype=dtype)
+    bias = normal(2, len(weight), dtype=dtype)
+    tile = MediumTile(block_m, groups, 4, stagger=block_m // 256)
+    for given in (bias, None):
+        got = medium_linear.medium_linear(x, weight, given, tile, gated=gated)
+        want = torch.nn.functional.linear(x.float(), weight.float(), None if given is None else given.float())
+        assert relative_error(got, ops.silu_and_mul(want) if gated else want) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+@pytest.mark.parametrize("m", [1, 64, 65, 96, 128, 129, 192, 256, 257])
+def test_every_cut_runs_in_one_round_and_fits_the_shared_memory(m: int, n: int, k: int, gated: bool) -> None:
+    assert choose_medium_tile(m, n, k, 2, Chip(304, 65536), gated=gated) is None
+    assert choose_medium_tile(m, n, k, 4, H100, gated=gated) is None
+    tile = choose_medium_tile(m, n, k, 2, H100, gated=gated)
+    if tile is None:
+        return
+    assert 64 < m <= 256
+    assert k % 8 == 0
+    outputs = tile.groups * (32 if gated else 64)
+    assert -(-m // tile.block_m) * -(-n // outputs) <= 132
+    assert tile.num_stages >= 3
+    assert (tile.block_m + 64 * tile.groups) * 64 * 2 * tile.num_stages < 232_448
+
+
+def test_the_shapes_of_an_8b_model_at_256_rows() -> None:
+    assert choose_medium_tile(256, 12288, 4096, 2, H100, gated=True) == MediumTile(256, 3, 4, stagger=5)
+    assert choose_medium_tile(256, 4096, 4096, 2, H100, gated=False) == MediumTile(128, 1, 8)
+    assert choose_medium_tile(256, 4096, 12288, 2, H100, gated=False) is None, "the vendor's library is faster"
+
+
+def test_a_gluon_that_does_not_work_leaves_the_products_to_the_library(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(device: torch.device) -> None:
+        raise AttributeError("mbarrier has no expect")
+
+    monkeypatch.setattr(medium_linear, "try_out", fail)
+    assert runtime._medium_linears(DEVICE, H100) is None
+    assert "mbarrier has no expect" in caplog.text
+    assert runtime._medium_linears(DEVICE, Chip(304, 65536)) is None
