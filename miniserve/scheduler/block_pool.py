@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 ROOT = 0  # the chain id before a sequence's first block
@@ -103,22 +103,3 @@ class BlockPool:
         self._keys[block] = key
         self._chains[block] = chain
         return chain
-
-    def find_faults(self, tables: Iterable[list[int]]) -> list[str]:
-        """Sentences on what is inconsistent, given the block tables of all holders."""
-        holders = Counter(block for table in tables for block in table)
-        faults = [
-            f"block {block} counts {refs} holders, has {holders[block]}"
-            for block, refs in enumerate(self._refs)
-            if refs != holders[block]
-        ]
-        unheld = {block for block, refs in enumerate(self._refs) if not refs}
-        if unheld != set(self._free):
-            faults.append(f"leaked or doubly owned blocks: {sorted(unheld ^ set(self._free))}")
-        keys = {key: block for block, key in enumerate(self._keys) if key is not None}
-        if keys != self._cached:
-            faults.append("the prefix cache and its blocks disagree")
-        chains = [self._chains[block] for block in keys.values()]
-        if len(set(chains)) != len(chains) or ROOT in chains:
-            faults.append("two cached blocks share a chain id")
-        return faults

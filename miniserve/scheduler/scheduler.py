@@ -52,7 +52,6 @@ from miniserve.core import (
     TokenLogprobs,
 )
 from miniserve.scheduler.blocks import SequenceBlocks
-from miniserve.scheduler.integrity import find_faults
 from miniserve.scheduler.limits import check_lengths
 from miniserve.scheduler.sequence import Sequence
 from miniserve.scheduler.speculation import Speculation
@@ -376,17 +375,3 @@ class Scheduler:
         else:
             del self._waiting[seq.arrival]
             self._blocks_wanted = 0
-
-    # --- self-check -----------------------------------------------------------------------------------------------
-
-    def check_integrity(self) -> None:
-        """Raise `RuntimeError` naming what is inconsistent in the bookkeeping; costs O(blocks), for tests and idle
-        times."""
-        running, waiting = list(self._running.values()), list(self._waiting.values())
-        faults = find_faults(self._config, self._pool, running, waiting, self._prefilling, self._free_rows)
-        if {seq.request_id: seq for seq in running + waiting} != self._sequences:
-            faults.append("unfinished requests are neither running nor waiting")
-        if [seq.arrival for seq in running + waiting] != [*self._running, *self._waiting]:
-            faults.append("requests are not kept by their arrivals")
-        if faults:
-            raise RuntimeError("The scheduler's state is inconsistent: " + "; ".join(faults) + ".")

@@ -16,6 +16,7 @@ from engine_real import BACKENDS, Setup, generate, make_engine, small_model, tok
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models_support import VOCAB
+from scheduler_integrity import check_integrity
 
 from miniserve.core import FinishReason, SamplingParams
 from miniserve.models.decoder import CausalLM
@@ -105,7 +106,7 @@ def test_every_request_gets_the_tokens_it_gets_alone(
         assert tokens(found) == alone(model, prompt, params)
         entries = [entry for output in found for entry in (output.prompt_logprobs or [])]
         assert len(entries) == (0 if params.prompt_logprobs is None else len(prompt))
-    scheduler.check_integrity()
+    check_integrity(scheduler)
     assert scheduler.stats().num_free_blocks == setup.num_blocks
 
 

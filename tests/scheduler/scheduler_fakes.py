@@ -11,6 +11,8 @@ import random
 from collections import deque
 from dataclasses import dataclass, field
 
+from scheduler_integrity import check_integrity
+
 from miniserve.config import SchedulerConfig
 from miniserve.core import FinishReason, Request, RequestOutput, SamplingParams, StepPlan, StepResult, TokenLogprobs
 from miniserve.scheduler import Scheduler
@@ -314,11 +316,11 @@ class Driver:
         output = self.scheduler.abort(request_id)
         if output is not None:
             self.outputs[request_id].append(output)
-        self.scheduler.check_integrity()
+        check_integrity(self.scheduler)
 
     def launch(self) -> StepPlan | None:
         plan = self.scheduler.schedule()
-        self.scheduler.check_integrity()
+        check_integrity(self.scheduler)
         if plan is not None:
             assert self.scheduler.stats().step_tokens == plan.num_tokens
             self.plans.append(plan)
@@ -330,7 +332,7 @@ class Driver:
         for output in self.scheduler.update(plan, result):
             assert not any(earlier.finish_reason for earlier in self.outputs[output.request_id])
             self.outputs[output.request_id].append(output)
-        self.scheduler.check_integrity()
+        check_integrity(self.scheduler)
 
     def turn(self) -> None:
         plan = self.launch()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from scheduler_integrity import pool_faults
 
 from miniserve.scheduler.block_pool import ROOT, BlockPool
 
@@ -63,7 +64,7 @@ def test_a_reallocated_block_is_forgotten_and_so_is_what_followed_it() -> None:
     again = pool.allocate(1)
     register(pool, again, [1, 2])
     assert match(pool, [1, 2, 3, 4]) == again  # the tail's key names a chain that is gone for good
-    assert pool.find_faults([tail, again]) == []
+    assert pool_faults(pool, [tail, again]) == []
 
 
 def test_free_blocks_are_reallocated_useless_ones_first_then_oldest_and_tails_first() -> None:
@@ -88,7 +89,7 @@ def test_a_shared_block_is_freed_by_its_last_holder() -> None:
     assert (pool.num_free, pool.count_free(blocks)) == (3, 2)
     pool.share(match(pool, [1, 2, 3, 4]))
     assert pool.num_free == 1
-    assert pool.find_faults([blocks]) == []
+    assert pool_faults(pool, [blocks]) == []
 
 
 def test_of_two_equal_blocks_the_held_one_is_kept() -> None:
@@ -101,7 +102,7 @@ def test_of_two_equal_blocks_the_held_one_is_kept() -> None:
     assert register(pool, second, [1, 2]) == [chain]
     assert match(pool, [1, 2]) == second
     assert pool.allocate(1) == first  # nobody can find it any more
-    assert pool.find_faults([first, second]) == []
+    assert pool_faults(pool, [first, second]) == []
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -124,18 +125,18 @@ def test_whatever_happens_a_match_holds_exactly_these_tokens(seed: int) -> None:
                 content[block] = tuple(tokens[: (i + 1) * SIZE])
             register(pool, blocks[: rng.randint(0, len(blocks))], tokens)
             held.append(blocks)
-        assert pool.find_faults(held) == []
+        assert pool_faults(pool, held) == []
 
 
 def test_faults_are_found() -> None:
     pool = BlockPool(3)
     blocks = pool.allocate(2)
     register(pool, blocks, [1, 2, 3, 4])
-    assert pool.find_faults([blocks]) == []
-    assert "counts 1 holders, has 0" in pool.find_faults([blocks[:1]])[0]
-    assert "counts 1 holders, has 2" in pool.find_faults([blocks, blocks[:1]])[0]
+    assert pool_faults(pool, [blocks]) == []
+    assert "counts 1 holders, has 0" in pool_faults(pool, [blocks[:1]])[0]
+    assert "counts 1 holders, has 2" in pool_faults(pool, [blocks, blocks[:1]])[0]
     del pool._free[2]
-    assert pool.find_faults([blocks]) == ["leaked or doubly owned blocks: [2]"]
+    assert pool_faults(pool, [blocks]) == ["leaked or doubly owned blocks: [2]"]
     pool._free[2] = None
     pool._keys[blocks[0]] = None
-    assert pool.find_faults([blocks]) == ["the prefix cache and its blocks disagree"]
+    assert pool_faults(pool, [blocks]) == ["the prefix cache and its blocks disagree"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from scheduler_fakes import make_config, make_request
+from scheduler_integrity import check_integrity
 
 from miniserve.config import SchedulerConfig
 from miniserve.core import DraftRun, FinishReason, RequestOutput, StepPlan, StepResult
@@ -26,9 +27,9 @@ class Steps:
     def step(self, *token_ids: int) -> tuple[StepPlan, list[RequestOutput]]:
         plan = self.scheduler.schedule()
         assert plan is not None
-        self.scheduler.check_integrity()
+        check_integrity(self.scheduler)
         outputs = self.scheduler.update(plan, StepResult(list(token_ids)))
-        self.scheduler.check_integrity()
+        check_integrity(self.scheduler)
         return plan, outputs
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from scheduler_fakes import VOCAB, Driver, context_of, expected_of, make_config, make_request, next_token
+from scheduler_integrity import check_integrity
 
 from miniserve.core import FinishReason, InvalidRequest, Request, StepPlan, StepResult, TokenLogprobs
 from miniserve.scheduler import Scheduler
@@ -539,11 +540,11 @@ def test_the_audit_sees_a_leaked_row_and_a_lost_block() -> None:
     scheduler = Scheduler(make_config())
     scheduler.add(running("a", 9))
     scheduler.schedule()
-    scheduler.check_integrity()
+    check_integrity(scheduler)
     row = scheduler._free_rows.pop(0)
     with pytest.raises(RuntimeError, match="rows are leaked"):
-        scheduler.check_integrity()
+        check_integrity(scheduler)
     scheduler._free_rows.insert(0, row)
     scheduler._sequences["a"].blocks.pop()
     with pytest.raises(RuntimeError, match=r"counts 1 holders, has 0.*no blocks for its 9 computed tokens"):
-        scheduler.check_integrity()
+        check_integrity(scheduler)

@@ -1,0 +1,63 @@
+"""Is the bookkeeping of the scheduler and of its block pool consistent?"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from miniserve.scheduler.block_pool import ROOT, BlockPool
+from miniserve.scheduler.scheduler import Scheduler
+from miniserve.scheduler.sequence import Sequence
+
+
+def check_integrity(scheduler: Scheduler) -> None:
+    """Raise `RuntimeError` naming what is inconsistent."""
+    running, waiting = list(scheduler._running.values()), list(scheduler._waiting.values())
+    faults = [*pool_faults(scheduler._pool, [seq.blocks for seq in running])]
+    if {seq.request_id: seq for seq in running + waiting} != scheduler._sequences:
+        faults.append("unfinished requests are neither running nor waiting")
+    arrivals = [seq.arrival for seq in running + waiting]
+    if arrivals != [*scheduler._running, *scheduler._waiting]:
+        faults.append("requests are not kept by their arrivals")
+    if arrivals != sorted(set(arrivals)):
+        faults.append("requests are out of order")
+    rows = [seq.row for seq in running] + scheduler._free_rows
+    all_rows = list(range(scheduler._config.max_num_seqs))
+    if sorted(rows) != all_rows or any(seq.row >= 0 or seq.blocks for seq in waiting):
+        faults.append("rows are leaked or doubly owned")
+    unfinished_prefill = [seq for seq in running if seq.num_computed < seq.prefill_len]
+    if unfinished_prefill != ([] if scheduler._prefilling is None else [scheduler._prefilling]):
+        faults.append("the sequence in the middle of its prefill is not the one noted")
+    faults += [fault for seq in running for fault in _sequence_faults(scheduler, seq)]
+    if faults:
+        raise RuntimeError("The scheduler's state is inconsistent: " + "; ".join(faults) + ".")
+
+
+def _sequence_faults(scheduler: Scheduler, seq: Sequence) -> Iterable[str]:
+    config = scheduler._config
+    if not seq.num_computed <= len(seq.blocks) * config.block_size:
+        yield f"request {seq.request_id} has no blocks for its {seq.num_computed} computed tokens"
+    if not seq.num_registered * config.block_size <= min(seq.num_computed, len(seq.token_ids)):
+        yield f"request {seq.request_id} offers blocks to the prefix cache that are not full"
+    if config.num_draft_tokens and seq.num_computed > len(seq.token_ids):
+        yield f"request {seq.request_id} counts guesses among its {seq.num_computed} computed tokens"
+
+
+def pool_faults(pool: BlockPool, tables: Iterable[list[int]]) -> list[str]:
+    """Sentences on what is inconsistent, given the block tables of all holders."""
+    holders = Counter(block for table in tables for block in table)
+    faults = [
+        f"block {block} counts {refs} holders, has {holders[block]}"
+        for block, refs in enumerate(pool._refs)
+        if refs != holders[block]
+    ]
+    unheld = {block for block, refs in enumerate(pool._refs) if not refs}
+    if unheld != set(pool._free):
+        faults.append(f"leaked or doubly owned blocks: {sorted(unheld ^ set(pool._free))}")
+    keys = {key: block for block, key in enumerate(pool._keys) if key is not None}
+    if keys != pool._cached:
+        faults.append("the prefix cache and its blocks disagree")
+    chains = [pool._chains[block] for block in keys.values()]
+    if len(set(chains)) != len(chains) or ROOT in chains:
+        faults.append("two cached blocks share a chain id")
+    return faults
