@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.paged_kernels import torch_kernels, triton_kernels
 from miniserve.attention.backends.torch_attn import TorchBackend
 from miniserve.attention.backends.triton_attn import TritonBackend
-from miniserve.attention.layouts import LAYOUTS, KVCache, KVLayout
+from miniserve.attention.layouts import LAYOUTS, KVCache, KVLayout, ShuffledLayout
 from miniserve.attention.metadata import DecodeRows
 from miniserve.attention.platform import Platform
 from miniserve.attention.spec import AttentionSpec
@@ -27,6 +28,21 @@ from miniserve.kernels import native
 needs_native = pytest.mark.skipif(
     native.unavailable_reason() is not None, reason=f"C++ kernels: {native.unavailable_reason()}"
 )
+
+
+def torch_linearize(
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    cu_query_lens: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    window: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    layout = ShuffledLayout(key_cache.shape[-2])
+    there = torch.arange(block_tables.shape[1]) * layout.block_size < seq_lens[:, None]
+    blocks = torch.where(there, block_tables, 0).long().flatten()
+    return layout.gather(KVCache(key_cache, value_cache), blocks)
 
 
 def make_backend(name: str, layout: KVLayout, spec: AttentionSpec) -> Backend[Any]:
@@ -39,7 +55,7 @@ def make_backend(name: str, layout: KVLayout, spec: AttentionSpec) -> Backend[An
             max_rows=8,
             max_seq_len=256,
         )
-        backend = TritonBackend(layout, torch_kernels(), options)
+        backend = TritonBackend(layout, replace(torch_kernels(), linearize=torch_linearize), options)
         backend.linearize_from = 2
         return backend
     return CpuBackend(layout, native.load()) if name == "CPU_ATTN" else TorchBackend(layout)

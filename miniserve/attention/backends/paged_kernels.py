@@ -24,12 +24,12 @@ AllocateScratch = Callable[[Sequence[tuple[int, int]], int, int, torch.device], 
 @dataclass(frozen=True, slots=True)
 class PagedKernels:
     """allocate_scratch(launches as (rows, num_splits), num_heads, head_dim, device): what splits leave for the merge;
-    None where decode never splits a row."""
+    None where decode never splits a row. linearize: None where no cache is copied."""
 
     paged_decode: Callable[..., Tensor]
     paged_extend: Callable[..., Tensor]
     write_kv: Callable[..., None]
-    linearize: Callable[..., tuple[Tensor, Tensor]]
+    linearize: Callable[..., tuple[Tensor, Tensor]] | None
     rope_and_write: Callable[..., Tensor]
     allocate_scratch: AllocateScratch | None
 
@@ -47,7 +47,7 @@ def triton_kernels() -> PagedKernels:
 
 def torch_kernels() -> PagedKernels:
     """The same in PyTorch, for a platform that is emulated on a CPU."""
-    return PagedKernels(_torch_decode, _torch_extend, _torch_write, _torch_linearize, _torch_rope_and_write, None)
+    return PagedKernels(_torch_decode, _torch_extend, _torch_write, None, _torch_rope_and_write, None)
 
 
 class SplitPlan:
@@ -179,18 +179,3 @@ def _norm_rope(x: Tensor, weight: Tensor | None, cos_sin: Tensor, eps: float) ->
     cos, sin = cos_sin[:, None].chunk(2, dim=-1)
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-
-
-def _torch_linearize(
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_tables: Tensor,
-    cu_query_lens: Tensor,
-    seq_lens: Tensor,
-    *,
-    window: int | None,
-) -> tuple[Tensor, Tensor]:
-    layout = LAYOUTS["shuffled"](key_cache.shape[-2])
-    there = torch.arange(block_tables.shape[1]) * layout.block_size < seq_lens[:, None]
-    blocks = torch.where(there, block_tables, 0).long().flatten()
-    return layout.gather(KVCache(key_cache, value_cache), blocks)

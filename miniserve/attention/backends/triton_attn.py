@@ -63,7 +63,7 @@ class TritonBackend(Backend[PagedMetadata]):
         # Copies and splits of chunks were measured on NVIDIA's GPUs alone.
         on_nvidia = options.platform.vendor == "cuda"
         self._split_over = options.platform.compute_units if on_nvidia else 1
-        self._copies = layout.name == "shuffled" and on_nvidia
+        self._copies = layout.name == "shuffled" and on_nvidia and kernels.linearize is not None
         # A graph copies block tables of any length, so it must have room for the longest.
         self.chunk_graphs = not self._copies or CHUNKS_IN_GRAPH * options.max_seq_len <= LINEARIZED_TOKENS
         self._plans = {_shape(spec): SplitPlan(kernels, spec, options) for spec in options.specs}
@@ -123,7 +123,7 @@ class TritonBackend(Backend[PagedMetadata]):
         """q, out [tokens, num_heads, head_dim]."""
         rows, planes, terms = meta.rows, (cache.key, cache.value), self._terms(layer)
         tables, lens = rows.block_tables, (rows.cu_query_lens, rows.seq_lens)
-        if meta.linear_tables is not None:
+        if meta.linear_tables is not None and self._kernels.linearize is not None:
             planes = self._kernels.linearize(*planes, tables, *lens, window=layer.spec.sliding_window)
             tables, terms["shuffled"] = meta.linear_tables, False
         num_splits = self._extend_splits(layer.spec, meta)
