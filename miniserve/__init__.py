@@ -1,5 +1,6 @@
 """A minimal, self-contained LLM inference engine focused on decode."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,12 +13,7 @@ __all__ = ["LLM", "SamplingParams", "__version__"]
 
 def __getattr__(name: str) -> Any:
     # Late, so that `import miniserve` alone takes no time; the commands that need no engine start at once.
-    if name == "LLM":
-        from miniserve.llm import LLM
-
-        return LLM
-    if name == "SamplingParams":
-        from miniserve.core import SamplingParams
-
-        return SamplingParams
+    module = {"LLM": "miniserve.llm", "SamplingParams": "miniserve.core"}.get(name)
+    if module is not None:
+        return getattr(import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

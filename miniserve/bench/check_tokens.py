@@ -99,8 +99,7 @@ def compare_paths(
 
 def _generate(config: EngineConfig, path: AttentionPath, max_tokens: int) -> tuple[Answers, str, Path]:
     """The answers, the engine's dtype, and where the model's files are. The engine is gone then, with its memory."""
-    options = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "model"}
-    engine = LLM(config.model, progress=False, **options)
+    engine = LLM(progress=False, **asdict(config))
     longest = engine.info.max_model_len - max_tokens
     prompts = [engine.tokenizer.encode(prompt)[:longest] for prompt in PROMPTS]
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import random
 import statistics
 import time
@@ -20,7 +19,7 @@ from unittest import mock
 
 import torch
 
-from miniserve.bench.report import header
+from miniserve.bench.report import header, write_json
 from miniserve.config import EngineConfig
 from miniserve.core import EngineInfo, Request, SamplingParams
 from miniserve.engine.build import build_engine
@@ -107,8 +106,7 @@ def main() -> None:
     print(f"{args.model.name} on {info.device}, started in {started:.1f} s; {info.attention[0]}")
     rows = [measure(engine, info, batch, args.input_len, args.output_len) for batch in batches]
     if args.json:
-        text = json.dumps({**header("decode"), "model": args.model.name, "start_s": started, "results": rows}, indent=2)
-        args.json.write_text(text + "\n")
+        write_json(args.json, {**header("decode"), "model": args.model.name, "start_s": started, "results": rows})
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from miniserve.bench.decode_steps import DecodeSteps
@@ -13,9 +13,6 @@ from miniserve.bench.stats import Summary, rates, summarize
 from miniserve.bench.workload import Shape, token_prompts
 from miniserve.config import EngineConfig
 from miniserve.core import EngineInfo, InvalidRequest, SamplingParams, UserError
-
-# Generates for all prompts at once and returns the number of tokens that each of them got.
-Generate = Callable[[list[list[int]], list[SamplingParams]], Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,12 +71,21 @@ class ThroughputResult:
         }
 
 
-def open_engine(config: EngineConfig) -> tuple[Generate, EngineInfo, Callable[[], DecodeSteps]]:
-    """An engine in this process, what it settled on, and what it has counted so far. Raises `UserError` where it cannot
-    start."""
+@dataclass(frozen=True, slots=True)
+class OfflineEngine:
+    """An engine in this process, what it settled on, and what it has counted so far. `generate` does so for all prompts
+    at once and returns the number of tokens that each of them got."""
+
+    generate: Callable[[list[list[int]], list[SamplingParams]], Sequence[int]]
+    info: EngineInfo
+    count_steps: Callable[[], DecodeSteps]
+
+
+def open_engine(config: EngineConfig) -> OfflineEngine:
+    """Raises `UserError` where it cannot start."""
     from miniserve.llm import LLM
 
-    llm = LLM(**{field.name: getattr(config, field.name) for field in fields(config)})
+    llm = LLM(**asdict(config))
 
     def generate(prompts: list[list[int]], params: list[SamplingParams]) -> list[int]:
         try:
@@ -88,33 +94,25 @@ def open_engine(config: EngineConfig) -> tuple[Generate, EngineInfo, Callable[[]
             raise UserError(f"The engine refuses such requests: {error}") from error
         return [len(result.outputs[0].token_ids) for result in results]
 
-    return generate, llm.info, lambda: DecodeSteps(llm.step_totals, llm.info.bandwidth)
+    return OfflineEngine(generate, llm.info, lambda: DecodeSteps(llm.step_totals, llm.info.bandwidth))
 
 
 def measure_latency(
-    generate: Generate,
-    vocab_size: int,
-    *,
-    batch_size: int,
-    shape: Shape,
-    warmup: int,
-    repeats: int,
-    seed: int,
-    count_steps: Callable[[], DecodeSteps],
+    engine: OfflineEngine, *, batch_size: int, shape: Shape, warmup: int, repeats: int, seed: int
 ) -> LatencyResult:
     """Time `repeats` batches after `warmup` unmeasured ones. Each batch has prompts of its own: none is found in the
     prefix cache. Raises `UserError` for a count out of range."""
     if batch_size < 1 or repeats < 1 or warmup < 0:
         raise UserError("--batch-size and --repeats must be 1 or more and --warmup 0 or more.")
-    whole, first = [], []
+    whole, first, ids = [], [], range(engine.info.vocab_size)
     for index in range(warmup + repeats):
         if index == warmup:
-            before = count_steps()
+            before = engine.count_steps()
         # One draw for both runs of a repeat, half of it each.
-        prompts = [prompt for prompt, _ in token_prompts(2 * batch_size, shape, range(vocab_size), seed + index)]
+        prompts = [prompt for prompt, _ in token_prompts(2 * batch_size, shape, ids, seed + index)]
         times = [
-            _timed(generate, prompts[:batch_size], [shape.output_len] * batch_size),
-            _timed(generate, prompts[batch_size:], [1] * batch_size),
+            _timed(engine, prompts[:batch_size], [shape.output_len] * batch_size),
+            _timed(engine, prompts[batch_size:], [1] * batch_size),
         ]
         if index >= warmup:
             whole.append(times[0])
@@ -127,42 +125,35 @@ def measure_latency(
         whole=whole,
         first=first,
         step=[(n - one) / decode_steps for n, one in zip(whole, first, strict=True)] if decode_steps else [],
-        steps=count_steps().since(before),
+        steps=engine.count_steps().since(before),
     )
 
 
-def measure_throughput(
-    generate: Generate,
-    vocab_size: int,
-    *,
-    num_prompts: int,
-    shape: Shape,
-    seed: int,
-    count_steps: Callable[[], DecodeSteps],
-) -> ThroughputResult:
+def measure_throughput(engine: OfflineEngine, *, num_prompts: int, shape: Shape, seed: int) -> ThroughputResult:
     """Time many prompts handed over at once, after one small unmeasured batch. Raises `UserError`."""
     if num_prompts < 1:
         raise UserError("--num-prompts must be 1 or more.")
-    (warmup, _), *_ = token_prompts(1, shape, range(vocab_size), seed + 1)
-    _timed(generate, [warmup], [2])
-    drawn = token_prompts(num_prompts, shape, range(vocab_size), seed)
+    ids = range(engine.info.vocab_size)
+    (warmup, _), *_ = token_prompts(1, shape, ids, seed + 1)
+    _timed(engine, [warmup], [2])
+    drawn = token_prompts(num_prompts, shape, ids, seed)
     prompts, lengths = [prompt for prompt, _ in drawn], [length for _, length in drawn]
-    before = count_steps()
-    duration = _timed(generate, prompts, lengths)
+    before = engine.count_steps()
+    duration = _timed(engine, prompts, lengths)
     return ThroughputResult(
         num_prompts=num_prompts,
         input_tokens=sum(map(len, prompts)),
         output_tokens=sum(lengths),
         duration=duration,
-        steps=count_steps().since(before),
+        steps=engine.count_steps().since(before),
     )
 
 
-def _timed(generate: Generate, prompts: list[list[int]], lengths: list[int]) -> float:
+def _timed(engine: OfflineEngine, prompts: list[list[int]], lengths: list[int]) -> float:
     """Seconds it takes to generate exactly `lengths` tokens, greedily."""
     params = [SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True) for length in lengths]
     start = time.perf_counter()
-    counts = generate(prompts, params)
+    counts = engine.generate(prompts, params)
     duration = time.perf_counter() - start
     # A figure over fewer tokens than asked for would be wrong.
     short = [(got, asked) for got, asked in zip(counts, lengths, strict=True) if got != asked]

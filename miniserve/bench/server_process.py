@@ -23,30 +23,23 @@ _LEAVE = 30.0  # seconds for a server to end before it is killed
 _SHOWN_LINES = 5  # of the log of a server that did not start
 
 
-class Settings(msgspec.Struct, frozen=True):
-    """What the process is given on its command line, as JSON."""
-
-    engine: EngineConfig
-    port: int
-
-
 @contextlib.contextmanager
 def running_server(engine: EngineConfig) -> Iterator[str]:
     """The root URL of a server that answers; it ends with the block. Raises `UserError` with the end of its log where
     it does not start."""
     with tempfile.TemporaryDirectory(prefix="miniserve-bench-") as folder:
         path = Path(folder) / "log"
-        settings = Settings(engine, _free_port())
+        port, settings = _free_port(), msgspec.json.encode(engine).decode()
         with path.open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "miniserve.bench.server_process", msgspec.json.encode(settings).decode()],
+                [sys.executable, "-P", "-m", "miniserve.bench.server_process", f"{port}", settings],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
             )
         try:
-            root = f"http://127.0.0.1:{settings.port}"
+            root = f"http://127.0.0.1:{port}"
             _wait_until_ready(process, root, path)
             yield root
         finally:
@@ -80,17 +73,17 @@ def _free_port() -> int:
         return port
 
 
-def main(settings: Settings) -> int:
+def main(port: int, engine: EngineConfig) -> int:
     """Serve until a signal; returns the exit code."""
     from miniserve.cli.start import start
     from miniserve.server.config import ServerConfig
 
     try:
-        return start(settings.engine, ServerConfig(port=settings.port), prompt=None, chat=False)
+        return start(engine, ServerConfig(port=port), prompt=None, chat=False)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main(msgspec.json.decode(sys.argv[1], type=Settings)))
+    sys.exit(main(int(sys.argv[1]), msgspec.json.decode(sys.argv[2], type=EngineConfig)))

@@ -171,20 +171,13 @@ def latency(
     from miniserve.bench import display, offline
     from miniserve.bench.report import write_json
 
-    generate, info, count_steps = offline.open_engine(engine)
+    opened = offline.open_engine(engine)
     result = offline.measure_latency(
-        generate,
-        info.vocab_size,
-        batch_size=batch_size,
-        shape=shape,
-        warmup=warmup,
-        repeats=repeats,
-        seed=engine.seed,
-        count_steps=count_steps,
+        opened, batch_size=batch_size, shape=shape, warmup=warmup, repeats=repeats, seed=engine.seed
     )
-    display.print_latency(result, info)
+    display.print_latency(result, opened.info)
     if json is not None:
-        write_json(json, result.to_json(info))
+        write_json(json, result.to_json(opened.info))
 
 
 @app.command()
@@ -199,13 +192,11 @@ def throughput(
     from miniserve.bench import display, offline
     from miniserve.bench.report import write_json
 
-    generate, info, count_steps = offline.open_engine(engine)
-    result = offline.measure_throughput(
-        generate, info.vocab_size, num_prompts=num_prompts, shape=shape, seed=engine.seed, count_steps=count_steps
-    )
-    display.print_throughput(result, info)
+    opened = offline.open_engine(engine)
+    result = offline.measure_throughput(opened, num_prompts=num_prompts, shape=shape, seed=engine.seed)
+    display.print_throughput(result, opened.info)
     if json is not None:
-        write_json(json, result.to_json(info))
+        write_json(json, result.to_json(opened.info))
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -23,24 +24,15 @@ _TYPES = {
 }
 
 
+@dataclass(eq=False)
 class APIError(Exception):
     """An answer other than 200. `param` is the field at fault; `code` a word that programs may test for."""
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.param = param
-        self.code = code
-        self.headers = headers
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] | None = None
 
     def envelope(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "BadRequestError" if self.status < 500 else "InternalServerError")

@@ -54,9 +54,11 @@ class FakeEngine:
         self.now += 1.0 + 0.25 * (max(counts) - 1)
         return counts
 
+    def opened(self) -> offline.OfflineEngine:
+        return offline.OfflineEngine(self.generate, INFO, self.count_steps)
 
-def no_steps() -> DecodeSteps:
-    return DecodeSteps(StepTotals(), None)
+    def count_steps(self) -> DecodeSteps:
+        return DecodeSteps(StepTotals(decode_steps=len(self.calls), decode_seconds=self.now), 1e9)
 
 
 @pytest.fixture
@@ -68,14 +70,12 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
 
 def test_latency_separates_prefill_from_decode(engine: FakeEngine) -> None:
     result = offline.measure_latency(
-        engine.generate,
-        50,
+        engine.opened(),
         batch_size=4,
         shape=Shape(input_len=10, output_len=9),
         warmup=2,
         repeats=3,
         seed=0,
-        count_steps=no_steps,
     )
     assert (result.whole, result.first, result.step) == ([3.0] * 3, [1.0] * 3, [0.25] * 3)
     assert result.decode_tokens_per_s == 16.0
@@ -91,24 +91,19 @@ def test_latency_separates_prefill_from_decode(engine: FakeEngine) -> None:
 
 
 def test_steps_are_counted_behind_the_warm_up(engine: FakeEngine) -> None:
-    def count_steps() -> DecodeSteps:
-        return DecodeSteps(StepTotals(decode_steps=len(engine.calls), decode_seconds=engine.now), 1e9)
-
     load = {"batch_size": 1, "shape": Shape(input_len=10, output_len=9), "seed": 0}
-    result = offline.measure_latency(engine.generate, 50, **load, warmup=2, repeats=3, count_steps=count_steps)
+    result = offline.measure_latency(engine.opened(), **load, warmup=2, repeats=3)
     assert result.steps == DecodeSteps(StepTotals(decode_steps=6, decode_seconds=12.0), 1e9)
 
 
 def test_one_token_has_no_decode_step(engine: FakeEngine) -> None:
     result = offline.measure_latency(
-        engine.generate,
-        50,
+        engine.opened(),
         batch_size=1,
         shape=Shape(input_len=1, output_len=1),
         warmup=0,
         repeats=1,
         seed=0,
-        count_steps=no_steps,
     )
     assert result.step == []
     assert result.decode_tokens_per_s is None
@@ -117,7 +112,7 @@ def test_one_token_has_no_decode_step(engine: FakeEngine) -> None:
 
 def test_throughput_counts_every_token(engine: FakeEngine) -> None:
     shape = Shape(input_len=20, output_len=8, range_ratio=0.5)
-    result = offline.measure_throughput(engine.generate, 50, num_prompts=30, shape=shape, seed=1, count_steps=no_steps)
+    result = offline.measure_throughput(engine.opened(), num_prompts=30, shape=shape, seed=1)
     prompts, params = engine.calls[-1]
     assert result.input_tokens == sum(map(len, prompts))
     assert result.output_tokens == sum(one.max_tokens or 0 for one in params)
@@ -131,14 +126,12 @@ def test_figures_over_fewer_tokens_are_refused(engine: FakeEngine) -> None:
     engine.limit = 5
     with pytest.raises(UserError, match="got 5 tokens where 9 were asked for"):
         offline.measure_latency(
-            engine.generate,
-            50,
+            engine.opened(),
             batch_size=1,
             shape=Shape(input_len=1, output_len=9),
             warmup=0,
             repeats=1,
             seed=0,
-            count_steps=no_steps,
         )
 
 
@@ -146,7 +139,7 @@ def test_figures_over_fewer_tokens_are_refused(engine: FakeEngine) -> None:
 def test_counts_out_of_range_are_refused(engine: FakeEngine, wrong: dict[str, int]) -> None:
     counts = {"batch_size": 1, "warmup": 0, "repeats": 1, "seed": 0} | wrong
     with pytest.raises(UserError):
-        offline.measure_latency(engine.generate, 50, shape=Shape(), **counts, count_steps=no_steps)
+        offline.measure_latency(engine.opened(), shape=Shape(), **counts)
 
 
 def test_latency_and_throughput_run_the_engine(tmp_path: Path) -> None:
