@@ -11,6 +11,7 @@ import statistics
 import time
 from pathlib import Path
 
+from miniserve.bench.stats import summarize
 from miniserve.config import EngineConfig
 from miniserve.core import Request, SamplingParams
 from miniserve.engine.build import build_engine
@@ -52,11 +53,11 @@ class Watch:
 
     def report(self, what: str) -> None:
         """Print the gaps since the last report, and forget them."""
-        gaps, self.gaps = sorted(1e3 * gap for gap in self.gaps), []
-        if not gaps:
+        gaps, self.gaps = summarize([1e3 * gap for gap in self.gaps]), []
+        if gaps is None:
             raise SystemExit(f"{what}: no request decoded; raise --output-len or --seconds.")
-        p50, p90, p99 = (gaps[int(share * (len(gaps) - 1))] for share in (0.5, 0.9, 0.99))
-        print(f"{what}: ITL p50 {p50:.2f} ms, p90 {p90:.2f}, p99 {p99:.2f}, max {gaps[-1]:.2f}; {len(gaps)} gaps")
+        tail = f"p90 {gaps.p90:.2f}, p99 {gaps.p99:.2f}, max {gaps.max:.2f}"
+        print(f"{what}: ITL p50 {gaps.median:.2f} ms, {tail}; {gaps.count} gaps")
 
 
 def main() -> None:

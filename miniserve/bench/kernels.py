@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from miniserve.attention.platform import detect_platform
 from miniserve.bench.report import header, write_json
 from miniserve.kernels.triton.cache_write import rope_and_write, write_kv
 from miniserve.kernels.triton.common import platform
@@ -57,9 +58,10 @@ class Bench:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.sms = torch.cuda.get_device_properties(device).multi_processor_count
+        found = detect_platform(device, torch.bfloat16)
+        self.sms = found.compute_units
         self.pool = torch.empty(POOL_BYTES // 2, dtype=torch.bfloat16, device=device).normal_()
-        self.pool_fp8 = self.pool[: len(self.pool) // 2].to(torch.float8_e4m3fn if platform() == "cuda" else _hip_fp8())
+        self.pool_fp8 = self.pool[: len(self.pool) // 2].to(found.fp8_dtype)
         self.copy_rate = self._copy_rate()
         self.results: list[Timed] = []
 
@@ -120,10 +122,6 @@ class Bench:
                 at += size
             layers.append(layer)
         return layers
-
-
-def _hip_fp8() -> torch.dtype:
-    return torch.float8_e4m3fnuz if "gfx94" in torch.cuda.get_device_properties(0).gcnArchName else torch.float8_e4m3fn
 
 
 def kv_shapes(num_blocks: int, kv_heads: int, dtype: torch.dtype, shuffled: bool) -> Sequence[tuple[int, ...]]:

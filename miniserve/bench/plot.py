@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from miniserve.bench.serve import ServeResult
-from miniserve.bench.stats import percentile
 from miniserve.core import UserError
 
 if TYPE_CHECKING:
@@ -77,15 +78,14 @@ def _histogram(axes: Axes, values: Sequence[float]) -> None:
     if not values:
         axes.text(0.5, 0.5, "no samples", ha="center", va="center", transform=axes.transAxes)
         return
-    ordered = sorted(values)
+    marks = np.percentile(values, [q for q, *_ in _MARKS]).tolist()
     # One straggler must not press all others into a single bar: what lies beyond the edge is counted in the last one.
-    edge = max(percentile(ordered, 99) * 1.1, percentile(ordered, 50) * 1.5)
-    shown = [min(value, edge) for value in ordered]
+    edge = max(marks[1] * 1.1, marks[0] * 1.5)
+    shown = [min(value, edge) for value in values]
     axes.hist(shown, bins=min(60, max(10, len(shown) // 4)), color=_BAR)
     axes.set_xlim(left=0)
-    for q, label, color, style in _MARKS:
-        value = percentile(ordered, q)
+    for value, (_, label, color, style) in zip(marks, _MARKS, strict=True):
         axes.axvline(value, color=color, linestyle=style, linewidth=1.2, label=f"{label} {value:,.2f} ms")
-    beyond = sum(value > edge for value in ordered)
-    axes.set_xlabel(f"milliseconds ({beyond} beyond, up to {ordered[-1]:,.1f})" if beyond else "milliseconds")
+    beyond = sum(value > edge for value in values)
+    axes.set_xlabel(f"milliseconds ({beyond} beyond, up to {max(values):,.1f})" if beyond else "milliseconds")
     axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)

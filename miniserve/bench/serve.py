@@ -159,11 +159,11 @@ async def _run(config: ServeConfig, on_done: Callable[[RequestRecord], None]) ->
         model = config.model or await _first_model(client, config.root)
         server = await _server_version(client, config.root)
         samples = await _samples(client, config, model)
-    options = RequestOptions(
-        model=model, endpoint=config.endpoint, temperature=config.temperature, ignore_eos=config.ignore_eos
-    )
-    await _warm_up(pool, options, samples[: config.warmup], config.root)
-    before = await _count_steps(config)
+        options = RequestOptions(
+            model=model, endpoint=config.endpoint, temperature=config.temperature, ignore_eos=config.ignore_eos
+        )
+        await _warm_up(pool, options, samples[: config.warmup], config.root)
+        before = await ask_server(client, config.root)
     # What lives already need not be walked again by the collector, which would stop every request's clock.
     gc.collect()
     gc.freeze()
@@ -174,7 +174,8 @@ async def _run(config: ServeConfig, on_done: Callable[[RequestRecord], None]) ->
     finally:
         gc.unfreeze()
         pool.close()
-    after = await _count_steps(config)
+    async with _client(config) as client:
+        after = await ask_server(client, config.root)
     return ServeResult(
         config=config,
         model=model,
@@ -190,11 +191,6 @@ async def _run(config: ServeConfig, on_done: Callable[[RequestRecord], None]) ->
 def _client(config: ServeConfig) -> httpx.AsyncClient:
     headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
     return httpx.AsyncClient(headers=headers, timeout=config.timeout, trust_env=False)
-
-
-async def _count_steps(config: ServeConfig) -> DecodeSteps | None:
-    async with _client(config) as client:
-        return await ask_server(client, config.root)
 
 
 async def _measure(

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
@@ -18,19 +20,6 @@ class Summary:
     p99: float
     min: float
     max: float
-
-
-def percentile(ordered: Sequence[float], q: float) -> float:
-    """The q-th percentile, 0 ≤ q ≤ 100, of ascending samples: linear interpolation at rank q/100·(n-1), as numpy does.
-
-    Raises `ValueError` where there are no samples or q is out of range.
-    """
-    if not ordered or not 0.0 <= q <= 100.0:
-        raise ValueError(f"no {q}th percentile of {len(ordered)} samples")
-    rank = q / 100.0 * (len(ordered) - 1)
-    low = math.floor(rank)
-    high = math.ceil(rank)
-    return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
 
 
 def rates(seconds: float, requests: int, input_tokens: int, output_tokens: int) -> dict[str, float]:
@@ -47,13 +36,6 @@ def summarize(samples: Sequence[float]) -> Summary | None:
     """None where there is nothing to summarise (no TPOT exists when every request brought one token)."""
     if not samples:
         return None
-    ordered = sorted(samples)
-    return Summary(
-        count=len(ordered),
-        mean=math.fsum(ordered) / len(ordered),
-        median=percentile(ordered, 50),
-        p90=percentile(ordered, 90),
-        p99=percentile(ordered, 99),
-        min=ordered[0],
-        max=ordered[-1],
-    )
+    median, p90, p99 = np.percentile(samples, (50, 90, 99)).tolist()
+    mean = math.fsum(samples) / len(samples)
+    return Summary(len(samples), mean, median, p90, p99, min=min(samples), max=max(samples))

@@ -11,21 +11,15 @@ from miniserve.core import UserError
 
 
 def chat(
-    url: Annotated[str, typer.Option("--url", help="The server, with or without /v1.")] = "http://127.0.0.1:8000",
-    model: Annotated[
-        str | None, typer.Option("--model", help="The model's name there.", show_default="its first")
-    ] = None,
-    api_key: Annotated[str | None, typer.Option("--api-key", help="The key the server asks for.")] = None,
+    url: Annotated[str, typer.Option(help="The server, with or without /v1.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="The model's name there.", show_default="its first")] = None,
+    api_key: Annotated[str | None, typer.Option(help="The key the server asks for.")] = None,
     message: Annotated[
         str | None, typer.Option("--message", "-m", help="Answer this on stdout and exit. `-` reads standard input.")
     ] = None,
-    system: Annotated[str | None, typer.Option("--system", help="The system prompt.")] = None,
-    temperature: Annotated[
-        float | None, typer.Option("--temperature", help="0 is greedy.", show_default="the server's")
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", help="Longest answer.", show_default="the server's")
-    ] = None,
+    system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.", show_default="the server's")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer.", show_default="the server's")] = None,
 ) -> None:
     """Talk to a running server: a prompt at a terminal, one answer with -m or piped text."""
     # Here and not above: the HTTP library would slow down `miniserve --help`.

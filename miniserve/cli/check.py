@@ -27,11 +27,9 @@ def check(
         bool, typer.Option("--all", help="Every backend, KV layout and KV dtype that there can be here.")
     ] = False,
     report: Annotated[
-        Path | None, typer.Option("--report", help="Write all results here: JSON, or Markdown where it ends in .md.")
+        Path | None, typer.Option(help="Write all results here: JSON, or Markdown where it ends in .md.")
     ] = None,
-    tokens: Annotated[
-        bool, typer.Option("--tokens/--no-tokens", help="Compare the engine's tokens with those of transformers.")
-    ] = True,
+    tokens: Annotated[bool, typer.Option(help="Compare the engine's tokens with those of transformers.")] = True,
 ) -> None:
     """Try attention on problems with known answers, at the model's shapes, and the engine's tokens beside transformers.
 
