@@ -34,7 +34,6 @@ class Aiter:
     version: tuple[int, ...]
     arch: str
     compute_units: int
-    fp8: torch.dtype
     paged_attention_v1: Callable[..., Tensor]
     paged_attention_rocm: Callable[..., Tensor]
     paged_attention_common: Callable[..., Tensor]
@@ -89,7 +88,6 @@ def load() -> Aiter:
             version=version,
             arch=arch,
             compute_units=compute_units,
-            fp8=aiter.dtypes.fp8,
             unified_attention=unified.unified_attention,
             fused_qk_rope_reshape_and_cache=fused.fused_qk_rope_reshape_and_cache,
             **{name: getattr(aiter, name) for name in _TOP_LEVEL},

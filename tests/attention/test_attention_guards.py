@@ -281,10 +281,10 @@ def test_23_other_amd_gpus_get_triton() -> None:
 def test_24_fp8_is_the_format_of_the_gpu() -> None:
     wrong = replace(SPEC, kv_dtype=torch.float8_e4m3fn)
     assert "fp8 on gfx942 is float8_e4m3fnuz" in refused(wrong, "auto", "auto")
-    with stand_in("gfx942", 4):
-        assert adapter.load().fp8 == emulated_platform("gfx942").fp8_dtype
-    with stand_in("gfx950", 4):
-        assert adapter.load().fp8 == emulated_platform("gfx950").fp8_dtype
+    with stand_in("gfx942", 4) as module:
+        assert module.dtypes.fp8 == emulated_platform("gfx942").fp8_dtype
+    with stand_in("gfx950", 4) as module:
+        assert module.dtypes.fp8 == emulated_platform("gfx950").fp8_dtype
 
 
 class TestGuard25:

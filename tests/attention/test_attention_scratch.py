@@ -10,7 +10,6 @@ import torch
 from attention_steps import make_step
 from engine_support import stand_in
 
-from miniserve.attention import aiter
 from miniserve.attention.backends.aiter_calls import AsmScales, PagedScratch, scratch_bytes
 from miniserve.attention.backends.build import block_bytes
 from miniserve.attention.backends.build import scratch_bytes as planned_bytes
@@ -86,8 +85,8 @@ def test_the_asm_kernel_s_scales_are_charged_by_the_block() -> None:
     spec = replace(SPEC, kv_dtype=MI300X.fp8_dtype)
     layout = LAYOUTS["shuffled"](16)
     choice = select([spec], MI300X, block_size=16, backend="ROCM_AITER_FA", layout="shuffled")
-    with stand_in("gfx942", 4):
-        assert aiter.load().fp8 == spec.kv_dtype
+    with stand_in("gfx942", 4) as module:
+        assert module.dtypes.fp8 == spec.kv_dtype
         step = make_step((spec, 16, [(20, 1)], 1), "shuffled", 0, (0.5, 0.25))
         tables = AsmScales(16).of(step.layer, step.cache)
     num_blocks = step.cache.key.shape[0]
