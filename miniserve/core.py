@@ -124,13 +124,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Natural-log probabilities at one position, from the raw logits in float32, finite (clamped at -9999).
 
-    `top_ids`/`top_logprobs` hold the k best, best first, as asked; the chosen token's `logprob` is the same float
-    there. `rank` is 1 for the most likely token.
+    `top_ids`/`top_logprobs` hold the k best, best first, as asked; the chosen token has the same float there.
     """
 
     token_id: int
     logprob: float
-    rank: int
+    rank: int  # 1 for the most likely token
     top_ids: list[int]
     top_logprobs: list[float]
 
