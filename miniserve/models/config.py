@@ -12,23 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from miniserve.core import UserError
-from miniserve.models.config_families import PARTICULARS
+from miniserve.models.config_families import FAMILIES
 from miniserve.models.config_rope import listed, longest_context, read_rope
 from miniserve.models.description import ModelConfig, RopeConfig
 
-__all__ = ["MODEL_TYPES", "SUPPORTED_ARCHITECTURES", "ModelConfig", "RopeConfig", "load_model_config"]
+__all__ = ["SUPPORTED_ARCHITECTURES", "ModelConfig", "RopeConfig", "load_model_config"]
 
-# The model_type that each architecture's config.json must have: transformers chooses the model by it.
-MODEL_TYPES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "Qwen3MoeForCausalLM": "qwen3_moe",
-    "DeepseekV2ForCausalLM": "deepseek_v2",
-    "DeepseekV3ForCausalLM": "deepseek_v3",
-}
-SUPPORTED_ARCHITECTURES = tuple(MODEL_TYPES)
+SUPPORTED_ARCHITECTURES = tuple(FAMILIES)
 SUPPORTED_DTYPES = ("bfloat16", "float16", "float32")
 # transformers knows SiLU by two names.
 SUPPORTED_ACTIVATIONS = ("silu", "swish")
@@ -77,7 +67,7 @@ def _from_transformers(hf: Any, architecture: str, dtype: str) -> ModelConfig:
             f"num_attention_heads {hf.num_attention_heads} is not a multiple of num_key_value_heads "
             f"{hf.num_key_value_heads}."
         )
-    particulars = PARTICULARS[architecture](hf)
+    particulars = FAMILIES[architecture][1](hf)
     if any(window is not None and window < 1 for window in particulars["sliding_windows"]):
         raise UserError(f"sliding_window {hf.sliding_window} is not supported; it must be 1 or more, or null for none.")
     rope = read_rope(hf.rope_parameters, hf.max_position_embeddings)
@@ -116,14 +106,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _architecture(raw: dict[str, Any], path: Path) -> str:
     names = raw.get("architectures") or []
-    known = [name for name in names if name in MODEL_TYPES]
+    known = [name for name in names if name in FAMILIES]
     if not known:
         found = listed(names) or f"none named in {path / 'config.json'}"
         raise UserError(f"Architecture not supported ({found}); supported: {listed(SUPPORTED_ARCHITECTURES)}.")
-    if raw.get("model_type") != MODEL_TYPES[known[0]]:
+    if raw.get("model_type") != (model_type := FAMILIES[known[0]][0]):
         raise UserError(
             f"config.json names {known[0]} with model_type {raw.get('model_type')!r}, which do not belong together; "
-            f"model_type must be {MODEL_TYPES[known[0]]!r}."
+            f"model_type must be {model_type!r}."
         )
     return str(known[0])
 

@@ -162,14 +162,16 @@ def _checked(moe: MoEConfig) -> MoEConfig | None:
     return moe
 
 
-PARTICULARS: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "LlamaForCausalLM": _llama,
-    "MistralForCausalLM": _mistral,
-    "Qwen2ForCausalLM": _qwen2,
-    "Qwen3ForCausalLM": _qwen3,
-    "Qwen3MoeForCausalLM": _qwen3_moe,
-    "DeepseekV2ForCausalLM": _deepseek_v2,
-    "DeepseekV3ForCausalLM": _deepseek_v3,
+# By architecture: the model_type that its config.json must have, by which transformers chooses the model, and what is
+# particular to it.
+FAMILIES: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
+    "LlamaForCausalLM": ("llama", _llama),
+    "MistralForCausalLM": ("mistral", _mistral),
+    "Qwen2ForCausalLM": ("qwen2", _qwen2),
+    "Qwen3ForCausalLM": ("qwen3", _qwen3),
+    "Qwen3MoeForCausalLM": ("qwen3_moe", _qwen3_moe),
+    "DeepseekV2ForCausalLM": ("deepseek_v2", _deepseek_v2),
+    "DeepseekV3ForCausalLM": ("deepseek_v3", _deepseek_v3),
 }
 
 

@@ -30,11 +30,7 @@ _FLOATS = ("BF16", "F16", "F32")
 _SHOWN = 5
 
 
-def _silent(done: int, total: int) -> None:
-    pass
-
-
-def load_weights(model: CausalLM, path: str | Path, *, progress: Progress = _silent) -> None:
+def load_weights(model: CausalLM, path: str | Path, *, progress: Progress = lambda done, total: None) -> None:
     """Load `path`/*.safetensors (one file or sharded with an index) into `model`, converting to its dtype.
 
     progress(done, total) is called after each layer, in bytes of the model's parameters. Of tensors the model does not
@@ -66,7 +62,7 @@ def read_kv_scales(model: CausalLM, path: str | Path) -> dict[str, torch.Tensor]
     return scales
 
 
-def dummy_weights(model: CausalLM, seed: int, *, progress: Progress = _silent) -> None:
+def dummy_weights(model: CausalLM, seed: int, *, progress: Progress = lambda done, total: None) -> None:
     """Random weights of the right shapes: normal with standard deviation 0.02, norms 1. The same seed on the same
     device gives the same weights."""
     generator = torch.Generator(device=model.options.device).manual_seed(seed)
@@ -95,7 +91,7 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Layer]]:
 
 
 def _bytes(layer: Layer) -> int:
-    return sum(parameter.numel() * parameter.itemsize for parameter in layer.parameters(recurse=False))
+    return sum(parameter.nbytes for parameter in layer.parameters(recurse=False))
 
 
 # --- the checkpoint's files ------------------------------------------------------------------------------------------

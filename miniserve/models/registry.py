@@ -9,15 +9,13 @@ import torch
 from miniserve.attention.aiter import AiterExperts
 from miniserve.core import UserError
 from miniserve.kernels.native import NativeKernels
-from miniserve.models.config import SUPPORTED_ARCHITECTURES, ModelConfig
 from miniserve.models.decoder import CausalLM
+from miniserve.models.description import ModelConfig
 from miniserve.models.layers.linear import can_pack
 from miniserve.models.options import BuildOptions
 
 if TYPE_CHECKING:
     from miniserve.kernels.triton.runtime import TritonKernels
-
-__all__ = ["SUPPORTED_ARCHITECTURES", "build_model", "weight_bytes"]
 
 
 def build_model(
@@ -56,7 +54,7 @@ def weight_bytes(config: ModelConfig, dtype: torch.dtype, device: torch.device |
     """Bytes that the loaded weights occupy on `device`, a tied head's packed copy included (it exists on a CPU)."""
     options = BuildOptions(dtype=dtype, kv_dtype=dtype, device=torch.device("meta"), max_model_len=1)
     model = CausalLM(config, options)
-    count = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
+    count = sum(parameter.nbytes for parameter in model.parameters())
     if config.tie_word_embeddings and torch.device(device).type == "cpu" and can_pack(dtype):
         count += config.vocab_size * config.hidden_size * dtype.itemsize
     return count

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from miniserve.core import UserError
-from miniserve.models.config import ModelConfig, RopeConfig, load_model_config
-from miniserve.models.registry import SUPPORTED_ARCHITECTURES, build_model, weight_bytes
+from miniserve.models.config import SUPPORTED_ARCHITECTURES, ModelConfig, RopeConfig, load_model_config
+from miniserve.models.registry import build_model, weight_bytes
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
