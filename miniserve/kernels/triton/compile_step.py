@@ -124,9 +124,9 @@ def _draw(vocab_size: int, dtype: torch.dtype, *, in_graph: bool) -> Callable[[]
 
 
 def medium_launches(chip: Chip) -> Iterator[tuple[str, Callable[[], object]]]:
-    """As `step_launches`, the linear layers of 65 to 256 rows alone."""
+    """As `step_launches`, the linear layers of 9 to 256 rows alone."""
     if chip.wgmma:
-        for m, n, k in ((128, 1024, 2048), (256, 4096, 1024)):
+        for m, n, k in ((16, 4096, 4096), (128, 1024, 2048), (256, 4096, 1024)):
             yield f"bf16 {m} rows {n} x {k}", _medium_linear(chip, m, n, k, False)
         for m, n, k in ((128, 12288, 4096), (256, 3072, 1024), (256, 12288, 4096)):
             yield f"bf16 {m} rows {n} x {k} gated", _medium_linear(chip, m, n, k, True)

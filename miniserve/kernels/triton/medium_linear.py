@@ -1,4 +1,4 @@
-"""Linear layers for 65 to 256 rows, optionally with SwiGLU's middle: y = x Wᵀ + b, by Hopper's matrix units.
+"""Linear layers for 9 to 256 rows, optionally with SwiGLU's middle: y = x Wᵀ + b, by Hopper's matrix units.
 
 A program has up to three warpgroups that multiply, each with 64 rows of the weight as the left operand and the tile's
 rows of x as the right one, and one warp that keeps a ring of tiles filled (TMA: copies by descriptor). So that one
@@ -28,7 +28,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from miniserve.kernels.triton.pdl import launch_options, start, wait
 from miniserve.kernels.triton.small_linear import MAX_ROWS, Chip
 
-MOST_ROWS = 256
+_FEWEST_ROWS, MOST_ROWS = 9, 256
 _GROUP_ROWS = 64  # of the weight; half as many outputs where they are gated
 _BLOCK_K = 64  # 128 bytes: a row of a swizzled tile
 _MOST_STAGES = 8
@@ -210,28 +210,36 @@ def _medium_linear_kernel(
 
 
 # (rows of x, warpgroups), the smallest first.
-_CUTS = ((64, 1), (128, 1), (64, 2), (128, 2), (128, 3), (256, 3))
+_CUTS = ((64, 1), (128, 1), (64, 2), (128, 2), (64, 3), (128, 3), (256, 3))
 
 
 @functools.cache
 def choose_medium_tile(m: int, n: int, k: int, itemsize: int, chip: Chip, *, gated: bool) -> MediumTile | None:
     """The smallest cut whose programs for m rows, n outputs and k inputs all run at once; None where there is none, or
-    the vendor's library is as fast.
+    `small_linear` or the vendor's library is as fast.
 
     Measured on an H100 over the shapes of Qwen3-0.6B, 8B, 30B-A3B and DeepSeek-V2-Lite (docs/BENCHMARKS.md).
     """
-    if not chip.wgmma or itemsize != 2 or not MAX_ROWS < m <= MOST_ROWS or k % 8 or n % 8:
+    if not chip.wgmma or itemsize != 2 or not _FEWEST_ROWS <= m <= MOST_ROWS or k % 8 or n % 8:
         return None
     if not gated and n * k > 1 << (25 if m <= 128 else 24):
         return None
+    outputs = _GROUP_ROWS // 2 if gated else _GROUP_ROWS
+    if m <= MAX_ROWS and n < 32 * outputs:
+        return None
+    if m <= 32:  # all of it is reading the weight, in however many rounds
+        return _tile(max(16, triton.next_power_of_2(m)), 1, chip)
     for block_m, groups in _CUTS:
-        outputs = groups * (_GROUP_ROWS // 2 if gated else _GROUP_ROWS)
-        wasted = triton.cdiv(m, block_m) * block_m - m
-        one_round = triton.cdiv(m, block_m) * triton.cdiv(n, outputs) <= chip.num_sms
-        if one_round and (wasted < 64 or groups == 3):
-            stages = (chip.shared_bytes - 1024) // ((block_m + _GROUP_ROWS * groups) * _BLOCK_K * itemsize)
-            return MediumTile(block_m, groups, min(_MOST_STAGES, stages), stagger=5 if m == block_m == 256 else 0)
+        row_tiles = triton.cdiv(m, block_m)
+        one_round = row_tiles * triton.cdiv(n, groups * outputs) <= chip.num_sms
+        if one_round and (row_tiles * block_m - m < 64 or groups == 3):
+            return _tile(block_m, groups, chip, stagger=5 if m == block_m == 256 else 0)
     return None
+
+
+def _tile(block_m: int, groups: int, chip: Chip, stagger: int = 0) -> MediumTile:
+    stages = (chip.shared_bytes - 1024) // ((block_m + _GROUP_ROWS * groups) * _BLOCK_K * 2)
+    return MediumTile(block_m, groups, min(_MOST_STAGES, stages), stagger)
 
 
 def can_describe(x: torch.Tensor) -> bool:

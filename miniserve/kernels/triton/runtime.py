@@ -17,7 +17,7 @@ _logger = logging.getLogger(__name__)
 
 
 def _medium_linears(device: torch.device, chip: Chip) -> ModuleType | None:
-    """The module of products of 65 to 256 rows. None on GPUs without them, and where this Triton's Gluon, which calls
+    """The module of products of 9 to 256 rows. None on GPUs without them, and where this Triton's Gluon, which calls
     itself experimental, is not the one that they were written for: they are tried here once."""
     if not chip.wgmma:
         return None
@@ -26,7 +26,7 @@ def _medium_linears(device: torch.device, chip: Chip) -> ModuleType | None:
 
         medium_linear.try_out(device)
     except Exception as error:
-        _logger.warning("Linear layers of 65 to 256 rows are left to the vendor's library: %r", error)
+        _logger.warning("Linear layers of 9 to 256 rows are multiplied as on other GPUs: %r", error)
         return None
     return medium_linear
 
@@ -70,12 +70,14 @@ class TritonKernels:
         """See `small_linear` and `medium_linear`; None where the vendor's library serves these shapes better."""
         n = weight.shape[0] // 2 if gated else weight.shape[0]
         sizes = (x.shape[0], n, weight.shape[1], weight.element_size(), gated)
-        if (tile := self._tile(*sizes)) is not None:
-            return small_linear(x, weight, bias, tile, self._workspace, gated=gated, out_dtype=out_dtype)
-        if self._medium is None or out_dtype is not None or not self._medium.can_describe(x):
+        if self._medium is not None and out_dtype is None and self._medium.can_describe(x):
+            medium = self._medium.choose_medium_tile(*sizes[:4], self._chip, gated=gated)
+            if medium is not None:
+                return self._medium.medium_linear(x, weight, bias, medium, gated=gated)
+        tile = self._tile(*sizes)
+        if tile is None:
             return None
-        medium = self._medium.choose_medium_tile(*sizes[:4], self._chip, gated=gated)
-        return None if medium is None else self._medium.medium_linear(x, weight, bias, medium, gated=gated)
+        return small_linear(x, weight, bias, tile, self._workspace, gated=gated, out_dtype=out_dtype)
 
     def add_norm_route(
         self,
