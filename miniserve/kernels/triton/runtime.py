@@ -73,7 +73,8 @@ class TritonKernels:
         if self._medium is not None and out_dtype is None and self._medium.can_describe(x):
             medium = self._medium.choose_medium_tile(*sizes[:4], self._chip, gated=gated)
             if medium is not None:
-                return self._medium.medium_linear(x, weight, bias, medium, gated=gated)
+                y: torch.Tensor = self._medium.medium_linear(x, weight, bias, medium, gated=gated)
+                return y
         tile = self._tile(*sizes)
         if tile is None:
             return None
