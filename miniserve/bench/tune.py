@@ -109,7 +109,7 @@ def _batch(rows: int, context: int, block_size: int, device: torch.device, *, ca
     slots = tables[:, -1] * block_size + (context - 1) % block_size
     lens = torch.full((rows,), context, dtype=torch.int32, device=device)
     host = None if captured else np.full(rows, context, dtype=np.int64)
-    return StepBatch(slots.to(device), DecodeRows(tables.int().to(device), lens, context, host, distinct=True))
+    return StepBatch(slots.to(device), DecodeRows(tables.int().to(device), lens, context, host))
 
 
 def _step(

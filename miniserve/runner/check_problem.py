@@ -68,8 +68,7 @@ class Problem:
         longest = self.max_seq_len if padded else max(lens)
         tables = self._table([row for row, _ in work], len(lens), longest)
         host = None if padded else np.array(lens, dtype=np.int64)
-        distinct = -1 not in slots.values()
-        decode = DecodeRows(tables, self._tensor(lens, torch.int32), longest, host, distinct)
+        decode = DecodeRows(tables, self._tensor(lens, torch.int32), longest, host)
         return StepBatch(self._tensor([*slots.values()] + [-1] * padded, torch.int64), decode)
 
     def chunk_batch(self, work: Work) -> StepBatch:

@@ -158,5 +158,5 @@ class DecodeGraphs:
         """The logits [bucket, vocab_size] that the next tokens follow from."""
         step = StepTensors(*(getattr(self._step, field.name)[:bucket] for field in fields(StepTensors)))
         advance(self._state, step, self._block_size, explicit=self._explicit)
-        decode = DecodeRows(step.block_tables, step.seq_lens, self._max_seq_len, None, distinct=not self._explicit)
+        decode = DecodeRows(step.block_tables, step.seq_lens, self._max_seq_len, host_seq_lens=None)
         return self._served.logits(step.input_ids, step.positions, StepBatch(step.slots, decode))

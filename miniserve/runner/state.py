@@ -145,7 +145,7 @@ class StepState:
         seq_lens = positions + 1
         self._device_lens[rows] = seq_lens
         tables = self._device_tables[rows, : -(-longest // self._block_size)]
-        return rows, positions, DecodeRows(tables, seq_lens.to(torch.int32), longest, host_lens, distinct=True)
+        return rows, positions, DecodeRows(tables, seq_lens.to(torch.int32), longest, host_lens)
 
     def _place(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor, DecodeRows]:
         """As `_advance`, for draft runs: each of their tokens is a row that sees those before it."""

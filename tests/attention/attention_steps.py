@@ -146,7 +146,7 @@ def step_batch(
     decode, tables = None, tables.int()
     if num_decodes:
         lens = torch.tensor([cached + 1 for cached, _ in rows[:num_decodes]], dtype=torch.int32)
-        decode = DecodeRows(tables[:num_decodes], lens, int(lens.max()), lens.long().numpy(), distinct=True)
+        decode = DecodeRows(tables[:num_decodes], lens, int(lens.max()), lens.long().numpy())
     first_prefill = next((i for i, (cached, _) in enumerate(rows) if not cached and i >= num_decodes), len(rows))
     return StepBatch(
         slot_mapping,

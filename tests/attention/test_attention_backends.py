@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -85,38 +84,6 @@ def test_torch_backend_matches_the_reference(case: Case, layout: str, seed: int)
 def test_triton_backend_asks_its_kernels_for_the_right_thing(case: Case, layout: str, arch: str, seed: int) -> None:
     """With PyTorch's twins of the Triton kernels, which run on a CPU; the kernels themselves are tests/kernels'."""
     check(f"TRITON_ATTN {arch}", case, layout, seed)
-
-
-@pytest.mark.parametrize(
-    ("rows", "num_decodes", "distinct", "launches"),
-    [
-        ([(20, 1), (3, 1)], 2, True, {"paged_decode"}),
-        ([(20, 1), (3, 1)], 2, False, {"rope_and_write", "paged_decode"}),
-        ([(20, 1), (3, 5)], 1, True, {"rope_and_write", "paged_decode", "paged_extend"}),
-    ],
-)
-def test_only_distinct_rows_alone_are_written_by_attention(
-    rows: list[tuple[int, int]], num_decodes: int, distinct: bool, launches: set[str]
-) -> None:
-    """In any other step a row may see what another of its step writes, which is to be there before attention."""
-    spec, called = AttentionSpec(4, 2, 16, 0.25, torch.float32, torch.float32, qk_norm=True), set()
-
-    def watched(name: str) -> Callable[..., torch.Tensor]:
-        def watch(*given: Any, **options: Any) -> torch.Tensor:
-            called.add(name)
-            result: torch.Tensor = getattr(torch_kernels(), name)(*given, **options)
-            return result
-
-        return watch
-
-    step = make_step((spec, 16, rows, num_decodes), "shuffled", 0)
-    assert step.batch.decode is not None
-    step = replace(step, batch=replace(step.batch, decode=replace(step.batch.decode, distinct=distinct)))
-    backend = make_backend("TRITON_ATTN sm_90", step.layout, spec)
-    names = ("rope_and_write", "paged_decode", "paged_extend")
-    backend._kernels = replace(torch_kernels(), **{name: watched(name) for name in names})  # type: ignore[attr-defined]
-    step.check(backend)
-    assert called == launches
 
 
 @needs_native

@@ -9,7 +9,6 @@ import pytest
 import torch
 from engine_real import CPU, MAX_LEN, Setup, generate, make_backend, small_model, tokens
 
-from miniserve.attention.metadata import StepBatch
 from miniserve.config import SchedulerConfig
 from miniserve.core import SamplingParams
 from miniserve.engine.loop import EngineLoop
@@ -87,13 +86,6 @@ def test_graphs_give_the_tokens_of_eager_steps(
         return empty(*shape, **options)
 
     monkeypatch.setattr(torch, "empty", unpinned)
-    distinct, hidden = set(), ServedModel.hidden
-
-    def watched(self: ServedModel, ids: torch.Tensor, positions: torch.Tensor, batch: StepBatch) -> torch.Tensor:
-        distinct.update([] if batch.decode is None else [batch.decode.distinct])
-        return hidden(self, ids, positions, batch)
-
-    monkeypatch.setattr(ServedModel, "hidden", watched)
     stem = [3, 9, 4, 17, 5, 3, 9, 4, 17, 6, 3, 9, 4]
     requests = [
         ([*stem, n], SamplingParams(temperature=temperature, seed=n, max_tokens=24, min_tokens=n, logprobs=logprobs))
@@ -101,10 +93,7 @@ def test_graphs_give_the_tokens_of_eager_steps(
     ]
     arrivals = [0, 3, 9, 30]
     want = generate(make_engine(model, layout, 0, graphs=False), requests, arrivals)
-    assert distinct == {True}
-    distinct.clear()
     engine = make_engine(model, layout, num_draft_tokens, graphs=True)
     got = generate(engine, requests, arrivals)
     assert [tokens(outputs) for outputs in got] == [tokens(outputs) for outputs in want]
     assert (engine.stats.num_accepted_tokens > 0) == (num_draft_tokens > 0)
-    assert distinct == {num_draft_tokens == 0}, "rows of guesses are not sequences of their own"

@@ -81,21 +81,8 @@ def _torch_decode(
     out: Tensor,
     num_splits: int,
     scratch: object,
-    cos_sin: Tensor | None = None,
-    q_weight: Tensor | None = None,
-    k_weight: Tensor | None = None,
-    eps: float = 0.0,
     **terms: Any,
 ) -> Tensor:
-    if cos_sin is not None:
-        names = ("num_kv_heads", "block_size", "shuffled", "k_scale", "v_scale")
-        where: dict[str, Any] = {name: terms[name] for name in names}
-        size, last = terms["block_size"], seq_lens.long() - 1
-        blocks = block_tables.gather(1, last.clamp(min=0)[:, None] // size)[:, 0]
-        slots = torch.where(last < 0, -1, blocks * size + last % size)
-        where |= {"num_heads": out.shape[1], "head_dim": out.shape[2], "k_out": None}
-        rope, written = (cos_sin, q_weight, k_weight, eps), (key_cache, value_cache, slots)
-        q = _torch_rope_and_write(q.flatten(1), *rope, *written, **where)
     starts = torch.arange(len(q) + 1, dtype=torch.int32)
     return _torch_extend(
         q, key_cache, value_cache, block_tables, starts, seq_lens, max_query_len=1, num_splits=1, out=out, **terms

@@ -12,12 +12,10 @@ from miniserve.attention.backends.paged_kernels import PagedKernels
 from miniserve.attention.backends.triton_attn import TritonBackend
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import DecodeRows
-from miniserve.attention.spec import AttentionLayer, QKRope
+from miniserve.attention.spec import AttentionLayer
 
 
 class RocmBackend(TritonBackend):
-    decodes_qkv = False  # aiter's kernel does not
-
     def __init__(self, layout: KVLayout, kernels: PagedKernels, aiter: Aiter, options: BackendOptions) -> None:
         super().__init__(layout, kernels, options)
         self.chunk_graphs = False  # nobody has seen aiter's cache write pass over padding among chunks
@@ -27,16 +25,8 @@ class RocmBackend(TritonBackend):
     def write(self, layer: AttentionLayer, k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None:
         self._calls.write(layer, k, v, cache, slot_mapping)
 
-    def decode(
-        self,
-        layer: AttentionLayer,
-        q: Tensor,
-        cache: KVCache,
-        meta: DecodeRows,
-        out: Tensor,
-        rope: QKRope | None = None,
-    ) -> None:
+    def decode(self, layer: AttentionLayer, q: Tensor, cache: KVCache, meta: DecodeRows, out: Tensor) -> None:
         if self._routes[layer.layer_index].decode == "paged_attention_rocm":
             self._paged.rocm(layer, q, cache, meta, out)
         else:
-            super().decode(layer, q, cache, meta, out, rope)
+            super().decode(layer, q, cache, meta, out)

@@ -3,9 +3,6 @@
 On NVIDIA's, chunks of a shuffled cache read a copy of their blocks in the linear layout. No chunk reads its own keys
 and values dense, as they were before an fp8 cache rounded them: what a query sees must not depend on how its prompt was
 cut.
-
-In a step of decode rows alone that are sequences of their own, attention norms, rotates and writes their tokens itself.
-Other steps take a launch for that before it: what their rows see, others of the step write.
 """
 
 from __future__ import annotations
@@ -57,7 +54,6 @@ class PagedMetadata:
 
 class TritonBackend(Backend[PagedMetadata]):
     graphs = True
-    decodes_qkv = True  # the decode kernel can take q, k and v as they were projected
     linearize_from = LINEARIZE_FROM
 
     def __init__(self, layout: KVLayout, kernels: PagedKernels, options: BackendOptions) -> None:
@@ -92,11 +88,6 @@ class TritonBackend(Backend[PagedMetadata]):
     def attend_qkv(
         self, layer: AttentionLayer, qkv: Tensor, rope: QKRope, cache: KVCache, meta: PagedMetadata
     ) -> Tensor:
-        spec = layer.spec
-        if self.decodes_qkv and meta.decode is not None and meta.decode.distinct and not meta.chunks:
-            out = torch.empty((len(qkv), spec.num_heads, spec.head_dim), dtype=qkv.dtype, device=qkv.device)
-            self.decode(layer, qkv.unflatten(1, (-1, spec.head_dim)), cache, meta.decode, out, rope)
-            return out.flatten(1)
         q = rope_and_write(self._kernels.rope_and_write, self.layout, layer, qkv, rope, cache, meta.slot_mapping)
         return self._over_cache(layer, q, cache, meta)
 
@@ -113,20 +104,9 @@ class TritonBackend(Backend[PagedMetadata]):
     def write(self, layer: AttentionLayer, k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None:
         self._kernels.write_kv(k, v, cache.key, cache.value, slot_mapping, **_cache_terms(self.layout, layer))
 
-    def decode(
-        self,
-        layer: AttentionLayer,
-        q: Tensor,
-        cache: KVCache,
-        meta: DecodeRows,
-        out: Tensor,
-        rope: QKRope | None = None,
-    ) -> None:
-        """q, out [rows, num_heads, head_dim]; with rope, q [rows, num_heads + 2 num_kv_heads, head_dim] has k and v
-        behind it, which are still to be written."""
-        plan, terms = self._plans[_shape(layer.spec)], self._terms(layer)
-        if rope is not None:
-            terms |= {"cos_sin": rope.cos_sin, "q_weight": rope.q_weight, "k_weight": rope.k_weight, "eps": rope.eps}
+    def decode(self, layer: AttentionLayer, q: Tensor, cache: KVCache, meta: DecodeRows, out: Tensor) -> None:
+        """q, out [rows, num_heads, head_dim]."""
+        plan = self._plans[_shape(layer.spec)]
         self._kernels.paged_decode(
             q,
             cache.key,
@@ -136,7 +116,7 @@ class TritonBackend(Backend[PagedMetadata]):
             num_splits=plan.splits(q.shape[0], meta.max_seq_len),
             scratch=plan.scratch,
             out=out,
-            **terms,
+            **self._terms(layer),
         )
 
     def extend(self, layer: AttentionLayer, q: Tensor, cache: KVCache, meta: ChunkMetadata, out: Tensor) -> None:

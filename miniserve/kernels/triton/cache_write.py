@@ -52,8 +52,8 @@ def write_kv(
         BLOCK_H=heads,
         BLOCK_D=next_power_of_2(head_dim),
         BLOCK_SIZE=block_size,
-        X=lanes(key_cache, shuffled),
-        LIMIT=limit(key_cache.dtype),
+        X=_lanes(key_cache, shuffled),
+        LIMIT=_limit(key_cache.dtype),
         **launch_options(k.device),
     )
 
@@ -113,10 +113,10 @@ def rope_and_write(
         KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_H=heads,
-        BLOCK_D=next_power_of_2(head_dim),
+        BLOCK_HALF=next_power_of_2(head_dim // 2),
         BLOCK_SIZE=block_size,
-        X=lanes(key_cache, shuffled),
-        LIMIT=limit(key_cache.dtype),
+        X=_lanes(key_cache, shuffled),
+        LIMIT=_limit(key_cache.dtype),
         num_warps=2,
         **launch_options(qkv.device),
     )
@@ -149,17 +149,16 @@ def write_latent(
         ROPE=k_pe.shape[1],
         BLOCK=next_power_of_2(rank + k_pe.shape[1]),
         BLOCK_SIZE=kv_cache.shape[1],
-        LIMIT=limit(kv_cache.dtype),
+        LIMIT=_limit(kv_cache.dtype),
         **launch_options(kv_c.device),
     )
 
 
-def lanes(plane: torch.Tensor, shuffled: bool) -> int:
-    """The shuffled layout's x, 0 for the linear one."""
+def _lanes(plane: torch.Tensor, shuffled: bool) -> int:
     return 16 // plane.element_size() if shuffled else 0
 
 
-def limit(dtype: torch.dtype) -> float:
+def _limit(dtype: torch.dtype) -> float:
     """The largest code of an fp8 dtype; 0 for a dtype that needs no scaling."""
     return torch.finfo(dtype).max if dtype.itemsize == 1 else 0.0
 
@@ -176,13 +175,12 @@ def _encoded(x, scale, dtype: tl.constexpr, LIMIT: tl.constexpr):
 
 
 @triton.jit
-def store_token(
+def _store_token(
     key_cache, value_cache, k, v, k_scale, v_scale, slot, head, d, mask,
     k_block, k_token, k_head, v_block, v_token, v_head,
     HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, X: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """Store k, v [heads, dims] of one token at slot, where mask; head [heads, 1], d [1, dims]. Returns k and v as the
-    cache holds them."""
+    """Store k, v [heads, dims] of one token at slot; head [heads, 1], d [1, dims]."""
     block = slot // BLOCK_SIZE
     offset = slot % BLOCK_SIZE
     key_at = key_cache + block * k_block + head * k_head
@@ -193,11 +191,8 @@ def store_token(
     else:
         key_at += d // X * (BLOCK_SIZE * X) + offset * X + d % X
         value_at += offset // X * (HEAD_DIM * X) + d * X + offset % X
-    k = _encoded(k, k_scale, key_cache.dtype.element_ty, LIMIT)
-    v = _encoded(v, v_scale, value_cache.dtype.element_ty, LIMIT)
-    tl.store(key_at, k, mask=mask)
-    tl.store(value_at, v, mask=mask)
-    return k, v
+    tl.store(key_at, _encoded(k, k_scale, key_cache.dtype.element_ty, LIMIT), mask=mask)
+    tl.store(value_at, _encoded(v, v_scale, value_cache.dtype.element_ty, LIMIT), mask=mask)
 
 
 @triton.jit
@@ -219,43 +214,30 @@ def _write_kernel(
     mask = (head < KV_HEADS) & (d < HEAD_DIM)
     keys = tl.load(k + token * k_row + head * k_in_head + d, mask=mask, other=0.0)
     values = tl.load(v + token * v_row + head * v_in_head + d, mask=mask, other=0.0)
-    store_token(
+    _store_token(
         key_cache, value_cache, keys, values, k_scale, v_scale, slot, head, d, mask,
         k_block, k_token, k_head, v_block, v_token, v_head, HEAD_DIM, BLOCK_SIZE, X, LIMIT,
     )  # fmt: skip
 
 
 @triton.jit
-def head_pairs(at, d, mask, HEAD_DIM: tl.constexpr):
-    """What lies at elements d of heads that begin at `at`, and what rope pairs that with: halves are partners."""
-    HALF: tl.constexpr = HEAD_DIM // 2
-    other = tl.where(d < HALF, d + HALF, d - HALF)
-    return tl.load(at + d, mask=mask, other=0.0), tl.load(at + other, mask=mask, other=0.0)
-
-
-@triton.jit
-def angles(cos_sin, d, HEAD_DIM: tl.constexpr):
-    """By what elements d of a head are multiplied, and by what their partners, before both are summed."""
-    HALF: tl.constexpr = HEAD_DIM // 2
-    at = cos_sin + tl.where(d < HALF, d, d - HALF)
-    there = d < HEAD_DIM
-    cos = tl.load(at, mask=there, other=0.0)
-    sin = tl.load(at + HALF, mask=there, other=0.0)
-    return cos, tl.where(d < HALF, -sin, sin)
-
-
-@triton.jit
-def norm_rope(x, partner, weight, partner_weight, cos, sin, eps, HEAD_DIM: tl.constexpr):
-    """Heads x [heads, dims], beside what each element is paired with, normed where there is a weight, and rotated; in
-    their own dtype."""
-    dtype: tl.constexpr = x.dtype
+def _norm_rope(
+    first, second, weight, cos, sin, half, there, eps,
+    HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """The two halves of heads [heads, HALF], normed where there is a weight, and rotated; in their own dtype."""
+    dtype: tl.constexpr = first.dtype
     if weight is not None:
-        a = x.to(tl.float32)
-        scale = tl.rsqrt(tl.sum(a * a, 1) / HEAD_DIM + eps)[:, None]
-        x = (weight.to(tl.float32) * (a * scale).to(dtype).to(tl.float32)).to(dtype)
-        b = (partner.to(tl.float32) * scale).to(dtype)
-        partner = (partner_weight.to(tl.float32) * b.to(tl.float32)).to(dtype)
-    return (x.to(tl.float32) * cos + partner.to(tl.float32) * sin).to(dtype)
+        a = first.to(tl.float32)
+        b = second.to(tl.float32)
+        scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / HEAD_DIM + eps)[:, None]
+        first_weight = tl.load(weight + half, mask=there, other=0.0).to(tl.float32)
+        second_weight = tl.load(weight + HALF + half, mask=there, other=0.0).to(tl.float32)
+        first = (first_weight * (a * scale).to(dtype).to(tl.float32)).to(dtype)
+        second = (second_weight * (b * scale).to(dtype).to(tl.float32)).to(dtype)
+    a = first.to(tl.float32)
+    b = second.to(tl.float32)
+    return (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
 
 
 @triton.jit
@@ -263,45 +245,52 @@ def _rope_write_kernel(
     qkv, cos_sin, q_weight, k_weight, key_cache, value_cache, slots, k_scale, v_scale, q_out, k_out,
     qkv_row, cos_row, out_row, out_head, k_block, k_token, k_head, v_block, v_token, v_head, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, X: tl.constexpr, LIMIT: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, X: tl.constexpr, LIMIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: up to BLOCK_H query heads of one token, or as many kv heads of it."""
     start(PDL)
     wait(PDL)
+    HALF: tl.constexpr = HEAD_DIM // 2
     Q_TILES: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
     token = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
-    d = tl.arange(0, BLOCK_D)[None, :]
-    there = d < HEAD_DIM
-    cos, sin = angles(cos_sin + token * cos_row, d, HEAD_DIM)
-    row = qkv + token * qkv_row
+    half = tl.arange(0, BLOCK_HALF)[None, :]
+    there = half < HALF
+    cos = tl.load(cos_sin + token * cos_row + half, mask=there, other=0.0)
+    sin = tl.load(cos_sin + token * cos_row + HALF + half, mask=there, other=0.0)
+    row = qkv + token * qkv_row + half
     member = tl.arange(0, BLOCK_H)[:, None]
     if tile < Q_TILES:
         head = tile * BLOCK_H + member
         mask = (head < HEADS) & there
-        q, q_partner = head_pairs(row + head * HEAD_DIM, d, mask, HEAD_DIM)
-        weight, partner_weight = None, None
-        if q_weight is not None:
-            weight, partner_weight = head_pairs(q_weight, d, there, HEAD_DIM)
-        q = norm_rope(q, q_partner, weight, partner_weight, cos, sin, eps, HEAD_DIM)
-        tl.store(q_out + token * out_row + head * out_head + d, q, mask=mask)
+        first = tl.load(row + head * HEAD_DIM, mask=mask, other=0.0)
+        second = tl.load(row + head * HEAD_DIM + HALF, mask=mask, other=0.0)
+        first, second = _norm_rope(first, second, q_weight, cos, sin, half, there, eps, HEAD_DIM, HALF)
+        at = q_out + token * out_row + head * out_head + half
+        tl.store(at, first, mask=mask)
+        tl.store(at + HALF, second, mask=mask)
     else:
         slot = tl.load(slots + token)
         if slot >= 0:
             kv_head = (tile - Q_TILES) * BLOCK_H + member
             mask = (kv_head < KV_HEADS) & there
             k_at = row + (HEADS + kv_head) * HEAD_DIM
-            v = tl.load(k_at + KV_HEADS * HEAD_DIM + d, mask=mask, other=0.0)
-            k, k_partner = head_pairs(k_at, d, mask, HEAD_DIM)
-            weight, partner_weight = None, None
-            if k_weight is not None:
-                weight, partner_weight = head_pairs(k_weight, d, there, HEAD_DIM)
-            k = norm_rope(k, k_partner, weight, partner_weight, cos, sin, eps, HEAD_DIM)
+            v_at = k_at + KV_HEADS * HEAD_DIM
+            first = tl.load(k_at, mask=mask, other=0.0)
+            second = tl.load(k_at + HALF, mask=mask, other=0.0)
+            first, second = _norm_rope(first, second, k_weight, cos, sin, half, there, eps, HEAD_DIM, HALF)
             if k_out is not None:
-                tl.store(k_out + (token * KV_HEADS + kv_head) * HEAD_DIM + d, k, mask=mask)
-            store_token(
-                key_cache, value_cache, k, v, k_scale, v_scale, slot, kv_head, d, mask,
-                k_block, k_token, k_head, v_block, v_token, v_head, HEAD_DIM, BLOCK_SIZE, X, LIMIT,
+                out_at = k_out + (token * KV_HEADS + kv_head) * HEAD_DIM + half
+                tl.store(out_at, first, mask=mask)
+                tl.store(out_at + HALF, second, mask=mask)
+            _store_token(
+                key_cache, value_cache, first, tl.load(v_at, mask=mask, other=0.0), k_scale, v_scale, slot, kv_head,
+                half, mask, k_block, k_token, k_head, v_block, v_token, v_head, HEAD_DIM, BLOCK_SIZE, X, LIMIT,
+            )  # fmt: skip
+            _store_token(
+                key_cache, value_cache, second, tl.load(v_at + HALF, mask=mask, other=0.0), k_scale, v_scale, slot,
+                kv_head, half + HALF, mask, k_block, k_token, k_head, v_block, v_token, v_head,
+                HEAD_DIM, BLOCK_SIZE, X, LIMIT,
             )  # fmt: skip
 
 

@@ -30,7 +30,6 @@ from miniserve.kernels.triton.small_linear import Chip
 from miniserve.kernels.triton.split_kv import DecodeScratch
 
 ROWS, NUM_BLOCKS, TABLE_WIDTH, KV_HEADS = 64, 1 << 20, 4096, 8  # planes of many GiB: 64-bit offsets
-_ALL = "qk-norm + rope"  # of what may go before decode attention in one launch
 SPLITS = (1, 2, 64)  # no merge, one by the last split to arrive, one by a kernel of its own (AMD: always that)
 
 
@@ -113,26 +112,21 @@ def _formula(heads: int, special: bool) -> dict[str, Any]:
 
 def _decode(
     kv: torch.dtype, head_dim: int, shuffled: bool, *, dtype: torch.dtype = torch.bfloat16, group: int = 4,
-    block_size: int = 16, num_splits: int = 1, special: bool = False, before: str = "",
+    block_size: int = 16, num_splits: int = 1, special: bool = False,
 ) -> Case:  # fmt: skip
-    """before: what of `_ALL` it does itself."""
     heads = group * KV_HEADS
 
     def launch() -> None:
         key, value = _planes(kv, block_size, head_dim, shuffled)
-        own = 2 * KV_HEADS if before else 0
-        rope: dict[str, Any] = {"cos_sin": _tensor(ROWS, head_dim, dtype=torch.float32)} if before else {}
-        if "norm" in before:
-            rope |= dict.fromkeys(("q_weight", "k_weight"), _tensor(head_dim, dtype=dtype))
         paged_decode.paged_decode(
-            _tensor(ROWS, heads + own, head_dim, dtype=dtype), key, value,
+            _tensor(ROWS, heads, head_dim, dtype=dtype), key, value,
             _int32(ROWS, TABLE_WIDTH), _int32(ROWS), num_kv_heads=KV_HEADS, block_size=block_size, shuffled=shuffled,
             num_splits=num_splits, scratch=DecodeScratch.allocate([(ROWS, num_splits)], heads, head_dim, _META),
-            **_formula(heads, special), **_scales(kv), **rope,
+            **_formula(heads, special), **_scales(kv),
         )  # fmt: skip
 
-    more = (f", {before}" if before else "") + ("" if num_splits == 1 else f", {num_splits} splits")
-    return Case(f"{_what(dtype, kv, shuffled, block_size)} d{head_dim} gqa{group}{more}{_special(special)}", launch)
+    merge = "" if num_splits == 1 else f", {num_splits} splits"
+    return Case(f"{_what(dtype, kv, shuffled, block_size)} d{head_dim} gqa{group}{merge}{_special(special)}", launch)
 
 
 def _extend(
@@ -242,27 +236,22 @@ def cases(arch: Arch) -> Iterator[Case]:
         for kv in (half, fp8):
             for head_dim in (64, 80, 96, 112, 128, 192, 256):
                 yield from (_decode(kv, head_dim, shuffled, num_splits=splits) for splits in SPLITS)
-                yield _decode(kv, head_dim, shuffled, before=_ALL)
                 yield _extend(kv, head_dim, shuffled)
                 yield _extend(kv, head_dim, shuffled, query_len=4)
             for group in (1, 16, 32, 64):
                 yield from (_decode(kv, 128, shuffled, group=group, num_splits=splits) for splits in SPLITS)
-                yield _decode(kv, 128, shuffled, group=group, num_splits=2, before=_ALL)
             for block_size in (32, 64):
                 yield _decode(kv, 128, shuffled, block_size=block_size)
             for head_dim in (64, 128, 256):
                 yield _decode(kv, head_dim, shuffled, special=True, num_splits=8)
-                yield _decode(kv, head_dim, shuffled, special=True, num_splits=8, before="rope")
                 yield _extend(kv, head_dim, shuffled, special=True)
             for normed in (False, True):
                 yield _write(kv, 128, shuffled, normed)
             yield _write(kv, 128, shuffled, normed=True, keeps_k=True)
         for head_dim in (64, 128, 256):
             yield _decode(torch.float16, head_dim, shuffled, dtype=torch.float16)
-            yield _decode(torch.float16, head_dim, shuffled, dtype=torch.float16, before=_ALL)
             yield _extend(torch.float16, head_dim, shuffled, dtype=torch.float16)
             yield _decode(single, head_dim, shuffled, dtype=single)
-            yield _decode(single, head_dim, shuffled, dtype=single, before=_ALL)
             yield _extend(single, head_dim, shuffled, dtype=single)
     yield _token_indices()
     for kv in (half, fp8):
@@ -280,7 +269,6 @@ def quick_cases(arch: Arch) -> Iterator[Case]:
     """One of each attention kernel, and those that no interpreter runs, in seconds."""
     fp8 = arch.fp8
     yield _decode(torch.bfloat16, 128, True, num_splits=8)
-    yield _decode(torch.bfloat16, 128, True, num_splits=8, before=_ALL)
     yield _decode(fp8, 128, False, special=True)
     yield _extend(torch.bfloat16, 128, True)
     yield _mla(torch.bfloat16, 16, 64)

@@ -1,9 +1,5 @@
 # mypy: allow-untyped-defs, disable-error-code="no-untyped-call"
-"""Decode attention over a paged cache: one query token per row, its keys shared among `num_splits` programs.
-
-What goes before it, norm and rope of the rows' own tokens and the write of their keys and values, can be part of it. A
-row's own key and value then come from the projection, never from the cache, which another program writes meanwhile.
-"""
+"""Decode attention over a paged cache: one query token per row, its keys shared among `num_splits` programs."""
 
 from __future__ import annotations
 
@@ -11,14 +7,6 @@ import torch
 import triton
 import triton.language as tl
 
-from miniserve.kernels.triton.cache_write import (
-    angles,
-    head_pairs,
-    lanes,
-    limit,
-    norm_rope,
-    store_token,
-)
 from miniserve.kernels.triton.common import (
     LOG2E,
     capped,
@@ -59,10 +47,6 @@ def paged_decode(
     sinks: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
-    cos_sin: torch.Tensor | None = None,
-    q_weight: torch.Tensor | None = None,
-    k_weight: torch.Tensor | None = None,
-    eps: float = 0.0,
     num_splits: int = 1,
     scratch: DecodeScratch | None = None,
     out: torch.Tensor | None = None,
@@ -75,15 +59,10 @@ def paged_decode(
     `attention/layouts.py`); block_tables int32 [rows, width]; seq_lens int32 [rows], 0 for a padding row, which reads
     nothing and gets zeros. window W: only the last W keys; softcap c: c·tanh(score/c); sinks float32 [num_heads]: a
     logit per head that joins the softmax's sum. k_scale, v_scale float32 [1]: factors of an fp8 cache's codes.
-    With cos_sin, and q_weight, k_weight and eps as `rope_and_write` takes them, q has each row's num_kv_heads keys and
-    as many values behind its queries, as they were projected: all is normed and rotated, and key and value go to the
-    slot that block table and length name. Then every row has to be a sequence of its own.
     num_splits > 1 needs `scratch`. `launch` and `fused_merge` override the table's choice (for measurements).
     Returns out [rows, num_heads, head_dim], q's dtype.
     """
     rows, num_heads, head_dim = q.shape
-    if cos_sin is not None:
-        num_heads -= 2 * num_kv_heads
     if out is None:
         out = torch.empty((rows, num_heads, head_dim), dtype=q.dtype, device=q.device)
     if rows == 0:
@@ -105,15 +84,11 @@ def paged_decode(
         sinks,
         k_scale,
         v_scale,
-        cos_sin,
-        q_weight,
-        k_weight,
         out,
         None if scratch is None else scratch.partial,
         None if scratch is None else scratch.lse,
         None if scratch is None else scratch.arrivals,
         *q.stride()[:2],
-        0 if cos_sin is None else cos_sin.stride(0),
         *plane_strides(key_cache, shuffled),
         *plane_strides(value_cache, shuffled),
         block_tables.stride(0),
@@ -121,7 +96,6 @@ def paged_decode(
         scale * LOG2E,
         window or 0,
         (softcap or 0.0) * LOG2E,
-        eps,
         num_splits,
         GROUP=group,
         KV_HEADS=num_kv_heads,
@@ -130,8 +104,7 @@ def paged_decode(
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
         BLOCK_SIZE=block_size,
-        X=lanes(key_cache, shuffled),
-        LIMIT=limit(key_cache.dtype),
+        X=16 // key_cache.element_size() if shuffled else 0,
         HAS_WINDOW=window is not None,
         HAS_SOFTCAP=softcap is not None,
         SINGLE=single,
@@ -148,12 +121,11 @@ def paged_decode(
 
 @triton.jit(do_not_specialize=["window", "num_splits"])
 def _decode_kernel(
-    q, key_cache, value_cache, block_tables, seq_lens, sinks, k_scale, v_scale, cos_sin, q_weight, k_weight,
-    out, partial, lse, arrivals,
-    q_row, q_head, cos_row, k_block, k_token, k_head, v_block, v_token, v_head, table_row, out_row, out_head,
-    qk_scale, window, softcap, eps, num_splits,
+    q, key_cache, value_cache, block_tables, seq_lens, sinks, k_scale, v_scale, out, partial, lse, arrivals,
+    q_row, q_head, k_block, k_token, k_head, v_block, v_token, v_head, table_row, out_row, out_head,
+    qk_scale, window, softcap, num_splits,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, X: tl.constexpr, LIMIT: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, X: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, SINGLE: tl.constexpr, MERGE_M: tl.constexpr, FUSED_MERGE: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -169,23 +141,9 @@ def _decode_kernel(
     d = tl.arange(0, BLOCK_D)
     mine = (member < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
     out_at = out + row.to(tl.int64) * out_row + head[:, None] * out_head + d[None, :]
-    q_at = q + row.to(tl.int64) * q_row + head[:, None] * q_head
-    there = (d < HEAD_DIM)[None, :]
-    q_norm, q_norm_partner = None, None  # no kernel's result, so they need not be waited for
-    k_norm, k_norm_partner = None, None
-    if q_weight is not None:
-        q_norm, q_norm_partner = head_pairs(q_weight, d[None, :], there, HEAD_DIM)
-    if k_weight is not None:
-        k_norm, k_norm_partner = head_pairs(k_weight, d[None, :], there, HEAD_DIM)
 
     wait(PDL)
     seq_len = tl.load(seq_lens + row)
-    if cos_sin is not None:  # all is asked for before anything is waited for
-        k_at = q + row.to(tl.int64) * q_row + (HEADS + kv_head) * q_head
-        cos, sin = angles(cos_sin + row.to(tl.int64) * cos_row, d[None, :], HEAD_DIM)
-        query, query_partner = head_pairs(q_at, d[None, :], mine, HEAD_DIM)
-        own_k, own_k_partner = head_pairs(k_at, d[None, :], there, HEAD_DIM)
-        own_v = tl.load(k_at + KV_HEADS * q_head + d[None, :], mask=there, other=0.0)
     low, first, last, share = shares(seq_len, window, num_splits, BLOCK_N, HAS_WINDOW)
     begin = first + split * share
     end = tl.minimum(begin + share, last)
@@ -194,15 +152,7 @@ def _decode_kernel(
             tl.store(out_at, tl.zeros([BLOCK_M, BLOCK_D], out.dtype.element_ty), mask=mine)
         return
 
-    table = block_tables + row.to(tl.int64) * table_row
-    VALUE_STEP: tl.constexpr = X if X > 0 else 1
-    k_pos = begin * BLOCK_N + tl.arange(0, BLOCK_N)
-    v_pos = begin * BLOCK_N + tl.arange(0, BLOCK_N // VALUE_STEP) * VALUE_STEP
-    high = seq_len if cos_sin is None else seq_len - 1  # one past the last key that is read from the cache
-    # Block ids are read one tile ahead, so that a tile's keys never wait for them.
-    k_ids = tl.load(table + k_pos // BLOCK_SIZE, mask=k_pos < high, other=0)
-    v_ids = tl.load(table + v_pos // BLOCK_SIZE, mask=v_pos < high, other=0)
-
+    query = tl.load(q + row.to(tl.int64) * q_row + head[:, None] * q_head + d[None, :], mask=mine, other=0.0)
     if k_scale is not None:
         qk_scale *= tl.load(k_scale)
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -211,29 +161,16 @@ def _decode_kernel(
         best = tl.maximum(best, sink)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # summed over the keys once, after the loop
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if cos_sin is None:
-        query = tl.load(q_at + d[None, :], mask=mine, other=0.0)
-    else:
-        query = norm_rope(query, query_partner, q_norm, q_norm_partner, cos, sin, eps, HEAD_DIM)
-        own_k = norm_rope(own_k, own_k_partner, k_norm, k_norm_partner, cos, sin, eps, HEAD_DIM)
-        owns = end == last
-        slot = tl.load(table + high // BLOCK_SIZE).to(tl.int64) * BLOCK_SIZE + high % BLOCK_SIZE
-        own_k, own_v = store_token(
-            key_cache, value_cache, own_k, own_v, k_scale, v_scale, slot, kv_head, d[None, :],
-            there & owns & (head_tile % TILES == 0),
-            k_block, k_token, k_head, v_block, v_token, v_head, HEAD_DIM, BLOCK_SIZE, X, LIMIT,
-        )  # fmt: skip
-        score = tl.sum(query.to(tl.float32) * own_k.to(query.dtype).to(tl.float32), 1) * qk_scale
-        if HAS_SOFTCAP:
-            score = capped(score, softcap)
-        best = tl.maximum(best, tl.where(owns, score, float("-inf")))
-        weight = tl.where(owns, tl.exp2(score - best), 0.0)
-        total = tl.where(tl.arange(0, BLOCK_N)[None, :] == 0, weight[:, None], 0.0)
-        acc = weight[:, None] * own_v.to(query.dtype).to(tl.float32)
-        end = tl.minimum(end, tl.cdiv(high, BLOCK_N))
 
+    table = block_tables + row.to(tl.int64) * table_row
+    VALUE_STEP: tl.constexpr = X if X > 0 else 1
+    k_pos = begin * BLOCK_N + tl.arange(0, BLOCK_N)
+    v_pos = begin * BLOCK_N + tl.arange(0, BLOCK_N // VALUE_STEP) * VALUE_STEP
+    # Block ids are read one tile ahead, so that a tile's keys never wait for them.
+    k_ids = tl.load(table + k_pos // BLOCK_SIZE, mask=k_pos < seq_len, other=0)
+    v_ids = tl.load(table + v_pos // BLOCK_SIZE, mask=v_pos < seq_len, other=0)
     for _ in range(begin, end):
-        visible = k_pos < high
+        visible = k_pos < seq_len
         if HAS_WINDOW:
             visible = visible & (k_pos >= low)
         k = key_tile(
@@ -241,13 +178,13 @@ def _decode_kernel(
             HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, X,
         )  # fmt: skip
         v = value_tile(
-            value_cache, v_ids, v_pos, low, high, v_block, v_token, kv_head * v_head,
+            value_cache, v_ids, v_pos, low, seq_len, v_block, v_token, kv_head * v_head,
             HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, X,
         )  # fmt: skip
         k_pos += BLOCK_N
         v_pos += BLOCK_N
-        k_ids = tl.load(table + k_pos // BLOCK_SIZE, mask=k_pos < high, other=0)
-        v_ids = tl.load(table + v_pos // BLOCK_SIZE, mask=v_pos < high, other=0)
+        k_ids = tl.load(table + k_pos // BLOCK_SIZE, mask=k_pos < seq_len, other=0)
+        v_ids = tl.load(table + v_pos // BLOCK_SIZE, mask=v_pos < seq_len, other=0)
         scores = tl.dot(query, k.to(query.dtype), input_precision=PRECISION) * qk_scale
         if HAS_SOFTCAP:
             scores = capped(scores, softcap)
