@@ -1,3 +1,4 @@
+# mypy: disable-error-code="assignment, misc"
 """Linear layers for 9 to 256 rows, optionally with SwiGLU's middle: y = x Wᵀ + b, by Hopper's matrix units.
 
 A program has up to three warpgroups that multiply, each with 64 rows of the weight as the left operand and the tile's
@@ -25,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from miniserve.kernels.triton.pdl import launch_options, start, wait
+from miniserve.kernels.triton.pdl import start, wait
 from miniserve.kernels.triton.small_linear import MAX_ROWS, Chip
 
 _FEWEST_ROWS, MOST_ROWS = 9, 256
@@ -47,40 +48,30 @@ class MediumTile:
 
 
 @gluon.jit
-def _fetch_weight(w_desc, w, ready, first_n, k, GATED: gl.constexpr):
-    """64 rows of the weight; gated, 8 of gates and 8 of ups by turns: a thread then holds an output's both."""
-    if GATED:
-        pairs = w._reinterpret(w_desc.dtype, [4, 2, 8, w.type.shape[1]], w_desc.layout)
-        tma.async_copy_global_to_shared(w_desc, [first_n // 8, 0, 0, k], ready, pairs)
-    else:
-        tma.async_copy_global_to_shared(w_desc, [first_n, k], ready, w)
+def _fetch_weights(w_desc, ws, ready, stage, first_n, k):
+    """64 rows of the weight for each warpgroup; gated, 8 of gates and 8 of ups by turns: a thread then holds an
+    output's both."""
+    GATED: gl.constexpr = len(w_desc.block_type.shape) == 4
+    for group in gl.static_range(len(ws)):
+        w = ws[group].index(stage)
+        if GATED:
+            pairs = w._reinterpret(w_desc.dtype, w_desc.block_type.shape, w_desc.layout)
+            tma.async_copy_global_to_shared(w_desc, [(first_n + group * 32) // 8, 0, 0, k], ready, pairs)
+        else:
+            tma.async_copy_global_to_shared(w_desc, [first_n + group * 64, k], ready, w)
 
 
 @gluon.jit
-def _fetch_weights(w_desc, w0, w1, w2, ready, stage, first_n, k, GROUPS: gl.constexpr, GATED: gl.constexpr):
-    OUTPUTS: gl.constexpr = 32 if GATED else 64
-    _fetch_weight(w_desc, w0.index(stage), ready, first_n, k, GATED)
-    if GROUPS > 1:
-        _fetch_weight(w_desc, w1.index(stage), ready, first_n + OUTPUTS, k, GATED)
-    if GROUPS > 2:
-        _fetch_weight(w_desc, w2.index(stage), ready, first_n + 2 * OUTPUTS, k, GATED)
-
-
-@gluon.jit
-def _produce(
-    x_desc, w_desc, xs, w0, w1, w2, ready, free, first_m, first_n, rounds,
-    GROUPS: gl.constexpr, GATED: gl.constexpr, STAGES: gl.constexpr, STAGGER: gl.constexpr, PDL: gl.constexpr,
-):  # fmt: skip
+def _produce(x_desc, w_desc, xs, ws, ready, free, first_m, first_n, rounds, offset):
     """Keeps the ring filled; the weights of its first turn are asked for before x can be read."""
+    STAGES: gl.constexpr = xs.type.shape[0]
     BLOCK_K: gl.constexpr = xs.type.shape[2]
-    BYTES: gl.constexpr = (xs.type.shape[1] + 64 * GROUPS) * BLOCK_K * 2
-    offset = gl.program_id(1) * STAGGER
+    BYTES: gl.constexpr = (xs.type.shape[1] + 64 * len(ws)) * BLOCK_K * 2
     early = gl.minimum(STAGES, rounds)
     for i in range(early):
         mbarrier.expect(ready.index(i), BYTES)
-        k = (i + offset) % rounds * BLOCK_K
-        _fetch_weights(w_desc, w0, w1, w2, ready.index(i), i, first_n, k, GROUPS, GATED)
-    wait(PDL)
+        _fetch_weights(w_desc, ws, ready.index(i), i, first_n, (i + offset) % rounds * BLOCK_K)
+    wait(True)
     for i in range(early):
         k = (i + offset) % rounds * BLOCK_K
         tma.async_copy_global_to_shared(x_desc, [first_m, k], ready.index(i), xs.index(i))
@@ -89,16 +80,14 @@ def _produce(
         mbarrier.wait(free.index(stage), (i // STAGES - 1) & 1)
         mbarrier.expect(ready.index(stage), BYTES)
         k = (i + offset) % rounds * BLOCK_K
-        _fetch_weights(w_desc, w0, w1, w2, ready.index(stage), stage, first_n, k, GROUPS, GATED)
+        _fetch_weights(w_desc, ws, ready.index(stage), stage, first_n, k)
         tma.async_copy_global_to_shared(x_desc, [first_m, k], ready.index(stage), xs.index(stage))
 
 
 @gluon.jit
-def _consume(
-    xs, ws, ready, free, y_desc, b_ptr, first_m, first_n, rounds, N,
-    GATED: gl.constexpr, HAS_BIAS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def _consume(xs, ws, ready, free, y_desc, b_ptr, first_m, first_n, rounds, N):
     """One warpgroup: the outputs of its 64 rows of the weight, for the tile's rows of x."""
+    STAGES: gl.constexpr = xs.type.shape[0]
     BLOCK_M: gl.constexpr = xs.type.shape[1]
     # An instruction's results must fit the registers that a thread has before the warps share them out anew.
     WIDTH: gl.constexpr = BLOCK_M if BLOCK_M < 128 else 128
@@ -112,10 +101,11 @@ def _consume(
         mbarrier.arrive(free.index((i + STAGES - 1) % STAGES), pred=i > 0)
     out = warpgroup_mma_wait(0, deps=[acc])
     dtype: gl.constexpr = y_desc.dtype
-    if GATED:
+    OUTPUTS: gl.constexpr = y_desc.block_type.shape[1]
+    if OUTPUTS == 32:  # gated
         gate, up = gl.split(out.reshape((4, 2, 8, BLOCK_M)).permute((0, 2, 3, 1)))
         gate, up = gate.reshape((32, BLOCK_M)), up.reshape((32, BLOCK_M))
-        if HAS_BIAS:
+        if b_ptr is not None:
             outputs = first_n + gl.arange(0, 32, gl.SliceLayout(1, gate.type.layout))
             gate += gl.load(b_ptr + outputs, mask=outputs < N, other=0.0).to(gl.float32)[:, None]
             up += gl.load(b_ptr + N + outputs, mask=outputs < N, other=0.0).to(gl.float32)[:, None]
@@ -123,12 +113,12 @@ def _consume(
         gate = gate.to(dtype).to(gl.float32)
         y = (gate / (1.0 + gl.exp(-gate))).to(dtype) * up.to(dtype)
     else:
-        if HAS_BIAS:
+        if b_ptr is not None:
             outputs = first_n + gl.arange(0, 64, gl.SliceLayout(1, layout))
             out += gl.load(b_ptr + outputs, mask=outputs < N, other=0.0).to(gl.float32)[:, None]
         y = out.to(dtype)
     # Through this warpgroup's own part of the ring, which nobody fills or reads any more.
-    turned = ws._reinterpret(dtype, [BLOCK_M, 32 if GATED else 64], y_desc.layout)
+    turned = ws._reinterpret(dtype, [BLOCK_M, OUTPUTS], y_desc.layout)
     turned.permute((1, 0)).store(y)
     fence_async_shared()
     tma.async_copy_shared_to_global(y_desc, [first_m, first_n], turned)
@@ -144,69 +134,51 @@ def _medium_linear_kernel(
     M,
     N,
     K,
-    GATED: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
     GROUPS: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
     STAGGER: gl.constexpr,
     REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
-    PDL: gl.constexpr,
 ):
     """N counts outputs. Neighbouring programs share rows of the weight, which then come from the L2 cache."""
-    start(PDL)
+    start(True)
+    BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
+    BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
+    OUTPUTS: gl.constexpr = y_desc.block_type.shape[1]
     xs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
     w_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-    w0 = gl.allocate_shared_memory(x_desc.dtype, [STAGES, 64, BLOCK_K], w_layout)
-    w1 = gl.allocate_shared_memory(x_desc.dtype, [STAGES, 64, BLOCK_K], w_layout) if GROUPS > 1 else w0
-    w2 = gl.allocate_shared_memory(x_desc.dtype, [STAGES, 64, BLOCK_K], w_layout) if GROUPS > 2 else w0
+    ws = (gl.allocate_shared_memory(x_desc.dtype, [STAGES, 64, BLOCK_K], w_layout),)
+    if GROUPS > 1:
+        ws += (gl.allocate_shared_memory(x_desc.dtype, [STAGES, 64, BLOCK_K], w_layout),)
+    if GROUPS > 2:
+        ws += (gl.allocate_shared_memory(x_desc.dtype, [STAGES, 64, BLOCK_K], w_layout),)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
         mbarrier.init(free.index(stage), count=GROUPS)
-    OUTPUTS: gl.constexpr = 32 if GATED else 64
     # The last rows share some with those before rather than reach beyond M, where there are as many as a tile has.
     first_m = gl.minimum(gl.program_id(0) * BLOCK_M, gl.maximum(M - BLOCK_M, 0))
     n0 = gl.program_id(1) * GROUPS * OUTPUTS
-    n1, n2 = n0 + OUTPUTS, n0 + 2 * OUTPUTS
     rounds = (K + BLOCK_K - 1) // BLOCK_K
-    # Constants do not survive in a variable's tuple, hence the repetitions.
+    offset = gl.program_id(1) * STAGGER
+    produced = (x_desc, w_desc, xs, ws, ready, free, first_m, n0, rounds, offset)
+    first = (xs, ws[0], ready, free, y_desc, b_ptr, first_m, n0, rounds, N)
     if GROUPS == 1:
-        gl.warp_specialize(
-            [
-                (_consume, (xs, w0, ready, free, y_desc, b_ptr, first_m, n0, rounds, N, GATED, HAS_BIAS, STAGES)),
-                (_produce, (x_desc, w_desc, xs, w0, w1, w2, ready, free, first_m, n0, rounds,
-                            GROUPS, GATED, STAGES, STAGGER, PDL)),
-            ],
-            [1],
-            [PRODUCER_REGISTERS],
-        )  # fmt: skip
-    elif GROUPS == 2:
-        gl.warp_specialize(
-            [
-                (_consume, (xs, w0, ready, free, y_desc, b_ptr, first_m, n0, rounds, N, GATED, HAS_BIAS, STAGES)),
-                (_consume, (xs, w1, ready, free, y_desc, b_ptr, first_m, n1, rounds, N, GATED, HAS_BIAS, STAGES)),
-                (_produce, (x_desc, w_desc, xs, w0, w1, w2, ready, free, first_m, n0, rounds,
-                            GROUPS, GATED, STAGES, STAGGER, PDL)),
-            ],
-            [4, 1],
-            [REGISTERS, PRODUCER_REGISTERS],
-        )  # fmt: skip
+        gl.warp_specialize([(_consume, first), (_produce, produced)], [1], [PRODUCER_REGISTERS])
     else:
-        gl.warp_specialize(
-            [
-                (_consume, (xs, w0, ready, free, y_desc, b_ptr, first_m, n0, rounds, N, GATED, HAS_BIAS, STAGES)),
-                (_consume, (xs, w1, ready, free, y_desc, b_ptr, first_m, n1, rounds, N, GATED, HAS_BIAS, STAGES)),
-                (_consume, (xs, w2, ready, free, y_desc, b_ptr, first_m, n2, rounds, N, GATED, HAS_BIAS, STAGES)),
-                (_produce, (x_desc, w_desc, xs, w0, w1, w2, ready, free, first_m, n0, rounds,
-                            GROUPS, GATED, STAGES, STAGGER, PDL)),
-            ],
-            [4, 4, 1],
-            [REGISTERS, REGISTERS, PRODUCER_REGISTERS],
-        )  # fmt: skip
+        second = (xs, ws[1], ready, free, y_desc, b_ptr, first_m, n0 + OUTPUTS, rounds, N)
+        if GROUPS == 2:
+            gl.warp_specialize(
+                [(_consume, first), (_consume, second), (_produce, produced)], [4, 1], [REGISTERS, PRODUCER_REGISTERS]
+            )
+        else:
+            third = (xs, ws[2], ready, free, y_desc, b_ptr, first_m, n0 + 2 * OUTPUTS, rounds, N)
+            gl.warp_specialize(
+                [(_consume, first), (_consume, second), (_consume, third), (_produce, produced)],
+                [4, 4, 1],
+                [REGISTERS, REGISTERS, PRODUCER_REGISTERS],
+            )
 
 
 # (rows of x, warpgroups), the smallest first.
@@ -268,21 +240,17 @@ def medium_linear(
         TensorDescriptor(x, [m, k], [x.stride(0), 1], [tile.block_m, _BLOCK_K], flat),
         rows,
         out,
-        weight if bias is None else bias,
+        bias,
         m,
         n,
         k,
-        GATED=gated,
-        HAS_BIAS=bias is not None,
         GROUPS=tile.groups,
-        BLOCK_M=tile.block_m,
-        BLOCK_K=_BLOCK_K,
         STAGES=tile.num_stages,
         STAGGER=tile.stagger,
         REGISTERS=160 if tile.groups == 3 else 232,
         PRODUCER_REGISTERS=_PRODUCER_REGISTERS,
         num_warps=4,
-        **launch_options(x.device),
+        launch_pdl=True,
     )
     return y
 
