@@ -12,9 +12,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -25,7 +27,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from miniserve.kernels.triton import cache_write, linearize, mla_decode, paged_decode, paged_extend, token_indices
-from miniserve.kernels.triton.compile_step import medium_launches, step_launches
+from miniserve.kernels.triton.compile_step import META, Case, int32, medium_launches, step_launches, tensor
 from miniserve.kernels.triton.small_linear import Chip
 from miniserve.kernels.triton.split_kv import DecodeScratch
 
@@ -35,26 +37,19 @@ SPLITS = (1, 2, 64)  # no merge, one by the last split to arrive, one by a kerne
 
 @dataclass(frozen=True, slots=True)
 class Arch:
-    """cores: compute units or multiprocessors; shared: bytes one program may have; shared_per_core: bytes of a core."""
+    """shared_per_core: bytes of shared memory that the programs of a compute unit or multiprocessor have together."""
 
     target: GPUTarget
     fp8: torch.dtype
-    cores: int
-    shared: int
+    chip: Chip
     shared_per_core: int
 
 
 ARCHS = {
-    "gfx942": Arch(GPUTarget("hip", "gfx942", 64), torch.float8_e4m3fnuz, 304, 64 << 10, 64 << 10),
-    "gfx950": Arch(GPUTarget("hip", "gfx950", 64), torch.float8_e4m3fn, 256, 160 << 10, 160 << 10),
-    "sm_90": Arch(GPUTarget("cuda", 90, 32), torch.float8_e4m3fn, 132, 227 << 10, 228 << 10),
+    "gfx942": Arch(GPUTarget("hip", "gfx942", 64), torch.float8_e4m3fnuz, Chip(304, 64 << 10, splits=False), 64 << 10),
+    "gfx950": Arch(GPUTarget("hip", "gfx950", 64), torch.float8_e4m3fn, Chip(256, 160 << 10, splits=False), 160 << 10),
+    "sm_90": Arch(GPUTarget("cuda", 90, 32), torch.float8_e4m3fn, Chip(132, 227 << 10, wgmma=True), 228 << 10),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    name: str
-    launch: Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +71,9 @@ class Compiled:
     def problem(self) -> str | None:
         if self.spills and ARCHS[self.arch].target.backend == "hip":
             return f"spills {self.spills} vector registers"
-        if self.shared > ARCHS[self.arch].shared:
-            return f"needs {self.shared} bytes of shared memory, of {ARCHS[self.arch].shared}"
+        if self.shared > ARCHS[self.arch].chip.shared_bytes:
+            return f"needs {self.shared} bytes of shared memory, of {ARCHS[self.arch].chip.shared_bytes}"
         return None
-
-
-def _tensor(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _planes(kv_dtype: torch.dtype, block_size: int, head_dim: int, shuffled: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,122 +83,85 @@ def _planes(kv_dtype: torch.dtype, block_size: int, head_dim: int, shuffled: boo
     if shuffled:
         key = (NUM_BLOCKS, KV_HEADS, head_dim // x, block_size, x)
         value = (NUM_BLOCKS, KV_HEADS, block_size // x, head_dim, x)
-    return _tensor(*key, dtype=kv_dtype), _tensor(*value, dtype=kv_dtype)
+    return tensor(*key, dtype=kv_dtype), tensor(*value, dtype=kv_dtype)
 
 
-def _scales(kv_dtype: torch.dtype) -> dict[str, Any]:
-    one = _tensor(1, dtype=torch.float32) if kv_dtype.itemsize == 1 else None
-    return {"k_scale": one, "v_scale": one}
+def _scale(kv_dtype: torch.dtype) -> torch.Tensor | None:
+    return tensor(1, dtype=torch.float32) if kv_dtype.itemsize == 1 else None
 
 
-def _int32(*shape: int) -> torch.Tensor:
-    return _tensor(*shape, dtype=torch.int32)
-
-
-def _formula(heads: int, special: bool) -> dict[str, Any]:
-    if not special:
-        return {"scale": 0.1}
-    return {"scale": 0.1, "window": 1024, "softcap": 30.0, "sinks": _tensor(heads, dtype=torch.float32)}
-
-
-def _decode(
+def _attention(
     kv: torch.dtype, head_dim: int, shuffled: bool, *, dtype: torch.dtype = torch.bfloat16, group: int = 4,
-    block_size: int = 16, num_splits: int = 1, special: bool = False,
+    block_size: int = 16, num_splits: int = 1, special: bool = False, query_len: int = 0,
 ) -> Case:  # fmt: skip
+    """query_len: of prefill; else decode."""
     heads = group * KV_HEADS
+    terms: dict[str, Any] = {"num_kv_heads": KV_HEADS, "block_size": block_size, "shuffled": shuffled, "scale": 0.1}
+    terms |= {"num_splits": num_splits, "k_scale": _scale(kv), "v_scale": _scale(kv)}
+    if special:
+        terms |= {"window": 1024, "softcap": 30.0, "sinks": tensor(heads, dtype=torch.float32)}
+    q = tensor(ROWS * (query_len or 1), heads, head_dim, dtype=dtype)
+    common = q, *_planes(kv, block_size, head_dim, shuffled), int32(ROWS, TABLE_WIDTH)
 
     def launch() -> None:
-        key, value = _planes(kv, block_size, head_dim, shuffled)
-        paged_decode.paged_decode(
-            _tensor(ROWS, heads, head_dim, dtype=dtype), key, value,
-            _int32(ROWS, TABLE_WIDTH), _int32(ROWS), num_kv_heads=KV_HEADS, block_size=block_size, shuffled=shuffled,
-            num_splits=num_splits, scratch=DecodeScratch.allocate([(ROWS, num_splits)], heads, head_dim, _META),
-            **_formula(heads, special), **_scales(kv),
-        )  # fmt: skip
+        if query_len:
+            paged_extend.paged_extend(*common, int32(ROWS + 1), int32(ROWS), max_query_len=query_len, **terms)
+        else:
+            scratch = DecodeScratch.allocate([(ROWS, num_splits)], heads, head_dim, META)
+            paged_decode.paged_decode(*common, int32(ROWS), scratch=scratch, **terms)
 
-    merge = "" if num_splits == 1 else f", {num_splits} splits"
-    return Case(f"{_what(dtype, kv, shuffled, block_size)} d{head_dim} gqa{group}{merge}{_special(special)}", launch)
+    what = f"{_what(dtype, kv, shuffled, block_size)} d{head_dim} gqa{group}" + (f" q{query_len}" if query_len else "")
+    return what + _merge(num_splits) + (", window + softcap + sinks" if special else ""), launch
 
 
-def _extend(
-    kv: torch.dtype, head_dim: int, shuffled: bool, *, dtype: torch.dtype = torch.bfloat16, group: int = 4,
-    query_len: int = 2048, special: bool = False, num_splits: int = 1,
-) -> Case:  # fmt: skip
-    heads = group * KV_HEADS
-
-    def launch() -> None:
-        key, value = _planes(kv, 16, head_dim, shuffled)
-        paged_extend.paged_extend(
-            _tensor(ROWS * query_len, heads, head_dim, dtype=dtype), key, value,
-            _int32(ROWS, TABLE_WIDTH), _int32(ROWS + 1), _int32(ROWS), max_query_len=query_len,
-            num_kv_heads=KV_HEADS, block_size=16, shuffled=shuffled, num_splits=num_splits,
-            **_formula(heads, special), **_scales(kv),
-        )  # fmt: skip
-
-    merge = "" if num_splits == 1 else f", {num_splits} splits"
-    return Case(
-        f"{_what(dtype, kv, shuffled, 16)} d{head_dim} gqa{group} q{query_len}{merge}{_special(special)}", launch
-    )
+_prefill = partial(_attention, query_len=2048)
 
 
 def _linearize(kv: torch.dtype, head_dim: int) -> Case:
-    def launch() -> None:
-        tables, starts, lens = _int32(ROWS, TABLE_WIDTH), _int32(ROWS + 1), _int32(ROWS)
-        linearize.linearize(*_planes(kv, 16, head_dim, True), tables, starts, lens)
-
-    return Case(f"{_NAMES[kv]} block 16 d{head_dim}", launch)
+    lens = int32(ROWS, TABLE_WIDTH), int32(ROWS + 1), int32(ROWS)
+    return f"{_NAMES[kv]} block 16 d{head_dim}", partial(linearize.linearize, *_planes(kv, 16, head_dim, True), *lens)
 
 
 def _mla(kv: torch.dtype, heads: int, num_splits: int, block_size: int = 16) -> Case:
-    def launch() -> None:
-        mla_decode.mla_decode(
-            _tensor(ROWS, heads, 512, dtype=torch.bfloat16), _tensor(ROWS, heads, 192, dtype=torch.bfloat16)[..., 128:],
-            _tensor(NUM_BLOCKS, block_size, 576, dtype=kv),
-            _int32(ROWS, TABLE_WIDTH), _int32(ROWS), scale=0.1, num_splits=num_splits, kv_scale=_scales(kv)["k_scale"],
-            scratch=DecodeScratch.allocate([(ROWS, num_splits)], heads, 512, _META),
-        )  # fmt: skip
-
-    merge = "" if num_splits == 1 else f", {num_splits} splits"
-    return Case(f"bf16/{_NAMES[kv]} block {block_size} {heads} heads{merge}", launch)
+    q, q_pe = tensor(ROWS, heads, 512), tensor(ROWS, heads, 192)[..., 128:]
+    cache = tensor(NUM_BLOCKS, block_size, 576, dtype=kv)
+    launch = partial(
+        mla_decode.mla_decode, q, q_pe, cache, int32(ROWS, TABLE_WIDTH), int32(ROWS), scale=0.1, num_splits=num_splits,
+        kv_scale=_scale(kv), scratch=DecodeScratch.allocate([(ROWS, num_splits)], heads, 512, META),
+    )  # fmt: skip
+    return f"bf16/{_NAMES[kv]} block {block_size} {heads} heads{_merge(num_splits)}", launch
 
 
 def _write(kv: torch.dtype, head_dim: int, shuffled: bool, normed: bool, keeps_k: bool = False) -> Case:
+    qkv, slots = tensor(ROWS, 48 * head_dim), tensor(ROWS, dtype=torch.int64)
+    planes, norm = _planes(kv, 16, head_dim, shuffled), tensor(head_dim) if normed else None
+    where: dict[str, Any] = {"block_size": 16, "shuffled": shuffled, "k_scale": _scale(kv), "v_scale": _scale(kv)}
+
     def launch() -> None:
-        qkv, slots = _tensor(ROWS, 48 * head_dim, dtype=torch.bfloat16), _tensor(ROWS, dtype=torch.int64)
-        (key, value), weight = _planes(kv, 16, head_dim, shuffled), _tensor(head_dim, dtype=torch.bfloat16)
         heads = qkv.view(ROWS, 48, head_dim)
-        where: dict[str, Any] = {"block_size": 16, "shuffled": shuffled}
-        cache_write.write_kv(heads[:, 32:40], heads[:, 40:], key, value, slots, **where, **_scales(kv))
-        norm = weight if normed else None
-        k_out = _tensor(ROWS, KV_HEADS, head_dim, dtype=torch.bfloat16) if keeps_k else None
+        cache_write.write_kv(heads[:, 32:40], heads[:, 40:], *planes, slots, **where)
         cache_write.rope_and_write(
-            qkv, _tensor(ROWS, head_dim, dtype=torch.float32), norm, norm, 1e-6, key, value, slots, num_heads=32,
-            num_kv_heads=KV_HEADS, head_dim=head_dim, k_out=k_out, **where, **_scales(kv),
+            qkv, tensor(ROWS, head_dim, dtype=torch.float32), norm, norm, 1e-6, *planes, slots, num_heads=32,
+            num_kv_heads=KV_HEADS, head_dim=head_dim, k_out=tensor(ROWS, KV_HEADS, head_dim) if keeps_k else None,
+            **where,
         )  # fmt: skip
 
     more = (", qk-norm" if normed else "") + (", k kept" if keeps_k else "")
-    return Case(f"{_what(torch.bfloat16, kv, shuffled, 16)} d{head_dim}{more}", launch)
+    return f"{_what(torch.bfloat16, kv, shuffled, 16)} d{head_dim}{more}", launch
 
 
 def _write_latent(kv: torch.dtype) -> Case:
-    def launch() -> None:
-        latent, rope = _tensor(ROWS, 512, dtype=torch.bfloat16), _tensor(ROWS, 64, dtype=torch.bfloat16)
-        cache = _tensor(NUM_BLOCKS, 16, 576, dtype=kv)
-        slots = _tensor(ROWS, dtype=torch.int64)
-        cache_write.write_latent(latent, rope, cache, slots, kv_scale=_scales(kv)["k_scale"])
-
-    return Case(f"bf16/{_NAMES[kv]}", launch)
+    cache, slots = tensor(NUM_BLOCKS, 16, 576, dtype=kv), tensor(ROWS, dtype=torch.int64)
+    launch = partial(cache_write.write_latent, tensor(ROWS, 512), tensor(ROWS, 64), cache, slots, kv_scale=_scale(kv))
+    return f"bf16/{_NAMES[kv]}", launch
 
 
 def _token_indices() -> Case:
-    def launch() -> None:
-        tables, lens, starts = _int32(ROWS, TABLE_WIDTH), _int32(ROWS), _int32(ROWS + 1)
-        token_indices.token_indices(tables, lens, starts, _int32(NUM_BLOCKS), block_size=16, max_seq_len=1 << 16)
-
-    return Case("block 16", launch)
+    tables, lens, starts, out = int32(ROWS, TABLE_WIDTH), int32(ROWS), int32(ROWS + 1), int32(NUM_BLOCKS)
+    sizes = {"block_size": 16, "max_seq_len": 1 << 16}
+    return "block 16", partial(token_indices.token_indices, tables, lens, starts, out, **sizes)
 
 
-_META = torch.device("meta")
 _NAMES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -221,45 +175,37 @@ def _what(dtype: torch.dtype, kv: torch.dtype, shuffled: bool, block_size: int) 
     return f"{_NAMES[dtype]}/{_NAMES[kv]} {'shuffled' if shuffled else 'linear'} block {block_size}"
 
 
-def _special(special: bool) -> str:
-    return ", window + softcap + sinks" if special else ""
+def _merge(num_splits: int) -> str:
+    return "" if num_splits == 1 else f", {num_splits} splits"
 
 
 def cases(arch: Arch) -> Iterator[Case]:
     """Each launch that differs in generated code."""
     half, single, fp8 = torch.bfloat16, torch.float32, arch.fp8
-    on_nvidia = arch.target.backend == "cuda"
-    yield from (
-        Case(name, launch) for name, launch in step_launches(Chip(arch.cores, arch.shared, on_nvidia, wgmma=on_nvidia))
-    )
+    yield from step_launches(arch.chip)
     for shuffled in (False, True):
         for kv in (half, fp8):
             for head_dim in (64, 80, 96, 112, 128, 192, 256):
-                yield from (_decode(kv, head_dim, shuffled, num_splits=splits) for splits in SPLITS)
-                yield _extend(kv, head_dim, shuffled)
-                yield _extend(kv, head_dim, shuffled, query_len=4)
+                yield from (_attention(kv, head_dim, shuffled, num_splits=splits) for splits in SPLITS)
+                yield from (_attention(kv, head_dim, shuffled, query_len=tokens) for tokens in (2048, 4))
             for group in (1, 16, 32, 64):
-                yield from (_decode(kv, 128, shuffled, group=group, num_splits=splits) for splits in SPLITS)
-            for block_size in (32, 64):
-                yield _decode(kv, 128, shuffled, block_size=block_size)
+                yield from (_attention(kv, 128, shuffled, group=group, num_splits=splits) for splits in SPLITS)
+            yield from (_attention(kv, 128, shuffled, block_size=block_size) for block_size in (32, 64))
             for head_dim in (64, 128, 256):
-                yield _decode(kv, head_dim, shuffled, special=True, num_splits=8)
-                yield _extend(kv, head_dim, shuffled, special=True)
-            for normed in (False, True):
-                yield _write(kv, 128, shuffled, normed)
+                yield _attention(kv, head_dim, shuffled, special=True, num_splits=8)
+                yield _prefill(kv, head_dim, shuffled, special=True)
+            yield from (_write(kv, 128, shuffled, normed) for normed in (False, True))
             yield _write(kv, 128, shuffled, normed=True, keeps_k=True)
         for head_dim in (64, 128, 256):
-            yield _decode(torch.float16, head_dim, shuffled, dtype=torch.float16)
-            yield _extend(torch.float16, head_dim, shuffled, dtype=torch.float16)
-            yield _decode(single, head_dim, shuffled, dtype=single)
-            yield _extend(single, head_dim, shuffled, dtype=single)
+            for dtype in (torch.float16, single):
+                yield _attention(dtype, head_dim, shuffled, dtype=dtype)
+                yield _prefill(dtype, head_dim, shuffled, dtype=dtype)
     yield _token_indices()
     for kv in (half, fp8):
         if arch.target.backend == "cuda":  # elsewhere it is not used
             yield from (_linearize(kv, head_dim) for head_dim in (64, 80, 128, 256))
-            yield from (
-                _extend(kv, 128, False, query_len=256, special=special, num_splits=4) for special in (False, True)
-            )
+            for special in (False, True):
+                yield _attention(kv, 128, False, query_len=256, special=special, num_splits=4)
         yield _write_latent(kv)
         for heads in (8, 16, 32, 64, 128):
             yield from (_mla(kv, heads, splits) for splits in SPLITS)
@@ -267,48 +213,40 @@ def cases(arch: Arch) -> Iterator[Case]:
 
 def quick_cases(arch: Arch) -> Iterator[Case]:
     """One of each attention kernel, and those that no interpreter runs, in seconds."""
-    fp8 = arch.fp8
-    yield _decode(torch.bfloat16, 128, True, num_splits=8)
-    yield _decode(fp8, 128, False, special=True)
-    yield _extend(torch.bfloat16, 128, True)
+    yield _attention(torch.bfloat16, 128, True, num_splits=8)
+    yield _attention(arch.fp8, 128, False, special=True)
+    yield _prefill(torch.bfloat16, 128, True)
     yield _mla(torch.bfloat16, 16, 64)
-    yield _write(fp8, 128, True, True, True)
+    yield _write(arch.fp8, 128, True, True, True)
     yield _write_latent(torch.bfloat16)
     yield _token_indices()
-    chip = Chip(arch.cores, arch.shared, wgmma=arch.target.backend == "cuda")
-    yield from (Case(name, launch) for name, launch in medium_launches(chip))
+    yield from medium_launches(arch.chip)
 
 
-class _Driver:
+def _driver(arch: str) -> SimpleNamespace:
     """As much of a Triton driver as compiling needs; the "device" is the architecture's name."""
-
-    def __init__(self, arch: str) -> None:
-        self._arch = arch
-
-    def get_current_target(self) -> GPUTarget:
-        return ARCHS[self._arch].target
-
-    def get_current_device(self) -> str:
-        return self._arch
-
-    def get_current_stream(self, device: object) -> int:
-        return 0
+    return SimpleNamespace(
+        get_current_target=lambda: ARCHS[arch].target,
+        get_current_device=lambda: arch,
+        get_current_stream=lambda device: 0,
+    )
 
 
 def compile_case(arch: str, case: Case) -> list[Compiled]:
     """Compile what the case launches, one entry per kernel."""
+    name, launch = case
     found: list[Compiled] = []
     run = JITFunction.run
 
     def compile_only(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> object:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        found.append(_read(arch, self.__name__.strip("_").removesuffix("_kernel"), case.name, kernel))
+        found.append(_read(arch, self.__name__.strip("_").removesuffix("_kernel"), name, kernel))
         return kernel
 
-    driver.set_active(_Driver(arch))
+    driver.set_active(_driver(arch))
     version = "0" if ARCHS[arch].target.backend == "hip" else None
     with mock.patch.object(JITFunction, "run", compile_only), mock.patch.object(torch.version, "hip", version):
-        case.launch()
+        launch()
     return found
 
 
