@@ -1,5 +1,5 @@
 """The CPU decode path's kernels, `cpu.cpp`, as methods over torch tensors. Where they cannot be compiled everything
-runs on PyTorch alone, slower; `load()` says why."""
+runs on PyTorch alone, slower; `unavailable_reason()` says why."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ class NativeKernels:
     dimension; nothing is checked here beyond what callers fix at construction time. `has_bf16_dot`: the processor
     multiplies pairs of bfloat16 (AVX512-BF16), which `linear` needs and decode over the shuffled layout uses."""
 
-    def __init__(self, num_threads: int) -> None:
-        self.num_threads = num_threads
+    def __init__(self, num_threads: int | None = None) -> None:
+        """Compiles them if need be, to run on `num_threads` (default: as many as PyTorch). Raises `Unavailable` with
+        the reason."""
+        self.num_threads = num_threads or torch.get_num_threads()
         self.has_bf16_dot = bool(library().ms_has_bf16_dot())
 
     def can_pack(self, dtype: torch.dtype, in_features: int, out_features: int) -> bool:
@@ -42,45 +44,39 @@ class NativeKernels:
     def pack_linear(self, weight: torch.Tensor) -> torch.Tensor:
         """A contiguous weight [n, k] -> the same bytes as panels of 16 rows, which `linear` reads."""
         packed = torch.empty_like(weight)
-        call("ms_pack_linear", weight.data_ptr(), packed.data_ptr(), *weight.shape, self.num_threads)
+        call("ms_pack_linear", weight, packed, *weight.shape, self.num_threads)
         return packed
 
     def linear(self, x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [m, k] bfloat16 times the packed weight's transpose, plus bias [n] -> [m, n] bfloat16."""
         m, (n, k) = x.shape[0], packed.shape
         out = x.new_empty((m, n))
-        pointers = (packed.data_ptr(), x.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr())
-        call("ms_linear", *pointers, m, n, k, x.stride(0), self.num_threads)
+        call("ms_linear", packed, x, bias, out, m, n, k, x.stride(0), self.num_threads)
         return out
 
     def gather_rows(self, ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """Rows of a contiguous table [n, dim] of any dtype, at ids int64 [rows] -> [rows, dim]."""
         out = table.new_empty((ids.shape[0], table.shape[1]))
-        row_bytes = table.shape[1] * table.itemsize
-        call("ms_gather_rows", _p(table), _p(ids), _p(out), ids.shape[0], row_bytes, self.num_threads)
+        call("ms_gather_rows", table, ids, out, ids.shape[0], table.shape[1] * table.itemsize, self.num_threads)
         return out
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Root-mean-square norm of the rows of a contiguous x [rows, dim]."""
-        out = torch.empty_like(x)
-        rows, dim = x.shape
-        dtype = _DTYPES[x.dtype]
-        call("ms_add_rms_norm", dtype, _p(x), None, _p(weight), _p(out), rows, dim, eps, self.num_threads)
-        return out
+        return self.add_rms_norm(x, None, weight, eps)
 
-    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
         """residual += x, in place; returns the norm of the sum. x, residual [rows, dim], contiguous."""
         out = torch.empty_like(x)
-        rows, dim = x.shape
-        pointers = (_p(x), _p(residual), _p(weight), _p(out))
-        call("ms_add_rms_norm", _DTYPES[x.dtype], *pointers, rows, dim, eps, self.num_threads)
+        call("ms_add_rms_norm", _DTYPES[x.dtype], x, residual, weight, out, *x.shape, eps, self.num_threads)
         return out
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up of a contiguous [rows, 2 * dim] -> [rows, dim]."""
         rows, dim = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty((rows, dim))
-        call("ms_silu_and_mul", _DTYPES[gate_up.dtype], _p(gate_up), _p(out), rows, dim, self.num_threads)
+        call("ms_silu_and_mul", _DTYPES[gate_up.dtype], gate_up, out, rows, dim, self.num_threads)
         return out
 
     def qk_norm_rope(
@@ -100,10 +96,9 @@ class NativeKernels:
         cosines of half a head, then its sines.
         """
         call(
-            "ms_qk_norm_rope",
-            *(_DTYPES[qkv.dtype], _p(qkv), _p(q_weight), _p(k_weight), _p(cos_sin), qkv.shape[0]),
-            *(num_heads, num_kv_heads, head_dim, eps, qkv.stride(0), self.num_threads),
-        )
+            "ms_qk_norm_rope", _DTYPES[qkv.dtype], qkv, q_weight, k_weight, cos_sin, qkv.shape[0],
+            num_heads, num_kv_heads, head_dim, eps, qkv.stride(0), self.num_threads,
+        )  # fmt: skip
 
     def write_kv(
         self,
@@ -119,10 +114,9 @@ class NativeKernels:
         negative ones are left out."""
         tokens, num_kv_heads, head_dim = k.shape
         call(
-            "ms_write_kv",
-            *(_DTYPES[k.dtype], int(shuffled), _p(k), _p(v), k.stride(0), v.stride(0), _p(key), _p(value)),
-            *(_p(slot_mapping), tokens, num_kv_heads, head_dim, block_size),
-        )
+            "ms_write_kv", _DTYPES[k.dtype], int(shuffled), k, v, k.stride(0), v.stride(0), key, value, slot_mapping,
+            tokens, num_kv_heads, head_dim, block_size,
+        )  # fmt: skip
 
     def paged_decode(
         self,
@@ -145,11 +139,10 @@ class NativeKernels:
         rows, num_heads, head_dim = q.shape
         out = q.new_empty((rows, num_heads * head_dim))
         call(
-            "ms_paged_decode",
-            *(_DTYPES[q.dtype], int(shuffled), _p(q), _p(key), _p(value), _p(block_tables), _p(seq_lens), _p(sinks)),
-            *(_p(out), rows, num_heads, num_kv_heads, head_dim, block_size, q.stride(0), block_tables.stride(0)),
-            *(window or 0, scale, softcap or 0.0, self.num_threads),
-        )
+            "ms_paged_decode", _DTYPES[q.dtype], int(shuffled), q, key, value, block_tables, seq_lens, sinks, out,
+            rows, num_heads, num_kv_heads, head_dim, block_size, q.stride(0), block_tables.stride(0), window or 0,
+            scale, softcap or 0.0, self.num_threads,
+        )  # fmt: skip
         return out
 
     def advance(
@@ -166,12 +159,10 @@ class NativeKernels:
         """Lay out a step of rows int64 [batch] in `step`. Of all rows are tables int32 [max_num_seqs, width], lens and
         last_tokens int64 [max_num_seqs]. Each row gets longer by its last token; where they are `given`, positions and
         input_ids stay as they are, and so do lens."""
-        places = (step.input_ids, step.positions, step.slots, step.seq_lens, step.block_tables)
         call(
-            "ms_advance",
-            *(int(given), _p(rows), _p(tables), _p(lens), _p(last_tokens), *map(_p, places)),
-            *(rows.shape[0], tables.shape[1], block_size),
-        )
+            "ms_advance", int(given), rows, tables, lens, last_tokens, step.input_ids, step.positions, step.slots,
+            step.seq_lens, step.block_tables, rows.shape[0], tables.shape[1], block_size,
+        )  # fmt: skip
 
     def greedy(
         self,
@@ -183,14 +174,7 @@ class NativeKernels:
     ) -> None:
         """The most likely token, of equals the lowest, of each of logits [batch, vocab_size], to tokens int64 [batch]
         and to last_tokens int64 [max_num_seqs] of rows int64 [batch], which in num_outputs int64 have one more."""
-        pointers = (_p(logits), _p(rows), _p(tokens), _p(last_tokens), _p(num_outputs))
-        call("ms_greedy", _DTYPES[logits.dtype], *pointers, *logits.shape)
-
-
-def load(num_threads: int | None = None) -> NativeKernels:
-    """The kernels, compiled if need be, to run on `num_threads` (default: as many as PyTorch). Raises `Unavailable`
-    with the reason."""
-    return NativeKernels(num_threads or torch.get_num_threads())
+        call("ms_greedy", _DTYPES[logits.dtype], logits, rows, tokens, last_tokens, num_outputs, *logits.shape)
 
 
 def unavailable_reason() -> str | None:
@@ -200,7 +184,3 @@ def unavailable_reason() -> str | None:
     except Unavailable as error:
         return str(error)
     return None
-
-
-def _p(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

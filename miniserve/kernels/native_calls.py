@@ -54,8 +54,9 @@ def library() -> ctypes.CDLL:
     return found
 
 
-def call(name: str, *arguments: int | float | None) -> None:
-    """Call a kernel; tensors are given by their addresses."""
+def call(name: str, *given: torch.Tensor | int | float | None) -> None:
+    """Call a kernel, which gets the tensors' addresses."""
+    arguments = tuple([a.data_ptr() if isinstance(a, torch.Tensor) else a for a in given])
     if (recording := _recording.get()) is not None:
         recording.calls.append((name, arguments))
         if not recording.executes:

@@ -66,7 +66,7 @@ def build_runner(
     platform = find_platform(config.device, device, dtype)
     platform = platform if config.aiter else platform.without_aiter()
     experts = find_experts(platform, dtype)
-    kernels = native.load() if device.type == "cpu" and native.unavailable_reason() is None else None
+    kernels = native.NativeKernels() if device.type == "cpu" and native.unavailable_reason() is None else None
     model = build_model(
         model_config,
         dtype=dtype,

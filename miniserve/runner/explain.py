@@ -212,7 +212,7 @@ def _experts(outline: Outline, platform: Platform, dtype: torch.dtype) -> str | 
         name = TRITON_MOE
     else:
         device = torch.device("cpu" if platform.arch == "cpu" else "cuda")
-        kernels = native.load() if platform.arch == "cpu" and native.unavailable_reason() is None else None
+        kernels = native.NativeKernels() if platform.arch == "cpu" and native.unavailable_reason() is None else None
         name = choose_moe_method(dtype, device, *shape, kernels).name
     return describe_experts(name, refused)
 

@@ -58,7 +58,7 @@ def make_backend(name: str, layout: KVLayout, spec: AttentionSpec) -> Backend[An
         backend = TritonBackend(layout, replace(torch_kernels(), linearize=torch_linearize), options)
         backend.linearize_from = 2
         return backend
-    return CpuBackend(layout, native.load()) if name == "CPU_ATTN" else TorchBackend(layout)
+    return CpuBackend(layout, native.NativeKernels()) if name == "CPU_ATTN" else TorchBackend(layout)
 
 
 def check(name: str, case: Case, layout: str, seed: int) -> None:
@@ -107,7 +107,7 @@ def test_every_length_around_a_partition_of_256(name: str, layout: str) -> None:
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_the_highest_block_of_a_pool_above_4_gib(shuffled: bool) -> None:
     """Which is address space, of which nothing but the end is ever touched."""
-    kernels, spec = native.load(), AttentionSpec(16, 8, 128, 0.1, torch.bfloat16, torch.bfloat16)
+    kernels, spec = native.NativeKernels(), AttentionSpec(16, 8, 128, 0.1, torch.bfloat16, torch.bfloat16)
     layout = LAYOUTS["shuffled" if shuffled else "linear"](16)
     one = layout.allocate(spec, 1, torch.device("cpu"))
     num_blocks = (1 << 32) // one.key.nbytes + 2

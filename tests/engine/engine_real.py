@@ -31,7 +31,7 @@ from miniserve.runner.state import StepState
 from miniserve.scheduler.scheduler import Scheduler
 
 CPU = torch.device("cpu")
-KERNELS = None if native.unavailable_reason() else native.load()
+KERNELS = None if native.unavailable_reason() else native.NativeKernels()
 BACKENDS = ("TORCH_ATTN",) if KERNELS is None else ("CPU_ATTN", "TORCH_ATTN")
 MAX_LEN = 128
 

@@ -42,7 +42,7 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
     seed=st.integers(0, 999),
 )
 def test_linear(rows: int, out_features: int, in_features: int, bias: bool, seed: int) -> None:
-    kernels = native.load()
+    kernels = native.NativeKernels()
     if not kernels.can_pack(torch.bfloat16, in_features, out_features):
         pytest.skip("this processor has no bfloat16 dot product")
     weight = normal(seed, out_features, in_features).bfloat16()
@@ -54,7 +54,7 @@ def test_linear(rows: int, out_features: int, in_features: int, bias: bool, seed
 
 
 def test_linear_declines_what_it_cannot_pack() -> None:
-    kernels = native.load()
+    kernels = native.NativeKernels()
     assert not kernels.can_pack(torch.float32, 64, 64)
     assert not kernels.can_pack(torch.bfloat16, 64, 40)
     assert not kernels.can_pack(torch.bfloat16, 63, 64)
@@ -63,7 +63,7 @@ def test_linear_declines_what_it_cannot_pack() -> None:
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(dtype=DTYPES, rows=st.integers(1, 70), size=st.sampled_from([8, 50, 256, 1000]), seed=st.integers(0, 999))
 def test_norms_and_activation(dtype: torch.dtype, rows: int, size: int, seed: int) -> None:
-    reference, fused = TorchOps(), NativeOps(native.load())
+    reference, fused = TorchOps(), NativeOps(native.NativeKernels())
     x, residual, weight = normal(seed, rows, size).to(dtype), normal(seed + 1, rows, size).to(dtype), None
     weight = normal(seed + 2, size).to(dtype)
     close(fused.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
@@ -89,7 +89,7 @@ def test_split_norm_rope(dtype: torch.dtype, tokens: int, shape: HeadShape, norm
     cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
     q_weight, k_weight = (normal(seed + i, shape.head_dim).to(dtype) if norm else None for i in (2, 3))
     want = TorchOps().split_norm_rope(qkv.clone(), shape, cos_sin, q_weight, k_weight, 1e-6)
-    got = NativeOps(native.load()).split_norm_rope(qkv.clone(), shape, cos_sin, q_weight, k_weight, 1e-6)
+    got = NativeOps(native.NativeKernels()).split_norm_rope(qkv.clone(), shape, cos_sin, q_weight, k_weight, 1e-6)
     for mine, theirs in zip(got, want, strict=True):
         close(mine, theirs)
 
@@ -110,7 +110,7 @@ def test_greedy(dtype: torch.dtype, rows: int, size: int, levels: int, odd: floa
         logits[0, seed % size :: 50] = odd
     taken = torch.randperm(6, generator=torch.Generator().manual_seed(seed))[:rows]
     tokens, last_tokens, num_outputs = torch.zeros(rows).long(), torch.full((6,), -1), torch.arange(6)
-    native.load().greedy(logits, taken, tokens, last_tokens, num_outputs)
+    native.NativeKernels().greedy(logits, taken, tokens, last_tokens, num_outputs)
     assert torch.equal(tokens, argmax(logits.float()))
     assert torch.equal(last_tokens[taken], tokens)
     assert (last_tokens == -1).sum() == 6 - rows
@@ -128,7 +128,7 @@ def test_advance(given: bool) -> None:
     step = DecodeStep(
         ids.clone(), positions.clone(), torch.zeros(3).long(), torch.zeros(3).int(), torch.zeros(3, 5).int()
     )
-    native.load().advance(rows, tables, lens, last_tokens, step, 8, given=given)
+    native.NativeKernels().advance(rows, tables, lens, last_tokens, step, 8, given=given)
     assert torch.equal(step.input_ids, want_ids)
     assert torch.equal(step.positions, want)
     assert torch.equal(lens, want_lens)
@@ -141,7 +141,7 @@ def test_advance(given: bool) -> None:
 @pytest.mark.parametrize("table", [normal(0, 9, 7), normal(0, 9, 3).bfloat16(), normal(0, 300, 300)])
 def test_gather_rows(table: torch.Tensor) -> None:
     ids = torch.tensor([8, 0, 8, 3])
-    assert torch.equal(native.load().gather_rows(ids, table), table[ids])
+    assert torch.equal(native.NativeKernels().gather_rows(ids, table), table[ids])
 
 
 def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from miniserve.models.layers.routing import Router, route, torch_routing
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
-KERNELS = None if native.unavailable_reason() else native.load()
+KERNELS = None if native.unavailable_reason() else native.NativeKernels()
 PLAIN = MoEConfig(num_experts=12, top_k=3, intermediate_size=16, sparse_layers=(True,))
 
 

@@ -25,7 +25,7 @@ from miniserve.config import SchedulerConfig
 from miniserve.core import RequestOutput, SamplingParams
 from miniserve.engine.loop import EngineLoop
 from miniserve.engine.step_log import StepLog
-from miniserve.kernels.native import NativeKernels, load
+from miniserve.kernels.native import NativeKernels
 from miniserve.kernels.native_calls import replay
 from miniserve.models.config import load_model_config
 from miniserve.models.decoder import CausalLM
@@ -180,7 +180,7 @@ def test_a_pass_with_torch_in_it_runs_from_python(
 @pytest.mark.parametrize("layout", ["linear", "shuffled"])
 def test_every_attention_that_the_kernels_have(layout: str, threads: int, tmp_path: Path, replays: list[int]) -> None:
     """Steps of random numbers of rows and lengths, with a window, softcap and sinks, bit for bit."""
-    kernels = load(threads)
+    kernels = NativeKernels(threads)
     model = make_model(tmp_path, {}, kernels=kernels)
     for layer in model.model.layers:
         attention: Any = layer.self_attn.attn

@@ -36,7 +36,7 @@ def build_backend(choice: Choice, block_size: int, options: BackendOptions) -> B
         from miniserve.attention.backends.cpu_attn import CpuBackend
         from miniserve.kernels import native
 
-        return CpuBackend(layout, native.load())
+        return CpuBackend(layout, native.NativeKernels())
     if choice.backend == "TORCH_ATTN":
         return TorchBackend(layout)
     if choice.backend == "ROCM_AITER_MLA":
