@@ -5,8 +5,7 @@ Names of modules are those of the checkpoints, except where matrices are fused: 
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from miniserve.attention.spec import StepContext
 from miniserve.models.description import ModelConfig
@@ -30,8 +29,8 @@ class DecoderLayer(Module):
         self.mlp = _mlp(config, options, layer_index)
 
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor, cos_sin: torch.Tensor, ctx: StepContext
-    ) -> tuple[torch.Tensor | PendingSum, torch.Tensor]:
+        self, x: Tensor, residual: Tensor, cos_sin: Tensor, ctx: StepContext
+    ) -> tuple[Tensor | PendingSum, Tensor]:
         """x: the residual stream after `input_layernorm`. Returns what is still to be added to it, and the stream."""
         x = self.self_attn(x, cos_sin, ctx)
         return self.mlp.after(self.post_attention_layernorm, x, residual)
@@ -58,18 +57,15 @@ class Decoder(Module):
         self.layers = nn.ModuleList(layers)
         self.norm = options.norm(config.hidden_size, config.rms_norm_eps)
         self._norms = [*(layer.input_layernorm for layer in layers), self.norm]
+        positions = options.max_model_len or config.max_position_embeddings
         self.rotary_emb = RotaryEmbedding(
-            config.rope,
-            config.rotary_dim,
-            max_positions=options.max_model_len,
-            device=options.device,
-            look_up=options.look_up,
+            config.rope, config.rotary_dim, max_positions=positions, device=options.device, look_up=options.look_up
         )
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, ctx: StepContext) -> torch.Tensor:
-        residual: torch.Tensor = self.embed_tokens(input_ids)
+    def forward(self, input_ids: Tensor, positions: Tensor, ctx: StepContext) -> Tensor:
+        residual: Tensor = self.embed_tokens(input_ids)
         cos_sin = self.rotary_emb(positions)
-        x: torch.Tensor = self._norms[0](residual)
+        x: Tensor = self._norms[0](residual)
         for layer, norm in zip(self.layers, self._norms[1:], strict=True):
             added, residual = layer(x, residual, cos_sin, ctx)
             x, residual = norm.add(added, residual)
@@ -92,15 +88,14 @@ class CausalLM(Module):
         else:
             self.lm_head = LMHead(config.vocab_size, config.hidden_size, dtype=options.dtype, method=method)
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, ctx: StepContext) -> torch.Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor, ctx: StepContext) -> Tensor:
         """input_ids, positions: int64 [T] -> hidden states after the last norm, [T, hidden_size]."""
-        hidden: torch.Tensor = self.model(input_ids, positions, ctx)
+        hidden: Tensor = self.model(input_ids, positions, ctx)
         return hidden
 
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden: [R, hidden_size] -> [R, vocab_size] in the model's dtype."""
-        logits: torch.Tensor = self.lm_head(hidden)
-        return logits
+        return self.lm_head(hidden)
 
     @property
     def moe_method(self) -> MoEMethod | None:

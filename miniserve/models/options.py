@@ -14,10 +14,11 @@ from miniserve.kernels.native import NativeKernels
 from miniserve.models.layers.aiter_moe import AiterMoE
 from miniserve.models.layers.embedding import LookUp
 from miniserve.models.layers.experts import MoEMethod, choose_moe_method
-from miniserve.models.layers.linear import Linear, LinearMethod, choose_method
+from miniserve.models.layers.linear import PLAIN, Linear, LinearMethod, PackedMethod, choose_packing
 from miniserve.models.layers.norm import RMSNorm
-from miniserve.models.layers.ops import NativeOps, Ops, TorchOps
+from miniserve.models.layers.ops import NativeOps, Ops
 from miniserve.models.layers.routing import RoutingMethod, torch_routing
+from miniserve.models.layers.triton import TritonMethod, TritonMoE, TritonOps, TritonRouting
 
 if TYPE_CHECKING:
     from miniserve.kernels.triton.runtime import TritonKernels
@@ -25,13 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """What a model is built for. max_model_len in tokens; device is where its weights will lie; native are the CPU's
-    kernels and triton the GPU's, experts aiter's of an AMD GPU, None to do without."""
+    """What a model is built for. device: where its weights will lie. max_model_len: positions the rotary table covers,
+    in tokens, None for all that the model has. native: the CPU's kernels, triton: the GPU's, experts: aiter's of an AMD
+    GPU, None to do without."""
 
     dtype: torch.dtype
     kv_dtype: torch.dtype
     device: torch.device
-    max_model_len: int
+    max_model_len: int | None = None
     native: NativeKernels | None = None
     triton: TritonKernels | None = None
     experts: AiterExperts | None = None
@@ -39,17 +41,19 @@ class BuildOptions:
     @property
     def ops(self) -> Ops:
         if self.triton is not None:
-            from miniserve.models.layers.triton import TritonOps
-
             return TritonOps(self.triton)
-        return TorchOps() if self.native is None else NativeOps(self.native)
+        return Ops() if self.native is None else NativeOps(self.native)
 
     @property
     def look_up(self) -> LookUp:
         return functional.embedding if self.native is None else self.native.gather_rows
 
     def method(self, in_features: int, out_features: int) -> LinearMethod:
-        return choose_method(self.dtype, self.device, in_features, out_features, self.native, self.triton)
+        """The fastest there is for a weight [out_features, in_features]."""
+        if self.triton is not None:
+            return TritonMethod(self.triton)
+        packing = choose_packing(self.dtype, self.device, [(in_features, out_features)], self.native)
+        return LinearMethod() if packing is PLAIN else PackedMethod(packing)
 
     def linear(self, in_features: int, outputs: Mapping[str, int], *, bias: bool) -> Linear:
         method = self.method(in_features, sum(outputs.values()))
@@ -60,17 +64,11 @@ class BuildOptions:
 
     @property
     def routing(self) -> RoutingMethod:
-        if self.triton is not None:
-            from miniserve.models.layers.triton import TritonRouting
-
-            return TritonRouting(self.triton)
-        return torch_routing
+        return torch_routing if self.triton is None else TritonRouting(self.triton)
 
     def moe_method(self, hidden_size: int, intermediate_size: int) -> MoEMethod:
         if self.experts is not None:
             return AiterMoE(self.experts)
         if self.triton is not None:
-            from miniserve.models.layers.triton import TritonMoE
-
             return TritonMoE(self.triton)
         return choose_moe_method(self.dtype, self.device, hidden_size, intermediate_size, self.native)

@@ -2,51 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-from miniserve.attention.aiter import AiterExperts
 from miniserve.core import UserError
-from miniserve.kernels.native import NativeKernels
 from miniserve.models.decoder import CausalLM
 from miniserve.models.description import ModelConfig
 from miniserve.models.layers.linear import can_pack
 from miniserve.models.options import BuildOptions
 
-if TYPE_CHECKING:
-    from miniserve.kernels.triton.runtime import TritonKernels
 
-
-def build_model(
-    config: ModelConfig,
-    *,
-    dtype: torch.dtype,
-    kv_dtype: torch.dtype,
-    device: torch.device | str,
-    max_model_len: int | None = None,
-    native: NativeKernels | None = None,
-    triton: TritonKernels | None = None,
-    experts: AiterExperts | None = None,
-) -> CausalLM:
-    """Make the model with its parameters on the meta device; `loader` gives them memory on `device`.
-
-    max_model_len: positions the rotary table covers, in tokens (default: all the model has). native: the CPU's kernels,
-    triton: the GPU's, experts: aiter's of an AMD GPU, None to do without. Raises `UserError` where the model cannot
-    reach that far.
-    """
-    length = config.max_position_embeddings if max_model_len is None else max_model_len
-    if length > config.max_position_embeddings:
-        raise UserError(_too_long(config, length))
-    options = BuildOptions(
-        dtype=dtype,
-        kv_dtype=kv_dtype,
-        device=torch.device(device),
-        max_model_len=length,
-        native=native,
-        triton=triton,
-        experts=experts,
-    )
+def build_model(config: ModelConfig, options: BuildOptions) -> CausalLM:
+    """Make the model with its parameters on the meta device; `loader` gives them memory on `options.device`. Raises
+    `UserError` where the model cannot reach `options.max_model_len`."""
+    if (options.max_model_len or 0) > config.max_position_embeddings:
+        raise UserError(_too_long(config, options.max_model_len or 0))
     return CausalLM(config, options).eval()
 
 

@@ -26,6 +26,7 @@ from miniserve.models.generation_config import load_generation_defaults
 from miniserve.models.kv_scales import set_kv_scales
 from miniserve.models.layers.aiter_moe import describe_experts, find_experts
 from miniserve.models.loader import dummy_weights, load_weights, read_kv_scales
+from miniserve.models.options import BuildOptions
 from miniserve.models.registry import build_model, weight_bytes
 from miniserve.runner.chunk_graph import ChunkGraphs
 from miniserve.runner.device import find_device, find_dtype, find_kv_dtype, find_platform
@@ -69,13 +70,15 @@ def build_runner(
     kernels = native.NativeKernels() if device.type == "cpu" and native.unavailable_reason() is None else None
     model = build_model(
         model_config,
-        dtype=dtype,
-        kv_dtype=find_kv_dtype(config.kv_cache_dtype, dtype, platform),
-        device=device,
-        max_model_len=config.max_model_len or longest,
-        native=kernels,
-        triton=_triton_kernels(device),
-        experts=None if isinstance(experts, str) else experts,
+        BuildOptions(
+            dtype=dtype,
+            kv_dtype=find_kv_dtype(config.kv_cache_dtype, dtype, platform),
+            device=device,
+            max_model_len=config.max_model_len,
+            native=kernels,
+            triton=_triton_kernels(device),
+            experts=None if isinstance(experts, str) else experts,
+        ),
     )
     choice = select(
         model.attention_specs,

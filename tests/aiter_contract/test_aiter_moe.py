@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from engine_support import stand_in
-from torch.nn import functional
 
 import miniserve
 from miniserve.attention import aiter as adapter
 from miniserve.attention.platform import NAMED_PLATFORMS
 from miniserve.llm import LLM
 from miniserve.models.layers.aiter_moe import AiterMoE, describe_experts, find_experts
-from miniserve.models.layers.experts import Arithmetic, Experts, GroupedMoE
+from miniserve.models.layers.experts import Experts, GroupedMoE
+from miniserve.models.layers.linear import PLAIN
 from miniserve.models.options import BuildOptions
 
 torch.set_num_threads(1)
@@ -46,7 +46,7 @@ def test_it_sums_each_tokens_experts(arch: str, dtype: torch.dtype, hidden: int,
     x = torch.randn(num_tokens, hidden, generator=generator).to(dtype)
     weights = torch.rand(num_tokens, 2, generator=generator)
     ids = torch.stack([torch.randperm(6, generator=generator)[:2] for _ in range(num_tokens)])
-    plain = GroupedMoE(Arithmetic("PyTorch", lambda weight: weight, functional.linear))
+    plain = GroupedMoE(PLAIN)
     want = experts_of(hidden, middle, dtype, plain)(x, weights, ids)
     with stand_in(arch, 4) as module:
         layer = experts_of(hidden, middle, dtype, AiterMoE(adapter.load_experts()))

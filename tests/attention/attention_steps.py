@@ -115,7 +115,7 @@ def make_step(case: Case, layout_name: str, seed: int, scales: tuple[float, floa
     # As in a fused qkv: q, k and v are strided views of one tensor.
     heads = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
     q, new_k, new_v = qkv.split(heads, dim=1)
-    q, new_k, new_v = torch.cat([*qk_norm_rope(q, new_k, rope.cos_sin, *weights, rope.eps), new_v], 1).split(heads, 1)
+    q, new_k, new_v = torch.cat([*qk_norm_rope(q, new_k, rope), new_v], 1).split(heads, 1)
     ends = np.cumsum([new for _, new in rows])
     keys = [
         torch.cat([key[:cached], new_k[end - new : end]])

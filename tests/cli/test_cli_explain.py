@@ -14,12 +14,14 @@ from typing import Any
 
 import cli_terminal as cli
 import pytest
+import torch
 from explain_models import MODELS
 
 from miniserve.cli.explain import explain, ranges
 from miniserve.core import UserError
 from miniserve.models.config import load_model_config
 from miniserve.models.hub import locate
+from miniserve.models.options import BuildOptions
 from miniserve.models.outline import read_outline, shard, weight_bytes
 from miniserve.models.registry import build_model
 from miniserve.models.registry import weight_bytes as real_weight_bytes
@@ -155,7 +157,10 @@ def test_the_outline_agrees_with_the_models_that_the_engine_builds(tmp_path: Pat
     for path in outlines_of_served_models(tmp_path):
         outline = read_outline(json.loads((path / "config.json").read_text()), path.name)
         config = load_model_config(path)
-        model = build_model(config, dtype=outline.dtype, kv_dtype=outline.dtype, device="meta", max_model_len=16)
+        model = build_model(
+            config,
+            BuildOptions(dtype=outline.dtype, kv_dtype=outline.dtype, device=torch.device("meta"), max_model_len=16),
+        )
         assert outline.missing == ()
         for spec, real in zip(outline.layers, model.attention_specs, strict=True):
             assert spec is not None and spec.scale == pytest.approx(real.scale)

@@ -23,6 +23,7 @@ from miniserve.kernels import native
 from miniserve.models.config import load_model_config
 from miniserve.models.decoder import CausalLM
 from miniserve.models.loader import load_weights
+from miniserve.models.options import BuildOptions
 from miniserve.models.registry import build_model
 from miniserve.runner.runner import ModelRunner
 from miniserve.runner.sampler import Sampler
@@ -61,10 +62,7 @@ def small_model(path: Path, architecture: str, number: int, native_ops: bool = F
     reference_model(architecture, settings, seed=number).save_pretrained(path)
     model = build_model(
         load_model_config(path),
-        dtype=torch.float32,
-        kv_dtype=torch.float32,
-        device=CPU,
-        native=KERNELS if native_ops else None,
+        BuildOptions(dtype=torch.float32, kv_dtype=torch.float32, device=CPU, native=KERNELS if native_ops else None),
     )
     load_weights(model, path)
     return model

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from miniserve.attention.spec import AttentionSpec, QKRope
 from miniserve.kernels import native, native_build
 from miniserve.kernels.native import DecodeStep
-from miniserve.models.layers.ops import HeadShape, NativeOps, TorchOps
+from miniserve.models.layers.ops import NativeOps, Ops
 from miniserve.runner.sampling_blocks import argmax
 
 pytestmark = pytest.mark.skipif(
@@ -63,7 +64,7 @@ def test_linear_declines_what_it_cannot_pack() -> None:
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(dtype=DTYPES, rows=st.integers(1, 70), size=st.sampled_from([8, 50, 256, 1000]), seed=st.integers(0, 999))
 def test_norms_and_activation(dtype: torch.dtype, rows: int, size: int, seed: int) -> None:
-    reference, fused = TorchOps(), NativeOps(native.NativeKernels())
+    reference, fused = Ops(), NativeOps(native.NativeKernels())
     x, residual, weight = normal(seed, rows, size).to(dtype), normal(seed + 1, rows, size).to(dtype), None
     weight = normal(seed + 2, size).to(dtype)
     close(fused.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
@@ -79,17 +80,22 @@ def test_norms_and_activation(dtype: torch.dtype, rows: int, size: int, seed: in
 @given(
     dtype=DTYPES,
     tokens=st.sampled_from([1, 3, 40]),
-    shape=st.builds(HeadShape, st.sampled_from([1, 4, 6]), st.sampled_from([1, 2]), st.sampled_from([16, 40, 80, 128])),
+    heads=st.sampled_from([1, 4, 6]),
+    kv_heads=st.sampled_from([1, 2]),
+    head_dim=st.sampled_from([16, 40, 80, 128]),
     norm=st.booleans(),
     seed=st.integers(0, 999),
 )
-def test_split_norm_rope(dtype: torch.dtype, tokens: int, shape: HeadShape, norm: bool, seed: int) -> None:
-    width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-    qkv, angles = normal(seed, tokens, width).to(dtype), 100 * normal(seed + 1, tokens, shape.head_dim // 2)
+def test_split_norm_rope(
+    dtype: torch.dtype, tokens: int, heads: int, kv_heads: int, head_dim: int, norm: bool, seed: int
+) -> None:
+    spec = AttentionSpec(heads, kv_heads, head_dim, 1.0, dtype, dtype)
+    qkv = normal(seed, tokens, (heads + 2 * kv_heads) * head_dim).to(dtype)
+    angles = 100 * normal(seed + 1, tokens, head_dim // 2)
     cos_sin = torch.cat([angles.cos(), angles.sin()], dim=1)
-    q_weight, k_weight = (normal(seed + i, shape.head_dim).to(dtype) if norm else None for i in (2, 3))
-    want = TorchOps().split_norm_rope(qkv.clone(), shape, cos_sin, q_weight, k_weight, 1e-6)
-    got = NativeOps(native.NativeKernels()).split_norm_rope(qkv.clone(), shape, cos_sin, q_weight, k_weight, 1e-6)
+    q_weight, k_weight = (normal(seed + i, head_dim).to(dtype) if norm else None for i in (2, 3))
+    rope = QKRope(cos_sin, q_weight, k_weight, 1e-6)
+    want, got = (each.split_norm_rope(qkv.clone(), spec, rope) for each in (Ops(), NativeOps(native.NativeKernels())))
     for mine, theirs in zip(got, want, strict=True):
         close(mine, theirs)
 

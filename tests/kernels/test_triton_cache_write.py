@@ -17,6 +17,7 @@ from triton_support import (
     relative_error,
 )
 
+from miniserve.attention.spec import QKRope
 from miniserve.kernels.triton.cache_write import rope_and_write, write_kv, write_latent
 from miniserve.models.layers.ops import qk_norm_rope
 
@@ -118,7 +119,7 @@ def test_rope_and_write(
         head_dim=head_dim, block_size=16, shuffled=shuffled, k_out=k_out,
     )  # fmt: skip
     q, k, v = qkv.unflatten(1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=1)
-    want_q, want_k = qk_norm_rope(q, k, cos_sin, *weights, 1e-6)
+    want_q, want_k = qk_norm_rope(q, k, QKRope(cos_sin, *weights, 1e-6))
     # Both round alike; only a sum's order may tip a rounding.
     ulp = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}[dtype]
     assert relative_error(q_out, want_q) < ulp

@@ -27,6 +27,7 @@ from miniserve.engine.step_log import StepLog
 from miniserve.models.config import load_model_config
 from miniserve.models.decoder import CausalLM
 from miniserve.models.loader import load_weights
+from miniserve.models.options import BuildOptions
 from miniserve.models.registry import build_model
 from miniserve.runner import chunk_graph
 from miniserve.runner.chunk_graph import ChunkGraphs
@@ -43,7 +44,9 @@ PROMPTS = (5, 4, 30, 20)
 
 @pytest.fixture(scope="module")
 def model() -> CausalLM:
-    model = build_model(load_model_config(MODEL), dtype=torch.float32, kv_dtype=torch.float32, device=DEVICE)
+    model = build_model(
+        load_model_config(MODEL), BuildOptions(dtype=torch.float32, kv_dtype=torch.float32, device=torch.device(DEVICE))
+    )
     load_weights(model, MODEL)
     return model
 

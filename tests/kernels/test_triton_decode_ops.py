@@ -6,6 +6,7 @@ import pytest
 import torch
 from triton_support import DEVICE, DTYPES, normal, relative_error
 
+from miniserve.attention.spec import AttentionSpec, QKRope
 from miniserve.kernels.triton import decode_step, elementwise, moe, moe_token, small_linear
 from miniserve.kernels.triton.small_linear import Chip, LinearTile, Workspace, choose_tile
 from miniserve.models.layers import ops
@@ -24,7 +25,7 @@ def test_norms(size: int, dtype: torch.dtype) -> None:
     weight = weight.to(dtype)
     x = wide[:, 5 : 5 + size]  # rows may be strided
     assert relative_error(elementwise.rms_norm(x, weight, 1e-6), ops.rms_norm(x, weight, 1e-6)) < TOLERANCE[dtype]
-    want, total = ops.add_rms_norm(x, residual, weight, 1e-6)
+    want, total = ops.Ops().add_rms_norm(x, residual, weight, 1e-6)
     got = elementwise.add_rms_norm(x.contiguous(), residual, weight, 1e-6)
     assert relative_error(got, want) < TOLERANCE[dtype]
     assert torch.equal(residual, total)
@@ -39,19 +40,19 @@ def test_silu_and_mul(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("with_norm", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 80])
 def test_norm_and_rope_within_a_fused_qkv(head_dim: int, with_norm: bool) -> None:
-    shape = ops.HeadShape(4, 2, head_dim)
+    spec = AttentionSpec(4, 2, head_dim, 1.0, torch.float32, torch.float32)
     qkv, cos_sin = normal(0, 4, 8 * head_dim), normal(1, 4, head_dim)
     weights = (normal(2, head_dim), normal(3, head_dim)) if with_norm else (None, None)
-    want = ops.TorchOps().split_norm_rope(qkv.clone(), shape, cos_sin, *weights, 1e-6)
+    want = ops.Ops().split_norm_rope(qkv.clone(), spec, QKRope(cos_sin, *weights, 1e-6))
     elementwise.norm_rope(qkv, cos_sin, *weights, 1e-6, num_heads=4, num_kv_heads=2, head_dim=head_dim)
-    for got, expected in zip(ops.split_heads(qkv, shape), want, strict=True):
+    for got, expected in zip(ops.split_heads(qkv, spec), want, strict=True):
         assert relative_error(got, expected) < 1e-5
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_the_rope_of_latent_attention(interleaved: bool) -> None:
     q, k, cos_sin = normal(0, 4, 3, 20)[:, :, 4:], normal(1, 4, 30)[:, 7:23], normal(2, 4, 16)
-    want = ops.TorchOps().rope_pair(q.clone(), k.clone(), cos_sin, interleaved=interleaved)
+    want = ops.Ops().rope_pair(q.clone(), k.clone(), cos_sin, interleaved=interleaved)
     elementwise.rope_pair(q, k, cos_sin, interleaved=interleaved)
     assert relative_error(q, want[0]) < 1e-5
     assert relative_error(k, want[1]) < 1e-5

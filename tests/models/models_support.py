@@ -14,6 +14,7 @@ from miniserve.attention.spec import AttentionLayer, LatentLayer
 from miniserve.models.config import load_model_config
 from miniserve.models.decoder import CausalLM
 from miniserve.models.loader import load_weights
+from miniserve.models.options import BuildOptions
 from miniserve.models.registry import build_model
 
 VOCAB = 101
@@ -155,7 +156,7 @@ def reference_model(architecture: str, settings: dict[str, Any], seed: int = 0) 
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> CausalLM:
     """Our model of a checkpoint, through the whole way: config.json, meta device, safetensors."""
-    model = build_model(load_model_config(path), dtype=dtype, kv_dtype=dtype, device="cpu")
+    model = build_model(load_model_config(path), BuildOptions(dtype=dtype, kv_dtype=dtype, device=torch.device("cpu")))
     load_weights(model, path)
     return model
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from miniserve.core import UserError
 from miniserve.models.config import SUPPORTED_ARCHITECTURES, ModelConfig, RopeConfig, load_model_config
+from miniserve.models.options import BuildOptions
 from miniserve.models.registry import build_model, weight_bytes
 
 LLAMA: dict[str, Any] = {
@@ -187,7 +188,12 @@ def test_the_stored_dtype_comes_from_the_tensors_where_the_config_is_silent(tmp_
 
 def test_a_context_that_is_too_long_is_refused_and_dynamic_scaling_says_why(tmp_path: Path) -> None:
     def build(config: ModelConfig, length: int) -> None:
-        build_model(config, dtype=torch.float32, kv_dtype=torch.float32, device="meta", max_model_len=length)
+        build_model(
+            config,
+            BuildOptions(
+                dtype=torch.float32, kv_dtype=torch.float32, device=torch.device("meta"), max_model_len=length
+            ),
+        )
 
     build(read(tmp_path, PLAIN), 4096)
     with pytest.raises(UserError, match=r"--max-model-len 4097 is above .* use --max-model-len 4096 or less"):
@@ -208,7 +214,9 @@ def test_a_context_that_is_too_long_is_refused_and_dynamic_scaling_says_why(tmp_
 )  # fmt: skip
 def test_known_models_are_described_without_memory(content: dict[str, Any], billions: float, tmp_path: Path) -> None:
     config = read(tmp_path, content)
-    model = build_model(config, dtype=torch.bfloat16, kv_dtype=torch.bfloat16, device="meta")
+    model = build_model(
+        config, BuildOptions(dtype=torch.bfloat16, kv_dtype=torch.bfloat16, device=torch.device("meta"))
+    )
     assert all(parameter.is_meta for parameter in model.parameters())
     assert len(model.attention_specs) == config.num_layers
     assert model.attention_specs[0].num_kv_heads == 8

@@ -15,6 +15,7 @@ from miniserve.core import UserError
 from miniserve.models.config import ModelConfig, load_model_config
 from miniserve.models.description import LatentConfig, MoEConfig
 from miniserve.models.loader import dummy_weights
+from miniserve.models.options import BuildOptions
 from miniserve.models.registry import build_model, weight_bytes
 
 torch.set_num_threads(1)
@@ -183,7 +184,10 @@ def test_what_is_not_supported_is_named(content: dict[str, Any], said: str, tmp_
 )
 def test_known_models_are_described_without_memory(content: dict[str, Any], billions: float, tmp_path: Path) -> None:
     config = read(tmp_path, content)
-    model = build_model(config, dtype=torch.bfloat16, kv_dtype=torch.bfloat16, device="meta", max_model_len=64)
+    model = build_model(
+        config,
+        BuildOptions(dtype=torch.bfloat16, kv_dtype=torch.bfloat16, device=torch.device("meta"), max_model_len=64),
+    )
     assert len(model.attention_specs) == config.num_layers
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=1e-3)
     routers = sum(p.numel() for p in model.parameters() if p.dtype == torch.float32)
@@ -230,7 +234,9 @@ def test_dummy_weights_of_a_sparse_model_run(tmp_path: Path) -> None:
         config = load_model_config(tmp_path)
         logits = []
         for _ in range(2):
-            model = build_model(config, dtype=torch.float32, kv_dtype=torch.float32, device="cpu")
+            model = build_model(
+                config, BuildOptions(dtype=torch.float32, kv_dtype=torch.float32, device=torch.device("cpu"))
+            )
             dummy_weights(model, seed=7)
             logits.append(run(model, DenseContext(), [(0, torch.arange(VOCAB) % 40)]))
         assert logits[0].isfinite().all()

@@ -16,6 +16,7 @@ from miniserve.models.config import load_model_config
 from miniserve.models.decoder import CausalLM
 from miniserve.models.kv_scales import set_kv_scales
 from miniserve.models.loader import load_weights, read_kv_scales
+from miniserve.models.options import BuildOptions
 from miniserve.models.registry import build_model
 
 FN, FNUZ = torch.float8_e4m3fn, torch.float8_e4m3fnuz
@@ -44,7 +45,9 @@ def _of(layer: int, name: str) -> str:
 
 
 def loaded(path: Path, kv_dtype: torch.dtype) -> tuple[CausalLM, list[str]]:
-    model = build_model(load_model_config(path), dtype=torch.float32, kv_dtype=kv_dtype, device="cpu")
+    model = build_model(
+        load_model_config(path), BuildOptions(dtype=torch.float32, kv_dtype=kv_dtype, device=torch.device("cpu"))
+    )
     load_weights(model, path)
     return model, set_kv_scales(model, read_kv_scales(model, path))
 

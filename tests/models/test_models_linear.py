@@ -7,7 +7,15 @@ import torch
 from torch.nn import functional
 
 from miniserve.models.layers.embedding import Embedding, TiedLMHead
-from miniserve.models.layers.linear import Linear, PackedCpuMethod, PlainMethod, can_pack, choose_method
+from miniserve.models.layers.linear import (
+    ONEDNN,
+    PLAIN,
+    Linear,
+    LinearMethod,
+    PackedMethod,
+    can_pack,
+    choose_packing,
+)
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -27,7 +35,7 @@ def loaded(layer: Linear, seed: int = 0) -> Linear:
 @pytest.mark.parametrize("dtype", packable)
 def test_packed_equals_plain(dtype: torch.dtype, bias: bool, shape: tuple[int, int], rows: int) -> None:
     out_features, in_features = shape
-    layer = loaded(Linear(in_features, {"o": out_features}, bias=bias, dtype=dtype, method=PackedCpuMethod()))
+    layer = loaded(Linear(in_features, {"o": out_features}, bias=bias, dtype=dtype, method=PackedMethod(ONEDNN)))
     weight, bias_values = layer.weight.data, layer.bias
     layer.finish()
     assert layer.weight is None
@@ -41,16 +49,16 @@ def test_packed_equals_plain(dtype: torch.dtype, bias: bool, shape: tuple[int, i
 
 
 def test_plain_method_keeps_the_weight() -> None:
-    layer = loaded(Linear(8, {"o": 4}, bias=True, dtype=torch.float32, method=PlainMethod()))
+    layer = loaded(Linear(8, {"o": 4}, bias=True, dtype=torch.float32, method=LinearMethod()))
     layer.finish()
     x = torch.ones(2, 8)
     torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias)
 
 
-@pytest.mark.parametrize("method", [PlainMethod, PackedCpuMethod] if packable else [PlainMethod])
-def test_a_tied_head_multiplies_with_the_embedding_and_leaves_it_there(method: type) -> None:
+@pytest.mark.parametrize("method", [LinearMethod(), PackedMethod(ONEDNN)] if packable else [LinearMethod()])
+def test_a_tied_head_multiplies_with_the_embedding_and_leaves_it_there(method: LinearMethod) -> None:
     embedding = Embedding(50, 16, torch.float32, functional.embedding)
-    head = TiedLMHead(embedding, dtype=torch.float32, method=method())
+    head = TiedLMHead(embedding, dtype=torch.float32, method=method)
     assert list(head.pieces("lm_head")) == []
     embedding.allocate(CPU)
     embedding.fill_dummy(torch.Generator().manual_seed(0))
@@ -62,7 +70,7 @@ def test_a_tied_head_multiplies_with_the_embedding_and_leaves_it_there(method: t
 
 def test_a_fused_layer_asks_for_each_part_and_places_it_in_its_rows() -> None:
     parts = {"q_proj": 4, "k_proj": 2, "v_proj": 2}
-    layer = Linear(3, parts, bias=True, dtype=torch.float32, method=PlainMethod())
+    layer = Linear(3, parts, bias=True, dtype=torch.float32, method=LinearMethod())
     layer.allocate(CPU)
     for value, piece in enumerate(layer.pieces("model.layers.0.self_attn.qkv_proj")):
         layer.target(piece).copy_(torch.full(piece.shape, float(value)))
@@ -74,9 +82,9 @@ def test_a_fused_layer_asks_for_each_part_and_places_it_in_its_rows() -> None:
 
 
 def test_the_method_follows_device_and_dtype() -> None:
-    assert isinstance(choose_method(torch.bfloat16, torch.device("meta"), 32, 48, None), PlainMethod)
-    assert isinstance(choose_method(torch.bfloat16, torch.device("cuda"), 32, 48, None), PlainMethod)
-    packed = isinstance(choose_method(torch.float32, CPU, 32, 48, None), PackedCpuMethod)
+    for device in ("meta", "cuda"):
+        assert choose_packing(torch.bfloat16, torch.device(device), [(32, 48)], None) is PLAIN
+    packed = choose_packing(torch.float32, CPU, [(32, 48)], None) is ONEDNN
     assert packed == can_pack(torch.float32)
 
 

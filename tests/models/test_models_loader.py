@@ -19,6 +19,7 @@ from miniserve.models.config import load_model_config
 from miniserve.models.layers.base import Layer
 from miniserve.models.layers.linear import can_pack
 from miniserve.models.loader import dummy_weights, load_weights
+from miniserve.models.options import BuildOptions
 from miniserve.models.registry import build_model, weight_bytes
 
 torch.set_num_threads(1)
@@ -138,7 +139,7 @@ def test_weights_are_converted_to_the_dtype_asked_for(stored: torch.dtype, dtype
 def test_progress_is_told_in_bytes_up_to_the_whole(tmp_path: Path) -> None:
     checkpoint(tmp_path, tie_word_embeddings=False)
     config = load_model_config(tmp_path)
-    model = build_model(config, dtype=torch.bfloat16, kv_dtype=torch.bfloat16, device="cpu")
+    model = build_model(config, BuildOptions(dtype=torch.bfloat16, kv_dtype=torch.bfloat16, device=torch.device("cpu")))
     seen: list[tuple[int, int]] = []
     load_weights(model, tmp_path, progress=lambda done, total: seen.append((done, total)))
     total = weight_bytes(config, torch.bfloat16)
@@ -151,7 +152,9 @@ def test_dummy_weights_are_reproducible_and_run(tmp_path: Path) -> None:
     config = load_model_config(tmp_path)
 
     def logits(seed: int) -> torch.Tensor:
-        model = build_model(config, dtype=torch.bfloat16, kv_dtype=torch.bfloat16, device="cpu")
+        model = build_model(
+            config, BuildOptions(dtype=torch.bfloat16, kv_dtype=torch.bfloat16, device=torch.device("cpu"))
+        )
         dummy_weights(model, seed)
         assert (model.model.norm.weight == 1).all()
         assert 0.015 < float(model.model.embed_tokens.weight.float().std()) < 0.025
@@ -178,10 +181,11 @@ MEASURE = """
 import resource, sys, torch
 from miniserve.models.config import load_model_config
 from miniserve.models.loader import load_weights
+from miniserve.models.options import BuildOptions
 from miniserve.models.registry import build_model, weight_bytes
 torch.set_num_threads(1)
 config = load_model_config(sys.argv[1])
-model = build_model(config, dtype=torch.bfloat16, kv_dtype=torch.bfloat16, device="cpu")
+model = build_model(config, BuildOptions(torch.bfloat16, torch.bfloat16, torch.device("cpu")))
 torch.ones(8, 8, dtype=torch.bfloat16) @ torch.ones(8, 8, dtype=torch.bfloat16)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 load_weights(model, sys.argv[1])
@@ -197,7 +201,9 @@ def test_loading_never_holds_a_second_copy(tmp_path: Path) -> None:
     config.architectures = ["MistralForCausalLM"]
     config.save_pretrained(tmp_path)
     bfloat16 = torch.bfloat16
-    model = build_model(load_model_config(tmp_path), dtype=bfloat16, kv_dtype=bfloat16, device="cpu")
+    model = build_model(
+        load_model_config(tmp_path), BuildOptions(dtype=bfloat16, kv_dtype=bfloat16, device=torch.device("cpu"))
+    )
     pieces = [
         piece for name, layer in model.named_modules() if isinstance(layer, Layer) for piece in layer.pieces(name)
     ]

@@ -10,9 +10,10 @@ from torch.nn import functional
 
 from miniserve.kernels import native
 from miniserve.models.description import MoEConfig
-from miniserve.models.layers.experts import Arithmetic, Experts, GroupedMoE, MoEMethod, choose_moe_method
+from miniserve.models.layers.experts import Experts, GroupedMoE, MoEMethod, choose_moe_method
+from miniserve.models.layers.linear import PLAIN as PLAIN_WEIGHTS
 from miniserve.models.layers.norm import RMSNorm
-from miniserve.models.layers.ops import TorchOps
+from miniserve.models.layers.ops import Ops
 from miniserve.models.layers.routing import Router, route, torch_routing
 
 torch.set_num_threads(1)
@@ -76,7 +77,7 @@ def test_the_router_multiplies_in_float32_whatever_the_model_computes_in() -> No
     router.allocate(CPU)
     # The experts differ in the ninth bit, which bfloat16 does not have.
     router.weight.data.copy_(torch.stack([torch.full((8,), 1.0), torch.full((8,), 1.0 + 2**-9)]))
-    norm = RMSNorm(8, 1e-6, torch.bfloat16, TorchOps())
+    norm = RMSNorm(8, 1e-6, torch.bfloat16, Ops())
     norm.allocate(CPU)
     norm.weight.data.fill_(1.0)
     x, residual, _, ids = router(norm, *torch.ones(2, 1, 8, dtype=torch.bfloat16))
@@ -85,7 +86,7 @@ def test_the_router_multiplies_in_float32_whatever_the_model_computes_in() -> No
 
 
 def methods(dtype: torch.dtype) -> list[MoEMethod]:
-    plain = GroupedMoE(Arithmetic("PyTorch", lambda weight: weight, functional.linear))
+    plain = GroupedMoE(PLAIN_WEIGHTS)
     chosen = [choose_moe_method(dtype, CPU, 64, 32, kernels) for kernels in (None, KERNELS)]
     return [plain, *chosen]
 

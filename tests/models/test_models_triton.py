@@ -11,6 +11,7 @@ from models_support import VOCAB, DenseContext, load, random_settings, reference
 
 from miniserve.models.config import load_model_config
 from miniserve.models.loader import load_weights
+from miniserve.models.options import BuildOptions
 from miniserve.models.registry import build_model
 
 pytest.importorskip("triton")
@@ -33,7 +34,9 @@ def test_experts_chosen_with_the_norm_or_after_it(
     monkeypatch.setattr(runtime, "choose_tile", lambda *shape, gated: None)  # linears in PyTorch, which takes no minute
     kernels = runtime.TritonKernels(torch.device("cpu"))
     config = load_model_config(tmp_path)
-    ours = build_model(config, dtype=torch.float32, kv_dtype=torch.float32, device="cpu", triton=kernels)
+    ours = build_model(
+        config, BuildOptions(dtype=torch.float32, kv_dtype=torch.float32, device=torch.device("cpu"), triton=kernels)
+    )
     load_weights(ours, tmp_path)
     plain, generator = load(tmp_path), torch.Generator().manual_seed(0)
     contexts = DenseContext(), DenseContext()

@@ -30,6 +30,7 @@ from miniserve.kernels.native_calls import replay
 from miniserve.models.config import load_model_config
 from miniserve.models.decoder import CausalLM
 from miniserve.models.loader import dummy_weights
+from miniserve.models.options import BuildOptions
 from miniserve.models.registry import build_model
 from miniserve.runner import native_graph
 from miniserve.runner.native_arena import plan_arena
@@ -80,7 +81,7 @@ def make_model(
     path: Path, settings: dict[str, Any], dtype: torch.dtype = torch.bfloat16, kernels: NativeKernels | None = KERNELS
 ) -> CausalLM:
     (path / "config.json").write_text(json.dumps(SHAPE | settings))
-    model = build_model(load_model_config(path), dtype=dtype, kv_dtype=dtype, device=CPU, native=kernels)
+    model = build_model(load_model_config(path), BuildOptions(dtype=dtype, kv_dtype=dtype, device=CPU, native=kernels))
     dummy_weights(model, seed=1)
     return model
 

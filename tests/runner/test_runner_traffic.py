@@ -12,6 +12,7 @@ from models_support import random_settings, reference_model
 from miniserve.attention.layouts import LAYOUTS
 from miniserve.core import StepTraffic
 from miniserve.models.config import load_model_config
+from miniserve.models.options import BuildOptions
 from miniserve.models.registry import build_model
 from miniserve.runner import traffic
 from miniserve.runner.device_timer import DeviceTimer
@@ -24,7 +25,8 @@ def described(path: Path, architecture: str, tied: bool = False, **more: object)
     reference = reference_model(architecture, settings, seed=1)
     reference.save_pretrained(path)
     model = build_model(
-        load_model_config(path), dtype=torch.float32, kv_dtype=torch.float32, device="cpu", max_model_len=32
+        load_model_config(path),
+        BuildOptions(dtype=torch.float32, kv_dtype=torch.float32, device=torch.device("cpu"), max_model_len=32),
     )
     layout = LAYOUTS["latent" if model.config.latent is not None else "linear"](16)
     return traffic.step_traffic(model, layout, 5.0), reference
@@ -64,7 +66,10 @@ def test_layers_with_a_window_are_told_apart(tmp_path: Path) -> None:
     settings = random_settings("MistralForCausalLM", 1)
     settings["sliding_window"] = 9
     reference_model("MistralForCausalLM", settings, seed=1).save_pretrained(tmp_path)
-    model = build_model(load_model_config(tmp_path), dtype=torch.float32, kv_dtype=torch.bfloat16, device="cpu")
+    model = build_model(
+        load_model_config(tmp_path),
+        BuildOptions(dtype=torch.float32, kv_dtype=torch.bfloat16, device=torch.device("cpu")),
+    )
     ((window, size),) = traffic.step_traffic(model, LAYOUTS["linear"](16), None).kv
     assert window == 9
     assert size == sum(2 * spec.num_kv_heads * spec.head_dim * 2 for spec in model.attention_specs)

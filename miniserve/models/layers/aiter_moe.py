@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from miniserve.attention.aiter import AiterExperts, Unavailable, load_experts
 from miniserve.attention.platform import Platform
-from miniserve.models.layers.experts import Experts
+from miniserve.models.layers.experts import Experts, MoEMethod
 
 NAME = "aiter fused_moe"
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -42,8 +43,8 @@ def describe_experts(name: str, refused: str | None) -> str:
     return f"experts by {name}{f'; not by {NAME}: {refused}' if refused else ''}"
 
 
-class AiterMoE:
-    """A `MoEMethod`: the weights in the order that the kernels read them in, and padded with zeros to the
+class AiterMoE(MoEMethod):
+    """The weights in the order that the kernels read them in, and padded with zeros to the
     kernels' tiles (aiter's CK kernels pad nothing themselves) where a model's sizes are not multiples of these."""
 
     name = NAME
@@ -65,9 +66,7 @@ class AiterMoE:
         self._w2 = self._aiter.shuffle_weight(functional.pad(layer.w2.data, (0, wider, 0, more)))
         layer.register_parameter("w2", None)
 
-    def apply(
-        self, layer: Experts, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
-    ) -> torch.Tensor:
+    def apply(self, layer: Experts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         if (more := self._hidden_size - layer.hidden_size) > 0:
             x = functional.pad(x, (0, more))
         out = self._aiter.fused_moe(x.contiguous(), self._w1, self._w2, topk_weights.contiguous(), topk_ids.int())

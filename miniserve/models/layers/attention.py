@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from miniserve.attention.spec import AttentionSpec, QKRope, StepContext
 from miniserve.models.description import ModelConfig
 from miniserve.models.layers.base import Module
-from miniserve.models.layers.ops import HeadShape
 from miniserve.models.options import BuildOptions
 
 
@@ -19,9 +19,9 @@ class Attention:
 
     layer_index: int
     spec: AttentionSpec
-    k_scale: torch.Tensor
-    v_scale: torch.Tensor
-    sinks: torch.Tensor | None = None
+    k_scale: Tensor
+    v_scale: Tensor
+    sinks: Tensor | None = None
 
 
 def _attention_spec(config: ModelConfig, options: BuildOptions, layer_index: int) -> AttentionSpec:
@@ -40,7 +40,6 @@ def _attention_spec(config: ModelConfig, options: BuildOptions, layer_index: int
 class SelfAttention(Module):
     def __init__(self, config: ModelConfig, options: BuildOptions, layer_index: int) -> None:
         super().__init__()
-        self.shape = HeadShape(config.num_heads, config.num_kv_heads, config.head_dim)
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.qkv_proj = options.linear(
             config.hidden_size, {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}, bias=config.qkv_bias
@@ -52,14 +51,11 @@ class SelfAttention(Module):
         one = torch.ones(1, device=options.device)
         self.attn = Attention(layer_index, _attention_spec(config, options, layer_index), one, one)
 
-    def forward(self, x: torch.Tensor, cos_sin: torch.Tensor, ctx: StepContext) -> torch.Tensor:
+    def forward(self, x: Tensor, cos_sin: Tensor, ctx: StepContext) -> Tensor:
         qkv = self.qkv_proj(x)
         q_weight = self.q_norm.weight if self.q_norm is not None else None
         k_weight = self.k_norm.weight if self.k_norm is not None else None
+        rope = QKRope(cos_sin, q_weight, k_weight, self.eps)
         if ctx.fuses_rope:
-            out = ctx.attend_qkv(self.attn, qkv, QKRope(cos_sin, q_weight, k_weight, self.eps))
-        else:
-            q, k, v = self.ops.split_norm_rope(qkv, self.shape, cos_sin, q_weight, k_weight, self.eps)
-            out = ctx.attend(self.attn, q, k, v)
-        projected: torch.Tensor = self.o_proj(out)
-        return projected
+            return self.o_proj(ctx.attend_qkv(self.attn, qkv, rope))
+        return self.o_proj(ctx.attend(self.attn, *self.ops.split_norm_rope(qkv, self.attn.spec, rope)))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Layer(Module):
             empty = torch.empty_like(parameter, device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
 
-    def target(self, piece: Piece) -> torch.Tensor:
+    def target(self, piece: Piece) -> Tensor:
         return self.get_parameter(piece.parameter).data[piece.index]
 
     def fill_dummy(self, generator: torch.Generator) -> None:

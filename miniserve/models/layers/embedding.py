@@ -5,22 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from miniserve.models.layers.base import Layer, Piece
 from miniserve.models.layers.linear import Linear, LinearMethod
 
-LookUp = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (ids int64 [T], table [n, dim]) -> [T, dim]
+LookUp = Callable[[Tensor, Tensor], Tensor]  # (ids int64 [T], table [n, dim]) -> [T, dim]
 
 
 class Embedding(Layer):
-    weight: torch.Tensor
+    weight: Tensor
 
     def __init__(self, vocab_size: int, hidden_size: int, dtype: torch.dtype, look_up: LookUp) -> None:
         super().__init__()
         self._look_up = look_up
         self.declare("weight", (vocab_size, hidden_size), dtype)
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, input_ids: Tensor) -> Tensor:
         """input_ids: int64 [T] -> [T, hidden_size]."""
         return self._look_up(input_ids, self.weight)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from miniserve.attention.spec import AttentionSpec, LatentDims, StepContext
@@ -19,15 +18,20 @@ _LATENT_NORM_EPS = 1e-6
 class UpProjection(Layer):
     """kv_b_proj: from the latent to every head's key (without rope) and value. One weight, [num_heads * (nope_dim +
     v_head_dim), kv_lora_rank], makes keys and values (`expand`) and takes queries and outputs to and from the latent
-    instead (`absorb`, `project_out`: the two matrices absorbed into their neighbours, as section 2.1.2 suggests)."""
+    instead (`absorb`, `project_out`: the two matrices absorbed into their neighbours, as section 2.1.2 suggests).
 
-    weight: torch.Tensor
+    It is what the layer shows of itself to the attention backend (a `LatentLayer`)."""
 
-    def __init__(self, num_heads: int, latent: LatentConfig, dtype: torch.dtype) -> None:
+    weight: Tensor
+
+    def __init__(self, config: ModelConfig, options: BuildOptions, latent: LatentConfig, layer_index: int) -> None:
         super().__init__()
+        num_heads = config.num_heads
+        self.layer_index, self.spec = layer_index, _attention_spec(config, latent, options)
+        self.kv_scale = torch.ones(1, device=options.device)
         self._sizes = (latent.nope_dim, latent.v_head_dim)
         self._shape = (num_heads, latent.nope_dim + latent.v_head_dim, latent.kv_lora_rank)
-        self.declare("weight", (num_heads * self._shape[1], latent.kv_lora_rank), dtype)
+        self.declare("weight", (num_heads * self._shape[1], latent.kv_lora_rank), options.dtype)
         self._key, self._value = torch.empty(0), torch.empty(0)
 
     def finish(self) -> None:
@@ -35,42 +39,23 @@ class UpProjection(Layer):
         key, value = self.weight.data.view(self._shape).split(self._sizes, dim=1)
         self._key, self._value = key, value.transpose(1, 2)
 
-    def expand(self, kv_c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def expand(self, kv_c: Tensor) -> tuple[Tensor, Tensor]:
         """[N, kv_lora_rank] -> k_nope [N, num_heads, nope_dim], v [N, num_heads, v_head_dim]: views of one tensor."""
         both = functional.linear(kv_c, self.weight).unflatten(-1, self._shape[:2])
         k_nope, v = both.split(self._sizes, dim=-1)
         return k_nope, v
 
-    def absorb(self, q_nope: torch.Tensor) -> torch.Tensor:
+    def absorb(self, q_nope: Tensor) -> Tensor:
         """[T, num_heads, nope_dim] -> [T, num_heads, kv_lora_rank]."""
         return torch.bmm(q_nope.transpose(0, 1), self._key).transpose(0, 1)
 
-    def project_out(self, latent_out: torch.Tensor) -> torch.Tensor:
+    def project_out(self, latent_out: Tensor) -> Tensor:
         """[T, num_heads, kv_lora_rank] -> [T, num_heads * v_head_dim]."""
         rows, heads = latent_out.shape[:2]
         out = latent_out.new_empty(rows, heads, self._sizes[1])
         # Into its place at once: the product of many matrices has the heads first, and turning it would be a copy.
         torch.bmm(latent_out.transpose(0, 1), self._value, out=out.transpose(0, 1))
         return out.flatten(1)
-
-
-@dataclass(slots=True)
-class LatentAttention:
-    """What an MLA layer shows of itself to the attention backend (a `LatentLayer`)."""
-
-    layer_index: int
-    spec: AttentionSpec
-    kv_scale: torch.Tensor
-    kv_b_proj: UpProjection
-
-    def absorb(self, q_nope: torch.Tensor) -> torch.Tensor:
-        return self.kv_b_proj.absorb(q_nope)
-
-    def expand(self, kv_c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.kv_b_proj.expand(kv_c)
-
-    def project_out(self, latent_out: torch.Tensor) -> torch.Tensor:
-        return self.kv_b_proj.project_out(latent_out)
 
 
 def _attention_spec(config: ModelConfig, latent: LatentConfig, options: BuildOptions) -> AttentionSpec:
@@ -103,13 +88,15 @@ class LatentSelfAttention(Module):
             self.q_a_layernorm = options.norm(latent.q_lora_rank, _LATENT_NORM_EPS)
             self.q_b_proj = options.linear(latent.q_lora_rank, {"q_b_proj": q_size}, bias=False)
         self.kv_a_layernorm = options.norm(latent.kv_lora_rank, _LATENT_NORM_EPS)
-        self.kv_b_proj = UpProjection(heads, latent, options.dtype)
+        self.kv_b_proj = UpProjection(config, options, latent, layer_index)
         self.o_proj = options.linear(heads * latent.v_head_dim, {"o_proj": hidden}, bias=config.o_bias)
         self.ops, self.interleaved = options.ops, latent.rope_interleaved
-        spec = _attention_spec(config, latent, options)
-        self.attn = LatentAttention(layer_index, spec, torch.ones(1, device=options.device), self.kv_b_proj)
 
-    def forward(self, x: torch.Tensor, cos_sin: torch.Tensor, ctx: StepContext) -> torch.Tensor:
+    @property
+    def attn(self) -> UpProjection:
+        return self.kv_b_proj
+
+    def forward(self, x: Tensor, cos_sin: Tensor, ctx: StepContext) -> Tensor:
         if self.q_lora_rank is None:
             q, kv = self.q_proj(x), self.kv_a_proj(x)
         else:
@@ -119,6 +106,4 @@ class LatentSelfAttention(Module):
         kv_c = self.kv_a_layernorm(kv_c)
         q_nope, q_pe = q.unflatten(-1, (-1, sum(self.q_sizes))).split(self.q_sizes, dim=-1)
         q_pe, k_pe = self.ops.rope_pair(q_pe, k_pe, cos_sin, interleaved=self.interleaved)
-        out = ctx.attend_latent(self.attn, q_nope, q_pe, kv_c, k_pe)
-        projected: torch.Tensor = self.o_proj(out)
-        return projected
+        return self.o_proj(ctx.attend_latent(self.attn, q_nope, q_pe, kv_c, k_pe))

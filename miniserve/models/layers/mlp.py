@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
 from miniserve.models.description import ModelConfig, MoEConfig
 from miniserve.models.layers.base import Module
@@ -21,11 +21,10 @@ class MLP(Module):
         self.gate_up_proj = options.linear(hidden, {"gate_proj": middle, "up_proj": middle}, bias=config.mlp_bias)
         self.down_proj = options.linear(middle, {"down_proj": hidden}, bias=config.mlp_bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        projected: torch.Tensor = self.down_proj(self.ops.gated_linear(self.gate_up_proj, x))
-        return projected
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.ops.gated_linear(self.gate_up_proj, x))
 
-    def after(self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def after(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Adds x to the residual stream, both [T, hidden_size], and takes its norm as input. Returns what is then
         still to be added, and the stream."""
         x, residual = norm.add(x, residual)
@@ -37,15 +36,12 @@ class SparseMLP(Module):
         super().__init__()
         hidden, middle = config.hidden_size, moe.intermediate_size
         self.gate = Router(hidden, moe, options.routing)
-        self.experts = Experts(
-            moe.num_experts, hidden, middle, dtype=options.dtype, method=options.moe_method(hidden, middle)
-        )
+        method = options.moe_method(hidden, middle)
+        self.experts = Experts(moe.num_experts, hidden, middle, dtype=options.dtype, method=method)
         self.shared_experts = MLP(config, options, moe.shared_size) if moe.shared_size else None
 
-    def after(
-        self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor
-    ) -> tuple[torch.Tensor | PendingSum, torch.Tensor]:
+    def after(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor | PendingSum, Tensor]:
         """As `MLP.after`."""
         x, residual, topk_weights, topk_ids = self.gate(norm, x, residual)
-        out: torch.Tensor | PendingSum = self.experts(x, topk_weights, topk_ids)
+        out: Tensor | PendingSum = self.experts(x, topk_weights, topk_ids)
         return out if self.shared_experts is None else out + self.shared_experts(x), residual

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from miniserve.models.layers.base import Layer
 from miniserve.models.layers.ops import Ops, PendingSum
 
 
 class RMSNorm(Layer):
-    weight: torch.Tensor
+    weight: Tensor
 
     def __init__(self, size: int, eps: float, dtype: torch.dtype, ops: Ops) -> None:
         super().__init__()
@@ -17,13 +18,13 @@ class RMSNorm(Layer):
         self.eps = eps
         self.declare("weight", (size,), dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """x: [..., size] -> the same shape."""
         return self.ops.rms_norm(x, self.weight, self.eps)
 
-    def add(self, x: torch.Tensor | PendingSum, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def add(self, x: Tensor | PendingSum, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (norm(residual + x), residual + x); all [T, size]."""
-        if not isinstance(x, torch.Tensor):
+        if not isinstance(x, Tensor):
             return x.add_rms_norm(residual, self.weight, self.eps)
         return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from miniserve.core import UserError
@@ -20,7 +21,7 @@ class RotaryEmbedding(Module):
     that YaRN asks for.
     """
 
-    table: torch.Tensor
+    table: Tensor
 
     def __init__(
         self,
@@ -40,12 +41,12 @@ class RotaryEmbedding(Module):
         table = torch.cat((angles.cos(), angles.sin()), dim=-1).mul_(attention_factor)
         self.register_buffer("table", table.to(device), persistent=False)
 
-    def forward(self, positions: torch.Tensor) -> torch.Tensor:
+    def forward(self, positions: Tensor) -> Tensor:
         """positions: int64 [T] -> float32 [T, head_dim]."""
         return self._look_up(positions, self.table)
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[torch.Tensor, float]:
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
     """Returns (radians per position, float32 [head_dim/2]; the factor on cosines and sines)."""
     powers = rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     inv_freq = 1.0 / powers
@@ -61,7 +62,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[torch.Tensor, 
     raise UserError(f"rope type {rope.rope_type!r} is not supported.")
 
 
-def _llama3(rope: RopeConfig, inv_freq: torch.Tensor) -> torch.Tensor:
+def _llama3(rope: RopeConfig, inv_freq: Tensor) -> Tensor:
     """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, and a linear blend lies between."""
     factor, original = _given(rope.factor), _given(rope.original_max_position_embeddings)
     low, high = _given(rope.low_freq_factor), _given(rope.high_freq_factor)
@@ -72,7 +73,7 @@ def _llama3(rope: RopeConfig, inv_freq: torch.Tensor) -> torch.Tensor:
     return torch.where(wavelength < original / high, inv_freq, long_ones)
 
 
-def _yarn(rope: RopeConfig, powers: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, float]:
+def _yarn(rope: RopeConfig, powers: Tensor, head_dim: int) -> tuple[Tensor, float]:
     """YaRN (Peng et al. 2023): interpolate the slow dimensions, keep the fast ones, ramp between the two bounds."""
     factor, original = _given(rope.factor), _given(rope.original_max_position_embeddings)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from miniserve.models.description import MoEConfig
@@ -12,12 +13,10 @@ from miniserve.models.layers.base import Layer
 from miniserve.models.layers.norm import RMSNorm
 
 # The normed x and the residual stream, then a choice as `route` gives it.
-Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Routed = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def route(
-    logits: torch.Tensor, moe: MoEConfig, correction_bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def route(logits: Tensor, moe: MoEConfig, correction_bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """logits: float32 [T, num_experts] -> weights float32 and expert ids int64, both [T, top_k].
 
     Softmax or sigmoid scores; the choice may be limited to the best groups of experts, a group being as good as its
@@ -42,10 +41,10 @@ def route(
 class RoutingMethod(Protocol):
     """How `Router` computes its choice and the norm before it; then as `Router.forward`."""
 
-    def __call__(self, router: Router, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor) -> Routed: ...
+    def __call__(self, router: Router, norm: RMSNorm, x: Tensor, residual: Tensor) -> Routed: ...
 
 
-def torch_routing(router: Router, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor) -> Routed:
+def torch_routing(router: Router, norm: RMSNorm, x: Tensor, residual: Tensor) -> Routed:
     """A `RoutingMethod` for any device."""
     x, residual = norm.add(x, residual)
     logits = functional.linear(x.float(), router.weight)
@@ -55,8 +54,8 @@ def torch_routing(router: Router, norm: RMSNorm, x: torch.Tensor, residual: torc
 class Router(Layer):
     """The gate of a layer with routed experts. Its weights are float32: a rounded logit may choose another expert."""
 
-    weight: torch.Tensor
-    e_score_correction_bias: torch.Tensor | None
+    weight: Tensor
+    e_score_correction_bias: Tensor | None
 
     def __init__(self, hidden_size: int, moe: MoEConfig, method: RoutingMethod) -> None:
         super().__init__()
@@ -68,7 +67,7 @@ class Router(Layer):
         else:
             self.register_parameter("e_score_correction_bias", None)
 
-    def forward(self, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor) -> Routed:
+    def forward(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> Routed:
         """`norm.add`, then the choice for what that gives, so that a method can make both at once. x, residual: [T,
         hidden_size]."""
         return self.method(self, norm, x, residual)

@@ -3,77 +3,58 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
+from torch import Tensor
 from torch.nn import functional
 
-from miniserve.kernels.triton.runtime import TritonKernels
-from miniserve.models.layers.experts import TRITON_MOE, Experts
-from miniserve.models.layers.linear import Linear
+from miniserve.attention.spec import AttentionSpec, QKRope
+from miniserve.models.layers.experts import TRITON_MOE, Experts, MoEMethod
+from miniserve.models.layers.linear import Linear, LinearMethod
 from miniserve.models.layers.norm import RMSNorm
-from miniserve.models.layers.ops import HeadShape, split_heads
+from miniserve.models.layers.ops import Ops, split_heads
 from miniserve.models.layers.routing import Routed, Router, route
 
+if TYPE_CHECKING:
+    from miniserve.kernels.triton.runtime import TritonKernels
 
-class TritonMethod:
+
+class TritonMethod(LinearMethod):
     """The weight as it is, [out_features, in_features]: our kernel for few rows, the vendor's library for many."""
 
     def __init__(self, kernels: TritonKernels) -> None:
         self._kernels = kernels
 
-    def finish(self, layer: Linear) -> None:
-        pass
-
-    def apply(self, layer: Linear, x: torch.Tensor) -> torch.Tensor:
+    def apply(self, layer: Linear, x: Tensor) -> Tensor:
         y = self._kernels.linear(x, layer.weight, layer.bias)
         return functional.linear(x, layer.weight, layer.bias) if y is None else y
 
 
-class TritonOps:
-    """`Ops` through the Triton kernels."""
+class TritonOps(Ops):
+    """Through the Triton kernels."""
 
     def __init__(self, kernels: TritonKernels) -> None:
         self._kernels = kernels
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self._kernels.rms_norm(x, weight, eps)
 
-    def rope_pair(
-        self, q: torch.Tensor, k: torch.Tensor, cos_sin: torch.Tensor, *, interleaved: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def rope_pair(self, q: Tensor, k: Tensor, cos_sin: Tensor, *, interleaved: bool) -> tuple[Tensor, Tensor]:
         self._kernels.rope_pair(q, k, cos_sin, interleaved=interleaved)
         return q, k
 
-    def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return self._kernels.add_rms_norm(x, residual, weight, eps), residual
 
-    def split_norm_rope(
-        self,
-        qkv: torch.Tensor,
-        shape: HeadShape,
-        cos_sin: torch.Tensor,
-        q_weight: torch.Tensor | None,
-        k_weight: torch.Tensor | None,
-        eps: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        self._kernels.norm_rope(
-            qkv,
-            cos_sin,
-            q_weight,
-            k_weight,
-            eps,
-            num_heads=shape.num_heads,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-        )
-        return split_heads(qkv, shape)
+    def split_norm_rope(self, qkv: Tensor, spec: AttentionSpec, rope: QKRope) -> tuple[Tensor, Tensor, Tensor]:
+        heads = {"num_heads": spec.num_heads, "num_kv_heads": spec.num_kv_heads, "head_dim": spec.head_dim}
+        self._kernels.norm_rope(qkv, rope.cos_sin, rope.q_weight, rope.k_weight, rope.eps, **heads)
+        return split_heads(qkv, spec)
 
-    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         return self._kernels.silu_and_mul(gate_up)
 
-    def gated_linear(self, layer: Linear, x: torch.Tensor) -> torch.Tensor:
+    def gated_linear(self, layer: Linear, x: Tensor) -> Tensor:
         y = self._kernels.linear(x, layer.weight, layer.bias, gated=True)
         return self._kernels.silu_and_mul(functional.linear(x, layer.weight, layer.bias)) if y is None else y
 
@@ -84,7 +65,7 @@ class TritonRouting:
     def __init__(self, kernels: TritonKernels) -> None:
         self._kernels = kernels
 
-    def __call__(self, router: Router, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor) -> Routed:
+    def __call__(self, router: Router, norm: RMSNorm, x: Tensor, residual: Tensor) -> Routed:
         moe = router.moe
         if not self._kernels.can_route(moe.num_experts, moe.num_groups, moe.top_groups):
             x, residual = norm.add(x, residual)
@@ -110,33 +91,26 @@ class ExpertParts:
     """A `PendingSum`: parts float32 [T * K, hidden_size], a token's after one another, and what all tokens share."""
 
     kernels: TritonKernels
-    parts: torch.Tensor
-    shared: torch.Tensor | None = None
+    parts: Tensor
+    shared: Tensor | None = None
 
-    def __add__(self, shared: torch.Tensor) -> ExpertParts:
+    def __add__(self, shared: Tensor) -> ExpertParts:
         return replace(self, shared=shared)
 
-    def add_rms_norm(
-        self, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def add_rms_norm(self, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return self.kernels.add_pairs_norm(self.parts, self.shared, residual, weight, eps), residual
 
 
-class TritonMoE:
-    """A `MoEMethod`: the weights as they are."""
+class TritonMoE(MoEMethod):
+    """The weights as they are."""
 
     name = TRITON_MOE
 
     def __init__(self, kernels: TritonKernels) -> None:
         self._kernels = kernels
 
-    def finish(self, layer: Experts) -> None:
-        pass
-
-    def apply(
-        self, layer: Experts, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
-    ) -> torch.Tensor | ExpertParts:
+    def apply(self, layer: Experts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor | ExpertParts:
         if x.shape[0] == 1:
-            out: torch.Tensor = self._kernels.token_experts(x, layer.w1, layer.w2, topk_weights, topk_ids)
+            out: Tensor = self._kernels.token_experts(x, layer.w1, layer.w2, topk_weights, topk_ids)
             return out
         return ExpertParts(self._kernels, self._kernels.experts(x, layer.w1, layer.w2, topk_weights, topk_ids))
