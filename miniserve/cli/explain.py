@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from miniserve.cli.settings import with_settings
-from miniserve.config import EngineConfig, tuning_dir
+from miniserve.config import EngineConfig
 
 if TYPE_CHECKING:
     from miniserve.attention.spec import AttentionSpec
@@ -35,25 +35,13 @@ def explain(
     # Here and not above: torch would slow down `miniserve --help`.
     from miniserve.models.hub import locate_config
     from miniserve.models.outline import read_outline
-    from miniserve.runner.explain import Wishes
     from miniserve.runner.explain import explain as explain_model
 
     name, config = locate_config(
         engine.model, engine.revision, notify=lambda sentence: print(sentence, file=sys.stderr)
     )
     outline = read_outline(config, name)
-    wishes = Wishes(
-        device=device,
-        tp=tp,
-        kv_layout=engine.kv_layout,
-        kv_cache_dtype=engine.kv_cache_dtype,
-        attention_backend=engine.attention_backend,
-        aiter=engine.aiter,
-        dtype=engine.dtype,
-        block_size=engine.block_size,
-        max_model_len=engine.max_model_len,
-    )
-    found = explain_model(name, outline, wishes, tuning_dir())
+    found = explain_model(name, outline, engine, device, tp)
     print(json.dumps(to_json(found), indent=2) if as_json else to_text(found))
 
 

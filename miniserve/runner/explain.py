@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path as FilePath
 
 import torch
 
@@ -16,6 +15,7 @@ from miniserve.attention.platform import NAMED_PLATFORMS, Platform, detect_platf
 from miniserve.attention.select import Choice, select
 from miniserve.attention.spec import AttentionSpec
 from miniserve.attention.terms import LayerRoute
+from miniserve.config import EngineConfig, tuning_dir
 from miniserve.core import UserError
 from miniserve.kernels import native
 from miniserve.models.layers.aiter_moe import NAME as AITER_MOE
@@ -91,41 +91,27 @@ class Explanation:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wishes:
-    """What `explain` is asked: the engine's flags of these names, and how many GPUs share the model."""
-
-    device: str = "auto"
-    tp: int = 1
-    kv_layout: str = "auto"
-    kv_cache_dtype: str = "auto"
-    attention_backend: str = "auto"
-    aiter: bool = True
-    dtype: str = "auto"
-    block_size: int = 16
-    max_model_len: int | None = None
-    max_num_seqs: int = 256
-    gpu_memory_utilization: float = 0.9
-
-
-def explain(name: str, outline: Outline, wishes: Wishes, tuning: FilePath | None = None) -> Explanation:
-    """tuning: the directory of `miniserve tune`'s tables. Raises `UserError` where what was wished cannot be had, with
-    every reason."""
-    dtype = outline.dtype if wishes.dtype == "auto" else getattr(torch, wishes.dtype)
-    platform, memory = _hardware(wishes.device, dtype)
-    platform = platform if wishes.aiter else platform.without_aiter()
-    kv_dtype = dtype if wishes.kv_cache_dtype == "auto" else getattr(torch, wishes.kv_cache_dtype, platform.fp8_dtype)
-    layers = [None if spec is None else _part(spec, wishes.tp, dtype, kv_dtype) for spec in outline.layers]
+def explain(name: str, outline: Outline, config: EngineConfig, device: str, tp: int) -> Explanation:
+    """device: auto or one of `NAMED_PLATFORMS`, in place of config's; tp: how many GPUs share the model. Raises
+    `UserError` where what was wished cannot be had, with every reason."""
+    dtype = outline.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    platform, total = _hardware(device, dtype)
+    platform = platform if config.aiter else platform.without_aiter()
+    kv_dtype = dtype if config.kv_cache_dtype == "auto" else getattr(torch, config.kv_cache_dtype, platform.fp8_dtype)
+    layers = [
+        None if spec is None else dataclasses.replace(shard(spec, tp), dtype=dtype, kv_dtype=kv_dtype)
+        for spec in outline.layers
+    ]
     specs = [spec for spec in layers if spec is not None]
     choice = select(
         specs,
         platform,
-        block_size=wishes.block_size,
-        backend=wishes.attention_backend,
-        layout=wishes.kv_layout,
-        preferred=load_preferred(tuning, platform, specs, wishes.block_size),
+        block_size=config.block_size,
+        backend=config.attention_backend,
+        layout=config.kv_layout,
+        preferred=load_preferred(tuning_dir(), platform, specs, config.block_size),
     )
-    longest = min(wishes.max_model_len or outline.max_position_embeddings, outline.max_position_embeddings)
+    longest = min(config.max_model_len or outline.max_position_embeddings, outline.max_position_embeddings)
     kinds = tuple(
         LayerKind(layers=tuple(index for index, other in enumerate(layers) if other == spec), spec=spec)
         for spec in dict.fromkeys(layers)
@@ -133,17 +119,17 @@ def explain(name: str, outline: Outline, wishes: Wishes, tuning: FilePath | None
     return Explanation(
         model=name,
         outline=outline,
-        device=wishes.device,
+        device=device,
         platform=platform,
-        tp=wishes.tp,
-        block_size=wishes.block_size,
+        tp=tp,
+        block_size=config.block_size,
         max_model_len=longest,
         kinds=kinds,
         choice=choice,
-        paths=tuple(_paths(specs, platform, wishes.block_size)),
-        memory=_memory(outline, choice, specs, platform, wishes, memory, longest),
+        paths=tuple(_paths(specs, platform, config.block_size)),
+        memory=_memory(outline, choice, specs, platform, config, tp, total, longest),
         experts=_experts(outline, platform, dtype),
-        notes=tuple(_notes(outline, wishes, platform)),
+        notes=tuple(_notes(outline, config, device, tp, platform)),
     )
 
 
@@ -157,10 +143,6 @@ def _hardware(device: str, dtype: torch.dtype) -> tuple[Platform, int | None]:
     if not torch.cuda.is_available():
         return detect_platform(torch.device("cpu"), dtype), None
     return detect_platform(torch.device("cuda"), dtype), torch.cuda.mem_get_info()[1]
-
-
-def _part(spec: AttentionSpec, tp: int, dtype: torch.dtype, kv_dtype: torch.dtype) -> AttentionSpec:
-    return dataclasses.replace(shard(spec, tp), dtype=dtype, kv_dtype=kv_dtype)
 
 
 def _paths(specs: Sequence[AttentionSpec], platform: Platform, block_size: int) -> Iterator[Path]:
@@ -179,24 +161,25 @@ def _memory(
     choice: Choice,
     specs: Sequence[AttentionSpec],
     platform: Platform,
-    wishes: Wishes,
+    config: EngineConfig,
+    tp: int,
     total: int | None,
     longest: int,
 ) -> Memory:
-    layout = LAYOUTS[choice.layout](wishes.block_size)
+    layout = LAYOUTS[choice.layout](config.block_size)
     block = block_bytes(choice, layout, specs)
-    weights = weight_bytes(outline, wishes.tp)
-    scratch = scratch_bytes(choice, specs, platform, wishes.max_num_seqs, longest)
-    usable = None if total is None else int(total * wishes.gpu_memory_utilization)
+    weights = weight_bytes(outline, tp)
+    scratch = scratch_bytes(choice, specs, platform, config.max_num_seqs, longest)
+    usable = None if total is None else int(total * config.gpu_memory_utilization)
     tokens = None
     if usable is not None and weights is not None:
-        tokens = max(0, usable - weights - scratch) // block * wishes.block_size
+        tokens = max(0, usable - weights - scratch) // block * config.block_size
     return Memory(
         total=total,
         usable=usable,
         weights=weights,
         scratch=scratch,
-        kv_bytes_per_token=block // wishes.block_size,
+        kv_bytes_per_token=block // config.block_size,
         tokens=tokens,
         least_tp=_least_tp(outline, usable) if tokens == 0 and usable is not None else None,
     )
@@ -228,19 +211,19 @@ def _least_tp(outline: Outline, usable: int) -> int | None:
     return None
 
 
-def _notes(outline: Outline, wishes: Wishes, platform: Platform) -> Iterator[str]:
+def _notes(outline: Outline, config: EngineConfig, device: str, tp: int, platform: Platform) -> Iterator[str]:
     yield from outline.missing
-    if wishes.tp > 1:
-        yield f"each of {wishes.tp} GPUs' part is shown; the engine itself serves TP 1 at present"
+    if tp > 1:
+        yield f"each of {tp} GPUs' part is shown; the engine itself serves TP 1 at present"
     kv_heads = {spec.num_kv_heads for spec in outline.specs if spec.latent is None}
     for count in sorted(kv_heads):
-        if wishes.tp > count:
-            yield f"{count} KV heads on {wishes.tp} GPUs: each head's cache is kept on {wishes.tp // count} of them"
-    if wishes.tp > 1 and any(spec.latent is not None for spec in outline.specs):
-        yield f"the latent cache is the same for all heads and is kept whole on each of {wishes.tp} GPUs"
+        if tp > count:
+            yield f"{count} KV heads on {tp} GPUs: each head's cache is kept on {tp // count} of them"
+    if tp > 1 and any(spec.latent is not None for spec in outline.specs):
+        yield f"the latent cache is the same for all heads and is kept whole on each of {tp} GPUs"
     if None in outline.layers:
         yield "layers of linear attention keep a state of fixed size for each sequence, which is not counted"
-    if outline.fp8_kv and wishes.kv_cache_dtype == "auto":
+    if outline.fp8_kv and config.kv_cache_dtype == "auto":
         yield "the checkpoint states scales for an fp8 KV cache; --kv-cache-dtype fp8 shows one"
-    if wishes.device in NAMED_PLATFORMS and platform.aiter_version is not None:
+    if device in NAMED_PLATFORMS and platform.aiter_version is not None:
         yield f"aiter v{'.'.join(map(str, platform.aiter_version))} and Triton are taken to be installed"
