@@ -14,11 +14,8 @@ from typing import Any
 from miniserve.core import UserError
 from miniserve.models.config_families import FAMILIES
 from miniserve.models.config_rope import listed, longest_context, read_rope
-from miniserve.models.description import ModelConfig, RopeConfig
+from miniserve.models.description import ModelConfig
 
-__all__ = ["SUPPORTED_ARCHITECTURES", "ModelConfig", "RopeConfig", "load_model_config"]
-
-SUPPORTED_ARCHITECTURES = tuple(FAMILIES)
 SUPPORTED_DTYPES = ("bfloat16", "float16", "float32")
 # transformers knows SiLU by two names.
 SUPPORTED_ACTIVATIONS = ("silu", "swish")
@@ -28,14 +25,32 @@ _FLOAT_TAGS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 def load_model_config(path: str | Path) -> ModelConfig:
     """Read `path`/config.json through transformers. Raises `UserError` naming the setting that is not supported."""
-    raw = _read_json(Path(path) / "config.json")
-    architecture = _architecture(raw, Path(path))
+    raw = read_json(Path(path) / "config.json")
+    check_config(raw, str(path))
+    architecture = _architecture(raw)
     from transformers import AutoConfig
 
     with _config_errors(Path(path)):
         _refuse_unreadable(raw)
         hf = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         return _from_transformers(hf, architecture, _stored_dtype(hf, Path(path)))
+
+
+def check_config(config: dict[str, Any], name: str) -> None:
+    """Raise `UserError` where config.json alone tells that miniserve cannot serve the model called `name`: its
+    architecture is another, or its weights are quantised. (`load_model_config` looks at the rest.)"""
+    declared = config.get("architectures")
+    names = [str(entry) for entry in declared] if isinstance(declared, list) else []
+    if not any(entry in FAMILIES for entry in names):
+        raise UserError(
+            f"{name} is a {listed(names) or 'model that names no architecture'}, which miniserve does not support: "
+            f"choose a model of one of {listed(FAMILIES)}."
+        )
+    if (method := weight_quantization(config)) is not None:
+        raise UserError(
+            f"{name} has quantised weights ({method}), which miniserve does not support: "
+            "choose the model's unquantised repository."
+        )
 
 
 def weight_quantization(raw: dict[str, Any]) -> str | None:
@@ -49,11 +64,6 @@ def weight_quantization(raw: dict[str, Any]) -> str | None:
 
 def _refuse_unreadable(raw: dict[str, Any]) -> None:
     """What transformers, depending on its version, would fail at or act upon before it can be looked at."""
-    if (method := weight_quantization(raw)) is not None:
-        raise UserError(
-            f"Quantised weights (quantization_config, method {method!r}) are not supported; choose the unquantised "
-            f"checkpoint of this model, stored as {listed(SUPPORTED_DTYPES)}."
-        )
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if any(isinstance(value, dict) for value in rope.values()):
         raise UserError("rope_parameters that differ between layer types are not supported; one set for all layers is.")
@@ -92,30 +102,25 @@ def _from_transformers(hf: Any, architecture: str, dtype: str) -> ModelConfig:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a model's file. Raises `UserError` where there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} has no config.json; give the directory of a Hugging Face model.") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from error
+        raise UserError(f"{path} cannot be read as JSON ({error}): fetch the model again.") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object.")
+        raise UserError(f"{path} does not hold a JSON object: fetch the model again.")
     return content
 
 
-def _architecture(raw: dict[str, Any], path: Path) -> str:
-    names = raw.get("architectures") or []
-    known = [name for name in names if name in FAMILIES]
-    if not known:
-        found = listed(names) or f"none named in {path / 'config.json'}"
-        raise UserError(f"Architecture not supported ({found}); supported: {listed(SUPPORTED_ARCHITECTURES)}.")
-    if raw.get("model_type") != (model_type := FAMILIES[known[0]][0]):
+def _architecture(raw: dict[str, Any]) -> str:
+    architecture: str = next(name for name in raw["architectures"] if name in FAMILIES)
+    if raw.get("model_type") != (model_type := FAMILIES[architecture][0]):
         raise UserError(
-            f"config.json names {known[0]} with model_type {raw.get('model_type')!r}, which do not belong together; "
-            f"model_type must be {model_type!r}."
+            f"config.json names {architecture} with model_type {raw.get('model_type')!r}, which do not belong "
+            f"together; model_type must be {model_type!r}."
         )
-    return str(known[0])
+    return architecture
 
 
 def _stored_dtype(hf: Any, path: Path) -> str:

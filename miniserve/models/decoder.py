@@ -11,9 +11,10 @@ from miniserve.attention.spec import StepContext
 from miniserve.models.description import ModelConfig
 from miniserve.models.layers.attention import SelfAttention
 from miniserve.models.layers.base import Module
-from miniserve.models.layers.embedding import Embedding, LMHead, TiedLMHead
+from miniserve.models.layers.embedding import Embedding, TiedLMHead
 from miniserve.models.layers.experts import Experts, MoEMethod
 from miniserve.models.layers.latent_attention import LatentSelfAttention
+from miniserve.models.layers.linear import Linear
 from miniserve.models.layers.mlp import MLP, SparseMLP
 from miniserve.models.layers.ops import PendingSum
 from miniserve.models.layers.rotary import RotaryEmbedding
@@ -72,6 +73,13 @@ class Decoder(Module):
         return x
 
 
+def _head(config: ModelConfig, options: BuildOptions, embedding: Embedding) -> Linear:
+    if config.tie_word_embeddings:
+        method = options.method(config.hidden_size, config.vocab_size)
+        return TiedLMHead(embedding, dtype=options.dtype, method=method)
+    return options.linear(config.hidden_size, {"lm_head": config.vocab_size}, bias=False)
+
+
 class CausalLM(Module):
     """The whole model, on the meta device until `loader` fills it. `attention_specs` has one entry per layer."""
 
@@ -81,12 +89,7 @@ class CausalLM(Module):
         self.options = options
         self.model = Decoder(config, options)
         self.attention_specs = self.model.attention_specs
-        method = options.method(config.hidden_size, config.vocab_size)
-        self.lm_head: LMHead
-        if config.tie_word_embeddings:
-            self.lm_head = TiedLMHead(self.model.embed_tokens, dtype=options.dtype, method=method)
-        else:
-            self.lm_head = LMHead(config.vocab_size, config.hidden_size, dtype=options.dtype, method=method)
+        self.lm_head = _head(config, options, self.model.embed_tokens)
 
     def forward(self, input_ids: Tensor, positions: Tensor, ctx: StepContext) -> Tensor:
         """input_ids, positions: int64 [T] -> hidden states after the last norm, [T, hidden_size]."""

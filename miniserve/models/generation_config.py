@@ -31,10 +31,10 @@ def load_generation_defaults(path: str | Path, mode: Literal["auto", "none"] = "
     path = Path(path)
     generation = _read(path / "generation_config.json")
     config = _read(path / "config.json")
-    text_config = config.get("text_config")
-    eos = _ids(generation.get("eos_token_id"), path) | _ids(config.get("eos_token_id"), path)
-    if isinstance(text_config, dict):
-        eos |= _ids(text_config.get("eos_token_id"), path)
+    eos: set[int] = set()
+    for settings in (generation, config, config.get("text_config")):
+        if isinstance(settings, dict):
+            eos |= _ids(settings.get("eos_token_id"), path)
     eos |= _tokenizer_eos(path)
     return GenerationDefaults(_sampling(generation, path) if mode == "auto" else {}, frozenset(eos))
 

@@ -6,14 +6,15 @@ library itself.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from miniserve.core import UserError
+from miniserve.models.config import check_config, read_json
 from miniserve.models.names import resolve_alias, suggest
 
 BUILT_IN = "tiny-qwen3"
@@ -55,7 +56,7 @@ def locate(
     if model and path.is_dir():
         _refuse_revision(revision, f"the local directory {model}")
         require_files(path, model, weights=weights)
-        check_config(_read_json(path / "config.json"), model)
+        check_config(read_json(path / "config.json"), model)
         return ModelSource(model, path.resolve(), f"local directory {path.resolve()}")
     return _locate_on_hub(_hub_id(model, path, notify), revision, weights, notify)
 
@@ -71,17 +72,17 @@ def locate_config(
     if model and path.is_dir():
         _refuse_revision(revision, f"the local directory {model}")
         require_files(path, model, weights=False)
-        return path.resolve().name, _read_json(path / "config.json")
+        return path.resolve().name, read_json(path / "config.json")
     if model is None or model == BUILT_IN:
         source = locate(model, revision, weights=False)
-        return source.name, _read_json(source.path / "config.json")
+        return source.name, read_json(source.path / "config.json")
     model = _hub_id(model, path, notify)
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     with _hub_errors(model, revision):
         cached = try_to_load_from_cache(model, "config.json", revision=revision)
         found = cached if isinstance(cached, str) else hf_hub_download(model, "config.json", revision=revision)
-    return model, _read_json(Path(found))
+    return model, read_json(Path(found))
 
 
 def require_files(path: Path, name: str, *, weights: bool) -> None:
@@ -92,7 +93,7 @@ def require_files(path: Path, name: str, *, weights: bool) -> None:
         return
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         shards = {str(shard) for shard in weight_map.values()} if isinstance(weight_map, dict) else set()
         missing = sorted(shard for shard in shards if not (path / shard).is_file())
         if missing:
@@ -138,7 +139,7 @@ def _hub_id(model: str, path: Path, notify: Callable[[str], None]) -> str:
 
 
 def _locate_on_hub(model: str, revision: str | None, weights: bool, notify: Callable[[str], None]) -> ModelSource:
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import hf_hub_download
 
     patterns = [*CONFIG_FILES, "*.safetensors"] if weights else CONFIG_FILES
     try:
@@ -148,22 +149,19 @@ def _locate_on_hub(model: str, revision: str | None, weights: bool, notify: Call
         if path is None:
             raise
         require_files(path, model, weights=weights)
-        check_config(_read_json(path / "config.json"), model)
+        check_config(read_json(path / "config.json"), model)
         return ModelSource(model, path, f"Hugging Face cache ({path})")
     with _hub_errors(model, revision):
         # config.json first: it is small, and a model that cannot be had or served is told before its weights move.
-        check_config(_read_json(Path(hf_hub_download(model, "config.json", revision=revision))), model)
+        check_config(read_json(Path(hf_hub_download(model, "config.json", revision=revision))), model)
         if weights and not any(name.endswith(".safetensors") and "/" not in name for name in names):
             raise UserError(f"{model} {_no_safetensors(names)}")
-        files = snapshot_download(
-            model, revision=revision, allow_patterns=patterns, ignore_patterns=IGNORED_FILES, dry_run=True
-        )
-        missing = [file for file in files if file.will_download]
+        missing = [file for file in _snapshot(model, revision, patterns, dry_run=True) if file.will_download]
         if missing:
             size = sum(file.file_size or 0 for file in missing)
             _require_space(model, size)
             notify(f"Downloading {model}: {_human_bytes(size)} to {_cache_dir()}.")
-        path = _snapshot(model, revision, patterns)
+        path = Path(_snapshot(model, revision, patterns))
     require_files(path, model, weights=weights)
     origin = "downloaded from the Hugging Face hub" if missing else "Hugging Face cache"
     return ModelSource(model, path, f"{origin} ({path})")
@@ -183,23 +181,15 @@ def _find_in_cache(model: str, revision: str | None, patterns: list[str]) -> Pat
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return _snapshot(model, revision, patterns, local_files_only=True)
+        return Path(_snapshot(model, revision, patterns, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
 
 
-def _snapshot(model: str, revision: str | None, patterns: list[str], *, local_files_only: bool = False) -> Path:
+def _snapshot(model: str, revision: str | None, patterns: list[str], **how: Any) -> Any:
     from huggingface_hub import snapshot_download
 
-    return Path(
-        snapshot_download(
-            model,
-            revision=revision,
-            allow_patterns=patterns,
-            ignore_patterns=IGNORED_FILES,
-            local_files_only=local_files_only,
-        )
-    )
+    return snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=IGNORED_FILES, **how)
 
 
 @contextmanager
@@ -268,25 +258,6 @@ def _unreachable(model: str, error: BaseException, guess: str | None) -> str:
     )
 
 
-def check_config(config: dict[str, object], name: str) -> None:
-    """Raise `UserError` where config.json alone tells that miniserve cannot serve a model: its architecture is another,
-    or its weights are quantised. (`models.config` looks at the rest, and needs torch for it.)"""
-    from miniserve.models.config import SUPPORTED_ARCHITECTURES, weight_quantization
-
-    declared = config.get("architectures")
-    names = [str(entry) for entry in declared] if isinstance(declared, list) else []
-    if not any(entry in SUPPORTED_ARCHITECTURES for entry in names):
-        raise UserError(
-            f"{name} is a {', '.join(names) or 'model that names no architecture'}, which miniserve does not support: "
-            f"choose a model of one of {', '.join(SUPPORTED_ARCHITECTURES)}."
-        )
-    if (method := weight_quantization(config)) is not None:
-        raise UserError(
-            f"{name} has quantised weights ({method}), which miniserve does not support: "
-            "choose the model's unquantised repository."
-        )
-
-
 def _no_safetensors(filenames: list[str]) -> str:
     if any(name.endswith(".bin") for name in filenames):
         return (
@@ -326,13 +297,3 @@ def _human_bytes(size: int) -> str:
 
 def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")
-
-
-def _read_json(path: Path) -> dict[str, object]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}): fetch the model again.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold a JSON object: fetch the model again.")
-    return content

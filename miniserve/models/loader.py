@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +41,18 @@ def load_weights(model: CausalLM, path: str | Path, *, progress: Progress = lamb
     files = _tensor_files(Path(path))
     _check(model, files, Path(path))
     for layer, pieces in _in_order(model, progress):
-        for file in sorted({files[piece.name] for piece in pieces}):
+        for file, within in _by_file(pieces, files):
             # Opened anew for each layer: pages that stay mapped would count as this process's memory.
             with _opened(file) as tensors:
-                for piece in pieces:
-                    if files[piece.name] == file:
-                        layer.target(piece).copy_(tensors.get_tensor(piece.name))
+                for name in within:
+                    layer.target(pieces[name]).copy_(tensors.get_tensor(name))
 
 
 def read_kv_scales(model: CausalLM, path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of `path`/*.safetensors that are scales for an fp8 KV cache, by name."""
     scales: dict[str, torch.Tensor] = {}
-    by_file: dict[Path, list[str]] = defaultdict(list)
-    for name, file in _tensor_files(Path(path)).items():
-        if is_kv_scale(name, model.config.num_layers):
-            by_file[file].append(name)
-    for file, names in by_file.items():
+    files = _tensor_files(Path(path))
+    for file, names in _by_file([name for name in files if is_kv_scale(name, model.config.num_layers)], files):
         with _opened(file) as tensors:
             scales |= {name: tensors.get_tensor(name) for name in names}
     return scales
@@ -70,15 +66,15 @@ def dummy_weights(model: CausalLM, seed: int, *, progress: Progress = lambda don
         layer.fill_dummy(generator)
 
 
-def _in_order(model: CausalLM, progress: Progress) -> Iterator[tuple[Layer, list[Piece]]]:
-    """Yield each layer with its memory, to be filled; finish it when the caller comes back for the next."""
+def _in_order(model: CausalLM, progress: Progress) -> Iterator[tuple[Layer, dict[str, Piece]]]:
+    """Yield each layer with its memory, to be filled, and its pieces by name; finish it when the caller comes back."""
     layers = list(_layers(model))
     total = sum(_bytes(layer) for _, layer in layers)
     done = 0
     for name, layer in layers:
         size = _bytes(layer)
         layer.allocate(model.options.device)
-        yield layer, list(layer.pieces(name))
+        yield layer, {piece.name: piece for piece in layer.pieces(name)}
         layer.finish()
         done += size
         progress(done, total)
@@ -104,6 +100,13 @@ def _tensor_files(path: Path) -> dict[str, Path]:
         with _opened(file) as tensors:
             files.update(dict.fromkeys(tensors.keys(), file))
     return files
+
+
+def _by_file(names: Iterable[str], files: dict[str, Path]) -> list[tuple[Path, list[str]]]:
+    found: dict[Path, list[str]] = defaultdict(list)
+    for name in names:
+        found[files[name]].append(name)
+    return sorted(found.items())
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -144,14 +147,10 @@ def _check(model: CausalLM, files: dict[str, Path], path: Path) -> None:
     if surplus:
         problems.append(f"not part of this architecture: {_some(surplus)}")
     wrong = []
-    found: dict[Path, list[Piece]] = defaultdict(list)
-    for name, piece in wanted.items():
-        if name in files:
-            found[files[name]].append(piece)
-    for file in sorted(found):
+    for file, names in _by_file([name for name in wanted if name in files], files):
         with _opened(file) as tensors:
-            for piece in found[file]:
-                wrong += _wrong(piece, tensors.get_slice(piece.name))
+            for name in names:
+                wrong += _wrong(wanted[name], tensors.get_slice(name))
     if wrong:
         problems.append(_some(wrong))
     if problems:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,7 @@ from miniserve.models.layers.linear import PLAIN, Linear, LinearMethod, PackedMe
 from miniserve.models.layers.norm import RMSNorm
 from miniserve.models.layers.ops import NativeOps, Ops
 from miniserve.models.layers.routing import RoutingMethod, torch_routing
-from miniserve.models.layers.triton import TritonMethod, TritonMoE, TritonOps, TritonRouting
+from miniserve.models.layers.triton import TritonMethod, TritonMoE, TritonOps, triton_routing
 
 if TYPE_CHECKING:
     from miniserve.kernels.triton.runtime import TritonKernels
@@ -64,7 +65,7 @@ class BuildOptions:
 
     @property
     def routing(self) -> RoutingMethod:
-        return torch_routing if self.triton is None else TritonRouting(self.triton)
+        return torch_routing if self.triton is None else partial(triton_routing, self.triton)
 
     def moe_method(self, hidden_size: int, intermediate_size: int) -> MoEMethod:
         if self.experts is not None:

@@ -14,7 +14,8 @@ import torch
 
 from miniserve.attention.spec import AttentionSpec, LatentDims
 from miniserve.core import UserError
-from miniserve.models.config import SUPPORTED_ARCHITECTURES, weight_quantization
+from miniserve.models.config import weight_quantization
+from miniserve.models.config_families import FAMILIES
 from miniserve.models.description import yarn_magnitude
 
 Config = dict[str, Any]
@@ -64,7 +65,7 @@ def read_outline(raw: Config, name: str) -> Outline:
         )
     quantization = raw.get("quantization_config") or config.get("quantization_config") or {}
     method = weight_quantization({"quantization_config": quantization or None})
-    missing = [] if architecture in SUPPORTED_ARCHITECTURES else [f"the engine has no {architecture} model yet"]
+    missing = [] if architecture in FAMILIES else [f"the engine has no {architecture} model yet"]
     missing += [f"the engine does not load quantised weights ({method}) yet"] if method else []
     try:
         dtype = _dtype(config.get("dtype") or config.get("torch_dtype") or raw.get("dtype") or "bfloat16")

@@ -20,8 +20,9 @@ from miniserve.attention.terms import name_of
 from miniserve.config import EngineConfig, tuning_dir
 from miniserve.core import EngineInfo
 from miniserve.kernels import native
-from miniserve.models.config import ModelConfig, load_model_config
+from miniserve.models.config import load_model_config
 from miniserve.models.decoder import CausalLM
+from miniserve.models.description import ModelConfig
 from miniserve.models.generation_config import load_generation_defaults
 from miniserve.models.kv_scales import set_kv_scales
 from miniserve.models.layers.aiter_moe import describe_experts, find_experts

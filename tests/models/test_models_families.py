@@ -12,8 +12,8 @@ from models_support import VOCAB, DenseContext, load, random_settings, reference
 from safetensors.torch import load_file, save_file
 
 from miniserve.core import UserError
-from miniserve.models.config import ModelConfig, load_model_config
-from miniserve.models.description import LatentConfig, MoEConfig
+from miniserve.models.config import load_model_config
+from miniserve.models.description import LatentConfig, ModelConfig, MoEConfig
 from miniserve.models.loader import dummy_weights
 from miniserve.models.options import BuildOptions
 from miniserve.models.registry import build_model, weight_bytes
@@ -158,7 +158,7 @@ def test_which_layers_are_sparse(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (V3 | {"quantization_config": {"quant_method": "fp8"}}, "quantization_config, method 'fp8'"),
+        (V3 | {"quantization_config": {"quant_method": "fp8"}}, "quantised weights (fp8)"),
         (V3 | {"topk_method": "greedy"}, "topk_method 'greedy' is not supported in a deepseek_v3 config"),
         (V3 | {"scoring_func": "softmax"}, "scoring_func 'softmax' is not supported in a deepseek_v3 config"),
         (V2_LITE | {"scoring_func": "sigmoid"}, "scoring_func 'sigmoid' is not supported in a deepseek_v2 config"),

@@ -9,7 +9,7 @@ import torch
 from models_support import CLASSES
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from miniserve.models.config import RopeConfig
+from miniserve.models.description import RopeConfig
 from miniserve.models.layers.ops import rope
 from miniserve.models.layers.rotary import RotaryEmbedding
 

@@ -26,19 +26,13 @@ class Embedding(Layer):
         return self._look_up(input_ids, self.weight)
 
 
-class LMHead(Linear):
-    """Hidden states to logits."""
-
-    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: torch.dtype, method: LinearMethod) -> None:
-        super().__init__(hidden_size, {"lm_head": vocab_size}, bias=False, dtype=dtype, method=method)
-
-
-class TiedLMHead(LMHead):
-    """A head whose weight is the embedding's. It asks nothing of the checkpoint; a method that repacks the weight makes
-    a copy, and the embedding keeps the original for its look-ups."""
+class TiedLMHead(Linear):
+    """Hidden states to logits by the embedding's weight. It asks nothing of the checkpoint; a method that repacks the
+    weight makes a copy, and the embedding keeps the original for its look-ups."""
 
     def __init__(self, embedding: Embedding, *, dtype: torch.dtype, method: LinearMethod) -> None:
-        super().__init__(*embedding.weight.shape, dtype=dtype, method=method)
+        vocab_size, hidden_size = embedding.weight.shape
+        super().__init__(hidden_size, {"lm_head": vocab_size}, bias=False, dtype=dtype, method=method)
         self.register_parameter("weight", None)
         self._embedding = (embedding,)  # in a tuple, so that it is not this module's child as well
 

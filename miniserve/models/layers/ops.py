@@ -5,7 +5,8 @@ Each rounds to the model's dtype where transformers does, so that in float32 the
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,18 +16,27 @@ from miniserve.attention.spec import AttentionSpec, QKRope
 from miniserve.kernels.native import NativeKernels
 from miniserve.models.layers.linear import Linear
 
+if TYPE_CHECKING:
+    from miniserve.kernels.triton.runtime import TritonKernels
 
-class PendingSum(Protocol):
-    """What a layer adds to the residual stream, in parts that are summed where they are added: the norm that follows
-    does it on its way."""
 
-    def __add__(self, other: Tensor) -> PendingSum:
-        """`other` [T, size] is another part."""
-        ...
+@dataclass(frozen=True, slots=True)
+class PendingSum:
+    """What routed experts add to the residual stream, in parts that the norm that follows sums on its way.
+
+    parts: float32 [T * K, size], a token's after one another; shared: what all tokens share, [T, size].
+    """
+
+    kernels: TritonKernels
+    parts: Tensor
+    shared: Tensor | None = None
+
+    def __add__(self, shared: Tensor) -> PendingSum:
+        return replace(self, shared=shared)
 
     def add_rms_norm(self, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """As `Ops.add_rms_norm`, with all parts for x."""
-        ...
+        return self.kernels.add_pairs_norm(self.parts, self.shared, residual, weight, eps), residual
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -38,10 +38,8 @@ def route(logits: Tensor, moe: MoEConfig, correction_bias: Tensor | None) -> tup
     return weights * moe.scaling if moe.scaling != 1.0 else weights, ids
 
 
-class RoutingMethod(Protocol):
-    """How `Router` computes its choice and the norm before it; then as `Router.forward`."""
-
-    def __call__(self, router: Router, norm: RMSNorm, x: Tensor, residual: Tensor) -> Routed: ...
+# How `Router` computes its choice and the norm before it; the arguments after it as of `Router.forward`.
+RoutingMethod = Callable[["Router", RMSNorm, Tensor, Tensor], Routed]
 
 
 def torch_routing(router: Router, norm: RMSNorm, x: Tensor, residual: Tensor) -> Routed:

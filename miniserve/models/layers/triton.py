@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -12,7 +11,7 @@ from miniserve.attention.spec import AttentionSpec, QKRope
 from miniserve.models.layers.experts import TRITON_MOE, Experts, MoEMethod
 from miniserve.models.layers.linear import Linear, LinearMethod
 from miniserve.models.layers.norm import RMSNorm
-from miniserve.models.layers.ops import Ops, split_heads
+from miniserve.models.layers.ops import Ops, PendingSum, split_heads
 from miniserve.models.layers.routing import Routed, Router, route
 
 if TYPE_CHECKING:
@@ -59,46 +58,26 @@ class TritonOps(Ops):
         return self._kernels.silu_and_mul(functional.linear(x, layer.weight, layer.bias)) if y is None else y
 
 
-class TritonRouting:
-    """A `RoutingMethod`."""
-
-    def __init__(self, kernels: TritonKernels) -> None:
-        self._kernels = kernels
-
-    def __call__(self, router: Router, norm: RMSNorm, x: Tensor, residual: Tensor) -> Routed:
-        moe = router.moe
-        if not self._kernels.can_route(moe.num_experts, moe.num_groups, moe.top_groups):
-            x, residual = norm.add(x, residual)
-            return x, residual, *route(self._kernels.logits(x, router.weight), moe, router.e_score_correction_bias)
-        return self._kernels.add_norm_route(
-            x,
-            residual,
-            norm.weight,
-            norm.eps,
-            router.weight,
-            router.e_score_correction_bias,
-            top_k=moe.top_k,
-            num_groups=moe.num_groups,
-            top_groups=moe.top_groups,
-            sigmoid=moe.scoring == "sigmoid",
-            normalize=moe.normalize,
-            scaling=moe.scaling,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertParts:
-    """A `PendingSum`: parts float32 [T * K, hidden_size], a token's after one another, and what all tokens share."""
-
-    kernels: TritonKernels
-    parts: Tensor
-    shared: Tensor | None = None
-
-    def __add__(self, shared: Tensor) -> ExpertParts:
-        return replace(self, shared=shared)
-
-    def add_rms_norm(self, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        return self.kernels.add_pairs_norm(self.parts, self.shared, residual, weight, eps), residual
+def triton_routing(kernels: TritonKernels, router: Router, norm: RMSNorm, x: Tensor, residual: Tensor) -> Routed:
+    """With its kernels given a `RoutingMethod`."""
+    moe, bias = router.moe, router.e_score_correction_bias
+    if not kernels.can_route(moe.num_experts, moe.num_groups, moe.top_groups):
+        x, residual = norm.add(x, residual)
+        return x, residual, *route(kernels.logits(x, router.weight), moe, bias)
+    return kernels.add_norm_route(
+        x,
+        residual,
+        norm.weight,
+        norm.eps,
+        router.weight,
+        bias,
+        top_k=moe.top_k,
+        num_groups=moe.num_groups,
+        top_groups=moe.top_groups,
+        sigmoid=moe.scoring == "sigmoid",
+        normalize=moe.normalize,
+        scaling=moe.scaling,
+    )
 
 
 class TritonMoE(MoEMethod):
@@ -109,8 +88,8 @@ class TritonMoE(MoEMethod):
     def __init__(self, kernels: TritonKernels) -> None:
         self._kernels = kernels
 
-    def apply(self, layer: Experts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor | ExpertParts:
+    def apply(self, layer: Experts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor | PendingSum:
         if x.shape[0] == 1:
             out: Tensor = self._kernels.token_experts(x, layer.w1, layer.w2, topk_weights, topk_ids)
             return out
-        return ExpertParts(self._kernels, self._kernels.experts(x, layer.w1, layer.w2, topk_weights, topk_ids))
+        return PendingSum(self._kernels, self._kernels.experts(x, layer.w1, layer.w2, topk_weights, topk_ids))
