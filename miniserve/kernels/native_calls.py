@@ -16,6 +16,7 @@ from miniserve.kernels.native_build import build
 
 Call = tuple[str, tuple[int | float | None, ...]]  # a kernel's name and its arguments
 _POINTER, _INT, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+_NUMBERS = (int, float, type(None))  # told apart faster than tensors are
 # Of the kernels, which return nothing.
 _SIGNATURES: dict[str, list[type]] = {
     "ms_add_rms_norm": [_INT, *[_POINTER] * 4, _SIZE, _SIZE, _FLOAT, _INT],
@@ -56,7 +57,7 @@ def library() -> ctypes.CDLL:
 
 def call(name: str, *given: torch.Tensor | int | float | None) -> None:
     """Call a kernel, which gets the tensors' addresses."""
-    arguments = tuple([a.data_ptr() if isinstance(a, torch.Tensor) else a for a in given])
+    arguments = tuple([a if isinstance(a, _NUMBERS) else a.data_ptr() for a in given])
     if (recording := _recording.get()) is not None:
         recording.calls.append((name, arguments))
         if not recording.executes:
