@@ -31,7 +31,7 @@ def test_experts_chosen_with_the_norm_or_after_it(
     settings = random_settings(architecture, 0) | {"num_hidden_layers": 2, "mlp_only_layers": []} | groups
     reference_model(architecture, settings).save_pretrained(tmp_path)
     monkeypatch.setattr(runtime, "chip_of", lambda device: Chip(132, 1 << 17, splits))
-    monkeypatch.setattr(runtime, "choose_tile", lambda *shape, gated: None)  # linears in PyTorch, which takes no minute
+    monkeypatch.setattr(runtime, "choose_tile", lambda *_, **__: None)  # linears in PyTorch, which takes no minute
     kernels = runtime.TritonKernels(torch.device("cpu"))
     config = load_model_config(tmp_path)
     ours = build_model(

@@ -49,21 +49,16 @@ def _rms_norm_kernel(
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [T, size], whose rows may be strided, weight [size], same dtype -> [T, size], contiguous."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch_norm(x, x, weight, out, eps, add=False)
-    return out
+    return _norm(x, x, weight, eps, add=False)
 
 
 def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Adds x into `residual` (both [T, size], contiguous) and returns the norm of the sum."""
-    out = torch.empty_like(x)
-    _launch_norm(x, residual, weight, out, eps, add=True)
-    return out
+    return _norm(x, residual, weight, eps, add=True)
 
 
-def _launch_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, eps: float, *, add: bool
-) -> None:
+def _norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, *, add: bool) -> torch.Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     size = x.shape[-1]
     block = triton.next_power_of_2(size)
     _rms_norm_kernel[(x.numel() // size,)](
@@ -79,6 +74,7 @@ def _launch_norm(
         num_warps=min(16, max(1, block // 512)),
         **launch_options(x.device),
     )
+    return out
 
 
 @triton.jit

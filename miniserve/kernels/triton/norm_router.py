@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from miniserve.kernels.triton.elementwise import rms_normed
-from miniserve.kernels.triton.pdl import start, wait
-from miniserve.kernels.triton.routing import choose, constants
+from miniserve.kernels.triton.pdl import launch_options, start, wait
+from miniserve.kernels.triton.routing import Choice, choose
 from miniserve.kernels.triton.small_linear import Workspace
 
 FUSED_TOKENS = range(1, 5)
@@ -39,20 +39,14 @@ def _norm_router_kernel(
     size,
     eps,
     scaling,
-    E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    K: tl.constexpr,
-    GROUPS: tl.constexpr,
-    TOP_GROUPS: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    NORMALIZE: tl.constexpr,
+    CHOICE: tl.constexpr,
     WARPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program: the logits of BLOCK_N experts for one token."""
+    E: tl.constexpr = CHOICE.num_experts
     start(PDL)
     program, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
     rows = program * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -77,12 +71,9 @@ def _norm_router_kernel(
     # The same row for each warp, so that none waits for another.
     copies = tl.arange(0, WARPS)
     tokens = token + tl.zeros_like(copies)
-    experts = tl.arange(0, BLOCK_E)[None, :]
+    experts = tl.arange(0, CHOICE.block)[None, :]
     all_logits = tl.load(logits_ptr + tokens[:, None] * E + experts, mask=experts < E, other=0.0, cache_modifier=".cg")
-    choose(
-        all_logits, tokens, copies == 0, bias_ptr, weights_ptr, ids_ptr, scaling,
-        E, BLOCK_E, K, GROUPS, TOP_GROUPS, SIGMOID, HAS_BIAS, NORMALIZE,
-    )  # fmt: skip
+    choose(all_logits, tokens, copies == 0, bias_ptr, weights_ptr, ids_ptr, scaling, CHOICE)
 
 
 def add_norm_route(
@@ -96,12 +87,12 @@ def add_norm_route(
     workspace: Workspace,
     top_k: int,
     scaling: float,
-    **choice: Any,
+    **asked: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `elementwise.add_rms_norm` of x and residual [T, hidden], contiguous, norm [hidden], then `routing.route` of
     what it gives with the router's weight float32 [E, hidden]; but `residual` is left as it is, since other programs
     read it. Returns the normed x and the new residual stream [T, hidden], and the choice: weights float32 and expert
-    ids int32 [T, top_k]. choice: as of `routing.constants`.
+    ids int32 [T, top_k]. asked: the rest of a `routing.Choice`.
 
     Programs read what others of the launch wrote: not for GPUs whose `Chip.splits` is false.
     """
@@ -130,6 +121,7 @@ def add_norm_route(
         BLOCK_D=block_d,
         WARPS=num_warps,
         num_warps=num_warps,
-        **constants(num_experts, x.device, biased=bias is not None, top_k=top_k, **choice),
+        CHOICE=Choice.of(num_experts, bias, top_k=top_k, **asked),
+        **launch_options(x.device),
     )
     return normed, total, weights, ids

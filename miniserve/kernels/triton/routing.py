@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,6 +17,23 @@ FUSED_TOKENS = range(17, MAX_ROWS + 1)
 _MOST_SPLITS = 16
 
 
+class Choice(NamedTuple):
+    """What a kernel that ends with `choose` is compiled for. block: a power of two, not below num_experts."""
+
+    num_experts: int
+    block: int
+    biased: bool
+    top_k: int
+    num_groups: int
+    top_groups: int
+    sigmoid: bool
+    normalize: bool
+
+    @staticmethod
+    def of(num_experts: int, bias: torch.Tensor | None, **asked: Any) -> Choice:
+        return Choice(num_experts, max(16, triton.next_power_of_2(num_experts)), bias is not None, **asked)
+
+
 @triton.jit
 def choose(
     logits,
@@ -26,30 +43,26 @@ def choose(
     weights_ptr,
     ids_ptr,
     scaling,
-    E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    K: tl.constexpr,
-    GROUPS: tl.constexpr,
-    TOP_GROUPS: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    NORMALIZE: tl.constexpr,
+    CHOICE: tl.constexpr,
 ):
-    """Store the choice for logits [tokens, BLOCK_E], of which the first E count."""
+    """Store the `Choice` for logits [tokens, block], of which the first num_experts count."""
+    E: tl.constexpr = CHOICE.num_experts
+    BLOCK_E: tl.constexpr = CHOICE.block
+    K: tl.constexpr = CHOICE.top_k
     experts = tl.arange(0, BLOCK_E)[None, :]
     inside = experts < E
     logits = tl.where(inside, logits, float("-inf"))
-    if SIGMOID:
+    if CHOICE.sigmoid:
         scores = 1.0 / (1.0 + tl.exp(-logits))
     else:
         weights = tl.exp(logits - tl.max(logits, axis=1)[:, None])
         scores = weights / tl.sum(weights, axis=1)[:, None]
     choice = scores
-    if HAS_BIAS:
+    if CHOICE.biased:
         choice = scores + tl.load(bias_ptr + experts, mask=inside, other=0.0)
     choice = tl.where(inside, choice, float("-inf"))
-    if TOP_GROUPS < GROUPS:
-        choice = _close_groups(choice, choice.shape[0], BLOCK_E, GROUPS, TOP_GROUPS, HAS_BIAS)
+    if CHOICE.top_groups < CHOICE.num_groups:
+        choice = _close_groups(choice, CHOICE)
     # As integers of the same order, whose largest NVIDIA's GPUs find by one instruction. What cannot be chosen any more
     # is below all others, also those that are not numbers, so that no expert is chosen twice.
     bits = choice.to(tl.int32, bitcast=True)
@@ -62,7 +75,7 @@ def choose(
         places = tl.where(experts == expert, k, places)
         keys = tl.where(experts == expert, -0x80000000, keys)
     kept = places < K
-    if NORMALIZE:
+    if CHOICE.normalize:
         scores = scores / (tl.sum(tl.where(kept, scores, 0.0), axis=1)[:, None] + 1e-20)
     at = tokens[:, None] * K + places
     mask = valid[:, None] & kept
@@ -71,25 +84,22 @@ def choose(
 
 
 @triton.jit
-def _close_groups(
-    choice,
-    M: tl.constexpr,
-    E: tl.constexpr,
-    GROUPS: tl.constexpr,
-    TOP_GROUPS: tl.constexpr,
-    BEST_TWO: tl.constexpr,
-):
-    """-inf for all experts outside the TOP_GROUPS best of GROUPS equal groups; E is a power of two here."""
+def _close_groups(choice, CHOICE: tl.constexpr):
+    """-inf for all experts outside the `top_groups` best of `num_groups` equal groups; their number is a power of two
+    here."""
+    M: tl.constexpr = choice.shape[0]
+    E: tl.constexpr = CHOICE.block
+    GROUPS: tl.constexpr = CHOICE.num_groups
     size: tl.constexpr = E // GROUPS
     grouped = tl.reshape(choice, (M, GROUPS, size))
     worth = tl.max(grouped, axis=2)
-    if BEST_TWO:
+    if CHOICE.biased:
         members = tl.arange(0, size)[None, None, :]
         first = tl.min(tl.where(grouped == worth[:, :, None], members, size - 1), axis=2)
         worth += tl.max(tl.where(members == first[:, :, None], float("-inf"), grouped), axis=2)
     groups = tl.arange(0, GROUPS)[None, :]
     opened = tl.zeros((M, GROUPS), tl.int32)
-    for _ in tl.static_range(TOP_GROUPS):
+    for _ in tl.static_range(CHOICE.top_groups):
         best = tl.min(tl.where(worth == tl.max(worth, axis=1)[:, None], groups, GROUPS - 1), axis=1)[:, None]
         opened = tl.where(groups == best, 1, opened)
         worth = tl.where(groups == best, float("-inf"), worth)
@@ -104,25 +114,17 @@ def _route_kernel(
     weights_ptr,
     ids_ptr,
     scaling,
-    E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    K: tl.constexpr,
-    GROUPS: tl.constexpr,
-    TOP_GROUPS: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    NORMALIZE: tl.constexpr,
+    CHOICE: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    E: tl.constexpr = CHOICE.num_experts
+    BLOCK_E: tl.constexpr = CHOICE.block
     start(PDL)
     wait(PDL)
     tokens = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     experts = tl.arange(0, BLOCK_E)[None, :]
     logits = tl.load(logits_ptr + tokens[:, None] * E + experts, mask=experts < E, other=0.0).to(tl.float32)
-    choose(
-        logits, tokens, tokens >= 0, bias_ptr, weights_ptr, ids_ptr, scaling,
-        E, BLOCK_E, K, GROUPS, TOP_GROUPS, SIGMOID, HAS_BIAS, NORMALIZE,
-    )  # fmt: skip
+    choose(logits, tokens, tokens >= 0, bias_ptr, weights_ptr, ids_ptr, scaling, CHOICE)
 
 
 @triton.jit
@@ -153,20 +155,15 @@ def _router_kernel(
     size,
     x_row,
     scaling,
-    E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SPLITS: tl.constexpr,
-    K: tl.constexpr,
-    GROUPS: tl.constexpr,
-    TOP_GROUPS: tl.constexpr,
-    SIGMOID: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    NORMALIZE: tl.constexpr,
+    CHOICE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program: BLOCK_M tokens and one of SPLITS parts of the hidden size; the last to arrive sums and chooses."""
+    E: tl.constexpr = CHOICE.num_experts
+    BLOCK_E: tl.constexpr = CHOICE.block
     start(PDL)
     block, split = tl.program_id(0), tl.program_id(1)
     tokens = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -198,10 +195,7 @@ def _router_kernel(
     logits = tl.zeros_like(acc)
     for part in tl.static_range(SPLITS):
         logits += tl.load(parts_ptr + part * plane + places, mask=mask, other=0.0, cache_modifier=".cg")
-    choose(
-        logits, tokens, valid, bias_ptr, weights_ptr, ids_ptr, scaling,
-        E, BLOCK_E, K, GROUPS, TOP_GROUPS, SIGMOID, HAS_BIAS, NORMALIZE,
-    )  # fmt: skip
+    choose(logits, tokens, valid, bias_ptr, weights_ptr, ids_ptr, scaling, CHOICE)
 
 
 def can_route(num_experts: int, num_groups: int, top_groups: int) -> bool:
@@ -212,31 +206,6 @@ def can_route(num_experts: int, num_groups: int, top_groups: int) -> bool:
     )
 
 
-def constants(
-    num_experts: int,
-    device: torch.device,
-    *,
-    biased: bool,
-    top_k: int,
-    num_groups: int,
-    top_groups: int,
-    sigmoid: bool,
-    normalize: bool,
-) -> dict[str, Any]:
-    """What a kernel that ends with `choose` is compiled and launched with."""
-    return {
-        "E": num_experts,
-        "BLOCK_E": max(16, triton.next_power_of_2(num_experts)),
-        "K": top_k,
-        "GROUPS": num_groups,
-        "TOP_GROUPS": top_groups,
-        "SIGMOID": sigmoid,
-        "HAS_BIAS": biased,
-        "NORMALIZE": normalize,
-        **launch_options(device),
-    }
-
-
 def route(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -245,11 +214,11 @@ def route(
     workspace: Workspace,
     top_k: int,
     scaling: float,
-    **choice: Any,
+    **asked: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `models/layers/routing.route`: x are float32 logits [T, E] or, with the router's weight float32 [E, hidden],
-    hidden states [T, hidden] of at most MAX_ROWS tokens -> weights float32 and expert ids int32, [T, top_k]. choice: as
-    of `constants`.
+    hidden states [T, hidden] of at most MAX_ROWS tokens -> weights float32 and expert ids int32, [T, top_k]. asked: the
+    rest of a `Choice`.
 
     With a weight, programs read what others of the launch wrote: not for GPUs whose `Chip.splits` is false.
     """
@@ -257,7 +226,7 @@ def route(
     num_experts = x.shape[1] if weight is None else weight.shape[0]
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=x.device)
     ids = torch.empty(tokens, top_k, dtype=torch.int32, device=x.device)
-    compiled = constants(num_experts, x.device, biased=bias is not None, top_k=top_k, **choice)
+    compiled = {"CHOICE": Choice.of(num_experts, bias, top_k=top_k, **asked), **launch_options(x.device)}
     given_bias = x if bias is None else bias
     if weight is None:
         _route_kernel[(tokens,)](x, given_bias, weights, ids, scaling, num_warps=1, **compiled)

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from miniserve.kernels.triton import elementwise, moe, moe_token, norm_router, routing
-from miniserve.kernels.triton.small_linear import Chip, LinearTile, Workspace, chip_of, choose_tile, small_linear
+from miniserve.kernels.triton.small_linear import Chip, Workspace, chip_of, choose_tile, small_linear
 
 _logger = logging.getLogger(__name__)
 
@@ -50,12 +50,7 @@ class TritonKernels:
         # A GPU whose programs may not share a row has norm, the router's logits and the choice made one after another.
         self._fused_tokens = routing.FUSED_TOKENS if chip.splits else ()
         self._norm_fused_tokens = norm_router.FUSED_TOKENS if chip.splits else ()
-
-        @functools.cache
-        def tile(m: int, n: int, k: int, itemsize: int, gated: bool) -> LinearTile | None:
-            return choose_tile(m, n, k, itemsize, chip, gated=gated)
-
-        self._tile = tile
+        self._tile = functools.cache(functools.partial(choose_tile, chip=chip))
         self._chip, self._medium = chip, _medium_linears(device, chip)
 
     def linear(
@@ -69,13 +64,13 @@ class TritonKernels:
     ) -> torch.Tensor | None:
         """See `small_linear` and `medium_linear`; None where the vendor's library serves these shapes better."""
         n = weight.shape[0] // 2 if gated else weight.shape[0]
-        sizes = (x.shape[0], n, weight.shape[1], weight.element_size(), gated)
+        sizes = (x.shape[0], n, weight.shape[1], weight.element_size())
         if self._medium is not None and out_dtype is None and self._medium.can_describe(x):
-            medium = self._medium.choose_medium_tile(*sizes[:4], self._chip, gated=gated)
+            medium = self._medium.choose_medium_tile(*sizes, self._chip, gated=gated)
             if medium is not None:
                 y: torch.Tensor = self._medium.medium_linear(x, weight, bias, medium, gated=gated)
                 return y
-        tile = self._tile(*sizes)
+        tile = self._tile(*sizes, gated=gated)
         if tile is None:
             return None
         return small_linear(x, weight, bias, tile, self._workspace, gated=gated, out_dtype=out_dtype)
