@@ -8,11 +8,13 @@ then turned into a matrix.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from miniserve.kernels.triton.launch import Platform
+from miniserve.kernels.triton.launch import Launch, Platform, next_power_of_2
 
 LOG2E = 1.4426950408889634
 
@@ -33,6 +35,40 @@ def plane_strides(plane: torch.Tensor, shuffled: bool) -> tuple[int, int, int]:
     if shuffled:
         return plane.stride(0), 0, plane.stride(1)
     return plane.stride(0), plane.stride(1), plane.stride(2)
+
+
+def paged_arguments(
+    q: torch.Tensor,
+    planes: tuple[torch.Tensor, torch.Tensor],
+    block_tables: torch.Tensor,
+    out: torch.Tensor,
+    launch: Launch,
+    *,
+    num_kv_heads: int,
+    block_size: int,
+    shuffled: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    num_splits: int,
+) -> tuple[tuple[float, ...], dict[str, Any]]:
+    """What the kernels of decode and prefill take alike behind their pointers: values; constants and options."""
+    head_dim, on = q.shape[2], platform()
+    strides = (stride for plane in planes for stride in plane_strides(plane, shuffled))
+    values = (*q.stride()[:2], *strides, block_tables.stride(0), *out.stride()[:2])
+    return (*values, scale * LOG2E, window or 0, (softcap or 0.0) * LOG2E, num_splits), {
+        "GROUP": q.shape[1] // num_kv_heads,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": next_power_of_2(head_dim),
+        "BLOCK_M": launch.block_m,
+        "BLOCK_N": launch.block_n,
+        "BLOCK_SIZE": block_size,
+        "X": 16 // planes[0].element_size() if shuffled else 0,
+        "HAS_WINDOW": window is not None,
+        "HAS_SOFTCAP": softcap is not None,
+        "PRECISION": dot_precision(on),
+        **launch.options(on),
+    }
 
 
 @triton.jit

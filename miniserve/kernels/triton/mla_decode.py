@@ -19,6 +19,7 @@ from miniserve.kernels.triton.split_kv import (
     last_to_arrive,
     merge_splits,
     merge_tile,
+    scratch_arrays,
     shares,
 )
 
@@ -54,8 +55,7 @@ def mla_decode(
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if rows == 0:
         return out
-    if num_splits > 1 and scratch is None:
-        raise ValueError("a split decode needs scratch memory")
+    arrays = scratch_arrays(scratch, num_splits)
     on = platform()
     launch = launch or mla_launch(on, num_heads, kv_cache.element_size())
     single = num_splits == 1
@@ -69,9 +69,7 @@ def mla_decode(
         seq_lens,
         kv_scale,
         out,
-        None if scratch is None else scratch.partial,
-        None if scratch is None else scratch.lse,
-        None if scratch is None else scratch.arrivals,
+        *arrays,
         *q.stride()[:2],
         *q_pe.stride()[:2],
         *kv_cache.stride()[:2],

@@ -7,16 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from miniserve.kernels.triton.common import (
-    LOG2E,
-    capped,
-    dot_precision,
-    finite,
-    key_tile,
-    plane_strides,
-    platform,
-    value_tile,
-)
+from miniserve.kernels.triton.common import capped, finite, key_tile, paged_arguments, platform, value_tile
 from miniserve.kernels.triton.launch import Launch, cdiv, decode_launch, next_power_of_2
 from miniserve.kernels.triton.pdl import launch_options, start, wait
 from miniserve.kernels.triton.split_kv import (
@@ -25,6 +16,7 @@ from miniserve.kernels.triton.split_kv import (
     last_to_arrive,
     merge_splits,
     merge_tile,
+    scratch_arrays,
     shares,
 )
 
@@ -67,15 +59,17 @@ def paged_decode(
         out = torch.empty((rows, num_heads, head_dim), dtype=q.dtype, device=q.device)
     if rows == 0:
         return out
-    if num_splits > 1 and scratch is None:
-        raise ValueError("a split decode needs scratch memory")
+    arrays = scratch_arrays(scratch, num_splits)
     group, on = num_heads // num_kv_heads, platform()
     launch = launch or decode_launch(on, head_dim, key_cache.element_size(), group)
     single = num_splits == 1
     if fused_merge is None:
         fused_merge = fuses_merge(on, min(launch.block_m, group), head_dim, num_splits, _FUSED_MERGE_VALUES)
-    head_tiles = num_kv_heads * cdiv(group, launch.block_m)
-    _decode_kernel[(head_tiles, num_splits, rows)](
+    values, constants = paged_arguments(
+        q, (key_cache, value_cache), block_tables, out, launch, num_kv_heads=num_kv_heads, block_size=block_size,
+        shuffled=shuffled, scale=scale, window=window, softcap=softcap, num_splits=num_splits,
+    )  # fmt: skip
+    _decode_kernel[(num_kv_heads * cdiv(group, launch.block_m), num_splits, rows)](
         q,
         key_cache,
         value_cache,
@@ -85,33 +79,13 @@ def paged_decode(
         k_scale,
         v_scale,
         out,
-        None if scratch is None else scratch.partial,
-        None if scratch is None else scratch.lse,
-        None if scratch is None else scratch.arrivals,
-        *q.stride()[:2],
-        *plane_strides(key_cache, shuffled),
-        *plane_strides(value_cache, shuffled),
-        block_tables.stride(0),
-        *out.stride()[:2],
-        scale * LOG2E,
-        window or 0,
-        (softcap or 0.0) * LOG2E,
-        num_splits,
-        GROUP=group,
+        *arrays,
+        *values,
         KV_HEADS=num_kv_heads,
-        HEAD_DIM=head_dim,
-        BLOCK_D=next_power_of_2(head_dim),
-        BLOCK_M=launch.block_m,
-        BLOCK_N=launch.block_n,
-        BLOCK_SIZE=block_size,
-        X=16 // key_cache.element_size() if shuffled else 0,
-        HAS_WINDOW=window is not None,
-        HAS_SOFTCAP=softcap is not None,
         SINGLE=single,
         MERGE_M=next_power_of_2(min(group, launch.block_m)),
         FUSED_MERGE=fused_merge and not single,
-        PRECISION=dot_precision(on),
-        **launch.options(on),
+        **constants,
         **launch_options(q.device),
     )
     if not single and not fused_merge and scratch is not None:

@@ -12,16 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from miniserve.kernels.triton.common import (
-    LOG2E,
-    capped,
-    dot_precision,
-    finite,
-    key_tile,
-    plane_strides,
-    platform,
-    value_tile,
-)
+from miniserve.kernels.triton.common import capped, finite, key_tile, paged_arguments, platform, value_tile
 from miniserve.kernels.triton.launch import Launch, cdiv, extend_launch, next_power_of_2
 from miniserve.kernels.triton.split_kv import merge_tile
 
@@ -64,13 +55,17 @@ def paged_extend(
     requests = seq_lens.shape[0]
     if requests == 0 or max_query_len == 0:
         return out
-    group, on = num_heads // num_kv_heads, platform()
-    launch = launch or extend_launch(on, head_dim, key_cache.element_size(), max_query_len * group)
+    group = num_heads // num_kv_heads
+    launch = launch or extend_launch(platform(), head_dim, key_cache.element_size(), max_query_len * group)
     tiles = cdiv(max_query_len * group, launch.block_m)
     partial = lse = None
     if num_splits > 1:
         partial = torch.empty((*q.shape[:2], num_splits, head_dim), dtype=torch.float32, device=q.device)
         lse = torch.empty(partial.shape[:3], dtype=torch.float32, device=q.device)
+    values, constants = paged_arguments(
+        q, (key_cache, value_cache), block_tables, out, launch, num_kv_heads=num_kv_heads, block_size=block_size,
+        shuffled=shuffled, scale=scale, window=window, softcap=softcap, num_splits=num_splits,
+    )  # fmt: skip
     _extend_kernel[(num_kv_heads, tiles * num_splits, requests)](
         q,
         key_cache,
@@ -84,26 +79,8 @@ def paged_extend(
         out,
         partial,
         lse,
-        *q.stride()[:2],
-        *plane_strides(key_cache, shuffled),
-        *plane_strides(value_cache, shuffled),
-        block_tables.stride(0),
-        *out.stride()[:2],
-        scale * LOG2E,
-        window or 0,
-        (softcap or 0.0) * LOG2E,
-        num_splits,
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        BLOCK_D=next_power_of_2(head_dim),
-        BLOCK_M=launch.block_m,
-        BLOCK_N=launch.block_n,
-        BLOCK_SIZE=block_size,
-        X=16 // key_cache.element_size() if shuffled else 0,
-        HAS_WINDOW=window is not None,
-        HAS_SOFTCAP=softcap is not None,
-        PRECISION=dot_precision(on),
-        **launch.options(on),
+        *values,
+        **constants,
     )
     if num_splits > 1:
         heads = min(_MERGED_HEADS, next_power_of_2(num_heads))

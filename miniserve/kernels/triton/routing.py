@@ -90,6 +90,7 @@ def _close_groups(choice, CHOICE: tl.constexpr):
     M: tl.constexpr = choice.shape[0]
     E: tl.constexpr = CHOICE.block
     GROUPS: tl.constexpr = CHOICE.num_groups
+    TOP_GROUPS: tl.constexpr = CHOICE.top_groups
     size: tl.constexpr = E // GROUPS
     grouped = tl.reshape(choice, (M, GROUPS, size))
     worth = tl.max(grouped, axis=2)
@@ -99,7 +100,7 @@ def _close_groups(choice, CHOICE: tl.constexpr):
         worth += tl.max(tl.where(members == first[:, :, None], float("-inf"), grouped), axis=2)
     groups = tl.arange(0, GROUPS)[None, :]
     opened = tl.zeros((M, GROUPS), tl.int32)
-    for _ in tl.static_range(CHOICE.top_groups):
+    for _ in tl.static_range(TOP_GROUPS):
         best = tl.min(tl.where(worth == tl.max(worth, axis=1)[:, None], groups, GROUPS - 1), axis=1)[:, None]
         opened = tl.where(groups == best, 1, opened)
         worth = tl.where(groups == best, float("-inf"), worth)

@@ -41,6 +41,15 @@ class DecodeScratch:
         )
 
 
+def scratch_arrays(scratch: DecodeScratch | None, num_splits: int) -> tuple[torch.Tensor | None, ...]:
+    """partial, lse, arrivals. ValueError: there is no scratch, and it is needed."""
+    if scratch is not None:
+        return scratch.partial, scratch.lse, scratch.arrivals
+    if num_splits > 1:
+        raise ValueError("a split decode needs scratch memory")
+    return None, None, None
+
+
 def fuses_merge(on: Platform, heads: int, head_dim: int, num_splits: int, most_values: int) -> bool:
     """Whether the last split to arrive should merge `heads` heads itself. With more than `most_values` float32 values
     that is a kernel of its own: one program would be slower.
