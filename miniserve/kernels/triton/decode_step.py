@@ -43,17 +43,9 @@ class StepTensors:
 
 @triton.jit(do_not_specialize=["num_rows", "num_blocks"])
 def _apply_kernel(
-    staged_ptr,
-    rows_ptr,
-    positions_ptr,
-    ids_ptr,
-    tables_ptr,
-    num_rows,
-    num_blocks,
-    EXPLICIT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    staged_ptr, rows_ptr, positions_ptr, ids_ptr, tables_ptr, num_rows, num_blocks,
+    EXPLICIT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     start(PDL)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     rows = tl.load(staged_ptr + index, mask=index < num_rows)
@@ -95,21 +87,10 @@ def apply_changes(
 
 @triton.jit
 def _advance_kernel(
-    rows_ptr,
-    tables_ptr,
-    lens_ptr,
-    last_ptr,
-    ids_ptr,
-    positions_ptr,
-    slots_ptr,
-    seq_lens_ptr,
-    out_tables_ptr,
+    rows_ptr, tables_ptr, lens_ptr, last_ptr, ids_ptr, positions_ptr, slots_ptr, seq_lens_ptr, out_tables_ptr,
     table_width,
-    EXPLICIT: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    EXPLICIT: tl.constexpr, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     start(PDL)
     wait(PDL)
     index = tl.program_id(0).to(tl.int64)
@@ -174,16 +155,9 @@ def _best_of_part_kernel(
 
 @triton.jit
 def _hand_over_kernel(
-    values_ptr,
-    ids_ptr,
-    rows_ptr,
-    last_ptr,
-    outputs_ptr,
-    tokens_ptr,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    values_ptr, ids_ptr, rows_ptr, last_ptr, outputs_ptr, tokens_ptr,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     start(PDL)
     wait(PDL)
     index = tl.program_id(0).to(tl.int64)

@@ -22,17 +22,9 @@ def rms_normed(x, weight, size, eps):
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    out_ptr,
-    size,
-    x_row,
-    eps,
-    ADD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x_ptr, residual_ptr, weight_ptr, out_ptr, size, x_row, eps,
+    ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     start(PDL)
     token = tl.program_id(0).to(tl.int64)
     row = token * size
@@ -102,18 +94,9 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def _norm_rope_kernel(
-    qkv_ptr,
-    cos_sin_ptr,
-    q_weight_ptr,
-    k_weight_ptr,
-    eps,
-    row_size,
-    num_heads,
-    HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    NORM: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    qkv_ptr, cos_sin_ptr, q_weight_ptr, k_weight_ptr, eps, row_size, num_heads,
+    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One program a token and head, q's heads first, then k's; in place."""
     start(PDL)
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -173,18 +156,9 @@ def norm_rope(
 
 @triton.jit
 def _rope_pair_kernel(
-    q_ptr,
-    k_ptr,
-    cos_sin_ptr,
-    num_heads,
-    q_row,
-    q_head,
-    k_row,
-    DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    q_ptr, k_ptr, cos_sin_ptr, num_heads, q_row, q_head, k_row,
+    DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One program a token and head, q's heads first, then k's only one; in place."""
     start(PDL)
     wait(PDL)

@@ -33,16 +33,9 @@ class MoETile:
 
 @triton.jit(do_not_specialize=["num_pairs"])
 def _align_kernel(
-    ids_ptr,
-    pairs_ptr,
-    experts_ptr,
-    num_pairs,
-    E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    ids_ptr, pairs_ptr, experts_ptr, num_pairs,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One program an expert: where its pairs start, and which they are. One more counts the blocks in use."""
     start(PDL)
     wait(PDL)
@@ -77,26 +70,10 @@ def _align_kernel(
 
 @triton.jit(do_not_specialize=["num_pairs"])
 def _grouped_kernel(
-    x_ptr,
-    w_ptr,
-    scale_ptr,
-    y_ptr,
-    pairs_ptr,
-    experts_ptr,
-    num_pairs,
-    N,
-    D,
-    PAIRS_PER_ROW: tl.constexpr,
-    GATED: tl.constexpr,
-    SCALED: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    SWAP: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x_ptr, w_ptr, scale_ptr, y_ptr, pairs_ptr, experts_ptr, num_pairs, N, D,
+    PAIRS_PER_ROW: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr, SWAP: tl.constexpr,
+    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """y[pair] = x[pair // PAIRS_PER_ROW] W[expert]ᵀ, GATED as in `small_linear`, SCALED by the pair's weight. N counts
     outputs, D inputs. Not ALIGNED: a block is one pair, and `experts_ptr` has its expert."""
     start(PDL)
@@ -159,18 +136,9 @@ def _grouped_kernel(
 
 @triton.jit
 def _add_pairs_norm_kernel(
-    parts_ptr,
-    shared_ptr,
-    residual_ptr,
-    weight_ptr,
-    out_ptr,
-    size,
-    eps,
-    K: tl.constexpr,
-    SHARED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    parts_ptr, shared_ptr, residual_ptr, weight_ptr, out_ptr, size, eps,
+    K: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One program a token. Rounds as if the sum, the sum with `shared` and the residual were stored one by one."""
     start(PDL)
     token = tl.program_id(0).to(tl.int64)

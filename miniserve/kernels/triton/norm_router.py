@@ -25,26 +25,10 @@ _WEIGHTS, _WARPS = 8192, 4
 
 @triton.jit
 def _norm_router_kernel(
-    x_ptr,
-    residual_ptr,
-    norm_ptr,
-    w_ptr,
-    bias_ptr,
-    normed_ptr,
-    sum_ptr,
-    weights_ptr,
-    ids_ptr,
-    logits_ptr,
-    counts_ptr,
-    size,
-    eps,
-    scaling,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CHOICE: tl.constexpr,
-    WARPS: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x_ptr, residual_ptr, norm_ptr, w_ptr, bias_ptr, normed_ptr, sum_ptr, weights_ptr, ids_ptr, logits_ptr, counts_ptr,
+    size, eps, scaling,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHOICE: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One program: the logits of BLOCK_N experts for one token."""
     E: tl.constexpr = CHOICE.num_experts
     start(PDL)

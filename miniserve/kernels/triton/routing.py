@@ -36,15 +36,9 @@ class Choice(NamedTuple):
 
 @triton.jit
 def choose(
-    logits,
-    tokens,
-    valid,
-    bias_ptr,
-    weights_ptr,
-    ids_ptr,
-    scaling,
+    logits, tokens, valid, bias_ptr, weights_ptr, ids_ptr, scaling,
     CHOICE: tl.constexpr,
-):
+):  # fmt: skip
     """Store the `Choice` for logits [tokens, block], of which the first num_experts count."""
     E: tl.constexpr = CHOICE.num_experts
     BLOCK_E: tl.constexpr = CHOICE.block
@@ -110,14 +104,9 @@ def _close_groups(choice, CHOICE: tl.constexpr):
 
 @triton.jit
 def _route_kernel(
-    logits_ptr,
-    bias_ptr,
-    weights_ptr,
-    ids_ptr,
-    scaling,
-    CHOICE: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    logits_ptr, bias_ptr, weights_ptr, ids_ptr, scaling,
+    CHOICE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     E: tl.constexpr = CHOICE.num_experts
     BLOCK_E: tl.constexpr = CHOICE.block
     start(PDL)
@@ -145,23 +134,9 @@ def _add_product(acc, x, w):
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _router_kernel(
-    x_ptr,
-    w_ptr,
-    bias_ptr,
-    weights_ptr,
-    ids_ptr,
-    parts_ptr,
-    counts_ptr,
-    num_tokens,
-    size,
-    x_row,
-    scaling,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    SPLITS: tl.constexpr,
-    CHOICE: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    x_ptr, w_ptr, bias_ptr, weights_ptr, ids_ptr, parts_ptr, counts_ptr, num_tokens, size, x_row, scaling,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, CHOICE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One program: BLOCK_M tokens and one of SPLITS parts of the hidden size; the last to arrive sums and chooses."""
     E: tl.constexpr = CHOICE.num_experts
     BLOCK_E: tl.constexpr = CHOICE.block

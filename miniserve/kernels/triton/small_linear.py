@@ -45,28 +45,11 @@ def product(acc, w, x, DOT: tl.constexpr, SWAP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def _small_linear_kernel(
-    x_ptr,
-    w_ptr,
-    b_ptr,
-    y_ptr,
-    parts_ptr,
-    counts_ptr,
-    M,
-    N,
-    K,
-    x_stride,
-    GATED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    DOT: tl.constexpr,
-    SWAP: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
+    x_ptr, w_ptr, b_ptr, y_ptr, parts_ptr, counts_ptr, M, N, K, x_stride,
+    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, DOT: tl.constexpr, SWAP: tl.constexpr, EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
     PDL: tl.constexpr,
-):
+):  # fmt: skip
     """N counts outputs. GATED: the weight has 2 N rows, gates first. Without DOT a program has one row, BLOCK_M = 1."""
     start(PDL)
     tile, split = tl.program_id(0), tl.program_id(1)
