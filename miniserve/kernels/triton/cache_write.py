@@ -36,26 +36,11 @@ def write_kv(
         return
     heads = min(next_power_of_2(num_kv_heads), max(1, _TILE // next_power_of_2(head_dim)))
     _write_kernel[(num_tokens, cdiv(num_kv_heads, heads))](
-        k,
-        v,
-        key_cache,
-        value_cache,
-        slot_mapping,
-        k_scale,
-        v_scale,
-        *k.stride()[:2],
-        *v.stride()[:2],
-        *plane_strides(key_cache, shuffled),
-        *plane_strides(value_cache, shuffled),
-        KV_HEADS=num_kv_heads,
-        HEAD_DIM=head_dim,
-        BLOCK_H=heads,
-        BLOCK_D=next_power_of_2(head_dim),
-        BLOCK_SIZE=block_size,
-        X=_lanes(key_cache, shuffled),
-        LIMIT=_limit(key_cache.dtype),
-        **launch_options(k.device),
-    )
+        k, v, key_cache, value_cache, slot_mapping, k_scale, v_scale, *k.stride()[:2], *v.stride()[:2],
+        *plane_strides(key_cache, shuffled), *plane_strides(value_cache, shuffled),
+        KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_H=heads, BLOCK_D=next_power_of_2(head_dim),
+        BLOCK_SIZE=block_size, X=_lanes(key_cache, shuffled), LIMIT=_limit(key_cache.dtype), **launch_options(k.device),
+    )  # fmt: skip
 
 
 def rope_and_write(
@@ -92,34 +77,13 @@ def rope_and_write(
         return q_out
     heads = min(next_power_of_2(num_heads), max(1, 512 // next_power_of_2(head_dim)))
     _rope_write_kernel[(num_tokens, cdiv(num_heads, heads) + cdiv(num_kv_heads, heads))](
-        qkv,
-        cos_sin,
-        q_weight,
-        k_weight,
-        key_cache,
-        value_cache,
-        slot_mapping,
-        k_scale,
-        v_scale,
-        q_out,
-        k_out,
-        qkv.stride(0),
-        cos_sin.stride(0),
-        *q_out.stride()[:2],
-        *plane_strides(key_cache, shuffled),
-        *plane_strides(value_cache, shuffled),
-        eps,
-        HEADS=num_heads,
-        KV_HEADS=num_kv_heads,
-        HEAD_DIM=head_dim,
-        BLOCK_H=heads,
-        BLOCK_HALF=next_power_of_2(head_dim // 2),
-        BLOCK_SIZE=block_size,
-        X=_lanes(key_cache, shuffled),
-        LIMIT=_limit(key_cache.dtype),
-        num_warps=2,
-        **launch_options(qkv.device),
-    )
+        qkv, cos_sin, q_weight, k_weight, key_cache, value_cache, slot_mapping, k_scale, v_scale, q_out, k_out,
+        qkv.stride(0), cos_sin.stride(0), *q_out.stride()[:2], *plane_strides(key_cache, shuffled),
+        *plane_strides(value_cache, shuffled), eps,
+        HEADS=num_heads, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_H=heads,
+        BLOCK_HALF=next_power_of_2(head_dim // 2), BLOCK_SIZE=block_size, X=_lanes(key_cache, shuffled),
+        LIMIT=_limit(key_cache.dtype), num_warps=2, **launch_options(qkv.device),
+    )  # fmt: skip
     return q_out
 
 
@@ -137,21 +101,10 @@ def write_latent(
     if num_tokens == 0:
         return
     _write_latent_kernel[(num_tokens,)](
-        kv_c,
-        k_pe,
-        kv_cache,
-        slot_mapping,
-        kv_scale,
-        kv_c.stride(0),
-        k_pe.stride(0),
-        *kv_cache.stride()[:2],
-        RANK=rank,
-        ROPE=k_pe.shape[1],
-        BLOCK=next_power_of_2(rank + k_pe.shape[1]),
-        BLOCK_SIZE=kv_cache.shape[1],
-        LIMIT=_limit(kv_cache.dtype),
-        **launch_options(kv_c.device),
-    )
+        kv_c, k_pe, kv_cache, slot_mapping, kv_scale, kv_c.stride(0), k_pe.stride(0), *kv_cache.stride()[:2],
+        RANK=rank, ROPE=k_pe.shape[1], BLOCK=next_power_of_2(rank + k_pe.shape[1]), BLOCK_SIZE=kv_cache.shape[1],
+        LIMIT=_limit(kv_cache.dtype), **launch_options(kv_c.device),
+    )  # fmt: skip
 
 
 def _lanes(plane: torch.Tensor, shuffled: bool) -> int:

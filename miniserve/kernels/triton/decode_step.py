@@ -71,18 +71,9 @@ def apply_changes(
     rows, if `explicit` as many positions and input ids, then places in the flattened `tables` and the block ids that go
     there, `num_blocks` of each."""
     _apply_kernel[(triton.cdiv(max(num_rows, num_blocks), 256),)](
-        staged,
-        step.rows,
-        step.positions,
-        step.input_ids,
-        tables,
-        num_rows,
-        num_blocks,
-        EXPLICIT=explicit,
-        BLOCK=256,
-        num_warps=2,
-        **launch_options(tables.device),
-    )
+        staged, step.rows, step.positions, step.input_ids, tables, num_rows, num_blocks,
+        EXPLICIT=explicit, BLOCK=256, num_warps=2, **launch_options(tables.device),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -121,22 +112,10 @@ def advance(state: RowState, step: StepTensors, block_size: int, *, explicit: bo
     """Count one more token for each of `step.rows` and fill in the rest of `step`; if `explicit`, fill in what follows
     from its rows and positions, and leave `state` alone."""
     _advance_kernel[(step.rows.shape[0],)](
-        step.rows,
-        state.tables,
-        state.lens,
-        state.last_tokens,
-        step.input_ids,
-        step.positions,
-        step.slots,
-        step.seq_lens,
-        step.block_tables,
-        state.tables.shape[1],
-        EXPLICIT=explicit,
-        BLOCK_SIZE=block_size,
-        CHUNK=1024,
-        num_warps=4,
-        **launch_options(step.rows.device),
-    )
+        step.rows, state.tables, state.lens, state.last_tokens, step.input_ids, step.positions, step.slots,
+        step.seq_lens, step.block_tables, state.tables.shape[1],
+        EXPLICIT=explicit, BLOCK_SIZE=block_size, CHUNK=1024, num_warps=4, **launch_options(step.rows.device),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -184,14 +163,6 @@ def greedy(logits: torch.Tensor, rows: torch.Tensor, state: RowState, tokens: to
         logits, values, ids, vocab_size, PARTS=parts, BLOCK=_VOCAB_BLOCK, num_warps=4, **options
     )
     _hand_over_kernel[(batch,)](
-        values,
-        ids,
-        rows,
-        state.last_tokens,
-        state.num_outputs,
-        tokens,
-        PARTS=parts,
-        BLOCK=triton.next_power_of_2(parts),
-        num_warps=1,
-        **options,
-    )
+        values, ids, rows, state.last_tokens, state.num_outputs, tokens,
+        PARTS=parts, BLOCK=triton.next_power_of_2(parts), num_warps=1, **options,
+    )  # fmt: skip

@@ -54,18 +54,9 @@ def _norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: fl
     size = x.shape[-1]
     block = triton.next_power_of_2(size)
     _rms_norm_kernel[(x.numel() // size,)](
-        x,
-        residual,
-        weight,
-        out,
-        size,
-        x.stride(0),
-        eps,
-        ADD=add,
-        BLOCK=block,
-        num_warps=min(16, max(1, block // 512)),
-        **launch_options(x.device),
-    )
+        x, residual, weight, out, size, x.stride(0), eps,
+        ADD=add, BLOCK=block, num_warps=min(16, max(1, block // 512)), **launch_options(x.device),
+    )  # fmt: skip
     return out
 
 
@@ -139,19 +130,10 @@ def norm_rope(
     head_dim], contiguous; cos_sin float32 [T, head_dim], cosines first. NeoX style: halves are paired."""
     norm = q_weight is not None and k_weight is not None
     _norm_rope_kernel[(qkv.shape[0], num_heads + num_kv_heads)](
-        qkv,
-        cos_sin,
-        q_weight if norm else qkv,
-        k_weight if norm else qkv,
-        eps,
-        qkv.shape[1],
-        num_heads,
-        HEAD_DIM=head_dim,
-        HALF=triton.next_power_of_2(head_dim // 2),
-        NORM=norm,
-        num_warps=1,
+        qkv, cos_sin, q_weight if norm else qkv, k_weight if norm else qkv, eps, qkv.shape[1], num_heads,
+        HEAD_DIM=head_dim, HALF=triton.next_power_of_2(head_dim // 2), NORM=norm, num_warps=1,
         **launch_options(qkv.device),
-    )
+    )  # fmt: skip
 
 
 @triton.jit
@@ -191,15 +173,7 @@ def rope_pair(q: torch.Tensor, k: torch.Tensor, cos_sin: torch.Tensor, *, interl
     dim], cosines first. interleaved: neighbours are paired instead of halves."""
     tokens, num_heads, dim = q.shape
     _rope_pair_kernel[(tokens, num_heads + 1)](
-        q,
-        k,
-        cos_sin,
-        num_heads,
-        *q.stride()[:2],
-        k.stride(0),
-        DIM=dim,
-        HALF=triton.next_power_of_2(dim // 2),
-        INTERLEAVED=interleaved,
-        num_warps=1,
+        q, k, cos_sin, num_heads, *q.stride()[:2], k.stride(0),
+        DIM=dim, HALF=triton.next_power_of_2(dim // 2), INTERLEAVED=interleaved, num_warps=1,
         **launch_options(q.device),
-    )
+    )  # fmt: skip

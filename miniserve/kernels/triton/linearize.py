@@ -31,25 +31,11 @@ def linearize(
     shape = (requests * width, block_size, kv_heads, chunks * x)
     key, value = (torch.empty(shape, dtype=key_cache.dtype, device=key_cache.device) for _ in range(2))
     _linearize_kernel[(width, kv_heads, requests)](
-        key_cache,
-        value_cache,
-        block_tables,
-        cu_query_lens,
-        seq_lens,
-        key,
-        value,
-        key_cache.stride(0),
-        value_cache.stride(0),
-        block_tables.stride(0),
-        window or 0,
-        KV_HEADS=kv_heads,
-        HEAD_DIM=chunks * x,
-        BLOCK_SIZE=block_size,
-        X=x,
-        BLOCK_T=next_power_of_2(block_size),
-        BLOCK_D=next_power_of_2(chunks * x),
-        num_warps=2,
-    )
+        key_cache, value_cache, block_tables, cu_query_lens, seq_lens, key, value, key_cache.stride(0),
+        value_cache.stride(0), block_tables.stride(0), window or 0,
+        KV_HEADS=kv_heads, HEAD_DIM=chunks * x, BLOCK_SIZE=block_size, X=x, BLOCK_T=next_power_of_2(block_size),
+        BLOCK_D=next_power_of_2(chunks * x), num_warps=2,
+    )  # fmt: skip
     return key, value
 
 

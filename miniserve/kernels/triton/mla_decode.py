@@ -62,35 +62,13 @@ def mla_decode(
     if fused_merge is None:
         fused_merge = fuses_merge(on, min(launch.block_m, num_heads), rank, num_splits, _FUSED_MERGE_VALUES)
     _mla_kernel[(cdiv(num_heads, launch.block_m), num_splits, rows)](
-        q,
-        q_pe,
-        kv_cache,
-        block_tables,
-        seq_lens,
-        kv_scale,
-        out,
-        *arrays,
-        *q.stride()[:2],
-        *q_pe.stride()[:2],
-        *kv_cache.stride()[:2],
-        block_tables.stride(0),
-        *out.stride()[:2],
-        scale * LOG2E,
-        num_splits,
-        HEADS=num_heads,
-        RANK=rank,
-        ROPE=rope,
-        BLOCK_R=next_power_of_2(rank),
-        BLOCK_P=max(16, next_power_of_2(rope)),
-        BLOCK_M=launch.block_m,
-        BLOCK_N=launch.block_n,
-        BLOCK_SIZE=kv_cache.shape[1],
-        SINGLE=single,
-        MERGE_M=min(launch.block_m, next_power_of_2(num_heads)),
-        FUSED_MERGE=fused_merge and not single,
-        PRECISION=dot_precision(on),
-        **launch.options(on),
-    )
+        q, q_pe, kv_cache, block_tables, seq_lens, kv_scale, out, *arrays, *q.stride()[:2], *q_pe.stride()[:2],
+        *kv_cache.stride()[:2], block_tables.stride(0), *out.stride()[:2], scale * LOG2E, num_splits,
+        HEADS=num_heads, RANK=rank, ROPE=rope, BLOCK_R=next_power_of_2(rank), BLOCK_P=max(16, next_power_of_2(rope)),
+        BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_SIZE=kv_cache.shape[1], SINGLE=single,
+        MERGE_M=min(launch.block_m, next_power_of_2(num_heads)), FUSED_MERGE=fused_merge and not single,
+        PRECISION=dot_precision(on), **launch.options(on),
+    )  # fmt: skip
     if not single and not fused_merge and scratch is not None:
         merge_splits(scratch, seq_lens, out, block_n=launch.block_n, num_splits=num_splits)
     return out

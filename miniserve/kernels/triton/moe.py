@@ -208,45 +208,21 @@ def experts(
         pairs = torch.empty(num_blocks * block_m, dtype=torch.int32, device=x.device)
         block_experts = torch.empty(num_blocks + 1, dtype=torch.int32, device=x.device)
         _align_kernel[(num_experts + 1,)](
-            topk_ids,
-            pairs,
-            block_experts,
-            num_pairs,
-            E=num_experts,
-            BLOCK_E=triton.next_power_of_2(num_experts + 1),
-            BLOCK_P=min(1024, triton.next_power_of_2(num_pairs)),
-            BLOCK_M=block_m,
-            num_warps=4,
-            **options,
-        )
+            topk_ids, pairs, block_experts, num_pairs,
+            E=num_experts, BLOCK_E=triton.next_power_of_2(num_experts + 1),
+            BLOCK_P=min(1024, triton.next_power_of_2(num_pairs)), BLOCK_M=block_m, num_warps=4, **options,
+        )  # fmt: skip
     else:
         pairs, block_experts, num_blocks = topk_ids, topk_ids, num_pairs
 
     def multiply(source: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, tile: MoETile, per_row: int) -> None:
         n, gated = target.shape[1], tile is gate_up
         _grouped_kernel[(triton.cdiv(n, tile.block_n), num_blocks)](
-            source,
-            weight,
-            topk_weights,
-            target,
-            pairs,
-            block_experts,
-            num_pairs,
-            n,
-            weight.shape[2],
-            PAIRS_PER_ROW=per_row,
-            GATED=gated,
-            SCALED=not gated,
-            ALIGNED=aligned,
-            SWAP=tile.swap,
-            EVEN_K=weight.shape[2] % tile.block_k == 0,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            **options,
-        )
+            source, weight, topk_weights, target, pairs, block_experts, num_pairs, n, weight.shape[2],
+            PAIRS_PER_ROW=per_row, GATED=gated, SCALED=not gated, ALIGNED=aligned, SWAP=tile.swap,
+            EVEN_K=weight.shape[2] % tile.block_k == 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            BLOCK_K=tile.block_k, num_warps=tile.num_warps, num_stages=tile.num_stages, **options,
+        )  # fmt: skip
 
     activated = torch.empty(num_pairs, middle, dtype=x.dtype, device=x.device)
     multiply(x, w1, activated, gate_up, k)
@@ -268,17 +244,8 @@ def add_pairs_norm(
     out = torch.empty_like(residual)
     block = triton.next_power_of_2(size)
     _add_pairs_norm_kernel[(tokens,)](
-        parts,
-        residual if shared is None else shared,
-        residual,
-        weight,
-        out,
-        size,
-        eps,
-        K=parts.shape[0] // tokens,
-        SHARED=shared is not None,
-        BLOCK=block,
-        num_warps=min(16, max(1, block // 512)),
+        parts, residual if shared is None else shared, residual, weight, out, size, eps,
+        K=parts.shape[0] // tokens, SHARED=shared is not None, BLOCK=block, num_warps=min(16, max(1, block // 512)),
         **launch_options(parts.device),
-    )
+    )  # fmt: skip
     return out

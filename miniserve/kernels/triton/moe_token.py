@@ -80,32 +80,13 @@ def token_experts(
     options = launch_options(x.device)
     activated = torch.empty(k, middle, dtype=x.dtype, device=x.device)
     _middle_kernel[(triton.cdiv(middle, _MIDDLE_ROWS), k)](
-        x,
-        w1,
-        topk_ids,
-        activated,
-        middle,
-        hidden,
-        BLOCK_N=_MIDDLE_ROWS,
-        BLOCK_D=min(2048, triton.next_power_of_2(hidden)),
-        num_warps=4,
-        **options,
-    )
+        x, w1, topk_ids, activated, middle, hidden,
+        BLOCK_N=_MIDDLE_ROWS, BLOCK_D=min(2048, triton.next_power_of_2(hidden)), num_warps=4, **options,
+    )  # fmt: skip
     out = torch.empty_like(x)
     block_d = min(_OUT_COLUMNS, triton.next_power_of_2(middle))
     _out_kernel[(triton.cdiv(hidden, _OUT_ROWS),)](
-        activated,
-        w2,
-        topk_ids,
-        topk_weights,
-        out,
-        hidden,
-        middle,
-        K=k,
-        TILES=triton.cdiv(middle, block_d),
-        BLOCK_N=_OUT_ROWS,
-        BLOCK_D=block_d,
-        num_warps=2,
-        **options,
-    )
+        activated, w2, topk_ids, topk_weights, out, hidden, middle,
+        K=k, TILES=triton.cdiv(middle, block_d), BLOCK_N=_OUT_ROWS, BLOCK_D=block_d, num_warps=2, **options,
+    )  # fmt: skip
     return out

@@ -87,25 +87,9 @@ def add_norm_route(
     block_d = triton.next_power_of_2(size)
     block_n, num_warps = max(1, _WEIGHTS // block_d), max(_WARPS, block_d // 2048)
     _norm_router_kernel[(triton.cdiv(num_experts, block_n), tokens)](
-        x,
-        residual,
-        norm,
-        weight,
-        weight if bias is None else bias,
-        normed,
-        total,
-        weights,
-        ids,
-        workspace.parts,
-        workspace.counts,
-        size,
-        eps,
-        scaling,
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
-        WARPS=num_warps,
-        num_warps=num_warps,
-        CHOICE=Choice.of(num_experts, bias, top_k=top_k, **asked),
-        **launch_options(x.device),
-    )
+        x, residual, norm, weight, weight if bias is None else bias, normed, total, weights, ids, workspace.parts,
+        workspace.counts, size, eps, scaling,
+        BLOCK_N=block_n, BLOCK_D=block_d, WARPS=num_warps, num_warps=num_warps,
+        CHOICE=Choice.of(num_experts, bias, top_k=top_k, **asked), **launch_options(x.device),
+    )  # fmt: skip
     return normed, total, weights, ids

@@ -70,24 +70,10 @@ def paged_decode(
         shuffled=shuffled, scale=scale, window=window, softcap=softcap, num_splits=num_splits,
     )  # fmt: skip
     _decode_kernel[(num_kv_heads * cdiv(group, launch.block_m), num_splits, rows)](
-        q,
-        key_cache,
-        value_cache,
-        block_tables,
-        seq_lens,
-        sinks,
-        k_scale,
-        v_scale,
-        out,
-        *arrays,
-        *values,
-        KV_HEADS=num_kv_heads,
-        SINGLE=single,
-        MERGE_M=next_power_of_2(min(group, launch.block_m)),
-        FUSED_MERGE=fused_merge and not single,
-        **constants,
-        **launch_options(q.device),
-    )
+        q, key_cache, value_cache, block_tables, seq_lens, sinks, k_scale, v_scale, out, *arrays, *values,
+        KV_HEADS=num_kv_heads, SINGLE=single, MERGE_M=next_power_of_2(min(group, launch.block_m)),
+        FUSED_MERGE=fused_merge and not single, **constants, **launch_options(q.device),
+    )  # fmt: skip
     if not single and not fused_merge and scratch is not None:
         merge_splits(scratch, seq_lens, out, block_n=launch.block_n, num_splits=num_splits, window=window)
     return out

@@ -67,34 +67,16 @@ def paged_extend(
         shuffled=shuffled, scale=scale, window=window, softcap=softcap, num_splits=num_splits,
     )  # fmt: skip
     _extend_kernel[(num_kv_heads, tiles * num_splits, requests)](
-        q,
-        key_cache,
-        value_cache,
-        block_tables,
-        cu_query_lens,
-        seq_lens,
-        sinks,
-        k_scale,
-        v_scale,
-        out,
-        partial,
-        lse,
+        q, key_cache, value_cache, block_tables, cu_query_lens, seq_lens, sinks, k_scale, v_scale, out, partial, lse,
         *values,
         **constants,
-    )
+    )  # fmt: skip
     if num_splits > 1:
         heads = min(_MERGED_HEADS, next_power_of_2(num_heads))
         _merge_kernel[(cdiv(num_heads, heads), q.shape[0])](
-            partial,
-            lse,
-            out,
-            *out.stride()[:2],
-            num_splits,
-            HEADS=num_heads,
-            HEAD_DIM=head_dim,
-            BLOCK_D=next_power_of_2(head_dim),
-            MERGE_M=heads,
-        )
+            partial, lse, out, *out.stride()[:2], num_splits,
+            HEADS=num_heads, HEAD_DIM=head_dim, BLOCK_D=next_power_of_2(head_dim), MERGE_M=heads,
+        )  # fmt: skip
     return out
 
 

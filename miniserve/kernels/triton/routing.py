@@ -213,21 +213,7 @@ def route(
     block_m, block_d = 16, 64
     splits = min(_MOST_SPLITS, triton.cdiv(size, block_d))
     _router_kernel[(triton.cdiv(tokens, block_m), splits)](
-        x,
-        weight,
-        given_bias,
-        weights,
-        ids,
-        workspace.parts,
-        workspace.counts,
-        tokens,
-        size,
-        x.stride(0),
-        scaling,
-        BLOCK_M=block_m,
-        BLOCK_D=block_d,
-        SPLITS=splits,
-        num_warps=8 if num_experts > 128 else 4,
-        **compiled,
-    )
+        x, weight, given_bias, weights, ids, workspace.parts, workspace.counts, tokens, size, x.stride(0), scaling,
+        BLOCK_M=block_m, BLOCK_D=block_d, SPLITS=splits, num_warps=8 if num_experts > 128 else 4, **compiled,
+    )  # fmt: skip
     return weights, ids

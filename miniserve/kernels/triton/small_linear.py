@@ -230,30 +230,11 @@ def small_linear(
         raise ValueError(f"a split linear of {m} x {n} does not fit its workspace")
     y = torch.empty(m, n, dtype=out_dtype or x.dtype, device=x.device)
     _small_linear_kernel[(triton.cdiv(n, tile.block_n), tile.split_k, 1 if dot else m)](
-        x,
-        weight,
-        weight if bias is None else bias,
-        y,
-        workspace.parts,
-        workspace.counts,
-        m,
-        n,
-        k,
-        x.stride(0),
-        GATED=gated,
-        HAS_BIAS=bias is not None,
-        DOT=dot,
-        SWAP=tile.swap,
-        EVEN_N=n % tile.block_n == 0,
-        EVEN_K=k % (tile.block_k * tile.split_k) == 0,
-        BLOCK_M=block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        SPLIT_K=tile.split_k,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        **launch_options(x.device),
-    )
+        x, weight, weight if bias is None else bias, y, workspace.parts, workspace.counts, m, n, k, x.stride(0),
+        GATED=gated, HAS_BIAS=bias is not None, DOT=dot, SWAP=tile.swap, EVEN_N=n % tile.block_n == 0,
+        EVEN_K=k % (tile.block_k * tile.split_k) == 0, BLOCK_M=block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        SPLIT_K=tile.split_k, num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_options(x.device),
+    )  # fmt: skip
     return y
 
 

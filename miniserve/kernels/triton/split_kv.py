@@ -71,20 +71,10 @@ def merge_splits(
     """Merge the partial results of every row and head into out [rows, heads, head_dim]; a row of length 0 is left."""
     rows, heads, head_dim = out.shape
     _merge_kernel[(heads, rows)](
-        scratch.partial,
-        scratch.lse,
-        seq_lens,
-        out,
-        *out.stride()[:2],
-        window or 0,
-        num_splits,
-        HEADS=heads,
-        HEAD_DIM=head_dim,
-        BLOCK_D=next_power_of_2(head_dim),
-        BLOCK_N=block_n,
-        HAS_WINDOW=window is not None,
-        **launch_options(out.device),
-    )
+        scratch.partial, scratch.lse, seq_lens, out, *out.stride()[:2], window or 0, num_splits,
+        HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=next_power_of_2(head_dim), BLOCK_N=block_n,
+        HAS_WINDOW=window is not None, **launch_options(out.device),
+    )  # fmt: skip
 
 
 @triton.jit
