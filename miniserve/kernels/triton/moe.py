@@ -15,7 +15,7 @@ import triton.language as tl
 
 from miniserve.kernels.triton.elementwise import rms_normed
 from miniserve.kernels.triton.pdl import launch_options, start, wait
-from miniserve.kernels.triton.small_linear import chip_of, product
+from miniserve.kernels.triton.small_linear import accumulator, chip_of, product, swiglu
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +96,8 @@ def _grouped_kernel(
     x_ptrs = x_ptr + (pairs // PAIRS_PER_ROW).to(tl.int64)[:, None] * D + cols_k[None, :]
     w_ptrs = w_ptr + expert * (width * N).to(tl.int64) * D + cols_n.to(tl.int64)[:, None] * D + cols_k[None, :]
     up_ptrs = w_ptrs + N.to(tl.int64) * D
-    if SWAP:
-        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        up_acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    else:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        up_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = accumulator(BLOCK_M, BLOCK_N, SWAP)
+    up_acc = tl.zeros_like(acc)
     for first in range(0, D, BLOCK_K):
         if EVEN_K:
             x = tl.load(x_ptrs, mask=valid[:, None], other=0.0)
@@ -124,9 +120,7 @@ def _grouped_kernel(
         acc = tl.trans(acc)
         up_acc = tl.trans(up_acc)
     if GATED:
-        gate = acc.to(x_ptr.dtype.element_ty).to(tl.float32)
-        silu = (gate / (1.0 + tl.exp(-gate))).to(x_ptr.dtype.element_ty)
-        acc = (silu * up_acc.to(x_ptr.dtype.element_ty)).to(tl.float32)
+        acc = swiglu(acc, up_acc, x_ptr.dtype.element_ty)
     if SCALED:
         acc = acc.to(x_ptr.dtype.element_ty).to(tl.float32)
         acc = acc * tl.load(scale_ptr + pairs, mask=valid, other=0.0)[:, None]

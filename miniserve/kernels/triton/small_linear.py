@@ -43,6 +43,19 @@ def product(acc, w, x, DOT: tl.constexpr, SWAP: tl.constexpr):
     return acc
 
 
+@triton.jit
+def accumulator(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr):
+    return tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+
+
+@triton.jit
+def swiglu(gate, up, dtype: tl.constexpr):
+    """silu(gate) * up in float32, rounded as gate and up would be if they were stored first."""
+    gate = gate.to(dtype).to(tl.float32)
+    silu = (gate / (1.0 + tl.exp(-gate))).to(dtype)
+    return (silu * up.to(dtype)).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["M"])
 def _small_linear_kernel(
     x_ptr, w_ptr, b_ptr, y_ptr, parts_ptr, counts_ptr, M, N, K, x_stride,
@@ -75,17 +88,12 @@ def _small_linear_kernel(
     if DOT:
         x_ptrs = x_ptr + rows_m[:, None].to(tl.int64) * x_stride + (first + cols)[None, :]
         inside_m = (rows_m < M)[:, None]
-        if SWAP:
-            acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-            up_acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-        else:
-            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-            up_acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        acc = accumulator(BLOCK_M, BLOCK_N, SWAP)
     else:
         x_ptrs = x_ptr + tl.program_id(2).to(tl.int64) * x_stride + (first + cols)[None, :]
         inside_m = True
         acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-        up_acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    up_acc = tl.zeros_like(acc)
     if EVEN_K:
         x = tl.load(x_ptrs, mask=inside_m, other=0.0)
     else:
@@ -141,10 +149,7 @@ def _small_linear_kernel(
         if GATED:
             up_acc += tl.load(b_ptr + N + rows_n, mask=inside_n, other=0.0).to(tl.float32)[None, :]
     if GATED:
-        # Rounded as gate and up would be if they were stored first.
-        gate = acc.to(x_ptr.dtype.element_ty).to(tl.float32)
-        silu = (gate / (1.0 + tl.exp(-gate))).to(x_ptr.dtype.element_ty)
-        acc = (silu * up_acc.to(x_ptr.dtype.element_ty)).to(tl.float32)
+        acc = swiglu(acc, up_acc, x_ptr.dtype.element_ty)
     tl.store(y_ptr + offsets, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
