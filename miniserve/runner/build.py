@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from miniserve.attention.aiter import AiterExperts
 from miniserve.attention.backends.build import block_bytes, build_backend, scratch_bytes
 from miniserve.attention.backends.latent_base import CONTEXT_TOKENS
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.layouts import LAYOUTS
+from miniserve.attention.platform import Platform
 from miniserve.attention.routes import describe_routes
 from miniserve.attention.select import select
 from miniserve.attention.terms import name_of
@@ -68,19 +70,8 @@ def build_runner(
     platform = find_platform(config.device, device, dtype)
     platform = platform if config.aiter else platform.without_aiter()
     experts = find_experts(platform, dtype)
-    kernels = native.NativeKernels() if device.type == "cpu" and native.unavailable_reason() is None else None
-    model = build_model(
-        model_config,
-        BuildOptions(
-            dtype=dtype,
-            kv_dtype=find_kv_dtype(config.kv_cache_dtype, dtype, platform),
-            device=device,
-            max_model_len=config.max_model_len,
-            native=kernels,
-            triton=_triton_kernels(device),
-            experts=None if isinstance(experts, str) else experts,
-        ),
-    )
+    options = _build_options(config, dtype, device, platform, None if isinstance(experts, str) else experts)
+    model = build_model(model_config, options)
     choice = select(
         model.attention_specs,
         platform,
@@ -104,7 +95,7 @@ def build_runner(
     )
     caches = [layout.allocate(spec, plan.num_blocks, device) for spec in model.attention_specs]
     eos_token_ids = load_generation_defaults(source_path, config.generation_config).eos_token_ids
-    options = BackendOptions(
+    backend_options = BackendOptions(
         specs=tuple(model.attention_specs),
         routes=choice.routes,
         platform=platform,
@@ -114,9 +105,9 @@ def build_runner(
     )
     if config.self_check:
         layers = [cast(Any, layer).self_attn.attn for layer in model.model.layers]
-        backend, checked = checked_backend(choice, config.block_size, options, layers, caches)
+        backend, checked = checked_backend(choice, config.block_size, backend_options, layers, caches)
     else:
-        backend, checked = build_backend(choice, config.block_size, options), ["self-check: left out"]
+        backend, checked = build_backend(choice, config.block_size, backend_options), ["self-check: left out"]
     replays = backend.graphs and not platform.emulated and not config.enforce_eager
     runner = _make_runner(ServedModel(model, backend, caches), config, plan, eos_token_ids, replays, report)
     attention = [*choice.explain(), *describe_routes(choice, model.attention_specs, platform), *scales, *checked]
@@ -144,6 +135,20 @@ def build_runner(
         memory=plan.rows(),
         attention=attention,
         traffic=traffic,
+    )
+
+
+def _build_options(
+    config: EngineConfig, dtype: torch.dtype, device: torch.device, platform: Platform, experts: AiterExperts | None
+) -> BuildOptions:
+    return BuildOptions(
+        dtype=dtype,
+        kv_dtype=find_kv_dtype(config.kv_cache_dtype, dtype, platform),
+        device=device,
+        max_model_len=config.max_model_len,
+        native=native.NativeKernels() if device.type == "cpu" and native.unavailable_reason() is None else None,
+        triton=_triton_kernels(device),
+        experts=experts,
     )
 
 

@@ -97,14 +97,8 @@ def test_steps_are_counted_behind_the_warm_up(engine: FakeEngine) -> None:
 
 
 def test_one_token_has_no_decode_step(engine: FakeEngine) -> None:
-    result = offline.measure_latency(
-        engine.opened(),
-        batch_size=1,
-        shape=Shape(input_len=1, output_len=1),
-        warmup=0,
-        repeats=1,
-        seed=0,
-    )
+    load = {"batch_size": 1, "shape": Shape(input_len=1, output_len=1), "seed": 0}
+    result = offline.measure_latency(engine.opened(), **load, warmup=0, repeats=1)
     assert result.step == []
     assert result.decode_tokens_per_s is None
     assert result.summaries()["step"] is None
