@@ -2,7 +2,8 @@
 the router's product, the choice.
 
 As three launches each would wait for the one before it with next to nothing to read. Here every program makes the norm
-for itself, while its rows of the router's weight are there already, and the last to arrive chooses.
+for itself, while its row of the router's weight is there already, and the last to arrive chooses. A program is one warp
+where a row fits one's registers: warps would wait for each other.
 """
 
 from __future__ import annotations
@@ -19,37 +20,34 @@ from miniserve.kernels.triton.routing import Choice, choose
 from miniserve.kernels.triton.small_linear import Workspace
 
 FUSED_TOKENS = range(1, 5)
-# Of a program: the router's weights that it holds in registers, and the warps for them where a row is not longer.
-_WEIGHTS, _WARPS = 8192, 4
+_COLUMNS = 2048  # of a row, that a warp holds
 
 
 @triton.jit
 def _norm_router_kernel(
     x_ptr, residual_ptr, norm_ptr, w_ptr, bias_ptr, normed_ptr, sum_ptr, weights_ptr, ids_ptr, logits_ptr, counts_ptr,
     size, eps, scaling,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHOICE: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_D: tl.constexpr, CHOICE: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: the logits of BLOCK_N experts for one token."""
+    """One program: the logit of one expert for one token."""
     E: tl.constexpr = CHOICE.num_experts
     start(PDL)
-    program, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    rows = program * BLOCK_N + tl.arange(0, BLOCK_N)
+    expert, token = tl.program_id(0), tl.program_id(1).to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
     inside = cols < size
-    w = tl.load(w_ptr + rows[:, None] * size + cols[None, :], mask=(rows < E)[:, None] & inside[None, :], other=0.0)
+    w = tl.load(w_ptr + expert * size + cols, mask=inside, other=0.0)
     norm = tl.load(norm_ptr + cols, mask=inside, other=0.0)
     wait(PDL)
     at = token * size + cols
     x = tl.load(x_ptr + at, mask=inside, other=0.0) + tl.load(residual_ptr + at, mask=inside, other=0.0)
     normed = rms_normed(x, norm, size, eps)
-    logits = tl.sum(w * normed.to(tl.float32)[None, :], axis=1)
-    tl.store(logits_ptr + token * E + rows, logits, mask=rows < E)
+    tl.store(logits_ptr + token * E + expert, tl.sum(w * normed.to(tl.float32), axis=0))
     tl.debug_barrier()
     arrived = tl.atomic_add(counts_ptr + token, 1, sem="acq_rel")
-    if program == 0:  # not earlier: others would wait for these stores, too
+    if expert == 0:  # not earlier: others would wait for these stores, too
         tl.store(sum_ptr + at, x, mask=inside)
         tl.store(normed_ptr + at, normed, mask=inside)
-    if arrived < tl.num_programs(0) - 1:
+    if arrived < E - 1:
         return
     tl.store(counts_ptr + token, 0)
     # The same row for each warp, so that none waits for another.
@@ -85,11 +83,11 @@ def add_norm_route(
     weights = torch.empty(tokens, top_k, dtype=torch.float32, device=x.device)
     ids = torch.empty(tokens, top_k, dtype=torch.int32, device=x.device)
     block_d = triton.next_power_of_2(size)
-    block_n, num_warps = max(1, _WEIGHTS // block_d), max(_WARPS, block_d // 2048)
-    _norm_router_kernel[(triton.cdiv(num_experts, block_n), tokens)](
+    num_warps = max(1, block_d // _COLUMNS)
+    _norm_router_kernel[(num_experts, tokens)](
         x, residual, norm, weight, weight if bias is None else bias, normed, total, weights, ids, workspace.parts,
         workspace.counts, size, eps, scaling,
-        BLOCK_N=block_n, BLOCK_D=block_d, WARPS=num_warps, num_warps=num_warps,
-        CHOICE=Choice.of(num_experts, bias, top_k=top_k, **asked), **launch_options(x.device),
+        BLOCK_D=block_d, CHOICE=Choice.of(num_experts, bias, top_k=top_k, **asked), WARPS=num_warps,
+        num_warps=num_warps, **launch_options(x.device),
     )  # fmt: skip
     return normed, total, weights, ids
