@@ -14,13 +14,15 @@ class DecodeRows:
 
     block_tables int32 [rows, width]; seq_lens int32 [rows], counting the query's own token (0 in a padding row).
     max_seq_len: no row is longer, as the host knows without asking the device. host_seq_lens: the same lengths on the
-    host, None where the step was captured in a graph and runs with other lengths than these.
+    host, None where the step was captured in a graph and runs with other lengths than these. fresh: as of
+    `paged_decode`.
     """
 
     block_tables: Tensor
     seq_lens: Tensor
     max_seq_len: int
     host_seq_lens: np.ndarray[tuple[int], np.dtype[np.int64]] | None
+    fresh: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

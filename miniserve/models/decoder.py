@@ -64,8 +64,8 @@ class Decoder(Module):
         )
 
     def forward(self, input_ids: Tensor, positions: Tensor, ctx: StepContext) -> Tensor:
+        cos_sin = self.rotary_emb(positions)  # first, so that it is settled by the look-up of embeddings (see `pdl.py`)
         residual: Tensor = self.embed_tokens(input_ids)
-        cos_sin = self.rotary_emb(positions)
         x: Tensor = self._norms[0](residual)
         for layer, norm in zip(self.layers, self._norms[1:], strict=True):
             added, residual = layer(x, residual, cos_sin, ctx)

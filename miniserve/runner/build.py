@@ -189,8 +189,8 @@ def _make_runner(
         return ModelRunner(served, state, sampler)
     sizes = {"block_size": config.block_size, "max_seq_len": plan.max_model_len}
     row_state = RowState(state.tables, state.lens, sampler.last_tokens, sampler.num_outputs)
-    explicit, buckets = config.speculative is not None, decode_buckets(rows)
-    graphs = DecodeGraphs(served, row_state, draw.params, **sizes, buckets=buckets, explicit=explicit)
+    buckets, guesses = decode_buckets(rows), config.num_draft_tokens
+    graphs = DecodeGraphs(served, row_state, draw.params, **sizes, buckets=buckets, num_draft_tokens=guesses)
     graphs.capture(partial(report, "decode graphs"))
     chunk_graphs = None
     # What padding holds is anything, also NaN, for which experts cannot be chosen.

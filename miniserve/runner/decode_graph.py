@@ -33,8 +33,8 @@ def decode_buckets(max_num_seqs: int) -> list[int]:
 
 class DecodeGraphs:
     """`state` and `params` are those of the runner's rows; `max_seq_len` in tokens bounds every row's length.
-    `explicit`: the host says what each entry of a step computes, as for draft runs; else each is a row that advances by
-    its last token."""
+    `num_draft_tokens`: the most guesses that a step verifies behind a row's token; with any the host says what each
+    entry of a step computes, without each is a row that advances by its last token."""
 
     def __init__(
         self,
@@ -45,10 +45,11 @@ class DecodeGraphs:
         block_size: int,
         max_seq_len: int,
         buckets: Sequence[int],
-        explicit: bool,
+        num_draft_tokens: int,
     ) -> None:
         self._served, self._state, self._params = served, state, params
-        self._block_size, self._max_seq_len, self._explicit = block_size, max_seq_len, explicit
+        self._block_size, self._max_seq_len = block_size, max_seq_len
+        self._explicit, self._fresh = num_draft_tokens > 0, num_draft_tokens + 1
         self._buckets = sorted(buckets)
         self._device = state.lens.device
         most = self._buckets[-1]
@@ -158,5 +159,6 @@ class DecodeGraphs:
         """The logits [bucket, vocab_size] that the next tokens follow from."""
         step = StepTensors(*(getattr(self._step, field.name)[:bucket] for field in fields(StepTensors)))
         advance(self._state, step, self._block_size, explicit=self._explicit)
-        decode = DecodeRows(step.block_tables, step.seq_lens, self._max_seq_len, host_seq_lens=None)
+        # The look-up of embeddings, an ordinary kernel, lies between `advance` and those that are launched dependently.
+        decode = DecodeRows(step.block_tables, step.seq_lens, self._max_seq_len, None, self._fresh)
         return self._served.logits(step.input_ids, step.positions, StepBatch(step.slots, decode))

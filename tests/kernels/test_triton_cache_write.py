@@ -100,11 +100,11 @@ def test_fp8_is_scaled_and_limited(dtype: torch.dtype, shuffled: bool) -> None:
 
 
 @LAYOUTS
-@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("normed", "settled"), [(False, False), (True, True)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(8, 2, 64), (5, 5, 80), (3, 1, 256)])
 def test_rope_and_write(
-    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, normed: bool, shuffled: bool
+    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, normed: bool, settled: bool, shuffled: bool
 ) -> None:
     tokens = len(SLOTS)
     wide = normal(1, tokens, (heads + 2 * kv_heads) * head_dim + 16, dtype=dtype)
@@ -116,7 +116,7 @@ def test_rope_and_write(
     k_out = torch.full((tokens, kv_heads, head_dim), torch.nan, dtype=dtype, device=DEVICE)
     q_out = rope_and_write(
         qkv, cos_sin, *weights, 1e-6, key, value, slots(SLOTS), num_heads=heads, num_kv_heads=kv_heads,
-        head_dim=head_dim, block_size=16, shuffled=shuffled, k_out=k_out,
+        head_dim=head_dim, block_size=16, shuffled=shuffled, settled=settled, k_out=k_out,
     )  # fmt: skip
     q, k, v = qkv.unflatten(1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=1)
     want_q, want_k = qk_norm_rope(q, k, QKRope(cos_sin, *weights, 1e-6))

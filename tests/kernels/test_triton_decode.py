@@ -49,13 +49,12 @@ def check(
     tables = block_tables(lengths, num_blocks, cache.block_size)
     num_splits = options.pop("num_splits", 1)
     scratch = DecodeScratch.allocate([(len(lengths), num_splits)], num_heads, head_dim, DEVICE)
-    poison = torch.full((len(lengths), num_heads, head_dim), float("nan"), dtype=dtype, device=DEVICE)
     formula = {name: options[name] for name in ("window", "softcap", "sinks") if name in options}
     want = expected(q, cache, tables, lengths, scale=scale, **formula)
-    for _ in range(2 if num_splits > 1 else 1):  # the second time finds the scratch as the first left it
+    for fresh in (None, 2):  # the second time finds the scratch as the first left it
         got = paged_decode(
-            q, *cache.planes, tables, int32(lengths), scale=scale, num_splits=num_splits, scratch=scratch, out=poison,
-            **cache.layout, **options,
+            q, *cache.planes, tables, int32(lengths), scale=scale, num_splits=num_splits, fresh=fresh, scratch=scratch,
+            out=torch.full_like(q, float("nan")), **cache.layout, **options,
         )  # fmt: skip
         close(got, want, dtype)
     assert not scratch.arrivals.any()

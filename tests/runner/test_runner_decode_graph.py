@@ -53,7 +53,7 @@ def make_engine(model: CausalLM, layout: str, num_draft_tokens: int, *, graphs: 
             block_size=16,
             max_seq_len=MAX_LEN,
             buckets=range(1, ROWS + 1),  # no padding, which this backend would write
-            explicit=num_draft_tokens > 0,
+            num_draft_tokens=num_draft_tokens,
         )
     else:
         sampler, recorded = Sampler(ROWS, model.config.vocab_size, CPU, frozenset({7})), None

@@ -80,6 +80,7 @@ def _torch_decode(
     *,
     out: Tensor,
     num_splits: int,
+    fresh: int | None,
     scratch: object,
     **terms: Any,
 ) -> Tensor:
@@ -160,6 +161,7 @@ def _torch_rope_and_write(
     shuffled: bool,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    settled: bool,
     k_out: Tensor | None,
 ) -> Tensor:
     q, k, v = qkv.unflatten(1, (-1, head_dim)).split((num_heads, num_kv_heads, num_kv_heads), dim=1)

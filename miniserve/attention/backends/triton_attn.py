@@ -88,7 +88,9 @@ class TritonBackend(Backend[PagedMetadata]):
     def attend_qkv(
         self, layer: AttentionLayer, qkv: Tensor, rope: QKRope, cache: KVCache, meta: PagedMetadata
     ) -> Tensor:
-        q = rope_and_write(self._kernels.rope_and_write, self.layout, layer, qkv, rope, cache, meta.slot_mapping)
+        settled = meta.decode is not None and meta.decode.fresh is not None
+        kernel, slots = self._kernels.rope_and_write, meta.slot_mapping
+        q = rope_and_write(kernel, self.layout, layer, qkv, rope, cache, slots, settled=settled)
         return self._over_cache(layer, q, cache, meta)
 
     def _over_cache(self, layer: AttentionLayer, q: Tensor, cache: KVCache, meta: PagedMetadata) -> Tensor:
@@ -114,6 +116,7 @@ class TritonBackend(Backend[PagedMetadata]):
             meta.block_tables,
             meta.seq_lens,
             num_splits=plan.splits(q.shape[0], meta.max_seq_len),
+            fresh=meta.fresh,
             scratch=plan.scratch,
             out=out,
             **self._terms(layer),
@@ -164,6 +167,8 @@ def rope_and_write(
     cache: KVCache,
     slot_mapping: Tensor,
     k_out: Tensor | None = None,
+    *,
+    settled: bool = False,
 ) -> Tensor:
     """`PagedKernels.rope_and_write`, for a layer; k_out [num_tokens, num_kv_heads, head_dim]: for k rotated too, of the
     tokens that are written. Returns q rotated."""
@@ -180,6 +185,7 @@ def rope_and_write(
         num_heads=spec.num_heads,
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
+        settled=settled,
         k_out=k_out,
         **_cache_terms(layout, layer),
     )

@@ -60,13 +60,15 @@ def rope_and_write(
     shuffled: bool,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    settled: bool = False,
     q_out: torch.Tensor | None = None,
     k_out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Norm each head of q and k (where weights [head_dim] are given), rotate both, and store k and v in the cache.
 
     qkv [num_tokens, (num_heads + 2 num_kv_heads) * head_dim], rows may be strided; cos_sin float32 [num_tokens,
-    head_dim]: cosines, then sines; slots as in `write_kv`. Rounds to qkv's dtype where `models/layers/ops.py` does.
+    head_dim]: cosines, then sines; slots as in `write_kv`. settled: slots and cos_sin may be read before earlier
+    kernels are done (see `pdl.py`). Rounds to qkv's dtype where `models/layers/ops.py` does.
     Returns q [num_tokens, num_heads, head_dim]; k_out [num_tokens, num_kv_heads, head_dim], dense, gets the k of the
     tokens that are written.
     """
@@ -82,7 +84,7 @@ def rope_and_write(
         *plane_strides(value_cache, shuffled), eps,
         HEADS=num_heads, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_H=heads,
         BLOCK_HALF=next_power_of_2(head_dim // 2), BLOCK_SIZE=block_size, X=_lanes(key_cache, shuffled),
-        LIMIT=_limit(key_cache.dtype), num_warps=2, **launch_options(qkv.device),
+        LIMIT=_limit(key_cache.dtype), SETTLED=settled, num_warps=2, **launch_options(qkv.device),
     )  # fmt: skip
     return q_out
 
@@ -175,19 +177,16 @@ def _write_kernel(
 
 @triton.jit
 def _norm_rope(
-    first, second, weight, cos, sin, half, there, eps,
-    HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
+    first, second, first_weight, second_weight, cos, sin, eps, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """The two halves of heads [heads, HALF], normed where there is a weight, and rotated; in their own dtype."""
+    """The two halves of heads [heads, half], normed where there are weights, and rotated; in their own dtype."""
     dtype: tl.constexpr = first.dtype
-    if weight is not None:
+    if first_weight is not None:
         a = first.to(tl.float32)
         b = second.to(tl.float32)
         scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / HEAD_DIM + eps)[:, None]
-        first_weight = tl.load(weight + half, mask=there, other=0.0).to(tl.float32)
-        second_weight = tl.load(weight + HALF + half, mask=there, other=0.0).to(tl.float32)
-        first = (first_weight * (a * scale).to(dtype).to(tl.float32)).to(dtype)
-        second = (second_weight * (b * scale).to(dtype).to(tl.float32)).to(dtype)
+        first = (first_weight.to(tl.float32) * (a * scale).to(dtype).to(tl.float32)).to(dtype)
+        second = (second_weight.to(tl.float32) * (b * scale).to(dtype).to(tl.float32)).to(dtype)
     a = first.to(tl.float32)
     b = second.to(tl.float32)
     return (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
@@ -198,53 +197,67 @@ def _rope_write_kernel(
     qkv, cos_sin, q_weight, k_weight, key_cache, value_cache, slots, k_scale, v_scale, q_out, k_out,
     qkv_row, cos_row, out_row, out_head, k_block, k_token, k_head, v_block, v_token, v_head, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, X: tl.constexpr, LIMIT: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, X: tl.constexpr, LIMIT: tl.constexpr, SETTLED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: up to BLOCK_H query heads of one token, or as many kv heads of it."""
     start(PDL)
-    wait(PDL)
     HALF: tl.constexpr = HEAD_DIM // 2
     Q_TILES: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
     token = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
-    half = tl.arange(0, BLOCK_HALF)[None, :]
+    member = tl.arange(0, BLOCK_H)[:, None]
+    # For each head anew, so that all that is read lies in the same threads.
+    half = tl.broadcast_to(tl.arange(0, BLOCK_HALF)[None, :], (BLOCK_H, BLOCK_HALF))
     there = half < HALF
+    # Other layers' weights leave the L2 cache nothing of these, so they are asked for before the wait.
+    q_first, q_second = None, None
+    if q_weight is not None:
+        q_first = tl.load(q_weight + half, mask=there, other=0.0)
+        q_second = tl.load(q_weight + HALF + half, mask=there, other=0.0)
+    k_first, k_second = None, None
+    if k_weight is not None:
+        k_first = tl.load(k_weight + half, mask=there, other=0.0)
+        k_second = tl.load(k_weight + HALF + half, mask=there, other=0.0)
+    if not SETTLED:
+        wait(PDL)
     cos = tl.load(cos_sin + token * cos_row + half, mask=there, other=0.0)
     sin = tl.load(cos_sin + token * cos_row + HALF + half, mask=there, other=0.0)
+    slot = tl.load(slots + token)
+    if SETTLED:
+        wait(PDL)
     row = qkv + token * qkv_row + half
-    member = tl.arange(0, BLOCK_H)[:, None]
     if tile < Q_TILES:
         head = tile * BLOCK_H + member
         mask = (head < HEADS) & there
         first = tl.load(row + head * HEAD_DIM, mask=mask, other=0.0)
         second = tl.load(row + head * HEAD_DIM + HALF, mask=mask, other=0.0)
-        first, second = _norm_rope(first, second, q_weight, cos, sin, half, there, eps, HEAD_DIM, HALF)
+        first, second = _norm_rope(first, second, q_first, q_second, cos, sin, eps, HEAD_DIM)
         at = q_out + token * out_row + head * out_head + half
         tl.store(at, first, mask=mask)
         tl.store(at + HALF, second, mask=mask)
-    else:
-        slot = tl.load(slots + token)
-        if slot >= 0:
-            kv_head = (tile - Q_TILES) * BLOCK_H + member
-            mask = (kv_head < KV_HEADS) & there
-            k_at = row + (HEADS + kv_head) * HEAD_DIM
-            v_at = k_at + KV_HEADS * HEAD_DIM
-            first = tl.load(k_at, mask=mask, other=0.0)
-            second = tl.load(k_at + HALF, mask=mask, other=0.0)
-            first, second = _norm_rope(first, second, k_weight, cos, sin, half, there, eps, HEAD_DIM, HALF)
-            if k_out is not None:
-                out_at = k_out + (token * KV_HEADS + kv_head) * HEAD_DIM + half
-                tl.store(out_at, first, mask=mask)
-                tl.store(out_at + HALF, second, mask=mask)
-            _store_token(
-                key_cache, value_cache, first, tl.load(v_at, mask=mask, other=0.0), k_scale, v_scale, slot, kv_head,
-                half, mask, k_block, k_token, k_head, v_block, v_token, v_head, HEAD_DIM, BLOCK_SIZE, X, LIMIT,
-            )  # fmt: skip
-            _store_token(
-                key_cache, value_cache, second, tl.load(v_at + HALF, mask=mask, other=0.0), k_scale, v_scale, slot,
-                kv_head, half + HALF, mask, k_block, k_token, k_head, v_block, v_token, v_head,
-                HEAD_DIM, BLOCK_SIZE, X, LIMIT,
-            )  # fmt: skip
+    elif slot >= 0:
+        kv_head = (tile - Q_TILES) * BLOCK_H + member
+        mask = (kv_head < KV_HEADS) & there
+        k_at = row + (HEADS + kv_head) * HEAD_DIM
+        v_at = k_at + KV_HEADS * HEAD_DIM
+        first = tl.load(k_at, mask=mask, other=0.0)
+        second = tl.load(k_at + HALF, mask=mask, other=0.0)
+        v_first = tl.load(v_at, mask=mask, other=0.0)
+        v_second = tl.load(v_at + HALF, mask=mask, other=0.0)
+        first, second = _norm_rope(first, second, k_first, k_second, cos, sin, eps, HEAD_DIM)
+        if k_out is not None:
+            out_at = k_out + (token * KV_HEADS + kv_head) * HEAD_DIM + half
+            tl.store(out_at, first, mask=mask)
+            tl.store(out_at + HALF, second, mask=mask)
+        _store_token(
+            key_cache, value_cache, first, v_first, k_scale, v_scale, slot, kv_head, half, mask,
+            k_block, k_token, k_head, v_block, v_token, v_head, HEAD_DIM, BLOCK_SIZE, X, LIMIT,
+        )  # fmt: skip
+        _store_token(
+            key_cache, value_cache, second, v_second, k_scale, v_scale, slot, kv_head, half + HALF, mask,
+            k_block, k_token, k_head, v_block, v_token, v_head, HEAD_DIM, BLOCK_SIZE, X, LIMIT,
+        )  # fmt: skip
 
 
 @triton.jit

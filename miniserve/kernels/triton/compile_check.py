@@ -108,7 +108,7 @@ def _attention(
             paged_extend.paged_extend(*common, int32(ROWS + 1), int32(ROWS), max_query_len=query_len, **terms)
         else:
             scratch = DecodeScratch.allocate([(ROWS, num_splits)], heads, head_dim, META)
-            paged_decode.paged_decode(*common, int32(ROWS), scratch=scratch, **terms)
+            paged_decode.paged_decode(*common, int32(ROWS), fresh=1, scratch=scratch, **terms)
 
     what = f"{_what(dtype, kv, shuffled, block_size)} d{head_dim} gqa{group}" + (f" q{query_len}" if query_len else "")
     return what + _merge(num_splits) + (", window + softcap + sinks" if special else ""), launch

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -20,7 +22,8 @@ from miniserve.kernels.triton.split_kv import (
     shares,
 )
 
-_FUSED_MERGE_VALUES = 16384  # measured on an H100
+# Measured on an H100. With more programs than these a tile in registers costs more of them at a time than it saves.
+_FUSED_MERGE_VALUES, _EARLY_PROGRAMS = 16384, 768
 
 
 def paged_decode(
@@ -40,6 +43,7 @@ def paged_decode(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
     num_splits: int = 1,
+    fresh: int | None = None,
     scratch: DecodeScratch | None = None,
     out: torch.Tensor | None = None,
     launch: Launch | None = None,
@@ -51,7 +55,9 @@ def paged_decode(
     `attention/layouts.py`); block_tables int32 [rows, width]; seq_lens int32 [rows], 0 for a padding row, which reads
     nothing and gets zeros. window W: only the last W keys; softcap c: c·tanh(score/c); sinks float32 [num_heads]: a
     logit per head that joins the softmax's sum. k_scale, v_scale float32 [1]: factors of an fp8 cache's codes.
-    num_splits > 1 needs `scratch`. `launch` and `fused_merge` override the table's choice (for measurements).
+    num_splits > 1 needs `scratch`. fresh: how many of a row's last tokens are computed in the same step, at most; older
+    ones, block_tables and seq_lens may then be read before earlier kernels are done (see `pdl.py`). None: nothing may.
+    `launch` and `fused_merge` override the table's choice (for measurements).
     Returns out [rows, num_heads, head_dim], q's dtype.
     """
     rows, num_heads, head_dim = q.shape
@@ -62,32 +68,36 @@ def paged_decode(
     arrays = scratch_arrays(scratch, num_splits)
     group, on = num_heads // num_kv_heads, platform()
     launch = launch or decode_launch(on, head_dim, key_cache.element_size(), group)
-    single = num_splits == 1
+    single, settled = num_splits == 1, fresh is not None and on == "cuda"
     if fused_merge is None:
         fused_merge = fuses_merge(on, min(launch.block_m, group), head_dim, num_splits, _FUSED_MERGE_VALUES)
     values, constants = paged_arguments(
         q, (key_cache, value_cache), block_tables, out, launch, num_kv_heads=num_kv_heads, block_size=block_size,
         shuffled=shuffled, scale=scale, window=window, softcap=softcap, num_splits=num_splits,
     )  # fmt: skip
-    _decode_kernel[(num_kv_heads * cdiv(group, launch.block_m), num_splits, rows)](
+    grid = (num_kv_heads * cdiv(group, launch.block_m), num_splits, rows)
+    early = settled and math.prod(grid) <= _EARLY_PROGRAMS
+    _decode_kernel[grid](
         q, key_cache, value_cache, block_tables, seq_lens, sinks, k_scale, v_scale, out, *arrays, *values,
-        KV_HEADS=num_kv_heads, SINGLE=single, MERGE_M=next_power_of_2(min(group, launch.block_m)),
-        FUSED_MERGE=fused_merge and not single, **constants, **launch_options(q.device),
+        fresh or 0, KV_HEADS=num_kv_heads, SINGLE=single, MERGE_M=next_power_of_2(min(group, launch.block_m)),
+        FUSED_MERGE=fused_merge and not single, SETTLED=settled, EARLY=early, **constants, **launch_options(q.device),
     )  # fmt: skip
     if not single and not fused_merge and scratch is not None:
-        merge_splits(scratch, seq_lens, out, block_n=launch.block_n, num_splits=num_splits, window=window)
+        merge_splits(
+            scratch, seq_lens, out, block_n=launch.block_n, num_splits=num_splits, window=window, settled=settled
+        )
     return out
 
 
-@triton.jit(do_not_specialize=["window", "num_splits"])
+@triton.jit(do_not_specialize=["window", "num_splits", "fresh"])
 def _decode_kernel(
     q, key_cache, value_cache, block_tables, seq_lens, sinks, k_scale, v_scale, out, partial, lse, arrivals,
     q_row, q_head, k_block, k_token, k_head, v_block, v_token, v_head, table_row, out_row, out_head,
-    qk_scale, window, softcap, num_splits,
+    qk_scale, window, softcap, num_splits, fresh,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, X: tl.constexpr, HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, SINGLE: tl.constexpr, MERGE_M: tl.constexpr, FUSED_MERGE: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    SETTLED: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: one row, one split of its keys, up to BLOCK_M query heads of one kv head. Scores are base 2."""
     head_tile = tl.program_id(0)
@@ -102,17 +112,19 @@ def _decode_kernel(
     mine = (member < GROUP)[:, None] & (d < HEAD_DIM)[None, :]
     out_at = out + row.to(tl.int64) * out_row + head[:, None] * out_head + d[None, :]
 
-    wait(PDL)
+    if not SETTLED:
+        wait(PDL)
     seq_len = tl.load(seq_lens + row)
     low, first, last, share = shares(seq_len, window, num_splits, BLOCK_N, HAS_WINDOW)
     begin = first + split * share
     end = tl.minimum(begin + share, last)
     if begin >= end:
+        if SETTLED:
+            wait(PDL)
         if split == 0:
             tl.store(out_at, tl.zeros([BLOCK_M, BLOCK_D], out.dtype.element_ty), mask=mine)
         return
 
-    query = tl.load(q + row.to(tl.int64) * q_row + head[:, None] * q_head + d[None, :], mask=mine, other=0.0)
     if k_scale is not None:
         qk_scale *= tl.load(k_scale)
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -129,6 +141,31 @@ def _decode_kernel(
     # Block ids are read one tile ahead, so that a tile's keys never wait for them.
     k_ids = tl.load(table + k_pos // BLOCK_SIZE, mask=k_pos < seq_len, other=0)
     v_ids = tl.load(table + v_pos // BLOCK_SIZE, mask=v_pos < seq_len, other=0)
+    if EARLY:
+        # The first tile, too, where all of it is older than the step, and the next one's block ids.
+        old = (begin + 1) * BLOCK_N <= seq_len - fresh
+        visible = (k_pos >= low) & old
+        k = key_tile(
+            key_cache, k_ids, k_pos, visible, k_block, k_token, kv_head * k_head,
+            HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, X,
+        )  # fmt: skip
+        v = value_tile(
+            value_cache, v_ids, v_pos, low, tl.where(old, seq_len, 0), v_block, v_token, kv_head * v_head,
+            HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, X,
+        )  # fmt: skip
+        begin += old.to(tl.int32)
+        k_pos += old.to(tl.int32) * BLOCK_N
+        v_pos += old.to(tl.int32) * BLOCK_N
+        k_ids = tl.load(table + k_pos // BLOCK_SIZE, mask=k_pos < seq_len, other=0)
+        v_ids = tl.load(table + v_pos // BLOCK_SIZE, mask=v_pos < seq_len, other=0)
+    if SETTLED:
+        wait(PDL)
+    query = tl.load(q + row.to(tl.int64) * q_row + head[:, None] * q_head + d[None, :], mask=mine, other=0.0)
+    if EARLY:  # noqa: SIM102 - the compiler decides this, the device what comes next
+        if old:
+            best, total, acc = _absorb(
+                query, k, v, visible, best, total, acc, qk_scale, softcap, HAS_SOFTCAP, X, PRECISION
+            )
     for _ in range(begin, end):
         visible = k_pos < seq_len
         if HAS_WINDOW:
@@ -145,20 +182,7 @@ def _decode_kernel(
         v_pos += BLOCK_N
         k_ids = tl.load(table + k_pos // BLOCK_SIZE, mask=k_pos < seq_len, other=0)
         v_ids = tl.load(table + v_pos // BLOCK_SIZE, mask=v_pos < seq_len, other=0)
-        scores = tl.dot(query, k.to(query.dtype), input_precision=PRECISION) * qk_scale
-        if HAS_SOFTCAP:
-            scores = capped(scores, softcap)
-        scores = tl.where(visible[None, :], scores, float("-inf"))
-        higher = tl.maximum(best, tl.max(scores, 1))
-        decay = tl.exp2(best - higher)
-        weights = tl.exp2(scores - higher[:, None])
-        total = total * decay[:, None] + weights
-        best = higher
-        v = v.to(query.dtype)
-        if X > 0:
-            v = finite(v)
-        acc = acc * decay[:, None]
-        acc = tl.dot(weights.to(query.dtype), v, acc, input_precision=PRECISION)
+        best, total, acc = _absorb(query, k, v, visible, best, total, acc, qk_scale, softcap, HAS_SOFTCAP, X, PRECISION)
 
     start(PDL)  # not before: the next product would fetch its weights while keys and values are still being read
     denominator = tl.sum(total, 1)
@@ -181,3 +205,26 @@ def _decode_kernel(
                     partial, lse, out, row, kv_head * GROUP + few, few < GROUP, splits, num_splits,
                     out_row, out_head, HEADS, HEAD_DIM, BLOCK_D, MERGE_M,
                 )  # fmt: skip
+
+
+@triton.jit
+def _absorb(
+    query, k, v, visible, best, total, acc, qk_scale, softcap,
+    HAS_SOFTCAP: tl.constexpr, X: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The running softmax's maximum, sums and weighted values, with a tile of keys and values taken in."""
+    scores = tl.dot(query, k.to(query.dtype), input_precision=PRECISION) * qk_scale
+    if HAS_SOFTCAP:
+        scores = capped(scores, softcap)
+    scores = tl.where(visible[None, :], scores, float("-inf"))
+    higher = tl.maximum(best, tl.max(scores, 1))
+    decay = tl.exp2(best - higher)
+    weights = tl.exp2(scores - higher[:, None])
+    total = total * decay[:, None] + weights
+    best = higher
+    v = v.to(query.dtype)
+    if X > 0:
+        v = finite(v)
+    acc = acc * decay[:, None]
+    acc = tl.dot(weights.to(query.dtype), v, acc, input_precision=PRECISION)
+    return best, total, acc

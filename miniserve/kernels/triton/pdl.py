@@ -2,7 +2,8 @@
 
 On NVIDIA GPUs from sm_90 on (CUDA programming guide, "Programmatic Dependent Launch and Synchronization"); elsewhere
 the switch is off and the kernels are ordinary. Every kernel of ours in a decode step waits before it reads what an
-earlier kernel wrote, so that waiting is transitive.
+earlier kernel wrote, so that waiting is transitive. What lies before an ordinary kernel in the stream need not be
+waited for: that kernel started when all before it was done, and ours start when it is.
 """
 
 from __future__ import annotations

@@ -67,13 +67,15 @@ def merge_splits(
     block_n: int,
     num_splits: int,
     window: int | None = None,
+    settled: bool = False,
 ) -> None:
-    """Merge the partial results of every row and head into out [rows, heads, head_dim]; a row of length 0 is left."""
+    """Merge the partial results of every row and head into out [rows, heads, head_dim]; a row of length 0 is left.
+    settled: seq_lens may be read before earlier kernels are done, as of `paged_decode`."""
     rows, heads, head_dim = out.shape
     _merge_kernel[(heads, rows)](
         scratch.partial, scratch.lse, seq_lens, out, *out.stride()[:2], window or 0, num_splits,
         HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=next_power_of_2(head_dim), BLOCK_N=block_n,
-        HAS_WINDOW=window is not None, **launch_options(out.device),
+        HAS_WINDOW=window is not None, SETTLED=settled, **launch_options(out.device),
     )  # fmt: skip
 
 
@@ -101,14 +103,17 @@ def last_to_arrive(arrivals, splits):
 def _merge_kernel(
     partial, lse, seq_lens, out, out_row, out_head, window, num_splits,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    PDL: tl.constexpr,
+    SETTLED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: one head of one row. A padding row has its zeros from the decode kernel already."""
     start(PDL)
-    wait(PDL)
+    if not SETTLED:
+        wait(PDL)
     head = tl.program_id(0)
     row = tl.program_id(1)
     seq_len = tl.load(seq_lens + row)
+    if SETTLED:
+        wait(PDL)
     if seq_len > 0:
         _, first, last, share = shares(seq_len, window, num_splits, BLOCK_N, HAS_WINDOW)
         heads = head + tl.arange(0, 1)
