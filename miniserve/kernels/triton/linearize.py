@@ -39,7 +39,7 @@ def linearize(
     return key, value
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["table_row", "window"])
 def _linearize_kernel(
     key_cache, value_cache, block_tables, cu_query_lens, seq_lens, key, value, k_block, v_block, table_row, window,
     KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, X: tl.constexpr,

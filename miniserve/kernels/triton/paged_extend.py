@@ -80,7 +80,8 @@ def paged_extend(
     return out
 
 
-@triton.jit(do_not_specialize=["window", "num_splits"])
+# A table is as wide as the step needs: it must not be compiled for.
+@triton.jit(do_not_specialize=["table_row", "window", "num_splits"])
 def _extend_kernel(
     q, key_cache, value_cache, block_tables, cu_query_lens, seq_lens, sinks, k_scale, v_scale, out, partial, lse,
     q_row, q_head, k_block, k_token, k_head, v_block, v_token, v_head, table_row, out_row, out_head,
