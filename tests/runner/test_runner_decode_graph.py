@@ -9,6 +9,7 @@ import pytest
 import torch
 from engine_real import CPU, MAX_LEN, Setup, generate, make_backend, small_model, tokens
 
+from miniserve.attention.metadata import StepBatch
 from miniserve.config import SchedulerConfig
 from miniserve.core import SamplingParams
 from miniserve.engine.loop import EngineLoop
@@ -86,6 +87,13 @@ def test_graphs_give_the_tokens_of_eager_steps(
         return empty(*shape, **options)
 
     monkeypatch.setattr(torch, "empty", unpinned)
+    fresh, hidden = set(), ServedModel.hidden
+
+    def watched(self: ServedModel, ids: torch.Tensor, positions: torch.Tensor, batch: StepBatch) -> torch.Tensor:
+        fresh.update([] if batch.decode is None or batch.chunks else [batch.decode.fresh])
+        return hidden(self, ids, positions, batch)
+
+    monkeypatch.setattr(ServedModel, "hidden", watched)
     stem = [3, 9, 4, 17, 5, 3, 9, 4, 17, 6, 3, 9, 4]
     requests = [
         ([*stem, n], SamplingParams(temperature=temperature, seed=n, max_tokens=24, min_tokens=n, logprobs=logprobs))
@@ -93,7 +101,10 @@ def test_graphs_give_the_tokens_of_eager_steps(
     ]
     arrivals = [0, 3, 9, 30]
     want = generate(make_engine(model, layout, 0, graphs=False), requests, arrivals)
+    assert fresh == {None}, "eager steps have no kernel in between that others need not wait for"
+    fresh.clear()
     engine = make_engine(model, layout, num_draft_tokens, graphs=True)
     got = generate(engine, requests, arrivals)
     assert [tokens(outputs) for outputs in got] == [tokens(outputs) for outputs in want]
     assert (engine.stats.num_accepted_tokens > 0) == (num_draft_tokens > 0)
+    assert fresh == {num_draft_tokens + 1}
