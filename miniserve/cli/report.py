@@ -39,7 +39,7 @@ class Report:
 
     @contextmanager
     def loading(self) -> Iterator[ProgressCallback]:
-        """What the engine loads, in bytes, or captures: bars where stderr is a terminal, elsewhere a line a tenth."""
+        """Weights that load, in bytes, and graphs that are captured: bars where stderr is a terminal, else lines."""
         if not self._console.is_terminal:
             yield self._tell_tenths()
             return
@@ -96,7 +96,7 @@ class Report:
 
 
 def _amount(stage: str, total: int) -> str:
-    return str(total) if stage == "decode graphs" else human_bytes(total)
+    return human_bytes(total) if stage == "weights" else str(total)
 
 
 def human_bytes(size: int) -> str:

@@ -64,8 +64,10 @@ def test_a_load_without_a_terminal_is_a_line(capsys: pytest.CaptureFixture[str])
     with Report().loading() as progress:
         for done in range(101):
             progress("weights", done, 100)
-        progress("nothing", 0, 0)
-    assert capsys.readouterr().err == "loading weights: 100% of 0.0 MiB\nloading nothing: 100% of 0.0 MiB\n"
+        progress("chunk graphs", 40, 40)
+        progress("no graphs", 0, 0)
+    lines = ["weights: 100% of 0.0 MiB", "chunk graphs: 100% of 40", "no graphs: 100% of 0"]
+    assert capsys.readouterr().err == "".join(f"loading {line}\n" for line in lines)
 
 
 @pytest.mark.parametrize(
