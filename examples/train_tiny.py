@@ -227,12 +227,12 @@ def generate(
 
 
 def exact_match(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, form: str, held_out: Sequence[Problem], batch: int = 256
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, form: str, held_out: Sequence[Problem]
 ) -> dict[str, float]:
     """Greedy exact match of the final answer: "all" and per template."""
     right: dict[str, list[bool]] = defaultdict(list)
-    for start in range(0, len(held_out), batch):
-        part = held_out[start : start + batch]
+    for start in range(0, len(held_out), 256):
+        part = held_out[start : start + 256]
         prompts = [FORMS[form](tokenizer, problem) for problem in part]
         for problem, text in zip(part, generate(model, tokenizer, prompts, 128, greedy=True), strict=True):
             hit = final_answer(text) == problem.final

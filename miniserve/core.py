@@ -1,7 +1,6 @@
 """The vocabulary of the engine: what rooms say to each other. Imports nothing from above and no torch.
 
-Everything that crosses the process boundary is a msgspec struct; everything that stays inside the engine process is a
-dataclass.
+What crosses the process boundary is a msgspec struct; what stays inside one process is a dataclass.
 """
 
 from __future__ import annotations
@@ -160,7 +159,6 @@ class SchedulerStats(msgspec.Struct, kw_only=True):
     num_running: int = 0
     num_waiting: int = 0
     kv_cache_usage: float = 0.0  # share of blocks that running requests hold, 0..1
-    num_free_blocks: int = 0
     num_preemptions: int = 0
     prefix_cache_queries: int = 0  # prompt tokens looked up
     prefix_cache_hits: int = 0  # prompt tokens found

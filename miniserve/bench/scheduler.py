@@ -10,7 +10,7 @@ from statistics import median, quantiles
 from miniserve.config import SchedulerConfig
 from miniserve.core import DeviceStep, Request, RequestOutput, SamplingParams, StepPlan, StepResult, StepTraffic
 from miniserve.engine.step_log import LaunchedStep, StepLog
-from miniserve.scheduler import Scheduler
+from miniserve.scheduler.scheduler import Scheduler
 
 BLOCK_SIZE = 16
 PROMPT_LEN = 100

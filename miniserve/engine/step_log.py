@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -40,15 +39,13 @@ class StepLog:
     """Steps are `open`ed once launched, in the order of their launches, and `close`d in the same order. `traffic` None:
     bytes are unknown. `max_num_seqs` bounds the row numbers. `clock` counts seconds from an arbitrary point."""
 
-    def __init__(
-        self, traffic: StepTraffic | None, max_num_seqs: int, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
-        self.clock = clock
+    def __init__(self, traffic: StepTraffic | None, max_num_seqs: int) -> None:
+        self.clock = time.perf_counter
         self.totals = StepTotals()
         self._context = None if traffic is None else _Context(traffic, max_num_seqs)
         self._weights = lru_cache(maxsize=max_num_seqs)(lambda n: 0 if traffic is None else weight_bytes(traffic, n))
         self._ring: deque[StepRecord] = deque(maxlen=RING_SIZE)
-        self._to_wall = time.time() - clock()
+        self._to_wall = time.time() - self.clock()
         self._number = 0
 
     def open(self, step: LaunchedStep) -> LaunchedStep:

@@ -27,10 +27,10 @@ def table_path(directory: Path, platform: Platform, specs: Sequence[AttentionSpe
 
 
 def load_preferred(
-    directory: Path | None, platform: Platform, specs: Sequence[AttentionSpec], block_size: int
+    directory: Path, platform: Platform, specs: Sequence[AttentionSpec], block_size: int
 ) -> tuple[str, ...]:
     """What `select` takes as `preferred`: "BACKEND:layout", best first. Empty where nothing was measured."""
-    if directory is None or not specs:
+    if not specs:
         return ()
     try:
         table = json.loads(table_path(directory, platform, specs, block_size).read_text(encoding="utf-8"))

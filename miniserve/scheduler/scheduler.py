@@ -138,7 +138,6 @@ class Scheduler:
             num_running=len(self._running),
             num_waiting=len(self._waiting),
             kv_cache_usage=1.0 - self._pool.num_free / num_blocks,
-            num_free_blocks=self._pool.num_free,
             num_preemptions=self._num_preemptions,
             prefix_cache_queries=self._num_queried_tokens,
             prefix_cache_hits=self._num_hit_tokens,

@@ -15,7 +15,7 @@ from scheduler_integrity import check_integrity
 
 from miniserve.config import SchedulerConfig
 from miniserve.core import FinishReason, Request, RequestOutput, SamplingParams, StepPlan, StepResult, TokenLogprobs
-from miniserve.scheduler import Scheduler
+from miniserve.scheduler.scheduler import Scheduler
 from miniserve.scheduler.step_cost import StepCost
 
 VOCAB = 7

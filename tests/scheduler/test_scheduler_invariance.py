@@ -128,7 +128,6 @@ def test_tokens_do_not_depend_on_the_schedule(load: Workload) -> None:
     if load.right_guesses in (0.0, 1.0) and not any(request.params.min_tokens for request in accepted):
         assert stats.num_accepted_tokens == load.right_guesses * stats.num_draft_tokens
     assert (stats.num_running, stats.num_waiting, stats.kv_cache_usage) == (0, 0, 0.0)
-    assert stats.num_free_blocks == load.config.num_blocks
     assert stats.num_steps == len(driver.plans)
     finals = [driver.outputs[request.request_id][-1] for request in accepted]
     assert stats.num_preemptions == sum(final.num_preemptions for final in finals)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from miniserve.core import InvalidRequest
-from miniserve.scheduler import check_lengths
+from miniserve.scheduler.limits import check_lengths
 
 
 def check(prompt_len: int, max_tokens: int | None, model_len: int = 100, blocks: int = 100, size: int = 4) -> int:

@@ -8,7 +8,7 @@ from scheduler_integrity import check_integrity
 
 from miniserve.config import SchedulerConfig
 from miniserve.core import DraftRun, FinishReason, RequestOutput, StepPlan, StepResult
-from miniserve.scheduler import Scheduler
+from miniserve.scheduler.scheduler import Scheduler
 from miniserve.scheduler.sequence import Sequence
 from miniserve.scheduler.speculation import Speculation
 

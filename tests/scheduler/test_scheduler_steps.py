@@ -7,7 +7,7 @@ from scheduler_fakes import VOCAB, Driver, context_of, expected_of, make_config,
 from scheduler_integrity import check_integrity
 
 from miniserve.core import FinishReason, InvalidRequest, Request, StepPlan, StepResult, TokenLogprobs
-from miniserve.scheduler import Scheduler
+from miniserve.scheduler.scheduler import Scheduler
 
 ALL_TOKENS = tuple(range(VOCAB))
 
@@ -305,7 +305,7 @@ def test_abort_frees_everything_at_once_at_any_moment(launched: int, collected: 
         driver.collect()
     driver.abort("a")
     stats = driver.scheduler.stats()
-    assert (stats.num_running, stats.num_waiting, stats.num_free_blocks) == (0, 0, 64)
+    assert (stats.num_running, stats.num_waiting, stats.kv_cache_usage) == (0, 0, 0.0)
     assert driver.outputs["a"][-1].finish_reason is FinishReason.ABORT
     assert driver.tokens_of("a") == []
     heir = running("a", 5, max_tokens=3)  # the same id, the same row, while steps of the old one are in flight

@@ -92,7 +92,6 @@ def test_a_long_prompt_is_found_in_the_cache_again(server: RunningServer) -> Non
 
 
 def test_leaving_frees_the_blocks(server: RunningServer) -> None:
-    idle_blocks = server.engine.info.num_blocks
     body = {"prompt": PROMPTS, "n": 2, "max_tokens": 400, "ignore_eos": True, "stream": True}
     content = json.dumps(body).encode()
     with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
@@ -104,7 +103,6 @@ def test_leaving_frees_the_blocks(server: RunningServer) -> None:
         wait_until(lambda: server.engine.stats.num_running == 6)
     wait_until(lambda: server.engine.stats.num_running == 0)
     wait_until(lambda: server.engine.stats.kv_cache_usage == 0.0)
-    assert server.engine.stats.num_free_blocks == idle_blocks
     text = httpx.get(f"{server.root}/metrics").text
     assert 'vllm:num_requests_running{engine="0",model_name="tiny-qwen3"} 0.0' in text
 
