@@ -26,7 +26,7 @@ _POSITIVE = ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_model_
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """What the user asked of the engine. `auto` and None are settled when the engine starts (see `engine.EngineInfo`).
+    """What the user asked of the engine. `auto` and None are settled when the engine starts (see `core.EngineInfo`).
 
     model: local directory, hub id or None for the built-in model. Sizes are tokens unless the name says otherwise;
     kv_cache_memory is in bytes. max_itl_ratio: how many times as long as without prefill beside it a step that
@@ -119,7 +119,7 @@ def _flag(name: str) -> str:
 
 
 def cache_dir() -> Path:
-    """Where compiled kernels are kept: `$XDG_CACHE_HOME/miniserve`, by default ~/.cache/miniserve."""
+    """Where what was compiled or measured is kept: `$XDG_CACHE_HOME/miniserve`, by default ~/.cache/miniserve."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "miniserve"
 

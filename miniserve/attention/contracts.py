@@ -80,8 +80,8 @@ _UNIFIED, _UNIFIED_SHUFFLED = (
 _FLASH = _aiter(
     name="flash_attn_varlen_func", layouts=_BOTH, head_dim_multiple=8, max_head_dim=256, min_window=2, sinks=False
 )
-# Both norm, turn and store in one launch; of the kernels that store alone, rope goes before. aiter's stores what it
-# turned unrounded, limited to an fp8 cache's codes (Triton's conversion does that on both GPUs).
+# Both turn and store in one launch, the engine's own norms, too; of the kernels that store alone, rope goes before.
+# aiter's stores what it turned unrounded, limited to an fp8 cache's codes (Triton's conversion does that on both GPUs).
 _FUSED_ROPE_WRITE = KernelContract(
     name="fused_qk_rope_reshape_and_cache",
     layouts=_BOTH,

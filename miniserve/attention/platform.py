@@ -117,7 +117,7 @@ def emulated_platform(arch: str) -> Platform:
 
 def _detect_cpu(dtype: torch.dtype) -> Platform:
     reason = native.unavailable_reason()
-    # Measured at 16 rows of 192 and 1024 tokens: 1.4 times as fast as linear (docs/BENCHMARKS.md).
+    # Measured at 16 rows of 192 and 1024 tokens: 1.8 times as fast as linear (docs/BENCHMARKS.md).
     bf16_dot = reason is None and dtype == torch.bfloat16 and native.NativeKernels().has_bf16_dot
     fastest = "shuffled" if bf16_dot else None
     return replace(NAMED_PLATFORMS["cpu"], native_unavailable=reason, fastest_layout=fastest)

@@ -2,7 +2,7 @@
 
 Every case runs inside a CUDA graph, one call per "layer", each layer with planes of its own and all of them together
 far larger than the L2 cache, so that keys and values come from memory as they do in a model. Block tables are shuffled.
-`--tune` times other tile sizes and numbers of splits too, and prints the best.
+`--tune` times other tile sizes and numbers of splits instead, and prints the best.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ DECODE = (
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """One kernel at one shape. bytes: what it must read and write; flops: of its matrix products; copy: its bytes per
-    second as a share of a device copy's."""
+    """One kernel at one shape. gigabytes_per_second: of what it must read and write; copy: these as a share of a device
+    copy's; teraflops: of its matrix products."""
 
     kernel: str
     case: str
@@ -138,7 +138,7 @@ def shuffled_tables(rows: int, context: int, device: torch.device) -> torch.Tens
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A way to launch a decode: None stands for the table's choice."""
+    """A way to launch a decode. fused: who merges the splits, None: as the kernel's own rule has it."""
 
     launch: Launch
     num_splits: int

@@ -23,7 +23,7 @@ def run(
         typer.Option(
             "--prompt",
             "-p",
-            help="Answer this on stdout and exit, without a server. `-` reads standard input.",
+            help="Answer this on stdout and exit. `-` reads standard input.",
             rich_help_panel="Chat",
         ),
     ] = None,

@@ -73,7 +73,7 @@ _OPTIONS: dict[type, dict[str, Any]] = {
             metavar="BYTES",
             parser=lambda value: parse_bytes(str(value), "--kv-cache-memory"),
         ),
-        "gpu_memory_utilization": _sched(help="Share of the device's memory to use."),
+        "gpu_memory_utilization": _sched(help="Share of a GPU's memory to use."),
         "enable_prefix_caching": _switch(
             "--enable-prefix-caching/--no-prefix-caching",
             help="Reuse the KV blocks of prompts seen before.",
@@ -85,9 +85,7 @@ _OPTIONS: dict[type, dict[str, Any]] = {
             show_default="off",
             metavar="ngram:K",
         ),
-        "enforce_eager": _switch(
-            "--enforce-eager", help="Launch every kernel of a decode step from Python, without graphs."
-        ),
+        "enforce_eager": _switch("--enforce-eager", help="Launch every kernel from Python, without graphs."),
         "aiter": _switch(help="Use AMD's aiter where it is installed.", show_default="on"),
         "self_check": _switch(
             help="Try the attention path on problems with known answers before serving from it.", show_default="on"

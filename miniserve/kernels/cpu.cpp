@@ -1,4 +1,4 @@
-// The CPU decode path's kernels: small-batch linear layers, norms, rope and paged attention, for x86-64 and others.
+// The kernels of a CPU's decode step, from a row's next position to its most likely token, for x86-64 and others.
 // Plain C functions over raw pointers (see native.py, which binds them); no dependency but OpenMP.
 
 #include <utility>

@@ -1,4 +1,4 @@
-// Attention of one query token a row over the paged cache; flash-decoding's running softmax (Dao et al., 2022).
+// Attention of one query token a row over the paged cache, with FlashAttention's running softmax (Dao et al., 2022).
 
 #pragma once
 
@@ -42,8 +42,7 @@ struct DecodeShape {
     float scale, softcap;                                 // softcap 0: none
 };
 
-// One query token a row, attending over the row's blocks; flash-decoding's running softmax (Dao et al., 2022), a block a step.
-// A task is a row and a group of kv heads: as many heads together as leaves every thread busy, since a block's heads lie side
+// The running softmax takes a block a step. A task is a row and a group of kv heads: as many heads together as leaves every thread busy, since a block's heads lie side
 // by side. No head's arithmetic depends on the grouping.
 template <class T, bool SHUFFLED> struct PagedDecode {
     const Cache<T, SHUFFLED>& cache;

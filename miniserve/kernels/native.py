@@ -28,7 +28,7 @@ class DecodeStep:
 
 class NativeKernels:
     """The kernels of `cpu.cpp`. Tensors are CPU tensors of float32, bfloat16 or float16, rows contiguous in their last
-    dimension; nothing is checked here beyond what callers fix at construction time. `has_bf16_dot`: the processor
+    dimension; nothing of that is checked here. `has_bf16_dot`: the processor
     multiplies pairs of bfloat16 (AVX512-BF16), which `linear` needs and decode over the shuffled layout uses."""
 
     def __init__(self, num_threads: int | None = None) -> None:

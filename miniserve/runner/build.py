@@ -54,8 +54,8 @@ def build_runner(
 ) -> tuple[ModelRunner, EngineInfo]:
     """Load the model at `source_path` and make it ready to run steps. Raises `UserError` for whatever cannot be done.
 
-    progress(what, done, total) is called while weights load, in bytes. On a CPU PyTorch's number of threads is lowered
-    where the model is too small to share between them.
+    progress(what, done, total) is called while weights load, in bytes, and while graphs are captured. On a CPU
+    PyTorch's number of threads is lowered where the model is too small to share between them.
     """
     report = progress or (lambda what, done, total: None)
     device = find_device(config.device)

@@ -29,8 +29,8 @@ _VIEWS = frozenset({"aten::view", "aten::slice", "aten::split_with_sizes", "aten
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
-    """Words of `replay`: a whole step, and one that leaves the draw to the sampler. What it computes lies
-    in `arena`, in the end `logits`."""
+    """Words of `replay`: a whole step, and one that leaves the draw to the sampler. What it computes lies in `arena`,
+    in the end `logits`."""
 
     greedy: torch.Tensor
     drawn: torch.Tensor

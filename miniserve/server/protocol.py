@@ -1,6 +1,6 @@
 """The bodies of requests. Every optional field takes an explicit null, which means the same as leaving it out.
 
-Unknown fields are kept (`extra="allow"`) and judged by `fields.check_extras`.
+Unknown fields are kept (`extra="allow"`) and judged by `fields.FieldPolicy`.
 """
 
 from __future__ import annotations

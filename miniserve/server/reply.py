@@ -154,7 +154,7 @@ class GenerationResponse(Response):
 
 
 def finish_word(delta: CompletionDelta) -> FinishWord | None:
-    """OpenAI's word; `Generation` has raised for the other reasons."""
+    """OpenAI's word. There is no other reason here: of a failure `generate` makes an error."""
     if delta.finish_reason is None:
         return None
     return "stop" if delta.finish_reason is FinishReason.STOP else "length"

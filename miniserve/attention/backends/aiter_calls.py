@@ -226,7 +226,7 @@ class PagedDecode:
 def paged_gluon(
     gluon: Callable[..., None], layer: AttentionLayer, q: Tensor, cache: KVCache, rows: QueryRows, out: Tensor
 ) -> None:
-    """Decode over the shuffled layout by `pa_decode_gluon`
+    """Decode over the shuffled layout by `pa_decode_gluon`.
 
     One program takes all keys of a row and KV head: what splits leave would be summed by one of three kernels, of which
     v0.1.20.post1 finds none where neither its C++ one nor FlyDSL is installed. A window of W keys, the query's own

@@ -30,7 +30,7 @@ from miniserve.attention.spec import AttentionSpec
 
 
 def build_backend(choice: Choice, block_size: int, options: BackendOptions) -> Backend[Any]:
-    """The chosen backend with its scratch memory. Its libraries are imported here and nowhere before."""
+    """The chosen backend with its scratch memory. Only what it needs is imported: Triton may not be installed."""
     layout = LAYOUTS[choice.layout](block_size)
     if choice.backend == "CPU_ATTN":
         from miniserve.attention.backends.cpu_attn import CpuBackend

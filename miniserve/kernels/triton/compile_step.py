@@ -27,7 +27,7 @@ Case = tuple[str, Callable[[], object]]  # a name, and what launches kernels
 META = torch.device("meta")
 _HALF = torch.bfloat16
 _ROWS = (1, 8, 16, 32, 64)  # of the buckets, those that small linears cut differently
-_PAIRS = (1, 2, 64, 512, 4096)  # tokens of a step with experts, likewise
+_TOKENS = (1, 2, 64, 512, 4096)  # tokens of a step with experts, likewise
 
 
 def tensor(*shape: int, dtype: torch.dtype = _HALF) -> torch.Tensor:
@@ -125,7 +125,7 @@ def step_launches(chip: Chip) -> Iterator[Case]:
             yield f"bf16 {m} rows {n} x {k} gated", partial(_linear, chip, m, n, k, True)
     yield from medium_launches(chip)
     yield "fp32 router", partial(_linear, chip, 16, 128, 2048, False, torch.float32)
-    for tokens in _PAIRS:
+    for tokens in _TOKENS:
         yield f"bf16 {tokens} tokens, 8 of 128", partial(_experts, chip, tokens, 128, 8, 768)
     yield "bf16 64 tokens, 6 of 64", partial(_experts, chip, 64, 64, 6, 1408)
     yield "6 of 64 softmax", partial(_route, chip, 64, 6, 1, 1, False)

@@ -360,8 +360,8 @@ def sample(
     [batch]. rows: int64 [batch], whose parameters are `params`; nothing is done where it is negative.
 
     With `state` a token becomes its row's last one; else `num_outputs`, int64 [batch], says how many output tokens come
-    before each, and rows may repeat. With `left`, shaped and typed as the
-    logits, the logits of rows so marked go there, and no token is drawn for them.
+    before each, and rows may repeat. With `left`, shaped and typed as the logits, the logits of rows so marked go
+    there, and no token is drawn for them.
     """
     batch, vocab_size = logits.shape
     num_blocks = triton.cdiv(vocab_size, _BLOCK)

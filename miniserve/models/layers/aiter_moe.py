@@ -44,8 +44,8 @@ def describe_experts(name: str, refused: str | None) -> str:
 
 
 class AiterMoE(MoEMethod):
-    """The weights in the order that the kernels read them in, and padded with zeros to the
-    kernels' tiles (aiter's CK kernels pad nothing themselves) where a model's sizes are not multiples of these."""
+    """The weights in the order that the kernels read them in, padded with zeros to the kernels' tiles where a model's
+    sizes are not multiples of these (aiter's CK kernels pad nothing themselves)."""
 
     name = NAME
 
