@@ -27,6 +27,7 @@ _WARMUP_OUTPUT = 16  # tokens
 class SweepConfig:
     """Each of `shapes` at each of `concurrencies`, `rounds` requests a client, against the server at `url` or, where
     that is None, against one of ours with `engine`'s settings: with its KV layout, or with "auto" one after the other.
+    Prompts are drawn from the engine's seed.
 
     Raises `UserError` for what does not go together.
     """
@@ -38,13 +39,12 @@ class SweepConfig:
     shapes: Sequence[Shape]
     concurrencies: Sequence[int]
     rounds: int = 2
-    seed: int = 0
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
         if not self.shapes or not self.concurrencies or min(self.concurrencies) < 1 or self.rounds < 1:
             raise UserError("--lengths and --concurrency must name one or more each, and --rounds must be 1 or more.")
-        if self.url is not None and self.engine != EngineConfig():
+        if self.url is not None and self.engine != EngineConfig(seed=self.engine.seed):
             raise UserError("--url names a server that runs already: the engine's options cannot be set from here.")
         if self.url is None and (self.model is not None or self.api_key is not None):
             raise UserError("--served-model and --api-key are for a server that runs already; give its --url.")
@@ -159,7 +159,7 @@ def _measure(
         concurrency=most,
         warmup=0,
         ignore_eos=True,
-        seed=config.seed,
+        seed=config.engine.seed,
         timeout=config.timeout,
     )
     run(load)

@@ -128,7 +128,6 @@ def sweep(
         shapes=_shapes(lengths),
         concurrencies=[parse_count(part, "--concurrency") for part in concurrency.split(",")],
         rounds=rounds,
-        seed=engine.seed,
         timeout=timeout,
     )
 

@@ -53,7 +53,7 @@ _OPTIONS: dict[type, dict[str, Any]] = {
             parser=count("--max-model-len"),
         ),
         "generation_config": _model(help="auto: sampling defaults of the model's file; none: neutral ones."),
-        "seed": _model(help="Seed of random weights and of requests without one."),
+        "seed": _model(help="Seed of random weights, of requests without one, of a benchmark's prompts."),
         "log_level": _http(help=f"{', '.join(LOG_LEVELS)}.", callback=_note_debug),
         "max_num_seqs": _sched(help="Most requests that run at once.", metavar="N", parser=count("--max-num-seqs")),
         "max_num_batched_tokens": _sched(

@@ -98,6 +98,17 @@ def test_a_server_that_runs_already_is_measured_as_it_is() -> None:
     assert result.to_json()["config"]["api_key"] == "***"
 
 
+def test_its_prompts_are_drawn_from_the_seed() -> None:
+    stub = Stub()
+    with stub.running() as url:
+        for seed in ("1", "1", "2"):
+            load = ["--lengths", "4/3", "--concurrency", "1", "--rounds", "1", "--seed", seed]
+            result = CliRunner().invoke(app, ["sweep", "--url", url, *load])
+            assert result.exit_code == 0, (result.output, result.exception)
+    first, again, other = (stub.bodies[at : at + 2] for at in (0, 2, 4))
+    assert first == again != other
+
+
 def test_failures_are_told_and_end_with_1() -> None:
     with Stub(fail=lambda n: "500" if n == 5 else None).running() as url:
         result = CliRunner().invoke(app, ["sweep", "--url", url, "--lengths", "4/3", "--concurrency", "2"])
