@@ -154,8 +154,9 @@ class LLM:
         chat_template: str | None = None,
         **template_variables: Any,
     ) -> list[Generation]:
-        """Answer a conversation, or each of several. Without `sampling_params` an answer may be as long as the context
-        allows. Raises as `generate` does, and `InvalidRequest` where the chat template refuses a conversation."""
+        """Answer a conversation, or each of several. Without `sampling_params` an answer may be as long as the model's
+        own default or else the context allows. Raises as `generate` does, and `InvalidRequest` where the chat template
+        refuses a conversation."""
         if not messages:
             return []
         conversations = [messages] if isinstance(messages[0], Mapping) else messages

@@ -106,7 +106,7 @@ class StepContext(Protocol):
 
     @property
     def fuses_rope(self) -> bool:
-        """Whether `attend_qkv` is there, which does in one kernel what else are three."""
+        """Whether `attend_qkv` is there, which turns and writes in one launch."""
         ...
 
     def attend_qkv(self, layer: AttentionLayer, qkv: Tensor, rope: QKRope) -> Tensor:

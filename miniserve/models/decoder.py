@@ -1,6 +1,7 @@
 """The decoder that all models share; what differs between them is said by `ModelConfig`, layer by layer.
 
-Names of modules are those of the checkpoints, except where matrices are fused: qkv_proj, gate_up_proj, qkv_a_proj.
+Names of modules are those of the checkpoints, but for kv_a_proj and where matrices are fused: qkv_proj, gate_up_proj,
+qkv_a_proj.
 """
 
 from __future__ import annotations
