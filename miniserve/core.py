@@ -112,12 +112,11 @@ def _check(good: bool, param: str, rule: str) -> None:
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """One sequence to generate (a client's `n > 1` arrives as n requests). Times are `time.monotonic()` seconds."""
+    """One sequence to generate (a client's `n > 1` arrives as n requests)."""
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
-    arrival_time: float = 0.0
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -138,7 +137,7 @@ class RequestOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     `prompt_logprobs` comes once, with the first token (or alone where max_tokens is 0): one entry per prompt token, the
     first None. `stop_token_id` is the stop token that ended it (None for EOS and length). An EOS or stop token is part
-    of `new_token_ids`.
+    of `new_token_ids`. `first_scheduled_time`: in seconds of `time.monotonic()`.
     """
 
     request_id: str

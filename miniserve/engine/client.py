@@ -171,7 +171,7 @@ class AsyncEngine:
         if request_id in self._running:
             raise InvalidRequest(f"A request with the id {request_id!r} is already running.", "request_id")
         # A caller may use an id again while tokens of its first request are still on their way.
-        requests = fan_out(f"{next(self._serial)}:{request_id}", prompt_token_ids, params, time.monotonic())
+        requests = fan_out(f"{next(self._serial)}:{request_id}", prompt_token_ids, params)
         assembler = OutputAssembler(self.tokenizer, prompt_token_ids, params)
         running = _Running(request_id, assembler, [request.request_id for request in requests])
         self._running[request_id] = running

@@ -12,9 +12,7 @@ from miniserve.engine.detokenizer import Detokenizer
 from miniserve.engine.tokenizer import Tokenizer
 
 
-def fan_out(
-    request_id: str, prompt_token_ids: list[int], params: SamplingParams, arrival_time: float = 0.0
-) -> list[Request]:
+def fan_out(request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> list[Request]:
     """The engine's requests for one caller's request: one for each of `params.n` sequences.
 
     Sequence i draws with seed + i where a seed is given. Only the first computes the prompt's logprobs.
@@ -29,7 +27,6 @@ def fan_out(
                 seed=_child_seed(params.seed, index),
                 prompt_logprobs=params.prompt_logprobs if index == 0 else None,
             ),
-            arrival_time=arrival_time,
         )
         for index in range(params.n)
     ]

@@ -26,12 +26,12 @@ def push(assembler: OutputAssembler, index: int = 0, **fields: object) -> tuple[
 
 def test_n_sequences_become_n_requests_with_their_own_seeds() -> None:
     params = SamplingParams(n=3, seed=2**63 - 2, prompt_logprobs=1, stop=("x",))
-    requests = fan_out("r", [1, 2], params, 5.0)
+    requests = fan_out("r", [1, 2], params)
     assert len({request.request_id for request in requests}) == 3
     assert [request.params.seed for request in requests] == [2**63 - 2, 2**63 - 1, -(2**63)]
     assert [request.params.prompt_logprobs for request in requests] == [1, None, None]
     assert all(request.params.n == 1 and request.params.stop == ("x",) for request in requests)
-    assert all(request.prompt_token_ids == [1, 2] and request.arrival_time == 5.0 for request in requests)
+    assert all(request.prompt_token_ids == [1, 2] for request in requests)
 
 
 def test_one_sequence_keeps_the_requests_id_and_no_seed_stays_none() -> None:
