@@ -2,10 +2,10 @@
 
 The order within a step: decode rows first, so that they never starve; then the one sequence whose prefill does not fit
 into a step; then admissions, first come first served. Beside decode rows chunks get no more tokens than `StepCost` says
-that the rows can bear. A sequence is admitted once there are blocks for all it has to
-prefill; only decode rows allocate later, a block each time they cross a block boundary. When blocks run out the latest
-arrival is preempted: its blocks are freed, and it waits at the head of the queue to be computed anew. So every running
-sequence arrived before every waiting one, and the earliest one always gets on: it could run alone (`check_lengths`).
+that the rows can bear. A sequence is admitted once there are blocks for all it has to prefill; only decode rows
+allocate later, a block each time they cross a block boundary. When blocks run out the latest arrival is preempted: its
+blocks are freed, and it waits at the head of the queue to be computed anew. So every running sequence arrived before
+every waiting one, and the earliest one always gets on: it could run alone (`check_lengths`).
 
 Steps in flight. `schedule` may be called before the results of launched steps came back through `update`. What makes
 this right is that the device works through the plans in order, and each plan applies its stops, starts and block

@@ -1,4 +1,4 @@
-"""A decoder's operations and linear layers on a GPU, through the Triton kernels."""
+"""A decoder's operations, linear layers, routing and experts on a GPU, through the Triton kernels."""
 
 from __future__ import annotations
 
