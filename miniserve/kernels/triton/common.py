@@ -53,7 +53,7 @@ def paged_arguments(
     num_splits: int,
 ) -> tuple[tuple[float, ...], dict[str, Any]]:
     """What the kernels of decode and prefill take alike behind their pointers: values; constants and options."""
-    head_dim, on = q.shape[2], platform()
+    head_dim = q.shape[2]
     strides = (stride for plane in planes for stride in plane_strides(plane, shuffled))
     values = (*q.stride()[:2], *strides, block_tables.stride(0), *out.stride()[:2])
     return (*values, scale * LOG2E, window or 0, (softcap or 0.0) * LOG2E, num_splits), {
@@ -66,8 +66,8 @@ def paged_arguments(
         "X": 16 // planes[0].element_size() if shuffled else 0,
         "HAS_WINDOW": window is not None,
         "HAS_SOFTCAP": softcap is not None,
-        "PRECISION": dot_precision(on),
-        **launch.options(on),
+        "PRECISION": dot_precision(platform()),
+        **launch.options,
     }
 
 

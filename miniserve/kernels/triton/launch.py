@@ -15,18 +15,17 @@ Platform = Literal["cuda", "hip"]
 @dataclass(frozen=True, slots=True)
 class Launch:
     """One kernel's tile and launch options. block_m: query rows of a tile; block_n: keys of a tile (both powers of
-    two); waves_per_eu: AMD's hint for the register allocator, 0 = none."""
+    two)."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
-    waves_per_eu: int = 0
 
-    def options(self, platform: Platform) -> dict[str, int]:
+    @property
+    def options(self) -> dict[str, int]:
         """The keyword arguments that Triton takes beside a kernel's own."""
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return options | ({"waves_per_eu": self.waves_per_eu} if platform == "hip" else {})
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 def next_power_of_2(n: int) -> int:

@@ -67,7 +67,7 @@ def mla_decode(
         HEADS=num_heads, RANK=rank, ROPE=rope, BLOCK_R=next_power_of_2(rank), BLOCK_P=max(16, next_power_of_2(rope)),
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_SIZE=kv_cache.shape[1], SINGLE=single,
         MERGE_M=min(launch.block_m, next_power_of_2(num_heads)), FUSED_MERGE=fused_merge and not single,
-        PRECISION=dot_precision(on), **launch.options(on),
+        PRECISION=dot_precision(on), **launch.options,
     )  # fmt: skip
     if not single and not fused_merge and scratch is not None:
         merge_splits(scratch, seq_lens, out, block_n=launch.block_n, num_splits=num_splits)
