@@ -49,7 +49,7 @@ def json_response(body: object, status: int = 200, headers: Mapping[str, str] | 
 
 
 def clip(text: str) -> str:
-    """Printable and at most `_MAX_MESSAGE` characters: half surrogates and long inputs are no answer to anybody."""
+    """Printable, and cut after `_MAX_MESSAGE` characters: half surrogates and long inputs are no answer to anybody."""
     text = text.encode("utf-8", "replace").decode("utf-8")
     return text if len(text) <= _MAX_MESSAGE else text[:_MAX_MESSAGE] + "…"
 
