@@ -26,7 +26,7 @@ _RING = 4
 
 
 def decode_buckets(max_num_seqs: int) -> list[int]:
-    """Rows that graphs are captured for: powers of two up to 16, then steps that waste at most a third of a step."""
+    """Rows that graphs are captured for: powers of two up to 32, then steps that waste at most a third of a step."""
     steps = [1, 2, 4, 8, 16, *range(32, 128, 16), *range(128, 256, 32), *range(256, max_num_seqs + 64, 64)]
     return [size for size in steps if size < max_num_seqs] + [max_num_seqs]
 

@@ -69,8 +69,8 @@ def rope_and_write(
     qkv [num_tokens, (num_heads + 2 num_kv_heads) * head_dim], rows may be strided; cos_sin float32 [num_tokens,
     head_dim]: cosines, then sines; slots as in `write_kv`. settled: slots and cos_sin may be read before earlier
     kernels are done (see `pdl.py`). Rounds to qkv's dtype where `models/layers/ops.py` does.
-    Returns q [num_tokens, num_heads, head_dim]; k_out [num_tokens, num_kv_heads, head_dim], dense, gets the k of the
-    tokens that are written.
+    Returns q [num_tokens, num_heads, head_dim], q_out where it is given; k_out [num_tokens, num_kv_heads, head_dim],
+    dense, gets the k of the tokens that are written.
     """
     num_tokens = qkv.shape[0]
     if q_out is None:

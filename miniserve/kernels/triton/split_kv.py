@@ -81,7 +81,7 @@ def merge_splits(
 
 @triton.jit
 def shares(seq_len, window, num_splits, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """How a row's visible keys are shared out: (first tile, one past the last tile, tiles per split)."""
+    """How a row's visible keys are shared out: (first key, first tile, one past the last tile, tiles per split)."""
     low = tl.maximum(seq_len - window, 0) if HAS_WINDOW else 0
     first = low // BLOCK_N
     last = tl.cdiv(seq_len, BLOCK_N)
