@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -87,6 +88,21 @@ def test_without_a_template_there_is_no_chat(tmp_path: Path) -> None:
 def test_lone_surrogates_are_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(InvalidRequest, match="Unicode"):
         tokenizer.encode("\ud83d")
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(tokenizer: Tokenizer) -> None:
+    encoded, turns = threading.Event(), []
+
+    def encode() -> None:
+        tokenizer.encode("a " * 200_000)
+        encoded.set()
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    while not encoded.wait(0.001):
+        turns.append(None)
+    thread.join()
+    assert len(turns) > 10
 
 
 def test_a_directory_without_a_tokenizer_is_the_users_error(tmp_path: Path) -> None:
