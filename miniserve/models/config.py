@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,11 @@ SUPPORTED_DTYPES = ("bfloat16", "float16", "float32")
 # transformers knows SiLU by two names.
 SUPPORTED_ACTIVATIONS = ("silu", "swish")
 
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "max_position_embeddings",
+)  # fmt: skip
+_LARGEST = 2**24  # above every model's, below what tables of that size would take of memory
 _FLOAT_TAGS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
@@ -57,7 +63,11 @@ def weight_quantization(raw: dict[str, Any]) -> str | None:
     """The method by which weights are quantised. None where they are not, also where scales for an fp8 KV cache are all
     that the config's quantisation is about (compressed-tensors without groups of weights)."""
     quantization = raw.get("quantization_config")
-    if quantization is None or (quantization.get("kv_cache_scheme") and quantization.get("config_groups") == {}):
+    if quantization is None:
+        return None
+    if not isinstance(quantization, dict):
+        return "unknown"
+    if quantization.get("kv_cache_scheme") and quantization.get("config_groups") == {}:
         return None
     return str(quantization.get("quant_method", "unknown"))
 
@@ -70,6 +80,11 @@ def _refuse_unreadable(raw: dict[str, Any]) -> None:
 
 
 def _from_transformers(hf: Any, architecture: str, dtype: str) -> ModelConfig:
+    for name in _SIZES:
+        if not 1 <= (size := getattr(hf, name)) <= _LARGEST:
+            raise UserError(f"{name} {size} is not supported; it must be from 1 to {_LARGEST}.")
+    if not 0.0 <= hf.rms_norm_eps < math.inf:
+        raise UserError(f"rms_norm_eps {hf.rms_norm_eps} is not supported; it must be 0 or more.")
     if hf.hidden_act not in SUPPORTED_ACTIVATIONS:
         raise UserError(f"hidden_act {hf.hidden_act!r} is not supported; supported: {listed(SUPPORTED_ACTIVATIONS)}.")
     if hf.num_attention_heads % hf.num_key_value_heads:
@@ -94,6 +109,8 @@ def _from_transformers(hf: Any, architecture: str, dtype: str) -> ModelConfig:
         "tie_word_embeddings": hf.tie_word_embeddings,
     }
     config = ModelConfig(architecture=architecture, rope=rope, dtype=dtype, **(shared | particulars))
+    if not 1 <= config.head_dim <= _LARGEST:
+        raise UserError(f"head_dim {config.head_dim} is not supported; it must be from 1 to {_LARGEST}.")
     if config.rotary_dim % 2:
         raise UserError(f"head_dim {config.rotary_dim} is odd, and rotary position embedding needs an even one.")
     return config
@@ -106,7 +123,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a model's file. Raises `UserError` where there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}): fetch the model again.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} does not hold a JSON object: fetch the model again.")

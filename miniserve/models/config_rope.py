@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from miniserve.core import UserError
@@ -47,7 +48,8 @@ def _check_rope_values(rope_type: str, given: dict[str, Any]) -> None:
         if key not in given and key not in _YARN_KEYS:
             raise UserError(f"rope type {rope_type!r} needs {key!r} in its parameters, and the config has none.")
     for key, value in given.items():
-        if key in ROPE_KEYS[rope_type] and key != "truncate" and not (isinstance(value, int | float) and value > 0):
+        checked = key == "rope_theta" or (key in ROPE_KEYS[rope_type] and key != "truncate")
+        if checked and not (isinstance(value, int | float) and 0 < value < math.inf):
             raise UserError(f"{key} of rope type {rope_type!r} must be a positive number, not {value!r}.")
     if rope_type == "llama3" and given["high_freq_factor"] <= given["low_freq_factor"]:
         raise UserError("high_freq_factor of rope type 'llama3' must be above its low_freq_factor.")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from miniserve.core import UserError
+from miniserve.core import InvalidRequest, SamplingParams, UserError
 
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
 
@@ -45,11 +45,16 @@ def _sampling(generation: Mapping[str, Any], path: Path) -> dict[str, float | in
         value = generation.get(name)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # some files have "top_k": 50.0
+        given: dict[str, Any] = {"max_tokens" if name == "max_new_tokens" else name: value}
+        try:
+            SamplingParams(**given)
+        except InvalidRequest as wrong:
             raise UserError(
-                f"{path / 'generation_config.json'} sets {name} to {value!r}, which is no number; "
-                "correct it or use --generation-config none."
-            )
+                f"{path / 'generation_config.json'} sets {name} to {value!r} ({wrong}) "
+                "Correct it or use --generation-config none."
+            ) from None
         found[name] = value
     return found
 

@@ -6,6 +6,7 @@ library itself.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,12 +49,12 @@ def locate(
     looks for the configuration and the tokenizer alone. `notify` is told what the user should know (an alias was taken,
     a download starts), a sentence each. Raises `UserError`, one sentence with its remedy, for every way to fail.
     """
-    if model is None or (model == BUILT_IN and not Path(model).is_dir()):
+    if model is None or (model == BUILT_IN and not os.path.isdir(model)):
         _refuse_revision(revision, "the built-in model")
         path = Path(__file__).resolve().parent.parent / "assets" / BUILT_IN
         return ModelSource(BUILT_IN, path, f"built in ({path})")
-    path = Path(model).expanduser()
-    if model and path.is_dir():
+    path = Path(os.path.expanduser(model))
+    if model and os.path.isdir(path):
         _refuse_revision(revision, f"the local directory {model}")
         require_files(path, model, weights=weights)
         check_config(read_json(path / "config.json"), model)
@@ -68,8 +69,8 @@ def locate_config(
 
     Arguments and errors as of `locate`.
     """
-    path = Path(model or "").expanduser()
-    if model and path.is_dir():
+    path = Path(os.path.expanduser(model or ""))
+    if model and os.path.isdir(path):
         _refuse_revision(revision, f"the local directory {model}")
         require_files(path, model, weights=False)
         return path.resolve().name, read_json(path / "config.json")
@@ -124,7 +125,7 @@ def _refuse_revision(revision: str | None, what: str) -> None:
 
 def _hub_id(model: str, path: Path, notify: Callable[[str], None]) -> str:
     """The repository that is meant by `model`, which is no directory."""
-    if path.is_file():
+    if os.path.isfile(path):
         raise UserError(f"{model} is a file: give the directory that holds config.json and the safetensors files.")
     looks_like_path = model.startswith((".", "/", "~", "\\")) or model.endswith("/") or model.count("/") > 1
     if looks_like_path or not model:

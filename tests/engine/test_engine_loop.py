@@ -116,7 +116,7 @@ def test_generation_defaults_come_from_all_of_the_models_files(tmp_path: Path) -
         tmp_path,
         generation_config={
             "temperature": 0.6,
-            "top_k": 20,
+            "top_k": 20.0,
             "do_sample": False,
             "eos_token_id": [3, 4],
             "max_length": 9,
@@ -126,10 +126,20 @@ def test_generation_defaults_come_from_all_of_the_models_files(tmp_path: Path) -
         tokenizer={"added_tokens": [{"id": 7, "content": "</s>"}, {"id": 8, "content": "<s>"}]},
     )
     defaults = load_generation_defaults(tmp_path, "auto")
-    assert defaults.sampling == {"temperature": 0.6, "top_k": 20}
+    assert defaults.sampling == {"temperature": 0.6, "top_k": 20} and type(defaults.sampling["top_k"]) is int
     assert defaults.eos_token_ids == {3, 4, 5, 6, 7}
     assert load_generation_defaults(tmp_path, "none").sampling == {}
     assert load_generation_defaults(tmp_path, "none").eos_token_ids == {3, 4, 5, 6, 7}
+
+
+@pytest.mark.parametrize(
+    "setting", ['"temperature": "hot"', '"top_p": 7', '"top_k": NaN', '"max_new_tokens": -4', '"min_p": true']
+)
+def test_generation_defaults_that_no_request_may_have_are_refused(tmp_path: Path, setting: str) -> None:
+    write(tmp_path, generation_config="{" + setting + "}")
+    with pytest.raises(UserError, match=r"generation_config.json sets .* --generation-config none"):
+        load_generation_defaults(tmp_path, "auto")
+    assert load_generation_defaults(tmp_path, "none").sampling == {}
 
 
 def test_the_eos_may_stand_in_the_tokenizers_settings(tmp_path: Path) -> None:

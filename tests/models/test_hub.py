@@ -349,7 +349,7 @@ def test_a_directory_that_is_no_checkpoint(tmp_path: Path) -> None:
         locate(str(tmp_path))
 
 
-@pytest.mark.parametrize("content", ["{", "[]"])
+@pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000])
 def test_a_broken_config(tmp_path: Path, content: str) -> None:
     path = checkpoint(tmp_path, "model.safetensors")
     (path / "config.json").write_text(content)
@@ -364,7 +364,10 @@ def test_an_unsupported_local_architecture(tmp_path: Path) -> None:
         locate(str(path))
 
 
-@pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "~/nowhere", "a/b/c", "nowhere/", ""])
+@pytest.mark.parametrize(
+    "model",
+    ["./nowhere", "/nowhere/at/all", "~/nowhere", "~nobody-of-that-name/x", "/" + "a" * 5000, "a/b/c", "nowhere/", ""],
+)
 def test_a_path_that_leads_nowhere(model: str) -> None:
     with pytest.raises(UserError, match="There is no directory"):
         locate(model)
