@@ -82,7 +82,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _check(self.top_k >= -1, "top_k", "-1 or 0 (off) or a positive integer")
         _check(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1")
         _check(0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1")
-        _check(0.0 < self.repetition_penalty <= 100.0, "repetition_penalty", "above 0 and at most 100")
+        # Much smaller ones would make logits infinite.
+        _check(0.01 <= self.repetition_penalty <= 100.0, "repetition_penalty", "between 0.01 and 100")
         _check(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "between -2 and 2")
         _check(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "between -2 and 2")
         _check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer")
@@ -93,6 +94,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _check(self.logprobs is None or self.logprobs >= 0, "logprobs", "0 or more")
         _check(self.prompt_logprobs is None or self.prompt_logprobs >= 0, "prompt_logprobs", "0 or more")
         _check(all(s for s in self.stop), "stop", "made of non-empty strings")
+        # Each is looked for after every token, by the process that serves all requests.
+        _check(len(self.stop) <= 256, "stop", "at most 256 strings")
         for token_id, bias in (self.logit_bias or {}).items():
             _check(token_id >= 0 and -100.0 <= bias <= 100.0, "logit_bias", "a map from token ids to -100..100")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from miniserve import __version__
@@ -61,6 +62,8 @@ def _openai_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models/{name:path}", response_model=responses.Model)
     async def get_model(name: str) -> Response:
+        if not name:  # which means "the one there is" in a body
+            raise HTTPException(404)
         service.check_model(name)
         return json_response(_model(service, name))
 

@@ -64,7 +64,7 @@ def as_api_error(error: Exception) -> APIError:
         return _from_validation(error.errors())
     if isinstance(error, HTTPException):
         # FastAPI's own sentence does not say what is wrong with the body.
-        if error.status_code == 400 and isinstance(error.__cause__, UnicodeDecodeError | RecursionError):
+        if error.status_code == 400 and isinstance(error.__cause__, ValueError | RecursionError):
             return APIError(400, f"The request body is not valid JSON: {error.__cause__}.")
         return APIError(error.status_code, str(error.detail), headers=error.headers)
     return APIError(500, f"The server failed on this request ({type(error).__name__}); its log says more.")

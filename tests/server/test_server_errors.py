@@ -56,6 +56,7 @@ def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
         (b"null", "application/json"),
         (b"\xff\xfe", "application/json"),
         (b"[" * 10_000, "application/json"),
+        (b'{"n": ' + b"9" * 5000 + b"}", "application/json"),
         (b'{"prompt": "a", "messages": [{"role": "user", "content": "a"}]}', "text/plain"),
         (b'{"prompt": "a", "messages": [{"role": "user", "content": "a"}]}', "application/x-www-form-urlencoded"),
         (b'{"prompt": "a"}', ""),
@@ -100,6 +101,7 @@ def test_a_body_that_is_no_json_object_is_a_400(
         ("top_k", 10**30),
         ("min_p", 2),
         ("repetition_penalty", 0),
+        ("repetition_penalty", 1e-40),
         ("presence_penalty", 3),
         ("frequency_penalty", -3),
         ("n", 0),
@@ -118,6 +120,7 @@ def test_a_body_that_is_no_json_object_is_a_400(
         ("best_of", 0),
         ("stop", [""]),
         ("stop", 5),
+        ("stop", [str(number) for number in range(257)]),
         ("stop_token_ids", [4000]),
         ("stop_token_ids", [-1]),
         ("logit_bias", {"5": 200}),
@@ -314,6 +317,7 @@ def test_unknown_paths_and_methods_are_envelopes(web: httpx.Client) -> None:
     assert error_of(web.get("/v2/nothing"), 404)["type"] == "NotFoundError"
     assert error_of(web.get("/v1/models/a/b/c"), 404)["param"] == "model"
     error_of(web.get("/tokenizer_info"), 404)
+    error_of(web.get("/v1/models/"), 404)
     response = web.get("/v1/completions")
     error_of(response, 405)
     assert response.headers["allow"] == "POST"
