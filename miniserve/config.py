@@ -19,9 +19,11 @@ _CHOICES = {
     "load_format": ("auto", "dummy"),
     "kv_layout": ("auto", "linear", "shuffled", "latent"),
     "kv_cache_dtype": ("auto", "bfloat16", "float16", "float32", "fp8"),
+    "generation_config": ("auto", "none"),
     "log_level": LOG_LEVELS,
 }
 _POSITIVE = ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_model_len", "kv_cache_memory")
+_MOST_SEQS = 65_536  # each takes host memory, which no plan accounts for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,16 +62,18 @@ class EngineConfig:
     log_level: str = "info"
 
     def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise UserError(f"{_flag(name)} {value!r} is not known; choose one of {', '.join(choices)}.")
         try:
             check_types(self)
         except InvalidRequest as wrong:
             raise UserError(str(wrong)) from None
-        for name, choices in _CHOICES.items():
-            if (value := getattr(self, name)) not in choices:
-                raise UserError(f"{_flag(name)} {value!r} is not known; choose one of {', '.join(choices)}.")
         for name in _POSITIVE:
-            if (number := getattr(self, name)) is not None and number <= 0:
-                raise UserError(f"{_flag(name)} must be a positive number, not {number}.")
+            if (number := getattr(self, name)) is not None and not 0 < number < 2**63:
+                raise UserError(f"{_flag(name)} must be a positive number of 64 bits, not {number}.")
+        if self.max_num_seqs > _MOST_SEQS:
+            raise UserError(f"--max-num-seqs must be at most {_MOST_SEQS}, not {self.max_num_seqs}.")
         if not -(2**63) <= self.seed < 2**63:
             raise UserError(f"--seed must be a 64-bit integer, not {self.seed}.")
         if self.max_itl_ratio != 0.0 and not 1.0 < self.max_itl_ratio < math.inf:

@@ -109,12 +109,16 @@ class ConnectionPool:
     """
 
     def __init__(self, root: str, api_key: str | None, timeout: float) -> None:
-        parts = urlsplit(root)
+        try:
+            parts = urlsplit(root)
+            port = parts.port
+        except ValueError as error:
+            raise UserError(f"{root!r} is no URL ({error}); --url looks like http://127.0.0.1:8000.") from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError(f"{root!r} is no URL of a server; --url looks like http://127.0.0.1:8000.")
         self._host = parts.hostname
         self._tls = parts.scheme == "https"
-        self._port = parts.port or (443 if self._tls else 80)
+        self._port = port or (443 if self._tls else 80)
         self._prefix = parts.path.rstrip("/")
         self._timeout = timeout
         self._idle: list[_Connection] = []

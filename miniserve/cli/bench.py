@@ -16,6 +16,7 @@ from miniserve.cli.options import parse_count
 from miniserve.cli.settings import with_settings
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
+from miniserve.server.config import check_api_key
 
 app = typer.Typer(no_args_is_help=True, help="Measure a server from outside, or the engine from inside.")
 
@@ -42,7 +43,7 @@ def serve(
     url: Annotated[str, typer.Option(help="Root of an OpenAI-compatible server.")] = "http://127.0.0.1:8000",
     model: Annotated[str | None, typer.Option(help="Model name; default: the first the server lists.")] = None,
     endpoint: Annotated[Endpoint, typer.Option(help="Which API to use.")] = "completions",
-    api_key: Annotated[str | None, typer.Option(help="Sent as a bearer token.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="Sent as a bearer token.", callback=check_api_key)] = None,
     num_prompts: Annotated[int, typer.Option(help="Requests to measure.")] = 100,
     concurrency: Annotated[int | None, typer.Option(help="Requests kept in flight; default 16.")] = None,
     request_rate: Annotated[float | None, typer.Option(help="Poisson arrivals a second instead.")] = None,
@@ -99,7 +100,9 @@ def sweep(
     engine: EngineConfig,
     url: Annotated[str | None, typer.Option(help="A server that runs already, instead of one of ours.")] = None,
     served_model: Annotated[str | None, typer.Option(help="What that server calls its model.")] = None,
-    api_key: Annotated[str | None, typer.Option(help="Sent to that server as a bearer token.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="Sent to that server as a bearer token.", callback=check_api_key)
+    ] = None,
     lengths: Annotated[
         str, typer.Option(help="Pairs of prompt and output length; 1k is 1000, 1K 1024.")
     ] = "1K/1K,1K/8K,8K/1K",

@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from miniserve.core import UserError
+from miniserve.server.config import check_api_key
 
 
 def chat(
     url: Annotated[str, typer.Option(help="The server, with or without /v1.")] = "http://127.0.0.1:8000",
     model: Annotated[str | None, typer.Option(help="The model's name there.", show_default="its first")] = None,
-    api_key: Annotated[str | None, typer.Option(help="The key the server asks for.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="The key the server asks for.", callback=check_api_key)] = None,
     message: Annotated[
         str | None, typer.Option("--message", "-m", help="Answer this on stdout and exit. `-` reads standard input.")
     ] = None,

@@ -90,6 +90,8 @@ def main() -> None:
     """Run the command line. What the user can mend is one sentence and exit code 2; a failure is 1."""
     state = State()
     try:
+        if any("\udc80" <= character <= "\udcff" for character in "".join(sys.argv)):  # how Python marks such bytes
+            raise UserError("The arguments are not valid UTF-8; write them in UTF-8.")
         app(obj=state, prog_name="miniserve")
     except (UserError, InvalidRequest) as error:
         if state.debug:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 from miniserve.core import UserError
@@ -38,8 +39,16 @@ class ServerConfig:
             raise UserError(f"--port must be between 0 and 65535, not {self.port}.")
         if not all(self.api_keys):
             raise UserError("--api-key must not be empty; leave it out to serve without a key.")
+        for key in self.api_keys:
+            check_api_key(key)
         if not all(self.served_model_names):
             raise UserError("--served-model-name must not be empty.")
+        for origin in self.allowed_origins:
+            if re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/?#\s]+", origin) is None:
+                raise UserError(
+                    f"--allowed-origin {origin!r} is none that a browser sends; it looks like https://example.com, "
+                    "without a path or a slash at its end, or is * for all."
+                )
         for name in ("max_body_bytes", "max_prompts", "stuck_after"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be a positive number, not {getattr(self, name)}.")
@@ -47,3 +56,10 @@ class ServerConfig:
             raise UserError(f"--drain-timeout must be a number of seconds, 0 or more, not {self.drain_timeout}.")
         if self.log_interval < 0:
             raise UserError(f"log_interval must be 0 or more, not {self.log_interval}.")
+
+
+def check_api_key(key: str | None) -> str | None:
+    """The key. Raises `UserError` for one that no HTTP header carries unchanged."""
+    if key and not (key.isascii() and key.isprintable() and key == key.strip()):
+        raise UserError("--api-key must be made of printable ASCII characters, without spaces around them.")
+    return key

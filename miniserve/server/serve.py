@@ -39,8 +39,8 @@ def bind(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-    except socket.gaierror as error:
-        raise UserError(f"--host {host!r} is no address of this machine ({error.strerror}); try 127.0.0.1.") from error
+    except (socket.gaierror, UnicodeError) as error:
+        raise UserError(f"--host {host!r} is no address of this machine ({error.args[-1]}); try 127.0.0.1.") from error
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

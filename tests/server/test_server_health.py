@@ -115,7 +115,9 @@ def test_the_tokenizers_description_is_behind_a_flag() -> None:
     [
         {"port": -1}, {"port": 65_536}, {"api_keys": ("",)}, {"served_model_names": ("a", "")}, {"max_body_bytes": 0},
         {"max_prompts": 0}, {"stuck_after": 0}, {"log_interval": -1}, {"drain_timeout": -1},
-        {"drain_timeout": float("nan")},
+        {"drain_timeout": float("nan")}, {"api_keys": ("schlüssel",)}, {"api_keys": ("a", " b")},
+        {"api_keys": ("a\n",)}, {"allowed_origins": ("",)}, {"allowed_origins": ("https://a.example/",)},
+        {"allowed_origins": ("a.example",)},
     ],
 )  # fmt: skip
 def test_a_configuration_out_of_range_is_refused(wrong: dict[str, object]) -> None:

@@ -31,6 +31,9 @@ def test_other_addresses_that_cannot_be_bound() -> None:
         bind("192.0.2.1", 0)
     with pytest.raises(UserError, match="--host"):
         bind("no such host", 0)
+    for host in ("a..b", "a" * 300):  # which the resolver is not even asked for
+        with pytest.raises(UserError, match="--host"):
+            bind(host, 0)
 
 
 def test_a_port_for_the_administrator(monkeypatch: pytest.MonkeyPatch) -> None:
