@@ -136,6 +136,8 @@ def print_answer(
 
     Raises `ChatError`, `UserError` (see `ChatClient.answer`) and KeyboardInterrupt, the request being aborted then.
     """
+    if not sys.stdout:
+        raise UserError("Standard output is closed, which leaves nowhere to answer: connect it to something.")
     table = _CONTROL if sys.stdout.isatty() else {}
     had_template = client.has_chat_template
     last = ""

@@ -101,11 +101,11 @@ class BackgroundServer:
             raise self._error
 
     def _run(self) -> None:
-        with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            try:
+        try:
+            with asyncio.Runner(loop_factory=loop_factory()) as runner:
                 self.exit_code = runner.run(self._main())
-            except BaseException as error:
-                self._error = error
+        except BaseException as error:
+            self._error = error
         self._settled.set()
         if self.answers and not self._leaving:
             os.kill(os.getpid(), signal.SIGTERM)  # the main thread may be waiting for a line at the prompt

@@ -64,7 +64,7 @@ def _bind_failure(host: str, port: int, error: OSError) -> str:
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     """The fastest event loop installed, for `asyncio.Runner(loop_factory=…)`."""
-    return uvicorn.Config("", loop="auto").get_loop_factory()
+    return uvicorn.Config("", loop="auto", log_config=None).get_loop_factory()
 
 
 async def serve(

@@ -190,9 +190,22 @@ def test_one_answer_with_p_or_from_a_pipe_or_a_file(tmp_path: Path) -> None:
     assert piped.returncode == 0 and piped.stdout.strip()
 
 
+def test_a_closed_standard_output_is_told() -> None:
+    command = [sys.executable, "-m", "miniserve", "run", *ENGINE, "-p", "Hi"]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *command],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2 and done.stderr.startswith("error: Standard output is closed")
+
+
 def test_bytes_that_are_no_text_are_one_sentence() -> None:
     done = cli.run("run", *ENGINE, "-p", "a\udcff")
-    assert done.returncode == 1 and done.stderr == "error: the text is not valid UTF-8\n"
+    assert done.returncode == 2 and done.stderr.startswith("error: The arguments are not valid UTF-8")
     code = "import io, sys; sys.stdin = io.TextIOWrapper(io.BytesIO(b'a\\xff'), 'utf-8'); "
     code += "from miniserve.cli.stdin import read_text; read_text()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -18,7 +18,7 @@ import pytest
 from server_fakes import FakeEngine, running_server, wait_until
 
 from miniserve.core import UserError
-from miniserve.server.serve import bind
+from miniserve.server.serve import bind, loop_factory
 
 
 def test_a_port_in_use_is_told_before_anything_else() -> None:
@@ -43,6 +43,11 @@ def test_a_port_for_the_administrator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "bind", refuse)
     with pytest.raises(UserError, match=r"administrator.*1023"):
         bind("127.0.0.1", 80)
+
+
+def test_an_event_loop_is_chosen_without_standard_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", None)  # closed, as by `>&-`
+    loop_factory()
 
 
 def test_binding_does_not_listen_yet() -> None:
