@@ -157,11 +157,14 @@ class LLM:
         """Answer a conversation, or each of several. Without `sampling_params` an answer may be as long as the model's
         own default or else the context allows. Raises as `generate` does, and `InvalidRequest` where the chat template
         refuses a conversation."""
+        if not _is_list(messages):
+            raise InvalidRequest("messages must be a conversation (a list of messages), or a list of them.", "messages")
         if not messages:
             return []
         conversations = [messages] if isinstance(messages[0], Mapping) else messages
         tokenized = []
         for conversation in conversations:
+            _check_parts(conversation)
             text = self.tokenizer.render_chat_template(
                 conversation,  # type: ignore[arg-type]
                 add_generation_prompt=add_generation_prompt,
@@ -303,6 +306,15 @@ def _each_prompt(prompts: Prompts) -> list[str | Sequence[int]]:
             "prompts",
         )
     return list(cast(Sequence[str | Sequence[int]], prompts))
+
+
+def _check_parts(conversation: object) -> None:
+    """Raise `InvalidRequest` for what templates would leave out in silence, such as images."""
+    for message in cast(Sequence[object], conversation) if _is_list(conversation) else ():
+        content = message.get("content") if isinstance(message, Mapping) else None
+        for part in cast(Sequence[object], content) if _is_list(content) else ():
+            if not isinstance(part, Mapping) or part.get("type") != "text":
+                raise InvalidRequest("messages: content must be a text, or a list of parts of type text.", "messages")
 
 
 def _are_ids(value: object) -> bool:
