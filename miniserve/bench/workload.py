@@ -16,6 +16,7 @@ WORDS_TEXT = (
     "people my than first water been call who oil its now find long down day did get come made may part"
 )
 WORDS = tuple(WORDS_TEXT.split())
+_LONGEST = 2**24  # above every model's context; longer prompts would take minutes to draw, only to be refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +36,8 @@ class Shape:
     range_ratio: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.input_len < 1 or self.output_len < 1:
-            raise UserError("--input-len and --output-len must be 1 or more.")
+        if not (1 <= self.input_len <= _LONGEST and 1 <= self.output_len <= _LONGEST):
+            raise UserError(f"--input-len and --output-len must be 1 or more, and at most {_LONGEST}.")
         if not 0.0 <= self.range_ratio < 1.0:
             raise UserError("--range-ratio must be at least 0 and below 1, for example 0.2.")
 

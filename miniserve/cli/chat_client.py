@@ -47,9 +47,10 @@ class ChatClient:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         # No limit on the time between two pieces (a long prompt on a CPU takes minutes), and no proxy from the
         # environment, which has nothing to do between two processes of one machine.
-        self._http = httpx.Client(
-            base_url=self.url, headers=headers, timeout=httpx.Timeout(None, connect=10), trust_env=False
-        )
+        with self._reach_server():
+            self._http = httpx.Client(
+                base_url=self.url, headers=headers, timeout=httpx.Timeout(None, connect=10), trust_env=False
+            )
         self._model = model
         self.has_chat_template = True
         self.finish_reason: str | None = None

@@ -21,7 +21,7 @@ SUPPORTED_DTYPES = ("bfloat16", "float16", "float32")
 # transformers knows SiLU by two names.
 SUPPORTED_ACTIVATIONS = ("silu", "swish")
 
-_SIZES = (
+SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "max_position_embeddings",
 )  # fmt: skip
@@ -80,7 +80,7 @@ def _refuse_unreadable(raw: dict[str, Any]) -> None:
 
 
 def _from_transformers(hf: Any, architecture: str, dtype: str) -> ModelConfig:
-    for name in _SIZES:
+    for name in SIZES:
         if not 1 <= (size := getattr(hf, name)) <= _LARGEST:
             raise UserError(f"{name} {size} is not supported; it must be from 1 to {_LARGEST}.")
     if not 0.0 <= hf.rms_norm_eps < math.inf:

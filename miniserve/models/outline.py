@@ -14,7 +14,7 @@ import torch
 
 from miniserve.attention.spec import AttentionSpec, LatentDims
 from miniserve.core import UserError
-from miniserve.models.config import weight_quantization
+from miniserve.models.config import SIZES, weight_quantization
 from miniserve.models.config_families import FAMILIES
 from miniserve.models.description import yarn_magnitude
 
@@ -63,6 +63,9 @@ def read_outline(raw: Config, name: str) -> Outline:
             f"{name} is a {architecture} (model_type {model_type!r}), whose config.json is not understood; known: "
             f"{', '.join(KNOWN_TYPES)}."
         )
+    for key in (*SIZES, "head_dim"):
+        if (size := config.get(key)) is not None and (type(size) is not int or size < 1):
+            raise UserError(f"{key} {size!r} in the config.json of {name} is not supported; it must be 1 or more.")
     quantization = raw.get("quantization_config") or config.get("quantization_config") or {}
     method = weight_quantization({"quantization_config": quantization or None})
     missing = [] if architecture in FAMILIES else [f"the engine has no {architecture} model yet"]
@@ -75,7 +78,7 @@ def read_outline(raw: Config, name: str) -> Outline:
             max_position_embeddings=config["max_position_embeddings"],
             dtype=dtype,
             quantization=method,
-            fp8_kv=bool(quantization.get("kv_cache_scheme")),
+            fp8_kv=isinstance(quantization, dict) and bool(quantization.get("kv_cache_scheme")),
             missing=tuple(missing),
             config=config,
         )

@@ -90,6 +90,8 @@ def test_version(arguments: tuple[str, ...]) -> None:
         (("bench", "serve", "--url", "http://a:99999"), "'http://a:99999' is no URL (Port out of range"),
         (("bench", "serve", "--url", "http://[::1"), "is no URL (Invalid IPv6 URL)"),
         (("bench", "serve", "--api-key", "é"), "--api-key must be made of printable ASCII"),
+        (("bench", "latency", "--input-len", "9" * 12), "--input-len and --output-len must be 1 or more, and at most"),
+        (("chat", "--url", "http://[::1", "-m", "hi"), "'http://[::1' is not a URL"),
         (("chat", "--api-key", "é", "-m", "hi"), "--api-key must be made of printable ASCII"),
         (("run", "--api-key", ""), "--api-key must not be empty"),
         (("run", "-p", " "), "There is nothing to answer"),

@@ -137,6 +137,10 @@ def test_an_unknown_model_type_is_refused_by_name() -> None:
         read_outline({"architectures": ["FooForCausalLM"], "model_type": "foo"}, "m")
     with pytest.raises(UserError, match=r"The config.json of m lacks 'num_hidden_layers'"):
         read_outline({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8} | HEADS, "m")
+    for wrong in ({"hidden_size": "x"}, {"num_attention_heads": 0}, {"head_dim": -1}, {"vocab_size": 1.5}):
+        with pytest.raises(UserError, match=f"{next(iter(wrong))} .* in the config.json of m is not supported"):
+            read_outline(MODELS["Llama-3.1-8B"] | wrong, "m")
+    assert not read_outline(MODELS["Llama-3.1-8B"] | {"quantization_config": "fp8"}, "m").fp8_kv
 
 
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
