@@ -136,6 +136,17 @@ def finite(x):
 
 
 @triton.jit
+def running_softmax(scores, visible, best, total):
+    """A tile's scores [rows, keys], base 2, taken into the running softmax, whose sums [rows, keys] are added up across
+    keys at the end: weights, what earlier sums are still worth, the new maximum and sums. A row sees a key at least."""
+    scores = tl.where(visible[None, :], scores, float("-inf"))
+    higher = tl.maximum(best, tl.max(scores, 1))
+    decay = tl.exp2(best - higher)
+    weights = tl.exp2(scores - higher[:, None])
+    return weights, decay, higher, total * decay[:, None] + weights
+
+
+@triton.jit
 def capped(scores, softcap):
     """softcap * tanh(scores / softcap), written with exp2 so that it needs no vendor's library."""
     return softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.8853900817779268 / softcap)) + 1.0))

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from miniserve.kernels.triton.common import LOG2E, dot_precision, platform
+from miniserve.kernels.triton.common import LOG2E, dot_precision, platform, running_softmax
 from miniserve.kernels.triton.launch import Launch, cdiv, mla_launch, next_power_of_2
 from miniserve.kernels.triton.split_kv import (
     DecodeScratch,
@@ -128,12 +128,7 @@ def _mla_kernel(
         latent = latent.to(q_latent.dtype)
         scores = tl.dot(q_latent, tl.trans(latent), input_precision=PRECISION)
         scores = tl.dot(q_rope, tl.trans(rope.to(q_latent.dtype)), scores, input_precision=PRECISION) * qk_scale
-        scores = tl.where(visible[None, :], scores, float("-inf"))
-        higher = tl.maximum(best, tl.max(scores, 1))
-        decay = tl.exp2(best - higher)
-        weights = tl.exp2(scores - higher[:, None])
-        total = total * decay[:, None] + weights
-        best = higher
+        weights, decay, best, total = running_softmax(scores, visible, best, total)
         acc = acc * decay[:, None]
         acc = tl.dot(weights.to(q_latent.dtype), latent, acc, input_precision=PRECISION)
 

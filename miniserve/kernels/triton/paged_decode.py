@@ -9,7 +9,15 @@ import torch
 import triton
 import triton.language as tl
 
-from miniserve.kernels.triton.common import capped, finite, key_tile, paged_arguments, platform, value_tile
+from miniserve.kernels.triton.common import (
+    capped,
+    finite,
+    key_tile,
+    paged_arguments,
+    platform,
+    running_softmax,
+    value_tile,
+)
 from miniserve.kernels.triton.launch import Launch, cdiv, decode_launch, next_power_of_2
 from miniserve.kernels.triton.pdl import launch_options, start, wait
 from miniserve.kernels.triton.split_kv import (
@@ -216,12 +224,7 @@ def _absorb(
     scores = tl.dot(query, k.to(query.dtype), input_precision=PRECISION) * qk_scale
     if HAS_SOFTCAP:
         scores = capped(scores, softcap)
-    scores = tl.where(visible[None, :], scores, float("-inf"))
-    higher = tl.maximum(best, tl.max(scores, 1))
-    decay = tl.exp2(best - higher)
-    weights = tl.exp2(scores - higher[:, None])
-    total = total * decay[:, None] + weights
-    best = higher
+    weights, decay, best, total = running_softmax(scores, visible, best, total)
     v = v.to(query.dtype)
     if X > 0:
         v = finite(v)
