@@ -313,7 +313,8 @@ def _check_parts(conversation: object) -> None:
     for message in cast(Sequence[object], conversation) if _is_list(conversation) else ():
         content = message.get("content") if isinstance(message, Mapping) else None
         for part in cast(Sequence[object], content) if _is_list(content) else ():
-            if not isinstance(part, Mapping) or part.get("type") != "text":
+            text = isinstance(part, Mapping) and part.get("type") == "text" and part.get("text")
+            if not isinstance(text, str):
                 raise InvalidRequest("messages: content must be a text, or a list of parts of type text.", "messages")
 
 

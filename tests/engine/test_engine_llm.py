@@ -105,7 +105,8 @@ def test_chats(llm: LLM) -> None:
     assert llm.chat([]) == []
     with pytest.raises(InvalidRequest, match="refuses"):
         llm.chat(messages, chat_template="{{ raise_exception('no') }}")
-    for wrong in (None, messages[0], [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]):
+    parts = ({"type": "image_url", "image_url": "x"}, {"type": "text"}, {"type": "text", "text": None}, "x")
+    for wrong in (None, messages[0], *([{"role": "user", "content": [part]}] for part in parts)):
         with pytest.raises(InvalidRequest, match="messages"):
             llm.chat(wrong)  # type: ignore[arg-type]
 
