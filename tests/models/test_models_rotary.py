@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models_support import CLASSES
+from models_support import CLASSES, DenseContext, load, random_settings, reference_model, run
+from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from miniserve.models.description import RopeConfig
 from miniserve.models.layers.ops import rope
 from miniserve.models.layers.rotary import RotaryEmbedding
+from miniserve.models.options import BuildOptions
 
 torch.set_num_threads(1)
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
@@ -67,3 +70,21 @@ def test_rotation_keeps_lengths_and_depends_on_distance_only() -> None:
     torch.testing.assert_close(q.norm(dim=-1), q[:1].norm(dim=-1).expand(100, 2))
     near, far = (q[7] * k[3]).sum(-1), (q[96] * k[92]).sum(-1)
     torch.testing.assert_close(near, far, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3ForCausalLM", "DeepseekV3ForCausalLM"])
+def test_angles_are_looked_up_before_embeddings(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the look-up of embeddings, kernels that start before others are done take them for settled."""
+    reference_model(architecture, random_settings(architecture, 0)).save_pretrained(tmp_path)
+    tables: list[torch.Tensor] = []
+
+    def look_up(ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        tables.append(table)
+        return functional.embedding(ids, table)
+
+    monkeypatch.setattr(BuildOptions, "look_up", property(lambda options: look_up))
+    model = load(tmp_path)
+    run(model, DenseContext(), [(0, torch.tensor([1, 2]))])
+    assert [table is model.model.rotary_emb.table for table in tables] == [True, False]
