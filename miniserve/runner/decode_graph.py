@@ -81,7 +81,8 @@ class DecodeGraphs:
         pool = torch.cuda.graph_pool_handle()
         for done, bucket in enumerate(reversed(self._buckets)):
             progress(done, len(self._buckets))
-            logits = self._run(bucket)  # what is compiled or allocated at the first run must be there before a capture
+            with self._served.tuning():  # what is compiled, timed or allocated at first must be there before a capture
+                logits = self._run(bucket)
             self._take_argmax(logits)
             self._draw(logits)
             del logits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,11 @@ class ServedModel:
     model: CausalLM
     backend: Backend[Any]
     caches: Sequence[KVCache]
+
+    def tuning(self) -> AbstractContextManager[None]:
+        """Within it linear layers of sizes not met before are timed; see `LibraryLinear.tuning`."""
+        kernels = self.model.options.triton
+        return nullcontext() if kernels is None else kernels.library_linear.tuning()
 
     def hidden(self, input_ids: torch.Tensor, positions: torch.Tensor, batch: StepBatch) -> torch.Tensor:
         """input_ids, positions: int64 [num_tokens] -> [num_tokens, hidden_size]."""

@@ -55,6 +55,13 @@ def test_there_is_a_launch_for_every_shape(head_dim: int, itemsize: int, platfor
         assert cdiv(heads, launch.block_m) <= 8
 
 
+def test_many_programs_take_larger_tiles_where_that_was_measured_to_be_faster() -> None:
+    few, many = (decode_launch("cuda", 128, 2, 4, pairs) for pairs in (2047, 2048))
+    assert (few.block_n, many.block_n) == (32, 64)
+    assert decode_launch("cuda", 128, 1, 4, 1 << 20) == decode_launch("cuda", 128, 1, 4)
+    assert decode_launch("hip", 128, 2, 4, 1 << 20) == decode_launch("hip", 128, 2, 4)
+
+
 def test_an_unknown_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="no launch"):
         decode_launch("cuda", 512, 2, 1)

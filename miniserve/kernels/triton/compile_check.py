@@ -92,7 +92,7 @@ def _scale(kv_dtype: torch.dtype) -> torch.Tensor | None:
 
 def _attention(
     kv: torch.dtype, head_dim: int, shuffled: bool, *, dtype: torch.dtype = torch.bfloat16, group: int = 4,
-    block_size: int = 16, num_splits: int = 1, special: bool = False, query_len: int = 0,
+    block_size: int = 16, num_splits: int = 1, special: bool = False, query_len: int = 0, rows: int = ROWS,
 ) -> Case:  # fmt: skip
     """query_len: of prefill; else decode."""
     heads = group * KV_HEADS
@@ -100,17 +100,18 @@ def _attention(
     terms |= {"num_splits": num_splits, "k_scale": _scale(kv), "v_scale": _scale(kv)}
     if special:
         terms |= {"window": 1024, "softcap": 30.0, "sinks": tensor(heads, dtype=torch.float32)}
-    q = tensor(ROWS * (query_len or 1), heads, head_dim, dtype=dtype)
-    common = q, *_planes(kv, block_size, head_dim, shuffled), int32(ROWS, TABLE_WIDTH)
+    q = tensor(rows * (query_len or 1), heads, head_dim, dtype=dtype)
+    common = q, *_planes(kv, block_size, head_dim, shuffled), int32(rows, TABLE_WIDTH)
 
     def launch() -> None:
         if query_len:
-            paged_extend.paged_extend(*common, int32(ROWS + 1), int32(ROWS), max_query_len=query_len, **terms)
+            paged_extend.paged_extend(*common, int32(rows + 1), int32(rows), max_query_len=query_len, **terms)
         else:
-            scratch = DecodeScratch.allocate([(ROWS, num_splits)], heads, head_dim, META)
-            paged_decode.paged_decode(*common, int32(ROWS), fresh=1, scratch=scratch, **terms)
+            scratch = DecodeScratch.allocate([(rows, num_splits)], heads, head_dim, META)
+            paged_decode.paged_decode(*common, int32(rows), fresh=1, scratch=scratch, **terms)
 
     what = f"{_what(dtype, kv, shuffled, block_size)} d{head_dim} gqa{group}" + (f" q{query_len}" if query_len else "")
+    what += f" {rows} rows" if rows != ROWS else ""
     return what + _merge(num_splits) + (", window + softcap + sinks" if special else ""), launch
 
 
@@ -201,6 +202,8 @@ def cases(arch: Arch) -> Iterator[Case]:
                 yield _attention(dtype, head_dim, shuffled, dtype=dtype)
                 yield _prefill(dtype, head_dim, shuffled, dtype=dtype)
     yield _token_indices()
+    if arch.target.backend == "cuda":  # elsewhere many rows take the same tiles as few
+        yield from (_attention(half, 128, shuffled, rows=256) for shuffled in (False, True))
     for kv in (half, fp8):
         if arch.target.backend == "cuda":  # elsewhere it is not used
             yield from (_linearize(kv, head_dim) for head_dim in (64, 80, 128, 256))

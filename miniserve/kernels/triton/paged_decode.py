@@ -75,7 +75,7 @@ def paged_decode(
         return out
     arrays = scratch_arrays(scratch, num_splits)
     group, on = num_heads // num_kv_heads, platform()
-    launch = launch or decode_launch(on, head_dim, key_cache.element_size(), group)
+    launch = launch or decode_launch(on, head_dim, key_cache.element_size(), group, rows * num_kv_heads)
     single, settled = num_splits == 1, fresh is not None and on == "cuda"
     if fused_merge is None:
         fused_merge = fuses_merge(on, min(launch.block_m, group), head_dim, num_splits, _FUSED_MERGE_VALUES)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from miniserve.kernels.library_linear import LibraryLinear
 from miniserve.kernels.triton import elementwise, moe, moe_token, norm_router, routing
 from miniserve.kernels.triton.small_linear import Chip, Workspace, chip_of, choose_tile, small_linear
 
@@ -52,6 +53,7 @@ class TritonKernels:
         self._norm_fused_tokens = norm_router.FUSED_TOKENS if chip.splits else ()
         self._tile = functools.cache(functools.partial(choose_tile, chip=chip))
         self._chip, self._medium = chip, _medium_linears(device, chip)
+        self.library_linear = LibraryLinear(device)
 
     def linear(
         self,
@@ -62,7 +64,7 @@ class TritonKernels:
         gated: bool = False,
         out_dtype: torch.dtype | None = None,
     ) -> torch.Tensor | None:
-        """See `small_linear` and `medium_linear`; None where the vendor's library serves these shapes better."""
+        """See `small_linear` and `medium_linear`; None where `library_linear` serves these shapes better."""
         n = weight.shape[0] // 2 if gated else weight.shape[0]
         sizes = (x.shape[0], n, weight.shape[1], weight.element_size())
         if self._medium is not None and out_dtype is None and self._medium.can_describe(x):

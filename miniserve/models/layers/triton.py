@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import Tensor
-from torch.nn import functional
 
 from miniserve.attention.spec import AttentionSpec, QKRope
 from miniserve.models.layers.experts import TRITON_MOE, Experts, MoEMethod
@@ -26,7 +25,7 @@ class TritonMethod(LinearMethod):
 
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
         y = self._kernels.linear(x, layer.weight, layer.bias)
-        return functional.linear(x, layer.weight, layer.bias) if y is None else y
+        return self._kernels.library_linear(x, layer.weight, layer.bias) if y is None else y
 
 
 class TritonOps(Ops):
@@ -55,7 +54,9 @@ class TritonOps(Ops):
 
     def gated_linear(self, layer: Linear, x: Tensor) -> Tensor:
         y = self._kernels.linear(x, layer.weight, layer.bias, gated=True)
-        return self._kernels.silu_and_mul(functional.linear(x, layer.weight, layer.bias)) if y is None else y
+        if y is not None:
+            return y
+        return self._kernels.silu_and_mul(self._kernels.library_linear(x, layer.weight, layer.bias))
 
 
 def triton_routing(kernels: TritonKernels, router: Router, norm: RMSNorm, x: Tensor, residual: Tensor) -> Routed:

@@ -1,0 +1,119 @@
+"""Linear layers by the vendor's library: which algorithm is taken, and that on a GPU each gives the product."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional
+
+from miniserve.kernels import library_linear
+from miniserve.kernels.library_linear import LibraryLinear
+
+ROWS, OUTPUTS, INPUTS = 4, 2048, 4096
+
+
+@pytest.fixture
+def times(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What timing finds, PyTorch's way first; the way of index i gives a tensor of i."""
+
+    class Product:
+        def __init__(self, library: object, rows: int, n: int, k: int, dtype: torch.dtype) -> None:
+            self.algorithms = [*range(len(found) - 1)]
+
+        def run(self, algorithm: int, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            return torch.full((len(x), len(weight)), algorithm, dtype=x.dtype)
+
+    found = [1.0]
+    monkeypatch.setattr(library_linear, "_ALIGNMENT", 64)  # as PyTorch allocates on a CPU
+    monkeypatch.setattr(library_linear, "_Product", Product)
+    monkeypatch.setattr(library_linear, "_seconds", lambda ways, x, weight: found)
+    return found
+
+
+def linear_with_library() -> LibraryLinear:
+    linear = LibraryLinear(torch.device("cpu"))
+    linear._library = SimpleNamespace()  # type: ignore[assignment]
+    return linear
+
+
+def operands(dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ones(ROWS, INPUTS, dtype=dtype), torch.ones(OUTPUTS, INPUTS, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("measured", "taken"),
+    [([1.0, 1.1, 0.8, 0.9], 1), ([1.0, 0.95], 0), ([1.0, 0.97, 1.2], None), ([1.0], None)],
+    ids=["the fastest", "a clear gain", "nearly as fast", "no algorithm"],
+)
+def test_the_fastest_algorithm_is_taken_where_it_is_clearly_faster(
+    times: list[float], measured: list[float], taken: int | None
+) -> None:
+    times[:] = measured
+    linear, (x, weight) = linear_with_library(), operands()
+    expected = functional.linear(x, weight) if taken is None else torch.full((ROWS, OUTPUTS), taken, dtype=x.dtype)
+    with linear.tuning():
+        assert torch.equal(linear(x, weight, None), expected)
+    assert torch.equal(linear(x, weight, None), expected)
+
+
+def test_only_what_was_met_while_tuning_changes(times: list[float]) -> None:
+    times[:] = [1.0, 0.5]
+    linear, (x, weight) = linear_with_library(), operands()
+    plain = functional.linear(x, weight)
+    assert torch.equal(linear(x, weight, None), plain)
+    with linear.tuning():
+        linear(x, weight, None)
+    assert not linear(x, weight, None).any()
+    bias = torch.ones(OUTPUTS, dtype=x.dtype)
+    assert torch.equal(linear(x, weight, bias), functional.linear(x, weight, bias))
+    assert torch.equal(linear(x[:2], weight, None), plain[:2])
+    shifted = torch.ones(ROWS * INPUTS + 1, dtype=x.dtype)[1:].view(ROWS, INPUTS)
+    assert torch.equal(linear(shifted, weight, None), plain)
+    strided = torch.ones(ROWS, 2 * INPUTS, dtype=x.dtype)[:, ::2]
+    assert torch.equal(linear(strided, weight, None), plain)
+
+
+def test_small_weights_and_other_dtypes_are_not_timed(times: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library_linear, "_seconds", lambda *_: pytest.fail("timed"))
+    linear, (x, weight) = linear_with_library(), operands(torch.float32)
+    with linear.tuning():
+        assert torch.equal(linear(x, weight, None), functional.linear(x, weight))
+        x, weight = operands()
+        assert torch.equal(linear(x, weight[:1024], None), functional.linear(x, weight[:1024]))
+
+
+def test_without_the_library_tuning_changes_nothing(times: list[float]) -> None:
+    times[:] = [1.0, 0.5]
+    linear, (x, weight) = LibraryLinear(torch.device("cpu")), operands()
+    with contextlib.suppress(ZeroDivisionError), linear.tuning():
+        raise ZeroDivisionError
+    with linear.tuning():
+        assert torch.equal(linear(x, weight, None), functional.linear(x, weight))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "n", "k"), [(96, 4096, 12288), (200, 2048, 4096), (256, 6144, 4096)])
+def test_every_algorithm_gives_the_product(rows: int, n: int, k: int, dtype: torch.dtype) -> None:
+    device = torch.device("cuda")
+    linear = LibraryLinear(device)
+    assert linear._library is not None
+    x, weight = torch.randn(rows, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype) / 64
+    wanted = functional.linear(x.float(), weight.float())
+    product = library_linear._Product(linear._library, rows, n, k, dtype)
+    assert product.algorithms
+    for algorithm in product.algorithms:
+        assert (product.run(algorithm, x, weight) - wanted).abs().max() < 1e-2 * wanted.abs().max()
+    with linear.tuning():
+        linear(x, weight, None)
+    assert [*linear._chosen] == [(rows, k, n, dtype)]
+    graph, y = torch.cuda.CUDAGraph(), linear(x, weight, None)
+    with torch.cuda.graph(graph):
+        y = linear(x, weight, None)
+    x.neg_()
+    graph.replay()
+    assert (y + wanted).abs().max() < 1e-2 * wanted.abs().max()
