@@ -25,7 +25,7 @@ TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
 def test_products(m: int, n: int, k: int, block_m: int, groups: int, gated: bool, dtype: torch.dtype) -> None:
     x, weight = normal(0, m, k + 8, dtype=dtype)[:, :k], normal(1, n * (2 if gated else 1), k, dtype=dtype)
     bias = normal(2, len(weight), dtype=dtype)
-    tile = MediumTile(block_m, groups, 4, stagger=block_m // 256)
+    tile = MediumTile(block_m, groups, 4, stagger=block_m // 256, early=block_m // 64)
     for given in (bias, None):
         got = medium_linear.medium_linear(x, weight, given, tile, gated=gated)
         want = torch.nn.functional.linear(x.float(), weight.float(), None if given is None else given.float())
@@ -50,7 +50,7 @@ def test_every_cut_of_many_rows_runs_in_one_round_and_fits(m: int, n: int, k: in
 
 
 def test_shapes_of_an_8b_model() -> None:
-    assert choose_medium_tile(256, 12288, 4096, 2, H100, gated=True) == MediumTile(256, 3, 4, stagger=5)
+    assert choose_medium_tile(256, 12288, 4096, 2, H100, gated=True) == MediumTile(256, 3, 4, stagger=5, early=2)
     assert choose_medium_tile(256, 4096, 4096, 2, H100, gated=False) == MediumTile(128, 1, 8)
     assert choose_medium_tile(256, 4096, 12288, 2, H100, gated=False) is None, "the vendor's library is faster"
     assert choose_medium_tile(16, 4096, 12288, 2, H100, gated=False) is None, "small_linear is faster"

@@ -39,12 +39,14 @@ _PRODUCER_REGISTERS = 24
 @dataclass(frozen=True, slots=True)
 class MediumTile:
     """How a medium linear is cut: block_m rows of x, 64 rows of the weight for each of 1 to 3 warpgroups, num_stages
-    tiles of 64 columns in the ring. stagger: tiles by which neighbouring programs' first columns differ."""
+    tiles of 64 columns in the ring. stagger: tiles by which neighbouring programs' first columns differ. early: tiles
+    of the weight asked for before x is there; their traffic holds up the kernel that x comes from."""
 
     block_m: int
     groups: int
     num_stages: int
     stagger: int = 0
+    early: int = _MOST_STAGES
 
 
 @gluon.jit
@@ -62,20 +64,23 @@ def _fetch_weights(w_desc, ws, ready, stage, first_n, k):
 
 
 @gluon.jit
-def _produce(x_desc, w_desc, xs, ws, ready, free, first_m, first_n, rounds, offset):
-    """Keeps the ring filled; the weights of its first turn are asked for before x can be read."""
+def _produce(x_desc, w_desc, xs, ws, ready, free, first_m, first_n, rounds, offset, EARLY: gl.constexpr):
+    """Keeps the ring filled; the weights of its first EARLY tiles are asked for before x can be read."""
     STAGES: gl.constexpr = xs.type.shape[0]
     BLOCK_K: gl.constexpr = xs.type.shape[2]
     BYTES: gl.constexpr = (xs.type.shape[1] + 64 * len(ws)) * BLOCK_K * 2
-    early = gl.minimum(STAGES, rounds)
-    for i in range(early):
+    turn = gl.minimum(STAGES, rounds)
+    for i in range(gl.minimum(EARLY, turn)):
         mbarrier.expect(ready.index(i), BYTES)
         _fetch_weights(w_desc, ws, ready.index(i), i, first_n, (i + offset) % rounds * BLOCK_K)
     wait(True)
-    for i in range(early):
+    for i in range(turn):
         k = (i + offset) % rounds * BLOCK_K
+        if i >= EARLY:
+            mbarrier.expect(ready.index(i), BYTES)
+            _fetch_weights(w_desc, ws, ready.index(i), i, first_n, k)
         tma.async_copy_global_to_shared(x_desc, [first_m, k], ready.index(i), xs.index(i))
-    for i in range(early, rounds):
+    for i in range(turn, rounds):
         stage = i % STAGES
         mbarrier.wait(free.index(stage), (i // STAGES - 1) & 1)
         mbarrier.expect(ready.index(stage), BYTES)
@@ -137,6 +142,7 @@ def _medium_linear_kernel(
     GROUPS: gl.constexpr,
     STAGES: gl.constexpr,
     STAGGER: gl.constexpr,
+    EARLY: gl.constexpr,
     REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
@@ -162,7 +168,7 @@ def _medium_linear_kernel(
     n0 = gl.program_id(1) * GROUPS * OUTPUTS
     rounds = (K + BLOCK_K - 1) // BLOCK_K
     offset = gl.program_id(1) * STAGGER
-    produced = (x_desc, w_desc, xs, ws, ready, free, first_m, n0, rounds, offset)
+    produced = (x_desc, w_desc, xs, ws, ready, free, first_m, n0, rounds, offset, EARLY)
     first = (xs, ws[0], ready, free, y_desc, b_ptr, first_m, n0, rounds, N)
     if GROUPS == 1:
         gl.warp_specialize([(_consume, first), (_produce, produced)], [1], [PRODUCER_REGISTERS])
@@ -205,13 +211,14 @@ def choose_medium_tile(m: int, n: int, k: int, itemsize: int, chip: Chip, *, gat
         row_tiles = triton.cdiv(m, block_m)
         one_round = row_tiles * triton.cdiv(n, groups * outputs) <= chip.num_sms
         if one_round and (row_tiles * block_m - m < 64 or groups == 3):
-            return _tile(block_m, groups, chip, stagger=5 if m == block_m == 256 else 0)
+            stagger, early = 5 if m == block_m == 256 else 0, 2 if gated and m > MAX_ROWS else _MOST_STAGES
+            return _tile(block_m, groups, chip, stagger, early)
     return None
 
 
-def _tile(block_m: int, groups: int, chip: Chip, stagger: int = 0) -> MediumTile:
+def _tile(block_m: int, groups: int, chip: Chip, stagger: int = 0, early: int = _MOST_STAGES) -> MediumTile:
     stages = (chip.shared_bytes - 1024) // ((block_m + _GROUP_ROWS * groups) * _BLOCK_K * 2)
-    return MediumTile(block_m, groups, min(_MOST_STAGES, stages), stagger)
+    return MediumTile(block_m, groups, min(_MOST_STAGES, stages), stagger, early)
 
 
 def can_describe(x: torch.Tensor) -> bool:
@@ -247,6 +254,7 @@ def medium_linear(
         GROUPS=tile.groups,
         STAGES=tile.num_stages,
         STAGGER=tile.stagger,
+        EARLY=min(tile.early, tile.num_stages),
         REGISTERS=160 if tile.groups == 3 else 232,
         PRODUCER_REGISTERS=_PRODUCER_REGISTERS,
         num_warps=4,
