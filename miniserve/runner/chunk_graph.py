@@ -60,7 +60,7 @@ class ChunkGraphs:
         self._slots.fill_(-1)
         for done, (rows, tokens) in enumerate(sizes):
             progress(done, len(sizes))
-            self._graphs[rows, tokens] = _record(self._served, partial(self._forward, rows, tokens), pool)
+            self._graphs[rows, tokens] = _record(partial(self._forward, rows, tokens), pool)
         progress(len(sizes), len(sizes))
 
     def run(self, inputs: StepInputs) -> torch.Tensor | None:
@@ -125,9 +125,8 @@ class ChunkGraphs:
         return self._served.hidden(self._input_ids[:end], self._positions[:end], batch)
 
 
-def _record(served: ServedModel, work: Callable[[], torch.Tensor], pool: Any) -> _Graph:
-    with served.tuning():  # what is compiled, timed or allocated at first must be there before a capture
-        work()
+def _record(work: Callable[[], torch.Tensor], pool: Any) -> _Graph:
+    work()  # what is compiled or allocated at the first run must be there before a capture
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
