@@ -12,6 +12,7 @@ import logging
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -114,10 +115,10 @@ class LibraryLinear:
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x [rows, k], weight [n, k], bias [n] -> [rows, n]."""
         size = (*x.shape, len(weight), x.dtype)
-        if self._tuning and size not in self._chosen:
+        if self._tuning and bias is None and size not in self._chosen:
             self._chosen[size] = self._fastest(x, weight)
-        chosen = self._chosen.get(size)
-        if chosen is None or bias is not None or not (_is_plain(x) and _is_plain(weight)):
+        chosen = self._chosen.get(size) if bias is None else None
+        if chosen is None or not (_is_plain(x) and _is_plain(weight)):
             return functional.linear(x, weight, bias)
         return chosen(x, weight)
 
@@ -138,30 +139,27 @@ class LibraryLinear:
         if not (_is_plain(x) and _is_plain(weight)):
             return None
         size = len(x), len(weight), x.shape[1]
+        x = torch.randn_like(x)  # padding's may be zeros, which would prove nothing
         try:
             product = _Product(self._library, *size, x.dtype)
-        except RuntimeError:  # the library knows no algorithm without a workspace
+            ways = [partial(product.run, algorithm) for algorithm in product.algorithms]
+            first, *times = _seconds([functional.linear, *ways], x, weight)
+        except RuntimeError as error:
+            _logger.warning("A linear layer of %d x %d x %d takes the library's first algorithm: %s", *size, error)
             return None
-        ways = [_bound(product, algorithm) for algorithm in product.algorithms]
-        x = torch.randn_like(x)  # padding's may be zeros, which would prove nothing
-        first, *times = _seconds([functional.linear, *ways], x, weight)
         best = min(range(len(ways)), key=times.__getitem__, default=None)
         if best is None or times[best] > _GAIN * first:
             return None
         wanted = functional.linear(x, weight)
         if (ways[best](x, weight) - wanted).abs().max() <= _TOLERANCE * wanted.abs().max():
             return ways[best]
-        _logger.warning("cuBLASLt's fastest algorithm for %d x %d x %d is left out: it multiplies wrongly", *size)
+        _logger.warning("cuBLASLt's fastest algorithm for %d x %d x %d differs from PyTorch's: it is left out", *size)
         return None
 
 
 def _is_plain(x: Tensor) -> bool:
     """As the library expects a matrix, unless told otherwise."""
     return x.is_contiguous() and x.data_ptr() % _ALIGNMENT == 0
-
-
-def _bound(product: _Product, algorithm: _Heuristic) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda x, weight: product.run(algorithm, x, weight)
 
 
 def _seconds(ways: Sequence[Callable[[Tensor, Tensor], Tensor]], x: Tensor, weight: Tensor) -> list[float]:

@@ -75,7 +75,22 @@ def test_an_algorithm_that_multiplies_wrongly_is_left_out(measured: Measured, ca
     with linear.tuning():
         linear(x, weight, None)
     assert torch.equal(linear(x, weight, None), functional.linear(x, weight))
-    assert "4 x 2048 x 4096 is left out" in caplog.text
+    assert "4 x 2048 x 4096 differs from PyTorch's: it is left out" in caplog.text
+
+
+def test_a_library_that_fails_leaves_the_size_as_it_is(
+    measured: Measured, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> list[float]:
+        raise RuntimeError("cublasLtMatmul failed with status 15")
+
+    measured.times = [1.0, 0.5]
+    monkeypatch.setattr(library_linear, "_seconds", fail)
+    linear, (x, weight) = linear_with_library(), operands()
+    with linear.tuning():
+        assert torch.equal(linear(x, weight, None), functional.linear(x, weight))
+    assert torch.equal(linear(x, weight, None), functional.linear(x, weight)) and not measured.calls
+    assert "4 x 2048 x 4096 takes the library's first algorithm: cublasLtMatmul failed" in caplog.text
 
 
 def test_only_what_was_met_while_tuning_changes(measured: Measured) -> None:
