@@ -7,7 +7,7 @@ import torch
 from triton_support import DEVICE, NATIVE, normal, relative_error
 
 from miniserve.kernels.triton import medium_linear, runtime
-from miniserve.kernels.triton.medium_linear import _CUTS, MediumTile, choose_medium_tile
+from miniserve.kernels.triton.medium_linear import _CUTS, MediumTile, choose_medium_tile, choose_parts_tile
 from miniserve.kernels.triton.small_linear import Chip, chip_of
 from miniserve.models.layers import ops
 
@@ -32,6 +32,20 @@ def test_products(m: int, n: int, k: int, block_m: int, groups: int, gated: bool
         assert relative_error(got, ops.silu_and_mul(want) if gated else want) < TOLERANCE[dtype]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not NATIVE or not chip_of(DEVICE).wgmma, reason="needs a Hopper GPU, whose matrix units these use")
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("splits", [1, 2, 3])
+@pytest.mark.parametrize(("m", "n", "k"), [(13, 40, 96), (65, 200, 264), (256, 4096, 12288)])
+def test_parts(m: int, n: int, k: int, splits: int, dtype: torch.dtype) -> None:
+    x, weight = normal(0, m, k, dtype=dtype), normal(1, n, k, dtype=dtype)
+    parts = medium_linear.linear_parts(x, weight, MediumTile(max(16, m // 64 * 64), 1, 4, splits=splits))
+    assert parts.dtype == torch.float32
+    got, want = parts.view(m, splits, n), x.float() @ weight.float().T
+    assert relative_error(got.sum(1), want) < 1e-4, "parts are not rounded"
+    assert splits == 1 or k < 64 * splits or relative_error(got[:, 0], want) > 0.1
+
+
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 @pytest.mark.parametrize("m", [8, 9, 32, 48, 64, 65, 96, 128, 129, 192, 256, 257])
@@ -51,8 +65,15 @@ def test_every_cut_of_many_rows_runs_in_one_round_and_fits(m: int, n: int, k: in
 
 def test_shapes_of_an_8b_model() -> None:
     assert choose_medium_tile(256, 12288, 4096, 2, H100, gated=True) == MediumTile(256, 3, 4, stagger=5, early=2)
-    assert choose_medium_tile(256, 4096, 4096, 2, H100, gated=False) == MediumTile(128, 1, 8)
-    assert choose_medium_tile(256, 4096, 12288, 2, H100, gated=False) is None, "the vendor's library is faster"
+    assert choose_medium_tile(256, 4096, 4096, 2, H100, gated=False) == MediumTile(128, 1, 8, early=2)
+    assert choose_medium_tile(256, 6144, 4096, 2, H100, gated=False) == MediumTile(128, 2, 7, early=2)
+    assert choose_medium_tile(192, 6144, 4096, 2, H100, gated=False) is None, "the vendor's library is faster"
+    assert choose_medium_tile(256, 4096, 12288, 2, H100, gated=False) is None, "it goes in parts"
+    assert choose_parts_tile(256, 4096, 12288, 2, H100) == MediumTile(256, 1, 5, splits=2)
+    for m, n, k in ((224, 4096, 12288), (256, 4096, 4096), (256, 1024, 65536), (256, 8192, 8192), (256, 4096, 12284)):
+        assert choose_parts_tile(m, n, k, 2, H100) is None
+    assert choose_parts_tile(256, 4096, 12288, 4, H100) is None
+    assert choose_parts_tile(256, 4096, 12288, 2, Chip(132, 232_448)) is None
     assert choose_medium_tile(16, 4096, 12288, 2, H100, gated=False) is None, "small_linear is faster"
 
 

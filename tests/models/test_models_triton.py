@@ -1,4 +1,4 @@
-"""A model with routed experts through the Triton kernels, in their interpreter, gives PyTorch's logits."""
+"""Models through the Triton kernels, in their interpreter, give PyTorch's logits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from models_support import VOCAB, DenseContext, load, random_settings, reference_model, run
 
 from miniserve.models.config import load_model_config
+from miniserve.models.decoder import CausalLM
 from miniserve.models.loader import load_weights
 from miniserve.models.options import BuildOptions
 from miniserve.models.registry import build_model
@@ -19,6 +20,13 @@ from miniserve.kernels.triton import norm_router, runtime
 from miniserve.kernels.triton.small_linear import Chip
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU there is no interpreter")
+
+
+def _through(kernels: runtime.TritonKernels, model: Path) -> CausalLM:
+    options = BuildOptions(dtype=torch.float32, kv_dtype=torch.float32, device=torch.device("cpu"), triton=kernels)
+    ours = build_model(load_model_config(model), options)
+    load_weights(ours, model)
+    return ours
 
 
 @pytest.mark.parametrize("splits", [True, False], ids=["nvidia", "amd"])
@@ -33,11 +41,7 @@ def test_experts_chosen_with_the_norm_or_after_it(
     monkeypatch.setattr(runtime, "chip_of", lambda device: Chip(132, 1 << 17, splits))
     monkeypatch.setattr(runtime, "choose_tile", lambda *_, **__: None)  # linears in PyTorch, which takes no minute
     kernels = runtime.TritonKernels(torch.device("cpu"))
-    config = load_model_config(tmp_path)
-    ours = build_model(
-        config, BuildOptions(dtype=torch.float32, kv_dtype=torch.float32, device=torch.device("cpu"), triton=kernels)
-    )
-    load_weights(ours, tmp_path)
+    ours = _through(kernels, tmp_path)
     plain, generator = load(tmp_path), torch.Generator().manual_seed(0)
     contexts = DenseContext(), DenseContext()
     with mock.patch.object(norm_router, "add_norm_route", wraps=norm_router.add_norm_route) as fused:
@@ -46,3 +50,24 @@ def test_experts_chosen_with_the_norm_or_after_it(
             got, want = (run(model, ctx, chunks) for model, ctx in zip((ours, plain), contexts, strict=True))
             assert (got - want).abs().max() < 1e-4 * want.abs().max()
     assert sorted({len(call.args[0]) for call in fused.call_args_list}) == ([1, 3] if splits else [])
+
+
+def test_down_projections_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = random_settings("Qwen3ForCausalLM", 0)
+    reference_model("Qwen3ForCausalLM", settings).save_pretrained(tmp_path)
+    monkeypatch.setattr(runtime, "chip_of", lambda device: Chip(132, 1 << 17))
+    monkeypatch.setattr(runtime, "choose_tile", lambda *_, **__: None)
+    kernels = runtime.TritonKernels(torch.device("cpu"))
+
+    def halves(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        products = (half @ columns.T for half, columns in zip(x.chunk(2, -1), weight.chunk(2, -1), strict=True))
+        return torch.stack(tuple(products), dim=1).flatten(0, 1)
+
+    with mock.patch.object(kernels, "linear_parts", side_effect=halves) as in_parts:
+        chunks = [(0, torch.arange(3)), (1, torch.arange(5))]
+        got, want = (
+            run(_through(kernels, tmp_path), DenseContext(), chunks),
+            run(load(tmp_path), DenseContext(), chunks),
+        )
+    assert (got - want).abs().max() < 1e-4 * want.abs().max()
+    assert in_parts.call_count == settings["num_hidden_layers"]

@@ -52,6 +52,12 @@ def _medium_linear(chip: Chip, m: int, n: int, k: int, gated: bool) -> None:
         medium_linear.medium_linear(tensor(m, k), weight, None, tile, gated=gated)
 
 
+def _linear_parts(chip: Chip, m: int, n: int, k: int) -> None:
+    tile = medium_linear.choose_parts_tile(m, n, k, _HALF.itemsize, chip)
+    if tile is not None:
+        medium_linear.linear_parts(tensor(m, k), tensor(n, k), tile)
+
+
 def _experts(chip: Chip, tokens: int, num_experts: int, top_k: int, middle: int) -> None:
     x, w1, w2 = tensor(tokens, 2048), tensor(num_experts, 2 * middle, 2048), tensor(num_experts, 2048, middle)
     choice = tensor(tokens, top_k, dtype=torch.float32), int32(tokens, top_k)
@@ -114,6 +120,7 @@ def medium_launches(chip: Chip) -> Iterator[Case]:
             yield f"bf16 {m} rows {n} x {k}", partial(_medium_linear, chip, m, n, k, False)
         for m, n, k in ((128, 12288, 4096), (256, 3072, 1024), (256, 12288, 4096)):
             yield f"bf16 {m} rows {n} x {k} gated", partial(_medium_linear, chip, m, n, k, True)
+        yield "bf16 256 rows 4096 x 12288 in parts", partial(_linear_parts, chip, 256, 4096, 12288)
 
 
 def step_launches(chip: Chip) -> Iterator[Case]:

@@ -4,13 +4,14 @@
 A program has up to three warpgroups that multiply, each with 64 rows of the weight as the left operand and the tile's
 rows of x as the right one, and one warp that keeps a ring of tiles filled (TMA: copies by descriptor). So that one
 round of programs fills the chip where the vendor's library needs two; and the ring fills with weights before the
-program waits for x. Written in Gluon, Triton's language in which layouts and the division of labour are explicit.
+program waits for x. Long rows may be split among programs, whose sums are then left to be added (`linear_parts`).
+Written in Gluon, Triton's language in which layouts and the division of labour are explicit.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -40,13 +41,15 @@ _PRODUCER_REGISTERS = 24
 class MediumTile:
     """How a medium linear is cut: block_m rows of x, 64 rows of the weight for each of 1 to 3 warpgroups, num_stages
     tiles of 64 columns in the ring. stagger: tiles by which neighbouring programs' first columns differ. early: tiles
-    of the weight asked for before x is there; their traffic holds up the kernel that x comes from."""
+    of the weight asked for before x is there; their traffic holds up the kernel that x comes from. splits: programs
+    along the columns."""
 
     block_m: int
     groups: int
     num_stages: int
     stagger: int = 0
     early: int = _MOST_STAGES
+    splits: int = 1
 
 
 @gluon.jit
@@ -64,7 +67,7 @@ def _fetch_weights(w_desc, ws, ready, stage, first_n, k):
 
 
 @gluon.jit
-def _produce(x_desc, w_desc, xs, ws, ready, free, first_m, first_n, rounds, offset, EARLY: gl.constexpr):
+def _produce(x_desc, w_desc, xs, ws, ready, free, first_m, first_n, rounds, first_k, offset, EARLY: gl.constexpr):
     """Keeps the ring filled; the weights of its first EARLY tiles are asked for before x can be read."""
     STAGES: gl.constexpr = xs.type.shape[0]
     BLOCK_K: gl.constexpr = xs.type.shape[2]
@@ -72,10 +75,10 @@ def _produce(x_desc, w_desc, xs, ws, ready, free, first_m, first_n, rounds, offs
     turn = gl.minimum(STAGES, rounds)
     for i in range(gl.minimum(EARLY, turn)):
         mbarrier.expect(ready.index(i), BYTES)
-        _fetch_weights(w_desc, ws, ready.index(i), i, first_n, (i + offset) % rounds * BLOCK_K)
+        _fetch_weights(w_desc, ws, ready.index(i), i, first_n, first_k + (i + offset) % rounds * BLOCK_K)
     wait(True)
     for i in range(turn):
-        k = (i + offset) % rounds * BLOCK_K
+        k = first_k + (i + offset) % rounds * BLOCK_K
         if i >= EARLY:
             mbarrier.expect(ready.index(i), BYTES)
             _fetch_weights(w_desc, ws, ready.index(i), i, first_n, k)
@@ -84,13 +87,13 @@ def _produce(x_desc, w_desc, xs, ws, ready, free, first_m, first_n, rounds, offs
         stage = i % STAGES
         mbarrier.wait(free.index(stage), (i // STAGES - 1) & 1)
         mbarrier.expect(ready.index(stage), BYTES)
-        k = (i + offset) % rounds * BLOCK_K
+        k = first_k + (i + offset) % rounds * BLOCK_K
         _fetch_weights(w_desc, ws, ready.index(stage), stage, first_n, k)
         tma.async_copy_global_to_shared(x_desc, [first_m, k], ready.index(stage), xs.index(stage))
 
 
 @gluon.jit
-def _consume(xs, ws, ready, free, y_desc, b_ptr, first_m, first_n, rounds, N):
+def _consume(xs, ws, ready, free, y_desc, b_ptr, parts_ptr, first_m, first_n, rounds, M, N):
     """One warpgroup: the outputs of its 64 rows of the weight, for the tile's rows of x."""
     STAGES: gl.constexpr = xs.type.shape[0]
     BLOCK_M: gl.constexpr = xs.type.shape[1]
@@ -105,6 +108,20 @@ def _consume(xs, ws, ready, free, y_desc, b_ptr, first_m, first_n, rounds, N):
         acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))
         mbarrier.arrive(free.index((i + STAGES - 1) % STAGES), pred=i > 0)
     out = warpgroup_mma_wait(0, deps=[acc])
+    if parts_ptr is None:
+        _store(out, ws, y_desc, b_ptr, first_m, first_n, N)
+    else:  # [M, splits, N]
+        rows = (first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(0, layout)))[None, :]
+        outputs = (first_n + gl.arange(0, 64, gl.SliceLayout(1, layout)))[:, None]
+        part = (rows * gl.num_programs(2) + gl.program_id(2)) * N + outputs
+        gl.store(parts_ptr + part, out, mask=(rows < M) & (outputs < N))
+
+
+@gluon.jit
+def _store(out, ws, y_desc, b_ptr, first_m, first_n, N):
+    """What one warpgroup multiplied, [64, rows], turned; with the bias, and gated."""
+    BLOCK_M: gl.constexpr = out.shape[1]
+    layout: gl.constexpr = out.type.layout
     dtype: gl.constexpr = y_desc.dtype
     OUTPUTS: gl.constexpr = y_desc.block_type.shape[1]
     if OUTPUTS == 32:  # gated
@@ -136,6 +153,7 @@ def _medium_linear_kernel(
     w_desc,
     y_desc,
     b_ptr,
+    parts_ptr,
     M,
     N,
     K,
@@ -150,7 +168,7 @@ def _medium_linear_kernel(
     start(True)
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
-    OUTPUTS: gl.constexpr = y_desc.block_type.shape[1]
+    OUTPUTS: gl.constexpr = 64 if y_desc is None else y_desc.block_type.shape[1]
     xs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
     w_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     ws = (gl.allocate_shared_memory(x_desc.dtype, [STAGES, 64, BLOCK_K], w_layout),)
@@ -166,20 +184,21 @@ def _medium_linear_kernel(
     # The last rows share some with those before rather than reach beyond M, where there are as many as a tile has.
     first_m = gl.minimum(gl.program_id(0) * BLOCK_M, gl.maximum(M - BLOCK_M, 0))
     n0 = gl.program_id(1) * GROUPS * OUTPUTS
-    rounds = (K + BLOCK_K - 1) // BLOCK_K
+    rounds = (K + BLOCK_K * gl.num_programs(2) - 1) // (BLOCK_K * gl.num_programs(2))
+    first_k = gl.program_id(2) * rounds * BLOCK_K
     offset = gl.program_id(1) * STAGGER
-    produced = (x_desc, w_desc, xs, ws, ready, free, first_m, n0, rounds, offset, EARLY)
-    first = (xs, ws[0], ready, free, y_desc, b_ptr, first_m, n0, rounds, N)
+    produced = (x_desc, w_desc, xs, ws, ready, free, first_m, n0, rounds, first_k, offset, EARLY)
+    first = (xs, ws[0], ready, free, y_desc, b_ptr, parts_ptr, first_m, n0, rounds, M, N)
     if GROUPS == 1:
         gl.warp_specialize([(_consume, first), (_produce, produced)], [1], [PRODUCER_REGISTERS])
     else:
-        second = (xs, ws[1], ready, free, y_desc, b_ptr, first_m, n0 + OUTPUTS, rounds, N)
+        second = (xs, ws[1], ready, free, y_desc, b_ptr, parts_ptr, first_m, n0 + OUTPUTS, rounds, M, N)
         if GROUPS == 2:
             gl.warp_specialize(
                 [(_consume, first), (_consume, second), (_produce, produced)], [4, 1], [REGISTERS, PRODUCER_REGISTERS]
             )
         else:
-            third = (xs, ws[2], ready, free, y_desc, b_ptr, first_m, n0 + 2 * OUTPUTS, rounds, N)
+            third = (xs, ws[2], ready, free, y_desc, b_ptr, parts_ptr, first_m, n0 + 2 * OUTPUTS, rounds, M, N)
             gl.warp_specialize(
                 [(_consume, first), (_consume, second), (_consume, third), (_produce, produced)],
                 [4, 4, 1],
@@ -200,8 +219,9 @@ def choose_medium_tile(m: int, n: int, k: int, itemsize: int, chip: Chip, *, gat
     """
     if not chip.wgmma or itemsize != 2 or not _FEWEST_ROWS <= m <= MOST_ROWS or k % 8 or n % 8:
         return None
-    if not gated and n * k > 1 << (25 if m <= 128 else 24):
+    if not gated and n * k > 1 << 25:
         return None
+    large = not gated and n * k > 1 << 24
     outputs = _GROUP_ROWS // 2 if gated else _GROUP_ROWS
     if m <= MAX_ROWS and n < 32 * outputs:
         return None
@@ -210,10 +230,25 @@ def choose_medium_tile(m: int, n: int, k: int, itemsize: int, chip: Chip, *, gat
     for block_m, groups in _CUTS:
         row_tiles = triton.cdiv(m, block_m)
         one_round = row_tiles * triton.cdiv(n, groups * outputs) <= chip.num_sms
-        if one_round and (row_tiles * block_m - m < 64 or groups == 3):
-            stagger, early = 5 if m == block_m == 256 else 0, 2 if gated and m > MAX_ROWS else _MOST_STAGES
+        waste = row_tiles * block_m - m
+        # More tiles of rows would fetch too much of a large weight too often.
+        fits = row_tiles <= 2 and waste < 64 if large else waste < 64 or groups == 3
+        if one_round and fits:
+            stagger, early = 5 if m == block_m == 256 else 0, 2 if m > MAX_ROWS else _MOST_STAGES
             return _tile(block_m, groups, chip, stagger, early)
     return None
+
+
+@functools.cache
+def choose_parts_tile(m: int, n: int, k: int, itemsize: int, chip: Chip) -> MediumTile | None:
+    """How to multiply what a norm then adds to the residual stream: in two parts (`linear_parts`) where rows are long
+    and tiles of 256 rows full; else None. Measured on an H100 at 64 to 256 rows of 4096 x 12288."""
+    splits = 2
+    programs = splits * triton.cdiv(n, _GROUP_ROWS)
+    fits = chip.num_sms // 2 < programs <= chip.num_sms
+    if not chip.wgmma or itemsize != 2 or m != MOST_ROWS or k % 8 or n % 8 or n * k <= 1 << 25 or not fits:
+        return None
+    return replace(_tile(MOST_ROWS, 1, chip), splits=splits)
 
 
 def _tile(block_m: int, groups: int, chip: Chip, stagger: int = 0, early: int = _MOST_STAGES) -> MediumTile:
@@ -231,23 +266,45 @@ def medium_linear(
 ) -> torch.Tensor:
     """x [M, K], weight [N, K] or, gated, [2 N, K] -> [M, N], as of `small_linear`; N is a multiple of 8. float16 or
     bfloat16, for which `can_describe` holds. Accumulates in float32."""
+    y = torch.empty(x.shape[0], weight.shape[0] // (2 if gated else 1), dtype=x.dtype, device=x.device)
+    _launch(x, weight, tile, y=y, bias=bias, gated=gated)
+    return y
+
+
+def linear_parts(x: torch.Tensor, weight: torch.Tensor, tile: MediumTile) -> torch.Tensor:
+    """As `medium_linear`, but what each of the tile's programs along the columns multiplied: float32 [M * splits, N],
+    a row's parts after one another."""
+    parts = torch.empty(x.shape[0] * tile.splits, weight.shape[0], dtype=torch.float32, device=x.device)
+    _launch(x, weight, tile, parts=parts)
+    return parts
+
+
+def _launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    tile: MediumTile,
+    *,
+    y: torch.Tensor | None = None,
+    parts: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    gated: bool = False,
+) -> None:
     m, k = x.shape
     n = weight.shape[0] // 2 if gated else weight.shape[0]
-    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    outputs = _GROUP_ROWS // 2 if gated else _GROUP_ROWS
     flat = gl.NVMMASharedLayout(128, 16, rank=2)
     if gated:
         pairs = gl.NVMMASharedLayout(128, 16, rank=4)
         rows = TensorDescriptor(weight, [n // 8, 2, 8, k], [8 * k, n * k, k, 1], [4, 2, 8, _BLOCK_K], pairs)
-        out = TensorDescriptor(y, [m, n], [n, 1], [tile.block_m, 32], gl.NVMMASharedLayout(64, 16, rank=2))
     else:
         rows = TensorDescriptor(weight, [n, k], [k, 1], [_GROUP_ROWS, _BLOCK_K], flat)
-        out = TensorDescriptor(y, [m, n], [n, 1], [tile.block_m, _GROUP_ROWS], flat)
-    outputs = tile.groups * (_GROUP_ROWS // 2 if gated else _GROUP_ROWS)
-    _medium_linear_kernel[(triton.cdiv(m, tile.block_m), triton.cdiv(n, outputs))](
+    turned = gl.NVMMASharedLayout(2 * outputs, 16, rank=2)
+    _medium_linear_kernel[(triton.cdiv(m, tile.block_m), triton.cdiv(n, tile.groups * outputs), tile.splits)](
         TensorDescriptor(x, [m, k], [x.stride(0), 1], [tile.block_m, _BLOCK_K], flat),
         rows,
-        out,
+        None if y is None else TensorDescriptor(y, [m, n], [n, 1], [tile.block_m, outputs], turned),
         bias,
+        parts,
         m,
         n,
         k,
@@ -260,7 +317,6 @@ def medium_linear(
         num_warps=4,
         launch_pdl=True,
     )
-    return y
 
 
 def try_out(device: torch.device) -> None:

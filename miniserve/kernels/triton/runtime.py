@@ -77,6 +77,13 @@ class TritonKernels:
             return None
         return small_linear(x, weight, bias, tile, self._workspace, gated=gated, out_dtype=out_dtype)
 
+    def linear_parts(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+        """See `medium_linear.linear_parts`; None where a whole product is as fast."""
+        if self._medium is None or not self._medium.can_describe(x):
+            return None
+        tile = self._medium.choose_parts_tile(x.shape[0], *weight.shape, weight.element_size(), self._chip)
+        return None if tile is None else self._medium.linear_parts(x, weight, tile)
+
     def add_norm_route(
         self,
         x: torch.Tensor,

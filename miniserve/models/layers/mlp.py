@@ -24,11 +24,11 @@ class MLP(Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.ops.gated_linear(self.gate_up_proj, x))
 
-    def after(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def after(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor | PendingSum, Tensor]:
         """Adds x to the residual stream, both [T, hidden_size], and takes its norm as input. Returns what is then
         still to be added, and the stream."""
         x, residual = norm.add(x, residual)
-        return self(x), residual
+        return self.ops.linear_to_add(self.down_proj, self.ops.gated_linear(self.gate_up_proj, x)), residual
 
 
 class SparseMLP(Module):

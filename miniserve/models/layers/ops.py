@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PendingSum:
-    """What routed experts add to the residual stream, in parts that the norm that follows sums on its way.
+    """What routed experts or an MLP add to the residual stream, in parts that the norm that follows sums on its way.
 
     parts: float32 [T * K, size], a token's after one another; shared: what all tokens share, [T, size].
     """
@@ -119,6 +119,10 @@ class Ops:
     def gated_linear(self, layer: Linear, x: Tensor) -> Tensor:
         """`silu_and_mul` of what the layer, gates before ups, makes of x [T, in_features]."""
         return self.silu_and_mul(layer(x))
+
+    def linear_to_add(self, layer: Linear, x: Tensor) -> Tensor | PendingSum:
+        """What the layer makes of x [T, in_features], which a norm then adds to the residual stream."""
+        return layer(x)
 
 
 class NativeOps(Ops):

@@ -58,6 +58,10 @@ class TritonOps(Ops):
             return y
         return self._kernels.silu_and_mul(self._kernels.library_linear(x, layer.weight, layer.bias))
 
+    def linear_to_add(self, layer: Linear, x: Tensor) -> Tensor | PendingSum:
+        parts = self._kernels.linear_parts(x, layer.weight) if layer.bias is None else None
+        return layer(x) if parts is None else PendingSum(self._kernels, parts)
+
 
 def triton_routing(kernels: TritonKernels, router: Router, norm: RMSNorm, x: Tensor, residual: Tensor) -> Routed:
     """With its kernels given a `RoutingMethod`."""
