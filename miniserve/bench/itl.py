@@ -1,4 +1,5 @@
-"""ITL of decoding requests alone, then while long prompts arrive: `python -m miniserve.bench.itl --model DIR`.
+"""ITL of decoding requests alone, while long prompts arrive, and alone again, as their contexts grow meanwhile:
+`python -m miniserve.bench.itl --model DIR`.
 
 DIR needs a config.json only; weights are random. The engine's loop runs in this process.
 """
@@ -51,6 +52,12 @@ class Watch:
         while time.perf_counter() < end and self._loop.has_work:
             self.step()
 
+    def run_alone(self, seconds: float) -> None:
+        """After a second that does not count."""
+        self.run(1.0)
+        self.gaps = []
+        self.run(seconds)
+
     def report(self, what: str) -> None:
         """Print the gaps since the last report, and forget them."""
         gaps, self.gaps = summarize([1e3 * gap for gap in self.gaps]), []
@@ -90,16 +97,19 @@ def main() -> None:
     watch.add("long-warm-up", args.prompt_len, 8)  # what is compiled at its first use is so now
     while not watch.ttft:
         watch.step()
-    watch.run(1.0)
-    watch.gaps, watch.ttft = [], []
-    watch.run(args.seconds / 5)
+    watch.ttft = []
+    watch.run_alone(args.seconds / 5)
     watch.report("decode alone")
-    for index in range(max(1, int(args.seconds / args.every))):
+    num_prompts = max(1, int(args.seconds / args.every))
+    for index in range(num_prompts):
         watch.add(f"long-{index}", args.prompt_len, 16)
         watch.run(args.every)
     watch.report(f"with a prompt of {args.prompt_len} tokens every {args.every} s")
-    if watch.ttft:
-        print(f"TTFT of these prompts: median {1e3 * statistics.median(watch.ttft):.0f} ms of {len(watch.ttft)}")
+    while len(watch.ttft) < num_prompts:
+        watch.step()
+    watch.run_alone(args.seconds / 5)
+    watch.report("decode alone again")
+    print(f"TTFT of these prompts: median {1e3 * statistics.median(watch.ttft):.0f} ms of {len(watch.ttft)}")
 
 
 if __name__ == "__main__":
