@@ -99,7 +99,8 @@ def test_softcap_sinks_and_scale(shuffled: bool) -> None:
 def test_programs_that_share_a_tiles_keys(options: dict[str, Any], num_splits: int, shuffled: bool) -> None:
     cache = random_cache(24, 16, 2, 80, dtype=torch.float16, shuffled=shuffled)
     sinks = 3 * normal(9, 6)
-    check(cache, 6, REQUESTS, torch.float16, num_splits=num_splits, launch=SMALL, sinks=sinks, **options)
+    requests = REQUESTS if NATIVE else REQUESTS[::2] + REQUESTS[-1:]  # the interpreter takes seconds for all of them
+    check(cache, 6, requests, torch.float16, num_splits=num_splits, launch=SMALL, sinks=sinks, **options)
 
 
 @LAYOUTS
