@@ -28,6 +28,7 @@ Progress = Callable[[int, int], None]
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
 _FLOATS = ("BF16", "F16", "F32")
 _SHOWN = 5
+_AT_ONCE = 1 << 28  # values
 
 
 def load_weights(model: CausalLM, path: str | Path, *, progress: Progress = lambda done, total: None) -> None:
@@ -36,7 +37,8 @@ def load_weights(model: CausalLM, path: str | Path, *, progress: Progress = lamb
     progress(done, total) is called after each layer, in bytes of the model's parameters. Of tensors the model does not
     want, only these are ignored: rotary_emb.inv_freq, lm_head.weight where the embeddings are tied, layers after the
     last that guess further tokens, and scales for an fp8 KV cache (`read_kv_scales`). Raises `UserError` naming every
-    tensor that is missing, surplus, mis-shaped or not stored as bfloat16, float16 or float32, before anything is read.
+    tensor that is missing, surplus, mis-shaped or not stored as bfloat16, float16 or float32, before anything is read,
+    and for NaN and infinite values, as which large ones end in float16.
     """
     files = _tensor_files(Path(path))
     _check(model, files, Path(path))
@@ -46,6 +48,7 @@ def load_weights(model: CausalLM, path: str | Path, *, progress: Progress = lamb
             with _opened(file) as tensors:
                 for name in within:
                     layer.target(pieces[name]).copy_(tensors.get_tensor(name))
+        _check_values(layer, pieces, Path(path))
 
 
 def read_kv_scales(model: CausalLM, path: str | Path) -> dict[str, torch.Tensor]:
@@ -164,6 +167,22 @@ def _wrong(piece: Piece, header: Any) -> list[str]:
     if dtype not in _FLOATS:
         return [f"{piece.name} is stored as {dtype}, supported are {', '.join(_FLOATS)}"]
     return []
+
+
+def _check_values(layer: Layer, pieces: dict[str, Piece], path: Path) -> None:
+    parameters = list(layer.parameters(recurse=False))
+    if all(map(_finite, parameters)):
+        return
+    broken = [name for name, piece in pieces.items() if not _finite(layer.target(piece))]
+    remedy = "download the model again"
+    if any(parameter.dtype == torch.float16 for parameter in parameters):
+        remedy = f"use --dtype bfloat16, as float16 ends at 65504, or {remedy}"
+    raise UserError(f"The weights in {path} have NaN or infinite values: {_some(broken)}; {remedy}.")
+
+
+def _finite(x: torch.Tensor) -> bool:
+    """Without a copy of x. Of a part that has a NaN both ends are NaN."""
+    return all(bool(torch.stack(torch.aminmax(part)).isfinite().all()) for part in x.flatten().split(_AT_ONCE))
 
 
 def _ignored(name: str, model: CausalLM) -> bool:

@@ -121,6 +121,26 @@ def test_files_that_are_absent_or_broken_are_named(tmp_path: Path) -> None:
     assert ".bin files only" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_values_that_are_not_finite_are_refused_and_their_tensors_named(value: float, tmp_path: Path) -> None:
+    checkpoint(tmp_path)
+    broken = load_file(tmp_path / "model.safetensors")[K_PROJ]
+    broken[-1, -1] = value
+    edit(tmp_path, **{K_PROJ: broken})
+    error = refusal(tmp_path)
+    assert f"have NaN or infinite values: {K_PROJ}; download the model again." in error, "only it of the fused layer"
+
+
+def test_values_that_float16_cannot_hold_are_refused(tmp_path: Path) -> None:
+    checkpoint(tmp_path)
+    large = load_file(tmp_path / "model.safetensors")[K_PROJ]
+    large[0, 0] = 1e5
+    edit(tmp_path, **{K_PROJ: large})
+    load(tmp_path, torch.bfloat16)
+    with pytest.raises(UserError, match=f"{K_PROJ}; use --dtype bfloat16, as float16 ends at 65504, or download"):
+        load(tmp_path, torch.float16)
+
+
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_weights_are_converted_to_the_dtype_asked_for(stored: torch.dtype, dtype: torch.dtype, tmp_path: Path) -> None:
