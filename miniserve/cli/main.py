@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -11,14 +13,13 @@ from typer.core import TyperGroup
 from typer.main import get_group
 
 from miniserve import __version__
+from miniserve.cli import EXIT_FAILURE, EXIT_USAGE
 from miniserve.cli.chat import chat
 from miniserve.cli.check import check
 from miniserve.cli.explain import explain
 from miniserve.cli.run import run, serve
 from miniserve.cli.tune import tune
 from miniserve.core import InvalidRequest, UserError
-
-EXIT_USAGE = 2
 
 
 @dataclass(slots=True)
@@ -92,9 +93,28 @@ def main() -> None:
     try:
         if any("\udc80" <= character <= "\udcff" for character in "".join(sys.argv)):  # how Python marks such bytes
             raise UserError("The arguments are not valid UTF-8; write them in UTF-8.")
-        app(obj=state, prog_name="miniserve")
+        _run(state)
     except (UserError, InvalidRequest) as error:
         if state.debug:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
+    except OSError as error:
+        if state.debug or error.errno not in (errno.ENOSPC, errno.EPIPE):
+            raise
+        if error.errno == errno.ENOSPC:
+            print(f"error: {error.strerror}: {error.filename or 'standard output, or a file'}", file=sys.stderr)
+        sys.exit(EXIT_FAILURE)
+
+
+def _run(state: State) -> None:
+    try:
+        app(obj=state, prog_name="miniserve")
+    finally:
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except OSError:
+            # What could not be written would be tried, and fail, once more when the interpreter ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise

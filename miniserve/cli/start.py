@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 
 from miniserve import __version__
+from miniserve.cli import EXIT_FAILURE
 from miniserve.cli.chat_client import ChatClient, ChatError, ChatSettings, Message
 from miniserve.cli.repl import Repl, print_answer
 from miniserve.cli.report import Report, client_url
@@ -28,8 +29,6 @@ from miniserve.engine.client import EngineDead
 from miniserve.models.hub import locate
 from miniserve.server.config import ServerConfig
 from miniserve.server.serve import bind
-
-EXIT_FAILURE = 1
 
 
 def start(engine: EngineConfig, server: ServerConfig, *, prompt: str | None, chat: bool) -> int:

@@ -203,6 +203,22 @@ def test_a_closed_standard_output_is_told() -> None:
     assert done.returncode == 2 and done.stderr.startswith("error: Standard output is closed")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a file on a disk that is always full")
+@pytest.mark.parametrize("command", [["run", *ENGINE, "-p", "Hi"], ["version"], ["--help"]])
+def test_a_full_disk_is_one_sentence(command: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "miniserve", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device: standard output, or a file\n")
+
+
 def test_bytes_that_are_no_text_are_one_sentence() -> None:
     done = cli.run("run", *ENGINE, "-p", "a\udcff")
     assert done.returncode == 2 and done.stderr.startswith("error: The arguments are not valid UTF-8")
