@@ -107,9 +107,9 @@ def main() -> None:
     watch.report(f"with a prompt of {args.prompt_len} tokens every {args.every} s")
     while len(watch.ttft) < num_prompts:
         watch.step()
+    print(f"TTFT of these prompts: median {1e3 * statistics.median(watch.ttft):.0f} ms of {len(watch.ttft)}")
     watch.run_alone(args.seconds / 5)
     watch.report("decode alone again")
-    print(f"TTFT of these prompts: median {1e3 * statistics.median(watch.ttft):.0f} ms of {len(watch.ttft)}")
 
 
 if __name__ == "__main__":

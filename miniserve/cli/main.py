@@ -100,10 +100,10 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
     except OSError as error:
-        if state.debug or error.errno not in (errno.ENOSPC, errno.EPIPE):
+        if state.debug or error.errno != errno.ENOSPC:
             raise
-        if error.errno == errno.ENOSPC:
-            print(f"error: {error.strerror}: {error.filename or 'standard output, or a file'}", file=sys.stderr)
+        where = error.filename or "standard output, or a file"
+        print(f"error: {error.strerror}: {where}; make room there and try again.", file=sys.stderr)
         sys.exit(EXIT_FAILURE)
 
 
@@ -111,10 +111,16 @@ def _run(state: State) -> None:
     try:
         app(obj=state, prog_name="miniserve")
     finally:
-        try:
-            if sys.stdout is not None:
-                sys.stdout.flush()
-        except OSError:
-            # What could not be written would be tried, and fail, once more when the interpreter ends.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise
+        _flush_output()
+
+
+def _flush_output() -> None:
+    """So that what cannot be written is an error here. Left to the interpreter, it would be noise after the end."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:  # a reader that has had enough, which typer, too, takes without a word
+            sys.exit(EXIT_FAILURE)
+        raise

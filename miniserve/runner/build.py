@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from miniserve.attention.aiter import AiterExperts
+from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.build import block_bytes, build_backend, scratch_bytes
 from miniserve.attention.backends.latent_base import CONTEXT_TOKENS
 from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.layouts import LAYOUTS
+from miniserve.attention.layouts import LAYOUTS, KVCache
 from miniserve.attention.platform import Platform
 from miniserve.attention.routes import describe_routes
-from miniserve.attention.select import select
+from miniserve.attention.select import Choice, select
 from miniserve.attention.terms import name_of
 from miniserve.config import EngineConfig, tuning_dir
 from miniserve.core import EngineInfo
@@ -95,19 +96,7 @@ def build_runner(
     )
     caches = [layout.allocate(spec, plan.num_blocks, device) for spec in model.attention_specs]
     eos_token_ids = load_generation_defaults(source_path, config.generation_config).eos_token_ids
-    backend_options = BackendOptions(
-        specs=tuple(model.attention_specs),
-        routes=choice.routes,
-        platform=platform,
-        device=device,
-        max_rows=config.max_num_seqs,
-        max_seq_len=plan.max_model_len,
-    )
-    if config.self_check:
-        layers = [cast(Any, layer).self_attn.attn for layer in model.model.layers]
-        backend, checked = checked_backend(choice, config.block_size, backend_options, layers, caches)
-    else:
-        backend, checked = build_backend(choice, config.block_size, backend_options), ["self-check: left out"]
+    backend, checked = _make_backend(config, model, choice, platform, plan, caches)
     replays = backend.graphs and not platform.emulated and not config.enforce_eager
     runner = _make_runner(ServedModel(model, backend, caches), config, plan, eos_token_ids, replays, report)
     attention = [*choice.explain(), *describe_routes(choice, model.attention_specs, platform), *scales, *checked]
@@ -158,6 +147,29 @@ def _triton_kernels(device: torch.device) -> TritonKernels | None:
     from miniserve.kernels.triton.runtime import TritonKernels
 
     return TritonKernels(device)
+
+
+def _make_backend(
+    config: EngineConfig,
+    model: CausalLM,
+    choice: Choice,
+    platform: Platform,
+    plan: MemoryPlan,
+    caches: Sequence[KVCache],
+) -> tuple[Backend[Any], list[str]]:
+    """And what its comparison with the formula found, in sentences."""
+    options = BackendOptions(
+        specs=tuple(model.attention_specs),
+        routes=choice.routes,
+        platform=platform,
+        device=model.options.device,
+        max_rows=config.max_num_seqs,
+        max_seq_len=plan.max_model_len,
+    )
+    if not config.self_check:
+        return build_backend(choice, config.block_size, options), ["self-check: left out"]
+    layers = [cast(Any, layer).self_attn.attn for layer in model.model.layers]
+    return checked_backend(choice, config.block_size, options, layers, caches)
 
 
 def _make_runner(

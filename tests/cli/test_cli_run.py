@@ -216,7 +216,9 @@ def test_a_full_disk_is_one_sentence(command: list[str]) -> None:
             timeout=60,
             check=False,
         )
-    assert (done.returncode, done.stderr) == (1, "error: No space left on device: standard output, or a file\n")
+    where = "standard output, or a file"
+    told = f"error: No space left on device: {where}; make room there and try again.\n"
+    assert (done.returncode, done.stderr) == (1, told)
 
 
 def test_bytes_that_are_no_text_are_one_sentence() -> None:
