@@ -31,9 +31,9 @@ class EngineConfig:
     """What the user asked of the engine. `auto` and None are settled when the engine starts (see `core.EngineInfo`).
 
     model: local directory, hub id or None for the built-in model. Sizes are tokens unless the name says otherwise;
-    kv_cache_memory is in bytes. max_itl_ratio: how many times as long as without prefill beside it a step that
-    decodes may take, 0: any number. speculative: "ngram:K", or None for no speculation. aiter: whether to use it where
-    it is installed. Raises `UserError` for a value out of range.
+    kv_cache_memory is in bytes. max_num_batched_tokens None: 4096 on a GPU, 2048 on a CPU. max_itl_ratio: by how much
+    prefill may slow down a step that also decodes, 0: no bound. speculative: "ngram:K", or None for no speculation.
+    aiter: whether to use it where it is installed. Raises `UserError` for a value out of range.
     """
 
     model: str | None = None
@@ -43,8 +43,8 @@ class EngineConfig:
     load_format: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
-    max_itl_ratio: float = 2.0
+    max_num_batched_tokens: int | None = None
+    max_itl_ratio: float = 0.0
     block_size: int = 16
     kv_layout: str = "auto"
     kv_cache_dtype: str = "auto"
@@ -92,7 +92,8 @@ class EngineConfig:
         if self.async_scheduling:
             raise UserError("--speculative needs each step's tokens for the next; leave --async-scheduling out.")
         for name in ("max_num_seqs", "max_num_batched_tokens"):
-            if (most := getattr(self, name)) <= self.num_draft_tokens:
+            most = getattr(self, name)
+            if most is not None and most <= self.num_draft_tokens:
                 raise UserError(
                     f"--speculative {speculative} computes up to {self.num_draft_tokens + 1} tokens of a request in a "
                     f"step, each in a row of its own; raise {_flag(name)} from {most}."

@@ -75,8 +75,8 @@ class LLM:
     """A model loaded into this process, to generate with batches of prompts. Not to be shared between threads.
 
     `model` is a directory, a hub id or None for the built-in model; `options` are the other fields of `EngineConfig`
-    (dtype, max_model_len, block_size, …); max_itl_ratio is 0 here, as nobody reads along. Raises `UserError` for what
-    the user can mend. `progress` shows bars while loading, where stderr is a terminal.
+    (dtype, max_model_len, block_size, …). Raises `UserError` for what the user can mend. `progress` shows bars while
+    loading, where stderr is a terminal.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class LLM:
         runner_factory: str = RUNNER_FACTORY,
         **options: Any,
     ) -> None:
-        config = EngineConfig(model=None if model is None else os.fspath(model), **{"max_itl_ratio": 0.0, **options})
+        config = EngineConfig(model=None if model is None else os.fspath(model), **options)
         with _bars(progress) as bars:
             tasks: dict[str, TaskID] = {}
 

@@ -96,7 +96,6 @@ def main() -> None:
         max_num_batched_tokens=8192,
         max_model_len=args.input_len + args.output_len,
         enable_prefix_caching=False,
-        max_itl_ratio=0.0,  # all prompts first
         enforce_eager=args.enforce_eager,
     )
     start = time.perf_counter()

@@ -70,7 +70,7 @@ class Watch:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, type=Path, help="directory with a config.json")
-    parser.add_argument("--max-itl-ratio", type=float, default=EngineConfig().max_itl_ratio)
+    parser.add_argument("--max-itl-ratio", type=float, default=2.0)
     parser.add_argument("--kv-layout", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rows", type=int, default=16, help="requests that decode")

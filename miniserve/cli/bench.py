@@ -160,7 +160,7 @@ def _shapes(lengths: str) -> list[Shape]:
 
 
 @app.command()
-@with_settings(without=("log_level", "range_ratio"), max_itl_ratio=0.0)  # nobody reads along: what counts is the whole
+@with_settings(without=("log_level", "range_ratio"))
 def latency(
     engine: EngineConfig,
     shape: Shape,
@@ -183,7 +183,7 @@ def latency(
 
 
 @app.command()
-@with_settings(without=("log_level",), max_itl_ratio=0.0)
+@with_settings(without=("log_level",))
 def throughput(
     engine: EngineConfig,
     shape: Shape,

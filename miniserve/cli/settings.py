@@ -57,10 +57,15 @@ _OPTIONS: dict[type, dict[str, Any]] = {
         "log_level": _http(help=f"{', '.join(LOG_LEVELS)}.", callback=_note_debug),
         "max_num_seqs": _sched(help="Most requests that run at once.", metavar="N", parser=count("--max-num-seqs")),
         "max_num_batched_tokens": _sched(
-            help="Most tokens in one step.", metavar="TOKENS", parser=count("--max-num-batched-tokens")
+            help="Most tokens in one step. Fewer make gaps between tokens shorter while prompts arrive, and prefill "
+            "slower.",
+            show_default="4096 on a GPU, 2048 on a CPU",
+            metavar="TOKENS",
+            parser=count("--max-num-batched-tokens"),
         ),
         "max_itl_ratio": _sched(
-            help="How many times as long as without prefill beside it a step that decodes may take; 0: any number.",
+            help="Slow decode steps by at most this factor to run prefill beside them (2 = twice as long). Costs "
+            "throughput and TTFT: with long prompts up to 3.6 and 18 times. 0 = no limit.",
             metavar="RATIO",
         ),
         "block_size": _sched(help="Tokens in one KV block."),

@@ -43,10 +43,9 @@ def build_engine(
         eos_token_ids=frozenset(info.eos_token_ids),
         num_draft_tokens=config.num_draft_tokens,
     )
-    if config.max_itl_ratio and info.device != "cpu":
+    cost = StepCost(config.max_itl_ratio)
+    if info.device != "cpu":  # which is too slow to try: its first requests show what steps cost
         cost = warm_up(runner, settled, config.max_itl_ratio)
-    else:  # a CPU is too slow to try: the first requests tell
-        cost = StepCost(config.max_itl_ratio)
     scheduler = Scheduler(settled, cost)
     log = StepLog(info.traffic, info.max_num_seqs)
     return EngineLoop(scheduler, runner, log, overlap=info.async_scheduling), info

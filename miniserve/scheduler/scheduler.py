@@ -1,11 +1,15 @@
 """Continuous batching with a token budget: every step mixes decode rows, extends and prefills as they come.
 
-The order within a step: decode rows first, so that they never starve; then the one sequence whose prefill does not fit
-into a step; then admissions, first come first served. Beside decode rows chunks get no more tokens than `StepCost` says
-that the rows can bear. A sequence is admitted once there are blocks for all it has to prefill; only decode rows
-allocate later, a block each time they cross a block boundary. When blocks run out the latest arrival is preempted: its
-blocks are freed, and it waits at the head of the queue to be computed anew. So every running sequence arrived before
-every waiting one, and the earliest one always gets on: it could run alone (`check_lengths`).
+The order within a step: decode rows first, so that they never starve; then the sequences in the middle of their
+prefill; then admissions, first come first served. A prompt longer than a step leaves a quarter of each of its steps
+to prompts behind it that fit into a step, so that these need not wait for all of it. They may also pass long prompts
+that wait, while rows and blocks for those remain: no one waits for room because of a later arrival. `StepCost` may
+bound what chunks get beside decode rows.
+
+A sequence is admitted once there are blocks for all it has to prefill; only decode rows allocate later, a block each
+time they cross a block boundary. When blocks run out the sequence that was admitted last is preempted: its blocks are
+freed, and it waits to be computed anew, in its place by arrival. So the one that was admitted first always gets on: it
+could run alone (`check_lengths`).
 
 Steps in flight. `schedule` may be called before the results of launched steps came back through `update`. What makes
 this right is that the device works through the plans in order, and each plan applies its stops, starts and block
@@ -36,7 +40,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import compress
+from itertools import compress, takewhile
 
 from miniserve.config import SchedulerConfig
 from miniserve.core import (
@@ -56,6 +60,8 @@ from miniserve.scheduler.limits import check_lengths
 from miniserve.scheduler.sequence import Sequence
 from miniserve.scheduler.speculation import Speculation
 from miniserve.scheduler.step_cost import StepCost, StepShape
+
+_SHARE = 4  # a prompt of several steps leaves one part in so many of them to prompts that fit into one
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +85,9 @@ class Scheduler:
         self._blocks = SequenceBlocks(config)
         self._pool = self._blocks.pool
         self._sequences: dict[str, Sequence] = {}  # all unfinished ones
-        self._waiting: OrderedDict[int, Sequence] = OrderedDict()  # both by arrival
-        self._running: dict[int, Sequence] = {}
-        self._prefilling: Sequence | None = None  # running, and in the middle of its prefill
+        self._waiting: OrderedDict[int, Sequence] = OrderedDict()  # in the order of arrival
+        self._running: dict[int, Sequence] = {}  # in the order of admission
+        self._prefilling: list[Sequence] = []  # running, in the middle of their prefill: one, and one that passes it
         self._decoding: list[Sequence] = []  # running, and decoding; shared with plans in flight, so never mutated
         self._decode_rows: list[int] = []
         self._decoding_changed = False
@@ -155,25 +161,12 @@ class Scheduler:
         if self._config.num_draft_tokens and self._in_flight:
             raise RuntimeError("Speculation allows one step in flight.")
         self._advance_decoding()
-        # At least 0, and 1 where a prefill goes on: each of these sequences had a token of the last step's budget.
+        # At least 0: each of these sequences had a token of the last step's budget.
         budget = self._config.max_num_batched_tokens - len(self._decoding)
-        starts: list[RowStart] = []
-        chunks: list[Chunk] = []
-        chunked: list[Sequence] = []
         shape = StepShape(len(self._decoding), sum(seq.num_computed for seq in self._decoding))
-        while budget and (self._prefilling or self._waiting) and self._cost.chunk_tokens(shape, 0):
-            seq = self._prefilling
-            if seq is None:
-                seq = self._admit(starts)
-                if seq is None:
-                    break
-            chunk = self._next_chunk(seq, min(budget, max(1, self._cost.chunk_tokens(shape, seq.num_computed))))
-            shape.add_chunk(chunk.start, len(chunk.token_ids))
-            budget -= len(chunk.token_ids)
-            chunks.append(chunk)
-            chunked.append(seq)
-            if self._prefilling is not None:
-                break
+        starts: list[RowStart] = []
+        chunks, chunked = self._schedule_chunks(budget, shape, starts)
+        budget -= shape.tokens
         if not self._decoding and not chunks:
             return None
         for seq in chunked:
@@ -192,6 +185,37 @@ class Scheduler:
         self._num_scheduled += 1
         self._step_tokens = plan.num_tokens
         return plan
+
+    def _schedule_chunks(
+        self, budget: int, shape: StepShape, starts: list[RowStart]
+    ) -> tuple[list[Chunk], list[Sequence]]:
+        """At most `budget` tokens of prompts, and whose they are. What is admitted for them is added to `starts`, the
+        chunks to `shape`."""
+        chunks: list[Chunk] = []
+        chunked: list[Sequence] = []
+
+        def add(seq: Sequence, most: int) -> int:
+            chunk = self._next_chunk(seq, most)
+            shape.add_chunk(chunk.start, len(chunk.token_ids))
+            chunks.append(chunk)
+            chunked.append(seq)
+            return len(chunk.token_ids)
+
+        while (room := budget - shape.tokens) and self._cost.chunk_tokens(shape, 0):
+            seq = self._prefilling[0] if self._prefilling else self._admit_first(starts)
+            if seq is None:
+                break
+            room = min(room, max(1, self._cost.chunk_tokens(shape, seq.num_computed)))
+            remaining = seq.prefill_len - seq.num_computed
+            if remaining > room:
+                is_long = remaining > self._config.max_num_batched_tokens
+                end = shape.tokens + room // _SHARE
+                while shape.tokens < end and (short := self._find_passing(starts, is_long)) is not None:
+                    room -= add(short, end - shape.tokens)
+            add(seq, room)
+            if seq.num_computed < seq.prefill_len:
+                break
+        return chunks, chunked
 
     def _advance_decoding(self) -> None:
         """Settle who decodes in this step, give them the blocks they need for it and count their token."""
@@ -229,7 +253,7 @@ class Scheduler:
             self._blocks.grow(seq, missing)
         return min(count, seq.limit - seq.num_computed)
 
-    def _admit(self, starts: list[RowStart]) -> Sequence | None:
+    def _admit_first(self, starts: list[RowStart]) -> Sequence | None:
         """Let the head of the queue run, if there is a row and room for all it has to prefill.
 
         Beside others there must also be a free block for each of them to grow by, or it would soon be preempted.
@@ -245,10 +269,31 @@ class Scheduler:
         self._blocks_wanted = num_blocks - len(hits) + self._pool.count_free(hits)
         if self._pool.num_free < self._blocks_wanted + growth:
             return None
+        return self._admit(seq, hits, starts)
+
+    def _find_passing(self, starts: list[RowStart], may_admit: bool) -> Sequence | None:
+        """The next prompt to pass the long one in the middle of its prefill: one that fits into a step, from behind
+        prompts that do not. Rows and blocks for these must remain, each with a block to grow by."""
+        if len(self._prefilling) > 1:
+            return self._prefilling[1]
+        if not may_admit:
+            return None
+        rows, blocks = len(self._free_rows), self._pool.num_free - len(self._running)
+        for seq in self._waiting.values():
+            rows -= 1
+            blocks -= self._blocks.missing(seq, len(seq.token_ids)) + 1
+            if rows < 0 or blocks < 0 or seq.ready_step > self._num_updated:
+                return None
+            if len(seq.token_ids) <= self._config.max_num_batched_tokens:
+                return self._admit(seq, self._blocks.find_prefix(seq), starts)
+        return None
+
+    def _admit(self, seq: Sequence, hits: list[int], starts: list[RowStart]) -> Sequence:
+        """Let a waiting sequence run that there is room for. `hits`: the cached blocks that it begins with."""
         self._blocks_wanted = 0
         del self._waiting[seq.arrival]
         self._running[seq.arrival] = seq
-        self._prefilling = seq
+        self._prefilling.append(seq)
         seq.row = self._free_rows.pop()
         starts.append(RowStart(seq.row, seq.request, seq.token_ids[seq.prompt_len :]))
         seq.prefill_len = len(seq.token_ids)
@@ -269,7 +314,7 @@ class Scheduler:
         seq.num_computed = end = min(start + budget, seq.prefill_len)
         complete = end == seq.prefill_len
         if complete:
-            self._prefilling = None
+            self._prefilling.remove(seq)
             self._decoding_changed = True
         # Prompt logprobs outlast no first token, so here token_ids is the prompt and the slice ends with it.
         targets = [] if seq.prompt_logprobs is None else seq.token_ids[start + 1 : end + 1]
@@ -280,8 +325,10 @@ class Scheduler:
         seq.num_preemptions += 1
         self._num_preemptions += 1
         seq.ready_step = self._num_scheduled
+        passed = list(takewhile(lambda arrival: arrival < seq.arrival, self._waiting))
         self._waiting[seq.arrival] = seq
-        self._waiting.move_to_end(seq.arrival, last=False)
+        for arrival in [seq.arrival, *reversed(passed)]:
+            self._waiting.move_to_end(arrival, last=False)
         self._blocks_wanted = 0
 
     def _leave(self, seq: Sequence) -> None:
@@ -292,8 +339,8 @@ class Scheduler:
         self._free_rows.append(seq.row)
         seq.row = -1
         self._decoding_changed = True
-        if self._prefilling is seq:
-            self._prefilling = None
+        if seq in self._prefilling:
+            self._prefilling.remove(seq)
 
     # --- what a step brought --------------------------------------------------------------------------------------
 

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import inspect
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,9 +13,7 @@ from miniserve.bench import cpu_decode, offline
 from miniserve.bench.decode_steps import DecodeSteps
 from miniserve.bench.decode_worker import Job, Measured
 from miniserve.bench.workload import Shape
-from miniserve.cli import bench as commands
 from miniserve.cli.bench import app
-from miniserve.config import EngineConfig
 from miniserve.core import EngineInfo, SamplingParams, StepTotals, UserError
 
 INFO = EngineInfo(
@@ -234,11 +230,3 @@ def test_the_comparison_runs(tmp_path: Path) -> None:
         assert figures["memory"] > 0
     assert math.isfinite(case["floor_share"])
     assert written["bandwidth_bytes_per_s"] > 1e8
-
-
-def test_nothing_bounds_prefill_where_nobody_reads_along() -> None:
-    def default(command: Callable[..., None]) -> object:
-        return inspect.signature(command).parameters["max_itl_ratio"].default
-
-    assert default(commands.latency) == default(commands.throughput) == 0.0
-    assert default(commands.sweep) == EngineConfig().max_itl_ratio

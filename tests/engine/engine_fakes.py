@@ -111,7 +111,7 @@ def fake_info(config: EngineConfig, model_name: str = "fake", num_blocks: int = 
         vocab_size=2048,
         max_model_len=config.max_model_len or 128,
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_tokens=config.max_num_batched_tokens or 2048,
         block_size=config.block_size,
         num_blocks=num_blocks,
         kv_layout="linear",

@@ -19,15 +19,15 @@ def check_integrity(scheduler: Scheduler) -> None:
     arrivals = [seq.arrival for seq in running + waiting]
     if arrivals != [*scheduler._running, *scheduler._waiting]:
         faults.append("requests are not kept by their arrivals")
-    if arrivals != sorted(set(arrivals)):
-        faults.append("requests are out of order")
+    if list(scheduler._waiting) != sorted(scheduler._waiting):
+        faults.append("waiting requests are out of order")
     rows = [seq.row for seq in running] + scheduler._free_rows
     all_rows = list(range(scheduler._config.max_num_seqs))
     if sorted(rows) != all_rows or any(seq.row >= 0 or seq.blocks for seq in waiting):
         faults.append("rows are leaked or doubly owned")
     unfinished_prefill = [seq for seq in running if seq.num_computed < seq.prefill_len]
-    if unfinished_prefill != ([] if scheduler._prefilling is None else [scheduler._prefilling]):
-        faults.append("the sequence in the middle of its prefill is not the one noted")
+    if unfinished_prefill != scheduler._prefilling or len(unfinished_prefill) > 2:
+        faults.append("the sequences in the middle of their prefill are not those noted")
     faults += [fault for seq in running for fault in _sequence_faults(scheduler, seq)]
     if faults:
         raise RuntimeError("The scheduler's state is inconsistent: " + "; ".join(faults) + ".")

@@ -55,6 +55,68 @@ def test_a_long_prompt_is_cut_to_what_decode_rows_leave_of_the_budget() -> None:
     assert all(plan and plan.decode_rows == [0] for plan in plans)
 
 
+def chunks_of(driver: Driver, steps: int) -> list[list[tuple[int, int]]]:
+    """Row and length of each chunk of the next `steps` steps."""
+    plans = [driver.launch() for _ in range(steps)]
+    return [[(chunk.row, len(chunk.token_ids)) for chunk in plan.chunks] for plan in plans if plan]
+
+
+def test_short_prompts_pass_a_long_one_with_a_quarter_of_its_steps() -> None:
+    driver = Driver(make_config(max_num_batched_tokens=16, max_model_len=128), depth=9)
+    driver.add(running("long", 100))
+    assert chunks_of(driver, 1) == [[(0, 16)]]
+    driver.add(running("a", 6))
+    driver.add(running("b", 1))
+    assert chunks_of(driver, 2) == [[(1, 4), (0, 12)], [(1, 2), (2, 1), (0, 13)]]
+    # Both decode now, and nobody else waits.
+    assert chunks_of(driver, 1) == [[(0, 14)]]
+
+
+def test_a_prompt_of_one_step_lets_nobody_pass() -> None:
+    driver = Driver(make_config(max_num_batched_tokens=16), depth=9)
+    driver.add(running("decoding", 10))
+    driver.launch()
+    driver.add(running("whole", 16))
+    driver.add(running("short", 2))
+    assert chunks_of(driver, 2) == [[(1, 15)], [(1, 1), (2, 2)]]
+
+
+def test_a_short_prompt_also_passes_long_ones_that_wait() -> None:
+    driver = Driver(make_config(max_num_batched_tokens=16, max_model_len=128), depth=9)
+    for name, length in (("first", 60), ("second", 60), ("short", 3)):
+        driver.add(running(name, length))
+    assert chunks_of(driver, 2) == [[(1, 3), (0, 13)], [(0, 15)]]
+    assert driver.runner.first_starts == ["first", "short"]
+    driver.drain()
+    assert driver.runner.first_starts == ["first", "short", "second"]
+
+
+@pytest.mark.parametrize("room", ["rows", "blocks"])
+def test_nobody_passes_where_that_would_take_the_room_of_the_passed(room: str) -> None:
+    scarce = {"max_num_seqs": 2} if room == "rows" else {"num_blocks": 17 + 17 + 1, "block_size": 4}
+    config = make_config(max_num_batched_tokens=16, max_model_len=128, **scarce)
+    driver = Driver(config)
+    for name, length in (("first", 64), ("second", 64), ("short", 5)):
+        driver.add(running(name, length, max_tokens=2))
+    driver.drain()
+    assert driver.runner.first_starts == ["first", "second", "short"]
+
+
+def test_a_preempted_prompt_waits_in_its_place_by_arrival() -> None:
+    config = make_config(max_num_batched_tokens=16, max_model_len=128, num_blocks=40, block_size=4)
+    driver = Driver(config)
+    driver.add(running("first", 64, max_tokens=40))
+    driver.add(running("second", 60, max_tokens=2))
+    driver.add(running("short", 3, max_tokens=60))
+    for _ in range(200):
+        driver.turn()
+        waiting = [seq.request_id for seq in driver.scheduler._waiting.values()]
+        assert waiting in ([], ["second"], ["short"], ["second", "short"])
+    assert not driver.scheduler.has_work()
+    for name, length, max_tokens in (("first", 64, 40), ("second", 60, 2), ("short", 3, 60)):
+        driver.check_against_definition(running(name, length, max_tokens=max_tokens))
+
+
 def test_decode_extend_and_prefill_share_a_step() -> None:
     driver = Driver(make_config(max_num_batched_tokens=10))
     driver.add(running("a", 4))
