@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import torch
 
-from miniserve.kernels.triton.sampling import NUM_COLUMNS, RowParams, sample
+from miniserve.kernels.sampling import NUM_COLUMNS, RowParams
+from miniserve.kernels.triton.sampling import sample
 from miniserve.runner.traffic import measure_bandwidth
 
 VOCAB_SIZE = 151_936

@@ -6,6 +6,7 @@
 #include "cpu_attention_bf16.h"
 #include "cpu_layers.h"
 #include "cpu_linear.h"
+#include "cpu_sampling.h"
 
 namespace {
 
@@ -129,14 +130,20 @@ void ms_advance(int given, const int64_t* rows, const int32_t* tables, int64_t* 
     });
 }
 
-// Each entry's most likely token, its row's last one from now on.
-void ms_greedy(int dtype, const void* logits, const int64_t* rows, int64_t* tokens, int64_t* last_tokens, int64_t* num_outputs, int64_t count,
-               int64_t vocab_size) {
+// A token for each entry. num_outputs: of each entry; or, with last_tokens, of all rows: then the token is its row's last one from
+// now on.
+void ms_draw(int dtype, const void* logits, const int64_t* rows, const int64_t* keys, const float* numbers, int64_t* num_outputs, int64_t* tokens,
+             int64_t* last_tokens, int64_t count, int64_t vocab_size, int threads) {
     with_type(dtype, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
-        share(1, count, [=](int64_t i) {
-            tokens[i] = last_tokens[rows[i]] = argmax((const T*)logits + i * vocab_size, vocab_size);
-            num_outputs[rows[i]]++;
+        share(count * vocab_size > 16384 ? threads : 1, count, [=](int64_t i) {
+            const int64_t row = rows[i];
+            int64_t& outputs = num_outputs[last_tokens ? row : i];
+            tokens[i] = draw((const T*)logits + i * vocab_size, vocab_size, numbers + row * NUM_COLUMNS, uniform(keys[row], outputs));
+            if (last_tokens) {
+                last_tokens[row] = tokens[i];
+                outputs++;
+            }
         });
     });
 }
@@ -152,7 +159,7 @@ Op ms_find_op(const char* name) {
 #endif
         {"ms_add_rms_norm", op<ms_add_rms_norm>}, {"ms_silu_and_mul", op<ms_silu_and_mul>}, {"ms_qk_norm_rope", op<ms_qk_norm_rope>},
         {"ms_write_kv", op<ms_write_kv>}, {"ms_paged_decode", op<ms_paged_decode>}, {"ms_gather_rows", op<ms_gather_rows>},
-        {"ms_advance", op<ms_advance>}, {"ms_greedy", op<ms_greedy>},
+        {"ms_advance", op<ms_advance>}, {"ms_draw", op<ms_draw>},
     };
     for (const auto& known : OPS)
         if (!std::strcmp(known.name, name)) return known.op;

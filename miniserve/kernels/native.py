@@ -9,6 +9,7 @@ import torch
 
 from miniserve.kernels.native_build import Unavailable
 from miniserve.kernels.native_calls import call, library
+from miniserve.kernels.sampling import RowParams
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PANEL = 16  # output rows of a packed panel, as in cpu_linear.h
@@ -164,17 +165,40 @@ class NativeKernels:
             step.seq_lens, step.block_tables, rows.shape[0], tables.shape[1], block_size,
         )  # fmt: skip
 
-    def greedy(
+    def draw(
+        self, logits: torch.Tensor, rows: torch.Tensor, params: RowParams, num_outputs: torch.Tensor
+    ) -> torch.Tensor:
+        """See `sampling.Draw`."""
+        tokens = torch.empty_like(rows)
+        self._draw(logits, rows, params, num_outputs, tokens, None)
+        return tokens
+
+    def draw_next(
         self,
         logits: torch.Tensor,
         rows: torch.Tensor,
+        params: RowParams,
+        num_outputs: torch.Tensor,
         tokens: torch.Tensor,
         last_tokens: torch.Tensor,
-        num_outputs: torch.Tensor,
     ) -> None:
-        """The most likely token, of equals the lowest, of each of logits [batch, vocab_size], to tokens int64 [batch]
-        and to last_tokens int64 [max_num_seqs] of rows int64 [batch], which in num_outputs int64 have one more."""
-        call("ms_greedy", _DTYPES[logits.dtype], logits, rows, tokens, last_tokens, num_outputs, *logits.shape)
+        """As `draw`, into `tokens` int64 [batch] and into last_tokens int64 [max_num_seqs] of `rows`, which have one
+        output more in num_outputs int64 [max_num_seqs] then."""
+        self._draw(logits, rows, params, num_outputs, tokens, last_tokens)
+
+    def _draw(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        params: RowParams,
+        num_outputs: torch.Tensor,
+        tokens: torch.Tensor,
+        last_tokens: torch.Tensor | None,
+    ) -> None:
+        call(
+            "ms_draw", _DTYPES[logits.dtype], logits, rows, params.keys, params.numbers, num_outputs, tokens,
+            last_tokens, *logits.shape, self.num_threads,
+        )  # fmt: skip
 
 
 def unavailable_reason() -> str | None:

@@ -22,7 +22,7 @@ from miniserve.attention.select import Choice, select
 from miniserve.attention.terms import name_of
 from miniserve.config import EngineConfig, tuning_dir
 from miniserve.core import EngineInfo
-from miniserve.kernels import native
+from miniserve.kernels import native, sampling
 from miniserve.models.config import load_model_config
 from miniserve.models.decoder import CausalLM
 from miniserve.models.description import ModelConfig
@@ -190,24 +190,25 @@ def _make_runner(
     vocab_size, device = model.config.vocab_size, options.device
     state = StepState(rows, plan.max_model_len, config.block_size, device)
     if options.triton is None:
-        sampler = Sampler(rows, vocab_size, device, eos_token_ids, config.seed)
+        draw = sampling.draw if options.native is None else options.native.draw
+        sampler = Sampler(rows, vocab_size, device, eos_token_ids, config.seed, draw)
         native_graphs = None
         if replays and options.native is not None:
             native_graphs = NativeGraphs(served, options.native, state, sampler)
         return ModelRunner(served, state, sampler, native_graphs)
     from miniserve.kernels.triton.decode_step import RowState
+    from miniserve.kernels.triton.sampling import compile_draw
+    from miniserve.kernels.triton.sampling import draw as device_draw
     from miniserve.runner.decode_graph import DecodeGraphs, decode_buckets
-    from miniserve.runner.sampling_device import DeviceDraw
 
-    draw = DeviceDraw(rows, device)
-    draw.compile(vocab_size, options.dtype)
-    sampler = Sampler(rows, vocab_size, device, eos_token_ids, config.seed, draw)
+    sampler = Sampler(rows, vocab_size, device, eos_token_ids, config.seed, device_draw)
+    compile_draw(vocab_size, options.dtype, sampler.params)
     if not replays:
         return ModelRunner(served, state, sampler)
     sizes = {"block_size": config.block_size, "max_seq_len": plan.max_model_len}
     row_state = RowState(state.tables, state.lens, sampler.last_tokens, sampler.num_outputs)
     buckets, guesses = decode_buckets(rows), config.num_draft_tokens
-    graphs = DecodeGraphs(served, row_state, draw.params, **sizes, buckets=buckets, num_draft_tokens=guesses)
+    graphs = DecodeGraphs(served, row_state, sampler.params, **sizes, buckets=buckets, num_draft_tokens=guesses)
     graphs.capture(partial(report, "decode graphs"))
     chunk_graphs = None
     # What padding holds is anything, also NaN, for which experts cannot be chosen.

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from miniserve.attention.metadata import DecodeRows, StepBatch
+from miniserve.kernels.sampling import RowParams
 from miniserve.kernels.triton.decode_step import RowState, StepTensors, advance, apply_changes, greedy
-from miniserve.kernels.triton.sampling import RowParams, sample
+from miniserve.kernels.triton.sampling import sample
 from miniserve.runner.sampler import SampleOutput, Sampler
 from miniserve.runner.served import ServedModel
 from miniserve.runner.state import GraphInputs

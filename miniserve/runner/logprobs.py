@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from miniserve.core import TokenLogprobs
-from miniserve.runner import sampling_blocks
 
+_BLOCK = 128  # of a vocabulary
 LOWEST_LOGPROB = -9999.0  # stands for -inf, which JSON cannot say
 
 _CHUNK_BYTES = {"cpu": 8 << 20}  # stays in the cache, and in memory that the allocator keeps
@@ -52,11 +53,11 @@ def gather_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> Lo
 
 def _gather_chunk(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> tuple[torch.Tensor, ...]:
     logits = logits.float()
-    top_ids = sampling_blocks.largest(logits, max(k, 1))[1]
+    top_ids = largest(logits, max(k, 1))[1]
     best = logits.gather(1, top_ids[:, :1])
     weights = logits.sub(best).mul_(math.log2(math.e)).exp2_()
     # Sums of blocks: a float32 sum over a large vocabulary, as in log_softmax, is off by 1e-5.
-    total = sampling_blocks.blocked(weights, 0.0).sum(-1).sum(-1, keepdim=True, dtype=torch.float64)
+    total = _blocked(weights, 0.0).sum(-1).sum(-1, keepdim=True, dtype=torch.float64)
     normaliser = best + total.log_()
 
     def logprobs(ids: torch.Tensor) -> torch.Tensor:
@@ -65,7 +66,7 @@ def _gather_chunk(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> tupl
     chosen = token_ids[:, None]
     # As floats, in memory that is at hand, these sum many times faster than as bools.
     better = torch.gt(logits, logits.gather(1, chosen), out=weights)
-    ranks = sampling_blocks.blocked(better, 0.0).sum(-1).sum(-1, dtype=torch.float64).long().add_(1)
+    ranks = _blocked(better, 0.0).sum(-1).sum(-1, dtype=torch.float64).long().add_(1)
     top_ids = top_ids[:, :k]
     return logprobs(chosen).squeeze(1), ranks, top_ids, logprobs(top_ids)
 
@@ -86,3 +87,44 @@ def to_token_logprobs(
             logprob, rank, top_ids, top_logprobs = next(found)
             entries.append(TokenLogprobs(token_id, logprob, rank, top_ids[:count], top_logprobs[:count]))
     return entries
+
+
+def _blocked(rows: torch.Tensor, fill: float) -> torch.Tensor:
+    """[num_rows, n] as [num_rows, num_blocks, _BLOCK]: a view if _BLOCK divides n, else a copy padded with `fill`."""
+    pad = -rows.shape[1] % _BLOCK
+    if pad:
+        rows = F.pad(rows, (0, pad), value=fill)
+    return rows.view(len(rows), rows.shape[1] // _BLOCK, _BLOCK)
+
+
+def largest(rows: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and int64 indices, both [num_rows, k], of each row's k largest, largest first (equals by index).
+
+    rows: float32 [num_rows, n], 1 <= k <= n. Exact: an entry among the k largest lies in one of the k blocks that are
+    first in the same order by (maximum, index), since every block before its own holds an entry before it. (On a CPU
+    block maxima run at memory speed, torch's topk over a whole vocabulary is several times slower.)
+    """
+    n = rows.shape[1]
+    if 2 * k * _BLOCK > n:  # the k blocks would be most of the row
+        order = _order(rows, torch.arange(n, device=rows.device))
+    else:
+        blocks = _blocked(rows, float("-inf"))
+        maxima = blocks.amax(-1)
+        block = _index(_order(maxima, torch.arange(maxima.shape[1], device=rows.device)).topk(k, sorted=False).values)
+        entries = blocks.gather(1, block[:, :, None].expand(-1, -1, _BLOCK))
+        index = block[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=rows.device)
+        order = _order(entries, index).flatten(1)
+    # The clamp matters only for a row with NaNs in it, which may sort behind the padding.
+    index = _index(order.topk(k).values).clamp_(max=n - 1)
+    return rows.gather(1, index), index
+
+
+def _order(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """int64 keys that sort as (value, -index): a float's bits, made monotonic, in the upper half."""
+    bits = (values + 0.0).view(torch.int32)  # the sum turns -0.0 into 0.0
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (bits.to(torch.int64) << 32).sub_(index)
+
+
+def _index(order: torch.Tensor) -> torch.Tensor:
+    return order.neg().bitwise_and_(0xFFFFFFFF)

@@ -125,7 +125,9 @@ class NativeGraphs:
 
     def _take_argmax(self, logits: torch.Tensor) -> None:
         rows, sampler = len(logits), self._sampler
-        self._kernels.greedy(logits, self._rows[:rows], self._tokens[rows], sampler.last_tokens, sampler.num_outputs)
+        self._kernels.draw_next(
+            logits, self._rows[:rows], sampler.params, sampler.num_outputs, self._tokens[rows], sampler.last_tokens
+        )
 
     def _make(self, calls: list[Call], allocated: list[torch.Tensor], logits: torch.Tensor) -> _Graph:
         words, pointers = encode(calls)

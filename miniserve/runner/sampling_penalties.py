@@ -12,21 +12,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from miniserve.kernels.sampling import FREQUENCY, PRESENCE, REPETITION
 from miniserve.runner.sampling_transfer import to_device
 
 _WIDTH_STEP = 64
 
 
 @dataclass(frozen=True, slots=True)
-class PenaltyParams:
-    """The penalised rows of a batch. positions: their places in it; the penalties are float32 [num_rows, 1]."""
+class PenalisedRows:
+    """The penalised rows of a batch."""
 
-    positions: torch.Tensor  # int64 [num_rows]
+    entries: torch.Tensor  # int64 [num_rows], batch indices
     rows: torch.Tensor  # int64 [num_rows], the runner's rows
     host_rows: npt.NDArray[np.int64]  # the same on the host
-    repetition: torch.Tensor
-    frequency: torch.Tensor
-    presence: torch.Tensor
+    numbers: torch.Tensor  # float32 [num_rows, NUM_COLUMNS], see `RowParams`
 
 
 class SeenTokens:
@@ -54,44 +53,45 @@ class SeenTokens:
         self._counts[row, : len(counts)] = to_device(np.array(list(counts.values()), np.float32), device)
         self._sizes[row].fill_(len(counts))
 
-    def penalise(self, logits: torch.Tensor, params: PenaltyParams) -> None:
-        """Apply the penalties to the rows `params.positions` of logits (float32 [batch, vocab_size]) in place.
+    def penalise(self, logits: torch.Tensor, batch: PenalisedRows) -> None:
+        """Apply the penalties to the rows `batch.entries` of logits (float32 [batch, vocab_size]) in place.
 
         Repetition (Keskar et al., CTRL, 2019) divides a positive and multiplies a negative logit of any seen token;
         frequency and presence (OpenAI API) subtract per occurrence and once, for output tokens only.
         """
-        width = int(self._bounds[params.host_rows].max())
+        width = int(self._bounds[batch.host_rows].max())
         if not width:
             return
-        rows, place = params.rows[:, None], torch.arange(width, device=logits.device)
-        used = place < self._sizes[params.rows, None]
+        rows, place = batch.rows[:, None], torch.arange(width, device=logits.device)
+        used = place < self._sizes[batch.rows, None]
         # Unused places repeat the first entry: they write what it writes.
         place = torch.where(used, place, 0)
         counts = self._counts[rows, place]
-        target = params.positions[:, None] * logits.shape[1] + self._ids[rows, place]
+        target = batch.entries[:, None] * logits.shape[1] + self._ids[rows, place]
         old = logits.view(-1)[target]
-        new = torch.where(old > 0, old / params.repetition, old * params.repetition)
-        new -= params.frequency * counts
-        new -= params.presence * (counts > 0)
+        repetition, frequency, presence = (batch.numbers[:, i, None] for i in (REPETITION, FREQUENCY, PRESENCE))
+        new = torch.where(old > 0, old / repetition, old * repetition)
+        new -= frequency * counts
+        new -= presence * (counts > 0)
         new = torch.where(used[:, :1], new, old)  # a row that has seen nothing
         logits.view(-1)[target] = new
 
-    def record(self, tokens: torch.Tensor, params: PenaltyParams) -> None:
+    def record(self, tokens: torch.Tensor, batch: PenalisedRows) -> None:
         """Count one output token for each penalised row. tokens: int64 [batch]."""
-        bounds = np.minimum(self._bounds[params.host_rows] + 1, self._vocab_size)
-        self._bounds[params.host_rows] = bounds
+        bounds = np.minimum(self._bounds[batch.host_rows] + 1, self._vocab_size)
+        self._bounds[batch.host_rows] = bounds
         width = int(bounds.max())
         self._reserve(width)
-        tokens = tokens[params.positions]
-        sizes = self._sizes[params.rows]
+        tokens = tokens[batch.entries]
+        sizes = self._sizes[batch.rows]
         place = torch.arange(width, device=tokens.device)
-        match = (self._ids[params.rows, :width] == tokens[:, None]) & (place < sizes[:, None])
+        match = (self._ids[batch.rows, :width] == tokens[:, None]) & (place < sizes[:, None])
         known = match.any(1)
         place = torch.where(known, (match * place).sum(1), sizes)
-        counts = torch.where(known, self._counts[params.rows, place], 0.0)
-        self._ids[params.rows, place] = tokens
-        self._counts[params.rows, place] = counts + 1
-        self._sizes[params.rows] = sizes + ~known
+        counts = torch.where(known, self._counts[batch.rows, place], 0.0)
+        self._ids[batch.rows, place] = tokens
+        self._counts[batch.rows, place] = counts + 1
+        self._sizes[batch.rows] = sizes + ~known
 
     def _reserve(self, width: int) -> None:
         have = self._ids.shape[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 from miniserve.attention.spec import AttentionSpec, QKRope
 from miniserve.kernels import native, native_build
 from miniserve.kernels.native import DecodeStep
+from miniserve.kernels.sampling import NUM_COLUMNS, RowParams, draw
 from miniserve.models.layers.ops import NativeOps, Ops
-from miniserve.runner.sampling_blocks import argmax
 
 pytestmark = pytest.mark.skipif(
     native.unavailable_reason() is not None, reason=f"C++ kernels: {native.unavailable_reason()}"
@@ -116,8 +117,10 @@ def test_greedy(dtype: torch.dtype, rows: int, size: int, levels: int, odd: floa
         logits[0, seed % size :: 50] = odd
     taken = torch.randperm(6, generator=torch.Generator().manual_seed(seed))[:rows]
     tokens, last_tokens, num_outputs = torch.zeros(rows).long(), torch.full((6,), -1), torch.arange(6)
-    native.NativeKernels().greedy(logits, taken, tokens, last_tokens, num_outputs)
-    assert torch.equal(tokens, argmax(logits.float()))
+    params = RowParams(torch.zeros(6).long(), torch.zeros(6).long(), torch.zeros(6, NUM_COLUMNS))
+    native.NativeKernels().draw_next(logits, taken, params, num_outputs, tokens, last_tokens)
+    assert torch.equal(tokens, draw(logits, taken, params, num_outputs))
+    assert torch.equal(tokens, torch.from_numpy(np.argmax(logits.float().numpy(), -1)))
     assert torch.equal(last_tokens[taken], tokens)
     assert (last_tokens == -1).sum() == 6 - rows
     assert torch.equal(num_outputs, torch.arange(6).index_add(0, taken, torch.ones(rows).long()))

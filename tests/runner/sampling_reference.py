@@ -11,7 +11,7 @@ Float64 = npt.NDArray[np.float64]
 def reference_distribution(
     logits: npt.NDArray[np.float32], temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> Float64:
-    """Probabilities [vocab_size] after the filters, by the words of `miniserve.runner.sampling_draw`."""
+    """Probabilities [vocab_size] after the filters, by the words of `miniserve.kernels.sampling`."""
     weights = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
     kept = np.argsort(-logits, kind="stable")
     kept = kept[weights[kept] >= min_p]

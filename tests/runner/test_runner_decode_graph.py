@@ -15,11 +15,11 @@ from miniserve.core import SamplingParams
 from miniserve.engine.loop import EngineLoop
 from miniserve.engine.step_log import StepLog
 from miniserve.kernels.triton.decode_step import RowState
+from miniserve.kernels.triton.sampling import draw
 from miniserve.models.decoder import CausalLM
 from miniserve.runner.decode_graph import DecodeGraphs
 from miniserve.runner.runner import ModelRunner
 from miniserve.runner.sampler import Sampler
-from miniserve.runner.sampling_device import DeviceDraw
 from miniserve.runner.served import ServedModel
 from miniserve.runner.state import GraphInputs, StepState
 from miniserve.scheduler.scheduler import Scheduler
@@ -44,13 +44,12 @@ def make_engine(model: CausalLM, layout: str, num_draft_tokens: int, *, graphs: 
     served = ServedModel(model, backend, caches)
     state = StepState(ROWS, MAX_LEN, 16, CPU)
     if graphs:
-        draw = DeviceDraw(ROWS, CPU)
-        sampler = Sampler(ROWS, model.config.vocab_size, CPU, frozenset({7}), device_draw=draw)
+        sampler = Sampler(ROWS, model.config.vocab_size, CPU, frozenset({7}), draw=draw)
         rows = RowState(state.tables, state.lens, sampler.last_tokens, sampler.num_outputs)
         recorded: DecodeGraphs | None = Unrecorded(
             served,
             rows,
-            draw.params,
+            sampler.params,
             block_size=16,
             max_seq_len=MAX_LEN,
             buckets=range(1, ROWS + 1),  # no padding, which this backend would write

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 
 from miniserve.core import Request, RowStart, SamplingParams
 from miniserve.kernels.triton.decode_step import RowState
-from miniserve.kernels.triton.sampling import sample
+from miniserve.kernels.triton.sampling import compile_draw, draw, sample
 from miniserve.runner.logprobs import to_token_logprobs
 from miniserve.runner.sampler import SampleOutput, Sampler
-from miniserve.runner.sampling_device import DeviceDraw
 
 ROWS, VOCAB, EOS, CPU = 6, 300, 2, torch.device("cpu")
 DEVICE = triton_support.DEVICE
@@ -21,7 +20,7 @@ DEVICE = triton_support.DEVICE
 PARAMS = st.builds(
     SamplingParams,
     temperature=st.sampled_from([0.0, 1e-6, 0.5, 1.7]),
-    top_k=st.sampled_from([1, 7, 150]),
+    top_k=st.sampled_from([0, 1, 7, 150]),
     top_p=st.sampled_from([1.0, 0.9173]),
     min_p=st.sampled_from([0.0, 0.053]),
     presence_penalty=st.sampled_from([0.0, 0.0, 0.7]),
@@ -37,8 +36,8 @@ class Graph:
     """What a graph does at the end of a step: draws for the rows that want no logits, and hands their tokens over; or
     draws at the positions that it is told."""
 
-    def __init__(self, sampler: Sampler, draw: DeviceDraw) -> None:
-        self.sampler, self.draw = sampler, draw
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
         nothing = torch.zeros(0, device=DEVICE)
         self.state = RowState(nothing, nothing, sampler.last_tokens, sampler.num_outputs)
 
@@ -47,7 +46,7 @@ class Graph:
         padded = torch.tensor([*rows, -1], device=DEVICE)
         logits = torch.cat([logits, torch.zeros_like(logits[:1])])
         tokens, left = torch.zeros_like(padded), torch.full_like(logits, float("nan"))
-        params = self.draw.params
+        params = self.sampler.params
         if positions is None:
             sample(logits, padded, params, tokens, self.state, left=left)
         else:
@@ -80,10 +79,9 @@ def check(output: SampleOutput, expected: SampleOutput) -> None:
 def test_steps_end_alike_in_pytorch_in_kernels_and_in_graphs(
     dtype: torch.dtype, data: st.DataObject, params: list[SamplingParams]
 ) -> None:
-    draws = [DeviceDraw(ROWS, DEVICE) for _ in range(3)]
     torch_sampler = Sampler(ROWS, VOCAB, CPU, (EOS,))
-    eager, in_graph, told_positions = (Sampler(ROWS, VOCAB, DEVICE, (EOS,), device_draw=draw) for draw in draws)
-    graph, explicit_graph = Graph(in_graph, draws[1]), Graph(told_positions, draws[2])
+    eager, in_graph, told_positions = (Sampler(ROWS, VOCAB, DEVICE, (EOS,), draw=draw) for _ in range(3))
+    graph, explicit_graph = Graph(in_graph), Graph(told_positions)
     rows = data.draw(st.permutations(range(ROWS)))[: len(params)]
     for row, asked in zip(rows, params, strict=True):
         request = Request(request_id=f"request {row}", prompt_token_ids=[1, 2, 3], params=asked)
@@ -102,10 +100,9 @@ def test_steps_end_alike_in_pytorch_in_kernels_and_in_graphs(
 
 
 def test_a_row_that_is_taken_again_is_drawn_by_its_new_request() -> None:
-    draw = DeviceDraw(2, DEVICE)
-    draw.compile(VOCAB, torch.float16)  # draws for nobody
-    sampler = Sampler(2, VOCAB, DEVICE, (EOS,), device_draw=draw)
-    graph = Graph(sampler, draw)
+    sampler = Sampler(2, VOCAB, DEVICE, (EOS,), draw=draw)
+    compile_draw(VOCAB, torch.float16, sampler.params)  # draws for nobody
+    graph = Graph(sampler)
     logits = torch.zeros(1, VOCAB, device=DEVICE)
     logits[0, 9] = 3.0
     for params, expected in (

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from miniserve.kernels.sampling import NUM_COLUMNS, RowParams
 from miniserve.kernels.triton import (
     decode_step,
     elementwise,
@@ -105,7 +106,7 @@ def _step_ends() -> None:
 def _draw(vocab_size: int, dtype: torch.dtype, *, in_graph: bool) -> None:
     rows = tensor(256, dtype=torch.int64)
     state = decode_step.RowState(rows, rows, rows, rows)
-    params = sampling.RowParams(rows, rows, tensor(256, sampling.NUM_COLUMNS, dtype=torch.float32))
+    params = RowParams(rows, rows, tensor(256, NUM_COLUMNS, dtype=torch.float32))
     logits = tensor(256, vocab_size, dtype=dtype)
     if in_graph:
         sampling.sample(logits, rows, params, rows, state, left=logits)

@@ -1,12 +1,8 @@
 # mypy: allow-untyped-defs, disable-error-code="no-untyped-call"
-"""Draws a step's tokens from its logits, on the device and without a sort.
+"""Draws a step's tokens from its logits as `kernels.sampling` defines it, on the device and without a sort.
 
-What is drawn is what `runner.sampling_draw` draws: temperature, min_p, top_k (exactly k, the lowest ids among equals),
-top_p (all that are as likely as the last one kept), and then the inverse of the CDF in the order of the ids at the one
-number that SplitMix64 (Steele, Lea and Flood, OOPSLA 2014; `runner.sampling_random`) has for a row's key and output
-position. The Gumbel-max trick would need a random number for every token of the vocabulary; by inversion a CPU draws
-the same token from the same number, but for rounding. (Where a row has top_p alone, the CPU repeats its draw until it
-is inside the nucleus, which gives other tokens of the same distribution.)
+The Gumbel-max trick would need a random number for every token of the vocabulary; by inversion of the CDF a CPU draws
+the same token from the same number.
 
 Three kernels, of which one reads all logits. The first reduces every block of 64 logits to its maximum and the sum of
 its weights. The second has a row to itself: from these it draws for a row without filters, or else finds which blocks
@@ -19,44 +15,35 @@ order that nothing but the row decides, so that a row's token does not depend on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
+from miniserve.kernels import sampling
+from miniserve.kernels.sampling import RowParams
 from miniserve.kernels.triton.decode_step import RowState
 from miniserve.kernels.triton.pdl import launch_options, start, wait
 
-NUM_COLUMNS = 5
 _BLOCK = 64
 _TILE = 4096  # logits that one program looks at in one go
 _ZERO_BITS = {torch.bfloat16: 16, torch.float16: 13}  # at the end of a float32 that was one of these
 
-_TEMPERATURE, _TOP_K, _TOP_P, _MIN_P, _LEFT = (tl.constexpr(i) for i in range(NUM_COLUMNS))
-_COLUMNS = tl.constexpr(NUM_COLUMNS)
+_TEMPERATURE, _TOP_K, _TOP_P, _MIN_P, _LEFT = (
+    tl.constexpr(column)
+    for column in (sampling.TEMPERATURE, sampling.TOP_K, sampling.TOP_P, sampling.MIN_P, sampling.WANTS_LOGITS)
+)
+_COLUMNS = tl.constexpr(sampling.NUM_COLUMNS)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-3e38)  # stands in for the maximum of a row of -inf, from which nothing can be subtracted
 _NO_WEIGHT = tl.constexpr(2e-38)  # what weighs less, of a best token's 1, is never drawn
 _ORDER_OF_MINUS_INF = tl.constexpr(-0x7F800001)
-_NUMBERS_PER_POSITION = tl.constexpr(32)  # as in runner.sampling_random
+_NUMBERS_PER_POSITION = tl.constexpr(sampling.NUMBERS_PER_POSITION)
 _GAMMA, _MIX_1, _MIX_2 = (tl.constexpr(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-
-
-@dataclass(frozen=True, slots=True)
-class RowParams:
-    """What every row's request asks for. keys: int64 [max_num_seqs], of its stream of random numbers; prompt_lens:
-    int64 [max_num_seqs]; numbers: float32 [max_num_seqs, NUM_COLUMNS]: temperature (0: the most likely token), top_k
-    (0: all), top_p (1: all), min_p (0: all), and 1 where a graph is to leave the row's logits to the host."""
-
-    keys: torch.Tensor
-    prompt_lens: torch.Tensor
-    numbers: torch.Tensor
 
 
 @triton.jit
 def _uniform(key, position):
-    """As `runner.sampling_random.uniform`: one float64 in [0, 1)."""
+    """As `sampling.uniform`: one float64 in [0, 1)."""
     bits = (position * _NUMBERS_PER_POSITION + 1).to(tl.uint64) * _GAMMA + key.to(tl.uint64)
     bits = (bits ^ (bits >> 30)) * _MIX_1
     bits = (bits ^ (bits >> 27)) * _MIX_2
@@ -395,3 +382,17 @@ def sample(
         logits, *row, *chosen, vocab_size, num_blocks, SHIFT=_ZERO_BITS.get(logits.dtype, 0), BLOCK=_BLOCK,
         TILE=_TILE, ADVANCE=advance, num_warps=8, **options,
     )  # fmt: skip
+
+
+def draw(logits: torch.Tensor, rows: torch.Tensor, params: RowParams, num_outputs: torch.Tensor) -> torch.Tensor:
+    """See `sampling.Draw`; nothing is drawn for a negative row."""
+    tokens = torch.empty_like(rows)
+    sample(logits, rows, params, tokens, num_outputs=num_outputs)
+    return tokens
+
+
+def compile_draw(vocab_size: int, dtype: torch.dtype, params: RowParams) -> None:
+    """Build the kernels for logits as they come and for edited ones: no request is to wait for that."""
+    padding = torch.full((1,), -1, dtype=torch.int64, device=params.keys.device)
+    for kind in {dtype, torch.float32}:
+        draw(torch.zeros(1, vocab_size, dtype=kind, device=padding.device), padding, params, padding)

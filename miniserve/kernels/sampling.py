@@ -1,0 +1,96 @@
+"""The draw of a step's tokens: what rows ask for, and PyTorch's way, which the GPU's (`triton.sampling`) and the CPU's
+(`native`) follow. They draw the same token for the same row, but where two tokens meet within rounding.
+
+At temperature 0 a row takes its most likely token, of equals the lowest id. Else the filters follow each other as in
+vLLM: temperature, min_p, top_k, top_p. min_p keeps tokens at least min_p times as likely as the most likely one. top_k
+keeps exactly k, the lowest ids among equals. top_p keeps the most likely ones until their share of what the other two
+left reaches top_p, and those as likely as the last one kept. Then the inverse of the CDF in the order of the ids, at
+one number in [0, 1).
+
+That number depends on the row's key and its number of output tokens alone: a row's stream is SplitMix64 (Steele, Lea
+and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014) started at the key and read at any place. So a
+draw depends on nothing else that the batch holds, and a preempted sequence goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+TEMPERATURE, TOP_K, TOP_P, MIN_P, WANTS_LOGITS, REPETITION, FREQUENCY, PRESENCE = range(8)  # columns of `numbers`
+NUM_COLUMNS = 8
+NUMBERS_PER_POSITION = 32  # of a row's stream; a draw reads the first
+
+_GAMMA = 0x9E3779B97F4A7C15 - 2**64  # torch has signed integers; products wrap to the same bits
+_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MIX_2 = 0x94D049BB133111EB - 2**64
+
+
+@dataclass(frozen=True, slots=True)
+class RowParams:
+    """What each row's request asks for. keys: int64 [max_num_seqs], of its stream of random numbers; prompt_lens: int64
+    [max_num_seqs]; numbers: float32 [max_num_seqs, NUM_COLUMNS]: temperature (0: the most likely token), top_k (0:
+    all), top_p (1: all), min_p (0: all), 1 where the sampler needs the row's logits, and the three penalties."""
+
+    keys: torch.Tensor
+    prompt_lens: torch.Tensor
+    numbers: torch.Tensor
+
+
+# draw(logits, rows, params, num_outputs) -> token ids int64 [batch]. logits: contiguous [batch, vocab_size] of any
+# float, not modified; rows: int64 [batch], may repeat; num_outputs: int64 [batch], output tokens before each draw.
+Draw = Callable[[torch.Tensor, torch.Tensor, RowParams, torch.Tensor], torch.Tensor]
+
+
+def uniform(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """One float64 in [0, 1), a multiple of 2**-53, per row. keys, positions: int64 [num_rows]."""
+    bits = (positions * NUMBERS_PER_POSITION + 1) * _GAMMA + keys
+    bits = (bits ^ _shift_right(bits, 30)) * _MIX_1
+    bits = (bits ^ _shift_right(bits, 27)) * _MIX_2
+    return _shift_right(bits ^ _shift_right(bits, 31), 11).to(torch.float64) * 2.0**-53
+
+
+def _shift_right(bits: torch.Tensor, count: int) -> torch.Tensor:
+    """Logical shift: torch's shift of a signed integer repeats the sign bit."""
+    return (bits >> count) & ((1 << (64 - count)) - 1)
+
+
+def draw(logits: torch.Tensor, rows: torch.Tensor, params: RowParams, num_outputs: torch.Tensor) -> torch.Tensor:
+    """See `Draw`."""
+    logits, vocab_size = logits.float(), logits.shape[1]
+    ids = torch.arange(vocab_size, device=logits.device)
+    numbers = params.numbers[rows]
+    temperature = numbers[:, TEMPERATURE, None]
+    best = logits.amax(-1, keepdim=True)
+    tokens = torch.where((logits == best) | logits.isnan(), ids, vocab_size).amin(-1)
+    drawn = (numbers[:, TEMPERATURE] > 0.0).nonzero().squeeze(1)
+    if not len(drawn):
+        return tokens
+    logits, numbers = logits[drawn], numbers[drawn]
+    weights = ((logits - best[drawn]) * (math.log2(math.e) / temperature[drawn])).exp2_().double()
+    if (numbers[:, TOP_K] > 0).any() or (numbers[:, TOP_P] < 1).any() or (numbers[:, MIN_P] > 0).any():
+        weights *= _kept(logits, weights, numbers)
+    mass = weights.cumsum(-1)
+    above = (mass > (uniform(params.keys[rows[drawn]], num_outputs[drawn]) * mass[:, -1])[:, None]) & (weights > 0)
+    first = torch.where(above, ids, vocab_size).amin(-1)
+    last = torch.where(weights > 0, ids, 0).amax(-1)  # rounding may have put the target beyond the sum
+    tokens[drawn] = torch.minimum(first, last)
+    return tokens
+
+
+def _kept(logits: torch.Tensor, weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Which tokens the filters leave. weights: float64, the most likely token's is 1."""
+    top_k, top_p, min_p = (numbers[:, column, None].double() for column in (TOP_K, TOP_P, MIN_P))
+    values, order = logits.sort(dim=-1, descending=True, stable=True)
+    sorted_weights = weights.gather(1, order)
+    place = torch.arange(logits.shape[1], device=logits.device)
+    kept = (sorted_weights >= min_p) & ((place < top_k) | (top_k == 0))
+    mass = (sorted_weights * kept).cumsum(-1)
+    ahead = mass - sorted_weights * kept
+    ahead[:, 1:].masked_fill_(values[:, 1:] == values[:, :-1], 0.0)
+    ahead = ahead.cummax(-1).values  # equal tokens have the same tokens ahead of them
+    kept &= (ahead < top_p * mass[:, -1:]) | (top_p >= 1.0)
+    return torch.zeros_like(kept).scatter_(1, order, kept)
