@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 from typing import Annotated
@@ -199,20 +198,3 @@ def throughput(
     display.print_throughput(result, opened.info)
     if json is not None:
         write_json(json, result.to_json(opened.info))
-
-
-@app.command()
-def kernels(
-    tune: Annotated[bool, typer.Option("--tune", help="Time other tiles and splits instead of the table.")] = False,
-    json: JsonPath = None,
-) -> None:
-    """Time the Triton attention kernels on this GPU: time, GB/s and the share of a device copy's."""
-    if importlib.util.find_spec("triton") is None:
-        raise UserError("The kernels are written in Triton, which is not installed: pip install triton.")
-    import torch
-
-    if not torch.cuda.is_available():
-        raise UserError("The kernels are timed on a GPU, and PyTorch finds none here.")
-    from miniserve.bench.kernels import main
-
-    main(tune, json)

@@ -218,5 +218,5 @@ def test_plot_without_matplotlib_is_refused_before_measuring(monkeypatch: pytest
 def test_help_names_every_command() -> None:
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    for command in ("serve", "sweep", "latency", "throughput", "kernels"):
+    for command in ("serve", "sweep", "latency", "throughput"):
         assert command in result.output
