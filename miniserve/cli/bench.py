@@ -89,7 +89,7 @@ def serve(
         write_json(json, result.to_json())
     if plot is not None and result.completed:
         plotting.plot_serve(result, plot)
-    if result.failures:
+    if result.summary.failures:
         raise typer.Exit(1)
 
 
@@ -115,10 +115,10 @@ def sweep(
 
     Starts a server for each layout, unless --url names one. Exits 1 when a request failed.
     """
+    from miniserve.bench import display
     from miniserve.bench import plot as plotting
     from miniserve.bench import sweep as sweeping
     from miniserve.bench.report import write_json
-    from miniserve.bench.sweep_display import plot_sweep, print_sweep
 
     if plot is not None:
         plotting.load_figure_class()
@@ -139,9 +139,9 @@ def sweep(
 
     result = sweeping.sweep(config, lambda text: typer.echo(text, err=True), keep)
     keep(result)
-    print_sweep(result)
+    display.print_sweep(result)
     if plot is not None:
-        plot_sweep(result, plot)
+        plotting.plot_sweep(result, plot)
     if result.failed:
         raise typer.Exit(1)
 
