@@ -21,7 +21,7 @@ app = typer.Typer(no_args_is_help=True, help="Measure a server from outside, or 
 
 
 def _writable(path: Path | None) -> Path | None:
-    """Asked before the measurement, all of which a file that cannot be written would cost."""
+    """Checked before measuring: a file that cannot be written would cost the whole measurement."""
     if path is not None and (
         path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK)
     ):
