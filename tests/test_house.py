@@ -56,9 +56,7 @@ def test_a_room_imports_only_from_below(name: str) -> None:
     assert files
     above = set(ROOMS[: ROOMS.index(name)])
     for path in files:
-        # A benchmark starts a server of ours as the command line does.
-        allowed = {"cli"} if path.name == "server_process.py" else set()
-        assert not (imports(path) & above) - allowed, path
+        assert not (imports(path) & above), path
 
 
 def test_every_room_has_its_place() -> None:

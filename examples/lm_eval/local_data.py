@@ -13,10 +13,11 @@ from typing import Any
 
 from datasets import Dataset
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+# The checkout: its tools/ makes the data that the built-in model is trained on.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tiny_data import Split, multiple_choice, problems
-from tiny_stories import draw_story
+from tools.tiny_data import Split, multiple_choice, problems
+from tools.tiny_stories import draw_story
 
 SHOTS = 50
 

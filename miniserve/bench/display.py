@@ -12,7 +12,9 @@ from miniserve.bench import offline, serve
 from miniserve.bench.client import RequestRecord
 from miniserve.bench.decode_steps import DecodeSteps
 from miniserve.bench.stats import Summary
+from miniserve.bench.sweep import SweepResult
 from miniserve.core import EngineInfo
+from miniserve.engine.roofline import share_of_bandwidth
 
 BUSY_CLIENT = 0.8
 
@@ -48,11 +50,11 @@ def _latency_table(title: str, summaries: dict[str, Summary | None], labels: dic
 
 
 def print_serve(result: serve.ServeResult) -> None:
-    console = _console()
-    throughput = result.throughput()
+    console, summary = _console(), result.summary
+    throughput = summary.throughput
     console.print(
-        f"{result.model} at {result.config.root}: {len(result.completed)} of {len(result.records)} requests completed "
-        f"in {result.duration:.2f} s\n"
+        f"{result.model} at {result.config.root}: {summary.completed} of {len(result.records)} requests completed "
+        f"in {summary.duration:.2f} s\n"
         f"{throughput['requests_per_s']:,.2f} requests/s · {throughput['input_tokens_per_s']:,.0f} input tokens/s · "
         f"{throughput['output_tokens_per_s']:,.0f} output tokens/s"
     )
@@ -62,16 +64,47 @@ def print_serve(result: serve.ServeResult) -> None:
         "itl": "ITL (between chunks)",
         "e2e": "E2E (whole request)",
     }
-    console.print(_latency_table("Latency", result.latencies(), labels))
-    _print_steps(console, result.steps)
-    for error, count in result.failures.items():
+    console.print(_latency_table("Latency", summary.latency, labels))
+    _print_steps(console, summary.steps)
+    for error, count in summary.failures.items():
         console.print(f"{count} failed: {error}", style="red", markup=False)
-    if result.client_cpu > BUSY_CLIENT:
+    if summary.client_cpu > BUSY_CLIENT:
         console.print(
-            f"This client used {result.client_cpu:.0%} of a core: it may be what was measured. "
+            f"This client used {summary.client_cpu:.0%} of a core: it may be what was measured. "
             "Run several with a share of the load each.",
             style="yellow",
         )
+
+
+def print_sweep(result: SweepResult) -> None:
+    """tokens/s are output tokens, TPOT and TTFT medians; bandwidth: the share of the memory's that decode reached."""
+    console = _console()
+    table = Table(title=result.model, title_justify="left", title_style="bold")
+    columns = ("in/out", "at once", "layout", "tokens/s", "TPOT ms", "p99", "TTFT ms", "bandwidth")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index in (0, 2) else "right", no_wrap=True)
+    order = sorted(result.points, key=lambda p: (p.shape.input_len, p.shape.output_len, p.concurrency))
+    for point in order:
+        steps, tpot, ttft = point.summary.steps, point.summary.latency["tpot"], point.summary.latency["ttft"]
+        share = None if steps is None else share_of_bandwidth(steps.totals, steps.bandwidth)
+        table.add_row(
+            f"{point.shape.input_len:,}/{point.shape.output_len:,}",
+            f"{point.concurrency}",
+            point.layout,
+            f"{point.summary.throughput['output_tokens_per_s']:,.0f}",
+            "-" if tpot is None else f"{1000 * tpot.median:,.2f}",
+            "-" if tpot is None else f"{1000 * tpot.p99:,.2f}",
+            "-" if ttft is None else f"{1000 * ttft.median:,.0f}",
+            "-" if share is None else f"{share:.0%}",
+        )
+    console.print(table)
+    for layout, reason in result.refused.items():
+        console.print(f"{layout} was not measured: {reason}", style="yellow", markup=False)
+    for point in order:
+        for error, count in point.summary.failures.items():
+            shape = f"{point.shape.input_len}/{point.shape.output_len}"
+            where = f"{point.layout}, {shape}, {point.concurrency} at a time"
+            console.print(f"{count} failed ({where}): {error}", style="red", markup=False)
 
 
 def print_latency(result: offline.LatencyResult, info: EngineInfo) -> None:

@@ -1,4 +1,4 @@
-"""A picture of a serving benchmark: how TTFT, TPOT and ITL are distributed."""
+"""Pictures of serving benchmarks: how latencies are distributed, and how throughput and TPOT follow concurrency."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from miniserve.bench.serve import ServeResult
+from miniserve.bench.serve import ServeResult, ServeSummary
+from miniserve.bench.sweep import SweepResult
 from miniserve.core import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_BAR = "#4878a8"
+_COLORS = ("#4878a8", "#d07030")
 _MARKS = ((50, "median", "#222222", "-"), (99, "p99", "#c03030", "--"))
 _PANELS = (
     ("TTFT", "time to first token"),
@@ -52,10 +53,51 @@ def plot_serve(result: ServeResult, path: Path) -> None:
     figure.axes[1].set_ylabel("requests")
     figure.axes[2].set_ylabel("gaps between chunks")
     figure.suptitle(_title(result), fontsize=11)
-    save(figure, path)
+    _save(figure, path)
 
 
-def save(figure: Any, path: Path) -> None:
+def plot_sweep(result: SweepResult, path: Path) -> None:
+    """Write a PNG: a column for each pair of lengths, output tokens/s above median TPOT, a line for each layout.
+
+    Raises `UserError` where matplotlib is missing or the file cannot be written.
+    """
+    shapes = list(dict.fromkeys(point.shape for point in result.points))
+    layouts = list(dict.fromkeys(point.layout for point in result.points))
+    figure = load_figure_class()(figsize=(1 + 4.2 * len(shapes), 7.5), dpi=120, layout="constrained")
+    rows = (("output tokens/s", _output_rate), ("median TPOT, ms", _median_tpot))
+    grid = figure.subplots(len(rows), len(shapes), squeeze=False)
+    for (label, figure_of), line_of_axes in zip(rows, grid, strict=True):
+        for shape, axes in zip(shapes, line_of_axes, strict=True):
+            for layout, color in zip(layouts, _COLORS, strict=False):
+                here = [point for point in result.points if (point.layout, point.shape) == (layout, shape)]
+                values = [(point.concurrency, figure_of(point.summary)) for point in here]
+                shown = [(x, y) for x, y in values if y is not None]
+                axes.plot([x for x, _ in shown], [y for _, y in shown], marker="o", color=color, label=layout)
+            axes.set_xscale("log", base=2)
+            ticks = sorted({point.concurrency for point in result.points})
+            axes.set_xticks(ticks, [f"{tick}" for tick in ticks])
+            axes.set_ylim(bottom=0)
+            axes.set_title(f"{shape.input_len:,} in, {shape.output_len:,} out", fontsize=10)
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+        line_of_axes[0].set_ylabel(label)
+    for axes in grid[-1]:
+        axes.set_xlabel("concurrent requests")
+    grid[0][0].legend(frameon=False)
+    figure.suptitle(result.model, fontsize=11)
+    _save(figure, path)
+
+
+def _output_rate(summary: ServeSummary) -> float | None:
+    return summary.throughput["output_tokens_per_s"]
+
+
+def _median_tpot(summary: ServeSummary) -> float | None:
+    tpot = summary.latency["tpot"]
+    return None if tpot is None else 1000 * tpot.median
+
+
+def _save(figure: Any, path: Path) -> None:
     """Write a PNG. Raises `UserError` where the file cannot be written."""
     try:
         figure.savefig(path, format="png")
@@ -64,7 +106,7 @@ def save(figure: Any, path: Path) -> None:
 
 
 def _title(result: ServeResult) -> str:
-    config, throughput = result.config, result.throughput()
+    config, throughput = result.config, result.summary.throughput
     load = f"{config.request_rate:g} requests/s" if config.request_rate else f"{config.concurrency} at a time"
     return (
         f"{result.model} · {len(result.completed)} requests, {load} · "
@@ -82,7 +124,7 @@ def _histogram(axes: Axes, values: Sequence[float]) -> None:
     # One straggler must not press all others into a single bar: what lies beyond the edge is counted in the last one.
     edge = max(marks[1] * 1.1, marks[0] * 1.5)
     shown = [min(value, edge) for value in values]
-    axes.hist(shown, bins=min(60, max(10, len(shown) // 4)), color=_BAR)
+    axes.hist(shown, bins=min(60, max(10, len(shown) // 4)), color=_COLORS[0])
     axes.set_xlim(left=0)
     for value, (_, label, color, style) in zip(marks, _MARKS, strict=True):
         axes.axvline(value, color=color, linestyle=style, linewidth=1.2, label=f"{label} {value:,.2f} ms")

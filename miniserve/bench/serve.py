@@ -77,71 +77,97 @@ class ServeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServeSummary:
+    """A measurement without its requests one by one; tokens, throughput and latencies are of those that succeeded.
+
+    `duration` reaches from the first request's start to the last one's end. `failures`: how often each error happened,
+    the commonest first. `throughput`: see `stats.rates`. `latency`: one sample a request for ttft, tpot and e2e, one a
+    gap between chunks for itl. `client_cpu` is the share of one core that this client used: near 1, it is the client
+    that was measured. `lag` is by how many seconds at worst a request left later than its arrival time. `steps`: what
+    the server counted meanwhile, where it is ours. Times in seconds.
+    """
+
+    completed: int
+    failures: dict[str, int]
+    duration: float
+    input_tokens: int
+    output_tokens: int
+    tokens_per_chunk: float | None
+    throughput: dict[str, float]
+    latency: dict[str, Summary | None]
+    client_cpu: float
+    lag: float
+    steps: DecodeSteps | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "duration_s": self.duration,
+            "completed": self.completed,
+            "failed": sum(self.failures.values()),
+            "failures": self.failures,
+            "input_tokens": self.input_tokens,
+            "output_tokens": self.output_tokens,
+            "tokens_per_chunk": self.tokens_per_chunk,
+            "throughput": self.throughput,
+            "latency_s": {name: summary and asdict(summary) for name, summary in self.latency.items()},
+            "steps": self.steps and self.steps.to_json(),
+            "client": {"cpu_share": self.client_cpu, "max_lag_s": self.lag},
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServeResult:
-    """`duration` in seconds from the first request's start to the last one's end. `client_cpu` is the share of one core
-    that this client used: near 1, it is the client that was measured. `lag` is by how many seconds at worst a request
-    left later than its arrival time. `steps`: what the server counted meanwhile, where it is ours."""
+    """`records` in the order of the prompts."""
 
     config: ServeConfig
     model: str
     server: dict[str, Any]
     records: list[RequestRecord]
-    duration: float
-    client_cpu: float
-    lag: float
-    steps: DecodeSteps | None = None
+    summary: ServeSummary
 
     @property
     def completed(self) -> list[RequestRecord]:
         return [record for record in self.records if record.error is None]
 
-    @property
-    def failures(self) -> dict[str, int]:
-        """How often each error happened, the commonest first."""
-        return dict(Counter(record.error for record in self.records if record.error is not None).most_common())
-
-    def latencies(self) -> dict[str, Summary | None]:
-        """Seconds. One sample a request for ttft, tpot and e2e, one a gap between chunks for itl."""
-        completed = self.completed
-        return {
-            "ttft": summarize([record.ttft for record in completed]),
-            "tpot": summarize([record.tpot for record in completed if record.tpot is not None]),
-            "itl": summarize([gap for record in completed for gap in record.itl]),
-            "e2e": summarize([record.e2e for record in completed]),
-        }
-
-    def throughput(self) -> dict[str, float]:
-        """Requests, input tokens and output tokens a second over the whole run, of the requests that succeeded."""
-        completed = self.completed
-        tokens_in = sum(record.prompt_tokens for record in completed)
-        tokens_out = sum(record.completion_tokens for record in completed)
-        return rates(self.duration, len(completed), tokens_in, tokens_out)
-
     def to_json(self) -> dict[str, Any]:
-        """Everything: settings, summaries, and each request as it was measured. Seconds and tokens."""
+        """Everything: settings, summary, and each request as it was measured."""
         config = asdict(self.config)
         config["api_key"] = None if self.config.api_key is None else "***"
-        completed = self.completed
-        chunks = sum(record.num_chunks for record in completed)
-        tokens_out = sum(record.completion_tokens for record in completed)
         return {
             **header("serve"),
             "model": self.model,
             "server": self.server,
             "config": config,
-            "duration_s": self.duration,
-            "completed": len(completed),
-            "failed": len(self.records) - len(completed),
-            "failures": self.failures,
-            "input_tokens": sum(record.prompt_tokens for record in completed),
-            "output_tokens": tokens_out,
-            "tokens_per_chunk": tokens_out / chunks if chunks else None,
-            "throughput": self.throughput(),
-            "latency_s": {name: summary and asdict(summary) for name, summary in self.latencies().items()},
-            "steps": self.steps and self.steps.to_json(),
-            "client": {"cpu_share": self.client_cpu, "max_lag_s": self.lag},
+            **self.summary.to_json(),
             "requests": [asdict(record) | {"tpot": record.tpot} for record in self.records],
         }
+
+
+def _summary(
+    records: list[RequestRecord], duration: float, client_cpu: float, lag: float, steps: DecodeSteps | None
+) -> ServeSummary:
+    completed = [record for record in records if record.error is None]
+    chunks = sum(record.num_chunks for record in completed)
+    tokens_in = sum(record.prompt_tokens for record in completed)
+    tokens_out = sum(record.completion_tokens for record in completed)
+    return ServeSummary(
+        completed=len(completed),
+        failures=dict(Counter(record.error for record in records if record.error is not None).most_common()),
+        duration=duration,
+        input_tokens=tokens_in,
+        output_tokens=tokens_out,
+        tokens_per_chunk=tokens_out / chunks if chunks else None,
+        throughput=rates(duration, len(completed), tokens_in, tokens_out),
+        latency={
+            "ttft": summarize([record.ttft for record in completed]),
+            "tpot": summarize([record.tpot for record in completed if record.tpot is not None]),
+            "itl": summarize([gap for record in completed for gap in record.itl]),
+            "e2e": summarize([record.e2e for record in completed]),
+        },
+        client_cpu=client_cpu,
+        lag=lag,
+        steps=steps,
+    )
 
 
 def run(config: ServeConfig, on_done: Callable[[RequestRecord], None] = lambda record: None) -> ServeResult:
@@ -176,16 +202,9 @@ async def _run(config: ServeConfig, on_done: Callable[[RequestRecord], None]) ->
         pool.close()
     async with _client(config) as client:
         after = await ask_server(client, config.root)
-    return ServeResult(
-        config=config,
-        model=model,
-        server=server,
-        records=records,
-        duration=duration,
-        client_cpu=cpu / duration,
-        lag=lag,
-        steps=None if before is None or after is None else after.since(before),
-    )
+    steps = None if before is None or after is None else after.since(before)
+    summary = _summary(records, duration, cpu / duration, lag, steps)
+    return ServeResult(config=config, model=model, server=server, records=records, summary=summary)
 
 
 def _client(config: ServeConfig) -> httpx.AsyncClient:

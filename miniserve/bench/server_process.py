@@ -1,4 +1,4 @@
-"""A server of ours in a process of its own, for benchmarks: its Python shares no interpreter with the client's."""
+"""`miniserve serve` in another process, for benchmarks: its Python shares no interpreter with the client's."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import httpx
-import msgspec
 
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
@@ -29,10 +29,10 @@ def running_server(engine: EngineConfig) -> Iterator[str]:
     it does not start."""
     with tempfile.TemporaryDirectory(prefix="miniserve-bench-") as folder:
         path = Path(folder) / "log"
-        port, settings = _free_port(), msgspec.json.encode(engine).decode()
+        port = _free_port()
         with path.open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "miniserve.bench.server_process", f"{port}", settings],
+                [sys.executable, "-P", "-m", "miniserve", "serve", f"--port={port}", *arguments(engine)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -73,17 +73,17 @@ def _free_port() -> int:
         return port
 
 
-def main(port: int, engine: EngineConfig) -> int:
-    """Serve until a signal; returns the exit code."""
-    from miniserve.cli.start import start
-    from miniserve.server.config import ServerConfig
-
-    try:
-        return start(engine, ServerConfig(port=port), prompt=None, chat=False)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), msgspec.json.decode(sys.argv[2], type=EngineConfig)))
+def arguments(engine: EngineConfig) -> list[str]:
+    """What `miniserve serve` is to be called with for this engine."""
+    options, model = [], []
+    for field in fields(engine):
+        value, flag = getattr(engine, field.name), field.name.replace("_", "-")
+        if value == field.default:
+            continue
+        if field.name == "model":
+            model = ["--", value]
+        elif isinstance(value, bool):
+            options.append(f"--{flag}" if value else f"--no-{flag.removeprefix('enable-')}")
+        else:
+            options.append(f"--{flag}={value}")
+    return options + model

@@ -9,11 +9,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from miniserve.bench.decode_steps import DecodeSteps
 from miniserve.bench.report import header
-from miniserve.bench.serve import ServeConfig, ServeResult, run
+from miniserve.bench.serve import ServeConfig, ServeSummary, run
 from miniserve.bench.server_process import running_server
-from miniserve.bench.stats import Summary
 from miniserve.bench.workload import Shape
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
@@ -56,25 +54,21 @@ class SweepConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """One measurement. Times in seconds, rates in tokens a second; see `ServeResult`."""
+    """One measurement."""
 
     layout: str
-    input_len: int
-    output_len: int
+    shape: Shape
     concurrency: int
-    completed: int
-    failures: dict[str, int]
-    duration: float
-    output_tokens_per_s: float
-    total_tokens_per_s: float
-    ttft: Summary | None
-    tpot: Summary | None
-    itl: Summary | None
-    client_cpu: float
-    steps: DecodeSteps | None
+    summary: ServeSummary
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"steps": self.steps and self.steps.to_json()}
+        return {
+            "layout": self.layout,
+            "input_len": self.shape.input_len,
+            "output_len": self.shape.output_len,
+            "concurrency": self.concurrency,
+            **self.summary.to_json(),
+        }
 
 
 @dataclass(slots=True, kw_only=True)
@@ -88,7 +82,7 @@ class SweepResult:
 
     @property
     def failed(self) -> int:
-        return sum(sum(point.failures.values()) for point in self.points)
+        return sum(sum(point.summary.failures.values()) for point in self.points)
 
     def to_json(self) -> dict[str, Any]:
         config = asdict(self.config) | {"api_key": None if self.config.api_key is None else "***"}
@@ -174,25 +168,6 @@ def _measure(
         )
         measured = run(load)
         result.model = measured.model
-        result.points.append(_point(layout, shape, concurrency, measured))
+        point = Point(layout=layout, shape=shape, concurrency=concurrency, summary=measured.summary)
+        result.points.append(point)
         on_point(result)
-
-
-def _point(layout: str, shape: Shape, concurrency: int, measured: ServeResult) -> Point:
-    rates, latencies = measured.throughput(), measured.latencies()
-    return Point(
-        layout=layout,
-        input_len=shape.input_len,
-        output_len=shape.output_len,
-        concurrency=concurrency,
-        completed=len(measured.completed),
-        failures=measured.failures,
-        duration=measured.duration,
-        output_tokens_per_s=rates["output_tokens_per_s"],
-        total_tokens_per_s=rates["total_tokens_per_s"],
-        ttft=latencies["ttft"],
-        tpot=latencies["tpot"],
-        itl=latencies["itl"],
-        client_cpu=measured.client_cpu,
-        steps=measured.steps,
-    )

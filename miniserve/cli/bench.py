@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +21,7 @@ app = typer.Typer(no_args_is_help=True, help="Measure a server from outside, or 
 
 
 def _writable(path: Path | None) -> Path | None:
-    """Asked before the measurement, all of which a file that cannot be written would cost."""
+    """Checked before measuring: a file that cannot be written would cost the whole measurement."""
     if path is not None and (
         path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK)
     ):
@@ -90,7 +89,7 @@ def serve(
         write_json(json, result.to_json())
     if plot is not None and result.completed:
         plotting.plot_serve(result, plot)
-    if result.failures:
+    if result.summary.failures:
         raise typer.Exit(1)
 
 
@@ -116,10 +115,10 @@ def sweep(
 
     Starts a server for each layout, unless --url names one. Exits 1 when a request failed.
     """
+    from miniserve.bench import display
     from miniserve.bench import plot as plotting
     from miniserve.bench import sweep as sweeping
     from miniserve.bench.report import write_json
-    from miniserve.bench.sweep_display import plot_sweep, print_sweep
 
     if plot is not None:
         plotting.load_figure_class()
@@ -140,9 +139,9 @@ def sweep(
 
     result = sweeping.sweep(config, lambda text: typer.echo(text, err=True), keep)
     keep(result)
-    print_sweep(result)
+    display.print_sweep(result)
     if plot is not None:
-        plot_sweep(result, plot)
+        plotting.plot_sweep(result, plot)
     if result.failed:
         raise typer.Exit(1)
 
@@ -199,20 +198,3 @@ def throughput(
     display.print_throughput(result, opened.info)
     if json is not None:
         write_json(json, result.to_json(opened.info))
-
-
-@app.command()
-def kernels(
-    tune: Annotated[bool, typer.Option("--tune", help="Time other tiles and splits instead of the table.")] = False,
-    json: JsonPath = None,
-) -> None:
-    """Time the Triton attention kernels on this GPU: time, GB/s and the share of a device copy's."""
-    if importlib.util.find_spec("triton") is None:
-        raise UserError("The kernels are written in Triton, which is not installed: pip install triton.")
-    import torch
-
-    if not torch.cuda.is_available():
-        raise UserError("The kernels are timed on a GPU, and PyTorch finds none here.")
-    from miniserve.bench.kernels import main
-
-    main(tune, json)

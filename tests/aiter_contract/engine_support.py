@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from types import ModuleType
 
 from aiter_standin import installed
-from tiny_data import Problem, completion_prompt, problems
 
 from miniserve.attention import aiter
+from tools.tiny_data import Problem, completion_prompt, problems
 
 STOP = ["\n\n", "Question:"]
 MAX_TOKENS = 100

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from bench_stub_server import Stub
 from typer.testing import CliRunner
 
 import miniserve
-from miniserve.bench.serve import ServeConfig, run
-from miniserve.bench.server_process import running_server
+from miniserve.bench import sweep as sweeping
+from miniserve.bench.server_process import arguments, running_server
 from miniserve.bench.sweep import AS_SERVED, SweepConfig, SweepResult, layouts_of, sweep
 from miniserve.bench.workload import Shape
+from miniserve.cli import main, start
 from miniserve.cli.bench import app
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
@@ -50,8 +52,10 @@ def test_both_layouts_are_measured_and_drawn(tmp_path: Path) -> None:
     assert found == [(layout, *case) for layout in ("linear", "shuffled") for case in cases]
     for point in written["points"]:
         assert point["completed"] == 2 * point["concurrency"] and point["failures"] == {}
-        assert point["output_tokens_per_s"] > 0 and point["tpot"]["count"] > 0 and point["ttft"]["count"] > 0
+        assert point["throughput"]["output_tokens_per_s"] > 0
+        assert point["latency_s"]["tpot"]["count"] == point["latency_s"]["ttft"]["count"] == point["completed"]
         steps = point["steps"]
+        assert steps["prefill_tokens"] == point["completed"] * point["input_len"]
         # One after the other there is nothing to mix: each request's tokens but the first are decode steps.
         if point["concurrency"] == 1:
             assert steps["decode_steps"] == steps["decode_rows"] == 2 * (point["output_len"] - 1)
@@ -60,20 +64,55 @@ def test_both_layouts_are_measured_and_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_layout_that_cannot_be_had_is_left_out() -> None:
-    # The shuffled layout keeps 16 bytes of neighbouring tokens together, which seven tokens cannot be cut into.
-    engine = EngineConfig(device="cpu", block_size=7, kv_cache_memory=1 << 24)
-    result = sweep(config(engine=engine, rounds=1), lambda text: None, lambda result: None)
-    assert set(result.refused) == {"shuffled"}
+def test_a_layout_that_cannot_be_had_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[EngineConfig] = []
+
+    @contextmanager
+    def server(engine: EngineConfig) -> Iterator[str]:
+        started.append(engine)
+        if engine.kv_layout == "shuffled":
+            raise UserError("The server did not start: no such blocks.")
+        with Stub().running() as url:
+            yield url
+
+    monkeypatch.setattr(sweeping, "running_server", server)
+    result = sweep(config(rounds=1), lambda text: None, lambda result: None)
+    assert [(engine.kv_layout, engine.max_model_len) for engine in started] == [("linear", 11), ("shuffled", 11)]
+    assert result.refused == {"shuffled": "The server did not start: no such blocks."}
     assert {point.layout for point in result.points} == {"linear"}
-    assert "block" in result.refused["shuffled"]
+    with pytest.raises(UserError, match="no such blocks"):
+        sweep(config(engine=EngineConfig(kv_layout="shuffled")), lambda text: None, lambda result: None)
 
 
-def test_latent_models_have_a_layout_of_their_own() -> None:
-    engine = EngineConfig(model=DEEPSEEK, device="cpu", kv_cache_memory=1 << 24)
-    result = sweep(config(engine=engine, concurrencies=[1], rounds=1), lambda text: None, lambda result: None)
-    assert result.refused == {}
-    assert [(point.layout, point.completed) for point in result.points] == [("latent", 1)] * 2
+OTHER_SETTINGS: dict[str, Any] = {
+    "model": "-m",
+    "revision": "r",
+    "dtype": "float32",
+    "device": "cpu",
+    "load_format": "dummy",
+    "kv_layout": "linear",
+    "kv_cache_dtype": "fp8",
+    "attention_backend": "B",
+    "gpu_memory_utilization": 0.5,
+    "async_scheduling": False,
+    "speculative": "ngram:2",
+    "generation_config": "none",
+    "seed": -3,
+    "log_level": "error",
+}
+
+
+def test_a_server_of_its_own_gets_every_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(field: Field[Any]) -> Any:
+        return OTHER_SETTINGS.get(field.name, not field.default if isinstance(field.default, bool) else 77)
+
+    engine = EngineConfig(**{field.name: other(field) for field in fields(EngineConfig)})
+    seen: list[EngineConfig] = []
+    monkeypatch.setattr(start, "start", lambda engine, server, **more: seen.append(engine) or 0)
+    result = CliRunner().invoke(main.app, ["serve", *arguments(engine)], obj=main.State())
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert seen == [engine]
+    assert arguments(EngineConfig()) == []
 
 
 def test_a_server_that_does_not_start_says_why() -> None:
@@ -88,13 +127,13 @@ def test_a_server_that_runs_already_is_measured_as_it_is() -> None:
         result = sweep(
             config(url=url, rounds=2, api_key="k"), lambda text: None, lambda r: points.append(len(r.points))
         )
-    assert [(p.layout, p.input_len, p.output_len, p.concurrency) for p in result.points] == [
+    assert [(p.layout, p.shape.input_len, p.shape.output_len, p.concurrency) for p in result.points] == [
         (AS_SERVED, 6, 5, 1), (AS_SERVED, 6, 5, 3), (AS_SERVED, 3, 4, 1), (AS_SERVED, 3, 4, 3),
     ]  # fmt: skip
     assert points == [1, 2, 3, 4]
     assert len(stub.bodies) == 3 + 2 * (1 + 3 + 1 + 3)  # the warm-up is as wide as the widest point
     assert len({tuple(body["prompt"]) for body in stub.bodies}) == len(stub.bodies)
-    assert all(point.steps is None for point in result.points)
+    assert all(point.summary.steps is None for point in result.points)
     assert result.to_json()["config"]["api_key"] == "***"
 
 
@@ -114,17 +153,6 @@ def test_failures_are_told_and_end_with_1() -> None:
         result = CliRunner().invoke(app, ["sweep", "--url", url, "--lengths", "4/3", "--concurrency", "2"])
     assert result.exit_code == 1
     assert "1 failed (as served, 4/3, 2 at a time): HTTP 500" in result.output
-
-
-def test_the_engines_steps_are_in_the_result_of_a_load() -> None:
-    engine = EngineConfig(device="cpu", kv_cache_memory=1 << 24, max_model_len=128, max_num_seqs=4)
-    with running_server(engine) as url:
-        shape = Shape(input_len=8, output_len=6)
-        settings = ServeConfig(url=url, shape=shape, num_prompts=3, concurrency=1, ignore_eos=True)
-        result = run(settings)
-    assert result.steps is not None and result.steps.line is not None
-    assert result.steps.totals.decode_steps == 15
-    assert result.to_json()["steps"]["prefill_tokens"] == 24
 
 
 @pytest.mark.parametrize(
@@ -147,6 +175,7 @@ def test_settings_that_do_not_fit_are_refused(wrong: dict[str, Any]) -> None:
 def test_one_layout_can_be_asked_for() -> None:
     assert layouts_of(config(engine=EngineConfig(kv_layout="shuffled"))) == ("shuffled",)
     assert layouts_of(config()) == ("linear", "shuffled")
+    assert layouts_of(config(engine=EngineConfig(model=DEEPSEEK))) == ("latent",)
     assert SweepResult(config=config()).failed == 0
 
 
@@ -154,10 +183,3 @@ def test_one_layout_can_be_asked_for() -> None:
 def test_lengths_come_in_pairs(lengths: str) -> None:
     result = CliRunner().invoke(app, ["sweep", "--url", "http://127.0.0.1:1", "--lengths", lengths])
     assert isinstance(result.exception, UserError)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to time kernels on")
-def test_kernels_want_a_gpu() -> None:
-    result = CliRunner().invoke(app, ["kernels"])
-    assert isinstance(result.exception, UserError)
-    assert "Triton" in str(result.exception) or "GPU" in str(result.exception)

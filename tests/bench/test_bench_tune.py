@@ -15,7 +15,7 @@ from miniserve.bench import tune as tuner
 from miniserve.bench.check_paths import AttentionPath, Machine, PathResults, find_machine
 from miniserve.bench.tune import Timing, rank, time_path
 from miniserve.cli.tune import tune
-from miniserve.config import EngineConfig, tuning_dir
+from miniserve.config import EngineConfig, cache_dir, tuning_dir
 from miniserve.core import UserError
 from miniserve.llm import LLM
 from miniserve.runner.tuning import load_preferred, table_path
@@ -23,7 +23,11 @@ from miniserve.runner.tuning import load_preferred, table_path
 
 @pytest.fixture(autouse=True)
 def _short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = sorted(cache_dir().glob("cpu-*.so"))  # so that the CPU's kernels are not compiled again
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cache_dir().mkdir()
+    for library in kept:
+        (cache_dir() / library.name).symlink_to(library)
     monkeypatch.setattr(tuner, "_MEASURE", 0.0)
 
 

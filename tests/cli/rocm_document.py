@@ -1,5 +1,4 @@
-"""The tables of docs/ROCM.md that say what each path takes, made of the contracts, and what each Triton kernel takes of
-an AMD GPU, made of docs/ROCM_KERNELS.md. Run as a program, it renews them."""
+"""The tables of docs/ROCM.md that say what each path takes, made of the contracts. Run as a program, it renews them."""
 
 from __future__ import annotations
 
@@ -12,7 +11,6 @@ from miniserve.attention.contracts import CONTRACTS
 from miniserve.attention.terms import BackendContract, KernelContract, name_of
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "ROCM.md"
-COMPILED = DOCUMENT.with_name("ROCM_KERNELS.md")
 
 
 def backend_table() -> str:
@@ -46,32 +44,9 @@ def kernel_table() -> str:
     return "\n".join(rows)
 
 
-def compiled_rows() -> list[list[str]]:
-    """What `compile_check` printed: arch, kernel, launch, warps, registers, spills, shared KiB, occupancy, problem."""
-    lines = COMPILED.read_text().splitlines()
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| gfx")]
-
-
-def compiled_table() -> str:
-    table = [
-        "| arch | kernel | configurations | most registers | spills | most LDS KiB | least occupancy |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    groups: dict[tuple[str, str], list[list[str]]] = {}
-    for row in compiled_rows():
-        groups.setdefault((row[0], row[1]), []).append(row)
-    for (arch, kernel), rows in groups.items():
-        registers = max(int(row[4].split()[0]) for row in rows)
-        spills, shared = sum(int(row[5]) for row in rows), max(float(row[6]) for row in rows)
-        least = min(int(row[7]) for row in rows)
-        table.append(f"| {arch} | {kernel} | {len(rows)} | {registers} | {spills} | {shared} | {least} |")
-    return "\n".join(table)
-
-
 def renewed(text: str) -> str:
     """The document with its tables as their sources have them."""
-    tables = (("backends", backend_table()), ("kernels", kernel_table()), ("compiled", compiled_table()))
-    for name, table in tables:
+    for name, table in (("backends", backend_table()), ("kernels", kernel_table())):
         marks = f"<!-- {name}: generated -->", f"<!-- /{name} -->"
         pattern = re.compile(f"{re.escape(marks[0])}.*{re.escape(marks[1])}", re.DOTALL)
         assert pattern.search(text), name

@@ -20,6 +20,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "miniserve" / "assets" / "tiny-qwen3"
 DOCUMENTS = 24
+pytestmark = pytest.mark.timeout(1800)  # seconds; some tens on a machine that is not busy
 TASKS = ("miniserve_problems_gen", "miniserve_problems_mc", "miniserve_stories_ppl")
 ENVIRONMENT = os.environ | {
     "HF_HUB_OFFLINE": "1",
@@ -41,14 +42,13 @@ def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=ENVIRONMENT, cwd=ROOT)
     url = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 120
         while not is_ready(url):
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            assert process.poll() is None, log.read_text()
             time.sleep(0.2)
         yield url
     finally:
         process.terminate()
-        process.wait(timeout=30)
+        process.wait()
 
 
 def is_ready(url: str) -> bool:
@@ -77,9 +77,7 @@ def samples(server_url: str, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     command += ["--include_path", "lm_eval", "--tasks", ",".join(TASKS)]
     command += ["--metadata", json.dumps({"count": DOCUMENTS}), "--output_path", str(output), "--log_samples"]
     # From within examples/, where a folder of the same name must not be taken for the package.
-    done = subprocess.run(
-        command, cwd=ROOT / "examples", env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
-    )
+    done = subprocess.run(command, cwd=ROOT / "examples", env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
     recorded = {}
     for task in TASKS:
@@ -159,7 +157,7 @@ def test_perplexity_is_that_of_transformers(
 
 def test_the_openai_client_example_runs(server_url: str) -> None:
     command = [sys.executable, "openai_client.py", "--url", f"{server_url}/v1"]
-    done = subprocess.run(command, cwd=ROOT / "examples", capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=ROOT / "examples", capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for expected in (
         "model: tiny-qwen3",

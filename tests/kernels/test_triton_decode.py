@@ -11,32 +11,31 @@ from triton_support import (
     DEVICE,
     DTYPES,
     FP8,
+    HALVES,
     LAYOUTS,
     NATIVE,
+    SMALL,
     Cache,
     attend,
     block_tables,
+    cached,
     close,
     end_of_a_pool_above_4_gib,
     int32,
     normal,
-    on_gpu,
     random_cache,
 )
 
-from miniserve.kernels.triton.launch import Launch
 from miniserve.kernels.triton.paged_decode import paged_decode
 from miniserve.kernels.triton.split_kv import DecodeScratch
 
 LENGTHS = [1, 0, 16, 17, 129, 64]
-SMALL = Launch(block_m=16, block_n=32, num_warps=4, num_stages=2)
 
 
 def expected(q: torch.Tensor, cache: Cache, tables: torch.Tensor, lengths: list[int], **options: Any) -> torch.Tensor:
     rows = []
     for row, length in enumerate(lengths):
-        ids = tables[row, : -(-length // cache.block_size)].long()
-        k, v = cache.k[ids].flatten(0, 1)[:length], cache.v[ids].flatten(0, 1)[:length]
+        k, v = (cached(plane, tables, row, length) for plane in (cache.k, cache.v))
         rows.append(attend(q[row : row + 1], k, v, **options) if length else torch.zeros_like(q[:1], dtype=v.dtype))
     return torch.cat(rows)
 
@@ -147,7 +146,7 @@ def test_what_other_sequences_left_behind_is_not_read(shuffled: bool) -> None:
 
 
 @LAYOUTS
-@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=on_gpu)])
+@pytest.mark.parametrize("dtype", HALVES)
 def test_fp8_cache(dtype: torch.dtype, shuffled: bool) -> None:
     cache = random_cache(24, 16, 2, 64, dtype=FP8, shuffled=shuffled)
     k_scale, v_scale = torch.tensor([0.5], device=DEVICE), torch.tensor([3.0], device=DEVICE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -11,25 +10,26 @@ from triton_support import (
     DEVICE,
     DTYPES,
     FP8,
+    HALVES,
     LAYOUTS,
     NATIVE,
+    SMALL,
     Cache,
     attend,
     block_tables,
+    cached,
     close,
     end_of_a_pool_above_4_gib,
     int32,
     normal,
-    on_gpu,
     random_cache,
+    starts_and_lengths,
 )
 
-from miniserve.kernels.triton.launch import Launch
 from miniserve.kernels.triton.paged_extend import paged_extend
 
 # (context, new tokens) of each request: a one-token request, block boundaries, a prefill, an empty one.
 REQUESTS = [(0, 1), (15, 1), (16, 17), (0, 33), (5, 0), (70, 40)]
-SMALL = Launch(block_m=16, block_n=32, num_warps=4, num_stages=2)
 
 
 def check(
@@ -37,8 +37,7 @@ def check(
     **options: Any,
 ) -> None:  # fmt: skip
     head_dim = cache.k.shape[3]
-    starts = list(itertools.accumulate((new for _, new in requests), initial=0))
-    lengths = [context + new for context, new in requests]
+    starts, lengths = starts_and_lengths(requests)
     q = normal(5, starts[-1], num_heads + 1, head_dim, dtype=dtype)[:, 1:]
     tables = block_tables(lengths, cache.k.shape[0], cache.block_size)
     planes = options.pop("planes", cache.planes)  # which end with the cache's
@@ -49,8 +48,7 @@ def check(
     )  # fmt: skip
     formula = {name: options[name] for name in ("window", "softcap", "sinks") if name in options}
     for row, (start, (_, new)) in enumerate(zip(starts, requests, strict=False)):
-        ids = tables[row, : -(-lengths[row] // cache.block_size)].long()
-        k, v = (t[ids].flatten(0, 1)[: lengths[row]] for t in (cache.k, cache.v))
+        k, v = (cached(plane, tables, row, lengths[row]) for plane in (cache.k, cache.v))
         close(got[start : start + new], attend(q[start : start + new], k, v, scale, **formula), dtype) if new else None
 
 
@@ -94,9 +92,10 @@ def test_softcap_sinks_and_scale(shuffled: bool) -> None:
 
 
 @LAYOUTS
-@pytest.mark.parametrize("num_splits", [2, 5])
-@pytest.mark.parametrize("options", [{}, {"window": 20}, {"softcap": 3.0}], ids=["", "window", "softcap"])
-def test_programs_that_share_a_tiles_keys(options: dict[str, Any], num_splits: int, shuffled: bool) -> None:
+@pytest.mark.parametrize(
+    ("num_splits", "options"), [(2, {}), (5, {}), (5, {"window": 20}), (5, {"softcap": 3.0})], ids=str
+)
+def test_programs_that_share_a_tiles_keys(num_splits: int, options: dict[str, Any], shuffled: bool) -> None:
     cache = random_cache(24, 16, 2, 80, dtype=torch.float16, shuffled=shuffled)
     sinks = 3 * normal(9, 6)
     requests = REQUESTS if NATIVE else REQUESTS[::2] + REQUESTS[-1:]  # the interpreter takes seconds for all of them
@@ -111,7 +110,7 @@ def test_shapes(head_dim: int, group: int, block_size: int, shuffled: bool) -> N
 
 
 @LAYOUTS
-@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=on_gpu)])
+@pytest.mark.parametrize("dtype", HALVES)
 def test_fp8_cache(dtype: torch.dtype, shuffled: bool) -> None:
     cache = random_cache(24, 16, 2, 64, dtype=FP8, shuffled=shuffled)
     k_scale, v_scale = torch.tensor([0.5], device=DEVICE), torch.tensor([3.0], device=DEVICE)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from attention_reference import pack_shuffled
-from triton_support import DEVICE, FP8, attend, block_tables, close, end_of_a_pool_above_4_gib, int32, normal
+from triton_support import (
+    DEVICE,
+    FP8,
+    attend,
+    block_tables,
+    cached,
+    close,
+    end_of_a_pool_above_4_gib,
+    int32,
+    normal,
+    starts_and_lengths,
+)
 
 from miniserve.kernels.triton.linearize import linearize
 from miniserve.kernels.triton.paged_extend import paged_extend
@@ -22,8 +31,7 @@ def test_blocks_are_copied_token_by_token(
     dtype: torch.dtype, block_size: int, head_dim: int, window: int | None
 ) -> None:
     k, v = (normal(seed, 12, block_size, 2, head_dim).to(dtype) for seed in (1, 2))
-    lengths = [context + new for context, new in REQUESTS]
-    starts = list(itertools.accumulate((new for _, new in REQUESTS), initial=0))
+    starts, lengths = starts_and_lengths(REQUESTS)
     tables = block_tables(lengths, 12, block_size)
     found = linearize(*pack_shuffled(k, v), tables, int32(starts), int32(lengths), window=window)
     for row, (context, new) in enumerate(REQUESTS):
@@ -38,8 +46,7 @@ def test_blocks_are_copied_token_by_token(
 def test_nothing_is_read_that_was_not_copied() -> None:
     block_size, window = 16, 20
     k, v = (normal(seed, 12, block_size, 2, 64, dtype=torch.float16) for seed in (1, 2))
-    lengths = [context + new for context, new in REQUESTS]
-    starts = list(itertools.accumulate((new for _, new in REQUESTS), initial=0))
+    starts, lengths = starts_and_lengths(REQUESTS)
     tables = block_tables(lengths, 12, block_size)
     planes = linearize(*pack_shuffled(k, v), tables, int32(starts), int32(lengths), window=window)
     for row, (context, new) in enumerate(REQUESTS):
@@ -55,8 +62,7 @@ def test_nothing_is_read_that_was_not_copied() -> None:
         shuffled=False, scale=0.125, window=window,
     )  # fmt: skip
     for row, (start, (_, new)) in enumerate(zip(starts, REQUESTS, strict=False)):
-        ids = tables[row, : -(-lengths[row] // block_size)].long()
-        keys, values = (t[ids].flatten(0, 1)[: lengths[row]] for t in (k, v))
+        keys, values = (cached(plane, tables, row, lengths[row]) for plane in (k, v))
         want = attend(q[start : start + new], keys, values, 0.125, window=window)
         close(out[start : start + new], want, torch.float16)
 

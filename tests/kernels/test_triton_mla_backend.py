@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from latent_steps import TOLERANCE, LatentStep, make_latent_step
-from triton_support import DEVICE, DTYPES, NATIVE, on_gpu
+from triton_support import DEVICE, DTYPES, HALVES, NATIVE
 
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.triton_mla import TritonLatentBackend
@@ -67,7 +67,7 @@ def test_contexts_longer_than_a_piece() -> None:
     step.check(small)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=on_gpu)])
+@pytest.mark.parametrize("dtype", HALVES)
 def test_the_dimensions_of_deepseek(dtype: torch.dtype) -> None:
     step = made(replace(DEEPSEEK, dtype=dtype, kv_dtype=dtype), [(40, 1), (2, 1), (20, 9), (0, 17)], 2)
     step.check(backend(step), TOLERANCE[dtype])

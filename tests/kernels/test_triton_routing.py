@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from triton_support import DEVICE, normal, on_gpu, relative_error
+from triton_support import DEVICE, DTYPES, normal, relative_error
 
 from miniserve.kernels.triton import routing as triton_routing
 from miniserve.kernels.triton.small_linear import Workspace
@@ -58,7 +58,7 @@ def test_from_logits(
 
 @cases
 @pytest.mark.parametrize(("tokens", "hidden"), [(1, 300), (16, 300), (37, 300), (37, 2112)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=on_gpu)])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_from_hidden_states(
     scoring: str,
     groups: int,

@@ -5,6 +5,7 @@ Import this before anything that imports Triton: the interpreter must be chosen 
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -20,14 +21,18 @@ if not NATIVE and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("Triton was imported before tests/kernels/triton_support.py could choose its interpreter")
     os.environ["TRITON_INTERPRET"] = "1"
 
+from miniserve.kernels.triton.launch import Launch  # noqa: E402  (may import Triton)
+
 DEVICE = torch.device("cuda" if NATIVE else "cpu")
 on_gpu = (
     pytest.mark.gpu,
     pytest.mark.skipif(not NATIVE, reason="needs a GPU: the interpreter's bfloat16 is not exact"),
 )
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=on_gpu)]
+HALVES = [torch.float16, pytest.param(torch.bfloat16, marks=on_gpu)]
+DTYPES = [torch.float32, *HALVES]
 LAYOUTS = pytest.mark.parametrize("shuffled", [False, True], ids=["linear", "shuffled"])
 FP8 = torch.float8_e4m3fnuz if torch.version.hip and "gfx94" in torch.cuda.get_device_name() else torch.float8_e4m3fn
+SMALL = Launch(block_m=16, block_n=32, num_warps=4, num_stages=2)
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
@@ -89,6 +94,17 @@ def block_tables(lengths: Sequence[int], num_blocks: int, block_size: int) -> to
         used = -(-length // block_size)
         tables[row, :used] = torch.randperm(num_blocks, generator=generator)[:used].int()
     return tables.to(DEVICE)
+
+
+def cached(plane: torch.Tensor, tables: torch.Tensor, row: int, length: int) -> torch.Tensor:
+    """The row's tokens of a plane [NB, BS, ...] in their order: [length, ...]."""
+    return plane[tables[row, : -(-length // plane.shape[1])].long()].flatten(0, 1)[:length]
+
+
+def starts_and_lengths(requests: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """Of requests of (context, new tokens): where the new tokens of each start, and where the last end; lengths."""
+    starts = itertools.accumulate((new for _, new in requests), initial=0)
+    return list(starts), [context + new for context, new in requests]
 
 
 def int32(values: Sequence[int]) -> torch.Tensor:

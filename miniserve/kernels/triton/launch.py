@@ -37,7 +37,7 @@ def cdiv(a: int, b: int) -> int:
 
 
 # The first row that fits is taken. Keys and values of every stage have to lie beside each other in shared memory (64
-# KiB on gfx942, 227 KiB on sm_90) and nothing may spill on AMD: `compile_check` holds the tables to that.
+# KiB on gfx942, 227 KiB on sm_90) and nothing may spill on AMD: `tools/compile_check.py` holds the tables to that.
 _Row = tuple[Platform, int, int, Launch]  # platform, largest padded head_dim, largest itemsize of the cache
 _DECODE: tuple[_Row, ...] = (  # block_m stands for any: it follows from the group
     ("cuda", 64, 2, Launch(0, 128, 4, 3)),

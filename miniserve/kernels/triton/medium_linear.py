@@ -215,7 +215,7 @@ def choose_medium_tile(m: int, n: int, k: int, itemsize: int, chip: Chip, *, gat
     """The smallest cut whose programs for m rows, n outputs and k inputs all run at once; None where there is none, or
     `small_linear` or the vendor's library is as fast.
 
-    Measured on an H100 over the shapes of Qwen3-0.6B, 8B, 30B-A3B and DeepSeek-V2-Lite (docs/BENCHMARKS.md).
+    Measured on an H100 over the shapes of Qwen3-0.6B, 8B, 30B-A3B and DeepSeek-V2-Lite (docs/LAB.md).
     """
     if not chip.wgmma or itemsize != 2 or not _FEWEST_ROWS <= m <= MOST_ROWS or k % 8 or n % 8:
         return None

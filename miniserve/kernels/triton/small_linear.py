@@ -176,7 +176,7 @@ class Chip:
 def choose_tile(m: int, n: int, k: int, itemsize: int, chip: Chip, *, gated: bool) -> LinearTile | None:
     """The cut for m rows, n outputs and k inputs; None where the vendor's library is at least as fast.
 
-    Measured on an H100 over the shapes of Qwen3-0.6B and 8B (docs/BENCHMARKS.md).
+    Measured on an H100 over the shapes of Qwen3-0.6B and 8B (docs/LAB.md).
     """
     if m > MAX_ROWS or k % 16:
         return None

@@ -4,9 +4,10 @@ import copy
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, PreTrainedModel
+
+from tools import tiny_models
 
 torch.set_num_threads(1)
 

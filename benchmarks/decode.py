@@ -1,4 +1,4 @@
-"""The decode step of a model's shape on this device, random weights: `python -m miniserve.bench.decode --model DIR`.
+"""The decode step of a model's shape on this device, random weights: `python -m benchmarks.decode --model DIR`.
 
 DIR needs a config.json only. All requests of a batch decode together once the last of them is prefilled; the time of a
 step is the median over those steps, as the host sees tokens arrive.

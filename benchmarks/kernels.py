@@ -1,4 +1,4 @@
-"""`miniserve bench kernels`: the Triton attention kernels alone, on this GPU, beside a device copy.
+"""The Triton attention kernels alone, on this GPU, beside a device copy: `python -m benchmarks.kernels`.
 
 Every case runs inside a CUDA graph, one call per "layer", each layer with planes of its own and all of them together
 far larger than the L2 cache, so that keys and values come from memory as they do in a model. Block tables are shuffled.
@@ -7,6 +7,7 @@ far larger than the L2 cache, so that keys and values come from memory as they d
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
 import operator
@@ -337,12 +338,21 @@ def tune(bench: Bench) -> None:
     print("\nbest:", *best, sep="\n")
 
 
-def main(other_ways: bool, path: Path | None) -> None:
-    """Print the table, or with `other_ways` those of `tune`; write the figures to `path`."""
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tune", action="store_true", help="time other tiles and splits instead of the table")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.exit(2, "error: the kernels are timed on a GPU, and PyTorch finds none here.\n")
     torch.manual_seed(0)
     bench = Bench(torch.device("cuda"))
     print(f"{torch.cuda.get_device_name()}: copy {bench.copy_rate / 1e9:.0f} GB/s (bytes read and written)")
-    (tune if other_ways else standard)(bench)
-    if path is not None:
+    (tune if args.tune else standard)(bench)
+    if args.json is not None:
         results = [asdict(timed) for timed in bench.results]
-        write_json(path, header("kernels") | {"copy": bench.copy_rate, "results": results})
+        write_json(args.json, header("kernels") | {"copy": bench.copy_rate, "results": results})
+
+
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from tiny_templates import DRAWS
+from tools.tiny_templates import DRAWS
 
 Split = Literal["train", "test"]
 

@@ -1,7 +1,7 @@
 """Train a built-in model from scratch: tokenizer, weights, held-out scores. One command for each:
 
-    python examples/train_tiny.py --out miniserve/assets/tiny-qwen3
-    python examples/train_tiny.py --arch deepseek --out tiny-deepseek
+    python -m tools.train_tiny --out miniserve/assets/tiny-qwen3
+    python -m tools.train_tiny --arch deepseek --out tiny-deepseek
 
 Three minutes on one H100; on a CPU it runs too, slowly. `--steps 18000 --batch-size 65536`, eight minutes, gives a
 slightly better model; `--only-eval` measures the model that is there.
@@ -22,9 +22,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tiny_chat import END_OF_TEXT, SPECIAL_TOKENS, TURN_END, Segment, document, text_of
-from tiny_data import Problem, chat_messages, completion_prompt, final_answer, problems
-from tiny_models import ARCHITECTURES, MAX_POSITIONS, VOCAB_SIZE, balance_experts, convert
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
@@ -34,6 +31,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from tools.tiny_chat import END_OF_TEXT, SPECIAL_TOKENS, TURN_END, Segment, document, text_of
+from tools.tiny_data import Problem, chat_messages, completion_prompt, final_answer, problems
+from tools.tiny_models import ARCHITECTURES, MAX_POSITIONS, VOCAB_SIZE, balance_experts, convert
 
 REPORT = "scores.json"
 BALANCE_SPEED = 1e-3  # a step's change of an expert's routing bias, while the learning rate is at its peak

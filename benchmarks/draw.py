@@ -1,4 +1,4 @@
-"""Drawing tokens on a GPU beside PyTorch's ways, microseconds in a graph: `python -m miniserve.bench.draw`.
+"""Drawing tokens on a GPU beside PyTorch's ways, microseconds in a graph: `python -m benchmarks.draw`.
 
 Logits are roughly a model's, a wide bulk with a few hundred likely tokens, bfloat16; the floor is reading them once.
 """

@@ -1,5 +1,5 @@
 """ITL of decoding requests alone, while long prompts arrive, and alone again, as their contexts grow meanwhile:
-`python -m miniserve.bench.itl --model DIR`.
+`python -m benchmarks.itl --model DIR`.
 
 DIR needs a config.json only; weights are random. The engine's loop runs in this process.
 """

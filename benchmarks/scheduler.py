@@ -1,4 +1,4 @@
-"""What the scheduler and the step log cost per decode step: `python -m miniserve.bench.scheduler`. No model, no
+"""What the scheduler and the step log cost per decode step: `python -m benchmarks.scheduler`. No model, no
 device."""
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Decode on a CPU beside transformers and the memory-bandwidth floor, all in one run.
 
-    python -m miniserve.bench.cpu_decode --config DIR_WITH_CONFIG_JSON --json result.json
+    python -m benchmarks.cpu_decode --config DIR_WITH_CONFIG_JSON --json result.json
 
 Weights are random, in bfloat16; prompts are random tokens; generation is greedy and ignores EOS. Decode tokens/s are
 batch · (n - 1) / (T(n) - T(1)) of two generate calls, for n and for one token: prefill and start-up cancel out. The
@@ -26,7 +26,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from miniserve.bench.decode_worker import Engine, Job, Measured
+from benchmarks.decode_worker import Engine, Job, Measured
 from miniserve.bench.report import header, write_json
 from miniserve.core import UserError
 
@@ -69,7 +69,7 @@ class CaseResult:
 def run_worker(job: Job) -> Any:
     """The worker's answer to a job. Raises `RuntimeError` with the end of its stderr when it fails."""
     environment = dict(os.environ) | {"OMP_NUM_THREADS": str(job.threads), "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "miniserve.bench.decode_worker"]
+    command = [sys.executable, "-m", "benchmarks.decode_worker"]
     done = subprocess.run(command, input=msgspec.json.encode(job), capture_output=True, env=environment, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{job.engine} failed: {done.stderr.decode(errors='replace')[-2000:]}")

@@ -12,13 +12,10 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-MODEL = EXAMPLES.parent / "miniserve" / "assets" / "tiny-qwen3"
-sys.path.insert(0, str(EXAMPLES))
+from tools import tiny_chat, tiny_data
 
-import tiny_chat  # noqa: E402
-import tiny_data  # noqa: E402
-
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "miniserve" / "assets" / "tiny-qwen3"
 TEST = list(tiny_data.problems("test", seed=1, count=3000))
 TRAIN = list(tiny_data.problems("train", seed=1, count=6000))
 
@@ -129,12 +126,13 @@ def test_a_stream_repeats_for_its_seed_and_never_repeats_a_question() -> None:
 
 def test_the_stream_does_not_depend_on_hash_randomisation() -> None:
     code = (
-        "import tiny_data, sys; print([p.question for p in tiny_data.problems('test', 5, 20)], 'torch' in sys.modules)"
+        "import sys; from tools.tiny_data import problems; "
+        "print([p.question for p in problems('test', 5, 20)], 'torch' in sys.modules)"
     )
     outputs = {
         subprocess.run(
             [sys.executable, "-c", code],
-            cwd=EXAMPLES,
+            cwd=ROOT,
             env={"PYTHONHASHSEED": seed},
             capture_output=True,
             text=True,

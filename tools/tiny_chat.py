@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tiny_data import Problem, completion_prompt, draw_problem, is_held_out
-from tiny_stories import (
+from tools.tiny_data import Problem, completion_prompt, draw_problem, is_held_out
+from tools.tiny_stories import (
     FOODS,
     HER_NAMES,
     HIS_NAMES,
@@ -24,8 +24,8 @@ from tiny_stories import (
     load_sections,
     with_article,
 )
-from tiny_templates import quotient_steps
-from tiny_words import BOYS, GIRLS, made_up_name, made_up_word, words
+from tools.tiny_templates import quotient_steps
+from tools.tiny_words import BOYS, GIRLS, made_up_name, made_up_word, words
 
 END_OF_TEXT = "<|endoftext|>"
 TURN_START = "<|im_start|>"

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tiny_words import (
+from tools.tiny_words import (
     ARTICLES,
     BOYS,
     COLOURS,

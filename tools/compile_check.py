@@ -1,4 +1,4 @@
-"""`python -m miniserve.kernels.triton.compile_check`: compile what the engine can launch, for GPUs that are not there.
+"""`python -m tools.compile_check`: compile what the engine can launch, for GPUs that are not there.
 
 Every case calls a kernel's own wrapper on tensors without storage, with Triton's driver replaced by the name of an
 architecture: what is compiled is what would be launched. From the compiled code come registers, spills, shared memory
@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,9 +27,9 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from miniserve.kernels.triton import cache_write, linearize, mla_decode, paged_decode, paged_extend, token_indices
-from miniserve.kernels.triton.compile_step import META, Case, int32, medium_launches, step_launches, tensor
 from miniserve.kernels.triton.small_linear import Chip
 from miniserve.kernels.triton.split_kv import DecodeScratch
+from tools.compile_step import META, Case, int32, medium_launches, step_launches, tensor
 
 ROWS, NUM_BLOCKS, TABLE_WIDTH, KV_HEADS = 64, 1 << 20, 4096, 8  # planes of many GiB: 64-bit offsets
 SPLITS = (1, 2, 64)  # no merge, one by the last split to arrive, one by a kernel of its own (AMD: always that)
@@ -215,7 +215,7 @@ def cases(arch: Arch) -> Iterator[Case]:
 
 
 def quick_cases(arch: Arch) -> Iterator[Case]:
-    """One of each attention kernel, and those that no interpreter runs, in seconds."""
+    """One of each attention kernel, and of each kind of those that no interpreter runs, in seconds."""
     yield _attention(torch.bfloat16, 128, True, num_splits=8)
     yield _attention(arch.fp8, 128, False, special=True)
     yield _prefill(torch.bfloat16, 128, True)
@@ -223,7 +223,7 @@ def quick_cases(arch: Arch) -> Iterator[Case]:
     yield _write(arch.fp8, 128, True, True, True)
     yield _write_latent(torch.bfloat16)
     yield _token_indices()
-    yield from medium_launches(arch.chip)
+    yield from [*medium_launches(arch.chip)][2::2]  # plain, gated, in parts
 
 
 def _driver(arch: str) -> SimpleNamespace:
@@ -296,6 +296,19 @@ def _row(c: Compiled) -> str:
     )
 
 
+def _summary(compiled: Iterable[Compiled]) -> Iterator[str]:
+    """A line for each kernel on each architecture: the table of docs/ROCM.md."""
+    yield "| arch | kernel | configurations | most registers | spills | most shared KiB | least occupancy |"
+    yield "|---|---|---|---|---|---|---|"
+    groups: dict[tuple[str, str], list[Compiled]] = {}
+    for one in compiled:
+        groups.setdefault((one.arch, one.kernel), []).append(one)
+    for (arch, kernel), found in groups.items():
+        registers, shared = max(one.registers for one in found), max(one.shared for one in found) / 1024
+        spills, occupancy = sum(one.spills for one in found), min(one.occupancy for one in found)
+        yield f"| {arch} | {kernel} | {len(found)} | {registers} | {spills} | {shared:.1f} | {occupancy} |"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compile every kernel the engine can launch, without a GPU.")
     parser.add_argument("--arch", nargs="+", choices=list(ARCHS), default=list(ARCHS))
@@ -304,15 +317,16 @@ def main() -> int:
     arguments = parser.parse_args()
     print("| arch | kernel | launch | warps | registers | spills | shared KiB | occupancy | problem |")
     print("|---|---|---|---|---|---|---|---|---|")
-    compiled: dict[tuple[str, str, str], Compiled] = {}
+    compiled: list[Compiled] = []
     for arch in arguments.arch:
         for case in (quick_cases if arguments.quick else cases)(ARCHS[arch]):
             for one in compile_case(arch, case):
-                compiled[one.arch, one.kernel, one.case] = one
+                compiled.append(one)
                 if one.problem or not arguments.problems:
                     print(_row(one), flush=True)
-    failed = [one for one in compiled.values() if one.problem]
-    print(f"\n{len(compiled)} kernels compiled, {len(failed)} with a problem.")
+    print("", *_summary(compiled), sep="\n")
+    failed = [one for one in compiled if one.problem]
+    print(f"\n{len(compiled)} configurations compiled, {len(failed)} with a problem.")
     return 1 if failed else 0
 
 

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiny_words import BOYS, GIRLS, made_up_name, made_up_word, words
+from tools.tiny_words import BOYS, GIRLS, made_up_name, made_up_word, words
 
 
 def _phrases(text: str) -> tuple[str, ...]:
