@@ -1,4 +1,5 @@
-"""How near the memory's limit decode came while something was measured, as the engine itself counts it."""
+"""Where the time went while something was measured, and how near the memory's limit decode came, as the engine itself
+counts it."""
 
 from __future__ import annotations
 
@@ -26,6 +27,14 @@ class DecodeSteps:
     def line(self) -> str | None:
         """None where no step was one of decode rows alone."""
         return describe(self.totals, self.bandwidth)
+
+    def shares(self, duration: float) -> dict[str, float]:
+        """Of so many seconds, the share of steps of decode rows alone, of mixed and of prefill steps, and of waiting:
+        for requests, or for the host. What takes most is what to work on."""
+        totals = self.totals
+        spent = {"decode": totals.decode_seconds, "mixed": totals.mixed_seconds, "prefill": totals.prefill_seconds}
+        shares = {name: seconds / duration for name, seconds in spent.items()}
+        return shares | {"waiting": max(0.0, 1.0 - sum(shares.values()))}
 
     def to_json(self) -> dict[str, Any]:
         """Times in seconds."""
