@@ -299,8 +299,9 @@ class StepTotals(msgspec.Struct, kw_only=True, array_like=True):
     """Sums over steps since the engine started, times in seconds, bytes as modelled by `StepTraffic`.
 
     All fields are of steps of decode rows alone, but for the last six: mixed steps have decode rows and chunks, prefill
-    steps chunks alone; prefill_tokens are of both. Rows are also those of guesses. `padded_rows` filled graphs up. `timed_host` and `timed_idle`: what the host did, and the device waited,
-    for the steps whose wait a clock of the device measured.
+    steps chunks alone; prefill_tokens are of both. Rows are also those of guesses. `padded_rows` filled graphs up.
+    `timed_host` and `timed_idle`: what the host did, and the device waited, for the steps whose wait a clock of the
+    device measured.
     """
 
     decode_steps: int = 0
