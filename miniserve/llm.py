@@ -151,29 +151,32 @@ class LLM:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         **template_variables: Any,
     ) -> list[Generation]:
-        """Answer a conversation, or each of several. Without `sampling_params` an answer may be as long as the model's
-        own default or else the context allows. Raises as `generate` does, and `InvalidRequest` where the chat template
-        refuses a conversation."""
+        """Answer a conversation, or each of several; they are rendered as the server does it. Without `sampling_params`
+        an answer may be as long as the model's own default or else the context allows. Raises as `generate` does, and
+        `InvalidRequest` where the chat template refuses a conversation."""
         if not _is_list(messages):
             raise InvalidRequest("messages must be a conversation (a list of messages), or a list of them.", "messages")
         if not messages:
             return []
         conversations = [messages] if isinstance(messages[0], Mapping) else messages
-        tokenized = []
-        for conversation in conversations:
-            _check_parts(conversation)
-            text = self.tokenizer.render_chat_template(
+        rendered = [
+            self.tokenizer.chat_template.submit(
                 conversation,  # type: ignore[arg-type]
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 tools=tools,
+                documents=documents,
                 chat_template=chat_template,
-                **template_variables,
+                variables=template_variables,
             )
-            tokenized.append((text, self.tokenizer.encode(text, add_special_tokens=False)))
+            for conversation in conversations
+        ]
+        texts = [future.result() for future in rendered]
+        tokenized = [(text, self.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
         if sampling_params is None:
             longest = self.generation_defaults.sampling.get("max_new_tokens")
             sampling_params = self.default_sampling_params(max_tokens=longest)
@@ -306,16 +309,6 @@ def _each_prompt(prompts: Prompts) -> list[str | Sequence[int]]:
             "prompts",
         )
     return list(cast(Sequence[str | Sequence[int]], prompts))
-
-
-def _check_parts(conversation: object) -> None:
-    """Raise `InvalidRequest` for what templates would leave out in silence, such as images."""
-    for message in cast(Sequence[object], conversation) if _is_list(conversation) else ():
-        content = message.get("content") if isinstance(message, Mapping) else None
-        for part in cast(Sequence[object], content) if _is_list(content) else ():
-            text = isinstance(part, Mapping) and part.get("type") == "text" and part.get("text")
-            if not isinstance(text, str):
-                raise InvalidRequest("messages: content must be a text, or a list of parts of type text.", "messages")
 
 
 def _are_ids(value: object) -> bool:
