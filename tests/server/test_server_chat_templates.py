@@ -1,5 +1,5 @@
-"""64 made chat templates: whichever way a conversation comes in, its ids are those that transformers makes of it, in the
-form that the template takes. What each template takes is written beside it."""
+"""64 made chat templates: whichever way a conversation comes in, its ids are those that transformers makes of it, in
+the form that the template takes. What each template takes is written beside it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from miniserve.llm import LLM
 
 
 class Style(NamedTuple):
-    """How a template reads a content, as the body of a macro. `takes`: text, parts (a list), both, or of a list only its
-    first part."""
+    """How a template reads a content, as the body of a macro. `takes`: text, parts (a list), both, or of a list only
+    its first part."""
 
     macro: str
     takes: str
