@@ -164,7 +164,7 @@ def _message(path: str, message: object) -> dict[str, Any]:
         raise InvalidRequest(f"{path} must be a dict with a role and a content.", path)
     content, role = message.get("content"), message["role"]
     if _is_list(content):
-        content = [_part(f"{path}.content[{i}]", part, role) for i, part in enumerate(content)]
+        content = [_part(f"{path}.content[{i}]", part, role) for i, part in enumerate(content)] or ""
     elif not isinstance(content, str) and (content is not None or role != "assistant"):
         raise InvalidRequest(f"{path}.content must be a text or a list of parts.", f"{path}.content")
     return {**message, "content": content}

@@ -1,7 +1,8 @@
 """Where chat templates run: `python -m miniserve.engine.template_process`, started by `engine.chat_template` alone.
 
 A template is a program: it may loop for hours or fill the memory. In a process of its own it can be ended: the kernel
-does so at the limits below. It sees plain data and Jinja's sandbox, as transformers lets it, and it must start fast.
+does so at the limits below. It sees what transformers shows it: plain data, in Jinja's sandbox. No transformers here:
+this process must start fast, as another takes its place.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-_SECONDS = 1.0  # of CPU time, for one conversation
+_SECONDS = 2.0  # for one conversation
 _MEMORY = 2**29  # bytes, for the whole process
 _TEXT = 2**25  # characters of a rendered conversation
-OVER_LIMITS = "The chat template takes more time or memory than it may (1 second, 512 MiB)."
+OVER_LIMITS = "The chat template takes more time or memory than it may (2 seconds, 512 MiB)."
 _ERROR = 1000  # characters of an error
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # the names it is sent under; templates read the first
 _SYSTEM = ("system", "developer")
@@ -81,9 +82,9 @@ def main() -> None:
             packed = receive(stream)
         except EOFError:
             return
-        signal.setitimer(signal.ITIMER_PROF, _SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, _SECONDS)
         answer = _answer(packed)
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         send(stream, answer)
 
 
@@ -221,7 +222,7 @@ def _fitted(template: jinja2.Template, job: Job, messages: Sequence[Message]) ->
         lost = missing
     for i in sorted(lost):
         if messages[i]["role"] != "assistant":
-            raise ValueError(f"it leaves out the text of messages[{i}], whose role is {messages[i]['role']!r}")
+            raise ValueError(f"it leaves out the text of messages[{i}], whose role is {job.messages[i]['role']!r}")
     return [message if i in lost else other for i, (message, other) in enumerate(zip(messages, others, strict=True))]
 
 

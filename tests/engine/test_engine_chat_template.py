@@ -67,16 +67,20 @@ def test_system_and_developer_both_reach_the_model(
 
 
 def test_a_template_that_leaves_a_text_out_is_named_with_the_message(chat: ChatTemplate) -> None:
-    users = roles(
-        "{% if message.role in ('user', 'assistant') %}{{ message.content.split('</think>')[-1] }}{% endif %}"
-    )
-    thought = {"role": "assistant", "content": "Hi</t>"}
+    users = roles("{% if message.role in ['user', 'assistant'] %}{{ message.content.split('</t>')[-1] }}{% endif %}")
+    thought = {"role": "assistant", "content": "Two and two.</t>"}
     assert chat.render([USER, thought, USER], chat_template=users) == "HiHi"
     # "Hi" is there, but it is the user's.
     with pytest.raises(InvalidRequest, match=r"leaves out the text of messages\[0\], whose role is 'system'"):
         chat.render([{"role": "system", "content": "Hi"}, USER], chat_template=users)
+    with pytest.raises(InvalidRequest, match="'developer'"):
+        chat.render([SYSTEM | {"role": "developer"}, USER], chat_template=users)
     with pytest.raises(InvalidRequest, match=r"leaves out the text of messages\[1\], whose role is 'tool'"):
         chat.render([USER, {"role": "tool", "content": "4"}], chat_template=users)
+
+
+def test_no_parts_are_no_text(chat: ChatTemplate) -> None:
+    assert chat.render([{"role": "user", "content": []}], chat_template=WRITTEN) == "[user: ]"
 
 
 def test_lists_go_to_the_roles_that_take_them(chat: ChatTemplate) -> None:
@@ -90,8 +94,10 @@ def test_lists_go_to_the_roles_that_take_them(chat: ChatTemplate) -> None:
 
 def test_no_content_is_as_transformers_has_it_or_else_empty(chat: ChatTemplate) -> None:
     messages = [USER, {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}]
-    calls = "{% if message.content is defined %}{{ message.content }}{% endif %}{{ message.tool_calls | default([]) | tojson }}"
-    assert chat.render(messages, chat_template=roles(calls)).endswith('[{"name": "f"}]')
+    calls = (
+        "{% if message.content is defined %}{{ message.content }}{% else %}{{ message.tool_calls | tojson }}{% endif %}"
+    )
+    assert chat.render(messages, chat_template=roles(calls)) == 'Hi[{"name": "f"}]'
     assert chat.render(messages, chat_template=roles("{{ '<' + message.content + '>' }}")) == "<Hi><>"
 
 
