@@ -154,7 +154,7 @@ def _end(process: subprocess.Popen[bytes], stream: BinaryIO) -> None:
 
 def _checked(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Raises `InvalidRequest` naming the first thing that no template could show, such as an image."""
-    if not _is_list(messages) or not messages:
+    if not is_list(messages) or not messages:
         raise InvalidRequest("messages must hold at least one message.", "messages")
     return [_message(f"messages[{i}]", message) for i, message in enumerate(messages)]
 
@@ -163,7 +163,7 @@ def _message(path: str, message: object) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise InvalidRequest(f"{path} must be a dict with a role and a content.", path)
     content, role = message.get("content"), message["role"]
-    if _is_list(content):
+    if is_list(content):
         content = [_part(f"{path}.content[{i}]", part, role) for i, part in enumerate(content)] or ""
     elif not isinstance(content, str) and (content is not None or role != "assistant"):
         raise InvalidRequest(f"{path}.content must be a text or a list of parts.", f"{path}.content")
@@ -179,5 +179,5 @@ def _part(path: str, part: object, role: str) -> dict[str, Any]:
     return {**{key: value for key, value in part.items() if key != "refusal"}, "type": "text", "text": part[name]}
 
 
-def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
+def is_list(value: object) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
