@@ -1,15 +1,16 @@
-"""Text to token ids and back: one model's tokenizer and chat template, safe to use from several threads."""
+"""Text to token ids and back: one model's tokenizer, safe to use from several threads."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miniserve.core import InvalidRequest, UserError
+from miniserve.engine.chat_template import ChatTemplate
 
 if TYPE_CHECKING:
     import tokenizers
@@ -43,6 +44,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self.chat_template = ChatTemplate(self._hf)
         decoder = json.loads(backend.to_str())["decoder"]
         self.byte_level: bool = decoder is not None and decoder["type"] == "ByteLevel"
         self._byte_fallback = "ByteFallback" in json.dumps(decoder)
@@ -100,55 +102,6 @@ class Tokenizer:
         if not self._byte_fallback:
             return False
         return _BYTE_FALLBACK.fullmatch(self._backend.id_to_token(token_id) or "") is not None
-
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
-        """The ids of what `render_chat_template` makes of it. The template writes all special tokens itself, so none is
-        added."""
-        return self.encode(self.render_chat_template(messages, **options), add_special_tokens=False)
-
-    def render_chat_template(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
-        chat_template: str | None = None,
-        **kwargs: Any,
-    ) -> str:
-        """The text of a conversation. `kwargs` reach the template as variables.
-
-        Raises `InvalidRequest` where the model has no template, the template refuses the messages, or the options
-        contradict each other.
-        """
-        import jinja2
-
-        if chat_template is None and self._hf.chat_template is None:
-            raise InvalidRequest(
-                "This model has no chat template; use the completions endpoint, or serve a chat model.", "messages"
-            )
-        if not messages:
-            raise InvalidRequest("messages must hold at least one message.", "messages")
-        if add_generation_prompt and continue_final_message:
-            raise InvalidRequest(
-                "add_generation_prompt and continue_final_message exclude each other; set one of them to false.",
-                "continue_final_message",
-            )
-        try:
-            text: str = self._hf.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=None if tools is None else [dict(tool) for tool in tools],
-                documents=None if documents is None else [dict(document) for document in documents],
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tokenize=False,
-                **kwargs,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            raise InvalidRequest(f"The chat template refuses these messages: {error}", "messages") from error
-        return text
 
     @cached_property
     def _byte_of_char(self) -> dict[str, int]:
@@ -214,10 +167,13 @@ def _byte_level_alphabet() -> dict[str, int]:
 
 
 def load_tokenizer(path: str | Path, load_format: str) -> Tokenizer:
-    """The tokenizer of a model directory; with load format "dummy" a stand-in where the directory has none."""
+    """The tokenizer of a model directory; with load format "dummy" a stand-in where the directory has none. Raises
+    `UserError`, also for a chat template that cannot be used."""
     stand_in_vocab_size = None
     config_file = Path(path) / "config.json"
     if load_format == "dummy" and config_file.is_file():
         config = json.loads(config_file.read_text(encoding="utf-8"))
         stand_in_vocab_size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-    return Tokenizer(path, stand_in_vocab_size=stand_in_vocab_size)
+    tokenizer = Tokenizer(path, stand_in_vocab_size=stand_in_vocab_size)
+    tokenizer.chat_template.check()
+    return tokenizer

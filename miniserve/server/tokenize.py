@@ -47,8 +47,4 @@ async def _ids(service: Service, body: TokenizeRequest) -> list[int]:
         return ids
     if body.messages is None or body.prompt is not None:
         raise InvalidRequest("Exactly one of prompt and messages is needed.", "prompt")
-    if body.add_special_tokens:
-        raise InvalidRequest(
-            "add_special_tokens does not go with messages: the chat template writes them itself.", "add_special_tokens"
-        )
     return await render(service, body.messages, body)

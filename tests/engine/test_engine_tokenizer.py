@@ -48,43 +48,6 @@ def test_it_knows_its_special_tokens(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size == 2048
 
 
-def test_a_chat_becomes_the_templates_ids(tokenizer: Tokenizer) -> None:
-    messages = [{"role": "user", "content": "Tell me a story."}]
-    reference = AutoTokenizer.from_pretrained(TINY)
-    for add_generation_prompt in (True, False):
-        expected = reference.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
-        )
-        assert tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt) == expected
-
-
-def test_a_chat_can_go_on_with_the_final_message(tokenizer: Tokenizer) -> None:
-    messages = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "one, two"}]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=False, continue_final_message=True)
-    assert tokenizer.decode(ids, skip_special_tokens=False).endswith("one, two")
-
-
-def test_chats_that_cannot_be_rendered_are_refused(tokenizer: Tokenizer) -> None:
-    message = [{"role": "user", "content": "Hi"}]
-    with pytest.raises(InvalidRequest, match="at least one message"):
-        tokenizer.apply_chat_template([])
-    with pytest.raises(InvalidRequest, match="exclude each other"):
-        tokenizer.apply_chat_template(message, continue_final_message=True)
-    for template in ("{{ raise_exception('no system message') }}", "{% if %}"):
-        with pytest.raises(InvalidRequest, match="refuses these messages") as refused:
-            tokenizer.apply_chat_template(message, chat_template=template)
-        assert refused.value.param == "messages"
-
-
-def test_without_a_template_there_is_no_chat(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text((TINY / "tokenizer.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-    tokenizer = Tokenizer(tmp_path)
-    assert tokenizer.info()["chat_template"] is None
-    with pytest.raises(InvalidRequest, match="no chat template"):
-        tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
-
-
 def test_lone_surrogates_are_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(InvalidRequest, match="Unicode"):
         tokenizer.encode("\ud83d")

@@ -83,11 +83,6 @@ def test_tokenize_and_detokenize(server: RunningServer) -> None:
         ("/tokenize", {}, "prompt"),
         ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "prompt"),
         ("/tokenize", {"messages": []}, "messages"),
-        (
-            "/tokenize",
-            {"messages": [{"role": "user", "content": "a"}], "add_special_tokens": True},
-            "add_special_tokens",
-        ),
         ("/tokenize", {"prompt": 5}, "prompt"),
         ("/tokenize", {"prompt": "a", "tools": [{}]}, "tools"),
         ("/detokenize", {}, "tokens"),
