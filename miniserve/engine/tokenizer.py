@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +14,6 @@ if TYPE_CHECKING:
     import tokenizers
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
-_BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_METASPACE = "▁"
 
 
 class Tokenizer:
@@ -43,11 +40,12 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        decoder = json.loads(backend.to_str())["decoder"]
-        self.byte_level: bool = decoder is not None and decoder["type"] == "ByteLevel"
-        self._byte_fallback = "ByteFallback" in json.dumps(decoder)
-        self._metaspace = _METASPACE in json.dumps(decoder, ensure_ascii=False)
-        self._token_bytes: dict[int, bytes] = {}
+        decoder = json.loads(backend.to_str())["decoder"] or {}
+        steps = {step["type"] for step in decoder.get("decoders", [decoder] if decoder else [])}
+        self.byte_level = steps - {"Fuse"} == {"ByteLevel"}
+        # The tokens of a sentencepiece vocabulary that are one raw byte each (`<0xE4>`).
+        self.fallback_bytes = _fallback_bytes(backend) if "ByteFallback" in steps else {}
+        self._token_bytes = dict(self.fallback_bytes)
         self.special_token_ids = frozenset(
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         )
@@ -95,11 +93,15 @@ class Tokenizer:
             found = self._token_bytes[token_id] = self._find_bytes(token_id)
         return found
 
-    def is_byte_fallback(self, token_id: int) -> bool:
-        """Whether the token is one raw byte of a sentencepiece vocabulary (`<0xE4>`)."""
-        if not self._byte_fallback:
-            return False
-        return _BYTE_FALLBACK.fullmatch(self._backend.id_to_token(token_id) or "") is not None
+    def token_piece(self, token_id: int) -> str | None:
+        """The token as the vocabulary has it (`Ġthe`, `▁the`, `<0xE4>`)."""
+        piece: str | None = self._backend.id_to_token(token_id)
+        return piece
+
+    def special_token_id(self, text: str) -> int | None:
+        """The id of the special token with this text, or None."""
+        token_id: int | None = self._backend.token_to_id(text)
+        return token_id if token_id in self.special_token_ids else None
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """The ids of what `render_chat_template` makes of it. The template writes all special tokens itself, so none is
@@ -162,12 +164,11 @@ class Tokenizer:
             values = [self._byte_of_char.get(char) for char in token]
             # As the library's decoder does it: a token with a character outside the alphabet stands for itself.
             return token.encode() if None in values else bytes(value for value in values if value is not None)
-        byte = _BYTE_FALLBACK.fullmatch(token) if self._byte_fallback else None
-        if byte is not None:
-            return bytes([int(byte[1], 16)])
         if token_id in self.special_token_ids:
             return token.encode()
-        return (token.replace(_METASPACE, " ") if self._metaspace else token).encode()
+        # These decoders treat the first token of a text apart, so its text is what a second one adds.
+        once, twice = (self.decode([token_id] * count, skip_special_tokens=False) for count in (1, 2))
+        return (twice.removeprefix(once) or token).encode()
 
 
 def _load(path: Path) -> Any:
@@ -202,6 +203,12 @@ def _stand_in(vocab_size: int) -> Any:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend)  # type: ignore[no-untyped-call]
+
+
+def _fallback_bytes(backend: tokenizers.Tokenizer) -> dict[int, bytes]:
+    spellings = ((byte, f"<0x{byte:{form}}>") for byte in range(256) for form in ("02X", "02x"))
+    ids = ((backend.token_to_id(token), byte) for byte, token in spellings)
+    return {token_id: bytes([byte]) for token_id, byte in ids if token_id is not None}
 
 
 def _byte_level_alphabet() -> dict[str, int]:
