@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miniserve.core import InvalidRequest, UserError
+from miniserve.models.generation_config import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     import tokenizers
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+# The classes that put BOS and EOS around a text as tokenizer_config.json says, whatever tokenizer.json has for it, and
+# whether they add a BOS where it says nothing (as transformers 4.57 does). Without a class it is Llama's.
+_ADDS_BOS = {"": True, "Llama": True, "CodeLlama": True, "Gemma": True, "Cohere": True, "GPTNeoX": False}
 
 
 class Tokenizer:
@@ -27,13 +30,13 @@ class Tokenizer:
 
     def __init__(self, path: str | Path, *, stand_in_vocab_size: int | None = None) -> None:
         path = Path(path)
-        if any((path / name).is_file() for name in _TOKENIZER_FILES):
+        if any((path / name).is_file() for name in TOKENIZER_FILES):
             self._hf = _load(path)
         elif stand_in_vocab_size is not None:
             self._hf = _stand_in(stand_in_vocab_size)
         else:
             raise UserError(
-                f"{path} has no tokenizer (looked for {', '.join(_TOKENIZER_FILES)}); "
+                f"{path} has no tokenizer (looked for {', '.join(TOKENIZER_FILES)}); "
                 "copy the model's tokenizer files there, or use --load-format dummy to run without one."
             )
         backend: tokenizers.Tokenizer = self._hf.backend_tokenizer
@@ -93,10 +96,9 @@ class Tokenizer:
             found = self._token_bytes[token_id] = self._find_bytes(token_id)
         return found
 
-    def token_piece(self, token_id: int) -> str | None:
-        """The token as the vocabulary has it (`Ġthe`, `▁the`, `<0xE4>`)."""
-        piece: str | None = self._backend.id_to_token(token_id)
-        return piece
+    def token_piece(self, token_id: int) -> str:
+        """The token as the vocabulary has it (`Ġthe`, `▁the`, `<0xE4>`). Empty for ids without one."""
+        return self._backend.id_to_token(token_id) or ""
 
     def special_token_id(self, text: str) -> int | None:
         """The id of the special token with this text, or None."""
@@ -183,6 +185,7 @@ def _load(path: Path) -> Any:
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        _set_bos_and_eos(tokenizer, path)
     except Exception as error:
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
@@ -191,6 +194,20 @@ def _load(path: Path) -> Any:
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise UserError(f"The tokenizer in {path} has no fast form; add a tokenizer.json to the model's directory.")
     return tokenizer
+
+
+def _set_bos_and_eos(tokenizer: Any, path: Path) -> None:
+    """transformers 5 reads `add_bos_token` and `add_eos_token` of tokenizer_config.json only where there is no
+    tokenizer.json, and without its classes' defaults. What it saved itself has neither, but all in tokenizer.json."""
+    file = path / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    adds_bos = _ADDS_BOS.get((settings.get("tokenizer_class") or "").removesuffix("Fast").removesuffix("Tokenizer"))
+    names = ("add_bos_token", "add_eos_token")
+    flags = {name: settings[name] for name in names if isinstance(settings.get(name), bool)}
+    is_alone = (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file()
+    if adds_bos is not None and (flags or is_alone):
+        tokenizer.add_bos_token = flags.get("add_bos_token", adds_bos)
+        tokenizer.add_eos_token = flags.get("add_eos_token", False)
 
 
 def _stand_in(vocab_size: int) -> Any:
