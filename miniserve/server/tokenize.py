@@ -22,7 +22,7 @@ def install(app: FastAPI, service: Service) -> None:
             "count": len(ids),
             "max_model_len": service.engine.info.max_model_len,
             "tokens": ids,
-            "token_strs": [service.engine.tokenizer.token_str(i) for i in ids] if body.return_token_strs else None,
+            "token_strs": [service.engine.tokenizer.token_piece(i) for i in ids] if body.return_token_strs else None,
         }
         return json_response(answer)
 
