@@ -24,6 +24,8 @@ _ROPE_NOTES = ("rope_type", "type", "rope_theta", "finetuned")
 def read_rope(parameters: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
     """`parameters`: transformers' rope_parameters."""
     given = {key: value for key, value in parameters.items() if value is not None}
+    if "truncate" in parameters:
+        given["truncate"] = bool(parameters["truncate"])  # null is false to transformers
     rope_type = given.get("rope_type", "default")
     if rope_type not in ROPE_KEYS:
         raise UserError(f"rope type {rope_type!r} is not supported; supported: {listed(ROPE_KEYS)}.")

@@ -142,7 +142,7 @@ def test_biases_norms_and_windows_of_each_architecture(tmp_path: Path) -> None:
         ({"max_position_embeddings": 10**12}, "max_position_embeddings 1000000000000 is not supported"),
         ({"head_dim": 10**12}, "head_dim 1000000000000 is not supported"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps nan is not supported"),
-        ({"rope_theta": 0.0}, "rope_theta of rope type 'default' must be a positive number, not 0.0"),
+        ({"rope_theta": 0.0}, "rope_theta of rope type 'default' must be a positive number, not 0"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 64,
                            "long_factor": [1.0] * 64}},
          "rope type 'longrope' is not supported; supported: default, linear, dynamic, yarn, llama3."),
