@@ -53,6 +53,8 @@ def _check_rope_values(rope_type: str, given: dict[str, Any]) -> None:
         checked = key == "rope_theta" or (key in ROPE_KEYS[rope_type] and key != "truncate")
         if checked and not (isinstance(value, int | float) and 0 < value < math.inf):
             raise UserError(f"{key} of rope type {rope_type!r} must be a positive number, not {value!r}.")
+    if rope_type == "yarn" and given.get("rope_theta") == 1:
+        raise UserError("rope_theta of rope type 'yarn' must not be 1, which turns all dimensions at one speed.")
     if rope_type == "llama3" and given["high_freq_factor"] <= given["low_freq_factor"]:
         raise UserError("high_freq_factor of rope type 'llama3' must be above its low_freq_factor.")
 

@@ -93,6 +93,34 @@ def test_both_forms_of_the_rope_settings_mean_the_same(tmp_path: Path) -> None:
     assert read(tmp_path, oldest).rope == RopeConfig(rope_type="linear", theta=500000.0, factor=2)
 
 
+def test_what_stands_beside_the_rope_settings_counts_as_it_does_in_transformers(tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    inside = read(tmp_path, PLAIN | {"rope_scaling": yarn | {"original_max_position_embeddings": 1024}})
+    assert read(tmp_path, PLAIN | {"rope_scaling": yarn, "original_max_position_embeddings": 1024}) == inside
+    # As transformers decides it, what stands beside counts more for this length, and less for rope_theta.
+    both = PLAIN | {"rope_scaling": yarn | {"original_max_position_embeddings": 7}}
+    assert read(tmp_path, both | {"original_max_position_embeddings": 1024}) == inside
+    theta = yarn | {"rope_theta": 500000, "original_max_position_embeddings": 1024}
+    assert read(tmp_path, PLAIN | {"rope_theta": 10000.0, "rope_parameters": theta, "rope_scaling": None}) == inside
+    assert read(tmp_path, PLAIN | {"rope_scaling": yarn | {"truncate": None}}).rope.truncate is False
+
+
+def test_numbers_nulls_and_dtypes_are_read_as_they_are_meant(tmp_path: Path) -> None:
+    plain = read(tmp_path, PLAIN | {"rms_norm_eps": 1.0})
+    changes: list[dict[str, Any]] = [
+        {"rms_norm_eps": 1, "initializer_range": 0},
+        {"max_position_embeddings": 4096.0, "vocab_size": 128256.0, "num_key_value_heads": 8.0, "head_dim": 128.0},
+        {"torch_dtype": "torch.bfloat16"},
+        {"torch_dtype": None, "dtype": "torch.bfloat16"},
+        {"attention_bias": None, "hidden_act": None, "tie_word_embeddings": None, "rope_theta": 500000},
+        {"rope_theta": None, "rope_scaling": {"rope_type": None, "rope_theta": 500000.0}},
+    ]
+    for each in changes:
+        assert read(tmp_path, PLAIN | {"rms_norm_eps": 1.0} | each) == plain, each
+    assert read(tmp_path, MISTRAL | {"sliding_window": False, "num_hidden_layers": 1}).sliding_windows == (None,)
+    assert read(tmp_path, MISTRAL | {"sliding_window": 9.0, "num_hidden_layers": 1}).sliding_windows == (9,)
+
+
 @pytest.mark.parametrize(
     ("rope", "longest"),
     [
@@ -151,6 +179,11 @@ def test_biases_norms_and_windows_of_each_architecture(tmp_path: Path) -> None:
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 3}}, "with 'beta_fast' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0,
                            "original_max_position_embeddings": 512}}, "must be above its low_freq_factor"),
+        ({"rope_theta": 1, "rope_scaling": {"rope_type": "yarn", "factor": 2}}, "rope type 'yarn' must not be 1"),
+        ({"rope_scaling": "yarn"}, "rope_scaling 'yarn' is not supported; it must be an object"),
+        ({"rope_scaling": {"a": {}}, "rope_parameters": {"rope_type": "default"}}, "rope_scaling that differ between"),
+        ({"per_layer_config": {"0": {"num_key_value_heads": 4}}}, "per_layer_config in config.json is not supported"),
+        ({"transformers_weights": "other.safetensors"}, "transformers_weights in config.json is not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor below 1 is not supported"),
         ({"num_key_value_heads": 5}, "is not a multiple of num_key_value_heads 5"),
         ({"head_dim": 3}, "head_dim 3 is odd"),
