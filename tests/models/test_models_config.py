@@ -14,10 +14,12 @@ import torch
 from safetensors.torch import save_file
 
 from miniserve.core import UserError
+from miniserve.models.checkpoint import read_json
 from miniserve.models.config import load_model_config
 from miniserve.models.config_families import FAMILIES
 from miniserve.models.description import ModelConfig, RopeConfig
 from miniserve.models.options import BuildOptions
+from miniserve.models.outline import read_outline
 from miniserve.models.registry import build_model, weight_bytes
 
 LLAMA: dict[str, Any] = {
@@ -119,6 +121,27 @@ def test_numbers_nulls_and_dtypes_are_read_as_they_are_meant(tmp_path: Path) -> 
         assert read(tmp_path, PLAIN | {"rms_norm_eps": 1.0} | each) == plain, each
     assert read(tmp_path, MISTRAL | {"sliding_window": False, "num_hidden_layers": 1}).sliding_windows == (None,)
     assert read(tmp_path, MISTRAL | {"sliding_window": 9.0, "num_hidden_layers": 1}).sliding_windows == (9,)
+
+
+@pytest.mark.parametrize(
+    ("content", "windows"),
+    [
+        (LLAMA | {"sliding_window": 9}, [None]),
+        (MISTRAL | {"sliding_window": 9.0}, [9]),
+        (MISTRAL | {"sliding_window": False}, [None]),
+        (QWEN2 | {"sliding_window": 9, "max_window_layers": 3}, [None]),
+        (QWEN2 | {"sliding_window": 9, "max_window_layers": 3.0, "use_sliding_window": True}, [None, None, None, 9]),
+        (QWEN3 | {"sliding_window": 9, "max_window_layers": None, "use_sliding_window": True}, [None]),
+    ],
+)
+def test_windows_are_those_that_explain_shows(
+    content: dict[str, Any], windows: list[int | None], tmp_path: Path
+) -> None:
+    config = read(tmp_path, content)
+    outline = read_outline(read_json(tmp_path / "config.json"), "m")
+    expected = windows * config.num_layers if len(windows) == 1 else windows
+    assert list(config.sliding_windows) == expected
+    assert [spec.sliding_window for spec in outline.specs] == expected
 
 
 @pytest.mark.parametrize(
