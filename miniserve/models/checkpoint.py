@@ -65,7 +65,7 @@ def require_weights(path: Path, name: str) -> WeightFiles:
     if not found.loaded:
         other = f" (it has {some(found.passed_over)})" if found.passed_over else ""
         raise UserError(
-            f"{name} has neither {SINGLE} nor {INDEX}{other}: convert its weights to safetensors, "
+            f"{name} has neither {SINGLE} nor {INDEX}{other}: convert its weights to {SINGLE}, "
             f"or take --load-format dummy for random weights.{other_formats(path)}"
         )
     return found
