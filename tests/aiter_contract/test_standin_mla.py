@@ -250,7 +250,7 @@ def test_metadata_refusals(aiter: ModuleType) -> None:
             plan(aiter, call, **changes)
     with pytest.raises(aiter._standin.ContractViolation, match="max_seqlen_qo must be given"):
         plan(aiter, call, max_seqlen_qo=-1)
-    with pytest.raises(aiter._standin.ContractViolation, match="uni_seqlen_qo is 2, rows have {1}"):
+    with pytest.raises(aiter._standin.ContractViolation, match=r"uni_seqlen_qo is 2, rows have \{1\}"):
         plan(aiter, call, uni_seqlen_qo=2)
     with pytest.raises(aiter._standin.ContractViolation, match="32 heads of 1 queries need uni_seqlen_qo"):
         plan(aiter, step(LENS, heads=32), uni_seqlen_qo=-1)

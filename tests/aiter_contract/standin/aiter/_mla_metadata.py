@@ -152,11 +152,16 @@ def get_mla_metadata_v1(
         all(1 <= n <= max_seqlen_qo for n in qlens),
         f"max_seqlen_qo is {max_seqlen_qo}, and rows have {set(qlens)} queries",
     )
-    require(uni_seqlen_qo < 1 or {*qlens} <= {uni_seqlen_qo}, f"uni_seqlen_qo is {uni_seqlen_qo}, rows have {set(qlens)}")
+    require(
+        uni_seqlen_qo < 1 or {*qlens} <= {uni_seqlen_qo}, f"uni_seqlen_qo is {uni_seqlen_qo}, rows have {set(qlens)}"
+    )
     fold = heads // folded_heads(_standin.device.arch, heads, max_seqlen_qo, kind(q), kind(kv))
     packed = _packed(heads // fold, max_seqlen_qo, kind(q), kind(kv))
     splits_q = max_seqlen_qo * num_heads_per_head_k > packed
-    require(uni_seqlen_qo > 0 or (fold == 1 and not splits_q), f"{heads} heads of {max_seqlen_qo} queries need uni_seqlen_qo")
+    require(
+        uni_seqlen_qo > 0 or (fold == 1 and not splits_q),
+        f"{heads} heads of {max_seqlen_qo} queries need uni_seqlen_qo",
+    )
     cus = _standin.device.cus
     made = _mla_plan.plan(
         _mla_plan.Step(

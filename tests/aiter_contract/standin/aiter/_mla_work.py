@@ -55,7 +55,7 @@ def _covers(works: list[Work], tiles: list[tuple[tuple[int, int], list[int]]], q
     parts: dict[tuple[int, int, int], list[Work]] = {}
     for work in works:
         parts.setdefault((work.batch, work.q_start, work.q_end), []).append(work)
-    summed = {span: where for span, where in tiles}
+    summed = dict(tiles)
     rows = {batch: q_spans[batch][0] for batch in range(len(q_spans))}
     for (batch, q_start, q_end), pieces in sorted(parts.items()):
         if batch >= len(q_spans) or rows[batch] != q_start or q_end > q_spans[batch][1]:
