@@ -86,9 +86,9 @@ _UNIFIED, _UNIFIED_SHUFFLED = (
 _FLASH = _aiter(
     name="flash_attn_varlen_func", layouts=_BOTH, head_dim_multiple=8, max_head_dim=256, min_window=2, sinks=False
 )
-# Both turn and store in one launch, the engine's own norms, too; rope goes before the one that stores alone. aiter's
-# stores what it turned unrounded. What an fp8 cache cannot hold becomes its largest code with each of them; with aiter's
-# HIP writers (`reshape_and_cache`, `reshape_and_cache_flash`, `concat_and_cache_mla`) it becomes NaN: none of them serves.
+# Two turn and store in one launch, the engine's own norms, too; rope goes before the third. aiter's stores what it
+# turned unrounded. With each of them what an fp8 cache cannot hold becomes its largest code. With aiter's HIP writers
+# (`reshape_and_cache`, `reshape_and_cache_flash`, `concat_and_cache_mla`) it becomes NaN, so none of these serves.
 _FUSED_ROPE_WRITE = KernelContract(
     name="fused_qk_rope_reshape_and_cache",
     layouts=_BOTH,
@@ -111,7 +111,7 @@ MLA_HEADS = tuple(range(16, 129, 16))
 _AITER_MLA = _plain(
     name="mla_decode_fwd", layouts=("latent",), dtypes=(torch.bfloat16,), heads=MLA_HEADS, latent_parts=(512, 64)
 )
-_FLASH_LATENT = _plain(name="flash_attn_varlen_func", layouts=("latent",), max_dense_dim=256)
+_FLASH_LATENT = _plain(name="flash_attn_varlen_func", layouts=("latent",), max_dense_dim=256, one_query=False)
 
 _INSTINCT = ("gfx942", "gfx950")
 _UNIFIED_BOTH = (_UNIFIED, _UNIFIED_SHUFFLED)

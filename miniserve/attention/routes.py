@@ -41,7 +41,7 @@ def least_asm_rows(spec: AttentionSpec, compute_units: int) -> int | None:
 
 
 def has_wrong_length(rows: DecodeRows) -> bool:
-    """Whether a row's length (its own token counted) is, or in a captured step may be, one the ASM kernel gets wrong."""
+    """Whether a row's length (its own token counted) is one the ASM kernel gets wrong, or may be in a captured step."""
     first, last = ASM_WRONG_LENGTHS
     lens = rows.host_seq_lens
     return rows.max_seq_len >= first if lens is None else bool(((lens >= first) & (lens <= last)).any())

@@ -22,7 +22,7 @@ class KernelContract:
     fp8_kv: it also reads a cache of the platform's fp8; otherwise the cache is of the compute dtype, unless `any_kv`.
     max_group: query heads per KV head. block_multiple, head_dim_multiple: what sizes must divide by. min_window: the
     shortest sliding window, None where it has none. any_scale: False where the softmax scale is head_dim ** -0.5
-    whatever it is told. one_query: it is right for rows of one query token alone, which are never chunks. Of kernels that
+    whatever it is told. one_query: it is right for rows of one query token alone, so not for chunks. Of kernels that
     write to the cache: qk_norm: they norm q and k too; partial_rope: rope may turn a part of each head only. crashes:
     (architecture, version of Triton) patterns for which compiling it kills the process.
     Of latent attention: heads: the numbers of query heads it takes, a layer's being padded to the next; latent_parts:

@@ -75,7 +75,9 @@ def test_tokens_land_where_the_formulas_say(aiter: ModuleType, value: str, arch:
                 assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
 
 
-@pytest.mark.parametrize(("arch", "largest", "kept", "lost"), [("gfx942", 240.0, 247.9, 248.0), ("gfx950", 448.0, 464.0, 464.1)])
+@pytest.mark.parametrize(
+    ("arch", "largest", "kept", "lost"), [("gfx942", 240.0, 247.9, 248.0), ("gfx950", 448.0, 464.0, 464.1)]
+)
 def test_what_fp8_cannot_hold_becomes_nan(
     aiter: ModuleType, arch: str, largest: float, kept: float, lost: float
 ) -> None:

@@ -1,5 +1,5 @@
-"""Cache writes for backends over aiter: rope and write in one launch by its own kernel or by the engine's, as the layer's
-route says; the write alone by the engine's, as aiter's makes NaN of what an fp8 cache cannot hold."""
+"""Cache writes for backends over aiter: rope and write in one launch by its own kernel or by the engine's, as the
+layer's route says; the write alone by the engine's, as aiter's makes NaN of what an fp8 cache cannot hold."""
 
 from __future__ import annotations
 

@@ -115,10 +115,10 @@ def get_mla_metadata_v1(
     dtype_q: torch.dtype | None = None,
     dtype_kv: torch.dtype | None = None,
 ) -> None:
-    """Write the plan that `_mla_plan` makes, as the original does; its last column, which the original leaves 0, holds the
-    heads and dtypes, so that `mla_decode_fwd` can tell whether it was made for its call's. uni_seqlen_qo, where positive,
-    is every row's number of queries. Without it folded heads are looked up past the rows, and the tiles of rows that
-    have several are counted before their lengths are read: violations.
+    """Write the plan that `_mla_plan` makes, as the original does; its last column, which the original leaves 0, holds
+    the heads and dtypes, so that `mla_decode_fwd` can tell whether it was made for its call's. uni_seqlen_qo, where
+    positive, is every row's number of queries. Without it folded heads are looked up past the rows, and the tiles of
+    rows that have several are counted before their lengths are read: violations.
     """
     record("get_mla_metadata_v1")
     check(kv_granularity & (kv_granularity - 1) == 0, "get_mla_metadata_v1: kv_granularity Must be power of 2!")

@@ -1,13 +1,13 @@
 """How persistent MLA's work is laid down: as csrc/kernels/mla/metadata/v1_2_device.cuh does, pages being of one token.
 
-Blocks of `granularity` tokens are dealt to the workgroups in order, each taking what the others do; a tile of query rows
-whose keys more than one takes is summed from partial results afterwards.
+Blocks of `granularity` tokens are dealt to the workgroups in order, to each as many; a tile of query rows whose keys
+more than one takes is summed from partial results afterwards.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 OVERHEAD = 16  # blocks that a piece of work costs beside its keys
@@ -93,7 +93,7 @@ def _parallel(step: Step) -> Plan:
             cuts = [*([0] if head else []), *range(head, blocks, each), blocks] if fresh else []
             room = payload - (blocks - head - (fresh - 1) * each + OVERHEAD)
             workgroup += fresh
-        pieces = list(zip(cuts, cuts[1:], strict=False))
+        pieces = list(pairwise(cuts))
         for index, (begin, end) in enumerate(pieces):
             stop = min(kv_start + end * step.granularity, kv_end)
             at = partial + index * (q_end - q_start) if len(pieces) > 1 else -1
@@ -111,8 +111,8 @@ def _parallel(step: Step) -> Plan:
 
 
 def _sequential(step: Step) -> Plan:
-    """Any number of query tokens. A causal tile's keys end where its last query's do; fewer keys than `max_qlen` are not
-    left to the next workgroup."""
+    """Any number of query tokens. A causal tile's keys end where its last query's do; fewer keys than `max_qlen` are
+    not left to the next workgroup."""
     made, payload = Plan(), step.payload()
     batch = tile = block = splits = partial = 0
     tail = False

@@ -4,6 +4,7 @@ and the sum of what split tiles left."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -43,11 +44,11 @@ def read_plan(buffers: tuple[torch.Tensor, ...], q_spans: Spans, kv_spans: Spans
     require(cuts[0] == 0 and cuts == sorted(cuts) and cuts[-1] <= len(partial_map), other)
     tiles = [
         ((int(final_map[tile][0]), int(final_map[tile][1])), partial_map[begin:end].tolist())
-        for tile, (begin, end) in enumerate(zip(cuts, cuts[1:], strict=False))
+        for tile, (begin, end) in enumerate(pairwise(cuts))
         if end > begin
     ]
     require(_covers(works, tiles, q_spans, kv_spans), other)
-    return Works([works[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False) if end > begin], tiles)
+    return Works([works[begin:end] for begin, end in pairwise(bounds) if end > begin], tiles)
 
 
 def _covers(works: list[Work], tiles: list[tuple[tuple[int, int], list[int]]], q_spans: Spans, kv_spans: Spans) -> bool:

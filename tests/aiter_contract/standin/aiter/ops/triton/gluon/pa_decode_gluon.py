@@ -30,10 +30,11 @@ def pa_decode_gluon(
     sliding_window: int = 0,
     ps: bool = True,
 ) -> None:
-    """Up to four causal queries per sequence, the same number of each. Scales of one element only (more: a violation), fp8 KV without them too.
-    Given scratch must be [S, KH, P, queries * GQA(, D)]; it becomes NaN. A sliding_window W lets a query see W -
-    query_length keys, its own among them (in the kernels' masks, and in the reference of the library's own test). Its
-    output is written through `reshape`: one that is not contiguous would be lost. No alibi is read."""
+    """Up to four causal queries per sequence, the same number of each. Scales of one element only (more: a violation),
+    fp8 KV without them too. Given scratch must be [S, KH, P, queries * GQA(, D)]; it becomes NaN. A sliding_window W
+    lets a query see W - query_length keys, its own among them (in the kernels' masks, and in the reference of the
+    library's own test). Its output is written through `reshape`: one that is not contiguous would be lost. No alibi is
+    read."""
     record("pa_decode_gluon")
     fp8 = _standin.device.fp8
     known = (fp8, torch.bfloat16, torch.float16)
