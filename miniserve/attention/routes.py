@@ -114,5 +114,5 @@ def window_pair(window: int | None) -> tuple[int, int]:
 
 
 def kv_cache_dtype(kv_dtype: torch.dtype) -> str:
-    """The argument of that name of aiter's paged kernels and cache writers."""
+    """The argument of that name of aiter's paged kernels."""
     return "fp8" if kv_dtype.itemsize == 1 else "auto"
