@@ -22,9 +22,9 @@ class KernelContract:
     fp8_kv: it also reads a cache of the platform's fp8; otherwise the cache is of the compute dtype, unless `any_kv`.
     max_group: query heads per KV head. block_multiple, head_dim_multiple: what sizes must divide by. min_window: the
     shortest sliding window, None where it has none. any_scale: False where the softmax scale is head_dim ** -0.5
-    whatever it is told. Of kernels that write to the cache: qk_norm: they norm q and k too; partial_rope: rope may turn
-    a part of each head only. crashes: (architecture, version of Triton) patterns for which compiling it kills the
-    process.
+    whatever it is told. one_query: it is right for rows of one query token alone, so not for chunks. Of kernels that
+    write to the cache: qk_norm: they norm q and k too; partial_rope: rope may turn a part of each head only. crashes:
+    (architecture, version of Triton) patterns for which compiling it kills the process.
     Of latent attention: heads: the numbers of query heads it takes, a layer's being padded to the next; latent_parts:
     kv_lora_rank and rope_dim; max_dense_dim: of a head's key and of its value, expanded.
     """
@@ -47,6 +47,7 @@ class KernelContract:
     softcap: bool = True
     sinks: bool = True
     any_scale: bool = True
+    one_query: bool = False
     qk_norm: bool = True
     partial_rope: bool = True
     crashes: tuple[tuple[str, str], ...] = ()
@@ -233,6 +234,8 @@ class BackendContract:
             if layout not in kernel.layouts:
                 continue
             found = [*kernel.platform_refusals(platform), *kernel.refusals(spec, block_size)]
+            if kernel.one_query and options is self.chunks:
+                found.append("takes one query token a row")
             if not found:
                 return kernel, refused
             subject = "it" if kernel.name == self.name else kernel.name

@@ -341,6 +341,8 @@ def test_gluon_takes_what_the_others_cannot(aiter: ModuleType) -> None:
     rows = step.q.repeat_interleave(2, 0)
     two = gluon(aiter, step, query=rows, output=torch.zeros_like(rows), query_length=2)
     assert error(two[2:4], attend(rows[2:4], *step.tokens(1), 0.3)) < 5e-3
+    with pytest.raises(AssertionError, match="every sequence must have query_length = 2"):
+        gluon(aiter, step, query=rows[1:], output=torch.zeros_like(rows[1:]), query_length=2)
     with pytest.raises(AssertionError, match="kv_block_size == 32"):
         gluon(aiter, paged([9], block_size=32))
     with pytest.raises(AssertionError, match="exceeds maximum of 64"):

@@ -59,7 +59,7 @@ def build_backend(choice: Choice, block_size: int, options: BackendOptions) -> B
 
 
 def rope_writer(layout: KVLayout, options: BackendOptions) -> RopeWriter:
-    return RopeWriter(layout, load_aiter(), _paged_kernels(options).rope_and_write, options)
+    return RopeWriter(layout, load_aiter(), _paged_kernels(options), options)
 
 
 def _paged_kernels(options: BackendOptions) -> PagedKernels:
