@@ -14,6 +14,7 @@ from miniserve.attention.terms import BackendContract, KernelContract
 _ALL = (torch.bfloat16, torch.float16, torch.float32)
 _HALF = (torch.bfloat16, torch.float16)
 _BOTH = ("linear", "shuffled")
+_ASM_FP8_TOLERANCE = 6e-2  # assembly may round queries or weights to fp8 too
 _PAGED_DIMS = (64, 128, 256)  # aiter's HIP kernels drop what is left of head_dim / 64, and return garbage below 64
 
 _aiter = partial(KernelContract, dtypes=_HALF, fp8_kv=True)
@@ -34,6 +35,7 @@ _PAGED_V1 = _aiter(
     max_group=16,
     block_sizes=(16, 32),
     sinks=False,
+    fp8_products=True,
 )
 _PAGED_ROCM = _plain(
     name="paged_attention_rocm",
@@ -41,6 +43,7 @@ _PAGED_ROCM = _plain(
     head_dims=_PAGED_DIMS,
     max_group=16,  # above it the kernel's head index is wrong
     block_multiple=16,
+    fp8_products=True,
 )
 # Reaches the ASM kernel from some batch on, so it has that kernel's terms at any batch.
 _PAGED_COMMON = _plain(
@@ -50,6 +53,9 @@ _PAGED_COMMON = _plain(
     max_group=16,
     block_sizes=(16,),
     any_scale=False,
+    fp8_products=True,
+    fp8_tolerance=_ASM_FP8_TOLERANCE,
+    narrow_offsets=(("gfx*", 2),),
 )
 # Several query tokens a row it takes too, but a window then counts otherwise.
 _GLUON = _aiter(
@@ -103,7 +109,13 @@ _RESHAPE_FLASH = _aiter(name="reshape_and_cache_flash", layouts=("linear",))
 # gfx942 and gfx950, from bfloat16 queries over a cache of bfloat16 or fp8 (aiter's asm_mla.cu and mla_asm.csv).
 MLA_HEADS = tuple(range(16, 129, 16))
 _AITER_MLA = _plain(
-    name="mla_decode_fwd", layouts=("latent",), dtypes=(torch.bfloat16,), heads=MLA_HEADS, latent_parts=(512, 64)
+    name="mla_decode_fwd",
+    layouts=("latent",),
+    dtypes=(torch.bfloat16,),
+    heads=MLA_HEADS,
+    latent_parts=(512, 64),
+    fp8_tolerance=_ASM_FP8_TOLERANCE,
+    narrow_offsets=(("gfx942", 2), ("gfx*", 1)),
 )
 _FLASH_LATENT = _plain(name="flash_attn_varlen_func", layouts=("latent",), max_dense_dim=256)
 
@@ -182,3 +194,9 @@ CONTRACTS = (
     ),
     BackendContract(name="TORCH_MLA", layouts=("latent",), decode=(_TORCH_MLA,), chunks=(_TORCH_MLA,)),
 )
+# By name: contracts of the same name differ in the layouts and sizes that they take, and in nothing else.
+KERNELS = {
+    kernel.name: kernel
+    for backend in CONTRACTS
+    for kernel in (*backend.decode, *backend.rerouted_decode, *backend.chunks)
+}

@@ -59,8 +59,10 @@ def plan_memory(
     block_bytes: int,
     longest_context: int,
     device: torch.device,
+    limit: int | None = None,
 ) -> MemoryPlan:
-    """Settle the pool's size and the context length. `available` is what remains once the weights are loaded.
+    """Settle the pool's size and the context length. `available` is what remains once the weights are loaded; `limit`
+    bounds the pool's blocks.
 
     Raises `UserError` where not even one sequence of --max-model-len fits (or, left open, one block).
     """
@@ -77,6 +79,8 @@ def plan_memory(
         budget = available - activations
         if device.type == "cpu":
             budget = min(budget // 2, _CPU_KV_LIMIT)
+    if limit is not None:
+        budget = min(budget, limit * block_bytes)
     num_blocks = min(budget // block_bytes, most_blocks)
     needed = blocks_for(config.max_model_len or 1, config.block_size)
     if num_blocks < needed:

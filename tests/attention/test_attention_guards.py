@@ -34,7 +34,7 @@ from miniserve.attention.select import Choice, select
 from miniserve.attention.spec import AttentionSpec
 from miniserve.bench.check_paths import made_up_layer
 from miniserve.core import UserError
-from miniserve.runner.self_check import checked_backend
+from miniserve.runner.self_check import check_backend
 
 BF16, FP16 = torch.bfloat16, torch.float16
 BOTH = ("linear", "shuffled")
@@ -222,7 +222,7 @@ def test_19_every_kernel_is_called_before_a_request_is(kv_dtype: torch.dtype) ->
                 specs=(spec,), routes=choice.routes, platform=platform, device=device, max_rows=16, max_seq_len=512
             )
             cache = LAYOUTS[layout](16).allocate(spec, 200, device)
-            checked_backend(choice, 16, options, [made_up_layer(spec, device)], [cache])
+            check_backend(choice, 16, options, [made_up_layer(spec, device)], [cache])
             called = {call.function for call in module._standin.calls}
             (route,) = choice.routes
             assert {k for k in astuple(route) if not k.startswith("triton")} <= called
