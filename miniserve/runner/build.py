@@ -179,7 +179,7 @@ def _find_path(
         plan = room(
             activations=activations + scratch_bytes(choice, specs, platform, rows, longest),
             block_bytes=block_bytes(choice, layout, specs),
-            limit=None if limit is None else limit.num_blocks,
+            most_blocks=None if limit is None else limit.num_blocks,
         )
         notes = [limit.sentence(config.block_size)] if limit and limit.num_blocks == plan.num_blocks else []
         caches = [layout.allocate(spec, plan.num_blocks, device) for spec in specs]

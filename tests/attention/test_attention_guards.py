@@ -175,7 +175,7 @@ def test_9_one_scale_writes_and_reads_fp8(lengths: list[int]) -> None:
     with stand_in("gfx942", 32):
         step = decode_step(spec, lengths)
         backend = flash_backend(step)
-        step.check(backend, 2e-2)
+        step.check(backend, 8e-2)  # the HIP kernel rounds queries and weights to fp8
         tables = backend._paged.asm_scales.of(step.layer, step.cache)
         assert [float(table.unique()) for table in tables if table is not None] == [0.5, 0.25]
         same = replace(step.layer, layer_index=7)
@@ -365,5 +365,5 @@ def test_27_fp8_of_short_contexts_through_the_right_precision() -> None:
         spec = replace(SPEC, num_heads=2 * group, kv_dtype=MI300X.fp8_dtype)
         with stand_in("gfx942", 4) as module:
             step = decode_step(spec, [1, 2, 15, 16, 17, 300, 9, 16])
-            step.check(flash_backend(step), 2e-2)
+            step.check(flash_backend(step), 2e-2 if route == "asm" else 8e-2)
             assert {call.route for call in module._standin.calls if call.function.startswith("pa")} == {route}

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from attention_reference import Layer
 from engine_support import stand_in
 from latent_steps import LatentTestLayer
 
+import miniserve
 from miniserve.attention import aiter as adapter
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.torch_attn import TorchBackend
@@ -24,15 +26,19 @@ from miniserve.attention.metadata import StepBatch
 from miniserve.attention.platform import NAMED_PLATFORMS, emulated_platform
 from miniserve.attention.select import select
 from miniserve.attention.spec import AttentionSpec, LatentDims
-from miniserve.core import SamplingParams, UserError
+from miniserve.core import Chunk, SamplingParams, StepPlan, UserError
 from miniserve.llm import LLM
+from miniserve.models.description import MoEConfig
 from miniserve.runner import self_check
+from miniserve.runner.check_experts import experts_failure
 from miniserve.runner.check_problem import STALE_NAN, Problem
 from miniserve.runner.self_check import Checked, CheckResult, check_backend
 from miniserve.runner.served import block_zeroer
+from miniserve.runner.state import StepState
 
 SPEC = AttentionSpec(4, 2, 32, 32**-0.5, torch.bfloat16, torch.bfloat16)
 LATENT = AttentionSpec(4, 1, 80, 0.2, torch.bfloat16, torch.bfloat16, latent=LatentDims(64, 16, 24, 20))
+DEEPSEEK = str(Path(miniserve.__file__).parent / "assets" / "tiny-deepseek")
 CU_NUM = 16  # so that the ASM kernel takes 9 rows of 4 heads
 
 
@@ -367,3 +373,74 @@ def test_the_engine_refuses_a_path_that_fails_unless_told_not_to_look(monkeypatc
         LLM(**options)
     assert "--no-self-check would serve wrong answers" in str(error.value)
     assert "self-check: left out" in LLM(**options, self_check=False).info.attention
+
+
+@pytest.mark.parametrize(("arch", "kv_cache_dtype", "bounded"), [("gfx942", "auto", True), ("gfx950", "auto", False)])
+def test_the_engine_keeps_its_pool_to_what_the_kernel_reaches(
+    arch: str, kv_cache_dtype: str, bounded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("miniserve.attention.backends.build.NARROW_PLANE", 20 * 16 * 576 * 2)
+    with stand_in(arch, 4):
+        options = {"device": arch, "kv_cache_dtype": kv_cache_dtype, "max_num_seqs": 4, "progress": False}
+        info = LLM(DEEPSEEK, **options).info
+        assert (info.num_blocks == 20) == bounded == (info.max_model_len == 320)
+        told = "KV cache: no more than 320 tokens, as mla_decode_fwd reaches"
+        assert any(sentence.startswith(told) for sentence in info.attention) == bounded
+        if bounded:
+            with pytest.raises(
+                UserError, match="--max-model-len 400 is more than this attention path reaches, 320 tokens"
+            ):
+                LLM(DEEPSEEK, **options, max_model_len=400)
+
+
+# --- experts ---------------------------------------------------------------------------------------------------------
+
+
+def test_experts_that_fail_at_the_models_shapes_are_the_engines_own() -> None:
+    def refuses(*given: Any) -> torch.Tensor:
+        raise RuntimeError("no tuned kernel\nand more")
+
+    def wrong(x: torch.Tensor, *_: Any) -> torch.Tensor:
+        return torch.zeros_like(x)
+
+    def wrong_for_many(x: torch.Tensor, *more: Any) -> torch.Tensor:
+        return real(x, *more) * (1.05 if len(x) > 16 else 1.0)
+
+    config = MoEConfig(num_experts=6, top_k=2, intermediate_size=96, sparse_layers=(True,))
+    with stand_in("gfx942", 4):
+        aiter = adapter.load_experts()
+        real = aiter.fused_moe
+        for kernel, failure in (
+            (real, None),
+            (refuses, "RuntimeError: no tuned kernel"),
+            (wrong, "for 1 tokens it is 100.00% off (2% allowed)"),
+            (wrong_for_many, "for 40 tokens it is "),
+        ):
+            changed = dataclasses.replace(aiter, fused_moe=kernel)
+            found = experts_failure(changed, config, 192, torch.bfloat16, torch.device("cpu"), (1, 16, 40))
+            assert found == failure or (found is not None and failure is not None and found.startswith(failure))
+
+
+def test_the_engine_says_why_aiters_experts_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "miniserve.runner.build.experts_failure", lambda *_: "for 1 tokens it is 9.00% off (2% allowed)"
+    )
+    with stand_in("gfx942", 4):
+        info = LLM(DEEPSEEK, device="gfx942", max_model_len=64, max_num_seqs=2, progress=False).info
+    told = "; not by aiter fused_moe: the self-check failed: for 1 tokens it is 9.00% off (2% allowed)"
+    assert info.attention[-1].endswith(told)
+
+
+# --- block tables and padding ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("max_model_len", "width"), [(32768, 2049), (32767, 2048), (32753, 2048), (32752, 2048)])
+def test_block_tables_have_a_column_for_the_token_after_the_last(max_model_len: int, width: int) -> None:
+    """Which kernels may look up: one of aiter's MLA did at 32,768 tokens."""
+    state = StepState(2, max_model_len, 16, torch.device("cpu"))
+    assert state.tables.shape == (2, width)
+    plan = StepPlan([], [], [(0, 0, [1, 2])], [], [Chunk(0, 0, list(range(31)), True)])
+    state.prepare(plan, torch.zeros(2, dtype=torch.int64))
+    batch = state.prepare(StepPlan([], [], [], [0], []), torch.zeros(2, dtype=torch.int64)).batch
+    assert batch.decode is not None
+    assert (batch.decode.max_seq_len, batch.decode.block_tables.tolist()) == (32, [[1, 2, 0]])
