@@ -219,7 +219,7 @@ def _make_runner(
     if options.triton is None:
         sampler = Sampler(rows, vocab_size, device, eos_token_ids, config.seed)
         native_graphs = None
-        if replays and options.native is not None:
+        if replays and options.native is not None and served.zero_blocks is None:
             native_graphs = NativeGraphs(served, options.native, state, sampler)
         return ModelRunner(served, state, sampler, native_graphs)
     from miniserve.kernels.triton.decode_step import RowState
