@@ -14,6 +14,7 @@ from miniserve.attention.terms import BackendContract, KernelContract
 _ALL = (torch.bfloat16, torch.float16, torch.float32)
 _HALF = (torch.bfloat16, torch.float16)
 _BOTH = ("linear", "shuffled")
+_ASM_FP8_TOLERANCE = 6e-2  # assembly may round queries or weights to fp8 too
 _PAGED_DIMS = (64, 128, 256)  # aiter's HIP kernels drop what is left of head_dim / 64, and return garbage below 64
 
 _aiter = partial(KernelContract, dtypes=_HALF, fp8_kv=True)
@@ -38,6 +39,7 @@ _PAGED_V1 = _decode(  # skips rows of several query tokens
     max_group=16,
     block_sizes=(16, 32),
     sinks=False,
+    fp8_products=True,
 )
 _PAGED_ROCM = _plain(
     name="paged_attention_rocm",
@@ -45,6 +47,7 @@ _PAGED_ROCM = _plain(
     head_dims=_PAGED_DIMS,
     max_group=16,  # above it the kernel's head index is wrong
     block_multiple=16,
+    fp8_products=True,
 )
 # Reaches the ASM kernel from some batch on, so it has that kernel's terms at any batch. Its HIP kernel computes one
 # query token a row whatever it is told; the ASM one is silently wrong with several over an fp8 cache and more than 8
@@ -56,6 +59,9 @@ _PAGED_COMMON = _plain(
     max_group=16,
     block_sizes=(16,),
     any_scale=False,
+    fp8_products=True,
+    fp8_tolerance=_ASM_FP8_TOLERANCE,
+    narrow_offsets=(("gfx*", 2),),
 )
 # Several query tokens it takes only if every row has as many (vllm #52849), and a window then counts otherwise.
 _GLUON = _decode(
@@ -109,7 +115,13 @@ _TRITON_WRITE = KernelContract(name="triton write_kv", layouts=_BOTH, dtypes=_AL
 # than 4 tokens gfx942 has no persistent kernel, and those that are not persistent are wrong (aiter #5679).
 MLA_HEADS = tuple(range(16, 129, 16))
 _AITER_MLA = _plain(
-    name="mla_decode_fwd", layouts=("latent",), dtypes=(torch.bfloat16,), heads=MLA_HEADS, latent_parts=(512, 64)
+    name="mla_decode_fwd",
+    layouts=("latent",),
+    dtypes=(torch.bfloat16,),
+    heads=MLA_HEADS,
+    latent_parts=(512, 64),
+    fp8_tolerance=_ASM_FP8_TOLERANCE,
+    narrow_offsets=(("gfx942", 2), ("gfx*", 1)),
 )
 _FLASH_LATENT = _plain(name="flash_attn_varlen_func", layouts=("latent",), max_dense_dim=256, one_query=False)
 
@@ -189,3 +201,9 @@ CONTRACTS = (
     ),
     BackendContract(name="TORCH_MLA", layouts=("latent",), decode=(_TORCH_MLA,), chunks=(_TORCH_MLA,)),
 )
+# By name: contracts of the same name differ in the layouts and sizes that they take, and in nothing else.
+KERNELS = {
+    kernel.name: kernel
+    for backend in CONTRACTS
+    for kernel in (*backend.decode, *backend.rerouted_decode, *backend.chunks)
+}

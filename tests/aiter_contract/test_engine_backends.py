@@ -27,7 +27,8 @@ FP8 = {"gfx942": torch.float8_e4m3fnuz, "gfx950": torch.float8_e4m3fn}
 BACKENDS = ("ROCM_ATTN", "ROCM_AITER_FA", "ROCM_AITER_UNIFIED_ATTN", "ROCM_AITER_GLUON", "TRITON_ATTN")
 TOLERANCE = {BF16: 1.2e-2, FP16: 2.5e-3}
 CU_NUM = 4  # from 9 heads in a step on, the ASM kernel's turn would come
-FP8_TOLERANCE = 6e-2  # new tokens may be read before they were rounded
+# HIP kernels round queries and weights to fp8; new tokens may be read before they were rounded.
+FP8_TOLERANCE = {"gfx942": 8e-2, "gfx950": 15e-2}
 
 
 def build(step: Step, choice: Choice, arch: str, specs: tuple[AttentionSpec, ...] = (), **changes: Any) -> Backend[Any]:
@@ -98,7 +99,7 @@ def test_what_is_allowed_is_right(
         step = make_step((spec, block_size, *rest), layout, seed, scales)
         fp8 = spec.kv_dtype.itemsize == 1
         made = build(step, choice, arch, context_tokens=context_tokens)
-        tolerance = FP8_TOLERANCE if fp8 else TOLERANCE[spec.dtype]
+        tolerance = FP8_TOLERANCE[arch] if fp8 else TOLERANCE[spec.dtype]
         step.check(made, tolerance)
         if not step.batch.chunks:
             step.padded().check(made, tolerance)
@@ -132,7 +133,7 @@ def test_the_asm_kernel_takes_over_above_the_switch(arch: str, fp8: bool) -> Non
         with stand_in(arch, cu_num=32) as module:
             step = decode_step(spec, lengths)
             made = build(step, chosen(spec, arch, "ROCM_AITER_FA", "shuffled"), arch)
-            (step.padded(padding) if padding else step).check(made, FP8_TOLERANCE)
+            (step.padded(padding) if padding else step).check(made, FP8_TOLERANCE[arch])
             decodes = [call for call in module._standin.calls if call.function.startswith("pa")]
             assert {call.route for call in decodes} == {route}, lengths
 
@@ -155,7 +156,7 @@ def test_who_turns_and_writes(backend: str, layout: str, change: dict[str, Any],
         choice = chosen(spec, "gfx942", backend, layout)
         assert choice.routes[0].write == write
         step = make_step((spec, 16, [(20, 1), (60, 20), (0, 9)], 1), layout, 3, (0.5, 0.25))
-        step.check(build(step, choice, "gfx942"), FP8_TOLERANCE)
+        step.check(build(step, choice, "gfx942"), FP8_TOLERANCE["gfx942"])
         writers = {call.function for call in module._standin.calls if "cache" in call.function}
         assert writers == {name for name in (choice.routes[0].write,) if not name.startswith("triton")}
 
@@ -179,7 +180,7 @@ def test_gluon_takes_what_hip_and_asm_cannot(arch: str, change: dict[str, Any], 
             assert [route.decode for route in choice.routes] == [decode, "pa_decode_gluon"]
             step = decode_step(specs[0], [1, 16, 17, 34, 300, 256])
             for rows in (step, step.padded()):
-                rows.check(build(step, choice, arch, specs=specs), FP8_TOLERANCE)
+                rows.check(build(step, choice, arch, specs=specs), FP8_TOLERANCE[arch])
             assert {c.function for c in module._standin.calls if c.function.startswith(("pa", "uni"))} == {decode}
 
 
@@ -201,7 +202,7 @@ def test_every_length_around_a_partition_of_256(arch: str, fp8: bool) -> None:
             for rows, num_decodes in ((decodes, 41), (right, 26), ([(0, 1), *chunks, (0, 1)], 1)):
                 step = make_step((spec, 16, rows, num_decodes), layout, 3, (0.5, 0.25))
                 for each in (step,) if step.batch.chunks else (step, step.padded()):
-                    each.check(build(step, choice, arch), FP8_TOLERANCE if fp8 else TOLERANCE[BF16])
+                    each.check(build(step, choice, arch), FP8_TOLERANCE[arch] if fp8 else TOLERANCE[BF16])
             asm = {call.route for call in module._standin.calls} & {"asm"}
             assert bool(asm) == ((backend, layout) == ("ROCM_AITER_FA", "shuffled"))
 

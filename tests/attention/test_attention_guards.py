@@ -34,7 +34,7 @@ from miniserve.attention.select import Choice, select
 from miniserve.attention.spec import AttentionSpec
 from miniserve.bench.check_paths import made_up_layer
 from miniserve.core import UserError
-from miniserve.runner.self_check import checked_backend
+from miniserve.runner.self_check import check_backend
 
 BF16, FP16 = torch.bfloat16, torch.float16
 BOTH = ("linear", "shuffled")
@@ -174,7 +174,7 @@ def test_9_one_scale_writes_and_reads_fp8(lengths: list[int]) -> None:
     with stand_in("gfx942", 32):
         step = decode_step(spec, lengths)
         backend = flash_backend(step)
-        step.check(backend, 2e-2)
+        step.check(backend, 8e-2)  # the HIP kernel rounds queries and weights to fp8
         tables = backend._paged.asm_scales.of(step.layer, step.cache)
         assert [float(table.unique()) for table in tables if table is not None] == [0.5, 0.25]
         same = replace(step.layer, layer_index=7)
@@ -221,7 +221,7 @@ def test_19_every_kernel_is_called_before_a_request_is(kv_dtype: torch.dtype) ->
                 specs=(spec,), routes=choice.routes, platform=platform, device=device, max_rows=16, max_seq_len=512
             )
             cache = LAYOUTS[layout](16).allocate(spec, 200, device)
-            checked_backend(choice, 16, options, [made_up_layer(spec, device)], [cache])
+            check_backend(choice, 16, options, [made_up_layer(spec, device)], [cache])
             called = {call.function for call in module._standin.calls}
             (route,) = choice.routes
             assert {k for k in astuple(route) if not k.startswith("triton")} <= called
@@ -358,5 +358,5 @@ def test_27_fp8_of_short_contexts_through_the_right_precision() -> None:
         spec = replace(SPEC, num_heads=2 * group, kv_dtype=MI300X.fp8_dtype)
         with stand_in("gfx942", 4) as module:
             step = decode_step(spec, [1, 2, 15, 16, 17, 300, 9, 16])
-            step.check(flash_backend(step), 2e-2)
+            step.check(flash_backend(step), 2e-2 if route == "asm" else 8e-2)
             assert {call.route for call in module._standin.calls if call.function.startswith("pa")} == {route}

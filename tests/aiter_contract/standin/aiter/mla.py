@@ -161,6 +161,8 @@ def mla_decode_fwd(
     require(
         not used.numel() or 0 <= int(used.min()) <= int(used.max()) < kv_buffer.shape[0], "a token outside the cache"
     )
+    if persistent and (kinds[1] == "fp8" or arch == "gfx942"):
+        used = _math.wrapped(used, kv_buffer.stride(0) * kv_buffer.element_size())
     qlens, lens = starts_q.diff(), starts_kv.diff()
     require(bool((qlens <= max_seqlen_q).all()), f"a query of more than max_seqlen_q = {max_seqlen_q} tokens")
     fold = heads // seen
