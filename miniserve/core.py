@@ -165,7 +165,7 @@ class SchedulerStats(msgspec.Struct, kw_only=True):
     prefix_cache_queries: int = 0  # prompt tokens looked up
     prefix_cache_hits: int = 0  # prompt tokens found
     num_steps: int = 0
-    step_tokens: int = 0  # tokens computed in the last step
+    step_tokens: int = 0  # of the last step with a result: prompt tokens computed and tokens generated
     num_drafts: int = 0  # runs with draft tokens, of speculation
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0  # draft tokens that became output
@@ -315,6 +315,10 @@ class StepTotals(msgspec.Struct, kw_only=True, array_like=True):
     mixed_seconds: float = 0.0
     mixed_rows: int = 0  # that decoded
     prefill_tokens: int = 0
+
+    @property
+    def num_steps(self) -> int:
+        return self.decode_steps + self.mixed_steps
 
     def since(self, earlier: StepTotals) -> StepTotals:
         """What came after `earlier`."""

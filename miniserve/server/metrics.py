@@ -136,7 +136,7 @@ class ServerMetrics:
             success.add_metric((*self._labels, reason.value), count)
         yield success
         yield from self._roofline()
-        step_tokens = Histogram("vllm:iteration_tokens_total", "Tokens of a step.", _STEP_TOKENS)
+        step_tokens = Histogram("vllm:iteration_tokens_total", "Tokens of a step: of prompts, and generated.", _STEP_TOKENS)
         for size, times in self._engine.step_sizes.items():
             step_tokens.observe(size, times)
         yield step_tokens.family(self._labels)
