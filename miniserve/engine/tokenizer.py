@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _METASPACE = "▁"
+_LONG = 4096  # ids whose decoding takes about a millisecond
 
 
 class Tokenizer:
@@ -48,6 +49,8 @@ class Tokenizer:
         self._byte_fallback = "ByteFallback" in json.dumps(decoder)
         self._metaspace = _METASPACE in json.dumps(decoder, ensure_ascii=False)
         self._token_bytes: dict[int, bytes] = {}
+        # No token stands for more characters of a text.
+        self.longest_token = max(map(len, backend.get_vocab(with_added_tokens=True)))
         self.special_token_ids = frozenset(
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         )
@@ -81,7 +84,11 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Exactly what the tokens spell: no cleaning up of spaces. Ids without a token spell nothing; bytes that are no
         UTF-8 become U+FFFD."""
-        text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        text: str
+        if len(token_ids) < _LONG:
+            text = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        else:  # which does not hold the interpreter's lock all the while
+            (text,) = self._backend.decode_batch([list(token_ids)], skip_special_tokens=skip_special_tokens)
         return text
 
     def token_str(self, token_id: int) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 from miniserve.core import CompletionDelta, InvalidRequest, SamplingParams
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server.fields import REFUSED_IN_CHAT
-from miniserve.server.generation import generate
 from miniserve.server.logprobs import chat_logprobs
 from miniserve.server.protocol import ChatCompletionRequest, ChatMessage, RenderOptions
 from miniserve.server.reply import Answer, GenerationResponse, Header, finish_word
@@ -47,15 +46,14 @@ class ChatAnswer(Answer):
             self._started.add(index)
             opening: ChatDelta = {"role": "assistant", "content": ""}
             yield {"index": index, "delta": opening, "logprobs": None, "finish_reason": None}
-        choice: ChatChunkChoice = {
-            "index": index,
-            "delta": {"content": delta.text},
-            "logprobs": self._logprobs([delta]) if delta.logprobs else None,
-            "finish_reason": finish_word(delta),
-        }
-        if delta.finish_reason is not None:
-            choice["stop_reason"] = delta.stop_reason
-        yield choice
+        self.count(number, delta)
+        reason = finish_word(delta)
+        if reason is None or delta.text or delta.logprobs:
+            logprobs = self._logprobs([delta]) if delta.logprobs else None
+            yield {"index": index, "delta": {"content": delta.text}, "logprobs": logprobs, "finish_reason": None}
+        if reason is not None:
+            end: ChatChunkChoice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": reason}
+            yield {**end, "stop_reason": delta.stop_reason}
 
     def _choice(self, index: int) -> ChatChoice:
         deltas = self._deltas[index]
@@ -75,14 +73,14 @@ async def respond(service: Service, body: ChatCompletionRequest) -> GenerationRe
     """Raises `InvalidRequest` or `APIError` for what cannot be answered."""
     service.check_alive()
     service.check_model(body.model)
-    service.fields.check(body.extras, REFUSED_IN_CHAT)
+    service.fields.check(body, REFUSED_IN_CHAT)
     params = service.rules.for_chat(body)
+    service.turns.check(params.n)
     token_ids = await render(service, body.messages, body)
-    service.check_length(len(token_ids), params)
+    service.check_length(len(token_ids), params, body)
     header = service.header("chatcmpl")
     answer = ChatAnswer(header, service.engine.tokenizer, len(token_ids), params)
-    deltas = generate(service.engine, service.metrics, [token_ids], params, header.id)
-    return GenerationResponse(deltas, answer, body)
+    return GenerationResponse(service.generation([token_ids], params, header), answer, body)
 
 
 async def render(service: Service, messages: Sequence[ChatMessage], body: RenderOptions) -> list[int]:
@@ -121,7 +119,9 @@ async def render(service: Service, messages: Sequence[ChatMessage], body: Render
             message = f"The chat template fails on these messages ({type(error).__name__}: {error})."
             raise InvalidRequest(message, "messages") from error
 
-    return await service.off_loop(sum(len(message["content"]) for message in conversation), apply)
+    num_chars = sum(len(message["content"]) for message in conversation)
+    service.check_text(num_chars)
+    return await service.off_loop(num_chars, apply)
 
 
 def _message(position: int, message: ChatMessage) -> dict[str, Any]:
