@@ -106,9 +106,17 @@ _OPTIONS: dict[type, dict[str, Any]] = {
         "allowed_origins": _http(
             "--allowed-origin", help="Origin whose web pages may call the server (CORS); may be given several times."
         ),
+        "max_body_bytes": _http(
+            help="Largest request body, such as 4M.",
+            show_default="4M",
+            metavar="BYTES",
+            parser=lambda value: parse_bytes(str(value), "--max-body-bytes"),
+        ),
+        "max_queue": _http(help="Most sequences that run or wait; requests beyond it are answered 429."),
         "drain_timeout": _http(help="How long running requests may go on after the first Ctrl-C.", metavar="SECONDS"),
         "enable_tokenizer_info": _http(
-            "--enable-tokenizer-info", help="Serve /tokenizer_info, for lm_eval's remote tokenizer."
+            "--enable-tokenizer-info",
+            help="Serve /tokenizer_info, for lm_eval's remote tokenizer (with --api-key: its auth_token=KEY).",
         ),
         "trust_request_chat_template": _http(
             "--trust-request-chat-template", help="Accept chat templates, which are programs, from requests."

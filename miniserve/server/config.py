@@ -15,18 +15,19 @@ class ServerConfig:
 
     api_keys: any of them opens `/v1`; none leaves it open. served_model_names: what clients may call the model, the
     first is echoed in answers; none means the model's own name. max_prompts bounds the sequences (prompts times n) of
-    one request. stuck_after: how long the engine may be silent (no step, no heartbeat) before `/health` turns 503.
-    drain_timeout: how long running requests may go on after the first signal. allowed_origins: browsers' origins that
-    may call the server (CORS); none by default. log_interval: while requests run, how often a line says how it goes; 0
-    for never.
+    one request, max_queue those of all requests that run or wait. stuck_after: how long the engine may be silent (no
+    step, no heartbeat) before `/health` turns 503. drain_timeout: how long running requests may go on after the first
+    signal. allowed_origins: browsers' origins that may call the server (CORS); none by default. log_interval: while
+    requests run, how often a line says how it goes; 0 for never.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = ()
     served_model_names: tuple[str, ...] = ()
-    max_body_bytes: int = 32 * 1024 * 1024
+    max_body_bytes: int = 4 * 1024 * 1024
     max_prompts: int = 1024
+    max_queue: int = 8192
     allowed_origins: tuple[str, ...] = ()
     enable_tokenizer_info: bool = False
     trust_request_chat_template: bool = False
@@ -49,7 +50,7 @@ class ServerConfig:
                     f"--allowed-origin {origin!r} is none that a browser sends; it looks like https://example.com, "
                     "without a path or a slash at its end, or is * for all."
                 )
-        for name in ("max_body_bytes", "max_prompts", "stuck_after"):
+        for name in ("max_body_bytes", "max_prompts", "max_queue", "stuck_after"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be a positive number, not {getattr(self, name)}.")
         if not 0 <= self.drain_timeout < math.inf:

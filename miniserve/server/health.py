@@ -26,10 +26,7 @@ def install(app: FastAPI, service: Service) -> None:
         app.add_api_route(path, health, response_model=responses.Health)
     app.add_api_route("/version", version, response_model=responses.Version)
     app.add_api_route("/metrics", metrics, response_class=PlainTextResponse)
-    # Load clients and balancers look with HEAD, SageMaker pings with POST.
-    for path, endpoint in (("/health", health), ("/ping", health), ("/ready", health), ("/metrics", metrics)):
-        methods = ["HEAD", "POST"] if path == "/ping" else ["HEAD"]
-        app.add_api_route(path, endpoint, methods=methods, include_in_schema=False)
+    app.add_api_route("/ping", health, methods=["POST"], include_in_schema=False)  # as SageMaker does
 
 
 def check(service: Service) -> responses.Health:
@@ -42,6 +39,6 @@ def check(service: Service) -> responses.Health:
     return {
         "status": "ok",
         "running": stats.num_running,
-        "waiting": stats.num_waiting,
+        "waiting": stats.num_waiting + service.turns.waiting,
         "last_step_age": None if age is None else round(age, 3),
     }

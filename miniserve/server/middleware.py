@@ -12,12 +12,25 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from miniserve.server.errors import APIError
 
+_GUARDED = ("/v1/", "/debug/", "/tokenize/", "/detokenize/", "/tokenizer_info/")
+
+
+class PathMiddleware:
+    """HEAD is GET, whose body the server leaves out; a slash at the end of a path means nothing."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            method = "GET" if scope["method"] == "HEAD" else scope["method"]
+            scope = {**scope, "method": method, "path": scope["path"].rstrip("/") or "/"}
+        await self._app(scope, receive, send)
+
 
 class ApiKeyMiddleware:
-    """Asks for one of `api_keys` on `/v1` and `/debug` (`Authorization: Bearer …` or `x-api-key`), except for OPTIONS.
-
-    What is outside of them stays open: health checks, metrics, and the tokenizer that lm_eval calls without a key.
-    """
+    """Asks for one of `api_keys` (`Authorization: Bearer …` or `x-api-key`), except for OPTIONS, on `/v1`, `/debug` and
+    the tokenizer's paths, which take long texts. Health checks and metrics stay open."""
 
     def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
         self._app = app
@@ -25,7 +38,7 @@ class ApiKeyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         asks = scope["type"] == "http" and scope["method"] != "OPTIONS"
-        guarded = asks and f"{scope['path']}/".startswith(("/v1/", "/debug/"))
+        guarded = asks and f"{scope['path']}/".startswith(_GUARDED)
         if guarded and not self._allowed(Headers(scope=scope)):
             error = APIError(
                 401,

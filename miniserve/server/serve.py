@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import logging
 import resource
 import signal
@@ -97,6 +98,8 @@ async def serve(
         ),
         on_ready,
     )
+    gc.collect()
+    gc.freeze()  # what is there now stays: looking through all of it again would hold up streams for 0.1 s
     supervisor = asyncio.create_task(_supervise(engine, server, config, stop or asyncio.Event()))
     try:
         await server.serve(sockets=[sock])

@@ -98,12 +98,13 @@ class FakeEngine:
         sampling: dict[str, float | int] | None = None,
         max_model_len: int = MAX_MODEL_LEN,
         num_blocks: int = 64,
+        max_num_seqs: int = 256,
     ) -> None:
         self.tokenizer = tokenizer()
         self.generation_defaults = Defaults(sampling or {})
         self.info = EngineInfo(
             model="tiny/fake", model_path=str(TINY), architecture="Fake", dtype="float32", device="cpu",
-            vocab_size=VOCAB_SIZE, max_model_len=max_model_len, max_num_seqs=64, max_num_batched_tokens=512,
+            vocab_size=VOCAB_SIZE, max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=512,
             block_size=16, num_blocks=num_blocks, kv_layout="linear", enable_prefix_caching=True,
             async_scheduling=False, eos_token_ids=[EOS], memory=[], attention=[],
             traffic=StepTraffic(weights=10**9, kv=[(None, 1000)], bandwidth=1e12),

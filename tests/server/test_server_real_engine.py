@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -54,6 +55,18 @@ def test_prompts_together_are_prompts_alone_and_streams_add_up(server: RunningSe
         lines = httpx.post(f"{server.url}/completions", json=body, timeout=120).text.split("\n\n")
         events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
         assert "".join(event["choices"][0]["text"] for event in events) == alone["text"]
+
+
+def test_the_steps_tokens_are_those_of_the_prompts_and_of_the_answers(server: RunningServer) -> None:
+    def sums() -> list[float]:
+        text = httpx.get(f"{server.root}/metrics", timeout=60).text
+        names = ("iteration_tokens_total_sum", "prompt_tokens_total", "generation_tokens_total")
+        return [float(re.search(rf"^vllm:{name}{{.*}} (.*)$", text, re.MULTILINE)[1]) for name in names]  # type: ignore[index]
+
+    before = sums()
+    for number in range(10):
+        complete(server, prompt=[[300 + number] * 9], max_tokens=10, ignore_eos=True)
+    assert [after - earlier for after, earlier in zip(sums(), before, strict=True)] == [190, 90, 100]
 
 
 def test_scoring_what_chat_generated_gives_its_logprobs(server: RunningServer) -> None:
