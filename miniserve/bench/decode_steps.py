@@ -1,4 +1,4 @@
-"""How near the memory's limit decode came while something was measured, as the engine itself counts it."""
+"""How close decode came to the memory's bandwidth during a measurement, as counted by the engine."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class DecodeSteps:
 
     @property
     def line(self) -> str | None:
-        """None where no step was one of decode rows alone."""
+        """None if no step had decode rows alone."""
         return describe(self.totals, self.bandwidth)
 
     def to_json(self) -> dict[str, Any]:
@@ -38,7 +38,7 @@ class DecodeSteps:
 
 
 async def ask_server(client: httpx.AsyncClient, root: str) -> DecodeSteps | None:
-    """What a server has counted since its start; None where it is not ours, or does not say."""
+    """What a server has counted since its start; None if it is not a miniserve server, or does not report it."""
     try:
         answer = (await client.get(f"{root}/debug/steps", params={"limit": 0})).json()
         return DecodeSteps(StepTotals(**answer["totals"]), (answer["traffic"] or {}).get("bandwidth"))
