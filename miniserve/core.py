@@ -298,9 +298,10 @@ class StepTraffic(msgspec.Struct, kw_only=True, frozen=True):
 class StepTotals(msgspec.Struct, kw_only=True, array_like=True):
     """Sums over steps since the engine started, times in seconds, bytes as modelled by `StepTraffic`.
 
-    All fields are of steps of decode rows alone, but for the last four, which are of the others. Rows are also those of
-    guesses. `padded_rows` filled graphs up. `timed_host` and `timed_idle`: what the host did, and the device waited,
-    for the steps whose wait a clock of the device measured.
+    All fields are of steps of decode rows alone, but for the last six: mixed steps have decode rows and chunks, prefill
+    steps chunks alone; prefill_tokens are of both. Rows are also those of guesses. `padded_rows` filled graphs up.
+    `timed_host` and `timed_idle`: what the host did, and the device waited, for the steps whose wait a clock of the
+    device measured.
     """
 
     decode_steps: int = 0
@@ -314,6 +315,8 @@ class StepTotals(msgspec.Struct, kw_only=True, array_like=True):
     mixed_steps: int = 0
     mixed_seconds: float = 0.0
     mixed_rows: int = 0  # that decoded
+    prefill_steps: int = 0
+    prefill_seconds: float = 0.0
     prefill_tokens: int = 0
 
     def since(self, earlier: StepTotals) -> StepTotals:

@@ -37,6 +37,7 @@ from miniserve.core import (
     TokenLogprobs,
 )
 from miniserve.engine.build import RUNNER_FACTORY, build_engine
+from miniserve.engine.chat_template import is_list
 from miniserve.engine.output import OutputAssembler, fan_out
 from miniserve.engine.tokenizer import Tokenizer, load_tokenizer
 from miniserve.engine.validation import check_request
@@ -151,29 +152,32 @@ class LLM:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         **template_variables: Any,
     ) -> list[Generation]:
-        """Answer a conversation, or each of several. Without `sampling_params` an answer may be as long as the model's
-        own default or else the context allows. Raises as `generate` does, and `InvalidRequest` where the chat template
-        refuses a conversation."""
-        if not _is_list(messages):
+        """Answer a conversation, or each of several; they are rendered as the server does it. Without `sampling_params`
+        an answer may be as long as the model's own default or else the context allows. Raises as `generate` does, and
+        `InvalidRequest` where the chat template refuses a conversation."""
+        if not is_list(messages):
             raise InvalidRequest("messages must be a conversation (a list of messages), or a list of them.", "messages")
         if not messages:
             return []
         conversations = [messages] if isinstance(messages[0], Mapping) else messages
-        tokenized = []
-        for conversation in conversations:
-            _check_parts(conversation)
-            text = self.tokenizer.render_chat_template(
-                conversation,  # type: ignore[arg-type]
+        rendered = [
+            self.tokenizer.chat_template.submit(
+                conversation,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 tools=tools,
+                documents=documents,
                 chat_template=chat_template,
-                **template_variables,
+                variables=template_variables,
             )
-            tokenized.append((text, self.tokenizer.encode(text, add_special_tokens=False)))
+            for conversation in conversations
+        ]
+        texts = [future.result() for future in rendered]
+        tokenized = [(text, self.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
         if sampling_params is None:
             longest = self.generation_defaults.sampling.get("max_new_tokens")
             sampling_params = self.default_sampling_params(max_tokens=longest)
@@ -189,7 +193,7 @@ class LLM:
             raise RuntimeError(f"This LLM failed before ({self._broken}); make a new one.")
         if isinstance(sampling_params, SamplingParams):
             sampling_params = [sampling_params] * len(tokenized)
-        if not _is_list(sampling_params) or not all(isinstance(params, SamplingParams) for params in sampling_params):
+        if not is_list(sampling_params) or not all(isinstance(params, SamplingParams) for params in sampling_params):
             raise InvalidRequest("sampling_params must be SamplingParams, or a list of them.", "sampling_params")
         if len(sampling_params) != len(tokenized):
             raise InvalidRequest(
@@ -299,7 +303,7 @@ def _each_prompt(prompts: Prompts) -> list[str | Sequence[int]]:
     """One prompt or several, text or ids, as a list of prompts. Raises `InvalidRequest` for anything else."""
     if isinstance(prompts, str) or (_are_ids(prompts) and prompts):
         return [cast(str | Sequence[int], prompts)]
-    if not _is_list(prompts) or not all(isinstance(prompt, str) or _are_ids(prompt) for prompt in prompts):
+    if not is_list(prompts) or not all(isinstance(prompt, str) or _are_ids(prompt) for prompt in prompts):
         raise InvalidRequest(
             "prompts must be text, token ids (a list of int), or a list of either; not an iterator, dict, array or "
             "tensor.",
@@ -308,22 +312,8 @@ def _each_prompt(prompts: Prompts) -> list[str | Sequence[int]]:
     return list(cast(Sequence[str | Sequence[int]], prompts))
 
 
-def _check_parts(conversation: object) -> None:
-    """Raise `InvalidRequest` for what templates would leave out in silence, such as images."""
-    for message in cast(Sequence[object], conversation) if _is_list(conversation) else ():
-        content = message.get("content") if isinstance(message, Mapping) else None
-        for part in cast(Sequence[object], content) if _is_list(content) else ():
-            text = isinstance(part, Mapping) and part.get("type") == "text" and part.get("text")
-            if not isinstance(text, str):
-                raise InvalidRequest("messages: content must be a text, or a list of parts of type text.", "messages")
-
-
 def _are_ids(value: object) -> bool:
-    return _is_list(value) and all(type(item) is int for item in cast(Sequence[object], value))
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
+    return is_list(value) and all(type(item) is int for item in value)
 
 
 def _bars(wanted: bool, *columns: ProgressColumn) -> Progress:

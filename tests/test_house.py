@@ -31,6 +31,7 @@ TORCHLESS = (
     "miniserve",
     "miniserve.cli.main",
     "miniserve.server.app",
+    "miniserve.engine.template_process",
     "miniserve.scheduler.scheduler",
     "miniserve.config",
 )

@@ -1,4 +1,4 @@
-"""How close decode came to the memory's bandwidth during a measurement, as counted by the engine."""
+"""Where the time went during a measurement, and how close decode came to the memory's bandwidth, counted by the engine."""
 
 from __future__ import annotations
 
@@ -26,6 +26,14 @@ class DecodeSteps:
     def line(self) -> str | None:
         """None if no step had decode rows alone."""
         return describe(self.totals, self.bandwidth)
+
+    def shares(self, duration: float) -> dict[str, float]:
+        """Shares of `duration` seconds: steps of decode rows alone, mixed steps, prefill steps, and waiting for
+        requests or the host. The largest is what to improve first."""
+        totals = self.totals
+        spent = {"decode": totals.decode_seconds, "mixed": totals.mixed_seconds, "prefill": totals.prefill_seconds}
+        shares = {name: seconds / duration for name, seconds in spent.items()}
+        return shares | {"waiting": max(0.0, 1.0 - sum(shares.values()))}
 
     def to_json(self) -> dict[str, Any]:
         """Times in seconds."""

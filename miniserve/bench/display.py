@@ -65,7 +65,7 @@ def print_serve(result: serve.ServeResult) -> None:
         "e2e": "E2E (whole request)",
     }
     console.print(_latency_table("Latency", summary.latency, labels))
-    _print_steps(console, summary.steps)
+    _print_steps(console, summary.steps, summary.duration)
     for error, count in summary.failures.items():
         console.print(f"{count} failed: {error}", style="red", markup=False)
     if summary.client_cpu > BUSY_CLIENT:
@@ -77,17 +77,30 @@ def print_serve(result: serve.ServeResult) -> None:
 
 
 def print_sweep(result: SweepResult) -> None:
-    """tokens/s are output tokens, TPOT and TTFT medians; bandwidth: the share of the memory's bandwidth that decode
-    reached."""
+    """tokens/s are output tokens, TPOT and TTFT medians; decode, mixed, prefill: shares of the time; bandwidth: the share
+    of the memory's bandwidth that decode reached."""
     console = _console()
     table = Table(title=result.model, title_justify="left", title_style="bold")
-    columns = ("in/out", "at once", "layout", "tokens/s", "TPOT ms", "p99", "TTFT ms", "bandwidth")
+    columns = (
+        "in/out",
+        "at once",
+        "layout",
+        "tokens/s",
+        "TPOT ms",
+        "p99",
+        "TTFT ms",
+        "decode",
+        "mixed",
+        "prefill",
+        "bandwidth",
+    )
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index in (0, 2) else "right", no_wrap=True)
     order = sorted(result.points, key=lambda p: (p.shape.input_len, p.shape.output_len, p.concurrency))
     for point in order:
         steps, tpot, ttft = point.summary.steps, point.summary.latency["tpot"], point.summary.latency["ttft"]
         share = None if steps is None else share_of_bandwidth(steps.totals, steps.bandwidth)
+        shares = {} if steps is None else steps.shares(point.summary.duration)
         table.add_row(
             f"{point.shape.input_len:,}/{point.shape.output_len:,}",
             f"{point.concurrency}",
@@ -96,6 +109,7 @@ def print_sweep(result: SweepResult) -> None:
             "-" if tpot is None else f"{1000 * tpot.median:,.2f}",
             "-" if tpot is None else f"{1000 * tpot.p99:,.2f}",
             "-" if ttft is None else f"{1000 * ttft.median:,.0f}",
+            *(f"{shares[kind]:.0%}" if shares else "-" for kind in ("decode", "mixed", "prefill")),
             "-" if share is None else f"{share:.0%}",
         )
     console.print(table)
@@ -129,9 +143,15 @@ def print_throughput(result: offline.ThroughputResult, info: EngineInfo) -> None
         f"{rates['requests_per_s']:,.2f} requests/s · {rates['input_tokens_per_s']:,.0f} input tokens/s · "
         f"{rates['output_tokens_per_s']:,.0f} output tokens/s · {rates['total_tokens_per_s']:,.0f} tokens/s in total"
     )
-    _print_steps(console, result.steps)
+    _print_steps(console, result.steps, result.duration)
 
 
-def _print_steps(console: Console, steps: DecodeSteps | None) -> None:
-    if steps is not None and steps.line is not None:
+def _print_steps(console: Console, steps: DecodeSteps | None, duration: float | None = None) -> None:
+    """duration: in seconds, of which the steps' kinds have their shares."""
+    if steps is None:
+        return
+    if duration is not None:
+        shares = " · ".join(f"{name} {share:.0%}" for name, share in steps.shares(duration).items())
+        console.print(f"time: {shares}")
+    if steps.line is not None:
         console.print(f"decode: {steps.line}")

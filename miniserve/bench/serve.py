@@ -110,6 +110,7 @@ class ServeSummary:
             "throughput": self.throughput,
             "latency_s": {name: summary and asdict(summary) for name, summary in self.latency.items()},
             "steps": self.steps and self.steps.to_json(),
+            "time_shares": self.steps and self.steps.shares(self.duration),
             "client": {"cpu_share": self.client_cpu, "max_lag_s": self.lag},
         }
 

@@ -77,11 +77,15 @@ class StepLog:
         self._ring.append(record)
         totals, host = self.totals, schedule + launch + update
         took = host + wait if seconds is None else seconds + (idle or 0.0)
-        if plan.chunks:
+        totals.prefill_tokens += step.num_tokens - rows
+        if kind == "mixed":
             totals.mixed_steps += 1
             totals.mixed_seconds += took
             totals.mixed_rows += rows
-            totals.prefill_tokens += step.num_tokens - rows
+            return took
+        if kind == "prefill":
+            totals.prefill_steps += 1
+            totals.prefill_seconds += took
             return took
         totals.decode_steps += 1
         totals.decode_seconds += took

@@ -1,22 +1,23 @@
-"""Text to token ids and back: one model's tokenizer and chat template, safe to use from several threads."""
+"""Text to token ids and back: one model's tokenizer, safe to use from several threads."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from miniserve.core import InvalidRequest, UserError
+from miniserve.engine.chat_template import ChatTemplate
+from miniserve.models.generation_config import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     import tokenizers
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
-_BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_METASPACE = "▁"
+# The classes that put BOS and EOS around a text as tokenizer_config.json says, whatever tokenizer.json has for it, and
+# whether they add a BOS where it says nothing (as transformers 4.57 does). Without a class it is Llama's.
+_ADDS_BOS = {"": True, "Llama": True, "CodeLlama": True, "Gemma": True, "Cohere": True, "GPTNeoX": False}
 
 
 class Tokenizer:
@@ -30,24 +31,26 @@ class Tokenizer:
 
     def __init__(self, path: str | Path, *, stand_in_vocab_size: int | None = None) -> None:
         path = Path(path)
-        if any((path / name).is_file() for name in _TOKENIZER_FILES):
+        if any((path / name).is_file() for name in TOKENIZER_FILES):
             self._hf = _load(path)
         elif stand_in_vocab_size is not None:
             self._hf = _stand_in(stand_in_vocab_size)
         else:
             raise UserError(
-                f"{path} has no tokenizer (looked for {', '.join(_TOKENIZER_FILES)}); "
+                f"{path} has no tokenizer (looked for {', '.join(TOKENIZER_FILES)}); "
                 "copy the model's tokenizer files there, or use --load-format dummy to run without one."
             )
         backend: tokenizers.Tokenizer = self._hf.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        decoder = json.loads(backend.to_str())["decoder"]
-        self.byte_level: bool = decoder is not None and decoder["type"] == "ByteLevel"
-        self._byte_fallback = "ByteFallback" in json.dumps(decoder)
-        self._metaspace = _METASPACE in json.dumps(decoder, ensure_ascii=False)
-        self._token_bytes: dict[int, bytes] = {}
+        self.chat_template = ChatTemplate(self._hf)
+        decoder = json.loads(backend.to_str())["decoder"] or {}
+        steps = {step["type"] for step in decoder.get("decoders", [decoder] if decoder else [])}
+        self.byte_level = steps - {"Fuse"} == {"ByteLevel"}
+        # The tokens of a sentencepiece vocabulary that are one raw byte each (`<0xE4>`).
+        self.fallback_bytes = _fallback_bytes(backend) if "ByteFallback" in steps else {}
+        self._token_bytes = dict(self.fallback_bytes)
         self.special_token_ids = frozenset(
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         )
@@ -95,60 +98,14 @@ class Tokenizer:
             found = self._token_bytes[token_id] = self._find_bytes(token_id)
         return found
 
-    def is_byte_fallback(self, token_id: int) -> bool:
-        """Whether the token is one raw byte of a sentencepiece vocabulary (`<0xE4>`)."""
-        if not self._byte_fallback:
-            return False
-        return _BYTE_FALLBACK.fullmatch(self._backend.id_to_token(token_id) or "") is not None
+    def token_piece(self, token_id: int) -> str:
+        """The token as the vocabulary has it (`Ġthe`, `▁the`, `<0xE4>`). Empty for ids without one."""
+        return self._backend.id_to_token(token_id) or ""
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
-        """The ids of what `render_chat_template` makes of it. The template writes all special tokens itself, so none is
-        added."""
-        return self.encode(self.render_chat_template(messages, **options), add_special_tokens=False)
-
-    def render_chat_template(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
-        chat_template: str | None = None,
-        **kwargs: Any,
-    ) -> str:
-        """The text of a conversation. `kwargs` reach the template as variables.
-
-        Raises `InvalidRequest` where the model has no template, the template refuses the messages, or the options
-        contradict each other.
-        """
-        import jinja2
-
-        if chat_template is None and self._hf.chat_template is None:
-            raise InvalidRequest(
-                "This model has no chat template; use the completions endpoint, or serve a chat model.", "messages"
-            )
-        if not messages:
-            raise InvalidRequest("messages must hold at least one message.", "messages")
-        if add_generation_prompt and continue_final_message:
-            raise InvalidRequest(
-                "add_generation_prompt and continue_final_message exclude each other; set one of them to false.",
-                "continue_final_message",
-            )
-        try:
-            text: str = self._hf.apply_chat_template(
-                [dict(message) for message in messages],
-                tools=None if tools is None else [dict(tool) for tool in tools],
-                documents=None if documents is None else [dict(document) for document in documents],
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tokenize=False,
-                **kwargs,
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            raise InvalidRequest(f"The chat template refuses these messages: {error}", "messages") from error
-        return text
+    def special_token_id(self, text: str) -> int | None:
+        """The id of the special token with this text, or None."""
+        token_id: int | None = self._backend.token_to_id(text)
+        return token_id if token_id in self.special_token_ids else None
 
     @cached_property
     def _byte_of_char(self) -> dict[str, int]:
@@ -162,12 +119,11 @@ class Tokenizer:
             values = [self._byte_of_char.get(char) for char in token]
             # As the library's decoder does it: a token with a character outside the alphabet stands for itself.
             return token.encode() if None in values else bytes(value for value in values if value is not None)
-        byte = _BYTE_FALLBACK.fullmatch(token) if self._byte_fallback else None
-        if byte is not None:
-            return bytes([int(byte[1], 16)])
         if token_id in self.special_token_ids:
             return token.encode()
-        return (token.replace(_METASPACE, " ") if self._metaspace else token).encode()
+        # These decoders treat the first token of a text apart, so its text is what a second one adds.
+        once, twice = (self.decode([token_id] * count, skip_special_tokens=False) for count in (1, 2))
+        return (twice.removeprefix(once) or token).encode()
 
 
 def _load(path: Path) -> Any:
@@ -182,6 +138,7 @@ def _load(path: Path) -> Any:
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        _set_bos_and_eos(tokenizer, path)
     except Exception as error:
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
@@ -190,6 +147,20 @@ def _load(path: Path) -> Any:
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise UserError(f"The tokenizer in {path} has no fast form; add a tokenizer.json to the model's directory.")
     return tokenizer
+
+
+def _set_bos_and_eos(tokenizer: Any, path: Path) -> None:
+    """transformers 5 reads `add_bos_token` and `add_eos_token` of tokenizer_config.json only where there is no
+    tokenizer.json, and without its classes' defaults. What it saved itself has neither, but all in tokenizer.json."""
+    file = path / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    adds_bos = _ADDS_BOS.get((settings.get("tokenizer_class") or "").removesuffix("Fast").removesuffix("Tokenizer"))
+    names = ("add_bos_token", "add_eos_token")
+    flags = {name: settings[name] for name in names if isinstance(settings.get(name), bool)}
+    is_alone = (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file()
+    if adds_bos is not None and (flags or is_alone):
+        tokenizer.add_bos_token = flags.get("add_bos_token", adds_bos)
+        tokenizer.add_eos_token = flags.get("add_eos_token", False)
 
 
 def _stand_in(vocab_size: int) -> Any:
@@ -204,6 +175,12 @@ def _stand_in(vocab_size: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend)  # type: ignore[no-untyped-call]
 
 
+def _fallback_bytes(backend: tokenizers.Tokenizer) -> dict[int, bytes]:
+    spellings = ((byte, f"<0x{byte:{form}}>") for byte in range(256) for form in ("02X", "02x"))
+    ids = ((backend.token_to_id(token), byte) for byte, token in spellings)
+    return {token_id: bytes([byte]) for token_id, byte in ids if token_id is not None}
+
+
 def _byte_level_alphabet() -> dict[str, int]:
     """GPT-2's character for each byte: printable Latin-1 stands for itself, the rest follow from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -214,10 +191,13 @@ def _byte_level_alphabet() -> dict[str, int]:
 
 
 def load_tokenizer(path: str | Path, load_format: str) -> Tokenizer:
-    """The tokenizer of a model directory; with load format "dummy" a stand-in where the directory has none."""
+    """The tokenizer of a model directory; with load format "dummy" a stand-in where the directory has none. Raises
+    `UserError`, also for a chat template that cannot be used."""
     stand_in_vocab_size = None
     config_file = Path(path) / "config.json"
     if load_format == "dummy" and config_file.is_file():
         config = json.loads(config_file.read_text(encoding="utf-8"))
         stand_in_vocab_size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-    return Tokenizer(path, stand_in_vocab_size=stand_in_vocab_size)
+    tokenizer = Tokenizer(path, stand_in_vocab_size=stand_in_vocab_size)
+    tokenizer.chat_template.check()
+    return tokenizer

@@ -6,13 +6,24 @@ No torch at import time; `load_model_config` imports transformers when it is cal
 from __future__ import annotations
 
 import contextlib
-import json
+import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 from miniserve.core import UserError
+from miniserve.models.checkpoint import (
+    EMBEDDING,
+    HEAD,
+    describe_weights,
+    differ,
+    find_weights,
+    opened,
+    read_json,
+    tensor_files,
+)
 from miniserve.models.config_families import FAMILIES
 from miniserve.models.config_rope import listed, longest_context, read_rope
 from miniserve.models.description import ModelConfig
@@ -26,20 +37,30 @@ SIZES = (
     "max_position_embeddings",
 )  # fmt: skip
 _LARGEST = 2**24  # above every model's, below what tables of that size would take of memory
+# Nulls that mean something in rope settings: the ratio of two lengths, and false.
+_MEANT_NULL = ("factor", "truncate")
 _FLOAT_TAGS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
-def load_model_config(path: str | Path) -> ModelConfig:
-    """Read `path`/config.json through transformers. Raises `UserError` naming the setting that is not supported."""
-    raw = read_json(Path(path) / "config.json")
+def load_model_config(path: str | Path, *, weights: bool = True) -> ModelConfig:
+    """Read `path`/config.json through transformers. Raises `UserError` naming the setting that is not supported.
+
+    weights: the weight files, if there are any, are to be loaded, so what they say counts too: a head that differs from
+    the embedding is not tied to it, whatever config.json says.
+    """
+    path = Path(path)
+    raw = read_json(path / "config.json")
     check_config(raw, str(path))
     architecture = _architecture(raw)
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING
 
-    with _config_errors(Path(path)):
+    with _config_errors(path):
         _refuse_unreadable(raw)
-        hf = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-        return _from_transformers(hf, architecture, _stored_dtype(hf, Path(path)))
+        hf_class = CONFIG_MAPPING[raw["model_type"]]
+        hf = hf_class.from_dict(as_meant(raw, hf_class))
+        hf.standardize_rope_params()  # once more, as the model does: by now hf has what stands beside rope_scaling
+        config = _from_transformers(hf, architecture, _stored_dtype(hf, path))
+    return _as_stored(config, path) if weights else config
 
 
 def check_config(config: dict[str, Any], name: str) -> None:
@@ -74,9 +95,36 @@ def weight_quantization(raw: dict[str, Any]) -> str | None:
 
 def _refuse_unreadable(raw: dict[str, Any]) -> None:
     """What transformers, depending on its version, would fail at or act upon before it can be looked at."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if any(isinstance(value, dict) for value in rope.values()):
-        raise UserError("rope_parameters that differ between layer types are not supported; one set for all layers is.")
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = raw.get(key) or {}
+        if not isinstance(rope, dict):
+            raise UserError(f"{key} {rope!r} is not supported; it must be an object, or null for none.")
+        if any(isinstance(value, dict) for value in rope.values()):
+            raise UserError(f"{key} that differ between layer types are not supported; one set for all layers is.")
+    for key in ("per_layer_config", "transformers_weights"):
+        if raw.get(key):
+            raise UserError(f"{key} in config.json is not supported.")
+
+
+def as_meant(raw: dict[str, Any], hf_class: Any) -> dict[str, Any]:
+    """What config.json holds, as the fields of a transformers config class want it: they take no int for a float, no
+    false for a number that is switched off, no null for a default, and no dtype with torch's name before it."""
+    fields = {field.name: set(get_args(field.type) or (field.type,)) for field in dataclasses.fields(hf_class)}
+    found = {}
+    for key, value in raw.items():
+        types = fields.get(key) or fields.get(hf_class.attribute_map.get(key), {NoneType})
+        if value is False and bool not in types and types & {int, float}:
+            value = None
+        if type(value) is int and float in types and int not in types:
+            value = float(value)
+        if key in ("dtype", "torch_dtype") and isinstance(value, str):
+            value = value.removeprefix("torch.")
+        if key in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
+            # transformers would take null for a value, where others do not state one.
+            value = {name: each for name, each in value.items() if each is not None or name in _MEANT_NULL}
+        if value is not None or (key in fields and NoneType in types):
+            found[key] = value
+    return found
 
 
 def _from_transformers(hf: Any, architecture: str, dtype: str) -> ModelConfig:
@@ -119,17 +167,6 @@ def _from_transformers(hf: Any, architecture: str, dtype: str) -> ModelConfig:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a model's file. Raises `UserError` where there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}): fetch the model again.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold a JSON object: fetch the model again.")
-    return content
-
-
 def _architecture(raw: dict[str, Any]) -> str:
     architecture: str = next(name for name in raw["architectures"] if name in FAMILIES)
     if raw.get("model_type") != (model_type := FAMILIES[architecture][0]):
@@ -147,13 +184,24 @@ def _stored_dtype(hf: Any, path: Path) -> str:
         if name not in SUPPORTED_DTYPES:
             raise UserError(f"dtype {name} in config.json is not supported; supported: {listed(SUPPORTED_DTYPES)}.")
         return name
-    for file in sorted(path.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        tags = [entry["dtype"] for name, entry in header.items() if name != "__metadata__"]
-        if dtype := next((_FLOAT_TAGS[tag] for tag in tags if tag in _FLOAT_TAGS), None):
-            return dtype
+    for file in find_weights(path).loaded[:1]:
+        with opened(file) as tensors:
+            tags = [tensors.get_slice(name).get_dtype() for name in tensors.keys()]  # noqa: SIM118, it is no dict
+        return next((_FLOAT_TAGS[tag] for tag in tags if tag in _FLOAT_TAGS), "float32")
     return "float32"
+
+
+def _as_stored(config: ModelConfig, path: Path) -> ModelConfig:
+    """With what the weight files say: whether the head is tied, as transformers decides it, and notes for people."""
+    found = find_weights(path)
+    if not found.loaded or found.absent:
+        return config
+    files = tensor_files(found.loaded)
+    notes = describe_weights(found, files)
+    if config.tie_word_embeddings and {EMBEDDING, HEAD} <= files.keys() and differ(EMBEDDING, HEAD, files):
+        notes.append(f"weights: {HEAD} differs from the embeddings, so it is used, though config.json ties them")
+        config = dataclasses.replace(config, tie_word_embeddings=False)
+    return dataclasses.replace(config, notes=tuple(notes))
 
 
 @contextlib.contextmanager

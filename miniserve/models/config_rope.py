@@ -24,6 +24,8 @@ _ROPE_NOTES = ("rope_type", "type", "rope_theta", "finetuned")
 def read_rope(parameters: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
     """`parameters`: transformers' rope_parameters."""
     given = {key: value for key, value in parameters.items() if value is not None}
+    if "truncate" in parameters:
+        given["truncate"] = bool(parameters["truncate"])  # null is false to transformers
     rope_type = given.get("rope_type", "default")
     if rope_type not in ROPE_KEYS:
         raise UserError(f"rope type {rope_type!r} is not supported; supported: {listed(ROPE_KEYS)}.")
@@ -51,6 +53,8 @@ def _check_rope_values(rope_type: str, given: dict[str, Any]) -> None:
         checked = key == "rope_theta" or (key in ROPE_KEYS[rope_type] and key != "truncate")
         if checked and not (isinstance(value, int | float) and 0 < value < math.inf):
             raise UserError(f"{key} of rope type {rope_type!r} must be a positive number, not {value!r}.")
+    if rope_type == "yarn" and given.get("rope_theta") == 1:
+        raise UserError("rope_theta of rope type 'yarn' must not be 1, which turns all dimensions at one speed.")
     if rope_type == "llama3" and given["high_freq_factor"] <= given["low_freq_factor"]:
         raise UserError("high_freq_factor of rope type 'llama3' must be above its low_freq_factor.")
 

@@ -80,7 +80,7 @@ class ModelConfig:
     longest context the model may be served with, rope scaling included. sliding_windows: one entry per layer, None
     where the layer sees everything. latent, moe: None for plain attention, for plain MLPs. num_draft_layers: layers
     that a checkpoint has after these, for guessing further tokens; they are not built. dtype: the one the weights are
-    stored in: bfloat16, float16 or float32.
+    stored in: bfloat16, float16 or float32. notes: what users should know of how the files were read, a sentence each.
     """
 
     architecture: str
@@ -104,6 +104,7 @@ class ModelConfig:
     moe: MoEConfig | None = None
     num_draft_layers: int = 0
     dtype: str = "float32"
+    notes: tuple[str, ...] = ()
 
     @property
     def rotary_dim(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from miniserve.core import InvalidRequest, SamplingParams, UserError
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
 
 
@@ -60,20 +61,40 @@ def _sampling(generation: Mapping[str, Any], path: Path) -> dict[str, float | in
 
 
 def _tokenizer_eos(path: Path) -> set[int]:
-    """The id of the tokenizer's EOS, from the files alone: loading the tokenizer would take seconds here."""
+    """The id of the tokenizer's EOS, from the files alone where there is a tokenizer.json: loading it takes seconds."""
     settings = _read(path / "tokenizer_config.json")
     token = settings.get("eos_token")
+    added = settings.get("added_tokens_decoder")
+    if added is None or token is None:  # as transformers does it
+        token = _read(path / "special_tokens_map.json").get("eos_token", token)
     content = token.get("content") if isinstance(token, dict) else token
+    for token_id, entry in added.items() if isinstance(added, dict) else ():
+        if content is not None and entry.get("content") == content:
+            return {int(token_id)}
+    if not (path / "tokenizer.json").is_file():
+        return _loaded_eos(path)
     if content is None:
         return set()
-    added = settings.get("added_tokens_decoder")
-    for token_id, entry in added.items() if isinstance(added, dict) else ():
-        if entry.get("content") == content:
-            return {int(token_id)}
-    for entry in _read(path / "tokenizer.json").get("added_tokens") or ():
+    tokenizer = _read(path / "tokenizer.json")
+    for entry in tokenizer.get("added_tokens") or ():
         if entry.get("content") == content:
             return {int(entry["id"])}
-    return set()
+    vocab = (tokenizer.get("model") or {}).get("vocab") or {}
+    ids = vocab if isinstance(vocab, dict) else {piece: token_id for token_id, (piece, _) in enumerate(vocab)}
+    return {ids[content]} if content in ids else set()
+
+
+def _loaded_eos(path: Path) -> set[int]:
+    """Of vocabularies in other files: each tokenizer class has an EOS of its own where no file names one."""
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        return set()
+    from transformers import AutoTokenizer
+
+    try:
+        token_id = AutoTokenizer.from_pretrained(str(path), local_files_only=True).eos_token_id
+    except Exception:  # `Tokenizer` has the sentence for it
+        return set()
+    return set() if token_id is None else {token_id}
 
 
 def _ids(value: Any, path: Path) -> set[int]:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from miniserve.core import UserError
-from miniserve.models.config import check_config, read_json
+from miniserve.models.checkpoint import INDEX, SINGLE, other_formats, read_json, require_weights
+from miniserve.models.config import check_config
 from miniserve.models.names import resolve_alias, suggest
 
 BUILT_IN = "tiny-qwen3"
@@ -89,33 +90,11 @@ def locate_config(
 def require_files(path: Path, name: str, *, weights: bool) -> None:
     """Raise `UserError` naming what is missing in a model's directory: config.json and, with `weights`, safetensors."""
     if not (path / "config.json").is_file():
-        raise UserError(f"{name} has no config.json: give a directory of a Hugging Face checkpoint.{_hint(path)}")
-    if not weights:
-        return
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        shards = {str(shard) for shard in weight_map.values()} if isinstance(weight_map, dict) else set()
-        missing = sorted(shard for shard in shards if not (path / shard).is_file())
-        if missing:
-            raise UserError(
-                f"{name} lacks {len(missing)} of its {len(shards)} weight files (the first is {missing[0]}): "
-                "fetch it again, the download seems to have stopped halfway."
-            )
-    elif not any(path.glob("*.safetensors")):
         raise UserError(
-            f"{name} has no *.safetensors file: convert its weights to safetensors, "
-            f"or take --load-format dummy for random weights.{_hint(path)}"
+            f"{name} has no config.json: give a directory of a Hugging Face checkpoint.{other_formats(path)}"
         )
-
-
-def _hint(path: Path) -> str:
-    found = {file.suffix for file in path.iterdir() if file.is_file()}
-    if ".gguf" in found:
-        return " GGUF files are not supported."
-    if found & {".bin", ".pth", ".pt"}:
-        return " It holds pickled PyTorch weights (.bin, .pt or .pth), which are not loaded because they can run code."
-    return ""
+    if weights:
+        require_weights(path, name)
 
 
 def _refuse_revision(revision: str | None, what: str) -> None:
@@ -155,7 +134,7 @@ def _locate_on_hub(model: str, revision: str | None, weights: bool, notify: Call
     with _hub_errors(model, revision):
         # config.json first: it is small, and a model that cannot be had or served is told before its weights move.
         check_config(read_json(Path(hf_hub_download(model, "config.json", revision=revision))), model)
-        if weights and not any(name.endswith(".safetensors") and "/" not in name for name in names):
+        if weights and not {SINGLE, INDEX} & set(names):
             raise UserError(f"{model} {_no_safetensors(names)}")
         missing = [file for file in _snapshot(model, revision, patterns, dry_run=True) if file.will_download]
         if missing:
@@ -265,7 +244,7 @@ def _no_safetensors(filenames: list[str]) -> str:
             "has its weights as pickled *.bin files only, which are not loaded because they can run code: "
             "choose a repository (or --revision) with safetensors."
         )
-    return "has no *.safetensors weights: choose another repository."
+    return f"has neither {SINGLE} nor {INDEX}: choose another repository."
 
 
 def _require_space(model: str, size: int) -> None:

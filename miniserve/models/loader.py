@@ -6,57 +6,57 @@ and is put into its final form before the next begins. So there is never a secon
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+import dataclasses
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from miniserve.core import UserError
+from miniserve.models.checkpoint import EMBEDDING, HEAD, by_file, opened, require_weights, some, tensor_files
 from miniserve.models.decoder import CausalLM
 from miniserve.models.kv_scales import is_kv_scale
 from miniserve.models.layers.base import Layer, Piece
+from miniserve.models.layers.experts import Experts
 
 Progress = Callable[[int, int], None]
 
 # Stored by old checkpoints; the model computes it.
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
 _FLOATS = ("BF16", "F16", "F32")
-_SHOWN = 5
 _AT_ONCE = 1 << 28  # values
 
 
 def load_weights(model: CausalLM, path: str | Path, *, progress: Progress = lambda done, total: None) -> None:
-    """Load `path`/*.safetensors (one file or sharded with an index) into `model`, converting to its dtype.
+    """Load the weight files of `path` (`find_weights` says which) into `model`, converting to its dtype.
 
     progress(done, total) is called after each layer, in bytes of the model's parameters. Of tensors the model does not
-    want, only these are ignored: rotary_emb.inv_freq, lm_head.weight where the embeddings are tied, layers after the
-    last that guess further tokens, and scales for an fp8 KV cache (`read_kv_scales`). Raises `UserError` naming every
+    want, only these are ignored: rotary_emb.inv_freq, lm_head.weight where the embeddings are tied (then it equals
+    them, see `load_model_config`), layers after the last that guess further tokens, and scales for an fp8 KV cache
+    (`read_kv_scales`). Raises `UserError` naming every
     tensor that is missing, surplus, mis-shaped or not stored as bfloat16, float16 or float32, before anything is read,
     and for NaN and infinite values, as which large ones end in float16.
     """
-    files = _tensor_files(Path(path))
+    files = tensor_files(require_weights(Path(path), str(path)).loaded)
     _check(model, files, Path(path))
-    for layer, pieces in _in_order(model, progress):
-        for file, within in _by_file(pieces, files):
+    for name, layer in _in_order(model, progress):
+        pieces = _pieces(model, name, layer, files)
+        for file, within in by_file(pieces, files):
             # Opened anew for each layer: pages that stay mapped would count as this process's memory.
-            with _opened(file) as tensors:
-                for name in within:
-                    layer.target(pieces[name]).copy_(tensors.get_tensor(name))
+            with opened(file) as tensors:
+                for tensor in within:
+                    layer.target(pieces[tensor]).copy_(tensors.get_tensor(tensor))
         _check_values(layer, pieces, Path(path))
 
 
 def read_kv_scales(model: CausalLM, path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of `path`/*.safetensors that are scales for an fp8 KV cache, by name."""
+    """The tensors of `path`'s weight files that are scales for an fp8 KV cache, by name."""
     scales: dict[str, torch.Tensor] = {}
-    files = _tensor_files(Path(path))
-    for file, names in _by_file([name for name in files if is_kv_scale(name, model.config.num_layers)], files):
-        with _opened(file) as tensors:
+    files = tensor_files(require_weights(Path(path), str(path)).loaded)
+    for file, names in by_file([name for name in files if is_kv_scale(name, model.config.num_layers)], files):
+        with opened(file) as tensors:
             scales |= {name: tensors.get_tensor(name) for name in names}
     return scales
 
@@ -65,19 +65,19 @@ def dummy_weights(model: CausalLM, seed: int, *, progress: Progress = lambda don
     """Random weights of the right shapes: normal with standard deviation 0.02, norms 1. The same seed on the same
     device gives the same weights."""
     generator = torch.Generator(device=model.options.device).manual_seed(seed)
-    for layer, _ in _in_order(model, progress):
+    for _, layer in _in_order(model, progress):
         layer.fill_dummy(generator)
 
 
-def _in_order(model: CausalLM, progress: Progress) -> Iterator[tuple[Layer, dict[str, Piece]]]:
-    """Yield each layer with its memory, to be filled, and its pieces by name; finish it when the caller comes back."""
+def _in_order(model: CausalLM, progress: Progress) -> Iterator[tuple[str, Layer]]:
+    """Yield each layer by name, with its memory, to be filled; finish it when the caller comes back."""
     layers = list(_layers(model))
     total = sum(_bytes(layer) for _, layer in layers)
     done = 0
     for name, layer in layers:
         size = _bytes(layer)
         layer.allocate(model.options.device)
-        yield layer, {piece.name: piece for piece in layer.pieces(name)}
+        yield name, layer
         layer.finish()
         done += size
         progress(done, total)
@@ -89,73 +89,39 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Layer]]:
             yield name, module
 
 
+def _pieces(model: CausalLM, name: str, layer: Layer, stored: Container[str]) -> dict[str, Piece]:
+    """What the layer wants of a checkpoint that has the tensors `stored`, by name: transformers also writes experts
+    stacked, and reads embeddings that are stored as the head alone they are tied to."""
+    pieces = list(layer.pieces(name))
+    if isinstance(layer, Experts) and any(piece.name in stored for piece in layer.stacked_pieces(name)):
+        pieces = list(layer.stacked_pieces(name))
+    if model.config.tie_word_embeddings and EMBEDDING not in stored and HEAD in stored:
+        pieces = [dataclasses.replace(piece, name=HEAD) if piece.name == EMBEDDING else piece for piece in pieces]
+    return {piece.name: piece for piece in pieces}
+
+
 def _bytes(layer: Layer) -> int:
     return sum(parameter.nbytes for parameter in layer.parameters(recurse=False))
 
 
-# --- the checkpoint's files ------------------------------------------------------------------------------------------
-
-
-def _tensor_files(path: Path) -> dict[str, Path]:
-    """The file of each tensor."""
-    files: dict[str, Path] = {}
-    for file in _weight_files(path):
-        with _opened(file) as tensors:
-            files.update(dict.fromkeys(tensors.keys(), file))
-    return files
-
-
-def _by_file(names: Iterable[str], files: dict[str, Path]) -> list[tuple[Path, list[str]]]:
-    found: dict[Path, list[str]] = defaultdict(list)
-    for name in names:
-        found[files[name]].append(name)
-    return sorted(found.items())
-
-
-def _weight_files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{index} cannot be read ({error}); download the model again.") from error
-        if absent := [name for name in names if not (path / name).is_file()]:
-            raise UserError(f"{path} lacks {_some(absent)}, which its index names; download the model again.")
-        return [path / name for name in names]
-    if (path / "model.safetensors").is_file():
-        return [path / "model.safetensors"]
-    if list(path.glob("pytorch_model*.bin")):
-        raise UserError(f"{path} has its weights as .bin files only; safetensors are supported: convert them.")
-    raise UserError(
-        f"{path} has neither model.safetensors nor model.safetensors.index.json; is it a model's directory?"
-    )
-
-
-@contextlib.contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(str(file), framework="pt") as tensors:
-            yield tensors
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is not a readable safetensors file ({error}); download it again.") from error
-
-
-def _check(model: CausalLM, files: dict[str, Path], path: Path) -> None:
+def _check(model: CausalLM, files: dict[str, list[Path]], path: Path) -> None:
     """Compare names, shapes and dtypes, which the files' headers tell."""
-    wanted = {piece.name: piece for name, layer in _layers(model) for piece in layer.pieces(name)}
+    wanted: dict[str, Piece] = {}
+    for layer_name, layer in _layers(model):
+        wanted |= _pieces(model, layer_name, layer, files)
     surplus = [name for name in files if name not in wanted and not _ignored(name, model)]
     problems = []
     if missing := [name for name in wanted if name not in files]:
-        problems.append(f"missing: {_some(missing)}")
+        problems.append(f"missing: {some(missing)}")
     if surplus:
-        problems.append(f"not part of this architecture: {_some(surplus)}")
+        problems.append(f"not part of this architecture: {some(surplus)}")
     wrong = []
-    for file, names in _by_file([name for name in wanted if name in files], files):
-        with _opened(file) as tensors:
+    for file, names in by_file([name for name in wanted if name in files], files):
+        with opened(file) as tensors:
             for name in names:
                 wrong += _wrong(wanted[name], tensors.get_slice(name))
     if wrong:
-        problems.append(_some(wrong))
+        problems.append(some(wrong))
     if problems:
         raise UserError(f"The weights in {path} do not fit {model.config.architecture}: {'; '.join(problems)}.")
 
@@ -177,7 +143,7 @@ def _check_values(layer: Layer, pieces: dict[str, Piece], path: Path) -> None:
     remedy = "download the model again"
     if any(parameter.dtype == torch.float16 for parameter in parameters):
         remedy = f"use --dtype bfloat16, as float16 ends at 65504, or {remedy}"
-    raise UserError(f"The weights in {path} have NaN or infinite values: {_some(broken)}; {remedy}.")
+    raise UserError(f"The weights in {path} have NaN or infinite values: {some(broken)}; {remedy}.")
 
 
 def _finite(x: torch.Tensor) -> bool:
@@ -190,12 +156,7 @@ def _ignored(name: str, model: CausalLM) -> bool:
     drafts = tuple(f"model.layers.{config.num_layers + i}." for i in range(config.num_draft_layers))
     return (
         name.endswith(_IGNORED_SUFFIX)
-        or (name == "lm_head.weight" and config.tie_word_embeddings)
+        or (name == HEAD and config.tie_word_embeddings)
         or name.startswith(drafts)
         or is_kv_scale(name, config.num_layers)
     )
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(sorted(names)[:_SHOWN]) + more

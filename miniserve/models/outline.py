@@ -55,7 +55,8 @@ class Outline:
 
 def read_outline(raw: Config, name: str) -> Outline:
     """raw: what config.json holds; name: the model's, for errors. Raises `UserError` for what is not understood."""
-    config = raw.get("text_config") or raw
+    # Null and absent are the same, and false is no window.
+    config = {key: value for key, value in (raw.get("text_config") or raw).items() if value is not None}
     model_type = config.get("model_type")
     architecture = str((raw.get("architectures") or [model_type])[0])
     if model_type not in KNOWN_TYPES:
@@ -134,7 +135,7 @@ def _layers(config: Config, dtype: torch.dtype) -> tuple[AttentionSpec | None, .
             config["kv_lora_rank"], config["qk_rope_head_dim"], config["qk_nope_head_dim"], config["v_head_dim"]
         )
         kv_heads, head_dim = 1, latent.kv_lora_rank + latent.rope_dim
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
         magnitude = yarn_magnitude(rope.get("factor", 1), rope.get("mscale_all_dim"))
         scale = (latent.nope_dim + latent.rope_dim) ** -0.5 * magnitude**2
     spec = AttentionSpec(
@@ -151,7 +152,7 @@ def _layers(config: Config, dtype: torch.dtype) -> tuple[AttentionSpec | None, .
     )
     kinds = {
         "full_attention": spec,
-        "sliding_attention": dataclasses.replace(spec, sliding_window=config.get("sliding_window")),
+        "sliding_attention": dataclasses.replace(spec, sliding_window=config.get("sliding_window") or None),
         "linear_attention": None,
     }
     return tuple(kinds[name] for name in _layer_types(config))
@@ -172,7 +173,9 @@ def _layer_types(config: Config) -> list[str]:
         return ["linear_attention" if (index + 1) % every else "full_attention" for index in range(count)]
     if model_type == "gpt_oss":
         return ["full_attention" if index % 2 else "sliding_attention" for index in range(count)]
-    windowed = 0 if config.get("sliding_window") is not None and config.get("use_sliding_window", True) else count
+    # As each architecture has it: Mistral's on every layer, Qwen's where they are switched on, no others.
+    has_windows = model_type == "mistral" or (model_type.startswith("qwen") and config.get("use_sliding_window"))
+    windowed = 0 if has_windows and config.get("sliding_window") else count
     if model_type in ("qwen2", "qwen3"):
         windowed = max(windowed, config.get("max_window_layers", 28))
     return ["sliding_attention" if index >= windowed else "full_attention" for index in range(count)]

@@ -64,7 +64,7 @@ def build_runner(
     """
     report = progress or (lambda what, done, total: None)
     device = find_device(config.device)
-    model_config = load_model_config(source_path)
+    model_config = load_model_config(source_path, weights=config.load_format != "dummy")
     dtype = find_dtype(config.dtype, model_config.dtype)
     available = available_bytes(device, config.gpu_memory_utilization)
     weights = weight_bytes(model_config, dtype, device)
@@ -225,12 +225,12 @@ def _num_threads(weights: int) -> int:
 
 
 def _fill(model: CausalLM, config: EngineConfig, path: Path, progress: Callable[[int, int], None]) -> list[str]:
-    """Load the weights and the KV cache's scales. Returns what is to be told of these."""
+    """Load the weights and the KV cache's scales. Returns what is to be said of these."""
     if config.load_format == "dummy":
         dummy_weights(model, config.seed, progress=progress)
         return set_kv_scales(model, {})
     load_weights(model, path, progress=progress)
-    return set_kv_scales(model, read_kv_scales(model, path))
+    return [*model.config.notes, *set_kv_scales(model, read_kv_scales(model, path))]
 
 
 def _activation_bytes(model: ModelConfig, tokens: int, rows: int, dtype: torch.dtype) -> int:

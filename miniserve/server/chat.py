@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,13 +15,6 @@ from miniserve.server.protocol import ChatCompletionRequest, ChatMessage, Render
 from miniserve.server.reply import Answer, GenerationResponse, Header, finish_word
 from miniserve.server.responses import ChatChoice, ChatChunkChoice, ChatDelta, ChatLogprobs
 from miniserve.server.service import Service
-
-# `chat_template_kwargs` are variables for the template; under these names they would be options of the renderer.
-_RESERVED_KWARGS = frozenset({
-    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "conversations", "documents",
-    "max_length", "messages", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "self",
-    "tokenize", "tokenizer_kwargs", "tools", "truncation",
-})  # fmt: skip
 
 
 class ChatAnswer(Answer):
@@ -86,65 +80,32 @@ async def respond(service: Service, body: ChatCompletionRequest) -> GenerationRe
 
 
 async def render(service: Service, messages: Sequence[ChatMessage], body: RenderOptions) -> list[int]:
-    """The ids of a conversation; the template writes all special tokens. Raises `InvalidRequest`."""
+    """The ids of a conversation. Raises `InvalidRequest`."""
     if body.chat_template is not None and not service.config.trust_request_chat_template:
         raise InvalidRequest(
             "chat_template is not accepted from requests, as a template is a program; the server's operator may allow "
             "it with --trust-request-chat-template.",
             "chat_template",
         )
-    kwargs = body.chat_template_kwargs or {}
-    reserved = _RESERVED_KWARGS.intersection(kwargs)
-    if reserved:
-        raise InvalidRequest(f"chat_template_kwargs must not hold {min(reserved)!r}.", "chat_template_kwargs")
     continues = bool(body.continue_final_message)
-    if continues and body.add_generation_prompt:
-        raise InvalidRequest(
-            "continue_final_message and add_generation_prompt exclude each other.", "continue_final_message"
-        )
-    conversation = [_message(position, message) for position, message in enumerate(messages)]
-    opens = not continues if body.add_generation_prompt is None else body.add_generation_prompt
-
-    def apply() -> list[int]:
-        try:
-            return service.engine.tokenizer.apply_chat_template(
-                conversation,
-                add_generation_prompt=opens,
-                continue_final_message=continues,
-                documents=body.documents,
-                chat_template=body.chat_template,
-                **kwargs,
-            )
-        except InvalidRequest:
-            raise
-        except Exception as error:  # a template is a program that runs on the client's data
-            message = f"The chat template fails on these messages ({type(error).__name__}: {error})."
-            raise InvalidRequest(message, "messages") from error
-
-    return await service.off_loop(sum(len(message["content"]) for message in conversation), apply)
+    rendered = service.engine.tokenizer.chat_template.submit(
+        [_message(f"messages[{position}]", message) for position, message in enumerate(messages)],
+        add_generation_prompt=not continues if body.add_generation_prompt is None else body.add_generation_prompt,
+        continue_final_message=continues,
+        documents=body.documents,
+        chat_template=body.chat_template,
+        variables=body.chat_template_kwargs,
+    )
+    text = await asyncio.wrap_future(rendered)
+    (ids,) = await service.encode([text], bool(body.add_special_tokens))
+    return ids
 
 
-def _message(position: int, message: ChatMessage) -> dict[str, Any]:
-    """As templates know it: `developer` is OpenAI's newer word for `system`, parts of text are joined by newlines."""
-    path = f"messages[{position}]"
+def _message(path: str, message: ChatMessage) -> dict[str, Any]:
     for name in ("tool_calls", "function_call"):
         if getattr(message, name):
             raise InvalidRequest(f"{path}.{name}: tool calls are not supported by this server.", f"{path}.{name}")
-    role = "system" if message.role == "developer" else message.role
-    return {**message.extras, "role": role, "content": _content(path, message)}
-
-
-def _content(path: str, message: ChatMessage) -> str:
-    if message.content is None:
-        if message.role != "assistant":
-            raise InvalidRequest(f"{path}.content must be a text or a list of parts.", f"{path}.content")
-        return ""
-    texts = []
-    for position, part in enumerate(message.content):
-        where = f"{path}.content[{position}]"
-        if part.type not in ("text", "input_text") or part.text is None:
-            raise InvalidRequest(
-                f"{where}: this server takes parts of type text only, with their text.", f"{where}.type"
-            )
-        texts.append(part.text)
-    return "\n".join(texts)
+    content: Any = message.content
+    if isinstance(content, list):
+        content = [{**part.extras, "type": part.type, "text": part.text} for part in content]
+    return {**message.extras, "role": message.role, "content": content}

@@ -54,7 +54,8 @@ class CompletionAnswer(Answer):
         writer = self._writers.get(index)
         first = writer is None
         if writer is None:
-            writer = logprobs.CompletionLogprobsWriter(self._tokenizer, self._params.skip_special_tokens)
+            skip_special_tokens, prompt_token_ids = self._params.skip_special_tokens, self._token_ids[number]
+            writer = logprobs.CompletionLogprobsWriter(self._tokenizer, skip_special_tokens, prompt_token_ids)
             self._writers[index] = writer
         text = delta.text
         pieces: list[CompletionLogprobs] = []
@@ -63,7 +64,7 @@ class CompletionAnswer(Answer):
             prompt_text = prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt, False)
             text = prompt_text + text
             if delta.prompt_logprobs is not None:
-                pieces.append(writer.prompt(self._token_ids[number], delta.prompt_logprobs, prompt_text))
+                pieces.append(writer.prompt(delta.prompt_logprobs, prompt_text))
         if delta.logprobs is not None:
             pieces.append(writer.generated(delta.logprobs))
         return {

@@ -34,7 +34,7 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "return_tokens_as_token_ids": (False,), "return_prompt_text": (False,), "include_reasoning": (True,),
 }  # fmt: skip
 REFUSED_IN_COMPLETIONS = REFUSED | {"max_completion_tokens": (), "top_logprobs": (0,), "messages": ()}
-REFUSED_IN_CHAT = REFUSED | {"echo": (False,), "add_special_tokens": (False,), "best_of": (1,), "prompt": ()}
+REFUSED_IN_CHAT = REFUSED | {"echo": (False,), "best_of": (1,), "prompt": ()}
 
 _REMEDIES = {
     "reasoning_effort": 'use chat_template_kwargs, for example {"enable_thinking": false}, where the template knows it',
@@ -44,7 +44,6 @@ _REMEDIES = {
     "top_logprobs": "use logprobs, which is a number here",
     "messages": "send a prompt, or ask /v1/chat/completions",
     "prompt": "send messages, or ask /v1/completions",
-    "add_special_tokens": "the chat template writes the special tokens itself",
 }
 
 # Without effect on the answer by their nature, or only a hint; do_sample is judged together with temperature.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Sequence
+from functools import cached_property
 
 from miniserve.core import TokenLogprobs
+from miniserve.engine.detokenizer import TextDecoder, text_decoder
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server.responses import ChatLogprobs, CompletionLogprobs, TokenLogprob, TopLogprob
 
@@ -14,51 +15,42 @@ class CompletionLogprobsWriter:
     """The four arrays of one choice, piece by piece. `text_offset` counts characters of the choice's text: those that
     are complete before the token's first byte."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, prompt_token_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._hidden = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+        self._skip_special_tokens = skip_special_tokens
+        self._prompt_token_ids = prompt_token_ids
         self._offset = 0
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def prompt(
-        self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs | None], text: str
-    ) -> CompletionLogprobs:
+    @cached_property
+    def _decoder(self) -> TextDecoder:
+        return text_decoder(self._tokenizer, self._skip_special_tokens, self._prompt_token_ids)
+
+    def prompt(self, entries: Sequence[TokenLogprobs | None], text: str) -> CompletionLogprobs:
         """The echoed prompt, whose text is `text`; its first entry is None."""
-        offsets = self._prompt_offsets(token_ids, text)
         self._offset = len(text)
-        self._decoder.reset()
-        return self._arrays(token_ids, entries, offsets)
+        return self._arrays(self._prompt_token_ids, entries, self._prompt_offsets(text))
 
     def generated(self, entries: Sequence[TokenLogprobs]) -> CompletionLogprobs:
         token_ids = [entry.token_id for entry in entries]
         offsets = []
         for token_id in token_ids:
             offsets.append(self._offset)
-            if token_id not in self._hidden:
-                self._advance(self._tokenizer.token_bytes(token_id))
+            self._offset += len(self._decoder.push(token_id))
         return self._arrays(token_ids, entries, offsets)
 
-    def _prompt_offsets(self, token_ids: Sequence[int], text: str) -> list[int]:
-        """A prompt shows its special tokens, except for a BOS that the tokenizer put before it; and a sentencepiece
-        tokenizer drops the space before its first word."""
+    def _prompt_offsets(self, text: str) -> list[int]:
+        """A prompt shows its special tokens, except for those that the tokenizer put around it."""
         offsets = []
-        at_start = True
-        for token_id in token_ids:
-            offsets.append(self._offset)
-            piece = self._tokenizer.token_bytes(token_id)
-            if at_start:
-                if token_id in self._tokenizer.special_token_ids and not text.startswith(
-                    piece.decode(errors="replace")
-                ):
-                    continue
-                if piece.startswith(b" ") and not text.startswith(" "):
-                    piece = piece[1:]
-                at_start = False
-            self._advance(piece)
+        decoder = text_decoder(self._tokenizer, skip_special_tokens=False)
+        offset, at_start = 0, True
+        for token_id in self._prompt_token_ids:
+            offsets.append(min(offset, len(text)))
+            is_special = token_id in self._tokenizer.special_token_ids
+            if at_start and is_special and not text.startswith(self._tokenizer.token_str(token_id)):
+                continue
+            at_start = False
+            offset += len(decoder.push(token_id))
         return offsets
-
-    def _advance(self, piece: bytes) -> None:
-        self._offset += len(self._decoder.decode(piece))
 
     def _arrays(
         self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs | None], offsets: list[int]

@@ -154,8 +154,10 @@ class ServerMetrics:
         yield self._counter("miniserve:decode_padded_rows", "Rows that filled graphs up.", totals.padded_rows)
         yield self._counter("miniserve:decode_weight_bytes", "Weights these steps had to read.", totals.weight_bytes)
         yield self._counter("miniserve:decode_kv_bytes", "Cached keys and values they had to read.", totals.kv_bytes)
-        yield self._counter("miniserve:mixed_steps", "Steps with prefill.", totals.mixed_steps)
+        yield self._counter("miniserve:mixed_steps", "Steps of decode rows and prefill.", totals.mixed_steps)
         yield self._counter("miniserve:mixed_step_seconds", "Time of these steps.", totals.mixed_seconds)
+        yield self._counter("miniserve:prefill_steps", "Steps of prefill alone.", totals.prefill_steps)
+        yield self._counter("miniserve:prefill_step_seconds", "Time of these steps.", totals.prefill_seconds)
         if bandwidth is not None:
             yield self._gauge("miniserve:memory_bandwidth_bytes_per_second", "Measured at the start.", bandwidth)
             share = share_of_bandwidth(recent, bandwidth) or 0.0

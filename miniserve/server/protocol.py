@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
 Prompt = str | list[int]
 
@@ -131,16 +140,16 @@ class ContentPart(Body):
     text: Text | None = None
 
 
-def _parts(value: object) -> object:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+def _content(value: object, parts: ValidatorFunctionWrapHandler) -> Any:
+    """By hand, as a union would name its branches in errors."""
+    return _unicode(value) if isinstance(value, str) else parts(value)
 
 
 class ChatMessage(Body):
-    """A plain text is kept as its one part."""
-
     role: Text = Field(min_length=1, max_length=64)
+    # Or a plain text.
     content: (
-        Annotated[list[ContentPart], BeforeValidator(_parts, json_schema_input_type=str | list[ContentPart])] | None
+        Annotated[list[ContentPart], WrapValidator(_content, json_schema_input_type=str | list[ContentPart])] | None
     ) = None
     tool_calls: list[Any] | None = None
     function_call: Any = None
@@ -154,6 +163,7 @@ class RenderOptions(Body):
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
 
 
 class ChatCompletionRequest(RenderOptions, GenerationBody):
@@ -169,7 +179,6 @@ class TokenizeRequest(RenderOptions):
     model: str | None = None
     prompt: Text | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
-    add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
 

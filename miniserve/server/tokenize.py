@@ -22,7 +22,7 @@ def install(app: FastAPI, service: Service) -> None:
             "count": len(ids),
             "max_model_len": service.engine.info.max_model_len,
             "tokens": ids,
-            "token_strs": [service.engine.tokenizer.token_str(i) for i in ids] if body.return_token_strs else None,
+            "token_strs": [service.engine.tokenizer.token_piece(i) for i in ids] if body.return_token_strs else None,
         }
         return json_response(answer)
 
@@ -47,8 +47,4 @@ async def _ids(service: Service, body: TokenizeRequest) -> list[int]:
         return ids
     if body.messages is None or body.prompt is not None:
         raise InvalidRequest("Exactly one of prompt and messages is needed.", "prompt")
-    if body.add_special_tokens:
-        raise InvalidRequest(
-            "add_special_tokens does not go with messages: the chat template writes them itself.", "add_special_tokens"
-        )
     return await render(service, body.messages, body)

@@ -5,9 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
+from miniserve.bench.decode_steps import DecodeSteps
 from miniserve.bench.stats import summarize
 from miniserve.bench.workload import WORDS, Shape, poisson_arrivals, text_samples, token_samples
-from miniserve.core import UserError
+from miniserve.core import StepTotals, UserError
 
 
 def test_summary_of_known_samples() -> None:
@@ -52,3 +53,12 @@ def test_arrivals_have_the_rate_asked_for() -> None:
 def test_impossible_lengths_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError):
         Shape(**({"input_len": 4, "output_len": 4} | wrong))
+
+
+def test_where_the_time_went() -> None:
+    totals = StepTotals(decode_seconds=5.0, mixed_seconds=2.0, prefill_seconds=1.0)
+    assert DecodeSteps(totals, None).shares(10.0) == pytest.approx(
+        {"decode": 0.5, "mixed": 0.2, "prefill": 0.1, "waiting": 0.2}
+    )
+    # The device's clock may have seen a little more than the client's.
+    assert DecodeSteps(totals, None).shares(7.9)["waiting"] == 0.0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -39,19 +41,85 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return _saved(backend, tmp_path_factory.mktemp("odd"))
 
 
-LLAMA = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+_SPACES = decoders.Replace("▁", " ")
+_STRIP = decoders.Strip(" ", 1, 0)
+OTHER_DECODERS = {
+    "llama": decoders.Sequence([_SPACES, decoders.ByteFallback(), decoders.Fuse(), _STRIP]),
+    "gemma": decoders.Sequence([_SPACES, decoders.ByteFallback(), decoders.Fuse()]),
+    "fuse": decoders.Sequence([_SPACES, decoders.Fuse(), _STRIP]),
+    "metaspace": decoders.Metaspace(),
+    "wordpiece": decoders.WordPiece(),
+    "suffix": decoders.BPEDecoder(),
+    "none": None,
+}
+PIECES = ["▁", "▁the", "▁a", "b", "c", "▁▁", "é", ".", "�", "##ing", "low</w>", " "]
+BREAK = "\ue000"  # stands between parts of a text that the library must not decode together; no answer has it
+FIRST_PIECE = 3 + 256
 
 
-@pytest.fixture(scope="module", params=["llama", "metaspace", "none"])
+@pytest.fixture(scope="module", params=OTHER_DECODERS)
 def sentencepiece(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Tokenizer:
     """As Llama 2's: metaspace, raw bytes for what the vocabulary lacks, the first space stripped; and simpler ones."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    pieces += ["▁", "▁the", "▁a", "b", "c", "▁▁", "é", ".", "�"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *PIECES, BREAK]
     backend = Backend(models.BPE(vocab={piece: index for index, piece in enumerate(pieces)}, merges=[]))
-    if request.param != "none":
-        backend.decoder = decoders.Sequence(LLAMA) if request.param == "llama" else decoders.Metaspace()
+    if (decoder := OTHER_DECODERS[request.param]) is not None:
+        backend.decoder = decoder
     backend.add_special_tokens(["<unk>", "<s>", "</s>"])
     return _saved(backend, tmp_path_factory.mktemp("sentencepiece"))
+
+
+def piece(tokenizer: Tokenizer, text: str) -> int:
+    token_id = tokenizer._backend.token_to_id(text)
+    assert token_id is not None
+    return int(token_id)
+
+
+def raw(text: str) -> list[int]:
+    """The text in raw bytes of the sentencepiece vocabularies."""
+    return [3 + byte for byte in text.encode()]
+
+
+def whole_text(tokenizer: Tokenizer, ids: list[int], skip: bool) -> tuple[str, int]:
+    """The library's decoding, but that whole characters before a break in a run of bytes stay; and how many U+FFFD at
+    its end stand for bytes that may become a character yet."""
+    if tokenizer.byte_level:
+        kept = [i for i in ids if not (skip and i in tokenizer.special_token_ids)]
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        utf8.decode(b"".join(map(tokenizer.token_bytes, kept)))
+        return tokenizer.decode(ids, skip), len(utf8.getstate()[0].decode(errors="replace"))
+    known = [i for i in ids if i < tokenizer.vocab_size and not (skip and i in tokenizer.special_token_ids)]
+    separated: list[int] = []
+    num_begun = 0
+    for is_raw, group in groupby(known, tokenizer.fallback_bytes.__contains__):
+        run, num_begun = list(group), 0
+        if is_raw:
+            data = b"".join(map(tokenizer.token_bytes, run))
+            num_whole = _num_whole(data)
+            num_begun = len(run) - num_whole
+            if num_begun:
+                run.insert(num_whole, piece(tokenizer, BREAK))
+        separated += run
+    return tokenizer.decode(separated, skip).replace(BREAK, ""), num_begun
+
+
+def _num_whole(data: bytes) -> int:
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return error.start
+    return len(data)
+
+
+def check_every_cut(tokenizer: Tokenizer, ids: list[int], skip: bool) -> None:
+    """Wherever the prompt ends, the answer is the decoding of all without that of the prompt; a character that the
+    prompt begins and the answer completes belongs to the answer."""
+    whole, _ = whole_text(tokenizer, ids, skip)
+    for cut in range(len(ids) + 1):
+        before, num_begun = whole_text(tokenizer, ids[:cut], skip)
+        if not whole.startswith(before):
+            before = before[: len(before) - num_begun]
+        assert whole.startswith(before)
+        assert incremental(tokenizer, ids[cut:], skip, tuple(ids[:cut])) == whole[len(before) :], cut
 
 
 def _saved(backend: Backend, path: Path) -> Tokenizer:
@@ -75,9 +143,9 @@ def test_pieces_make_the_whole_text_for_any_ids(ids: list[int], skip: bool) -> N
 @exact
 @given(data=st.data(), skip=st.booleans())
 def test_pieces_make_the_whole_text_with_odd_added_tokens(odd: Tokenizer, data: st.DataObject, skip: bool) -> None:
-    ids = data.draw(st.lists(st.integers(0, odd.vocab_size + 3), max_size=40))
+    ids = data.draw(st.lists(st.integers(0, odd.vocab_size + 3), max_size=20))
     assert odd.byte_level
-    assert incremental(odd, ids, skip) == odd.decode(ids, skip_special_tokens=skip)
+    check_every_cut(odd, ids, skip)
 
 
 @exact
@@ -85,12 +153,52 @@ def test_pieces_make_the_whole_text_with_odd_added_tokens(odd: Tokenizer, data: 
 def test_pieces_make_the_whole_text_with_sentencepiece(
     sentencepiece: Tokenizer, data: st.DataObject, skip: bool
 ) -> None:
-    any_id = st.integers(0, sentencepiece.vocab_size + 3)
-    broken = st.sampled_from([3 + byte for byte in "é日😀".encode()])
-    words = st.integers(259, sentencepiece.vocab_size - 1)
-    ids = data.draw(st.lists(st.one_of(any_id, broken, words), max_size=40))
+    words = st.integers(FIRST_PIECE, FIRST_PIECE + len(PIECES) - 1).map(lambda word: [word])
+    special_or_unknown = st.sampled_from([[0], [1], [2], [sentencepiece.vocab_size + 3]])
+    characters = st.sampled_from("é日😀\n").map(raw)
+    any_byte = st.one_of(st.sampled_from(raw("é日😀")), st.integers(4, 258)).map(lambda byte: [byte])
+    parts = data.draw(st.lists(st.one_of(words, words, special_or_unknown, characters, any_byte), max_size=12))
+    ids = [token_id for part in parts for token_id in part if token_id not in raw(" ")]
     assert not sentencepiece.byte_level
-    assert incremental(sentencepiece, ids, skip) == sentencepiece.decode(ids, skip_special_tokens=skip)
+    check_every_cut(sentencepiece, ids, skip)
+
+
+@pytest.mark.parametrize("sentencepiece", ["llama"], indirect=True)
+@pytest.mark.parametrize("last", ["\n", "\t", "é"])
+def test_the_answers_first_space_stays_after_a_prompt_that_ends_in_raw_bytes(
+    sentencepiece: Tokenizer, last: str
+) -> None:
+    prompt = (piece(sentencepiece, "▁the"), *raw(last))
+    assert incremental(sentencepiece, [piece(sentencepiece, "▁▁"), piece(sentencepiece, "▁a")], prompt=prompt) == "   a"
+
+
+@pytest.mark.parametrize("sentencepiece", ["llama"], indirect=True)
+def test_the_answers_first_space_stays_after_a_prompt_that_ends_in_a_hidden_token(sentencepiece: Tokenizer) -> None:
+    the, a = piece(sentencepiece, "▁the"), piece(sentencepiece, "▁a")
+    assert incremental(sentencepiece, [a], prompt=(1, the, 2)) == " a"
+    assert incremental(sentencepiece, [a], prompt=(1,)) == "a", "there is no text before it"
+
+
+@pytest.mark.parametrize("sentencepiece", ["llama", "gemma"], indirect=True)
+def test_raw_bytes_are_shown_with_the_token_that_makes_them_a_character(sentencepiece: Tokenizer) -> None:
+    detokenizer = Detokenizer(sentencepiece, SamplingParams(), [piece(sentencepiece, "▁the")])
+    ids = [*raw("\né"), *raw("日")[:2], piece(sentencepiece, "▁a")]
+    assert [detokenizer.push([token_id]).text for token_id in ids] == ["\n", "", "é", "", "", "�� a"]
+
+
+@pytest.mark.parametrize("sentencepiece", ["llama"], indirect=True)
+def test_a_stop_string_ends_with_the_raw_byte_that_completes_it(sentencepiece: Tokenizer) -> None:
+    the, a = piece(sentencepiece, "▁the"), piece(sentencepiece, "▁a")
+    detokenizer = Detokenizer(sentencepiece, SamplingParams(stop=("\n",)), [a])
+    assert detokenizer.push([the, *raw("\n"), a]) == (" the", 2, "\n")
+
+
+def test_a_character_that_the_prompt_begins_is_whole_in_the_answer() -> None:
+    tokenizer = tiny()
+    ids = [piece(tokenizer, char) for char in "ðŁĺĢ"]
+    a, b = piece(tokenizer, "a"), piece(tokenizer, "b")
+    assert incremental(tokenizer, [*ids[2:], a], prompt=(b, *ids[:2])) == "😀a"
+    assert incremental(tokenizer, [a], prompt=(b, *ids[:2])) == "a", "the prompt's text has the replacement"
 
 
 @exact
@@ -103,7 +211,7 @@ def test_pieces_do_not_depend_on_how_many_ids_come_at_once(ids: list[int], size:
 
 @pytest.mark.parametrize("sentencepiece", ["llama", "metaspace"], indirect=True)
 def test_a_sentence_goes_on_after_its_prompt(sentencepiece: Tokenizer) -> None:
-    the, a = (sentencepiece._backend.token_to_id(piece) for piece in ("▁the", "▁a"))
+    the, a = piece(sentencepiece, "▁the"), piece(sentencepiece, "▁a")
     assert incremental(sentencepiece, [a, the], prompt=(the,)) == " a the"
     assert incremental(sentencepiece, [a, the]) == "a the"
 
@@ -152,6 +260,30 @@ def test_stop_strings_are_found_as_defined_however_the_text_is_cut(
             return
     assert expected_stop is None
     assert shown + matcher.flush() == expected_text
+
+
+def test_long_stop_strings_cost_what_the_text_comes_to_of_them() -> None:
+    text = "".join(f"line {index}\n" for index in range(100))
+    stops = [text + "end" * 2000 + str(index) for index in range(256)]
+    matcher = StopStrings(stops, False)
+    assert [matcher.push(char) for char in text] == [("", None)] * len(text)
+    assert len(matcher._depth) == len(text) + 1, "one state for each character of the text, and the empty one"
+    assert matcher.push("end" * 2000 + "255") == ("", stops[2]), "complete before number 255"
+
+
+def test_a_hidden_special_token_ends_the_text_where_its_text_is_a_stop_string() -> None:
+    tokenizer = tiny()
+    ids = [*tokenizer.encode("one two<|im_end|>"), *tokenizer.encode(" three")]
+    end = len(tokenizer.encode("one two<|im_end|>"))
+    for skip in (True, False):
+        for include in (True, False):
+            params = SamplingParams(
+                stop=("two!", "<|im_end|>"), skip_special_tokens=skip, include_stop_str_in_output=include
+            )
+            decoded = Detokenizer(tokenizer, params).push(ids)
+            assert decoded == ("one two" + "<|im_end|>" * include, end, "<|im_end|>")
+    late = SamplingParams(stop=("<|im_end|>",), min_tokens=end, max_tokens=99)
+    assert Detokenizer(tokenizer, late).push(ids) == ("one two three", len(ids), None)
 
 
 def run(text: str, **params: object) -> tuple[str, int, str | None]:

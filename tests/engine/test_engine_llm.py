@@ -93,7 +93,7 @@ def test_the_models_sampling_defaults_are_used_where_none_are_given(llm: LLM) ->
 
 def test_chats(llm: LLM) -> None:
     messages = [{"role": "user", "content": "Hi"}]
-    ids = llm.tokenizer.apply_chat_template(messages)
+    ids = llm.tokenizer.encode(llm.tokenizer.chat_template.render(messages), add_special_tokens=False)
     (generation,) = llm.chat(messages, SamplingParams(max_tokens=4, ignore_eos=True))
     assert generation.prompt_token_ids == ids
     assert generation.prompt == llm.tokenizer.decode(ids, skip_special_tokens=False)

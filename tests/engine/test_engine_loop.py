@@ -149,6 +149,31 @@ def test_the_eos_may_stand_in_the_tokenizers_settings(tmp_path: Path) -> None:
     assert load_generation_defaults(tmp_path).eos_token_ids == {11}
 
 
+@pytest.mark.parametrize("token", ["<e>", {"__type": "AddedToken", "content": "<e>", "lstrip": False}])
+@pytest.mark.parametrize(
+    ("file", "others"),
+    [
+        ("tokenizer_config", {}),
+        ("special_tokens_map", {}),
+        ("special_tokens_map", {"tokenizer_config": {"eos_token": "<not this>"}}),
+        ("special_tokens_map", {"tokenizer_config": {"added_tokens_decoder": {}}}),
+    ],
+)
+@pytest.mark.parametrize(
+    "vocabulary",
+    [
+        {"added_tokens": [{"id": 2, "content": "<e>"}]},
+        {"model": {"vocab": {"<s>": 1, "<e>": 2}}},
+        {"added_tokens": [], "model": {"type": "Unigram", "vocab": [["<unk>", 0.0], ["<s>", 0.0], ["<e>", -1.5]]}},
+    ],
+)
+def test_the_eos_is_the_tokenizers_wherever_it_is_named(
+    tmp_path: Path, token: object, file: str, others: dict[str, object], vocabulary: object
+) -> None:
+    write(tmp_path, tokenizer=vocabulary, **{**others, file: {"eos_token": token}})
+    assert load_generation_defaults(tmp_path).eos_token_ids == {2}
+
+
 def test_a_model_that_says_nothing_has_no_defaults(tmp_path: Path) -> None:
     defaults = load_generation_defaults(tmp_path)
     assert not defaults.sampling and not defaults.eos_token_ids

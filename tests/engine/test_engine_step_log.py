@@ -76,7 +76,9 @@ def test_every_step_is_logged_with_what_it_read(overlap: bool, drafts: int) -> N
     assert log.totals.decode_steps == len(decoding)
     assert log.totals.decode_rows == sum(record.rows for record in decoding)
     assert log.totals.kv_bytes == sum(record.kv_bytes or 0 for record in decoding)
-    assert log.totals.mixed_steps == len(records) - len(decoding)
+    for kind in ("mixed", "prefill"):
+        assert getattr(log.totals, f"{kind}_steps") == sum(record.kind == kind for record in records)
+    assert log.totals.prefill_tokens == sum(record.tokens - record.rows for record in records)
     assert log.records(3) == records[-3:] and log.records(0) == []
 
 

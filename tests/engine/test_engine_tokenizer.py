@@ -4,13 +4,18 @@ import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sentencepiece
 from engine_fakes import TINY
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from miniserve.core import InvalidRequest, UserError
 from miniserve.engine.tokenizer import Tokenizer, load_tokenizer
+from miniserve.models.generation_config import load_generation_defaults
 
 
 @pytest.fixture(scope="module")
@@ -48,41 +53,72 @@ def test_it_knows_its_special_tokens(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size == 2048
 
 
-def test_a_chat_becomes_the_templates_ids(tokenizer: Tokenizer) -> None:
-    messages = [{"role": "user", "content": "Tell me a story."}]
-    reference = AutoTokenizer.from_pretrained(TINY)
-    for add_generation_prompt in (True, False):
-        expected = reference.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
-        )
-        assert tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt) == expected
+BOS, EOS = 256, 257
+ADDED = processors.TemplateProcessing(single="<s>:0 $A:0", pair="<s>:0 $A:0 $B:0", special_tokens=[("<s>", BOS)])
+PLAIN = processors.ByteLevel(trim_offsets=False)
+BOTH = processors.Sequence([PLAIN, ADDED])
 
 
-def test_a_chat_can_go_on_with_the_final_message(tokenizer: Tokenizer) -> None:
-    messages = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "one, two"}]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=False, continue_final_message=True)
-    assert tokenizer.decode(ids, skip_special_tokens=False).endswith("one, two")
-
-
-def test_chats_that_cannot_be_rendered_are_refused(tokenizer: Tokenizer) -> None:
-    message = [{"role": "user", "content": "Hi"}]
-    with pytest.raises(InvalidRequest, match="at least one message"):
-        tokenizer.apply_chat_template([])
-    with pytest.raises(InvalidRequest, match="exclude each other"):
-        tokenizer.apply_chat_template(message, continue_final_message=True)
-    for template in ("{{ raise_exception('no system message') }}", "{% if %}"):
-        with pytest.raises(InvalidRequest, match="refuses these messages") as refused:
-            tokenizer.apply_chat_template(message, chat_template=template)
-        assert refused.value.param == "messages"
-
-
-def test_without_a_template_there_is_no_chat(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text((TINY / "tokenizer.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+@pytest.mark.parametrize(
+    ("post_processor", "settings", "around"),
+    [
+        (PLAIN, {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True, "add_eos_token": False}, ([BOS], [])),
+        (PLAIN, {"tokenizer_class": "LlamaTokenizer", "add_eos_token": True}, ([BOS], [EOS])),
+        (PLAIN, {"tokenizer_class": "GPTNeoXTokenizer", "add_eos_token": True}, ([], [EOS])),
+        (PLAIN, {"add_bos_token": True}, ([BOS], [])),
+        (PLAIN, {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True, "bos_token": None}, ([], [])),
+        (None, {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True}, ([BOS], [])),
+        (ADDED, {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True}, ([BOS], [])),
+        (BOTH, {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True}, ([BOS], [])),
+        (ADDED, {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": False}, ([], [])),
+        # What transformers 5 saves has no flags, but all in tokenizer.json.
+        (ADDED, {"tokenizer_class": "LlamaTokenizer"}, ([BOS], [])),
+        (PLAIN, {"tokenizer_class": "LlamaTokenizer"}, ([], [])),
+        # Classes that never took the flags; training scripts leave them there.
+        (PLAIN, {"tokenizer_class": "Qwen2Tokenizer", "add_eos_token": True}, ([], [])),
+        (ADDED, {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False}, ([BOS], [])),
+    ],
+)
+def test_bos_and_eos_are_added_as_transformers_4_57_does(
+    tmp_path: Path, post_processor: Any, settings: dict[str, object], around: tuple[list[int], list[int]]
+) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>"])
+    if post_processor is not None:
+        backend.post_processor = post_processor
+    backend.save(str(tmp_path / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", **settings}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     tokenizer = Tokenizer(tmp_path)
-    assert tokenizer.info()["chat_template"] is None
-    with pytest.raises(InvalidRequest, match="no chat template"):
-        tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
+    text = tokenizer.encode("hi", add_special_tokens=False)
+    assert tokenizer.encode("hi") == [*around[0], *text, *around[1]]
+    assert text == [alphabet.index("h"), alphabet.index("i")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "add_bos", "add_eos"),
+    [({}, True, False), ({"add_bos_token": False, "add_eos_token": True}, False, True)],
+)
+def test_a_sentencepiece_model_alone_is_a_tokenizer(
+    tmp_path: Path, settings: dict[str, bool], add_bos: bool, add_eos: bool
+) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the quick brown fox", "one two three"] * 20),
+        model_prefix=str(tmp_path / "tokenizer"), vocab_size=300, model_type="bpe", byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **settings}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    tokenizer = Tokenizer(tmp_path)
+    for text in ("the fox", "two\n\ttwo  日 ", "three"):
+        assert tokenizer.encode(text, add_special_tokens=False) == reference.encode(text)
+        assert tokenizer.encode(text) == reference.encode(text, add_bos=add_bos, add_eos=add_eos)
+        assert tokenizer.decode(reference.encode(text)) == text
+    assert load_generation_defaults(tmp_path).eos_token_ids == {reference.eos_id()}
 
 
 def test_lone_surrogates_are_refused(tokenizer: Tokenizer) -> None:

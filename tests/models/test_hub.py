@@ -327,7 +327,7 @@ def test_a_local_directory(tmp_path: Path) -> None:
 
 def test_a_local_directory_without_weights(tmp_path: Path) -> None:
     path = checkpoint(tmp_path)
-    with pytest.raises(UserError, match=r"no \*\.safetensors.*--load-format dummy"):
+    with pytest.raises(UserError, match=r"neither model\.safetensors nor .*--load-format dummy"):
         locate(str(path))
     assert locate(str(path), weights=False).path == path.resolve()
     (path / "pytorch_model.bin").write_bytes(b"b")
@@ -339,7 +339,15 @@ def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
     shards = {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}
     path = checkpoint(tmp_path, "model-1-of-2.safetensors")
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-    with pytest.raises(UserError, match=r"1 of its 2 weight files \(the first is model-2-of-2\.safetensors\)"):
+    with pytest.raises(UserError, match=r"lacks 1 of the 2 weight files that .* names: model-2-of-2\.safetensors;"):
+        locate(str(path))
+    (path / "model.safetensors").write_bytes(b"w")  # which is loaded instead
+    assert locate(str(path)).path == path.resolve()
+
+
+def test_weight_files_of_other_names_are_no_checkpoint(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, "consolidated.safetensors")
+    with pytest.raises(UserError, match=r"nor model\.safetensors\.index\.json \(it has consolidated\.safetensors\)"):
         locate(str(path))
 
 

@@ -14,10 +14,12 @@ import torch
 from safetensors.torch import save_file
 
 from miniserve.core import UserError
+from miniserve.models.checkpoint import read_json
 from miniserve.models.config import load_model_config
 from miniserve.models.config_families import FAMILIES
 from miniserve.models.description import ModelConfig, RopeConfig
 from miniserve.models.options import BuildOptions
+from miniserve.models.outline import read_outline
 from miniserve.models.registry import build_model, weight_bytes
 
 LLAMA: dict[str, Any] = {
@@ -93,6 +95,55 @@ def test_both_forms_of_the_rope_settings_mean_the_same(tmp_path: Path) -> None:
     assert read(tmp_path, oldest).rope == RopeConfig(rope_type="linear", theta=500000.0, factor=2)
 
 
+def test_what_stands_beside_the_rope_settings_counts_as_it_does_in_transformers(tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    inside = read(tmp_path, PLAIN | {"rope_scaling": yarn | {"original_max_position_embeddings": 1024}})
+    assert read(tmp_path, PLAIN | {"rope_scaling": yarn, "original_max_position_embeddings": 1024}) == inside
+    # As transformers decides it, what stands beside counts more for this length, and less for rope_theta.
+    both = PLAIN | {"rope_scaling": yarn | {"original_max_position_embeddings": 7}}
+    assert read(tmp_path, both | {"original_max_position_embeddings": 1024}) == inside
+    theta = yarn | {"rope_theta": 500000, "original_max_position_embeddings": 1024}
+    assert read(tmp_path, PLAIN | {"rope_theta": 10000.0, "rope_parameters": theta, "rope_scaling": None}) == inside
+    assert read(tmp_path, PLAIN | {"rope_scaling": yarn | {"truncate": None}}).rope.truncate is False
+
+
+def test_numbers_nulls_and_dtypes_are_read_as_they_are_meant(tmp_path: Path) -> None:
+    plain = read(tmp_path, PLAIN | {"rms_norm_eps": 1.0})
+    changes: list[dict[str, Any]] = [
+        {"rms_norm_eps": 1, "initializer_range": 0},
+        {"max_position_embeddings": 4096.0, "vocab_size": 128256.0, "num_key_value_heads": 8.0, "head_dim": 128.0},
+        {"torch_dtype": "torch.bfloat16"},
+        {"torch_dtype": None, "dtype": "torch.bfloat16"},
+        {"attention_bias": None, "hidden_act": None, "tie_word_embeddings": None, "rope_theta": 500000},
+        {"rope_theta": None, "rope_scaling": {"rope_type": None, "rope_theta": 500000.0}},
+    ]
+    for each in changes:
+        assert read(tmp_path, PLAIN | {"rms_norm_eps": 1.0} | each) == plain, each
+    assert read(tmp_path, MISTRAL | {"sliding_window": False, "num_hidden_layers": 1}).sliding_windows == (None,)
+    assert read(tmp_path, MISTRAL | {"sliding_window": 9.0, "num_hidden_layers": 1}).sliding_windows == (9,)
+
+
+@pytest.mark.parametrize(
+    ("content", "windows"),
+    [
+        (LLAMA | {"sliding_window": 9}, [None]),
+        (MISTRAL | {"sliding_window": 9.0}, [9]),
+        (MISTRAL | {"sliding_window": False}, [None]),
+        (QWEN2 | {"sliding_window": 9, "max_window_layers": 3}, [None]),
+        (QWEN2 | {"sliding_window": 9, "max_window_layers": 3.0, "use_sliding_window": True}, [None, None, None, 9]),
+        (QWEN3 | {"sliding_window": 9, "max_window_layers": None, "use_sliding_window": True}, [None]),
+    ],
+)
+def test_windows_are_those_that_explain_shows(
+    content: dict[str, Any], windows: list[int | None], tmp_path: Path
+) -> None:
+    config = read(tmp_path, content)
+    outline = read_outline(read_json(tmp_path / "config.json"), "m")
+    expected = windows * config.num_layers if len(windows) == 1 else windows
+    assert list(config.sliding_windows) == expected
+    assert [spec.sliding_window for spec in outline.specs] == expected
+
+
 @pytest.mark.parametrize(
     ("rope", "longest"),
     [
@@ -142,7 +193,7 @@ def test_biases_norms_and_windows_of_each_architecture(tmp_path: Path) -> None:
         ({"max_position_embeddings": 10**12}, "max_position_embeddings 1000000000000 is not supported"),
         ({"head_dim": 10**12}, "head_dim 1000000000000 is not supported"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps nan is not supported"),
-        ({"rope_theta": 0.0}, "rope_theta of rope type 'default' must be a positive number, not 0.0"),
+        ({"rope_theta": 0.0}, "rope_theta of rope type 'default' must be a positive number, not 0"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0] * 64,
                            "long_factor": [1.0] * 64}},
          "rope type 'longrope' is not supported; supported: default, linear, dynamic, yarn, llama3."),
@@ -151,6 +202,11 @@ def test_biases_norms_and_windows_of_each_architecture(tmp_path: Path) -> None:
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 3}}, "with 'beta_fast' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0,
                            "original_max_position_embeddings": 512}}, "must be above its low_freq_factor"),
+        ({"rope_theta": 1, "rope_scaling": {"rope_type": "yarn", "factor": 2}}, "rope type 'yarn' must not be 1"),
+        ({"rope_scaling": "yarn"}, "rope_scaling 'yarn' is not supported; it must be an object"),
+        ({"rope_scaling": {"a": {}}, "rope_parameters": {"rope_type": "default"}}, "rope_scaling that differ between"),
+        ({"per_layer_config": {"0": {"num_key_value_heads": 4}}}, "per_layer_config in config.json is not supported"),
+        ({"transformers_weights": "other.safetensors"}, "transformers_weights in config.json is not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor below 1 is not supported"),
         ({"num_key_value_heads": 5}, "is not a multiple of num_key_value_heads 5"),
         ({"head_dim": 3}, "head_dim 3 is odd"),

@@ -228,6 +228,26 @@ def test_a_missing_and_a_misshaped_expert_are_named(tmp_path: Path) -> None:
     assert f"{bent} has shape [2, 3]" in str(caught.value)
 
 
+@pytest.mark.parametrize("architecture", ["Qwen3MoeForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"])
+def test_experts_stacked_as_transformers_keeps_them_are_loaded(architecture: str, tmp_path: Path) -> None:
+    reference = reference_model(architecture, random_settings(architecture, 3))
+    reference.save_pretrained(tmp_path, save_original_format=False)
+    tensors, ids = load_file(tmp_path / "model.safetensors"), torch.arange(20)
+    with torch.no_grad():
+        expected = reference(ids[None]).logits[0]
+    torch.testing.assert_close(run(load(tmp_path), DenseContext(), [(0, ids)]), expected, rtol=1e-4, atol=1e-4)
+
+    stacked = next(name for name in tensors if name.endswith("experts.down_proj"))
+    apart = {f"{stacked[:-9]}{i}.down_proj.weight": each.clone() for i, each in enumerate(tensors[stacked])}
+    save_file(tensors | apart, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=rf"not part of this architecture: {stacked[:-9]}0.down_proj.weight"):
+        load(tmp_path)
+    del tensors[stacked]
+    save_file(tensors | apart, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=rf"missing: {stacked}; not part of this architecture: {stacked[:-9]}0.down"):
+        load(tmp_path)
+
+
 def test_dummy_weights_of_a_sparse_model_run(tmp_path: Path) -> None:
     for architecture in ("Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM"):
         reference_model(architecture, random_settings(architecture, 1)).save_pretrained(tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 import torch
 from models_support import DenseContext, load, random_settings, reference_model, run
 from safetensors.torch import load_file, save_file
-from transformers import MistralConfig
+from transformers import AutoModelForCausalLM, MistralConfig
 
 from miniserve.core import UserError
 from miniserve.models.config import load_model_config
@@ -37,6 +36,14 @@ def edit(path: Path, **changes: torch.Tensor | None) -> None:
     """Rewrite the single file with tensors replaced, added, or (None) taken out."""
     tensors = load_file(path / "model.safetensors") | changes
     save_file({name: value for name, value in tensors.items() if value is not None}, path / "model.safetensors")
+
+
+def assert_logits(path: Path, ids: torch.Tensor) -> None:
+    """Those that transformers loads the same directory for."""
+    reference = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval()
+    with torch.no_grad():
+        expected = reference(ids[None]).logits[0]
+    torch.testing.assert_close(run(load(path), DenseContext(), [(0, ids)]), expected, rtol=1e-4, atol=1e-4)
 
 
 def refusal(path: Path) -> str:
@@ -87,11 +94,67 @@ def test_a_tied_head_stored_all_the_same_and_old_rotary_buffers_are_ignored(tmp_
     checkpoint(tmp_path, tie_word_embeddings=True)
     ids = torch.arange(20)
     expected = run(load(tmp_path), DenseContext(), [(0, ids)])
-    edit(
-        tmp_path,
-        **{"lm_head.weight": torch.zeros(3), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(32)},
-    )
+    head = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"].double().float()
+    edit(tmp_path, **{"lm_head.weight": head, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(32)})
+    assert load_model_config(tmp_path).tie_word_embeddings
     assert torch.equal(run(load(tmp_path), DenseContext(), [(0, ids)]), expected)
+
+
+def test_a_stored_head_that_differs_is_used_though_the_config_ties_it(tmp_path: Path) -> None:
+    checkpoint(tmp_path, tie_word_embeddings=True)
+    head = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"].clone()
+    head[-1, -1] += 1  # in the last of the rows that are compared
+    edit(tmp_path, **{"lm_head.weight": head})
+    config, ids = load_model_config(tmp_path), torch.arange(20)
+    assert not config.tie_word_embeddings
+    assert "lm_head.weight differs from the embeddings, so it is used" in config.notes[0]
+    assert load_model_config(tmp_path, weights=False).tie_word_embeddings
+    assert_logits(tmp_path, ids)
+    edit(tmp_path, **{"lm_head.weight": head[:3].clone()})
+    assert "lm_head.weight has shape [3, " in refusal(tmp_path)
+
+
+def test_embeddings_stored_as_their_tied_head_alone_are_found(tmp_path: Path) -> None:
+    checkpoint(tmp_path, tie_word_embeddings=True)
+    ids = torch.arange(20)
+    expected = run(load(tmp_path), DenseContext(), [(0, ids)])
+    embedding = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    edit(tmp_path, **{"lm_head.weight": embedding, "model.embed_tokens.weight": None})
+    assert torch.equal(run(load(tmp_path), DenseContext(), [(0, ids)]), expected)
+    assert_logits(tmp_path, ids)
+    edit(tmp_path, **{"lm_head.weight": None})
+    assert "missing: model.embed_tokens.weight." in refusal(tmp_path)
+
+
+def test_a_single_file_is_loaded_before_an_index_and_what_is_passed_over_is_said(tmp_path: Path) -> None:
+    checkpoint(tmp_path, shard="20KB")
+    assert load_model_config(tmp_path).notes == ()
+    new = checkpoint(tmp_path / "new", tie_word_embeddings=False)
+    (tmp_path / "new" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    (tmp_path / "new" / "config.json").rename(tmp_path / "config.json")
+    assert torch.equal(load(tmp_path).model.norm.weight, new.model.norm.weight)
+    assert_logits(tmp_path, torch.arange(20))
+    (said,) = load_model_config(tmp_path).notes
+    assert said.startswith("weights: model.safetensors; passed over: model-00001-of-")
+    for shard in tmp_path.glob("model-*.safetensors"):
+        shard.unlink()
+    load(tmp_path)
+    assert load_model_config(tmp_path).notes == (
+        "weights: model.safetensors; passed over: model.safetensors.index.json",
+    )
+
+
+def test_of_a_tensor_in_two_shards_the_last_is_loaded_and_that_is_said(tmp_path: Path) -> None:
+    checkpoint(tmp_path, shard="20KB")
+    last = sorted(tmp_path.glob("model-*.safetensors"))[-1]
+    other = torch.randn(load_model_config(tmp_path).hidden_size)
+    name = "model.layers.0.input_layernorm.weight"
+    save_file(load_file(last) | {name: other}, last)
+    assert torch.equal(load(tmp_path).model.layers[0].input_layernorm.weight, other)
+    assert_logits(tmp_path, torch.arange(20))
+    assert load_model_config(tmp_path).notes == (
+        f"weights: of tensors that several files have the last file's is loaded: {name}",
+    )
 
 
 def test_sharded_and_single_files_give_the_same_model(tmp_path: Path) -> None:
@@ -111,14 +174,15 @@ def test_files_that_are_absent_or_broken_are_named(tmp_path: Path) -> None:
     assert shard.name in refusal(tmp_path)
     assert "not a readable safetensors file" in refusal(tmp_path)
     shard.unlink()
-    assert f"lacks {shard.name}" in refusal(tmp_path)
+    assert f"names: {shard.name};" in refusal(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text("{}")
-    assert f"{index} cannot be read" in refusal(tmp_path)
+    for content in ("{}", '{"weight_map": []}', '{"weight_map": {}}'):
+        index.write_text(content)
+        assert f"{index} names no files" in refusal(tmp_path)
     index.unlink()
-    assert "neither model.safetensors nor" in refusal(tmp_path)
+    assert "neither model.safetensors nor model.safetensors.index.json (it has model-00001-of-" in refusal(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
-    assert ".bin files only" in refusal(tmp_path)
+    assert "pickled PyTorch weights (.bin, .pt or .pth)" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -240,5 +304,7 @@ def test_an_index_that_lists_fewer_files_than_lie_there_is_followed(tmp_path: Pa
     """Some repositories keep a second, consolidated copy beside the shards."""
     checkpoint(tmp_path, shard="20KB")
     (tmp_path / "consolidated.safetensors").write_bytes(b"not ours")
-    assert json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
     load(tmp_path)
+    assert load_model_config(tmp_path).notes == (
+        "weights: the files that model.safetensors.index.json names; passed over: consolidated.safetensors",
+    )

@@ -61,8 +61,7 @@ def test_tokenize_and_detokenize(server: RunningServer) -> None:
 
     ids = tokenizer().encode("Hello, Zoë")
     assert tokenize(prompt="Hello, Zoë") == {"count": len(ids), "max_model_len": 256, "tokens": ids, "token_strs": None}
-    strings = tokenize(prompt="Hello, Zoë", return_token_strs=True)["token_strs"]
-    assert strings == [tokenizer().token_str(token) for token in ids]
+    assert tokenize(prompt="é🤗", return_token_strs=True)["token_strs"] == ["Ã", "©", "ð", "Ł", "¤", "Ĺ"]
     # lm_eval asks for the id of the EOS like this
     assert tokenize(prompt="<|im_end|>", add_special_tokens=False)["tokens"] == [EOS]
     assert tokenize(prompt="") == {"count": 0, "max_model_len": 256, "tokens": [], "token_strs": None}
@@ -83,11 +82,6 @@ def test_tokenize_and_detokenize(server: RunningServer) -> None:
         ("/tokenize", {}, "prompt"),
         ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, "prompt"),
         ("/tokenize", {"messages": []}, "messages"),
-        (
-            "/tokenize",
-            {"messages": [{"role": "user", "content": "a"}], "add_special_tokens": True},
-            "add_special_tokens",
-        ),
         ("/tokenize", {"prompt": 5}, "prompt"),
         ("/tokenize", {"prompt": "a", "tools": [{}]}, "tools"),
         ("/detokenize", {}, "tokens"),

@@ -12,8 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from server_fakes import EOS, FakeEngine, RunningServer, bigram_logprobs, greedy, running_server, tokenizer
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models
 
-from miniserve.core import TokenLogprobs
+from miniserve.core import SamplingParams, TokenLogprobs
+from miniserve.engine.detokenizer import Detokenizer
+from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server.logprobs import CompletionLogprobsWriter, chat_logprobs
 
 TEXT = "Zoë paid 3 € for 😀 smiles."
@@ -133,8 +137,8 @@ def test_the_offsets_of_any_ids_are_the_lengths_of_what_is_decoded_before(ids: l
     """Where no character is cut in two, an offset is the length of the text of the tokens before."""
     table = tokenizer()
     text = table.decode(ids, False)
-    writer = CompletionLogprobsWriter(table, skip_special_tokens=True)
-    arrays = writer.prompt(ids, [None] * len(ids), text)
+    writer = CompletionLogprobsWriter(table, True, ids)
+    arrays = writer.prompt([None] * len(ids), text)
     assert writer.generated([TokenLogprobs(65, -1.0, 1, [], [])])["text_offset"] == [len(text)]
     before = table.decode(ids[:cut], False)
     if cut < len(ids) and "\N{REPLACEMENT CHARACTER}" not in text:
@@ -145,30 +149,45 @@ def test_the_offsets_of_any_ids_are_the_lengths_of_what_is_decoded_before(ids: l
 def test_special_tokens_that_the_text_hides_take_no_room() -> None:
     ids = [*tokenizer().encode("ab"), EOS, *tokenizer().encode("cd")]
     entries = [TokenLogprobs(token, -1.0, 1, [], []) for token in ids]
-    hidden = CompletionLogprobsWriter(tokenizer(), skip_special_tokens=True).generated(entries)
-    shown = CompletionLogprobsWriter(tokenizer(), skip_special_tokens=False).generated(entries)
+    hidden = CompletionLogprobsWriter(tokenizer(), True, []).generated(entries)
+    shown = CompletionLogprobsWriter(tokenizer(), False, []).generated(entries)
     at = ids.index(EOS)
     assert hidden["text_offset"][at] == hidden["text_offset"][at + 1] == 2
     assert shown["text_offset"][at + 1] == 2 + len("<|im_end|>")
 
 
-class StartTokenizer:
-    """A sentencepiece-like one: a BOS before the text and a space before its first word, neither of them shown."""
-
-    special_token_ids = frozenset({0})
-    pieces = (b"<s>", b" Hello", b" you")
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return self.pieces[token_id]
-
-    def token_str(self, token_id: int) -> str:
-        return self.pieces[token_id].decode()
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """As Llama 2's: a BOS before the text and a space before its first word, neither of them shown; and raw bytes."""
+    pieces = ["<s>", "▁Hello", "▁you", "<0x0A>", "▁", "▁the"]
+    backend = Backend(models.BPE(vocab={piece: index for index, piece in enumerate(pieces)}, merges=[]))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    backend.add_special_tokens(["<s>"])
+    path = tmp_path_factory.mktemp("llama")
+    backend.save(str(path / "tokenizer.json"))
+    return Tokenizer(path)
 
 
 @pytest.mark.parametrize(("text", "offsets"), [("Hello you", [0, 0, 5]), ("<s> Hello you", [0, 3, 9])])
-def test_a_hidden_start_takes_no_room(text: str, offsets: list[int]) -> None:
-    writer = CompletionLogprobsWriter(StartTokenizer(), skip_special_tokens=True)  # type: ignore[arg-type]
-    assert writer.prompt([0, 1, 2], [None] * 3, text)["text_offset"] == offsets
+def test_a_hidden_start_takes_no_room(llama: Tokenizer, text: str, offsets: list[int]) -> None:
+    assert CompletionLogprobsWriter(llama, True, [0, 1, 2]).prompt([None] * 3, text)["text_offset"] == offsets
+
+
+@pytest.mark.parametrize(
+    ("prompt", "generated", "text"),
+    [([0, 1, 3], [4, 5, 3, 5], "  the\n the"), ([0], [5, 5], "the the"), ([], [4, 5], " the")],
+)
+def test_offsets_are_those_of_the_text_that_is_shown(
+    llama: Tokenizer, prompt: list[int], generated: list[int], text: str
+) -> None:
+    assert Detokenizer(llama, SamplingParams(), prompt).push(generated).text == text
+    entries = [TokenLogprobs(token_id, -1.0, 1, [], []) for token_id in generated]
+    offsets = CompletionLogprobsWriter(llama, True, prompt).generated(entries)["text_offset"]
+    ends = [*offsets[1:], len(text)]
+    shown = [text[start:end] for start, end in zip(offsets, ends, strict=True)]
+    assert "".join(shown) == text
+    assert [piece.lstrip(" ") for piece in shown] == [llama.token_str(i).lstrip(" ") for i in generated]
 
 
 def test_of_tokens_with_the_same_text_the_likeliest_counts() -> None:
@@ -176,7 +195,7 @@ def test_of_tokens_with_the_same_text_the_likeliest_counts() -> None:
     halves = [token for token in range(2048) if table.token_str(token) == "\N{REPLACEMENT CHARACTER}"][:3]
     first, second, chosen = halves
     found = TokenLogprobs(chosen, -3.0, 3, [first, second], [-1.0, -2.0])
-    arrays = CompletionLogprobsWriter(table, skip_special_tokens=True).generated([found])
+    arrays = CompletionLogprobsWriter(table, True, []).generated([found])
     assert arrays["top_logprobs"] == [{"\N{REPLACEMENT CHARACTER}": -1.0}]
     assert arrays["token_logprobs"] == [-3.0]
     (entry,) = chat_logprobs(table, [found])["content"]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
-from server_fakes import FakeEngine, RunningServer, running_server, tokenizer
+from server_fakes import TINY, FakeEngine, RunningServer, running_server, tokenizer
+from tokenizers import processors
 
 from miniserve.core import SamplingParams
+from miniserve.engine.tokenizer import Tokenizer
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 MODEL_DEFAULTS = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "max_new_tokens": 7}
@@ -115,12 +118,14 @@ def test_roles_and_parts_as_templates_know_them(plain: RunningServer) -> None:
             {"role": "developer", "content": "Be brief."},
             {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]},
             {"role": "assistant", "content": None},
+            {"role": "assistant", "content": [{"type": "refusal", "refusal": "I cannot."}]},
             {"role": "critic", "content": "", "name": "x"},
         ],
     )
     assert text == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\none\ntwo<|im_end|>\n"
-        "<|im_start|>assistant\n<|im_end|>\n<|im_start|>critic\n<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nonetwo<|im_end|>\n"
+        "<|im_start|>assistant\n<|im_end|>\n"
+        "<|im_start|>assistant\nI cannot.<|im_end|>\n<|im_start|>critic\n<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
@@ -150,7 +155,46 @@ def test_a_template_that_refuses_is_a_400(plain: RunningServer) -> None:
         "{{ 1 / 0 }}",
         "{% if %}",
         "{{ messages[0].x.y }}",
+        "only ever this",
     ):
         response = httpx.post(f"{plain.url}/chat/completions", json={**CHAT, "chat_template": template})
         assert response.status_code == 400, template
         assert response.json()["error"]["param"] == "messages"
+
+
+def test_a_template_that_runs_for_ever_is_a_400_and_stops_nobody(plain: RunningServer) -> None:
+    numbers = "range(99999)"
+    template = "".join(f"{{% for {name} in {numbers} %}}" for name in "abc") + "{% endfor %}" * 3
+
+    async def ask() -> tuple[httpx.Response, list[httpx.Response]]:
+        async with httpx.AsyncClient(base_url=plain.url, timeout=60) as client:
+            bad = asyncio.create_task(client.post("/chat/completions", json={**CHAT, "chat_template": template}))
+            others = []
+            while not bad.done():
+                others.append(await client.post("/chat/completions", json={**CHAT, "max_tokens": 1}))
+            return await bad, others
+
+    refused, others = asyncio.run(ask())
+    assert refused.status_code == 400
+    assert "more time or memory" in refused.json()["error"]["message"]
+    assert len(others) > 1 and all(response.status_code == 200 for response in others)
+
+
+def test_special_tokens_may_be_added_to_a_chat() -> None:
+    """Most templates write the BOS themselves; some leave it to the tokenizer."""
+    engine = FakeEngine()
+    engine.tokenizer = Tokenizer(TINY)
+    engine.tokenizer._backend.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 2045)]
+    )
+
+    def ids(path: str, **body: Any) -> list[int]:
+        response = httpx.post(server.root + path, json={**CHAT, **body})
+        assert response.status_code == 200, response.text
+        return list(response.json()["tokens"] if path == "/tokenize" else engine.seen[-1][0])
+
+    with running_server(engine) as server:
+        for path in ("/tokenize", "/v1/chat/completions"):
+            without = ids(path, add_special_tokens=False)
+            assert ids(path, add_special_tokens=True) == [2045, *without]
+            assert ids(path) == without

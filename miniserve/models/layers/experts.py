@@ -73,7 +73,7 @@ def choose_moe_method(
 
 class Experts(Layer):
     """SwiGLU experts in two tensors: w1 [num_experts, 2 * intermediate_size, hidden_size], gates before ups, and w2
-    [num_experts, hidden_size, intermediate_size]. A checkpoint has three matrices of each expert."""
+    [num_experts, hidden_size, intermediate_size]. A checkpoint has three matrices of each expert, or both tensors."""
 
     w1: Tensor
     w2: Tensor
@@ -98,6 +98,11 @@ class Experts(Layer):
             yield Piece(f"{name}.gate_proj.weight", "w1", (expert, slice(0, middle)), (middle, hidden))
             yield Piece(f"{name}.up_proj.weight", "w1", (expert, slice(middle, 2 * middle)), (middle, hidden))
             yield Piece(f"{name}.down_proj.weight", "w2", (expert, slice(0, hidden)), (hidden, middle))
+
+    def stacked_pieces(self, prefix: str) -> Iterator[Piece]:
+        """The same under transformers' own names, which it stores by `save_original_format=False`."""
+        for name, parameter in (("gate_up_proj", "w1"), ("down_proj", "w2")):
+            yield Piece(f"{prefix}.{name}", parameter, slice(None), tuple(self.get_parameter(parameter).shape))
 
     def finish(self) -> None:
         self.method.finish(self)

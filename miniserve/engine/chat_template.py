@@ -1,0 +1,183 @@
+"""A conversation through the model's chat template: one renderer for the server, `/tokenize` and `LLM.chat`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, BinaryIO, TypeGuard, cast
+
+import msgspec
+
+from miniserve.core import InvalidRequest, UserError
+from miniserve.engine.template_process import OVER_LIMITS, Answer, Job, receive, send
+
+_WAIT = 60.0  # seconds; the process ends itself at its limits, unless somebody has stopped it
+# Variables for the template must not have these names: they are, or look like, options of the renderer.
+_RESERVED = frozenset({
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "conversations", "documents",
+    "max_length", "messages", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "self",
+    "tokenize", "tokenizer_kwargs", "tools", "truncation",
+})  # fmt: skip
+
+
+class ChatTemplate:
+    """The chat template of a transformers tokenizer. Safe to use from several threads."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._process = _TemplateProcess()
+        # Templates that come with requests run apart, so that a bad one delays nobody else.
+        self._foreign = _TemplateProcess()
+
+    def check(self) -> None:
+        """Raises `UserError` for a template that no conversation could be rendered with."""
+        if self._tokenizer.chat_template is None or isinstance(self._tokenizer.chat_template, dict):
+            return
+        try:
+            self._process.submit(Job(self._tokenizer.chat_template)).result()
+        except InvalidRequest as error:
+            raise UserError(
+                f"{error} Mend the model's chat_template.jinja, or chat_template in its tokenizer_config.json."
+            ) from error
+
+    def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """`submit`'s text."""
+        return self.submit(messages, **options).result()
+
+    def submit(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> Future[str]:
+        """The text of a conversation, which no message's text is missing from. The template writes all special tokens.
+
+        Raises `InvalidRequest`, at once or as the result, where the model has no template, the template refuses the
+        messages, leaves one out or takes too long, or the options contradict each other.
+        """
+        if add_generation_prompt and continue_final_message:
+            raise InvalidRequest(
+                "add_generation_prompt and continue_final_message exclude each other; set one of them to false.",
+                "continue_final_message",
+            )
+        reserved = _RESERVED.intersection(variables or {})
+        if reserved:
+            raise InvalidRequest(f"chat_template_kwargs must not hold {min(reserved)!r}.", "chat_template_kwargs")
+        job = Job(
+            template=self._source(chat_template, tools),
+            messages=_checked(messages),
+            continue_final_message=continue_final_message,
+            variables={
+                **self._tokenizer.special_tokens_map,
+                **(variables or {}),
+                "tools": None if tools is None else [dict(tool) for tool in tools],
+                "documents": None if documents is None else [dict(document) for document in documents],
+                "add_generation_prompt": add_generation_prompt,
+            },
+        )
+        return (self._process if chat_template is None else self._foreign).submit(job)
+
+    def _source(self, chat_template: str | None, tools: Sequence[Mapping[str, Any]] | None) -> str:
+        if chat_template is None and self._tokenizer.chat_template is None:
+            raise InvalidRequest(
+                "This model has no chat template; use the completions endpoint, or serve a chat model.", "messages"
+            )
+        try:
+            return cast(str, self._tokenizer.get_chat_template(chat_template, tools))
+        except ValueError as error:
+            raise InvalidRequest(str(error), "chat_template") from error
+
+
+class _TemplateProcess:
+    """Runs one job after the other, in a process that is started for the first one and again after one that was ended.
+    It ends with this object."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "chat-template")
+        self._end: Callable[[], object] | None = None
+
+    def submit(self, job: Job) -> Future[str]:
+        return self._thread.submit(self._run, job)
+
+    def _run(self, job: Job) -> str:
+        if self._end is None or self._popen.poll() is not None:
+            self._start()
+        try:
+            send(self._stream, job)
+            answer = msgspec.msgpack.decode(receive(self._stream), type=Answer)
+        except (OSError, EOFError):
+            self._stop()
+            raise InvalidRequest(OVER_LIMITS, "messages") from None
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise InvalidRequest(f"The messages or their options are not plain data: {error}.", "messages") from error
+        if answer.error is not None:
+            raise InvalidRequest(answer.error, "messages")
+        return answer.text
+
+    def _start(self) -> None:
+        self._stop()
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            self._popen = subprocess.Popen(
+                [sys.executable, "-P", "-m", "miniserve.engine.template_process"],
+                stdin=theirs.fileno(),
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+                process_group=0,
+            )
+            ours.settimeout(_WAIT)
+            self._stream = cast(BinaryIO, ours.makefile("rwb"))
+        self._end = weakref.finalize(self, _end, self._popen, self._stream)
+
+    def _stop(self) -> None:
+        if self._end is not None:
+            self._end()
+            self._end = None
+
+
+def _end(process: subprocess.Popen[bytes], stream: BinaryIO) -> None:
+    process.kill()
+    process.wait()
+    with contextlib.suppress(OSError):  # what was not sent yet has nobody to go to
+        stream.close()
+
+
+def _checked(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Raises `InvalidRequest` naming the first thing that no template could show, such as an image."""
+    if not is_list(messages) or not messages:
+        raise InvalidRequest("messages must hold at least one message.", "messages")
+    return [_message(f"messages[{i}]", message) for i, message in enumerate(messages)]
+
+
+def _message(path: str, message: object) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise InvalidRequest(f"{path} must be a dict with a role and a content.", path)
+    content, role = message.get("content"), message["role"]
+    if is_list(content):
+        content = [_part(f"{path}.content[{i}]", part, role) for i, part in enumerate(content)] or ""
+    elif not isinstance(content, str) and (content is not None or role != "assistant"):
+        raise InvalidRequest(f"{path}.content must be a text or a list of parts.", f"{path}.content")
+    return {**message, "content": content}
+
+
+def _part(path: str, part: object, role: str) -> dict[str, Any]:
+    """Templates know parts of type text; a refusal is the text of an assistant that declined."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    name = "refusal" if kind == "refusal" and role == "assistant" else "text"
+    if not isinstance(part, Mapping) or kind not in ("text", "input_text", name) or not isinstance(part.get(name), str):
+        raise InvalidRequest(f"{path}: only parts of type text are supported, with their text.", f"{path}.type")
+    return {**{key: value for key, value in part.items() if key != "refusal"}, "type": "text", "text": part[name]}
+
+
+def is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)

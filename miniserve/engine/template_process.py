@@ -1,0 +1,281 @@
+"""Where chat templates run: `python -m miniserve.engine.template_process`, started by `engine.chat_template` alone.
+
+A template is a program: it may loop for hours or fill the memory. In a process of its own it can be ended: the kernel
+does so at the limits below. It sees what transformers shows it: plain data, in Jinja's sandbox. No transformers here:
+this process must start fast, as another takes its place.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import signal
+import socket
+import uuid
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, BinaryIO, cast
+
+import jinja2
+import msgspec
+from jinja2 import nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+_SECONDS = 2.0  # for one conversation
+_MEMORY = 2**29  # bytes, for the whole process
+_TEXT = 2**25  # characters of a rendered conversation
+OVER_LIMITS = "The chat template takes more time or memory than it may (2 seconds, 512 MiB)."
+_ERROR = 1000  # characters of an error
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # the names it is sent under; templates read the first
+_SYSTEM = ("system", "developer")
+_SALT = f"{uuid.uuid4().int:039d}"[-20:]  # digits: whatever a template does to a text, it leaves them as they are
+_MARK = re.compile(rf"{_SALT}(\d{{9}})(?:\\(\d{{9}}))?")
+
+Message = dict[str, Any]
+
+
+class Job(msgspec.Struct):
+    """A conversation to render; without messages the template is only compiled. `variables` reach the template."""
+
+    template: str
+    messages: list[Message] = []
+    continue_final_message: bool = False
+    variables: dict[str, Any] = {}
+
+
+class Answer(msgspec.Struct):
+    text: str = ""
+    error: str | None = None
+
+
+def send(stream: BinaryIO, message: Job | Answer) -> None:
+    """Raises what msgspec does for values that are no plain data, before anything is sent."""
+    packed = msgspec.msgpack.encode(message)
+    stream.write(len(packed).to_bytes(8, "big"))
+    stream.write(packed)
+    stream.flush()
+
+
+def receive(stream: BinaryIO) -> bytes:
+    """Raises `EOFError` where the other side is gone."""
+    size = int.from_bytes(header := stream.read(8), "big")
+    packed = stream.read(size)
+    if len(header) < 8 or len(packed) < size:
+        raise EOFError
+    return packed
+
+
+def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # it ends with the process that started it
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = _MEMORY if hard == resource.RLIM_INFINITY else min(_MEMORY, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    stream = cast(BinaryIO, socket.socket(fileno=0).makefile("rwb"))
+    while True:
+        try:
+            packed = receive(stream)
+        except EOFError:
+            return
+        signal.setitimer(signal.ITIMER_REAL, _SECONDS)
+        answer = _answer(packed)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        send(stream, answer)
+
+
+def _answer(packed: bytes) -> Answer:
+    try:
+        text = render(msgspec.msgpack.decode(packed, type=Job))
+        if len(text) > _TEXT:
+            return Answer(error=f"The chat template makes more than {_TEXT} characters of these messages.")
+        text.encode()  # a half of a surrogate pair cannot be sent
+        return Answer(text)
+    except MemoryError:
+        return Answer(error=OVER_LIMITS)
+    except jinja2.TemplateSyntaxError as error:
+        return Answer(error=f"The chat template is not valid, line {error.lineno}: {str(error.message)[:_ERROR]}")
+    except Exception as error:  # a template is a program that runs on the client's data
+        kind = "" if type(error) in (jinja2.TemplateError, ValueError) else f"{type(error).__name__}: "
+        reason = str(error)[:_ERROR].encode("utf-8", "replace").decode()
+        return Answer(error=f"The chat template refuses these messages: {kind}{reason}")
+
+
+# --- what a template sees -------------------------------------------------------------------------------------------
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what training is to learn; a prompt has it as it is."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_unchanged"), [], [], body).set_lineno(line)
+
+    def _unchanged(self, caller: Any) -> str:
+        return str(caller())
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """Takes no names with an underscore in front, which the sandbox keeps for Python."""
+
+    def __init__(*args: Any, **attributes: Any) -> None:
+        self, *rest = args
+        for name in dict(*rest, **attributes):
+            _check_name(name)
+        jinja2.utils.Namespace.__init__(self, *rest, **attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a namespace must not hold {name!r}")
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """Jinja's own would escape HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@lru_cache(8)
+def _compiled(source: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {
+        "raise_exception": _raise_exception, "strftime_now": _strftime_now, "namespace": _Namespace
+    }  # fmt: skip
+    return environment.from_string(source)
+
+
+# --- a conversation in the form that the template takes ---------------------------------------------------------------
+
+
+def render(job: Job) -> str:
+    """The text of a conversation. The first reading of it that the template takes counts; where it takes none, what it
+    says of the first one is raised."""
+    template = _compiled(job.template)
+    if not job.messages:
+        return ""
+    messages = [_with_reasoning({k: v for k, v in message.items() if v is not None}) for message in job.messages]
+    refusals = []
+    for reading in _readings(messages, "developer" in job.template):
+        try:
+            return _text_of(template, job, _fitted(template, job, reading))
+        except Exception as error:
+            refusals.append(error)
+    raise refusals[0]
+
+
+def _readings(messages: Sequence[Message], knows_developer: bool) -> Iterator[Sequence[Message]]:
+    """`developer` is OpenAI's newer word for `system`, and stays where the template knows it. Most templates take one
+    system message, at the start: where several are refused or left out, they become one."""
+    as_system = [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
+    readings = [messages, as_system] if knows_developer and as_system != messages else [as_system]
+    yield from readings
+    count = next((i for i, message in enumerate(messages) if message["role"] not in _SYSTEM), len(messages))
+    if count > 1:
+        text = "\n\n".join(map(_plain_text, messages[:count]))
+        yield from ([{**reading[0], "content": text}, *reading[count:]] for reading in readings)
+
+
+def _fitted(template: jinja2.Template, job: Job, messages: Sequence[Message]) -> Sequence[Message]:
+    """The messages with their contents as texts or as lists of parts, whichever the template does not leave out.
+    Raises `ValueError` where it leaves one out both ways. The model's own earlier turns it may shorten: reasoning is
+    often left out."""
+    plain = [{**message, "content": _plain_text(message)} for message in messages]
+    for form in (messages, plain):
+        try:
+            missing = _missing(template, job, form)
+        except Exception:
+            continue  # perhaps it refuses a list or a missing content only
+        messages = form
+        break
+    else:
+        return messages  # what it says of them, without marks, is the answer
+    if not missing:
+        return messages
+    others = [_other_form(message) if i in missing else message for i, message in enumerate(messages)]
+    try:
+        lost = _missing(template, job, others)
+    except Exception:
+        lost = missing
+    for i in sorted(lost):
+        if messages[i]["role"] != "assistant":
+            raise ValueError(f"it leaves out the text of messages[{i}], whose role is {job.messages[i]['role']!r}")
+    return [message if i in lost else other for i, (message, other) in enumerate(zip(messages, others, strict=True))]
+
+
+def _missing(template: jinja2.Template, job: Job, messages: Sequence[Message]) -> set[int]:
+    """The messages that the template leaves out, wholly or in part, or prints as Python does (a list's `repr` doubles
+    the backslash). Each text gets a mark at its end; texts alone may be found by chance, or trimmed."""
+    marked = list(messages)
+    expected = set()
+    for i, message in enumerate(messages):
+        content = message.get("content")
+        if isinstance(content, str) and content.strip():
+            marked[i] = {**message, "content": f"{content}{_SALT}{i:09d}"}
+            expected.add((f"{i:09d}", ""))
+        elif isinstance(content, list):
+            parts = [{**part, "text": f"{part['text']}{_SALT}{i:09d}\\{j:09d}"} for j, part in enumerate(content)]
+            marked[i] = {**message, "content": parts}
+            expected |= {(f"{i:09d}", f"{j:09d}") for j in range(len(parts))}
+    found = set(_MARK.findall(template.render(messages=marked, **job.variables)))
+    return {int(i) for i, _ in expected - found}
+
+
+def _text_of(template: jinja2.Template, job: Job, messages: Sequence[Message]) -> str:
+    """Raises `ValueError` where the final message is to be continued and cannot be."""
+    if not job.continue_final_message:
+        return template.render(messages=messages, **job.variables)
+    final = messages[-1].get("content")
+    if not final:
+        raise ValueError("the final message has no text to continue")
+    end = f"{_SALT} "  # the space tells whether the template trims
+    last = f"{final}{end}" if isinstance(final, str) else [*final[:-1], {**final[-1], "text": final[-1]["text"] + end}]
+    text = template.render(messages=[*messages[:-1], {**messages[-1], "content": last}], **job.variables)
+    cut = text.rfind(end.strip())
+    if cut < 0 or (final if isinstance(final, str) else final[-1]["text"]).strip() not in text:
+        raise ValueError("it changes the final message, which therefore cannot be continued")
+    return text[:cut] if text.startswith(end, cut) else text[:cut].rstrip()
+
+
+def _with_reasoning(message: Message) -> Message:
+    """Under the name that templates read; gpt-oss's read `thinking`."""
+    reasoning = next((message[name] for name in _REASONING if name in message), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _plain_text(message: Message) -> str:
+    content = message.get("content", "")
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+
+
+def _other_form(message: Message) -> Message:
+    content = message["content"]
+    other = [{"type": "text", "text": content}] if isinstance(content, str) else _plain_text(message)
+    return {**message, "content": other}
+
+
+if __name__ == "__main__":
+    main()
