@@ -1,4 +1,4 @@
-"""Where the time went during a measurement, and how close decode came to the memory's bandwidth, counted by the engine."""
+"""Where a measurement's time went, and how close decode came to the memory's bandwidth, as counted by the engine."""
 
 from __future__ import annotations
 

@@ -77,8 +77,8 @@ def print_serve(result: serve.ServeResult) -> None:
 
 
 def print_sweep(result: SweepResult) -> None:
-    """tokens/s are output tokens, TPOT and TTFT medians; decode, mixed, prefill: shares of the time; bandwidth: the share
-    of the memory's bandwidth that decode reached."""
+    """tokens/s are output tokens, TPOT and TTFT medians; decode, mixed, prefill: shares of the time; bandwidth: the
+    share of the memory's bandwidth that decode reached."""
     console = _console()
     table = Table(title=result.model, title_justify="left", title_style="bold")
     columns = (
