@@ -1,7 +1,7 @@
-"""`miniserve check`: the self-check of every attention path that can be had here, at a model's shapes.
+"""`miniserve check`: the self-check of every attention path that this machine supports, at a model's shapes.
 
-Layers are made up (weights do not matter to attention), and so is the pool: on a GPU, keys and values of more than
-4 GiB each, where there is room, so that block ids that overflow 32 bits of bytes are among those checked.
+Layers are made up (weights do not matter to attention), and so is the pool. On a GPU with enough memory keys and values
+take more than 4 GiB each, so that offsets beyond 32 bits are checked too.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from miniserve.runner.self_check import Checked, CheckResult, check_backend
 _LARGE_PLANE = 9 << 29  # bytes: 4.5 GiB
 _SMALL_POOL = 512  # blocks, on a CPU
 _MAX_SEQ_LEN = 4096
-_K_SCALE, _V_SCALE = 0.5, 2.0  # of an fp8 cache; told apart, and exact in every dtype
+_K_SCALE, _V_SCALE = 0.5, 2.0  # of an fp8 cache; different, and exact in every dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class AttentionPath:
 
 @dataclass(frozen=True, slots=True)
 class PathResults:
-    """asm_lengths: whether the ASM kernel is right for the lengths it is kept from; None where it is not reached."""
+    """asm_lengths: whether the ASM kernel is correct at its suspected lengths; None if no path reaches it."""
 
     checks: list[CheckResult]
     asm_lengths: bool | None
@@ -60,7 +60,7 @@ class PathResults:
 
 @dataclass(slots=True)
 class MadeUpLayer:
-    """An `AttentionLayer` of no model."""
+    """An `AttentionLayer` without a model."""
 
     layer_index: int
     spec: AttentionSpec
@@ -71,7 +71,7 @@ class MadeUpLayer:
 
 @dataclass(slots=True)
 class MadeUpLatentLayer:
-    """A `LatentLayer` of no model. key [num_heads, nope_dim, kv_lora_rank], value [num_heads, v_head_dim, …]."""
+    """A `LatentLayer` without a model. key [num_heads, nope_dim, kv_lora_rank], value [num_heads, v_head_dim, …]."""
 
     layer_index: int
     spec: AttentionSpec
@@ -105,16 +105,16 @@ def made_up_layer(spec: AttentionSpec, device: torch.device) -> AttentionLayer |
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What paths are looked for on, and for: layers of a model, in its dtype, and a KV cache's block size."""
+    """The device that paths are checked on, and what for: a model's layers, in its dtype, and a KV block size."""
 
     specs: tuple[AttentionSpec, ...]
     platform: Platform
     device: torch.device
     block_size: int
-    max_num_seqs: int = 256  # enough rows for every route that there is
+    max_num_seqs: int = 256  # enough rows to reach every route
 
     def with_kv(self, kv_cache_dtype: str) -> list[AttentionSpec]:
-        """The layers, their cache in the dtype that --kv-cache-dtype names."""
+        """The layers, with the cache dtype that --kv-cache-dtype names."""
         return [
             dataclasses.replace(spec, kv_dtype=find_kv_dtype(kv_cache_dtype, spec.dtype, self.platform))
             for spec in self.specs
@@ -137,7 +137,7 @@ class Machine:
                 yield path
 
     def check(self, path: AttentionPath) -> PathResults:
-        """The self-check of each kind of layer, of which a result's `layer` is the first one's index."""
+        """Run the self-check for each kind of layer; a result's `layer` is the first layer of that kind."""
         checks: list[CheckResult] = []
         asm_lengths: list[bool] = []
         specs = self.with_kv(path.kv_cache_dtype)

@@ -70,15 +70,15 @@ def print_serve(result: serve.ServeResult) -> None:
         console.print(f"{count} failed: {error}", style="red", markup=False)
     if summary.client_cpu > BUSY_CLIENT:
         console.print(
-            f"This client used {summary.client_cpu:.0%} of a core: it may be what was measured. "
-            "Run several with a share of the load each.",
+            f"This client used {summary.client_cpu:.0%} of a core, so it may have limited the measurement. "
+            "Run several clients, each with a share of the load.",
             style="yellow",
         )
 
 
 def print_sweep(result: SweepResult) -> None:
     """tokens/s are output tokens, TPOT and TTFT medians; decode, mixed, prefill: shares of the time; bandwidth: the
-    share of the memory's that decode reached."""
+    share of the memory's bandwidth that decode reached."""
     console = _console()
     table = Table(title=result.model, title_justify="left", title_style="bold")
     columns = (

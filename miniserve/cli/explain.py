@@ -1,4 +1,4 @@
-"""`miniserve explain`: which attention a model would get on some hardware, and why."""
+"""`miniserve explain`: which attention a model would use on some hardware, and why."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 )  # fmt: skip
 def explain(
     engine: EngineConfig,
-    device: Annotated[str, typer.Option(help="mi300x, mi355x, h100, cpu, …; auto is this machine.")] = "auto",
-    tp: Annotated[int, typer.Option(help="GPUs that share the model.", min=1)] = 1,
+    device: Annotated[str, typer.Option(help="mi300x, mi355x, h100, cpu, …; auto: this machine.")] = "auto",
+    tp: Annotated[int, typer.Option(help="Number of GPUs that share the model.", min=1)] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say which attention backend, KV layout and kernels a model would get, why not the others, and what fits.
+    """Show which attention backend, KV layout and kernels a model would use, why not others, and what fits in memory.
 
     Only the model's config.json is read.
     """

@@ -16,23 +16,23 @@ def run(
     engine: EngineConfig,
     server: ServerConfig,
     no_chat: Annotated[
-        bool, typer.Option("--no-chat", help="Serve only, also at a terminal.", rich_help_panel="Chat")
+        bool, typer.Option("--no-chat", help="Do not chat, even at a terminal.", rich_help_panel="Chat")
     ] = False,
     prompt: Annotated[
         str | None,
         typer.Option(
             "--prompt",
             "-p",
-            help="Answer this on stdout and exit. `-` reads standard input.",
+            help="Answer this on stdout and exit; `-` reads it from stdin.",
             rich_help_panel="Chat",
         ),
     ] = None,
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP API; at a terminal, also chat with it.
 
-    Text that is piped in is answered once, as with -p.
+    Piped text is answered once, as with -p.
     """
-    # Here and not above: what serves would slow down `miniserve --help`.
+    # Here and not above: the server's imports would slow down `miniserve --help`.
     from miniserve.cli.start import start
 
     raise typer.Exit(start(engine, server, prompt=prompt, chat=not no_chat))
@@ -40,7 +40,7 @@ def run(
 
 @with_settings()
 def serve(engine: EngineConfig, server: ServerConfig) -> None:
-    """Serve a model over an OpenAI-compatible HTTP API, and nothing else."""
+    """Serve a model over an OpenAI-compatible HTTP API, without chat."""
     from miniserve.cli.start import start
 
     raise typer.Exit(start(engine, server, prompt=None, chat=False))

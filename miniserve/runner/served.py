@@ -1,4 +1,4 @@
-"""A model over its KV cache: what every way to run a step is made of."""
+"""A model over its KV cache, which eager steps and graphs share."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ServedModel:
     zero_blocks: Callable[[torch.Tensor], None] | None = None
 
     def tuning(self) -> AbstractContextManager[None]:
-        """Within it linear layers of sizes not met before are timed; see `LibraryLinear.tuning`."""
+        """Within it linear layers of new sizes are timed; see `LibraryLinear.tuning`."""
         kernels = self.model.options.triton
         return nullcontext() if kernels is None else kernels.library_linear.tuning()
 

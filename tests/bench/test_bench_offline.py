@@ -113,7 +113,7 @@ def test_throughput_counts_every_token(engine: FakeEngine) -> None:
 
 def test_figures_over_fewer_tokens_are_refused(engine: FakeEngine) -> None:
     engine.limit = 5
-    with pytest.raises(UserError, match="got 5 tokens where 9 were asked for"):
+    with pytest.raises(UserError, match="got 5 tokens instead of 9"):
         offline.measure_latency(
             engine.opened(),
             batch_size=1,
