@@ -174,7 +174,7 @@ def test_the_first_signal_drains_and_the_second_ends_at_once() -> None:
         with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
             body = b'{"prompt": "x", "stream": true}'
             connection.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                 b"Content-Length: %d\r\n\r\n" % len(body) + body
             )
             assert connection.recv(100).startswith(b"HTTP/1.1 200")
