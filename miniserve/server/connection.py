@@ -17,7 +17,7 @@ from miniserve.server.errors import APIError
 from miniserve.server.throttle import ThrottledLog
 
 _HEAD_SECONDS = 30.0  # for the request line and the headers
-_BODY_SECONDS = 30.0  # for each _BODY_PIECE bytes of a body, or its end
+_BODY_SECONDS = 30.0  # for each _BODY_PIECE bytes of a body, or its end; for all that comes after an early answer
 _BODY_PIECE = 16 * 1024
 _MAX_HEAD = 64 * 1024  # bytes of a request line with its headers; of what stands between pieces of a body
 _LINGER = 2.0  # seconds that what a refused client still sends is read, so that it gets to read the answer
@@ -42,7 +42,7 @@ class Guard:
         if len(self.connections) <= self._max_connections:
             return
         self.log.warning(
-            "All %d connections that the limit of open files (ulimit -n) allows are in use; new ones replace idle ones.",
+            "All %d connections that the number of files (ulimit -n) allows are in use; new ones replace idle ones.",
             self._max_connections,
         )
         idle = [each for each in self.connections if not each.answering and each is not connection]
@@ -74,7 +74,7 @@ class Connection(HttpToolsProtocol):
         self.begun = self.loop.time()
         self.body_bytes = 0
         self._deadline = self.begun + _HEAD_SECONDS
-        self._in_body = False  # headers are complete, the body is not
+        self._in_message = self._in_body = False  # a request has begun to arrive, and its body
         self._piece = 0  # bytes of the body since the deadline was last moved
         self._unparsed = 0  # bytes received since the last that were of any use
         self._refused = False
@@ -94,13 +94,13 @@ class Connection(HttpToolsProtocol):
     def check_time(self) -> None:
         if self.answering or self.loop.time() < self._deadline:
             return
-        if self._in_body and self._piece >= _BODY_PIECE:
+        if self._in_body and self._piece >= _BODY_PIECE and not self.cycle.response_complete:
             self._deadline, self._piece = self.loop.time() + _BODY_SECONDS, 0
+        elif self._in_message and not self._refused:
+            self._guard.log.warning("%s: request ended; it did not arrive in time.", self.address)
+            self.end(APIError(408, "The request did not arrive in time."))
         elif self._refused or self.timeout_keep_alive_task is None:  # else uvicorn's own timer runs
-            partial = (self._in_body or self._unparsed) and not self._refused
-            if partial:
-                self._guard.log.warning("%s: request ended; it did not arrive in time.", self.address)
-            self.end(APIError(408, "The request did not arrive in time.") if partial else None)
+            self.end()
 
     def end(self, error: APIError | None = None) -> None:
         """Close, with an answer where there is room for one: none is on its way."""
@@ -139,6 +139,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._in_message = True
         self.begun = self.loop.time()
         self._deadline = self.begun + _HEAD_SECONDS
 
@@ -159,7 +160,7 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
-        self._in_body, self._unparsed = False, 0
+        self._in_message, self._in_body, self._unparsed = False, False, 0
         self._release_body()
 
     def on_response_complete(self) -> None:

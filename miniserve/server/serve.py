@@ -216,9 +216,10 @@ async def _supervise(
     while not (engine.dead or stop.is_set() or server.should_exit):
         await asyncio.sleep(_WATCH_INTERVAL)
         progress.tick()
-        if time.monotonic() - swept >= _SWEEP_INTERVAL:
-            swept = time.monotonic()
-            guard.sweep()
+        if (passed := time.monotonic() - swept) >= _SWEEP_INTERVAL:
+            swept += passed
+            if passed < 2 * _SWEEP_INTERVAL:  # else the server itself was late, and has not read yet what is there
+                guard.sweep()
     if engine.dead:
         logger.error("%s The server ends; until then it answers with 503.", engine.dead)
         end = time.monotonic() + _LAST_WORDS
