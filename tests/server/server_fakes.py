@@ -280,9 +280,12 @@ class RunningServer:
     def num_tasks(self) -> int:
         return self.call(lambda: len(asyncio.all_tasks()))
 
+    def request_stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+
     def stop(self) -> int:
         if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop.set)
+            self.request_stop()
         return self.join()
 
     def join(self) -> int:
