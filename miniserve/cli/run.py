@@ -43,7 +43,7 @@ def run(
     # Here and not above: what serves would slow down `miniserve --help`.
     from miniserve.cli.start import start
 
-    raise typer.Exit(start(engine, _with_all_keys(server, api_key_file), prompt=prompt, chat=not no_chat))
+    raise typer.Exit(start(engine, with_all_keys(server, api_key_file), prompt=prompt, chat=not no_chat))
 
 
 @with_settings()
@@ -51,10 +51,10 @@ def serve(engine: EngineConfig, server: ServerConfig, api_key_file: ApiKeyFile =
     """Serve a model over an OpenAI-compatible HTTP API, and nothing else."""
     from miniserve.cli.start import start
 
-    raise typer.Exit(start(engine, _with_all_keys(server, api_key_file), prompt=None, chat=False))
+    raise typer.Exit(start(engine, with_all_keys(server, api_key_file), prompt=None, chat=False))
 
 
-def _with_all_keys(server: ServerConfig, file: Path | None) -> ServerConfig:
+def with_all_keys(server: ServerConfig, file: Path | None) -> ServerConfig:
     """Keys of the flag, the file and the environment: any of them opens the server."""
     if server.api_keys:
         sentence = "Every user of this machine sees --api-key in the process list; --api-key-file keeps it private."

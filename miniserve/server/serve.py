@@ -136,6 +136,8 @@ async def serve(
         supervisor.cancel()
         await asyncio.gather(supervisor, return_exceptions=True)
         in_order = await engine.shutdown(drain=False, timeout=_GRACE)
+    if not in_order and not server.death_reported:
+        logger.error("%s", engine.dead)
     return EXIT_OK if in_order else EXIT_ENGINE_DIED
 
 
@@ -186,6 +188,7 @@ class _Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None] | None) -> None:
         super().__init__(config)
+        self.death_reported = False
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -221,7 +224,8 @@ async def _supervise(
             if passed < 2 * _SWEEP_INTERVAL:  # else the server itself was late, and has not read yet what is there
                 guard.sweep()
     if engine.dead:
-        logger.error("%s The server ends; until then it answers with 503.", engine.dead)
+        logger.error("%s The server answers with 503 for %.0f s, then ends.", engine.dead, _LAST_WORDS)
+        server.death_reported = True
         end = time.monotonic() + _LAST_WORDS
         while time.monotonic() < end and not (stop.is_set() or server.should_exit):
             await asyncio.sleep(_WATCH_INTERVAL)
