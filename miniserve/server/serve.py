@@ -189,6 +189,7 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None] | None) -> None:
         super().__init__(config)
         self.death_reported = False
+        self._signalled = False
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -201,14 +202,19 @@ class _Server(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        with on_signals(self._signalled):
+        with on_signals(self._take_signal):
             yield
 
-    def _signalled(self, number: int) -> None:
+    def _take_signal(self, number: int) -> None:
         # A second one must work whatever the event loop does.
         if self.should_exit:
             exit_at_once(number)
-        self.should_exit = True
+        self._signalled = self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._signalled:  # not where it came: a handler may interrupt another line of the log
+            logger.info("Shutting down: running requests finish first (a second signal ends at once).")
+        await super().shutdown(sockets)
 
 
 async def _supervise(
@@ -229,8 +235,6 @@ async def _supervise(
         end = time.monotonic() + _LAST_WORDS
         while time.monotonic() < end and not (stop.is_set() or server.should_exit):
             await asyncio.sleep(_WATCH_INTERVAL)
-    elif server.should_exit:
-        logger.info("Shutting down: running requests finish first (a second signal ends at once).")
     server.should_exit = True
     await engine.shutdown(drain=True, timeout=config.drain_timeout)
     await asyncio.sleep(_GRACE)
