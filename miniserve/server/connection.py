@@ -91,8 +91,13 @@ class Connection(HttpToolsProtocol):
             return True
         return cycle is not None and not cycle.response_complete and (cycle.response_started or not cycle.more_body)
 
+    @property
+    def _answered(self) -> bool:
+        """Whether the last request has its answer, or a part of one: a second would be taken for that of another."""
+        return self.answering or self._refused or (self._in_body and self.cycle.response_complete)
+
     def check_time(self) -> None:
-        if self.answering or self.loop.time() < self._deadline:
+        if self.answering or self.flow.read_paused or self.loop.time() < self._deadline:
             return
         if self._in_body and self._piece >= _BODY_PIECE and not self.cycle.response_complete:
             self._deadline, self._piece = self.loop.time() + _BODY_SECONDS, 0
@@ -106,7 +111,7 @@ class Connection(HttpToolsProtocol):
         """Close, with an answer where there is room for one: none is on its way."""
         self._guard.connections.discard(self)
         self._release_body()
-        if error is not None and not self.answering and not self._refused:
+        if error is not None and not self._answered:
             self._answer(error)
         self.transport.close()
 
@@ -187,7 +192,7 @@ class Connection(HttpToolsProtocol):
         if not isinstance(cause, APIError):
             cause = APIError(400, f"The request is not valid HTTP ({str(cause)[:_MAX_REASON]}).")
         self._guard.log.warning("%s: %s", self.address, cause.message)
-        if self.answering or self.transport.is_closing():
+        if self._answered or self.transport.is_closing():
             self.end()
             return
         self._answer(cause)

@@ -10,7 +10,6 @@ import os
 import resource
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -152,7 +151,7 @@ def _listen(sock: socket.socket, config: ServerConfig) -> None:
 
 def _known_hosts(config: ServerConfig, sock: socket.socket) -> frozenset[str] | None:
     """The names that a Host header may have beside addresses; None: any, as where a client needs a key or where the
-    server is for other machines, too, and nothing was said."""
+    server is for other machines, too, and no name was allowed."""
     if "*" in config.allowed_hosts or not (config.allowed_hosts or (is_local(sock) and not config.api_keys)):
         return None
     return frozenset(name.lower() for name in ("localhost", config.host, *config.allowed_hosts))
@@ -179,7 +178,6 @@ def on_signals(handler: Callable[[int], None], numbers: Sequence[signal.Signals]
 
 def exit_at_once(number: int) -> NoReturn:
     """End the process as by the signal `number`; the system then ends the engine's."""
-    sys.stderr.flush()
     os._exit(128 + number)
 
 

@@ -126,6 +126,14 @@ def test_an_answer_has_all_the_time_it_needs(impatient: RunningServer) -> None:
         assert b"408 Request Timeout" in file.read()
 
 
+def test_a_body_behind_its_answer_gets_no_second_one(impatient: RunningServer) -> None:
+    client = send(impatient, HALF.replace(b"999999", b"999999999"))
+    wait_until(lambda: bytes_seen() == 1 and not any(each.answering for each in guard().connections))
+    wait_until(lambda: any(each.cycle.response_complete for each in guard().connections))
+    sweep(impatient)
+    assert answer(client)[0] == 413  # and nothing behind it, which would not be JSON
+
+
 def test_a_connection_at_rest_is_kept(impatient: RunningServer) -> None:
     with httpx.Client() as client:
         for _ in range(2):
