@@ -328,7 +328,7 @@ class StepTotals(msgspec.Struct, kw_only=True, array_like=True):
 
     @property
     def num_steps(self) -> int:
-        return self.decode_steps + self.mixed_steps
+        return self.decode_steps + self.mixed_steps + self.prefill_steps
 
     def since(self, earlier: StepTotals) -> StepTotals:
         """What came after `earlier`."""

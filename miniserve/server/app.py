@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -13,7 +14,7 @@ from miniserve.server import chat, completions, debug, errors, health, responses
 from miniserve.server.body import body_route
 from miniserve.server.config import ServerConfig
 from miniserve.server.errors import json_response
-from miniserve.server.middleware import ApiKeyMiddleware, BodyLimitMiddleware, PathMiddleware
+from miniserve.server.middleware import ApiKeyMiddleware, BodyLimitMiddleware, HostMiddleware, PathMiddleware
 from miniserve.server.protocol import ChatCompletionRequest, CompletionRequest
 from miniserve.server.service import Service
 
@@ -26,8 +27,8 @@ _EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type"
 _EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
 
 
-def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
-    """The OpenAI-compatible app over a started engine."""
+def create_app(engine: AsyncEngine, config: ServerConfig, hosts: Collection[str] | None = None) -> FastAPI:
+    """The OpenAI-compatible app over a started engine. `hosts`: the names it may be called by; None: any."""
     service = Service(engine, config)
     app = FastAPI(title="miniserve", version=__version__, responses=_ERRORS, redirect_slashes=False)
     app.router.route_class = body_route(engine.info.max_model_len)
@@ -41,6 +42,8 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
     app.add_middleware(BodyLimitMiddleware, max_bytes=config.max_body_bytes)
     if config.api_keys:
         app.add_middleware(ApiKeyMiddleware, api_keys=config.api_keys)
+    if hosts is not None:
+        app.add_middleware(HostMiddleware, hosts=hosts)
     if config.allowed_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(config.allowed_origins), allow_methods=["*"], allow_headers=["*"]

@@ -176,12 +176,13 @@ class FakeEngine:
         for number in list(self._boxes):
             self._end(number, reason)
 
-    async def shutdown(self, drain: bool = True, timeout: float | None = None) -> None:
+    async def shutdown(self, drain: bool = True, timeout: float | None = None) -> bool:
         self.shutdowns.append(drain)
         if drain and self._tasks:
             await asyncio.wait(list(self._tasks), timeout=timeout)
         if self.dead is None:
             self.kill("The engine was shut down.")
+        return self.dead == "The engine was shut down."
 
     def _end(self, number: int, error: str) -> None:
         box = self._boxes.pop(number, None)
@@ -280,9 +281,12 @@ class RunningServer:
     def num_tasks(self) -> int:
         return self.call(lambda: len(asyncio.all_tasks()))
 
+    def request_stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+
     def stop(self) -> int:
         if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop.set)
+            self.request_stop()
         return self.join()
 
     def join(self) -> int:

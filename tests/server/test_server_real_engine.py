@@ -109,7 +109,7 @@ def test_leaving_frees_the_blocks(server: RunningServer) -> None:
     content = json.dumps(body).encode()
     with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
         connection.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Content-Length: %d\r\n\r\n" % len(content) + content
         )
         assert connection.recv(1000).startswith(b"HTTP/1.1 200")

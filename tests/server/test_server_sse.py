@@ -209,7 +209,7 @@ def test_events_leave_as_soon_as_their_token_is_there() -> None:
         body = json.dumps({"prompt": "x", "max_tokens": 4, "stream": True}).encode()
         with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
             connection.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                 b"Content-Length: %d\r\n\r\n" % len(body) + body
             )
             received, reads = b"", 0
