@@ -20,6 +20,7 @@ from miniserve.kernels.triton import (
     routing,
     sampling,
     small_linear,
+    zero_blocks,
 )
 from miniserve.kernels.triton.small_linear import Chip
 
@@ -101,6 +102,7 @@ def _step_ends() -> None:
         decode_step.apply_changes(int32(1280), 256, 16, step, tables, explicit=explicit)
         decode_step.advance(state, step, 16, explicit=explicit)
     decode_step.greedy(tensor(256, 151936), ids, state, ids)
+    zero_blocks.zero_blocks(tensor(160, 2, dtype=torch.int64), ids, 16)
 
 
 def _draw(vocab_size: int, dtype: torch.dtype, *, in_graph: bool) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from miniserve.attention.backends.build import build_backend
+from miniserve.attention.backends.build import pool_limit
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.contracts import CONTRACTS
 from miniserve.attention.layouts import LAYOUTS
@@ -26,7 +26,7 @@ from miniserve.core import UserError
 from miniserve.models.hub import locate_config
 from miniserve.models.outline import read_outline
 from miniserve.runner.device import find_device, find_dtype, find_kv_dtype, find_platform
-from miniserve.runner.self_check import CheckResult, asm_is_reached, self_check
+from miniserve.runner.self_check import Checked, CheckResult, check_backend
 
 _LARGE_PLANE = 9 << 29  # bytes: 4.5 GiB
 _SMALL_POOL = 512  # blocks, on a CPU
@@ -139,7 +139,7 @@ class Machine:
     def check(self, path: AttentionPath) -> PathResults:
         """Run the self-check for each kind of layer; a result's `layer` is the first layer of that kind."""
         checks: list[CheckResult] = []
-        suspected: list[CheckResult] = []
+        asm_lengths: list[bool] = []
         specs = self.with_kv(path.kv_cache_dtype)
         choice = self.choose(path)
         for spec, route in dict(zip(specs, choice.routes, strict=True)).items():
@@ -151,18 +151,19 @@ class Machine:
                 max_rows=self.max_num_seqs,
                 max_seq_len=_MAX_SEQ_LEN,
             )
-            found = self._self_check(path, choice, options)
-            checks += [dataclasses.replace(result, layer=specs.index(spec)) for result in found]
-            if asm_is_reached(options):
-                suspected += self._self_check(path, choice, dataclasses.replace(options, trust_asm_lengths=True))
-        return PathResults(checks, all(result.ok for result in suspected) if suspected else None)
+            found = self._check(choice, options)
+            checks += [dataclasses.replace(result, layer=specs.index(spec)) for result in found.results]
+            asm_lengths += [] if found.asm_lengths is None else [found.asm_lengths]
+        return PathResults(checks, all(asm_lengths) if asm_lengths else None)
 
-    def _self_check(self, path: AttentionPath, choice: Choice, options: BackendOptions) -> list[CheckResult]:
-        layout, spec = LAYOUTS[path.layout](self.block_size), options.specs[0]
-        caches = [layout.allocate(spec, _num_blocks(layout.block_bytes(spec), self.device), self.device)]
-        backend = build_backend(choice, self.block_size, options)
-        found = self_check(path.backend, backend, options, [made_up_layer(spec, self.device)], caches)
-        del backend, caches
+    def _check(self, choice: Choice, options: BackendOptions) -> Checked:
+        layout, spec = LAYOUTS[choice.layout](self.block_size), options.specs[0]
+        limit = pool_limit(layout, options.specs, options.routes, self.platform, self.max_num_seqs)
+        num_blocks = _num_blocks(layout.block_bytes(spec), self.device)
+        num_blocks = num_blocks if limit is None else min(num_blocks, limit.num_blocks)
+        caches = [layout.allocate(spec, num_blocks, self.device)]
+        found = check_backend(choice, self.block_size, options, [made_up_layer(spec, self.device)], caches)
+        del caches
         gc.collect()  # the next pool is as large
         return found
 

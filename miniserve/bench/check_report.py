@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,6 @@ def _mark(ok: bool) -> str:
 
 
 def _plain(result: CheckResult) -> dict[str, Any]:
-    """JSON has no infinity."""
+    """JSON has no infinity and no NaN."""
     found = asdict(result) | {"ok": result.ok}
-    return found | {"error": None if result.error == float("inf") else result.error}
+    return found | {"error": result.error if math.isfinite(result.error) else None}

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from miniserve.config import api_key_from_environment
 from miniserve.core import UserError
 from miniserve.server.config import check_api_key
 
@@ -14,7 +15,12 @@ from miniserve.server.config import check_api_key
 def chat(
     url: Annotated[str, typer.Option(help="URL of the server, with or without /v1.")] = "http://127.0.0.1:8000",
     model: Annotated[str | None, typer.Option(help="Model name on the server.", show_default="its first")] = None,
-    api_key: Annotated[str | None, typer.Option(help="API key of the server.", callback=check_api_key)] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            help="API key of the server.", callback=check_api_key, show_default="the variable MINISERVE_API_KEY"
+        ),
+    ] = None,
     message: Annotated[
         str | None, typer.Option("--message", "-m", help="Answer this on stdout and exit; `-` reads it from stdin.")
     ] = None,
@@ -28,7 +34,8 @@ def chat(
     from miniserve.cli.repl import Repl, print_answer
     from miniserve.cli.stdin import read_text
 
-    client = ChatClient(url, model=model, api_key=api_key)
+    key = api_key if api_key is not None else check_api_key(api_key_from_environment())
+    client = ChatClient(url, model=model, api_key=key)
     settings = ChatSettings(system=system, temperature=temperature, max_tokens=max_tokens)
     if message is None and sys.stdin.isatty():
         print(f"{client.model} at {client.url}; /help lists the commands.", file=sys.stderr)

@@ -104,6 +104,7 @@ def to_json(found: Explanation) -> dict[str, Any]:
             "kv_per_token": found.memory.kv_bytes_per_token,
         },
         "kv_tokens": found.memory.tokens,
+        "kv_tokens_bounded": found.memory.bounded,
         "block_size": found.block_size,
         "max_model_len": found.max_model_len,
     }
@@ -197,7 +198,8 @@ def _capacity(memory: Memory, longest: int) -> list[str]:
         remedy = f"the weights need --tp {memory.least_tp}" if memory.least_tp else "the weights are too large"
         return [f"  no room for tokens in {share}: {remedy}"]
     sequences = memory.tokens / longest
-    return [f"  room for {memory.tokens:,} tokens in {share}: {sequences:.1f} sequences of {longest:,}"]
+    lines = [f"  room for {memory.tokens:,} tokens in {share}: {sequences:.1f} sequences of {longest:,}"]
+    return lines + ([f"  {memory.bounded}"] if memory.bounded else [])
 
 
 def _gib(num_bytes: int) -> str:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from miniserve.cli.settings import with_settings
-from miniserve.config import EngineConfig
-from miniserve.server.config import ServerConfig
+from miniserve.config import EngineConfig, api_key_from_environment
+from miniserve.server.config import ServerConfig, read_api_keys
+
+ApiKeyFile = Annotated[
+    Path | None, typer.Option(help="File with a key on each line that clients may send.", rich_help_panel="Server")
+]
 
 
 @with_settings()
 def run(
     engine: EngineConfig,
     server: ServerConfig,
+    api_key_file: ApiKeyFile = None,
     no_chat: Annotated[
         bool, typer.Option("--no-chat", help="Do not chat, even at a terminal.", rich_help_panel="Chat")
     ] = False,
@@ -35,12 +43,22 @@ def run(
     # Here and not above: the server's imports would slow down `miniserve --help`.
     from miniserve.cli.start import start
 
-    raise typer.Exit(start(engine, server, prompt=prompt, chat=not no_chat))
+    raise typer.Exit(start(engine, with_all_keys(server, api_key_file), prompt=prompt, chat=not no_chat))
 
 
 @with_settings()
-def serve(engine: EngineConfig, server: ServerConfig) -> None:
+def serve(engine: EngineConfig, server: ServerConfig, api_key_file: ApiKeyFile = None) -> None:
     """Serve a model over an OpenAI-compatible HTTP API, without chat."""
     from miniserve.cli.start import start
 
-    raise typer.Exit(start(engine, server, prompt=None, chat=False))
+    raise typer.Exit(start(engine, with_all_keys(server, api_key_file), prompt=None, chat=False))
+
+
+def with_all_keys(server: ServerConfig, file: Path | None) -> ServerConfig:
+    """Keys of the flag, the file and the environment: any of them opens the server."""
+    if server.api_keys:
+        sentence = "Every user of this machine sees --api-key in the process list; --api-key-file keeps it private."
+        print(sentence, file=sys.stderr)
+    keys = server.api_keys if file is None else (*server.api_keys, *read_api_keys(file))
+    key = api_key_from_environment()
+    return replace(server, api_keys=keys if key is None else (*keys, key))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from miniserve.attention.backends.base import CHUNKS_IN_GRAPH
-from miniserve.attention.metadata import ChunkRows, DecodeRows, StepBatch
+from miniserve.attention.metadata import ChunkRows, DecodeRows, StepBatch, table_width
 from miniserve.runner.sampling_transfer import to_device
 from miniserve.runner.served import ServedModel
 from miniserve.runner.state import StepInputs
@@ -41,7 +41,7 @@ class ChunkGraphs:
         self._served, self._max_seq_len = served, max_seq_len
         self._rows = sorted({min(rows, max_num_seqs) for rows in _ROWS})
         self._device = served.model.options.device
-        tokens, width = self._rows[-1] + _TOKENS[-1], -(-max_seq_len // block_size)
+        tokens, width = self._rows[-1] + _TOKENS[-1], table_width(max_seq_len, block_size)
 
         def integers(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(*shape, dtype=dtype, device=self._device)

@@ -59,13 +59,15 @@ def plan_memory(
     block_bytes: int,
     longest_context: int,
     device: torch.device,
+    most_blocks: int | None,
 ) -> MemoryPlan:
     """Compute the pool's size and the context length. `available`: bytes that remain once the weights are loaded.
+    `most_blocks`: how many a kernel reaches, None where it reaches all.
 
     Raises `UserError` if not even one sequence of --max-model-len fits (or one block, if that is not set).
     """
     wanted_len = config.max_model_len or longest_context
-    most_blocks = config.max_num_seqs * blocks_for(wanted_len, config.block_size)
+    useful_blocks = config.max_num_seqs * blocks_for(wanted_len, config.block_size)
     if config.kv_cache_memory is not None:
         budget = config.kv_cache_memory
         if budget > available - activations:
@@ -77,8 +79,15 @@ def plan_memory(
         budget = available - activations
         if device.type == "cpu":
             budget = min(budget // 2, _CPU_KV_LIMIT)
-    num_blocks = min(budget // block_bytes, most_blocks)
+    num_blocks = min(budget // block_bytes, useful_blocks)
     needed = blocks_for(config.max_model_len or 1, config.block_size)
+    if most_blocks is not None:
+        if most_blocks < needed:
+            raise UserError(
+                f"--max-model-len {config.max_model_len} is more than this attention path reaches, "
+                f"{most_blocks * config.block_size:,} tokens; lower it or choose another --attention-backend."
+            )
+        num_blocks = min(num_blocks, most_blocks)
     if num_blocks < needed:
         raise UserError(
             f"The KV cache of one sequence of {config.max_model_len or 1} tokens needs {size(needed * block_bytes)} "

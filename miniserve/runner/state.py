@@ -8,7 +8,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from miniserve.attention.metadata import ChunkRows, DecodeRows, StepBatch
+from miniserve.attention.metadata import ChunkRows, DecodeRows, StepBatch, table_width
 from miniserve.core import Chunk, StepPlan
 from miniserve.runner.sampling_transfer import to_device
 
@@ -59,7 +59,7 @@ class StepState:
     def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device) -> None:
         self._block_size = block_size
         self._device = device
-        self._tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
+        self._tables = np.zeros((max_num_seqs, table_width(max_model_len, block_size)), dtype=np.int32)
         self._lens = np.zeros(max_num_seqs, dtype=np.int64)
         # On a CPU host and device share the same memory.
         self._device_tables = to_device(self._tables, device)
@@ -144,7 +144,7 @@ class StepState:
         positions = self._device_lens[rows]
         seq_lens = positions + 1
         self._device_lens[rows] = seq_lens
-        tables = self._device_tables[rows, : -(-longest // self._block_size)]
+        tables = self._device_tables[rows, : table_width(longest, self._block_size)]
         return rows, positions, DecodeRows(tables, seq_lens.to(torch.int32), longest, host_lens)
 
     def _place(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor, DecodeRows]:
@@ -153,7 +153,7 @@ class StepState:
         host_lens = np.array(plan.run_positions, dtype=np.int64) + 1
         longest = int(host_lens.max())
         seq_lens = to_device(host_lens, self._device)
-        tables = self._device_tables[rows, : -(-longest // self._block_size)]
+        tables = self._device_tables[rows, : table_width(longest, self._block_size)]
         return rows, seq_lens - 1, DecodeRows(tables, seq_lens.to(torch.int32), longest, host_lens)
 
     def _count(self, decode_rows: list[int]) -> Int64:
@@ -182,7 +182,7 @@ class StepState:
         seq_lens = context_lens + query_lens
         self._lens[rows] = seq_lens
         self._device_lens[to_device(rows, self._device)] = to_device(seq_lens, self._device)
-        tables = self._tables[rows, : -(-int(seq_lens.max()) // self._block_size)]
+        tables = self._tables[rows, : table_width(int(seq_lens.max()), self._block_size)]
         return ChunkRows(
             query_start,
             tuple(query_lens.tolist()),

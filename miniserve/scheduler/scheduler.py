@@ -183,7 +183,6 @@ class Scheduler:
         sampling = decoding + [seq for seq, chunk in zip(chunked, chunks, strict=True) if chunk.samples]
         self._in_flight.append(_Step(plan, sampling, chunked, shape))
         self._num_scheduled += 1
-        self._step_tokens = plan.num_tokens
         return plan
 
     def _schedule_chunks(
@@ -356,6 +355,7 @@ class Scheduler:
         self._num_updated += 1
         self._updated_shape = step.shape
         outputs = self._take_chunks(step, result)
+        num_without_token = len(outputs)
         logprobs = result.logprobs or [None] * len(step.sampling)
         entries: Iterable[tuple[Sequence, int, TokenLogprobs | None]] = zip(
             step.sampling, result.token_ids, logprobs, strict=True
@@ -378,6 +378,7 @@ class Scheduler:
                 self._stop(seq, token_id, output)
             elif len(token_ids) == seq.max_len:
                 self._finish(seq, output, FinishReason.LENGTH)
+        self._step_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks) + len(outputs) - num_without_token
         return outputs
 
     def note_seconds(self, seconds: float) -> None:

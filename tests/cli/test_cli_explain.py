@@ -37,6 +37,7 @@ QUESTIONS: dict[str, list[dict[str, Any]]] = {
     "Llama-3.1-405B-FP8-KV": [{"tp": 8}, {"tp": 8, "kv_cache_dtype": "fp8"}],
     "Qwen3.5-397B-A17B": [{"tp": 1}, {"tp": 8}, {"tp": 8, "kv_layout": "shuffled"}],
     "DeepSeek-V3": [{"tp": 1}, {"tp": 4}, {"tp": 8}, {"tp": 8, "kv_cache_dtype": "fp8"}],
+    "DeepSeek-V2-Lite": [{}, {"kv_cache_dtype": "fp8"}],
     "gpt-oss-120b": [{"tp": 1}, {"tp": 8}, {"tp": 1, "kv_layout": "shuffled"}],
 }
 
@@ -79,6 +80,17 @@ def test_json_says_the_same(tmp_path: Path) -> None:
     assert found["layers"][0]["layers"] == list(range(0, 36, 2))
     assert {path["backend"] for path in found["impossible"]} >= {"ROCM_ATTN", "ROCM_AITER_FA"}
     assert found["memory_bytes"]["kv_per_token"] == 36 * 2 * 8 * 64 * 2
+
+
+def test_a_pool_is_bounded_to_what_its_kernel_reaches(tmp_path: Path) -> None:
+    """4 GiB of latents, 1,152 bytes a token in bfloat16 and half of that in fp8; not where bfloat16 is right."""
+    path = write_model(tmp_path, "DeepSeek-V2-Lite")
+    for device, dtype, tokens in (("mi300x", "auto", 3728256), ("mi300x", "fp8", 7456528), ("mi355x", "fp8", 7456528)):
+        found = json.loads(answer(path, device=device, kv_cache_dtype=dtype, as_json=True))
+        assert found["kv_tokens"] == tokens
+        assert "as mla_decode_fwd reaches 4 GiB" in found["kv_tokens_bounded"]
+    found = json.loads(answer(path, device="mi355x", as_json=True))
+    assert found["kv_tokens"] > 7e6 and found["kv_tokens_bounded"] is None
 
 
 @pytest.mark.parametrize("layout", ["linear", "shuffled"])
