@@ -159,7 +159,7 @@ def test_endless_trailers_are_431(server: RunningServer) -> None:
     head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"
     client = send(server, head)
     with suppress(OSError):
-        client.sendall(b"0\r\n" + b"X: a\r\n" * 300_000)
+        client.sendall(b"0\r\n" + b"X: a\r\n" * 12_000)
     assert answer(client)[0] == 431
 
 
