@@ -156,8 +156,8 @@ def test_large_headers_are_431(server: RunningServer, request_line_and_headers: 
 
 
 def test_endless_trailers_are_431(server: RunningServer) -> None:
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"
-    client = send(server, head)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    client = send(server, head + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n")
     with suppress(OSError):
         client.sendall(b"0\r\n" + b"X: a\r\n" * 300_000)
     assert answer(client)[0] == 431

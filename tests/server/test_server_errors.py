@@ -393,7 +393,6 @@ def test_a_text_of_more_characters_than_the_context_could_hold_is_not_tokenized(
         ("/v1/completions", {"prompt": "a" * (most + 1)}),
         ("/v1/completions", {"prompt": ["a", "a" * (most + 1)]}),
         ("/v1/chat/completions", long_message),
-        ("/tokenize", long_message),
     ):
         error = error_of(web.post(path, json=body), 400)
         assert (error["param"], error["code"]) == ("input_tokens", "context_length_exceeded")
