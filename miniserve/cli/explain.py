@@ -55,7 +55,7 @@ def to_text(found: Explanation) -> str:
         f"on {found.device}: {platform.arch}{units}{memory}",
         *(f"note: {note}" for note in found.notes),
         "",
-        f"attention layers{f', the part of each of {found.tp} GPUs' if found.tp > 1 else ''}",
+        f"attention layers{f', on each of {found.tp} GPUs' if found.tp > 1 else ''}",
         *(f"  {ranges(kind.layers)}: {kind_text(kind.spec)}" for kind in found.kinds),
         "",
         f"chosen: {choice.backend} over the {choice.layout} KV layout: {choice.reason}",
@@ -183,7 +183,7 @@ def _memory(found: Explanation) -> list[str]:
             planes = f"one plane of [{key}]" if kind.spec.latent else f"keys [{key}], values [{value}]"
             lines.append(f"  {ranges(kind.layers)}: a block is {layout.block_bytes(kind.spec):,} bytes: {planes}")
     lines.append(f"memory{' of each GPU' if found.tp > 1 else ''}")
-    weights = "not known for weights quantised like this" if memory.weights is None else _gib(memory.weights)
+    weights = "unknown for this quantisation" if memory.weights is None else _gib(memory.weights)
     lines.append(f"  weights: {weights}")
     lines += [f"  scratch of the backend: {_gib(memory.scratch)}"] if memory.scratch else []
     lines.append(f"  KV cache: {memory.kv_bytes_per_token:,} bytes a token")
@@ -196,7 +196,7 @@ def _capacity(memory: Memory, longest: int) -> list[str]:
     share = f"{memory.usable / memory.total:.0%} of {_gib(memory.total)}"
     if memory.tokens == 0:
         remedy = f"the weights need --tp {memory.least_tp}" if memory.least_tp else "the weights are too large"
-        return [f"  room for no token in {share}: {remedy}"]
+        return [f"  no room for tokens in {share}: {remedy}"]
     sequences = memory.tokens / longest
     lines = [f"  room for {memory.tokens:,} tokens in {share}: {sequences:.1f} sequences of {longest:,}"]
     return lines + ([f"  {memory.bounded}"] if memory.bounded else [])
