@@ -13,7 +13,7 @@ from miniserve.config import EngineConfig
 
 if TYPE_CHECKING:
     from miniserve.attention.spec import AttentionSpec
-    from miniserve.runner.explain import Explanation, Memory, Path
+    from miniserve.checks.explanation import Explanation, Memory, Path
 
 
 @with_settings(
@@ -33,9 +33,9 @@ def explain(
     Only the model's config.json is read.
     """
     # Here and not above: torch would slow down `miniserve --help`.
+    from miniserve.checks.explanation import explain as explain_model
     from miniserve.models.hub import locate_config
     from miniserve.models.outline import read_outline
-    from miniserve.runner.explain import explain as explain_model
 
     name, config = locate_config(
         engine.model, engine.revision, notify=lambda sentence: print(sentence, file=sys.stderr)
