@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from miniserve.attention.spec import LatentDims
 from miniserve.core import UserError
-from miniserve.models.description import LatentConfig, MoEConfig
+from miniserve.models.description import MoEConfig
 
 
 def _llama(hf: Any) -> dict[str, Any]:
@@ -110,14 +111,9 @@ def _latent_attention(hf: Any, *, interleaved: bool) -> dict[str, Any]:
         "qkv_bias": hf.attention_bias,
         "o_bias": hf.attention_bias,
         "sliding_windows": (None,) * hf.num_hidden_layers,
-        "latent": LatentConfig(
-            q_lora_rank=hf.q_lora_rank,
-            kv_lora_rank=hf.kv_lora_rank,
-            nope_dim=hf.qk_nope_head_dim,
-            rope_dim=hf.qk_rope_head_dim,
-            v_head_dim=hf.v_head_dim,
-            rope_interleaved=interleaved,
-        ),
+        "latent": LatentDims(hf.kv_lora_rank, hf.qk_rope_head_dim, hf.qk_nope_head_dim, hf.v_head_dim),
+        "q_lora_rank": hf.q_lora_rank,
+        "rope_interleaved": interleaved,
     }
 
 

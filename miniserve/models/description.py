@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from miniserve.attention.spec import AttentionSpec, LatentDims
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding over the whole head, or over the part that `LatentConfig` sets aside for it. Lengths in
+    """Rotary position embedding over the whole head, or over the part that `LatentDims` sets aside for it. Lengths in
     tokens; fields that a type does not read stay None. mscale, mscale_all_dim: YaRN's, of which the second also scales
     the scores of latent attention.
 
@@ -34,19 +40,6 @@ class RopeConfig:
 def yarn_magnitude(factor: float | None, mscale: float | None) -> float:
     """By which YaRN (Peng et al. 2023) raises queries and keys; 1 where it does not stretch."""
     return 1.0 if factor is None or factor <= 1 or not mscale else 0.1 * mscale * math.log(factor) + 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LatentConfig:
-    """Multi-head latent attention (DeepSeek-V2, section 2.1). q_lora_rank None: queries are projected in one step.
-    rope_interleaved: rotary pairs are neighbours (2i, 2i + 1), not (i, i + rope_dim / 2)."""
-
-    q_lora_rank: int | None
-    kv_lora_rank: int
-    nope_dim: int
-    rope_dim: int
-    v_head_dim: int
-    rope_interleaved: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +71,9 @@ class ModelConfig:
 
     intermediate_size: of the layers that are not sparse. head_dim: of queries and keys. max_position_embeddings: the
     longest context the model may be served with, rope scaling included. sliding_windows: one entry per layer, None
-    where the layer sees everything. latent, moe: None for plain attention, for plain MLPs. num_draft_layers: layers
+    where the layer sees everything. latent, moe: None for plain attention, for plain MLPs. Of latent attention alone:
+    q_lora_rank, None where queries are projected in one step; rope_interleaved, whether rotary pairs are neighbours
+    (2i, 2i + 1), not (i, i + rope_dim / 2). num_draft_layers: layers
     that a checkpoint has after these, for guessing further tokens; they are not built. dtype: the one the weights are
     stored in: bfloat16, float16 or float32. notes: what users should know of how the files were read, a sentence each.
     """
@@ -100,7 +95,9 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     sliding_windows: tuple[int | None, ...]
-    latent: LatentConfig | None = None
+    latent: LatentDims | None = None
+    q_lora_rank: int | None = None
+    rope_interleaved: bool = True
     moe: MoEConfig | None = None
     num_draft_layers: int = 0
     dtype: str = "float32"
@@ -118,6 +115,21 @@ class ModelConfig:
         if self.latent is None:
             return scale
         return scale * yarn_magnitude(self.rope.factor, self.rope.mscale_all_dim) ** 2
+
+    def attention_spec(self, layer: int, dtype: torch.dtype, kv_dtype: torch.dtype) -> AttentionSpec:
+        """dtype: of the layer; kv_dtype: of its KV cache."""
+        latent = self.latent
+        return AttentionSpec(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads if latent is None else 1,
+            head_dim=self.head_dim if latent is None else latent.kv_lora_rank + latent.rope_dim,
+            scale=self.attention_scale,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            sliding_window=self.sliding_windows[layer],
+            latent=latent,
+            qk_norm=self.qk_norm,
+        )
 
     @property
     def widest_mlp(self) -> int:

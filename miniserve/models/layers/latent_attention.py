@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from miniserve.attention.spec import AttentionSpec, LatentDims, StepContext
-from miniserve.models.description import LatentConfig, ModelConfig
+from miniserve.attention.spec import LatentDims, StepContext
+from miniserve.models.description import ModelConfig
 from miniserve.models.layers.base import Layer, Module
 from miniserve.models.options import BuildOptions
 
@@ -24,10 +24,11 @@ class UpProjection(Layer):
 
     weight: Tensor
 
-    def __init__(self, config: ModelConfig, options: BuildOptions, latent: LatentConfig, layer_index: int) -> None:
+    def __init__(self, config: ModelConfig, options: BuildOptions, latent: LatentDims, layer_index: int) -> None:
         super().__init__()
         num_heads = config.num_heads
-        self.layer_index, self.spec = layer_index, _attention_spec(config, latent, options)
+        self.layer_index = layer_index
+        self.spec = config.attention_spec(layer_index, options.dtype, options.kv_dtype)
         self.kv_scale = torch.ones(1, device=options.device)
         self._sizes = (latent.nope_dim, latent.v_head_dim)
         self._shape = (num_heads, latent.nope_dim + latent.v_head_dim, latent.kv_lora_rank)
@@ -58,39 +59,27 @@ class UpProjection(Layer):
         return out.flatten(1)
 
 
-def _attention_spec(config: ModelConfig, latent: LatentConfig, options: BuildOptions) -> AttentionSpec:
-    return AttentionSpec(
-        num_heads=config.num_heads,
-        num_kv_heads=1,
-        head_dim=latent.kv_lora_rank + latent.rope_dim,
-        scale=config.attention_scale,
-        dtype=options.dtype,
-        kv_dtype=options.kv_dtype,
-        latent=LatentDims(latent.kv_lora_rank, latent.rope_dim, latent.nope_dim, latent.v_head_dim),
-    )
-
-
 class LatentSelfAttention(Module):
-    def __init__(self, config: ModelConfig, options: BuildOptions, latent: LatentConfig, layer_index: int) -> None:
+    def __init__(self, config: ModelConfig, options: BuildOptions, latent: LatentDims, layer_index: int) -> None:
         super().__init__()
         hidden, heads, bias = config.hidden_size, config.num_heads, config.qkv_bias
         self.q_sizes = (latent.nope_dim, latent.rope_dim)
         self.kv_sizes = (latent.kv_lora_rank, latent.rope_dim)
-        self.q_lora_rank = latent.q_lora_rank
+        self.q_lora_rank = config.q_lora_rank
         q_size, kv_size = heads * sum(self.q_sizes), sum(self.kv_sizes)
-        if latent.q_lora_rank is None:
+        if config.q_lora_rank is None:
             self.q_proj = options.linear(hidden, {"q_proj": q_size}, bias=False)
             self.kv_a_proj = options.linear(hidden, {"kv_a_proj_with_mqa": kv_size}, bias=bias)
         else:
             # Both read the hidden states: one product instead of two.
-            outputs = {"q_a_proj": latent.q_lora_rank, "kv_a_proj_with_mqa": kv_size}
+            outputs = {"q_a_proj": config.q_lora_rank, "kv_a_proj_with_mqa": kv_size}
             self.qkv_a_proj = options.linear(hidden, outputs, bias=bias)
-            self.q_a_layernorm = options.norm(latent.q_lora_rank, _LATENT_NORM_EPS)
-            self.q_b_proj = options.linear(latent.q_lora_rank, {"q_b_proj": q_size}, bias=False)
+            self.q_a_layernorm = options.norm(config.q_lora_rank, _LATENT_NORM_EPS)
+            self.q_b_proj = options.linear(config.q_lora_rank, {"q_b_proj": q_size}, bias=False)
         self.kv_a_layernorm = options.norm(latent.kv_lora_rank, _LATENT_NORM_EPS)
         self.kv_b_proj = UpProjection(config, options, latent, layer_index)
         self.o_proj = options.linear(heads * latent.v_head_dim, {"o_proj": hidden}, bias=config.o_bias)
-        self.ops, self.interleaved = options.ops, latent.rope_interleaved
+        self.ops, self.interleaved = options.ops, config.rope_interleaved
 
     @property
     def attn(self) -> UpProjection:
