@@ -28,9 +28,8 @@ class SelfAttention(Module):
     def __init__(self, config: ModelConfig, options: BuildOptions, layer_index: int) -> None:
         super().__init__()
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.qkv_proj = options.linear(
-            config.hidden_size, {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}, bias=config.qkv_bias
-        )
+        outputs = {"q_proj": q_size * (2 if config.gated else 1), "k_proj": kv_size, "v_proj": kv_size}
+        self.qkv_proj = options.linear(config.hidden_size, outputs, bias=config.qkv_bias)
         self.o_proj = options.linear(q_size, {"o_proj": config.hidden_size}, bias=config.o_bias)
         self.ops, self.eps = options.ops, config.rms_norm_eps
         self.q_norm = options.norm(config.head_dim, self.eps) if config.qk_norm else None

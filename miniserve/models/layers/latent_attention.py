@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from miniserve.attention.spec import LatentDims, StepContext
+from miniserve.attention.spec import AttentionSpec, LatentDims, StepContext
 from miniserve.models.description import ModelConfig
 from miniserve.models.layers.base import Layer, Module
 from miniserve.models.options import BuildOptions
@@ -24,15 +24,13 @@ class UpProjection(Layer):
 
     weight: Tensor
 
-    def __init__(self, config: ModelConfig, options: BuildOptions, latent: LatentDims, layer_index: int) -> None:
+    def __init__(self, layer_index: int, spec: AttentionSpec, latent: LatentDims, device: torch.device) -> None:
         super().__init__()
-        num_heads = config.num_heads
-        self.layer_index = layer_index
-        self.spec = config.attention_spec(layer_index, options.dtype, options.kv_dtype)
-        self.kv_scale = torch.ones(1, device=options.device)
+        self.layer_index, self.spec = layer_index, spec
+        self.kv_scale = torch.ones(1, device=device)
         self._sizes = (latent.nope_dim, latent.v_head_dim)
-        self._shape = (num_heads, latent.nope_dim + latent.v_head_dim, latent.kv_lora_rank)
-        self.declare("weight", (num_heads * self._shape[1], latent.kv_lora_rank), options.dtype)
+        self._shape = (spec.num_heads, sum(self._sizes), latent.kv_lora_rank)
+        self.declare("weight", (spec.num_heads * sum(self._sizes), latent.kv_lora_rank), spec.dtype)
         self._key, self._value = torch.empty(0), torch.empty(0)
 
     def finish(self) -> None:
@@ -77,7 +75,8 @@ class LatentSelfAttention(Module):
             self.q_a_layernorm = options.norm(config.q_lora_rank, _LATENT_NORM_EPS)
             self.q_b_proj = options.linear(config.q_lora_rank, {"q_b_proj": q_size}, bias=False)
         self.kv_a_layernorm = options.norm(latent.kv_lora_rank, _LATENT_NORM_EPS)
-        self.kv_b_proj = UpProjection(config, options, latent, layer_index)
+        spec = config.attention_spec(layer_index, options.dtype, options.kv_dtype)
+        self.kv_b_proj = UpProjection(layer_index, spec, latent, options.device)
         self.o_proj = options.linear(heads * latent.v_head_dim, {"o_proj": hidden}, bias=config.o_bias)
         self.ops, self.interleaved = options.ops, config.rope_interleaved
 
