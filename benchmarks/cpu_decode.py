@@ -1,12 +1,12 @@
-"""Decode on a CPU beside transformers and the memory-bandwidth floor, all in one run.
+"""Decode speed on a CPU, compared with transformers and the memory-bandwidth floor in one run.
 
     python -m benchmarks.cpu_decode --config DIR_WITH_CONFIG_JSON --json result.json
 
 Weights are random, in bfloat16; prompts are random tokens; generation is greedy and ignores EOS. Decode tokens/s are
 batch · (n - 1) / (T(n) - T(1)) of two generate calls, for n and for one token: prefill and start-up cancel out. The
-engines take turns, each turn in a process of its own with the same threads; figures are medians over the turns. The
-floor is the time to read the weights and the cached keys and values once at the bandwidth that a plain sum over a large
-buffer reaches; a model that fits in the CPU's cache may go below it.
+engines take turns, each turn in a new process with the same number of threads; figures are medians over the turns. The
+floor is the time to read the weights and the cached keys and values once, at the bandwidth of a plain sum over a large
+buffer; a model that fits in the CPU's cache may be faster than that.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from benchmarks.decode_worker import Engine, Job, Measured
 from miniserve.bench.report import header, write_json
 from miniserve.core import UserError
 
-BUSY_MACHINE = 0.5  # processes that wanted a core over the last minute, before ours do
+BUSY_MACHINE = 0.5  # load over the last minute, before this program adds to it
 ENGINES: tuple[Engine, ...] = ("miniserve", "transformers")
 SMALL_LLAMA: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16", "vocab_size": 8192,
@@ -42,8 +42,8 @@ SMALL_LLAMA: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineFigures:
-    """Medians over the turns, and each turn's own decode tokens/s. Memory: the peak above what was resident before the
-    model was made, in bytes."""
+    """Medians over the turns, and decode tokens/s of each turn. Memory: bytes of the peak above what was resident
+    before the model was made."""
 
     decode_tokens_per_s: float
     turns: list[float]
@@ -54,7 +54,7 @@ class EngineFigures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaseResult:
-    """One model at one batch size. `floor_share` is the floor's time over our step's: 1 is the floor itself."""
+    """One model at one batch size. `floor_share` is the floor's time divided by miniserve's step time; 1 is best."""
 
     model: str
     batch: int
@@ -78,8 +78,8 @@ def run_worker(job: Job) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSizes:
-    """In bytes, at bfloat16. `weights` are those a decode step reads: an untied input embedding, of which a step needs
-    a few rows, is not counted. `kv_per_token`: one token's keys and values over all layers."""
+    """In bytes, at bfloat16. `weights` are those a decode step reads: an untied input embedding is not counted, as a
+    step needs only a few rows of it. `kv_per_token`: one token's keys and values over all layers."""
 
     weights: int
     kv_per_token: int
@@ -113,7 +113,7 @@ def measure_case(job: Job, turns: int, bandwidth: float, weight_bytes: int, name
             answer = run_worker(msgspec.structs.replace(job, engine=engine, seed=job.seed + turn))
             measured[engine].append(msgspec.convert(answer, Measured))
     figures = {engine: _figures(job, results) for engine, results in measured.items()}
-    # The context of decode step i, of output_len - 1, is prompt_len + i: in the mean prompt_len + output_len / 2.
+    # Of output_len - 1 decode steps, step i has a context of prompt_len + i: on average prompt_len + output_len / 2.
     kv_bytes = round(job.batch * (job.prompt_len + job.output_len / 2) * job.kv_bytes_per_token)
     floor = (weight_bytes + kv_bytes) / bandwidth
     return CaseResult(
@@ -160,27 +160,27 @@ def print_case(console: Console, case: CaseResult) -> None:
     console.print(table)
     console.print(
         f"{case.ratio:.2f} x transformers; floor {1000 * case.floor_step_s:.2f} ms a step "
-        f"({(case.weight_bytes + case.kv_bytes) / 2**20:,.0f} MiB), of which we reach {case.floor_share:.0%}",
+        f"({(case.weight_bytes + case.kv_bytes) / 2**20:,.0f} MiB), of which miniserve reaches {case.floor_share:.0%}",
         highlight=False,
     )
 
 
 def main(
-    config: Annotated[Path | None, typer.Option(help="A model's directory: its config.json is enough.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A model's directory; it needs config.json only.")] = None,
     small: Annotated[bool, typer.Option(help="Measure the built-in small Llama shape.")] = True,
     batch: Annotated[list[int] | None, typer.Option(help="Batch size; may be repeated. Default: 1 and 16.")] = None,
     prompt_len: Annotated[int, typer.Option(help="Prompt length in tokens.")] = 128,
     output_len: Annotated[int, typer.Option(help="Tokens to generate, 2 or more.")] = 128,
-    turns: Annotated[int, typer.Option(help="Processes per engine, taking turns.")] = 3,
+    turns: Annotated[int, typer.Option(help="Processes per engine; the engines take turns.")] = 3,
     repeats: Annotated[int, typer.Option(help="Measurements in each process.")] = 1,
-    threads: Annotated[int | None, typer.Option(help="Threads of each; default: all cores.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads per engine; default: all cores.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all results here.")] = None,
 ) -> None:
     """Measure decode on this CPU: miniserve, transformers, and the memory's bandwidth."""
     if output_len < 2 or min(prompt_len, turns, repeats, *(batch or [1])) < 1:
         raise UserError("--output-len must be 2 or more, and the other numbers 1 or more.")
     if config is not None and not (config / "config.json").is_file():
-        raise UserError(f"{config} holds no config.json; give --config a model's directory.")
+        raise UserError(f"{config} has no config.json; pass a model's directory as --config.")
     threads = threads or len(os.sched_getaffinity(0))
     console = Console(soft_wrap=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -191,7 +191,9 @@ def main(
         result = header("cpu_decode") | {"threads": threads}
         load = result["machine"]["load_average"]
         if load > BUSY_MACHINE:
-            console.print(f"Others use this machine (load {load:.1f}): expect little of these figures.", style="yellow")
+            console.print(
+                f"Other programs use this machine (load {load:.1f}): do not rely on these figures.", style="yellow"
+            )
         bandwidth = float(run_worker(Job(engine="bandwidth", threads=threads)))
         console.print(f"{threads} threads read {bandwidth / 1e9:.1f} GB/s", highlight=False)
         cases = []

@@ -1,4 +1,5 @@
-"""The decode step of a model's shape on this device, random weights: `python -m benchmarks.decode --model DIR`.
+"""Time the decode step of a model's shape, with random weights, on this device: `python -m benchmarks.decode --model
+DIR`.
 
 DIR needs a config.json only. All requests of a batch decode together once the last of them is prefilled; the time of a
 step is the median over those steps, as the host sees tokens arrive.
@@ -31,8 +32,8 @@ from miniserve.models.options import BuildOptions
 
 
 class UniformRouting:
-    """The weights of the routing it stands in for, but experts drawn uniformly, anew for each layer and row: random
-    weights may send all tokens to a few experts, which would spare the others' bytes."""
+    """Replaces the routing: its weights, but experts drawn uniformly for each layer and row. Random router weights may
+    send all tokens to a few experts, and the others' weights would not be read."""
 
     def __init__(self, method: RoutingMethod) -> None:
         self._method = method
@@ -49,7 +50,7 @@ class UniformRouting:
 
 @contextmanager
 def uniform_routing() -> Iterator[None]:
-    """Models built meanwhile route uniformly."""
+    """Models built within this block route uniformly."""
     original = BuildOptions.routing.fget  # type: ignore[attr-defined]
     with mock.patch.object(BuildOptions, "routing", property(lambda options: UniformRouting(original(options)))):
         yield

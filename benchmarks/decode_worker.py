@@ -1,6 +1,6 @@
-"""One engine's decode speed, measured in a process of its own: `cpu_decode` starts it with a job on stdin.
+"""One engine's decode speed, measured in a separate process: `cpu_decode` starts it with a job on stdin.
 
-A process of its own gives each engine clean memory, its own thread pool and no other's imports.
+So each engine has clean memory, its own thread pool and none of the other's imports.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Job(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class Measured(msgspec.Struct, kw_only=True, frozen=True):
-    """Seconds of each call for one token (`first`) and for all (`whole`); `baseline` and `peak` are resident bytes
-    before the model was made and at most."""
+    """Seconds of each call for one token (`first`) and for all (`whole`); `baseline` and `peak`: resident bytes before
+    the model was made, and at their peak."""
 
     first: list[float]
     whole: list[float]
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def measure_bandwidth() -> float:
-    """Bytes a second that a sum reads from memory, with the threads torch has been given: the best of several."""
+    """Bytes a second that a sum reads from memory, with torch's threads: the best of several."""
     buffer = torch.ones(BANDWIDTH_BYTES // 4, dtype=torch.float32)
     best = math.inf
     for _ in range(8):
@@ -77,7 +77,7 @@ def measure_decode(job: Job) -> Measured:
     rng = random.Random(job.seed)
 
     def timed(output_len: int) -> float:
-        # New prompts each time: no prefix cache may shorten the work.
+        # New prompts each time, so that no prefix cache shortens the work.
         prompts = [rng.choices(range(job.vocab_size), k=job.prompt_len) for _ in range(job.batch)]
         start = time.perf_counter()
         generate(prompts, output_len)
@@ -124,7 +124,7 @@ def _start_transformers(job: Job) -> tuple[Call, int]:
     torch.manual_seed(job.seed)
     from_config: Any = AutoModelForCausalLM.from_config  # untyped there
     model = from_config(config, dtype=torch.bfloat16).eval()
-    # No end: the random weights must not decide how much is generated.
+    # No EOS: the random weights must not decide how much is generated.
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
 
@@ -139,7 +139,7 @@ def _start_transformers(job: Job) -> tuple[Call, int]:
 
 
 def _status_bytes(field: str) -> int:
-    """Of this process: VmRSS is resident now, VmHWM the most that ever was."""
+    """Bytes of this process: VmRSS is resident now, VmHWM the peak."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024

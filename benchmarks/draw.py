@@ -1,6 +1,7 @@
-"""Drawing tokens on a GPU beside PyTorch's ways, microseconds in a graph: `python -m benchmarks.draw`.
+"""Time to draw tokens on a GPU, compared with PyTorch's ways, in microseconds within a graph: `python -m
+benchmarks.draw`.
 
-Logits are roughly a model's, a wide bulk with a few hundred likely tokens, bfloat16; the floor is reading them once.
+Logits resemble a model's (a wide bulk and a few hundred likely tokens, bfloat16); the floor is reading them once.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ KINDS = {  # temperature, top_k, top_p, min_p
 
 
 def microseconds(work: Callable[[], object], calls: int, replays: int = 15) -> float:
-    """Of one call in a graph of `calls`, the median of some replays."""
+    """Seconds of one call in a graph of `calls`: the median of some replays."""
     work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -1,5 +1,5 @@
-"""ITL of decoding requests alone, while long prompts arrive, and alone again, as their contexts grow meanwhile:
-`python -m benchmarks.itl --model DIR`.
+"""ITL of decoding requests: alone, while long prompts arrive, and alone again (their contexts grow meanwhile). `python
+-m benchmarks.itl --model DIR`.
 
 DIR needs a config.json only; weights are random. The engine's loop runs in this process.
 """
@@ -22,7 +22,7 @@ _PROMPT_LEN = 1024  # of the requests that decode
 
 
 class Watch:
-    """Steps the loop; notes when the decoding requests get tokens, and the others their first."""
+    """Steps the loop; records when the decoding requests get tokens, and the others their first."""
 
     def __init__(self, loop: EngineLoop, vocab_size: int) -> None:
         self._loop, self._vocab_size, self._rng = loop, vocab_size, random.Random(0)
@@ -53,13 +53,13 @@ class Watch:
             self.step()
 
     def run_alone(self, seconds: float) -> None:
-        """After a second that does not count."""
+        """Run for a time, after one unmeasured second."""
         self.run(1.0)
         self.gaps = []
         self.run(seconds)
 
     def report(self, what: str) -> None:
-        """Print the gaps since the last report, and forget them."""
+        """Print the gaps since the last report, and clear them."""
         gaps, self.gaps = summarize([1e3 * gap for gap in self.gaps]), []
         if gaps is None:
             raise SystemExit(f"{what}: no request decoded; raise --output-len or --seconds.")
@@ -74,10 +74,12 @@ def main() -> None:
     parser.add_argument("--kv-layout", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rows", type=int, default=16, help="requests that decode")
-    parser.add_argument("--output-len", type=int, default=3000, help="tokens of each of them: enough for all the time")
-    parser.add_argument("--prompt-len", type=int, default=8192, help="of the prompts that arrive")
-    parser.add_argument("--every", type=float, default=1.0, help="seconds between them")
-    parser.add_argument("--seconds", type=float, default=15.0, help="for which they arrive")
+    parser.add_argument(
+        "--output-len", type=int, default=3000, help="tokens that each of them generates; must last for the whole run"
+    )
+    parser.add_argument("--prompt-len", type=int, default=8192, help="length of arriving prompts")
+    parser.add_argument("--every", type=float, default=1.0, help="seconds between arriving prompts")
+    parser.add_argument("--seconds", type=float, default=15.0, help="seconds for which prompts arrive")
     args = parser.parse_args()
     config = EngineConfig(
         model=str(args.model),
@@ -94,7 +96,7 @@ def main() -> None:
     watch = Watch(loop, info.vocab_size)
     for index in range(args.rows):
         watch.add(f"decoding-{index}", _PROMPT_LEN, args.output_len)
-    watch.add("long-warm-up", args.prompt_len, 8)  # what is compiled at its first use is so now
+    watch.add("long-warm-up", args.prompt_len, 8)  # everything is compiled by now
     while not watch.ttft:
         watch.step()
     watch.ttft = []

@@ -1,8 +1,8 @@
-"""The Triton attention kernels alone, on this GPU, beside a device copy: `python -m benchmarks.kernels`.
+"""The Triton attention kernels alone, on this GPU, compared with a device copy: `python -m benchmarks.kernels`.
 
-Every case runs inside a CUDA graph, one call per "layer", each layer with planes of its own and all of them together
-far larger than the L2 cache, so that keys and values come from memory as they do in a model. Block tables are shuffled.
-`--tune` times other tile sizes and numbers of splits instead, and prints the best.
+Every case runs inside a CUDA graph, one call per "layer". Each layer has separate planes, together far larger than the
+L2 cache, so that keys and values come from memory as they do in a model. Block tables are shuffled. `--tune` times
+other tile sizes and numbers of splits instead, and prints the best.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from miniserve.kernels.triton.split_kv import DecodeScratch
 
 BLOCK_SIZE, HEAD_DIM = 16, 128
 POOL_BYTES = 4 << 30
-COLD_BYTES = 400 << 20  # what the layers of a graph hold together at least
+COLD_BYTES = 400 << 20  # bytes that the layers of a graph hold together, at least
 HEADS = ((32, 8), (64, 4), (16, 8))
 DECODE = (
     *((batch, 1024) for batch in (1, 4, 8, 16, 32, 64, 128)),
@@ -42,8 +42,8 @@ DECODE = (
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """One kernel at one shape. gigabytes_per_second: of what it must read and write; copy: these as a share of a device
-    copy's; teraflops: of its matrix products."""
+    """One kernel at one shape. gigabytes_per_second: bytes that it must read and write; copy: that as a share of a
+    device copy's; teraflops: of its matrix products."""
 
     kernel: str
     case: str
@@ -55,7 +55,7 @@ class Timed:
 
 
 class Bench:
-    """Times calls on one device; `pool` is the memory that all cases' caches are cut from."""
+    """Times calls on one device; `pool` is memory for the caches of all cases."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -111,7 +111,7 @@ class Bench:
         return timed
 
     def planes(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> list[list[torch.Tensor]]:
-        """As many layers' planes of these shapes as make the L2 cache useless, cut from the pool."""
+        """Planes of these shapes for so many layers that the L2 cache is useless, taken from the pool."""
         pool = self.pool_fp8 if dtype.itemsize == 1 else self.pool
         sizes = [math.prod(shape) for shape in shapes]
         wanted = min(64, max(2, cdiv(COLD_BYTES, sum(sizes) * dtype.itemsize)))
@@ -139,7 +139,7 @@ def shuffled_tables(rows: int, context: int, device: torch.device) -> torch.Tens
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A way to launch a decode. fused: who merges the splits, None: as the kernel's own rule has it."""
+    """A way to launch a decode. fused: whether the kernel merges the splits, None: by the kernel's own rule."""
 
     launch: Launch
     num_splits: int
@@ -193,7 +193,7 @@ def _time_splits(
     for split in splits:
         try:
             timed.append(bench.time(calls(split), name, case, str(split), num_bytes))
-        except Exception as error:  # a tile that does not fit is no reason to stop a sweep
+        except Exception as error:  # skip a tile that does not fit
             if len(splits) == 1:
                 raise
             print(f"{name} {case} {split}: {type(error).__name__}")
@@ -303,7 +303,7 @@ def _ways(bench: Bench, tiles: list[Launch], batch: int, head_tiles: int, contex
 
 
 def tune(bench: Bench) -> None:
-    """Other tiles and splits at the shapes that decide, best last."""
+    """Time other tiles and splits at the shapes that matter, best last."""
     best: list[str] = []
     tiles = [
         Launch(16, n, w, s) for n, w, s in ((32, 4, 3), (64, 4, 2), (64, 4, 3), (64, 4, 4), (128, 4, 2), (128, 8, 2))

@@ -1,5 +1,4 @@
-"""What the scheduler and the step log cost per decode step: `python -m benchmarks.scheduler`. No model, no
-device."""
+"""Cost of the scheduler and the step log per decode step, without model or device: `python -m benchmarks.scheduler`."""
 
 from __future__ import annotations
 
@@ -71,7 +70,7 @@ def measure(num_requests: int, depth: int, num_steps: int, output_len: int | Non
 
 
 def measure_log(num_requests: int, num_steps: int) -> list[float]:
-    """Seconds that the step log takes of a step: one of `num_requests` rows, whose set changes every 20 steps."""
+    """Seconds of the step log per step of `num_requests` rows, whose set changes every 20 steps."""
     traffic = StepTraffic(weights=10**9, expert=10**6, num_experts=128, top_k=8, kv=[(None, 4096), (1024, 4096)])
     log = StepLog(traffic, num_requests)
     result = StepResult([], device=DeviceStep(num_requests, 1e-3, 1e-5))

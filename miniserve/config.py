@@ -129,6 +129,11 @@ def cache_dir() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "miniserve"
 
 
+def api_key_from_environment() -> str | None:
+    """`$MINISERVE_API_KEY`, which the process list of the machine does not show; None where it is not set."""
+    return os.environ.get("MINISERVE_API_KEY")
+
+
 def tuning_dir() -> Path:
     """Where `miniserve tune` keeps its tables."""
     return cache_dir() / "tuning"

@@ -96,8 +96,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _check(all(s for s in self.stop), "stop", "made of non-empty strings")
         # Each is looked for after every token, by the process that serves all requests.
         _check(len(self.stop) <= 256, "stop", "at most 256 strings")
+        # Each of a request's sequences has these for itself.
+        _check(len(self.stop_token_ids) <= 1024, "stop_token_ids", "at most 1024 ids")
+        _check(len(self.logit_bias or {}) <= 1024, "logit_bias", "a map of at most 1024 token ids")
         for token_id, bias in (self.logit_bias or {}).items():
-            _check(token_id >= 0 and -100.0 <= bias <= 100.0, "logit_bias", "a map from token ids to -100..100")
+            if not (token_id >= 0 and -100.0 <= bias <= 100.0):
+                raise InvalidRequest(
+                    f"logit_bias must map token ids to numbers between -100 and 100, not {token_id} to {bias}.",
+                    "logit_bias",
+                )
 
     @property
     def greedy(self) -> bool:
@@ -165,7 +172,7 @@ class SchedulerStats(msgspec.Struct, kw_only=True):
     prefix_cache_queries: int = 0  # prompt tokens looked up
     prefix_cache_hits: int = 0  # prompt tokens found
     num_steps: int = 0
-    step_tokens: int = 0  # tokens computed in the last step
+    step_tokens: int = 0  # of the last step with a result: prompt tokens computed and tokens generated
     num_drafts: int = 0  # runs with draft tokens, of speculation
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0  # draft tokens that became output
@@ -318,6 +325,10 @@ class StepTotals(msgspec.Struct, kw_only=True, array_like=True):
     prefill_steps: int = 0
     prefill_seconds: float = 0.0
     prefill_tokens: int = 0
+
+    @property
+    def num_steps(self) -> int:
+        return self.decode_steps + self.mixed_steps + self.prefill_steps
 
     def since(self, earlier: StepTotals) -> StepTotals:
         """What came after `earlier`."""

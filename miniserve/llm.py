@@ -338,8 +338,10 @@ def _late_interrupts() -> Iterator[Callable[[], None]]:
         raise_pending()
         pending = True
 
-    if threading.current_thread() is not threading.main_thread():
-        yield raise_pending  # Ctrl-C reaches the main thread alone
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    # Ctrl-C reaches the main thread alone, and nothing where it is ignored, as in a shell's background.
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield raise_pending
         return
     previous = signal.signal(signal.SIGINT, keep)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,20 @@ def test_a_room_imports_only_from_below(name: str) -> None:
 def test_every_room_has_its_place() -> None:
     rooms = {room(path) for path in PACKAGE.rglob("*.py")} - {"__init__", "__main__"}
     assert rooms == set(ROOMS)
+
+
+def test_the_picture_of_the_rooms_shows_every_import() -> None:
+    """An import is an arrow of docs/ARCHITECTURE.md or follows from several; every arrow points downwards."""
+    picture = (PACKAGE.parent / "docs" / "ARCHITECTURE.md").read_text().split("```mermaid")[1].split("```")[0]
+    below: dict[str, set[str]] = {name: set() for name in ROOMS}
+    for start, ends in re.findall(r"(\w+) --> ([\w &]+)", picture):
+        below[start] |= set(ends.split(" & "))
+    for name in reversed(ROOMS):
+        assert below[name] <= set(ROOMS[ROOMS.index(name) + 1 :])
+        below[name] |= {far for near in below[name] for far in below[near]}
+    for path in PACKAGE.rglob("*.py"):
+        if (name := room(path)) in ROOMS:
+            assert imports(path) & set(ROOMS) <= below[name] | {name}, path
 
 
 @pytest.mark.parametrize("module", TORCHLESS)

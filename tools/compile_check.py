@@ -1,8 +1,8 @@
-"""`python -m tools.compile_check`: compile what the engine can launch, for GPUs that are not there.
+"""`python -m tools.compile_check`: compile everything the engine can launch, without the GPUs.
 
-Every case calls a kernel's own wrapper on tensors without storage, with Triton's driver replaced by the name of an
-architecture: what is compiled is what would be launched. From the compiled code come registers, spills, shared memory
-and an estimate of the occupancy. A vector register spilled on AMD, or more shared memory than there is, fails.
+Every case calls a kernel's wrapper on tensors without storage, with Triton's driver replaced by the name of an
+architecture, so that it compiles what would be launched. The compiled code shows registers, spills, shared memory and
+an estimate of the occupancy. A spilled vector register on AMD fails, as does more shared memory than the GPU has.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from miniserve.kernels.triton.split_kv import DecodeScratch
 from tools.compile_step import META, Case, int32, medium_launches, step_launches, tensor
 
 ROWS, NUM_BLOCKS, TABLE_WIDTH, KV_HEADS = 64, 1 << 20, 4096, 8  # planes of many GiB: 64-bit offsets
-SPLITS = (1, 2, 64)  # no merge, one by the last split to arrive, one by a kernel of its own (AMD: always that)
+SPLITS = (1, 2, 64)  # no merge, a merge by the last split to arrive, a merge by a separate kernel (AMD: always that)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +54,8 @@ ARCHS = {
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """What the compiler said of one kernel. agprs: those of the registers that only the matrix unit's results may use
-    (AMD); occupancy: waves per SIMD (AMD) or programs per multiprocessor (NVIDIA)."""
+    """The compiler's report on one kernel. agprs: registers that only results of the matrix unit may use (AMD);
+    occupancy: waves per SIMD (AMD) or programs per multiprocessor (NVIDIA)."""
 
     arch: str
     kernel: str
@@ -202,7 +202,7 @@ def cases(arch: Arch) -> Iterator[Case]:
                 yield _attention(dtype, head_dim, shuffled, dtype=dtype)
                 yield _prefill(dtype, head_dim, shuffled, dtype=dtype)
     yield _token_indices()
-    if arch.target.backend == "cuda":  # elsewhere many rows take the same tiles as few
+    if arch.target.backend == "cuda":  # elsewhere many rows use the same tiles as few
         yield from (_attention(half, 128, shuffled, rows=256) for shuffled in (False, True))
     for kv in (half, fp8):
         if arch.target.backend == "cuda":  # elsewhere it is not used
@@ -215,7 +215,7 @@ def cases(arch: Arch) -> Iterator[Case]:
 
 
 def quick_cases(arch: Arch) -> Iterator[Case]:
-    """One of each attention kernel, and of each kind of those that no interpreter runs, in seconds."""
+    """One case of each attention kernel, and of each kind of kernel that no interpreter runs; takes seconds."""
     yield _attention(torch.bfloat16, 128, True, num_splits=8)
     yield _attention(arch.fp8, 128, False, special=True)
     yield _prefill(torch.bfloat16, 128, True)
@@ -227,7 +227,7 @@ def quick_cases(arch: Arch) -> Iterator[Case]:
 
 
 def _driver(arch: str) -> SimpleNamespace:
-    """As much of a Triton driver as compiling needs; the "device" is the architecture's name."""
+    """The part of a Triton driver that compiling needs; the "device" is the architecture's name."""
     return SimpleNamespace(
         get_current_target=lambda: ARCHS[arch].target,
         get_current_device=lambda: arch,
@@ -312,7 +312,9 @@ def _summary(compiled: Iterable[Compiled]) -> Iterator[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compile every kernel the engine can launch, without a GPU.")
     parser.add_argument("--arch", nargs="+", choices=list(ARCHS), default=list(ARCHS))
-    parser.add_argument("--quick", action="store_true", help="attention once, and what no interpreter runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="each attention kernel once, and kernels that no interpreter runs"
+    )
     parser.add_argument("--problems", action="store_true", help="print only what fails")
     arguments = parser.parse_args()
     print("| arch | kernel | launch | warps | registers | spills | shared KiB | occupancy | problem |")

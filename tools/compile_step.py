@@ -1,5 +1,5 @@
-"""What `compile_check` compiles of a decode step besides attention: small linears, norms, rope, experts, its ends,
-the draw."""
+"""The kernels of a decode step that `compile_check` compiles besides attention: small linears, norms, rope, experts,
+the step's begin and end, the draw."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from miniserve.kernels.triton import (
     routing,
     sampling,
     small_linear,
+    zero_blocks,
 )
 from miniserve.kernels.triton.small_linear import Chip
 
-Case = tuple[str, Callable[[], object]]  # a name, and what launches kernels
+Case = tuple[str, Callable[[], object]]  # a name, and a function that launches kernels
 
 META = torch.device("meta")
 _HALF = torch.bfloat16
-_ROWS = (1, 8, 16, 32, 64)  # of the buckets, those that small linears cut differently
+_ROWS = (1, 8, 16, 32, 64)  # the buckets for which small linears have different cuts
 _TOKENS = (1, 2, 64, 512, 4096)  # tokens of a step with experts, likewise
 
 
@@ -101,6 +102,7 @@ def _step_ends() -> None:
         decode_step.apply_changes(int32(1280), 256, 16, step, tables, explicit=explicit)
         decode_step.advance(state, step, 16, explicit=explicit)
     decode_step.greedy(tensor(256, 151936), ids, state, ids)
+    zero_blocks.zero_blocks(tensor(160, 2, dtype=torch.int64), ids, 16)
 
 
 def _draw(vocab_size: int, dtype: torch.dtype, *, in_graph: bool) -> None:
@@ -109,7 +111,7 @@ def _draw(vocab_size: int, dtype: torch.dtype, *, in_graph: bool) -> None:
     params = RowParams(rows, rows, tensor(256, NUM_COLUMNS, dtype=torch.float32))
     logits = tensor(256, vocab_size, dtype=dtype)
     if in_graph:
-        sampling.sample(logits, rows, params, rows, state, left=logits)
+        sampling.sample(logits, rows, params, rows, state, undrawn=logits)
     else:
         sampling.sample(logits, rows, params, rows, num_outputs=rows)
 

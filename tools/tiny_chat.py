@@ -1,6 +1,6 @@
 """The documents the built-in model is trained on: worked problems, stories and conversations.
 
-A document is a row of segments, text with a mark: whether the model learns to write it, or only to read it (a question,
+A document is a list of segments, each a text and whether the model learns to write it or only to read it (a question,
 the user's part). Every answer is followed by the token that ends a turn, so that the model stops by itself.
 """
 
@@ -117,7 +117,7 @@ KNOWN_NAMES = frozenset((*BOYS, *GIRLS, *HER_NAMES, *HIS_NAMES))
 def story_subject(story: Story, rng: random.Random) -> str:
     """How somebody might ask for this story: " about a fox named Ruby", " about friendship", " about Ruby"…
 
-    What no story would have by chance, an unusual hero or a made-up name, is always asked for.
+    Anything that no story has by chance, such as an unusual hero or a made-up name, is always asked for.
     """
     a_kind = with_article(story.kind)
     theme = rng.choice(story.asks).replace("someone who", f"{a_kind} who")
@@ -174,7 +174,7 @@ def _story_turn(rng: random.Random, last: Story | None) -> tuple[Turn, Story]:
 
 
 def _story_question_turn(rng: random.Random, story: Story) -> Turn:
-    """A question about the story just told."""
+    """A question about the last story."""
     kind, friend_kind = with_article(story.kind), with_article(story.friend_kind)
     return rng.choice(
         (
@@ -216,7 +216,7 @@ def _anybody(rng: random.Random) -> str:
 
 
 def _small_talk_turn(rng: random.Random) -> tuple[Turn, str | None]:
-    """A turn of small talk, and the name of the user where the turn tells it."""
+    """A turn of small talk, and the user's name if the turn mentions it."""
     draw = rng.random()
     often = "unknown" if draw < 0.2 else "too_large" if draw < 0.28 else "name_is" if draw < 0.36 else None
     name = often or rng.choice(tuple(SMALL_TALK))
@@ -229,7 +229,7 @@ def _small_talk_turn(rng: random.Random) -> tuple[Turn, str | None]:
 
 
 def _fill(text: str, rng: random.Random) -> str:
-    """The text with every slot filled, each time anew."""
+    """The text with every slot filled, differently each time."""
     for slot, fill in SLOTS.items():
         while slot in text:
             text = text.replace(slot, fill(rng), 1)

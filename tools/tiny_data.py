@@ -6,9 +6,9 @@ Pure Python, no third-party import, so that an evaluation task can use it withou
         prompt = completion_prompt(problem)     # "Question: …\\nAnswer:"
         expected = " " + problem.answer         # worked, the last line is "#### N"
 
-The format is that of gsm8k: a short derivation and the result after `####`. The split is made by arithmetic, not by
-draw: a hash of the problem's expression ("17+52", operands of a commutative operation sorted) says whether it is held
-out, so no phrasing of a held-out expression is ever the question of a training problem, whatever the seeds.
+The format is that of gsm8k: a short derivation and the result after `####`. The split follows from the arithmetic and
+is not random: a hash of the problem's expression ("17+52", operands of a commutative operation sorted) says whether it
+is held out, so no phrasing of a held-out expression is ever the question of a training problem, whatever the seeds.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def draw_problem(split: Split, rng: random.Random, templates: Sequence[str] = TE
 
 
 def problems(split: Split, seed: int, count: int, templates: Sequence[str] = TEMPLATES) -> Iterator[Problem]:
-    """`count` problems, the same for the same arguments; no question is given twice.
+    """`count` problems, the same for the same arguments; no question occurs twice.
 
     Raises ValueError for an unknown split or template.
     """
@@ -116,7 +116,7 @@ def chat_messages(problem: Problem) -> list[dict[str, str]]:
 
 
 def final_answer(text: str) -> str | None:
-    """The digits after the first "####" of a model's output, or None where it gives no result."""
+    """The digits after the first "####" of a model's output, or None if there is no result."""
     _, mark, rest = text.partition("####")
     words = rest.split()
     return words[0] if mark and words and words[0].isdigit() else None

@@ -1,6 +1,6 @@
 """A grammar of short children's stories: heroes, places and twelve plots, each plot a row of beats with variants.
 
-`draw_story(rng)` draws a hero, a friend, a place and a plot, and renders one variant of every beat. What was drawn is
+`draw_story(rng)` draws a hero, a friend, a place and a plot, and renders one variant of every beat. The choices are
 kept beside the text, so that a request for just this story ("Tell me a story about a fox named Ruby") can be made.
 """
 
@@ -188,7 +188,7 @@ PLOTS = load_sections(Path(__file__).with_name("tiny_plots.txt"))
 
 @dataclass(frozen=True)
 class Story:
-    """A story and what it was drawn from; `asks` are themes a reader might have asked for to get it."""
+    """A story and the choices it was made from; `asks` are themes a reader might have asked for to get it."""
 
     text: str
     adjective: str
@@ -210,7 +210,7 @@ def with_article(noun: str) -> str:
 def _character(
     rng: random.Random, taken: str = "", kind: str | None = None, invent: bool = False
 ) -> tuple[str, str, str]:
-    """Kind, name and "he" or "she"; a name that is not taken yet."""
+    """Kind, name and "he" or "she"; a name that is not used yet."""
     kind = kind or rng.choice(KINDS)
     pronoun = "she" if kind in FEMALE_KINDS else "he" if kind in MALE_KINDS else rng.choice(("he", "she"))
     name = taken
@@ -285,8 +285,8 @@ def _slots(
 def draw_story(rng: random.Random, *, unusual: bool = False) -> Story:
     """One story of 100 to 250 words; every choice comes from `rng`.
 
-    `unusual` takes a hero or names out of the ordinary, sometimes words that do not exist: whoever asks for a story
-    about a teapot or about Zorblax the zabel shall get one about it.
+    `unusual` takes a hero or names out of the ordinary, sometimes words that do not exist: a request for a story about
+    a teapot, or about Zorblax the zabel, should get one.
     """
     kind, invent = None, unusual and rng.random() < 0.6
     if unusual and rng.random() < 0.7:

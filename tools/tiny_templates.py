@@ -71,8 +71,8 @@ def product_steps(a: int, b: int) -> str:
 def quotient_steps(dividend: int, divisor: int) -> tuple[str, str]:
     """Long division of a dividend below a hundred times the divisor: the steps and the resulting equation.
 
-    84 / 7: "7 * 10 = 70, 84 - 70 = 14, 7 * 2 = 14." and "84 / 7 = 10 + 2 = 12". Where something is left over, the
-    steps end with it: "100 / 7 = 14 remainder 2".
+    84 / 7: "7 * 10 = 70, 84 - 70 = 14, 7 * 2 = 14." and "84 / 7 = 10 + 2 = 12". If there is a remainder, the steps end
+    with it: "100 / 7 = 14 remainder 2".
     """
     quotient, rest = divmod(dividend, divisor)
     high = quotient - quotient % 10

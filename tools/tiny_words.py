@@ -1,7 +1,7 @@
 """The words of the generated data, and words that do not exist.
 
-Whoever meets only known names learns to recognise them; a model that shall work with any name has to copy it. So part
-of the names and things are made up, of syllables as they occur in English.
+A model that sees only known names learns to recognise them; to work with any name it has to copy it. So some of the
+names and things are made up of English syllables.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     python -m tools.train_tiny --arch deepseek --out tiny-deepseek
 
 Three minutes on one H100; on a CPU it runs too, slowly. `--steps 18000 --batch-size 65536`, eight minutes, gives a
-slightly better model; `--only-eval` measures the model that is there.
-All data are generated while it trains (tiny_data.py, tiny_stories.py, tiny_chat.py); nothing is downloaded.
+slightly better model; `--only-eval` measures the existing model. All data are generated while it trains (tiny_data.py,
+tiny_stories.py, tiny_chat.py); nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from tools.tiny_data import Problem, chat_messages, completion_prompt, final_ans
 from tools.tiny_models import ARCHITECTURES, MAX_POSITIONS, VOCAB_SIZE, balance_experts, convert
 
 REPORT = "scores.json"
-BALANCE_SPEED = 1e-3  # a step's change of an expert's routing bias, while the learning rate is at its peak
-IGNORED = -100  # the label that cross_entropy leaves out
+BALANCE_SPEED = 1e-3  # change of an expert's routing bias per step, while the learning rate is at its peak
+IGNORED = -100  # the label that cross_entropy ignores
 # Rows of a batch are all this long; the shares make most steps cheap and still teach every position.
 ROW_LENGTHS = ((512, 0.7), (MAX_POSITIONS, 0.3))
 # Qwen's pre-tokenizer: words take their leading space along, every digit stands alone.
@@ -155,7 +155,7 @@ def optimizer_for(model: PreTrainedModel, peak: float) -> torch.optim.Optimizer:
 
 
 def train(model: PreTrainedModel, batches: Batches, args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Run all steps: bf16 autocast over fp32 weights; returns what the run took and where the loss ended."""
+    """Run all steps: bf16 autocast over fp32 weights; returns the run's duration and final loss."""
     optimizer = optimizer_for(model, args.lr)
 
     def loss_of(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -286,7 +286,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--log-every", type=int, default=100)
     parser.add_argument("--tokenizer-documents", type=int, default=20000)
     parser.add_argument("--eval", type=int, default=2000, help="held-out problems to measure on; 0 for none")
-    parser.add_argument("--only-eval", action="store_true", help="measure the model that is in --out already")
+    parser.add_argument("--only-eval", action="store_true", help="measure the model in --out instead of training one")
     return parser.parse_args()
 
 

@@ -39,8 +39,6 @@ class Aiter:
     paged_attention_common: Callable[..., Tensor]
     flash_attn_varlen_func: Callable[..., tuple[Tensor, Tensor]]
     unified_attention: Callable[..., None]
-    reshape_and_cache: Callable[..., None]
-    reshape_and_cache_flash: Callable[..., None]
     fused_qk_rope_reshape_and_cache: Callable[..., tuple[Tensor, ...]]
 
 
@@ -52,7 +50,6 @@ class AiterLatent:
     mla_decode_fwd: Callable[..., object]
     get_mla_metadata_info_v1: Callable[..., tuple[tuple[int | tuple[int, ...], torch.dtype], ...]]
     get_mla_metadata_v1: Callable[..., None]
-    concat_and_cache_mla: Callable[..., None]
     flash_attn_varlen_func: Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -105,7 +102,6 @@ def load_latent() -> AiterLatent:
         mla_decode_fwd=mla.mla_decode_fwd,
         get_mla_metadata_info_v1=aiter.get_mla_metadata_info_v1,
         get_mla_metadata_v1=aiter.get_mla_metadata_v1,
-        concat_and_cache_mla=aiter.concat_and_cache_mla,
         flash_attn_varlen_func=known.flash_attn_varlen_func,
     )
 
@@ -137,8 +133,6 @@ _TOP_LEVEL = (
     "paged_attention_rocm",
     "paged_attention_common",
     "flash_attn_varlen_func",
-    "reshape_and_cache",
-    "reshape_and_cache_flash",
 )
 
 
@@ -153,12 +147,14 @@ def _version() -> tuple[int, ...]:
             break
         except (ImportError, AttributeError):
             continue
-    match = re.match(r"(\d+)\.(\d+)\.(\d+)", text or "")
+    match = re.match(r"(\d+)\.(\d+)\.(\d+)(\.?(?:dev|rc))?", text or "")
     if match is None:
         raise Unavailable(
             f"aiter does not say its version, and those below v{_dotted(MINIMUM_VERSION)} read wrong blocks"
         )
-    version = tuple(int(number) for number in match.groups())
+    major, minor, patch = (int(number) for number in match.groups()[:3])
+    # What is on its way to a release may be any commit since the one before.
+    version = (major, minor, patch - 1 if match[4] else patch)
     if version < MINIMUM_VERSION:
         raise Unavailable(
             f"aiter {text} is too old: v{_dotted(MINIMUM_VERSION)} is the first that can be used; {INSTALL}"

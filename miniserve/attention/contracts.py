@@ -14,26 +14,32 @@ from miniserve.attention.terms import BackendContract, KernelContract
 _ALL = (torch.bfloat16, torch.float16, torch.float32)
 _HALF = (torch.bfloat16, torch.float16)
 _BOTH = ("linear", "shuffled")
+_ASM_FP8_TOLERANCE = 6e-2  # assembly may round queries or weights to fp8 too
 _PAGED_DIMS = (64, 128, 256)  # aiter's HIP kernels drop what is left of head_dim / 64, and return garbage below 64
 
 _aiter = partial(KernelContract, dtypes=_HALF, fp8_kv=True)
-_plain = partial(_aiter, min_window=None, softcap=False, sinks=False)
+# aiter's decode kernels take several query tokens a row, too, but not rightly: see each.
+_decode = partial(_aiter, one_query=True)
+_plain = partial(_decode, min_window=None, softcap=False, sinks=False)
 
 _CPU = KernelContract(name="CPU_ATTN", layouts=_BOTH, dtypes=_ALL)
 _TORCH = KernelContract(name="TORCH_ATTN", layouts=_BOTH, dtypes=_ALL, fp8_kv=True, any_kv=True)
 _TORCH_MLA = KernelContract(name="TORCH_MLA", layouts=("latent",), dtypes=_ALL, fp8_kv=True, any_kv=True)
 _TRITON_MLA = KernelContract(name="TRITON_MLA", layouts=("latent",), dtypes=_ALL, fp8_kv=True, max_head_dim=576)
 _TRITON_DECODE, _TRITON_EXTEND = (
-    KernelContract(name=name, layouts=_BOTH, dtypes=_ALL, fp8_kv=True, min_head_dim=16, max_head_dim=256)
-    for name in ("triton paged_decode", "triton paged_extend")
+    KernelContract(
+        name=name, layouts=_BOTH, dtypes=_ALL, fp8_kv=True, min_head_dim=16, max_head_dim=256, one_query=one_query
+    )
+    for name, one_query in (("triton paged_decode", True), ("triton paged_extend", False))
 )
-_PAGED_V1 = _aiter(
+_PAGED_V1 = _decode(  # skips rows of several query tokens
     name="paged_attention_v1",
     layouts=("linear",),
     head_dims=_PAGED_DIMS,
     max_group=16,
     block_sizes=(16, 32),
     sinks=False,
+    fp8_products=True,
 )
 _PAGED_ROCM = _plain(
     name="paged_attention_rocm",
@@ -41,8 +47,11 @@ _PAGED_ROCM = _plain(
     head_dims=_PAGED_DIMS,
     max_group=16,  # above it the kernel's head index is wrong
     block_multiple=16,
+    fp8_products=True,
 )
-# Reaches the ASM kernel from some batch on, so it has that kernel's terms at any batch.
+# Reaches the ASM kernel from some batch on, so it has that kernel's terms at any batch. Its HIP kernel computes one
+# query token a row whatever it is told; the ASM one is silently wrong with several over an fp8 cache and more than 8
+# query heads per KV head (seen on hardware: ROCm/ATOM #2211).
 _PAGED_COMMON = _plain(
     name="paged_attention_common",
     layouts=("shuffled",),
@@ -50,9 +59,12 @@ _PAGED_COMMON = _plain(
     max_group=16,
     block_sizes=(16,),
     any_scale=False,
+    fp8_products=True,
+    fp8_tolerance=_ASM_FP8_TOLERANCE,
+    narrow_offsets=(("gfx*", 2),),
 )
-# Several query tokens a row it takes too, but a window then counts otherwise.
-_GLUON = _aiter(
+# Several query tokens it takes only if every row has as many (vllm #52849), and a window then counts otherwise.
+_GLUON = _decode(
     name="pa_decode_gluon",
     layouts=("shuffled",),
     head_dims=_PAGED_DIMS,
@@ -80,8 +92,9 @@ _UNIFIED, _UNIFIED_SHUFFLED = (
 _FLASH = _aiter(
     name="flash_attn_varlen_func", layouts=_BOTH, head_dim_multiple=8, max_head_dim=256, min_window=2, sinks=False
 )
-# Both turn and store in one launch, the engine's own norms, too; of the kernels that store alone, rope goes before.
-# aiter's stores what it turned unrounded, limited to an fp8 cache's codes (Triton's conversion does that on both GPUs).
+# Two turn and store in one launch, the engine's own norms, too; rope goes before the third. aiter's stores what it
+# turned unrounded. With each of them what an fp8 cache cannot hold becomes its largest code. With aiter's HIP writers
+# (`reshape_and_cache`, `reshape_and_cache_flash`, `concat_and_cache_mla`) it becomes NaN, so none of these serves.
 _FUSED_ROPE_WRITE = KernelContract(
     name="fused_qk_rope_reshape_and_cache",
     layouts=_BOTH,
@@ -97,19 +110,25 @@ _ROPE_AND_WRITE = KernelContract(
     name="triton rope_and_write", layouts=_BOTH, dtypes=_ALL, fp8_kv=True, partial_rope=False
 )
 _TRITON_WRITE = KernelContract(name="triton write_kv", layouts=_BOTH, dtypes=_ALL, fp8_kv=True)
-_RESHAPE = _aiter(name="reshape_and_cache", layouts=("shuffled",))
-_RESHAPE_FLASH = _aiter(name="reshape_and_cache_flash", layouts=("linear",))
 # Query heads that the persistent kernels take with one query token a row, natively or folded to 16 heads a row, on
-# gfx942 and gfx950, from bfloat16 queries over a cache of bfloat16 or fp8 (aiter's asm_mla.cu and mla_asm.csv).
+# gfx942 and gfx950, from bfloat16 queries over a cache of bfloat16 or fp8 (aiter's asm_mla.cu and mla_asm.csv). Of more
+# than 4 tokens gfx942 has no persistent kernel, and those that are not persistent are wrong (aiter #5679).
 MLA_HEADS = tuple(range(16, 129, 16))
 _AITER_MLA = _plain(
-    name="mla_decode_fwd", layouts=("latent",), dtypes=(torch.bfloat16,), heads=MLA_HEADS, latent_parts=(512, 64)
+    name="mla_decode_fwd",
+    layouts=("latent",),
+    dtypes=(torch.bfloat16,),
+    heads=MLA_HEADS,
+    latent_parts=(512, 64),
+    fp8_tolerance=_ASM_FP8_TOLERANCE,
+    narrow_offsets=(("gfx942", 2), ("gfx*", 1)),
 )
-_FLASH_LATENT = _plain(name="flash_attn_varlen_func", layouts=("latent",), max_dense_dim=256)
+_FLASH_LATENT = _plain(name="flash_attn_varlen_func", layouts=("latent",), max_dense_dim=256, one_query=False)
 
 _INSTINCT = ("gfx942", "gfx950")
 _UNIFIED_BOTH = (_UNIFIED, _UNIFIED_SHUFFLED)
-_AITER_WRITE = (_FUSED_ROPE_WRITE, _ROPE_AND_WRITE, _RESHAPE, _RESHAPE_FLASH)
+_OWN_WRITE = (_ROPE_AND_WRITE, _TRITON_WRITE)
+_AITER_WRITE = (_FUSED_ROPE_WRITE, *_OWN_WRITE)
 _rocm = partial(BackendContract, archs=_INSTINCT, requires=("aiter", "triton"))
 # In order of preference. Those of latent attention come last, where models without it never get to.
 CONTRACTS = (
@@ -119,7 +138,7 @@ CONTRACTS = (
         decode=(_PAGED_ROCM,),
         rerouted_decode=(_TRITON_DECODE,),
         chunks=(_TRITON_EXTEND,),
-        write=(_ROPE_AND_WRITE, _RESHAPE),
+        write=_OWN_WRITE,
     ),
     _rocm(
         name="ROCM_AITER_FA",
@@ -151,7 +170,7 @@ CONTRACTS = (
         layouts=_BOTH,
         decode=(_TRITON_DECODE,),
         chunks=(_TRITON_EXTEND,),
-        write=(_ROPE_AND_WRITE, _TRITON_WRITE),
+        write=_OWN_WRITE,
         archs=("sm_80+", "gfx*"),
         fp8_archs=("sm_89+", "gfx942", "gfx950", "gfx12*"),
         requires=("triton",),
@@ -182,3 +201,9 @@ CONTRACTS = (
     ),
     BackendContract(name="TORCH_MLA", layouts=("latent",), decode=(_TORCH_MLA,), chunks=(_TORCH_MLA,)),
 )
+# By name: contracts of the same name differ in the layouts and sizes that they take, and in nothing else.
+KERNELS = {
+    kernel.name: kernel
+    for backend in CONTRACTS
+    for kernel in (*backend.decode, *backend.rerouted_decode, *backend.chunks)
+}

@@ -8,11 +8,17 @@ import numpy as np
 from torch import Tensor
 
 
+def table_width(longest: int, block_size: int) -> int:
+    """Columns of the block tables of rows of up to `longest` tokens: kernels may look up the block of the next one."""
+    return longest // block_size + 1
+
+
 @dataclass(frozen=True, slots=True)
 class DecodeRows:
     """The step's first tokens: one query token a row.
 
-    block_tables int32 [rows, width]; seq_lens int32 [rows], counting the query's own token (0 in a padding row).
+    block_tables int32 [rows, width]; seq_lens int32 [rows], counting the query's own token (0 in a padding row, of
+    which there are some behind the others only: a kernel may spoil what follows a row without keys).
     max_seq_len: no row is longer, as the host knows without asking the device. host_seq_lens: the same lengths on the
     host, None where the step was captured in a graph and runs with other lengths than these. fresh: as of
     `paged_decode`.

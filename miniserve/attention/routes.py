@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from miniserve.attention.contracts import MLA_HEADS
+from miniserve.attention.metadata import DecodeRows
 from miniserve.attention.platform import Platform
 from miniserve.attention.select import Choice
 from miniserve.attention.spec import AttentionSpec
@@ -40,13 +40,11 @@ def least_asm_rows(spec: AttentionSpec, compute_units: int) -> int | None:
     return 2 * compute_units // spec.num_heads + 1
 
 
-def has_wrong_length(seq_lens: np.ndarray[tuple[int], np.dtype[np.int64]] | None) -> bool:
-    """Whether a row's length (its own token counted) is one the ASM kernel gets wrong. None, the lengths of a captured
-    step, may be any."""
-    if seq_lens is None:
-        return True
+def has_wrong_length(rows: DecodeRows) -> bool:
+    """Whether a row's length (its own token counted) is one the ASM kernel gets wrong, or may be in a captured step."""
     first, last = ASM_WRONG_LENGTHS
-    return bool(((seq_lens >= first) & (seq_lens <= last)).any())
+    lens = rows.host_seq_lens
+    return rows.max_seq_len >= first if lens is None else bool(((lens >= first) & (lens <= last)).any())
 
 
 def fuses_rope(routes: Sequence[LayerRoute]) -> bool:
@@ -116,5 +114,5 @@ def window_pair(window: int | None) -> tuple[int, int]:
 
 
 def kv_cache_dtype(kv_dtype: torch.dtype) -> str:
-    """The argument of that name of aiter's paged kernels and cache writers."""
+    """The argument of that name of aiter's paged kernels."""
     return "fp8" if kv_dtype.itemsize == 1 else "auto"

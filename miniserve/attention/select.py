@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from miniserve.attention.contracts import CONTRACTS
@@ -45,12 +45,14 @@ def select(
     backend: str = "auto",
     layout: str = "auto",
     preferred: Sequence[str] | None = None,
+    failed: Mapping[tuple[str, str], str] = {},
     contracts: Sequence[BackendContract] = CONTRACTS,
 ) -> Choice:
     """The first backend of the table, in its preferred layout, that can serve all layers.
 
-    preferred: what a measurement puts before the table's order, as "BACKEND" or "BACKEND:layout", best first. Raises
-    `UserError` with every reason when what was asked for cannot be had.
+    preferred: what a measurement puts before the table's order, as "BACKEND" or "BACKEND:layout", best first. failed:
+    what is wrong with (backend, layout), for those that the self-check refused. Raises `UserError` with every reason
+    when what was asked for cannot be had.
     """
     names = [contract.name for contract in contracts]
     if backend != "auto" and backend not in names:
@@ -68,6 +70,8 @@ def select(
             rejected += [told for reason in reasons if (told := (contract.name, "", reason)) not in rejected]
             continue
         routes, reasons = contract.routes(specs, platform, candidate, block_size)
+        if (contract.name, candidate) in failed:
+            reasons = [f"the self-check failed: {failed[contract.name, candidate]}"]
         if not reasons:
             possible = [name for name in names if not hopeless[name]]
             why = _reason(backend, layout, possible, platform.order(contract.layouts), measured)
@@ -79,7 +83,8 @@ def select(
         if value != "auto"
     )
     listed = "; ".join(f"{name}{f' ({plan})' if plan else ''}: {reason}" for name, plan, reason in rejected)
-    raise UserError(f"No attention path can serve this model{' with ' + asked if asked else ''}: {listed}.")
+    remedy = " Ask for another path, or none; --no-self-check would serve wrong answers." if failed else ""
+    raise UserError(f"No attention path can serve this model{' with ' + asked if asked else ''}: {listed}.{remedy}")
 
 
 _WRONG_KIND = {

@@ -14,6 +14,8 @@ from miniserve.attention.layouts import LAYOUTS
 from miniserve.attention.platform import Platform, Version
 from miniserve.attention.spec import AttentionSpec
 
+NARROW_PLANE = 4 << 30  # bytes that offsets of 32 bits reach: of keys or of values of one layer
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelContract:
@@ -22,9 +24,12 @@ class KernelContract:
     fp8_kv: it also reads a cache of the platform's fp8; otherwise the cache is of the compute dtype, unless `any_kv`.
     max_group: query heads per KV head. block_multiple, head_dim_multiple: what sizes must divide by. min_window: the
     shortest sliding window, None where it has none. any_scale: False where the softmax scale is head_dim ** -0.5
-    whatever it is told. Of kernels that write to the cache: qk_norm: they norm q and k too; partial_rope: rope may turn
-    a part of each head only. crashes: (architecture, version of Triton) patterns for which compiling it kills the
-    process.
+    whatever it is told. one_query: it is right for rows of one query token alone, so not for chunks. Of kernels that
+    write to the cache: qk_norm: they norm q and k too; partial_rope: rope may turn a part of each head only. crashes:
+    (architecture, version of Triton) patterns for which compiling it kills the process.
+    fp8_products: over an fp8 cache it multiplies in fp8 (`attention_by_formula`'s `fp8`). fp8_tolerance: how far a row
+    may be from float32's there, relative, where its arithmetic is not known; None: as far as over any cache.
+    narrow_offsets: (architecture, bytes of a cached element) for which it misreads planes above `NARROW_PLANE`.
     Of latent attention: heads: the numbers of query heads it takes, a layer's being padded to the next; latent_parts:
     kv_lora_rank and rope_dim; max_dense_dim: of a head's key and of its value, expanded.
     """
@@ -47,9 +52,13 @@ class KernelContract:
     softcap: bool = True
     sinks: bool = True
     any_scale: bool = True
+    one_query: bool = False
     qk_norm: bool = True
     partial_rope: bool = True
     crashes: tuple[tuple[str, str], ...] = ()
+    fp8_products: bool = False
+    fp8_tolerance: float | None = None
+    narrow_offsets: tuple[tuple[str, int], ...] = ()
     heads: tuple[int, ...] = ()
     latent_parts: tuple[int, int] | None = None
     max_dense_dim: int | None = None
@@ -74,6 +83,10 @@ class KernelContract:
             yield "has no norm of q and k"
         if spec.rotary_dim is not None and not self.partial_rope:
             yield f"turns whole heads, not {spec.rotary_dim} elements of {spec.head_dim}"
+
+    def has_narrow_offsets(self, spec: AttentionSpec, arch: str) -> bool:
+        """Whether it reaches no more than `NARROW_PLANE` bytes of the layer's planes there."""
+        return any(_is_arch(arch, pattern) and size == spec.kv_dtype.itemsize for pattern, size in self.narrow_offsets)
 
     def platform_refusals(self, platform: Platform) -> Iterator[str]:
         """As `refusals`, whatever the layer."""
@@ -233,6 +246,8 @@ class BackendContract:
             if layout not in kernel.layouts:
                 continue
             found = [*kernel.platform_refusals(platform), *kernel.refusals(spec, block_size)]
+            if kernel.one_query and options is self.chunks:
+                found.append("takes one query token a row")
             if not found:
                 return kernel, refused
             subject = "it" if kernel.name == self.name else kernel.name

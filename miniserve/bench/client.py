@@ -1,8 +1,8 @@
 """A streaming client for OpenAI-compatible servers that measures: one request in, one record out.
 
 Bytes are split into server-sent events by hand and decoded into narrow msgspec structs as they come from the socket
-(`bench.connections`), so that the client's own share of a core stays small beside the server's. Times are taken when
-bytes arrive, before anything is decoded.
+(`bench.connections`), so that the client uses little CPU compared with the server. Times are taken when bytes arrive,
+before anything is decoded.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class RequestRecord:
 
     `ttft` reaches from sending to the first chunk that carries a token, `last` to the last one, `e2e` to the end of the
     stream. `itl` are the gaps between chunks that carry tokens: where a server sends several tokens a chunk there are
-    fewer gaps than tokens. Token counts are the server's own. `error` is None where the request was answered in full.
+    fewer gaps than tokens. Token counts are those that the server reports. `error` is None where the request was
+    answered in full.
     """
 
     start: float
@@ -111,7 +112,7 @@ class RequestOptions:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        # Not a field of OpenAI's own API: strict servers refuse it, so it is only sent when asked for.
+        # Not a field of OpenAI's API: strict servers refuse it, so it is sent only if requested.
         return body | {"ignore_eos": True} if self.ignore_eos else body
 
 
@@ -127,7 +128,7 @@ async def send(pool: ConnectionPool, options: RequestOptions, sample: Sample, ru
     except HttpError as error:
         record.error = str(error)
     except msgspec.MsgspecError as error:
-        record.error = f"a chunk of the stream is not in OpenAI's shape: {error}"
+        record.error = f"a chunk of the stream does not follow OpenAI's format: {error}"
     record.e2e = time.perf_counter() - start
     if record.error is None:
         record.error = _shortcoming(record, options, sample)
@@ -135,7 +136,7 @@ async def send(pool: ConnectionPool, options: RequestOptions, sample: Sample, ru
 
 
 class _Answer:
-    """Takes an answer's bytes as they arrive and writes what they mean, and when, into a record."""
+    """Decodes an answer's bytes as they arrive, and records its tokens and times."""
 
     def __init__(self, record: RequestRecord, start: float) -> None:
         self._record = record
@@ -185,8 +186,8 @@ class _Answer:
 
 
 def _carries_token(choice: _Choice) -> bool:
-    """Whether a chunk stands for a token. An empty text does, since the text of a token may be held back; but not the
-    chunk that opens a chat answer with its role, nor an empty one that only closes the answer."""
+    """Whether a chunk counts as a token. One with empty text does, since a token's text may be held back; the chunk
+    that opens a chat answer with its role does not, nor does an empty one that only closes the answer."""
     delta = choice.delta
     text = choice.text if delta is None else delta.content or delta.reasoning or delta.reasoning_content
     if text:
@@ -201,5 +202,5 @@ def _shortcoming(record: RequestRecord, options: RequestOptions, sample: Sample)
         # One chunk with everything, closed at once and empty of text: the time of the end is the only one known.
         record.ttft = record.last
     if options.ignore_eos and record.completion_tokens != sample.output_len:
-        return f"{record.completion_tokens} tokens came although ignore_eos asked for {sample.output_len}"
+        return f"the server returned {record.completion_tokens} tokens, but ignore_eos asks for {sample.output_len}"
     return None

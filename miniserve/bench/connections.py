@@ -1,4 +1,4 @@
-"""HTTP/1.1 with as little between the socket and the clock as there can be: POST, keep-alive, body bytes as they come.
+"""A minimal HTTP/1.1 client for measuring: POST, keep-alive, and body bytes with their time of arrival.
 
 A load client must cost less than the server it measures: here the event loop hands a socket's bytes to a parser in C
 (httptools, which uvicorn uses as well) and that to the caller. A chunk of a stream takes 10 to 13 µs of CPU, decoding
@@ -95,7 +95,7 @@ class _Connection(asyncio.Protocol):
             while not self._done.done():
                 silence_left = self.last_data + timeout - time.perf_counter()
                 if silence_left <= 0:
-                    raise HttpError(f"no byte came for {timeout:g} seconds")
+                    raise HttpError(f"the server sent nothing for {timeout:g} seconds")
                 await asyncio.wait([self._done], timeout=silence_left)
             self._done.result()
         except BaseException:
@@ -110,11 +110,11 @@ class _Connection(asyncio.Protocol):
 
 
 class ConnectionPool:
-    """Connections to one server, as many as there are requests in flight, kept for the next. No proxy is used: it would
-    be measured with the server.
+    """Connections to one server, one for each request in flight, kept open for later requests. No proxy is used: it
+    would be measured with the server.
 
-    `root` is a URL such as "http://127.0.0.1:8000"; `timeout` the longest silence of the server, in seconds. Raises
-    `UserError` for a URL that cannot be.
+    `root` is a URL such as "http://127.0.0.1:8000"; `timeout` the most seconds without a byte from the server. Raises
+    `UserError` for an invalid URL.
     """
 
     def __init__(self, root: str, api_key: str | None, timeout: float) -> None:
@@ -122,9 +122,9 @@ class ConnectionPool:
             parts = urlsplit(root)
             port = parts.port
         except ValueError as error:
-            raise UserError(f"{root!r} is no URL ({error}); --url looks like http://127.0.0.1:8000.") from None
+            raise UserError(f"{root!r} is not a URL ({error}); --url looks like http://127.0.0.1:8000.") from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"{root!r} is no URL of a server; --url looks like http://127.0.0.1:8000.")
+            raise UserError(f"{root!r} is not the URL of a server; --url looks like http://127.0.0.1:8000.")
         self._host = parts.hostname
         self._tls = parts.scheme == "https"
         self._port = port or (443 if self._tls else 80)

@@ -1,5 +1,4 @@
-"""Where the time went while something was measured, and how near the memory's limit decode came, as the engine itself
-counts it."""
+"""Where a measurement's time went, and how close decode came to the memory's bandwidth, as counted by the engine."""
 
 from __future__ import annotations
 
@@ -25,12 +24,12 @@ class DecodeSteps:
 
     @property
     def line(self) -> str | None:
-        """None where no step was one of decode rows alone."""
+        """None if no step had decode rows alone."""
         return describe(self.totals, self.bandwidth)
 
     def shares(self, duration: float) -> dict[str, float]:
-        """Of so many seconds, the share of steps of decode rows alone, of mixed and of prefill steps, and of waiting:
-        for requests, or for the host. What takes most is what to work on."""
+        """Shares of `duration` seconds: steps of decode rows alone, mixed steps, prefill steps, and waiting for
+        requests or the host. The largest is what to improve first."""
         totals = self.totals
         spent = {"decode": totals.decode_seconds, "mixed": totals.mixed_seconds, "prefill": totals.prefill_seconds}
         shares = {name: seconds / duration for name, seconds in spent.items()}
@@ -47,7 +46,7 @@ class DecodeSteps:
 
 
 async def ask_server(client: httpx.AsyncClient, root: str) -> DecodeSteps | None:
-    """What a server has counted since its start; None where it is not ours, or does not say."""
+    """What a server has counted since its start; None if it is not a miniserve server, or does not report it."""
     try:
         answer = (await client.get(f"{root}/debug/steps", params={"limit": 0})).json()
         return DecodeSteps(StepTotals(**answer["totals"]), (answer["traffic"] or {}).get("bandwidth"))

@@ -17,6 +17,7 @@ from miniserve.core import EngineInfo
 from miniserve.engine.roofline import share_of_bandwidth
 
 BUSY_CLIENT = 0.8
+_WIDEST = 200  # characters of a table's line
 
 
 def run_with_progress(config: serve.ServeConfig) -> serve.ServeResult:
@@ -70,15 +71,15 @@ def print_serve(result: serve.ServeResult) -> None:
         console.print(f"{count} failed: {error}", style="red", markup=False)
     if summary.client_cpu > BUSY_CLIENT:
         console.print(
-            f"This client used {summary.client_cpu:.0%} of a core: it may be what was measured. "
-            "Run several with a share of the load each.",
+            f"This client used {summary.client_cpu:.0%} of a core, so it may have limited the measurement. "
+            "Run several clients, each with a share of the load.",
             style="yellow",
         )
 
 
 def print_sweep(result: SweepResult) -> None:
     """tokens/s are output tokens, TPOT and TTFT medians; decode, mixed, prefill: shares of the time; bandwidth: the
-    share of the memory's that decode reached."""
+    share of the memory's bandwidth that decode reached."""
     console = _console()
     table = Table(title=result.model, title_justify="left", title_style="bold")
     columns = (
@@ -112,6 +113,8 @@ def print_sweep(result: SweepResult) -> None:
             *(f"{shares[kind]:.0%}" if shares else "-" for kind in ("decode", "mixed", "prefill")),
             "-" if share is None else f"{share:.0%}",
         )
+    needed = console.measure(table, options=console.options.update(width=_WIDEST)).maximum
+    console.width = max(console.width, needed)  # a narrower terminal wraps the lines; cut figures would be wrong ones
     console.print(table)
     for layout, reason in result.refused.items():
         console.print(f"{layout} was not measured: {reason}", style="yellow", markup=False)

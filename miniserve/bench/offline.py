@@ -50,7 +50,7 @@ class LatencyResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThroughputResult:
-    """`duration` in seconds for all prompts, handed over at once."""
+    """`duration` in seconds for all prompts, submitted at once."""
 
     num_prompts: int
     input_tokens: int
@@ -73,8 +73,8 @@ class ThroughputResult:
 
 @dataclass(frozen=True, slots=True)
 class OfflineEngine:
-    """An engine in this process, what it settled on, and what it has counted so far. `generate` does so for all prompts
-    at once and returns the number of tokens that each of them got."""
+    """An engine in this process, its description, and what it has counted so far. `generate` runs all prompts at once
+    and returns the number of tokens generated for each."""
 
     generate: Callable[[list[list[int]], list[SamplingParams]], Sequence[int]]
     info: EngineInfo
@@ -100,8 +100,8 @@ def open_engine(config: EngineConfig) -> OfflineEngine:
 def measure_latency(
     engine: OfflineEngine, *, batch_size: int, shape: Shape, warmup: int, repeats: int, seed: int
 ) -> LatencyResult:
-    """Time `repeats` batches after `warmup` unmeasured ones. Each batch has prompts of its own: none is found in the
-    prefix cache. Raises `UserError` for a count out of range."""
+    """Time `repeats` batches after `warmup` unmeasured ones. Each batch has new prompts: none is found in the prefix
+    cache. Raises `UserError` for a count out of range."""
     if batch_size < 1 or repeats < 1 or warmup < 0:
         raise UserError("--batch-size and --repeats must be 1 or more and --warmup 0 or more.")
     whole, first, ids = [], [], range(engine.info.vocab_size)
@@ -130,7 +130,7 @@ def measure_latency(
 
 
 def measure_throughput(engine: OfflineEngine, *, num_prompts: int, shape: Shape, seed: int) -> ThroughputResult:
-    """Time many prompts handed over at once, after one small unmeasured batch. Raises `UserError`."""
+    """Time many prompts submitted at once, after one small unmeasured batch. Raises `UserError`."""
     if num_prompts < 1:
         raise UserError("--num-prompts must be 1 or more.")
     ids = range(engine.info.vocab_size)
@@ -160,7 +160,7 @@ def _timed(engine: OfflineEngine, prompts: list[list[int]], lengths: list[int]) 
     if short:
         got, asked = short[0]
         raise UserError(
-            f"{len(short)} of {len(counts)} requests got {got} tokens where {asked} were asked for; "
+            f"{len(short)} of {len(counts)} requests got {got} tokens instead of {asked}; "
             "lower --input-len or --output-len, or raise --max-model-len."
         )
     return duration

@@ -38,7 +38,7 @@ def plot_serve(result: ServeResult, path: Path) -> None:
 
     Raises `UserError` where matplotlib is missing or the file cannot be written.
     """
-    # A Figure of its own draws without pyplot, whose backends and global state a server has no use for.
+    # A Figure draws without pyplot, whose backends and global state are not needed here.
     figure = load_figure_class()(figsize=(14, 4.6), dpi=120, layout="constrained")
     completed = result.completed
     samples = (
@@ -121,7 +121,7 @@ def _histogram(axes: Axes, values: Sequence[float]) -> None:
         axes.text(0.5, 0.5, "no samples", ha="center", va="center", transform=axes.transAxes)
         return
     marks = np.percentile(values, [q for q, *_ in _MARKS]).tolist()
-    # One straggler must not press all others into a single bar: what lies beyond the edge is counted in the last one.
+    # An outlier must not squeeze all other samples into one bar: the last bar counts what lies beyond the edge.
     edge = max(marks[1] * 1.1, marks[0] * 1.5)
     shown = [min(value, edge) for value in values]
     axes.hist(shown, bins=min(60, max(10, len(shown) // 4)), color=_COLORS[0])

@@ -1,4 +1,4 @@
-"""What every benchmark records beside its figures: the command, the machine, the time; and how it is written."""
+"""What every benchmark records beside its figures (command, machine, time), and how it is written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PACKAGES = ("miniserve", "torch", "transformers", "httpx")
 
 
 def header(kind: str) -> dict[str, Any]:
-    """The opening of a result: `kind` of benchmark, when it was taken, by which command, on which machine."""
+    """The head of a result: `kind` of benchmark, date, command and machine."""
     return {
         "kind": kind,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -31,8 +31,8 @@ def header(kind: str) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """CPU model, cores this process may use, how many processes wanted one over the last minute, memory, GPUs, and the
-    versions of what is installed."""
+    """CPU model, cores this process may use, load over the last minute, memory, GPUs, and versions of installed
+    packages."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -75,7 +75,7 @@ def _cpu_model() -> str:
 
 
 def _gpus() -> list[str]:
-    """Names of the GPUs, found without torch: a benchmark's client needs none."""
+    """Names of the GPUs, found without torch, which a benchmark's client does not need."""
     tool = shutil.which("nvidia-smi")
     if tool is not None:
         query = [tool, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]

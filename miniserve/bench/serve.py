@@ -28,9 +28,8 @@ PromptType = Literal["auto", "ids", "text"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
     """What is to be measured. Either `concurrency` requests are kept in flight, or `request_rate` requests a second
-    arrive as a Poisson process whatever the server does. `timeout` is the longest silence of the server, in seconds.
-
-    Raises `UserError` for what does not go together.
+    arrive as a Poisson process whatever the server does. `timeout` is the most seconds without a byte from the server.
+    Raises `UserError` for settings that conflict.
     """
 
     url: str
@@ -63,7 +62,7 @@ class ServeConfig:
         if self.vocab_size is not None and self.vocab_size < 1:
             raise UserError("--vocab-size must be 1 or more.")
         if self.vocab_size is not None and self.sends_text:
-            raise UserError("--vocab-size is for prompts of token ids; leave it out where the prompts are text.")
+            raise UserError("--vocab-size is for prompts of token ids; leave it out for text prompts.")
         if not self.timeout > 0:
             raise UserError("--timeout must be a positive number of seconds.")
 
@@ -82,9 +81,9 @@ class ServeSummary:
 
     `duration` reaches from the first request's start to the last one's end. `failures`: how often each error happened,
     the commonest first. `throughput`: see `stats.rates`. `latency`: one sample a request for ttft, tpot and e2e, one a
-    gap between chunks for itl. `client_cpu` is the share of one core that this client used: near 1, it is the client
-    that was measured. `lag` is by how many seconds at worst a request left later than its arrival time. `steps`: what
-    the server counted meanwhile, where it is ours. Times in seconds.
+    gap between chunks for itl. `client_cpu` is the share of one core that this client used: near 1, the client limits
+    the measurement. `lag`: the most seconds by which a request was sent later than its arrival time. `steps`: what a
+    miniserve server counted meanwhile. Times in seconds.
     """
 
     completed: int
@@ -172,9 +171,9 @@ def _summary(
 
 
 def run(config: ServeConfig, on_done: Callable[[RequestRecord], None] = lambda record: None) -> ServeResult:
-    """Measure; `on_done` hears of each measured request as it ends.
+    """Measure; `on_done` is called with each measured request as it ends.
 
-    Raises `UserError` where the server cannot be reached, or fails already while warming up.
+    Raises `UserError` if the server cannot be reached, or fails while warming up.
     """
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         return runner.run(_run(config, on_done))
@@ -191,7 +190,7 @@ async def _run(config: ServeConfig, on_done: Callable[[RequestRecord], None]) ->
         )
         await _warm_up(pool, options, samples[: config.warmup], config.root)
         before = await ask_server(client, config.root)
-    # What lives already need not be walked again by the collector, which would stop every request's clock.
+    # Keep the garbage collector from walking existing objects, which would delay every request's timestamps.
     gc.collect()
     gc.freeze()
     try:
@@ -262,15 +261,15 @@ async def _first_model(client: httpx.AsyncClient, root: str) -> str:
     except httpx.HTTPError as error:
         raise UserError(f"Cannot reach {url} ({error or type(error).__name__}); is the server running?") from error
     if response.status_code in (401, 403):
-        raise UserError(f"{url} answered {response.status_code}; give the server's key with --api-key.")
+        raise UserError(f"{url} answered {response.status_code}; pass the server's key as --api-key.")
     try:
         return str(response.json()["data"][0]["id"])
     except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{url} names no model (HTTP {response.status_code}); name it with --model.") from error
+        raise UserError(f"{url} lists no model (HTTP {response.status_code}); pass its name as --model.") from error
 
 
 async def _server_version(client: httpx.AsyncClient, root: str) -> dict[str, Any]:
-    """What the server says of itself, for the record; empty where it says nothing."""
+    """The server's description of itself, for the record; empty if it has none."""
     try:
         answer = (await client.get(f"{root}/version")).json()
     except (httpx.HTTPError, ValueError):
@@ -288,8 +287,8 @@ async def _samples(client: httpx.AsyncClient, config: ServeConfig, model: str) -
     ids = range(config.vocab_size) if config.vocab_size is not None else sorted(set(text_ids or ()))
     if not ids:
         raise UserError(
-            f"{config.root}/tokenize does not say which token ids {model} has; is that the model's name? Where the "
-            "server has no such endpoint, give --vocab-size, or use --prompt-type text."
+            f"{config.root}/tokenize returns no token ids for {model}; is that the model's name? If the server has "
+            "no such endpoint, pass --vocab-size, or --prompt-type text."
         )
     return token_samples(count, config.shape, ids, config.seed)
 

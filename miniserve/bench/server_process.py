@@ -1,4 +1,4 @@
-"""`miniserve serve` in another process, for benchmarks: its Python shares no interpreter with the client's."""
+"""`miniserve serve` in another process, for benchmarks: server and client share no interpreter."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _SHOWN_LINES = 5  # of the log of a server that did not start
 
 @contextlib.contextmanager
 def running_server(engine: EngineConfig) -> Iterator[str]:
-    """The root URL of a server that answers; it ends with the block. Raises `UserError` with the end of its log where
-    it does not start."""
+    """Start a server and yield its root URL once it answers; it stops with the block. Raises `UserError` with the end
+    of its log if it does not start."""
     with tempfile.TemporaryDirectory(prefix="miniserve-bench-") as folder:
         path = Path(folder) / "log"
         port = _free_port()
@@ -74,7 +74,7 @@ def _free_port() -> int:
 
 
 def arguments(engine: EngineConfig) -> list[str]:
-    """What `miniserve serve` is to be called with for this engine."""
+    """The arguments of `miniserve serve` for this engine."""
     options, model = [], []
     for field in fields(engine):
         value, flag = getattr(engine, field.name), field.name.replace("_", "-")

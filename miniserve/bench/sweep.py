@@ -18,17 +18,17 @@ from miniserve.core import UserError
 from miniserve.models.config import describe_model
 from miniserve.models.hub import locate_config
 
-AS_SERVED = "as served"  # the layout of a server that somebody else started
+AS_SERVED = "as served"  # the layout of a server that this sweep did not start
 _WARMUP_OUTPUT = 16  # tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepConfig:
-    """Each of `shapes` at each of `concurrencies`, `rounds` requests a client, against the server at `url` or, where
-    that is None, against one of ours with `engine`'s settings: with its KV layout, or with "auto" one after the other.
-    Prompts are drawn from the engine's seed.
+    """Each of `shapes` at each of `concurrencies`, `rounds` requests a client, against the server at `url` or, if that
+    is None, against a new server with `engine`'s settings: with its KV layout, or for "auto" with each in turn. Prompts
+    are drawn from the engine's seed.
 
-    Raises `UserError` for what does not go together.
+    Raises `UserError` for settings that conflict.
     """
 
     engine: EngineConfig
@@ -42,11 +42,11 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         if not self.shapes or not self.concurrencies or min(self.concurrencies) < 1 or self.rounds < 1:
-            raise UserError("--lengths and --concurrency must name one or more each, and --rounds must be 1 or more.")
+            raise UserError("--lengths and --concurrency need at least one value each, and --rounds must be 1 or more.")
         if self.url is not None and self.engine != EngineConfig(seed=self.engine.seed):
-            raise UserError("--url names a server that runs already: the engine's options cannot be set from here.")
+            raise UserError("--url names a running server: leave out options of the engine.")
         if self.url is None and (self.model is not None or self.api_key is not None):
-            raise UserError("--served-model and --api-key are for a server that runs already; give its --url.")
+            raise UserError("--served-model and --api-key are for a running server; pass its --url.")
         if self.url is None and max(self.concurrencies) > self.engine.max_num_seqs:
             raise UserError(
                 f"--concurrency {max(self.concurrencies)} is more than the engine runs at once; raise --max-num-seqs."
@@ -74,7 +74,7 @@ class Point:
 
 @dataclass(slots=True, kw_only=True)
 class SweepResult:
-    """`points` in the order of measuring; `refused`: why a layout could not be measured."""
+    """`points` in the order measured; `refused`: by layout, why it could not be measured."""
 
     config: SweepConfig
     model: str = ""
@@ -97,9 +97,11 @@ class SweepResult:
 
 
 def sweep(config: SweepConfig, on_start: Callable[[str], None], on_point: Callable[[SweepResult], None]) -> SweepResult:
-    """Measure everything. `on_start` hears what comes next, `on_point` the result so far after each point.
+    """Measure everything. `on_start` is called with what comes next, `on_point` with the result so far after each
+    point.
 
-    A layout whose server does not start is left out, with the reason. Raises `UserError` where nothing can be measured.
+    A layout whose server does not start is skipped, and the reason recorded. Raises `UserError` if nothing can be
+    measured.
     """
     result = SweepResult(config=config)
     layouts = layouts_of(config)
@@ -117,7 +119,7 @@ def sweep(config: SweepConfig, on_start: Callable[[str], None], on_point: Callab
 
 
 def layouts_of(config: SweepConfig) -> tuple[str, ...]:
-    """The KV layouts to measure. Raises `UserError` where the model's config.json is asked for and not found."""
+    """The KV layouts to measure. Raises `UserError` if the model's config.json is needed and not found."""
     if config.url is not None:
         return (AS_SERVED,)
     if config.engine.kv_layout != "auto":

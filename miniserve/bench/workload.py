@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from miniserve.core import UserError
 
-# Short everyday words: one token each, with the space before, in most large vocabularies.
+# Short everyday words: with the space before it each is one token in most large vocabularies.
 WORDS_TEXT = (
     "the of and to in is you that it he was for on are as with his they at be this have from or one had by word but "
     "not what all were we when your can said there use an each which she do how their if will up other about out many "
@@ -16,7 +16,7 @@ WORDS_TEXT = (
     "people my than first water been call who oil its now find long down day did get come made may part"
 )
 WORDS = tuple(WORDS_TEXT.split())
-_LONGEST = 2**24  # above every model's context; longer prompts would take minutes to draw, only to be refused
+_LONGEST = 2**24  # above every model's context; longer prompts would take minutes to draw, and then be refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def token_samples(count: int, shape: Shape, ids: Sequence[int], seed: int) -> li
 
 
 def text_samples(count: int, shape: Shape, tokens_per_word: float, seed: int) -> list[Sample]:
-    """Prompts of random words, as many as make about `input_len` tokens; the server's usage says how many they were."""
+    """Prompts of random words, about `input_len` tokens long; the server's usage gives the exact number."""
     rng = random.Random(seed)
     samples = []
     for _ in range(count):

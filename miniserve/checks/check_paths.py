@@ -1,7 +1,7 @@
-"""`miniserve check`: the self-check of every attention path that can be had here, at a model's shapes.
+"""`miniserve check`: the self-check of every attention path that this machine supports, at a model's shapes.
 
-Layers are made up (weights do not matter to attention), and so is the pool: on a GPU, keys and values of more than
-4 GiB each, where there is room, so that block ids that overflow 32 bits of bytes are among those checked.
+Layers are made up (weights do not matter to attention), and so is the pool. On a GPU with enough memory keys and values
+take more than 4 GiB each, so that offsets beyond 32 bits are checked too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from miniserve.attention.backends.build import build_backend
+from miniserve.attention.backends.build import pool_limit
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.contracts import CONTRACTS
 from miniserve.attention.layouts import LAYOUTS
@@ -28,12 +28,12 @@ from miniserve.models.hub import locate_config
 from miniserve.models.layers.attention import Attention
 from miniserve.models.layers.latent_attention import UpProjection
 from miniserve.runner.device import find_device, find_dtype, find_kv_dtype, find_platform
-from miniserve.runner.self_check import CheckResult, asm_is_reached, self_check
+from miniserve.runner.self_check import Checked, CheckResult, check_backend
 
 _LARGE_PLANE = 9 << 29  # bytes: 4.5 GiB
 _SMALL_POOL = 512  # blocks, on a CPU
 _MAX_SEQ_LEN = 4096
-_K_SCALE, _V_SCALE = 0.5, 2.0  # of an fp8 cache; told apart, and exact in every dtype
+_K_SCALE, _V_SCALE = 0.5, 2.0  # of an fp8 cache; different, and exact in every dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class AttentionPath:
 
 @dataclass(frozen=True, slots=True)
 class PathResults:
-    """asm_lengths: whether the ASM kernel is right for the lengths it is kept from; None where it is not reached."""
+    """asm_lengths: whether the ASM kernel is correct at its suspected lengths; None if no path reaches it."""
 
     checks: list[CheckResult]
     asm_lengths: bool | None
@@ -77,16 +77,16 @@ def made_up_layer(spec: AttentionSpec, device: torch.device) -> AttentionLayer |
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What paths are looked for on, and for: layers of a model, in its dtype, and a KV cache's block size."""
+    """The device that paths are checked on, and what for: a model's layers, in its dtype, and a KV block size."""
 
     specs: tuple[AttentionSpec, ...]
     platform: Platform
     device: torch.device
     block_size: int
-    max_num_seqs: int = 256  # enough rows for every route that there is
+    max_num_seqs: int = 256  # enough rows to reach every route
 
     def with_kv(self, kv_cache_dtype: str) -> list[AttentionSpec]:
-        """The layers, their cache in the dtype that --kv-cache-dtype names."""
+        """The layers, with the cache dtype that --kv-cache-dtype names."""
         return [
             dataclasses.replace(spec, kv_dtype=find_kv_dtype(kv_cache_dtype, spec.dtype, self.platform))
             for spec in self.specs
@@ -109,9 +109,9 @@ class Machine:
                 yield path
 
     def check(self, path: AttentionPath) -> PathResults:
-        """The self-check of each kind of layer, of which a result's `layer` is the first one's index."""
+        """Run the self-check for each kind of layer; a result's `layer` is the first layer of that kind."""
         checks: list[CheckResult] = []
-        feared: list[CheckResult] = []
+        asm_lengths: list[bool] = []
         specs = self.with_kv(path.kv_cache_dtype)
         choice = self.choose(path)
         for spec, route in dict(zip(specs, choice.routes, strict=True)).items():
@@ -123,18 +123,19 @@ class Machine:
                 max_rows=self.max_num_seqs,
                 max_seq_len=_MAX_SEQ_LEN,
             )
-            found = self._self_check(path, choice, options)
-            checks += [dataclasses.replace(result, layer=specs.index(spec)) for result in found]
-            if asm_is_reached(options):
-                feared += self._self_check(path, choice, dataclasses.replace(options, trust_asm_lengths=True))
-        return PathResults(checks, all(result.ok for result in feared) if feared else None)
+            found = self._check(choice, options)
+            checks += [dataclasses.replace(result, layer=specs.index(spec)) for result in found.results]
+            asm_lengths += [] if found.asm_lengths is None else [found.asm_lengths]
+        return PathResults(checks, all(asm_lengths) if asm_lengths else None)
 
-    def _self_check(self, path: AttentionPath, choice: Choice, options: BackendOptions) -> list[CheckResult]:
-        layout, spec = LAYOUTS[path.layout](self.block_size), options.specs[0]
-        caches = [layout.allocate(spec, _num_blocks(layout.block_bytes(spec), self.device), self.device)]
-        backend = build_backend(choice, self.block_size, options)
-        found = self_check(path.backend, backend, options, [made_up_layer(spec, self.device)], caches)
-        del backend, caches
+    def _check(self, choice: Choice, options: BackendOptions) -> Checked:
+        layout, spec = LAYOUTS[choice.layout](self.block_size), options.specs[0]
+        limit = pool_limit(layout, options.specs, options.routes, self.platform, self.max_num_seqs)
+        num_blocks = _num_blocks(layout.block_bytes(spec), self.device)
+        num_blocks = num_blocks if limit is None else min(num_blocks, limit.num_blocks)
+        caches = [layout.allocate(spec, num_blocks, self.device)]
+        found = check_backend(choice, self.block_size, options, [made_up_layer(spec, self.device)], caches)
+        del caches
         gc.collect()  # the next pool is as large
         return found
 

@@ -1,8 +1,9 @@
-"""What `miniserve check` found: for people, and as a file that can be sent to others."""
+"""The findings of `miniserve check`: as text, and as a file to send to others."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from miniserve.runner.self_check import CheckResult
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckReport:
-    """attention: the self-check's results of each path; tokens: the engine's answers beside transformers, None where
-    these were not compared."""
+    """attention: self-check results by path; tokens: the engine's answers compared with transformers, None if they were
+    not compared."""
 
     model: str
     machine: Machine
@@ -36,18 +37,18 @@ class CheckReport:
         lines = []
         for path, results in self.attention.items():
             worst = max((result.error for result in results.checks), default=0.0)
-            lines.append(f"{_mark(results.ok)} {path}: {len(results.checks)} checks, at most {worst:.2%} off")
+            lines.append(f"{_mark(results.ok)} {path}: {len(results.checks)} checks, largest error {worst:.2%}")
             lines += [f"     {result.sentence()}" for result in results.checks if not result.ok]
             if results.asm_lengths is not None:
                 low, high = ASM_WRONG_LENGTHS
-                found = "right, and is trusted with them" if results.asm_lengths else "wrong, and is kept from them"
+                found = "correct, and is used for them" if results.asm_lengths else "wrong, and is not used for them"
                 lines.append(f"     for lengths {low}…{high} the ASM kernel is {found}")
         for each in self.tokens or ():
             lines.append(f"{_mark(each.ok)} {each.sentence()}")
         return lines
 
     def write(self, path: Path) -> None:
-        """JSON, or Markdown where the name ends in .md. Raises `UserError` where it cannot be written."""
+        """Write Markdown if the name ends in .md, else JSON. Raises `UserError` if the file cannot be written."""
         if path.suffix != ".md":
             write_json(path, self.to_json())
             return
@@ -98,6 +99,6 @@ def _mark(ok: bool) -> str:
 
 
 def _plain(result: CheckResult) -> dict[str, Any]:
-    """Infinity is no JSON."""
+    """JSON has no infinity and no NaN."""
     found = asdict(result) | {"ok": result.ok}
-    return found | {"error": None if result.error == float("inf") else result.error}
+    return found | {"error": result.error if math.isfinite(result.error) else None}

@@ -1,7 +1,7 @@
-"""`miniserve check`: the engine's tokens beside those of transformers, whose models are the definition of each.
+"""`miniserve check`: compare the engine's tokens with those of transformers, whose models are the reference.
 
-Greedy tokens of two right implementations may part where the two best logits are nearly equal. What tells a fault from
-rounding is how much less the other implementation thinks of the token taken, and how far apart its two best are.
+Greedy tokens of two correct implementations may differ where the two best logits are nearly equal. To tell a fault from
+rounding, look at how far the chosen token's logit is below transformers' best one, and how far that leads its second.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ FP8_TOLERANCE = 0.15
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """diverges_at: of the first generated token that transformers would not have chosen after the same tokens, None
-    where there is none; gap: transformers' best logit there less that of the token taken; margin: its best less its
+    """diverges_at: index of the first generated token that transformers would not choose after the same tokens, None if
+    there is none. At that token, gap: transformers' best logit minus the chosen token's; margin: its best minus its
     second best. worst: the largest gap of any token, as a share of the logits' spread there."""
 
     diverges_at: int | None
@@ -46,7 +46,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One prompt's answer on one path. allowed: bounds the verdict's worst gap."""
+    """One prompt's answer on one path. allowed: limit of the verdict's worst gap."""
 
     path: str
     prompt_tokens: int
@@ -62,11 +62,11 @@ class Comparison:
         """For people."""
         what, verdict = f"{self.path}: prompt of {self.prompt_tokens} tokens", self.verdict
         if verdict.diverges_at is None:
-            return f"{what}: all {self.tokens} tokens are those of transformers"
+            return f"{what}: all {self.tokens} tokens match transformers"
         return (
-            f"{what}: token {verdict.diverges_at} of {self.tokens} is the first that differs, {verdict.gap:.3g} below "
-            f"the best logit, whose lead over the second is {verdict.margin:.3g}; the worst of all is "
-            f"{verdict.worst:.2%} of the logits' spread below ({self.allowed:.2%} allowed)"
+            f"{what}: token {verdict.diverges_at} of {self.tokens} is the first that differs: its logit is "
+            f"{verdict.gap:.3g} below transformers' best, which leads the second best by {verdict.margin:.3g}; the "
+            f"largest gap of any token is {verdict.worst:.2%} of the logits' spread ({self.allowed:.2%} allowed)"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Answers:
 def compare_paths(
     config: EngineConfig, paths: Sequence[AttentionPath], device: torch.device, max_tokens: int
 ) -> list[Comparison]:
-    """The engine's greedy answers to `PROMPTS` over each path, `max_tokens` each, beside transformers."""
+    """Compare the engine's greedy answers to `PROMPTS` over each path, of `max_tokens` each, with transformers."""
     answers = []
     for path in paths:
         print(f"generating over {path}", file=sys.stderr)
@@ -98,7 +98,7 @@ def compare_paths(
 
 
 def _generate(config: EngineConfig, path: AttentionPath, max_tokens: int) -> tuple[Answers, str, Path]:
-    """The answers, the engine's dtype, and where the model's files are. The engine is gone then, with its memory."""
+    """The answers, the engine's dtype, and the model's directory. The engine and its memory are freed by then."""
     engine = LLM(progress=False, **asdict(config))
     longest = engine.info.max_model_len - max_tokens
     prompts = [engine.tokenizer.encode(prompt)[:longest] for prompt in PROMPTS]
@@ -114,8 +114,7 @@ def _generate(config: EngineConfig, path: AttentionPath, max_tokens: int) -> tup
 
 
 def compare(answers: Sequence[Answers], place: Path, dtype: str, device: torch.device) -> list[Comparison]:
-    """Each answer beside what transformers' model at `place` says of it, token by token. Equal answers are looked at
-    once."""
+    """Compare each answer, token by token, with transformers' model at `place`. Equal answers are compared once."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -135,7 +134,7 @@ def compare(answers: Sequence[Answers], place: Path, dtype: str, device: torch.d
 
 
 def judge(model: Any, prompt: Sequence[int], answer: Sequence[int], device: torch.device) -> Verdict:
-    """What transformers' `model` says of an answer's tokens, each after those before it."""
+    """Compare an answer with what transformers' `model` predicts at each of its tokens."""
     ids = torch.tensor([[*prompt, *answer]], device=device)
     logits = model(ids).logits[0, len(prompt) - 1 : -1].float()
     taken = logits.gather(1, ids[0, len(prompt) :, None])[:, 0]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from miniserve.attention.backends.build import block_bytes, scratch_bytes
+from miniserve.attention.backends.build import block_bytes, pool_limit, scratch_bytes
 from miniserve.attention.contracts import CONTRACTS
 from miniserve.attention.layouts import LAYOUTS
 from miniserve.attention.platform import NAMED_PLATFORMS, Platform, detect_platform
@@ -61,7 +61,8 @@ class Path:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
     """Of each GPU, in bytes; None where it is not known. tokens: that the KV cache has room for, all sequences
-    together, beside weights and scratch in `usable`. least_tp: where there is none, how many GPUs would have some."""
+    together, beside weights and scratch in `usable`. least_tp: where there is none, how many GPUs would have some.
+    bounded: why it has no more tokens though there is memory, a sentence."""
 
     total: int | None
     usable: int | None
@@ -70,6 +71,7 @@ class Memory:
     kv_bytes_per_token: int
     tokens: int | None
     least_tp: int | None
+    bounded: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,9 +176,13 @@ def _memory(
     weights = weight_bytes(model.shard(tp), dtype, place) if known else None
     scratch = scratch_bytes(choice, specs, platform, config.max_num_seqs, longest)
     usable = None if total is None else int(total * config.gpu_memory_utilization)
-    tokens = None
+    limit = pool_limit(layout, specs, choice.routes, platform, config.max_num_seqs)
+    tokens = bounded = None
     if usable is not None and weights is not None:
-        tokens = max(0, usable - weights - scratch) // block * config.block_size
+        blocks = max(0, usable - weights - scratch) // block
+        if limit is not None and limit.num_blocks < blocks:
+            blocks, bounded = limit.num_blocks, limit.sentence(config.block_size)
+        tokens = blocks * config.block_size
     return Memory(
         total=total,
         usable=usable,
@@ -185,6 +191,7 @@ def _memory(
         kv_bytes_per_token=block // config.block_size,
         tokens=tokens,
         least_tp=_least_tp(model, dtype, usable) if tokens == 0 and usable is not None else None,
+        bounded=bounded,
     )
 
 

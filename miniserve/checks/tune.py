@@ -1,4 +1,4 @@
-"""`miniserve tune`: which attention path decodes a model's layers fastest here, measured, for `select` to go by."""
+"""`miniserve tune`: measure which attention path decodes a model's layers fastest here, for `select` to prefer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from miniserve.attention.terms import LayerRoute
 from miniserve.checks.check_paths import AttentionPath, Machine, made_up_layer
 
 _MEASURE = 0.2  # seconds for each figure
-_CACHED = 512 << 20  # bytes that a run must read beyond, or a GPU's own cache would have them
+_CACHED = 512 << 20  # bytes; a run that reads fewer would find them in the GPU's cache
 _MOST_LAYERS = 16
 
 
@@ -39,10 +39,10 @@ class Timing:
 
 
 def fault(machine: Machine, path: AttentionPath) -> str | None:
-    """Why a path is not to be preferred however fast it is: its answers are wrong here, or it has none."""
+    """Why a path must not be preferred, however fast: its results are wrong here, or it fails."""
     try:
         wrong = [result for result in machine.check(path).checks if not result.ok]
-    except Exception as error:  # whatever a library raises while the backend is made
+    except Exception as error:  # a library may raise anything while the backend is made
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return wrong[0].sentence() if wrong else None
 
@@ -72,7 +72,7 @@ def rank(timings: Sequence[Timing]) -> list[Timing]:
 def _time_kind(
     machine: Machine, choice: Choice, spec: AttentionSpec, route: LayerRoute, batch: int, context: int
 ) -> float:
-    """Seconds of one layer, over as many layers' caches in turn as it takes to find none of them cached."""
+    """Seconds of one layer, measured over the KV caches of so many layers that the GPU's cache holds none of them."""
     device, block_size = machine.device, machine.block_size
     layout, width = LAYOUTS[choice.layout](block_size), -(-context // block_size)
     needed = batch * width * layout.block_bytes(spec)
@@ -103,7 +103,7 @@ def _captures(backend: Backend[Any]) -> bool:
 
 
 def _batch(rows: int, context: int, block_size: int, device: torch.device, *, captured: bool) -> StepBatch:
-    """Rows of `context` tokens each, in blocks strewn over the pool."""
+    """Rows of `context` tokens each, in blocks scattered over the pool."""
     width = -(-context // block_size)
     tables = torch.randperm(rows * width, generator=torch.Generator().manual_seed(0)).view(rows, width)
     slots = tables[:, -1] * block_size + (context - 1) % block_size

@@ -1,1 +1,1 @@
-EXIT_FAILURE, EXIT_USAGE = 1, 2  # what failed here; what the user can mend
+EXIT_FAILURE, EXIT_USAGE = 1, 2  # a failure; an error that the user can correct

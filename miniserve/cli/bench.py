@@ -39,26 +39,26 @@ PlotPath = Annotated[Path | None, typer.Option("--plot", help="Write a PNG of th
 @with_settings()
 def serve(
     shape: Shape,
-    url: Annotated[str, typer.Option(help="Root of an OpenAI-compatible server.")] = "http://127.0.0.1:8000",
-    model: Annotated[str | None, typer.Option(help="Model name; default: the first the server lists.")] = None,
+    url: Annotated[str, typer.Option(help="Root URL of an OpenAI-compatible server.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="Model name; default: the first that the server lists.")] = None,
     endpoint: Annotated[Endpoint, typer.Option(help="Which API to use.")] = "completions",
-    api_key: Annotated[str | None, typer.Option(help="Sent as a bearer token.", callback=check_api_key)] = None,
+    api_key: Annotated[str | None, typer.Option(help="API key of the server.", callback=check_api_key)] = None,
     num_prompts: Annotated[int, typer.Option(help="Requests to measure.")] = 100,
     concurrency: Annotated[int | None, typer.Option(help="Requests kept in flight; default 16.")] = None,
-    request_rate: Annotated[float | None, typer.Option(help="Poisson arrivals a second instead.")] = None,
+    request_rate: Annotated[float | None, typer.Option(help="Requests per second (Poisson) instead.")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Generate exactly --output-len tokens.")] = False,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    warmup: Annotated[int, typer.Option(help="Requests sent first, together, and not measured.")] = 1,
-    prompt_type: Annotated[PromptType, typer.Option(help="auto: ids for completions, text for chat.")] = "auto",
-    vocab_size: Annotated[int | None, typer.Option(help="Draw ids below this; default: ask /tokenize.")] = None,
-    timeout: Annotated[float, typer.Option(help="Longest silence of the server, in seconds.")] = 600.0,
+    warmup: Annotated[int, typer.Option(help="Unmeasured requests sent at once before the others.")] = 1,
+    prompt_type: Annotated[PromptType, typer.Option(help="auto: token ids for completions, text for chat.")] = "auto",
+    vocab_size: Annotated[int | None, typer.Option(help="Draw token ids below this; default: ask /tokenize.")] = None,
+    timeout: Annotated[float, typer.Option(help="Fail a request after so many seconds without a byte.")] = 600.0,
     seed: Annotated[int, typer.Option(help="Seed of prompts, lengths and arrival times.")] = 0,
     json: JsonPath = None,
     plot: PlotPath = None,
 ) -> None:
-    """Load any OpenAI-compatible server with random prompts; measure TTFT, TPOT, ITL and throughput as clients see it.
+    """Send random prompts to any OpenAI-compatible server; measure TTFT, TPOT, ITL and throughput as its clients do.
 
-    Exits 1 when a request failed.
+    Exits 1 if a request fails.
     """
     from miniserve.bench import display
     from miniserve.bench import plot as plotting
@@ -97,23 +97,21 @@ def serve(
 @with_settings(without=("log_level",))
 def sweep(
     engine: EngineConfig,
-    url: Annotated[str | None, typer.Option(help="A server that runs already, instead of one of ours.")] = None,
-    served_model: Annotated[str | None, typer.Option(help="What that server calls its model.")] = None,
-    api_key: Annotated[
-        str | None, typer.Option(help="Sent to that server as a bearer token.", callback=check_api_key)
-    ] = None,
+    url: Annotated[str | None, typer.Option(help="Measure this running server instead of starting one.")] = None,
+    served_model: Annotated[str | None, typer.Option(help="Model name on that server.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="API key of that server.", callback=check_api_key)] = None,
     lengths: Annotated[
-        str, typer.Option(help="Pairs of prompt and output length; 1k is 1000, 1K 1024.")
+        str, typer.Option(help="Pairs of prompt and output length in tokens; 1k is 1000, 1K is 1024.")
     ] = "1K/1K,1K/8K,8K/1K",
-    concurrency: Annotated[str, typer.Option(help="How many requests are kept in flight.")] = "8,16,32,64,128",
-    rounds: Annotated[int, typer.Option(help="Requests that each of the concurrent clients sends in turn.")] = 2,
-    timeout: Annotated[float, typer.Option(help="Longest silence of the server, in seconds.")] = 600.0,
+    concurrency: Annotated[str, typer.Option(help="Requests kept in flight; one measurement each.")] = "8,16,32,64,128",
+    rounds: Annotated[int, typer.Option(help="Requests that each concurrent client sends, one after another.")] = 2,
+    timeout: Annotated[float, typer.Option(help="Fail a request after so many seconds without a byte.")] = 600.0,
     json: JsonPath = None,
     plot: PlotPath = None,
 ) -> None:
-    """Throughput and TPOT over lengths × concurrency × KV layout; with --kv-layout auto each that the model can have.
+    """Measure throughput and TPOT over lengths × concurrency × KV layout; --kv-layout auto measures each layout.
 
-    Starts a server for each layout, unless --url names one. Exits 1 when a request failed.
+    Starts a server for each layout, unless --url names a running one. Exits 1 if a request fails.
     """
     from miniserve.bench import display
     from miniserve.bench import plot as plotting
@@ -164,11 +162,11 @@ def latency(
     engine: EngineConfig,
     shape: Shape,
     batch_size: Annotated[int, typer.Option(help="Prompts in a batch.")] = 1,
-    warmup: Annotated[int, typer.Option(help="Batches run first and not measured.")] = 1,
+    warmup: Annotated[int, typer.Option(help="Unmeasured batches to run first.")] = 1,
     repeats: Annotated[int, typer.Option(help="Batches to measure.")] = 5,
     json: JsonPath = None,
 ) -> None:
-    """Time one batch in this process, without HTTP: the whole of it, and its decode step (TPOT)."""
+    """Time one batch in this process, without HTTP: the whole batch, and one decode step (TPOT)."""
     from miniserve.bench import display, offline
     from miniserve.bench.report import write_json
 
@@ -186,10 +184,10 @@ def latency(
 def throughput(
     engine: EngineConfig,
     shape: Shape,
-    num_prompts: Annotated[int, typer.Option(help="Prompts, all handed over at once.")] = 200,
+    num_prompts: Annotated[int, typer.Option(help="Prompts, all submitted at once.")] = 200,
     json: JsonPath = None,
 ) -> None:
-    """Tokens a second over many prompts in this process, without HTTP."""
+    """Measure tokens per second over many prompts in this process, without HTTP."""
     from miniserve.bench import display, offline
     from miniserve.bench.report import write_json
 

@@ -12,7 +12,7 @@ import httpx
 
 from miniserve.core import UserError
 
-# A model without a chat template continues a text; the endpoint's own default of 16 tokens would end it too soon.
+# Limit for a model without a chat template, which continues the text: the endpoint's default of 16 tokens is too few.
 _COMPLETION_TOKENS = 256
 
 
@@ -22,7 +22,7 @@ class ChatError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ChatSettings:
-    """What goes with each question; None leaves it to the server."""
+    """What is sent with each question; None means the server's default."""
 
     system: str | None = None
     temperature: float | None = None
@@ -38,15 +38,15 @@ class Message:
 class ChatClient:
     """Talks to an OpenAI-compatible server at `url` (with or without `/v1`).
 
-    `finish_reason` is that of the last answer. `has_chat_template` turns False when the server says that its model has
-    none: from then on each question is a text to continue, by itself.
+    `finish_reason` is that of the last answer. `has_chat_template` turns False when the server reports that its model
+    has none: from then on each question is sent alone, as text to continue.
     """
 
     def __init__(self, url: str, *, model: str | None = None, api_key: str | None = None) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        # No limit on the time between two pieces (a long prompt on a CPU takes minutes), and no proxy from the
-        # environment, which has nothing to do between two processes of one machine.
+        # No limit on the time between two pieces: a long prompt on a CPU takes minutes. No proxy from the environment:
+        # it has no place between two processes of one machine.
         with self._reach_server():
             self._http = httpx.Client(
                 base_url=self.url, headers=headers, timeout=httpx.Timeout(None, connect=10), trust_env=False
@@ -112,11 +112,11 @@ class ChatClient:
             response = self._http.get("/v1/models")
         if response.status_code != 200:
             why = _error_message(response)
-            raise UserError(f"{self.url} does not name its models ({why}): check --url and --api-key.")
+            raise UserError(f"{self.url} does not list its models ({why}): check --url and --api-key.")
         try:
             return str(response.json()["data"][0]["id"])
         except (ValueError, LookupError, TypeError):
-            raise UserError(f"{self.url} does not name its models: is --url an OpenAI-compatible server?") from None
+            raise UserError(f"{self.url} does not list its models: is --url an OpenAI-compatible server?") from None
 
     @contextmanager
     def _reach_server(self) -> Iterator[None]:
@@ -124,11 +124,11 @@ class ChatClient:
             yield
         except (httpx.ConnectError, httpx.ConnectTimeout):
             raise UserError(
-                f"No server answers at {self.url}: start one with `miniserve run`, or give --url."
+                f"No server answers at {self.url}: start one with `miniserve run`, or pass --url."
             ) from None
         except (httpx.UnsupportedProtocol, httpx.InvalidURL):
-            raise UserError(f"{self.url!r} is not a URL: give one such as http://127.0.0.1:8000.") from None
-        except UnicodeEncodeError:  # bytes of a terminal, a pipe or the command line, kept as they were
+            raise UserError(f"{self.url!r} is not a URL: pass one such as http://127.0.0.1:8000.") from None
+        except UnicodeEncodeError:  # undecodable bytes from a terminal, a pipe or the command line
             raise ChatError("the text is not valid UTF-8") from None
         except httpx.HTTPError as error:
             raise ChatError(f"the connection to {self.url} broke ({type(error).__name__})") from error

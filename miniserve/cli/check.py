@@ -1,4 +1,4 @@
-"""`miniserve check`: try the attention paths of this machine, and the engine beside transformers."""
+"""`miniserve check`: test this machine's attention paths, and compare the engine's tokens with transformers."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _MAX_NUM_SEQS = 8
 def check(
     engine: EngineConfig,
     every: Annotated[
-        bool, typer.Option("--all", help="Every backend, KV layout and KV dtype that there can be here.")
+        bool, typer.Option("--all", help="Check every backend, KV layout and KV dtype that works here.")
     ] = False,
     report: Annotated[
-        Path | None, typer.Option(help="Write all results here: JSON, or Markdown where it ends in .md.")
+        Path | None, typer.Option(help="Write all results here: Markdown if the name ends in .md, else JSON.")
     ] = None,
     tokens: Annotated[bool, typer.Option(help="Compare the engine's tokens with those of transformers.")] = True,
 ) -> None:
-    """Try attention on problems with known answers, at the model's shapes, and the engine's tokens beside transformers.
+    """Check attention at the model's shapes against known answers, and the engine's tokens against transformers.
 
-    Exits 1 where something is wrong.
+    Exits 1 if anything is wrong.
     """
     # Here and not above: torch would slow down `miniserve --help`.
     from miniserve.checks.check_paths import AttentionPath, find_machine

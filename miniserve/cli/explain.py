@@ -1,4 +1,4 @@
-"""`miniserve explain`: which attention a model would get on some hardware, and why."""
+"""`miniserve explain`: which attention a model would use on some hardware, and why."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 )  # fmt: skip
 def explain(
     engine: EngineConfig,
-    device: Annotated[str, typer.Option(help="mi300x, mi355x, h100, cpu, …; auto is this machine.")] = "auto",
-    tp: Annotated[int, typer.Option(help="GPUs that share the model.", min=1)] = 1,
+    device: Annotated[str, typer.Option(help="mi300x, mi355x, h100, cpu, …; auto: this machine.")] = "auto",
+    tp: Annotated[int, typer.Option(help="Number of GPUs that share the model.", min=1)] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say which attention backend, KV layout and kernels a model would get, why not the others, and what fits.
+    """Show which attention backend, KV layout and kernels a model would use, why not others, and what fits in memory.
 
     Only the model's config.json is needed.
     """
@@ -52,7 +52,7 @@ def to_text(found: Explanation) -> str:
         f"on {found.device}: {platform.arch}{units}{memory}",
         *(f"note: {note}" for note in found.notes),
         "",
-        f"attention layers{f', the part of each of {found.tp} GPUs' if found.tp > 1 else ''}",
+        f"attention layers{f', on each of {found.tp} GPUs' if found.tp > 1 else ''}",
         *(f"  {ranges(kind.layers)}: {kind_text(kind.spec)}" for kind in found.kinds),
         "",
         f"chosen: {choice.backend} over the {choice.layout} KV layout: {choice.reason}",
@@ -101,6 +101,7 @@ def to_json(found: Explanation) -> dict[str, Any]:
             "kv_per_token": found.memory.kv_bytes_per_token,
         },
         "kv_tokens": found.memory.tokens,
+        "kv_tokens_bounded": found.memory.bounded,
         "block_size": found.block_size,
         "max_model_len": found.max_model_len,
     }
@@ -179,7 +180,7 @@ def _memory(found: Explanation) -> list[str]:
             planes = f"one plane of [{key}]" if kind.spec.latent else f"keys [{key}], values [{value}]"
             lines.append(f"  {ranges(kind.layers)}: a block is {layout.block_bytes(kind.spec):,} bytes: {planes}")
     lines.append(f"memory{' of each GPU' if found.tp > 1 else ''}")
-    weights = "not known for weights quantised like this" if memory.weights is None else _gib(memory.weights)
+    weights = "unknown for this quantisation" if memory.weights is None else _gib(memory.weights)
     lines.append(f"  weights: {weights}")
     lines += [f"  scratch of the backend: {_gib(memory.scratch)}"] if memory.scratch else []
     lines.append(f"  KV cache: {memory.kv_bytes_per_token:,} bytes a token")
@@ -192,9 +193,10 @@ def _capacity(memory: Memory, longest: int) -> list[str]:
     share = f"{memory.usable / memory.total:.0%} of {_gib(memory.total)}"
     if memory.tokens == 0:
         remedy = f"the weights need --tp {memory.least_tp}" if memory.least_tp else "the weights are too large"
-        return [f"  room for no token in {share}: {remedy}"]
+        return [f"  no room for tokens in {share}: {remedy}"]
     sequences = memory.tokens / longest
-    return [f"  room for {memory.tokens:,} tokens in {share}: {sequences:.1f} sequences of {longest:,}"]
+    lines = [f"  room for {memory.tokens:,} tokens in {share}: {sequences:.1f} sequences of {longest:,}"]
+    return lines + ([f"  {memory.bounded}"] if memory.bounded else [])
 
 
 def _gib(num_bytes: int) -> str:

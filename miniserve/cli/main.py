@@ -1,4 +1,4 @@
-"""The command `miniserve`: what there is, and how errors are told."""
+"""The `miniserve` command: its subcommands, and how errors are reported."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from miniserve.core import InvalidRequest, UserError
 
 @dataclass(slots=True)
 class State:
-    """`debug`: errors come with their traceback."""
+    """`debug`: show tracebacks of errors."""
 
     debug: bool = False
 
 
 class _Commands(TyperGroup):
-    """The commands, of which `bench` is imported only when it is looked at: it brings a part of the program along."""
+    """The subcommands. `bench` is imported only when it is used, because it imports much of the program."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return ["run", "serve", "chat", "bench", "explain", "check", "tune", "version"]
@@ -88,7 +88,7 @@ def options(
 
 
 def main() -> None:
-    """Run the command line. What the user can mend is one sentence and exit code 2; a failure is 1."""
+    """Run the command line. An error that the user can correct is one sentence and exit code 2; a failure is 1."""
     state = State()
     try:
         if any("\udc80" <= character <= "\udcff" for character in "".join(sys.argv)):  # how Python marks such bytes
@@ -115,12 +115,12 @@ def _run(state: State) -> None:
 
 
 def _flush_output() -> None:
-    """So that what cannot be written is an error here. Left to the interpreter, it would be noise after the end."""
+    """Flush here, so that a failed write is a proper error. The interpreter would print a traceback at its exit."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if error.errno == errno.EPIPE:  # a reader that has had enough, which typer, too, takes without a word
+        if error.errno == errno.EPIPE:  # the reader has closed the pipe: no error, as in typer
             sys.exit(EXIT_FAILURE)
         raise

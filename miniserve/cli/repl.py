@@ -17,22 +17,22 @@ CONTINUATION = "... "
 QUOTES = '"""'
 HELP = """\
 /help                     this list
-/clear                    forget the conversation
+/clear                    clear the conversation
 /system [TEXT]            set the system prompt; without TEXT, remove it
-/set temperature NUMBER   0 is greedy; `default` leaves it to the server
-/set max_tokens NUMBER    longest answer; `default` leaves it to the server
+/set temperature NUMBER   0 is greedy; `default` is the server's
+/set max_tokens NUMBER    longest answer in tokens; `default` is the server's
 /bye, /exit, Ctrl-D       leave
-\"\"\"                       begins and ends a message of several lines
+\"\"\"                       starts and ends a message of several lines
 Ctrl-C                    stops an answer"""
 
-# A model's text must not move the cursor or recolour the terminal: control characters but for tab and newline go.
+# A model's text must not move the cursor or recolour the terminal: drop control characters except tab and newline.
 _CONTROL = dict.fromkeys((*range(9), *range(11, 32), 127, *range(128, 160)))
 
 
 class Repl:
     """A conversation at a terminal. Prompts and answers go to stdout, everything else to stderr.
 
-    `leave_on_interrupt`: Ctrl-C at the prompt leaves, instead of clearing the line.
+    `leave_on_interrupt`: Ctrl-C at the prompt ends the chat instead of clearing the line.
     """
 
     def __init__(self, client: ChatClient, settings: ChatSettings, *, leave_on_interrupt: bool = False) -> None:
@@ -102,23 +102,23 @@ class Repl:
 
     def _clear(self, argument: str) -> None:
         if argument:
-            _notice("/clear takes nothing after it.")
+            _notice("/clear takes no argument.")
             return
         self._history.clear()
-        _notice("The conversation is forgotten.")
+        _notice("The conversation is cleared.")
 
     def _system(self, argument: str) -> None:
         if not self._client.has_chat_template:
             _notice("The model has no chat template, so it takes no system prompt.")
             return
         self._settings = replace(self._settings, system=argument or None)
-        _notice("The system prompt is set." if argument else "There is no system prompt.")
+        _notice("The system prompt is set." if argument else "The system prompt is removed.")
 
     def _set(self, argument: str) -> None:
         name, _, value = argument.partition(" ")
         kinds: dict[str, Callable[[str], float]] = {"temperature": float, "max_tokens": int}
         if name not in kinds:
-            _notice("/set knows temperature and max_tokens.")
+            _notice("/set takes temperature or max_tokens.")
             return
         try:
             setting: dict[str, Any] = {name: None if value == "default" else kinds[name](value)}
@@ -132,16 +132,16 @@ class Repl:
 def print_answer(
     client: ChatClient, messages: list[Message], settings: ChatSettings, pieces: list[str] | None = None
 ) -> None:
-    """Stream one answer to stdout, ending it with a newline; `pieces` collects what came, even where it breaks off.
+    """Stream one answer to stdout, ending it with a newline; `pieces` collects its text, even if it breaks off.
 
-    Raises `ChatError`, `UserError` (see `ChatClient.answer`) and KeyboardInterrupt, the request being aborted then.
+    Raises `ChatError`, `UserError` (see `ChatClient.answer`) and KeyboardInterrupt, which aborts the request.
     """
     if not sys.stdout:
-        raise UserError("Standard output is closed, which leaves nowhere to answer: connect it to something.")
+        raise UserError("Standard output is closed, so there is nowhere to answer: connect it to a terminal or a file.")
     table = _CONTROL if sys.stdout.isatty() else {}
     had_template = client.has_chat_template
     last = ""
-    # closing(): at a Ctrl-C the connection must close now, which frees the request's blocks, not when it is collected.
+    # closing(): Ctrl-C must close the connection now, not at the next garbage collection, to free the request's blocks.
     with closing(client.answer(messages, settings)) as answer:
         for piece in answer:
             if pieces is not None:
@@ -152,9 +152,9 @@ def print_answer(
     if not last.endswith("\n"):
         print(flush=True)
     if had_template and not client.has_chat_template:
-        _notice("(the model has no chat template: each message is a text to continue, by itself)")
+        _notice("(the model has no chat template: it continues each message alone, as plain text)")
     if client.finish_reason == "length":
-        _notice("(cut at the limit of tokens)")
+        _notice("(the answer was cut off at the token limit)")
 
 
 def _notice(text: str) -> None:

@@ -1,4 +1,4 @@
-"""What `miniserve run` tells on stderr while a model starts."""
+"""What `miniserve run` reports on stderr while a model starts."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ class Report:
         self._quiet = quiet
 
     def line(self, text: str) -> None:
-        """One line, however long: it may hold something to copy."""
+        """Print one line without wrapping: it may hold something to copy."""
         if not self._quiet:
             self._console.print(text, markup=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
-        """A line that is told also when quiet."""
+        """Print a line even when quiet."""
         self._console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
     def loading(self) -> Iterator[ProgressCallback]:
-        """Weights that load, in bytes, and graphs that are captured: bars where stderr is a terminal, else lines."""
+        """Progress of loading weights (in bytes) and capturing graphs: bars if stderr is a terminal, else lines."""
         if not self._console.is_terminal:
-            yield self._tell_tenths()
+            yield self._report_tenths()
             return
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[of]}"), TimeElapsedColumn())
         tasks: dict[str, TaskID] = {}
@@ -54,16 +54,16 @@ class Report:
 
             yield update
 
-    def _tell_tenths(self) -> ProgressCallback:
-        told: dict[str, int] = {}
+    def _report_tenths(self) -> ProgressCallback:
+        shown: dict[str, int] = {}
         last: dict[str, float] = {}
 
         def update(stage: str, done: int, total: int) -> None:
             tenths = 10 * done // total if total else 10
             now = time.monotonic()
             # A load of a few seconds is one line.
-            if tenths > told.get(stage, 0) and (tenths == 10 or now - last.setdefault(stage, now) > _LINE_INTERVAL):
-                told[stage], last[stage] = tenths, now
+            if tenths > shown.get(stage, 0) and (tenths == 10 or now - last.setdefault(stage, now) > _LINE_INTERVAL):
+                shown[stage], last[stage] = tenths, now
                 self.line(f"loading {stage}: {10 * tenths}% of {_amount(stage, total)}")
 
         return update
@@ -79,14 +79,14 @@ class Report:
             table.add_row(what, human_bytes(size))
         table.add_section()
         tokens = info.num_blocks * info.block_size
-        table.add_row("tokens that the KV cache holds", f"{tokens:,}")
+        table.add_row("tokens in the KV cache", f"{tokens:,}")
         table.add_row(f"max concurrency at {info.max_model_len:,} tokens", f"{tokens / info.max_model_len:,.1f}x")
         self._console.print(table)
         self.line(f"{info.architecture} in {info.dtype} on {info.device}, KV layout {info.kv_layout}")
         for sentence in info.attention:
             self.line(sentence)
         if info.speculative is not None:
-            self.line(f"speculation {info.speculative}, verified in the rows that running requests leave free")
+            self.line(f"speculation {info.speculative}, in batch rows that no running request needs")
 
     def ready(self, host: str, port: int, model: str, *, with_key: bool) -> None:
         """The URL and a request to copy into a shell."""
@@ -110,7 +110,7 @@ def client_url(host: str, port: int) -> str:
 
 
 def curl_line(url: str, model: str, *, with_key: bool) -> str:
-    """A completion request; the key is left to a shell variable, so that it is in no log."""
+    """A completion request. The key is a shell variable, so that no log contains it."""
     body = json.dumps({"model": model, "prompt": "Once upon a time", "max_tokens": 64})
     key = ' -H "Authorization: Bearer $API_KEY"' if with_key else ""
     return f"curl {url}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"

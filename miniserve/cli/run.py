@@ -2,45 +2,63 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from miniserve.cli.settings import with_settings
-from miniserve.config import EngineConfig
-from miniserve.server.config import ServerConfig
+from miniserve.config import EngineConfig, api_key_from_environment
+from miniserve.server.config import ServerConfig, read_api_keys
+
+ApiKeyFile = Annotated[
+    Path | None, typer.Option(help="File with a key on each line that clients may send.", rich_help_panel="Server")
+]
 
 
 @with_settings()
 def run(
     engine: EngineConfig,
     server: ServerConfig,
+    api_key_file: ApiKeyFile = None,
     no_chat: Annotated[
-        bool, typer.Option("--no-chat", help="Serve only, also at a terminal.", rich_help_panel="Chat")
+        bool, typer.Option("--no-chat", help="Do not chat, even at a terminal.", rich_help_panel="Chat")
     ] = False,
     prompt: Annotated[
         str | None,
         typer.Option(
             "--prompt",
             "-p",
-            help="Answer this on stdout and exit. `-` reads standard input.",
+            help="Answer this on stdout and exit; `-` reads it from stdin.",
             rich_help_panel="Chat",
         ),
     ] = None,
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP API; at a terminal, also chat with it.
 
-    Text that is piped in is answered once, as with -p.
+    Piped text is answered once, as with -p.
     """
-    # Here and not above: what serves would slow down `miniserve --help`.
+    # Here and not above: the server's imports would slow down `miniserve --help`.
     from miniserve.cli.start import start
 
-    raise typer.Exit(start(engine, server, prompt=prompt, chat=not no_chat))
+    raise typer.Exit(start(engine, with_all_keys(server, api_key_file), prompt=prompt, chat=not no_chat))
 
 
 @with_settings()
-def serve(engine: EngineConfig, server: ServerConfig) -> None:
-    """Serve a model over an OpenAI-compatible HTTP API, and nothing else."""
+def serve(engine: EngineConfig, server: ServerConfig, api_key_file: ApiKeyFile = None) -> None:
+    """Serve a model over an OpenAI-compatible HTTP API, without chat."""
     from miniserve.cli.start import start
 
-    raise typer.Exit(start(engine, server, prompt=None, chat=False))
+    raise typer.Exit(start(engine, with_all_keys(server, api_key_file), prompt=None, chat=False))
+
+
+def with_all_keys(server: ServerConfig, file: Path | None) -> ServerConfig:
+    """Keys of the flag, the file and the environment: any of them opens the server."""
+    if server.api_keys:
+        sentence = "Every user of this machine sees --api-key in the process list; --api-key-file keeps it private."
+        print(sentence, file=sys.stderr)
+    keys = server.api_keys if file is None else (*server.api_keys, *read_api_keys(file))
+    key = api_key_from_environment()
+    return replace(server, api_keys=keys if key is None else (*keys, key))

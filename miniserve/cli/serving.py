@@ -6,12 +6,10 @@ import asyncio
 import os
 import signal
 import socket
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import FrameType
 from typing import NoReturn
 
 from miniserve.cli.report import Report
@@ -19,13 +17,15 @@ from miniserve.config import EngineConfig
 from miniserve.engine.client import AsyncEngine
 from miniserve.models.hub import ModelSource
 from miniserve.server.config import ServerConfig
-from miniserve.server.serve import loop_factory, serve
-
-EXIT_TERMINATED = 128 + signal.SIGTERM
+from miniserve.server.serve import exit_at_once, loop_factory, on_signals, serve
 
 
 class Terminated(BaseException):
-    """SIGTERM came, or the server beneath a chat prompt ended: leave, whatever runs in the main thread."""
+    """SIGTERM or SIGHUP came, or the server beneath a chat prompt ended: leave, whatever runs in the main thread."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +40,7 @@ class Launch:
 
     async def run(self, on_ready: Callable[[], None], stop: asyncio.Event | None = None) -> int:
         """Load, report, serve; returns the exit code. Raises `UserError` and `EngineDead` where the start fails."""
-        engine = AsyncEngine(self.engine, self.source.path, self.source.name)
+        engine = AsyncEngine(self.engine, self.source.path, self.source.name, step_timeout=self.server.step_timeout)
         with self.report.loading() as progress:
             await engine.start(progress)
         self.report.engine(engine.info)
@@ -49,19 +49,25 @@ class Launch:
 
 def serve_alone(launch: Launch, on_ready: Callable[[], None]) -> int:
     """Serve until a signal or the engine's death ends it; returns the exit code."""
+    interrupted_by = 0
 
     async def main() -> int:
-        task = asyncio.current_task()
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
-        # While the model loads; the server then sets its own handlers.
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-        return await launch.run(on_ready)
+
+        def give_up(number: int) -> None:
+            nonlocal interrupted_by
+            interrupted_by = number
+            loop.call_soon_threadsafe(task.cancel)
+
+        with on_signals(give_up):  # while the model loads; the server then sets its own handlers
+            return await launch.run(on_ready)
 
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         try:
             return runner.run(main())
         except asyncio.CancelledError:
-            return EXIT_TERMINATED
+            return 128 + interrupted_by
 
 
 class BackgroundServer:
@@ -120,27 +126,16 @@ class BackgroundServer:
 
     def _end(self) -> None:
         self._leaving = True
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _exit_at_once)
-        if self._thread.is_alive() and self._loop is not None and self._stop is not None and self._task is not None:
-            self._loop.call_soon_threadsafe(self._stop.set if self.answers else self._task.cancel)
-        self._thread.join()
+        with on_signals(exit_at_once):
+            if self._thread.is_alive() and self._loop is not None and self._stop is not None and self._task is not None:
+                self._loop.call_soon_threadsafe(self._stop.set if self.answers else self._task.cancel)
+            self._thread.join()
 
 
-@contextmanager
-def terminated_by_sigterm() -> Iterator[None]:
-    """Raise `Terminated` in the main thread at a SIGTERM."""
-    before = signal.signal(signal.SIGTERM, _raise_terminated)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def terminated_by_signals() -> AbstractContextManager[None]:
+    """Raise `Terminated` in the main thread at a SIGTERM or SIGHUP. Ctrl-C is the prompt's."""
+    return on_signals(_raise_terminated, (signal.SIGTERM, signal.SIGHUP))
 
 
-def _raise_terminated(number: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated
-
-
-def _exit_at_once(number: int, frame: FrameType | None) -> NoReturn:
-    sys.stderr.flush()
-    os._exit(128 + number)
+def _raise_terminated(number: int) -> NoReturn:
+    raise Terminated(number)

@@ -99,16 +99,42 @@ _OPTIONS: dict[type, dict[str, Any]] = {
     ServerConfig: {
         "host": _http(help="Address to listen on; 0.0.0.0 is every network."),
         "port": _http(help="0 takes a free one."),
-        "api_keys": _http("--api-key", help="Key that clients must send; may be given several times."),
+        "api_keys": _http(
+            "--api-key",
+            help="Key that clients must send; may be given several times. The process list shows it: prefer "
+            "--api-key-file or the variable MINISERVE_API_KEY, which add to it.",
+        ),
         "served_model_names": _http(
             "--served-model-name", help="Name clients use; may be given several times.", show_default="MODEL"
         ),
         "allowed_origins": _http(
             "--allowed-origin", help="Origin whose web pages may call the server (CORS); may be given several times."
         ),
-        "drain_timeout": _http(help="How long running requests may go on after the first Ctrl-C.", metavar="SECONDS"),
+        "max_body_bytes": _http(
+            help="Largest request body, such as 4M.",
+            show_default="4M",
+            metavar="BYTES",
+            parser=lambda value: parse_bytes(str(value), "--max-body-bytes"),
+        ),
+        "max_queue": _http(help="Most sequences that run or wait; requests beyond it are answered 429."),
+        "allowed_hosts": _http(
+            "--allowed-host",
+            help="Name that clients may call the server by (Host header), or *; may be given several times.",
+            show_default="localhost without --api-key on this machine's own addresses, else any",
+        ),
+        "step_timeout": _http(
+            help="How long a step may last before the engine counts as dead; the first steps get 600 at least.",
+            show_default="60, on a CPU 600",
+            metavar="SECONDS",
+        ),
+        "drain_timeout": _http(
+            help="How long running requests may go on after the first Ctrl-C, SIGTERM or SIGHUP; a second one ends at "
+            "once. SIGINT and SIGHUP that are ignored at the start (nohup, & in a script) stay ignored.",
+            metavar="SECONDS",
+        ),
         "enable_tokenizer_info": _http(
-            "--enable-tokenizer-info", help="Serve /tokenizer_info, for lm_eval's remote tokenizer."
+            "--enable-tokenizer-info",
+            help="Serve /tokenizer_info, for lm_eval's remote tokenizer (with --api-key: its auth_token=KEY).",
         ),
         "trust_request_chat_template": _http(
             "--trust-request-chat-template", help="Accept chat templates, which are programs, from requests."

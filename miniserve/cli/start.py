@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import secrets
-import socket
 import sys
 from dataclasses import replace
 
@@ -14,21 +12,14 @@ from miniserve.cli import EXIT_FAILURE
 from miniserve.cli.chat_client import ChatClient, ChatError, ChatSettings, Message
 from miniserve.cli.repl import Repl, print_answer
 from miniserve.cli.report import Report, client_url
-from miniserve.cli.serving import (
-    EXIT_TERMINATED,
-    BackgroundServer,
-    Launch,
-    Terminated,
-    serve_alone,
-    terminated_by_sigterm,
-)
+from miniserve.cli.serving import BackgroundServer, Launch, Terminated, serve_alone, terminated_by_signals
 from miniserve.cli.stdin import can_chat, read_piped_text, read_text
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
 from miniserve.engine.client import EngineDead
 from miniserve.models.hub import locate
 from miniserve.server.config import ServerConfig
-from miniserve.server.serve import bind
+from miniserve.server.serve import bind, is_local
 
 
 def start(engine: EngineConfig, server: ServerConfig, *, prompt: str | None, chat: bool) -> int:
@@ -85,12 +76,8 @@ def _prepare(engine: EngineConfig, server: ServerConfig, *, quiet: bool) -> Laun
 def _tell_url(launch: Launch) -> None:
     names = launch.server.served_model_names or (launch.source.name,)
     launch.report.ready(launch.server.host, launch.server.port, names[0], with_key=bool(launch.server.api_keys))
-    if not launch.server.api_keys and not _is_local(launch.socket):
+    if not launch.server.api_keys and not is_local(launch.socket):
         launch.report.note("Whoever can reach this machine can use the server; --api-key makes it ask for a key.")
-
-
-def _is_local(sock: socket.socket) -> bool:
-    return ipaddress.ip_address(sock.getsockname()[0]).is_loopback
 
 
 def _client(launch: Launch) -> ChatClient:
@@ -101,22 +88,22 @@ def _client(launch: Launch) -> ChatClient:
 def _serve_and_chat(launch: Launch) -> int:
     background = BackgroundServer(launch)
     try:
-        with terminated_by_sigterm(), background:
+        with terminated_by_signals(), background:
             _tell_url(launch)
             launch.report.line("Chat here, or use the URL; /help lists the commands, /bye ends the server.")
             Repl(_client(launch), ChatSettings(), leave_on_interrupt=True).run()
-    except Terminated:
-        return background.exit_code if background.answers else EXIT_TERMINATED
+    except Terminated as end:
+        return background.exit_code if background.answers else end.exit_code
     return background.exit_code
 
 
 def _answer_once(launch: Launch, prompt: str) -> int:
     try:
-        with terminated_by_sigterm(), BackgroundServer(launch):
+        with terminated_by_signals(), BackgroundServer(launch):
             print_answer(_client(launch), [Message("user", prompt)], ChatSettings())
     except ChatError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILURE
-    except Terminated:
-        return EXIT_TERMINATED
+    except Terminated as end:
+        return end.exit_code
     return 0

@@ -1,4 +1,4 @@
-"""What standard input and output are connected to, and what that asks of `miniserve run`."""
+"""What standard input and output are connected to, which decides what `miniserve run` does."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import sys
 
 from miniserve.core import UserError
 
-_PATIENCE = 2.0  # seconds that a pipe may stay silent before it counts as one that nobody writes to
+_PATIENCE = 2.0  # seconds without data after which nobody is expected to write to a pipe
 
 
 def can_chat() -> bool:
-    """Whether somebody sits at a terminal: both ends are one, and this process is not in the background (`… &`), where
-    reading from the terminal would stop it."""
+    """Whether a user sits at a terminal: stdin and stdout are one, and this process is not in the background (`… &`),
+    where reading from the terminal would stop it."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return False
     try:
@@ -24,18 +24,18 @@ def can_chat() -> bool:
 
 
 def read_text() -> str:
-    """All of standard input. Raises `UserError` where it is no text."""
+    """All of standard input. Raises `UserError` if it is not UTF-8."""
     try:
         return sys.stdin.read()
     except UnicodeDecodeError:
-        raise UserError("Standard input is not valid UTF-8: give it a text.") from None
+        raise UserError("Standard input is not valid UTF-8: pipe in UTF-8 text.") from None
 
 
 def read_piped_text() -> str | None:
-    """The text that is piped in or redirected from a file; None where there is none.
+    """The text piped in or redirected from a file; None if there is none.
 
     Servers are started with all kinds of standard input: a terminal, /dev/null, nothing at all, an empty pipe, a pipe
-    that is held open and never written to. In each of these this returns None, in the last after some patience.
+    that is held open and never written to. All of these give None, the last one after `_PATIENCE`.
     """
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode

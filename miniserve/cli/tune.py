@@ -1,4 +1,4 @@
-"""`miniserve tune`: measure the attention paths of this machine, and keep which are fastest for a model."""
+"""`miniserve tune`: measure the attention paths of this machine, and save which are fastest for a model."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from miniserve.core import UserError
 def tune(
     engine: EngineConfig,
     batch: Annotated[
-        list[int] | None, typer.Option(help="Rows of a decode step.", show_default="1, 8, 64 and 256")
+        list[int] | None, typer.Option(help="Rows of a decode step; may be repeated.", show_default="1, 8, 64 and 256")
     ] = None,
-    context: Annotated[int, typer.Option(help="Tokens of each row.", parser=count("--context"))] = 1024,
+    context: Annotated[int, typer.Option(help="Cached tokens per row.", parser=count("--context"))] = 1024,
 ) -> None:
-    """Time the decode attention of every backend and KV layout at the model's shapes, and prefer the fastest from then
-    on: `run` and `explain` say where a measurement decided. Only the model's config.json is read."""
+    """Time decode attention for every backend and KV layout at the model's shapes, and prefer the fastest from then on.
+
+    `run` and `explain` say where a measurement decided. Only the model's config.json is read.
+    """
     batches = batch or [1, 8, 64, 256]
     if min(*batches, context, 1) < 1:
         raise UserError("--batch and --context must be 1 or more.")
@@ -33,16 +35,18 @@ def tune(
 
     machine = find_machine(engine)
     if machine.platform.emulated:
-        raise UserError(f"--device {engine.device} is emulated on a CPU: its times would say nothing of a GPU.")
+        raise UserError(
+            f"--device {engine.device} is emulated on a CPU, so its times say nothing about a GPU; run this on the GPU."
+        )
     timings = []
     for path in machine.paths((engine.kv_cache_dtype,)):
         print(f"timing {path}", file=sys.stderr)
         if (reason := fault(machine, path)) is None:
             timings.append(time_path(machine, path, batches, context))
         else:
-            print(f"left out: {reason}", file=sys.stderr)
+            print(f"skipped: {reason}", file=sys.stderr)
     if not timings:
-        raise UserError("No attention path gives right answers here; `miniserve check MODEL --all` says more.")
+        raise UserError("No attention path gives correct results here; `miniserve check MODEL --all` shows why.")
     best = rank(timings)
     for timing in best:
         figures = ", ".join(f"{1e3 * seconds:.3f} ms at batch {size}" for size, seconds in timing.seconds.items())
@@ -53,4 +57,4 @@ def tune(
         [f"{timing.path.backend}:{timing.path.layout}" for timing in best],
         [asdict(timing) for timing in best],
     )
-    print(f"kept in {table}")
+    print(f"saved to {table}")

@@ -36,6 +36,9 @@ from miniserve.models.generation_config import GenerationDefaults, load_generati
 
 _POLL_MS = 100  # how often an engine that says nothing is looked at
 _HEARTBEAT = 1.0  # seconds of silence after which the engine is asked for a sign of life
+# Seconds that a step may take by default. A GPU's takes well under one; a CPU's may be a long prefill of a large model.
+_GPU_STEP, _CPU_STEP = 60.0, 600.0
+_FIRST_STEPS = 600.0  # at least, for the first ones: they may compile kernels
 _PERIOD = 1.0  # seconds, at least, that `recent` sums up
 _log = logging.getLogger(__name__)
 
@@ -59,11 +62,18 @@ class AsyncEngine:
 
     `source_path` is the model's directory, `model_name` what the user called it. `runner_factory` ("module:function")
     builds the runner in the engine process. `info`, `tokenizer` and `generation_defaults` exist once `start` returned.
-    `totals` sums up all steps so far, `recent` those of the last second or so; at rest, no step.
+    `totals` sums up all steps so far, `recent` those of the last second or so; at rest, no step. An engine whose step
+    lasts longer than `step_timeout` seconds (None: by the device) counts as dead and is killed.
     """
 
     def __init__(
-        self, config: EngineConfig, source_path: str | Path, model_name: str, *, runner_factory: str = RUNNER_FACTORY
+        self,
+        config: EngineConfig,
+        source_path: str | Path,
+        model_name: str,
+        *,
+        runner_factory: str = RUNNER_FACTORY,
+        step_timeout: float | None = None,
     ) -> None:
         self._start = messages.Start(
             config=config,
@@ -72,6 +82,7 @@ class AsyncEngine:
             runner_factory=runner_factory,
             parent_pid=os.getpid(),
         )
+        self._step_timeout = step_timeout
         self._decode = msgspec.msgpack.Decoder(messages.Event).decode
         self._process: EngineProcess | None = None
         self._receiver: asyncio.Task[None] | None = None
@@ -80,12 +91,13 @@ class AsyncEngine:
         self._sequences: dict[str, tuple[_Running, int]] = {}  # by the id in the engine: whose, and which of them
         self._serial = count()
         self._last_sign: float | None = None
-        self._heartbeat_sent = False
+        self._asked: float | None = None  # since when a heartbeat is unanswered
+        self._died = False
         self.info: EngineInfo
         self.tokenizer: Tokenizer
         self.generation_defaults: GenerationDefaults
         self.stats = SchedulerStats()
-        self.step_sizes: Counter[int] = Counter()  # steps so far by the number of their tokens
+        self.step_sizes: Counter[int] = Counter()  # steps so far by their tokens: of prompts, and generated
         self.totals = StepTotals()
         self.recent = StepTotals()
         self._period = (0.0, self.totals)  # the current one's begin and what there was then
@@ -143,20 +155,21 @@ class AsyncEngine:
                     raise RuntimeError(f"unexpected {type(unexpected).__name__} from the engine")
         raise EngineDead("The engine was shut down while it started.")
 
-    async def shutdown(self, drain: bool = True, timeout: float | None = None) -> None:
+    async def shutdown(self, drain: bool = True, timeout: float | None = None) -> bool:
         """End the process: at once, or after what is running has finished (`drain`), but within `timeout` seconds.
 
         Requests that do not finish get their last delta with an error. A second call with drain false ends a drain. May
-        be called at any time, also after the engine's death.
+        be called at any time, also after the engine's death. Returns False where it died, before or meanwhile.
         """
         self._shutting_down = True
         if self._process is None or self._receiver is None:
-            return  # `start` sees the mark
+            return True  # `start` sees the mark
         self._process.send(messages.Shutdown(drain))
         done, _ = await asyncio.wait([self._receiver], timeout=timeout)
         if not done:
             self._receiver.cancel()
             await asyncio.wait([self._receiver])
+        return not self._died
 
     # --- requests -------------------------------------------------------------------------------------------------
 
@@ -218,14 +231,21 @@ class AsyncEngine:
 
     async def _receive(self, process: EngineProcess) -> None:
         """Take in what the engine sends until it ends. Whatever happens, no stream is left waiting and no process."""
-        reason = "its client was cancelled"
+        reason: str | None = None
         try:
             reason = await self._take_all(process)
         except Exception as error:
             _log.exception("The engine's client failed.")
             reason = f"its client failed ({type(error).__name__}: {error})"
         finally:
-            self.dead = "The engine was shut down." if self._shutting_down else f"The engine died: {reason}."
+            if reason is None and process.is_stopped:
+                reason = "the engine process was stopped (SIGSTOP)"
+            self._died = reason is not None or not self._shutting_down
+            self.dead = (
+                f"The engine died: {reason or 'its client was cancelled'}."
+                if self._died
+                else "The engine was shut down."
+            )
             running, self._running = self._running, {}
             self._sequences.clear()
             for request in running.values():
@@ -238,8 +258,8 @@ class AsyncEngine:
                     reader.set_exception(EngineDead(self.dead))
             process.close()
 
-    async def _take_all(self, process: EngineProcess) -> str:
-        """Returns why the engine ended."""
+    async def _take_all(self, process: EngineProcess) -> str | None:
+        """Returns why the engine died; None where it ended because it was asked to."""
         while True:
             if await process.events.poll(_POLL_MS):
                 event = self._decode(await process.events.recv())
@@ -248,17 +268,27 @@ class AsyncEngine:
                 self._take(event)
                 await asyncio.sleep(0)  # a fast engine's messages never run out: let the readers have their turn
                 continue
-            reason = process.exit_reason()
-            if reason is None:
-                self._look_after(process)
-            elif not await process.events.poll(0):
-                return reason
+            reason = process.exit_reason() or self._look_after(process)
+            if reason is not None and not await process.events.poll(0):
+                return None if self._shutting_down and process.ended_in_order else reason
 
-    def _look_after(self, process: EngineProcess) -> None:
-        age = self.last_step_age()
-        if age is not None and age > _HEARTBEAT and not self._heartbeat_sent:
-            self._heartbeat_sent = True
-            process.send(messages.AskStats())
+    def _look_after(self, process: EngineProcess) -> str | None:
+        """Ask a silent engine for a sign of life, which it gives between steps. Why it counts as dead, if it does."""
+        now, age = time.monotonic(), self.last_step_age()
+        if self._asked is None:
+            if age is not None and age > _HEARTBEAT:
+                self._asked = now
+                process.send(messages.AskStats())
+            return None
+        limit = self._longest_step()
+        if now - self._asked <= limit:
+            return None
+        return f"it gave no sign of life for {limit:.0f} s (a longer --step-timeout lets its steps last longer)"
+
+    def _longest_step(self) -> float:
+        """Seconds. More until a step of each kind has ended; then what it needed is compiled."""
+        limit = self._step_timeout or (_CPU_STEP if self.info.device == "cpu" else _GPU_STEP)
+        return limit if self.totals.decode_steps and self.totals.mixed_steps else max(limit, _FIRST_STEPS)
 
     def _take(self, event: messages.Event) -> None:
         if isinstance(event, messages.Steps):
@@ -269,8 +299,8 @@ class AsyncEngine:
         if not isinstance(event, messages.StepOutputs):
             raise RuntimeError(f"unexpected {type(event).__name__} from the engine")
         self._last_sign = time.monotonic()
-        self._heartbeat_sent = False
-        if event.stats.num_steps > self.stats.num_steps:
+        self._asked = None
+        if event.totals.num_steps > self.totals.num_steps:
             self.step_sizes[event.stats.step_tokens] += 1
         self.stats, self.totals = event.stats, event.totals
         begin, totals = self._period

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import msgspec
 import zmq
 import zmq.asyncio
 
+from miniserve.core import UserError
 from miniserve.engine import messages
 
 _MAX_SOCKET_PATH = 100  # the system's limit is 107 bytes
 _KILL_TIMEOUT = 5.0  # seconds
+_STOPPED = 3.0  # seconds that a process may be stopped (SIGSTOP) before it counts as dead
 
 
 class EngineProcess:
@@ -53,6 +57,7 @@ class EngineProcess:
             process_group=0,
         )
         self.pid = self._process.pid
+        self._stopped_since: float | None = None
 
     def remove_directory(self) -> None:
         """Once both sides are connected no path is needed: so a process that is killed leaves nothing behind."""
@@ -66,10 +71,10 @@ class EngineProcess:
             self._commands.send(self._encode(command), zmq.NOBLOCK)
 
     def exit_reason(self) -> str | None:
-        """How the process ended, or None while it runs."""
+        """How the process ended, or None while it runs. One that stays stopped has ended, too: `close` kills it."""
         code = self._process.poll()
         if code is None:
-            return None
+            return self._stop_reason()
         if code >= 0:
             return f"the engine process exited with code {code}"
         with contextlib.suppress(ValueError):
@@ -77,6 +82,31 @@ class EngineProcess:
             hint = "; the system may have run out of memory" if name == "SIGKILL" else ""
             return f"the engine process was killed by {name}{hint}"
         return f"the engine process was killed by signal {-code}"
+
+    @property
+    def ended_in_order(self) -> bool:
+        return self._process.returncode == 0
+
+    @property
+    def is_stopped(self) -> bool:
+        if self._process.returncode is not None:
+            return False
+        try:
+            # WNOWAIT: nothing is taken from what `poll` looks for.
+            return os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:  # it has ended, and the system has reaped it
+            return False
+
+    def _stop_reason(self) -> str | None:
+        if not self.is_stopped:
+            self._stopped_since = None
+            return None
+        now = time.monotonic()
+        if self._stopped_since is None:
+            self._stopped_since = now
+        if now - self._stopped_since < _STOPPED:
+            return None
+        return f"the engine process was stopped (SIGSTOP) and did not go on for {_STOPPED:.0f} s"
 
     def close(self) -> None:
         """Kill the process if it still runs, wait for it, and remove what was made for it. May be called again."""
@@ -93,8 +123,16 @@ class EngineProcess:
 
 
 def _private_directory() -> Path:
-    directory = Path(tempfile.mkdtemp(prefix="miniserve-"))
-    if len(os.fsencode(directory / messages.COMMANDS_SOCKET)) <= _MAX_SOCKET_PATH:
-        return directory
-    directory.rmdir()
-    return Path(tempfile.mkdtemp(prefix="miniserve-", dir="/tmp"))
+    """Raises `UserError` where no directory for temporary files can be written."""
+    try:
+        directory = Path(tempfile.mkdtemp(prefix="miniserve-"))
+        if len(os.fsencode(directory / messages.COMMANDS_SOCKET)) <= _MAX_SOCKET_PATH:
+            return directory
+        directory.rmdir()
+        return Path(tempfile.mkdtemp(prefix="miniserve-", dir="/tmp"))
+    except OSError as error:
+        if error.errno == errno.ENOSPC:  # which the command line reports, as for every other file
+            raise
+        raise UserError(
+            f"No temporary directory can be written ({error.strerror}); set TMPDIR to one that can."
+        ) from error

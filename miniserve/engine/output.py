@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 
 import msgspec
@@ -17,19 +18,27 @@ def fan_out(request_id: str, prompt_token_ids: list[int], params: SamplingParams
 
     Sequence i draws with seed + i where a seed is given. Only the first computes the prompt's logprobs.
     """
+    if params.n == 1:
+        return [Request(request_id=request_id, prompt_token_ids=prompt_token_ids, params=params)]
     return [
         Request(
-            request_id=request_id if params.n == 1 else f"{request_id}#{index}",
+            request_id=f"{request_id}#{index}",
             prompt_token_ids=prompt_token_ids,
-            params=msgspec.structs.replace(
-                params,
-                n=1,
-                seed=_child_seed(params.seed, index),
-                prompt_logprobs=params.prompt_logprobs if index == 0 else None,
-            ),
+            params=_child(params, index),
         )
         for index in range(params.n)
     ]
+
+
+def _child(params: SamplingParams, index: int) -> SamplingParams:
+    child = copy(params)  # which, unlike `replace`, does not check them again
+    for name, value in (
+        ("n", 1),
+        ("seed", _child_seed(params.seed, index)),
+        ("prompt_logprobs", params.prompt_logprobs if index == 0 else None),
+    ):
+        msgspec.structs.force_setattr(child, name, value)
+    return child
 
 
 def _child_seed(seed: int | None, index: int) -> int | None:

@@ -1,8 +1,8 @@
 """The engine process: `python -m miniserve.engine.process DIRECTORY`, started by `engine.launch` and nobody else.
 
-It owns the device. It takes commands while there is work, steps, and pushes what came out. It ignores SIGINT and
-SIGTERM, because the API process decides when it ends (a Ctrl-C or a service manager signals both at once); and it never
-outlives the API process: the kernel kills it with its parent, and its stdin is a pipe whose end says the same.
+It owns the device. It takes commands while there is work, steps, and pushes what came out. It ignores SIGINT, SIGTERM
+and SIGHUP, because the API process decides when it ends (a Ctrl-C or a service manager signals both at once); and it
+never outlives the API process: the kernel kills it with its parent, and its stdin is a pipe whose end says the same.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ class _ProgressReporter:
 
 def main(directory: Path) -> int:
     """Returns the exit code: 0 after a shutdown, 1 after an error, which was told to the API process and to stderr."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     start = msgspec.msgpack.decode((directory / messages.START_FILE).read_bytes(), type=messages.Start)
     _die_with_parent(start.parent_pid)
     context = zmq.Context()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # The classes that put BOS and EOS around a text as tokenizer_config.json says, whatever tokenizer.json has for it, and
 # whether they add a BOS where it says nothing (as transformers 4.57 does). Without a class it is Llama's.
 _ADDS_BOS = {"": True, "Llama": True, "CodeLlama": True, "Gemma": True, "Cohere": True, "GPTNeoX": False}
+_LONG = 4096  # ids whose decoding takes about a millisecond
 
 
 class Tokenizer:
@@ -51,6 +52,8 @@ class Tokenizer:
         # The tokens of a sentencepiece vocabulary that are one raw byte each (`<0xE4>`).
         self.fallback_bytes = _fallback_bytes(backend) if "ByteFallback" in steps else {}
         self._token_bytes = dict(self.fallback_bytes)
+        # No token stands for more characters of a text.
+        self.longest_token = max(map(len, backend.get_vocab(with_added_tokens=True)))
         self.special_token_ids = frozenset(
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         )
@@ -84,7 +87,11 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Exactly what the tokens spell: no cleaning up of spaces. Ids without a token spell nothing; bytes that are no
         UTF-8 become U+FFFD."""
-        text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        text: str
+        if len(token_ids) < _LONG:
+            text = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        else:  # which does not hold the interpreter's lock all the while
+            (text,) = self._backend.decode_batch([list(token_ids)], skip_special_tokens=skip_special_tokens)
         return text
 
     def token_str(self, token_id: int) -> str:

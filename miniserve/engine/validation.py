@@ -24,9 +24,9 @@ def check_request(prompt_token_ids: Sequence[int], params: SamplingParams, info:
         num_blocks=info.num_blocks,
         block_size=info.block_size,
     )
-    _check_vocabulary(prompt_token_ids, "prompt", info.vocab_size)
-    _check_vocabulary(params.stop_token_ids, "stop_token_ids", info.vocab_size)
-    _check_vocabulary(tuple(params.logit_bias or ()), "logit_bias", info.vocab_size)
+    check_vocabulary(prompt_token_ids, "prompt", info.vocab_size)
+    check_vocabulary(params.stop_token_ids, "stop_token_ids", info.vocab_size)
+    check_vocabulary(tuple(params.logit_bias or ()), "logit_bias", info.vocab_size)
     if params.min_tokens > max_tokens:
         raise InvalidRequest(
             f"min_tokens is {params.min_tokens}, but with a prompt of {len(prompt_token_ids)} tokens at most "
@@ -37,10 +37,11 @@ def check_request(prompt_token_ids: Sequence[int], params: SamplingParams, info:
     for name, value in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
         if value is not None and value > most:
             raise InvalidRequest(f"{name} must be at most {most}, not {value}.", name)
-    return msgspec.structs.replace(params, max_tokens=max_tokens)
+    return params if params.max_tokens == max_tokens else msgspec.structs.replace(params, max_tokens=max_tokens)
 
 
-def _check_vocabulary(token_ids: Sequence[int], param: str, vocab_size: int) -> None:
+def check_vocabulary(token_ids: Sequence[int], param: str, vocab_size: int) -> None:
+    """Raises `InvalidRequest` naming `param` for an id that the model does not have."""
     if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
         wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
         raise InvalidRequest(

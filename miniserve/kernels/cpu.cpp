@@ -113,12 +113,13 @@ void ms_gather_rows(const void* table, const int64_t* ids, void* out, int64_t ro
           [=](int64_t r) { std::memcpy((char*)out + r * row_bytes, (const char*)table + ids[r] * row_bytes, row_bytes); });
 }
 
-// The rows of a decode step: entry i computes position positions[i] of row rows[i] from the token ids[i]; `given`, or else the
-// row's next position and last token, and its length grows. Tables are int32 [all rows, width] and [entries, width].
-void ms_advance(int given, const int64_t* rows, const int32_t* tables, int64_t* lens, const int64_t* last_tokens, int64_t* ids, int64_t* positions,
+// The rows of a decode step: entry i computes position positions[i] of row rows[i] from the token ids[i]. If `is_explicit` these
+// are inputs; else they become the row's next position and last token, and its length grows. Tables are int32 [all rows, width]
+// and [entries, width].
+void ms_advance(int is_explicit, const int64_t* rows, const int32_t* tables, int64_t* lens, const int64_t* last_tokens, int64_t* ids, int64_t* positions,
                 int64_t* slots, int32_t* seq_lens, int32_t* step_tables, int64_t count, int64_t width, int64_t block_size) {
     share(1, count, [=](int64_t i) {
-        if (!given) {
+        if (!is_explicit) {
             positions[i] = lens[rows[i]]++;
             ids[i] = last_tokens[rows[i]];
         }

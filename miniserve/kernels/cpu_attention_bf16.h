@@ -114,7 +114,7 @@ template <> struct PagedDecode<bf16, true> {
         for (int64_t j = from; j < to; j++) {
             const int64_t t = j * EIGHT;
             h.values[j] = piece.value + piece.table[t / BS] * cache.block_elements() + t % BS * D;
-            // Others are not read: what an earlier owner of the block left there may not be finite.
+            // Others are not read: data of the block's earlier owner may not be finite.
             uint32_t seen = 0xff;
             if (t < piece.skip) seen &= 0xffu << (piece.skip - t);
             if (t + EIGHT > piece.end) seen &= 0xffu >> (t + EIGHT - piece.end);

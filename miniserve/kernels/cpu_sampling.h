@@ -88,8 +88,8 @@ template <class T> int64_t draw(const T* x, int64_t n, const float* numbers, dou
         for (int64_t b = 0; b < block; b++) target -= sums[b];
         return block * BLOCK + first_above(BLOCK, target, [&](int64_t i) { return double(weights[block * BLOCK + i]); });
     }
-    // What weighs less than `least` is left out by a filter: by top_k, as so many blocks have a maximum at or above it; by top_p, as
-    // less than an even share of what it cuts off (half of it, for rounding).
+    // Tokens that weigh less than `least` are cut off by a filter: by top_k, as so many blocks have a maximum at or above it; by
+    // top_p, as they weigh less than an even share of what it cuts off (half of that, for rounding).
     float least = min_p;
     if (k > 0 && k < blocks) {
         maxima.resize(blocks);

@@ -10,8 +10,8 @@
 
 namespace {
 
-// A loop within a replay. A thread goes on to the next loop when all turns of this one are done, whoever did them: where another
-// process holds a core, the threads that run do not wait for the one that does not, unless it was stopped within a turn.
+// A loop within a replay. A thread goes on to the next loop when all turns of this one are done, by any thread: if another
+// process holds a core, the running threads do not wait for the stopped one, unless it was stopped within a turn.
 struct alignas(64) Loop {
     std::atomic<int64_t> next{0}, done{0};
 };

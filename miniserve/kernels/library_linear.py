@@ -1,8 +1,8 @@
-"""Linear layers by the vendor's library. Sizes that graphs run over and over are timed when they are first met.
+"""Linear layers by the vendor's library. Sizes that graphs run are timed when they are first used.
 
-For a size cuBLASLt names several algorithms, the one that it expects to be fastest first; often another one is (by up
-to 27 % on an H100, at 96 to 320 rows). PyTorch takes the first and has no way to choose, so the library is called here
-as its header says: https://docs.nvidia.com/cuda/cublas/#using-the-cublaslt-api.
+For a size cuBLASLt proposes several algorithms, the one that it expects to be fastest first; often another one is
+faster (by up to 27 % on an H100, at 96 to 320 rows). PyTorch takes the first and has no way to choose, so the library
+is called here directly: https://docs.nvidia.com/cuda/cublas/#using-the-cublaslt-api.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch.nn import functional
 _logger = logging.getLogger(__name__)
 
 _CANDIDATES, _ROUNDS = 8, 7
-_LEAST_VALUES = 1 << 23  # of a weight: a smaller one is read in less time than can be told apart
-_GAIN = 0.96  # of the time that PyTorch's way takes; from less gain than that no other start should choose otherwise
+_LEAST_VALUES = 1 << 23  # of a weight: a smaller one is read in too short a time to compare
+_GAIN = 0.96  # of PyTorch's time; with a smaller gain another start might choose otherwise
 _TOLERANCE = 0.02  # of the largest value; 16 bits summed in another order differ by less than half of it
 _TRANSPOSED, _FLOAT32, _COMPUTE_FLOAT32 = 1, 0, 68
 _DTYPES = {torch.float16: 2, torch.bfloat16: 14}
@@ -40,7 +40,7 @@ class _Heuristic(ctypes.Structure):  # cublasLtMatmulHeuristicResult_t
 
 
 class _Library:
-    """The functions that are needed, and a handle. OSError: there is no such library in this process's PyTorch."""
+    """The functions that are needed, and a handle. Raises OSError if this PyTorch does not include the library."""
 
     def __init__(self) -> None:
         version = (torch.version.cuda or "none").split(".")[0]
@@ -49,7 +49,7 @@ class _Library:
         self.handle = self.created("Create")
 
     def call(self, name: str, *arguments: object) -> None:
-        """RuntimeError: the library reports a failure."""
+        """Raises RuntimeError if the library reports a failure."""
         if status := getattr(self._functions, f"cublasLt{name}")(*arguments):
             raise RuntimeError(f"cublasLt{name} failed with status {status}")
 
@@ -60,8 +60,8 @@ class _Library:
 
 
 class _Product:
-    """y = x Wᵀ for x [rows, k] and W [n, k], contiguous and of one dtype, by each of the library's `algorithms` for
-    it that need no workspace. To the library, which counts by columns, that is yᵀ = W xᵀ."""
+    """y = x Wᵀ for x [rows, k] and W [n, k], contiguous and of one dtype, by each of the library's `algorithms` that
+    need no workspace. The library is column-major, so it computes yᵀ = W xᵀ."""
 
     def __init__(self, library: _Library, rows: int, n: int, k: int, dtype: torch.dtype) -> None:
         self._library, self._one, self._zero = library, ctypes.c_float(1.0), ctypes.c_float(0.0)
@@ -99,7 +99,8 @@ class _Product:
 
 
 class LibraryLinear:
-    """`functional.linear`, and for sizes met within `tuning` perhaps a faster algorithm of the same library."""
+    """`functional.linear`, or for sizes first used within `tuning` a faster algorithm of the same library, if there is
+    one."""
 
     def __init__(self, device: torch.device) -> None:
         self._library: _Library | None = None
@@ -110,7 +111,7 @@ class LibraryLinear:
         try:
             self._library = _Library()
         except (OSError, RuntimeError, AttributeError) as error:
-            _logger.warning("Linear layers take the library's first algorithm: %r", error)
+            _logger.warning("cuBLASLt cannot be called, so its algorithms are not compared: %r", error)
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x [rows, k], weight [n, k], bias [n] -> [rows, n]."""
@@ -124,8 +125,8 @@ class LibraryLinear:
 
     @contextmanager
     def tuning(self) -> Iterator[None]:
-        """Meanwhile a size that is met for the first time is timed, which takes some milliseconds and waits for the
-        device: not while a graph is captured."""
+        """Within this block sizes are timed when first used, which takes some milliseconds and waits for the device: do
+        not use it while a graph is captured."""
         self._tuning = self._library is not None
         try:
             yield
@@ -133,19 +134,19 @@ class LibraryLinear:
             self._tuning = False
 
     def _fastest(self, x: Tensor, weight: Tensor) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """None: PyTorch's way is, or nearly."""
+        """The fastest algorithm; None if PyTorch's is as fast, or nearly."""
         if self._library is None or x.dtype not in _DTYPES or weight.numel() < _LEAST_VALUES:
             return None
         if not (_is_plain(x) and _is_plain(weight)):
             return None
         size = len(x), len(weight), x.shape[1]
-        x = torch.randn_like(x)  # padding's may be zeros, which would prove nothing
+        x = torch.randn_like(x)  # padding rows may be zeros, for which the comparison would prove nothing
         try:
             product = _Product(self._library, *size, x.dtype)
             ways = [partial(product.run, algorithm) for algorithm in product.algorithms]
             first, *times = _seconds([functional.linear, *ways], x, weight)
         except RuntimeError as error:
-            _logger.warning("A linear layer of %d x %d x %d takes the library's first algorithm: %s", *size, error)
+            _logger.warning("The algorithms for a linear layer of %d x %d x %d were not compared: %s", *size, error)
             return None
         best = min(range(len(ways)), key=times.__getitem__, default=None)
         if best is None or times[best] > _GAIN * first:
@@ -153,24 +154,24 @@ class LibraryLinear:
         wanted = functional.linear(x, weight)
         if (ways[best](x, weight) - wanted).abs().max() <= _TOLERANCE * wanted.abs().max():
             return ways[best]
-        _logger.warning("cuBLASLt's fastest algorithm for %d x %d x %d differs from PyTorch's: it is left out", *size)
+        _logger.warning("cuBLASLt's fastest algorithm for %d x %d x %d differs from PyTorch's: it is not used", *size)
         return None
 
 
 def _is_plain(x: Tensor) -> bool:
-    """As the library expects a matrix, unless told otherwise."""
+    """Whether x is laid out as the library assumes by default."""
     return x.is_contiguous() and x.data_ptr() % _ALIGNMENT == 0
 
 
 def _seconds(ways: Sequence[Callable[[Tensor, Tensor], Tensor]], x: Tensor, weight: Tensor) -> list[float]:
-    """The median of each way's times, by turns, with the weight not in the device's cache, as in a step."""
+    """The median time of each way, run in turn, with the weight not in the device's cache, as in a step."""
     cache = torch.cuda.get_device_properties(x.device).L2_cache_size
     other = torch.empty(2 * cache, dtype=torch.uint8, device=x.device)
     events = []
     for _ in range(_ROUNDS):
         for way in ways:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            other.zero_()  # also gives the host the time to launch what is timed
+            other.zero_()  # also gives the host time to launch the timed kernels
             start.record()
             way(x, weight)
             end.record()

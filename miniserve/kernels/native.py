@@ -1,5 +1,5 @@
-"""The CPU decode path's kernels, `cpu.cpp`, as methods over torch tensors. Where they cannot be compiled everything
-runs on PyTorch alone, slower; `unavailable_reason()` says why."""
+"""The CPU decode path's kernels, `cpu.cpp`, as methods over torch tensors. If they cannot be compiled everything runs
+on PyTorch alone, slower; `unavailable_reason()` says why."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _PANEL = 16  # output rows of a packed panel, as in cpu_linear.h
 
 @dataclass(frozen=True, slots=True)
 class DecodeStep:
-    """One step's, contiguous. input_ids, positions, slots int64 [batch]; seq_lens int32 [batch]; block_tables int32
-    [batch, width]."""
+    """One step's inputs, contiguous. input_ids, positions, slots int64 [batch]; seq_lens int32 [batch]; block_tables
+    int32 [batch, width]."""
 
     input_ids: torch.Tensor
     positions: torch.Tensor
@@ -29,17 +29,17 @@ class DecodeStep:
 
 class NativeKernels:
     """The kernels of `cpu.cpp`. Tensors are CPU tensors of float32, bfloat16 or float16, rows contiguous in their last
-    dimension; nothing of that is checked here. `has_bf16_dot`: the processor
-    multiplies pairs of bfloat16 (AVX512-BF16), which `linear` needs and decode over the shuffled layout uses."""
+    dimension; this is not checked. `has_bf16_dot`: the processor multiplies pairs of bfloat16 (AVX512-BF16), which
+    `linear` needs and decode over the shuffled layout uses."""
 
     def __init__(self, num_threads: int | None = None) -> None:
-        """Compiles them if need be, to run on `num_threads` (default: as many as PyTorch). Raises `Unavailable` with
+        """Compile them if necessary, to run on `num_threads` (default: as many as PyTorch). Raises `Unavailable` with
         the reason."""
         self.num_threads = num_threads or torch.get_num_threads()
         self.has_bf16_dot = bool(library().ms_has_bf16_dot())
 
     def can_pack(self, dtype: torch.dtype, in_features: int, out_features: int) -> bool:
-        """Whether `linear` takes a weight [out_features, in_features] of this dtype on this processor."""
+        """Whether `linear` supports a weight [out_features, in_features] of this dtype on this processor."""
         return self.has_bf16_dot and dtype == torch.bfloat16 and out_features % _PANEL == 0 and in_features % 2 == 0
 
     def pack_linear(self, weight: torch.Tensor) -> torch.Tensor:
@@ -91,7 +91,7 @@ class NativeKernels:
         head_dim: int,
         eps: float,
     ) -> None:
-        """Norm (where weights are given) and rotate q and k, in place.
+        """Norm (if weights are passed) and rotate q and k, in place.
 
         qkv [tokens, (num_heads + 2 * num_kv_heads) * head_dim]; cos_sin float32 [tokens, head_dim], contiguous: the
         cosines of half a head, then its sines.
@@ -111,8 +111,8 @@ class NativeKernels:
         block_size: int,
         shuffled: bool,
     ) -> None:
-        """Store k, v [tokens, num_kv_heads, head_dim] (token stride free) at slot_mapping int64 [tokens], of which
-        negative ones are left out."""
+        """Store k, v [tokens, num_kv_heads, head_dim] (token stride free) at slot_mapping int64 [tokens], skipping
+        negative slots."""
         tokens, num_kv_heads, head_dim = k.shape
         call(
             "ms_write_kv", _DTYPES[k.dtype], int(shuffled), k, v, k.stride(0), v.stride(0), key, value, slot_mapping,
@@ -155,13 +155,13 @@ class NativeKernels:
         step: DecodeStep,
         block_size: int,
         *,
-        given: bool,
+        explicit: bool,
     ) -> None:
-        """Lay out a step of rows int64 [batch] in `step`. Of all rows are tables int32 [max_num_seqs, width], lens and
-        last_tokens int64 [max_num_seqs]. Each row gets longer by its last token; where they are `given`, positions and
-        input_ids stay as they are, and so do lens."""
+        """Fill `step` for rows int64 [batch]. tables int32 [max_num_seqs, width], lens and last_tokens int64
+        [max_num_seqs] are those of all rows. Each row gets longer by its last token; if `explicit`, the host has set
+        positions and input_ids, and lens do not change."""
         call(
-            "ms_advance", int(given), rows, tables, lens, last_tokens, step.input_ids, step.positions, step.slots,
+            "ms_advance", int(explicit), rows, tables, lens, last_tokens, step.input_ids, step.positions, step.slots,
             step.seq_lens, step.block_tables, rows.shape[0], tables.shape[1], block_size,
         )  # fmt: skip
 
@@ -182,8 +182,8 @@ class NativeKernels:
         tokens: torch.Tensor,
         last_tokens: torch.Tensor,
     ) -> None:
-        """As `draw`, into `tokens` int64 [batch] and into last_tokens int64 [max_num_seqs] of `rows`, which have one
-        output more in num_outputs int64 [max_num_seqs] then."""
+        """As `draw`, into `tokens` int64 [batch] and last_tokens int64 [max_num_seqs] of `rows`; counts one more output
+        for them in num_outputs int64 [max_num_seqs]."""
         self._draw(logits, rows, params, num_outputs, tokens, last_tokens)
 
     def _draw(
@@ -202,7 +202,7 @@ class NativeKernels:
 
 
 def unavailable_reason() -> str | None:
-    """Why the kernels cannot be used here, as a sentence; None when they can."""
+    """Why the kernels cannot be used here, as a sentence; None if they can."""
     try:
         library()
     except Unavailable as error:

@@ -27,7 +27,7 @@ class Unavailable(Exception):
 
 
 def build() -> Path:
-    """The library, compiled if need be. Raises `Unavailable`."""
+    """The library, compiled if necessary. Raises `Unavailable`."""
     compiler = shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
     if compiler is None:
         raise Unavailable("no C++ compiler (g++ or clang++) was found")

@@ -1,4 +1,4 @@
-"""Calls of the C functions of `cpu.cpp`: made, noted while they are made, and made again by one call."""
+"""Calls of the C functions of `cpu.cpp`: make them, record them, and replay a recording by one call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from miniserve.kernels.native_build import build
 
 Call = tuple[str, tuple[int | float | None, ...]]  # a kernel's name and its arguments
 _POINTER, _INT, _SIZE, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
-_NUMBERS = (int, float, type(None))  # told apart faster than tensors are
+_NUMBERS = (int, float, type(None))  # a faster check than one for tensors
 # Of the kernels, which return nothing.
 _SIGNATURES: dict[str, list[type]] = {
     "ms_add_rms_norm": [_INT, *[_POINTER] * 4, _SIZE, _SIZE, _FLOAT, _INT],
@@ -38,16 +38,16 @@ class _Recording:
     executes: bool
 
 
-# Whoever makes the calls: a model and its attention need not share an object.
+# Shared by all callers: a model and its attention need not share an object.
 _recording: ContextVar[_Recording | None] = ContextVar("recording", default=None)
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The kernels, compiled if need be. Raises `Unavailable`."""
+    """The kernels, compiled if necessary. Raises `Unavailable`."""
     found = ctypes.CDLL(str(build()))
     for name, arguments in _SIGNATURES.items():
-        if hasattr(found, name):  # some need what this processor lacks
+        if hasattr(found, name):  # some need instructions that this processor lacks
             getattr(found, name).argtypes = arguments
             getattr(found, name).restype = None
     found.ms_replay.argtypes, found.ms_replay.restype = [_POINTER, _SIZE, _INT], None
@@ -55,9 +55,9 @@ def library() -> ctypes.CDLL:
     return found
 
 
-def call(name: str, *given: torch.Tensor | int | float | None) -> None:
-    """Call a kernel, which gets the tensors' addresses."""
-    arguments = tuple([a if isinstance(a, _NUMBERS) else a.data_ptr() for a in given])
+def call(name: str, *values: torch.Tensor | int | float | None) -> None:
+    """Call a kernel with values, and the addresses of tensors."""
+    arguments = tuple([a if isinstance(a, _NUMBERS) else a.data_ptr() for a in values])
     if (recording := _recording.get()) is not None:
         recording.calls.append((name, arguments))
         if not recording.executes:
@@ -67,7 +67,7 @@ def call(name: str, *given: torch.Tensor | int | float | None) -> None:
 
 @contextlib.contextmanager
 def record(*, execute: bool) -> Iterator[list[Call]]:
-    """Within, this thread's calls are noted in the list, beside being made or instead."""
+    """Within this block this thread's calls are recorded in the list, besides being made or instead."""
     recording = _Recording([], execute)
     token = _recording.set(recording)
     try:
@@ -77,7 +77,7 @@ def record(*, execute: bool) -> Iterator[list[Call]]:
 
 
 def encode(calls: Sequence[Call]) -> tuple[list[int], list[tuple[int, int]]]:
-    """The 64-bit words that `replay` takes; and of each pointer in them its place there and its call's number."""
+    """The 64-bit words that `replay` takes; and for each pointer in them its index there and its call's number."""
     words: list[int] = [len(calls)]
     pointers: list[tuple[int, int]] = []
     for number, (name, arguments) in enumerate(calls):
@@ -90,5 +90,5 @@ def encode(calls: Sequence[Call]) -> tuple[list[int], list[tuple[int, int]]]:
 
 
 def replay(words: torch.Tensor, num_threads: int) -> None:
-    """Make the calls in `words`, int64, one after the other, each shared by the threads."""
+    """Make the calls in `words`, int64, one after the other; the threads share each call's work."""
     library().ms_replay(words.data_ptr(), words.shape[0], num_threads)

@@ -1,15 +1,16 @@
-"""The draw of a step's tokens: what rows ask for, and PyTorch's way, which the GPU's (`triton.sampling`) and the CPU's
-(`native`) follow. They draw the same token for the same row, but where two tokens meet within rounding.
+"""The draw of a step's tokens: rows' parameters, and the definition in PyTorch, which the kernels for GPUs
+(`triton.sampling`) and CPUs (`native`) follow. All draw the same token for the same row, except where rounding decides
+between two tokens.
 
-At temperature 0 a row takes its most likely token, of equals the lowest id. Else the filters follow each other as in
-vLLM: temperature, min_p, top_k, top_p. min_p keeps tokens at least min_p times as likely as the most likely one. top_k
-keeps exactly k, the lowest ids among equals. top_p keeps the most likely ones until their share of what the other two
-left reaches top_p, and those as likely as the last one kept. Then the inverse of the CDF in the order of the ids, at
-one number in [0, 1).
+At temperature 0 a row takes its most likely token, of equals the lowest id. Else the filters apply in vLLM's order:
+temperature, min_p, top_k, top_p. min_p keeps tokens at least min_p times as likely as the most likely one. top_k keeps
+exactly k, the lowest ids among equals. top_p keeps the most likely of the remaining tokens until their share of these
+reaches top_p, and those as likely as the last one kept. The token is then the inverse of the CDF, in the order of the
+ids, at one number in [0, 1).
 
-That number depends on the row's key and its number of output tokens alone: a row's stream is SplitMix64 (Steele, Lea
-and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014) started at the key and read at any place. So a
-draw depends on nothing else that the batch holds, and a preempted sequence goes on where it stopped.
+That number depends only on the row's key and its number of output tokens: a row's stream is SplitMix64 (Steele, Lea and
+Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014), started at the key and read at any index. So a
+draw does not depend on the rest of the batch, and a preempted sequence continues its stream.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ _MIX_2 = 0x94D049BB133111EB - 2**64
 
 @dataclass(frozen=True, slots=True)
 class RowParams:
-    """What each row's request asks for. keys: int64 [max_num_seqs], of its stream of random numbers; prompt_lens: int64
-    [max_num_seqs]; numbers: float32 [max_num_seqs, NUM_COLUMNS]: temperature (0: the most likely token), top_k (0:
-    all), top_p (1: all), min_p (0: all), 1 where the sampler needs the row's logits, and the three penalties."""
+    """The sampling parameters of each row. keys: int64 [max_num_seqs], of its stream of random numbers; prompt_lens:
+    int64 [max_num_seqs]; numbers: float32 [max_num_seqs, NUM_COLUMNS]: temperature (0: the most likely token), top_k
+    (0: all), top_p (1: all), min_p (0: all), 1 where the sampler needs the row's logits, and the three penalties."""
 
     keys: torch.Tensor
     prompt_lens: torch.Tensor
@@ -82,7 +83,7 @@ def draw(logits: torch.Tensor, rows: torch.Tensor, params: RowParams, num_output
 
 
 def _kept(logits: torch.Tensor, weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """Which tokens the filters leave. weights: float64, the most likely token's is 1."""
+    """Which tokens the filters keep. weights: float64, the most likely token's is 1."""
     top_k, top_p, min_p = (numbers[:, column, None].double() for column in (TOP_K, TOP_P, MIN_P))
     values, order = logits.sort(dim=-1, descending=True, stable=True)
     sorted_weights = weights.gather(1, order)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -11,11 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from miniserve.attention.aiter import AiterExperts
-from miniserve.attention.backends.base import Backend
-from miniserve.attention.backends.build import block_bytes, build_backend, scratch_bytes
+from miniserve.attention.backends.build import block_bytes, build_backend, pool_limit, scratch_bytes
 from miniserve.attention.backends.latent_base import CONTEXT_TOKENS
 from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.layouts import LAYOUTS, KVCache
+from miniserve.attention.layouts import LAYOUTS
 from miniserve.attention.platform import Platform
 from miniserve.attention.routes import describe_routes
 from miniserve.attention.select import Choice, select
@@ -32,14 +32,15 @@ from miniserve.models.layers.aiter_moe import describe_experts, find_experts
 from miniserve.models.loader import dummy_weights, load_weights, read_kv_scales
 from miniserve.models.options import BuildOptions
 from miniserve.models.registry import build_model, weight_bytes
+from miniserve.runner.check_experts import experts_failure
 from miniserve.runner.chunk_graph import ChunkGraphs
 from miniserve.runner.device import find_device, find_dtype, find_kv_dtype, find_platform
 from miniserve.runner.memory import MemoryPlan, available_bytes, check_weights_fit, plan_memory
 from miniserve.runner.native_graph import NativeGraphs
 from miniserve.runner.runner import ModelRunner
 from miniserve.runner.sampler import Sampler
-from miniserve.runner.self_check import checked_backend
-from miniserve.runner.served import ServedModel
+from miniserve.runner.self_check import check_backend
+from miniserve.runner.served import ServedModel, block_zeroer
 from miniserve.runner.state import StepState
 from miniserve.runner.traffic import measure_bandwidth, step_traffic
 from miniserve.runner.tuning import load_preferred
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
     from miniserve.kernels.triton.runtime import TritonKernels
 
 Progress = Callable[[str, int, int], None]
+# Of steps that experts are tried with: kernels for few tokens and for many differ.
+_EXPERT_TOKENS = (1, 16, 128, 1024)
 
 # Most tokens in a step. Qwen3-8B on an H200 (docs/BENCHMARKS.md): twice as many raise the output by 1 % at most and
 # double the gaps beside prefill; half as many cost up to 4 % and a third more TTFT.
@@ -76,9 +79,14 @@ def build_runner(
     platform = find_platform(config.device, device, dtype)
     platform = platform if config.aiter else platform.without_aiter()
     experts = find_experts(platform, dtype)
+    if not isinstance(experts, str) and model_config.moe is not None and config.self_check:
+        counts = sorted({min(count, tokens) for count in _EXPERT_TOKENS})
+        failure = experts_failure(experts, model_config.moe, model_config.hidden_size, dtype, device, counts)
+        experts = experts if failure is None else f"the self-check failed: {failure}"
     options = _build_options(config, dtype, device, platform, None if isinstance(experts, str) else experts)
     model = build_model(model_config, options)
-    choice = select(
+    choose = partial(
+        select,
         model.attention_specs,
         platform,
         block_size=config.block_size,
@@ -86,25 +94,19 @@ def build_runner(
         layout=config.kv_layout,
         preferred=load_preferred(tuning_dir(), platform, model.attention_specs, config.block_size),
     )
-    layout = LAYOUTS[choice.layout](config.block_size)
+    layout = LAYOUTS[choose().layout](config.block_size)
     traffic = step_traffic(model, layout, measure_bandwidth(device))  # before the weights are packed
     scales = _fill(model, config, source_path, partial(report, "weights"))
-    plan = plan_memory(
-        config,
-        weights=weights,
-        activations=_activation_bytes(model_config, tokens, config.max_num_seqs, dtype)
-        + scratch_bytes(choice, model.attention_specs, platform, config.max_num_seqs, longest),
-        available=available - weights,
-        block_bytes=block_bytes(choice, layout, model.attention_specs),
-        longest_context=longest,
-        device=device,
+    room = partial(
+        plan_memory, config, weights=weights, available=available - weights, longest_context=longest, device=device
     )
-    caches = [layout.allocate(spec, plan.num_blocks, device) for spec in model.attention_specs]
+    activations = _activation_bytes(model_config, tokens, config.max_num_seqs, dtype)
+    path = _find_path(config, model, platform, choose, room, activations, longest)
+    plan, choice = path.plan, path.choice
     eos_token_ids = load_generation_defaults(source_path, config.generation_config).eos_token_ids
-    backend, checked = _make_backend(config, model, choice, platform, plan, caches)
-    replays = backend.graphs and not platform.emulated and not config.enforce_eager
-    runner = _make_runner(ServedModel(model, backend, caches), config, plan, eos_token_ids, replays, report)
-    attention = [*choice.explain(), *describe_routes(choice, model.attention_specs, platform), *scales, *checked]
+    replays = path.served.backend.graphs and not platform.emulated and not config.enforce_eager
+    runner = _make_runner(path.served, config, plan, eos_token_ids, replays, report)
+    attention = [*choice.explain(), *describe_routes(choice, model.attention_specs, platform), *scales, *path.notes]
     if (method := model.moe_method) is not None:
         attention.append(describe_experts(method.name, experts if isinstance(experts, str) else None))
     # A CPU runs a step within launch(), and guesses need a step's tokens: nothing would overlap.
@@ -154,27 +156,58 @@ def _triton_kernels(device: torch.device) -> TritonKernels | None:
     return TritonKernels(device)
 
 
-def _make_backend(
+@dataclass(frozen=True, slots=True)
+class _Path:
+    """An attention path in its pool. notes: what was found of it, in sentences."""
+
+    choice: Choice
+    plan: MemoryPlan
+    served: ServedModel
+    notes: list[str]
+
+
+def _find_path(
     config: EngineConfig,
     model: CausalLM,
-    choice: Choice,
     platform: Platform,
-    plan: MemoryPlan,
-    caches: Sequence[KVCache],
-) -> tuple[Backend[Any], list[str]]:
-    """And what its comparison with the formula found, in sentences."""
-    options = BackendOptions(
-        specs=tuple(model.attention_specs),
-        routes=choice.routes,
-        platform=platform,
-        device=model.options.device,
-        max_rows=config.max_num_seqs,
-        max_seq_len=plan.max_model_len,
-    )
-    if not config.self_check:
-        return build_backend(choice, config.block_size, options), ["self-check: left out"]
-    layers = [cast(Any, layer).self_attn.attn for layer in model.model.layers]
-    return checked_backend(choice, config.block_size, options, layers, caches)
+    choose: Callable[..., Choice],
+    room: Callable[..., MemoryPlan],
+    activations: int,
+    longest: int,
+) -> _Path:
+    """The first that `choose` finds and the self-check passes. Raises `UserError` where there is none."""
+    specs, device, rows = model.attention_specs, model.options.device, config.max_num_seqs
+    failed: dict[tuple[str, str], str] = {}
+    while True:
+        choice = choose(failed=failed)
+        layout = LAYOUTS[choice.layout](config.block_size)
+        limit = pool_limit(layout, specs, choice.routes, platform, rows)
+        plan = room(
+            activations=activations + scratch_bytes(choice, specs, platform, rows, longest),
+            block_bytes=block_bytes(choice, layout, specs),
+            most_blocks=None if limit is None else limit.num_blocks,
+        )
+        notes = [limit.sentence(config.block_size)] if limit and limit.num_blocks == plan.num_blocks else []
+        caches = [layout.allocate(spec, plan.num_blocks, device) for spec in specs]
+        options = BackendOptions(
+            specs=tuple(specs),
+            routes=choice.routes,
+            platform=platform,
+            device=device,
+            max_rows=rows,
+            max_seq_len=plan.max_model_len,
+        )
+        if not config.self_check:
+            backend = build_backend(choice, config.block_size, options)
+            return _Path(choice, plan, ServedModel(model, backend, caches), [*notes, "self-check: left out"])
+        layers = [cast(Any, layer).self_attn.attn for layer in model.model.layers]
+        checked = check_backend(choice, config.block_size, options, layers, caches)
+        if checked.failure is None:
+            zero_blocks = block_zeroer(caches, config.block_size) if checked.needs_zeros else None
+            served = ServedModel(model, checked.backend, caches, zero_blocks)
+            return _Path(choice, plan, served, notes + checked.sentences())
+        failed[choice.backend, choice.layout] = checked.failure
+        del caches, checked  # the next path's are as large
 
 
 def _make_runner(
@@ -193,7 +226,7 @@ def _make_runner(
         draw = sampling.draw if options.native is None else options.native.draw
         sampler = Sampler(rows, vocab_size, device, eos_token_ids, config.seed, draw)
         native_graphs = None
-        if replays and options.native is not None:
+        if replays and options.native is not None and served.zero_blocks is None:
             native_graphs = NativeGraphs(served, options.native, state, sampler)
         return ModelRunner(served, state, sampler, native_graphs)
     from miniserve.kernels.triton.decode_step import RowState

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -10,44 +11,66 @@ import torch
 
 from miniserve.attention.formula import attention_by_formula, visible_keys
 from miniserve.attention.layouts import KVCache, KVLayout
-from miniserve.attention.metadata import ChunkRows, DecodeRows, StepBatch
+from miniserve.attention.metadata import ChunkRows, DecodeRows, StepBatch, table_width
 from miniserve.attention.spec import AttentionLayer, AttentionSpec, LatentLayer
 
 # Of rows, own token counted: around a block's and a partition's end, and where the ASM kernel's last tile is partial.
 LENGTHS = (240, 241, 248, 255, 256)
 Work = list[tuple["CheckRow", tuple[int, int]]]
+STALE_NAN, STALE_NOISE = "NaN", "noise"  # what the blocks hold before the rows are written
 
 
 @dataclass(frozen=True, slots=True)
 class CheckRow:
     """A sequence: its blocks, and for each of its tokens the query, key and value (of latent attention: both queries,
-    kv_c and k_pe), and what attention gives, float32 [length, width]."""
+    kv_c and k_pe), and what attention gives, float32 [length, width]. in_fp8 [1, width]: what it gives for the last
+    token in the arithmetic of a decode kernel that multiplies in fp8, where the layer's does."""
 
     length: int
     blocks: torch.Tensor
     tokens: tuple[torch.Tensor, ...]
     want: torch.Tensor
+    in_fp8: torch.Tensor | None
 
 
 class Problem:
     """Rows for one layer in its cache: at most `max_seq_len` tokens long, as many of them as the pool has room for.
-    Work is a list of rows, each with those of its tokens, [start, end), that are a step's."""
+    stale: STALE_NAN or STALE_NOISE; fp8_products: the decode kernel multiplies in fp8 over an fp8 cache. Work is a list
+    of rows, each with those of its tokens, [start, end), that are a step's."""
 
-    def __init__(self, layout: KVLayout, layer: AttentionLayer | LatentLayer, cache: KVCache, max_seq_len: int) -> None:
+    def __init__(
+        self,
+        layout: KVLayout,
+        layer: AttentionLayer | LatentLayer,
+        cache: KVCache,
+        max_seq_len: int,
+        stale: str,
+        fp8_products: bool,
+    ) -> None:
         self.layout, self.layer, self.cache, self.max_seq_len = layout, layer, cache, max_seq_len
+        self._fp8_products = fp8_products and layer.spec.kv_dtype.itemsize == 1
         self.block_size, self.device = layout.block_size, cache.key.device
         self.generator = torch.Generator().manual_seed(layer.layer_index)
         lengths = dict.fromkeys((1, self.block_size, self.block_size + 1, *LENGTHS))
         tables = _tables([n for n in lengths if n <= max_seq_len], self.block_size, cache.key.shape[0])
         self.used = torch.tensor([block for table in tables.values() for block in table], device=self.device)
-        self._scribble()
+        if stale == STALE_NAN:
+            self._fill(math.nan)
+        else:
+            self._scribble()
         self.rows = [self._row(length, blocks) for length, blocks in tables.items()]
 
     def clear(self) -> None:
         """Zero the blocks."""
+        self._fill(0.0)
+
+    def _fill(self, value: float) -> None:
         for plane in (self.cache.key, self.cache.value):
-            bits = plane.view(torch.uint8) if plane.dtype.itemsize == 1 else plane
-            bits.index_fill_(0, self.used, 0)
+            if plane.dtype.itemsize > 1:
+                plane.index_fill_(0, self.used, value)
+            else:
+                code = torch.tensor([value]).to(plane.dtype).view(torch.uint8)
+                plane.view(torch.uint8).index_fill_(0, self.used, int(code))
 
     def tokens(self, work: Work, padded: bool = False) -> list[torch.Tensor]:
         """The step's inputs: as `CheckRow.tokens`, of all of work; padded: with a row more."""
@@ -96,7 +119,7 @@ class Problem:
         )
 
     def _table(self, rows: list[CheckRow], height: int, longest: int) -> torch.Tensor:
-        width = -(-longest // self.block_size)
+        width = table_width(longest, self.block_size)
         table = torch.zeros(height, width, dtype=torch.int32)
         for index, row in enumerate(rows):
             table[index, : len(row.blocks)] = row.blocks[:width]
@@ -119,12 +142,13 @@ class Problem:
             tokens: tuple[torch.Tensor, ...] = (*q.split((dims.nope_dim, dims.rope_dim), dim=-1), *written)
             k_nope, v = cast(LatentLayer, self.layer).expand(written[0])
             k = torch.cat([k_nope, written[1][:, None].expand(-1, spec.num_heads, -1)], dim=-1)
-            want = reference_attention(spec, q, k, v, None)
+            want, in_fp8 = reference_attention(spec, q, k, v, None), None
         else:
             q = self._draw(length, spec.num_heads, spec.head_dim)
-            tokens = (q, *written)
-            want = reference_attention(spec, q, *written, cast(AttentionLayer, self.layer).sinks)
-        return CheckRow(length, torch.tensor(blocks), tokens, want)
+            tokens, sinks = (q, *written), cast(AttentionLayer, self.layer).sinks
+            want = reference_attention(spec, q, *written, sinks)
+            in_fp8 = reference_attention(spec, q, *written, sinks, in_fp8=True) if self._fp8_products else None
+        return CheckRow(length, torch.tensor(blocks), tokens, want, in_fp8)
 
     def _written(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What a layer writes for `count` tokens. For an fp8 cache: values that it holds exactly."""
@@ -149,12 +173,22 @@ class Problem:
 
 
 def reference_attention(
-    spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
+    spec: AttentionSpec,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sinks: torch.Tensor | None,
+    *,
+    in_fp8: bool = False,
 ) -> torch.Tensor:
-    """Causal attention in float32. q [L, H, D], k [L, KH, D], v [L, KH, Dv] -> [L, H * Dv]."""
+    """Causal attention in float32. q [L, H, D], k [L, KH, D], v [L, KH, Dv] -> [L, H * Dv]. in_fp8: that of the last
+    token alone, in the arithmetic of kernels that multiply in fp8."""
     position = torch.arange(len(q), device=q.device)
-    visible = visible_keys(position[:, None] - position, spec.sliding_window)
-    return attention_by_formula(q, k, v, visible, scale=spec.scale, softcap=spec.softcap, sinks=sinks).flatten(1)
+    first, fp8 = (len(q) - 1, spec.kv_dtype) if in_fp8 else (0, None)
+    visible = visible_keys(position[first:, None] - position, spec.sliding_window)
+    return attention_by_formula(
+        q[first:], k, v, visible, scale=spec.scale, softcap=spec.softcap, sinks=sinks, fp8=fp8
+    ).flatten(1)
 
 
 def _tables(lengths: list[int], block_size: int, num_blocks: int) -> dict[int, list[int]]:

@@ -1,9 +1,9 @@
-"""The forward pass of steps with short chunks as device graphs: launched one by one, their kernels take the host longer
-than the device.
+"""The forward pass of steps with short chunks as device graphs: launching their kernels one by one takes the host
+longer than the device takes to run them.
 
-A graph is for so many decode rows and so many chunk tokens; a step runs in the smallest that holds it, the rest being
-padding, which is written to no slot and attends to nothing. What a graph reads is copied to tensors that never move;
-before and after it the step is like any other, so a graph has nothing to do with how tokens are chosen.
+A graph has a fixed number of decode rows and of chunk tokens; a step runs in the smallest graph that holds it. The rest
+is padding, which is written to no slot and attends to nothing. The inputs are copied to tensors at fixed addresses.
+Sampling runs outside the graph, as in any other step.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from miniserve.attention.backends.base import CHUNKS_IN_GRAPH
-from miniserve.attention.metadata import ChunkRows, DecodeRows, StepBatch
+from miniserve.attention.metadata import ChunkRows, DecodeRows, StepBatch, table_width
 from miniserve.runner.sampling_transfer import to_device
 from miniserve.runner.served import ServedModel
 from miniserve.runner.state import StepInputs
@@ -41,7 +41,7 @@ class ChunkGraphs:
         self._served, self._max_seq_len = served, max_seq_len
         self._rows = sorted({min(rows, max_num_seqs) for rows in _ROWS})
         self._device = served.model.options.device
-        tokens, width = self._rows[-1] + _TOKENS[-1], -(-max_seq_len // block_size)
+        tokens, width = self._rows[-1] + _TOKENS[-1], table_width(max_seq_len, block_size)
 
         def integers(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(*shape, dtype=dtype, device=self._device)
@@ -54,7 +54,7 @@ class ChunkGraphs:
 
     @torch.inference_mode()
     def capture(self, progress: Progress = lambda done, total: None) -> None:
-        """Record all graphs, the largest first, so that the smaller ones find their memory in the pool."""
+        """Record all graphs, the largest first, so that the smaller ones reuse its memory in the pool."""
         pool = torch.cuda.graph_pool_handle()
         sizes = list(product(reversed(self._rows), reversed(_TOKENS)))
         self._slots.fill_(-1)
@@ -64,8 +64,8 @@ class ChunkGraphs:
         progress(len(sizes), len(sizes))
 
     def run(self, inputs: StepInputs) -> torch.Tensor | None:
-        """The hidden states of a step's tokens, [num_tokens, hidden_size], which the next step may overwrite; None
-        where no graph holds it."""
+        """The hidden states of a step's tokens, [num_tokens, hidden_size], which the next step may overwrite; None if
+        no graph holds the step."""
         batch = inputs.batch
         chunks = batch.chunks
         lens = [length for group in chunks for length in group.query_lens]
@@ -85,7 +85,8 @@ class ChunkGraphs:
         return torch.cat([graph.hidden[:num_rows], graph.hidden[rows:end]])
 
     def _fill_tokens(self, inputs: StepInputs, num_rows: int, rows: int) -> None:
-        """Decode rows from the start, chunks from `rows` on. Padding keeps the ids and positions of an earlier step."""
+        """Copy decode rows to the start and chunks to `rows` and on. Padding keeps ids and positions of an earlier
+        step."""
         end = rows + len(inputs.input_ids) - num_rows
         self._slots.fill_(-1)
         for fixed, given in (
@@ -103,7 +104,7 @@ class ChunkGraphs:
             self._decode_tables[:num_rows, : decode.block_tables.shape[1]] = decode.block_tables
 
     def _fill_chunks(self, chunks: Sequence[ChunkRows], lens: list[int]) -> None:
-        """Of each chunk its length, its end and its blocks; absent ones have no token and no key."""
+        """Copy each chunk's length, end and blocks; unused chunks have no token and no key."""
         ends = [*accumulate(lens, initial=0)]
         ends += ends[-1:] * (CHUNKS_IN_GRAPH - len(lens))
         self._chunk_starts.copy_(to_device(np.array(ends, dtype=np.int32), self._device))
@@ -117,7 +118,7 @@ class ChunkGraphs:
 
     def _forward(self, rows: int, tokens: int) -> torch.Tensor:
         decode = DecodeRows(self._decode_tables[:rows], self._decode_lens[:rows], self._max_seq_len, None)
-        none = (0,) * (CHUNKS_IN_GRAPH - 1)  # as far as the host knows one chunk may have all the tokens and keys
+        none = (0,) * (CHUNKS_IN_GRAPH - 1)  # upper bounds for the host: one chunk may have all tokens and keys
         lens, contexts = (tokens, *none), (self._max_seq_len - tokens, *none)
         chunks = ChunkRows(rows, lens, contexts, self._chunk_starts, self._chunk_lens, self._chunk_tables)
         end = rows + tokens
@@ -126,7 +127,7 @@ class ChunkGraphs:
 
 
 def _record(work: Callable[[], torch.Tensor], pool: Any) -> _Graph:
-    work()  # what is compiled or allocated at the first run must be there before a capture
+    work()  # the first run compiles and allocates, which a capture must not
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):

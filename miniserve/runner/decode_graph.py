@@ -1,9 +1,10 @@
-"""Decode steps as device graphs: positions, slots, forward, the draw of the token and its hand-over.
+"""Decode steps as device graphs: positions, slots, forward pass, the draw of the token, and passing it to the next
+step.
 
-A graph belongs to a bucket, a number of rows; a step runs in the smallest bucket that holds its rows, the rest being
-padding. Graphs read and write tensors that never move, so that a step needs from the host its rows, where they changed,
-and nothing else. A bucket has two: one takes each row's most likely token; the other draws, but for the rows whose
-logits the sampler wants. All graphs share one memory pool, as only one of them runs at a time.
+A graph belongs to a bucket, a number of rows; a step runs in the smallest bucket that holds its rows, and the rest is
+padding. Graphs read and write tensors at fixed addresses, so that the host only sends changes of the rows. A bucket has
+two graphs: one takes each row's most likely token; the other draws, except for rows whose logits the sampler needs. All
+graphs share one memory pool, as only one of them runs at a time.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def decode_buckets(max_num_seqs: int) -> list[int]:
 
 class DecodeGraphs:
     """`state` and `params` are those of the runner's rows; `max_seq_len` in tokens bounds every row's length.
-    `num_draft_tokens`: the most guesses that a step verifies behind a row's token; with any the host says what each
-    entry of a step computes, without each is a row that advances by its last token."""
+    `num_draft_tokens`: the most guesses that a step verifies behind a row's token. With guesses the host specifies what
+    each entry of a step computes; without, each entry is a row that advances by its last token."""
 
     def __init__(
         self,
@@ -72,17 +73,17 @@ class DecodeGraphs:
         self._greedy: dict[int, torch.cuda.CUDAGraph] = {}
         self._drawn: dict[int, torch.cuda.CUDAGraph] = {}
         self._rows: tuple[int, list[int]] = (0, [])
-        # The device reads changes when it gets there: two steps are in flight at most, and one is being staged.
+        # The device reads changes when it runs the step: at most two steps are in flight, and one is being staged.
         self._staging = [torch.empty(5 * most, dtype=torch.int32, pin_memory=True) for _ in range(_RING)]
         self._num_staged = 0
 
     @torch.inference_mode()
     def capture(self, progress: Progress = lambda done, total: None) -> None:
-        """Record every bucket's graphs, the largest first, so that the smaller ones find their memory in the pool."""
+        """Record every bucket's graphs, the largest first, so that the smaller ones reuse its memory in the pool."""
         pool = torch.cuda.graph_pool_handle()
         for done, bucket in enumerate(reversed(self._buckets)):
             progress(done, len(self._buckets))
-            with self._served.tuning():  # what is compiled, timed or allocated at first must be there before a capture
+            with self._served.tuning():  # the first run compiles, times and allocates, which a capture must not
                 logits = self._run(bucket)
             self._take_argmax(logits)
             self._draw(logits)
@@ -103,14 +104,15 @@ class DecodeGraphs:
         return self._tokens[: len(inputs.rows)]
 
     def drawn(self, bucket: int, inputs: GraphInputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `greedy`, but each row's token is drawn as its `params` say. A row that these leave to the host gets none:
-        its logits are in the second result, [entries, vocab_size] in the model's dtype, which has those alone."""
+        """As `greedy`, but each row's token is drawn by its `params`. A row that needs the host's sampler gets no
+        token: its logits are in the second result, [entries, vocab_size] in the model's dtype, where only such rows are
+        filled."""
         self._stage(bucket, inputs)
         self._drawn[bucket].replay()
         return self._tokens[: len(inputs.rows)], self._logits[: len(inputs.rows)]
 
     def sample(self, bucket: int, inputs: GraphInputs, sampler: Sampler, positions: list[int] | None) -> SampleOutput:
-        """As `drawn`, and `sampler` draws for the rows that were left to it."""
+        """As `drawn`, and `sampler` draws for the remaining rows."""
         sampler.upload()
         return sampler.complete(*self.drawn(bucket, inputs), inputs.rows, positions)
 
@@ -149,16 +151,16 @@ class DecodeGraphs:
 
     def _draw(self, logits: torch.Tensor) -> None:
         bucket = len(logits)
-        rows, tokens, left = self._step.rows[:bucket], self._tokens[:bucket], self._logits[:bucket]
+        rows, tokens, undrawn = self._step.rows[:bucket], self._tokens[:bucket], self._logits[:bucket]
         if self._explicit:
             prompt_lens = self._params.prompt_lens[rows.clamp(min=0)]
             num_outputs = self._step.positions[:bucket] + 1 - prompt_lens
-            sample(logits, rows, self._params, tokens, num_outputs=num_outputs, left=left)
+            sample(logits, rows, self._params, tokens, num_outputs=num_outputs, undrawn=undrawn)
         else:
-            sample(logits, rows, self._params, tokens, self._state, left=left)
+            sample(logits, rows, self._params, tokens, self._state, undrawn=undrawn)
 
     def _run(self, bucket: int) -> torch.Tensor:
-        """The logits [bucket, vocab_size] that the next tokens follow from."""
+        """The logits [bucket, vocab_size] to choose the next tokens from."""
         step = StepTensors(*(getattr(self._step, field.name)[:bucket] for field in fields(StepTensors)))
         advance(self._state, step, self._block_size, explicit=self._explicit)
         # The look-up of embeddings, an ordinary kernel, lies between `advance` and those that are launched dependently.

@@ -1,4 +1,4 @@
-"""From what the user asked for to the device, its platform and the dtypes there."""
+"""Find the device, platform and dtypes for the user's settings."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from miniserve.core import UserError
 
 
 def find_device(name: str) -> torch.device:
-    """name: --device. Raises `UserError` where there is no such device."""
+    """name: --device. Raises `UserError` if there is no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("gfx"):
         return torch.device("cpu")
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda was asked for, but PyTorch finds no GPU; use --device cpu or install its build.")
+        raise UserError("PyTorch finds no GPU for --device cuda; use --device cpu or install PyTorch for your GPU.")
     return torch.device(name)
 
 
@@ -25,7 +25,7 @@ def find_platform(name: str, device: torch.device, dtype: torch.dtype) -> Platfo
 
 
 def find_dtype(name: str, model_dtype: str) -> torch.dtype:
-    """name: --dtype. Raises `UserError` for what is none."""
+    """name: --dtype. Raises `UserError` if it is not a dtype."""
     dtype = getattr(torch, model_dtype if name == "auto" else name)
     if not isinstance(dtype, torch.dtype):
         raise UserError(f"--dtype {name} is not a dtype.")

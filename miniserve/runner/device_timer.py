@@ -1,4 +1,4 @@
-"""The device's own clock around each step: events that are recorded at launch and read when the step is collected."""
+"""Step times by the device's clock: events that are recorded at launch and read when the step is collected."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PAIRS = 4  # at most two steps are in flight, and the end of the one before is 
 
 
 class DeviceEvent(Protocol):
-    """What is used of `torch.cuda.Event`; `elapsed_time` is in milliseconds."""
+    """The part of `torch.cuda.Event` used here; `elapsed_time` is in milliseconds."""
 
     def record(self) -> None: ...
 
@@ -24,14 +24,14 @@ class DeviceEvent(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StepEvents:
-    """A step's first and last event and the last one of the step before it, if there was one."""
+    """A step's first and last event, and the last one of the step before it, if any."""
 
     start: DeviceEvent
     end: DeviceEvent
     before: DeviceEvent | None
 
     def seconds(self) -> tuple[float, float | None]:
-        """How long the step ran, and for how long the device had nothing to do before it. `end` must have passed."""
+        """How long the step ran, and how long the device was idle before it. `end` must have passed."""
         idle = None if self.before is None else max(0.0, self.before.elapsed_time(self.start)) / 1000
         return self.start.elapsed_time(self.end) / 1000, idle
 

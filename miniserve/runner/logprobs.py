@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from miniserve.core import TokenLogprobs
 
 _BLOCK = 128  # of a vocabulary
-LOWEST_LOGPROB = -9999.0  # stands for -inf, which JSON cannot say
+LOWEST_LOGPROB = -9999.0  # stands for -inf, which JSON does not have
 
-_CHUNK_BYTES = {"cpu": 8 << 20}  # stays in the cache, and in memory that the allocator keeps
+_CHUNK_BYTES = {"cpu": 8 << 20}  # fits in the cache, and in memory that the allocator keeps
 _CHUNK_BYTES_ELSEWHERE = 32 << 20  # some dozen rows of a large vocabulary, which fill a GPU
 
 
@@ -64,7 +64,7 @@ def _gather_chunk(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> tupl
         return (logits.gather(1, ids).double() - normaliser).float().clamp_(LOWEST_LOGPROB, 0.0)
 
     chosen = token_ids[:, None]
-    # As floats, in memory that is at hand, these sum many times faster than as bools.
+    # As floats, in memory that is allocated already, these sum many times faster than as bools.
     better = torch.gt(logits, logits.gather(1, chosen), out=weights)
     ranks = _blocked(better, 0.0).sum(-1).sum(-1, dtype=torch.float64).long().add_(1)
     top_ids = top_ids[:, :k]
@@ -74,9 +74,9 @@ def _gather_chunk(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> tupl
 def to_token_logprobs(
     token_ids: Sequence[int], tensors: LogprobTensors, num_logprobs: Sequence[int | None]
 ) -> list[TokenLogprobs | None]:
-    """One entry per token, cut to as many alternatives as its request asked for; None where it asked for none.
-
-    num_logprobs aligns with token_ids; the rows of `tensors` (to be on the host) with those entries that are not None.
+    """One entry per token, cut to the number of alternatives that its request asked for; None if it asked for no
+    logprobs. num_logprobs aligns with token_ids; the rows of `tensors` (on the host) align with its entries that are
+    not None.
     """
     found = zip(*(tensor.tolist() for tensor in tensors), strict=True)
     entries: list[TokenLogprobs | None] = []

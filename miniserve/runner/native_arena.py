@@ -1,5 +1,5 @@
-"""Where the intermediates of a noted pass lie when it is replayed: in one piece of memory, shared by those that are not
-needed at the same time, as when Python freed one before it made the next."""
+"""Memory for the intermediates of a recorded pass when it is replayed: one arena, whose parts are shared by tensors
+that are not needed at the same time, as when Python freed one before it made the next."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-_LINE = 64  # bytes of a cache line, which vectors are not to cross
+_LINE = 64  # bytes of a cache line, which vectors should not cross
 
 
 @dataclass(slots=True)
 class _Buffer:
-    """Memory that the pass allocated, and the first and the last call that are given it; its place in the arena."""
+    """Memory that the pass allocated, the first and the last call that use it, and its offset in the arena."""
 
     address: int
     size: int
@@ -26,10 +26,10 @@ class _Buffer:
 def plan_arena(
     pointers: Sequence[tuple[int, int]], allocated: Sequence[torch.Tensor], result: torch.Tensor
 ) -> tuple[dict[int, int], int]:
-    """pointers: (address, number of the call that is given it), of all calls in order. allocated: by the pass, all at
-    different addresses. `result`, one of them or a view of one, outlasts the calls.
+    """pointers: (address, number of the call that uses it), of all calls in order. allocated: by the pass, all at
+    different addresses. `result`, one of them or a view of one, is used after the calls.
 
-    Returns the offset in the arena of each of these addresses that was allocated, and the arena's bytes.
+    Returns the arena offset of each pointer that lies in allocated memory, and the arena's bytes.
     """
     never = len(pointers)
     buffers = [_Buffer(t.data_ptr(), t.nbytes, never) for t in sorted(allocated, key=torch.Tensor.data_ptr)]
@@ -45,7 +45,7 @@ def plan_arena(
 
 
 def _place(buffers: list[_Buffer]) -> int:
-    """Each at the lowest offset that is free as long as it is needed. Returns the end of the highest."""
+    """Place each at the lowest offset that is free as long as it is needed. Returns the end of the highest."""
     placed: list[_Buffer] = []
     for buffer in sorted(buffers, key=lambda buffer: buffer.first):
         for other in sorted(placed, key=lambda other: other.offset):

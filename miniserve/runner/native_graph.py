@@ -1,9 +1,9 @@
-"""A CPU's decode steps as lists of native calls: noted once as Python makes them, then replayed.
+"""A CPU's decode steps as lists of native calls: recorded once as Python makes them, then replayed.
 
-What a device graph is to a GPU this is to a CPU: a small model's step is short beside the Python around its kernels. It
-may be replayed if nothing but native kernels, views and allocations ran in its forward pass, which is watched while it
-is noted; a model with any other pass keeps running from Python. The notes hold addresses: of weights, caches and rows'
-state, which stay where they are once the model serves; of the step's inputs; and of what the pass computes on its way.
+This is for a CPU what a device graph is for a GPU: in a small model's step the Python around the kernels takes longer
+than the kernels. A step can be replayed if its forward pass runs nothing but native kernels, views and allocations,
+which is checked while it is recorded; other models keep running from Python. A recording holds addresses: of weights,
+caches and rows' state, which do not move while the model serves; of the step's inputs; and of intermediates.
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ from miniserve.runner.sampler import SampleOutput, Sampler
 from miniserve.runner.served import ServedModel
 from miniserve.runner.state import GraphInputs, StepState
 
-MOST_ROWS = 16  # with more, kernels take so long that the Python around them hardly counts
+MOST_ROWS = 16  # with more rows the Python around the kernels hardly counts
 _ALLOCATIONS = frozenset({"aten::empty", "aten::empty_like", "aten::new_empty"})
 _VIEWS = frozenset({"aten::view", "aten::slice", "aten::split_with_sizes", "aten::alias", "aten::detach"})
 
 
 @dataclass(frozen=True, slots=True)
 class _Graph:
-    """Words of `replay`: a whole step, and one that leaves the draw to the sampler. What it computes lies in `arena`,
-    in the end `logits`."""
+    """Words for `replay`: of a whole step, and of one without the draw. Intermediates and `logits` lie in `arena`."""
 
     greedy: torch.Tensor
     drawn: torch.Tensor
@@ -66,7 +65,7 @@ class NativeGraphs:
         )
         self._known_rows: list[int] = []
         self._arena = torch.empty(0, dtype=torch.uint8)  # of all graphs, as only one of them runs at a time
-        self._graphs: dict[tuple[int, bool], _Graph] = {}  # by rows, and whether positions and tokens are given
+        self._graphs: dict[tuple[int, bool], _Graph] = {}  # by rows, and whether the host sets positions and tokens
 
     def bucket(self, num_rows: int) -> int | None:
         """See `StepGraphs.bucket`; None where it runs from Python."""
@@ -78,7 +77,7 @@ class NativeGraphs:
         return self._tokens[bucket]
 
     def sample(self, bucket: int, inputs: GraphInputs, sampler: Sampler, positions: list[int] | None) -> SampleOutput:
-        """Run a step, from the logits of which `sampler` draws."""
+        """Run a step without its draw: `sampler` draws from its logits."""
         return sampler.sample(self._run(bucket, inputs, greedy=False), inputs.rows, positions)
 
     def _run(self, bucket: int, inputs: GraphInputs, *, greedy: bool) -> torch.Tensor:
@@ -86,20 +85,20 @@ class NativeGraphs:
         if inputs.rows is not self._known_rows:
             self._known_rows = inputs.rows
             self._rows[:bucket] = torch.tensor(inputs.rows)
-        given = inputs.positions is not None
-        if given:
+        explicit = inputs.positions is not None
+        if explicit:
             self._step.positions[:bucket] = torch.tensor(inputs.positions)
             self._step.input_ids[:bucket] = torch.tensor(inputs.token_ids)
-        graph = self._graphs.get((bucket, given))
+        graph = self._graphs.get((bucket, explicit))
         if graph is None:
-            return self._record(bucket, given, greedy)
+            return self._record(bucket, explicit, greedy)
         replay(graph.greedy if greedy else graph.drawn, self._kernels.num_threads)
         return graph.logits
 
-    def _record(self, rows: int, given: bool, greedy: bool) -> torch.Tensor:
-        """Run the step from Python, and note it if it can be replayed."""
+    def _record(self, rows: int, explicit: bool, greedy: bool) -> torch.Tensor:
+        """Run the step from Python, and record it if it can be replayed."""
         with record(execute=True) as before:
-            self._advance(rows, given)
+            self._advance(rows, explicit)
         with _Watch() as watch, record(execute=True) as calls:
             logits = self._forward(rows)
         with record(execute=greedy) as after:
@@ -107,14 +106,14 @@ class NativeGraphs:
         if watch.foreign:
             self._num_rows = 0
         else:
-            self._graphs[rows, given] = self._make([*before, *calls, *after], watch.allocated, logits)
+            self._graphs[rows, explicit] = self._make([*before, *calls, *after], watch.allocated, logits)
         return logits
 
-    def _advance(self, rows: int, given: bool) -> None:
+    def _advance(self, rows: int, explicit: bool) -> None:
         state, sampler = self._state, self._sampler
         step, block_size = self._step, self._served.backend.layout.block_size
         self._kernels.advance(
-            self._rows[:rows], state.tables, state.lens, sampler.last_tokens, step, block_size, given=given
+            self._rows[:rows], state.tables, state.lens, sampler.last_tokens, step, block_size, explicit=explicit
         )
 
     def _forward(self, rows: int) -> torch.Tensor:
@@ -132,7 +131,7 @@ class NativeGraphs:
     def _make(self, calls: list[Call], allocated: list[torch.Tensor], logits: torch.Tensor) -> _Graph:
         words, pointers = encode(calls)
         offsets, size = plan_arena([(words[place], number) for place, number in pointers], allocated, logits)
-        if len(self._arena) < size:  # graphs that are there already keep theirs
+        if len(self._arena) < size:  # existing graphs keep theirs
             self._arena = torch.empty(-(-size // len(logits)) * len(self._rows), dtype=torch.uint8)
         for place, _ in pointers:
             if words[place] in offsets:
@@ -144,7 +143,8 @@ class NativeGraphs:
 
 
 class _Watch(TorchDispatchMode):
-    """Sees what PyTorch is asked for within: keeps what is `allocated`; `foreign`: it computed something, too."""
+    """Watches PyTorch's operations within: keeps tensors that are `allocated`; `foreign`: it computed something,
+    too."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -23,11 +23,11 @@ class StepGraphs(Protocol):
     """Steps of decode rows alone that run without Python around their kernels."""
 
     def bucket(self, num_rows: int) -> int | None:
-        """The entries of the graph for a step of so many decode rows, None where there is none."""
+        """The number of entries of the graph for a step of so many decode rows, None if there is none."""
         ...
 
     def greedy(self, bucket: int, inputs: GraphInputs) -> torch.Tensor:
-        """Launch a step and hand each row's most likely token to the next one. Returns the tokens, int64 [entries],
+        """Launch a step and pass each row's most likely token to the next one. Returns the tokens, int64 [entries],
         valid until the next launch."""
         ...
 
@@ -38,7 +38,8 @@ class StepGraphs(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _PromptLogprobs:
-    """One chunk's: the row, the tokens that follow each of its positions, and how many alternatives were asked for."""
+    """One chunk's prompt logprobs: the row, the tokens that follow each of its positions, and the number of
+    alternatives."""
 
     row: int
     targets: list[int]
@@ -48,8 +49,8 @@ class _PromptLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    """A step on its way: host tensors that are valid once the last of `events` has passed, on an asynchronous device;
-    of a CPU, where it is over by now, a list of its tokens. `bucket`: rows of the graph that runs it, 0 for none."""
+    """A launched step. On a GPU: host tensors that are valid once the last of `events` has passed. On a CPU, where the
+    step is done already: a list of its tokens. `bucket`: rows of the graph that runs it, 0 for none."""
 
     token_ids: torch.Tensor | list[int] | None
     num_logprobs: Sequence[int | None]
@@ -77,9 +78,9 @@ class ModelRunner:
         self._chunk_graphs = chunk_graphs
         on_cpu = self._model.options.device.type == "cpu"
         self._timer = None if on_cpu else DeviceTimer()
-        # Of prompt tokens at a time: enough for the product with the head's weight to be worth reading it.
+        # Prompt tokens at a time: enough to make good use of reading the head's weight.
         self._least_logit_rows = 16 if on_cpu else 512
-        self._prompt_k: dict[int, int] = {}  # row -> alternatives per prompt token, where asked for
+        self._prompt_k: dict[int, int] = {}  # row -> alternatives per prompt token, if requested
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> _Launched:
@@ -135,7 +136,8 @@ class ModelRunner:
         return StepResult(token_ids, logprobs, prompt_logprobs, device)
 
     def _prompt_logprobs(self, plan: StepPlan, starts: list[int], hidden: torch.Tensor) -> list[_PromptLogprobs]:
-        """Of every chunk that has targets, a few rows of logits at a time: all of them at once would not fit."""
+        """Prompt logprobs of every chunk that has targets, from a few rows of logits at a time: all at once would not
+        fit."""
         found: list[_PromptLogprobs] = []
         for chunk, query_start in zip(plan.chunks, starts, strict=True):
             if targets := chunk.logprob_targets:
@@ -168,7 +170,7 @@ class ModelRunner:
 
 
 def _positions(plan: StepPlan) -> list[int] | None:
-    """That each sampled token follows from, where the host knows them."""
+    """The position that each sampled token follows from, if the host knows it."""
     if not plan.draft_runs:
         return None
     return plan.run_positions + [chunk.start + len(chunk.token_ids) - 1 for chunk in plan.chunks if chunk.samples]

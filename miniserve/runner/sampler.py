@@ -1,7 +1,7 @@
 """From logits to tokens, for the whole batch at once.
 
-What happens to a row, in the order of vLLM: logit_bias, min_tokens, repetition penalty, frequency and presence penalty;
-then the draw (`kernels.sampling`). On a GPU graphs draw, too, for the rows that need no more than that.
+The order for a row is vLLM's: logit_bias, min_tokens, repetition penalty, frequency and presence penalty; then the draw
+(`kernels.sampling`). On a GPU graphs draw for rows that need nothing else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from miniserve.runner.sampling_rows import Batch, RowTable
 @dataclass(frozen=True, slots=True)
 class SampleOutput:
     """token_ids: int64 [num_rows] on the device. `logprobs` has a row for each entry of `num_logprobs` that is not
-    None, in order, and is None where all are; `to_token_logprobs` puts both together once they are on the host."""
+    None, in order, and is None where all are; `to_token_logprobs` combines both once they are on the host."""
 
     token_ids: torch.Tensor
     logprobs: LogprobTensors | None
@@ -30,7 +30,7 @@ class SampleOutput:
 
 
 class Sampler:
-    """Draws a token for each row of the runner's persistent state; keeps what that needs from step to step.
+    """Draws a token for each row of the runner's persistent state; keeps the state that this needs from step to step.
 
     `last_tokens` and `num_outputs` (int64 [max_num_seqs], on the device) hold each row's last sampled token and its
     number of output tokens; `params`, what its request asks for.
@@ -63,7 +63,7 @@ class Sampler:
         return self._table.params
 
     def start_row(self, start: RowStart) -> None:
-        """A request takes a free row. Raises `InvalidRequest` for a logit_bias beyond the vocabulary."""
+        """Add a request in a free row. Raises `InvalidRequest` for a logit_bias beyond the vocabulary."""
         self._table.start_row(start)
         self._batch = None
         self.num_outputs[start.row].fill_(len(start.output_token_ids))  # item assignment would wait for the device
@@ -76,15 +76,15 @@ class Sampler:
         self._batch = None
 
     def upload(self) -> None:
-        """Bring `params` up to date; before a graph draws."""
+        """Update `params`, before a graph draws."""
         self._table.upload()
 
     def sample(self, logits: torch.Tensor, rows: list[int], positions: list[int] | None = None) -> SampleOutput:
         """Draw the next token of each of `rows`, which are all taken.
 
         logits: contiguous [len(rows), vocab_size] of any float dtype, may be overwritten. On an asynchronous device
-        nothing waits. A row may come more than once, unless it is penalised, where the host knows the `positions` that
-        the logits follow from; `last_tokens` and `num_outputs` then say nothing until a request takes the row.
+        nothing waits. A row may occur more than once, unless it is penalised, if the host passes the `positions` that
+        the logits follow from; `last_tokens` and `num_outputs` are then undefined until a request takes the row.
         """
         self.upload()
         batch = self._prepare(rows)
@@ -111,14 +111,14 @@ class Sampler:
         return SampleOutput(tokens, logprobs, batch.num_logprobs)
 
     def takes_argmax(self, rows: list[int]) -> bool:
-        """Whether `sample` would give each row's most likely token and nothing more."""
+        """Whether `sample` would return each row's most likely token and nothing else."""
         return self._table.take_argmax(rows)
 
     def complete(
         self, tokens: torch.Tensor, logits: torch.Tensor, rows: list[int], positions: list[int] | None = None
     ) -> SampleOutput:
-        """The rest of a step in which a graph drew `tokens`, int64 [len(rows)], for all rows but those that want their
-        logits: what `sample` does, for these. Their places in `logits` are filled."""
+        """Finish a step in which a graph drew `tokens`, int64 [len(rows)], except for rows that need their logits: do
+        for these what `sample` does. Their rows of `logits` are filled."""
         num_logprobs: list[int | None] = [None] * len(rows)
         remaining = self._table.wanting_logits(rows)
         if not len(remaining):
@@ -138,7 +138,7 @@ class Sampler:
         return self._batch
 
     def _edit(self, logits: torch.Tensor, batch: Batch, num_outputs: torch.Tensor) -> None:
-        """Everything that changes single logits, in place."""
+        """Apply bias, min_tokens and penalties in place."""
         flat = logits.view(-1)
         if batch.bias is not None:
             flat.index_add_(0, batch.bias.places, batch.bias.values)

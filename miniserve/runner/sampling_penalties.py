@@ -1,7 +1,7 @@
 """Repetition, frequency and presence penalties over the tokens that each row has seen.
 
-A row keeps its distinct tokens with their output counts instead of a count per vocabulary entry, so that a step's work
-and the memory grow with the context, not with the vocabulary.
+A row keeps its distinct tokens with their output counts instead of a count per vocabulary entry, so that time and
+memory grow with the context, not with the vocabulary.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class SeenTokens:
     """Distinct tokens per row, in order of appearance; grows with the longest penalised row.
 
     `_ids` and `_counts` are [max_num_seqs, width], `_sizes` [max_num_seqs] says how many entries of a row are in use.
-    `_bounds` is the host's upper bound of `_sizes`: whether a sampled token is new is known on the device alone.
+    `_bounds` is the host's upper bound of `_sizes`: only the device knows whether a sampled token is new.
     """
 
     def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:

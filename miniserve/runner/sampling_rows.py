@@ -1,7 +1,7 @@
-"""What the rows' requests ask of the sampler: a table, and its excerpt for the rows of one batch.
+"""The rows' sampling parameters: a table, and its excerpt for the rows of one batch.
 
-The table lies on the host, so that a step knows without a look at the device what is needed; what draws reads a copy on
-the device. An excerpt is made when the rows of a batch change.
+The table lies on the host, so that a step need not wait for the device to know what sampling needs; kernels that draw
+read a copy on the device. An excerpt is made when the rows of a batch change.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from miniserve.kernels.sampling import NUM_COLUMNS, WANTS_LOGITS, RowParams
 from miniserve.runner.sampling_penalties import PenalisedRows
 from miniserve.runner.sampling_transfer import to_device
 
-# Below this a draw is the argmax in all but name, and dividing by it would lose all precision (vLLM's limit).
+# Below this temperature a draw practically is the argmax, and dividing by it would lose all precision (vLLM's limit).
 _GREEDY_BELOW = 1e-5
 
 
@@ -51,7 +51,7 @@ class LogprobRows:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The excerpt for a list of rows. What no row uses is None."""
+    """The excerpt for a list of rows. Parameters that no row uses are None."""
 
     rows: torch.Tensor  # int64 [num_rows]
     ones: torch.Tensor  # int64 [num_rows]
@@ -83,10 +83,10 @@ class RowTable:
         self._numbers = np.zeros((max_num_seqs, NUM_COLUMNS), dtype=np.float32)
         self._num_logprobs = np.full(max_num_seqs, -1, dtype=np.int64)
         self._penalised = np.zeros(max_num_seqs, dtype=np.bool_)
-        self._takes_argmax = [False] * max_num_seqs  # a list, because a look at a few rows is many times as fast
+        self._takes_argmax = [False] * max_num_seqs  # a list, because reading a few entries is many times as fast
         self._biases: dict[int, dict[int, float]] = {}
         self._early_stops: dict[int, tuple[list[int], int]] = {}
-        self._started: list[int] = []  # rows that `params` have yet to hear of
+        self._started: list[int] = []  # rows not yet copied to `params`
         arrays = (self._keys, self._prompt_lens, self._numbers)
         self.params = RowParams(*(torch.from_numpy(array).to(device) for array in arrays))
 
@@ -134,7 +134,7 @@ class RowTable:
         self._early_stops.pop(row, None)
 
     def upload(self) -> None:
-        """Tell `params` of the rows that have started since. Nothing waits."""
+        """Copy rows that have started since to `params`. Nothing waits."""
         if self._started and self._device.type != "cpu":
             rows = np.array(self._started)
             places = self._to_device(rows)
@@ -144,11 +144,11 @@ class RowTable:
         self._started.clear()
 
     def num_outputs(self, rows: list[int], positions: list[int]) -> torch.Tensor:
-        """How many output tokens there are up to these positions of the rows, int64 [num_rows]."""
+        """Output tokens before these positions of the rows, int64 [num_rows]."""
         return self._to_device(np.array(positions, dtype=np.int64) + 1 - self._prompt_lens[rows])
 
     def take_argmax(self, rows: list[int]) -> bool:
-        """Whether each row is given its most likely token and nothing more."""
+        """Whether each row takes its most likely token and needs nothing else."""
         return all(map(self._takes_argmax.__getitem__, rows))
 
     def wanting_logits(self, rows: list[int]) -> npt.NDArray[np.int64]:
@@ -198,8 +198,8 @@ class RowTable:
         return PenalisedRows(self._to_device(entries), device_rows, rows, self._to_device(self._numbers[rows]))
 
     def entries(self, entries: npt.NDArray[np.int64]) -> slice | torch.Tensor:
-        """An index of these places in a batch, in ascending order: a slice where they are neighbours (so that indexing
-        the logits gives a view)."""
+        """An index of these batch positions, in ascending order: a slice if they are contiguous, so that indexing
+        logits is a view."""
         first, last = int(entries[0]), int(entries[-1])
         if last - first + 1 == len(entries):
             return slice(first, last + 1)

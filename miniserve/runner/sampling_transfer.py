@@ -1,4 +1,4 @@
-"""From the host to the device without a wait."""
+"""Copies from the host to the device that do not wait."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 
 def to_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
-    """A copy of the array on the device (on a CPU the array's own memory). From pinned memory, because a copy from
-    any other makes the host wait for all that the device was given before."""
+    """A copy of the array on the device (on a CPU it shares the array's memory). Uses pinned memory: a copy from other
+    memory makes the host wait for all earlier work of the device."""
     tensor = torch.from_numpy(array)
     if device.type == "cpu":
         return tensor

@@ -2,8 +2,10 @@
 wrong is not served.
 
 Every distinct kind of layer prefills, extends and decodes rows of awkward lengths over the pool it will serve from, in
-its lowest and its highest blocks; float32 attention written out in PyTorch on the same device says what is right. The
-blocks hold noise beforehand, so that a kernel that reads past a row's end shows, and zeros afterwards, as before.
+its lowest and its highest blocks; float32 attention written out in PyTorch on the same device says what is right, and
+where a kernel multiplies in fp8 float32 attention with its roundings. The blocks hold NaN beforehand, as a broken
+request may leave them, and zeros afterwards. A kernel that lets such NaN through is tried over noise: passes it that,
+it is served blocks that are zeroed as they are taken.
 """
 
 from __future__ import annotations
@@ -19,23 +21,23 @@ import torch
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.build import build_backend
 from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.contracts import KERNELS
 from miniserve.attention.layouts import KVCache
 from miniserve.attention.metadata import StepBatch
 from miniserve.attention.routes import ASM_WRONG_LENGTHS, WRONG_LENGTHS, least_asm_rows
 from miniserve.attention.select import Choice
 from miniserve.attention.spec import AttentionLayer, AttentionSpec, LatentLayer, QKRope
-from miniserve.core import UserError
-from miniserve.runner.check_problem import CheckRow, Problem, Work
+from miniserve.attention.terms import KernelContract
+from miniserve.runner.check_problem import STALE_NAN, STALE_NOISE, CheckRow, Problem, Work
 
-# How far from float32's answer a row may be, relative to its norm.
+# How far from float32's answer a row may be, relative to its norm; more where a kernel's contract says so.
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 2e-2}
-FP8_TOLERANCE = 6e-2  # a kernel over an fp8 cache may round queries or weights to fp8 too
 
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """One step of one kind of layer, the first of which is `layer`. error: of the worst row, relative; detail: that
-    row, or what was raised."""
+    """One step of one kind of layer, the first of which is `layer`. error: of the worst row, relative, NaN where that
+    row has NaN, infinite where something was raised; detail: that row, or what was raised."""
 
     backend: str
     layout: str
@@ -52,9 +54,62 @@ class CheckResult:
     def sentence(self) -> str:
         """For people."""
         what = f"{self.backend} over the {self.layout} KV layout, layer {self.layer}, {self.case}"
-        if math.isinf(self.error):
+        if not math.isfinite(self.error):
             return f"{what}: {self.detail}"
         return f"{what}: {self.error:.2%} off in {self.detail} ({self.tolerance:.0%} allowed)"
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A backend and what was found of it. asm_lengths: whether the ASM kernel is right for the lengths it is kept from;
+    None where it is not reached. needs_zeros: it spreads NaN that a block's last owner left in it."""
+
+    backend: Backend[Any]
+    results: list[CheckResult]
+    asm_lengths: bool | None
+    needs_zeros: bool
+
+    @property
+    def failure(self) -> str | None:
+        """What is wrong, a sentence; None where nothing is."""
+        failed = [result for result in self.results if not result.ok]
+        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        return f"{failed[0].sentence()}{more}" if failed else None
+
+    def sentences(self) -> list[str]:
+        """For people, of a backend that is served."""
+        found = []
+        if self.asm_lengths is not None:
+            which = "right here for lengths {} too" if self.asm_lengths else "wrong here for lengths {}"
+            found.append(f"self-check: passed; the ASM kernel is {which.format(WRONG_LENGTHS)}")
+        if self.needs_zeros:
+            found.append("self-check: passed; a kernel spreads NaN from unused slots, so blocks are zeroed before use")
+        return found
+
+
+def check_backend(
+    choice: Choice,
+    block_size: int,
+    options: BackendOptions,
+    layers: Sequence[AttentionLayer | LatentLayer],
+    caches: Sequence[KVCache],
+) -> Checked:
+    """As `build_backend`, checked: in the first way to serve it that is right, or as it failed in the last."""
+    asm, stale = asm_is_reached(options), STALE_NAN
+
+    def attempt(*, trusting: bool) -> tuple[Backend[Any], list[CheckResult]]:
+        way = dataclasses.replace(options, trust_asm_lengths=trusting)
+        backend = build_backend(choice, block_size, way)
+        return backend, self_check(choice.backend, backend, way, layers, caches, stale)
+
+    backend, results = attempt(trusting=asm)
+    if any(math.isnan(result.error) for result in results):
+        stale = STALE_NOISE
+        backend, results = attempt(trusting=asm)
+    trusted = asm and all(result.ok for result in results)
+    if asm and not trusted:
+        backend, results = attempt(trusting=False)
+    return Checked(backend, results, trusted if asm else None, stale == STALE_NOISE)
 
 
 def self_check(
@@ -63,8 +118,10 @@ def self_check(
     options: BackendOptions,
     layers: Sequence[AttentionLayer | LatentLayer],
     caches: Sequence[KVCache],
+    stale: str = STALE_NAN,
 ) -> list[CheckResult]:
-    """Check the backend called `name`, made of `options`, at one layer of each kind. layers, caches: all the model has.
+    """Check the backend called `name`, made of `options`, at one layer of each kind. layers, caches: all the model has;
+    stale: what is in blocks before they are used.
 
     The caches must not be in use; they are zeroed where they were written.
     """
@@ -74,39 +131,23 @@ def self_check(
     results = []
     with torch.inference_mode():
         for index in first.values():
-            layer, layout = layers[index], backend.layout
-            tolerance = FP8_TOLERANCE if layer.spec.kv_dtype.itemsize == 1 else TOLERANCE[layer.spec.dtype]
-            problem = Problem(layout, layer, caches[index], options.max_seq_len)
+            layer, layout, route = layers[index], backend.layout, options.routes[index]
+            decode, chunks = KERNELS[route.decode], KERNELS[route.chunks]
+            problem = Problem(layout, layer, caches[index], options.max_seq_len, stale, decode.fp8_products)
             for case, work, padded in _cases(problem, backend, options):
                 if not work:  # rows too short for it
                     continue
                 error, detail = _attempt(problem, backend, case, work, padded)
+                tolerance = _tolerance(decode if case.startswith("decode") else chunks, layer.spec)
                 results.append(CheckResult(name, layout.name, index, case, error, tolerance, detail))
             problem.clear()
     return results
 
 
-def checked_backend(
-    choice: Choice,
-    block_size: int,
-    options: BackendOptions,
-    layers: Sequence[AttentionLayer | LatentLayer],
-    caches: Sequence[KVCache],
-) -> tuple[Backend[Any], list[str]]:
-    """As `build_backend`, with sentences on what the self-check found. Raises `UserError` where an answer was wrong.
-
-    Where the ASM kernel gets the lengths right that it is feared for, it is trusted with them.
-    """
-    if asm_is_reached(options):
-        trusting = dataclasses.replace(options, trust_asm_lengths=True)
-        backend = build_backend(choice, block_size, trusting)
-        if all(result.ok for result in self_check(choice.backend, backend, trusting, layers, caches)):
-            return backend, [f"self-check: passed; the ASM kernel is right here for lengths {WRONG_LENGTHS} too"]
-    backend = build_backend(choice, block_size, options)
-    results = self_check(choice.backend, backend, options, layers, caches)
-    require(results)
-    kept = [f"self-check: the ASM kernel is wrong here for lengths {WRONG_LENGTHS}"] if asm_is_reached(options) else []
-    return backend, kept
+def _tolerance(kernel: KernelContract, spec: AttentionSpec) -> float:
+    if spec.kv_dtype.itemsize == 1 and kernel.fp8_tolerance is not None:
+        return kernel.fp8_tolerance
+    return TOLERANCE[spec.dtype]
 
 
 def asm_is_reached(options: BackendOptions) -> bool:
@@ -117,17 +158,6 @@ def asm_is_reached(options: BackendOptions) -> bool:
         if route.decode == "paged_attention_common"
     ]
     return bool(rows) and all(least is not None and least <= options.max_rows for least in rows)
-
-
-def require(results: Sequence[CheckResult]) -> None:
-    """Raise `UserError` that names what failed, if anything did."""
-    failed = [result for result in results if not result.ok]
-    if failed:
-        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        raise UserError(
-            f"The self-check failed: {failed[0].sentence()}{more}. Choose another path with --attention-backend or "
-            "--kv-layout; --no-self-check would serve wrong answers."
-        )
 
 
 def _cases(problem: Problem, backend: Backend[Any], options: BackendOptions) -> Iterator[tuple[str, Work, bool]]:
@@ -167,14 +197,21 @@ def _attempt(problem: Problem, backend: Backend[Any], case: str, work: Work, pad
         return math.inf, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     worst, place, at = 0.0, "no row", 0
     for row, (start, end) in work:
-        want = row.want[start:end]
-        distance = float((got[at : at + end - start] - want).norm() / want.norm())
+        found = got[at : at + end - start]
+        off = distance(found, row.want[start:end])
+        if case.startswith("decode") and row.in_fp8 is not None:
+            off = min(off, distance(found, row.in_fp8))
         at += end - start
-        if math.isnan(distance):
-            return math.inf, f"NaN in a row of {row.length} tokens"
-        if distance >= worst:
-            worst, place = distance, f"a row of {row.length} tokens"
+        if math.isnan(off):
+            return math.nan, f"NaN in a row of {row.length} tokens"
+        if off >= worst:
+            worst, place = off, f"a row of {row.length} tokens"
     return worst, place
+
+
+def distance(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Relative to the norm of `want`."""
+    return float((got - want).norm() / want.norm())
 
 
 def _attend(problem: Problem, backend: Backend[Any], tokens: list[torch.Tensor], batch: StepBatch) -> torch.Tensor:

@@ -1,10 +1,11 @@
-"""A model over its KV cache: what every way to run a step is made of."""
+"""A model over its KV cache, which eager steps and graphs share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,19 +19,22 @@ from miniserve.models.decoder import CausalLM
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """caches: one a layer."""
+    """caches: one a layer. zero_blocks: see `block_zeroer`; None where no kernel needs it."""
 
     model: CausalLM
     backend: Backend[Any]
     caches: Sequence[KVCache]
+    zero_blocks: Callable[[torch.Tensor], None] | None = None
 
     def tuning(self) -> AbstractContextManager[None]:
-        """Within it linear layers of sizes not met before are timed; see `LibraryLinear.tuning`."""
+        """Within it linear layers of new sizes are timed; see `LibraryLinear.tuning`."""
         kernels = self.model.options.triton
         return nullcontext() if kernels is None else kernels.library_linear.tuning()
 
     def hidden(self, input_ids: torch.Tensor, positions: torch.Tensor, batch: StepBatch) -> torch.Tensor:
         """input_ids, positions: int64 [num_tokens] -> [num_tokens, hidden_size]."""
+        if self.zero_blocks is not None:
+            self.zero_blocks(batch.slot_mapping)
         context = PagedStepContext(self.backend, self.caches, self.backend.build(batch))
         hidden: torch.Tensor = self.model(input_ids, positions, context)
         return hidden
@@ -38,3 +42,20 @@ class ServedModel:
     def logits(self, input_ids: torch.Tensor, positions: torch.Tensor, batch: StepBatch) -> torch.Tensor:
         """As `hidden` -> [num_tokens, vocab_size] in the model's dtype."""
         return self.model.compute_logits(self.hidden(input_ids, positions, batch))
+
+
+def block_zeroer(caches: Sequence[KVCache], block_size: int) -> Callable[[torch.Tensor], None]:
+    """A function of a step's slots that zeroes blocks before their first token is written. Whoever writes that is alone
+    in the block, and what else is in it was left by its last owner: blocks are shared when they are full."""
+    planes = [plane for cache in caches for plane in (cache.key, cache.value) if plane.is_contiguous()]
+    if planes[0].device.type == "cuda":
+        from miniserve.kernels.triton.zero_blocks import plane_table, zero_blocks
+
+        return partial(zero_blocks, plane_table(planes), block_size=block_size)
+
+    def zero(slots: torch.Tensor) -> None:
+        blocks = slots[(slots >= 0) & (slots % block_size == 0)] // block_size
+        for plane in planes:
+            (plane.view(torch.uint8) if plane.dtype.itemsize == 1 else plane).index_fill_(0, blocks, 0)
+
+    return zero

@@ -8,7 +8,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from miniserve.attention.metadata import ChunkRows, DecodeRows, StepBatch
+from miniserve.attention.metadata import ChunkRows, DecodeRows, StepBatch, table_width
 from miniserve.core import Chunk, StepPlan
 from miniserve.runner.sampling_transfer import to_device
 
@@ -32,7 +32,7 @@ class StepInputs:
 
 @dataclass(frozen=True, slots=True)
 class BlockChanges:
-    """Blocks that came to block tables: their places in the flattened tables, int64, and their ids, int32."""
+    """New blocks of block tables: indices into the flattened tables, int64, and block ids, int32."""
 
     places: Int64
     block_ids: np.ndarray[tuple[int], np.dtype[np.int32]]
@@ -43,8 +43,8 @@ _NO_CHANGES = BlockChanges(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int
 
 @dataclass(frozen=True, slots=True)
 class GraphInputs:
-    """What a graph's step needs from the host: the runner's row of each token and the blocks that came to the tables;
-    for draft runs also each token's position and id, which otherwise the device knows."""
+    """What a graph's step needs from the host: the row of each token and new blocks of the tables; for draft runs also
+    each token's position and id, which the device knows otherwise."""
 
     rows: list[int]
     blocks: BlockChanges
@@ -53,15 +53,15 @@ class GraphInputs:
 
 
 class StepState:
-    """Rows 0 … max_num_seqs-1. The host keeps every row's length and block table to build chunks from; the device has
-    its own, which decode rows read and advance there."""
+    """Rows 0 … max_num_seqs-1. The host keeps every row's length and block table to build chunks from; decode rows read
+    and advance a copy on the device."""
 
     def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device) -> None:
         self._block_size = block_size
         self._device = device
-        self._tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32)
+        self._tables = np.zeros((max_num_seqs, table_width(max_model_len, block_size)), dtype=np.int32)
         self._lens = np.zeros(max_num_seqs, dtype=np.int64)
-        # On a CPU both sides are the same memory.
+        # On a CPU host and device share the same memory.
         self._device_tables = to_device(self._tables, device)
         self._device_lens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self._decode_rows: list[int] = []
@@ -79,7 +79,7 @@ class StepState:
         return self._device_lens
 
     def prepare_graph(self, plan: StepPlan) -> GraphInputs:
-        """As `prepare`, for a step without chunks that a graph runs."""
+        """As `prepare`, for a step without chunks, which a graph runs."""
         blocks = self._note_blocks(plan.new_blocks)
         if plan.draft_runs:
             return GraphInputs(plan.sampling_rows, blocks, plan.run_positions, _run_tokens(plan))
@@ -87,7 +87,7 @@ class StepState:
         return GraphInputs(plan.decode_rows, blocks)
 
     def prepare(self, plan: StepPlan, last_tokens: torch.Tensor) -> StepInputs:
-        """Apply the plan's differences and lay out its tokens. last_tokens int64 [max_num_seqs], on the device."""
+        """Apply the plan's changes and lay out its tokens. last_tokens int64 [max_num_seqs], on the device."""
         self._append_blocks(plan.new_blocks)
         ids, positions, slots = [], [], []
         decode = None
@@ -144,7 +144,7 @@ class StepState:
         positions = self._device_lens[rows]
         seq_lens = positions + 1
         self._device_lens[rows] = seq_lens
-        tables = self._device_tables[rows, : -(-longest // self._block_size)]
+        tables = self._device_tables[rows, : table_width(longest, self._block_size)]
         return rows, positions, DecodeRows(tables, seq_lens.to(torch.int32), longest, host_lens)
 
     def _place(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor, DecodeRows]:
@@ -153,11 +153,11 @@ class StepState:
         host_lens = np.array(plan.run_positions, dtype=np.int64) + 1
         longest = int(host_lens.max())
         seq_lens = to_device(host_lens, self._device)
-        tables = self._device_tables[rows, : -(-longest // self._block_size)]
+        tables = self._device_tables[rows, : table_width(longest, self._block_size)]
         return rows, seq_lens - 1, DecodeRows(tables, seq_lens.to(torch.int32), longest, host_lens)
 
     def _count(self, decode_rows: list[int]) -> Int64:
-        """One more token in each of the rows, on the host; returns their lengths."""
+        """Count one more token in each of the rows, on the host; returns their lengths."""
         if decode_rows != self._decode_rows:
             self._decode_rows = decode_rows
             self._host_rows = np.array(decode_rows, dtype=np.int64)
@@ -182,7 +182,7 @@ class StepState:
         seq_lens = context_lens + query_lens
         self._lens[rows] = seq_lens
         self._device_lens[to_device(rows, self._device)] = to_device(seq_lens, self._device)
-        tables = self._tables[rows, : -(-int(seq_lens.max()) // self._block_size)]
+        tables = self._tables[rows, : table_width(int(seq_lens.max()), self._block_size)]
         return ChunkRows(
             query_start,
             tuple(query_lens.tolist()),

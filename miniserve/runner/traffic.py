@@ -1,4 +1,4 @@
-"""What a decode step has to read, and how fast this device's memory can be read: the two sides of the roofline."""
+"""The bytes a decode step must read, and the device's memory bandwidth: the two sides of the roofline."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _GPU_BYTES = 512 << 20
 
 def step_traffic(model: CausalLM, layout: KVLayout, bandwidth: float | None) -> StepTraffic:
     """`model` must have its parameters as declared: before they are packed, best on the meta device. The embedding
-    counts where the head is tied to it: a look-up reads a row, the logits all of it."""
+    counts only if it is tied to the head: a look-up reads one row, the logits read all of it."""
     weights = expert = num_experts = 0
     for module in model.modules():
         size = sum(parameter.nbytes for parameter in module.parameters(recurse=False))
@@ -44,8 +44,8 @@ def step_traffic(model: CausalLM, layout: KVLayout, bandwidth: float | None) -> 
 
 
 def measure_bandwidth(device: torch.device) -> float | None:
-    """Bytes a second that the device's memory moves: read and written by a copy on a GPU (about 20 ms), read by a sum
-    on a CPU with PyTorch's threads (about 0.1 s). None where memory is too short to try."""
+    """Measured memory bandwidth in bytes per second: reads and writes of a copy on a GPU (about 20 ms), reads of a sum
+    with PyTorch's threads on a CPU (about 0.1 s). None if there is too little free memory to measure."""
     try:
         return _gpu_bandwidth(device) if device.type == "cuda" else _cpu_bandwidth()
     except (RuntimeError, MemoryError):
@@ -55,7 +55,7 @@ def measure_bandwidth(device: torch.device) -> float | None:
 def _gpu_bandwidth(device: torch.device) -> float:
     source = torch.zeros(_GPU_BYTES // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    target.copy_(source)  # what is set up at the first copy is not to be timed
+    target.copy_(source)  # do not time the set-up of the first copy
     events = [torch.cuda.Event(enable_timing=True) for _ in range(9)]
     events[0].record()
     for event in events[1:]:

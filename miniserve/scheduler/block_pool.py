@@ -15,12 +15,11 @@ class BlockPool:
 
     A cached block is found by its tokens and the chain id of its parent, hence by all tokens before it. The idea of
     hashing (parent, tokens) is PagedAttention's (Kwon et al. 2023) as vLLM's automatic prefix caching has it; here the
-    dict compares the key itself, so that equal hashes of different tokens cannot be confused. A chain id is given once
-    and never again: when a block is reallocated its key goes with it, and what was chained to it can no longer be
-    found.
+    dict compares the key itself, so that equal hashes of different tokens cannot be confused. A chain id is never used
+    twice: when a block is reallocated its key is dropped, and the blocks chained to it can no longer be found.
 
-    A free block keeps its content until it is reallocated, least recently released first; blocks nobody can find are
-    taken before all others.
+    A free block keeps its content until it is reallocated, least recently released first; blocks that are not in the
+    cache are taken before all others.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -49,21 +48,21 @@ class BlockPool:
         return blocks
 
     def chain_of(self, blocks: list[int]) -> int:
-        """The chain id with which a sequence goes on that begins with these matched blocks."""
+        """The chain id after these matched blocks, with which a sequence continues."""
         return self._chains[blocks[-1]] if blocks else ROOT
 
     def count_free(self, blocks: Iterable[int]) -> int:
         return sum(not self._refs[block] for block in blocks)
 
     def share(self, blocks: Iterable[int]) -> None:
-        """Become one more holder of matched blocks."""
+        """Add a holder to matched blocks."""
         for block in blocks:
             if not self._refs[block]:
                 del self._free[block]
             self._refs[block] += 1
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` blocks, at most `num_free`; what they held is forgotten."""
+        """Take `count` blocks, at most `num_free`, and drop their content from the cache."""
         blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
         for block in blocks:
             self._refs[block] = 1
@@ -74,8 +73,8 @@ class BlockPool:
         return blocks
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Give up a sequence's blocks, in the order of its block table. Its tail is reallocated first: a prefix without
-        its tail is still of use, a tail without its prefix is not."""
+        """Release a sequence's blocks, passed in the order of its block table. Its tail is reallocated first: a prefix
+        without its tail is still useful, a tail without its prefix is not."""
         for block in reversed(blocks):
             self._refs[block] -= 1
             if not self._refs[block]:
@@ -84,9 +83,9 @@ class BlockPool:
                     self._free.move_to_end(block, last=False)
 
     def register(self, block: int, parent: int, token_ids: tuple[int, ...]) -> int:
-        """Make a held, full block findable as the continuation of chain `parent`; returns its chain id.
+        """Cache a held, full block as the continuation of chain `parent`; returns its chain id.
 
-        Where another block already holds the same, that one stays, unless nobody holds it: the held block lives longer.
+        If another block is cached for the same tokens, that one stays, unless it is free: the held block lives longer.
         """
         key = (parent, token_ids)
         other = self._cached.get(key)

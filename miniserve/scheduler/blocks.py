@@ -1,4 +1,4 @@
-"""The blocks that sequences hold: given to them, offered to the prefix cache once full, and given up."""
+"""The blocks that sequences hold: allocate them, cache them once full, release them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from miniserve.scheduler.sequence import Sequence
 
 
 class SequenceBlocks:
-    """Between sequences and the pool; keeps what came to block tables for the next plan (see `StepPlan.new_blocks`)."""
+    """Manages sequences' blocks in the pool; collects additions to block tables for the next plan
+    (`StepPlan.new_blocks`)."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.pool = BlockPool(config.num_blocks)
@@ -17,7 +18,7 @@ class SequenceBlocks:
         self._new: list[tuple[int, int, list[int]]] = []
 
     def take_new(self) -> list[tuple[int, int, list[int]]]:
-        """What came since the last call, as (row, index in its table, blocks)."""
+        """Additions since the last call, as (row, index in its table, blocks)."""
         new, self._new = self._new, []
         return new
 
@@ -26,35 +27,38 @@ class SequenceBlocks:
         return -(-num_tokens // self._size) - len(seq.blocks)
 
     def uses_cache(self, seq: Sequence) -> bool:
-        """Where prompt logprobs are wanted all of the prompt is computed, as they come from its logits."""
+        """False for a request with prompt logprobs: these come from the prompt's logits, so all of it is computed."""
         return self._caching and seq.prompt_logprobs is None
 
     def find_prefix(self, seq: Sequence) -> list[int]:
-        """The blocks that need no computing. At least one token must be computed, to sample the next from."""
+        """The cached blocks of the sequence's prefix. At least one token remains to compute, to sample the next
+        from."""
         if not self.uses_cache(seq):
             return []
         return self.pool.match(seq.token_ids, self._size, len(seq.token_ids) - 1)
 
     def start(self, seq: Sequence, hits: list[int]) -> None:
-        """Give a sequence that has its row the cached blocks that it begins with, and new ones for all it prefills."""
+        """Start a sequence, which has its row, with its cached prefix `hits` and new blocks for all that it
+        prefills."""
         seq.num_registered = len(hits)
         seq.chain = self.pool.chain_of(hits)
         seq.num_computed = len(hits) * self._size
         self.pool.share(hits)
-        self._give(seq, hits + self.pool.allocate(self.missing(seq, seq.prefill_len) - len(hits)))
+        self._append(seq, hits + self.pool.allocate(self.missing(seq, seq.prefill_len) - len(hits)))
 
     def grow(self, seq: Sequence, count: int) -> None:
-        """Give a decoding sequence `count` more blocks, of those that are free."""
+        """Add `count` free blocks to a decoding sequence."""
         self.cache_full(seq)
-        self._give(seq, self.pool.allocate(count))
+        self._append(seq, self.pool.allocate(count))
 
-    def _give(self, seq: Sequence, blocks: list[int]) -> None:
+    def _append(self, seq: Sequence, blocks: list[int]) -> None:
         self._new.append((seq.row, len(seq.blocks), blocks))
         seq.blocks += blocks
         seq.limit = min(len(seq.blocks) * self._size, seq.end)
 
     def cache_full(self, seq: Sequence) -> None:
-        """Let other sequences find the blocks whose tokens are known and whose KV launched steps compute."""
+        """Put the sequence's blocks into the prefix cache whose tokens are known and whose KV is computed by launched
+        steps."""
         if not self._caching:
             return
         size = self._size
@@ -65,7 +69,7 @@ class SequenceBlocks:
         seq.num_registered = full
 
     def release(self, seq: Sequence) -> None:
-        """Give up all of them."""
+        """Release all blocks of the sequence."""
         self.cache_full(seq)
         self.pool.release(seq.blocks)
         seq.blocks = []

@@ -1,4 +1,4 @@
-"""Which requests can never run: a pure function, for the API process and the scheduler alike."""
+"""Which requests can never run: a pure function, for both the API process and the scheduler."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ def check_lengths(
 ) -> int:
     """Return the number of tokens the request may generate; all lengths in tokens.
 
-    `max_tokens` beyond the context is clamped to what is left of it; None (no limit) also to what the KV cache holds.
-    Raises `InvalidRequest` for what could not finish even if it ran alone.
+    `max_tokens` is clamped to the rest of the context; None (no limit) also to what the KV cache holds.
+
+    Raises `InvalidRequest` for a request that could not finish even if it ran alone.
     """
     if prompt_len < 1:
         raise InvalidRequest("The prompt must contain at least one token.", "prompt")

@@ -6,12 +6,11 @@ an answer repeats its prompt or itself.
 
 from __future__ import annotations
 
-_SIZES = (4, 3, 2)  # of the n-grams that are looked up, the surest first
+_SIZES = (4, 3, 2)  # of the n-grams that are looked up, the most reliable first
 
 
 class NGramDrafter:
-    """Follows one sequence, whose `token_ids` others append to. Each token is indexed once, at the first draft after
-    it came."""
+    """Guesses for one sequence, whose `token_ids` others append to. Each token is indexed once, at the next draft."""
 
     def __init__(self, token_ids: list[int]) -> None:
         self._token_ids = token_ids
@@ -19,8 +18,8 @@ class NGramDrafter:
         self._num_indexed = 0
 
     def draft(self, count: int) -> list[int]:
-        """`count` tokens that may come next, or none. They follow the latest earlier occurrence of the longest n-gram
-        at the end; where that runs into the end, it is taken to repeat."""
+        """`count` tokens that may come next, or none: those after the latest earlier occurrence of the longest n-gram
+        at the end. If they run into the end, the text is assumed to repeat."""
         token_ids = self._token_ids
         self._index(len(token_ids) - 1)  # the n-grams at the very end have not occurred *before*
         for size in _SIZES:
@@ -32,7 +31,7 @@ class NGramDrafter:
         return []
 
     def _index(self, until: int) -> None:
-        """All n-grams that end before or at `until`."""
+        """Index all n-grams that end before or at `until`."""
         for size in _SIZES:
             first, last = max(self._num_indexed + 1 - size, 0), until - size  # where they begin
             if first <= last:

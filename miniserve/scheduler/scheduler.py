@@ -1,37 +1,37 @@
 """Continuous batching with a token budget: every step mixes decode rows, extends and prefills as they come.
 
 The order within a step: decode rows first, so that they never starve; then the sequences in the middle of their
-prefill; then admissions, first come first served. A prompt longer than a step leaves a quarter of each of its steps
-to prompts behind it that fit into a step, so that these need not wait for all of it. They may also pass long prompts
-that wait, while rows and blocks for those remain: no one waits for room because of a later arrival. `StepCost` may
-bound what chunks get beside decode rows.
+prefill; then admissions, first come first served. A prompt longer than a step leaves a quarter of each of its steps to
+prompts behind it that fit into a step, so that these need not wait for all of it. They may also pass waiting long
+prompts, as long as rows and blocks for those remain: no request waits for room because of a later arrival. `StepCost`
+may limit the tokens of chunks beside decode rows.
 
 A sequence is admitted once there are blocks for all it has to prefill; only decode rows allocate later, a block each
 time they cross a block boundary. When blocks run out the sequence that was admitted last is preempted: its blocks are
-freed, and it waits to be computed anew, in its place by arrival. So the one that was admitted first always gets on: it
-could run alone (`check_lengths`).
+freed, and it returns to the queue, in the order of arrival, to be computed again. So the sequence that was admitted
+first always makes progress: it could run alone (`check_lengths`).
 
-Steps in flight. `schedule` may be called before the results of launched steps came back through `update`. What makes
-this right is that the device works through the plans in order, and each plan applies its stops, starts and block
-tables before it computes:
-- A decode row needs no result: its token waits on the device. The scheduler only counts positions (`num_computed`), so
-  it knows in advance which row samples its last token by length and never schedules it again.
+Steps in flight. `schedule` may be called before the results of launched steps came back through `update`. This is
+correct because the device runs the plans in order, and each plan applies its stops, starts and block tables before it
+computes:
+- A decode row needs no result: its last token is on the device. The scheduler only counts positions (`num_computed`),
+  so it knows in advance which row samples its last token by length and never schedules it again.
 - A sequence that ends otherwise (stop token, abort) leaves at once: row and blocks are free for the next plan, although
-  steps in flight may still compute that row. Those steps write before the next plan's steps read or write, so whoever
-  gets the blocks overwrites what is left there; the row is stopped in the next plan before it is started anew; and the
-  results of such a row are skipped, since steps remember sequences, not rows.
-- A preempted sequence leaves likewise, but keeps the tokens still in flight: it is not admitted again before they
-  arrived, so nothing is sampled twice, and it may end while it waits.
+  steps in flight may still compute that row. Those steps write before the next plan's steps read or write, so the
+  blocks' next owner overwrites their data; the next plan stops the row before it starts it again; and the results of
+  such a row are skipped, since steps record sequences, not rows.
+- A preempted sequence leaves in the same way, but keeps the tokens still in flight: it is not admitted again before
+  they arrive, so nothing is sampled twice, and it may end while it waits.
 - A full block may be found by other sequences from the next plan on, even before the step that fills it is done: only
-  later plans read it. The step's own plan must not, for a row would read what another row writes in the same step;
-  hence `cache_full` comes last in `schedule`. Tokens must be known (they are the key), so blocks that decode
-  rows fill follow when the row crosses into the next block. No row ever writes into a registered block: rows write at
-  their next position, which lies behind all their full blocks, and a matched block is full.
+  later plans read it. The plan of that same step must not, or a row would read what another row writes in the same
+  step; hence `cache_full` comes last in `schedule`. Tokens must be known (they are the key), so a block that a decode
+  row fills is cached when the row crosses into the next block. No row ever writes into a registered block: rows write
+  at their next position, which lies behind all their full blocks, and a matched block is full.
 
 Speculation needs a step's tokens to guess the next ones, so it allows one step in flight. Every decoding sequence then
-computes a run: its last token, as always, and guesses behind it. Guesses take what a step has left over: rows, tokens
-of the budget, and blocks beyond those that keep running sequences from being preempted. What wrong guesses wrote lies
-behind `num_computed`, where the next run writes.
+computes a run: its last token, as always, and guesses behind it. Guesses use what a step does not need: spare rows,
+spare tokens of the budget, and blocks beyond those that keep running sequences from being preempted. KV of wrong
+guesses lies behind `num_computed`, where the next run writes.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ from miniserve.scheduler.sequence import Sequence
 from miniserve.scheduler.speculation import Speculation
 from miniserve.scheduler.step_cost import StepCost, StepShape
 
-_SHARE = 4  # a prompt of several steps leaves one part in so many of them to prompts that fit into one
+_SHARE = 4  # a prompt of several steps leaves 1 / _SHARE of each to prompts that fit into one step
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A launched step and whose it is: `sampling` aligns with the plan's sampling rows, `chunked` with its chunks."""
+    """A launched step and its sequences: `sampling` aligns with the plan's sampling rows, `chunked` with its chunks."""
 
     plan: StepPlan
     sampling: list[Sequence]
@@ -87,14 +87,14 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}  # all unfinished ones
         self._waiting: OrderedDict[int, Sequence] = OrderedDict()  # in the order of arrival
         self._running: dict[int, Sequence] = {}  # in the order of admission
-        self._prefilling: list[Sequence] = []  # running, in the middle of their prefill: one, and one that passes it
+        self._prefilling: list[Sequence] = []  # running, partly prefilled: one, and perhaps one that passes it
         self._decoding: list[Sequence] = []  # running, and decoding; shared with plans in flight, so never mutated
         self._decode_rows: list[int] = []
         self._decoding_changed = False
         self._free_rows = list(range(config.max_num_seqs))[::-1]
         self._stops: list[int] = []  # rows to stop in the next plan
         self._in_flight: deque[_Step] = deque()
-        self._blocks_wanted = 0  # what the head of the queue lacked when it was last tried
+        self._blocks_wanted = 0  # free blocks that the head of the queue needed when last tried
         self._num_arrivals = 0
         self._num_scheduled = 0
         self._num_updated = 0
@@ -107,7 +107,7 @@ class Scheduler:
     # --- requests come and go -------------------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises `InvalidRequest` for one that could never finish, or whose id is in use."""
+        """Queue a request. Raises `InvalidRequest` if it could never finish, or its id is in use."""
         config = self._config
         max_tokens = check_lengths(
             len(request.prompt_token_ids),
@@ -124,18 +124,18 @@ class Scheduler:
         self._waiting[seq.arrival] = seq
 
     def abort(self, request_id: str) -> RequestOutput | None:
-        """End a request; its row and blocks are free for the next step. Returns its last output, or None where no such
-        request is unfinished (it may have ended on its own meanwhile)."""
+        """End a request; its row and blocks are free for the next step. Returns its last output, or None if there is no
+        such unfinished request (it may have ended already)."""
         seq = self._sequences.get(request_id)
         return None if seq is None else self._last_output(seq, FinishReason.ABORT)
 
     def has_work(self) -> bool:
-        """Requests are unfinished or steps are in flight."""
+        """Whether requests are unfinished or steps are in flight."""
         return bool(self._sequences or self._in_flight)
 
     @property
     def num_preemptions(self) -> int:
-        """Since the start."""
+        """Preemptions since the start."""
         return self._num_preemptions
 
     def stats(self) -> SchedulerStats:
@@ -157,7 +157,7 @@ class Scheduler:
     # --- what the next step computes ------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan | None:
-        """The next step, or None where nothing can be computed before a request or a result arrives."""
+        """Plan the next step; None if nothing can be computed before a request or a result arrives."""
         if self._config.num_draft_tokens and self._in_flight:
             raise RuntimeError("Speculation allows one step in flight.")
         self._advance_decoding()
@@ -183,14 +183,13 @@ class Scheduler:
         sampling = decoding + [seq for seq, chunk in zip(chunked, chunks, strict=True) if chunk.samples]
         self._in_flight.append(_Step(plan, sampling, chunked, shape))
         self._num_scheduled += 1
-        self._step_tokens = plan.num_tokens
         return plan
 
     def _schedule_chunks(
         self, budget: int, shape: StepShape, starts: list[RowStart]
     ) -> tuple[list[Chunk], list[Sequence]]:
-        """At most `budget` tokens of prompts, and whose they are. What is admitted for them is added to `starts`, the
-        chunks to `shape`."""
+        """Chunks of at most `budget` tokens, and the sequence of each. Admissions are added to `starts`, chunks to
+        `shape`."""
         chunks: list[Chunk] = []
         chunked: list[Sequence] = []
 
@@ -218,10 +217,10 @@ class Scheduler:
         return chunks, chunked
 
     def _advance_decoding(self) -> None:
-        """Settle who decodes in this step, give them the blocks they need for it and count their token."""
+        """Decide which sequences decode in this step, add the blocks they need for it and count their token."""
         if self._decoding_changed:
             self._collect_decoding()
-        # In the order of arrival: a victim comes later than whom it makes room for, so it has no new block yet.
+        # In the order of arrival: a victim comes later than the sequence it makes room for, so it has no new block yet.
         for seq in [seq for seq in self._decoding if seq.num_computed == seq.limit]:
             if seq.num_computed == seq.end:
                 self._decoding_changed = True
@@ -238,7 +237,7 @@ class Scheduler:
         self._decoding_changed = False
 
     def _grow(self, seq: Sequence) -> None:
-        """Give a decode row its next block, at the cost of the latest arrival if need be, which may be itself."""
+        """Add the next block to a decoding sequence; if none is free, preempt the latest arrivals, perhaps itself."""
         while not self._pool.num_free:
             victim = self._running[next(reversed(self._running))]
             self._preempt(victim)
@@ -247,16 +246,16 @@ class Scheduler:
         self._blocks.grow(seq, 1)
 
     def _find_room(self, seq: Sequence, count: int) -> int:
-        """How many of `count` guesses have a place, if need be in free blocks that no running sequence may want."""
+        """How many of `count` guesses fit, using free blocks beyond those that running sequences may need next."""
         missing = min(self._blocks.missing(seq, seq.num_computed + count), self._pool.num_free - len(self._running))
         if missing > 0:
             self._blocks.grow(seq, missing)
         return min(count, seq.limit - seq.num_computed)
 
     def _admit_first(self, starts: list[RowStart]) -> Sequence | None:
-        """Let the head of the queue run, if there is a row and room for all it has to prefill.
+        """Admit the head of the queue if there is a row, and room for all it has to prefill.
 
-        Beside others there must also be a free block for each of them to grow by, or it would soon be preempted.
+        One more block for each running sequence must stay free, or a preemption would soon follow.
         """
         if not self._waiting or not self._free_rows:
             return None
@@ -272,8 +271,8 @@ class Scheduler:
         return self._admit(seq, hits, starts)
 
     def _find_passing(self, starts: list[RowStart], may_admit: bool) -> Sequence | None:
-        """The next prompt to pass the long one in the middle of its prefill: one that fits into a step, from behind
-        prompts that do not. Rows and blocks for these must remain, each with a block to grow by."""
+        """The next prompt to pass the long one that is partly prefilled: one that fits into a step, from behind prompts
+        that do not. Rows and blocks for these must remain, with one more block for each."""
         if len(self._prefilling) > 1:
             return self._prefilling[1]
         if not may_admit:
@@ -289,7 +288,7 @@ class Scheduler:
         return None
 
     def _admit(self, seq: Sequence, hits: list[int], starts: list[RowStart]) -> Sequence:
-        """Let a waiting sequence run that there is room for. `hits`: the cached blocks that it begins with."""
+        """Start a waiting sequence, for which there is room. `hits`: the cached blocks of its prefix."""
         self._blocks_wanted = 0
         del self._waiting[seq.arrival]
         self._running[seq.arrival] = seq
@@ -316,7 +315,8 @@ class Scheduler:
         if complete:
             self._prefilling.remove(seq)
             self._decoding_changed = True
-        # Prompt logprobs outlast no first token, so here token_ids is the prompt and the slice ends with it.
+        # Prompt logprobs are handed out with the first token, so here token_ids is the prompt and the slice ends with
+        # it.
         targets = [] if seq.prompt_logprobs is None else seq.token_ids[start + 1 : end + 1]
         return Chunk(seq.row, start, seq.token_ids[start:end], complete and seq.max_len > seq.prompt_len, targets)
 
@@ -342,11 +342,11 @@ class Scheduler:
         if seq in self._prefilling:
             self._prefilling.remove(seq)
 
-    # --- what a step brought --------------------------------------------------------------------------------------
+    # --- results of a step ---------------------------------------------------------------------------------------
 
     def update(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
-        """Take in the result of the earliest step in flight; returns what it brought, for each request that got
-        something. Raises `RuntimeError` for a result that does not fit the step."""
+        """Process the result of the earliest step in flight; returns an output for each request that got a token or
+        ended. Raises `RuntimeError` for a result that does not match the step."""
         if not self._in_flight or self._in_flight[0].plan is not plan:
             raise RuntimeError("Results must come in the order of their plans.")
         step = self._in_flight.popleft()
@@ -355,6 +355,7 @@ class Scheduler:
         self._num_updated += 1
         self._updated_shape = step.shape
         outputs = self._take_chunks(step, result)
+        num_without_token = len(outputs)
         logprobs = result.logprobs or [None] * len(step.sampling)
         entries: Iterable[tuple[Sequence, int, TokenLogprobs | None]] = zip(
             step.sampling, result.token_ids, logprobs, strict=True
@@ -377,14 +378,15 @@ class Scheduler:
                 self._stop(seq, token_id, output)
             elif len(token_ids) == seq.max_len:
                 self._finish(seq, output, FinishReason.LENGTH)
+        self._step_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks) + len(outputs) - num_without_token
         return outputs
 
     def note_seconds(self, seconds: float) -> None:
-        """How long the step took that `update` saw last, the device's wait for it included."""
+        """Record how long the last step passed to `update` took, including the device's idle time before it."""
         self._cost.observe(self._updated_shape, seconds)
 
     def _take_chunks(self, step: _Step, result: StepResult) -> list[RequestOutput]:
-        """Stitch prompt logprobs together, and end the requests that wanted no token."""
+        """Append prompt logprobs, and end requests that want no token."""
         outputs = []
         for seq, chunk in zip(step.chunked, step.plan.chunks, strict=True):
             if seq.finished:
@@ -392,15 +394,17 @@ class Scheduler:
             if seq.prompt_logprobs is not None:
                 entries = result.prompt_logprobs.get(chunk.row, [])
                 if len(entries) != len(chunk.logprob_targets):
-                    raise RuntimeError(f"{len(chunk.logprob_targets)} prompt logprobs asked, {len(entries)} returned.")
-                # A chunk computed anew after a preemption brings again what is known already.
+                    raise RuntimeError(
+                        f"A chunk with {len(chunk.logprob_targets)} logprob targets returned {len(entries)}."
+                    )
+                # A chunk computed again after a preemption returns entries that are known already.
                 seq.prompt_logprobs += entries[len(seq.prompt_logprobs) - 1 - chunk.start :]
             if seq.max_len == seq.prompt_len == chunk.start + len(chunk.token_ids):
                 outputs.append(self._last_output(seq, FinishReason.LENGTH))
         return outputs
 
     def _last_output(self, seq: Sequence, reason: FinishReason) -> RequestOutput:
-        """End a request that gets no token with its end."""
+        """End a request without a token."""
         output = seq.output([])
         if seq.prompt_logprobs is not None and len(seq.prompt_logprobs) == seq.prompt_len:
             output.prompt_logprobs = seq.prompt_logprobs

@@ -10,12 +10,12 @@ from miniserve.scheduler.ngram import NGramDrafter
 
 
 class Sequence:
-    """One request's state. Running means: it holds a row and blocks. Lengths and positions in tokens.
+    """One request's state. A running sequence holds a row and blocks. Lengths and positions in tokens.
 
-    `token_ids` holds the tokens the scheduler knows: the prompt and what came back. `num_computed` counts the positions
-    whose KV launched steps compute, known or not; it runs ahead of the results. From `prefill_len` to `end` the
-    sequence decodes: a step computes the last token sampled; the very last one is never computed. `limit`, where the
-    scheduler has to decide something, is the end of its blocks or `end`.
+    `token_ids` holds the tokens the scheduler knows: the prompt and the results so far. `num_computed` counts the
+    positions whose KV launched steps compute; it runs ahead of the results. From `prefill_len` to `end` the sequence
+    decodes: a step computes the last token sampled; the very last one is never computed. `limit` is the next position
+    at which the scheduler must act: the end of its blocks, or `end`.
     """
 
     __slots__ = (
@@ -58,22 +58,23 @@ class Sequence:
         self.stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             self.stop_ids |= eos_token_ids
-        # Entries so far, until they are handed out; the first prompt token has none.
+        # Entries so far, until the first output returns them; the first prompt token has none.
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None if params.prompt_logprobs is None else [None]
 
-        # A penalised token depends on those before it: behind a guess its logits would be those of another sequence.
+        # No guesses with penalties, which depend on all earlier tokens: behind a wrong guess they would count that
+        # guess.
         self.drafter = None if params.penalised else NGramDrafter(self.token_ids)
-        self.guesses_due = sys.maxsize  # how many the last ones' success warrants
+        self.guesses_due = sys.maxsize  # limit for the next guesses, from how many of the last were right
 
         self.finished = False
-        self.row = -1  # of the runner's state while running
+        self.row = -1  # in the runner's state; -1 unless running
         self.blocks: list[int] = []
         self.num_computed = 0
         self.limit = 0
-        self.prefill_len = 0  # what admission has to compute: the prompt, after a preemption also the output
-        self.num_registered = 0  # leading blocks offered to the prefix cache
+        self.prefill_len = 0  # tokens to prefill: the prompt, after a preemption also the output
+        self.num_registered = 0  # leading blocks in the prefix cache
         self.chain = ROOT  # their chain id
-        self.ready_step = 0  # all steps up to this one must be done before it may run (again)
+        self.ready_step = 0  # results of this many steps must arrive before it may run (again)
 
         self.num_cached_tokens = 0
         self.num_preemptions = 0

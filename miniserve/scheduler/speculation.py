@@ -1,9 +1,8 @@
 """Which guesses a step verifies, and which of them were right.
 
-What a guess is worth the model decides: each token of a run is drawn as it would be without speculation, with its own
-position's random number, and counts where all guesses before it were the tokens drawn there. So the tokens are those
-without speculation. (Speculative sampling, Leviathan et al. 2023, whose acceptance this is for guesses without
-randomness.)
+Each token of a run is drawn as it would be without speculation, with the random number of its position, and counts if
+all guesses before it equal the tokens drawn there. So the tokens are those without speculation. (This is the acceptance
+rule of speculative sampling, Leviathan et al. 2023, for guesses without randomness.)
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from miniserve.scheduler.sequence import Sequence
 
 
 class Speculation:
-    """Makes runs of at most `num_draft_tokens` guesses, and counts. A sequence that guessed badly guesses less: next
-    time at most twice as many as were right, and one."""
+    """Makes runs of at most `num_draft_tokens` guesses, and counts them. A sequence guesses at most one more than twice
+    its last right guesses."""
 
     def __init__(self, num_draft_tokens: int) -> None:
         self._num_draft_tokens = num_draft_tokens
@@ -27,8 +26,8 @@ class Speculation:
     def draft(
         self, decoding: list[Sequence], spare_rows: int, find_room: Callable[[Sequence, int], int]
     ) -> list[DraftRun]:
-        """A run for each sequence, whose own token is counted as computed. Those that guess share `spare_rows` tokens;
-        `find_room` says how many further tokens of a sequence, up to a number, have a place in the cache."""
+        """A run for each sequence, whose last token is counted as computed already. Guesses share `spare_rows` tokens;
+        `find_room(sequence, count)` returns how many of `count` more tokens fit in the KV cache."""
         runs = []
         for index, seq in enumerate(decoding):
             share = -(-spare_rows // (len(decoding) - index))
@@ -40,9 +39,9 @@ class Speculation:
         return runs
 
     def verify(self, runs: list[DraftRun], sampling: list[Sequence], token_ids: list[int]) -> list[bool]:
-        """Which of a step's tokens count: of each run those up to the first that was not guessed, inclusive, and all
-        that are of no run. `sampling` and `token_ids` align with the plan's sampling rows. The right guesses' positions
-        become computed ones."""
+        """Which of a step's tokens count: in each run those up to and including the first that was not guessed, and all
+        tokens outside runs. `sampling` and `token_ids` align with the plan's sampling rows. Positions of right guesses
+        are counted as computed."""
         counts = [True] * len(token_ids)
         start = 0
         for run in runs:

@@ -9,7 +9,6 @@ from typing import Any
 from miniserve.core import CompletionDelta, InvalidRequest, SamplingParams
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server.fields import REFUSED_IN_CHAT
-from miniserve.server.generation import generate
 from miniserve.server.logprobs import chat_logprobs
 from miniserve.server.protocol import ChatCompletionRequest, ChatMessage, RenderOptions
 from miniserve.server.reply import Answer, GenerationResponse, Header, finish_word
@@ -41,15 +40,14 @@ class ChatAnswer(Answer):
             self._started.add(index)
             opening: ChatDelta = {"role": "assistant", "content": ""}
             yield {"index": index, "delta": opening, "logprobs": None, "finish_reason": None}
-        choice: ChatChunkChoice = {
-            "index": index,
-            "delta": {"content": delta.text},
-            "logprobs": self._logprobs([delta]) if delta.logprobs else None,
-            "finish_reason": finish_word(delta),
-        }
-        if delta.finish_reason is not None:
-            choice["stop_reason"] = delta.stop_reason
-        yield choice
+        self.count(number, delta)
+        reason = finish_word(delta)
+        if reason is None or delta.text or delta.logprobs:
+            logprobs = self._logprobs([delta]) if delta.logprobs else None
+            yield {"index": index, "delta": {"content": delta.text}, "logprobs": logprobs, "finish_reason": None}
+        if reason is not None:
+            end: ChatChunkChoice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": reason}
+            yield {**end, "stop_reason": delta.stop_reason}
 
     def _choice(self, index: int) -> ChatChoice:
         deltas = self._deltas[index]
@@ -69,18 +67,20 @@ async def respond(service: Service, body: ChatCompletionRequest) -> GenerationRe
     """Raises `InvalidRequest` or `APIError` for what cannot be answered."""
     service.check_alive()
     service.check_model(body.model)
-    service.fields.check(body.extras, REFUSED_IN_CHAT)
+    service.fields.check(body, REFUSED_IN_CHAT)
     params = service.rules.for_chat(body)
+    service.turns.check(params.n)
     token_ids = await render(service, body.messages, body)
-    service.check_length(len(token_ids), params)
+    service.check_length(len(token_ids), params, body)
     header = service.header("chatcmpl")
     answer = ChatAnswer(header, service.engine.tokenizer, len(token_ids), params)
-    deltas = generate(service.engine, service.metrics, [token_ids], params, header.id)
-    return GenerationResponse(deltas, answer, body)
+    return GenerationResponse(service.generation([token_ids], params, header), answer, body)
 
 
-async def render(service: Service, messages: Sequence[ChatMessage], body: RenderOptions) -> list[int]:
-    """The ids of a conversation. Raises `InvalidRequest`."""
+async def render(
+    service: Service, messages: Sequence[ChatMessage], body: RenderOptions, max_chars: int | None = None
+) -> list[int]:
+    """The ids of a conversation, whose text is bounded as in `Service.encode`. Raises `InvalidRequest`."""
     if body.chat_template is not None and not service.config.trust_request_chat_template:
         raise InvalidRequest(
             "chat_template is not accepted from requests, as a template is a program; the server's operator may allow "
@@ -97,7 +97,7 @@ async def render(service: Service, messages: Sequence[ChatMessage], body: Render
         variables=body.chat_template_kwargs,
     )
     text = await asyncio.wrap_future(rendered)
-    (ids,) = await service.encode([text], bool(body.add_special_tokens))
+    (ids,) = await service.encode([text], bool(body.add_special_tokens), max_chars)
     return ids
 
 

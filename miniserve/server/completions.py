@@ -9,7 +9,6 @@ from miniserve.core import CompletionDelta, SamplingParams
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server import logprobs
 from miniserve.server.fields import REFUSED_IN_COMPLETIONS
-from miniserve.server.generation import generate
 from miniserve.server.protocol import CompletionRequest, Prompt
 from miniserve.server.reply import Answer, GenerationResponse, Header, finish_word
 from miniserve.server.responses import CompletionChoice, CompletionLogprobs
@@ -47,7 +46,12 @@ class CompletionAnswer(Answer):
         return [self._joined(index) for index in sorted(self._pieces)]
 
     def pieces(self, number: int, delta: CompletionDelta) -> Iterator[CompletionChoice]:
-        yield self._choice(number, delta)
+        self.count(number, delta)
+        choice = self._choice(number, delta)
+        if choice["finish_reason"] is not None and (choice["text"] or choice["logprobs"]):
+            yield {**choice, "finish_reason": None, "stop_reason": None}
+            choice = {**choice, "text": "", "logprobs": None}
+        yield choice
 
     def _choice(self, number: int, delta: CompletionDelta) -> CompletionChoice:
         index = number * self._params.n + delta.index
@@ -91,14 +95,13 @@ async def respond(service: Service, body: CompletionRequest) -> GenerationRespon
     """Raises `InvalidRequest` or `APIError` for what cannot be answered."""
     service.check_alive()
     service.check_model(body.model)
-    service.fields.check(body.extras, REFUSED_IN_COMPLETIONS)
+    service.fields.check(body, REFUSED_IN_COMPLETIONS)
     params = service.rules.for_completion(body)
+    service.turns.check(len(body.prompt) * params.n)
     texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
     encoded = iter(await service.encode(texts, body.add_special_tokens is not False))
     token_ids = [next(encoded) if isinstance(prompt, str) else prompt for prompt in body.prompt]
-    for ids in token_ids:
-        service.check_length(len(ids), params)
+    await service.check_prompts(token_ids, params, body)
     header = service.header("cmpl")
     answer = CompletionAnswer(header, service.engine.tokenizer, body.prompt, token_ids, params, bool(body.echo))
-    deltas = generate(service.engine, service.metrics, token_ids, params, header.id)
-    return GenerationResponse(deltas, answer, body)
+    return GenerationResponse(service.generation(token_ids, params, header), answer, body)

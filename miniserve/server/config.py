@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from miniserve.core import UserError
 
@@ -15,22 +16,25 @@ class ServerConfig:
 
     api_keys: any of them opens `/v1`; none leaves it open. served_model_names: what clients may call the model, the
     first is echoed in answers; none means the model's own name. max_prompts bounds the sequences (prompts times n) of
-    one request. stuck_after: how long the engine may be silent (no step, no heartbeat) before `/health` turns 503.
-    drain_timeout: how long running requests may go on after the first signal. allowed_origins: browsers' origins that
-    may call the server (CORS); none by default. log_interval: while requests run, how often a line says how it goes; 0
-    for never.
+    one request, max_queue those of all requests that run or wait. step_timeout: how long a step may last before the
+    engine counts as dead; None: by the device. drain_timeout: how long running requests may go on after the first
+    signal. allowed_hosts: names that requests may have in their Host header; see `serve` for those that need not be
+    named. allowed_origins: browsers' origins that may call the server (CORS); none by default. log_interval: while
+    requests run, how often a line says how it goes; 0 for never.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = ()
     served_model_names: tuple[str, ...] = ()
-    max_body_bytes: int = 32 * 1024 * 1024
+    max_body_bytes: int = 4 * 1024 * 1024
     max_prompts: int = 1024
+    max_queue: int = 8192
+    allowed_hosts: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     enable_tokenizer_info: bool = False
     trust_request_chat_template: bool = False
-    stuck_after: float = 120.0
+    step_timeout: float | None = None
     drain_timeout: float = 60.0
     log_interval: float = 10.0
 
@@ -38,7 +42,7 @@ class ServerConfig:
         if not 0 <= self.port <= 65535:
             raise UserError(f"--port must be between 0 and 65535, not {self.port}.")
         if not all(self.api_keys):
-            raise UserError("--api-key must not be empty; leave it out to serve without a key.")
+            raise UserError("--api-key and MINISERVE_API_KEY must not be empty; leave them out to serve without a key.")
         for key in self.api_keys:
             check_api_key(key)
         if not all(self.served_model_names):
@@ -49,13 +53,34 @@ class ServerConfig:
                     f"--allowed-origin {origin!r} is none that a browser sends; it looks like https://example.com, "
                     "without a path or a slash at its end, or is * for all."
                 )
-        for name in ("max_body_bytes", "max_prompts", "stuck_after"):
+        for host in self.allowed_hosts:
+            if re.fullmatch(r"\*|[A-Za-z0-9._-]+", host) is None:
+                raise UserError(
+                    f"--allowed-host {host!r} is no host name; it looks like gpu.example.com, without http:// and "
+                    "port, or is * for all."
+                )
+        for name in ("max_body_bytes", "max_prompts", "max_queue"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be a positive number, not {getattr(self, name)}.")
+        if self.step_timeout is not None and not 0 < self.step_timeout < math.inf:
+            raise UserError(f"--step-timeout must be a number of seconds above 0, not {self.step_timeout}.")
         if not 0 <= self.drain_timeout < math.inf:
             raise UserError(f"--drain-timeout must be a number of seconds, 0 or more, not {self.drain_timeout}.")
         if self.log_interval < 0:
             raise UserError(f"log_interval must be 0 or more, not {self.log_interval}.")
+
+
+def read_api_keys(path: Path) -> tuple[str, ...]:
+    """The keys in a file, one on a line. Raises `UserError` with the reason where there are none."""
+    try:
+        keys = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except OSError as error:
+        raise UserError(f"--api-key-file {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--api-key-file {path} is not a text: write one key on a line.") from error
+    if not keys:
+        raise UserError(f"--api-key-file {path} is empty: write one key on a line.")
+    return keys
 
 
 def check_api_key(key: str | None) -> str | None:

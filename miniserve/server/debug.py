@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ from miniserve.server.errors import APIError, json_response
 from miniserve.server.service import Service
 
 _HOST, _DEVICE = 1, 2  # the trace's threads
+_PATIENCE = 10.0  # seconds
 
 
 def install(app: FastAPI, service: Service) -> None:
@@ -25,9 +27,13 @@ def install(app: FastAPI, service: Service) -> None:
     ) -> Response:
         engine = service.engine
         try:
-            records = await engine.steps(limit)
+            async with asyncio.timeout(_PATIENCE):
+                records = await engine.steps(limit)
         except EngineDead as error:
             raise APIError(503, str(error)) from error
+        except TimeoutError:
+            age = engine.last_step_age() or 0.0
+            raise APIError(503, f"The engine answers between steps; the last one ended {age:.0f} s ago.") from None
         if format == "chrome":
             return json_response(chrome_trace(records))
         return json_response(report(records, engine.totals, engine.info))

@@ -19,6 +19,8 @@ _TYPES = {
     401: "AuthenticationError",
     404: "NotFoundError",
     413: "RequestEntityTooLargeError",
+    415: "UnsupportedMediaTypeError",
+    429: "RateLimitError",
     500: "InternalServerError",
     503: "ServiceUnavailableError",
 }
@@ -61,26 +63,17 @@ def as_api_error(error: Exception) -> APIError:
     if isinstance(error, InvalidRequest):
         return APIError(400, str(error), param=error.param)
     if isinstance(error, RequestValidationError):
-        return _from_validation(error.errors())
+        return from_validation(error.errors())
     if isinstance(error, HTTPException):
-        # FastAPI's own sentence does not say what is wrong with the body.
-        if error.status_code == 400 and isinstance(error.__cause__, ValueError | RecursionError):
-            return APIError(400, f"The request body is not valid JSON: {error.__cause__}.")
         return APIError(error.status_code, str(error.detail), headers=error.headers)
     return APIError(500, f"The server failed on this request ({type(error).__name__}); its log says more.")
 
 
-def _from_validation(errors: Sequence[Mapping[str, Any]]) -> APIError:
-    """The first thing wrong with a body, as FastAPI found it."""
+def from_validation(errors: Sequence[Mapping[str, Any]]) -> APIError:
+    """The first thing wrong with a body or a query, as pydantic found it."""
     first = errors[0]
-    kind, where = str(first.get("type", "")), tuple(first.get("loc", ()))
-    if kind == "json_invalid":
-        reason = first.get("ctx", {}).get("error", "")
-        return APIError(400, f"The request body is not valid JSON: {reason}.")
-    if where == ("body",):
-        return APIError(400, "The request body must be a JSON object sent with Content-Type: application/json.")
-    param = _field_path(where[1:] if where[:1] == ("body",) else where)
-    message = str(first.get("msg", "is not valid")).removeprefix("Value error, ")
+    param = _field_path(first["loc"])
+    message = str(first["msg"]).removeprefix("Value error, ")
     return APIError(400, f"{param}: {message}", param=param)
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from functools import cache
 
 from miniserve.core import InvalidRequest
+from miniserve.server.protocol import Body
 
 logger = logging.getLogger(__name__)
 
 _MAX_WARNINGS = 1000  # field names come from clients, so remembering them needs a bound
+_MAX_UNKNOWN = 64  # in one request: each is compared with every known name
+
+Refused = Mapping[str, tuple[object, ...]]
 
 # They would change the answer and are not supported: refused unless null or one of the values that ask for nothing.
 REFUSED: dict[str, tuple[object, ...]] = {
@@ -25,32 +29,59 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "custom_logit_processor": (), "use_beam_search": (False,), "num_beams": (1,), "early_stopping": (False,),
     "length_penalty": (1,), "no_repeat_ngram_size": (0,), "typical_p": (1,), "mirostat": (0,), "dry_multiplier": (0,),
     "xtc_probability": (0,), "thinking_token_budget": (), "repetition_detection": (), "vllm_xargs": ({},),
-    "lora_path": (),
+    "lora_path": (), "lora": ([],), "samplers": (), "dynatemp_range": (0,), "repeat_last_n": (-1,), "top_a": (0,),
+    "tfs_z": (1,), "top_n_sigma": (-1, 0), "watermark": (False,), "watermarking": (), "custom_params": (),
+    "penalty_alpha": (0,), "stop_regex": ([], ""),
     # what goes in
     "prompt_embeds": (), "truncate_prompt_tokens": (), "audio": (), "mm_processor_kwargs": ({},),
-    "reasoning_effort": (), "cache_salt": (), "kv_transfer_params": (), "priority": (0,),
+    "reasoning_effort": (), "cache_salt": (), "kv_transfer_params": (), "priority": (0,), "session_params": (),
     # what comes out
     "modalities": (["text"],), "prompt_logprobs": (), "logprob_token_ids": ([],), "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,), "return_prompt_text": (False,), "include_reasoning": (True,),
+    "spaces_between_special_tokens": (True,), "return_tokens": (False,), "return_hidden_states": (False,),
+    "return_prompt_token_ids": (False,), "return_token_offsets": (False,),
+    # other servers' names for what has another one here
+    "n_predict": (), "num_predict": (), "max_new_tokens": (), "max_output_tokens": (), "max_length": (),
+    "min_new_tokens": (0,), "min_length": (0,), "repeat_penalty": (1,), "n_probs": (0,), "top_logprobs_num": (0,),
+    "return_logprob": (False,), "num_return_sequences": (1,), "stop_sequences": ([],), "stop_strings": ([],),
+    "eos_token_id": (), "no_stop_trim": (False,), "input_ids": (), "inputs": (), "input": (), "enable_thinking": (),
+    "thinking": (), "think": (), "options": ({},), "sampling_params": ({},), "parameters": ({},), "extra_body": ({},),
 }  # fmt: skip
 REFUSED_IN_COMPLETIONS = REFUSED | {"max_completion_tokens": (), "top_logprobs": (0,), "messages": ()}
 REFUSED_IN_CHAT = REFUSED | {"echo": (False,), "best_of": (1,), "prompt": ()}
 
+_THINKING = 'use chat_template_kwargs, for example {"enable_thinking": false}, where the template knows it'
+_FLAT = "send what it holds as fields of the request itself, under OpenAI's names"
 _REMEDIES = {
-    "reasoning_effort": 'use chat_template_kwargs, for example {"enable_thinking": false}, where the template knows it',
+    "reasoning_effort": _THINKING, "enable_thinking": _THINKING, "thinking": _THINKING, "think": _THINKING,
     "tool_choice": 'leave it out or send "none"',
     "num_beams": "leave it out or send 1",
     "max_completion_tokens": "use max_tokens",
     "top_logprobs": "use logprobs, which is a number here",
     "messages": "send a prompt, or ask /v1/chat/completions",
     "prompt": "send messages, or ask /v1/completions",
-}
+    "n_predict": "use max_tokens", "num_predict": "use max_tokens", "max_new_tokens": "use max_tokens",
+    "max_output_tokens": "use max_tokens", "max_length": "use max_tokens, which does not count the prompt",
+    "min_new_tokens": "use min_tokens", "min_length": "use min_tokens, which does not count the prompt",
+    "repeat_penalty": "use repetition_penalty",
+    "repeat_last_n": "repetition_penalty counts the whole prompt and output",
+    "n_probs": "use logprobs", "top_logprobs_num": "use logprobs", "return_logprob": "use logprobs",
+    "num_return_sequences": "use n",
+    "stop_sequences": "use stop", "stop_strings": "use stop", "stop_regex": "use stop, whose strings are plain text",
+    "eos_token_id": "use stop_token_ids",
+    "no_stop_trim": "use include_stop_str_in_output",
+    "input_ids": "use prompt, which takes token ids, too, in /v1/completions", "inputs": "use prompt or messages",
+    "input": "use prompt or messages",
+    "samplers": "leave it out; their order is min_p, top_k, top_p",
+    "options": f"{_FLAT} (num_predict is max_tokens)", "sampling_params": f"{_FLAT} (max_new_tokens is max_tokens)",
+    "parameters": f"{_FLAT} (max_new_tokens is max_tokens)", "extra_body": _FLAT,
+}  # fmt: skip
 
 # Without effect on the answer by their nature, or only a hint; do_sample is judged together with temperature.
 IGNORED = frozenset({
     "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
     "prediction", "verbosity", "parallel_tool_calls", "stream_interval", "request_id", "session_id", "do_sample",
-    "truncation_side", "spaces_between_special_tokens",
+    "truncation_side", "models", "cache_prompt",
 })  # fmt: skip
 
 
@@ -60,22 +91,73 @@ class FieldPolicy:
     def __init__(self) -> None:
         self._warned: set[str] = set()
 
-    def check(self, extras: Mapping[str, Any], refused: Mapping[str, tuple[object, ...]]) -> None:
-        """Raises `InvalidRequest` naming the first field that would change the answer and is not supported."""
-        for name, value in extras.items():
+    def check(self, body: Body, refused: Refused) -> None:
+        """Raises `InvalidRequest` naming the first field that would change the answer and is not supported, or that is
+        a known one misspelt."""
+        options = getattr(body, "stream_options", None)
+        if options is not None:
+            self.check(options, {})
+        if not body.extras:
+            return
+        unknown = []
+        for name, value in body.extras.items():
             if name in refused:
                 if value is not None and not any(_same(value, neutral) for neutral in refused[name]):
                     remedy = _REMEDIES.get(name, "leave it out")
                     raise InvalidRequest(f"{name} is not supported here; {remedy}.", name)
-            elif name not in IGNORED:
-                self._warn(name)
-
-    def _warn(self, name: str) -> None:
-        if name not in self._warned and len(self._warned) < _MAX_WARNINGS:
-            self._warned.add(name)
-            logger.warning("Ignoring the unknown request field %.100r (said once per field).", name)
+            elif name not in IGNORED and name not in self._warned:
+                unknown.append(name)
+        if len(unknown) > _MAX_UNKNOWN:
+            raise InvalidRequest(f"The request has {len(unknown)} unknown fields, such as {unknown[0][:100]!r}.")
+        for name in unknown:
+            meant = _closest(name, (*type(body).model_fields, *refused))
+            if meant is not None:
+                raise InvalidRequest(f"The field {name!r} is not known; did you mean {meant}?", name)
+            if len(self._warned) < _MAX_WARNINGS:
+                self._warned.add(name)
+                logger.warning("Ignoring the unknown request field %.100r (said once per field).", name)
 
 
 def _same(value: object, neutral: object) -> bool:
     """1 and 1.0 are the same number; True is no number."""
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+
+
+def _closest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` is in another spelling (maxTokens) or with a slip: of one letter, or of two in a long
+    name; short names have neighbours by chance."""
+    plain, letters = _plain(name[:100])
+    for slips, shortest in ((0, 1), (1, 5), (2, 8)):
+        for each in known:
+            other, other_letters = _plain_known(each)
+            if (
+                min(len(plain), len(other)) >= shortest
+                and len(letters ^ other_letters) <= 2 * slips  # most are ruled out here
+                and _within(plain, other, slips)
+            ):
+                return each
+    return None
+
+
+def _plain(name: str) -> tuple[str, frozenset[str]]:
+    plain = name.replace("_", "").replace("-", "").lower()
+    return plain, frozenset(plain)
+
+
+_plain_known = cache(_plain)
+
+
+def _within(a: str, b: str, slips: int) -> bool:
+    """Whether `slips` letters at most are to be changed, added, left out or swapped with the next to turn a into b."""
+    if abs(len(a) - len(b)) > slips:
+        return False
+    same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    a, b = a[same:], b[same:]
+    if not a or not b or not slips:
+        return len(a) + len(b) <= slips
+    return (
+        _within(a[1:], b[1:], slips - 1)
+        or _within(a[1:], b, slips - 1)
+        or _within(a, b[1:], slips - 1)
+        or (a[:2] == b[1::-1] and _within(a[2:], b[2:], slips - 1))
+    )

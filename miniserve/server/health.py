@@ -7,7 +7,7 @@ from starlette.responses import PlainTextResponse
 
 from miniserve import __version__
 from miniserve.server import responses
-from miniserve.server.errors import APIError, json_response
+from miniserve.server.errors import json_response
 from miniserve.server.service import Service
 
 
@@ -26,22 +26,16 @@ def install(app: FastAPI, service: Service) -> None:
         app.add_api_route(path, health, response_model=responses.Health)
     app.add_api_route("/version", version, response_model=responses.Version)
     app.add_api_route("/metrics", metrics, response_class=PlainTextResponse)
-    # Load clients and balancers look with HEAD, SageMaker pings with POST.
-    for path, endpoint in (("/health", health), ("/ping", health), ("/ready", health), ("/metrics", metrics)):
-        methods = ["HEAD", "POST"] if path == "/ping" else ["HEAD"]
-        app.add_api_route(path, endpoint, methods=methods, include_in_schema=False)
+    app.add_api_route("/ping", health, methods=["POST"], include_in_schema=False)  # as SageMaker does
 
 
 def check(service: Service) -> responses.Health:
-    """Raises `APIError` 503 where the engine is dead, or has given no sign (a finished step or, at rest, an answered
-    heartbeat) for `stuck_after`."""
+    """Raises `APIError` 503 where the engine is dead. One that gives no sign of life counts as dead after a while."""
     service.check_alive()
     stats, age = service.engine.stats, service.engine.last_step_age()
-    if age is not None and age > service.config.stuck_after:
-        raise APIError(503, f"The engine has given no sign of life for {age:.0f} s.")
     return {
         "status": "ok",
         "running": stats.num_running,
-        "waiting": stats.num_waiting,
+        "waiting": stats.num_waiting + service.turns.waiting,
         "last_step_age": None if age is None else round(age, 3),
     }

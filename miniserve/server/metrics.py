@@ -20,6 +20,7 @@ from prometheus_client.exposition import choose_encoder
 from miniserve.core import CompletionDelta, FinishReason, SamplingParams
 from miniserve.engine.client import AsyncEngine
 from miniserve.engine.roofline import hidden_share, share_of_bandwidth
+from miniserve.server.turns import Turns
 
 _TTFT = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
@@ -70,8 +71,9 @@ class Histogram:
 class ServerMetrics:
     """All metrics of one server. A request is one sequence: n of them for n > 1, whose prompt counts once."""
 
-    def __init__(self, engine: AsyncEngine, model_name: str) -> None:
+    def __init__(self, engine: AsyncEngine, turns: Turns, model_name: str) -> None:
         self._engine = engine
+        self._turns = turns
         self._labels = (model_name, "0")
         tokens = token_buckets(engine.info.max_model_len)
         self.ttft = Histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", _TTFT)
@@ -104,11 +106,12 @@ class ServerMetrics:
 
     def collect(self) -> Iterator[Metric]:
         stats, info = self._engine.stats, self._engine.info
+        num_waiting = stats.num_waiting + self._turns.waiting
         yield self._gauge("vllm:num_requests_running", "Requests in the running batch.", stats.num_running)
-        yield self._gauge("vllm:num_requests_waiting", "Requests waiting to be scheduled.", stats.num_waiting)
+        yield self._gauge("vllm:num_requests_waiting", "Requests waiting to be scheduled.", num_waiting)
         yield self._gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", stats.kv_cache_usage)
         yield self._gauge(
-            "vllm:num_requests_waiting_by_reason", "Requests waiting, by reason.", stats.num_waiting, reason="capacity"
+            "vllm:num_requests_waiting_by_reason", "Requests waiting, by reason.", num_waiting, reason="capacity"
         )
         yield self._gauge(
             "vllm:cache_config_info",
@@ -136,7 +139,9 @@ class ServerMetrics:
             success.add_metric((*self._labels, reason.value), count)
         yield success
         yield from self._roofline()
-        step_tokens = Histogram("vllm:iteration_tokens_total", "Tokens of a step.", _STEP_TOKENS)
+        step_tokens = Histogram(
+            "vllm:iteration_tokens_total", "Tokens of a step: of prompts, and generated.", _STEP_TOKENS
+        )
         for size, times in self._engine.step_sizes.items():
             step_tokens.observe(size, times)
         yield step_tokens.family(self._labels)

@@ -1,32 +1,92 @@
-"""Plain ASGI middleware: the API key and the size of a body, both checked before anything is parsed."""
+"""Plain ASGI middleware: the host, the API key and the size of a body, checked before anything is parsed."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Sequence
+import ipaddress
+import logging
+from collections.abc import Collection, Sequence
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from miniserve.server.errors import APIError
+from miniserve.server.throttle import ThrottledLog
+
+logger = logging.getLogger(__name__)
+
+
+class HostMiddleware:
+    """Refuses a Host header that is neither an address nor one of `hosts`, all in lower case.
+
+    A page in a browser on this machine reaches a local server by a name of its own that resolves here (DNS rebinding),
+    and would pass as the server's own page. It cannot do so by an address.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Collection[str]) -> None:
+        self._app = app
+        self._hosts = hosts
+        self._log = ThrottledLog(logger)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        for value in Headers(scope=scope).getlist("host") if scope["type"] == "http" else ():
+            if not self._known(value):
+                self._log.warning("%s: request refused for its Host header %r.", _address(scope), value[:100])
+                error = APIError(
+                    403, f"This server does not go by the name {value[:200]!r}; --allowed-host lets it be used."
+                )
+                await error.response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _known(self, value: str) -> bool:
+        name = value.partition("]")[0].removeprefix("[") if value.startswith("[") else value.partition(":")[0]
+        if name.lower().removesuffix(".") in self._hosts:
+            return True
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
+
+
+def _address(scope: Scope) -> str:
+    client = scope.get("client")
+    return f"{client[0]}:{client[1]}" if client else "a client"
+
+
+_GUARDED = ("/v1/", "/debug/", "/tokenize/", "/detokenize/", "/tokenizer_info/")
+
+
+class PathMiddleware:
+    """HEAD is GET, whose body the server leaves out; a slash at the end of a path means nothing."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            method = "GET" if scope["method"] == "HEAD" else scope["method"]
+            scope = {**scope, "method": method, "path": scope["path"].rstrip("/") or "/"}
+        await self._app(scope, receive, send)
 
 
 class ApiKeyMiddleware:
-    """Asks for one of `api_keys` on `/v1` and `/debug` (`Authorization: Bearer …` or `x-api-key`), except for OPTIONS.
-
-    What is outside of them stays open: health checks, metrics, and the tokenizer that lm_eval calls without a key.
-    """
+    """Asks for one of `api_keys` (`Authorization: Bearer …` or `x-api-key`), except for OPTIONS, on `/v1`, `/debug` and
+    the tokenizer's paths, which take long texts. Health checks and metrics stay open."""
 
     def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
         self._app = app
         self._digests = [_digest(key) for key in api_keys]
+        self._log = ThrottledLog(logger)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         asks = scope["type"] == "http" and scope["method"] != "OPTIONS"
-        guarded = asks and f"{scope['path']}/".startswith(("/v1/", "/debug/"))
+        guarded = asks and f"{scope['path']}/".startswith(_GUARDED)
         if guarded and not self._allowed(Headers(scope=scope)):
+            self._log.warning("%s: request refused; its API key is missing or wrong.", _address(scope))
             error = APIError(
                 401,
                 "The API key is missing or wrong; send it as 'Authorization: Bearer KEY'.",

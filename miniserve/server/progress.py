@@ -28,7 +28,7 @@ class ProgressLine:
         if not self._interval or now - self._since < self._interval:
             return
         period = engine.totals.since(self._totals)
-        if period.decode_steps or period.mixed_steps or period.prefill_steps:
+        if period.num_steps:
             logger.info("%s", self._line(period, now - self._since))
         self._since, self._totals, self._stats = now, engine.totals, engine.stats
 

@@ -43,7 +43,7 @@ def _prompts(value: object) -> list[Prompt]:
 
 
 def _token_ids(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int for item in value) and value != []
+    return isinstance(value, list) and set(map(type, value)) == {int}
 
 
 def _unicode(text: str) -> str:
@@ -67,21 +67,27 @@ def _not_bool(value: object) -> object:
     return value
 
 
+def _int64(value: int) -> int:
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"must be between {-(2**63)} and {2**63 - 1}, a 64-bit integer")
+    return value
+
+
 def _bias(value: object) -> object:
     """OpenAI's keys are token ids written as strings."""
     if not isinstance(value, dict):
         return value
     for key, number in value.items():
         if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 12):
-            raise ValueError("keys must be token ids")
+            raise ValueError(f"the key {str(key)[:50]!r} is no token id")
         if isinstance(number, bool):
-            raise ValueError("values must be numbers")
+            raise ValueError(f"the value of key {key!r} must be a number")
     return {int(key): number for key, number in value.items()}
 
 
-Int = Annotated[int, BeforeValidator(_not_bool), Field(ge=-(2**63), lt=2**63)]
+Int = Annotated[int, BeforeValidator(_not_bool), AfterValidator(_int64)]
 Float = Annotated[float, BeforeValidator(_not_bool)]
-Texts = Annotated[list[Text], BeforeValidator(_texts, json_schema_input_type=str | list[str])]
+Texts = Annotated[list[Text], Field(fail_fast=True), BeforeValidator(_texts, json_schema_input_type=str | list[str])]
 
 
 class Body(BaseModel):
@@ -118,10 +124,15 @@ class GenerationBody(Body):
     )
     seed: Int | None = None
     stop: Texts | None = None
-    stop_token_ids: list[Int] | None = None
+    stop_token_ids: Annotated[list[Int], Field(fail_fast=True)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+
+    @property
+    def asked_tokens(self) -> tuple[str, int | None]:
+        """The field that says how long the output may be, and what it says."""
+        return "max_tokens", self.max_tokens
 
 
 class CompletionRequest(GenerationBody):
@@ -149,7 +160,12 @@ class ChatMessage(Body):
     role: Text = Field(min_length=1, max_length=64)
     # Or a plain text.
     content: (
-        Annotated[list[ContentPart], WrapValidator(_content, json_schema_input_type=str | list[ContentPart])] | None
+        Annotated[
+            list[ContentPart],
+            Field(fail_fast=True),
+            WrapValidator(_content, json_schema_input_type=str | list[ContentPart]),
+        ]
+        | None
     ) = None
     tool_calls: list[Any] | None = None
     function_call: Any = None
@@ -162,15 +178,21 @@ class RenderOptions(Body):
     continue_final_message: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    documents: list[dict[str, Any]] | None = None
+    documents: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
 
 
 class ChatCompletionRequest(RenderOptions, GenerationBody):
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
     max_completion_tokens: Int | None = None
     logprobs: bool | None = None
     top_logprobs: Int | None = None
+
+    @property
+    def asked_tokens(self) -> tuple[str, int | None]:
+        if self.max_completion_tokens is None:
+            return "max_tokens", self.max_tokens
+        return "max_completion_tokens", self.max_completion_tokens
 
 
 class TokenizeRequest(RenderOptions):
@@ -178,10 +200,10 @@ class TokenizeRequest(RenderOptions):
 
     model: str | None = None
     prompt: Text | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)] | None = None
     return_token_strs: bool | None = None
 
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: list[Int]
+    tokens: Annotated[list[Int], Field(fail_fast=True)]

@@ -16,13 +16,14 @@ from starlette.types import Receive, Scope, Send
 from miniserve import __version__
 from miniserve.core import CompletionDelta, FinishReason, InvalidRequest
 from miniserve.server.errors import APIError, as_api_error, json_response
-from miniserve.server.generation import ClientGone, while_connected
+from miniserve.server.generation import ClientGone, Generation, while_connected
 from miniserve.server.protocol import GenerationBody, StreamOptions
 from miniserve.server.responses import FinishWord, Usage
 
 Deltas = AsyncGenerator[tuple[int, CompletionDelta], None]
 logger = logging.getLogger(__name__)
 
+KEEP_ALIVE = 15.0  # seconds without an event after which a comment says that the stream lives
 _encoder = msgspec.json.Encoder()
 _EVENT_STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -72,7 +73,8 @@ class Answer(ABC):
 
     @abstractmethod
     def pieces(self, number: int, delta: CompletionDelta) -> Iterator[Mapping[str, Any]]:
-        """The choices for one delta, each of which goes out in an event of its own."""
+        """The choices for one delta, each for a separate event; the end comes separately, too, behind the last text.
+        `count`s the delta's tokens before the first choice that has some."""
 
     def whole(self) -> dict[str, Any]:
         return {**self._header.body(self.whole_kind), "choices": self.choices(), "usage": self.usage()}
@@ -99,58 +101,67 @@ class Answer(ABC):
 class GenerationResponse(Response):
     """Runs the generation while the client is there, for one JSON body or a stream of events, as `body` asks.
 
-    Until the first token is there an error is an HTTP error; after that it is an event `{"error": …}` before `[DONE]`.
+    A stream begins at once, before the first token, and is never silent for long: balancers cut connections that are.
+    So an error that comes later than at once is an event `{"error": …}` before `[DONE]`.
     """
 
-    def __init__(self, deltas: Deltas, answer: Answer, body: GenerationBody) -> None:
+    def __init__(self, generation: Generation, answer: Answer, body: GenerationBody) -> None:
         super().__init__()
-        self._deltas = deltas
+        self._generation = generation
         self._answer = answer
         self._stream = bool(body.stream)
         options = body.stream_options or StreamOptions()
         self._usage_at_end = bool(options.include_usage)
         self._usage_in_every_chunk = self._usage_at_end and bool(options.continuous_usage_stats)
+        self._quiet = True  # nothing was sent since the last beat
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            if self._stream:
-                await while_connected(receive, self._send_events(send))
-            else:
-                response = await while_connected(receive, self._whole())
-                await response(scope, receive, send)
+            async with self._generation as deltas:
+                if self._stream:
+                    await while_connected(
+                        receive, self._send_events(deltas, send), every=KEEP_ALIVE, beat=lambda: self._beat(send)
+                    )
+                    return
+                response = await while_connected(receive, self._whole(deltas))
+            await response(scope, receive, send)
         except ClientGone:
             return
 
-    async def _whole(self) -> Response:
-        async with aclosing(self._deltas) as deltas:
+    async def _whole(self, deltas: Deltas) -> Response:
+        async with aclosing(deltas):
             async for number, delta in deltas:
                 self._answer.count(number, delta)
                 self._answer.add(number, delta)
         return json_response(self._answer.whole())
 
-    async def _send_events(self, send: Send) -> None:
-        async with aclosing(self._deltas) as deltas:
-            first = await anext(deltas)
-            await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM_HEADERS})
-            try:
-                await self._send_chunks(send, *first)
+    async def _send_events(self, deltas: Deltas, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM_HEADERS})
+        try:
+            async with aclosing(deltas):
                 async for number, delta in deltas:
-                    await self._send_chunks(send, number, delta)
-                if self._usage_at_end:
-                    await _send_event(send, {**self._answer.chunk(), "usage": self._answer.usage()})
-            except Exception as error:
-                if not isinstance(error, APIError | InvalidRequest):
-                    logger.error("A streaming request failed.", exc_info=error)
-                await _send_event(send, as_api_error(error).envelope())
-            await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
-
-    async def _send_chunks(self, send: Send, number: int, delta: CompletionDelta) -> None:
-        self._answer.count(number, delta)
-        for choice in self._answer.pieces(number, delta):
-            chunk = self._answer.chunk(choice)
+                    for choice in self._answer.pieces(number, delta):
+                        chunk = self._answer.chunk(choice)
+                        if self._usage_at_end:
+                            chunk["usage"] = self._answer.usage() if self._usage_in_every_chunk else None
+                        await self._send_event(send, chunk)
             if self._usage_at_end:
-                chunk["usage"] = self._answer.usage() if self._usage_in_every_chunk else None
-            await _send_event(send, chunk)
+                await self._send_event(send, {**self._answer.chunk(), "usage": self._answer.usage()})
+        except Exception as error:
+            if not isinstance(error, APIError | InvalidRequest):
+                logger.error("A streaming request failed.", exc_info=error)
+            await self._send_event(send, as_api_error(error).envelope())
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+    async def _send_event(self, send: Send, body: object) -> None:
+        self._quiet = False
+        data = b"data: " + _encoder.encode(body) + b"\n\n"
+        await send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def _beat(self, send: Send) -> None:
+        if self._quiet:
+            await send({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True})
+        self._quiet = True
 
 
 def finish_word(delta: CompletionDelta) -> FinishWord | None:
@@ -158,8 +169,3 @@ def finish_word(delta: CompletionDelta) -> FinishWord | None:
     if delta.finish_reason is None:
         return None
     return "stop" if delta.finish_reason is FinishReason.STOP else "length"
-
-
-async def _send_event(send: Send, body: object) -> None:
-    data = b"data: " + _encoder.encode(body) + b"\n\n"
-    await send({"type": "http.response.body", "body": data, "more_body": True})

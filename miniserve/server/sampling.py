@@ -54,9 +54,8 @@ class SamplingRules:
 
     def for_chat(self, body: ChatCompletionRequest) -> SamplingParams:
         """Raises `InvalidRequest`; `max_tokens` None is the rest of the context."""
-        max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        name, max_tokens = body.asked_tokens
         if max_tokens is not None and max_tokens < 1:
-            name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
             raise InvalidRequest(f"{name} must be at least 1.", name)
         if max_tokens is None and (default := self.defaults.get("max_new_tokens")) is not None:
             max_tokens = int(default)

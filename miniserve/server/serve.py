@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
+import ipaddress
 import logging
+import os
 import resource
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import NoReturn, cast
 
 import uvicorn
 
@@ -18,22 +24,29 @@ from miniserve.core import UserError
 from miniserve.engine.client import AsyncEngine
 from miniserve.server.app import create_app
 from miniserve.server.config import ServerConfig
+from miniserve.server.connection import Connection, Guard
 from miniserve.server.progress import ProgressLine
 
 logger = logging.getLogger(__name__)
 
-EXIT_OK, EXIT_ENGINE_DIED, EXIT_INTERRUPTED = 0, 1, 130
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+EXIT_OK, EXIT_ENGINE_DIED = 0, 1
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _WATCH_INTERVAL = 0.2  # seconds between looks at the engine
+_SWEEP_INTERVAL = 1.0  # seconds between looks at the connections
+_LAST_WORDS = 3.0  # seconds that clients are answered with 503 after the engine has died
 _GRACE = 5.0  # seconds for answers to leave after the engine has ended
 _KEEP_ALIVE = 90  # seconds that a connection may rest
+_BACKLOG = 2048
 _OPEN_FILES = 65_536
+_RESERVED_FILES = 64  # for all but clients' connections
+_BODY_MEMORY = 64 * 2**20  # bytes, at least, for bodies that are not complete
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound socket, not listening yet: taken before the model is loaded, so that a port in use is told at once.
+    """A bound socket, not listening yet: taken before the model is loaded, so that a port in use is known at once.
 
-    Port 0 takes any free one. Raises `UserError` with the remedy.
+    Until it listens it has the port for itself: with SO_REUSEADDR two sockets could be bound to it. Port 0 takes any
+    free one. Raises `UserError` with the remedy.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -43,13 +56,28 @@ def bind(host: str, port: int) -> socket.socket:
         raise UserError(f"--host {host!r} is no address of this machine ({error.args[-1]}); try 127.0.0.1.") from error
     sock = socket.socket(family, kind, protocol)
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
+        try:
+            sock.bind(address)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            _reuse_address(sock, True)  # connections of a server that has ended may be what is in the way
+            sock.bind(address)
+            _reuse_address(sock, False)
     except OSError as error:
         sock.close()
         raise UserError(_bind_failure(host, port, error)) from error
     sock.set_inheritable(False)
     return sock
+
+
+def _reuse_address(sock: socket.socket, reuse: bool) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+
+
+def is_local(sock: socket.socket) -> bool:
+    """Whether only this machine can reach a socket."""
+    return ipaddress.ip_address(sock.getsockname()[0]).is_loopback
 
 
 def _bind_failure(host: str, port: int, error: OSError) -> str:
@@ -77,15 +105,17 @@ async def serve(
 ) -> int:
     """Serve a started engine until it is over, end the engine, and return the exit code of the process.
 
-    The first SIGINT or SIGTERM (or `stop` being set) closes the port, lets running requests finish within
-    `drain_timeout`, and gives 0; a second signal ends at once and gives 130. If the engine dies, running requests are
-    answered with an error and the code is 1. `sock` comes from `bind`; without it this binds, raising `UserError`.
+    The first of `SIGNALS` (or `stop` being set) closes the port, lets running requests finish within `drain_timeout`,
+    and gives 0; a second signal ends the process at once. If the engine dies, running requests are answered with an
+    error, those that come within `_LAST_WORDS` with 503, and the code is 1. `sock` comes from `bind`; without it this
+    binds, raising `UserError`.
     """
     sock = sock if sock is not None else bind(config.host, config.port)
-    _raise_open_files_limit()
+    guard = Guard(_max_connections(), max(_BODY_MEMORY, 2 * config.max_body_bytes))
     server = _Server(
         uvicorn.Config(
-            create_app(engine, config),
+            create_app(engine, config, _known_hosts(config, sock)),
+            http=cast(type[asyncio.Protocol], partial(Connection, guard)),
             lifespan="off",
             ws="none",
             access_log=False,
@@ -93,22 +123,65 @@ async def serve(
             log_level=logging.WARNING,
             server_header=False,
             timeout_keep_alive=_KEEP_ALIVE,
-            timeout_graceful_shutdown=int(config.drain_timeout + _GRACE),
+            timeout_graceful_shutdown=int(config.drain_timeout + 2 * _GRACE),
+            backlog=_BACKLOG,
         ),
         on_ready,
     )
-    supervisor = asyncio.create_task(_supervise(engine, server, config, stop or asyncio.Event()))
+    gc.collect()
+    gc.freeze()  # what is there now stays: looking through all of it again would hold up streams for 0.1 s
+    supervisor = asyncio.create_task(_supervise(engine, server, guard, config, stop or asyncio.Event()))
     try:
+        _listen(sock, config)
         await server.serve(sockets=[sock])
-    except OSError as error:  # another program took the port since it was bound
-        raise UserError(_bind_failure(config.host, config.port, error)) from error
     finally:
         supervisor.cancel()
         await asyncio.gather(supervisor, return_exceptions=True)
-        await engine.shutdown(drain=False, timeout=_GRACE)
-    if server.engine_died:
-        return EXIT_ENGINE_DIED
-    return EXIT_INTERRUPTED if server.force_exit else EXIT_OK
+        in_order = await engine.shutdown(drain=False, timeout=_GRACE)
+    if not in_order and not server.death_reported:
+        logger.error("%s", engine.dead)
+    return EXIT_OK if in_order else EXIT_ENGINE_DIED
+
+
+def _listen(sock: socket.socket, config: ServerConfig) -> None:
+    _reuse_address(sock, True)  # what remains of its connections shall not keep the next server from the port
+    try:
+        sock.listen(_BACKLOG)
+    except OSError as error:  # another program took the port since it was bound
+        sock.close()
+        raise UserError(_bind_failure(config.host, config.port, error)) from error
+
+
+def _known_hosts(config: ServerConfig, sock: socket.socket) -> frozenset[str] | None:
+    """The names that a Host header may have beside addresses; None: any, as where a client needs a key or where the
+    server is for other machines, too, and no name was allowed."""
+    if "*" in config.allowed_hosts or not (config.allowed_hosts or (is_local(sock) and not config.api_keys)):
+        return None
+    return frozenset(name.lower() for name in ("localhost", config.host, *config.allowed_hosts))
+
+
+@contextmanager
+def on_signals(handler: Callable[[int], None], numbers: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
+    """Have `handler` called, in the main thread and between any two of its instructions, for each of these signals.
+
+    SIGINT and SIGHUP that were ignored when the process started stay ignored, as everywhere: by that a shell's script
+    keeps Ctrl-C from what it runs in the background, and `nohup` the end of the terminal.
+    """
+    before = {number: signal.getsignal(number) for number in numbers}
+    ignored = [number for number in before if before[number] is signal.SIG_IGN and number != signal.SIGTERM]
+    taken = [number for number in numbers if number not in ignored]
+    for number in taken:
+        signal.signal(number, lambda number, _: handler(number))
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, before[number])
+
+
+def exit_at_once(number: int) -> NoReturn:
+    """End the process as by the signal `number`; the system then ends the engine's."""
+    os._exit(128 + number)
 
 
 class _Server(uvicorn.Server):
@@ -116,7 +189,8 @@ class _Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None] | None) -> None:
         super().__init__(config)
-        self.engine_died = False
+        self.death_reported = False
+        self._signalled = False
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -129,43 +203,50 @@ class _Server(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        loop = asyncio.get_running_loop()
-        for number in _SIGNALS:
-            loop.add_signal_handler(number, self._signalled)
-        try:
+        with on_signals(self._take_signal):
             yield
-        finally:
-            for number in _SIGNALS:
-                loop.remove_signal_handler(number)
 
-    def _signalled(self) -> None:
-        if not self.should_exit:
+    def _take_signal(self, number: int) -> None:
+        # A second one must work whatever the event loop does.
+        if self.should_exit:
+            exit_at_once(number)
+        self._signalled = self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._signalled:  # not where it came: a handler may interrupt another line of the log
             logger.info("Shutting down: running requests finish first (a second signal ends at once).")
-            self.should_exit = True
-            return
-        self.force_exit = True
-        for connection in list(self.server_state.connections):
-            connection.transport.abort()
+        await super().shutdown(sockets)
 
 
-async def _supervise(engine: AsyncEngine, server: _Server, config: ServerConfig, stop: asyncio.Event) -> None:
+async def _supervise(
+    engine: AsyncEngine, server: _Server, guard: Guard, config: ServerConfig, stop: asyncio.Event
+) -> None:
     """Wait for whatever ends the server first, then end the rest; meanwhile say how it goes."""
-    progress = ProgressLine(engine, config.log_interval)
+    progress, swept = ProgressLine(engine, config.log_interval), time.monotonic()
     while not (engine.dead or stop.is_set() or server.should_exit):
         await asyncio.sleep(_WATCH_INTERVAL)
         progress.tick()
+        if (passed := time.monotonic() - swept) >= _SWEEP_INTERVAL:
+            swept += passed
+            if passed < 2 * _SWEEP_INTERVAL:  # else the server itself was late, and has not read yet what is there
+                guard.sweep()
     if engine.dead:
-        logger.error("%s The server ends.", engine.dead)
-        server.engine_died = True
-        server.should_exit = True
-        return
+        logger.error("%s The server answers with 503 for %.0f s, then ends.", engine.dead, _LAST_WORDS)
+        server.death_reported = True
+        end = time.monotonic() + _LAST_WORDS
+        while time.monotonic() < end and not (stop.is_set() or server.should_exit):
+            await asyncio.sleep(_WATCH_INTERVAL)
     server.should_exit = True
     await engine.shutdown(drain=True, timeout=config.drain_timeout)
+    await asyncio.sleep(_GRACE)
+    for connection in list(guard.connections):  # of clients that do not read their answers
+        connection.transport.abort()
 
 
-def _raise_open_files_limit() -> None:
-    """Each client takes a file; the usual soft limit of 1024 is too few for a server."""
+def _max_connections() -> int:
+    """Each client takes an open file. The usual soft limit of 1024 is too few for a server, so it is raised first."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    most = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return max(1, most - _RESERVED_FILES)

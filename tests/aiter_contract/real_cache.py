@@ -19,6 +19,7 @@ from real_aiter import make_importable
 
 from miniserve.attention.aiter import Aiter
 from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.paged_kernels import torch_kernels
 from miniserve.attention.backends.rope_write import RopeWriter
 from miniserve.attention.layouts import LAYOUTS, KVCache, KVLayout
 from miniserve.attention.platform import NAMED_PLATFORMS
@@ -119,7 +120,7 @@ def check_call(write: Callable[..., Any], layout_name: str, dtype: torch.dtype, 
         max_seq_len=64,
     )
     aiter = Aiter(**dict.fromkeys(Aiter.__dataclass_fields__) | {"fused_qk_rope_reshape_and_cache": write})
-    writer = RopeWriter(layout, aiter, write, options)
+    writer = RopeWriter(layout, aiter, torch_kernels(), options)
     qkv, slots = inputs.tensor(tokens, heads + 2 * kv_heads, head_dim), inputs.slots(tokens, num_blocks, block_size)
     cos_sin = inputs.table(head_dim)[:tokens]
     q, k, v = writer.write(

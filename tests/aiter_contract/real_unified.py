@@ -4,7 +4,6 @@ Triton's interpreter on a CPU, against attention in float64. Prints a line for e
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from attention_steps import make_step
@@ -12,9 +11,9 @@ from real_aiter import make_importable
 
 from miniserve.attention.aiter import Aiter
 from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.paged_kernels import torch_kernels
 from miniserve.attention.backends.rocm_unified import UnifiedBackend
 from miniserve.attention.backends.rope_write import RopeWriter
-from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.platform import NAMED_PLATFORMS
 from miniserve.attention.spec import AttentionSpec
 from miniserve.attention.terms import LayerRoute
@@ -31,13 +30,7 @@ SPECS = {
 }
 # Decode rows, chunks with context and without; the long ones are for the kernel that splits rows.
 SHORT, LONG = [(0, 1), (15, 1), (16, 1), (300, 1), (20, 17), (0, 30)], [(600, 1), (0, 1), (530, 5)]
-
-
-def writer(layout: KVLayout) -> Any:
-    def write(k: Any, v: Any, key: Any, value: Any, slots: Any, kind: str, *scales: Any, **_: Any) -> None:
-        layout.write(KVCache(key, value), k, v, slots)
-
-    return write
+DECODES = [row for row in SHORT if row[1] == 1]
 
 
 def main() -> None:
@@ -46,13 +39,11 @@ def main() -> None:
 
     for layout_name in ("linear", "shuffled"):
         for name, spec in SPECS.items():
-            for rows in (SHORT, LONG) if name in ("plain", "sinks") else (SHORT,):
+            for rows in (SHORT, LONG, DECODES) if name in ("plain", "sinks") else (SHORT,):
                 decodes = sum(new == 1 for _, new in rows)
                 step = make_step((spec, 16, rows, decodes), layout_name, 7)
                 unused = dict.fromkeys(Aiter.__dataclass_fields__)
-                write = writer(step.layout)
-                given = {"unified_attention": unified_attention, "reshape_and_cache": write}
-                aiter = Aiter(**unused | given | {"reshape_and_cache_flash": write})
+                aiter = Aiter(**unused | {"unified_attention": unified_attention})
                 options = BackendOptions(
                     specs=(spec,),
                     routes=(LayerRoute("unified_attention", "unified_attention"),),
@@ -61,8 +52,11 @@ def main() -> None:
                     max_rows=8,
                     max_seq_len=1024,
                 )
-                rotates_nothing = RopeWriter(step.layout, aiter, write, options)
-                step.check(UnifiedBackend(step.layout, aiter, rotates_nothing, options))
+                backend = UnifiedBackend(
+                    step.layout, aiter, RopeWriter(step.layout, aiter, torch_kernels(), options), options
+                )
+                for each in (step,) if step.batch.chunks else (step, step.padded()):
+                    each.check(backend)
                 print("agrees:", layout_name, name, f"up to {max(map(sum, rows))} tokens", flush=True)
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.build import build_backend
 from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.metadata import DecodeRows, StepBatch
+from miniserve.attention.metadata import DecodeRows
 from miniserve.attention.platform import emulated_platform
 from miniserve.attention.select import Choice, select
 from miniserve.attention.spec import AttentionSpec
@@ -27,7 +27,8 @@ FP8 = {"gfx942": torch.float8_e4m3fnuz, "gfx950": torch.float8_e4m3fn}
 BACKENDS = ("ROCM_ATTN", "ROCM_AITER_FA", "ROCM_AITER_UNIFIED_ATTN", "ROCM_AITER_GLUON", "TRITON_ATTN")
 TOLERANCE = {BF16: 1.2e-2, FP16: 2.5e-3}
 CU_NUM = 4  # from 9 heads in a step on, the ASM kernel's turn would come
-FP8_TOLERANCE = 6e-2  # new tokens may be read before they were rounded
+# HIP kernels round queries and weights to fp8; new tokens may be read before they were rounded.
+FP8_TOLERANCE = {"gfx942": 8e-2, "gfx950": 15e-2}
 
 
 def build(step: Step, choice: Choice, arch: str, specs: tuple[AttentionSpec, ...] = (), **changes: Any) -> Backend[Any]:
@@ -97,9 +98,11 @@ def test_what_is_allowed_is_right(
             return
         step = make_step((spec, block_size, *rest), layout, seed, scales)
         fp8 = spec.kv_dtype.itemsize == 1
-        step.check(
-            build(step, choice, arch, context_tokens=context_tokens), FP8_TOLERANCE if fp8 else TOLERANCE[spec.dtype]
-        )
+        made = build(step, choice, arch, context_tokens=context_tokens)
+        tolerance = FP8_TOLERANCE[arch] if fp8 else TOLERANCE[spec.dtype]
+        step.check(made, tolerance)
+        if not step.batch.chunks:
+            step.padded().check(made, tolerance)
 
 
 PLAIN = AttentionSpec(16, 2, 128, 128**-0.5, BF16, BF16)
@@ -116,12 +119,21 @@ def chosen(spec: AttentionSpec, arch: str, backend: str, layout: str) -> Choice:
 @pytest.mark.parametrize("arch", FP8)
 @pytest.mark.parametrize("fp8", [False, True])
 def test_the_asm_kernel_takes_over_above_the_switch(arch: str, fp8: bool) -> None:
-    """16 heads: 32 compute units put the switch between four rows and five."""
+    """16 heads: 32 compute units put the switch between four rows and five. A graph's padding counts, and a graph whose
+    rows may get to lengths that the ASM kernel gets wrong leaves it out."""
     spec = replace(PLAIN, kv_dtype=FP8[arch]) if fp8 else PLAIN
-    for lengths, route in (([1, 16, 17, 300], "hip"), ([1, 16, 17, 300, 256], "asm"), ([240] * 8, "asm")):
+    for lengths, padding, route in (
+        ([1, 16, 17, 300], 0, "hip"),
+        ([1, 16, 17, 300, 256], 0, "asm"),
+        ([240] * 8, 0, "asm"),
+        ([1, 16, 17, 300, 256], 1, "hip"),
+        ([1, 16, 240], 1, "hip"),
+        ([1, 16, 17, 240], 1, "asm"),
+    ):
         with stand_in(arch, cu_num=32) as module:
             step = decode_step(spec, lengths)
-            step.check(build(step, chosen(spec, arch, "ROCM_AITER_FA", "shuffled"), arch), FP8_TOLERANCE)
+            made = build(step, chosen(spec, arch, "ROCM_AITER_FA", "shuffled"), arch)
+            (step.padded(padding) if padding else step).check(made, FP8_TOLERANCE[arch])
             decodes = [call for call in module._standin.calls if call.function.startswith("pa")]
             assert {call.route for call in decodes} == {route}, lengths
 
@@ -135,16 +147,16 @@ def test_the_asm_kernel_takes_over_above_the_switch(arch: str, fp8: bool) -> Non
         ({"kv_dtype": FP8["gfx942"]}, "fused_qk_rope_reshape_and_cache"),
         ({"qk_norm": True}, "triton rope_and_write"),
         ({"dtype": FP16, "kv_dtype": FP16}, "triton rope_and_write"),
-        ({"rotary_dim": 32}, "reshape_and_cache"),
+        ({"rotary_dim": 32}, "triton write_kv"),
     ],
 )
 def test_who_turns_and_writes(backend: str, layout: str, change: dict[str, Any], write: str) -> None:
     spec = replace(PLAIN, **change)
     with stand_in("gfx942", CU_NUM) as module:
         choice = chosen(spec, "gfx942", backend, layout)
-        assert choice.routes[0].write.removesuffix("_flash") == write
+        assert choice.routes[0].write == write
         step = make_step((spec, 16, [(20, 1), (60, 20), (0, 9)], 1), layout, 3, (0.5, 0.25))
-        step.check(build(step, choice, "gfx942"), FP8_TOLERANCE)
+        step.check(build(step, choice, "gfx942"), FP8_TOLERANCE["gfx942"])
         writers = {call.function for call in module._standin.calls if "cache" in call.function}
         assert writers == {name for name in (choice.routes[0].write,) if not name.startswith("triton")}
 
@@ -167,7 +179,8 @@ def test_gluon_takes_what_hip_and_asm_cannot(arch: str, change: dict[str, Any], 
             choice = select(specs, emulated_platform(arch), block_size=16, backend="ROCM_AITER_GLUON")
             assert [route.decode for route in choice.routes] == [decode, "pa_decode_gluon"]
             step = decode_step(specs[0], [1, 16, 17, 34, 300, 256])
-            step.check(build(step, choice, arch, specs=specs), FP8_TOLERANCE)
+            for rows in (step, step.padded()):
+                rows.check(build(step, choice, arch, specs=specs), FP8_TOLERANCE[arch])
             assert {c.function for c in module._standin.calls if c.function.startswith(("pa", "uni"))} == {decode}
 
 
@@ -188,36 +201,47 @@ def test_every_length_around_a_partition_of_256(arch: str, fp8: bool) -> None:
                 continue
             for rows, num_decodes in ((decodes, 41), (right, 26), ([(0, 1), *chunks, (0, 1)], 1)):
                 step = make_step((spec, 16, rows, num_decodes), layout, 3, (0.5, 0.25))
-                step.check(build(step, choice, arch), FP8_TOLERANCE if fp8 else TOLERANCE[BF16])
+                for each in (step,) if step.batch.chunks else (step, step.padded()):
+                    each.check(build(step, choice, arch), FP8_TOLERANCE[arch] if fp8 else TOLERANCE[BF16])
             asm = {call.route for call in module._standin.calls} & {"asm"}
             assert bool(asm) == ((backend, layout) == ("ROCM_AITER_FA", "shuffled"))
 
 
 @pytest.mark.parametrize("arch", FP8)
-def test_padding_rows_harm_nobody(arch: str) -> None:
-    """A graph's padding: length 0, slot -1, whatever is in its row of the block table."""
-    for backend in BACKENDS:
-        for layout in ("linear", "shuffled"):
-            with stand_in(arch, cu_num=32):
+@pytest.mark.parametrize("write", [{}, {"qk_norm": True}, {"rotary_dim": 32}])
+def test_padding_rows_are_not_written(arch: str, write: dict[str, Any]) -> None:
+    """By any of the writers."""
+    spec = replace(PLAIN, **write)
+    for backend, layout in product(BACKENDS, ("linear", "shuffled")):
+        with stand_in(arch, cu_num=32):
+            try:
+                choice = chosen(spec, arch, backend, layout)
+            except UserError:
+                continue
+            step = decode_step(spec, [40, 1, 17, 256, 8], layout)
+            made = build(step, choice, arch)
+            step.run(made)
+            before = step.cache.key.clone(), step.cache.value.clone()
+            step.padded().check(made, TOLERANCE[BF16])
+            assert all(map(torch.equal, before, (step.cache.key, step.cache.value))), (backend, layout)
+
+
+@pytest.mark.parametrize("arch", FP8)
+def test_what_fp8_cannot_hold_is_limited_by_every_writer(arch: str) -> None:
+    fp8 = FP8[arch]
+    for write in ({}, {"qk_norm": True}, {"rotary_dim": 32}):
+        spec = replace(PLAIN, kv_dtype=fp8, **write)
+        for backend, layout in product(BACKENDS, ("linear", "shuffled")):
+            with stand_in(arch, CU_NUM):
                 try:
-                    choice = chosen(PLAIN, arch, backend, layout)
+                    choice = chosen(spec, arch, backend, layout)
                 except UserError:
                     continue
-                step = decode_step(PLAIN, [40, 1, 17, 256, 8], layout)
-                padded = replace(step, batch=pad_last(step))
-                before = step.cache.key.clone()
-                out = padded.run(build(step, choice, arch))
-                assert torch.allclose(out[:4].double(), step.want[:4], atol=2e-2), (backend, layout)
-                slot = int(step.batch.slot_mapping[4])
-                assert torch.equal(step.cache.key[slot // 16], before[slot // 16]), (backend, layout)
-
-
-def pad_last(step: Step) -> StepBatch:
-    decode = step.batch.decode
-    assert decode is not None
-    slots, lens, tables = step.batch.slot_mapping.clone(), decode.seq_lens.clone(), decode.block_tables.clone()
-    slots[-1], lens[-1], tables[-1] = -1, 0, 0
-    return StepBatch(slots, DecodeRows(tables, lens, decode.max_seq_len, None))
+                step = decode_step(spec, [3, 1], layout)
+                v = step.v * 1e4
+                qkv = torch.cat([step.qkv[:, : -v[0].numel()], v.flatten(1)], dim=1)
+                replace(step, v=v, qkv=qkv).run(build(step, choice, arch))
+                assert float(step.cache.value.float().abs().max()) == torch.finfo(fp8).max, (backend, layout)
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "TORCH_ATTN"])

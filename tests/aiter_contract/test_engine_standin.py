@@ -133,7 +133,7 @@ FLASH_FP8 = "--device gfx950 --attention-backend ROCM_AITER_FA --kv-layout shuff
         ),
         (
             f"serve {DEEPSEEK} --device gfx942",
-            {("mla_decode_fwd", "persistent"), ("concat_and_cache_mla", ""), ("fused_moe", "No")},
+            {("mla_decode_fwd", "persistent"), ("get_mla_metadata_v1", ""), ("fused_moe", "No")},
             "paged",
             ["ROCM_AITER_MLA over the latent KV layout", "gfx942 is emulated", "experts by aiter fused_moe"],
         ),

@@ -75,6 +75,39 @@ def test_tokens_land_where_the_formulas_say(aiter: ModuleType, value: str, arch:
                 assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
 
 
+@pytest.mark.parametrize(
+    ("arch", "largest", "kept", "lost"), [("gfx942", 240.0, 247.9, 248.0), ("gfx950", 448.0, 464.0, 464.1)]
+)
+def test_what_fp8_cannot_hold_becomes_nan(
+    aiter: ModuleType, arch: str, largest: float, kept: float, lost: float
+) -> None:
+    """In aiter's HIP writers; whatever PyTorch's conversion does."""
+    with aiter._standin.emulate(arch=arch):
+        for layout in ("linear", "shuffled"):
+            key, other = caches(layout, aiter.dtypes.fp8)
+            values = torch.full((6, *SHAPE[1:]), kept)
+            values[:, 0] = lost
+            write(aiter, layout, key, other, key=-values, value=values)
+            assert sorted({*key.float().nan_to_num(1.0).unique().tolist()}) == [-largest, 0.0, 1.0]
+            assert sorted({*other.float().nan_to_num(1.0).unique().tolist()}) == [0.0, 1.0, largest]
+            assert int(other.float().isnan().sum()) == 4 * SHAPE[2]
+        latent = torch.zeros(1, 16, 576, dtype=torch.uint8).view(aiter.dtypes.fp8)
+        parts = torch.full((2, 512), kept), torch.full((2, 64), float("inf"))
+        aiter.concat_and_cache_mla(*parts, latent, torch.tensor([3, -1]), "fp8", ONE)
+        assert latent[0, 3, :512].float().unique().tolist() == [largest]
+        assert latent[0, 3, 512:].float().isnan().all()
+
+
+def test_values_are_multiplied_by_the_scales_reciprocal(aiter: ModuleType) -> None:
+    """Of 0.9 in float32: the quotient of this value is halfway between two codes, the product just off it."""
+    scale, value = torch.tensor([0.9]), torch.tensor(45 / 256)
+    product, quotient = (float(x.to(torch.float8_e4m3fnuz)) for x in (value * (1 / scale), value / scale))
+    key, other = caches("shuffled", torch.float8_e4m3fnuz)
+    values = value.expand(6, *SHAPE[1:]).contiguous()
+    write(aiter, "shuffled", key, other, key=values, value=values, k_scale=scale, v_scale=scale)
+    assert float(other.float().max()) == product != quotient
+
+
 REFUSALS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"slot_mapping": SLOTS.int()}, AssertionError, "read as int64"),
     ({"slot_mapping": SLOTS[:3]}, AssertionError, "3 entries for 6 tokens"),

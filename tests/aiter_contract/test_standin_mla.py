@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -73,6 +71,7 @@ def plan(aiter: ModuleType, call: dict[str, Any], room: int = 8, **changes: Any)
         "num_heads_k": 1,
         "is_causal": True,
         "max_seqlen_qo": call["max_seqlen_q"],
+        "uni_seqlen_qo": call["max_seqlen_q"],
         "dtype_q": dtypes[0],
         "dtype_kv": dtypes[1],
     }
@@ -111,7 +110,7 @@ NONE, ONLY = frozenset[int](), tuple(frozenset({n}) for n in range(9))
 FOLDED = (32, 48, 64, 80, 96, 112, 128)
 # Heads -> the query lengths of 1…8 that work: read off aiter's dispatch, less what is known to fault.
 TABLE: dict[tuple[str, str, bool], dict[int, frozenset[int]]] = {
-    ("gfx942", "bf16 bf16", False): {8: ONLY[1], 16: ALL, 24: NONE, 32: ALL, 48: NONE, 64: NONE, 128: ALL},
+    ("gfx942", "bf16 bf16", False): {8: ONLY[1], 24: NONE, 48: NONE, 64: NONE} | dict.fromkeys((16, 32, 128), UP_TO_4),
     ("gfx950", "bf16 bf16", False): {8: frozenset({1, 2}), 16: ALL, 24: NONE, 32: ALL, 48: NONE, 64: ONLY[1], 128: ALL},
     ("gfx942", "bf16 bf16", True): {8: ONLY[2], 16: UP_TO_4, 24: NONE} | dict.fromkeys(FOLDED, UP_TO_4),
     ("gfx950", "bf16 bf16", True): {8: ONLY[8], 16: ALL, 24: ALL} | dict.fromkeys(FOLDED, ALL),
@@ -240,12 +239,6 @@ def test_fp8_queries_need_both_scales_and_known_tiles(aiter: ModuleType) -> None
         aiter.mla.mla_decode_fwd(**step([9], heads=80, q_dtype=fp8, kv_dtype=fp8))
 
 
-def test_a_sequence_without_keys_leaves_its_row_unwritten(aiter: ModuleType) -> None:
-    call = step([0, 9])
-    aiter.mla.mla_decode_fwd(**call, **plan(aiter, call))
-    assert call["o"][0].isnan().all() and not call["o"][1].isnan().any()
-
-
 def test_metadata_refusals(aiter: ModuleType) -> None:
     call = step(LENS)
     for changes, words in (
@@ -257,4 +250,60 @@ def test_metadata_refusals(aiter: ModuleType) -> None:
             plan(aiter, call, **changes)
     with pytest.raises(aiter._standin.ContractViolation, match="max_seqlen_qo must be given"):
         plan(aiter, call, max_seqlen_qo=-1)
-    assert math.prod(import_module("aiter._mla_metadata").plan(starts([1]), starts([1]), 16, BF16, BF16).shape) == 8
+    with pytest.raises(aiter._standin.ContractViolation, match=r"uni_seqlen_qo is 2, rows have \{1\}"):
+        plan(aiter, call, uni_seqlen_qo=2)
+    with pytest.raises(aiter._standin.ContractViolation, match="32 heads of 1 queries need uni_seqlen_qo"):
+        plan(aiter, step(LENS, heads=32), uni_seqlen_qo=-1)
+
+
+def test_a_mask_left_out_has_no_kernel_on_gfx942(aiter: ModuleType) -> None:
+    for qlen in (1, 2):
+        call = step([9, 40], qlen=qlen)
+        six = plan(aiter, call)
+        if qlen == 1:
+            aiter.mla.mla_decode_fwd(**call, **six, causal=False)  # one query: the mask hides nothing
+            assert error(call["o"], want(call)) < 5e-3
+            continue
+        with pytest.raises(RuntimeError, match="causal:0 qseqlen:4"):
+            aiter.mla.mla_decode_fwd(**call, **six, causal=False)
+
+
+@pytest.mark.parametrize(("arch", "heads", "qlen"), [("gfx942", 16, 1), ("gfx942", 48, 1), ("gfx942", 32, 3)])
+def test_split_rows_are_summed(aiter: ModuleType, arch: str, heads: int, qlen: int) -> None:
+    """Several workgroups share a long row; max_split_per_batch makes their shares larger."""
+    parts = []
+    with aiter._standin.emulate(arch=arch, cu_num=64):
+        call = step([900, qlen, 40], heads, qlen)
+        for most in (-1, 1):
+            six = plan(aiter, call, max_split_per_batch=most)
+            parts.append(int(six["reduce_indptr"][-1]))
+            aiter.mla.mla_decode_fwd(**call, **six)
+            assert error(call["o"], want(call)) < 5e-3
+    assert parts[0] > parts[1]
+
+
+def test_tiles_of_query_rows_end_at_their_last_querys_keys(aiter: ModuleType) -> None:
+    for heads, qlen, tiles in ((128, 3, 3), (64, 3, 2), (48, 2, 2)):
+        with aiter._standin.emulate(arch="gfx950", cu_num=1):
+            call = step([300, 9, qlen], heads, qlen)
+            six = plan(aiter, call)
+            aiter.mla.mla_decode_fwd(**call, **six)
+            assert error(call["o"], want(call)) < 5e-3
+            assert int(six["work_indptr"][-1]) == 3 * tiles
+
+
+@pytest.mark.parametrize(
+    ("workgroups", "works", "missing"),
+    [(1, [4], [1, 2, 3]), (2, [2, 2], [1]), (8, [1, 1, 1], [1])],
+)
+def test_a_row_without_keys_spoils_what_its_workgroup_does_after_it(
+    aiter: ModuleType, workgroups: int, works: list[int], missing: list[int]
+) -> None:
+    """Where its workgroup is full it gets no work at all; without a plan it spoils itself alone."""
+    with aiter._standin.emulate(cu_num=workgroups):
+        call = step([40, 0, 9, 17])
+        six = plan(aiter, call)
+        assert [count for count in six["work_indptr"].diff().tolist() if count] == works
+        for buffers, bad in ((six, missing), ({}, [1])):
+            aiter.mla.mla_decode_fwd(**call, **buffers)
+            assert call["o"].isnan().any((1, 2)).nonzero().flatten().tolist() == bad

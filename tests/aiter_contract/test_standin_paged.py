@@ -13,6 +13,8 @@ import torch
 from aiter_naive import Paged, attend, error, paged, plane
 from aiter_standin import installed
 
+from miniserve.attention.formula import attention_by_formula
+
 LENS = [1, 15, 16, 17, 240, 256, 257, 300]
 ONE = torch.ones(1)
 
@@ -127,11 +129,32 @@ def test_v1_options(aiter: ModuleType) -> None:
         assert error(v1(aiter, step, layout, **given), want(step, 0.3, **options)) < 5e-3
 
 
+def multiplied_in_fp8(step: Paged, row: int, scale: float) -> torch.Tensor:
+    """As the engine's self-check says that these kernels compute."""
+    k, v = step.tokens(row)
+    visible = torch.ones(1, len(k), dtype=torch.bool)
+    terms = {"scale": scale, "softcap": None, "sinks": None}
+    return attention_by_formula(step.q[row : row + 1], k, v, visible, **terms, fp8=step.k.dtype)
+
+
+def test_nan_beyond_a_length_spreads(aiter: ModuleType) -> None:
+    """In a row's last block alone, and from values alone."""
+    step = paged([17, 40])
+    last = int(step.tables[0, 17 // step.k.shape[1]])
+    for cache, spreads in ((step.k, False), (step.v, True)):
+        before = cache[last, -1].clone()
+        cache[last, -1] = math.nan
+        for got in (v1(aiter, step), rocm(aiter, step)):
+            assert [bool(row.isnan().any()) for row in got] == [spreads, False]
+        cache[last, -1] = before
+
+
 @pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
 def test_fp8_is_the_archs_own_and_takes_its_scale(aiter: ModuleType, arch: str) -> None:
     with aiter._standin.emulate(arch=arch):
-        step = paged([17, 257], kv_dtype=aiter.dtypes.fp8)
-        expected = want(step, 0.3 * 0.5) * 2.0
+        step = paged([17, 257, 600], kv_dtype=aiter.dtypes.fp8)
+        expected = torch.cat([multiplied_in_fp8(step, row, 0.3 * 0.5) for row in range(3)]) * 2.0
+        assert error(expected, want(step, 0.3 * 0.5) * 2.0) > 4e-2
         scales = {"k_scale": torch.tensor([0.5]), "v_scale": torch.tensor([2.0])}
         for got in (v1(aiter, step, **scales), rocm(aiter, step, **scales)):
             assert error(got, expected) < 5e-3
@@ -341,6 +364,8 @@ def test_gluon_takes_what_the_others_cannot(aiter: ModuleType) -> None:
     rows = step.q.repeat_interleave(2, 0)
     two = gluon(aiter, step, query=rows, output=torch.zeros_like(rows), query_length=2)
     assert error(two[2:4], attend(rows[2:4], *step.tokens(1), 0.3)) < 5e-3
+    with pytest.raises(AssertionError, match="every sequence must have query_length = 2"):
+        gluon(aiter, step, query=rows[1:], output=torch.zeros_like(rows[1:]), query_length=2)
     with pytest.raises(AssertionError, match="kv_block_size == 32"):
         gluon(aiter, paged([9], block_size=32))
     with pytest.raises(AssertionError, match="exceeds maximum of 64"):

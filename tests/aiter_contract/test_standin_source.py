@@ -1,4 +1,5 @@
-"""The stand-in against a checkout of the real source (AITER_SRC): signatures, kernel tables. How it is installed."""
+"""The stand-in against a checkout of the real source (AITER_SRC), of any version: signatures, kernel tables. How it is
+installed."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterator
 from importlib import import_module, metadata
 from pathlib import Path
@@ -66,21 +68,70 @@ def source() -> Path:
     return Path(found)
 
 
-def parameters(function: ast.FunctionDef) -> list[tuple[str, str | None]]:
-    """(name, default as written) of each, in order."""
+Parameters = dict[str, str | None]
+
+
+def parameters(function: ast.FunctionDef) -> Parameters:
+    """Each one's default as written, in order."""
     given = function.args.args
     defaults = [None] * (len(given) - len(function.args.defaults)) + [ast.unparse(d) for d in function.args.defaults]
-    return [(arg.arg, default) for arg, default in zip(given, defaults, strict=True)]
+    return {arg.arg: default for arg, default in zip(given, defaults, strict=True)}
+
+
+def changes(ours: Parameters, real: Parameters) -> list[str]:
+    """What would go wrong with a call that is right for ours. More parameters with defaults, behind ours, are fine."""
+    found = [f"it lacks {name}" for name in ours if name not in real]
+    shared = [name for name in real if name in ours]
+    found += [f"{name} has the default {real[name]}, not {ours[name]}" for name in shared if real[name] != ours[name]]
+    found += [f"it needs {name}" for name, default in real.items() if name not in ours and default is None]
+    places = dict(zip(real, ours, strict=False))
+    moved = [name for name, place in places.items() if name != place]
+    found += [f"{moved[0]} is where {places[moved[0]]} was"] if moved and not found else []
+    return found
+
+
+def definition(source: Path, path: str, name: str) -> ast.FunctionDef:
+    """The function where it was, or wherever else under `aiter` there is one of that name, which is said."""
+    elsewhere = (found for found in sorted((source / "aiter").rglob("*.py")) if found != source / path)
+    for file in (source / path, *elsewhere):
+        text = file.read_text() if file.exists() else ""
+        for node in ast.parse(text).body if f"def {name}(" in text else ():
+            if isinstance(node, ast.FunctionDef) and node.name == name:
+                if file != source / path:
+                    warnings.warn(f"{name} has moved to {file.relative_to(source)}; is {path} a shim?", stacklevel=1)
+                return node
+    pytest.fail(f"there is no {name} any more; it was in {path}")
 
 
 @pytest.mark.parametrize(("path", "name"), [(path, name) for path, names in SIGNATURES.items() for name in names])
-def test_signatures_are_the_real_ones(aiter: ModuleType, source: Path, path: str, name: str) -> None:
-    tree = ast.parse((source / path).read_text())
-    real = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+def test_calls_of_the_stand_in_fit_the_real_ones(aiter: ModuleType, source: Path, path: str, name: str) -> None:
     module = import_module(path.removesuffix(".py").replace("/", "."))
     ours = ast.parse(textwrap.dedent(inspect.getsource(getattr(module, name)))).body[0]
     assert isinstance(ours, ast.FunctionDef)
-    assert parameters(ours) == parameters(real)
+    found = changes(parameters(ours), parameters(definition(source, path, name)))
+    assert not found, f"{name}: {'; '.join(found)}"
+
+
+def test_a_changed_signature_is_named() -> None:
+    ours = {"q": None, "k": None, "scale": "1.0", "window": "0"}
+    for real, found in (
+        (ours | {"extra": "None"}, []),
+        ({"q": None, "k": None, "scale": "1.0"}, ["it lacks window"]),
+        (ours | {"scale": "None"}, ["scale has the default None, not 1.0"]),
+        ({"q": None, "v": None, **ours}, ["it needs v"]),
+        ({"k": None, **ours}, ["k is where q was"]),
+        ({"q": None, "k": None, "more": "1", "scale": "1.0", "window": "0"}, ["more is where scale was"]),
+    ):
+        assert changes(ours, real) == found
+
+
+def test_a_moved_function_is_found(tmp_path: Path) -> None:
+    (tmp_path / "aiter" / "new").mkdir(parents=True)
+    (tmp_path / "aiter" / "new" / "place.py").write_text("def other(): ...\ndef mla_decode_fwd(q, o=1): ...\n")
+    with pytest.warns(UserWarning, match=r"moved to aiter/new/place\.py; is aiter/mla\.py a shim"):
+        assert parameters(definition(tmp_path, "aiter/mla.py", "mla_decode_fwd")) == {"q": None, "o": "1"}
+    with pytest.raises(pytest.fail.Exception, match="there is no pa_fwd_asm any more"):
+        definition(tmp_path, "aiter/ops/attention.py", "pa_fwd_asm")
 
 
 @pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
@@ -89,7 +140,25 @@ def test_the_asm_kernels_are_the_shipped_ones(aiter: ModuleType, source: Path, a
         rows = [row for row in csv.DictReader(table) if row["ps"] == "0"]
     keys = ("Gqa", "Mtp", "Msk", "Hp", "blkSz")
     real = {(row["qType"], row["kvType"], *(int(row[key]) for key in keys)) for row in rows}
-    assert import_module("aiter._asm").kernels(arch) == real
+    ours = import_module("aiter._asm").kernels(arch)
+    assert (sorted(ours - real), sorted(real - ours)) == ([], []), "gone, and new"
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
+def test_the_latent_kernels_are_the_shipped_ones(aiter: ModuleType, source: Path, arch: str) -> None:
+    """Those of decode that mask, without context parallelism."""
+    mla = import_module("aiter.mla")
+    with (source / "hsa" / arch / "mla" / "mla_asm.csv").open() as table:
+        rows = [row for row in csv.DictReader(table) if (row["prefill"], row["causal"]) == ("0", "1")]
+    for lse in ("0", "1"):
+        real = {
+            (f"{row['qType']} {row['kvType']}", int(row["Gqa"]), int(row["ps"]), int(row["qSeqLen"]))
+            for row in rows
+            if (row["lse"], row.get("cprr", "0")) == (lse, "0") and row["kvType"] != "byte"
+        }
+        tables = (mla._SHARED, mla._OWN[arch]) if lse == "0" else (mla._LSE[arch],)
+        ours = {(kinds, *row) for table in tables for kinds, found in table.items() for row in found}
+        assert (sorted(ours - real), sorted(real - ours)) == ([], []), f"gone, and new, with lse {lse}"
 
 
 def test_the_gluon_kernels_count_a_window_from_after_the_last_key(source: Path) -> None:
@@ -105,6 +174,7 @@ def test_the_gluon_kernels_count_a_window_from_after_the_last_key(source: Path) 
 def test_the_enums_are_the_real_ones(aiter: ModuleType, source: Path) -> None:
     header = (source / "csrc/include/aiter_enum.h").read_text().replace(" ", "")
     for enum in (aiter.ActivationType, aiter.QuantType, aiter.MlaVersion):
+        assert f"enumclass{enum.__name__}:int" in header, f"there is no {enum.__name__}"
         real, value = {}, -1
         for entry in header.split(f"enumclass{enum.__name__}:int")[1].split("{")[1].split("}")[0].split(","):
             name, _, given = entry.strip().partition("=")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from attention_reference import relative_error
-from attention_steps import Case, rounded, step_batch
+from attention_steps import Case, padded_batch, rounded, step_batch, with_padding
 from hypothesis import strategies as st
 
 from miniserve.attention.backends.base import Backend
@@ -74,7 +74,7 @@ def latent_cases(draw: st.DrawFn) -> Case:
 
 @dataclass(frozen=True)
 class LatentStep:
-    """One step of one layer; want float64 [num_tokens, num_heads * v_head_dim]."""
+    """One step of one layer; want float64 [num_tokens, num_heads * v_head_dim], of the tokens that are not padding."""
 
     layer: LatentTestLayer
     layout: LatentLayout
@@ -88,9 +88,14 @@ class LatentStep:
 
     def check(self, backend: Backend[Any], tolerance: float | None = None) -> None:
         out = self.run(backend)
-        assert out.shape == self.want.shape
+        assert out.shape == (len(self.inputs[0]), self.want.shape[1])
         assert out.dtype == self.layer.spec.dtype
-        assert relative_error(out, self.want) < (tolerance or TOLERANCE[self.layer.spec.dtype])
+        assert relative_error(out[: len(self.want)], self.want) < (tolerance or TOLERANCE[self.layer.spec.dtype])
+
+    def padded(self, count: int = 2) -> LatentStep:
+        """As `Step.padded`."""
+        q_nope, q_pe, kv_c, k_pe = (with_padding(tensor, count) for tensor in self.inputs)
+        return replace(self, inputs=(q_nope, q_pe, kv_c, k_pe), batch=padded_batch(self.batch, count))
 
 
 def make_latent_step(case: Case, seed: int, kv_scale: float = 1.0) -> LatentStep:

@@ -12,7 +12,7 @@ import torch
 from miniserve.attention.contracts import CONTRACTS
 from miniserve.attention.platform import NAMED_PLATFORMS, Platform
 from miniserve.attention.spec import AttentionSpec
-from miniserve.attention.terms import KernelContract
+from miniserve.attention.terms import BackendContract, KernelContract
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 SPEC = AttentionSpec(32, 8, 128, 128**-0.5, BF16, BF16, sliding_window=64)
@@ -60,6 +60,22 @@ def test_terms_of_blocks_and_caches() -> None:
     assert refusals(SPEC, 48, pow2_block=True) == ["does not take block size 48"]
     assert refusals(replace(SPEC, kv_dtype=FP8), fp8_kv=True) == []
     assert refusals(replace(SPEC, kv_dtype=torch.float32), any_kv=True) == []
+
+
+def test_a_kernel_of_one_query_token_a_row_takes_no_chunks() -> None:
+    """None of aiter's decode kernels is right for several tokens in every case."""
+    one = KernelContract(name="ONE", layouts=("linear",), dtypes=(BF16,), one_query=True)
+    backend = BackendContract(name="BACKEND", layouts=("linear",), decode=(one,), chunks=(one,))
+    assert backend.routes([SPEC], MI300X, "linear", 16) == ((), ["ONE takes one query token a row"])
+    decode = {kernel for contract in CONTRACTS for kernel in contract.decode}
+    assert {kernel.name for kernel in decode if kernel.one_query} == {
+        "paged_attention_v1",
+        "paged_attention_rocm",
+        "paged_attention_common",
+        "pa_decode_gluon",
+        "mla_decode_fwd",
+        "triton paged_decode",
+    }
 
 
 def test_the_table_is_in_the_order_that_people_know() -> None:

@@ -34,7 +34,7 @@ from miniserve.attention.select import Choice, select
 from miniserve.attention.spec import AttentionSpec
 from miniserve.checks.check_paths import made_up_layer
 from miniserve.core import UserError
-from miniserve.runner.self_check import checked_backend
+from miniserve.runner.self_check import check_backend
 
 BF16, FP16 = torch.bfloat16, torch.float16
 BOTH = ("linear", "shuffled")
@@ -164,8 +164,7 @@ def test_8_what_the_shuffled_kernels_lack_is_rerouted(change: dict[str, Any]) ->
     assert gluon.routes[0].decode == "pa_decode_gluon"
     paged = [kernel for contract in CONTRACTS for kernel in contract.decode if kernel.name.startswith("paged_att")]
     assert len(paged) == 4
-    for contract in CONTRACTS:  # several query tokens a row
-        assert not set(paged) & {*contract.chunks}
+    assert all(kernel.one_query for kernel in paged)
 
 
 @pytest.mark.parametrize("lengths", [[30, 17], [30] * 8])
@@ -175,7 +174,7 @@ def test_9_one_scale_writes_and_reads_fp8(lengths: list[int]) -> None:
     with stand_in("gfx942", 32):
         step = decode_step(spec, lengths)
         backend = flash_backend(step)
-        step.check(backend, 2e-2)
+        step.check(backend, 8e-2)  # the HIP kernel rounds queries and weights to fp8
         tables = backend._paged.asm_scales.of(step.layer, step.cache)
         assert [float(table.unique()) for table in tables if table is not None] == [0.5, 0.25]
         same = replace(step.layer, layer_index=7)
@@ -222,7 +221,7 @@ def test_19_every_kernel_is_called_before_a_request_is(kv_dtype: torch.dtype) ->
                 specs=(spec,), routes=choice.routes, platform=platform, device=device, max_rows=16, max_seq_len=512
             )
             cache = LAYOUTS[layout](16).allocate(spec, 200, device)
-            checked_backend(choice, 16, options, [made_up_layer(spec, device)], [cache])
+            check_backend(choice, 16, options, [made_up_layer(spec, device)], [cache])
             called = {call.function for call in module._standin.calls}
             (route,) = choice.routes
             assert {k for k in astuple(route) if not k.startswith("triton")} <= called
@@ -259,17 +258,11 @@ def test_22_slots_are_int64_and_one_a_token(layout: str) -> None:
     with stand_in("gfx942", 4):
         step = make_step((SPEC, 16, [(50, 1), (50, 20), (0, 9)], 1), layout, 1)
         real = adapter.load()
-        changed = replace(
-            real,
-            reshape_and_cache=watched(real.reshape_and_cache, 4),
-            reshape_and_cache_flash=watched(real.reshape_and_cache_flash, 4),
-            fused_qk_rope_reshape_and_cache=watched(real.fused_qk_rope_reshape_and_cache, 5),
-        )
+        write = watched(real.fused_qk_rope_reshape_and_cache, 5)
         backend = flash_backend(step)
-        backend._calls = backend._writer._calls = AiterCalls(changed, step.layout)
-        for backend.fuses_rope in (False, True):
-            step.check(backend)
-    assert seen == [(torch.int64, 30, 30)] * 2
+        backend._writer._calls = AiterCalls(replace(real, fused_qk_rope_reshape_and_cache=write), step.layout)
+        step.check(backend)
+    assert seen == [(torch.int64, 30, 30)]
 
 
 def test_23_other_amd_gpus_get_triton() -> None:
@@ -319,15 +312,15 @@ class TestGuard25:
             step.check(flash_backend(step, trust_asm_lengths=True))
             assert self.routes(module) == {"asm"}
 
-    def test_a_captured_step_takes_hip_unless_lifted(self) -> None:
-        for trusted in (False, True):
+    def test_a_captured_step_takes_hip_unless_lifted_or_too_short(self) -> None:
+        for trusted, longest, wrong in ((False, 241, True), (False, 240, False), (True, 512, False)):
             with stand_in("gfx942", 32):
                 step = decode_step(SPEC, [30] * 8)
                 assert step.batch.decode is not None
-                captured = replace(step.batch, decode=replace(step.batch.decode, host_seq_lens=None))
-                decode = flash_backend(step, trust_asm_lengths=trusted).build(captured).decode
+                rows = replace(step.batch.decode, host_seq_lens=None, max_seq_len=longest)
+                decode = flash_backend(step, trust_asm_lengths=trusted).build(replace(step.batch, decode=rows)).decode
             assert decode is not None
-            assert decode.any_wrong_length != trusted
+            assert decode.any_wrong_length == wrong
 
     def test_it_costs_no_copy_from_the_device(self) -> None:
         """Tensors on the meta device have no values: whoever asks for one fails."""
@@ -365,5 +358,5 @@ def test_27_fp8_of_short_contexts_through_the_right_precision() -> None:
         spec = replace(SPEC, num_heads=2 * group, kv_dtype=MI300X.fp8_dtype)
         with stand_in("gfx942", 4) as module:
             step = decode_step(spec, [1, 2, 15, 16, 17, 300, 9, 16])
-            step.check(flash_backend(step), 2e-2)
+            step.check(flash_backend(step), 2e-2 if route == "asm" else 8e-2)
             assert {call.route for call in module._standin.calls if call.function.startswith("pa")} == {route}

@@ -159,6 +159,34 @@ def test_the_scale_is_told_and_the_six_buffers_come_together() -> None:
     assert all(terms[name] is not None for name in six)
 
 
+@pytest.mark.parametrize("kv_dtype", [BF16, FP8["gfx942"]])
+def test_a_gpu_writes_latents_by_the_engines_own_kernel(kv_dtype: torch.dtype) -> None:
+    """aiter's makes NaN of what an fp8 cache cannot hold."""
+    from miniserve.kernels.triton.cache_write import write_latent
+
+    with stand_in("gfx942", 4):
+        step = decode_step(replace(MLA, kv_dtype=kv_dtype), [9])
+        backend, _ = made(step, "gfx942")
+        assert backend._write_kernel is None, "emulated, PyTorch writes"
+        options = BackendOptions(
+            specs=(step.layer.spec,),
+            routes=(),
+            platform=NAMED_PLATFORMS["mi300x"],
+            device=torch.device("cpu"),
+            max_rows=4,
+            max_seq_len=64,
+        )
+        backend = AiterLatentBackend(step.layout, adapter.load_latent(), torch_token_indices, options)
+    assert backend._write_kernel is write_latent
+    calls = Calls(lambda *given, **terms: None)
+    backend._write_kernel = calls
+    _, _, kv_c, k_pe = step.inputs
+    backend.write(step.layer, step.cache, kv_c, k_pe, step.batch.slot_mapping)
+    ((given, terms),) = calls.made
+    assert list(map(id, given)) == list(map(id, (kv_c, k_pe, step.cache.key, step.batch.slot_mapping)))
+    assert terms == {"kv_scale": None if kv_dtype == BF16 else step.layer.kv_scale}
+
+
 def test_a_plan_costs_no_copy_from_the_device() -> None:
     """Tensors on the meta device have no values: whoever asks for one fails."""
     meta, asked = torch.device("meta"), []

@@ -73,10 +73,26 @@ def test_another_package_of_that_name(packages: Path) -> None:
     assert "unrelated package" in reason()
 
 
-@pytest.mark.parametrize("version", ["0.1.7.post2.dev18", "0.1.16.post2", "0.1.16"])
+@pytest.mark.parametrize("version", ["0.1.7.post2.dev18", "0.1.16.post2", "0.1.16", "0.1.17.dev3+g1a2b3c", "0.1.17rc1"])
 def test_an_aiter_that_reads_wrong_blocks(packages: Path, version: str) -> None:
     install(packages, **{"_version.py": f"__version__ = {version!r}"})
     assert f"aiter {version} is too old: v0.1.17" in reason()
+
+
+@pytest.mark.parametrize(
+    ("version", "counts_as"),
+    [
+        ("0.1.17", (0, 1, 17)),
+        ("0.1.20.post2.dev38+g1a2b3c", (0, 1, 20)),
+        ("0.1.23.dev88+gb3eed3fd4", (0, 1, 22)),
+        ("0.1.26+rocm7.2", (0, 1, 26)),
+    ],
+)
+def test_a_build_on_the_way_to_a_version_counts_as_the_one_before(
+    packages: Path, version: str, counts_as: tuple[int, ...]
+) -> None:
+    install(packages, **{"_version.py": f"__version__ = {version!r}"})
+    assert aiter.load().version == counts_as
 
 
 def test_an_aiter_without_a_version(packages: Path) -> None:

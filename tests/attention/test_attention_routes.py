@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from miniserve.attention.metadata import DecodeRows
 from miniserve.attention.platform import NAMED_PLATFORMS
 from miniserve.attention.routes import (
     describe_chunks,
@@ -56,11 +59,18 @@ def test_the_asm_kernel_is_kept_from_what_it_gets_wrong(group: int, kv_dtype: to
 
 
 def test_wrong_lengths_are_those_of_one_tile_that_is_not_full() -> None:
-    wrong = [length for length in range(1, 600) if has_wrong_length(np.array([length]))]
+    wrong = [length for length in range(1, 600) if has_wrong_length(decode_rows([length]))]
     assert wrong == list(range(241, 256))
-    assert has_wrong_length(np.array([1, 300, 250]))
-    assert not has_wrong_length(np.array([1, 300, 256]))
-    assert has_wrong_length(None), "a captured step may meet any length"
+    assert has_wrong_length(decode_rows([1, 300, 250]))
+    assert not has_wrong_length(decode_rows([1, 300, 256]))
+    captured = [replace(decode_rows([1]), host_seq_lens=None, max_seq_len=longest) for longest in (240, 241, 4096)]
+    assert [has_wrong_length(rows) for rows in captured] == [False, True, True], (
+        "it may meet any length up to the longest"
+    )
+
+
+def decode_rows(lens: list[int]) -> DecodeRows:
+    return DecodeRows(torch.empty(0), torch.tensor(lens), max(lens), np.array(lens))
 
 
 def test_the_switch_is_told_in_batches() -> None:
@@ -75,10 +85,10 @@ def test_the_switch_is_told_in_batches() -> None:
 
 
 def test_who_writes_is_told() -> None:
-    routes = [LayerRoute("", "P", write) for write in ("triton rope_and_write", "reshape_and_cache", "")]
+    routes = [LayerRoute("", "P", write) for write in ("triton rope_and_write", "triton write_kv", "")]
     assert [describe_chunks(route) for route in routes] == [
         "prefill by P; rope with cache write by triton rope_and_write",
-        "prefill by P; cache write by reshape_and_cache",
+        "prefill by P; cache write by triton write_kv",
         "prefill by P",
     ]
     assert [fuses_rope([routes[0], route]) for route in routes] == [True, False, False]

@@ -11,7 +11,7 @@ from attention_steps import make_step
 from engine_support import stand_in
 
 from miniserve.attention.backends.aiter_calls import AsmScales, PagedScratch, scratch_bytes
-from miniserve.attention.backends.build import block_bytes
+from miniserve.attention.backends.build import block_bytes, pool_limit
 from miniserve.attention.backends.build import scratch_bytes as planned_bytes
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.triton_mla import TritonLatentBackend
@@ -92,3 +92,29 @@ def test_the_asm_kernel_s_scales_are_charged_by_the_block() -> None:
     num_blocks = step.cache.key.shape[0]
     taken = sum(table.nbytes for table in tables if table is not None)
     assert block_bytes(choice, layout, [spec]) * num_blocks == step.cache.key.nbytes + step.cache.value.nbytes + taken
+
+
+def test_a_pool_is_as_large_as_its_decode_kernels_reach() -> None:
+    mla = AttentionSpec(16, 1, 576, 0.1, torch.bfloat16, torch.bfloat16, latent=LatentDims(512, 64, 128, 128))
+    wide = replace(SPEC, num_heads=64, num_kv_heads=8)
+    for spec, backend, gpu, most in (
+        (mla, "ROCM_AITER_MLA", "mi300x", (4 << 30) // (16 * 576 * 2)),
+        (mla, "ROCM_AITER_MLA", "mi355x", None),
+        (mla, "TRITON_MLA", "mi300x", None),
+        (wide, "ROCM_AITER_FA", "mi300x", (4 << 30) // (16 * 8 * 128 * 2)),
+        (wide, "ROCM_AITER_FA", "mi355x", (4 << 30) // (16 * 8 * 128 * 2)),
+        (wide, "ROCM_ATTN", "mi300x", None),
+    ):
+        for fp8 in (False, True):
+            platform = NAMED_PLATFORMS[gpu]
+            each = replace(spec, kv_dtype=platform.fp8_dtype) if fp8 else spec
+            layout_name = "latent" if spec is mla else "shuffled"
+            choice = select([each], platform, block_size=16, backend=backend, layout=layout_name)
+            found = pool_limit(LAYOUTS[layout_name](16), [each], choice.routes, platform, 256)
+            if backend == "ROCM_AITER_MLA" and fp8:  # over which both GPUs' kernels have 32 bits
+                most = (4 << 30) // (16 * 576)
+            assert (None if found is None else found.num_blocks) == (
+                None if backend == "ROCM_AITER_FA" and fp8 else most
+            )
+    choice = select([wide], MI300X, block_size=16, backend="ROCM_AITER_FA", layout="shuffled")
+    assert pool_limit(LAYOUTS["shuffled"](16), [wide], choice.routes, MI300X, 9) is None, "9 rows never reach ASM"

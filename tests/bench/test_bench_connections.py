@@ -100,14 +100,14 @@ def test_an_answer_may_end_with_its_connection() -> None:
     ("answers", "close", "message"),
     [
         ([], True, "closed the connection"),
-        ([], False, "no byte came for 1 seconds"),
-        ([OK + b"Content-Length: 5\r\n\r\nhe"], False, "no byte came"),
+        ([], False, "the server sent nothing for 1 seconds"),
+        ([OK + b"Content-Length: 5\r\n\r\nhe"], False, "the server sent nothing"),
         ([b"SSH-2.0-OpenSSH_9.6\r\n"], False, "not an HTTP answer"),
     ],
 )
 def test_an_answer_that_does_not_come_is_an_error(answers: list[bytes], close: bool, message: str) -> None:
     async def main() -> None:
-        async with server(*answers, close=close, timeout=1.0 if "byte" in message else 30.0) as (pool, served):
+        async with server(*answers, close=close, timeout=1.0 if "nothing" in message else 30.0) as (pool, served):
             for _ in range(2):
                 with pytest.raises(HttpError, match=message):
                     await post(pool)

@@ -102,7 +102,7 @@ def test_ids_need_a_vocabulary() -> None:
         ("500", "broken on purpose"),
         ("mid-stream", "lost the engine"),
         ("cut", r"ended without \[DONE\]"),
-        ("short", "7 tokens came although ignore_eos asked for 8"),
+        ("short", "the server returned 7 tokens, but ignore_eos asks for 8"),
         ("no usage", "no completion tokens"),
     ],
 )

@@ -31,7 +31,7 @@ def test_the_chosen_path_and_its_tokens_pass(tmp_path: Path, capsys: pytest.Capt
     assert run_check(dtype="float32", device="cpu", attention_backend="TORCH_ATTN", report=report) == 0
     told = capsys.readouterr().out
     assert "ok   TORCH_ATTN over linear, KV cache auto: 3 checks" in told
-    assert told.count("all 32 tokens are those of transformers") == 4
+    assert told.count("all 32 tokens match transformers") == 4
     written = report.read_text()
     assert written.startswith("# miniserve check: passed\n") and f"- torch: {torch.__version__}" in written
     assert "- arch: cpu" in written and told in written
@@ -141,5 +141,5 @@ def test_tokens_are_judged_by_the_first_that_differs_and_the_worst_of_all() -> N
 def test_an_answer_fails_by_its_worst_token() -> None:
     near, wrong = (Comparison("P", 3, 9, Verdict(1, 0.1, 0.1, worst), 0.04) for worst in (0.01, 0.2))
     assert near.ok and not wrong.ok
-    assert "token 1 of 9 is the first that differs, 0.1 below the best logit" in wrong.sentence()
+    assert "token 1 of 9 is the first that differs: its logit is 0.1 below" in wrong.sentence()
     assert wrong.to_json()["verdict"]["worst"] == 0.2 and wrong.to_json()["ok"] is False

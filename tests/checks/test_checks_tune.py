@@ -71,7 +71,7 @@ def test_what_is_kept_decides_for_the_engine(
     assert told.startswith("TORCH_ATTN over linear: 1000.000 ms at batch 1\n")
     machine = find_machine(EngineConfig(device="cpu", dtype="float32"))
     table = table_path(tuning_dir(), machine.platform, machine.specs, 16)
-    assert f"kept in {table}\n" in told
+    assert f"saved to {table}\n" in told
     assert json.loads(table.read_text())["measured"][0]["seconds"] == {"1": 1.0}
     assert load_preferred(tuning_dir(), machine.platform, machine.specs, 16)[0] == "TORCH_ATTN:linear"
     assert load_preferred(tuning_dir(), machine.platform, machine.specs, 32) == ()
@@ -100,15 +100,15 @@ def test_a_path_that_is_wrong_or_fails_is_not_preferred(
     tune(batch=[1], context=32, device="cpu", dtype="float32")
     told = capsys.readouterr()
     assert [line.partition(":")[0] for line in told.out.splitlines()[:-1]] == ["TORCH_ATTN over linear"]
-    assert "left out: RuntimeError: no such kernel\n" in told.err
-    assert "left out: CPU_ATTN over the linear KV layout, layer 0, prefill: 50.00% off" in told.err
+    assert "skipped: RuntimeError: no such kernel\n" in told.err
+    assert "skipped: CPU_ATTN over the linear KV layout, layer 0, prefill: 50.00% off" in told.err
     monkeypatch.setattr(tuner, "fault", lambda machine, path: "wrong")
-    with pytest.raises(UserError, match="No attention path gives right answers here"):
+    with pytest.raises(UserError, match="No attention path gives correct results here"):
         tune(batch=[1], context=32, device="cpu", dtype="float32")
 
 
 def test_an_emulated_gpu_is_not_timed() -> None:
-    with stand_in("gfx942", 16), pytest.raises(UserError, match="its times would say nothing of a GPU"):
+    with stand_in("gfx942", 16), pytest.raises(UserError, match="its times say nothing about a GPU"):
         tune(device="gfx942")
     with pytest.raises(UserError, match="--batch and --context must be 1 or more"):
         tune(batch=[0])

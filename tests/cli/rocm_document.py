@@ -103,9 +103,7 @@ def _lacks(kernel: KernelContract) -> str:
     lacks += ["a scale other than head_dim ** -0.5"] if not kernel.any_scale else []
     lacks += ["norm of q and k"] if not kernel.qk_norm else []
     lacks += ["rope of a part of each head"] if not kernel.partial_rope else []
-    decoding = {decode for contract in CONTRACTS for decode in (*contract.decode, *contract.rerouted_decode)}
-    chunks = {chunk for contract in CONTRACTS for chunk in contract.chunks}
-    lacks += ["several query tokens a row"] if kernel in decoding - chunks else []
+    lacks += ["several query tokens a row"] if kernel.one_query else []
     return ", ".join(lacks) or "-"
 
 

@@ -139,7 +139,7 @@ def test_piped_text_is_answered(echo: EchoServer, arguments: tuple[str, ...]) ->
 
 def test_nothing_to_ask(echo: EchoServer) -> None:
     done = cli.run("chat", "--url", echo.url)
-    assert done.returncode == 2 and "nothing to ask" in done.stderr
+    assert done.returncode == 2 and "There is no message" in done.stderr
 
 
 def test_the_key_is_sent(echo: EchoServer) -> None:
@@ -157,7 +157,7 @@ def test_a_failure_while_answering_is_exit_1(echo: EchoServer) -> None:
 
 def test_an_answer_cut_at_the_limit_is_told(echo: EchoServer) -> None:
     done = cli.run("chat", "--url", echo.url, "-m", "cut this")
-    assert (done.stdout, done.stderr) == ("1: cut this\n", "(cut at the limit of tokens)\n")
+    assert (done.stdout, done.stderr) == ("1: cut this\n", "(the answer was cut off at the token limit)\n")
 
 
 def test_a_model_without_chat_template_continues_the_text(echo: EchoServer) -> None:
@@ -204,16 +204,16 @@ def test_a_conversation_at_a_terminal(echo: EchoServer) -> None:
             ("again", "3: again\n"),
             ("/system be brief", "The system prompt is set."),
             ("third", "6: third\n"),
-            ("/clear", "forgotten"),
+            ("/clear", "cleared"),
             ("anew", "2: anew\n"),
-            ("/system", "There is no system prompt."),
-            ("/clear", "forgotten"),
-            ("cut", "(cut at the limit of tokens)"),
+            ("/system", "The system prompt is removed."),
+            ("/clear", "cleared"),
+            ("cut", "(the answer was cut off at the token limit)"),
             ("boom", "error: the engine died"),
             ("/set temperature 0.5", "temperature is 0.5."),
             ("/set max_tokens 7", "max_tokens is 7."),
             ("/set max_tokens many", "takes a number or `default`, not 'many'."),
-            ("/set colour red", "/set knows temperature and max_tokens."),
+            ("/set colour red", "/set takes temperature or max_tokens."),
             ("/nonsense", "There is no command /nonsense"),
             ("/help", "/set temperature NUMBER"),
             ('"""first line\nsecond line"""', "first line\nsecond line\n"),

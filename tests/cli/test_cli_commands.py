@@ -12,7 +12,10 @@ import cli_terminal as cli
 import pytest
 
 from miniserve import __version__
+from miniserve.cli.run import with_all_keys
 from miniserve.config import EngineConfig
+from miniserve.core import UserError
+from miniserve.server.config import ServerConfig
 
 
 def test_help_names_all_commands() -> None:
@@ -87,13 +90,17 @@ def test_version(arguments: tuple[str, ...]) -> None:
         (("run", "--max-model-len", "9" * 20), "--max-model-len must be a positive number of 64 bits"),
         (("run", "--max-num-seqs", "1000M"), "--max-num-seqs must be at most 65536"),
         (("run", "--served-model-name", "\udcff"), "The arguments are not valid UTF-8"),
-        (("bench", "serve", "--url", "http://a:99999"), "'http://a:99999' is no URL (Port out of range"),
-        (("bench", "serve", "--url", "http://[::1"), "is no URL (Invalid IPv6 URL)"),
+        (("bench", "serve", "--url", "http://a:99999"), "'http://a:99999' is not a URL (Port out of range"),
+        (("bench", "serve", "--url", "http://[::1"), "is not a URL (Invalid IPv6 URL)"),
         (("bench", "serve", "--api-key", "é"), "--api-key must be made of printable ASCII"),
         (("bench", "latency", "--input-len", "9" * 12), "--input-len and --output-len must be 1 or more, and at most"),
         (("chat", "--url", "http://[::1", "-m", "hi"), "'http://[::1' is not a URL"),
         (("chat", "--api-key", "é", "-m", "hi"), "--api-key must be made of printable ASCII"),
-        (("run", "--api-key", ""), "--api-key must not be empty"),
+        (("run", "--api-key", ""), "--api-key and MINISERVE_API_KEY must not be empty"),
+        (("serve", "--api-key-file", "/nowhere/keys"), "--api-key-file /nowhere/keys cannot be read: No such file"),
+        (("serve", "--api-key-file", "/dev/null"), "--api-key-file /dev/null is empty: write one key on a line."),
+        (("serve", "--allowed-host", "http://a"), "--allowed-host 'http://a' is no host name"),
+        (("run", "--step-timeout", "0"), "--step-timeout must be a number of seconds above 0"),
         (("run", "-p", " "), "There is nothing to answer"),
         (("run", "--port", "0", "./nowhere"), "There is no directory './nowhere'"),
         (
@@ -112,6 +119,20 @@ def test_a_mistake_is_one_sentence_and_exit_2(arguments: tuple[str, ...], said: 
     assert said in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
     if "--no-such-flag" not in arguments and "eight" not in arguments:  # these two are told by the parser, in a box
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_keys_of_the_flag_the_file_and_the_environment_add_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "keys").write_text("b\nc\n")
+    monkeypatch.setenv("MINISERVE_API_KEY", "d")
+    assert with_all_keys(ServerConfig(), None).api_keys == ("d",)
+    assert capsys.readouterr().err == ""
+    assert with_all_keys(ServerConfig(api_keys=("a",)), tmp_path / "keys").api_keys == ("a", "b", "c", "d")
+    assert "process list" in capsys.readouterr().err
+    monkeypatch.setenv("MINISERVE_API_KEY", "")
+    with pytest.raises(UserError, match="MINISERVE_API_KEY must not be empty"):
+        with_all_keys(ServerConfig(), None)
 
 
 def test_an_alias_is_told_also_where_the_model_cannot_be_had(tmp_path: Path) -> None:

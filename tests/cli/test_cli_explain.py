@@ -21,12 +21,14 @@ from explain_models import MODELS
 from miniserve.cli.explain import explain, kind_text, ranges
 from miniserve.core import UserError
 from miniserve.models.config import describe_model, load_model_config
+from miniserve.models.config_families import ARCHITECTURES
 from miniserve.models.description import ModelConfig
 from miniserve.models.hub import locate
 from miniserve.models.options import BuildOptions
 from miniserve.models.registry import build_model, weight_bytes
 from miniserve.runner.tuning import save_table, table_path
 
+RUN = ARCHITECTURES.values()
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 # The flags that each model is asked with, beside each device.
 QUESTIONS: dict[str, list[dict[str, Any]]] = {
@@ -37,6 +39,7 @@ QUESTIONS: dict[str, list[dict[str, Any]]] = {
     "Llama-3.1-405B-FP8-KV": [{"tp": 8}, {"tp": 8, "kv_cache_dtype": "fp8"}],
     "Qwen3.5-397B-A17B": [{"tp": 1}, {"tp": 8}, {"tp": 8, "kv_layout": "shuffled"}],
     "DeepSeek-V3": [{"tp": 1}, {"tp": 4}, {"tp": 8}, {"tp": 8, "kv_cache_dtype": "fp8"}],
+    "DeepSeek-V2-Lite": [{}, {"kv_cache_dtype": "fp8"}],
     "gpt-oss-120b": [{"tp": 1}, {"tp": 8}, {"tp": 1, "kv_layout": "shuffled"}],
 }
 
@@ -84,6 +87,17 @@ def test_json_says_the_same(tmp_path: Path) -> None:
     assert found["layers"][0]["layers"] == list(range(0, 36, 2))
     assert {path["backend"] for path in found["impossible"]} >= {"ROCM_ATTN", "ROCM_AITER_FA"}
     assert found["memory_bytes"]["kv_per_token"] == 36 * 2 * 8 * 64 * 2
+
+
+def test_a_pool_is_bounded_to_what_its_kernel_reaches(tmp_path: Path) -> None:
+    """4 GiB of latents, 1,152 bytes a token in bfloat16 and half of that in fp8; not where bfloat16 is right."""
+    path = write_model(tmp_path, "DeepSeek-V2-Lite")
+    for device, dtype, tokens in (("mi300x", "auto", 3728256), ("mi300x", "fp8", 7456528), ("mi355x", "fp8", 7456528)):
+        found = json.loads(answer(path, device=device, kv_cache_dtype=dtype, as_json=True))
+        assert found["kv_tokens"] == tokens
+        assert "as mla_decode_fwd reaches 4 GiB" in found["kv_tokens_bounded"]
+    found = json.loads(answer(path, device="mi355x", as_json=True))
+    assert found["kv_tokens"] > 7e6 and found["kv_tokens_bounded"] is None
 
 
 @pytest.mark.parametrize("layout", ["linear", "shuffled"])
@@ -176,18 +190,16 @@ def test_what_is_missing_is_said_and_not_loaded(tmp_path: Path) -> None:
         load_model_config(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["tiny-qwen3", "Qwen3-235B-A22B", "Llama-3.1-8B", "Llama-3.1-70B", "DeepSeek-V3"])
+@pytest.mark.parametrize("name", ["tiny-qwen3", *(name for name in MODELS if MODELS[name]["model_type"] in RUN)])
 def test_weights_are_the_bytes_of_the_layers_that_the_engine_builds(name: str, tmp_path: Path) -> None:
-    path, content = str(locate(None).path), MODELS.get(name)
-    if content is not None:
-        path = str(tmp_path)
-        described(tmp_path, {key: value for key, value in content.items() if key != "quantization_config"})
-    found = json.loads(answer(path, device="h200", as_json=True))
-    config, options = (
-        load_model_config(path),
-        BuildOptions(dtype=torch.bfloat16, kv_dtype=torch.bfloat16, device=torch.device("meta"), max_model_len=16),
-    )
-    model = build_model(config, options)
+    """Those of quantised checkpoints as if they were not."""
+    path = locate(None).path
+    if name in MODELS:
+        path = tmp_path
+        described(path, {key: value for key, value in MODELS[name].items() if key != "quantization_config"})
+    found = json.loads(answer(str(path), device="h200", as_json=True))
+    config = load_model_config(path)
+    model = build_model(config, BuildOptions(torch.bfloat16, torch.bfloat16, torch.device("meta"), max_model_len=16))
     assert config.missing == ()
     assert found["memory_bytes"]["weights"] == sum(parameter.nbytes for parameter in model.parameters())
     assert found["layers"] == [

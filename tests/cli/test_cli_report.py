@@ -40,7 +40,7 @@ def test_the_memory_plan_and_the_attention_path(capsys: pytest.CaptureFixture[st
     assert rows == [
         ["weights", "3.00 GiB"],
         ["KV cache", "512.0 MiB"],
-        ["tokens that the KV cache holds", "16,384"],
+        ["tokens in the KV cache", "16,384"],
         ["max concurrency at 4,096 tokens", "4.0x"],
     ]
     assert err.endswith("CPU_ATTN, because the device is a CPU\nTORCH_ATTN: slower\n")
@@ -48,7 +48,7 @@ def test_the_memory_plan_and_the_attention_path(capsys: pytest.CaptureFixture[st
 
 def test_speculation_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     Report().engine(msgspec.structs.replace(INFO, speculative="ngram:4"))
-    assert "speculation ngram:4, verified in the rows that running requests leave free\n" in capsys.readouterr().err
+    assert "speculation ngram:4, in batch rows that no running request needs\n" in capsys.readouterr().err
 
 
 def test_quiet_leaves_notes(capsys: pytest.CaptureFixture[str]) -> None:

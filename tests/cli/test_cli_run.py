@@ -38,8 +38,10 @@ def ask(url: str, **settings: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[cli.Running]:
-    with cli.Running("run", *FLAGS, "--api-key", "secret", "--served-model-name", "my model") as running:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cli.Running]:
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text("\nsecret\n other \n")
+    with cli.Running("run", *FLAGS, "--api-key-file", str(keys), "--served-model-name", "my model") as running:
         running.wait_for("curl http")
         yield running
 
@@ -56,7 +58,7 @@ def test_the_start_is_told_in_order(server: cli.Running) -> None:
         assert part in text[place:], (part, text)
         place = text.index(part, place) + len(part)
     assert "\x1b" not in text and "\r" not in text  # no colours, no bars
-    assert "secret" not in text
+    assert "secret" not in text and "process list" not in text
 
 
 def test_the_curl_line_works(server: cli.Running) -> None:
@@ -72,6 +74,9 @@ def test_chat_talks_to_it(server: cli.Running) -> None:
         "chat", "--url", url, "--api-key", "secret", "-m", "hello", "--max-tokens", "8", "--temperature", "0"
     )
     assert done.returncode == 0 and done.stdout.strip()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINISERVE_API_KEY", "other")
+        assert cli.run("chat", "--url", url, "-m", "hello", "--max-tokens", "8").returncode == 0
     refused = cli.run("chat", "--url", url, "-m", "hello")
     assert refused.returncode == 2 and "--api-key" in refused.stderr
 
@@ -138,7 +143,7 @@ def stream(url: str, **settings: Any) -> Iterator[Iterator[str]]:
         yield filter(None, response.iter_lines())
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_while_loading(number: signal.Signals, code: int) -> None:
     with cli.Running("run", *FLAGS) as running:
         running.wait_for("built in (")
@@ -157,12 +162,17 @@ def test_an_engine_that_dies_while_loading_is_exit_1() -> None:
     assert "SIGKILL" in running.stderr and "Traceback" not in running.stderr
 
 
-def test_the_death_of_the_engine_is_exit_1() -> None:
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP"])
+def test_the_death_of_the_engine_is_exit_1(name: str) -> None:
     with cli.Running("run", *FLAGS) as running:
         running.wait_for("max_tokens")
-        os.kill(wait_for_engine(running.process.pid), signal.SIGKILL)
+        engine = wait_for_engine(running.process.pid)
+        os.kill(engine, signal.Signals[name])
+        if name == "SIGSTOP":
+            running.signal(signal.SIGTERM)  # which waits for no request of it
         assert running.wait() == 1
-    assert "SIGKILL" in running.stderr and "Traceback" not in running.stderr
+    assert name in running.stderr and "Traceback" not in running.stderr
+    assert not Path(f"/proc/{engine}").exists()
 
 
 def wait_for_engine(pid: int) -> int:

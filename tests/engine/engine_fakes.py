@@ -42,6 +42,7 @@ class FakeRunner:
     block_size: int = 16
     step_seconds: float = 0.0
     fail_at_step: int = -1
+    hang_at_step: int = -1
     num_steps: int = 0
     max_in_flight: int = 0
     _rows: dict[int, _Row] = field(default_factory=dict)
@@ -51,6 +52,8 @@ class FakeRunner:
         self.num_steps += 1
         if self.num_steps == self.fail_at_step:
             raise RuntimeError("the fake device broke")
+        if self.num_steps == self.hang_at_step:
+            time.sleep(600)
         for row in plan.stops:
             del self._rows[row]
         for start in plan.starts:
@@ -141,6 +144,7 @@ def build_fake_runner(config: EngineConfig, source_path: Path, model_name: str, 
         block_size=config.block_size,
         step_seconds=float(options.get("step_seconds", 0)),
         fail_at_step=int(options.get("fail_at_step", -1)),
+        hang_at_step=int(options.get("hang_at_step", -1)),
     )
     info = fake_info(config, model_name, int(options.get("num_blocks", 64)))
     eos_token_ids = load_generation_defaults(source_path, config.generation_config).eos_token_ids

@@ -27,13 +27,16 @@ ENDLESS = SamplingParams(max_tokens=100)
 PROMPT = [300, 301, 302, 303, 304]
 
 
-def make(options: str = "", config: EngineConfig | None = None) -> AsyncEngine:
-    return AsyncEngine(config or EngineConfig(), TINY, f"fake?{options}", runner_factory=FACTORY)
+def make(options: str = "", config: EngineConfig | None = None, *, step_timeout: float | None = None) -> AsyncEngine:
+    config = config or EngineConfig()
+    return AsyncEngine(config, TINY, f"fake?{options}", runner_factory=FACTORY, step_timeout=step_timeout)
 
 
 @asynccontextmanager
-async def running(options: str = "", config: EngineConfig | None = None) -> AsyncIterator[AsyncEngine]:
-    engine = make(options, config)
+async def running(
+    options: str = "", config: EngineConfig | None = None, **settings: float
+) -> AsyncIterator[AsyncEngine]:
+    engine = make(options, config, **settings)
     await engine.start()
     try:
         yield engine
@@ -101,7 +104,9 @@ def test_n_sequences_stop_strings_and_logprobs() -> None:
                 assert all(delta.prompt_logprobs is None for delta in mine[1:])
             await until(lambda: engine.stats.num_running == 0)
             assert engine.step_sizes.total() == engine.stats.num_steps
-            assert max(engine.step_sizes) == 3 * len(prompt) and min(engine.step_sizes) <= 3
+            generated = sum(len(delta.token_ids) for delta in deltas)
+            assert sum(size * times for size, times in engine.step_sizes.items()) >= 3 * len(prompt) + generated
+            assert max(engine.step_sizes) == 3 * (len(prompt) + 1) and min(engine.step_sizes) <= 3
 
     run(body)
 
@@ -347,7 +352,7 @@ def test_a_shutdown_can_cut_a_drain_short(how: str) -> None:
 def test_signals_do_not_end_the_engine_and_a_heartbeat_shows_it_lives() -> None:
     async def body() -> None:
         async with running() as engine:
-            for each in (signal.SIGINT, signal.SIGTERM):
+            for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 os.kill(pid_of(engine), each)
             await until(lambda: (engine.last_step_age() or 0) > 0.9)
             await until(lambda: (engine.last_step_age() or 1) < 0.5)
@@ -356,13 +361,82 @@ def test_signals_do_not_end_the_engine_and_a_heartbeat_shows_it_lives() -> None:
     run(body)
 
 
-def test_an_engine_that_hangs_shows_its_age() -> None:
+def test_an_engine_that_stays_stopped_counts_as_dead() -> None:
     async def body() -> None:
-        async with running() as engine:
+        async with running("step_seconds=0.01") as engine:
+            stream = engine.generate(PROMPT, ENDLESS, "r")
+            await anext(stream)
             os.kill(pid_of(engine), signal.SIGSTOP)
-            await until(lambda: (engine.last_step_age() or 0) > 2)
-            await engine.shutdown(drain=True, timeout=0.1)
-            assert not _alive(pid_of(engine))
+            deltas = await collect(stream)
+            assert deltas[-1].finish_reason is FinishReason.ERROR
+            assert "was stopped (SIGSTOP)" in (deltas[-1].error or "")
+            assert engine.dead is not None and "was stopped (SIGSTOP)" in engine.dead
+            await until(lambda: not _alive(pid_of(engine)))
+            assert not await engine.shutdown(drain=True, timeout=5)
+
+    run(body)
+
+
+def test_an_engine_that_is_stopped_for_a_moment_goes_on() -> None:
+    async def body() -> None:
+        async with running("step_seconds=0.01") as engine:
+            assert engine._process is not None
+            stream = engine.generate(PROMPT, ENDLESS, "r")
+            os.kill(pid_of(engine), signal.SIGSTOP)
+            await until(lambda: engine._process.is_stopped)
+            os.kill(pid_of(engine), signal.SIGCONT)
+            await until(lambda: not engine._process.is_stopped)
+            assert (await collect(stream))[-1].finish_reason is FinishReason.LENGTH
+            assert await engine.shutdown(drain=True, timeout=20)
+
+    run(body)
+
+
+def test_a_stopped_engine_is_not_drained() -> None:
+    async def body() -> None:
+        engine = make()
+        await engine.start()
+        os.kill(pid_of(engine), signal.SIGSTOP)
+        assert not await engine.shutdown(drain=True, timeout=0.1)
+        assert not _alive(pid_of(engine))
+        assert "was stopped (SIGSTOP)" in (engine.dead or "")
+
+    run(body)
+
+
+def test_an_engine_that_is_stopped_while_it_starts_counts_as_dead() -> None:
+    async def body() -> None:
+        engine = make("start=hang")
+        task = asyncio.create_task(engine.start())
+        await until(lambda: engine._process is not None)
+        os.kill(pid_of(engine), signal.SIGSTOP)
+        with pytest.raises(EngineDead, match="did not start: the engine process was stopped"):
+            await task
+        assert not _alive(pid_of(engine))
+
+    run(body)
+
+
+def test_a_step_that_does_not_end_is_the_death_of_the_engine() -> None:
+    async def body() -> None:
+        async with running("hang_at_step=8", step_timeout=3.0) as engine:
+            assert engine._longest_step() == 600, "the first steps may compile kernels"
+            await collect(engine.generate(PROMPT, SamplingParams(max_tokens=3), "r"))
+            assert engine._longest_step() == 3.0
+            deltas = await collect(engine.generate(PROMPT, ENDLESS, "s"))
+            assert deltas[-1].finish_reason is FinishReason.ERROR
+            assert "no sign of life" in (deltas[-1].error or "") and "--step-timeout" in (engine.dead or "")
+            await until(lambda: not _alive(pid_of(engine)))
+
+    run(body)
+
+
+def test_no_temporary_directory_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+
+    async def body() -> None:
+        with pytest.raises(UserError, match=r"No temporary directory can be written .* set TMPDIR"):
+            await make().start()
 
     run(body)
 

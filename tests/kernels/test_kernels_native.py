@@ -126,18 +126,18 @@ def test_greedy(dtype: torch.dtype, rows: int, size: int, levels: int, odd: floa
     assert torch.equal(num_outputs, torch.arange(6).index_add(0, taken, torch.ones(rows).long()))
 
 
-@pytest.mark.parametrize("given", [False, True])
-def test_advance(given: bool) -> None:
-    rows, tables = torch.tensor([2, 0, 2] if given else [2, 0, 1]), torch.randperm(15).view(3, 5).int()
+@pytest.mark.parametrize("explicit", [False, True])
+def test_advance(explicit: bool) -> None:
+    rows, tables = torch.tensor([2, 0, 2] if explicit else [2, 0, 1]), torch.randperm(15).view(3, 5).int()
     lens, last_tokens = torch.tensor([0, 15, 16]), torch.tensor([7, 8, 9])
-    ids, positions = (torch.tensor([4, 5, 6]), torch.tensor([16, 0, 17])) if given else (torch.zeros(3).long(),) * 2
-    want_ids = ids if given else last_tokens[rows]
-    want = positions if given else lens[rows]
-    want_lens = lens.clone() if given else lens + 1
+    ids, positions = (torch.tensor([4, 5, 6]), torch.tensor([16, 0, 17])) if explicit else (torch.zeros(3).long(),) * 2
+    want_ids = ids if explicit else last_tokens[rows]
+    want = positions if explicit else lens[rows]
+    want_lens = lens.clone() if explicit else lens + 1
     step = DecodeStep(
         ids.clone(), positions.clone(), torch.zeros(3).long(), torch.zeros(3).int(), torch.zeros(3, 5).int()
     )
-    native.NativeKernels().advance(rows, tables, lens, last_tokens, step, 8, given=given)
+    native.NativeKernels().advance(rows, tables, lens, last_tokens, step, 8, explicit=explicit)
     assert torch.equal(step.input_ids, want_ids)
     assert torch.equal(step.positions, want)
     assert torch.equal(lens, want_lens)

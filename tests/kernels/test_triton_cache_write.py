@@ -19,6 +19,7 @@ from triton_support import (
 
 from miniserve.attention.spec import QKRope
 from miniserve.kernels.triton.cache_write import rope_and_write, write_kv, write_latent
+from miniserve.kernels.triton.zero_blocks import plane_table, zero_blocks
 from miniserve.models.layers.ops import qk_norm_rope
 
 SLOTS = [5, -1, 47, 16, 31, 0, -1, 95]
@@ -164,6 +165,16 @@ def test_the_last_slot_of_a_pool_above_4_gib(roped: bool, shuffled: bool) -> Non
     last = stored(key[-1:], value[-1:], 15, 16, heads, head_dim, shuffled)
     assert torch.equal(last[0], k[0].float())
     assert torch.equal(last[1], v[0].float())
+
+
+def test_blocks_are_zeroed_by_whoever_writes_their_first_token() -> None:
+    """In planes of different sizes: longer than a program's step, and shorter."""
+    written = slots([5, 16, 17, -1, 63, *[2] * 20, 80])  # of blocks 0, 1, 1, none, 3, 0, …, 5
+    held = [normal(0, 6, 16, heads, 64, dtype=torch.bfloat16) for heads in (8, 1)] + [normal(0, 6, 16, 80, dtype=FP8)]
+    zero_blocks(plane_table(held), written, 16)
+    for plane in held:
+        found = [bool(block.view(torch.uint8).any()) for block in plane]
+        assert found == [True, False, True, True, True, False]
 
 
 def test_the_last_slot_of_latents_above_4_gib() -> None:

@@ -134,7 +134,7 @@ def test_the_end_of_a_step_in_a_graph() -> None:
     params = row_params([{}, {"top_k": 3}, {"left": 1.0}, {"temperature": 0.0}])
     state = RowState(integers(0), integers(0), integers(9, 8, 7, 6), integers(0, 4, 2, 1))
     tokens, left = integers(-1, -1, -1, -1), torch.zeros_like(logits)
-    sample(logits, integers(3, -1, 2, 1), params, tokens, state, left=left)
+    sample(logits, integers(3, -1, 2, 1), params, tokens, state, undrawn=left)
     assert tokens[1:3].tolist() == [-1, -1]
     assert tokens[0] == logits[0].argmax()
     assert tokens[3].item() == drawn(logits[[0, 3]], params, position=4)[1]

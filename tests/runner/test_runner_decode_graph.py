@@ -11,7 +11,7 @@ from engine_real import CPU, MAX_LEN, Setup, generate, make_backend, small_model
 
 from miniserve.attention.metadata import StepBatch
 from miniserve.config import SchedulerConfig
-from miniserve.core import SamplingParams
+from miniserve.core import SamplingParams, StepPlan
 from miniserve.engine.loop import EngineLoop
 from miniserve.engine.step_log import StepLog
 from miniserve.kernels.triton.decode_step import RowState
@@ -75,17 +75,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> CausalLM:
     return small_model(tmp_path_factory.mktemp("model"), "Qwen3ForCausalLM", 4)
 
 
-@pytest.mark.parametrize("num_draft_tokens", [0, 3])
-@pytest.mark.parametrize("layout", ["linear", "shuffled"])
-def test_graphs_give_the_tokens_of_eager_steps(
-    model: CausalLM, layout: str, num_draft_tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def without_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
 
     def unpinned(*shape: int, pin_memory: bool = False, **options: Any) -> torch.Tensor:
         return empty(*shape, **options)
 
     monkeypatch.setattr(torch, "empty", unpinned)
+
+
+@pytest.mark.parametrize("num_draft_tokens", [0, 3])
+@pytest.mark.parametrize("layout", ["linear", "shuffled"])
+def test_graphs_give_the_tokens_of_eager_steps(
+    model: CausalLM, layout: str, num_draft_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_pinned_memory(monkeypatch)
     fresh, hidden = set(), ServedModel.hidden
 
     def watched(self: ServedModel, ids: torch.Tensor, positions: torch.Tensor, batch: StepBatch) -> torch.Tensor:
@@ -107,3 +111,32 @@ def test_graphs_give_the_tokens_of_eager_steps(
     assert [tokens(outputs) for outputs in got] == [tokens(outputs) for outputs in want]
     assert (engine.stats.num_accepted_tokens > 0) == (num_draft_tokens > 0)
     assert fresh == {num_draft_tokens + 1}
+
+
+def test_padding_rows_come_last(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel may spoil the rows behind one without keys, as aiter's persistent MLA does: only padding has none."""
+    without_pinned_memory(monkeypatch)
+    backend = make_backend(model, Setup(layout="linear"))
+    caches = [backend.layout.allocate(spec, BLOCKS, CPU) for spec in model.attention_specs]
+    state = StepState(ROWS, MAX_LEN, 16, CPU)
+    sampler = Sampler(ROWS, model.config.vocab_size, CPU, frozenset(), draw=draw)
+    rows = RowState(state.tables, state.lens, sampler.last_tokens, sampler.num_outputs)
+    sizes = {"block_size": 16, "max_seq_len": MAX_LEN, "buckets": [4, ROWS], "num_draft_tokens": 0}
+    graphs = Unrecorded(ServedModel(model, backend, caches), rows, sampler.params, **sizes)
+    lens: list[list[int]] = []
+
+    def watched(self: ServedModel, ids: torch.Tensor, positions: torch.Tensor, batch: StepBatch) -> torch.Tensor:
+        assert batch.decode is not None
+        lens.append(batch.decode.seq_lens.tolist())
+        return torch.zeros(len(ids), model.config.vocab_size)
+
+    monkeypatch.setattr(ServedModel, "logits", watched)
+    state.lens.copy_(torch.arange(10, 10 + ROWS))
+    for bucket, active in ((4, [3, 0]), (4, [5]), (ROWS, [7, 1, 2, 6, 4]), (4, [0, 1, 2, 3])):
+        graphs.greedy(bucket, GraphInputs(active, state.prepare_graph(StepPlan([], [], [], [], [])).blocks))
+    assert [[length > 0 for length in each] for each in lens] == [
+        [True, True, False, False],
+        [True, False, False, False],
+        [True] * 5 + [False] * 3,
+        [True] * 4,
+    ]

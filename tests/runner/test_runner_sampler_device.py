@@ -48,10 +48,10 @@ class Graph:
         tokens, left = torch.zeros_like(padded), torch.full_like(logits, float("nan"))
         params = self.sampler.params
         if positions is None:
-            sample(logits, padded, params, tokens, self.state, left=left)
+            sample(logits, padded, params, tokens, self.state, undrawn=left)
         else:
             num_outputs = torch.tensor([*positions, 0], device=DEVICE) + 1 - params.prompt_lens[padded.clamp(min=0)]
-            sample(logits, padded, params, tokens, num_outputs=num_outputs, left=left)
+            sample(logits, padded, params, tokens, num_outputs=num_outputs, undrawn=left)
         return self.sampler.complete(tokens[:-1], left[:-1], rows, positions)
 
 

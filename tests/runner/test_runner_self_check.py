@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import math
+import re
 from collections.abc import Callable
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +17,8 @@ from attention_reference import Layer
 from engine_support import stand_in
 from latent_steps import LatentTestLayer
 
-from miniserve.attention.backends.base import Backend
-from miniserve.attention.backends.build import build_backend
+import miniserve
+from miniserve.attention import aiter as adapter
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.torch_attn import TorchBackend
 from miniserve.attention.layouts import LAYOUTS, KVCache, LinearLayout
@@ -22,12 +26,19 @@ from miniserve.attention.metadata import StepBatch
 from miniserve.attention.platform import NAMED_PLATFORMS, emulated_platform
 from miniserve.attention.select import select
 from miniserve.attention.spec import AttentionSpec, LatentDims
-from miniserve.core import UserError
+from miniserve.core import Chunk, SamplingParams, StepPlan, UserError
 from miniserve.llm import LLM
-from miniserve.runner.self_check import checked_backend, require, self_check
+from miniserve.models.description import MoEConfig
+from miniserve.runner import self_check
+from miniserve.runner.check_experts import experts_failure
+from miniserve.runner.check_problem import STALE_NAN, Problem
+from miniserve.runner.self_check import Checked, CheckResult, check_backend
+from miniserve.runner.served import block_zeroer
+from miniserve.runner.state import StepState
 
 SPEC = AttentionSpec(4, 2, 32, 32**-0.5, torch.bfloat16, torch.bfloat16)
 LATENT = AttentionSpec(4, 1, 80, 0.2, torch.bfloat16, torch.bfloat16, latent=LatentDims(64, 16, 24, 20))
+DEEPSEEK = str(Path(miniserve.__file__).parent / "assets" / "tiny-deepseek")
 CU_NUM = 16  # so that the ASM kernel takes 9 rows of 4 heads
 
 
@@ -44,30 +55,46 @@ def layer_of(spec: AttentionSpec, index: int = 0) -> Any:
     return Layer(spec, sinks, index, *scales)
 
 
+@dataclasses.dataclass
+class Case:
+    """A choice over zeroed pools: what `check_backend` takes."""
+
+    specs: list[AttentionSpec]
+    name: str
+    layout: str
+    platform: Any = NAMED_PLATFORMS["cpu"]
+    num_blocks: int = 200
+    max_rows: int = 16
+    max_seq_len: int = 512
+
+    def __post_init__(self) -> None:
+        self.choice = select(self.specs, self.platform, block_size=16, backend=self.name, layout=self.layout)
+        self.options = BackendOptions(
+            specs=tuple(self.specs),
+            routes=self.choice.routes,
+            platform=self.platform,
+            device=torch.device("cpu"),
+            max_rows=self.max_rows,
+            max_seq_len=self.max_seq_len,
+        )
+        layout = LAYOUTS[self.layout](16)
+        self.caches = [layout.allocate(spec, self.num_blocks, torch.device("cpu")) for spec in self.specs]
+        self.layers = [layer_of(spec, index) for index, spec in enumerate(self.specs)]
+
+    def check(self) -> Checked:
+        return check_backend(self.choice, 16, self.options, self.layers, self.caches)
+
+
 def check(
-    specs: list[AttentionSpec],
-    name: str,
-    layout: str,
-    platform: Any = NAMED_PLATFORMS["cpu"],
-    breaks: Callable[[Backend[Any]], Backend[Any]] = lambda backend: backend,
-    num_blocks: int = 200,
-    **sizes: Any,
-) -> Any:
+    specs: list[AttentionSpec], name: str, layout: str, platform: Any = NAMED_PLATFORMS["cpu"], **sizes: Any
+) -> list[CheckResult]:
     """The results, of a pool that is found zeroed."""
-    choice = select(specs, platform, block_size=16, backend=name, layout=layout)
-    options = BackendOptions(
-        specs=tuple(specs),
-        routes=choice.routes,
-        platform=platform,
-        device=torch.device("cpu"),
-        **({"max_rows": 16, "max_seq_len": 512} | sizes),
-    )
-    caches = [LAYOUTS[layout](16).allocate(spec, num_blocks, torch.device("cpu")) for spec in specs]
-    backend = breaks(build_backend(choice, 16, options))
-    results = self_check(name, backend, options, [layer_of(spec, i) for i, spec in enumerate(specs)], caches)
-    for cache in caches:
+    case = Case(specs, name, layout, platform, **sizes)
+    found = case.check()
+    for cache in case.caches:
         assert not cache.key.view(torch.uint8).any() and not cache.value.contiguous().view(torch.uint8).any()
-    return results
+    assert not found.needs_zeros
+    return found.results
 
 
 def with_kv(spec: AttentionSpec, kv_dtype: torch.dtype) -> AttentionSpec:
@@ -112,9 +139,10 @@ def test_aiter_paths_pass_on_the_stand_in(arch: str, name: str, layout: str) -> 
         platform = emulated_platform(arch)
         spec = dataclasses.replace(SPEC, head_dim=128, scale=128**-0.5)
         for each in (spec, with_kv(spec, platform.fp8_dtype)):
-            results = check([each], name, layout, platform)
-            assert all(result.ok for result in results), [result.sentence() for result in results]
-            cases = {result.case for result in results}
+            found = Case([each], name, layout, platform).check()
+            assert found.failure is None
+            assert found.needs_zeros == (name in ("ROCM_ATTN", "ROCM_AITER_FA"))  # by their HIP kernels
+            cases = {result.case for result in found.results}
             assert "decode with padding" in cases
             assert ("decode of 9 rows" in cases) == ((name, layout) == ("ROCM_AITER_FA", "shuffled"))
 
@@ -173,25 +201,129 @@ FAULTS = {
     "reads past the end": "decode",
     "scales by something else": "decode",
     "NaN in a long row": "NaN in a row of 256 tokens",
-    "241 only": "13.* off in a row of 241 tokens",
+    "241 only": "1[23].* off in a row of 241 tokens",
     "one block table": "decode",
     "raises": r"decode: RuntimeError: cannot get heuristic kernel! ?\(?",
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_wrong_backend_is_refused_by_name(fault: str) -> None:
+@pytest.mark.parametrize("fault", [*FAULTS, "none"])
+def test_a_wrong_backend_is_named_with_its_fault(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_check, "build_backend", lambda *_: Broken(fault))
     spec = with_kv(SPEC, torch.float8_e4m3fn) if "scales" in fault else SPEC
-    results = check([spec], "TORCH_ATTN", "linear", breaks=lambda _: Broken(fault))
-    with pytest.raises(
-        UserError, match=rf"TORCH_ATTN over the linear KV layout, layer 0, .*({FAULTS[fault]})"
-    ) as error:
-        require(results)
-    assert "--attention-backend or --kv-layout" in str(error.value) and "\n" not in str(error.value)
+    failure = Case([spec], "TORCH_ATTN", "linear").check().failure
+    if fault == "none":
+        assert failure is None
+    else:
+        assert failure is not None and "\n" not in failure
+        assert re.match(rf"TORCH_ATTN over the linear KV layout, layer 0, .*({FAULTS[fault]})", failure), failure
 
 
-def test_the_same_backend_without_a_fault_passes() -> None:
-    require(check([SPEC], "TORCH_ATTN", "linear", breaks=lambda _: Broken("none")))
+# --- kernels that multiply in fp8 ------------------------------------------------------------------------------------
+
+
+def without_fault(kernel: Callable[..., Any], given: dict[str, Any]) -> None:
+    kernel(**given)
+
+
+def tile_twice(kernel: Callable[..., Any], given: dict[str, Any]) -> None:
+    """As the ASM kernel: the first tile of 256 keys once whole, with what lies beyond the length, and once masked."""
+    lens, whole = given["context_lens"], given["out"].clone()
+    kernel(**given)
+    twice = (lens > 240) & (lens < 256)
+    kernel(**given | {"out": whole, "context_lens": torch.where(twice, 256, lens)})
+    given["out"][twice] = (given["out"][twice] + whole[twice]) / 2
+
+
+def another_block(kernel: Callable[..., Any], given: dict[str, Any]) -> None:
+    tables = given["block_tables"].clone()
+    tables[:, 3] = tables[:, 2]
+    kernel(**given | {"block_tables": tables})
+
+
+def without_a_scale(kernel: Callable[..., Any], given: dict[str, Any]) -> None:
+    kernel(**given | {"k_scale": torch.ones(1)})
+
+
+def a_key_less(kernel: Callable[..., Any], given: dict[str, Any]) -> None:
+    kernel(**given | {"context_lens": (given["context_lens"] - 1).clamp(min=1)})
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
+@pytest.mark.parametrize(
+    ("name", "layout", "kernel"),
+    [
+        ("ROCM_ATTN", "shuffled", "paged_attention_rocm"),
+        ("ROCM_AITER_FA", "linear", "paged_attention_v1"),
+        ("ROCM_AITER_FA", "shuffled", "paged_attention_rocm"),
+    ],
+)
+@pytest.mark.parametrize("fault", [without_fault, tile_twice, another_block, without_a_scale, a_key_less])
+def test_faults_show_beside_what_fp8_loses(
+    arch: str, name: str, layout: str, kernel: str, fault: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with stand_in(arch, CU_NUM):
+        real, platform = adapter.load(), emulated_platform(arch)
+        spec = dataclasses.replace(SPEC, head_dim=128, scale=128**-0.5, kv_dtype=platform.fp8_dtype)
+        case = Case([spec], name, layout, platform, max_rows=8)
+        names = [*inspect.signature(getattr(real, kernel)).parameters]
+
+        def wrong(*given: Any, **more: Any) -> None:
+            fault(getattr(real, kernel), dict(zip(names, given, strict=False)) | more)
+
+        changed = dataclasses.replace(real, **{kernel: wrong})
+        monkeypatch.setattr("miniserve.attention.backends.build.load_aiter", lambda: changed)
+        found = case.check()
+    assert (found.failure is None) == (fault is without_fault)
+    assert found.failure is None or "decode" in found.failure
+
+
+@pytest.mark.parametrize(("arch", "low", "high"), [("gfx942", 0.05, 0.08), ("gfx950", 0.09, 0.15)])
+def test_fp8_products_lose_more_than_other_roundings(arch: str, low: float, high: float) -> None:
+    """As was seen where the kernels ran: 6 % by gfx942's format, 10 % by gfx950's."""
+    fp8 = NAMED_PLATFORMS["mi300x" if arch == "gfx942" else "mi355x"].fp8_dtype
+    spec = dataclasses.replace(SPEC, head_dim=128, scale=128**-0.5, kv_dtype=fp8)
+    layout = LAYOUTS["shuffled"](16)
+    cache = layout.allocate(spec, 200, torch.device("cpu"))
+    rows = Problem(layout, layer_of(spec), cache, 512, STALE_NAN, True).rows
+    lost = [self_check.distance(row.in_fp8, row.want[-1:]) for row in rows if row.in_fp8 is not None]
+    assert low < max(lost) < high
+
+
+# --- NaN in slots that a row does not use ----------------------------------------------------------------------------
+
+
+def test_a_kernel_that_multiplies_nan_by_0_is_served_zeroed_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without them one broken request's values would spoil those that get its blocks."""
+    prompts = ["1 + 1 =", "A much longer prompt, of more than one block of tokens: 2 + 2 ="]
+    params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+    texts = {}
+    with stand_in("gfx942", 0):
+        for way, self_check_too in (("clean", True), ("zeroed", True), ("not zeroed", False)):
+            engine = LLM(device="gfx942", max_model_len=128, max_num_seqs=2, progress=False, self_check=self_check_too)
+            zeroes = "self-check: passed; a kernel spreads NaN from unused slots, so blocks are zeroed before use"
+            assert (zeroes in engine.info.attention) == self_check_too
+            if way != "clean":
+                for cache in engine._loop._runner._served.caches:
+                    cache.key.fill_(math.nan), cache.value.fill_(math.nan)
+            texts[way] = [each.outputs[0].text for each in engine.generate(prompts, params, progress=False)]
+    assert texts["zeroed"] == texts["clean"] != texts["not zeroed"]
+
+
+@pytest.mark.parametrize("layout", ["linear", "shuffled", "latent"])
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_blocks_are_zeroed_before_their_first_token(layout: str, kv_dtype: torch.dtype) -> None:
+    spec = with_kv(LATENT if layout == "latent" else SPEC, kv_dtype)
+    caches = [LAYOUTS[layout](16).allocate(spec, 6, torch.device("cpu")) for _ in range(2)]
+    for cache in caches:
+        cache.key.view(torch.uint8).fill_(127), cache.value.copy_(cache.value)
+        if layout != "latent":
+            cache.value.view(torch.uint8).fill_(127)
+    block_zeroer(caches, 16)(torch.tensor([5, 16, 17, -1, 63, 80]))  # of blocks 0, 1, 1, none, 3, 5
+    for cache in caches:
+        for plane in (cache.key, cache.value):
+            zeroed = [not block.contiguous().view(torch.uint8).any() for block in plane]
+            assert zeroed == [False, True, False, False, False, True]
 
 
 # --- the ASM kernel's feared lengths ---------------------------------------------------------------------------------
@@ -204,28 +336,111 @@ def test_the_asm_kernel_is_trusted_with_the_feared_lengths_where_it_is_right(
     with stand_in("gfx942", CU_NUM) as module, module._standin.emulate(arch="gfx942", cu_num=CU_NUM, tile_bug=tile_bug):
         platform = emulated_platform("gfx942")
         spec = dataclasses.replace(SPEC, head_dim=128, scale=128**-0.5)
-        choice = select([spec], platform, block_size=16, backend="ROCM_AITER_FA", layout="shuffled")
-        options = BackendOptions(
-            specs=(spec,),
-            routes=choice.routes,
-            platform=platform,
-            device=torch.device("cpu"),
-            max_rows=max_rows,
-            max_seq_len=512,
-        )
-        caches = [LAYOUTS["shuffled"](16).allocate(spec, 200, torch.device("cpu"))]
-        backend, sentences = checked_backend(choice, 16, options, [layer_of(spec)], caches)
-        trusted = backend._trust_asm_lengths  # type: ignore[attr-defined]
-    assert trusted == (said == "right")
-    assert [f"is {said} here for lengths 241…255" in sentence for sentence in sentences] == [True] * bool(said)
+        found = Case([spec], "ROCM_AITER_FA", "shuffled", platform, max_rows=max_rows).check()
+    assert found.backend._trust_asm_lengths == (said == "right")  # type: ignore[attr-defined]
+    assert found.asm_lengths == {"right": True, "wrong": False, None: None}[said]
+    assert any(f"is {said} here for lengths 241…255" in sentence for sentence in found.sentences()) == bool(said)
 
 
 # --- the engine ------------------------------------------------------------------------------------------------------
 
 
+def test_a_path_that_fails_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    with stand_in("gfx942", 0):
+        broken = dataclasses.replace(adapter.load(), paged_attention_rocm=lambda out, *_: out.zero_())
+        monkeypatch.setattr("miniserve.attention.backends.build.load_aiter", lambda: broken)
+        options = {"device": "gfx942", "max_model_len": 300, "max_num_seqs": 8, "progress": False}
+        engine = LLM(**options)
+        assert engine.info.attention[0].startswith("ROCM_AITER_FA over the linear KV layout: the first of ROCM_ATTN >")
+        refused = (
+            "not ROCM_ATTN (shuffled): the self-check failed: ROCM_ATTN over the shuffled KV layout, layer 0, decode"
+        )
+        assert any(sentence.startswith(refused) for sentence in engine.info.attention)
+        assert engine.info.kv_layout == "linear"
+        with pytest.raises(
+            UserError, match=r"with --attention-backend ROCM_ATTN: ROCM_ATTN \(shuffled\): the self-check"
+        ):
+            LLM(**options, attention_backend="ROCM_ATTN")
+        # An order that was measured is kept to: the next of it comes next.
+        monkeypatch.setattr("miniserve.runner.build.load_preferred", lambda *_: ("ROCM_ATTN", "ROCM_AITER_GLUON"))
+        assert LLM(**options).info.attention[0].startswith("ROCM_AITER_GLUON over the shuffled KV layout: measured")
+
+
 def test_the_engine_refuses_a_path_that_fails_unless_told_not_to_look(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TorchBackend, "write", lambda *_: None)
     options = {"device": "cpu", "attention_backend": "TORCH_ATTN", "max_model_len": 300, "progress": False}
-    with pytest.raises(UserError, match=r"The self-check failed: TORCH_ATTN over the .* KV layout, layer 0, extend"):
+    with pytest.raises(UserError, match=r"TORCH_ATTN \(shuffled\): the self-check failed: .* layer 0, extend") as error:
         LLM(**options)
+    assert "--no-self-check would serve wrong answers" in str(error.value)
     assert "self-check: left out" in LLM(**options, self_check=False).info.attention
+
+
+@pytest.mark.parametrize(("arch", "kv_cache_dtype", "bounded"), [("gfx942", "auto", True), ("gfx950", "auto", False)])
+def test_the_engine_keeps_its_pool_to_what_the_kernel_reaches(
+    arch: str, kv_cache_dtype: str, bounded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("miniserve.attention.backends.build.NARROW_PLANE", 20 * 16 * 576 * 2)
+    with stand_in(arch, 4):
+        options = {"device": arch, "kv_cache_dtype": kv_cache_dtype, "max_num_seqs": 4, "progress": False}
+        info = LLM(DEEPSEEK, **options).info
+        assert (info.num_blocks == 20) == bounded == (info.max_model_len == 320)
+        told = "KV cache: no more than 320 tokens, as mla_decode_fwd reaches"
+        assert any(sentence.startswith(told) for sentence in info.attention) == bounded
+        if bounded:
+            with pytest.raises(
+                UserError, match="--max-model-len 400 is more than this attention path reaches, 320 tokens"
+            ):
+                LLM(DEEPSEEK, **options, max_model_len=400)
+
+
+# --- experts ---------------------------------------------------------------------------------------------------------
+
+
+def test_experts_that_fail_at_the_models_shapes_are_the_engines_own() -> None:
+    def refuses(*given: Any) -> torch.Tensor:
+        raise RuntimeError("no tuned kernel\nand more")
+
+    def wrong(x: torch.Tensor, *_: Any) -> torch.Tensor:
+        return torch.zeros_like(x)
+
+    def wrong_for_many(x: torch.Tensor, *more: Any) -> torch.Tensor:
+        return real(x, *more) * (1.05 if len(x) > 16 else 1.0)
+
+    config = MoEConfig(num_experts=6, top_k=2, intermediate_size=96, sparse_layers=(True,))
+    with stand_in("gfx942", 4):
+        aiter = adapter.load_experts()
+        real = aiter.fused_moe
+        for kernel, failure in (
+            (real, None),
+            (refuses, "RuntimeError: no tuned kernel"),
+            (wrong, "for 1 tokens it is 100.00% off (2% allowed)"),
+            (wrong_for_many, "for 40 tokens it is "),
+        ):
+            changed = dataclasses.replace(aiter, fused_moe=kernel)
+            found = experts_failure(changed, config, 192, torch.bfloat16, torch.device("cpu"), (1, 16, 40))
+            assert found == failure or (found is not None and failure is not None and found.startswith(failure))
+
+
+def test_the_engine_says_why_aiters_experts_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "miniserve.runner.build.experts_failure", lambda *_: "for 1 tokens it is 9.00% off (2% allowed)"
+    )
+    with stand_in("gfx942", 4):
+        info = LLM(DEEPSEEK, device="gfx942", max_model_len=64, max_num_seqs=2, progress=False).info
+    told = "; not by aiter fused_moe: the self-check failed: for 1 tokens it is 9.00% off (2% allowed)"
+    assert info.attention[-1].endswith(told)
+
+
+# --- block tables and padding ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("max_model_len", "width"), [(32768, 2049), (32767, 2048), (32753, 2048), (32752, 2048)])
+def test_block_tables_have_a_column_for_the_token_after_the_last(max_model_len: int, width: int) -> None:
+    """Which kernels may look up: one of aiter's MLA did at 32,768 tokens."""
+    state = StepState(2, max_model_len, 16, torch.device("cpu"))
+    assert state.tables.shape == (2, width)
+    plan = StepPlan([], [], [(0, 0, [1, 2])], [], [Chunk(0, 0, list(range(31)), True)])
+    state.prepare(plan, torch.zeros(2, dtype=torch.int64))
+    batch = state.prepare(StepPlan([], [], [], [0], []), torch.zeros(2, dtype=torch.int64)).batch
+    assert batch.decode is not None
+    assert (batch.decode.max_seq_len, batch.decode.block_tables.tolist()) == (32, [[1, 2, 0]])

@@ -325,14 +325,17 @@ class Driver:
         plan = self.scheduler.schedule()
         check_integrity(self.scheduler)
         if plan is not None:
-            assert self.scheduler.stats().step_tokens == plan.num_tokens
             self.plans.append(plan)
             self.in_flight.append((plan, self.runner.launch(plan)))
         return plan
 
     def collect(self) -> None:
         plan, result = self.in_flight.popleft()
-        for output in self.scheduler.update(plan, result):
+        outputs = self.scheduler.update(plan, result)
+        generated = sum(len(output.new_token_ids) for output in outputs)
+        prompt_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks)
+        assert self.scheduler.stats().step_tokens == prompt_tokens + generated
+        for output in outputs:
             assert not any(earlier.finish_reason for earlier in self.outputs[output.request_id])
             self.outputs[output.request_id].append(output)
         check_integrity(self.scheduler)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
+from typing import Any, TypeVar
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,8 @@ from scheduler_fakes import VOCAB, Driver, expected_of, make_request
 from miniserve.config import SchedulerConfig
 from miniserve.core import FinishReason, InvalidRequest, Request
 from miniserve.scheduler.step_cost import StepCost, StepShape
+
+T = TypeVar("T")
 
 
 class Fickle(StepCost):
@@ -38,60 +41,92 @@ class Workload:
     right_guesses: float  # share of them, under speculation
 
 
+class Choices:
+    """Choices made by bytes. Hypothesis draws many bytes at the cost of one choice, and still shrinks them: to 0, the
+    first of the options."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = iter(data)
+
+    def among(self, *options: T) -> T:
+        return options[next(self._data) % len(options)]
+
+    def tokens(self, count: int) -> list[int]:
+        return [next(self._data) % VOCAB for _ in range(count)]
+
+
+def choices(count: int) -> st.SearchStrategy[Choices]:
+    return st.binary(min_size=count, max_size=count).map(Choices)
+
+
+def draw_config(among: Callable[..., Any]) -> SchedulerConfig:
+    block_size = among(1, 2, 3, 4)
+    max_model_len = among(20, 40, 64)
+    return SchedulerConfig(
+        # From a pool that holds little more than the longest sequence, so that preemptions abound, to an ample one.
+        num_blocks=-(-max_model_len // block_size) + among(-3, 0, 0, 1, 2, 5, 60),
+        block_size=block_size,
+        max_num_seqs=among(8, 5, 4, 3, 2, 1),
+        max_num_batched_tokens=among(64, 16, 8, 5, 3, 2, 1),
+        max_model_len=max_model_len,
+        enable_prefix_caching=among(True, True, True, False),
+        eos_token_ids=frozenset(among((), (), (0,), (0, 1))),
+        num_draft_tokens=among(0, 0, 0, 1, 3, 7),
+    )
+
+
+def draw_request(name: str, choices: Choices, segments: list[list[int]], ignore_eos: bool | None) -> Request:
+    """Prompts share segments in any order, so that the same tokens turn up after different prefixes."""
+    among = choices.among
+    prompt = [token for _ in range(among(0, 1, 2, 3)) for token in among(*segments)]
+    prompt += choices.tokens(among(0, 1, 2, 3))
+    max_tokens = among(20, 11, 30, None, 5, 2, 1, 0)
+    return make_request(
+        name,
+        prompt or [3],
+        max_tokens=max_tokens,
+        min_tokens=among(*range(min(4, 99 if max_tokens is None else max_tokens) + 1)),
+        stop_token_ids=among((), (), (), (2,), (0, 5)),
+        ignore_eos=among(False, True) if ignore_eos is None else ignore_eos,
+        logprobs=among(None, None, 0),
+        prompt_logprobs=among(None, None, 0),
+    )
+
+
 @st.composite
 def workloads(draw: st.DrawFn) -> Workload:
-    block_size = draw(st.sampled_from([1, 2, 3, 4]))
-    max_model_len = draw(st.sampled_from([20, 40, 64]))
-    # From a pool that holds little more than the longest sequence, so that preemptions abound, to an ample one.
-    num_blocks = -(-max_model_len // block_size) + draw(st.sampled_from([-3, 0, 0, 1, 2, 5, 60]))
-    config = SchedulerConfig(
-        num_blocks=num_blocks,
-        block_size=block_size,
-        max_num_seqs=draw(st.sampled_from([8, 5, 4, 3, 2, 1])),
-        max_num_batched_tokens=draw(st.sampled_from([64, 16, 8, 5, 3, 2, 1])),
-        max_model_len=max_model_len,
-        enable_prefix_caching=draw(st.sampled_from([True, True, True, False])),
-        eos_token_ids=frozenset(draw(st.sampled_from([(), (), (0,), (0, 1)]))),
-        num_draft_tokens=draw(st.sampled_from([0, 0, 0, 1, 3, 7])),
-    )
-    token = st.integers(0, VOCAB - 1)
-    # Prompts share segments in any order, so that the same tokens turn up after different prefixes.
-    length = st.sampled_from([block_size, 2 * block_size, 3 * block_size, 5])
-    segment = length.flatmap(lambda size: st.lists(token, min_size=size, max_size=size))
-    segments = draw(st.lists(segment, min_size=1, max_size=3))
+    common = draw(choices(64))
+    among = common.among
+    config = draw_config(among)
+    segments = [
+        common.tokens(among(config.block_size, 2 * config.block_size, 3 * config.block_size, 5))
+        for _ in range(among(1, 2, 3))
+    ]
+    ignore_eos = among(False, True, None)  # of all, or request by request
     requests, arrivals, aborts = [], [], {}
-    ignore_eos = draw(st.sampled_from([False, True, None]))  # of all, or request by request
     for i in range(draw(st.integers(1, 16))):
-        prompt = [*chain(*draw(st.lists(st.sampled_from(segments), max_size=3))), *draw(st.lists(token, max_size=3))]
-        max_tokens = draw(st.sampled_from([20, 11, 30, None, 5, 2, 1, 0]))
-        request = make_request(
-            f"r{i}",
-            prompt or [3],
-            max_tokens=max_tokens,
-            min_tokens=draw(st.integers(0, min(4, 99 if max_tokens is None else max_tokens))),
-            stop_token_ids=tuple(draw(st.sampled_from([(), (), (), (2,), (0, 5)]))),
-            ignore_eos=draw(st.booleans()) if ignore_eos is None else ignore_eos,
-            logprobs=draw(st.sampled_from([None, None, 0])),
-            prompt_logprobs=draw(st.sampled_from([None, None, 0])),
-        )
-        requests.append(request)
-        arrivals.append(draw(st.sampled_from([0, 0, 0, 1, 2, 3, 5, 8, 13])))
-        if draw(st.sampled_from([False, False, False, False, True])):
-            aborts[request.request_id] = arrivals[-1] + draw(st.integers(0, 15))
-    depth = 1 if config.num_draft_tokens else draw(st.sampled_from([1, 2, 2, 3]))
-    seed, bounded, right_guesses = (
-        draw(st.integers(0, 99)),
-        draw(st.booleans()),
-        draw(st.sampled_from([0.0, 0.5, 0.9, 1.0])),
+        each = draw(choices(24))
+        requests.append(draw_request(f"r{i}", each, segments, ignore_eos))
+        arrivals.append(each.among(0, 0, 0, 1, 2, 3, 5, 8, 13))
+        if each.among(False, False, False, False, True):
+            aborts[f"r{i}"] = arrivals[-1] + each.among(*range(16))
+    return Workload(
+        config,
+        requests,
+        arrivals,
+        aborts,
+        depth=1 if config.num_draft_tokens else among(1, 2, 2, 3),
+        seed=among(*range(100)),
+        bounded=among(False, True),
+        right_guesses=among(0.0, 0.5, 0.9, 1.0),
     )
-    return Workload(config, requests, arrivals, aborts, depth, seed, bounded, right_guesses)
 
 
 def run(load: Workload) -> tuple[Driver, list[Request]]:
     cost = Fickle(load.seed) if load.bounded else None
     driver = Driver(load.config, load.depth, load.seed, cost, load.right_guesses)
     accepted = []
-    for turn in range(40):
+    for turn in range(max([*load.arrivals, *load.aborts.values()]) + 1):
         for request, arrival in zip(load.requests, load.arrivals, strict=True):
             if arrival == turn:
                 try:
@@ -117,7 +152,7 @@ def check_order(driver: Driver, accepted: list[Request]) -> None:
                 assert lens[name] <= driver.config.max_num_batched_tokens < lens[later]
 
 
-@settings(max_examples=1000, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=800, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(workloads())
 def test_tokens_do_not_depend_on_the_schedule(load: Workload) -> None:
     driver, accepted = run(load)

@@ -594,7 +594,7 @@ def test_missing_prompt_logprobs_are_noticed() -> None:
     scheduler.add(running("a", 3, prompt_logprobs=0))
     plan = scheduler.schedule()
     assert plan is not None
-    with pytest.raises(RuntimeError, match="2 prompt logprobs asked, 1 returned"):
+    with pytest.raises(RuntimeError, match="A chunk with 2 logprob targets returned 1"):
         scheduler.update(plan, StepResult([1], None, {0: [TokenLogprobs(1, -1.0, 1, [], [])]}))
 
 

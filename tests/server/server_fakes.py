@@ -98,12 +98,13 @@ class FakeEngine:
         sampling: dict[str, float | int] | None = None,
         max_model_len: int = MAX_MODEL_LEN,
         num_blocks: int = 64,
+        max_num_seqs: int = 256,
     ) -> None:
         self.tokenizer = tokenizer()
         self.generation_defaults = Defaults(sampling or {})
         self.info = EngineInfo(
             model="tiny/fake", model_path=str(TINY), architecture="Fake", dtype="float32", device="cpu",
-            vocab_size=VOCAB_SIZE, max_model_len=max_model_len, max_num_seqs=64, max_num_batched_tokens=512,
+            vocab_size=VOCAB_SIZE, max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=512,
             block_size=16, num_blocks=num_blocks, kv_layout="linear", enable_prefix_caching=True,
             async_scheduling=False, eos_token_ids=[EOS], memory=[], attention=[],
             traffic=StepTraffic(weights=10**9, kv=[(None, 1000)], bandwidth=1e12),
@@ -175,12 +176,13 @@ class FakeEngine:
         for number in list(self._boxes):
             self._end(number, reason)
 
-    async def shutdown(self, drain: bool = True, timeout: float | None = None) -> None:
+    async def shutdown(self, drain: bool = True, timeout: float | None = None) -> bool:
         self.shutdowns.append(drain)
         if drain and self._tasks:
             await asyncio.wait(list(self._tasks), timeout=timeout)
         if self.dead is None:
             self.kill("The engine was shut down.")
+        return self.dead == "The engine was shut down."
 
     def _end(self, number: int, error: str) -> None:
         box = self._boxes.pop(number, None)
@@ -279,9 +281,12 @@ class RunningServer:
     def num_tasks(self) -> int:
         return self.call(lambda: len(asyncio.all_tasks()))
 
+    def request_stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+
     def stop(self) -> int:
         if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop.set)
+            self.request_stop()
         return self.join()
 
     def join(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from server_fakes import TINY, FakeEngine, RunningServer, running_server, wait_u
 from miniserve.config import EngineConfig
 from miniserve.core import StepRecord, StepTotals
 from miniserve.engine.client import AsyncEngine
+from miniserve.server import debug
 from miniserve.server.debug import chrome_trace
 from miniserve.server.progress import ProgressLine
 
@@ -115,10 +117,13 @@ def test_what_cannot_be_shown_is_named(query: str) -> None:
         assert httpx.get(f"{server.root}/debug/steps").json()["steps"] == []
 
 
-def test_a_dead_engine_tells_no_steps() -> None:
+def test_a_long_step_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(debug, "_PATIENCE", 0.05)
     with running_server() as server:
-        server.engine.dead = "The engine died: on purpose."
-        assert httpx.get(f"{server.root}/debug/steps").status_code == 503
+        server.engine.age = 7.0
+        server.engine.steps = lambda limit: asyncio.sleep(60)
+        answer = httpx.get(f"{server.root}/debug/steps")
+        assert answer.status_code == 503 and "ended 7 s ago" in answer.json()["error"]["message"]
 
 
 def test_a_trace_draws_the_host_above_the_device() -> None:

@@ -30,9 +30,8 @@ def server() -> Iterator[RunningServer]:
 def post(server: RunningServer, path: str, body: dict[str, Any]) -> socket.socket:
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
     content = json.dumps(body).encode()
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
-    )
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(content)}\r\n\r\n"
     connection.sendall(head.encode() + content)
     return connection
 
@@ -70,7 +69,8 @@ def test_going_away_before_the_body_is_there(server: RunningServer) -> None:
     idle = server.num_tasks()
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
     connection.sendall(
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 999\r\n\r\n{"
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 999\r\n\r\n{"
     )
     wait_until(lambda: server.num_tasks() > idle)
     connection.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import http.client
 import json
 import logging
@@ -13,7 +14,7 @@ import pytest
 from server_fakes import FakeEngine, RunningServer, running_server
 
 from miniserve.server.errors import APIError
-from miniserve.server.fields import REFUSED_IN_CHAT, REFUSED_IN_COMPLETIONS
+from miniserve.server.fields import IGNORED, REFUSED_IN_CHAT, REFUSED_IN_COMPLETIONS
 from miniserve.server.protocol import ChatCompletionRequest, CompletionRequest, TokenizeRequest
 
 COMPLETION: dict[str, Any] = {"prompt": "Once", "max_tokens": 2}
@@ -246,7 +247,7 @@ def test_fields_without_effect_are_accepted_and_unknown_ones_warned_about_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     silent = {"user": "me", "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "prediction": {}, "seed": 1}
-    unknown = {"made_up_field": 1, "max_new_tokens": 9}
+    unknown = {"made_up_field": 1, "chat_id": 9}
     with running_server() as server, caplog.at_level(logging.WARNING, "miniserve"):
         for _ in range(3):
             body = {**COMPLETION, **silent, **unknown}
@@ -257,6 +258,80 @@ def test_fields_without_effect_are_accepted_and_unknown_ones_warned_about_once(
     assert len(messages) == 4
     assert "made_up_field" in messages[0]
     assert all(len(message) < 300 and "\n" not in message for message in messages)
+
+
+# What OpenAI's, and others', clients send by default; the answer is the same without.
+CLIENT_FIELDS = frozenset({
+    "audio", "background", "chat_id", "conversation", "conversation_id", "deployment_id", "details", "extra_headers",
+    "fallbacks", "format", "frequency_penalty", "function_call", "functions", "include", "instructions",
+    "instruction_template", "keep_alive", "logit_bias", "logprobs", "max_completion_tokens", "max_tool_calls",
+    "metadata", "modalities", "mode", "model", "moderation", "n", "num_ctx", "parallel_tool_calls", "prediction",
+    "preset", "previous_response_id", "presence_penalty", "prompt_cache_key", "prompt_cache_retention", "provider",
+    "raw", "reasoning", "response_format", "rid", "route", "safety_identifier", "seed", "service_tier", "session",
+    "step", "stop", "store", "stream", "stream_options", "suffix", "system", "tags", "temperature", "text", "timeout",
+    "tool_choice", "tools", "top_logprobs", "top_p", "transforms", "user", "user_id", "verbosity", "web_search_options",
+})  # fmt: skip
+
+
+def test_no_field_of_ordinary_clients_is_taken_for_a_misspelt_one(web: httpx.Client) -> None:
+    for path, body in BODIES.items():
+        for name in CLIENT_FIELDS | IGNORED:
+            assert web.post(path, json={**body, name: None}).is_success, name
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        ("n_predict", 5, "max_tokens"),
+        ("max_new_tokens", 5, "max_tokens"),
+        ("max_output_tokens", 5, "max_tokens"),
+        ("options", {"num_predict": 5}, "max_tokens"),
+        ("sampling_params", {"max_new_tokens": 5}, "max_tokens"),
+        ("repeat_penalty", 1.1, "repetition_penalty"),
+        ("repeat_last_n", 64, "repetition_penalty"),
+        ("samplers", ["top_k"], "top_k"),
+        ("dynatemp_range", 0.5, "leave it out"),
+        ("lora", [{"id": 0, "scale": 1}], "leave it out"),
+        ("n_probs", 5, "logprobs"),
+        ("return_tokens", True, "leave it out"),
+        ("stop_regex", "a+", "stop"),
+        ("no_stop_trim", True, "include_stop_str_in_output"),
+        ("input_ids", [1], "prompt"),
+        ("return_hidden_states", True, "leave it out"),
+        ("return_prompt_token_ids", True, "leave it out"),
+        ("custom_params", {"a": 1}, "leave it out"),
+        ("watermark", True, "leave it out"),
+        ("watermarking", {"a": 1}, "leave it out"),
+        ("return_token_offsets", True, "leave it out"),
+        ("enable_thinking", False, "chat_template_kwargs"),
+        ("spaces_between_special_tokens", False, "leave it out"),
+        ("extra_body", {"top_k": 1}, "fields of the request itself"),
+        ("max_token", 5, "max_tokens"),
+        ("maxTokens", 5, "max_tokens"),
+        ("minTokens", 1, "min_tokens"),
+        ("temprature", 0.5, "temperature"),
+        ("tempreture", 0.5, "temperature"),
+        ("presense_penalti", 0.5, "presence_penalty"),
+        ("top-p", 0.5, "top_p"),
+        ("reponse_format", {"type": "json_object"}, "response_format"),
+    ],
+)
+def test_another_servers_name_or_a_misspelt_one_is_answered_with_ours(
+    web: httpx.Client, path: str, name: str, value: object, remedy: str
+) -> None:
+    error = error_of(web.post(path, json={**BODIES[path], name: value}), 400)
+    assert error["param"] == name
+    assert remedy in error["message"].replace(name, "", 1)
+
+
+def test_misspelt_fields_of_other_bodies_are_named(web: httpx.Client) -> None:
+    streaming = {**COMPLETION, "stream": True, "stream_options": {"include_usge": True}}
+    assert error_of(web.post("/v1/completions", json=streaming), 400)["param"] == "include_usge"
+    assert error_of(web.post("/tokenize", json={"prompt": "a", "add_special_token": False}), 400)["param"]
+    assert error_of(web.post("/detokenize", json={"tokens": [1], "modle": "other"}), 400)["param"] == "modle"
+    error = error_of(web.post("/v1/completions", json=COMPLETION | {f"field {i}": 1 for i in range(65)}), 400)
+    assert "65 unknown fields" in error["message"]
 
 
 def test_an_unknown_model_is_a_404_and_no_model_is_fine(web: httpx.Client) -> None:
@@ -270,10 +345,11 @@ def test_an_unknown_model_is_a_404_and_no_model_is_fine(web: httpx.Client) -> No
 
 def test_a_prompt_may_fill_the_context_but_for_one_token(web: httpx.Client) -> None:
     def post(length: int, **more: object) -> httpx.Response:
-        return web.post("/v1/completions", json={"prompt": [[7] * length], "max_tokens": 100, **more})
+        return web.post("/v1/completions", json={"prompt": [[7] * length], **more})
 
-    assert post(255).json()["usage"]["completion_tokens"] == 1
-    assert post(200).json()["usage"]["completion_tokens"] == 56
+    assert post(255, max_tokens=1).json()["usage"]["completion_tokens"] == 1
+    assert post(200, max_tokens=56).json()["usage"]["completion_tokens"] == 56
+    assert post(250).json()["usage"]["completion_tokens"] == 6, "the default is no wish"
     assert post(256, echo=True, max_tokens=0).is_success
     for response in (post(256), post(257, echo=True, max_tokens=0)):
         error = error_of(response, 400)
@@ -281,6 +357,62 @@ def test_a_prompt_may_fill_the_context_but_for_one_token(web: httpx.Client) -> N
         assert error["param"] == "input_tokens"
     assert "256 tokens" in error["message"]
     assert "257 input tokens" in error["message"]
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_more_output_than_the_context_holds_is_refused_with_the_numbers(web: httpx.Client, name: str) -> None:
+    chat = {key: value for key, value in CHAT.items() if key != "max_tokens"}
+    bodies = {"/v1/chat/completions": chat} | ({"/v1/completions": COMPLETION} if name == "max_tokens" else {})
+    for path, body in bodies.items():
+        prompt_len = web.post(path, json={**body, name: 2}).json()["usage"]["prompt_tokens"]
+        room = 256 - prompt_len
+        assert web.post(path, json={**body, name: room}).json()["usage"]["completion_tokens"] == room
+        for asked in (room + 1, 100_000):
+            error = error_of(web.post(path, json={**body, name: asked}), 400)
+            assert (error["param"], error["code"]) == (name, "context_length_exceeded")
+            for number in (256, prompt_len, asked, room):
+                assert str(number) in error["message"]
+
+
+def test_a_text_of_more_characters_than_the_context_could_hold_is_not_tokenized(
+    web: httpx.Client, server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = server.engine.tokenizer.longest_token
+    most = 256 * longest
+    assert 3 < longest < 50
+    encoded: list[int] = []
+    encode = server.engine.tokenizer.encode
+
+    def counted(text: str, add_special_tokens: bool = True) -> list[int]:
+        encoded.append(len(text))
+        return encode(text, add_special_tokens)
+
+    monkeypatch.setattr(server.engine.tokenizer, "encode", counted)
+    long_message = {"messages": [{"role": "user", "content": "a" * (most + 1)}]}
+    for path, body in (
+        ("/v1/completions", {"prompt": "a" * (most + 1)}),
+        ("/v1/completions", {"prompt": ["a", "a" * (most + 1)]}),
+        ("/v1/chat/completions", long_message),
+    ):
+        error = error_of(web.post(path, json=body), 400)
+        assert (error["param"], error["code"]) == ("input_tokens", "context_length_exceeded")
+        assert "maximum context length is 256 tokens" in error["message"]
+    assert encoded == []
+    error_of(web.post("/v1/completions", json={"prompt": "a" * most}), 400)
+    assert encoded == [most]
+    assert web.post("/tokenize", json={"prompt": "a" * (most + 1)}).json()["count"] > 256
+
+
+def test_the_tokenizers_own_limits() -> None:
+    with running_server() as server:
+        url = server.root
+        error = error_of(httpx.post(f"{url}/tokenize", json={"prompt": "a" * 1_048_577}, timeout=60), 400)
+        assert error["param"] == "prompt"
+        error = error_of(httpx.post(f"{url}/detokenize", json={"tokens": [65] * 262_145}, timeout=60), 400)
+        assert error["param"] == "tokens"
+        ids = httpx.post(f"{url}/tokenize", json={"prompt": "some text " * 4000}, timeout=60).json()["tokens"]
+        assert len(ids) > 4096
+        assert httpx.post(f"{url}/detokenize", json={"tokens": ids}, timeout=60).json()["prompt"] == "some text " * 4000
 
 
 def test_the_number_of_sequences_is_limited(web: httpx.Client) -> None:
@@ -322,10 +454,44 @@ def test_unknown_paths_and_methods_are_envelopes(web: httpx.Client) -> None:
     assert error_of(web.get("/v2/nothing"), 404)["type"] == "NotFoundError"
     assert error_of(web.get("/v1/models/a/b/c"), 404)["param"] == "model"
     error_of(web.get("/tokenizer_info"), 404)
-    error_of(web.get("/v1/models/"), 404)
     response = web.get("/v1/completions")
     error_of(response, 405)
     assert response.headers["allow"] == "POST"
+
+
+def test_head_is_answered_as_get_without_a_body(web: httpx.Client) -> None:
+    for path in ("/", "/health", "/ping", "/ready", "/version", "/metrics", "/v1/models", "/v1/models/tiny/fake"):
+        head, get = web.head(path), web.get(path)
+        assert (head.status_code, head.content) == (get.status_code, b"") == (200, b"")
+        assert head.headers["content-type"] == get.headers["content-type"]
+    assert web.head("/nowhere").status_code == 404
+    assert web.head("/v1/completions").status_code == 405
+
+
+def test_a_slash_at_the_end_means_nothing(web: httpx.Client) -> None:
+    assert web.get("/v1/models/").json() == web.get("/v1/models").json()
+    assert web.get("/v1/models/tiny/fake/").json()["id"] == "tiny/fake"
+    assert web.post("/v1/chat/completions/", json=CHAT).is_success
+
+
+def test_a_compressed_body_is_a_415(web: httpx.Client) -> None:
+    content = gzip.compress(json.dumps(COMPLETION).encode())
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    assert "gzip" in error_of(web.post("/v1/completions", content=content, headers=headers), 415)["message"]
+    headers["content-encoding"] = "identity"
+    assert web.post("/v1/completions", content=json.dumps(COMPLETION), headers=headers).is_success
+
+
+def test_numbers_and_keys_are_named_as_they_are(web: httpx.Client) -> None:
+    def message(**change: object) -> str:
+        return str(error_of(web.post("/v1/completions", json={**COMPLETION, **change}), 400)["message"])
+
+    assert "9223372036854775807" in message(seed=2**63)
+    assert web.post("/v1/completions", json={**COMPLETION, "seed": 2**63 - 1}).is_success
+    assert "'five'" in message(logit_bias={"7": 1, "five": 1})
+    assert "'7'" in message(logit_bias={"7": True})
+    assert "7 to 101" in message(logit_bias={"7": 101})
+    assert "1024" in message(logit_bias={str(key): 1 for key in range(1025)})
 
 
 def test_a_bug_is_a_500_envelope_that_tells_nothing_inside(caplog: pytest.LogCaptureFixture) -> None:
@@ -377,7 +543,13 @@ def keyed() -> Iterator[RunningServer]:
 def test_what_stays_open_beside_a_key(keyed: RunningServer) -> None:
     for path in ("/", "/health", "/ping", "/ready", "/version", "/metrics", "/openapi.json"):
         assert httpx.get(keyed.root + path).status_code == 200, path
-    assert httpx.post(f"{keyed.root}/tokenize", json={"prompt": "a"}).is_success
+    for path, body in (
+        ("/tokenize", {"prompt": "a"}),
+        ("/tokenize/", {"prompt": "a"}),
+        ("/detokenize", {"tokens": [5]}),
+    ):
+        assert httpx.post(keyed.root + path, json=body).status_code == 401, path
+        assert httpx.post(keyed.root + path, json=body, headers={"x-api-key": "k1"}).is_success
     assert httpx.options(f"{keyed.url}/completions").status_code == 405
     for path in ("/v1", "/v1/", "/%76%31/models"):
         assert httpx.get(keyed.root + path).status_code == 401, path

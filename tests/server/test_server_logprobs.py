@@ -127,7 +127,9 @@ def test_offsets_of_a_stream_go_on_from_event_to_event() -> None:
         assert whole["logprobs"]["tokens"][-1] == "<|im_end|>"  # lm_eval counts on the last token's entry
         lines = httpx.post(f"{server.url}/completions", json={**body, "stream": True}).text.split("\n\n")
         events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
-        offsets = [offset for event in events for offset in event["choices"][0]["logprobs"]["text_offset"]]
+        arrays = [event["choices"][0]["logprobs"] for event in events]
+        assert arrays.pop() is None, "the end has no token"
+        offsets = [offset for array in arrays for offset in array["text_offset"]]
         assert offsets == whole["logprobs"]["text_offset"]
 
 

@@ -112,7 +112,7 @@ def test_chat(web: httpx.Client, body: dict[str, Any]) -> None:
     for choice in whole["choices"]:
         mine = [piece for piece in pieces if piece["index"] == choice["index"]]
         assert mine[0]["delta"] == {"role": "assistant", "content": ""}
-        assert "".join(piece["delta"]["content"] for piece in mine) == choice["message"]["content"]
+        assert "".join(piece["delta"].get("content", "") for piece in mine) == choice["message"]["content"]
         assert [piece["finish_reason"] for piece in mine if piece["finish_reason"]] == [choice["finish_reason"]]
         entries = [entry for piece in mine if piece["logprobs"] for entry in piece["logprobs"]["content"]]
         assert entries == (choice["logprobs"]["content"] if choice["logprobs"] else [])

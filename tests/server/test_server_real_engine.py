@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -56,6 +57,18 @@ def test_prompts_together_are_prompts_alone_and_streams_add_up(server: RunningSe
         assert "".join(event["choices"][0]["text"] for event in events) == alone["text"]
 
 
+def test_the_steps_tokens_are_those_of_the_prompts_and_of_the_answers(server: RunningServer) -> None:
+    def sums() -> list[float]:
+        text = httpx.get(f"{server.root}/metrics", timeout=60).text
+        names = ("iteration_tokens_total_sum", "prompt_tokens_total", "generation_tokens_total")
+        return [float(re.search(rf"^vllm:{name}{{.*}} (.*)$", text, re.MULTILINE)[1]) for name in names]  # type: ignore[index]
+
+    before = sums()
+    for number in range(10):
+        complete(server, prompt=[[300 + number] * 9], max_tokens=10, ignore_eos=True)
+    assert [after - earlier for after, earlier in zip(sums(), before, strict=True)] == [190, 90, 100]
+
+
 def test_scoring_what_chat_generated_gives_its_logprobs(server: RunningServer) -> None:
     """One request generates, another finds the same tokens in its prompt, as lm_eval asks."""
     messages = [{"role": "user", "content": "Tell me a story."}]
@@ -96,7 +109,7 @@ def test_leaving_frees_the_blocks(server: RunningServer) -> None:
     content = json.dumps(body).encode()
     with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
         connection.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Content-Length: %d\r\n\r\n" % len(content) + content
         )
         assert connection.recv(1000).startswith(b"HTTP/1.1 200")

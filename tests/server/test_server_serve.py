@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -12,13 +13,15 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from server_fakes import FakeEngine, running_server, wait_until
 
 from miniserve.core import UserError
-from miniserve.server.serve import bind, loop_factory
+from miniserve.server.config import ServerConfig
+from miniserve.server.serve import bind, loop_factory, serve
 
 
 def test_a_port_in_use_is_told_before_anything_else() -> None:
@@ -53,6 +56,31 @@ def test_an_event_loop_is_chosen_without_standard_output(monkeypatch: pytest.Mon
 def test_binding_does_not_listen_yet() -> None:
     with bind("127.0.0.1", 0) as sock, pytest.raises(ConnectionRefusedError):
         socket.create_connection(sock.getsockname(), timeout=5)
+
+
+def test_of_two_servers_that_start_one_gets_the_port() -> None:
+    with bind("127.0.0.1", 0) as first, pytest.raises(UserError, match="already in use"):
+        bind("127.0.0.1", first.getsockname()[1])
+
+
+def test_a_server_can_follow_another_at_once() -> None:
+    with running_server() as server, socket.create_connection(("127.0.0.1", server.port), timeout=30) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        while client.recv(1000):
+            pass  # the server closes first, which leaves something of the connection in its way
+        assert server.stop() == 0
+        bind("127.0.0.1", server.port).close()
+
+
+def test_a_port_that_was_lost_while_the_model_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EADDRINUSE, "Address already in use")
+
+    monkeypatch.setattr(socket.socket, "listen", refuse)
+    engine: Any = FakeEngine()
+    with pytest.raises(UserError, match="already in use"):
+        asyncio.run(serve(engine, ServerConfig(port=0)))
+    assert engine.shutdowns == [False]
 
 
 def test_a_stop_lets_running_requests_finish() -> None:
@@ -108,6 +136,36 @@ def test_what_does_not_finish_in_time_is_answered_with_an_error() -> None:
     assert done == "data: [DONE]"
 
 
+def test_a_request_that_is_half_there_is_not_waited_for() -> None:
+    engine = FakeEngine(hold_at=1)
+    with running_server(engine) as server:
+        idle = server.num_tasks()
+        half = socket.create_connection(("127.0.0.1", server.port), timeout=60)
+        half.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 999\r\n\r\n{"
+        )
+        wait_until(lambda: server.num_tasks() > idle)
+        server.request_stop()
+        with half, half.makefile("rb") as file:
+            assert b"shutting down" in file.read()
+        assert server.join() == 0
+
+
+def test_a_client_that_does_not_read_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("miniserve.server.serve._GRACE", 0.2)
+    engine = FakeEngine()
+    with running_server(engine) as server, socket.create_connection(("127.0.0.1", server.port), timeout=60) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        body = json.dumps({"prompt": [[7]] * 20, "max_tokens": 250, "logprobs": 20, "stream": True}).encode()
+        client.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n" % len(body) + body
+        )
+        client.recv(100)
+        assert server.stop() == 0
+
+
 def test_the_engines_death_answers_everybody_and_ends_the_server(caplog: pytest.LogCaptureFixture) -> None:
     engine = FakeEngine(hold_at=1)
     with running_server(engine) as server:
@@ -139,12 +197,15 @@ def test_an_engine_that_is_shutting_down_takes_no_requests() -> None:
 
 
 PROGRAM = """
-import asyncio, sys
+import asyncio, signal, sys
 sys.path.insert(0, sys.argv[1])
 from server_fakes import FakeEngine
 from miniserve.server.config import ServerConfig
 from miniserve.server.serve import bind, loop_factory, serve
 
+if sys.argv[2:] == ["ignoring"]:
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 sock = bind("127.0.0.1", 0)
 
 async def main():
@@ -158,8 +219,8 @@ with asyncio.Runner(loop_factory=loop_factory()) as runner:
 """
 
 
-def start_program() -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", PROGRAM, str(Path(__file__).parent)]
+def start_program(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PROGRAM, str(Path(__file__).parent), *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
@@ -169,26 +230,31 @@ def port_of(process: subprocess.Popen[str]) -> int:
 
 
 def test_the_first_signal_drains_and_the_second_ends_at_once() -> None:
-    with start_program() as idle, start_program() as busy:  # side by side: importing takes them seconds
+    with start_program("ignoring") as idle, start_program() as busy:  # side by side: importing takes them seconds
         port = port_of(busy)
         with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
             body = b'{"prompt": "x", "stream": true}'
             connection.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                 b"Content-Length: %d\r\n\r\n" % len(body) + body
             )
             assert connection.recv(100).startswith(b"HTTP/1.1 200")
-            os.kill(busy.pid, signal.SIGINT)
+            os.kill(busy.pid, signal.SIGHUP)
             wait_until(lambda: not accepts(port))
             time.sleep(0.3)
             assert busy.poll() is None  # it waits for the running request
             os.kill(busy.pid, signal.SIGINT)
-            assert busy.wait(20) == 130
+            assert busy.wait(60) == 130
 
-        # Where nothing runs, one signal is enough.
-        assert httpx.get(f"http://127.0.0.1:{port_of(idle)}/health").status_code == 200
+        # Where nothing runs, one signal is enough, but for those that were ignored before.
+        url = f"http://127.0.0.1:{port_of(idle)}/health"
+        for number in (signal.SIGINT, signal.SIGHUP):
+            os.kill(idle.pid, number)
+            for _ in range(3):  # the server looks for signals ten times a second
+                time.sleep(0.2)
+                assert httpx.get(url).status_code == 200
         os.kill(idle.pid, signal.SIGTERM)
-        assert idle.wait(20) == 0
+        assert idle.wait(60) == 0
 
 
 def accepts(port: int) -> bool:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
+import openai
 import pytest
 from server_fakes import FakeEngine, RunningServer, running_server, tokenizer
 
@@ -42,7 +44,8 @@ def test_a_completion_stream_byte_for_byte(server: RunningServer) -> None:
         choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": reason, "stop_reason": None}
         return "data: " + json.dumps({**head, "choices": [choice]}, separators=(",", ":")) + "\n\n"
 
-    assert response.text == event(WORDS[0], None) + event(WORDS[1], "length") + "data: [DONE]\n\n"
+    words = event(WORDS[0], None) + event(WORDS[1], None)
+    assert response.text == words + event("", "length") + "data: [DONE]\n\n"
 
 
 def test_a_chat_stream_byte_for_byte(server: RunningServer) -> None:
@@ -59,7 +62,8 @@ def test_a_chat_stream_byte_for_byte(server: RunningServer) -> None:
     assert response.text == (
         event({"role": "assistant", "content": ""})
         + event({"content": WORDS[0]})
-        + event({"content": WORDS[1]}, "length")
+        + event({"content": WORDS[1]})
+        + event({}, "length")
         + "data: [DONE]\n\n"
     )
 
@@ -82,7 +86,8 @@ def test_usage_comes_as_asked(server: RunningServer, path: str, body: dict[str, 
     options = {"include_usage": True, "continuous_usage_stats": True}
     _, events = stream(server, path, {**body, "stream_options": options})
     counts = [event["usage"]["completion_tokens"] for event in events]
-    assert counts == sorted(counts)
+    opening = [0] if "chat" in path else []
+    assert counts == [*opening, 1, 2, 3, 3, 3]
     assert events[-1]["usage"] == events[-2]["usage"] == total
 
 
@@ -119,22 +124,67 @@ def test_the_echo_alone(server: RunningServer) -> None:
     assert whole["choices"][0]["finish_reason"] == "length"
     assert whole["usage"]["completion_tokens"] == 0
     assert len(whole["choices"][0]["logprobs"]["tokens"]) == whole["usage"]["prompt_tokens"]
-    _, (event,) = stream(server, "/v1/completions", body)
-    assert event["choices"] == whole["choices"]
+    _, (event, end) = stream(server, "/v1/completions", body)
+    assert [{**event["choices"][0], "finish_reason": "length"}] == whole["choices"]
+    assert end["choices"] == [{**whole["choices"][0], "text": "", "logprobs": None}]
 
 
-def test_an_error_before_the_first_token_is_an_http_error() -> None:
+def test_what_is_wrong_at_once_is_an_http_error_and_what_comes_later_an_event() -> None:
     with running_server(FakeEngine(fail_after=0)) as server:
-        for path, body in (("/completions", {"prompt": "x"}), ("/chat/completions", CHAT)):
-            for streams in (False, True):
-                response = httpx.post(server.url + path, json={**body, "stream": streams})
-                assert response.status_code == 500
-                assert response.json()["error"]["message"] == "The fake device broke."
+        for path, body in (("/v1/completions", {"prompt": "x"}), ("/v1/chat/completions", CHAT)):
+            response = httpx.post(server.root + path, json=body)
+            assert response.status_code == 500
+            assert response.json()["error"]["message"] == "The fake device broke."
+            _, events = stream(server, path, body)
+            assert [event["error"]["message"] for event in events] == ["The fake device broke."]
         refused = httpx.post(f"{server.url}/completions", json={"prompt": [[5] * 300], "stream": True})
         assert refused.status_code == 400
-        refused = httpx.post(f"{server.url}/completions", json={"prompt": [[5], [5000]], "stream": True})
-        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
+        for prompt in ([[5], [5000]], [[5000]]):
+            refused = httpx.post(f"{server.url}/completions", json={"prompt": prompt, "stream": True})
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "prompt")
+        server.call(server.engine.shutdowns.append, True)
+        refused = httpx.post(f"{server.url}/completions", json={"prompt": "x", "stream": True})
+        assert refused.status_code == 503
+        server.call(server.engine.shutdowns.clear)
         assert server.engine.num_running == 0
+
+
+def test_a_streams_headers_wait_for_nothing() -> None:
+    with running_server(FakeEngine(script=SCRIPT, hold_at=0)) as server:
+        body = {"prompt": "x", "max_tokens": 2, "stream": True}
+        with httpx.stream("POST", f"{server.url}/completions", json=body, timeout=10) as response:
+            assert response.status_code == 200
+            server.call(server.engine.gate.set)
+            assert response.read().endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("max_num_seqs", [256, 1])
+def test_a_stream_begins_before_its_first_token_and_is_never_silent(
+    monkeypatch: pytest.MonkeyPatch, max_num_seqs: int
+) -> None:
+    """Whether its request waits in the engine or, behind others, before it."""
+    monkeypatch.setattr("miniserve.server.reply.KEEP_ALIVE", 0.05)
+    with running_server(FakeEngine(script=SCRIPT, hold_at=0, max_num_seqs=max_num_seqs)) as server:
+        body = {"prompt": "x", "max_tokens": 2, "stream": True}
+        with ExitStack() as others:
+            for _ in range(2):
+                others.enter_context(httpx.stream("POST", f"{server.url}/completions", json=body, timeout=30))
+            with httpx.stream("POST", f"{server.url}/completions", json=body, timeout=30) as response:
+                assert response.status_code == 200
+                lines = response.iter_lines()
+                assert [next(lines) for _ in range(4)] == [": keep-alive", ""] * 2
+                server.call(server.engine.gate.set)
+                data = [line for line in lines if line.startswith("data: ")]
+        assert len(data) == 4
+        assert data[-1] == "data: [DONE]"
+
+
+def test_openais_client_reads_over_the_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("miniserve.server.reply.KEEP_ALIVE", 0.01)
+    with running_server(FakeEngine(script=SCRIPT, step_seconds=0.1)) as server:
+        client = openai.OpenAI(base_url=server.url, api_key="none")
+        chunks = list(client.completions.create(model="", prompt="x", max_tokens=2, stream=True))
+        assert "".join(chunk.choices[0].text for chunk in chunks) == "".join(WORDS)
 
 
 @pytest.mark.parametrize("prompt", ["x", ["x", "y"]])
@@ -159,7 +209,7 @@ def test_events_leave_as_soon_as_their_token_is_there() -> None:
         body = json.dumps({"prompt": "x", "max_tokens": 4, "stream": True}).encode()
         with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
             connection.sendall(
-                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                 b"Content-Length: %d\r\n\r\n" % len(body) + body
             )
             received, reads = b"", 0

@@ -78,14 +78,6 @@ class AiterCalls:
         self._aiter = aiter
         self._linear = layout.name == "linear"
 
-    def write(self, layer: AttentionLayer, k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None:
-        """Store this step's keys and values; negative slots are skipped."""
-        given = (k, v, cache.key, cache.value, slot_mapping, kv_cache_dtype(layer.spec.kv_dtype), layer.k_scale)
-        if self._linear:
-            self._aiter.reshape_and_cache_flash(*given, layer.v_scale)
-        else:
-            self._aiter.reshape_and_cache(*given, layer.v_scale, asm_layout=True)
-
     def rope_and_write(
         self,
         layer: AttentionLayer,
@@ -97,8 +89,9 @@ class AiterCalls:
         token_ids: Tensor,
         cos_sin: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """As `write`, with rope before it: cos_sin has the step's tokens' own angles, so that token_ids, 0, 1, 2, …,
-        are what aiter takes for positions. Returns q and k rotated; k is not set where the slot is negative."""
+        """Rotate q and k, and store k and v; negative slots are skipped. cos_sin has the step's tokens' own angles, so
+        that token_ids, 0, 1, 2, …, are what aiter takes for positions. Returns q and k rotated; k is not set where the
+        slot is negative."""
         q_out, k_out, *_ = self._aiter.fused_qk_rope_reshape_and_cache(
             q,
             k,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from miniserve.attention.aiter import load as load_aiter
@@ -23,10 +24,13 @@ from miniserve.attention.backends.torch_mla import TorchLatentBackend
 from miniserve.attention.backends.triton_attn import TritonBackend, linearized_bytes
 from miniserve.attention.backends.triton_mla import TritonLatentBackend
 from miniserve.attention.backends.triton_mla import scratch_bytes as split_scratch_bytes
+from miniserve.attention.contracts import KERNELS
 from miniserve.attention.layouts import LAYOUTS, KVLayout
 from miniserve.attention.platform import Platform
+from miniserve.attention.routes import least_asm_rows
 from miniserve.attention.select import Choice
 from miniserve.attention.spec import AttentionSpec
+from miniserve.attention.terms import NARROW_PLANE, LayerRoute
 
 
 def build_backend(choice: Choice, block_size: int, options: BackendOptions) -> Backend[Any]:
@@ -59,7 +63,7 @@ def build_backend(choice: Choice, block_size: int, options: BackendOptions) -> B
 
 
 def rope_writer(layout: KVLayout, options: BackendOptions) -> RopeWriter:
-    return RopeWriter(layout, load_aiter(), _paged_kernels(options).rope_and_write, options)
+    return RopeWriter(layout, load_aiter(), _paged_kernels(options), options)
 
 
 def _paged_kernels(options: BackendOptions) -> PagedKernels:
@@ -90,6 +94,36 @@ def scratch_bytes(
     if choice.backend == "ROCM_AITER_FA":
         scratch += gathered_bytes(specs, max_rows * max_seq_len)
     return scratch
+
+
+@dataclass(frozen=True, slots=True)
+class PoolLimit:
+    """The most blocks that `kernel` reaches all of."""
+
+    num_blocks: int
+    kernel: str
+
+    def sentence(self, block_size: int) -> str:
+        """For people."""
+        return (
+            f"KV cache: no more than {self.num_blocks * block_size:,} tokens, as {self.kernel} reaches "
+            f"{NARROW_PLANE >> 30} GiB of a layer's keys or values; other attention backends reach all"
+        )
+
+
+def pool_limit(
+    layout: KVLayout, specs: Sequence[AttentionSpec], routes: Sequence[LayerRoute], platform: Platform, max_rows: int
+) -> PoolLimit | None:
+    """How large a pool may be for steps of up to `max_rows`; None where nothing bounds it."""
+    limits = []
+    for spec, route in zip(specs, routes, strict=True):
+        least = least_asm_rows(spec, platform.compute_units)
+        if route.decode == "paged_attention_common" and (least is None or least > max_rows):
+            continue  # its HIP kernel reaches all
+        if KERNELS[route.decode].has_narrow_offsets(spec, platform.arch):
+            plane = layout.block_bytes(spec) // (2 if spec.latent is None else 1)
+            limits.append(PoolLimit(NARROW_PLANE // plane, route.decode))
+    return min(limits, key=lambda limit: limit.num_blocks, default=None)
 
 
 def block_bytes(choice: Choice, layout: KVLayout, specs: Sequence[AttentionSpec]) -> int:

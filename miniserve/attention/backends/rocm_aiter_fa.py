@@ -92,7 +92,7 @@ class FlashBackend(Backend[FlashMetadata]):
     def build(self, batch: StepBatch) -> FlashMetadata:
         decode = extend = None
         if batch.decode is not None:
-            wrong = not self._trust_asm_lengths and has_wrong_length(batch.decode.host_seq_lens)
+            wrong = not self._trust_asm_lengths and has_wrong_length(batch.decode)
             decode = DecodeMetadata(decode_rows(batch.decode, self._counting), wrong)
         if (group := batch.extend) is not None:
             block_size = self.layout.block_size
@@ -105,7 +105,7 @@ class FlashBackend(Backend[FlashMetadata]):
     def attend(
         self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, meta: FlashMetadata
     ) -> Tensor:
-        self._calls.write(layer, k, v, cache, meta.slot_mapping)
+        self._writer.write_unturned(layer, k, v, cache, meta.slot_mapping)
         return self._attend(layer, q, k, v, cache, meta)
 
     def attend_qkv(

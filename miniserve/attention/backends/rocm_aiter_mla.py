@@ -1,5 +1,5 @@
-"""ROCM_AITER_MLA: aiter's hand-written MLA decode in its persistent form, its flash attention for chunks, and its cache
-writer, on AMD's Instinct GPUs.
+"""ROCM_AITER_MLA: aiter's hand-written MLA decode in its persistent form and its flash attention for chunks, on AMD's
+Instinct GPUs; the engine's own cache writer, as aiter's makes NaN of what an fp8 cache cannot hold.
 
 Persistent: as many workgroups as the GPU has compute units, whose work a planning kernel lays down at the start of a
 step, in six buffers that never move; so a captured step plans itself anew at every replay. The kernels take 16, 32, …,
@@ -19,10 +19,10 @@ from miniserve.attention.aiter import AiterLatent
 from miniserve.attention.backends.context import RaggedLens
 from miniserve.attention.backends.latent_base import LatentBackend
 from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.backends.triton_mla import dense_dim, padded
+from miniserve.attention.backends.triton_mla import dense_dim, latent_scale, padded
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import DecodeRows
-from miniserve.attention.routes import kv_cache_dtype, padded_heads
+from miniserve.attention.routes import padded_heads
 from miniserve.attention.spec import AttentionSpec, LatentLayer
 from miniserve.kernels.triton.launch import cdiv
 
@@ -75,6 +75,11 @@ class AiterLatentBackend(LatentBackend[DecodeMetadata]):
         self._kv_indptr = torch.zeros(rows + 1, dtype=torch.int32, device=device)
         self._kv_indices = torch.zeros(rows * options.max_seq_len, dtype=torch.int32, device=device)
         self._ones = torch.ones(rows, dtype=torch.int32, device=device)
+        self._write_kernel: Callable[..., None] | None = None
+        if not options.platform.emulated:
+            from miniserve.kernels.triton.cache_write import write_latent
+
+            self._write_kernel = write_latent
         self._plans = {spec: self._allocate(spec, rows, device) for spec in dict.fromkeys(options.specs)}
 
     def _allocate(self, spec: AttentionSpec, rows: int, device: torch.device) -> dict[str, Tensor]:
@@ -91,10 +96,12 @@ class AiterLatentBackend(LatentBackend[DecodeMetadata]):
         meta = DecodeMetadata(
             self._qo_indptr[: count + 1], self._kv_indptr[: count + 1], self._kv_indices, self._ones[:count]
         )
-        torch.cumsum(rows.seq_lens, 0, dtype=torch.int32, out=meta.kv_indptr[1:])
+        # A row without keys, padding, would spoil what its workgroup computes after it: it attends to one.
+        lens = rows.seq_lens.clamp(min=1)
+        torch.cumsum(lens, 0, dtype=torch.int32, out=meta.kv_indptr[1:])
         self._token_indices(
             rows.block_tables,
-            rows.seq_lens,
+            lens,
             meta.kv_indptr,
             meta.kv_indices,
             block_size=self.layout.block_size,
@@ -144,13 +151,15 @@ class AiterLatentBackend(LatentBackend[DecodeMetadata]):
             num_kv_splits=self._aiter.compute_units,
             work_meta_data=work_metadata_ptrs,
             **dict(zip(_BUFFERS[1:], others, strict=True)),
-            kv_scale=layer.kv_scale if spec.kv_dtype.itemsize == 1 else None,
+            kv_scale=latent_scale(layer),
         )
         return out[:, :heads]
 
     def write(self, layer: LatentLayer, cache: KVCache, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor) -> None:
-        kv_dtype = kv_cache_dtype(layer.spec.kv_dtype)
-        self._aiter.concat_and_cache_mla(kv_c, k_pe, cache.key, slot_mapping, kv_dtype, layer.kv_scale)
+        if self._write_kernel is None:
+            super().write(layer, cache, kv_c, k_pe, slot_mapping)
+        else:
+            self._write_kernel(kv_c, k_pe, cache.key, slot_mapping, kv_scale=latent_scale(layer))
 
     def attend_dense(
         self, layer: LatentLayer, q: Tensor, k: Tensor, v: Tensor, lens: RaggedLens, *, causal: bool

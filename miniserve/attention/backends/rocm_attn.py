@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from miniserve.attention.aiter import Aiter
-from miniserve.attention.backends.aiter_calls import AiterCalls, PagedDecode
+from miniserve.attention.backends.aiter_calls import PagedDecode
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.paged_kernels import PagedKernels
 from miniserve.attention.backends.triton_attn import TritonBackend
@@ -18,12 +18,9 @@ from miniserve.attention.spec import AttentionLayer
 class RocmBackend(TritonBackend):
     def __init__(self, layout: KVLayout, kernels: PagedKernels, aiter: Aiter, options: BackendOptions) -> None:
         super().__init__(layout, kernels, options)
-        self.chunk_graphs = False  # nobody has seen aiter's cache write pass over padding among chunks
-        self._calls, self._paged = AiterCalls(aiter, layout), PagedDecode(aiter, options, layout.block_size)
+        self.chunk_graphs = False  # nobody has seen aiter's decode in one
+        self._paged = PagedDecode(aiter, options, layout.block_size)
         self._routes = options.routes
-
-    def write(self, layer: AttentionLayer, k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None:
-        self._calls.write(layer, k, v, cache, slot_mapping)
 
     def decode(self, layer: AttentionLayer, q: Tensor, cache: KVCache, meta: DecodeRows, out: Tensor) -> None:
         if self._routes[layer.layer_index].decode == "paged_attention_rocm":

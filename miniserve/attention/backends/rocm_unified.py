@@ -46,7 +46,7 @@ class UnifiedBackend(Backend[UnifiedMetadata]):
     def attend(
         self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, meta: UnifiedMetadata
     ) -> Tensor:
-        self._calls.write(layer, k, v, cache, meta.slot_mapping)
+        self._writer.write_unturned(layer, k, v, cache, meta.slot_mapping)
         return self._over_cache(layer, q, cache, meta)
 
     def attend_qkv(

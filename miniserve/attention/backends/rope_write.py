@@ -1,9 +1,7 @@
-"""Rope and cache write in one launch, for backends over aiter: by its own kernel or by the engine's, as the layer's
-route says."""
+"""Cache writes for backends over aiter: rope and write in one launch by its own kernel or by the engine's, as the
+layer's route says; the write alone by the engine's, as aiter's makes NaN of what an fp8 cache cannot hold."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,16 +9,15 @@ from torch import Tensor
 from miniserve.attention.aiter import Aiter
 from miniserve.attention.backends.aiter_calls import AiterCalls
 from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.backends.triton_attn import rope_and_write
+from miniserve.attention.backends.paged_kernels import PagedKernels
+from miniserve.attention.backends.triton_attn import cache_terms, rope_and_write
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.spec import AttentionLayer, QKRope
 
 
 class RopeWriter:
-    """kernel: `PagedKernels.rope_and_write`."""
-
-    def __init__(self, layout: KVLayout, aiter: Aiter, kernel: Callable[..., Tensor], options: BackendOptions) -> None:
-        self._layout, self._calls, self._kernel = layout, AiterCalls(aiter, layout), kernel
+    def __init__(self, layout: KVLayout, aiter: Aiter, kernels: PagedKernels, options: BackendOptions) -> None:
+        self._layout, self._calls, self._kernels = layout, AiterCalls(aiter, layout), kernels
         self._routes = options.routes
         self._counting = torch.arange(options.max_rows, dtype=torch.int64, device=options.device)
 
@@ -30,6 +27,11 @@ class RopeWriter:
         if count <= self._counting.shape[0]:
             return self._counting[:count]
         return torch.arange(count, dtype=torch.int64, device=slot_mapping.device)
+
+    def write_unturned(self, layer: AttentionLayer, k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None:
+        """Store keys and values as they are; negative slots are skipped."""
+        terms = cache_terms(self._layout, layer)
+        self._kernels.write_kv(k, v, cache.key, cache.value, slot_mapping, **terms)
 
     def write(
         self,
@@ -51,5 +53,6 @@ class RopeWriter:
             q, k = self._calls.rope_and_write(layer, q, k, v, cache, slot_mapping, token_ids, rope.cos_sin)
             return q, k, v
         k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device) if keep_k else None
-        q = rope_and_write(self._kernel, self._layout, layer, qkv, rope, cache, slot_mapping, k_out)
+        kernel = self._kernels.rope_and_write
+        q = rope_and_write(kernel, self._layout, layer, qkv, rope, cache, slot_mapping, k_out)
         return q, k if k_out is None else k_out, v

@@ -79,8 +79,10 @@ class TorchBackend(Backend[TorchMetadata]):
         k, v = self.read(layer, cache, meta.block_tables.long())
         k, v = k.flatten(1, 2), v.flatten(1, 2)  # [rows, width * block_size, KH, D]
         distance = meta.seq_lens[:, None] - 1 - torch.arange(k.shape[1], device=q.device)
-        visible = visible_keys(distance, layer.spec.sliding_window)[:, None]  # [rows, 1, keys]
-        return grouped_attention(layer, q[:, None], k, v, visible).flatten(1)
+        visible = visible_keys(distance, layer.spec.sliding_window)  # [rows, keys]
+        for gathered in (k, v):  # what others left may be NaN, which a weight of 0 does not hide
+            gathered.masked_fill_(~visible[..., None, None], 0.0)
+        return grouped_attention(layer, q[:, None], k, v, visible[:, None]).flatten(1)
 
     def chunk(
         self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, meta: ChunkMetadata

@@ -37,7 +37,8 @@ class TorchLatentBackend(LatentBackend[DecodeRows]):
         lens = meta.seq_lens[rows].clamp(min=1)
         hidden = torch.arange(scores.shape[-1], device=q.device) >= lens[:, None]
         weights = scores.masked_fill_(hidden[:, None], float("-inf")).softmax(-1)
-        return torch.bmm(weights, kv_c).to(q.dtype)
+        # What others left may be NaN, which a weight of 0 does not hide.
+        return torch.bmm(weights, kv_c.masked_fill_(hidden[..., None], 0.0)).to(q.dtype)
 
     def attend_dense(
         self, layer: LatentLayer, q: Tensor, k: Tensor, v: Tensor, lens: RaggedLens, *, causal: bool

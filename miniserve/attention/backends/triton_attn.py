@@ -104,7 +104,7 @@ class TritonBackend(Backend[PagedMetadata]):
         return out.flatten(1)
 
     def write(self, layer: AttentionLayer, k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None:
-        self._kernels.write_kv(k, v, cache.key, cache.value, slot_mapping, **_cache_terms(self.layout, layer))
+        self._kernels.write_kv(k, v, cache.key, cache.value, slot_mapping, **cache_terms(self.layout, layer))
 
     def decode(self, layer: AttentionLayer, q: Tensor, cache: KVCache, meta: DecodeRows, out: Tensor) -> None:
         """q, out [rows, num_heads, head_dim]."""
@@ -142,7 +142,7 @@ class TritonBackend(Backend[PagedMetadata]):
 
     def _terms(self, layer: AttentionLayer) -> dict[str, object]:
         spec = layer.spec
-        return _cache_terms(self.layout, layer) | {
+        return cache_terms(self.layout, layer) | {
             "num_kv_heads": spec.num_kv_heads,
             "scale": spec.scale,
             "window": spec.sliding_window,
@@ -151,7 +151,7 @@ class TritonBackend(Backend[PagedMetadata]):
         }
 
 
-def _cache_terms(layout: KVLayout, layer: AttentionLayer) -> dict[str, object]:
+def cache_terms(layout: KVLayout, layer: AttentionLayer) -> dict[str, object]:
     """What every kernel over the layer's cache is told of it."""
     k_scale, v_scale = fp8_scales(layer)
     shuffled = layout.name == "shuffled"
@@ -187,7 +187,7 @@ def rope_and_write(
         head_dim=spec.head_dim,
         settled=settled,
         k_out=k_out,
-        **_cache_terms(layout, layer),
+        **cache_terms(layout, layer),
     )
 
 

@@ -75,13 +75,13 @@ class TritonLatentBackend(TorchLatentBackend):
             meta.block_tables,
             meta.seq_lens,
             scale=spec.scale,
-            kv_scale=_scale(layer),
+            kv_scale=latent_scale(layer),
             num_splits=_splits(spec, self._platform, q.shape[0], longest),
             scratch=self._scratch[spec],
         )
 
     def write(self, layer: LatentLayer, cache: KVCache, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor) -> None:
-        self._write_kernel(kv_c, k_pe, cache.key, slot_mapping, kv_scale=_scale(layer))
+        self._write_kernel(kv_c, k_pe, cache.key, slot_mapping, kv_scale=latent_scale(layer))
 
     def attend_dense(
         self, layer: LatentLayer, q: Tensor, k: Tensor, v: Tensor, lens: RaggedLens, *, causal: bool
@@ -109,6 +109,6 @@ def _rank(spec: AttentionSpec) -> int:
     return spec.head_dim if spec.latent is None else spec.latent.kv_lora_rank
 
 
-def _scale(layer: LatentLayer) -> Tensor | None:
+def latent_scale(layer: LatentLayer) -> Tensor | None:
     """The layer's scale where its cache is fp8, which alone has one."""
     return layer.kv_scale if layer.spec.kv_dtype.itemsize == 1 else None

@@ -64,13 +64,13 @@ def rope_and_write(
     q_out: torch.Tensor | None = None,
     k_out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Norm each head of q and k (where weights [head_dim] are given), rotate both, and store k and v in the cache.
+    """Norm each head of q and k (if weights [head_dim] are passed), rotate both, and store k and v in the cache.
 
     qkv [num_tokens, (num_heads + 2 num_kv_heads) * head_dim], rows may be strided; cos_sin float32 [num_tokens,
     head_dim]: cosines, then sines; slots as in `write_kv`. settled: slots and cos_sin may be read before earlier
-    kernels are done (see `pdl.py`). Rounds to qkv's dtype where `models/layers/ops.py` does.
-    Returns q [num_tokens, num_heads, head_dim], q_out where it is given; k_out [num_tokens, num_kv_heads, head_dim],
-    dense, gets the k of the tokens that are written.
+    kernels are done (see `pdl.py`). Rounds to qkv's dtype where `models/layers/ops.py` does. Returns q [num_tokens,
+    num_heads, head_dim], q_out if it is passed; k_out [num_tokens, num_kv_heads, head_dim], dense, gets the k of the
+    tokens that are written.
     """
     num_tokens = qkv.shape[0]
     if q_out is None:
@@ -179,7 +179,7 @@ def _write_kernel(
 def _norm_rope(
     first, second, first_weight, second_weight, cos, sin, eps, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """The two halves of heads [heads, half], normed where there are weights, and rotated; in their own dtype."""
+    """The two halves of heads [heads, half], normed if there are weights, and rotated; in their dtype."""
     dtype: tl.constexpr = first.dtype
     if first_weight is not None:
         a = first.to(tl.float32)
@@ -207,10 +207,10 @@ def _rope_write_kernel(
     token = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     member = tl.arange(0, BLOCK_H)[:, None]
-    # For each head anew, so that all that is read lies in the same threads.
+    # For each head again, so that the same threads hold everything they read.
     half = tl.broadcast_to(tl.arange(0, BLOCK_HALF)[None, :], (BLOCK_H, BLOCK_HALF))
     there = half < HALF
-    # Other layers' weights leave the L2 cache nothing of these, so they are asked for before the wait.
+    # Other layers' weights have evicted these from the L2 cache, so they are fetched before the wait.
     q_first, q_second = None, None
     if q_weight is not None:
         q_first = tl.load(q_weight + half, mask=there, other=0.0)

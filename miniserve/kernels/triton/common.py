@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, disable-error-code="no-untyped-call"
-"""What the attention kernels share: reading tiles of keys and values in either layout, and the softmax's pieces.
+"""Shared by the attention kernels: reading tiles of keys and values in either layout, and parts of the softmax.
 
 A tile's tokens are found through the block table, so a tile may span many blocks. In the shuffled layout a tile is read
 as [chunks, tokens, x], in the order in which it lies in memory (16 bytes per thread, neighbours side by side), and only
@@ -25,8 +25,8 @@ def platform() -> Platform:
 
 
 def dot_precision(on: Platform) -> str:
-    """How matrix products of float32 are taken (other dtypes have one way only): to float32's accuracy, and by the
-    matrix unit; NVIDIA's does it in three passes of TF32."""
+    """The precision of float32 matrix products (other dtypes have one only): float32's accuracy, by the matrix unit; on
+    NVIDIA in three passes of TF32."""
     return "tf32x3" if on == "cuda" else "ieee"
 
 
@@ -52,7 +52,7 @@ def paged_arguments(
     softcap: float | None,
     num_splits: int,
 ) -> tuple[tuple[float, ...], dict[str, Any]]:
-    """What the kernels of decode and prefill take alike behind their pointers: values; constants and options."""
+    """Arguments that the decode and prefill kernels share, after their pointers: values; constants and options."""
     head_dim = q.shape[2]
     strides = (stride for plane in planes for stride in plane_strides(plane, shuffled))
     values = (*q.stride()[:2], *strides, block_tables.stride(0), *out.stride()[:2])
@@ -107,7 +107,7 @@ def value_tile(
 ):  # fmt: skip
     """Values of the tokens low <= pos < high as [BLOCK_N, BLOCK_D]; 0 elsewhere. Linear: `ids`, `pos` [BLOCK_N];
     shuffled: [BLOCK_N / X], of each group of X tokens. There a group that is partly visible is read whole: the caller
-    has to keep what its other tokens hold, which may be NaN, from the sum (`finite`)."""
+    must keep its other tokens, which may hold NaN, out of the sum (`finite`)."""
     base = cache + ids.to(tl.int64) * block_stride + kv_head_offset
     d = tl.arange(0, BLOCK_D)
     if X == 0:
@@ -137,8 +137,8 @@ def finite(x):
 
 @triton.jit
 def running_softmax(scores, visible, best, total):
-    """A tile's scores [rows, keys], base 2, taken into the running softmax, whose sums [rows, keys] are added up across
-    keys at the end: weights, what earlier sums are still worth, the new maximum and sums. A row sees a key at least."""
+    """Add a tile's scores [rows, keys], base 2, to the running softmax, whose sums [rows, keys] are reduced over keys
+    at the end. Returns weights, the factor for earlier sums, the new maximum and sums. Every row must see a key."""
     scores = tl.where(visible[None, :], scores, float("-inf"))
     higher = tl.maximum(best, tl.max(scores, 1))
     decay = tl.exp2(best - higher)

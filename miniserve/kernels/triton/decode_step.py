@@ -1,8 +1,7 @@
-"""The ends of a decode step on the device: lengths, slots and block tables of its rows before, the greedy token after.
+"""The begin and end of a decode step on the device: lengths, slots and block tables of its rows; the greedy token.
 
-With these a step needs nothing from the host but, where they changed, the rows that decode and new blocks. Under
-speculation it is `explicit`: the host says which position of which row each entry computes, with which token, and a row
-may have several.
+So a step needs from the host only changes: which rows decode, and new blocks. Under speculation a step is `explicit`:
+the host sets the row, position and token of each entry, and a row may have several.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _VOCAB_BLOCK = 4096
 
 @dataclass(frozen=True, slots=True)
 class RowState:
-    """Every row's: tables int32 [max_num_seqs, width]; lens, last_tokens, num_outputs int64 [max_num_seqs]."""
+    """State of all rows: tables int32 [max_num_seqs, width]; lens, last_tokens, num_outputs int64 [max_num_seqs]."""
 
     tables: torch.Tensor
     lens: torch.Tensor
@@ -30,7 +29,7 @@ class RowState:
 
 @dataclass(frozen=True, slots=True)
 class StepTensors:
-    """One step's, [batch] or [batch, width]. rows int64, negative in padding; input_ids, positions, slots int64;
+    """One step's inputs, [batch] or [batch, width]. rows int64, negative in padding; input_ids, positions, slots int64;
     seq_lens, block_tables int32. Padding rows get length 0 and slot -1."""
 
     rows: torch.Tensor
@@ -67,9 +66,9 @@ def _apply_kernel(
 def apply_changes(
     staged: torch.Tensor, num_rows: int, num_blocks: int, step: StepTensors, tables: torch.Tensor, *, explicit: bool
 ) -> None:
-    """Take over what the host staged for a step, int32 in pinned memory, which the kernel reads where it is: `num_rows`
-    rows, if `explicit` as many positions and input ids, then places in the flattened `tables` and the block ids that go
-    there, `num_blocks` of each."""
+    """Copy what the host staged for a step, int32 in pinned memory, which the kernel reads in place: `num_rows` rows,
+    if `explicit` as many positions and input ids, then indices into the flattened `tables` and block ids for them,
+    `num_blocks` of each."""
     _apply_kernel[(triton.cdiv(max(num_rows, num_blocks), 256),)](
         staged, step.rows, step.positions, step.input_ids, tables, num_rows, num_blocks,
         EXPLICIT=explicit, BLOCK=256, num_warps=2, **launch_options(tables.device),
@@ -110,7 +109,7 @@ def _advance_kernel(
 
 def advance(state: RowState, step: StepTensors, block_size: int, *, explicit: bool) -> None:
     """Count one more token for each of `step.rows` and fill in the rest of `step`; if `explicit`, fill in what follows
-    from its rows and positions, and leave `state` alone."""
+    from its rows and positions, and do not change `state`."""
     _advance_kernel[(step.rows.shape[0],)](
         step.rows, state.tables, state.lens, state.last_tokens, step.input_ids, step.positions, step.slots,
         step.seq_lens, step.block_tables, state.tables.shape[1],

@@ -1,6 +1,6 @@
 """The small operations of a decoder between its matrix products: norms, qk-norm with rope, SwiGLU's middle.
 
-Each rounds where `models/layers/ops.py` does, so that both give the same numbers but for the order of sums.
+Each rounds where `models/layers/ops.py` does, so that results differ only by the order of sums.
 """
 
 from __future__ import annotations

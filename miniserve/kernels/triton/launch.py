@@ -36,8 +36,8 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-# The first row that fits is taken. Keys and values of every stage have to lie beside each other in shared memory (64
-# KiB on gfx942, 227 KiB on sm_90) and nothing may spill on AMD: `tools/compile_check.py` holds the tables to that.
+# The first row that fits is used. Keys and values of all stages must fit in shared memory together (64 KiB on gfx942,
+# 227 KiB on sm_90) and nothing may spill on AMD: `tools/compile_check.py` checks the tables for that.
 _Row = tuple[Platform, int, int, Launch]  # platform, largest padded head_dim, largest itemsize of the cache
 _DECODE: tuple[_Row, ...] = (  # block_m stands for any: it follows from the group
     ("cuda", 64, 2, Launch(0, 128, 4, 3)),
@@ -102,7 +102,7 @@ def extend_launch(platform: Platform, head_dim: int, kv_itemsize: int, rows: int
 
 def extend_splits(programs: int, max_seq_len: int, num_sms: int) -> int:
     """How many programs share a tile's keys in `paged_extend`, which has as many tiles of queries as `programs` of
-    them: as many as fill the device, where there are keys enough for the merge to pay."""
+    them: as many as fill the device, if there are enough keys for the merge to pay."""
     return 1 if max_seq_len < _SPLIT_KEYS else max(1, min(_MOST_SPLITS, num_sms // programs))
 
 
@@ -112,8 +112,8 @@ def mla_launch(platform: Platform, num_heads: int, kv_itemsize: int) -> Launch:
 
 
 def scratch_sizes(launches: Iterable[tuple[int, int]], num_heads: int) -> tuple[int, int]:
-    """Of what splits leave for the merge, large enough for each (rows, num_splits): (row, head, split) entries, and
-    (row, head) counters."""
+    """Sizes of the splits' scratch, large enough for each (rows, num_splits): (row, head, split) entries, and (row,
+    head) counters."""
     pairs = list(launches)
     entries = max((rows * splits for rows, splits in pairs), default=0) * num_heads
     return entries, max((rows for rows, _ in pairs), default=0) * num_heads
@@ -125,8 +125,8 @@ def choose_splits(
     """How many programs share one row's keys: as many as fill the device once, never more than the row has tiles.
 
     head_tiles: programs that one row needs at least (kv heads, times the tiles of a group above 32). Fixed when a graph
-    is captured; every split then takes its share of the length that it finds on the device. programs_per_sm: two, or as
-    many as make eight warps, unless given.
+    is captured; every split then takes its share of the length, which it reads on the device. programs_per_sm: by
+    default two, or as many as make eight warps.
     """
     fill = num_sms * (programs_per_sm or max(2, 8 // launch.num_warps)) // (batch * head_tiles)
     return max(1, min(fill, cdiv(max_seq_len, launch.block_n)))

@@ -2,7 +2,7 @@
 """Blocks of a shuffled cache copied into the linear layout, which prefill reads faster than it reads the shuffled one.
 
 A tile of the shuffled layout must be turned in registers before the matrix unit can take it, once for every tile of
-queries that reads it; turned here once, it is read as it lies. Worth it from some query tokens on.
+queries that reads it; turned here once, it is read as it lies. This pays from some number of query tokens on.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def linearize(
     window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Copy the blocks that each request's new tokens see: shuffled planes, and the rest as `paged_extend` takes it, ->
-    linear planes [requests * width, block_size, num_kv_heads, head_dim], block w of request r at r * width + w. Blocks
-    that nobody sees are left uninitialized."""
+    linear planes [requests * width, block_size, num_kv_heads, head_dim], block w of request r at r * width + w. Other
+    blocks stay uninitialized."""
     _, kv_heads, chunks, block_size, x = key_cache.shape
     requests, width = block_tables.shape
     shape = (requests * width, block_size, kv_heads, chunks * x)

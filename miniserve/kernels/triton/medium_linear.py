@@ -1,11 +1,11 @@
 # mypy: disable-error-code="assignment, misc"
-"""Linear layers for 9 to 256 rows, optionally with SwiGLU's middle: y = x Wᵀ + b, by Hopper's matrix units.
+"""Linear layers for 9 to 256 rows, y = x Wᵀ + b, optionally with SwiGLU's activation, by Hopper's matrix units.
 
 A program has up to three warpgroups that multiply, each with 64 rows of the weight as the left operand and the tile's
-rows of x as the right one, and one warp that keeps a ring of tiles filled (TMA: copies by descriptor). So that one
-round of programs fills the chip where the vendor's library needs two; and the ring fills with weights before the
-program waits for x. Long rows may be split among programs, whose sums are then left to be added (`linear_parts`).
-Written in Gluon, Triton's language in which layouts and the division of labour are explicit.
+rows of x as the right one, and one warp that keeps a ring of tiles filled (TMA: copies by descriptor). This way one
+round of programs fills the chip where the vendor's library needs two, and the ring fills with weights before the
+program waits for x. Long rows may be split among programs, whose sums the caller adds (`linear_parts`). Written in
+Gluon, Triton's language in which layouts and the division of labour are explicit.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _PRODUCER_REGISTERS = 24
 class MediumTile:
     """How a medium linear is cut: block_m rows of x, 64 rows of the weight for each of 1 to 3 warpgroups, num_stages
     tiles of 64 columns in the ring. stagger: tiles by which neighbouring programs' first columns differ. early: tiles
-    of the weight asked for before x is there; their traffic holds up the kernel that x comes from. splits: programs
-    along the columns."""
+    of the weight to fetch before x is there, whose traffic slows the kernel that computes x. splits: programs along the
+    columns."""
 
     block_m: int
     groups: int
@@ -68,7 +68,7 @@ def _fetch_weights(w_desc, ws, ready, stage, first_n, k):
 
 @gluon.jit
 def _produce(x_desc, w_desc, xs, ws, ready, free, first_m, first_n, rounds, first_k, offset, EARLY: gl.constexpr):
-    """Keeps the ring filled; the weights of its first EARLY tiles are asked for before x can be read."""
+    """Keeps the ring filled; fetches the weights of its first EARLY tiles before x can be read."""
     STAGES: gl.constexpr = xs.type.shape[0]
     BLOCK_K: gl.constexpr = xs.type.shape[2]
     BYTES: gl.constexpr = (xs.type.shape[1] + 64 * len(ws)) * BLOCK_K * 2
@@ -139,7 +139,7 @@ def _store(out, ws, y_desc, b_ptr, first_m, first_n, N):
             outputs = first_n + gl.arange(0, 64, gl.SliceLayout(1, layout))
             out += gl.load(b_ptr + outputs, mask=outputs < N, other=0.0).to(gl.float32)[:, None]
         y = out.to(dtype)
-    # Through this warpgroup's own part of the ring, which nobody fills or reads any more.
+    # Through this warpgroup's part of the ring, which is no longer filled or read.
     turned = ws._reinterpret(dtype, [BLOCK_M, OUTPUTS], y_desc.layout)
     turned.permute((1, 0)).store(y)
     fence_async_shared()
@@ -181,7 +181,7 @@ def _medium_linear_kernel(
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
         mbarrier.init(free.index(stage), count=GROUPS)
-    # The last rows share some with those before rather than reach beyond M, where there are as many as a tile has.
+    # If M is at least a tile, the last tile overlaps the one before instead of reaching beyond M.
     first_m = gl.minimum(gl.program_id(0) * BLOCK_M, gl.maximum(M - BLOCK_M, 0))
     n0 = gl.program_id(1) * GROUPS * OUTPUTS
     rounds = (K + BLOCK_K * gl.num_programs(2) - 1) // (BLOCK_K * gl.num_programs(2))
@@ -212,7 +212,7 @@ _CUTS = ((64, 1), (128, 1), (64, 2), (128, 2), (64, 3), (128, 3), (256, 3))
 
 @functools.cache
 def choose_medium_tile(m: int, n: int, k: int, itemsize: int, chip: Chip, *, gated: bool) -> MediumTile | None:
-    """The smallest cut whose programs for m rows, n outputs and k inputs all run at once; None where there is none, or
+    """The smallest cut whose programs for m rows, n outputs and k inputs all run at once; None if there is none, or if
     `small_linear` or the vendor's library is as fast.
 
     Measured on an H100 over the shapes of Qwen3-0.6B, 8B, 30B-A3B and DeepSeek-V2-Lite (docs/LAB.md).
@@ -241,7 +241,7 @@ def choose_medium_tile(m: int, n: int, k: int, itemsize: int, chip: Chip, *, gat
 
 @functools.cache
 def choose_parts_tile(m: int, n: int, k: int, itemsize: int, chip: Chip) -> MediumTile | None:
-    """How to multiply what a norm then adds to the residual stream: in two parts (`linear_parts`) where rows are long
+    """The cut for a product that a norm then adds to the residual stream: two parts (`linear_parts`) if rows are long
     and tiles of 256 rows full; else None. Measured on an H100 at 64 to 256 rows of 4096 x 12288."""
     splits = 2
     programs = splits * triton.cdiv(n, _GROUP_ROWS)
@@ -272,8 +272,8 @@ def medium_linear(
 
 
 def linear_parts(x: torch.Tensor, weight: torch.Tensor, tile: MediumTile) -> torch.Tensor:
-    """As `medium_linear`, but what each of the tile's programs along the columns multiplied: float32 [M * splits, N],
-    a row's parts after one another."""
+    """As `medium_linear`, but returns the unsummed parts of the programs along the columns: float32 [M * splits, N], a
+    row's parts after one another."""
     parts = torch.empty(x.shape[0] * tile.splits, weight.shape[0], dtype=torch.float32, device=x.device)
     _launch(x, weight, tile, parts=parts)
     return parts
@@ -320,7 +320,8 @@ def _launch(
 
 
 def try_out(device: torch.device) -> None:
-    """Multiply once. RuntimeError: it came out wrong; what Triton raises where it cannot compile the kernel."""
+    """Multiply once. Raises RuntimeError if the result is wrong, and whatever Triton raises if it cannot compile the
+    kernel."""
     x = torch.eye(_GROUP_ROWS, dtype=torch.bfloat16, device=device)
     weight = torch.arange(_GROUP_ROWS**2, device=device).view(_GROUP_ROWS, -1).remainder(127).to(x.dtype)
     if not torch.equal(medium_linear(x, weight, None, MediumTile(_GROUP_ROWS, 1, _MOST_STAGES)), weight.T):

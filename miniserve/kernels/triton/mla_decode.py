@@ -41,7 +41,7 @@ def mla_decode(
     launch: Launch | None = None,
     fused_merge: bool | None = None,
 ) -> torch.Tensor:
-    """Attention of each row's one query over its cached latents, its own token's included.
+    """Attention of each row's one query over its cached latents, including that of its own token.
 
     q [rows, num_heads, kv_lora_rank], the absorbed query, and q_pe [rows, num_heads, rope_dim], its rotated part, last
     dimensions dense; kv_cache [num_blocks, block_size, kv_lora_rank + rope_dim]; block_tables int32 [rows, width];

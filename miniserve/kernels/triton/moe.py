@@ -1,8 +1,8 @@
-"""Routed experts on a GPU: tokens grouped by expert, the two grouped products, and the sum of what they gave.
+"""Routed experts on a GPU: tokens grouped by expert, the two grouped products, and the sum of their results.
 
 A pair is a token with one of its experts; token t's k-th is pair t * K + k. Pairs are laid out expert by expert, each
 expert's filled up to whole blocks of BLOCK_M, so that a program's rows share an expert (the "aligned" layout of vLLM's
-fused_moe). Nothing waits for the host: grids are as large as the worst case, and what is left over returns at once.
+fused_moe). Nothing waits for the host: grids are as large as the worst case, and unused programs return at once.
 """
 
 from __future__ import annotations
@@ -152,7 +152,8 @@ def _add_pairs_norm_kernel(
 
 
 def choose_tiles(num_pairs: int, num_experts: int) -> tuple[MoETile, MoETile]:
-    """Of the two products, by the rows that an expert gets on average; the fewer, the more it is reading weights."""
+    """Tiles of the two products, by an expert's average number of rows; the fewer, the more time goes to reading
+    weights."""
     rows = num_pairs / num_experts
     if num_pairs <= 16:
         return MoETile(16, 64, 64, 4, 5, swap=True), MoETile(16, 64, 128, 4, 5, swap=True)
@@ -166,7 +167,7 @@ def choose_tiles(num_pairs: int, num_experts: int) -> tuple[MoETile, MoETile]:
 
 
 def fitted(tiles: tuple[MoETile, MoETile], itemsize: int, shared_bytes: int) -> tuple[MoETile, MoETile]:
-    """With as many stages, each at least one, as the shared memory holds; the first of the two is gated."""
+    """Set as many stages, at least one each, as shared memory holds; the first of the two products is gated."""
 
     def fit(tile: MoETile, width: int) -> MoETile:
         stage = (tile.block_n * width + tile.block_m) * tile.block_k * itemsize
@@ -183,7 +184,7 @@ def experts(
     topk_ids: torch.Tensor,
     tiles: tuple[MoETile, MoETile] | None = None,
 ) -> torch.Tensor:
-    """What each token's SwiGLU experts give, weighted. x [T, D], contiguous; w1 [E, 2 I, D], gates before ups; w2
+    """The weighted results of each token's SwiGLU experts. x [T, D], contiguous; w1 [E, 2 I, D], gates before ups; w2
     [E, D, I]; topk_weights float32, topk_ids int, [T, K]. tiles: of the two products, with the same block_m; chosen by
     default. Returns float32 [T * K, D], a token's after one another."""
     tokens, hidden = x.shape
@@ -232,8 +233,8 @@ def add_pairs_norm(
     weight: torch.Tensor,
     eps: float,
 ) -> torch.Tensor:
-    """Sums each token's `parts`, as `experts` gives them, adds them and `shared` [T, D] into `residual` [T, D], and
-    returns its RMSNorm, `weight` [D]: one kernel for what else is three."""
+    """Sums each token's `parts`, as `experts` returns them, adds them and `shared` [T, D] to `residual` [T, D], and
+    returns its RMSNorm, `weight` [D]: one kernel instead of three."""
     tokens, size = residual.shape
     out = torch.empty_like(residual)
     block = triton.next_power_of_2(size)

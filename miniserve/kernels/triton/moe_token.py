@@ -1,4 +1,4 @@
-"""Routed experts for one token: all of it reading weights, so no tiles for the matrix units and nothing to sum."""
+"""Routed experts for one token: the time goes to reading weights, so no tiles for the matrix units."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _out_kernel(
     K: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y = the weighted sum of the experts' products; one program: BLOCK_N outputs of all of them. Summed across threads
-    once, at the end: a sum for each expert would be a barrier, and keep the next one's weights from being asked for."""
+    once, at the end: a sum for each expert would be a barrier that delays fetching the next one's weights."""
     start(PDL)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_D)

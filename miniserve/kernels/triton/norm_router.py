@@ -1,9 +1,9 @@
-"""What lies between attention and the experts of a few tokens, in one kernel: the residual stream's addition and norm,
-the router's product, the choice.
+"""Everything between attention and the experts of a few tokens in one kernel: adding to the residual stream, the norm,
+the router's product and the choice.
 
-As three launches each would wait for the one before it with next to nothing to read. Here every program makes the norm
-for itself, while its row of the router's weight is there already, and the last to arrive chooses. A program is one warp
-where a row fits one's registers: warps would wait for each other.
+As three launches each would wait for the one before it with almost nothing to read. Here every program computes the
+norm itself, while its row of the router's weight is being fetched, and the last to arrive chooses. A program is one
+warp if a row fits its registers: warps would wait for each other.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ def add_norm_route(
     **asked: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `elementwise.add_rms_norm` of x and residual [T, hidden], contiguous, norm [hidden], then `routing.route` of
-    what it gives with the router's weight float32 [E, hidden]; but `residual` is left as it is, since other programs
-    read it. Returns the normed x and the new residual stream [T, hidden], and the choice: weights float32 and expert
-    ids int32 [T, top_k]. asked: the rest of a `routing.Choice`.
+    the result with the router's weight float32 [E, hidden]; but `residual` does not change, since other programs read
+    it. Returns the normed x and the new residual stream [T, hidden], and the choice: weights float32 and expert ids
+    int32 [T, top_k]. asked: the rest of a `routing.Choice`.
 
     Programs read what others of the launch wrote: not for GPUs whose `Chip.splits` is false.
     """

@@ -30,7 +30,7 @@ from miniserve.kernels.triton.split_kv import (
     shares,
 )
 
-# Measured on an H100. With more programs than these a tile in registers costs more of them at a time than it saves.
+# Measured on an H100. With more programs, holding a tile in registers lets too few of them run at a time.
 _FUSED_MERGE_VALUES, _EARLY_PROGRAMS = 16384, 768
 
 
@@ -57,16 +57,16 @@ def paged_decode(
     launch: Launch | None = None,
     fused_merge: bool | None = None,
 ) -> torch.Tensor:
-    """Attention of each row's one query over its cached keys, its own token's included.
+    """Attention of each row's one query over its cached keys, including that of its own token.
 
     q [rows, num_heads, head_dim], last dimension dense; key_cache, value_cache: planes of the layout (see
     `attention/layouts.py`); block_tables int32 [rows, width]; seq_lens int32 [rows], 0 for a padding row, which reads
     nothing and gets zeros. window W: only the last W keys; softcap c: c·tanh(score/c); sinks float32 [num_heads]: a
     logit per head that joins the softmax's sum. k_scale, v_scale float32 [1]: factors of an fp8 cache's codes.
-    num_splits > 1 needs `scratch`. fresh: how many of a row's last tokens are computed in the same step, at most; older
-    ones, block_tables and seq_lens may then be read before earlier kernels are done (see `pdl.py`). None: nothing may.
-    `launch` and `fused_merge` override the table's choice (for measurements).
-    Returns out [rows, num_heads, head_dim], q's dtype.
+    num_splits > 1 needs `scratch`. fresh: how many of a row's last tokens this step computes, at most; older ones,
+    block_tables and seq_lens may then be read before earlier kernels are done (see `pdl.py`). None: nothing may.
+    `launch` and `fused_merge` override the default (for measurements). Returns out [rows, num_heads, head_dim], q's
+    dtype.
     """
     rows, num_heads, head_dim = q.shape
     if out is None:
@@ -150,7 +150,7 @@ def _decode_kernel(
     k_ids = tl.load(table + k_pos // BLOCK_SIZE, mask=k_pos < seq_len, other=0)
     v_ids = tl.load(table + v_pos // BLOCK_SIZE, mask=v_pos < seq_len, other=0)
     if EARLY:
-        # The first tile, too, where all of it is older than the step, and the next one's block ids.
+        # The first tile as well, if all of it is older than the step, and the next one's block ids.
         old = (begin + 1) * BLOCK_N <= seq_len - fresh
         visible = (k_pos >= low) & old
         k = key_tile(
@@ -169,7 +169,7 @@ def _decode_kernel(
     if SETTLED:
         wait(PDL)
     query = tl.load(q + row.to(tl.int64) * q_row + head[:, None] * q_head + d[None, :], mask=mine, other=0.0)
-    if EARLY:  # noqa: SIM102 - the compiler decides this, the device what comes next
+    if EARLY:  # noqa: SIM102 - the outer test is for the compiler, the inner one for the device
         if old:
             best, total, acc = _absorb(
                 query, k, v, visible, best, total, acc, qk_scale, softcap, HAS_SOFTCAP, X, PRECISION
@@ -220,7 +220,7 @@ def _absorb(
     query, k, v, visible, best, total, acc, qk_scale, softcap,
     HAS_SOFTCAP: tl.constexpr, X: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The running softmax's maximum, sums and weighted values, with a tile of keys and values taken in."""
+    """Add a tile of keys and values to the running softmax's maximum, sums and weighted values."""
     scores = tl.dot(query, k.to(query.dtype), input_precision=PRECISION) * qk_scale
     if HAS_SOFTCAP:
         scores = capped(scores, softcap)

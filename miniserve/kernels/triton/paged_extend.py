@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, disable-error-code="no-untyped-call"
-"""Prefill and extend attention over a paged cache that holds the new tokens already.
+"""Prefill and extend attention over a paged cache, which already holds the new tokens.
 
 Flash attention (Dao 2023) with the cache's pages as keys. A tile's rows are (token, query head) pairs of one kv head,
 so that the heads of a group share the keys they read and short queries still fill a tile. Where tiles are too few to
@@ -45,9 +45,9 @@ def paged_extend(
 
     q [num_tokens, num_heads, head_dim], last dimension dense: the requests' tokens one after another, request r's at
     cu_query_lens[r] … cu_query_lens[r + 1] (int32 [requests + 1], device), none longer than max_query_len (host);
-    seq_lens int32 [requests]: cached tokens with the new ones, so the last query sees seq_len keys. num_splits: how
-    many programs share a tile's keys. The rest as `paged_decode`. What tokens of no request get is undefined. Returns
-    out [num_tokens, num_heads, head_dim], q's dtype.
+    seq_lens int32 [requests]: cached tokens including the new ones, so the last query sees seq_len keys. num_splits:
+    how many programs share a tile's keys. The rest as `paged_decode`. Results of tokens outside all requests are
+    undefined. Returns out [num_tokens, num_heads, head_dim], q's dtype.
     """
     num_heads, head_dim = q.shape[1:]
     if out is None:
@@ -146,7 +146,7 @@ def _extend_kernel(
         HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_SIZE, X, True, HAS_WINDOW, partial is not None, HAS_SOFTCAP, PRECISION,
     )  # fmt: skip
     if partial is not None:
-        # A row may see none of these keys: it leaves zeros, of no weight.
+        # A row may see none of these keys: then it stores zeros, with no weight.
         found = total > 0.0
         total = tl.where(found, total, 1.0)
     acc = acc / total[:, None]
@@ -169,7 +169,7 @@ def _attend(
     MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, SPLIT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Go on with the keys from `begin` to `end`; not MASKED: every row sees them all."""
+    """Continue with the keys from `begin` to `end`; not MASKED: every row sees them all."""
     VALUE_STEP: tl.constexpr = X if X > 0 else 1
     k_pos = begin + tl.arange(0, BLOCK_N)
     v_pos = begin + tl.arange(0, BLOCK_N // VALUE_STEP) * VALUE_STEP
@@ -195,7 +195,7 @@ def _attend(
             scores = tl.where(seen, scores, float("-inf"))
         higher = tl.maximum(best, tl.max(scores, 1))
         if HAS_WINDOW or SPLIT:
-            # A row may see no key of the first tiles: no difference of two infinities then.
+            # A row may see no key of the first tiles: avoid the difference of two infinities.
             higher = tl.maximum(higher, -1.0e30)
         decay = tl.exp2(best - higher)
         weights = tl.exp2(scores - higher[:, None])

@@ -1,4 +1,4 @@
-"""The choice of experts on a GPU: from given logits, or for tens of tokens from the hidden states in one kernel."""
+"""The choice of experts on a GPU: from logits, or for tens of tokens from the hidden states in one kernel."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def choose(
     choice = tl.where(inside, choice, float("-inf"))
     if CHOICE.top_groups < CHOICE.num_groups:
         choice = _close_groups(choice, CHOICE)
-    # As integers of the same order, whose largest NVIDIA's GPUs find by one instruction. What cannot be chosen any more
-    # is below all others, also those that are not numbers, so that no expert is chosen twice.
+    # As integers of the same order, whose maximum NVIDIA's GPUs find by one instruction. Experts that cannot be chosen
+    # any more sort below all others, NaNs included, so that no expert is chosen twice.
     bits = choice.to(tl.int32, bitcast=True)
     keys = tl.maximum(bits ^ ((bits >> 31) & 0x7FFFFFFF), -0x7FFFFFFF)
     keys = tl.where(inside, keys, -0x80000000)
@@ -119,8 +119,8 @@ def _route_kernel(
 
 @triton.jit
 def _add_product(acc, x, w):
-    """acc + x wᵀ as in float32, x [tokens, k], w float32 [experts, k]. bfloat16 meets the weight in three parts of its
-    own kind, which together are the weight: the matrix units multiply them exactly and sum in float32."""
+    """acc + x wᵀ as in float32, x [tokens, k], w float32 [experts, k]. For bfloat16 x the weight is split into three
+    bfloat16 parts, whose sum is the weight: the matrix units multiply them exactly and sum in float32."""
     if x.dtype == tl.bfloat16:
         high = w.to(tl.bfloat16)
         rest = w - high.to(tl.float32)
@@ -175,7 +175,7 @@ def _router_kernel(
 
 
 def can_route(num_experts: int, num_groups: int, top_groups: int) -> bool:
-    """Whether `route` takes these sizes: groups must be powers of two, as must be what they hold."""
+    """Whether `route` supports these sizes: the number of groups and their size must be powers of two."""
     limited = top_groups < num_groups
     return not limited or (
         num_experts >= 16 and num_experts & (num_experts - 1) == 0 and num_groups & (num_groups - 1) == 0

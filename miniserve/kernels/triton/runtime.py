@@ -1,4 +1,4 @@
-"""The Triton kernels of one GPU, with what they share. Imported only where there is a GPU and Triton."""
+"""The Triton kernels of one GPU, and what they share. Imported only if there is a GPU and Triton."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _logger = logging.getLogger(__name__)
 
 
 def _medium_linears(device: torch.device, chip: Chip) -> ModuleType | None:
-    """The module of products of 9 to 256 rows. None on GPUs without them, and where this Triton's Gluon, which calls
-    itself experimental, is not the one that they were written for: they are tried here once."""
+    """The module of products of 9 to 256 rows. None on GPUs without them, and if they fail a trial: Gluon is
+    experimental, and this Triton's may differ from the one they were written for."""
     if not chip.wgmma:
         return None
     try:
@@ -27,7 +27,7 @@ def _medium_linears(device: torch.device, chip: Chip) -> ModuleType | None:
 
         medium_linear.try_out(device)
     except Exception as error:
-        _logger.warning("Linear layers of 9 to 256 rows are multiplied as on other GPUs: %r", error)
+        _logger.warning("The Gluon kernel fails here, so linear layers of 9 to 256 rows run slower: %r", error)
         return None
     return medium_linear
 
@@ -48,7 +48,8 @@ class TritonKernels:
     def __init__(self, device: torch.device) -> None:
         self._workspace = Workspace(device)
         chip = chip_of(device)
-        # A GPU whose programs may not share a row has norm, the router's logits and the choice made one after another.
+        # On a GPU whose programs may not share a row the norm, the router's logits and the choice are separate
+        # launches.
         self._fused_tokens = routing.FUSED_TOKENS if chip.splits else ()
         self._norm_fused_tokens = norm_router.FUSED_TOKENS if chip.splits else ()
         self._tile = functools.cache(functools.partial(choose_tile, chip=chip))
@@ -64,7 +65,7 @@ class TritonKernels:
         gated: bool = False,
         out_dtype: torch.dtype | None = None,
     ) -> torch.Tensor | None:
-        """See `small_linear` and `medium_linear`; None where `library_linear` serves these shapes better."""
+        """See `small_linear` and `medium_linear`; None if `library_linear` is faster for these shapes."""
         n = weight.shape[0] // 2 if gated else weight.shape[0]
         sizes = (x.shape[0], n, weight.shape[1], weight.element_size())
         if self._medium is not None and out_dtype is None and self._medium.can_describe(x):
@@ -78,7 +79,7 @@ class TritonKernels:
         return small_linear(x, weight, bias, tile, self._workspace, gated=gated, out_dtype=out_dtype)
 
     def linear_parts(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
-        """See `medium_linear.linear_parts`; None where a whole product is as fast."""
+        """See `medium_linear.linear_parts`; None if a whole product is as fast."""
         if self._medium is None or not self._medium.can_describe(x):
             return None
         tile = self._medium.choose_parts_tile(x.shape[0], *weight.shape, weight.element_size(), self._chip)

@@ -4,13 +4,13 @@
 The Gumbel-max trick would need a random number for every token of the vocabulary; by inversion of the CDF a CPU draws
 the same token from the same number.
 
-Three kernels, of which one reads all logits. The first reduces every block of 64 logits to its maximum and the sum of
-its weights. The second has a row to itself: from these it draws for a row without filters, or else finds which blocks
-can hold a token that the filters leave. k blocks have a maximum at or above the k-th largest of all maxima, so no token
-below that is among the k largest; of a nucleus the same holds with the maxima's weights for the count. The third looks
-at these blocks alone, and finds the bar of a filter by bisection on the order that the bits of a float have, which is
+Three kernels, of which only the first reads all logits. It reduces every block of 64 logits to its maximum and the sum
+of its weights. The second has one program per row: it draws from these sums for a row without filters, or else finds
+which blocks can hold a token that the filters keep. k blocks have a maximum at or above the k-th largest of all maxima,
+so no token below that is among the k largest; for a nucleus the same holds with the maxima's weights for the count. The
+third reads only these blocks, and finds the bound of a filter by bisection over the ordered bits of a float, which is
 exact after as many halvings as there are bits (as in RTop-K, Xie et al., 2024). Sums are taken block by block in an
-order that nothing but the row decides, so that a row's token does not depend on its batch.
+order that depends only on the row, so that a row's token does not depend on its batch.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from miniserve.kernels.triton.decode_step import RowState
 from miniserve.kernels.triton.pdl import launch_options, start, wait
 
 _BLOCK = 64
-_TILE = 4096  # logits that one program looks at in one go
-_ZERO_BITS = {torch.bfloat16: 16, torch.float16: 13}  # at the end of a float32 that was one of these
+_TILE = 4096  # logits that one program reads at once
+_ZERO_BITS = {torch.bfloat16: 16, torch.float16: 13}  # of a float32 converted from one of these
 
 _TEMPERATURE, _TOP_K, _TOP_P, _MIN_P, _LEFT = (
     tl.constexpr(column)
@@ -35,7 +35,7 @@ _TEMPERATURE, _TOP_K, _TOP_P, _MIN_P, _LEFT = (
 _COLUMNS = tl.constexpr(sampling.NUM_COLUMNS)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-3e38)  # stands in for the maximum of a row of -inf, from which nothing can be subtracted
-_NO_WEIGHT = tl.constexpr(2e-38)  # what weighs less, of a best token's 1, is never drawn
+_NO_WEIGHT = tl.constexpr(2e-38)  # relative to the best token's 1; a smaller weight is never drawn
 _ORDER_OF_MINUS_INF = tl.constexpr(-0x7F800001)
 _NUMBERS_PER_POSITION = tl.constexpr(sampling.NUMBERS_PER_POSITION)
 _GAMMA, _MIX_1, _MIX_2 = (tl.constexpr(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -66,8 +66,8 @@ def _value(key, SHIFT: tl.constexpr):
 
 @triton.jit
 def _first_above(weights, target, SIZE: tl.constexpr):
-    """The first place at which the running sum of the float64 `weights` exceeds the target, never one of weight 0;
-    the last of those where rounding has put the target beyond the sum."""
+    """The first index at which the running sum of the float64 `weights` exceeds the target, never one of weight 0; the
+    last of weight > 0 if rounding puts the target beyond the sum."""
     places = tl.arange(0, SIZE)
     found = (tl.cumsum(weights, 0) > target) & (weights > 0.0)
     last = tl.max(tl.where(weights > 0.0, places, 0), axis=0)
@@ -85,7 +85,7 @@ def _hand_over(token, index, row, vocab_size, last_ptr, outputs_ptr, tokens_ptr,
 
 @triton.jit
 def _number(keys_ptr, outputs_ptr, index, row, ADVANCE: tl.constexpr):
-    """The random number of the token to draw. outputs_ptr: of each row where it advances, else of each entry."""
+    """The random number of the token to draw. outputs_ptr: per row if ADVANCE, else per entry."""
     place = row if ADVANCE else index
     return _uniform(tl.load(keys_ptr + row), tl.load(outputs_ptr + place))
 
@@ -121,9 +121,9 @@ def _summarise_kernel(
 
 @triton.jit
 def _floor(order, top, total, best, scale, top_k, top_p, min_p, vocab_size):
-    """What the `_order` of no token that the filters leave is below, without its 16 lowest bits. order: of the blocks'
-    maxima, likewise; top: their weights."""
-    # With min_p before it top_p's sum is not known yet, and min_p leaves few tokens anyhow.
+    """Lower bound on `_order >> 16` of every token the filters keep. order: `_order >> 16` of the blocks' maxima; top:
+    their weights."""
+    # After min_p the sum for top_p is not known yet, and min_p keeps few tokens anyway.
     nucleus = (top_k == 0.0) & (min_p == 0.0)
     need = tl.where(nucleus, top_p * total, top_k)
     measure = tl.where(nucleus, top, 1.0)
@@ -147,8 +147,8 @@ def _draw_kernel(
     chosen_ptr, num_chosen_ptr, floors_ptr, totals_ptr, vocab_size, num_blocks,
     BLOCK: tl.constexpr, SIZE: tl.constexpr, ADVANCE: tl.constexpr, LEAVE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The token of a row without filters. For any other: `chosen`, the blocks that can hold a token which the filters
-    leave, in order; `floors`, see `_floor`; `totals`, the maximum and the sum of all weights."""
+    """The token of a row without filters. For other rows: `chosen`, the blocks that can hold a token that the filters
+    keep, in order; `floors`, see `_floor`; `totals`, the maximum and the sum of all weights."""
     start(PDL)
     wait(PDL)
     index = tl.program_id(0).to(tl.int64)
@@ -220,8 +220,8 @@ def _lowest_bar(
     logits_ptr, chosen_ptr, num_chosen, vocab_size, best, scale, min_p, low, high, need,
     COUNT: tl.constexpr, SHIFT: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The highest key of low … high whose `_value` has `need` tokens (COUNT) or weights at or above it; `low` if none
-    above it has."""
+    """The highest key in low … high such that tokens at or above its `_value` number (COUNT) or weigh at least `need`;
+    `low` if there is none."""
     while low < high:
         middle = (low + high + 1) >> 1
         bar = _value(middle, SHIFT)
@@ -240,7 +240,7 @@ def _first_surplus(
     logits_ptr, chosen_ptr, num_chosen, vocab_size, low, top_k,
     SHIFT: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The first id of those at the bar `low` that top_k has no room for; vocab_size if it has for all."""
+    """The first of the ids at the bound `low` that no longer fit top_k; vocab_size if all fit."""
     bar, above = _value(low, SHIFT), _value(low + 1, SHIFT)
     room = top_k.to(tl.int32)
     for first in range(0, num_chosen * BLOCK, TILE):
@@ -273,7 +273,7 @@ def _filtered_draw_kernel(
     chosen_ptr, num_chosen_ptr, floors_ptr, totals_ptr, vocab_size, num_blocks,
     SHIFT: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, ADVANCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """SHIFT: how many of a float32's lowest bits the logits' dtype leaves 0."""
+    """SHIFT: how many of a float32's lowest bits are 0 in the logits' dtype."""
     start(PDL)
     wait(PDL)
     index = tl.program_id(0).to(tl.int64)
@@ -341,14 +341,14 @@ def sample(
     state: RowState | None = None,
     *,
     num_outputs: torch.Tensor | None = None,
-    left: torch.Tensor | None = None,
+    undrawn: torch.Tensor | None = None,
 ) -> None:
     """Draw a token from each of the logits, [batch, vocab_size] of any float and contiguous, into `tokens` int64
     [batch]. rows: int64 [batch], whose parameters are `params`; nothing is done where it is negative.
 
     With `state` a token becomes its row's last one; else `num_outputs`, int64 [batch], says how many output tokens come
-    before each, and rows may repeat. With `left`, shaped and typed as the logits, the logits of rows so marked go
-    there, and no token is drawn for them.
+    before each, and rows may repeat. With `undrawn`, shaped and typed as the logits, no token is drawn for rows that
+    want their logits: these are copied there.
     """
     batch, vocab_size = logits.shape
     num_blocks = triton.cdiv(vocab_size, _BLOCK)
@@ -371,12 +371,12 @@ def sample(
     options = launch_options(device)
     programs = triton.cdiv(num_blocks, _TILE // _BLOCK)
     _summarise_kernel[(batch, programs)](
-        logits, rows, params.numbers, left, maxima, sums, vocab_size, num_blocks,
-        BLOCK=_BLOCK, BLOCKS=_TILE // _BLOCK, LEAVE=left is not None, num_warps=4, **options,
+        logits, rows, params.numbers, undrawn, maxima, sums, vocab_size, num_blocks,
+        BLOCK=_BLOCK, BLOCKS=_TILE // _BLOCK, LEAVE=undrawn is not None, num_warps=4, **options,
     )  # fmt: skip
     _draw_kernel[(batch,)](
         logits, *row, maxima, sums, *chosen, vocab_size, num_blocks, BLOCK=_BLOCK,
-        SIZE=triton.next_power_of_2(num_blocks), ADVANCE=advance, LEAVE=left is not None, num_warps=8, **options,
+        SIZE=triton.next_power_of_2(num_blocks), ADVANCE=advance, LEAVE=undrawn is not None, num_warps=8, **options,
     )  # fmt: skip
     _filtered_draw_kernel[(batch,)](
         logits, *row, *chosen, vocab_size, num_blocks, SHIFT=_ZERO_BITS.get(logits.dtype, 0), BLOCK=_BLOCK,
@@ -392,7 +392,7 @@ def draw(logits: torch.Tensor, rows: torch.Tensor, params: RowParams, num_output
 
 
 def compile_draw(vocab_size: int, dtype: torch.dtype, params: RowParams) -> None:
-    """Build the kernels for logits as they come and for edited ones: no request is to wait for that."""
+    """Compile the kernels for logits in the model's dtype and for edited ones, so that no request waits for that."""
     padding = torch.full((1,), -1, dtype=torch.int64, device=params.keys.device)
     for kind in {dtype, torch.float32}:
         draw(torch.zeros(1, vocab_size, dtype=kind, device=padding.device), padding, params, padding)

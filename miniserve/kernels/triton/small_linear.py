@@ -1,7 +1,7 @@
-"""Linear layers for few rows, where reading the weight is all the work: y = x Wᵀ + b, optionally SwiGLU's middle on it.
+"""Linear layers for few rows, y = x Wᵀ + b, optionally with SwiGLU's activation: the time goes to reading the weight.
 
 A program takes BLOCK_N rows of the weight and one of SPLIT_K parts of their length. Of the programs that share rows,
-the one that arrives last sums the parts in their order (so that a result does not depend on the timing) and finishes.
+the last one to arrive sums the parts in a fixed order (so that a result does not depend on the timing) and finishes.
 The first tile of the weight is fetched before the program waits for x: it does not depend on the kernel before.
 """
 
@@ -154,7 +154,8 @@ def _small_linear_kernel(
 
 
 class Workspace:
-    """What the programs of split weights exchange, shared by all layers of a device: its kernels run one by one."""
+    """Memory through which programs of split weights exchange parts. All layers of a device share it: kernels run one
+    by one."""
 
     def __init__(self, device: torch.device) -> None:
         self.parts = torch.empty(1 << 22, dtype=torch.float32, device=device)
@@ -163,9 +164,9 @@ class Workspace:
 
 @dataclass(frozen=True, slots=True)
 class Chip:
-    """What a cut depends on: multiprocessors, bytes of shared memory that a program can have; whether programs may
-    share a row: on AMD not before one was seen to read, across the dies, what others wrote; and whether it has the
-    matrix unit that whole warpgroups feed from shared memory (Hopper's)."""
+    """What a cut depends on: multiprocessors; bytes of shared memory per program; splits: whether programs may share a
+    row (not on AMD until reading others' writes across its dies has been tested); and whether it has Hopper's matrix
+    unit, which warpgroups feed from shared memory."""
 
     num_sms: int
     shared_bytes: int
@@ -174,14 +175,14 @@ class Chip:
 
 
 def choose_tile(m: int, n: int, k: int, itemsize: int, chip: Chip, *, gated: bool) -> LinearTile | None:
-    """The cut for m rows, n outputs and k inputs; None where the vendor's library is at least as fast.
+    """The cut for m rows, n outputs and k inputs; None if the vendor's library is at least as fast.
 
     Measured on an H100 over the shapes of Qwen3-0.6B and 8B (docs/LAB.md).
     """
     if m > MAX_ROWS or k % 16:
         return None
     if m == 1 or itemsize == 4:
-        # float32, which only routers have on a GPU, gains nothing from the matrix units.
+        # float32, which only routers use on a GPU, gains nothing from the matrix units.
         return LinearTile(1 if gated else 4, min(2048, triton.next_power_of_2(k)), 1, 4, 3) if m <= 16 else None
     if m > 32 and n < 2048:
         return None
@@ -217,8 +218,8 @@ def small_linear(
     gated: bool = False,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """x [M, K] (rows may be strided), weight [N, K] or, gated, [2 N, K], contiguous -> [M, N]. x may be of another
-    dtype than the weight, in which it is multiplied.
+    """x [M, K] (rows may be strided), weight [N, K] or, gated, [2 N, K], contiguous -> [M, N]. x is converted to the
+    weight's dtype.
 
     gated: silu(x W_gateᵀ) * (x W_upᵀ), gates first. M is at most MAX_ROWS. Accumulates in float32.
     """

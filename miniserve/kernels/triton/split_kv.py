@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs, disable-error-code="no-untyped-call"
 """Sharing one row's keys among several programs, and merging what they found.
 
-Split-KV as in Flash-Decoding (Dao et al. 2023): every split takes an equal share of the tiles of its own row's length,
-which is read on the device, so that nothing is planned on the CPU per step. The splits' partial results are merged by
-their log-sum-exp (base 2), either by the last split to arrive or by a second kernel.
+Split-KV as in Flash-Decoding (Dao et al. 2023): every split takes an equal share of its row's tiles. The row's length
+is read on the device, so that nothing is planned on the CPU per step. The splits' partial results are merged by their
+log-sum-exp (base 2), either by the last split to arrive or by a second kernel.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from miniserve.kernels.triton.pdl import launch_options, start, wait
 
 @dataclass(frozen=True, slots=True)
 class DecodeScratch:
-    """What splits leave for the merge. partial: float32, head_dim values per (row, head, split); lse: float32, one per
-    (row, head, split), base 2; arrivals: int32, one per (row, head tile), zero between launches."""
+    """Scratch memory between splits and merge. partial: float32, head_dim values per (row, head, split); lse: float32,
+    one per (row, head, split), base 2; arrivals: int32, one per (row, head tile), zero between launches."""
 
     partial: torch.Tensor
     lse: torch.Tensor
@@ -42,7 +42,7 @@ class DecodeScratch:
 
 
 def scratch_arrays(scratch: DecodeScratch | None, num_splits: int) -> tuple[torch.Tensor | None, ...]:
-    """partial, lse, arrivals. ValueError: there is no scratch, and it is needed."""
+    """partial, lse, arrivals. Raises ValueError if scratch is needed and missing."""
     if scratch is not None:
         return scratch.partial, scratch.lse, scratch.arrivals
     if num_splits > 1:
@@ -51,10 +51,10 @@ def scratch_arrays(scratch: DecodeScratch | None, num_splits: int) -> tuple[torc
 
 
 def fuses_merge(on: Platform, heads: int, head_dim: int, num_splits: int, most_values: int) -> bool:
-    """Whether the last split to arrive should merge `heads` heads itself. With more than `most_values` float32 values
-    that is a kernel of its own: one program would be slower.
+    """Whether the last split to arrive should merge `heads` heads itself. With more than `most_values` float32 values a
+    separate kernel is faster than one program.
 
-    On AMD the merge stays a kernel of its own until an in-kernel one has been seen to work across its dies.
+    On AMD the merge is a separate kernel until an in-kernel one has been tested across its dies.
     """
     return on == "cuda" and next_power_of_2(heads) * next_power_of_2(head_dim) * num_splits <= most_values
 
@@ -69,7 +69,7 @@ def merge_splits(
     window: int | None = None,
     settled: bool = False,
 ) -> None:
-    """Merge the partial results of every row and head into out [rows, heads, head_dim]; a row of length 0 is left.
+    """Merge the partial results of every row and head into out [rows, heads, head_dim]; rows of length 0 are skipped.
     settled: seq_lens may be read before earlier kernels are done, as of `paged_decode`."""
     rows, heads, head_dim = out.shape
     _merge_kernel[(heads, rows)](
@@ -81,7 +81,7 @@ def merge_splits(
 
 @triton.jit
 def shares(seq_len, window, num_splits, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """How a row's visible keys are shared out: (first key, first tile, one past the last tile, tiles per split)."""
+    """A split's share of a row's visible keys: (first key, first tile, one past the last tile, tiles per split)."""
     low = tl.maximum(seq_len - window, 0) if HAS_WINDOW else 0
     first = low // BLOCK_N
     last = tl.cdiv(seq_len, BLOCK_N)
@@ -90,7 +90,7 @@ def shares(seq_len, window, num_splits, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.co
 
 @triton.jit
 def last_to_arrive(arrivals, splits):
-    """Count this program in; whether it is the last of `splits`, after whose stores it then reads. Resets the count."""
+    """Count this program; whether it is the last of `splits` and can read the others' stores. Resets the count."""
     # The barrier orders all threads' stores before the one thread's release, which goes before the count.
     tl.debug_barrier()
     is_last = tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == splits - 1
@@ -129,7 +129,7 @@ def merge_tile(
     partial, lse, out, row, heads, live, splits, num_splits, out_row, out_head,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MERGE_M: tl.constexpr,
 ):  # fmt: skip
-    """Weigh `splits` partial results of MERGE_M heads by exp2(lse), several splits at once, and write the sum."""
+    """Weight `splits` partial results of MERGE_M heads by exp2(lse), several splits at once, and write the sum."""
     CHUNK: tl.constexpr = 8192 // (MERGE_M * BLOCK_D) if MERGE_M * BLOCK_D < 8192 else 1
     entry = (row * HEADS + heads).to(tl.int64)[:, None] * num_splits + tl.arange(0, CHUNK)[None, :]  # [M, CHUNK]
     d = tl.arange(0, BLOCK_D)

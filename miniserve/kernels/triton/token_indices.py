@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, disable-error-code="no-untyped-call"
-"""Block tables as lists of tokens, for kernels that know pages of one token only."""
+"""Block tables as lists of tokens, for kernels that support only pages of one token."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def token_indices(
 def _token_indices_kernel(
     block_tables, seq_lens, starts, out, table_row, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    """One program: every so many tiles of one row."""
+    """One program: tiles of one row, at a fixed stride."""
     row = tl.program_id(0)
     length = tl.load(seq_lens + row)
     table = block_tables + row.to(tl.int64) * table_row

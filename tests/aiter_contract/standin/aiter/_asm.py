@@ -58,8 +58,8 @@ def pa_fwd_asm(
     """Always scales by 1/sqrt(128). Reproduced: a context of 241…255 counts its first tile once unmasked, stale slots
     included, and once masked (quantised with GQA > 8: NaN); one query over quantised KV through a kernel of precision 0
     gives 0 (aiter's op_tests/test_pa_block_id_truncation.py), also where hash order may pick that kernel: only fp8 with
-    GQA <= 8 and high_precision 2 escapes it. A 4-D V, one scale table of two, quantised KV without tables, several
-    queries, and before v0.1.17 a block beyond 2 GiB are violations.
+    GQA <= 8 and high_precision 2 escapes it; 16-bit blocks beyond 4 GiB are read as others. A 4-D V, one scale table of
+    two, quantised KV without tables, several queries, and before v0.1.17 a block beyond 2 GiB are violations.
     """
     record("pa_fwd_asm", "asm")
     heads, head_dim = Q.shape[1:]
@@ -91,6 +91,7 @@ def pa_fwd_asm(
     old = not _standin.device.at_least("0.1.17")
     reach = int(ids.max()) * K.stride(0) * K.element_size() if ids.numel() else 0
     require(not old or reach < 2**31, "pa_fwd_asm before v0.1.17: a block 2 GiB or more into the plane is misread")
+    ids = ids if quantised else _math.wrapped(ids, K.stride(0) * K.element_size())
     k, v = _math.packed_key(K, ids), _math.packed_value(V, ids)
     if quantised:
         k, v = (t * s[ids.long()].transpose(2, 3).flatten(1, 2)[..., None] for t, s in ((k, K_QScale), (v, V_QScale)))

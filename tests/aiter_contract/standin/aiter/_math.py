@@ -12,6 +12,11 @@ def take(plane: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
     return (found.view(plane.dtype) if narrow else found).float()
 
 
+def wrapped(ids: torch.Tensor, num_bytes: int) -> torch.Tensor:
+    """What blocks (or tokens) of so many bytes are read in place of `ids` where the offset has 32 bits."""
+    return ids.long() * num_bytes % 2**32 // num_bytes
+
+
 def linear(plane: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """[NB, BS, KH, D] at ids [S, n] -> [S, n*BS, KH, D]. Offset b*BS*KH*D + o*KH*D + h*D + d."""
     return take(plane, ids).flatten(1, 2)

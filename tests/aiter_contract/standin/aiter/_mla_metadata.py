@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from aiter import _checks, _math, _standin
+from aiter import _checks, _math, _mla_plan, _standin
 from aiter._standin import check, record, require
 from aiter.ops.enum import MlaVersion
 
@@ -115,8 +115,10 @@ def get_mla_metadata_v1(
     dtype_q: torch.dtype | None = None,
     dtype_kv: torch.dtype | None = None,
 ) -> None:
-    """Plan one whole work item per sequence (the real one splits): work_info_set [b, -1, q_start, q_end, kv_start,
-    kv_end, 0, stamp], the stamp being heads and dtypes: so `mla_decode_fwd` can tell this step's plan from another's.
+    """Write the plan that `_mla_plan` makes, as the original does; its last column, which the original leaves 0, holds
+    the heads and dtypes, so that `mla_decode_fwd` can tell whether it was made for its call's. uni_seqlen_qo, where
+    positive, is every row's number of queries. Without it folded heads are looked up past the rows, and the tiles of
+    rows that have several are counted before their lengths are read: violations.
     """
     record("get_mla_metadata_v1")
     check(kv_granularity & (kv_granularity - 1) == 0, "get_mla_metadata_v1: kv_granularity Must be power of 2!")
@@ -145,20 +147,72 @@ def get_mla_metadata_v1(
     starts_q = torch.tensor(_checks.indptr("seqlens_qo_indptr", seqlens_qo_indptr))
     starts_kv = torch.tensor(_checks.indptr("seqlens_kv_indptr", seqlens_kv_indptr))
     require(len(starts_q) == batch + 1 and kv_last_page_lens.shape[0] >= batch, "the inputs differ in batch")
-    longest = max(starts_q.diff().tolist(), default=0)
-    require(longest <= max_seqlen_qo, f"a query of {longest} tokens, max_seqlen_qo is {max_seqlen_qo}")
+    qlens = starts_q.diff().tolist()
+    require(
+        all(1 <= n <= max_seqlen_qo for n in qlens),
+        f"max_seqlen_qo is {max_seqlen_qo}, and rows have {set(qlens)} queries",
+    )
+    require(
+        uni_seqlen_qo < 1 or {*qlens} <= {uni_seqlen_qo}, f"uni_seqlen_qo is {uni_seqlen_qo}, rows have {set(qlens)}"
+    )
+    fold = heads // folded_heads(_standin.device.arch, heads, max_seqlen_qo, kind(q), kind(kv))
+    packed = _packed(heads // fold, max_seqlen_qo, kind(q), kind(kv))
+    splits_q = max_seqlen_qo * num_heads_per_head_k > packed
+    require(
+        uni_seqlen_qo > 0 or (fold == 1 and not splits_q),
+        f"{heads} heads of {max_seqlen_qo} queries need uni_seqlen_qo",
+    )
+    cus = _standin.device.cus
+    made = _mla_plan.plan(
+        _mla_plan.Step(
+            q_spans=_mla_plan.folded_spans([n for n in qlens for _ in range(fold)], 1),
+            kv_spans=_mla_plan.folded_spans(starts_kv.diff().tolist(), fold),
+            heads=heads // fold,
+            fold=fold,
+            packed=packed,
+            splits_q=splits_q,
+            granularity=kv_granularity,
+            max_qlen=max_seqlen_qo,
+            causal=is_causal,
+            workgroups=cus,
+            num_splits=cus if max_split_per_batch < 0 else min(cus, max_split_per_batch * batch * fold),
+        )
+    )
     _math.poison(*buffers[1:])
-    works = plan(starts_q, starts_kv, heads, q, kv)
-    work_info_set[:batch] = works
-    work_indptr.copy_(torch.arange(work_indptr.shape[0]) * batch // (work_indptr.shape[0] - 1))
-    reduce_indptr.zero_()
+    stamp = stamp_of(heads, q, kv)
+    for buffer, values in (
+        (work_info_set, [[*work, stamp] for work in made.works]),
+        (work_indptr, made.work_indptr),
+        (reduce_partial_map, made.partial_map),
+        (reduce_indptr, made.reduce_indptr + [len(made.partial_map)] * (len(reduce_indptr) - len(made.reduce_indptr))),
+    ):
+        require(len(values) <= len(buffer), f"the plan needs {len(values)} rows of a buffer of {len(buffer)}")
+        if values:
+            buffer[: len(values)] = torch.tensor(values, dtype=torch.int32)
+    for tile, span in made.final_map.items():
+        reduce_final_map[tile] = torch.tensor(span)
     work_metadata_ptrs.view(torch.int64).copy_(torch.tensor([work_indptr.data_ptr(), work_info_set.data_ptr()]))
 
 
-def plan(starts_q: torch.Tensor, starts_kv: torch.Tensor, heads: int, q: torch.dtype, kv: torch.dtype) -> torch.Tensor:
-    """The work items [batch, 8] int32 that belong to these lengths, heads and dtypes."""
-    batch = starts_q.shape[0] - 1
-    stamp = heads << 4 | (kind(q) == "fp8") << 1 | (kind(kv) == "fp8")
-    columns = [starts_q[:-1], starts_q[1:], starts_kv[:-1], starts_kv[1:]]
-    constants = [torch.full((batch,), value) for value in (-1, 0, stamp)]
-    return torch.stack([torch.arange(batch), constants[0], *columns, *constants[1:]], dim=1).int()
+def stamp_of(heads: int, q: torch.dtype, kv: torch.dtype) -> int:
+    return heads << 4 | (kind(q) == "fp8") << 1 | (kind(kv) == "fp8")
+
+
+def folded_heads(arch: str, heads: int, qlen: int, q: str, kv: str) -> int:
+    """The heads a persistent kernel sees: its own number, or 16 after folding; AssertionError where neither."""
+    both_fp8, both_bf16 = (q, kv) == ("fp8", "fp8"), (q, kv) == ("bf16", "bf16")
+    if arch == "gfx950":
+        native = both_bf16 or (both_fp8 and (heads in (32, 64, 128) or (heads, qlen) == (8, 4)))
+    else:
+        native = (both_fp8 and (heads == 128 or (heads, qlen) == (64, 1))) or (both_bf16 and (heads, qlen) == (8, 2))
+    if heads == 16 or native:
+        return heads
+    assert heads in range(32, 129, 16), f"nhead={heads} and max_seqlen_q={qlen} not supported"
+    return 16
+
+
+def _packed(heads: int, qlen: int, q: str, kv: str) -> int:
+    """Query rows times heads of one tile."""
+    new, rows = _standin.device.arch == "gfx950", qlen * heads
+    few = q == kv == "bf16" and rows >= 64 and heads <= 64 and (rows < 128 or heads == 48)
+    return 64 if new and (few or (q == kv == "fp8" and (heads, qlen) == (32, 3))) else 128

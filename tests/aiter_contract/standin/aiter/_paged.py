@@ -99,7 +99,8 @@ def paged_attention_v1(
     planes = [cache.transpose(1, 2) if hnd else cache for cache in (key_cache, value_cache)]
     k, v = (_math.linear(_as_fp8(plane), ids) for plane in planes)
     factor = (1.0, 1.0) if kv_cache_dtype == "auto" else (float(k_scale), float(v_scale))
-    _decode(out, query, rows, k, v, lens, scale, factor, sliding_window, logits_soft_cap, alibi_slopes)
+    fp8 = kv_cache_dtype != "auto"
+    _decode(out, query, rows, k, v, lens, block_size, scale, factor, fp8, sliding_window, logits_soft_cap, alibi_slopes)
     return out
 
 
@@ -130,20 +131,56 @@ def _decode(
     k: torch.Tensor,
     v: torch.Tensor,
     lens: torch.Tensor,
+    block_size: int,
     scale: float,
     kv_scales: tuple[float, float],
+    fp8: bool,
     window: int = 0,
     softcap: float = 0.0,
     alibi: torch.Tensor | None = None,
 ) -> None:
-    """One query per sequence; out[rows] written. A sequence of length 0 has nothing to read: its row stays NaN."""
+    """One query per sequence; out[rows] written. A sequence of length 0 has nothing to read: its row stays NaN. Values
+    beyond a length, in its last block, are multiplied by 0: NaN among them spreads (aiter PR 5401)."""
     last = lens.long()[:, None] - 1
-    got, _ = _math.attention(
-        query[rows][:, None], k, v, last, lens, scale * kv_scales[0], window=window, softcap=softcap, alibi=alibi
-    )
-    got = got[:, 0] * kv_scales[1]
+    if fp8:
+        require(alibi is None, "the stand-in covers no alibi over fp8 caches")
+        got = _multiplied_in_fp8(query[rows], k, v, last, scale * kv_scales[0], window, softcap)
+    else:
+        got, _ = _math.attention(
+            query[rows][:, None], k, v, last, lens, scale * kv_scales[0], window=window, softcap=softcap, alibi=alibi
+        )
+        got = got[:, 0]
+    j = torch.arange(k.shape[1])
+    tail = (j > last) & (j < -(-lens.long()[:, None] // block_size) * block_size)
+    spread = (v * 0.0).masked_fill(~tail[..., None, None], 0.0).sum(1)
+    got = (got + spread.repeat_interleave(got.shape[1] // v.shape[2], 1)) * kv_scales[1]
     got[lens == 0] = float("nan")
     out[rows] = got.to(out.dtype)
+
+
+def _multiplied_in_fp8(
+    query: torch.Tensor, k: torch.Tensor, v: torch.Tensor, last: torch.Tensor, scale: float, window: int, softcap: float
+) -> torch.Tensor:
+    """Both products are of fp8 numbers: the query is rounded to it, and in each partition of 256 keys the weights, when
+    they are divided by their sum there (aiter `csrc/cpp_itfs/pa`: `__builtin_amdgcn_cvt_pk_fp8_f32`). [S, H, D]."""
+    fp8, kv_heads = _standin.device.fp8, k.shape[2]
+    q = query.to(fp8).float().unflatten(1, (kv_heads, -1))
+    logits = torch.einsum("skgd,slkd->skgl", q, k) * scale
+    if softcap > 0:
+        logits = softcap * torch.tanh(logits / softcap)
+    j = torch.arange(k.shape[1])
+    seen = (j <= last) & (j > last - window if window > 0 else j >= 0)
+    logits = logits.masked_fill(~seen[:, None, None], torch.finfo(torch.float32).min)
+    v = v.masked_fill(~seen[..., None, None], 0.0)
+    out, total, top = torch.zeros_like(q), torch.zeros(q.shape[:3]), logits.amax(-1)
+    for part, values in zip(logits.split(256, -1), v.split(256, 1), strict=True):
+        weights = torch.exp(part - part.amax(-1, keepdim=True))
+        sums = weights.sum(-1)
+        weights = (weights / (sums[..., None] + 1e-6)).to(fp8).float()
+        share = sums * torch.exp(part.amax(-1) - top)
+        out += torch.einsum("skgl,slkd->skgd", weights, values) * share[..., None]
+        total += share
+    return (out / total[..., None]).flatten(1, 2)
 
 
 def paged_attention_rocm(
@@ -224,7 +261,8 @@ def paged_attention_rocm(
     k, v = _math.packed_key(key_cache, ids), _math.packed_value(value_cache, ids)
     factors = [1.0 if t is None or kv_cache_dtype == "auto" else float(t) for t in (k_scale, v_scale)]
     rows = torch.arange(num_seqs)
-    _decode(out, query, rows, k, v, context_lens, scale, (factors[0], factors[1]), alibi=alibi_slopes)
+    fp8, scales = kv_cache_dtype != "auto", (factors[0], factors[1])
+    _decode(out, query, rows, k, v, context_lens, block_size, scale, scales, fp8, alibi=alibi_slopes)
     return out
 
 

@@ -48,7 +48,6 @@ def fused_moe(
     shared_w1_scale=None,
     shared_w2_scale=None,
     shared_expert_id=-1,
-    stage2_scatter=None,
 ):
     """hidden_states [T, D], w1 [E, 2I, D] (gate first), w2 [E, D, I] -> [T, D]. Weights that lost `is_shuffled` or
     never were shuffled are a violation. Quantised: fp8 with scales per 128 x 128 block (per_1x128, per_128x128) or row
@@ -63,7 +62,7 @@ def fused_moe(
         require(getattr(w, "is_shuffled", False), f"fused_moe: {name} was not through shuffle_weight, or lost its mark")
     require(w1.shape == (experts, inter * 2, dim) and hidden_states.shape[1] == dim, f"w1 {tuple(w1.shape)}")
     require(activation == ActivationType.Silu and not doweight_stage1, "the stand-in covers SiLU, weights at the end")
-    extras = (num_local_tokens, bias1, bias2, swiglu_limit, shared_w1, shared_w2, stage2_scatter, a1_scale, a2_scale)
+    extras = (num_local_tokens, bias1, bias2, swiglu_limit, shared_w1, shared_w2, a1_scale, a2_scale)
     require(all(extra is None for extra in extras), "the stand-in covers none of the optional inputs")
     tokens, topk = topk_ids.shape
     _checks.tensor("topk_weight", topk_weight, torch.float32, (tokens, topk))

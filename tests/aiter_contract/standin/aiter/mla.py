@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from aiter import _checks, _math, _mla_metadata, _standin
-from aiter._mla_metadata import kind
+from aiter import _checks, _math, _mla_metadata, _mla_work, _standin
+from aiter._mla_metadata import folded_heads, kind
+from aiter._mla_plan import folded_spans
 from aiter._standin import check, record, require
 
 # Rows of hsa/<arch>/mla/mla_asm.csv, decode with the causal mask: "q kv" -> {(gqa, persistent, qlen)}, lse rows apart.
@@ -19,43 +20,29 @@ _SHARED = {
         (16, 1, 1),
         (16, 1, 2),
         (16, 1, 4),
-        (64, 1, 1),
         (128, 0, 0),
         (8, 0, 1),
     },
 }
 _OWN = {
-    "gfx942": {"bf16 bf16": {(8, 1, 2)}, "fp8 fp8": {(128, 1, 0)}},
+    "gfx942": {"bf16 bf16": {(8, 1, 2)}, "fp8 fp8": {(64, 1, 1), (128, 1, 0)}},
     "gfx950": {
         "bf16 bf16": {(64, 0, 1), (8, 0, 2), (32, 1, 4), (64, 1, 1)},
-        "fp8 fp8": {(32, 1, 1), (32, 1, 2), (32, 1, 4), (8, 1, 4)},
+        "fp8 fp8": {(32, 1, 1), (32, 1, 4), (8, 1, 4)},
     },
 }
 _LSE = {
     "gfx942": {"fp8 fp8": {(64, 1, 1)}},
     "gfx950": {
         "bf16 bf16": {(16, 1, 4), (32, 1, 4), (64, 1, 1)},
-        "fp8 fp8": {(16, 1, 1), (16, 1, 4), (32, 1, 1), (32, 1, 2), (32, 1, 4), (64, 1, 1), (8, 1, 4)},
+        "fp8 fp8": {(16, 1, 1), (16, 1, 4), (32, 1, 1), (32, 1, 4), (8, 1, 4)},
     },
 }
 _SPLIT_TILES = (8, 16, 24, 32, 48, 64, 128, 256, 384, 512)  # get_meta_param's table for fp8 queries
 
 
-def folded_heads(arch: str, heads: int, qlen: int, q: str, kv: str) -> int:
-    """The heads a persistent kernel sees: its own number, or 16 after folding; AssertionError where neither."""
-    both_fp8, both_bf16 = (q, kv) == ("fp8", "fp8"), (q, kv) == ("bf16", "bf16")
-    if arch == "gfx950":
-        native = both_bf16 or (both_fp8 and (heads in (32, 64, 128) or (heads, qlen) == (8, 4)))
-    else:
-        native = (both_fp8 and (heads == 128 or (heads, qlen) == (64, 1))) or (both_bf16 and (heads, qlen) == (8, 2))
-    if heads == 16 or native:
-        return heads
-    assert heads in range(32, 129, 16), f"nhead={heads} and max_seqlen_q={qlen} not supported"
-    return 16
-
-
 def dispatch(
-    arch: str, gqa: int, qlen: int, q: str, kv: str, persistent: bool, lse: bool = False
+    arch: str, gqa: int, qlen: int, q: str, kv: str, persistent: bool, lse: bool = False, causal: bool = True
 ) -> tuple[int, int, int]:
     """The row (gqa, persistent, qlen) that asm_mla.cu picks, RuntimeError where there is none."""
     both_fp8, both_bf16 = (q, kv) == ("fp8", "fp8"), (q, kv) == ("bf16", "bf16")
@@ -91,9 +78,9 @@ def dispatch(
     row, pair = (heads, ps, length), f"{q} {kv}"
     rows = _LSE[arch].get(pair, set()) if lse and persistent else _SHARED.get(pair, set()) | _OWN[arch].get(pair, set())
     check(
-        row in rows,
+        row in rows and (causal or arch != "gfx942"),
         f"get_heuristic_kernel_mla: cannot get heuristic kernel! q_type:{q} kv_type:{kv} gqa:{heads} ps:{ps} prefill:0 "
-        f"causal:1 qseqlen:{length} lse:{int(lse)} cprr:0",
+        f"causal:{int(causal)} qseqlen:{length} lse:{int(lse)} cprr:0",
     )
     return row
 
@@ -134,8 +121,8 @@ def mla_decode_fwd(
     Reproduced: sm_scale None is 1/sqrt(576); the gfx950 downgrade of bf16, 16 heads, one query, 32 or more sequences to
     non-persistent; a folded call with several queries leaves the result in a new storage that `o` is switched to, and
     rows in folded order in the old one. Page sizes other than 1, some but not all of the six buffers, buffers of
-    another size, another step's plan, and combinations known to fault are violations. Rows without keys, and rows past
-    qo_indptr, are NaN.
+    another size, another step's plan, and combinations known to fault or to be wrong are violations. NaN: rows without
+    keys, with a plan also what the same workgroup does after them; rows past qo_indptr.
     """
     assert logit_cap <= 0, f"{logit_cap=} is not support yet"
     total, heads, dim_v = o.shape
@@ -152,11 +139,14 @@ def mla_decode_fwd(
     if not persistent and kinds[0] == "fp8" and heads * max_seqlen_q not in _SPLIT_TILES:
         raise KeyError(heads * max_seqlen_q)
     _demand_inputs(q, kv_buffer, o, nhead_kv, q_scale, kv_scale, kinds)
-    dispatch(arch, seen, max_seqlen_q, *kinds, persistent, return_lse)
-    faults = (kinds == ("fp8", "fp8") and (arch, heads, max_seqlen_q) == ("gfx942", 64, 1)) or (
-        not persistent and kinds == ("bf16", "bf16") and heads == 64 and max_seqlen_q > 1
+    dispatch(arch, seen, max_seqlen_q, *kinds, persistent, return_lse, causal=causal or max_seqlen_q == 1)
+    both_bf16 = kinds == ("bf16", "bf16")
+    wrong = (
+        (kinds == ("fp8", "fp8") and (arch, heads, max_seqlen_q) == ("gfx942", 64, 1))
+        or (not persistent and both_bf16 and heads == 64 and max_seqlen_q > 1)
+        or (arch == "gfx942" and both_bf16 and max_seqlen_q > 4)  # aiter #5679
     )
-    require(not faults, f"mla_decode_fwd: the kernel for {heads} heads and {max_seqlen_q} queries faults on {arch}")
+    require(not wrong, f"mla_decode_fwd: the kernel for {heads} heads and {max_seqlen_q} queries is bad on {arch}")
     require(page_size == 1 and kv_buffer.shape[1] == 1, "mla_decode_fwd: the kernels force page size 1")
     require(g_kv_indptr is None and not intra_batch_mode, "the stand-in covers neither CP nor intra_batch_mode")
     require(causal or max_seqlen_q == 1, "the stand-in covers causal decode")
@@ -171,24 +161,32 @@ def mla_decode_fwd(
     require(
         not used.numel() or 0 <= int(used.min()) <= int(used.max()) < kv_buffer.shape[0], "a token outside the cache"
     )
+    if persistent and (kinds[1] == "fp8" or arch == "gfx942"):
+        used = _math.wrapped(used, kv_buffer.stride(0) * kv_buffer.element_size())
     qlens, lens = starts_q.diff(), starts_kv.diff()
     require(bool((qlens <= max_seqlen_q).all()), f"a query of more than max_seqlen_q = {max_seqlen_q} tokens")
-    folded = seen != heads
+    fold = heads // seen
     whole = bool((qlens == max_seqlen_q).all()) and int(starts_q[-1]) == total
-    require(not folded or max_seqlen_q == 1 or whole, "folding heads needs every query of max_seqlen_q tokens")
+    require(fold == 1 or max_seqlen_q == 1 or whole, "folding heads needs every query of max_seqlen_q tokens")
+    q_spans = folded_spans([n for n in qlens.tolist() for _ in range(fold)], 1)
+    kv_spans = folded_spans(lens.tolist(), fold)
+    works = _mla_work.whole_rows(q_spans, kv_spans)
     if persistent:
-        _demand_plan(six, starts_q, starts_kv, heads, max_seqlen_q, q, kv_buffer)
+        _mla_metadata.demand_buffers(six, batch, max_seqlen_q, heads, q.dtype, kv_buffer.dtype)
+        works = _mla_work.read_plan(six, q_spans, kv_spans, _mla_metadata.stamp_of(heads, q.dtype, kv_buffer.dtype))
+    queries = _folded(q.float() * (float(q_scale) if kinds[0] == "fp8" else 1.0), fold, max_seqlen_q)
+    latents = _math.take(kv_buffer.view(-1, dim), used) * (float(kv_scale) if kinds[1] == "fp8" else 1.0)
     scale = dim**-0.5 if sm_scale is None else sm_scale
-    got, sums = _latent_attention(q, kv_buffer, qlens, lens, used, starts_q, starts_kv, scale, q_scale, kv_scale, dim_v)
-    if folded and max_seqlen_q > 1:
-        base = got.unflatten(0, (batch, max_seqlen_q)).unflatten(2, (heads // 16, 16)).permute(0, 2, 1, 3, 4)
-        o.copy_(base.reshape(o.shape))
-        o.set_(got.to(o.dtype))
+    got, sums = _mla_work.attend(works, queries[: int(starts_q[-1]) * fold], latents, q_spans, kv_spans, scale, dim_v)
+    out, sums = (_unfolded(t, fold, max_seqlen_q) for t in (got, sums[..., None]))
+    if fold > 1 and max_seqlen_q > 1:
+        o.copy_(got.reshape(o.shape))
+        o.set_(out.to(o.dtype))
     else:
         _math.poison(o)
-        o[: got.shape[0]] = got.to(o.dtype)
+        o[: out.shape[0]] = out.to(o.dtype)
     logits = torch.full((), float("nan")).expand(total, 1, heads, dim_v)
-    return logits, sums if return_lse else None
+    return logits, sums[..., 0] if return_lse else None
 
 
 def _demand_inputs(q, kv_buffer, o, nhead_kv, q_scale, kv_scale, kinds) -> None:
@@ -208,30 +206,14 @@ def _demand_inputs(q, kv_buffer, o, nhead_kv, q_scale, kv_scale, kinds) -> None:
     _checks.tensor("o", o, torch.bfloat16, (q.shape[0], q.shape[1], 512))
 
 
-def _demand_plan(six, starts_q, starts_kv, heads, qlen, q, kv_buffer) -> None:
-    """The six buffers are of the right sizes and hold the plan of exactly this step."""
-    batch = starts_q.shape[0] - 1
-    _mla_metadata.demand_buffers(six, batch, qlen, heads, q.dtype, kv_buffer.dtype)
-    pointers, indptr, works = six[:3]
-    owned = pointers.view(torch.int64).tolist() == [indptr.data_ptr(), works.data_ptr()]
-    require(owned, "work_meta_data points at other buffers: get_mla_metadata_v1 was not given these")
-    want = _mla_metadata.plan(starts_q, starts_kv, heads, q.dtype, kv_buffer.dtype)
-    same = int(indptr[-1]) == batch and torch.equal(works[:batch], want)
-    require(same, "work_info_set holds the plan of another step, or of other heads or dtypes")
+def _folded(t: torch.Tensor, fold: int, qlen: int) -> torch.Tensor:
+    """[T, H, d] -> [T * fold, H / fold, d]: the rows of a sequence for each 16 of its heads, one after the other."""
+    if fold == 1:
+        return t
+    split = t.unflatten(0, (-1, qlen)).unflatten(2, (fold, -1))
+    return split.transpose(1, 2).flatten(0, 2)
 
 
-def _latent_attention(q, kv_buffer, qlens, lens, used, starts_q, starts_kv, scale, q_scale, kv_scale, dim_v):
-    """All sequences at once, padded: -> float32 [T, H, 512] and [T, H]. Sequences without keys: NaN."""
-    rows, keys = (torch.arange(max(int(n.max()) if n.numel() else 0, 1)) for n in (qlens, lens))
-    at_q = (starts_q[:-1, None] + rows).clamp(max=max(q.shape[0] - 1, 0))
-    at_kv = (starts_kv[:-1, None] + keys).clamp(max=max(used.shape[0] - 1, 0))
-    ids = used[at_kv] if used.numel() else torch.zeros_like(at_kv)
-    latent = _math.take(kv_buffer.view(-1, 1, kv_buffer.shape[3]), ids)
-    if kv_buffer.element_size() == 1:
-        latent = latent * float(kv_scale)
-    queries = q.float() * (float(q_scale) if q.element_size() == 1 else 1.0)
-    positions = lens[:, None] - qlens[:, None] + rows
-    got, sums = _math.attention(queries[at_q], latent, latent[..., :dim_v], positions, lens, scale)
-    got[lens == 0] = float("nan")
-    real = rows < qlens[:, None]
-    return got[real], sums[real]
+def _unfolded(t: torch.Tensor, fold: int, qlen: int) -> torch.Tensor:
+    """The inverse."""
+    return t if fold == 1 else t.unflatten(0, (-1, fold, qlen)).transpose(1, 2).flatten(2, 3).flatten(0, 1)

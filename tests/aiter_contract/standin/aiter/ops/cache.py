@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from aiter import _checks, _standin
 from aiter._rope import rotate
@@ -11,12 +13,21 @@ from aiter._standin import check, record, require
 def _store(
     cache: torch.Tensor, index: tuple[object, ...], values: torch.Tensor, kind: str, scale: torch.Tensor | None
 ) -> None:
-    """cache[index] = values, divided by the scale and rounded to fp8 where the cache is such."""
+    """cache[index] = values, times the scale's reciprocal in float32 and rounded to fp8 where the cache is such. What
+    rounds to more than the largest code becomes NaN, as the GPUs' conversion instruction has it (of float8_e4m3fn
+    PyTorch's may be the largest code, by its version)."""
     if kind == "auto":
         cache[index] = values
         return
-    code = (values.float() / (1.0 if scale is None else float(scale))).to(_standin.device.fp8)
-    cache.view(torch.uint8)[index] = code.view(torch.uint8)
+    scaled = values.float() if scale is None else values.float() * (1 / scale)
+    fp8 = _standin.device.fp8
+    largest = torch.finfo(fp8).max
+    code = scaled.clamp(-largest, largest).to(fp8)
+    # Half the distance to the code there would be next; a tie goes to the even one, which is the largest in e4m3fn.
+    step = 2.0 ** (math.frexp(largest)[1] - 5)
+    over = scaled.abs() > largest + step if fp8 == torch.float8_e4m3fn else scaled.abs() >= largest + step
+    bits = code.view(torch.uint8).masked_fill(over, 0x7F if fp8 == torch.float8_e4m3fn else 0x80)
+    cache.view(torch.uint8)[index] = bits
 
 
 def _demand_sources(key: torch.Tensor, value: torch.Tensor, kv_cache_dtype: str) -> None:

@@ -80,7 +80,7 @@ def fused_qk_rope_reshape_and_cache(
     for t, given in zip(rows, (k_scale, v_scale), strict=True):
         if given is not None and apply_scale:
             _checks.scale("scale", given)
-            t /= float(given)  # whatever the cache's dtype
+            t *= 1 / given  # whatever the cache's dtype
     limit = torch.finfo(key_cache.dtype).max
     key, value = (t.clamp(-limit, limit) if kind == "fp8" else t.to(key_cache.dtype) for t in rows)
     if flash_layout:

@@ -30,10 +30,11 @@ def pa_decode_gluon(
     sliding_window: int = 0,
     ps: bool = True,
 ) -> None:
-    """Up to four causal queries per sequence. Scales of one element only (more: a violation), fp8 KV without them too.
-    Given scratch must be [S, KH, P, queries * GQA(, D)]; it becomes NaN. A sliding_window W lets a query see W -
-    query_length keys, its own among them (in the kernels' masks, and in the reference of the library's own test). Its
-    output is written through `reshape`: one that is not contiguous would be lost. No alibi is read."""
+    """Up to four causal queries per sequence, the same number of each. Scales of one element only (more: a violation),
+    fp8 KV without them too. Given scratch must be [S, KH, P, queries * GQA(, D)]; it becomes NaN. A sliding_window W
+    lets a query see W - query_length keys, its own among them (in the kernels' masks, and in the reference of the
+    library's own test). Its output is written through `reshape`: one that is not contiguous would be lost. No alibi is
+    read."""
     record("pa_decode_gluon")
     fp8 = _standin.device.fp8
     known = (fp8, torch.bfloat16, torch.float16)
@@ -48,6 +49,7 @@ def pa_decode_gluon(
     if value_cache.dim() not in (4, 5):
         raise RuntimeError(f"Unsupported value cache shape: {value_cache.shape}")
     _checks.packed_shapes(key_cache, value_cache, dim)
+    require(rows % query_length == 0, f"{rows} query rows: every sequence must have query_length = {query_length}")
     block_size, seqs = key_cache.shape[3], rows // query_length
     assert block_size in (16, 64, 1024), f"kv_block_size == {block_size} not in [16, 64, 1024]"
     require(alibi_slopes is None, "alibi_slopes are never read")

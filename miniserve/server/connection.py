@@ -1,0 +1,216 @@
+"""A connection with the limits that uvicorn's has not: a client that owes a request (it has connected, or sent a part
+of one) has only so much time for it, and room for headers, for bodies in all, and for connections is bounded."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import http
+import logging
+from typing import Any
+
+import httptools
+import msgspec
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from miniserve.server.errors import APIError
+from miniserve.server.throttle import ThrottledLog
+
+_HEAD_SECONDS = 30.0  # for the request line and the headers
+_BODY_SECONDS = 30.0  # for each _BODY_PIECE bytes of a body, or its end; for all that comes after an early answer
+_BODY_PIECE = 16 * 1024
+_MAX_HEAD = 64 * 1024  # bytes of a request line with its headers; of what stands between pieces of a body
+_LINGER = 2.0  # seconds that what a refused client still sends is read, so that it gets to read the answer
+_MAX_REASON = 200  # characters of the parser's
+_SHARE = 16  # of so many idle connections one is closed where room is needed: a look at all costs time
+logger = logging.getLogger(__name__)
+
+
+class Guard:
+    """What the connections of a server share. `max_body_bytes` bounds the bodies in all that are not complete."""
+
+    def __init__(self, max_connections: int, max_body_bytes: int) -> None:
+        self.connections: set[Connection] = set()
+        self.body_bytes = 0
+        self.max_body_bytes = max_body_bytes
+        self.log = ThrottledLog(logger)
+        self._max_connections = max_connections
+
+    def admit(self, connection: Connection) -> None:
+        """Take in a new connection, for which others that are idle are closed at the limit, the oldest first."""
+        self.connections.add(connection)
+        if len(self.connections) <= self._max_connections:
+            return
+        self.log.warning(
+            "All %d connections that the number of files (ulimit -n) allows are in use; new ones replace idle ones.",
+            self._max_connections,
+        )
+        idle = [each for each in self.connections if not each.answering and each is not connection]
+        for each in heapq.nsmallest(1 + len(idle) // _SHARE, idle, key=lambda each: each.begun):
+            each.end()
+        if not idle:
+            connection.end(APIError(503, "The server has as many connections as it can open; try again later."))
+
+    def make_room(self) -> None:
+        """End incomplete requests, the oldest first, until the bodies are within their bound."""
+        for each in sorted((each for each in self.connections if each.body_bytes), key=lambda each: each.begun):
+            if self.body_bytes <= self.max_body_bytes:
+                return
+            self.log.warning("%s: request ended; too much memory was held by incomplete ones.", each.address)
+            each.end(APIError(503, "The server has no memory for more incomplete requests; try again later."))
+
+    def sweep(self) -> None:
+        """End what is too late; to be called every second or so."""
+        for connection in list(self.connections):
+            connection.check_time()
+
+
+class Connection(HttpToolsProtocol):
+    """`begun`: when its last request began to arrive, or it connected. `body_bytes` are held of a body so far."""
+
+    def __init__(self, guard: Guard, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._guard = guard
+        self.begun = self.loop.time()
+        self.body_bytes = 0
+        self._deadline = self.begun + _HEAD_SECONDS
+        self._in_message = self._in_body = False  # a request has begun to arrive, and its body
+        self._piece = 0  # bytes of the body since the deadline was last moved
+        self._unparsed = 0  # bytes received since the last that were of any use
+        self._refused = False
+
+    @property
+    def address(self) -> str:
+        return f"{self.client[0]}:{self.client[1]}" if self.client else "a client"
+
+    @property
+    def answering(self) -> bool:
+        """Whether the client waits for the server, and not the other way round."""
+        cycle = self.cycle
+        if self.pipeline:
+            return True
+        return cycle is not None and not cycle.response_complete and (cycle.response_started or not cycle.more_body)
+
+    @property
+    def _answered(self) -> bool:
+        """Whether the last request has its answer, or a part of one: a second would be taken for that of another."""
+        return self.answering or self._refused or (self._in_body and self.cycle.response_complete)
+
+    def check_time(self) -> None:
+        if self.answering or self.flow.read_paused or self.loop.time() < self._deadline:
+            return
+        if self._in_body and self._piece >= _BODY_PIECE and not self.cycle.response_complete:
+            self._deadline, self._piece = self.loop.time() + _BODY_SECONDS, 0
+        elif self._in_message and not self._refused:
+            self._guard.log.warning("%s: request ended; it did not arrive in time.", self.address)
+            self.end(APIError(408, "The request did not arrive in time."))
+        elif self._refused or self.timeout_keep_alive_task is None:  # else uvicorn's own timer runs
+            self.end()
+
+    def end(self, error: APIError | None = None) -> None:
+        """Close, with an answer where there is room for one: none is on its way."""
+        self._guard.connections.discard(self)
+        self._release_body()
+        if error is not None and not self._answered:
+            self._answer(error)
+        self.transport.close()
+
+    # --- asyncio's and uvicorn's calls ----------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._guard.admit(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._guard.connections.discard(self)
+        self._release_body()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        self._unset_keepalive_if_required()
+        self._unparsed += len(data)
+        try:
+            self.parser.feed_data(data)
+            if self._unparsed > _MAX_HEAD:
+                raise _too_large()
+        except httptools.HttpParserUpgrade:
+            pass  # a server may go on in HTTP/1.1
+        except (httptools.HttpParserError, APIError) as error:
+            self._refuse(error)
+        if self._guard.body_bytes > self._guard.max_body_bytes:
+            self._guard.make_room()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_message = True
+        self.begun = self.loop.time()
+        self._deadline = self.begun + _HEAD_SECONDS
+
+    def on_headers_complete(self) -> None:
+        if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > _MAX_HEAD:
+            raise _too_large()
+        super().on_headers_complete()
+        self._in_body, self._piece, self._unparsed = True, 0, 0
+        self._deadline = self.loop.time() + _BODY_SECONDS
+
+    def on_body(self, body: bytes) -> None:
+        self._unparsed = 0
+        self._piece += len(body)
+        if not self.cycle.response_complete:
+            self.body_bytes += len(body)
+            self._guard.body_bytes += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._in_message, self._in_body, self._unparsed = False, False, 0
+        self._release_body()
+
+    def on_response_complete(self) -> None:
+        self._release_body()
+        self._deadline = self.loop.time() + _HEAD_SECONDS
+        super().on_response_complete()
+
+    def shutdown(self) -> None:
+        """A request that has not arrived is not waited for."""
+        if self._in_body and not self.answering:
+            self.end(APIError(503, "The server is shutting down and takes no further requests."))
+        else:
+            super().shutdown()
+
+    # --------------------------------------------------------------------------------------------------------------
+
+    def _release_body(self) -> None:
+        self._guard.body_bytes -= self.body_bytes
+        self.body_bytes = 0
+
+    def _refuse(self, error: Exception) -> None:
+        """Answer what is not HTTP, or too much of it, and read no more requests."""
+        cause = error.__context__ if isinstance(error, httptools.HttpParserCallbackError) else error
+        if not isinstance(cause, APIError):
+            cause = APIError(400, f"The request is not valid HTTP ({str(cause)[:_MAX_REASON]}).")
+        self._guard.log.warning("%s: %s", self.address, cause.message)
+        if self._answered or self.transport.is_closing():
+            self.end()
+            return
+        self._answer(cause)
+        self._refused = True
+        self._deadline = self.loop.time() + _LINGER
+        self.transport.write_eof()
+
+    def _answer(self, error: APIError) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:  # the app waits for the rest of a body
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        body = msgspec.json.encode(error.envelope())
+        head = (
+            f"HTTP/1.1 {error.status} {http.HTTPStatus(error.status).phrase}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+
+
+def _too_large() -> APIError:
+    return APIError(431, f"The request line and headers are larger than {_MAX_HEAD} bytes.")
