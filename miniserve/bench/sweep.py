@@ -15,6 +15,7 @@ from miniserve.bench.server_process import running_server
 from miniserve.bench.workload import Shape
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
+from miniserve.models.config import describe_model
 from miniserve.models.hub import locate_config
 
 AS_SERVED = "as served"  # the layout of a server that this sweep did not start
@@ -123,8 +124,8 @@ def layouts_of(config: SweepConfig) -> tuple[str, ...]:
         return (AS_SERVED,)
     if config.engine.kv_layout != "auto":
         return (config.engine.kv_layout,)
-    _, raw = locate_config(config.engine.model, config.engine.revision)
-    return ("latent",) if raw.get("kv_lora_rank") is not None else ("linear", "shuffled")
+    name, path = locate_config(config.engine.model, config.engine.revision)
+    return ("linear", "shuffled") if describe_model(path, name).latent is None else ("latent",)
 
 
 def _server(config: SweepConfig, layout: str) -> AbstractContextManager[str]:

@@ -29,8 +29,8 @@ def tune(
     if min(*batches, context, 1) < 1:
         raise UserError("--batch and --context must be 1 or more.")
     # Here and not above: torch would slow down `miniserve --help`.
-    from miniserve.bench.check_paths import find_machine
-    from miniserve.bench.tune import fault, rank, time_path
+    from miniserve.checks.check_paths import find_machine
+    from miniserve.checks.tune import fault, rank, time_path
     from miniserve.runner.tuning import save_table, table_path
 
     machine = find_machine(engine)

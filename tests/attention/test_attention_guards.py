@@ -32,7 +32,7 @@ from miniserve.attention.platform import NAMED_PLATFORMS, Platform, emulated_pla
 from miniserve.attention.routes import least_asm_rows
 from miniserve.attention.select import Choice, select
 from miniserve.attention.spec import AttentionSpec
-from miniserve.bench.check_paths import made_up_layer
+from miniserve.checks.check_paths import made_up_layer
 from miniserve.core import UserError
 from miniserve.runner.self_check import check_backend
 

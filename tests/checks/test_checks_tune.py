@@ -11,9 +11,9 @@ import torch
 from engine_support import stand_in
 
 from miniserve.attention.spec import AttentionSpec, LatentDims
-from miniserve.bench import tune as tuner
-from miniserve.bench.check_paths import AttentionPath, Machine, PathResults, find_machine
-from miniserve.bench.tune import Timing, rank, time_path
+from miniserve.checks import tune as tuner
+from miniserve.checks.check_paths import AttentionPath, Machine, PathResults, find_machine
+from miniserve.checks.tune import Timing, rank, time_path
 from miniserve.cli.tune import tune
 from miniserve.config import EngineConfig, cache_dir, tuning_dir
 from miniserve.core import UserError

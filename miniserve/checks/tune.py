@@ -22,7 +22,7 @@ from miniserve.attention.metadata import DecodeRows, StepBatch
 from miniserve.attention.select import Choice
 from miniserve.attention.spec import AttentionLayer, AttentionSpec, LatentLayer
 from miniserve.attention.terms import LayerRoute
-from miniserve.bench.check_paths import AttentionPath, Machine, made_up_layer
+from miniserve.checks.check_paths import AttentionPath, Machine, made_up_layer
 
 _MEASURE = 0.2  # seconds for each figure
 _CACHED = 512 << 20  # bytes; a run that reads fewer would find them in the GPU's cache

@@ -13,8 +13,8 @@ import typer
 from engine_support import stand_in
 
 from miniserve.attention.backends.torch_attn import TorchBackend
-from miniserve.bench.check_paths import AttentionPath, find_machine, made_up_layer
-from miniserve.bench.check_tokens import Comparison, Verdict, judge
+from miniserve.checks.check_paths import AttentionPath, find_machine, made_up_layer
+from miniserve.checks.check_tokens import Comparison, Verdict, judge
 from miniserve.cli.check import check
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
