@@ -392,12 +392,13 @@ class EngineInfo(msgspec.Struct, kw_only=True, frozen=True):
 
 
 @dataclass(slots=True, kw_only=True)
-class CompletionDelta:
-    """What became of one of a request's n sequences since its last delta. The last one has a `finish_reason`.
+class Completion:
+    """One of a request's n sequences: all of it, or a piece of it (a delta), of which only the last has a
+    `finish_reason`.
 
-    `text` may be shown now; what may begin a stop string or is half a character comes with a later delta than its
-    `token_ids` and `logprobs`. `stop_reason` is the stop string or stop token id that ended it. `prompt_logprobs` comes
-    once, with the first delta.
+    `token_ids` include the EOS or stop token that ended it, `text` does not show it. Text that may begin a stop string
+    or is half a character comes with a later delta than its `token_ids` and `logprobs`. `stop_reason` is the stop
+    string or stop token id that ended it, None for EOS and length. `prompt_logprobs` come with the first delta.
     """
 
     index: int

@@ -27,8 +27,7 @@ from rich.progress import (
 
 from miniserve.config import EngineConfig
 from miniserve.core import (
-    CompletionDelta,
-    FinishReason,
+    Completion,
     InvalidRequest,
     RequestOutput,
     SamplingParams,
@@ -38,7 +37,7 @@ from miniserve.core import (
 )
 from miniserve.engine.build import RUNNER_FACTORY, build_engine
 from miniserve.engine.chat_template import is_list
-from miniserve.engine.output import OutputAssembler, fan_out
+from miniserve.engine.output import OutputAssembler, fan_out, join
 from miniserve.engine.tokenizer import Tokenizer, load_tokenizer
 from miniserve.engine.validation import check_request
 from miniserve.models.generation_config import load_generation_defaults
@@ -46,19 +45,6 @@ from miniserve.models.hub import locate
 
 Message = Mapping[str, Any]
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
-
-
-@dataclass(slots=True, kw_only=True)
-class Completion:
-    """One generated sequence. `token_ids` include the EOS or stop token that ended it, `text` does not show it.
-    `stop_reason` is the stop string or stop token that ended it, None for EOS and length."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs] | None
-    finish_reason: FinishReason
-    stop_reason: str | int | None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -264,7 +250,7 @@ class _Job:
         self._prompt = prompt
         self._token_ids = token_ids
         self._assembler = OutputAssembler(tokenizer, token_ids, params)
-        self._deltas: list[list[CompletionDelta]] = [[] for _ in range(params.n)]
+        self._deltas: list[list[Completion]] = [[] for _ in range(params.n)]
 
     def push(self, index: int, output: RequestOutput) -> bool:
         """Whether the sequence met a stop string, so that the engine must abort it."""
@@ -274,29 +260,14 @@ class _Job:
         return met_stop
 
     def generation(self) -> Generation:
-        first = self._deltas[0][0]
+        outputs = [join(deltas) for deltas in self._deltas]
         return Generation(
             prompt=self._prompt,
             prompt_token_ids=self._token_ids,
-            outputs=[_completion(deltas) for deltas in self._deltas],
-            prompt_logprobs=first.prompt_logprobs,
-            num_cached_tokens=first.num_cached_tokens,
+            outputs=outputs,
+            prompt_logprobs=outputs[0].prompt_logprobs,
+            num_cached_tokens=outputs[0].num_cached_tokens,
         )
-
-
-def _completion(deltas: list[CompletionDelta]) -> Completion:
-    last = deltas[-1]
-    if last.finish_reason is None:
-        raise RuntimeError(f"The engine left sequence {last.index} unfinished.")
-    has_logprobs = any(delta.logprobs is not None for delta in deltas)
-    return Completion(
-        index=last.index,
-        text="".join(delta.text for delta in deltas),
-        token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
-        logprobs=[entry for delta in deltas for entry in delta.logprobs or ()] if has_logprobs else None,
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
-    )
 
 
 def _each_prompt(prompts: Prompts) -> list[str | Sequence[int]]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import msgspec
 
-from miniserve.core import CompletionDelta, FinishReason, Request, RequestOutput, SamplingParams, TokenLogprobs
+from miniserve.core import Completion, FinishReason, Request, RequestOutput, SamplingParams, TokenLogprobs
 from miniserve.engine.detokenizer import Detokenizer
 from miniserve.engine.tokenizer import Tokenizer
 
@@ -61,13 +61,13 @@ class OutputAssembler:
         self._awaits_prompt_logprobs = params.prompt_logprobs is not None
         self._lack_prompt_logprobs = set(range(1, params.n)) if self._awaits_prompt_logprobs else set()
         self._prompt_logprobs: list[TokenLogprobs | None] | None = None
-        self._held: dict[int, CompletionDelta] = {}
+        self._held: dict[int, Completion] = {}
 
     @property
     def finished(self) -> bool:
         return self._num_unfinished == 0
 
-    def push(self, index: int, output: RequestOutput) -> tuple[list[CompletionDelta], bool]:
+    def push(self, index: int, output: RequestOutput) -> tuple[list[Completion], bool]:
         """The deltas that sequence `index`'s output brings, and whether the sequence ended here at a stop string, so
         that the engine must be told to abort it (unless it ended by itself at the same token)."""
         detokenizer = self._detokenizers[index]
@@ -79,7 +79,7 @@ class OutputAssembler:
             self._finish(index)
         return self._release(delta), met_stop and output.finish_reason is None
 
-    def fail(self, error: str) -> list[CompletionDelta]:
+    def fail(self, error: str) -> list[Completion]:
         """The last deltas of all unfinished sequences, which end with `error`; text held back is dropped."""
         deltas = list(self._held.values())
         self._held.clear()
@@ -88,14 +88,14 @@ class OutputAssembler:
             if detokenizer is not None:
                 self._finish(index)
                 reason = FinishReason.ERROR
-                deltas.append(CompletionDelta(index=index, text="", token_ids=[], finish_reason=reason, error=error))
+                deltas.append(Completion(index=index, text="", token_ids=[], finish_reason=reason, error=error))
         return deltas
 
     def _finish(self, index: int) -> None:
         self._detokenizers[index] = None
         self._num_unfinished -= 1
 
-    def _decode(self, index: int, detokenizer: Detokenizer, output: RequestOutput) -> CompletionDelta:
+    def _decode(self, index: int, detokenizer: Detokenizer, output: RequestOutput) -> Completion:
         token_ids, finish_reason = output.new_token_ids, output.finish_reason
         # The token that ended the sequence belongs to its ids, but to its text only on demand.
         hides_last = finish_reason is FinishReason.STOP and bool(token_ids) and not self._include_stop
@@ -105,7 +105,7 @@ class OutputAssembler:
             if finish_reason is not None:
                 rest, _, stop = detokenizer.finish()
                 text += rest
-        return CompletionDelta(
+        return Completion(
             index=index,
             text=text,
             token_ids=token_ids[:num_used],
@@ -119,7 +119,7 @@ class OutputAssembler:
             error=output.error,
         )
 
-    def _release(self, delta: CompletionDelta) -> list[CompletionDelta]:
+    def _release(self, delta: Completion) -> list[Completion]:
         if delta.index == 0 and self._awaits_prompt_logprobs:
             self._awaits_prompt_logprobs = False
             self._prompt_logprobs = delta.prompt_logprobs
@@ -127,23 +127,24 @@ class OutputAssembler:
             return [delta, *(self._with_prompt_logprobs(held[index]) for index in sorted(held))]
         if self._awaits_prompt_logprobs:
             held_delta = self._held.get(delta.index)
-            self._held[delta.index] = delta if held_delta is None else merge(held_delta, delta)
+            self._held[delta.index] = delta if held_delta is None else join((held_delta, delta))
             return []
         return [self._with_prompt_logprobs(delta)]
 
-    def _with_prompt_logprobs(self, delta: CompletionDelta) -> CompletionDelta:
+    def _with_prompt_logprobs(self, delta: Completion) -> Completion:
         if delta.index in self._lack_prompt_logprobs:
             self._lack_prompt_logprobs.discard(delta.index)
             delta.prompt_logprobs = self._prompt_logprobs
         return delta
 
 
-def merge(first: CompletionDelta, second: CompletionDelta) -> CompletionDelta:
-    """Two consecutive deltas of one sequence as one."""
+def join(deltas: Sequence[Completion]) -> Completion:
+    """Consecutive deltas of one sequence as one."""
+    logprobs = [delta.logprobs for delta in deltas if delta.logprobs is not None]
     return replace(
-        second,
-        text=first.text + second.text,
-        token_ids=first.token_ids + second.token_ids,
-        logprobs=second.logprobs if first.logprobs is None else first.logprobs + (second.logprobs or []),
-        prompt_logprobs=first.prompt_logprobs if second.prompt_logprobs is None else second.prompt_logprobs,
+        deltas[-1],
+        text="".join(delta.text for delta in deltas),
+        token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
+        logprobs=[entry for entries in logprobs for entry in entries] if logprobs else None,
+        prompt_logprobs=next((d.prompt_logprobs for d in deltas if d.prompt_logprobs is not None), None),
     )

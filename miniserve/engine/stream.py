@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from miniserve.core import CompletionDelta
-from miniserve.engine.output import merge
+from miniserve.core import Completion
+from miniserve.engine.output import join
 
 
 class Mailbox:
@@ -14,13 +14,13 @@ class Mailbox:
     holds back nobody and piles up nothing."""
 
     def __init__(self) -> None:
-        self._pending: dict[int, CompletionDelta] = {}
+        self._pending: dict[int, Completion] = {}
         self._arrived = asyncio.Event()
         self.complete = False
 
-    def put(self, delta: CompletionDelta) -> None:
+    def put(self, delta: Completion) -> None:
         earlier = self._pending.get(delta.index)
-        self._pending[delta.index] = delta if earlier is None else merge(earlier, delta)
+        self._pending[delta.index] = delta if earlier is None else join((earlier, delta))
         self._arrived.set()
 
     def end(self) -> None:
@@ -28,7 +28,7 @@ class Mailbox:
         self.complete = True
         self._arrived.set()
 
-    async def get(self) -> CompletionDelta | None:
+    async def get(self) -> Completion | None:
         """The next delta, or None after the last."""
         while not self._pending:
             if self.complete:
@@ -55,7 +55,7 @@ class CompletionStream:
     def __aiter__(self) -> CompletionStream:
         return self
 
-    async def __anext__(self) -> CompletionDelta:
+    async def __anext__(self) -> Completion:
         if self._closed:
             raise StopAsyncIteration
         try:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from miniserve.core import CompletionDelta, InvalidRequest, SamplingParams
+from miniserve.core import Completion, InvalidRequest, SamplingParams
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server.fields import REFUSED_IN_CHAT
 from miniserve.server.logprobs import chat_logprobs
@@ -25,16 +25,16 @@ class ChatAnswer(Answer):
         super().__init__(header, [prompt_len])
         self._tokenizer = tokenizer
         self._with_logprobs = params.logprobs is not None
-        self._deltas: dict[int, list[CompletionDelta]] = {}
+        self._deltas: dict[int, list[Completion]] = {}
         self._started: set[int] = set()
 
-    def add(self, number: int, delta: CompletionDelta) -> None:
+    def add(self, number: int, delta: Completion) -> None:
         self._deltas.setdefault(delta.index, []).append(delta)
 
     def choices(self) -> list[ChatChoice]:
         return [self._choice(index) for index in sorted(self._deltas)]
 
-    def pieces(self, number: int, delta: CompletionDelta) -> Iterator[ChatChunkChoice]:
+    def pieces(self, number: int, delta: Completion) -> Iterator[ChatChunkChoice]:
         index = delta.index
         if index not in self._started:
             self._started.add(index)
@@ -59,7 +59,7 @@ class ChatAnswer(Answer):
             "stop_reason": deltas[-1].stop_reason,
         }
 
-    def _logprobs(self, deltas: Sequence[CompletionDelta]) -> ChatLogprobs:
+    def _logprobs(self, deltas: Sequence[Completion]) -> ChatLogprobs:
         return chat_logprobs(self._tokenizer, [entry for delta in deltas for entry in delta.logprobs or ()])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from miniserve.core import CompletionDelta, SamplingParams
+from miniserve.core import Completion, SamplingParams
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server import logprobs
 from miniserve.server.fields import REFUSED_IN_COMPLETIONS
@@ -38,14 +38,14 @@ class CompletionAnswer(Answer):
         self._writers: dict[int, logprobs.CompletionLogprobsWriter] = {}
         self._pieces: defaultdict[int, list[CompletionChoice]] = defaultdict(list)
 
-    def add(self, number: int, delta: CompletionDelta) -> None:
+    def add(self, number: int, delta: Completion) -> None:
         choice = self._choice(number, delta)
         self._pieces[choice["index"]].append(choice)
 
     def choices(self) -> list[CompletionChoice]:
         return [self._joined(index) for index in sorted(self._pieces)]
 
-    def pieces(self, number: int, delta: CompletionDelta) -> Iterator[CompletionChoice]:
+    def pieces(self, number: int, delta: Completion) -> Iterator[CompletionChoice]:
         self.count(number, delta)
         choice = self._choice(number, delta)
         if choice["finish_reason"] is not None and (choice["text"] or choice["logprobs"]):
@@ -53,7 +53,7 @@ class CompletionAnswer(Answer):
             choice = {**choice, "text": "", "logprobs": None}
         yield choice
 
-    def _choice(self, number: int, delta: CompletionDelta) -> CompletionChoice:
+    def _choice(self, number: int, delta: Completion) -> CompletionChoice:
         index = number * self._params.n + delta.index
         writer = self._writers.get(index)
         first = writer is None

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from starlette.types import Receive
 
-from miniserve.core import CompletionDelta, FinishReason, SamplingParams
+from miniserve.core import Completion, FinishReason, SamplingParams
 from miniserve.engine.client import AsyncEngine, EngineDead
 from miniserve.engine.stream import CompletionStream
 from miniserve.engine.validation import check_request
@@ -55,7 +55,7 @@ class Generation:
         self._num_entered = 0
         self._num_ended = 0
 
-    async def __aenter__(self) -> AsyncGenerator[tuple[int, CompletionDelta], None]:
+    async def __aenter__(self) -> AsyncGenerator[tuple[int, Completion], None]:
         self._turns.admit(len(self._prompts) * self._params.n)
         try:
             if self._turns.enter_now(self._params.n):
@@ -90,22 +90,22 @@ class Generation:
             raise APIError(503, str(error)) from error
         self._streams.append(stream)
 
-    def _checked(self, number: int, delta: CompletionDelta) -> tuple[int, CompletionDelta]:
+    def _checked(self, number: int, delta: Completion) -> tuple[int, Completion]:
         self._records[number].observe(delta)
         if delta.finish_reason is FinishReason.ERROR:
             raise APIError(503 if self._engine.dead else 500, delta.error or "The engine failed on this request.")
         return number, delta
 
-    async def _one(self) -> AsyncGenerator[tuple[int, CompletionDelta], None]:
+    async def _one(self) -> AsyncGenerator[tuple[int, Completion], None]:
         if not self._streams:
             await self._take_turn()
         async for delta in self._streams[0]:
             yield self._checked(0, delta)
 
-    async def _merged(self) -> AsyncGenerator[tuple[int, CompletionDelta], None]:
+    async def _merged(self) -> AsyncGenerator[tuple[int, Completion], None]:
         # Bounded, so that the deltas of a client who reads slowly gather in the engine, which joins them; and short, so
         # that many that are there at once are not written in one go.
-        queue: asyncio.Queue[tuple[int, CompletionDelta] | Exception | None] = asyncio.Queue(_QUEUE)
+        queue: asyncio.Queue[tuple[int, Completion] | Exception | None] = asyncio.Queue(_QUEUE)
         tasks: list[asyncio.Task[None]] = []
 
         async def feed() -> None:

@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 
-from miniserve.core import CompletionDelta, FinishReason, SamplingParams
+from miniserve.core import Completion, FinishReason, SamplingParams
 from miniserve.engine.client import AsyncEngine
 from miniserve.engine.roofline import hidden_share, share_of_bandwidth
 from miniserve.server.turns import Turns
@@ -203,7 +203,7 @@ class RequestMetrics:
         self._prefilled = False
         self._sequences = [_Sequence() for _ in range(params.n)]
 
-    def observe(self, delta: CompletionDelta) -> None:
+    def observe(self, delta: Completion) -> None:
         now = time.monotonic()
         sequence = self._sequences[delta.index]
         if not self._prefilled and delta.finish_reason is not FinishReason.ERROR:
@@ -235,7 +235,7 @@ class RequestMetrics:
         sequence.last_token = now
         metrics.generation_tokens += count
 
-    def _finish(self, sequence: _Sequence, delta: CompletionDelta, reason: FinishReason, now: float) -> None:
+    def _finish(self, sequence: _Sequence, delta: Completion, reason: FinishReason, now: float) -> None:
         metrics = self._metrics
         self._unfinished -= 1
         metrics.finished[reason] += 1

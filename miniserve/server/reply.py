@@ -14,13 +14,13 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from miniserve import __version__
-from miniserve.core import CompletionDelta, FinishReason, InvalidRequest
+from miniserve.core import Completion, FinishReason, InvalidRequest
 from miniserve.server.errors import APIError, as_api_error, json_response
 from miniserve.server.generation import ClientGone, Generation, while_connected
 from miniserve.server.protocol import GenerationBody, StreamOptions
 from miniserve.server.responses import FinishWord, Usage
 
-Deltas = AsyncGenerator[tuple[int, CompletionDelta], None]
+Deltas = AsyncGenerator[tuple[int, Completion], None]
 logger = logging.getLogger(__name__)
 
 KEEP_ALIVE = 15.0  # seconds without an event after which a comment says that the stream lives
@@ -64,7 +64,7 @@ class Answer(ABC):
         self._completion_tokens = 0
 
     @abstractmethod
-    def add(self, number: int, delta: CompletionDelta) -> None:
+    def add(self, number: int, delta: Completion) -> None:
         """Gather for `whole`."""
 
     @abstractmethod
@@ -72,7 +72,7 @@ class Answer(ABC):
         """What was gathered, in order."""
 
     @abstractmethod
-    def pieces(self, number: int, delta: CompletionDelta) -> Iterator[Mapping[str, Any]]:
+    def pieces(self, number: int, delta: Completion) -> Iterator[Mapping[str, Any]]:
         """The choices for one delta, each for a separate event; the end comes separately, too, behind the last text.
         `count`s the delta's tokens before the first choice that has some."""
 
@@ -83,7 +83,7 @@ class Answer(ABC):
         """An event; one without choices is for the usage."""
         return {**self._header.body(self.chunk_kind), "choices": choices}
 
-    def count(self, number: int, delta: CompletionDelta) -> None:
+    def count(self, number: int, delta: Completion) -> None:
         """Take a delta's tokens into the usage."""
         self._completion_tokens += len(delta.token_ids)
         if delta.index == 0:
@@ -164,7 +164,7 @@ class GenerationResponse(Response):
         self._quiet = True
 
 
-def finish_word(delta: CompletionDelta) -> FinishWord | None:
+def finish_word(delta: Completion) -> FinishWord | None:
     """OpenAI's word. There is no other reason here: of a failure `generate` makes an error."""
     if delta.finish_reason is None:
         return None

@@ -18,7 +18,7 @@ import pytest
 from engine_fakes import FACTORY, TINY, expected_tokens
 
 from miniserve.config import EngineConfig
-from miniserve.core import CompletionDelta, FinishReason, InvalidRequest, SamplingParams, UserError
+from miniserve.core import Completion, FinishReason, InvalidRequest, SamplingParams, UserError
 from miniserve.engine.client import AsyncEngine, EngineDead
 from miniserve.engine.stream import CompletionStream
 
@@ -48,7 +48,7 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(test(), 120))  # type: ignore[arg-type]
 
 
-async def collect(stream: CompletionStream) -> list[CompletionDelta]:
+async def collect(stream: CompletionStream) -> list[Completion]:
     return [delta async for delta in stream]
 
 

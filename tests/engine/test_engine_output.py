@@ -5,14 +5,14 @@ from engine_fakes import TINY, fake_info
 
 from miniserve.config import EngineConfig
 from miniserve.core import (
-    CompletionDelta,
+    Completion,
     FinishReason,
     InvalidRequest,
     RequestOutput,
     SamplingParams,
     TokenLogprobs,
 )
-from miniserve.engine.output import OutputAssembler, fan_out, merge
+from miniserve.engine.output import OutputAssembler, fan_out, join
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.engine.validation import check_request
 
@@ -20,7 +20,7 @@ TOKENIZER = Tokenizer(TINY)
 LOGPROBS = [None, TokenLogprobs(1, -0.5, 1, [1], [-0.5])]
 
 
-def push(assembler: OutputAssembler, index: int = 0, **fields: object) -> tuple[list[CompletionDelta], bool]:
+def push(assembler: OutputAssembler, index: int = 0, **fields: object) -> tuple[list[Completion], bool]:
     return assembler.push(index, RequestOutput(request_id="r", **fields))  # type: ignore[arg-type]
 
 
@@ -125,11 +125,11 @@ def test_an_end_from_outside_reaches_every_unfinished_sequence_once() -> None:
 def test_merging_keeps_everything_in_order() -> None:
     entry = LOGPROBS[1]
     assert entry is not None
-    first = CompletionDelta(index=0, text="a", token_ids=[1], logprobs=[entry], prompt_logprobs=LOGPROBS)
-    second = CompletionDelta(
+    first = Completion(index=0, text="a", token_ids=[1], logprobs=[entry], prompt_logprobs=LOGPROBS)
+    second = Completion(
         index=0, text="b", token_ids=[2], logprobs=[entry], finish_reason=FinishReason.STOP, stop_reason="x"
     )
-    merged = merge(first, second)
+    merged = join((first, second))
     assert (merged.text, merged.token_ids, merged.logprobs) == ("ab", [1, 2], [entry, entry])
     assert merged.prompt_logprobs == LOGPROBS
     assert (merged.finish_reason, merged.stop_reason) == (FinishReason.STOP, "x")

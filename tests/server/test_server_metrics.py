@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from server_fakes import EOS, FakeEngine, RunningServer, running_server
 
-from miniserve.core import CompletionDelta, FinishReason, SamplingParams
+from miniserve.core import Completion, FinishReason, SamplingParams
 from miniserve.server.metrics import Histogram, RequestMetrics, ServerMetrics, token_buckets
 from miniserve.server.turns import Turns
 
@@ -166,7 +166,7 @@ def test_tokens_that_come_together_share_the_time_since_the_last_ones(monkeypatc
         now += seconds
         last = num_tokens == 1
         record.observe(
-            CompletionDelta(
+            Completion(
                 index=0,
                 text="",
                 token_ids=[1] * num_tokens,

@@ -10,7 +10,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from server_fakes import EOS, FakeEngine, RunningServer, greedy, running_server, tokenizer
 
-from miniserve.core import CompletionDelta, SamplingParams
+from miniserve.core import Completion, SamplingParams
 from miniserve.server.completions import CompletionAnswer
 from miniserve.server.reply import Header
 
@@ -77,7 +77,7 @@ def test_choices_are_ordered_prompt_by_prompt(client: OpenAI, num_prompts: int) 
 def test_choices_are_ordered_whatever_comes_first() -> None:
     answer = CompletionAnswer(Header("id", 0, "m"), tokenizer(), ["a", "b"], [[1], [2]], SamplingParams(n=2), False)
     for number, index in ((1, 1), (0, 1), (1, 0), (0, 0)):
-        answer.add(number, CompletionDelta(index=index, text=f"{number}{index}", token_ids=[1]))
+        answer.add(number, Completion(index=index, text=f"{number}{index}", token_ids=[1]))
     assert [choice["text"] for choice in answer.whole()["choices"]] == ["00", "01", "10", "11"]
 
 
