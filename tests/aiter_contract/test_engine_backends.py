@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.build import build_backend
 from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.metadata import DecodeRows
+from miniserve.attention.metadata import QueryRows, StepBatch
 from miniserve.attention.platform import emulated_platform
 from miniserve.attention.select import Choice, select
 from miniserve.attention.spec import AttentionSpec
@@ -275,7 +275,7 @@ class Watched:
         return self._watch(getattr(self._of, name))
 
     def _watch(self, value: object) -> object:
-        if isinstance(value, DecodeRows):  # the runner's, handed on whole
+        if isinstance(value, StepBatch | QueryRows):  # the runner's, handed on whole
             return value
         if isinstance(value, tuple) and not hasattr(value, "_fields"):  # a named one is handed on whole
             return tuple(self._watch(item) for item in value)

@@ -20,7 +20,7 @@ from miniserve.attention.backends.paged_kernels import torch_kernels, triton_ker
 from miniserve.attention.backends.torch_attn import TorchBackend
 from miniserve.attention.backends.triton_attn import TritonBackend
 from miniserve.attention.layouts import LAYOUTS, KVCache, KVLayout, ShuffledLayout
-from miniserve.attention.metadata import DecodeRows
+from miniserve.attention.metadata import decode_rows
 from miniserve.attention.platform import Platform
 from miniserve.attention.spec import AttentionSpec
 from miniserve.kernels import native
@@ -116,7 +116,7 @@ def test_the_highest_block_of_a_pool_above_4_gib(shuffled: bool) -> None:
     kernels.write_kv(k, v, key, value, torch.tensor([num_blocks * 16 - 16]), 16, shuffled)
     backend = make_backend("CPU_ATTN", layout, spec)
     assert isinstance(backend, CpuBackend)
-    meta = DecodeRows(torch.tensor([[num_blocks - 1]], dtype=torch.int32), torch.ones(1, dtype=torch.int32), 1, None)
+    meta = decode_rows(torch.tensor([[num_blocks - 1]], dtype=torch.int32), torch.ones(1, dtype=torch.int32), 1, None)
     out = backend.decode(Layer(spec), k.repeat_interleave(2, dim=1), KVCache(key, value), meta)
     assert torch.equal(out, v.repeat_interleave(2, dim=1).flatten(1)), "of one key the weight is 1"
 
@@ -135,10 +135,10 @@ def test_decode_does_not_depend_on_its_neighbours(layout_name: str) -> None:
     lens = torch.tensor([1, 16, 17, 64, 33, 5, 48, 2, 63], dtype=torch.int32)
     backend = make_backend("CPU_ATTN", layout, spec)
     assert isinstance(backend, CpuBackend)
-    together = backend.decode(Layer(spec), q, cache, DecodeRows(tables, lens, 64, None))
+    together = backend.decode(Layer(spec), q, cache, decode_rows(tables, lens, 64, None))
     for row in range(9):
         one = slice(row, row + 1)
-        alone = backend.decode(Layer(spec), q[one], cache, DecodeRows(tables[one], lens[one], 64, None))
+        alone = backend.decode(Layer(spec), q[one], cache, decode_rows(tables[one], lens[one], 64, None))
         assert torch.equal(alone, together[one])
 
 

@@ -27,7 +27,7 @@ from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.rocm_aiter_fa import FlashBackend
 from miniserve.attention.contracts import CONTRACTS
 from miniserve.attention.layouts import LAYOUTS
-from miniserve.attention.metadata import DecodeRows, StepBatch
+from miniserve.attention.metadata import StepBatch, decode_rows
 from miniserve.attention.platform import NAMED_PLATFORMS, Platform, emulated_platform
 from miniserve.attention.routes import least_asm_rows
 from miniserve.attention.select import Choice, select
@@ -318,13 +318,12 @@ class TestGuard25:
                 step = decode_step(SPEC, [30] * 8)
                 assert step.batch.decode is not None
                 rows = replace(step.batch.decode, host_seq_lens=None, max_seq_len=longest)
-                decode = flash_backend(step, trust_asm_lengths=trusted).build(replace(step.batch, decode=rows)).decode
-            assert decode is not None
-            assert decode.any_wrong_length == wrong
+                meta = flash_backend(step, trust_asm_lengths=trusted).build(replace(step.batch, decode=rows))
+            assert meta.any_wrong_length == wrong
 
     def test_it_costs_no_copy_from_the_device(self) -> None:
         """Tensors on the meta device have no values: whoever asks for one fails."""
-        rows = DecodeRows(
+        rows = decode_rows(
             torch.empty(8, 20, dtype=torch.int32, device="meta"),
             torch.empty(8, dtype=torch.int32, device="meta"),
             300,

@@ -17,7 +17,7 @@ from test_engine_backends import Watched
 from miniserve.attention.backends.build import build_backend
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.rocm_aiter_mla import AiterLatentBackend
-from miniserve.attention.metadata import DecodeRows, StepBatch
+from miniserve.attention.metadata import StepBatch, decode_rows
 from miniserve.attention.platform import NAMED_PLATFORMS, emulated_platform
 from miniserve.attention.select import select
 from miniserve.attention.spec import AttentionSpec, LatentDims
@@ -149,7 +149,7 @@ def test_a_step_reads_nothing_of_the_one_before(arch: str) -> None:
         lens, slots = decode.seq_lens.clone(), step.batch.slot_mapping.clone()
         lens[1], slots[1] = 0, -1
         before = step.cache.key.clone()
-        batch = StepBatch(slots, DecodeRows(decode.block_tables, lens, 600, None))
+        batch = StepBatch(slots, decode_rows(decode.block_tables, lens, 600, None))
         out = dataclasses.replace(step, batch=batch).run(backend)
         assert torch.allclose(out[[0, 2, 3]].double(), step.want[[0, 2, 3]], atol=3e-2)
         assert torch.equal(step.cache.key, before)  # the other rows' tokens were there already

@@ -20,7 +20,7 @@ from miniserve import LLM
 from miniserve.attention.backends.cpu_attn import CpuBackend
 from miniserve.attention.context import PagedStepContext
 from miniserve.attention.layouts import LAYOUTS
-from miniserve.attention.metadata import DecodeRows, StepBatch
+from miniserve.attention.metadata import StepBatch, decode_rows
 from miniserve.config import SchedulerConfig
 from miniserve.core import RequestOutput, SamplingParams
 from miniserve.engine.loop import EngineLoop
@@ -203,7 +203,7 @@ def test_every_attention_that_the_kernels_have(layout: str, threads: int, tmp_pa
             sampler.last_tokens.copy_(integers(generator, 0, 160, ROWS))
             positions = state.lens[rows]
             slots = state.tables[rows, positions // 16].long() * 16 + positions % 16
-            decode = DecodeRows(state.tables[rows], positions.int() + 1, MAX_LEN, None)
+            decode = decode_rows(state.tables[rows], positions.int() + 1, MAX_LEN, None)
             context = PagedStepContext(backend, caches, backend.build(StepBatch(slots, decode)))
             want = model.compute_logits(model(sampler.last_tokens[rows], positions, context))
             if step % 2:

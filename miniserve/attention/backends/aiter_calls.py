@@ -9,13 +9,11 @@ from torch import Tensor
 
 from miniserve.attention.aiter import Aiter
 from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.backends.rows import QueryRows
 from miniserve.attention.layouts import KVCache, KVLayout
-from miniserve.attention.metadata import DecodeRows
+from miniserve.attention.metadata import QueryRows
 from miniserve.attention.routes import kv_cache_dtype, window_pair
 from miniserve.attention.spec import AttentionLayer, AttentionSpec, fp8_scales
 
-Rows = DecodeRows | QueryRows
 _PARTITION = 256  # keys that one program of the HIP kernels takes
 
 
@@ -143,7 +141,7 @@ class PagedDecode:
         self._scratch = PagedScratch(options)
         self.asm_scales = AsmScales(block_size)
 
-    def v1(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: Rows, out: Tensor) -> None:
+    def v1(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: QueryRows, out: Tensor) -> None:
         """Decode over the linear layout."""
         spec = layer.spec
         self._aiter.paged_attention_v1(
@@ -166,7 +164,7 @@ class PagedDecode:
             sliding_window=spec.sliding_window or 0,
         )
 
-    def rocm(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: Rows, out: Tensor) -> None:
+    def rocm(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: QueryRows, out: Tensor) -> None:
         """Decode over the shuffled layout by the HIP kernel."""
         spec = layer.spec
         self._aiter.paged_attention_rocm(
@@ -187,7 +185,7 @@ class PagedDecode:
             layer.v_scale,
         )
 
-    def asm(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: Rows, out: Tensor) -> None:
+    def asm(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: QueryRows, out: Tensor) -> None:
         """Decode over the shuffled layout where aiter's own rule takes the ASM kernel (see `routes`)."""
         spec = layer.spec
         exp_sums, max_logits, tmp_out = self._scratch.parts(q, rows.max_seq_len)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from miniserve.attention.backends.torch_attn import TorchBackend
 from miniserve.attention.layouts import KVCache, KVLayout
-from miniserve.attention.metadata import DecodeRows
+from miniserve.attention.metadata import QueryRows
 from miniserve.attention.spec import AttentionLayer
 from miniserve.kernels.native import NativeKernels
 
@@ -26,14 +26,14 @@ class CpuBackend(TorchBackend):
     def write(self, layer: AttentionLayer, cache: KVCache, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
         self._kernels.write_kv(k, v, cache.key, cache.value, slot_mapping, self.layout.block_size, self._shuffled)
 
-    def decode(self, layer: AttentionLayer, q: Tensor, cache: KVCache, meta: DecodeRows) -> Tensor:
+    def decode(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: QueryRows) -> Tensor:
         spec = layer.spec
         return self._kernels.paged_decode(
             q,
             cache.key,
             cache.value,
-            meta.block_tables,
-            meta.seq_lens,
+            rows.block_tables,
+            rows.seq_lens,
             num_kv_heads=spec.num_kv_heads,
             block_size=self.layout.block_size,
             shuffled=self._shuffled,

@@ -9,19 +9,18 @@ step, in six buffers that never move; so a captured step plans itself anew at ev
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from miniserve.attention.aiter import AiterLatent
-from miniserve.attention.backends.context import RaggedLens
+from miniserve.attention.backends.gathered import RaggedLens
 from miniserve.attention.backends.latent_base import LatentBackend
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.triton_mla import dense_dim, latent_scale, padded
 from miniserve.attention.layouts import KVCache, KVLayout
-from miniserve.attention.metadata import DecodeRows
+from miniserve.attention.metadata import QueryRows
 from miniserve.attention.routes import padded_heads
 from miniserve.attention.spec import AttentionSpec, LatentLayer
 from miniserve.kernels.triton.launch import cdiv
@@ -41,17 +40,6 @@ _MOST_COMPUTE_UNITS = 304
 _ASM_DENSE_DIMS = (192, 128)  # of key and value; other pairs are padded to equals
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeMetadata:
-    """One query token a row, pages of one token. qo_indptr, kv_indptr int32 [rows + 1]; kv_indices int32: where the
-    rows' tokens lie, row after row; kv_last_page_lens int32 [rows], ones."""
-
-    qo_indptr: Tensor
-    kv_indptr: Tensor
-    kv_indices: Tensor
-    kv_last_page_lens: Tensor
-
-
 def scratch_bytes(specs: Sequence[AttentionSpec], max_rows: int, max_seq_len: int) -> int:
     """Token indices, and the parts of split rows in float32, which aiter allocates in every call: by the tiles of 16
     heads that its plan has room for, of up to 48 heads on gfx950 all of them in each tile."""
@@ -61,7 +49,7 @@ def scratch_bytes(specs: Sequence[AttentionSpec], max_rows: int, max_seq_len: in
     return 4 * max_rows * max_seq_len + 4 * parts * tiles * heads * (_RANK + 1)
 
 
-class AiterLatentBackend(LatentBackend[DecodeMetadata]):
+class AiterLatentBackend(LatentBackend[tuple[Tensor, ...]]):
     graphs = True
 
     def __init__(
@@ -71,7 +59,6 @@ class AiterLatentBackend(LatentBackend[DecodeMetadata]):
         self._aiter, self._token_indices = aiter, token_indices
         self._max_seq_len = options.max_seq_len
         rows, device = options.max_rows, options.device
-        self._qo_indptr = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self._kv_indptr = torch.zeros(rows + 1, dtype=torch.int32, device=device)
         self._kv_indices = torch.zeros(rows * options.max_seq_len, dtype=torch.int32, device=device)
         self._ones = torch.ones(rows, dtype=torch.int32, device=device)
@@ -91,27 +78,26 @@ class AiterLatentBackend(LatentBackend[DecodeMetadata]):
             for name, (shape, dtype) in zip(_BUFFERS, sizes, strict=True)
         }
 
-    def build_decode(self, rows: DecodeRows) -> DecodeMetadata:
-        count = rows.seq_lens.shape[0]
-        meta = DecodeMetadata(
-            self._qo_indptr[: count + 1], self._kv_indptr[: count + 1], self._kv_indices, self._ones[:count]
-        )
+    def build_decode(self, rows: QueryRows) -> tuple[Tensor, ...]:
+        """Pages of one token, as the kernel takes them: qo_indptr, kv_indptr int32 [rows + 1]; kv_indices int32, where
+        the rows' tokens lie, row after row; kv_last_page_lens int32 [rows], ones."""
+        kv_indptr, last_page_lens = self._kv_indptr[: rows.end + 1], self._ones[: rows.end]
         # A row without keys, padding, would spoil what its workgroup computes after it: it attends to one.
         lens = rows.seq_lens.clamp(min=1)
-        torch.cumsum(lens, 0, dtype=torch.int32, out=meta.kv_indptr[1:])
+        torch.cumsum(lens, 0, dtype=torch.int32, out=kv_indptr[1:])
         self._token_indices(
             rows.block_tables,
             lens,
-            meta.kv_indptr,
-            meta.kv_indices,
+            kv_indptr,
+            self._kv_indices,
             block_size=self.layout.block_size,
             max_seq_len=rows.max_seq_len,
         )
         for spec, plan in self._plans.items():
             self._aiter.get_mla_metadata_v1(
-                seqlens_qo_indptr=meta.qo_indptr,
-                seqlens_kv_indptr=meta.kv_indptr,
-                kv_last_page_lens=meta.kv_last_page_lens,
+                seqlens_qo_indptr=rows.cu_query_lens,
+                seqlens_kv_indptr=kv_indptr,
+                kv_last_page_lens=last_page_lens,
                 num_heads_per_head_k=padded_heads(spec.num_heads),
                 num_heads_k=1,
                 is_causal=True,
@@ -124,9 +110,9 @@ class AiterLatentBackend(LatentBackend[DecodeMetadata]):
                 dtype_kv=spec.kv_dtype,
                 **plan,
             )
-        return meta
+        return rows.cu_query_lens, kv_indptr, self._kv_indices, last_page_lens
 
-    def decode(self, layer: LatentLayer, q: Tensor, q_pe: Tensor, cache: KVCache, meta: DecodeMetadata) -> Tensor:
+    def decode(self, layer: LatentLayer, q: Tensor, q_pe: Tensor, cache: KVCache, meta: tuple[Tensor, ...]) -> Tensor:
         """Queries stay in bfloat16 over an fp8 cache too: nothing is lost to a second rounding, and the fp8 kernels for
         32 and 64 heads, of which some fault and some were wrong, are never met."""
         spec, heads = layer.spec, q.shape[1]
@@ -139,10 +125,7 @@ class AiterLatentBackend(LatentBackend[DecodeMetadata]):
             q,
             cache.key.view(-1, 1, 1, spec.head_dim),
             out,
-            meta.qo_indptr,
-            meta.kv_indptr,
-            meta.kv_indices,
-            meta.kv_last_page_lens,
+            *meta,
             1,
             page_size=1,
             sm_scale=spec.scale,

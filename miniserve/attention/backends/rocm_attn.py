@@ -11,7 +11,7 @@ from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.paged_kernels import PagedKernels
 from miniserve.attention.backends.triton_attn import TritonBackend
 from miniserve.attention.layouts import KVCache, KVLayout
-from miniserve.attention.metadata import DecodeRows
+from miniserve.attention.metadata import QueryRows
 from miniserve.attention.spec import AttentionLayer
 
 
@@ -22,8 +22,8 @@ class RocmBackend(TritonBackend):
         self._paged = PagedDecode(aiter, options, layout.block_size)
         self._routes = options.routes
 
-    def decode(self, layer: AttentionLayer, q: Tensor, cache: KVCache, meta: DecodeRows, out: Tensor) -> None:
+    def decode(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: QueryRows, out: Tensor) -> None:
         if self._routes[layer.layer_index].decode == "paged_attention_rocm":
-            self._paged.rocm(layer, q, cache, meta, out)
+            self._paged.rocm(layer, q, cache, rows, out)
         else:
-            super().decode(layer, q, cache, meta, out)
+            super().decode(layer, q, cache, rows, out)

@@ -12,8 +12,8 @@ from miniserve.attention.backends.aiter_calls import paged_gluon
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.rocm_unified import UnifiedBackend
 from miniserve.attention.backends.rope_write import RopeWriter
-from miniserve.attention.backends.rows import QueryRows
 from miniserve.attention.layouts import KVCache, KVLayout
+from miniserve.attention.metadata import QueryRows
 from miniserve.attention.spec import AttentionLayer
 
 

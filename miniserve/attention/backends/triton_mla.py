@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from miniserve.attention.backends.context import RaggedLens
+from miniserve.attention.backends.gathered import RaggedLens
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.torch_mla import TorchLatentBackend
 from miniserve.attention.layouts import KVCache, KVLayout
-from miniserve.attention.metadata import DecodeRows
+from miniserve.attention.metadata import QueryRows
 from miniserve.attention.platform import Platform
 from miniserve.attention.spec import AttentionSpec, LatentLayer
 from miniserve.kernels.triton.launch import cdiv, choose_splits, mla_launch, scratch_sizes
@@ -65,7 +65,7 @@ class TritonLatentBackend(TorchLatentBackend):
             for spec in dict.fromkeys(options.specs)
         }
 
-    def decode(self, layer: LatentLayer, q: Tensor, q_pe: Tensor, cache: KVCache, meta: DecodeRows) -> Tensor:
+    def decode(self, layer: LatentLayer, q: Tensor, q_pe: Tensor, cache: KVCache, meta: QueryRows) -> Tensor:
         spec = layer.spec
         longest = min(self._max_seq_len, meta.block_tables.shape[1] * self.layout.block_size)
         return self._decode_kernel(
