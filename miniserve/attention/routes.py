@@ -95,8 +95,6 @@ def describe_routes(choice: Choice, specs: Sequence[AttentionSpec], platform: Pl
         lines.append(f"{which}decode by {describe_decode(route.decode, spec, platform)}; {describe_chunks(route)}")
     if any(spec.kv_dtype.itemsize == 1 for spec in specs):
         lines.append(f"fp8 KV cache: {name_of(specs[0].kv_dtype)}")
-    if platform.emulated:
-        lines.append(f"{platform.arch} is emulated: the numbers are those of a stand-in for aiter, on a CPU")
     return lines
 
 

@@ -18,14 +18,14 @@ from miniserve.attention.backends.build import pool_limit
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.contracts import CONTRACTS
 from miniserve.attention.layouts import LAYOUTS
-from miniserve.attention.platform import Platform
+from miniserve.attention.platform import Platform, detect_platform
 from miniserve.attention.select import Choice, select
 from miniserve.attention.spec import AttentionLayer, AttentionSpec, LatentLayer
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
 from miniserve.models.hub import locate_config
 from miniserve.models.outline import read_outline
-from miniserve.runner.device import find_device, find_dtype, find_kv_dtype, find_platform
+from miniserve.runner.device import find_device, find_dtype, find_kv_dtype
 from miniserve.runner.self_check import Checked, CheckResult, check_backend
 
 _LARGE_PLANE = 9 << 29  # bytes: 4.5 GiB
@@ -176,7 +176,7 @@ def find_machine(config: EngineConfig) -> Machine:
     dtype = find_dtype(config.dtype, str(outline.dtype).removeprefix("torch."))
     return Machine(
         specs=tuple(dataclasses.replace(spec, dtype=dtype, kv_dtype=dtype) for spec in outline.specs),
-        platform=find_platform(config.device, device, dtype),
+        platform=detect_platform(device, dtype),
         device=device,
         block_size=config.block_size,
     )

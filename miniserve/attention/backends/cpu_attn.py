@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.torch_attn import TorchBackend
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import QueryRows
@@ -18,9 +19,9 @@ from miniserve.kernels.native import NativeKernels
 class CpuBackend(TorchBackend):
     graphs = True
 
-    def __init__(self, layout: KVLayout, kernels: NativeKernels) -> None:
-        super().__init__(layout)
-        self._kernels = kernels
+    def __init__(self, layout: KVLayout, options: BackendOptions | None = None) -> None:
+        super().__init__(layout, options)
+        self._kernels = NativeKernels()
         self._shuffled = layout.name == "shuffled"
 
     def write(self, layer: AttentionLayer, cache: KVCache, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:

@@ -6,14 +6,13 @@ the parts by their log-sum-exps. Layers that these kernels cannot take go to ait
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from miniserve.attention.aiter import Aiter
-from miniserve.attention.backends.aiter_calls import AiterCalls, PagedDecode
+from miniserve.attention import aiter
+from miniserve.attention.backends.aiter_calls import AiterCalls, PagedDecode, PagedScratch
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.gathered import GatheredRows, RaggedLens, context_pieces, windowed_rows
 from miniserve.attention.backends.options import BackendOptions
@@ -23,22 +22,10 @@ from miniserve.attention.merge import merge_lse
 from miniserve.attention.metadata import QueryRows, StepBatch
 from miniserve.attention.routes import fuses_rope, has_wrong_length, least_asm_rows, window_pair
 from miniserve.attention.spec import AttentionLayer, AttentionSpec, QKRope
+from miniserve.attention.terms import LayerRoute
 
 FLASH = "flash_attn_varlen_func"
 CONTEXT_TOKENS = 32768  # of cached context that are gathered at once
-
-
-def gathered_bytes(specs: Sequence[AttentionSpec], most_tokens: int) -> int:
-    """What a piece of gathered context takes at most: keys and values, and of an fp8 cache its codes and what they are
-    in float32 before they are rounded."""
-    tokens = min(CONTEXT_TOKENS, most_tokens)
-    return max(
-        tokens
-        * spec.num_kv_heads
-        * spec.head_dim
-        * (2 * spec.dtype.itemsize + (6 if spec.kv_dtype.itemsize == 1 else 0))
-        for spec in specs
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +45,35 @@ class FlashBackend(Backend[FlashMetadata]):
     graphs = True
     context_tokens = CONTEXT_TOKENS
 
-    def __init__(self, layout: KVLayout, aiter: Aiter, writer: RopeWriter, options: BackendOptions) -> None:
-        super().__init__(layout)
-        self._aiter, self._writer = aiter, writer
+    def __init__(self, layout: KVLayout, options: BackendOptions) -> None:
+        super().__init__(layout, options)
+        self._aiter = aiter.load()
+        self._writer = RopeWriter(layout, self._aiter, options)
         self._routes = options.routes
         self.fuses_rope = fuses_rope(options.routes)
         self._compute_units = options.platform.compute_units
         self._trust_asm_lengths = options.trust_asm_lengths
-        self._calls, self._paged = AiterCalls(aiter, layout), PagedDecode(aiter, options, layout.block_size)
+        self._calls, self._paged = AiterCalls(self._aiter, layout), PagedDecode(self._aiter, options, layout.block_size)
         flash = [s for s, route in zip(options.specs, options.routes, strict=True) if route.chunks == FLASH]
         self._windows = {spec.sliding_window for spec in flash if spec.sliding_window is not None}
         self._gathers_all = any(spec.sliding_window is None for spec in flash)
+
+    @classmethod
+    def scratch_bytes(cls, layout: str, options: BackendOptions) -> int:
+        """With a piece of gathered context: keys and values, and of an fp8 cache its codes and what they are in float32
+        before they are rounded."""
+        tokens = min(CONTEXT_TOKENS, options.max_rows * options.max_seq_len)
+        gathered = max(
+            spec.num_kv_heads * spec.head_dim * (2 * spec.dtype.itemsize + (6 if spec.kv_dtype.itemsize == 1 else 0))
+            for spec in options.specs
+        )
+        return PagedScratch.sizes(options)[1] + tokens * gathered
+
+    @classmethod
+    def extra_block_bytes(cls, layout: KVLayout, spec: AttentionSpec, route: LayerRoute) -> int:
+        """`AsmScales`, at most: layers of the same scale share tables."""
+        asm = route.decode == "paged_attention_common" and spec.kv_dtype.itemsize == 1
+        return 2 * 4 * layout.block_size * spec.num_kv_heads if asm else 0
 
     def build(self, batch: StepBatch) -> FlashMetadata:
         decode, extend, block_size = batch.decode, batch.extend, self.layout.block_size
@@ -83,7 +88,7 @@ class FlashBackend(Backend[FlashMetadata]):
     def attend(
         self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, meta: FlashMetadata
     ) -> Tensor:
-        self._writer.write_unturned(layer, k, v, cache, meta.batch.slot_mapping)
+        self._writer.write(layer, k, v, cache, meta.batch.slot_mapping)
         return self._attend(layer, q, k, v, cache, meta)
 
     def attend_qkv(
@@ -91,7 +96,9 @@ class FlashBackend(Backend[FlashMetadata]):
     ) -> Tensor:
         batch = meta.batch
         chunks = batch.extend is not None or batch.prefill is not None
-        q, k, v = self._writer.write(layer, qkv, rope, cache, batch.slot_mapping, meta.token_ids, keep_k=chunks)
+        q, k, v = self._writer.rope_and_split(
+            layer, qkv, rope, cache, batch.slot_mapping, meta.token_ids, keep_k=chunks
+        )
         return self._attend(layer, q, k, v, cache, meta)
 
     def _attend(

@@ -8,13 +8,11 @@ step, in six buffers that never move; so a captured step plans itself anew at ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from miniserve.attention.aiter import AiterLatent
+from miniserve.attention import aiter
 from miniserve.attention.backends.gathered import RaggedLens
 from miniserve.attention.backends.latent_base import LatentBackend
 from miniserve.attention.backends.options import BackendOptions
@@ -23,9 +21,7 @@ from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import QueryRows
 from miniserve.attention.routes import padded_heads
 from miniserve.attention.spec import AttentionSpec, LatentLayer
-from miniserve.kernels.triton.launch import cdiv
 
-TokenIndices = Callable[..., None]
 # In the order that aiter tells their sizes in. Its functions take them in other orders: always by name.
 _BUFFERS = (
     "work_metadata_ptrs",
@@ -40,34 +36,30 @@ _MOST_COMPUTE_UNITS = 304
 _ASM_DENSE_DIMS = (192, 128)  # of key and value; other pairs are padded to equals
 
 
-def scratch_bytes(specs: Sequence[AttentionSpec], max_rows: int, max_seq_len: int) -> int:
-    """Token indices, and the parts of split rows in float32, which aiter allocates in every call: by the tiles of 16
-    heads that its plan has room for, of up to 48 heads on gfx950 all of them in each tile."""
-    heads = max(padded_heads(spec.num_heads) for spec in specs)
-    tiles = heads // 16 if heads < 64 else 1
-    parts = min(max_rows + _MOST_COMPUTE_UNITS - 1, 2 * (_MOST_COMPUTE_UNITS - 1))
-    return 4 * max_rows * max_seq_len + 4 * parts * tiles * heads * (_RANK + 1)
-
-
 class AiterLatentBackend(LatentBackend[tuple[Tensor, ...]]):
     graphs = True
 
-    def __init__(
-        self, layout: KVLayout, aiter: AiterLatent, token_indices: TokenIndices, options: BackendOptions
-    ) -> None:
-        super().__init__(layout)
-        self._aiter, self._token_indices = aiter, token_indices
-        self._max_seq_len = options.max_seq_len
+    def __init__(self, layout: KVLayout, options: BackendOptions) -> None:
+        from miniserve.kernels.triton.cache_write import write_latent
+        from miniserve.kernels.triton.token_indices import token_indices
+
+        super().__init__(layout, options)
+        self._aiter = aiter.load_latent()
+        self._token_indices, self._write_kernel = token_indices, write_latent
         rows, device = options.max_rows, options.device
         self._kv_indptr = torch.zeros(rows + 1, dtype=torch.int32, device=device)
         self._kv_indices = torch.zeros(rows * options.max_seq_len, dtype=torch.int32, device=device)
         self._ones = torch.ones(rows, dtype=torch.int32, device=device)
-        self._write_kernel: Callable[..., None] | None = None
-        if not options.platform.emulated:
-            from miniserve.kernels.triton.cache_write import write_latent
-
-            self._write_kernel = write_latent
         self._plans = {spec: self._allocate(spec, rows, device) for spec in dict.fromkeys(options.specs)}
+
+    @classmethod
+    def scratch_bytes(cls, layout: str, options: BackendOptions) -> int:
+        """Token indices, and the parts of split rows in float32, which aiter allocates in every call: by the tiles of
+        16 heads that its plan has room for, of up to 48 heads on gfx950 all of them in each tile."""
+        heads = max(padded_heads(spec.num_heads) for spec in options.specs)
+        tiles = heads // 16 if heads < 64 else 1
+        parts = min(options.max_rows + _MOST_COMPUTE_UNITS - 1, 2 * (_MOST_COMPUTE_UNITS - 1))
+        return 4 * options.max_rows * options.max_seq_len + 4 * parts * tiles * heads * (_RANK + 1)
 
     def _allocate(self, spec: AttentionSpec, rows: int, device: torch.device) -> dict[str, Tensor]:
         sizes = self._aiter.get_mla_metadata_info_v1(
@@ -139,10 +131,7 @@ class AiterLatentBackend(LatentBackend[tuple[Tensor, ...]]):
         return out[:, :heads]
 
     def write(self, layer: LatentLayer, cache: KVCache, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor) -> None:
-        if self._write_kernel is None:
-            super().write(layer, cache, kv_c, k_pe, slot_mapping)
-        else:
-            self._write_kernel(kv_c, k_pe, cache.key, slot_mapping, kv_scale=latent_scale(layer))
+        self._write_kernel(kv_c, k_pe, cache.key, slot_mapping, kv_scale=latent_scale(layer))
 
     def attend_dense(
         self, layer: LatentLayer, q: Tensor, k: Tensor, v: Tensor, lens: RaggedLens, *, causal: bool
@@ -160,13 +149,3 @@ class AiterLatentBackend(LatentBackend[tuple[Tensor, ...]]):
             return_lse=True,
         )
         return out[..., :width], lse
-
-
-def torch_token_indices(
-    block_tables: Tensor, seq_lens: Tensor, starts: Tensor, out: Tensor, *, block_size: int, max_seq_len: int
-) -> None:
-    """As `kernels.triton.token_indices`, for a platform that is emulated on a CPU."""
-    for row, length in enumerate(seq_lens.tolist()):
-        blocks = block_tables[row, : cdiv(length, block_size), None]
-        tokens = (blocks * block_size + torch.arange(block_size)).flatten()[:length]
-        out[int(starts[row]) : int(starts[row + 1])] = tokens

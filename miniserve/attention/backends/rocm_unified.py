@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from miniserve.attention.aiter import Aiter
+from miniserve.attention import aiter
 from miniserve.attention.backends.aiter_calls import AiterCalls
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.options import BackendOptions
@@ -29,9 +29,10 @@ class UnifiedMetadata:
 class UnifiedBackend(Backend[UnifiedMetadata]):
     graphs = True
 
-    def __init__(self, layout: KVLayout, aiter: Aiter, writer: RopeWriter, options: BackendOptions) -> None:
-        super().__init__(layout)
-        self._calls, self._writer = AiterCalls(aiter, layout), writer
+    def __init__(self, layout: KVLayout, options: BackendOptions) -> None:
+        super().__init__(layout, options)
+        known = aiter.load()
+        self._calls, self._writer = AiterCalls(known, layout), RopeWriter(layout, known, options)
         self.fuses_rope = fuses_rope(options.routes)
 
     def build(self, batch: StepBatch) -> UnifiedMetadata:
@@ -40,13 +41,15 @@ class UnifiedBackend(Backend[UnifiedMetadata]):
     def attend(
         self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, meta: UnifiedMetadata
     ) -> Tensor:
-        self._writer.write_unturned(layer, k, v, cache, meta.batch.slot_mapping)
+        self._writer.write(layer, k, v, cache, meta.batch.slot_mapping)
         return self._over_cache(layer, q, cache, meta.batch)
 
     def attend_qkv(
         self, layer: AttentionLayer, qkv: Tensor, rope: QKRope, cache: KVCache, meta: UnifiedMetadata
     ) -> Tensor:
-        q, _, _ = self._writer.write(layer, qkv, rope, cache, meta.batch.slot_mapping, meta.token_ids, keep_k=False)
+        q, _, _ = self._writer.rope_and_split(
+            layer, qkv, rope, cache, meta.batch.slot_mapping, meta.token_ids, keep_k=False
+        )
         return self._over_cache(layer, q, cache, meta.batch)
 
     def _over_cache(self, layer: AttentionLayer, q: Tensor, cache: KVCache, batch: StepBatch) -> Tensor:

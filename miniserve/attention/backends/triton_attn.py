@@ -7,48 +7,72 @@ cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from miniserve.attention.backends.base import CHUNKS_IN_GRAPH, Backend
 from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.backends.paged_kernels import PagedKernels, SplitPlan
+from miniserve.attention.backends.rope_write import CacheWriter, cache_terms
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import QueryRows, StepBatch
 from miniserve.attention.routes import fuses_rope
-from miniserve.attention.spec import AttentionLayer, AttentionSpec, QKRope, fp8_scales
-from miniserve.kernels.triton.launch import cdiv, extend_launch, extend_splits
+from miniserve.attention.spec import AttentionLayer, AttentionSpec, QKRope
+from miniserve.kernels.triton.launch import cdiv, choose_splits, decode_launch, extend_launch, extend_splits
 
 LINEARIZE_FROM = 16  # query tokens of a chunk; shorter ones are read in place about as fast (measured on an H100)
 LINEARIZED_TOKENS = 32768  # cached tokens that are copied at most, for all of a step's chunks; more are read in place
 
 
-def linearized_bytes(specs: Sequence[AttentionSpec], most_tokens: int) -> int:
-    """What the copy for a layer takes at most."""
-    token = max(2 * spec.num_kv_heads * spec.head_dim * spec.kv_dtype.itemsize for spec in specs)
-    return min(LINEARIZED_TOKENS, most_tokens) * token
+class SplitPlan:
+    """How many programs share a row's keys, by the step's rows and longest row, and the scratch that takes at most."""
+
+    def __init__(self, spec: AttentionSpec, options: BackendOptions) -> None:
+        from miniserve.kernels.triton.split_kv import DecodeScratch
+
+        self._num_sms = options.platform.compute_units
+        group = spec.num_heads // spec.num_kv_heads
+        self._launch = decode_launch(options.platform.vendor, spec.head_dim, spec.kv_dtype.itemsize, group)
+        self._head_tiles = spec.num_kv_heads * cdiv(group, self._launch.block_m)
+        launches = [(rows, self.splits(rows, options.max_seq_len)) for rows in range(1, options.max_rows + 1)]
+        self.scratch = DecodeScratch.allocate(launches, spec.num_heads, spec.head_dim, options.device)
+
+    def splits(self, rows: int, max_seq_len: int) -> int:
+        return choose_splits(rows, self._head_tiles, max_seq_len, self._launch, self._num_sms)
 
 
 class TritonBackend(Backend[StepBatch]):
     graphs = True
     linearize_from = LINEARIZE_FROM
 
-    def __init__(self, layout: KVLayout, kernels: PagedKernels, options: BackendOptions) -> None:
-        super().__init__(layout)
-        self._kernels = kernels
+    def __init__(self, layout: KVLayout, options: BackendOptions) -> None:
+        from miniserve.kernels.triton.linearize import linearize
+        from miniserve.kernels.triton.paged_decode import paged_decode
+        from miniserve.kernels.triton.paged_extend import paged_extend
+
+        super().__init__(layout, options)
+        self._paged_decode, self._paged_extend, self._linearize = paged_decode, paged_extend, linearize
+        self._writer = CacheWriter(layout)
         self.fuses_rope = fuses_rope(options.routes)
         # Copies and splits of chunks were measured on NVIDIA's GPUs alone.
         on_nvidia = options.platform.vendor == "cuda"
         self._split_over = options.platform.compute_units if on_nvidia else 1
-        self._copies = layout.name == "shuffled" and on_nvidia and kernels.linearize is not None
+        self._copies = layout.name == "shuffled" and on_nvidia
         # A graph copies block tables of any length, so it must have room for the longest.
         self.chunk_graphs = not self._copies or CHUNKS_IN_GRAPH * options.max_seq_len <= LINEARIZED_TOKENS
         if self._copies:  # block tables of the copies
             blocks = LINEARIZED_TOKENS // layout.block_size
             self._linear_tables = torch.arange(blocks, dtype=torch.int32, device=options.device)
-        self._plans = {_shape(spec): SplitPlan(kernels, spec, options) for spec in options.specs}
+        self._plans = {_shape(spec): SplitPlan(spec, options) for spec in options.specs}
+
+    @classmethod
+    def scratch_bytes(cls, layout: str, options: BackendOptions) -> int:
+        """A layer's copy in the linear layout."""
+        if layout != "shuffled":
+            return 0
+        token = max(2 * spec.num_kv_heads * spec.head_dim * spec.kv_dtype.itemsize for spec in options.specs)
+        return min(LINEARIZED_TOKENS, options.max_rows * options.max_seq_len) * token
 
     def build(self, batch: StepBatch) -> StepBatch:
         return batch
@@ -56,13 +80,12 @@ class TritonBackend(Backend[StepBatch]):
     def attend(
         self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, batch: StepBatch
     ) -> Tensor:
-        self.write(layer, k, v, cache, batch.slot_mapping)
+        self._writer.write(layer, k, v, cache, batch.slot_mapping)
         return self._over_cache(layer, q, cache, batch)
 
     def attend_qkv(self, layer: AttentionLayer, qkv: Tensor, rope: QKRope, cache: KVCache, batch: StepBatch) -> Tensor:
         settled = batch.decode is not None and batch.decode.fresh is not None
-        kernel, slots = self._kernels.rope_and_write, batch.slot_mapping
-        q = rope_and_write(kernel, self.layout, layer, qkv, rope, cache, slots, settled=settled)
+        q = self._writer.rope_and_write(layer, qkv, rope, cache, batch.slot_mapping, settled=settled)
         return self._over_cache(layer, q, cache, batch)
 
     def _over_cache(self, layer: AttentionLayer, q: Tensor, cache: KVCache, batch: StepBatch) -> Tensor:
@@ -75,13 +98,10 @@ class TritonBackend(Backend[StepBatch]):
                 self.extend(layer, q[span], cache, chunks, out[span])
         return out.flatten(1)
 
-    def write(self, layer: AttentionLayer, k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None:
-        self._kernels.write_kv(k, v, cache.key, cache.value, slot_mapping, **cache_terms(self.layout, layer))
-
     def decode(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: QueryRows, out: Tensor) -> None:
         """q, out [rows, num_heads, head_dim]."""
         plan = self._plans[_shape(layer.spec)]
-        self._kernels.paged_decode(
+        self._paged_decode(
             q,
             cache.key,
             cache.value,
@@ -99,11 +119,10 @@ class TritonBackend(Backend[StepBatch]):
         planes, terms = (cache.key, cache.value), self._terms(layer)
         tables, lens = rows.block_tables, (rows.cu_query_lens, rows.seq_lens)
         num_splits = self._extend_splits(layer.spec, rows)
-        copies = self._copies and rows.max_query_len >= self.linearize_from
-        if copies and tables.numel() <= len(self._linear_tables) and self._kernels.linearize is not None:
-            planes = self._kernels.linearize(*planes, tables, *lens, window=layer.spec.sliding_window)
+        if self._copies and rows.max_query_len >= self.linearize_from and tables.numel() <= len(self._linear_tables):
+            planes = self._linearize(*planes, tables, *lens, window=layer.spec.sliding_window)
             tables, terms["shuffled"] = self._linear_tables[: tables.numel()].view(tables.shape), False
-        self._kernels.paged_extend(
+        self._paged_extend(
             q, *planes, tables, *lens, max_query_len=rows.max_query_len, num_splits=num_splits, out=out, **terms
         )
 
@@ -114,7 +133,7 @@ class TritonBackend(Backend[StepBatch]):
         programs = spec.num_kv_heads * cdiv(queries, launch.block_m) * chunks
         return extend_splits(programs, rows.max_seq_len, self._split_over)
 
-    def _terms(self, layer: AttentionLayer) -> dict[str, object]:
+    def _terms(self, layer: AttentionLayer) -> dict[str, Any]:
         spec = layer.spec
         return cache_terms(self.layout, layer) | {
             "num_kv_heads": spec.num_kv_heads,
@@ -123,46 +142,6 @@ class TritonBackend(Backend[StepBatch]):
             "softcap": spec.softcap,
             "sinks": layer.sinks,
         }
-
-
-def cache_terms(layout: KVLayout, layer: AttentionLayer) -> dict[str, object]:
-    """What every kernel over the layer's cache is told of it."""
-    k_scale, v_scale = fp8_scales(layer)
-    shuffled = layout.name == "shuffled"
-    return {"block_size": layout.block_size, "shuffled": shuffled, "k_scale": k_scale, "v_scale": v_scale}
-
-
-def rope_and_write(
-    kernel: Callable[..., Tensor],
-    layout: KVLayout,
-    layer: AttentionLayer,
-    qkv: Tensor,
-    rope: QKRope,
-    cache: KVCache,
-    slot_mapping: Tensor,
-    k_out: Tensor | None = None,
-    *,
-    settled: bool = False,
-) -> Tensor:
-    """`PagedKernels.rope_and_write`, for a layer; k_out [num_tokens, num_kv_heads, head_dim]: for k rotated too, of the
-    tokens that are written. Returns q rotated."""
-    spec = layer.spec
-    return kernel(
-        qkv,
-        rope.cos_sin,
-        rope.q_weight,
-        rope.k_weight,
-        rope.eps,
-        cache.key,
-        cache.value,
-        slot_mapping,
-        num_heads=spec.num_heads,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        settled=settled,
-        k_out=k_out,
-        **cache_terms(layout, layer),
-    )
 
 
 def _shape(spec: AttentionSpec) -> tuple[int, int, int]:
