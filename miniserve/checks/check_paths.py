@@ -18,7 +18,7 @@ from miniserve.attention.backends.build import pool_limit
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.contracts import CONTRACTS
 from miniserve.attention.layouts import LAYOUTS
-from miniserve.attention.platform import Platform
+from miniserve.attention.platform import Platform, detect_platform
 from miniserve.attention.select import Choice, select
 from miniserve.attention.spec import AttentionLayer, AttentionSpec, LatentLayer
 from miniserve.config import EngineConfig
@@ -27,7 +27,7 @@ from miniserve.models.config import describe_model
 from miniserve.models.hub import locate_config
 from miniserve.models.layers.attention import Attention
 from miniserve.models.layers.latent_attention import UpProjection
-from miniserve.runner.device import find_device, find_dtype, find_kv_dtype, find_platform
+from miniserve.runner.device import find_device, find_dtype, find_kv_dtype
 from miniserve.runner.self_check import Checked, CheckResult, check_backend
 
 _LARGE_PLANE = 9 << 29  # bytes: 4.5 GiB
@@ -149,7 +149,7 @@ def find_machine(config: EngineConfig) -> Machine:
     layers = filter(model.has_kv_cache, range(model.num_layers))
     return Machine(
         specs=tuple(model.attention_spec(layer, dtype, dtype) for layer in layers),
-        platform=find_platform(config.device, device, dtype),
+        platform=detect_platform(device, dtype),
         device=device,
         block_size=config.block_size,
     )

@@ -18,7 +18,7 @@ from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.build import build_backend
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.layouts import LAYOUTS, KVCache
-from miniserve.attention.metadata import DecodeRows, StepBatch
+from miniserve.attention.metadata import StepBatch, decode_rows
 from miniserve.attention.select import Choice
 from miniserve.attention.spec import AttentionLayer, AttentionSpec, LatentLayer
 from miniserve.attention.terms import LayerRoute
@@ -109,7 +109,7 @@ def _batch(rows: int, context: int, block_size: int, device: torch.device, *, ca
     slots = tables[:, -1] * block_size + (context - 1) % block_size
     lens = torch.full((rows,), context, dtype=torch.int32, device=device)
     host = None if captured else np.full(rows, context, dtype=np.int64)
-    return StepBatch(slots.to(device), DecodeRows(tables.int().to(device), lens, context, host))
+    return StepBatch(slots.to(device), decode_rows(tables.int().to(device), lens, context, host))
 
 
 def _step(
