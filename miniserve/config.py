@@ -14,8 +14,7 @@ from miniserve.core import InvalidRequest, UserError, check_types
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 _CHOICES = {
     "dtype": ("auto", "bfloat16", "float16", "float32"),
-    # gfx942 and gfx950 are emulated on a CPU, by an aiter that computes there: for tests.
-    "device": ("auto", "cpu", "cuda", "gfx942", "gfx950"),
+    "device": ("auto", "cpu", "cuda"),
     "load_format": ("auto", "dummy"),
     "kv_layout": ("auto", "linear", "shuffled", "latent"),
     "kv_cache_dtype": ("auto", "bfloat16", "float16", "float32", "fp8"),

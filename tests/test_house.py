@@ -16,6 +16,7 @@ PACKAGE = Path(miniserve.__file__).parent
 # From the top down; a room imports from itself and from rooms below it.
 ROOMS = (
     "cli",
+    "checks",
     "bench",
     "server",
     "llm",

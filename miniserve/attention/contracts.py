@@ -134,6 +134,7 @@ _rocm = partial(BackendContract, archs=_INSTINCT, requires=("aiter", "triton"))
 CONTRACTS = (
     _rocm(
         name="ROCM_ATTN",
+        implementation="rocm_attn:RocmBackend",
         layouts=("shuffled",),
         decode=(_PAGED_ROCM,),
         rerouted_decode=(_TRITON_DECODE,),
@@ -142,6 +143,7 @@ CONTRACTS = (
     ),
     _rocm(
         name="ROCM_AITER_FA",
+        implementation="rocm_aiter_fa:FlashBackend",
         layouts=_BOTH,
         decode=(_PAGED_V1, _PAGED_COMMON, _PAGED_ROCM),
         rerouted_decode=_UNIFIED_BOTH,
@@ -150,6 +152,7 @@ CONTRACTS = (
     ),
     _rocm(
         name="ROCM_AITER_UNIFIED_ATTN",
+        implementation="rocm_unified:UnifiedBackend",
         layouts=_BOTH,
         decode=_UNIFIED_BOTH,
         chunks=_UNIFIED_BOTH,
@@ -158,6 +161,7 @@ CONTRACTS = (
     # After the one that serves all it serves: it is taken where it was measured to be faster, or asked for.
     _rocm(
         name="ROCM_AITER_GLUON",
+        implementation="rocm_gluon:GluonBackend",
         layouts=("shuffled",),
         decode=(_GLUON,),
         rerouted_decode=(_UNIFIED_SHUFFLED,),
@@ -167,6 +171,7 @@ CONTRACTS = (
     ),
     BackendContract(
         name="TRITON_ATTN",
+        implementation="triton_attn:TritonBackend",
         layouts=_BOTH,
         decode=(_TRITON_DECODE,),
         chunks=(_TRITON_EXTEND,),
@@ -177,15 +182,19 @@ CONTRACTS = (
     ),
     BackendContract(
         name="CPU_ATTN",
+        implementation="cpu_attn:CpuBackend",
         layouts=_BOTH,
         decode=(_CPU,),
         chunks=(_CPU,),
         archs=("cpu",),
         requires=("native",),
     ),
-    BackendContract(name="TORCH_ATTN", layouts=_BOTH, decode=(_TORCH,), chunks=(_TORCH,)),
+    BackendContract(
+        name="TORCH_ATTN", implementation="torch_attn:TorchBackend", layouts=_BOTH, decode=(_TORCH,), chunks=(_TORCH,)
+    ),
     _rocm(
         name="ROCM_AITER_MLA",
+        implementation="rocm_aiter_mla:AiterLatentBackend",
         layouts=("latent",),
         decode=(_AITER_MLA,),
         chunks=(_FLASH_LATENT,),
@@ -193,13 +202,20 @@ CONTRACTS = (
     ),
     BackendContract(
         name="TRITON_MLA",
+        implementation="triton_mla:TritonLatentBackend",
         layouts=("latent",),
         decode=(_TRITON_MLA,),
         chunks=(_TRITON_MLA,),
         archs=("sm_90", "sm_100", "sm_103", *_INSTINCT),  # other NVIDIA GPUs' shared memory is below its tiles' 184 KB
         requires=("triton",),
     ),
-    BackendContract(name="TORCH_MLA", layouts=("latent",), decode=(_TORCH_MLA,), chunks=(_TORCH_MLA,)),
+    BackendContract(
+        name="TORCH_MLA",
+        implementation="torch_mla:TorchLatentBackend",
+        layouts=("latent",),
+        decode=(_TORCH_MLA,),
+        chunks=(_TORCH_MLA,),
+    ),
 )
 # By name: contracts of the same name differ in the layouts and sizes that they take, and in nothing else.
 KERNELS = {

@@ -12,7 +12,6 @@ import torch
 
 from miniserve.attention.aiter import Unavailable as AiterUnavailable
 from miniserve.attention.aiter import load as load_aiter
-from miniserve.core import UserError
 from miniserve.kernels import native
 
 Version = tuple[int, ...]
@@ -26,7 +25,7 @@ class Platform:
     `aiter_unavailable` says why; likewise `triton_unavailable`, and `native_unavailable` of the CPU's C++ kernels.
     triton_version: as its package states it, "" where that is not known.
     fastest_layout: the KV layout that its kernels were measured to read fastest, None where the contracts' own order
-    holds. emulated: tensors lie on the CPU and aiter is a stand-in that computes there.
+    holds.
     """
 
     arch: str
@@ -37,7 +36,6 @@ class Platform:
     triton_version: str = ""
     native_unavailable: str | None = None
     fastest_layout: str | None = None
-    emulated: bool = False
 
     @property
     def vendor(self) -> Literal["cuda", "hip"]:
@@ -99,20 +97,6 @@ def detect_platform(device: torch.device, dtype: torch.dtype) -> Platform:
         return replace(platform, aiter_version=load_aiter().version)
     except AiterUnavailable as error:
         return replace(platform, aiter_unavailable=str(error))
-
-
-def emulated_platform(arch: str) -> Platform:
-    """An AMD GPU on the CPU, for tests. Raises `UserError` where no aiter is found that computes on a CPU as `arch`."""
-    refusal = f"--device {arch} emulates an AMD GPU for tests and needs an aiter that runs on a CPU"
-    if torch.cuda.is_available():
-        raise UserError(f"{refusal}, which this machine has none of beside its GPU; use --device cuda.")
-    try:
-        aiter = load_aiter()
-    except AiterUnavailable as error:
-        raise UserError(f"{refusal}: {error}.") from None
-    if aiter.arch != arch:
-        raise UserError(f"{refusal}; the one found computes as {aiter.arch}.")
-    return Platform(arch, aiter.compute_units, aiter.version, emulated=True)
 
 
 def _detect_cpu(dtype: torch.dtype) -> Platform:

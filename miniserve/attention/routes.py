@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from miniserve.attention.contracts import MLA_HEADS
-from miniserve.attention.metadata import DecodeRows
+from miniserve.attention.metadata import QueryRows
 from miniserve.attention.platform import Platform
 from miniserve.attention.select import Choice
 from miniserve.attention.spec import AttentionSpec
@@ -40,7 +40,7 @@ def least_asm_rows(spec: AttentionSpec, compute_units: int) -> int | None:
     return 2 * compute_units // spec.num_heads + 1
 
 
-def has_wrong_length(rows: DecodeRows) -> bool:
+def has_wrong_length(rows: QueryRows) -> bool:
     """Whether a row's length (its own token counted) is one the ASM kernel gets wrong, or may be in a captured step."""
     first, last = ASM_WRONG_LENGTHS
     lens = rows.host_seq_lens
@@ -95,8 +95,6 @@ def describe_routes(choice: Choice, specs: Sequence[AttentionSpec], platform: Pl
         lines.append(f"{which}decode by {describe_decode(route.decode, spec, platform)}; {describe_chunks(route)}")
     if any(spec.kv_dtype.itemsize == 1 for spec in specs):
         lines.append(f"fp8 KV cache: {name_of(specs[0].kv_dtype)}")
-    if platform.emulated:
-        lines.append(f"{platform.arch} is emulated: the numbers are those of a stand-in for aiter, on a CPU")
     return lines
 
 

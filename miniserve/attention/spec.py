@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # a model's description has `LatentDims`, and is read without torch
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)

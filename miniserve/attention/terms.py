@@ -148,10 +148,12 @@ class BackendContract:
 
     A layer that no kernel of `decode` serves is decoded by one of `rerouted_decode`; a model that has no other layers
     is left to the backends whose own kernels those are. fp8_archs: where it reads an fp8 cache, if not everywhere.
-    requires: what must be there, of "native", "aiter", "triton".
+    requires: what must be there, of "native", "aiter", "triton". implementation: "module:class" of the backend in
+    `attention/backends`, imported when it is chosen.
     """
 
     name: str
+    implementation: str
     layouts: tuple[str, ...]
     decode: tuple[KernelContract, ...]
     chunks: tuple[KernelContract, ...]

@@ -17,6 +17,7 @@ from miniserve.core import EngineInfo
 from miniserve.engine.roofline import share_of_bandwidth
 
 BUSY_CLIENT = 0.8
+_WIDEST = 200  # characters of a table's line
 
 
 def run_with_progress(config: serve.ServeConfig) -> serve.ServeResult:
@@ -112,6 +113,8 @@ def print_sweep(result: SweepResult) -> None:
             *(f"{shares[kind]:.0%}" if shares else "-" for kind in ("decode", "mixed", "prefill")),
             "-" if share is None else f"{share:.0%}",
         )
+    needed = console.measure(table, options=console.options.update(width=_WIDEST)).maximum
+    console.width = max(console.width, needed)  # a narrower terminal wraps the lines; cut figures would be wrong ones
     console.print(table)
     for layout, reason in result.refused.items():
         console.print(f"{layout} was not measured: {reason}", style="yellow", markup=False)

@@ -15,6 +15,7 @@ from miniserve.bench.serve import ServeConfig, ServeSummary, run
 from miniserve.bench.workload import Shape
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
+from miniserve.models.config import describe_model
 from miniserve.models.hub import locate_config
 from miniserve.server.config import ServerConfig
 from miniserve.server.process import ServerEnded, ServerProcess
@@ -126,8 +127,8 @@ def layouts_of(config: SweepConfig) -> tuple[str, ...]:
         return (AS_SERVED,)
     if config.engine.kv_layout != "auto":
         return (config.engine.kv_layout,)
-    _, raw = locate_config(config.engine.model, config.engine.revision)
-    return ("latent",) if raw.get("kv_lora_rank") is not None else ("linear", "shuffled")
+    name, path = locate_config(config.engine.model, config.engine.revision)
+    return ("linear", "shuffled") if describe_model(path, name).latent is None else ("latent",)
 
 
 def _server(config: SweepConfig, layout: str) -> AbstractContextManager[str]:

@@ -36,9 +36,9 @@ def check(
     Exits 1 if anything is wrong.
     """
     # Here and not above: torch would slow down `miniserve --help`.
-    from miniserve.bench.check_paths import AttentionPath, find_machine
-    from miniserve.bench.check_report import CheckReport
-    from miniserve.bench.check_tokens import compare_paths
+    from miniserve.checks.check_paths import AttentionPath, find_machine
+    from miniserve.checks.check_report import CheckReport
+    from miniserve.checks.check_tokens import compare_paths
 
     machine = find_machine(engine)
     if every:

@@ -13,7 +13,7 @@ from miniserve.config import EngineConfig
 
 if TYPE_CHECKING:
     from miniserve.attention.spec import AttentionSpec
-    from miniserve.runner.explain import Explanation, Memory, Path
+    from miniserve.checks.explanation import Explanation, Memory, Path
 
 
 @with_settings(
@@ -30,18 +30,15 @@ def explain(
 ) -> None:
     """Show which attention backend, KV layout and kernels a model would use, why not others, and what fits in memory.
 
-    Only the model's config.json is read.
+    Only the model's config.json is needed.
     """
     # Here and not above: torch would slow down `miniserve --help`.
+    from miniserve.checks.explanation import explain as explain_model
+    from miniserve.models.config import describe_model
     from miniserve.models.hub import locate_config
-    from miniserve.models.outline import read_outline
-    from miniserve.runner.explain import explain as explain_model
 
-    name, config = locate_config(
-        engine.model, engine.revision, notify=lambda sentence: print(sentence, file=sys.stderr)
-    )
-    outline = read_outline(config, name)
-    found = explain_model(name, outline, engine, device, tp)
+    name, path = locate_config(engine.model, engine.revision, notify=lambda sentence: print(sentence, file=sys.stderr))
+    found = explain_model(name, describe_model(path, name), engine, device, tp)
     print(json.dumps(to_json(found), indent=2) if as_json else to_text(found))
 
 
@@ -51,11 +48,11 @@ def to_text(found: Explanation) -> str:
     units = f", {platform.compute_units} compute units" if platform.compute_units else ""
     memory = f", {_gib(found.memory.total)}" if found.memory.total else ""
     lines = [
-        f"{found.model}: {found.outline.architecture}, {len(found.outline.layers)} layers",
+        f"{found.model}: {found.config.architecture}, {found.config.num_layers} layers",
         f"on {found.device}: {platform.arch}{units}{memory}",
         *(f"note: {note}" for note in found.notes),
         "",
-        f"attention layers{f', the part of each of {found.tp} GPUs' if found.tp > 1 else ''}",
+        f"attention layers{f', on each of {found.tp} GPUs' if found.tp > 1 else ''}",
         *(f"  {ranges(kind.layers)}: {kind_text(kind.spec)}" for kind in found.kinds),
         "",
         f"chosen: {choice.backend} over the {choice.layout} KV layout: {choice.reason}",
@@ -77,7 +74,7 @@ def to_json(found: Explanation) -> dict[str, Any]:
     """The same as data."""
     return {
         "model": found.model,
-        "architecture": found.outline.architecture,
+        "architecture": found.config.architecture,
         "device": found.device,
         "arch": found.platform.arch,
         "tp": found.tp,
@@ -134,8 +131,8 @@ def ranges(layers: tuple[int, ...]) -> str:
     step = layers[1] - layers[0]
     if step == 1 and layers[-1] - layers[0] == len(layers) - 1:
         return f"layers {layers[0]}-{layers[-1]}"
-    shown = [str(layer) for layer in layers[:3]]
-    return f"layers {', '.join(shown)}, … {layers[-1]} ({len(layers)})"
+    shown = ", ".join(map(str, layers[:3]))
+    return f"layers {shown}" if len(layers) <= 3 else f"layers {shown}, … {layers[-1]} ({len(layers)})"
 
 
 def _chosen(found: Explanation) -> Path:
@@ -183,7 +180,7 @@ def _memory(found: Explanation) -> list[str]:
             planes = f"one plane of [{key}]" if kind.spec.latent else f"keys [{key}], values [{value}]"
             lines.append(f"  {ranges(kind.layers)}: a block is {layout.block_bytes(kind.spec):,} bytes: {planes}")
     lines.append(f"memory{' of each GPU' if found.tp > 1 else ''}")
-    weights = "not known for weights quantised like this" if memory.weights is None else _gib(memory.weights)
+    weights = "unknown for this quantisation" if memory.weights is None else _gib(memory.weights)
     lines.append(f"  weights: {weights}")
     lines += [f"  scratch of the backend: {_gib(memory.scratch)}"] if memory.scratch else []
     lines.append(f"  KV cache: {memory.kv_bytes_per_token:,} bytes a token")
@@ -196,7 +193,7 @@ def _capacity(memory: Memory, longest: int) -> list[str]:
     share = f"{memory.usable / memory.total:.0%} of {_gib(memory.total)}"
     if memory.tokens == 0:
         remedy = f"the weights need --tp {memory.least_tp}" if memory.least_tp else "the weights are too large"
-        return [f"  room for no token in {share}: {remedy}"]
+        return [f"  no room for tokens in {share}: {remedy}"]
     sequences = memory.tokens / longest
     lines = [f"  room for {memory.tokens:,} tokens in {share}: {sequences:.1f} sequences of {longest:,}"]
     return lines + ([f"  {memory.bounded}"] if memory.bounded else [])

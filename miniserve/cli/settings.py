@@ -69,10 +69,7 @@ _OPTIONS: dict[type, dict[str, Any]] = {
         "model": typer.Argument(help="Hugging Face id or local directory.", show_default="the built-in model"),
         "revision": _model(help="Branch, tag or commit on the hub."),
         "dtype": _model(help="auto (the model's own), bfloat16, float16 or float32."),
-        "device": _model(
-            help="auto, cpu or cuda (which is ROCm, too); gfx942 and gfx950 are emulated, for tests with a stand-in "
-            "for aiter.",
-        ),
+        "device": _model(help="auto, cpu or cuda (which is ROCm, too)."),
         "load_format": _model(help="auto, or dummy: random weights, none are loaded."),
         "max_model_len": _model(
             help="Longest prompt and answer together; 8k is 8000, 8K 8192.",

@@ -29,15 +29,11 @@ def tune(
     if min(*batches, context, 1) < 1:
         raise UserError("--batch and --context must be 1 or more.")
     # Here and not above: torch would slow down `miniserve --help`.
-    from miniserve.bench.check_paths import find_machine
-    from miniserve.bench.tune import fault, rank, time_path
+    from miniserve.checks.check_paths import find_machine
+    from miniserve.checks.tune import fault, rank, time_path
     from miniserve.runner.tuning import save_table, table_path
 
     machine = find_machine(engine)
-    if machine.platform.emulated:
-        raise UserError(
-            f"--device {engine.device} is emulated on a CPU, so its times say nothing about a GPU; run this on the GPU."
-        )
     timings = []
     for path in machine.paths((engine.kv_cache_dtype,)):
         print(f"timing {path}", file=sys.stderr)

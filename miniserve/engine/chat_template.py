@@ -43,7 +43,8 @@ class ChatTemplate:
             self._process.submit(Job(self._tokenizer.chat_template)).result()
         except InvalidRequest as error:
             raise UserError(
-                f"{error} Mend the model's chat_template.jinja, or chat_template in its tokenizer_config.json."
+                f"{str(error).rstrip('.')}. Mend the model's chat_template.jinja, or chat_template in its "
+                "tokenizer_config.json."
             ) from error
 
     def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
@@ -163,6 +164,9 @@ def _message(path: str, message: object) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise InvalidRequest(f"{path} must be a dict with a role and a content.", path)
     content, role = message.get("content"), message["role"]
+    if role == "assistant" and isinstance(refusal := message.get("refusal"), str) and refusal:
+        said = content if is_list(content) else [{"type": "text", "text": content}] if content else []
+        content = [*said, {"type": "refusal", "refusal": refusal}]
     if is_list(content):
         content = [_part(f"{path}.content[{i}]", part, role) for i, part in enumerate(content)] or ""
     elif not isinstance(content, str) and (content is not None or role != "assistant"):
@@ -171,7 +175,7 @@ def _message(path: str, message: object) -> dict[str, Any]:
 
 
 def _part(path: str, part: object, role: str) -> dict[str, Any]:
-    """Templates know parts of type text; a refusal is the text of an assistant that declined."""
+    """Templates know parts of type text; a refusal, a part or a field, is the text of an assistant that declined."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     name = "refusal" if kind == "refusal" and role == "assistant" else "text"
     if not isinstance(part, Mapping) or kind not in ("text", "input_text", name) or not isinstance(part.get(name), str):

@@ -285,7 +285,7 @@ class AsyncEngine:
     def _longest_step(self) -> float:
         """Seconds. More until a step of each kind has ended; then what it needed is compiled."""
         limit = self._step_timeout or (_CPU_STEP if self.info.device == "cpu" else _GPU_STEP)
-        return limit if self.totals.decode_steps and self.totals.mixed_steps else max(limit, _FIRST_STEPS)
+        return limit if self.totals.decode_steps and self.totals.prefill_tokens else max(limit, _FIRST_STEPS)
 
     def _take(self, event: messages.Event) -> None:
         if isinstance(event, messages.Steps):

@@ -149,7 +149,7 @@ def _load(path: Path) -> Any:
     except Exception as error:
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
-            f"The tokenizer in {path} cannot be loaded: {first_line} Check that its files are complete."
+            f"The tokenizer in {path} cannot be loaded: {first_line.rstrip('.')}. Check that its files are complete."
         ) from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise UserError(f"The tokenizer in {path} has no fast form; add a tokenizer.json to the model's directory.")

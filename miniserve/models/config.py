@@ -24,7 +24,7 @@ from miniserve.models.checkpoint import (
     read_json,
     tensor_files,
 )
-from miniserve.models.config_families import FAMILIES
+from miniserve.models.config_families import ARCHITECTURES, FAMILIES
 from miniserve.models.config_rope import listed, longest_context, read_rope
 from miniserve.models.description import ModelConfig
 
@@ -32,11 +32,13 @@ SUPPORTED_DTYPES = ("bfloat16", "float16", "float32")
 # transformers knows SiLU by two names.
 SUPPORTED_ACTIVATIONS = ("silu", "swish")
 
-SIZES = (
+_SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "max_position_embeddings",
+    "max_position_embeddings", "head_dim",
 )  # fmt: skip
 _LARGEST = 2**24  # above every model's, below what tables of that size would take of memory
+# What stands beside the text model's settings.
+_OF_THE_WHOLE = ("dtype", "torch_dtype", "tie_word_embeddings", "quantization_config")
 # Nulls that mean something in rope settings: the ratio of two lengths, and false.
 _MEANT_NULL = ("factor", "truncate")
 _FLOAT_TAGS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -49,29 +51,49 @@ def load_model_config(path: str | Path, *, weights: bool = True) -> ModelConfig:
     the embedding is not tied to it, whatever config.json says.
     """
     path = Path(path)
+    check_config(read_json(path / "config.json"), str(path))
+    config = describe_model(path, str(path))
+    return _as_stored(config, path) if weights else config
+
+
+def describe_model(path: Path, name: str) -> ModelConfig:
+    """As `load_model_config`, also of a model that the engine cannot run: `ModelConfig.missing` says why. Weight files
+    need not be there. name: the model's, for errors."""
     raw = read_json(path / "config.json")
-    check_config(raw, str(path))
-    architecture = _architecture(raw)
+    text = _text_model(raw)
+    model_type, architecture = str(text.get("model_type") or ""), _architecture(raw)
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"{name} is a {architecture} (model_type {model_type!r}), whose config.json is not understood; known: "
+            f"{listed(FAMILIES)}."
+        )
+    method, quantization = weight_quantization(text), text.pop("quantization_config", None)
+    missing = [] if architecture in ARCHITECTURES else [f"the engine has no {architecture} model yet"]
+    missing += [f"the engine does not load quantised weights ({method}) yet"] if method else []
     from transformers import CONFIG_MAPPING
 
     with _config_errors(path):
-        _refuse_unreadable(raw)
-        hf_class = CONFIG_MAPPING[raw["model_type"]]
-        hf = hf_class.from_dict(as_meant(raw, hf_class))
+        _refuse_unreadable(text)
+        hf_class = CONFIG_MAPPING[model_type]
+        hf = hf_class.from_dict(as_meant(text, hf_class))
         hf.standardize_rope_params()  # once more, as the model does: by now hf has what stands beside rope_scaling
         config = _from_transformers(hf, architecture, _stored_dtype(hf, path))
-    return _as_stored(config, path) if weights else config
+    return dataclasses.replace(
+        config,
+        missing=tuple(missing),
+        quantization=method,
+        fp8_kv_scales=isinstance(quantization, dict) and bool(quantization.get("kv_cache_scheme")),
+    )
 
 
 def check_config(config: dict[str, Any], name: str) -> None:
     """Raise `UserError` where config.json alone tells that miniserve cannot serve the model called `name`: its
     architecture is another, or its weights are quantised. (`load_model_config` looks at the rest.)"""
-    declared = config.get("architectures")
-    names = [str(entry) for entry in declared] if isinstance(declared, list) else []
-    if not any(entry in FAMILIES for entry in names):
+    names = _architectures(config)
+    if not any(entry in ARCHITECTURES for entry in names):
         raise UserError(
             f"{name} is a {listed(names) or 'model that names no architecture'}, which miniserve does not support: "
-            f"choose a model of one of {listed(FAMILIES)}."
+            f"choose a model of one of {listed(ARCHITECTURES)}."
         )
     if (method := weight_quantization(config)) is not None:
         raise UserError(
@@ -95,6 +117,10 @@ def weight_quantization(raw: dict[str, Any]) -> str | None:
 
 def _refuse_unreadable(raw: dict[str, Any]) -> None:
     """What transformers, depending on its version, would fail at or act upon before it can be looked at."""
+    for name in _SIZES:
+        size = raw.get(name)
+        if isinstance(size, int | float) and size is not False and not 1 <= size <= _LARGEST:
+            raise UserError(f"{name} {size} is not supported; it must be from 1 to {_LARGEST}.")
     for key in ("rope_parameters", "rope_scaling"):
         rope = raw.get(key) or {}
         if not isinstance(rope, dict):
@@ -128,9 +154,6 @@ def as_meant(raw: dict[str, Any], hf_class: Any) -> dict[str, Any]:
 
 
 def _from_transformers(hf: Any, architecture: str, dtype: str) -> ModelConfig:
-    for name in SIZES:
-        if not 1 <= (size := getattr(hf, name)) <= _LARGEST:
-            raise UserError(f"{name} {size} is not supported; it must be from 1 to {_LARGEST}.")
     if not 0.0 <= hf.rms_norm_eps < math.inf:
         raise UserError(f"rms_norm_eps {hf.rms_norm_eps} is not supported; it must be 0 or more.")
     if hf.hidden_act not in SUPPORTED_ACTIVATIONS:
@@ -140,14 +163,14 @@ def _from_transformers(hf: Any, architecture: str, dtype: str) -> ModelConfig:
             f"num_attention_heads {hf.num_attention_heads} is not a multiple of num_key_value_heads "
             f"{hf.num_key_value_heads}."
         )
-    particulars = FAMILIES[architecture][1](hf)
-    if any(window is not None and window < 1 for window in particulars["sliding_windows"]):
+    particulars = FAMILIES[hf.model_type][1](hf)
+    if any(window is not None and window < 1 for window in particulars.get("sliding_windows", ())):
         raise UserError(f"sliding_window {hf.sliding_window} is not supported; it must be 1 or more, or null for none.")
     rope = read_rope(hf.rope_parameters, hf.max_position_embeddings)
     shared = {
         "vocab_size": hf.vocab_size,
         "hidden_size": hf.hidden_size,
-        "intermediate_size": hf.intermediate_size,
+        "intermediate_size": getattr(hf, "intermediate_size", 0),
         "num_layers": hf.num_hidden_layers,
         "num_heads": hf.num_attention_heads,
         "num_kv_heads": hf.num_key_value_heads,
@@ -155,6 +178,7 @@ def _from_transformers(hf: Any, architecture: str, dtype: str) -> ModelConfig:
         "max_position_embeddings": longest_context(rope, hf.max_position_embeddings),
         "rms_norm_eps": hf.rms_norm_eps,
         "tie_word_embeddings": hf.tie_word_embeddings,
+        "sliding_windows": (None,) * hf.num_hidden_layers,
     }
     config = ModelConfig(architecture=architecture, rope=rope, dtype=dtype, **(shared | particulars))
     if not 1 <= config.head_dim <= _LARGEST:
@@ -167,9 +191,25 @@ def _from_transformers(hf: Any, architecture: str, dtype: str) -> ModelConfig:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
+def _architectures(raw: dict[str, Any]) -> list[str]:
+    declared = raw.get("architectures")
+    return [str(entry) for entry in declared] if isinstance(declared, list) else []
+
+
+def _text_model(raw: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says of the language model, which may be a part of the whole."""
+    text = raw.get("text_config")
+    if str(raw.get("model_type")) in FAMILIES or not isinstance(text, dict):
+        return dict(raw)
+    return text | {key: raw[key] for key in _OF_THE_WHOLE if key in raw and text.get(key) is None}
+
+
 def _architecture(raw: dict[str, Any]) -> str:
-    architecture: str = next(name for name in raw["architectures"] if name in FAMILIES)
-    if raw.get("model_type") != (model_type := FAMILIES[architecture][0]):
+    """The first that the engine runs, else the first."""
+    names = _architectures(raw) or [str(raw.get("model_type"))]
+    architecture = next((name for name in names if name in ARCHITECTURES), names[0])
+    model_type = ARCHITECTURES.get(architecture)
+    if model_type is not None and raw.get("model_type") != model_type:
         raise UserError(
             f"config.json names {architecture} with model_type {raw.get('model_type')!r}, which do not belong "
             f"together; model_type must be {model_type!r}."
@@ -178,17 +218,17 @@ def _architecture(raw: dict[str, Any]) -> str:
 
 
 def _stored_dtype(hf: Any, path: Path) -> str:
-    """The dtype that config.json states, else that of the checkpoint's first floating tensor, else float32."""
+    """The dtype that config.json states, else that of the checkpoint's first floating tensor, else bfloat16."""
     if hf.dtype is not None:
         name = str(hf.dtype).removeprefix("torch.")
         if name not in SUPPORTED_DTYPES:
             raise UserError(f"dtype {name} in config.json is not supported; supported: {listed(SUPPORTED_DTYPES)}.")
         return name
-    for file in find_weights(path).loaded[:1]:
+    for file in filter(Path.is_file, find_weights(path).loaded[:1]):
         with opened(file) as tensors:
             tags = [tensors.get_slice(name).get_dtype() for name in tensors.keys()]  # noqa: SIM118, it is no dict
-        return next((_FLOAT_TAGS[tag] for tag in tags if tag in _FLOAT_TAGS), "float32")
-    return "float32"
+        return next((_FLOAT_TAGS[tag] for tag in tags if tag in _FLOAT_TAGS), "bfloat16")
+    return "bfloat16"
 
 
 def _as_stored(config: ModelConfig, path: Path) -> ModelConfig:

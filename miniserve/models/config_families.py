@@ -1,4 +1,4 @@
-"""What is particular to each architecture, in terms of `ModelConfig`: biases, norms, windows, latents, experts.
+"""What is particular to each family, in terms of `ModelConfig`: biases, norms, windows, latents, experts.
 
 Every function takes transformers' config object and returns fields of `ModelConfig`; `UserError` names what it cannot.
 """
@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from miniserve.attention.spec import LatentDims
 from miniserve.core import UserError
-from miniserve.models.description import LatentConfig, MoEConfig
+from miniserve.models.description import LinearAttentionConfig, MoEConfig
 
 
 def _llama(hf: Any) -> dict[str, Any]:
@@ -17,7 +18,6 @@ def _llama(hf: Any) -> dict[str, Any]:
         "qkv_bias": hf.attention_bias,
         "o_bias": hf.attention_bias,
         "mlp_bias": hf.mlp_bias,
-        "sliding_windows": (None,) * hf.num_hidden_layers,
     }
 
 
@@ -41,26 +41,67 @@ def _qwen3(hf: Any) -> dict[str, Any]:
 
 
 def _qwen3_moe(hf: Any) -> dict[str, Any]:
-    if hf.decoder_sparse_step < 1:
-        raise UserError(f"decoder_sparse_step {hf.decoder_sparse_step} is not supported; it must be 1 or more.")
-    sparse = tuple(
-        hf.num_experts > 0 and layer not in hf.mlp_only_layers and (layer + 1) % hf.decoder_sparse_step == 0
-        for layer in range(hf.num_hidden_layers)
-    )
-    moe = MoEConfig(
-        num_experts=hf.num_experts,
-        top_k=hf.num_experts_per_tok,
-        intermediate_size=hf.moe_intermediate_size,
-        sparse_layers=sparse,
-        normalize=bool(hf.norm_topk_prob),
-    )
     return {
         "qkv_bias": hf.attention_bias,
         "o_bias": hf.attention_bias,
         "qk_norm": True,
         "sliding_windows": (hf.sliding_window,) * hf.num_hidden_layers,
-        "moe": _checked(moe),
+        "moe": _experts(hf),
     }
+
+
+def _experts(hf: Any) -> MoEConfig | None:
+    """Of families whose router has no groups. Every layer is sparse where there are no settings for it."""
+    step, dense = getattr(hf, "decoder_sparse_step", 1), getattr(hf, "mlp_only_layers", ())
+    if step < 1:
+        raise UserError(f"decoder_sparse_step {step} is not supported; it must be 1 or more.")
+    layers = range(hf.num_hidden_layers)
+    moe = MoEConfig(
+        num_experts=hf.num_experts,
+        top_k=hf.num_experts_per_tok,
+        intermediate_size=getattr(hf, "moe_intermediate_size", None) or hf.intermediate_size,
+        sparse_layers=tuple(hf.num_experts > 0 and at not in dense and (at + 1) % step == 0 for at in layers),
+        normalize=bool(getattr(hf, "norm_topk_prob", True)),
+        shared_size=getattr(hf, "shared_expert_intermediate_size", 0),
+    )
+    return _checked(moe)
+
+
+def _gpt_oss(hf: Any) -> dict[str, Any]:
+    return {
+        "qkv_bias": hf.attention_bias,
+        "o_bias": hf.attention_bias,
+        "sinks": True,
+        "sliding_windows": _windows_by_layer_type(hf),
+        "moe": _experts(hf),
+    }
+
+
+def _qwen3_5(hf: Any) -> dict[str, Any]:
+    for key in ("mrope_section", "mrope_interleaved"):  # of pictures alone
+        hf.rope_parameters.pop(key, None)
+    if "full_attention" not in hf.layer_types:
+        raise UserError("layer_types without full_attention is not supported.")
+    return {
+        "qkv_bias": hf.attention_bias,
+        "o_bias": hf.attention_bias,
+        "qk_norm": True,
+        "gated": True,
+        "sliding_windows": _windows_by_layer_type(hf, "linear_attention"),
+        "rotary_factor": hf.rope_parameters.pop("partial_rotary_factor", 1.0),
+        "linear": LinearAttentionConfig(
+            num_key_heads=hf.linear_num_key_heads,
+            num_value_heads=hf.linear_num_value_heads,
+            key_head_dim=hf.linear_key_head_dim,
+            value_head_dim=hf.linear_value_head_dim,
+            conv_kernel=hf.linear_conv_kernel_dim,
+            layers=tuple(kind == "linear_attention" for kind in hf.layer_types),
+        ),
+    }
+
+
+def _qwen3_5_moe(hf: Any) -> dict[str, Any]:
+    return _qwen3_5(hf) | {"moe": _experts(hf)}
 
 
 def _deepseek_v2(hf: Any) -> dict[str, Any]:
@@ -109,15 +150,9 @@ def _latent_attention(hf: Any, *, interleaved: bool) -> dict[str, Any]:
         "head_dim": hf.qk_nope_head_dim + hf.qk_rope_head_dim,
         "qkv_bias": hf.attention_bias,
         "o_bias": hf.attention_bias,
-        "sliding_windows": (None,) * hf.num_hidden_layers,
-        "latent": LatentConfig(
-            q_lora_rank=hf.q_lora_rank,
-            kv_lora_rank=hf.kv_lora_rank,
-            nope_dim=hf.qk_nope_head_dim,
-            rope_dim=hf.qk_rope_head_dim,
-            v_head_dim=hf.v_head_dim,
-            rope_interleaved=interleaved,
-        ),
+        "latent": LatentDims(hf.kv_lora_rank, hf.qk_rope_head_dim, hf.qk_nope_head_dim, hf.v_head_dim),
+        "q_lora_rank": hf.q_lora_rank,
+        "rope_interleaved": interleaved,
     }
 
 
@@ -162,26 +197,31 @@ def _checked(moe: MoEConfig) -> MoEConfig | None:
     return moe
 
 
-# By architecture: the model_type that its config.json must have, by which transformers chooses the model, and what is
-# particular to it.
-FAMILIES: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
-    "LlamaForCausalLM": ("llama", _llama),
-    "MistralForCausalLM": ("mistral", _mistral),
-    "Qwen2ForCausalLM": ("qwen2", _qwen2),
-    "Qwen3ForCausalLM": ("qwen3", _qwen3),
-    "Qwen3MoeForCausalLM": ("qwen3_moe", _qwen3_moe),
-    "DeepseekV2ForCausalLM": ("deepseek_v2", _deepseek_v2),
-    "DeepseekV3ForCausalLM": ("deepseek_v3", _deepseek_v3),
+# By model_type, by which transformers chooses the model: the architecture, None where the engine cannot run it, and
+# what is particular to it.
+FAMILIES: dict[str, tuple[str | None, Callable[[Any], dict[str, Any]]]] = {
+    "llama": ("LlamaForCausalLM", _llama),
+    "mistral": ("MistralForCausalLM", _mistral),
+    "qwen2": ("Qwen2ForCausalLM", _qwen2),
+    "qwen3": ("Qwen3ForCausalLM", _qwen3),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", _qwen3_moe),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", _deepseek_v2),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", _deepseek_v3),
+    "gpt_oss": (None, _gpt_oss),
+    "qwen3_next": (None, _qwen3_5_moe),
+    "qwen3_5_text": (None, _qwen3_5),
+    "qwen3_5_moe_text": (None, _qwen3_5_moe),
 }
+# Those that the engine runs, with the model_type that config.json must have.
+ARCHITECTURES = {architecture: model_type for model_type, (architecture, _) in FAMILIES.items() if architecture}
 
 
-def _windows_by_layer_type(hf: Any) -> tuple[int | None, ...]:
-    """transformers has already turned use_sliding_window and max_window_layers into layer_types."""
+def _windows_by_layer_type(hf: Any, *kinds: str) -> tuple[int | None, ...]:
+    """transformers has already turned use_sliding_window and max_window_layers into layer_types. kinds: others of the
+    family."""
     for layer_type in hf.layer_types:
-        if layer_type not in ("full_attention", "sliding_attention"):
-            raise UserError(
-                f"layer_types entry {layer_type!r} is not supported; supported: full_attention, sliding_attention."
-            )
+        if layer_type not in (supported := ("full_attention", "sliding_attention", *kinds)):
+            raise UserError(f"layer_types entry {layer_type!r} is not supported; supported: {', '.join(supported)}.")
         if layer_type == "sliding_attention" and hf.sliding_window is None:
             raise UserError("layer_types has sliding_attention layers but sliding_window is not set (or switched off).")
     return tuple(hf.sliding_window if kind == "sliding_attention" else None for kind in hf.layer_types)

@@ -16,6 +16,7 @@ from miniserve.models.layers.embedding import Embedding, TiedLMHead
 from miniserve.models.layers.experts import Experts, MoEMethod
 from miniserve.models.layers.latent_attention import LatentSelfAttention
 from miniserve.models.layers.linear import Linear
+from miniserve.models.layers.linear_attention import LinearAttention
 from miniserve.models.layers.mlp import MLP, SparseMLP
 from miniserve.models.layers.ops import PendingSum
 from miniserve.models.layers.rotary import RotaryEmbedding
@@ -38,7 +39,11 @@ class DecoderLayer(Module):
         return self.mlp.after(self.post_attention_layernorm, x, residual)
 
 
-def _attention(config: ModelConfig, options: BuildOptions, layer_index: int) -> SelfAttention | LatentSelfAttention:
+def _attention(
+    config: ModelConfig, options: BuildOptions, layer_index: int
+) -> SelfAttention | LatentSelfAttention | LinearAttention:
+    if config.linear is not None and config.linear.layers[layer_index]:
+        return LinearAttention(config, options, config.linear)
     if config.latent is None:
         return SelfAttention(config, options, layer_index)
     return LatentSelfAttention(config, options, config.latent, layer_index)
@@ -55,7 +60,9 @@ class Decoder(Module):
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, options.dtype, options.look_up)
         layers = [DecoderLayer(config, options, index) for index in range(config.num_layers)]
-        self.attention_specs = [layer.self_attn.attn.spec for layer in layers]
+        self.attention_specs = [
+            config.attention_spec(layer, options.dtype, options.kv_dtype) for layer in range(config.num_layers)
+        ]
         self.layers = nn.ModuleList(layers)
         self.norm = options.norm(config.hidden_size, config.rms_norm_eps)
         self._norms = [*(layer.input_layernorm for layer in layers), self.norm]

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from miniserve.attention.spec import AttentionSpec, LatentDims
+from miniserve.core import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding over the whole head, or over the part that `LatentConfig` sets aside for it. Lengths in
+    """Rotary position embedding over the whole head, or over the part that `LatentDims` sets aside for it. Lengths in
     tokens; fields that a type does not read stay None. mscale, mscale_all_dim: YaRN's, of which the second also scales
     the scores of latent attention.
 
@@ -37,19 +44,6 @@ def yarn_magnitude(factor: float | None, mscale: float | None) -> float:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LatentConfig:
-    """Multi-head latent attention (DeepSeek-V2, section 2.1). q_lora_rank None: queries are projected in one step.
-    rope_interleaved: rotary pairs are neighbours (2i, 2i + 1), not (i, i + rope_dim / 2)."""
-
-    q_lora_rank: int | None
-    kv_lora_rank: int
-    nope_dim: int
-    rope_dim: int
-    v_head_dim: int
-    rope_interleaved: bool = True
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class MoEConfig:
     """Routed experts: which layers have them (sparse_layers, one entry per layer), and how a token finds its own.
 
@@ -73,14 +67,34 @@ class MoEConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LinearAttentionConfig:
+    """Gated linear attention (Qwen3-Next's Gated DeltaNet), and which layers have it in place of softmax attention:
+    one entry per layer. It keeps a state of fixed size and no KV cache."""
+
+    num_key_heads: int
+    num_value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    conv_kernel: int
+    layers: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """A decoder. Sizes in elements, lengths in tokens.
 
     intermediate_size: of the layers that are not sparse. head_dim: of queries and keys. max_position_embeddings: the
     longest context the model may be served with, rope scaling included. sliding_windows: one entry per layer, None
-    where the layer sees everything. latent, moe: None for plain attention, for plain MLPs. num_draft_layers: layers
+    where the layer sees everything. latent, moe: None for plain attention, for plain MLPs. Of latent attention alone:
+    q_lora_rank, None where queries are projected in one step; rope_interleaved, whether rotary pairs are neighbours
+    (2i, 2i + 1), not (i, i + rope_dim / 2). num_draft_layers: layers
     that a checkpoint has after these, for guessing further tokens; they are not built. dtype: the one the weights are
     stored in: bfloat16, float16 or float32. notes: what users should know of how the files were read, a sentence each.
+
+    missing: why the engine cannot run the model, a sentence each; such a model can be explained, not loaded. Only such
+    models set these: quantization, the method by which weights are quantised; sinks; gated, attention's output has a
+    gate, which makes q_proj twice as wide; rotary_factor, the share of a head that rope turns; linear.
+    fp8_kv_scales: the checkpoint states scales for an fp8 KV cache.
     """
 
     architecture: str
@@ -100,16 +114,25 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     sliding_windows: tuple[int | None, ...]
-    latent: LatentConfig | None = None
+    latent: LatentDims | None = None
+    q_lora_rank: int | None = None
+    rope_interleaved: bool = True
     moe: MoEConfig | None = None
     num_draft_layers: int = 0
     dtype: str = "float32"
     notes: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    quantization: str | None = None
+    fp8_kv_scales: bool = False
+    sinks: bool = False
+    gated: bool = False
+    rotary_factor: float = 1.0
+    linear: LinearAttentionConfig | None = None
 
     @property
     def rotary_dim(self) -> int:
         """Elements of a head that rope turns."""
-        return self.head_dim if self.latent is None else self.latent.rope_dim
+        return int(self.head_dim * self.rotary_factor) if self.latent is None else self.latent.rope_dim
 
     @property
     def attention_scale(self) -> float:
@@ -118,6 +141,52 @@ class ModelConfig:
         if self.latent is None:
             return scale
         return scale * yarn_magnitude(self.rope.factor, self.rope.mscale_all_dim) ** 2
+
+    def has_kv_cache(self, layer: int) -> bool:
+        """Whether the layer is one of softmax attention."""
+        return self.linear is None or not self.linear.layers[layer]
+
+    def attention_spec(self, layer: int, dtype: torch.dtype, kv_dtype: torch.dtype) -> AttentionSpec:
+        """Of a layer that has a KV cache. dtype: of the layer; kv_dtype: of the cache."""
+        latent = self.latent
+        return AttentionSpec(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads if latent is None else 1,
+            head_dim=self.head_dim if latent is None else latent.kv_lora_rank + latent.rope_dim,
+            scale=self.attention_scale,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            sliding_window=self.sliding_windows[layer],
+            sinks=self.sinks,
+            latent=latent,
+            qk_norm=self.qk_norm,
+            rotary_dim=None if self.rotary_factor == 1.0 else self.rotary_dim,
+        )
+
+    def shard(self, tp: int) -> ModelConfig:
+        """The part on each of `tp` GPUs, the largest where they differ: all matrices are divided but routers and the
+        latents' first ones. A KV head that several GPUs need is on each of them. Raises `UserError` where the heads
+        cannot be divided."""
+        if self.num_heads % tp:
+            raise UserError(f"--tp {tp} does not divide the model's {self.num_heads} heads.")
+        if self.latent is None and self.num_kv_heads % tp and tp % self.num_kv_heads:
+            raise UserError(f"--tp {tp} and the model's {self.num_kv_heads} KV heads cannot be divided by one another.")
+        moe, linear = self.moe, self.linear
+        if moe is not None:
+            sizes = (moe.intermediate_size, moe.shared_size)
+            moe = replace(moe, intermediate_size=-(-sizes[0] // tp), shared_size=-(-sizes[1] // tp))
+        if linear is not None:
+            heads = (linear.num_key_heads, linear.num_value_heads)
+            linear = replace(linear, num_key_heads=-(-heads[0] // tp), num_value_heads=-(-heads[1] // tp))
+        return replace(
+            self,
+            vocab_size=-(-self.vocab_size // tp),
+            intermediate_size=-(-self.intermediate_size // tp),
+            num_heads=self.num_heads // tp,
+            num_kv_heads=max(1, self.num_kv_heads // tp),
+            moe=moe,
+            linear=linear,
+        )
 
     @property
     def widest_mlp(self) -> int:

@@ -65,8 +65,8 @@ def locate(
 
 def locate_config(
     model: str | None, revision: str | None = None, *, notify: Callable[[str], None] = lambda sentence: None
-) -> tuple[str, dict[str, object]]:
-    """The model's name and what its config.json holds, whatever its architecture; nothing else of it is fetched.
+) -> tuple[str, Path]:
+    """The model's name and a directory with its config.json, whatever its architecture; nothing else is fetched.
 
     Arguments and errors as of `locate`.
     """
@@ -74,17 +74,17 @@ def locate_config(
     if model and os.path.isdir(path):
         _refuse_revision(revision, f"the local directory {model}")
         require_files(path, model, weights=False)
-        return path.resolve().name, read_json(path / "config.json")
+        return path.resolve().name, path
     if model is None or model == BUILT_IN:
         source = locate(model, revision, weights=False)
-        return source.name, read_json(source.path / "config.json")
+        return source.name, source.path
     model = _hub_id(model, path, notify)
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     with _hub_errors(model, revision):
         cached = try_to_load_from_cache(model, "config.json", revision=revision)
         found = cached if isinstance(cached, str) else hf_hub_download(model, "config.json", revision=revision)
-    return model, read_json(Path(found))
+    return model, Path(found).parent
 
 
 def require_files(path: Path, name: str, *, weights: bool) -> None:

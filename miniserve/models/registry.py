@@ -7,8 +7,21 @@ import torch
 from miniserve.core import UserError
 from miniserve.models.decoder import CausalLM
 from miniserve.models.description import ModelConfig
-from miniserve.models.layers.linear import can_pack
+from miniserve.models.layers.base import Layer
+from miniserve.models.layers.experts import Experts
+from miniserve.models.layers.latent_attention import UpProjection
+from miniserve.models.layers.linear import Linear, can_pack
 from miniserve.models.options import BuildOptions
+
+# Bytes of an element of linear layers and of routed experts, by the way a model is quantised; None: of its dtype. MXFP4
+# has four bits, and a scale of eight for 32 of them.
+STORED_SIZES: dict[str | None, tuple[float | None, float | None]] = {
+    None: (None, None),
+    "fp8": (1, 1),
+    "quark": (1, 1),
+    "compressed-tensors": (1, 1),
+    "mxfp4": (None, 0.5 + 1 / 32),
+}
 
 
 def build_model(config: ModelConfig, options: BuildOptions) -> CausalLM:
@@ -20,10 +33,18 @@ def build_model(config: ModelConfig, options: BuildOptions) -> CausalLM:
 
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> int:
-    """Bytes that the loaded weights occupy on `device`, a tied head's packed copy included (it exists on a CPU)."""
+    """Bytes that the loaded weights occupy on `device`, a tied head's packed copy included (it exists on a CPU). How
+    they are quantised must be one of `STORED_SIZES`; scales of single matrices are not counted."""
     options = BuildOptions(dtype=dtype, kv_dtype=dtype, device=torch.device("meta"), max_model_len=1)
     model = CausalLM(config, options)
-    count = sum(parameter.nbytes for parameter in model.parameters())
+    linear, expert = STORED_SIZES[config.quantization]
+    sizes: dict[type, float | None] = {Linear: linear, UpProjection: linear, Experts: expert}
+    count = 0
+    for layer in model.modules():
+        if isinstance(layer, Layer):
+            size = None if layer is model.lm_head else sizes.get(type(layer))
+            weights = layer.parameters(recurse=False)
+            count += sum(each.nbytes if size is None else int(each.numel() * size) for each in weights)
     if config.tie_word_embeddings and torch.device(device).type == "cpu" and can_pack(dtype):
         count += config.vocab_size * config.hidden_size * dtype.itemsize
     return count

@@ -16,7 +16,7 @@ from miniserve.attention.backends.build import block_bytes, build_backend, pool_
 from miniserve.attention.backends.latent_base import CONTEXT_TOKENS
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.layouts import LAYOUTS
-from miniserve.attention.platform import Platform
+from miniserve.attention.platform import Platform, detect_platform
 from miniserve.attention.routes import describe_routes
 from miniserve.attention.select import Choice, select
 from miniserve.attention.terms import name_of
@@ -34,7 +34,7 @@ from miniserve.models.options import BuildOptions
 from miniserve.models.registry import build_model, weight_bytes
 from miniserve.runner.check_experts import experts_failure
 from miniserve.runner.chunk_graph import ChunkGraphs
-from miniserve.runner.device import find_device, find_dtype, find_kv_dtype, find_platform
+from miniserve.runner.device import find_device, find_dtype, find_kv_dtype
 from miniserve.runner.memory import MemoryPlan, available_bytes, check_weights_fit, plan_memory
 from miniserve.runner.native_graph import NativeGraphs
 from miniserve.runner.runner import ModelRunner
@@ -76,7 +76,7 @@ def build_runner(
     if device.type == "cpu":
         torch.set_num_threads(_num_threads(weights))
     tokens = config.max_num_batched_tokens or _STEP_TOKENS[device.type]
-    platform = find_platform(config.device, device, dtype)
+    platform = detect_platform(device, dtype)
     platform = platform if config.aiter else platform.without_aiter()
     experts = find_experts(platform, dtype)
     if not isinstance(experts, str) and model_config.moe is not None and config.self_check:
@@ -104,7 +104,7 @@ def build_runner(
     path = _find_path(config, model, platform, choose, room, activations, longest)
     plan, choice = path.plan, path.choice
     eos_token_ids = load_generation_defaults(source_path, config.generation_config).eos_token_ids
-    replays = path.served.backend.graphs and not platform.emulated and not config.enforce_eager
+    replays = path.served.backend.graphs and not config.enforce_eager
     runner = _make_runner(path.served, config, plan, eos_token_ids, replays, report)
     attention = [*choice.explain(), *describe_routes(choice, model.attention_specs, platform), *scales, *path.notes]
     if (method := model.moe_method) is not None:

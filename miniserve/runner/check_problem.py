@@ -11,7 +11,7 @@ import torch
 
 from miniserve.attention.formula import attention_by_formula, visible_keys
 from miniserve.attention.layouts import KVCache, KVLayout
-from miniserve.attention.metadata import ChunkRows, DecodeRows, StepBatch, table_width
+from miniserve.attention.metadata import QueryRows, StepBatch, chunk_rows, decode_rows, table_width
 from miniserve.attention.spec import AttentionLayer, AttentionSpec, LatentLayer
 
 # Of rows, own token counted: around a block's and a partition's end, and where the ASM kernel's last tile is partial.
@@ -91,7 +91,7 @@ class Problem:
         longest = self.max_seq_len if padded else max(lens)
         tables = self._table([row for row, _ in work], len(lens), longest)
         host = None if padded else np.array(lens, dtype=np.int64)
-        decode = DecodeRows(tables, self._tensor(lens, torch.int32), longest, host)
+        decode = decode_rows(tables, self._tensor(lens, torch.int32), longest, host)
         return StepBatch(self._tensor([*slots.values()] + [-1] * padded, torch.int64), decode)
 
     def chunk_batch(self, work: Work) -> StepBatch:
@@ -107,9 +107,9 @@ class Problem:
             at += sum(end - start for _, (start, end) in group)
         return StepBatch(self._tensor(slots, torch.int64), None, *groups)
 
-    def _chunks(self, group: Work, query_start: int) -> ChunkRows:
+    def _chunks(self, group: Work, query_start: int) -> QueryRows:
         lens = [end - start for _, (start, end) in group]
-        return ChunkRows(
+        return chunk_rows(
             query_start,
             tuple(lens),
             tuple(start for _, (start, _) in group),

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from miniserve.attention.backends.base import CHUNKS_IN_GRAPH
-from miniserve.attention.metadata import ChunkRows, DecodeRows, StepBatch, table_width
+from miniserve.attention.metadata import QueryRows, StepBatch, chunk_rows, decode_rows, table_width
 from miniserve.runner.sampling_transfer import to_device
 from miniserve.runner.served import ServedModel
 from miniserve.runner.state import StepInputs
@@ -48,6 +48,7 @@ class ChunkGraphs:
 
         self._input_ids, self._positions, self._slots = (integers(tokens, dtype=torch.int64) for _ in range(3))
         self._decode_lens, self._decode_tables = integers(self._rows[-1]), integers(self._rows[-1], width)
+        self._decode_starts = torch.arange(self._rows[-1] + 1, dtype=torch.int32, device=self._device)
         self._chunk_lens, self._chunk_tables = integers(CHUNKS_IN_GRAPH), integers(CHUNKS_IN_GRAPH, width)
         self._chunk_starts = integers(CHUNKS_IN_GRAPH + 1)
         self._graphs: dict[tuple[int, int], _Graph] = {}
@@ -69,7 +70,7 @@ class ChunkGraphs:
         batch = inputs.batch
         chunks = batch.chunks
         lens = [length for group in chunks for length in group.query_lens]
-        num_rows = 0 if batch.decode is None else batch.decode.seq_lens.shape[0]
+        num_rows = 0 if batch.decode is None else batch.decode.end
         rows = next((rows for rows in self._rows if num_rows <= rows), None)
         tokens = next((tokens for tokens in _TOKENS if sum(lens) <= tokens), None)
         if rows is None or tokens is None or not 0 < len(lens) <= CHUNKS_IN_GRAPH:
@@ -97,13 +98,13 @@ class ChunkGraphs:
             fixed[:num_rows] = given[:num_rows]
             fixed[rows:end] = given[num_rows:]
 
-    def _fill_decode(self, decode: DecodeRows | None, num_rows: int) -> None:
+    def _fill_decode(self, decode: QueryRows | None, num_rows: int) -> None:
         self._decode_lens.zero_()
         if decode is not None:
             self._decode_lens[:num_rows] = decode.seq_lens
             self._decode_tables[:num_rows, : decode.block_tables.shape[1]] = decode.block_tables
 
-    def _fill_chunks(self, chunks: Sequence[ChunkRows], lens: list[int]) -> None:
+    def _fill_chunks(self, chunks: Sequence[QueryRows], lens: list[int]) -> None:
         """Copy each chunk's length, end and blocks; unused chunks have no token and no key."""
         ends = [*accumulate(lens, initial=0)]
         ends += ends[-1:] * (CHUNKS_IN_GRAPH - len(lens))
@@ -117,10 +118,12 @@ class ChunkGraphs:
             at = end
 
     def _forward(self, rows: int, tokens: int) -> torch.Tensor:
-        decode = DecodeRows(self._decode_tables[:rows], self._decode_lens[:rows], self._max_seq_len, None)
+        starts = self._decode_starts[: rows + 1]
+        tables, row_lens = self._decode_tables[:rows], self._decode_lens[:rows]
+        decode = decode_rows(tables, row_lens, self._max_seq_len, cu_query_lens=starts)
         none = (0,) * (CHUNKS_IN_GRAPH - 1)  # upper bounds for the host: one chunk may have all tokens and keys
         lens, contexts = (tokens, *none), (self._max_seq_len - tokens, *none)
-        chunks = ChunkRows(rows, lens, contexts, self._chunk_starts, self._chunk_lens, self._chunk_tables)
+        chunks = chunk_rows(rows, lens, contexts, self._chunk_starts, self._chunk_lens, self._chunk_tables)
         end = rows + tokens
         batch = StepBatch(self._slots[:end], decode, chunks)
         return self._served.hidden(self._input_ids[:end], self._positions[:end], batch)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from miniserve.attention.metadata import DecodeRows, StepBatch
+from miniserve.attention.metadata import StepBatch, decode_rows
 from miniserve.kernels.sampling import RowParams
 from miniserve.kernels.triton.decode_step import RowState, StepTensors, advance, apply_changes, greedy
 from miniserve.kernels.triton.sampling import sample
@@ -68,6 +68,7 @@ class DecodeGraphs:
             block_tables=integers(most, state.tables.shape[1], dtype=torch.int32),
         )
         self._tokens = integers(most)
+        self._query_starts = torch.arange(most + 1, dtype=torch.int32, device=self._device)
         model = served.model
         self._logits = torch.empty(most, model.config.vocab_size, dtype=model.options.dtype, device=self._device)
         self._greedy: dict[int, torch.cuda.CUDAGraph] = {}
@@ -164,5 +165,7 @@ class DecodeGraphs:
         step = StepTensors(*(getattr(self._step, field.name)[:bucket] for field in fields(StepTensors)))
         advance(self._state, step, self._block_size, explicit=self._explicit)
         # The look-up of embeddings, an ordinary kernel, lies between `advance` and those that are launched dependently.
-        decode = DecodeRows(step.block_tables, step.seq_lens, self._max_seq_len, None, self._fresh)
+        starts = self._query_starts[: bucket + 1]
+        tables, lens = step.block_tables, step.seq_lens
+        decode = decode_rows(tables, lens, self._max_seq_len, fresh=self._fresh, cu_query_lens=starts)
         return self._served.logits(step.input_ids, step.positions, StepBatch(step.slots, decode))

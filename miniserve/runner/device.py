@@ -1,10 +1,10 @@
-"""Find the device, platform and dtypes for the user's settings."""
+"""Find the device and dtypes for the user's settings."""
 
 from __future__ import annotations
 
 import torch
 
-from miniserve.attention.platform import Platform, detect_platform, emulated_platform
+from miniserve.attention.platform import Platform
 from miniserve.core import UserError
 
 
@@ -12,16 +12,9 @@ def find_device(name: str) -> torch.device:
     """name: --device. Raises `UserError` if there is no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("gfx"):
-        return torch.device("cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("PyTorch finds no GPU for --device cuda; use --device cpu or install PyTorch for your GPU.")
     return torch.device(name)
-
-
-def find_platform(name: str, device: torch.device, dtype: torch.dtype) -> Platform:
-    """name: --device; dtype: the model's."""
-    return emulated_platform(name) if name.startswith("gfx") else detect_platform(device, dtype)
 
 
 def find_dtype(name: str, model_dtype: str) -> torch.dtype:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from miniserve.attention.metadata import DecodeRows, StepBatch
+from miniserve.attention.metadata import StepBatch, decode_rows
 from miniserve.kernels.native import DecodeStep, NativeKernels
 from miniserve.kernels.native_calls import Call, encode, record, replay
 from miniserve.runner.native_arena import plan_arena
@@ -63,6 +63,7 @@ class NativeGraphs:
             seq_lens=integers(most, dtype=torch.int32),
             block_tables=integers(most, width, dtype=torch.int32),
         )
+        self._query_starts = torch.arange(most + 1, dtype=torch.int32)
         self._known_rows: list[int] = []
         self._arena = torch.empty(0, dtype=torch.uint8)  # of all graphs, as only one of them runs at a time
         self._graphs: dict[tuple[int, bool], _Graph] = {}  # by rows, and whether the host sets positions and tokens
@@ -119,7 +120,8 @@ class NativeGraphs:
     def _forward(self, rows: int) -> torch.Tensor:
         step = self._step
         longest = step.block_tables.shape[1] * self._served.backend.layout.block_size
-        decode = DecodeRows(step.block_tables[:rows], step.seq_lens[:rows], longest, host_seq_lens=None)
+        starts = self._query_starts[: rows + 1]
+        decode = decode_rows(step.block_tables[:rows], step.seq_lens[:rows], longest, cu_query_lens=starts)
         return self._served.logits(step.input_ids[:rows], step.positions[:rows], StepBatch(step.slots[:rows], decode))
 
     def _take_argmax(self, logits: torch.Tensor) -> None:

@@ -8,11 +8,9 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from miniserve.attention.metadata import ChunkRows, DecodeRows, StepBatch, table_width
+from miniserve.attention.metadata import Int64, QueryRows, StepBatch, chunk_rows, decode_rows, table_width
 from miniserve.core import Chunk, StepPlan
 from miniserve.runner.sampling_transfer import to_device
-
-Int64 = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +65,8 @@ class StepState:
         self._decode_rows: list[int] = []
         self._host_rows = np.zeros(0, dtype=np.int64)
         self._device_rows: torch.Tensor | None = None
+        self._counting = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device)
+        self._query_starts = self._counting[:0]  # of the decode rows
 
     @property
     def tables(self) -> torch.Tensor:
@@ -134,27 +134,30 @@ class StepState:
             places = to_device(changes.places, self._device)
             self._device_tables.view(-1)[places] = to_device(changes.block_ids, self._device)
 
-    def _advance(self, decode_rows: list[int]) -> tuple[torch.Tensor, torch.Tensor, DecodeRows]:
+    def _advance(self, row_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor, QueryRows]:
         """The rows, their positions (lengths before this step), and what attention reads (lengths after it)."""
-        host_lens = self._count(decode_rows)
+        host_lens = self._count(row_ids)
         if self._device_rows is None:
             self._device_rows = to_device(self._host_rows, self._device)
+            self._query_starts = self._counting[: len(row_ids) + 1]
         rows = self._device_rows
         longest = int(host_lens.max())
         positions = self._device_lens[rows]
         seq_lens = positions + 1
         self._device_lens[rows] = seq_lens
         tables = self._device_tables[rows, : table_width(longest, self._block_size)]
-        return rows, positions, DecodeRows(tables, seq_lens.to(torch.int32), longest, host_lens)
+        lens, starts = seq_lens.to(torch.int32), self._query_starts
+        return rows, positions, decode_rows(tables, lens, longest, host_lens, cu_query_lens=starts)
 
-    def _place(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor, DecodeRows]:
+    def _place(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor, QueryRows]:
         """As `_advance`, for draft runs: each of their tokens is a row that sees those before it."""
         rows = self._to_device([run.row for run in plan.draft_runs for _ in run.token_ids])
         host_lens = np.array(plan.run_positions, dtype=np.int64) + 1
         longest = int(host_lens.max())
         seq_lens = to_device(host_lens, self._device)
         tables = self._device_tables[rows, : table_width(longest, self._block_size)]
-        return rows, seq_lens - 1, DecodeRows(tables, seq_lens.to(torch.int32), longest, host_lens)
+        lens, starts = seq_lens.to(torch.int32), self._counting[: len(host_lens) + 1]
+        return rows, seq_lens - 1, decode_rows(tables, lens, longest, host_lens, cu_query_lens=starts)
 
     def _count(self, decode_rows: list[int]) -> Int64:
         """Count one more token in each of the rows, on the host; returns their lengths."""
@@ -175,7 +178,7 @@ class StepState:
         slots: Int64 = table[span // self._block_size].astype(np.int64) * self._block_size + span % self._block_size
         return slots
 
-    def _chunk_rows(self, chunks: list[Chunk], query_start: int) -> ChunkRows:
+    def _chunk_rows(self, chunks: list[Chunk], query_start: int) -> QueryRows:
         rows = np.array([chunk.row for chunk in chunks])
         query_lens = np.array([len(chunk.token_ids) for chunk in chunks])
         context_lens = np.array([chunk.start for chunk in chunks])
@@ -183,7 +186,7 @@ class StepState:
         self._lens[rows] = seq_lens
         self._device_lens[to_device(rows, self._device)] = to_device(seq_lens, self._device)
         tables = self._tables[rows, : table_width(int(seq_lens.max()), self._block_size)]
-        return ChunkRows(
+        return chunk_rows(
             query_start,
             tuple(query_lens.tolist()),
             tuple(context_lens.tolist()),

@@ -128,11 +128,13 @@ def _tokenizer_routes(app: FastAPI, service: Service) -> None:
         service.check_model(body.model)
         service.fields.check(body, {"tools": ([],)})
         ids = await _ids(service, body)
+        piece = service.engine.tokenizer.token_piece
+        pieces = await service.off_loop(len(ids), lambda: list(map(piece, ids))) if body.return_token_strs else None
         answer: protocol.Tokenized = {
             "count": len(ids),
             "max_model_len": service.engine.info.max_model_len,
             "tokens": ids,
-            "token_strs": [service.engine.tokenizer.token_piece(i) for i in ids] if body.return_token_strs else None,
+            "token_strs": pieces,
         }
         return json_response(answer)
 

@@ -59,9 +59,10 @@ class ServerConfig:
                     f"--allowed-host {host!r} is no host name; it looks like gpu.example.com, without http:// and "
                     "port, or is * for all."
                 )
-        for name in ("max_body_bytes", "max_prompts", "max_queue"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} must be a positive number, not {getattr(self, name)}.")
+        for name in ("--max-body-bytes", "max_prompts", "--max-queue"):
+            value = getattr(self, name.removeprefix("--").replace("-", "_"))
+            if value <= 0:
+                raise UserError(f"{name} must be a positive number, not {value}.")
         if self.step_timeout is not None and not 0 < self.step_timeout < math.inf:
             raise UserError(f"--step-timeout must be a number of seconds above 0, not {self.step_timeout}.")
         if not 0 <= self.drain_timeout < math.inf:

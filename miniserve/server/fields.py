@@ -35,9 +35,11 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "xtc_probability": (0,), "thinking_token_budget": (), "repetition_detection": (), "vllm_xargs": ({},),
     "lora_path": (), "lora": ([],), "samplers": (), "dynatemp_range": (0,), "repeat_last_n": (-1,), "top_a": (0,),
     "tfs_z": (1,), "top_n_sigma": (-1, 0), "watermark": (False,), "watermarking": (), "custom_params": (),
-    "penalty_alpha": (0,), "stop_regex": ([], ""),
+    "penalty_alpha": (0,), "stop_regex": ([], ""), "typ_p": (1,), "epsilon_cutoff": (0,), "eta_cutoff": (0,),
+    "guidance_scale": (1,), "negative_prompt": ("",), "t_max_predict_ms": (-1, 0),
     # what goes in
     "prompt_embeds": (), "truncate_prompt_tokens": (), "audio": (), "mm_processor_kwargs": ({},),
+    "system": ("",), "images": ([],), "image_data": ([],), "reasoning": (), "thinking_budget": (),
     "reasoning_effort": (), "cache_salt": (), "kv_transfer_params": (), "priority": (0,), "session_params": (),
     # what comes out
     "modalities": (["text"],), "prompt_logprobs": (), "logprob_token_ids": ([],), "return_token_ids": (False,),
@@ -45,6 +47,7 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "spaces_between_special_tokens": (True,), "return_tokens": (False,), "return_hidden_states": (False,),
     "return_prompt_token_ids": (False,), "return_token_offsets": (False,),
     # other servers' names for what has another one here
+    "format": ("",), "random_seed": (), "sampling_seed": (), "max_tokens_to_sample": (),
     "n_predict": (), "num_predict": (), "max_new_tokens": (), "max_output_tokens": (), "max_length": (),
     "min_new_tokens": (0,), "min_length": (0,), "repeat_penalty": (1,), "n_probs": (0,), "top_logprobs_num": (0,),
     "return_logprob": (False,), "num_return_sequences": (1,), "stop_sequences": ([],), "stop_strings": ([],),
@@ -57,6 +60,7 @@ REFUSED_IN_CHAT = REFUSED | {"echo": (False,), "best_of": (1,), "prompt": ()}
 _THINKING = 'use chat_template_kwargs, for example {"enable_thinking": false}, where the template knows it'
 _FLAT = "send what it holds as fields of the request itself, under OpenAI's names"
 _REMEDIES = {
+    "reasoning": _THINKING, "thinking_budget": _THINKING,
     "reasoning_effort": _THINKING, "enable_thinking": _THINKING, "thinking": _THINKING, "think": _THINKING,
     "tool_choice": 'leave it out or send "none"',
     "num_beams": "leave it out or send 1",
@@ -65,7 +69,10 @@ _REMEDIES = {
     "messages": "send a prompt, or ask /v1/chat/completions",
     "prompt": "send messages, or ask /v1/completions",
     "n_predict": "use max_tokens", "num_predict": "use max_tokens", "max_new_tokens": "use max_tokens",
-    "max_output_tokens": "use max_tokens", "max_length": "use max_tokens, which does not count the prompt",
+    "max_output_tokens": "use max_tokens", "max_tokens_to_sample": "use max_tokens",
+    "random_seed": "use seed", "sampling_seed": "use seed",
+    "system": "send a message whose role is system to /v1/chat/completions",
+    "max_length": "use max_tokens, which does not count the prompt",
     "min_new_tokens": "use min_tokens", "min_length": "use min_tokens, which does not count the prompt",
     "repeat_penalty": "use repetition_penalty",
     "repeat_last_n": "repetition_penalty counts the whole prompt and output",

@@ -85,7 +85,10 @@ def _bias(value: object) -> object:
             raise ValueError(f"the key {str(key)[:50]!r} is no token id")
         if isinstance(number, bool):
             raise ValueError(f"the value of key {key!r} must be a number")
-    return {int(key): number for key, number in value.items()}
+    bias = {int(key): number for key, number in value.items()}
+    if len(bias) < len(value):
+        raise ValueError("two keys are the same token id")
+    return bias
 
 
 Int = Annotated[int, BeforeValidator(_not_bool), AfterValidator(_int64)]

@@ -46,7 +46,7 @@ def environment(
 ) -> dict[str, str]:
     """The environment of a child process whose `import aiter` is the stand-in on that device. Calls are appended to
     `log`, one line each: the function and its route."""
-    paths = [str(path) for path in (metadata, STANDIN) if path is not None]
+    paths = [str(path) for path in (metadata, STANDIN, STANDIN.parent) if path is not None]
     inherited = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     settings = {
         "PYTHONPATH": os.pathsep.join(paths + inherited),

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import ModuleType
 
 from aiter_standin import installed
+from emulation import emulated_gpu
 
 from miniserve.attention import aiter
 from tools.tiny_data import Problem, completion_prompt, problems
@@ -18,13 +19,15 @@ MAX_TOKENS = 100
 
 @contextmanager
 def stand_in(arch: str, cu_num: int) -> Iterator[ModuleType]:
-    """Inside the block the engine's aiter is a fresh stand-in for an `arch` with cu_num compute units."""
-    aiter.load.cache_clear()
+    """Inside the block the engine's aiter is a fresh stand-in for an `arch` with cu_num compute units, and the CPU is
+    that GPU to it."""
+    load = aiter.load
+    load.cache_clear()
     try:
-        with installed(arch=arch, cu_num=cu_num) as module:
+        with installed(arch=arch, cu_num=cu_num) as module, emulated_gpu():
             yield module
     finally:
-        aiter.load.cache_clear()
+        load.cache_clear()
 
 
 def prompts_of(count: int) -> tuple[list[str], list[Problem]]:

@@ -19,7 +19,6 @@ from real_aiter import make_importable
 
 from miniserve.attention.aiter import Aiter
 from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.backends.paged_kernels import torch_kernels
 from miniserve.attention.backends.rope_write import RopeWriter
 from miniserve.attention.layouts import LAYOUTS, KVCache, KVLayout
 from miniserve.attention.platform import NAMED_PLATFORMS
@@ -120,10 +119,10 @@ def check_call(write: Callable[..., Any], layout_name: str, dtype: torch.dtype, 
         max_seq_len=64,
     )
     aiter = Aiter(**dict.fromkeys(Aiter.__dataclass_fields__) | {"fused_qk_rope_reshape_and_cache": write})
-    writer = RopeWriter(layout, aiter, torch_kernels(), options)
+    writer = RopeWriter(layout, aiter, options)
     qkv, slots = inputs.tensor(tokens, heads + 2 * kv_heads, head_dim), inputs.slots(tokens, num_blocks, block_size)
     cos_sin = inputs.table(head_dim)[:tokens]
-    q, k, v = writer.write(
+    q, k, v = writer.rope_and_split(
         layer, qkv.flatten(1), QKRope(cos_sin, None, None, 0.0), cache, slots, writer.token_ids(slots), keep_k=True
     )
     kept, (raw_q, raw_k, raw_v) = slots >= 0, qkv.split((heads, kv_heads, kv_heads), dim=1)

@@ -13,7 +13,7 @@ from real_aiter import make_importable
 
 from miniserve.attention.backends.torch_mla import TorchLatentBackend
 from miniserve.attention.layouts import KVCache, KVLayout
-from miniserve.attention.metadata import DecodeRows
+from miniserve.attention.metadata import QueryRows
 from miniserve.attention.spec import AttentionSpec, LatentDims, LatentLayer
 
 DEEPSEEK, SMALL = LatentDims(512, 64, 128, 128), LatentDims(64, 16, 24, 20)
@@ -36,7 +36,7 @@ class RealDecode(TorchLatentBackend):
         self._mla_decode_fwd = mla_decode_fwd
 
     def decode(
-        self, layer: LatentLayer, q: torch.Tensor, q_pe: torch.Tensor, cache: KVCache, meta: DecodeRows
+        self, layer: LatentLayer, q: torch.Tensor, q_pe: torch.Tensor, cache: KVCache, meta: QueryRows
     ) -> torch.Tensor:
         rows, out = q.shape[0], torch.full(q.shape, torch.nan, dtype=q.dtype)
         self._mla_decode_fwd(

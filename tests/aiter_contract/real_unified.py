@@ -4,16 +4,16 @@ Triton's interpreter on a CPU, against attention in float64. Prints a line for e
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import torch
 from attention_steps import make_step
+from emulation import torch_kernels
 from real_aiter import make_importable
 
 from miniserve.attention.aiter import Aiter
 from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.backends.paged_kernels import torch_kernels
 from miniserve.attention.backends.rocm_unified import UnifiedBackend
-from miniserve.attention.backends.rope_write import RopeWriter
 from miniserve.attention.platform import NAMED_PLATFORMS
 from miniserve.attention.spec import AttentionSpec
 from miniserve.attention.terms import LayerRoute
@@ -52,9 +52,8 @@ def main() -> None:
                     max_rows=8,
                     max_seq_len=1024,
                 )
-                backend = UnifiedBackend(
-                    step.layout, aiter, RopeWriter(step.layout, aiter, torch_kernels(), options), options
-                )
+                with torch_kernels(), patch("miniserve.attention.aiter.load", lambda known=aiter: known):
+                    backend = UnifiedBackend(step.layout, options)
                 for each in (step,) if step.batch.chunks else (step, step.padded()):
                     each.check(backend)
                 print("agrees:", layout_name, name, f"up to {max(map(sum, rows))} tokens", flush=True)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from attention_steps import Case, Step, make_step
+from emulation import emulated_platform
 from engine_support import stand_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,8 +17,7 @@ from hypothesis import strategies as st
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.build import build_backend
 from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.metadata import DecodeRows
-from miniserve.attention.platform import emulated_platform
+from miniserve.attention.metadata import QueryRows, StepBatch
 from miniserve.attention.select import Choice, select
 from miniserve.attention.spec import AttentionSpec
 from miniserve.core import UserError
@@ -31,11 +31,11 @@ CU_NUM = 4  # from 9 heads in a step on, the ASM kernel's turn would come
 FP8_TOLERANCE = {"gfx942": 8e-2, "gfx950": 15e-2}
 
 
-def build(step: Step, choice: Choice, arch: str, specs: tuple[AttentionSpec, ...] = (), **changes: Any) -> Backend[Any]:
+def build(step: Step, choice: Choice, specs: tuple[AttentionSpec, ...] = (), **changes: Any) -> Backend[Any]:
     options = BackendOptions(
         specs=specs or (step.layer.spec,),
         routes=choice.routes,
-        platform=emulated_platform(arch),
+        platform=emulated_platform(),
         device=torch.device("cpu"),
         max_rows=64,
         max_seq_len=600,
@@ -93,12 +93,12 @@ def test_what_is_allowed_is_right(
         spec = replace(spec, kv_dtype=FP8[arch])
     with stand_in(arch, CU_NUM):
         try:
-            choice = select([spec], emulated_platform(arch), block_size=block_size, backend=backend, layout=layout)
+            choice = select([spec], emulated_platform(), block_size=block_size, backend=backend, layout=layout)
         except UserError:
             return
         step = make_step((spec, block_size, *rest), layout, seed, scales)
         fp8 = spec.kv_dtype.itemsize == 1
-        made = build(step, choice, arch, context_tokens=context_tokens)
+        made = build(step, choice, context_tokens=context_tokens)
         tolerance = FP8_TOLERANCE[arch] if fp8 else TOLERANCE[spec.dtype]
         step.check(made, tolerance)
         if not step.batch.chunks:
@@ -112,8 +112,8 @@ def decode_step(spec: AttentionSpec, lengths: list[int], layout: str = "shuffled
     return make_step((spec, 16, [(length - 1, 1) for length in lengths], len(lengths)), layout, 3, (0.5, 0.25))
 
 
-def chosen(spec: AttentionSpec, arch: str, backend: str, layout: str) -> Choice:
-    return select([spec], emulated_platform(arch), block_size=16, backend=backend, layout=layout)
+def chosen(spec: AttentionSpec, backend: str, layout: str) -> Choice:
+    return select([spec], emulated_platform(), block_size=16, backend=backend, layout=layout)
 
 
 @pytest.mark.parametrize("arch", FP8)
@@ -132,7 +132,7 @@ def test_the_asm_kernel_takes_over_above_the_switch(arch: str, fp8: bool) -> Non
     ):
         with stand_in(arch, cu_num=32) as module:
             step = decode_step(spec, lengths)
-            made = build(step, chosen(spec, arch, "ROCM_AITER_FA", "shuffled"), arch)
+            made = build(step, chosen(spec, "ROCM_AITER_FA", "shuffled"))
             (step.padded(padding) if padding else step).check(made, FP8_TOLERANCE[arch])
             decodes = [call for call in module._standin.calls if call.function.startswith("pa")]
             assert {call.route for call in decodes} == {route}, lengths
@@ -153,10 +153,10 @@ def test_the_asm_kernel_takes_over_above_the_switch(arch: str, fp8: bool) -> Non
 def test_who_turns_and_writes(backend: str, layout: str, change: dict[str, Any], write: str) -> None:
     spec = replace(PLAIN, **change)
     with stand_in("gfx942", CU_NUM) as module:
-        choice = chosen(spec, "gfx942", backend, layout)
+        choice = chosen(spec, backend, layout)
         assert choice.routes[0].write == write
         step = make_step((spec, 16, [(20, 1), (60, 20), (0, 9)], 1), layout, 3, (0.5, 0.25))
-        step.check(build(step, choice, "gfx942"), FP8_TOLERANCE["gfx942"])
+        step.check(build(step, choice), FP8_TOLERANCE["gfx942"])
         writers = {call.function for call in module._standin.calls if "cache" in call.function}
         assert writers == {name for name in (choice.routes[0].write,) if not name.startswith("triton")}
 
@@ -176,11 +176,11 @@ def test_gluon_takes_what_hip_and_asm_cannot(arch: str, change: dict[str, Any], 
     for kv_dtype in (BF16, FP8[arch]):
         specs = (replace(PLAIN, kv_dtype=kv_dtype, **change), replace(PLAIN, kv_dtype=kv_dtype))
         with stand_in(arch, CU_NUM) as module:
-            choice = select(specs, emulated_platform(arch), block_size=16, backend="ROCM_AITER_GLUON")
+            choice = select(specs, emulated_platform(), block_size=16, backend="ROCM_AITER_GLUON")
             assert [route.decode for route in choice.routes] == [decode, "pa_decode_gluon"]
             step = decode_step(specs[0], [1, 16, 17, 34, 300, 256])
             for rows in (step, step.padded()):
-                rows.check(build(step, choice, arch, specs=specs), FP8_TOLERANCE[arch])
+                rows.check(build(step, choice, specs=specs), FP8_TOLERANCE[arch])
             assert {c.function for c in module._standin.calls if c.function.startswith(("pa", "uni"))} == {decode}
 
 
@@ -196,13 +196,13 @@ def test_every_length_around_a_partition_of_256(arch: str, fp8: bool) -> None:
     for backend, layout in product(BACKENDS, ("linear", "shuffled")):
         with stand_in(arch, CU_NUM) as module:
             try:
-                choice = chosen(spec, arch, backend, layout)
+                choice = chosen(spec, backend, layout)
             except UserError:
                 continue
             for rows, num_decodes in ((decodes, 41), (right, 26), ([(0, 1), *chunks, (0, 1)], 1)):
                 step = make_step((spec, 16, rows, num_decodes), layout, 3, (0.5, 0.25))
                 for each in (step,) if step.batch.chunks else (step, step.padded()):
-                    each.check(build(step, choice, arch), FP8_TOLERANCE[arch] if fp8 else TOLERANCE[BF16])
+                    each.check(build(step, choice), FP8_TOLERANCE[arch] if fp8 else TOLERANCE[BF16])
             asm = {call.route for call in module._standin.calls} & {"asm"}
             assert bool(asm) == ((backend, layout) == ("ROCM_AITER_FA", "shuffled"))
 
@@ -215,11 +215,11 @@ def test_padding_rows_are_not_written(arch: str, write: dict[str, Any]) -> None:
     for backend, layout in product(BACKENDS, ("linear", "shuffled")):
         with stand_in(arch, cu_num=32):
             try:
-                choice = chosen(spec, arch, backend, layout)
+                choice = chosen(spec, backend, layout)
             except UserError:
                 continue
             step = decode_step(spec, [40, 1, 17, 256, 8], layout)
-            made = build(step, choice, arch)
+            made = build(step, choice)
             step.run(made)
             before = step.cache.key.clone(), step.cache.value.clone()
             step.padded().check(made, TOLERANCE[BF16])
@@ -234,13 +234,13 @@ def test_what_fp8_cannot_hold_is_limited_by_every_writer(arch: str) -> None:
         for backend, layout in product(BACKENDS, ("linear", "shuffled")):
             with stand_in(arch, CU_NUM):
                 try:
-                    choice = chosen(spec, arch, backend, layout)
+                    choice = chosen(spec, backend, layout)
                 except UserError:
                     continue
                 step = decode_step(spec, [3, 1], layout)
                 v = step.v * 1e4
                 qkv = torch.cat([step.qkv[:, : -v[0].numel()], v.flatten(1)], dim=1)
-                replace(step, v=v, qkv=qkv).run(build(step, choice, arch))
+                replace(step, v=v, qkv=qkv).run(build(step, choice))
                 assert float(step.cache.value.float().abs().max()) == torch.finfo(fp8).max, (backend, layout)
 
 
@@ -253,10 +253,10 @@ def test_every_field_of_the_metadata_is_read(backend: str) -> None:
     known: set[str] = set()
     for layout, (index, spec) in product(layouts, enumerate(specs)):
         with stand_in("gfx942", CU_NUM):
-            choice = select(specs, emulated_platform("gfx942"), block_size=16, backend=backend, layout=layout)
+            choice = select(specs, emulated_platform(), block_size=16, backend=backend, layout=layout)
             step = make_step((spec, 16, [(20, 1), (60, 20), (0, 9)], 1), layout, 3)
             step = replace(step, layer=replace(step.layer, layer_index=index))
-            made = build(step, choice, "gfx942", specs=specs)
+            made = build(step, choice, specs=specs)
             meta = Watched(made.build(step.batch), read, known)
             step.attend(made, meta)
     assert known
@@ -275,7 +275,7 @@ class Watched:
         return self._watch(getattr(self._of, name))
 
     def _watch(self, value: object) -> object:
-        if isinstance(value, DecodeRows):  # the runner's, handed on whole
+        if isinstance(value, StepBatch | QueryRows):  # the runner's, handed on whole
             return value
         if isinstance(value, tuple) and not hasattr(value, "_fields"):  # a named one is handed on whole
             return tuple(self._watch(item) for item in value)

@@ -62,7 +62,7 @@ def test_aiter_turns_and_writes(model: str, expected: list[float], arch: str, ba
         with stand_in(arch, 16) as module:
             got = likelihoods(
                 model,
-                device=arch,
+                device="cpu",
                 attention_backend=backend,
                 kv_layout=layout,
                 kv_cache_dtype=kv_cache_dtype,

@@ -20,7 +20,7 @@ from engine_support import MAX_TOKENS, STOP, prompts_of, score, stand_in
 
 import miniserve
 from miniserve.attention.contracts import CONTRACTS
-from miniserve.core import SamplingParams, UserError
+from miniserve.core import SamplingParams
 from miniserve.llm import LLM
 
 # Each, and in how many documents: 16 compute units let ASM kernels run from 9 rows of the model's 4 heads on.
@@ -71,7 +71,7 @@ def test_every_path_solves_the_problems(arch: str, backend: str, layout: str, co
             texts = generate(
                 count,
                 module._standin.calls,
-                device=arch,
+                device="cpu",
                 attention_backend=backend,
                 kv_layout=layout,
                 kv_cache_dtype=kv_cache_dtype,
@@ -89,7 +89,7 @@ def test_every_path_verifies_guesses(backend: str, layout: str, reference: list[
     """In its own decode kernel: a guess is a row like any other."""
     with stand_in("gfx942", CU_NUM) as module:
         calls = module._standin.calls
-        texts = generate(6, calls, device="gfx942", attention_backend=backend, kv_layout=layout, speculative="ngram:4")
+        texts = generate(6, calls, device="cpu", attention_backend=backend, kv_layout=layout, speculative="ngram:4")
         decodes = {" ".join(call) for call in calls if call[0].startswith(("pa", "unified"))}
     assert sum(text == expected for text, expected in zip(texts, reference[:6], strict=True)) >= 5
     assert decodes == DECODE.get((backend, layout), set())
@@ -98,7 +98,7 @@ def test_every_path_verifies_guesses(backend: str, layout: str, reference: list[
 def test_without_aiter_none_of_it_is_called(reference: list[str]) -> None:
     with stand_in("gfx942", CU_NUM) as module:
         calls = module._standin.calls
-        texts = generate(6, calls, device="gfx942", aiter=False)
+        texts = generate(6, calls, device="cpu", aiter=False)
         assert not calls
     assert sum(text == expected for text, expected in zip(texts, reference[:6], strict=True)) >= 5
 
@@ -107,43 +107,36 @@ def test_the_table_of_paths_is_whole() -> None:
     assert set(DECODE) | set(product(["TRITON_ATTN"], ["linear", "shuffled"])) == {path[:2] for path in PATHS}
 
 
-def test_an_emulated_gpu_without_a_stand_in_is_refused() -> None:
-    with pytest.raises(UserError, match="--device gfx942 emulates an AMD GPU for tests"):
-        LLM(progress=False, device="gfx942")
-    with stand_in("gfx950", 0), pytest.raises(UserError, match="the one found computes as gfx950"):
-        LLM(progress=False, device="gfx942")
-
-
-FLASH_FP8 = "--device gfx950 --attention-backend ROCM_AITER_FA --kv-layout shuffled --kv-cache-dtype fp8"
+FLASH_FP8 = "--attention-backend ROCM_AITER_FA --kv-layout shuffled --kv-cache-dtype fp8"
 
 
 @pytest.mark.parametrize(
-    ("command", "calls", "no_calls", "told"),
+    ("arch", "command", "calls", "no_calls", "told"),
     [
         (
+            "gfx950",
             f"serve {FLASH_FP8}",
             {("pa_fwd_asm", "asm"), ("paged_attention_rocm", "hip")},
             "cache",  # the engine's own kernel norms, turns and writes
             [
                 "ROCM_AITER_FA over the shuffled KV layout",
-                "gfx950 is emulated",
                 "fp8 KV cache: float8_e4m3fn",
                 "rope with cache write by triton rope_and_write",
             ],
         ),
         (
-            f"serve {DEEPSEEK} --device gfx942",
+            "gfx942",
+            f"serve {DEEPSEEK}",
             {("mla_decode_fwd", "persistent"), ("get_mla_metadata_v1", ""), ("fused_moe", "No")},
             "paged",
-            ["ROCM_AITER_MLA over the latent KV layout", "gfx942 is emulated", "experts by aiter fused_moe"],
+            ["ROCM_AITER_MLA over the latent KV layout", "experts by aiter fused_moe"],
         ),
     ],
     ids=["tiny-qwen3", "tiny-deepseek"],
 )
 def test_over_http_in_a_process_of_its_own(
-    command: str, calls: set[tuple[str, str]], no_calls: str, told: list[str], tmp_path: Path
+    arch: str, command: str, calls: set[tuple[str, str]], no_calls: str, told: list[str], tmp_path: Path
 ) -> None:
-    arch = "gfx942" if "gfx942" in command else "gfx950"
     called, output = serve_problems(f"{command} --no-self-check", arch, 12, tmp_path)
     assert calls <= called
     assert not [call for call in called if no_calls in call[0]]
@@ -163,7 +156,7 @@ def test_over_http_in_a_process_of_its_own(
 def test_every_path_over_http(
     model: str, backend: str, layout: str, count: int, arch: str, kv_cache_dtype: str, tmp_path: Path
 ) -> None:
-    command = f"serve {model} --device {arch} --attention-backend {backend} --kv-layout {layout}"
+    command = f"serve {model} --attention-backend {backend} --kv-layout {layout}"
     called, output = serve_problems(f"{command} --kv-cache-dtype {kv_cache_dtype}", arch, count, tmp_path)
     assert f"{backend} over the {layout} KV layout" in output
     assert {tuple(call.split(" ")) for call in DECODE.get((backend, layout), ())} <= called
@@ -177,11 +170,11 @@ def serve_problems(command: str, arch: str, count: int, tmp_path: Path) -> tuple
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    arguments = [*command.split(), "--port", str(port), "--max-num-batched-tokens", "512"]
+    arguments = [*command.split(), "--device", "cpu", "--port", str(port), "--max-num-batched-tokens", "512"]
     log.touch()
     with output.open("wb") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", "miniserve", *arguments],
+            [sys.executable, "-m", "serve_emulated", *arguments],
             stdout=stream,
             stderr=stream,
             env=environment(arch, CU_NUM, log=log) | {"OMP_NUM_THREADS": "1"},

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.layouts import LAYOUTS, KVCache, KVLayout
-from miniserve.attention.metadata import ChunkRows, DecodeRows, StepBatch
+from miniserve.attention.metadata import QueryRows, StepBatch, chunk_rows, decode_rows
 from miniserve.attention.spec import AttentionSpec, QKRope
 from miniserve.models.layers.ops import qk_norm_rope
 
@@ -154,7 +154,7 @@ def padded_batch(batch: StepBatch, count: int) -> StepBatch:
     tables = torch.cat([decode.block_tables, decode.block_tables[:1].expand(count, -1)])
     lens = torch.cat([decode.seq_lens, decode.seq_lens.new_zeros(count)])
     slots = torch.cat([batch.slot_mapping, batch.slot_mapping.new_full((count,), -1)])
-    return StepBatch(slots, DecodeRows(tables, lens, decode.max_seq_len, None))
+    return StepBatch(slots, decode_rows(tables, lens, decode.max_seq_len, None))
 
 
 def rounded(values: torch.Tensor, dtype: torch.dtype, scale: float) -> torch.Tensor:
@@ -169,22 +169,22 @@ def step_batch(
     decode, tables = None, tables.int()
     if num_decodes:
         lens = torch.tensor([cached + 1 for cached, _ in rows[:num_decodes]], dtype=torch.int32)
-        decode = DecodeRows(tables[:num_decodes], lens, int(lens.max()), lens.long().numpy())
+        decode = decode_rows(tables[:num_decodes], lens, int(lens.max()), lens.long().numpy())
     first_prefill = next((i for i, (cached, _) in enumerate(rows) if not cached and i >= num_decodes), len(rows))
     return StepBatch(
         slot_mapping,
         decode,
-        chunk_rows(rows[num_decodes:first_prefill], tables[num_decodes:first_prefill], num_decodes),
-        chunk_rows(rows[first_prefill:], tables[first_prefill:], sum(new for _, new in rows[:first_prefill])),
+        group_of(rows[num_decodes:first_prefill], tables[num_decodes:first_prefill], num_decodes),
+        group_of(rows[first_prefill:], tables[first_prefill:], sum(new for _, new in rows[:first_prefill])),
     )
 
 
-def chunk_rows(rows: list[tuple[int, int]], tables: torch.Tensor, query_start: int) -> ChunkRows | None:
+def group_of(rows: list[tuple[int, int]], tables: torch.Tensor, query_start: int) -> QueryRows | None:
     if not rows:
         return None
     new = torch.tensor([new for _, new in rows])
     cached = torch.tensor([cached for cached, _ in rows])
     starts = torch.cat([torch.zeros(1, dtype=torch.int64), new.cumsum(0)]).int()
-    return ChunkRows(
+    return chunk_rows(
         query_start, tuple(new.tolist()), tuple(cached.tolist()), starts, (cached + new).int(), tables.contiguous()
     )

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from attention_reference import Layer
 from attention_steps import Case, cases, make_step
+from emulation import TWINS, torch_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miniserve.attention.backends.base import Backend
+from miniserve.attention.backends.build import backend_class
 from miniserve.attention.backends.cpu_attn import CpuBackend
 from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.backends.paged_kernels import torch_kernels, triton_kernels
 from miniserve.attention.backends.torch_attn import TorchBackend
 from miniserve.attention.backends.triton_attn import TritonBackend
-from miniserve.attention.layouts import LAYOUTS, KVCache, KVLayout, ShuffledLayout
-from miniserve.attention.metadata import DecodeRows
+from miniserve.attention.contracts import CONTRACTS
+from miniserve.attention.layouts import LAYOUTS, KVCache, KVLayout
+from miniserve.attention.metadata import decode_rows
 from miniserve.attention.platform import Platform
 from miniserve.attention.spec import AttentionSpec
 from miniserve.kernels import native
@@ -30,35 +32,21 @@ needs_native = pytest.mark.skipif(
 )
 
 
-def torch_linearize(
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    cu_query_lens: torch.Tensor,
-    seq_lens: torch.Tensor,
-    *,
-    window: int | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    layout = ShuffledLayout(key_cache.shape[-2])
-    there = torch.arange(block_tables.shape[1]) * layout.block_size < seq_lens[:, None]
-    blocks = torch.where(there, block_tables, 0).long().flatten()
-    return layout.gather(KVCache(key_cache, value_cache), blocks)
-
-
 def make_backend(name: str, layout: KVLayout, spec: AttentionSpec) -> Backend[Any]:
     if name.startswith("TRITON_ATTN"):
         options = BackendOptions(
             specs=(spec,),
             routes=(),
-            platform=Platform(name.partition(" ")[2], 304, emulated=True),
+            platform=Platform(name.partition(" ")[2], 304),
             device=torch.device("cpu"),
             max_rows=8,
             max_seq_len=256,
         )
-        backend = TritonBackend(layout, replace(torch_kernels(), linearize=torch_linearize), options)
+        with torch_kernels():
+            backend = TritonBackend(layout, options)
         backend.linearize_from = 2
         return backend
-    return CpuBackend(layout, native.NativeKernels()) if name == "CPU_ATTN" else TorchBackend(layout)
+    return CpuBackend(layout) if name == "CPU_ATTN" else TorchBackend(layout)
 
 
 def check(name: str, case: Case, layout: str, seed: int) -> None:
@@ -116,7 +104,7 @@ def test_the_highest_block_of_a_pool_above_4_gib(shuffled: bool) -> None:
     kernels.write_kv(k, v, key, value, torch.tensor([num_blocks * 16 - 16]), 16, shuffled)
     backend = make_backend("CPU_ATTN", layout, spec)
     assert isinstance(backend, CpuBackend)
-    meta = DecodeRows(torch.tensor([[num_blocks - 1]], dtype=torch.int32), torch.ones(1, dtype=torch.int32), 1, None)
+    meta = decode_rows(torch.tensor([[num_blocks - 1]], dtype=torch.int32), torch.ones(1, dtype=torch.int32), 1, None)
     out = backend.decode(Layer(spec), k.repeat_interleave(2, dim=1), KVCache(key, value), meta)
     assert torch.equal(out, v.repeat_interleave(2, dim=1).flatten(1)), "of one key the weight is 1"
 
@@ -135,21 +123,27 @@ def test_decode_does_not_depend_on_its_neighbours(layout_name: str) -> None:
     lens = torch.tensor([1, 16, 17, 64, 33, 5, 48, 2, 63], dtype=torch.int32)
     backend = make_backend("CPU_ATTN", layout, spec)
     assert isinstance(backend, CpuBackend)
-    together = backend.decode(Layer(spec), q, cache, DecodeRows(tables, lens, 64, None))
+    together = backend.decode(Layer(spec), q, cache, decode_rows(tables, lens, 64, None))
     for row in range(9):
         one = slice(row, row + 1)
-        alone = backend.decode(Layer(spec), q[one], cache, DecodeRows(tables[one], lens[one], 64, None))
+        alone = backend.decode(Layer(spec), q[one], cache, decode_rows(tables[one], lens[one], 64, None))
         assert torch.equal(alone, together[one])
 
 
 def test_the_twins_of_triton_s_kernels_take_what_those_take() -> None:
     """Else a backend that is right on a CPU would fail on a GPU."""
     pytest.importorskip("triton")
-    for name in ("paged_decode", "paged_extend", "write_kv", "rope_and_write"):
-        ours, theirs = (inspect.signature(getattr(kernels(), name)) for kernels in (torch_kernels, triton_kernels))
+    for name, twin in TWINS.items():
+        module, _, kernel = name.partition(".")
+        triton = getattr(importlib.import_module(f"miniserve.kernels.triton.{module}"), kernel)
+        ours, theirs = inspect.signature(twin), inspect.signature(triton)
         known = {"num_kv_heads", "block_size", "shuffled", "scale", "window", "softcap", "sinks", "k_scale", "v_scale"}
         asked = [name for name, it in ours.parameters.items() if it.kind is not it.VAR_KEYWORD]
-        missing = (known if name == "paged_decode" else set()) | set(asked)
+        missing = (known if kernel == "paged_decode" else set()) | set(asked)
         assert missing <= set(theirs.parameters), name
         given = {name for name, it in theirs.parameters.items() if it.default is it.empty}
         assert given <= missing, name
+
+
+def test_every_contract_has_its_backend() -> None:
+    assert all(issubclass(backend_class(contract.name), Backend) for contract in CONTRACTS)

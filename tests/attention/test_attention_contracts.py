@@ -65,7 +65,7 @@ def test_terms_of_blocks_and_caches() -> None:
 def test_a_kernel_of_one_query_token_a_row_takes_no_chunks() -> None:
     """None of aiter's decode kernels is right for several tokens in every case."""
     one = KernelContract(name="ONE", layouts=("linear",), dtypes=(BF16,), one_query=True)
-    backend = BackendContract(name="BACKEND", layouts=("linear",), decode=(one,), chunks=(one,))
+    backend = BackendContract(name="BACKEND", implementation="", layouts=("linear",), decode=(one,), chunks=(one,))
     assert backend.routes([SPEC], MI300X, "linear", 16) == ((), ["ONE takes one query token a row"])
     decode = {kernel for contract in CONTRACTS for kernel in contract.decode}
     assert {kernel.name for kernel in decode if kernel.one_query} == {

@@ -17,22 +17,23 @@ import pytest
 import torch
 from aiter_standin import installed
 from attention_steps import Step, make_step
+from emulation import emulated_platform
 from engine_support import stand_in
 
 import miniserve
 from miniserve.attention import aiter as adapter
 from miniserve.attention.backends.aiter_calls import AiterCalls
-from miniserve.attention.backends.build import build_backend, rope_writer
+from miniserve.attention.backends.build import build_backend
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.rocm_aiter_fa import FlashBackend
 from miniserve.attention.contracts import CONTRACTS
 from miniserve.attention.layouts import LAYOUTS
-from miniserve.attention.metadata import DecodeRows, StepBatch
-from miniserve.attention.platform import NAMED_PLATFORMS, Platform, emulated_platform
+from miniserve.attention.metadata import StepBatch, decode_rows
+from miniserve.attention.platform import NAMED_PLATFORMS, Platform
 from miniserve.attention.routes import least_asm_rows
 from miniserve.attention.select import Choice, select
 from miniserve.attention.spec import AttentionSpec
-from miniserve.bench.check_paths import made_up_layer
+from miniserve.checks.check_paths import made_up_layer
 from miniserve.core import UserError
 from miniserve.runner.self_check import check_backend
 
@@ -61,7 +62,7 @@ def refused(spec: AttentionSpec, backend: str, layout: str, block_size: int = 16
 
 
 def flash_backend(step: Step, *, trust_asm_lengths: bool = False) -> FlashBackend:
-    platform = emulated_platform("gfx942")
+    platform = emulated_platform()
     choice = choose(step.layer.spec, "ROCM_AITER_FA", step.layout.name, on=platform)
     options = BackendOptions(
         specs=(step.layer.spec,),
@@ -72,7 +73,7 @@ def flash_backend(step: Step, *, trust_asm_lengths: bool = False) -> FlashBacken
         max_seq_len=512,
         trust_asm_lengths=trust_asm_lengths,
     )
-    return FlashBackend(step.layout, adapter.load(), rope_writer(step.layout, options), options)
+    return FlashBackend(step.layout, options)
 
 
 def decode_step(spec: AttentionSpec, lengths: list[int], layout: str = "shuffled") -> Step:
@@ -215,7 +216,7 @@ def test_19_every_kernel_is_called_before_a_request_is(kv_dtype: torch.dtype) ->
     spec, device = replace(SPEC, kv_dtype=kv_dtype), torch.device("cpu")
     for name, layout in (("ROCM_ATTN", "shuffled"), *product(("ROCM_AITER_FA", "ROCM_AITER_UNIFIED_ATTN"), BOTH)):
         with stand_in("gfx942", 4) as module:
-            platform = emulated_platform("gfx942")
+            platform = emulated_platform()
             choice = choose(spec, name, layout, on=platform)
             options = BackendOptions(
                 specs=(spec,), routes=choice.routes, platform=platform, device=device, max_rows=16, max_seq_len=512
@@ -275,9 +276,9 @@ def test_24_fp8_is_the_format_of_the_gpu() -> None:
     wrong = replace(SPEC, kv_dtype=torch.float8_e4m3fn)
     assert "fp8 on gfx942 is float8_e4m3fnuz" in refused(wrong, "auto", "auto")
     with stand_in("gfx942", 4) as module:
-        assert module.dtypes.fp8 == emulated_platform("gfx942").fp8_dtype
+        assert module.dtypes.fp8 == emulated_platform().fp8_dtype
     with stand_in("gfx950", 4) as module:
-        assert module.dtypes.fp8 == emulated_platform("gfx950").fp8_dtype
+        assert module.dtypes.fp8 == emulated_platform().fp8_dtype
 
 
 class TestGuard25:
@@ -318,13 +319,12 @@ class TestGuard25:
                 step = decode_step(SPEC, [30] * 8)
                 assert step.batch.decode is not None
                 rows = replace(step.batch.decode, host_seq_lens=None, max_seq_len=longest)
-                decode = flash_backend(step, trust_asm_lengths=trusted).build(replace(step.batch, decode=rows)).decode
-            assert decode is not None
-            assert decode.any_wrong_length == wrong
+                meta = flash_backend(step, trust_asm_lengths=trusted).build(replace(step.batch, decode=rows))
+            assert meta.any_wrong_length == wrong
 
     def test_it_costs_no_copy_from_the_device(self) -> None:
         """Tensors on the meta device have no values: whoever asks for one fails."""
-        rows = DecodeRows(
+        rows = decode_rows(
             torch.empty(8, 20, dtype=torch.int32, device="meta"),
             torch.empty(8, dtype=torch.int32, device="meta"),
             300,
@@ -337,7 +337,7 @@ class TestGuard25:
 
 
 def all_backends(step: Step) -> list[Any]:
-    platform, built = emulated_platform("gfx942"), []
+    platform, built = emulated_platform(), []
     for name in ("ROCM_ATTN", "ROCM_AITER_FA", "ROCM_AITER_UNIFIED_ATTN", "ROCM_AITER_GLUON", "TRITON_ATTN"):
         choice = choose(step.layer.spec, name, step.layout.name, on=platform)
         options = BackendOptions(

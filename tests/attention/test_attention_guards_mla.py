@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from aiter_standin import installed
+from emulation import emulated_platform
 from engine_support import stand_in
 from latent_steps import LatentStep, make_latent_step
 
 import miniserve
 from miniserve.attention import aiter as adapter
 from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.backends.rocm_aiter_mla import AiterLatentBackend, scratch_bytes, torch_token_indices
+from miniserve.attention.backends.rocm_aiter_mla import AiterLatentBackend
 from miniserve.attention.contracts import MLA_HEADS
-from miniserve.attention.platform import NAMED_PLATFORMS, emulated_platform
+from miniserve.attention.platform import NAMED_PLATFORMS
 from miniserve.attention.routes import describe_decode, padded_heads
 from miniserve.attention.select import select
 from miniserve.attention.spec import AttentionSpec, LatentDims
@@ -34,20 +36,23 @@ def decode_step(spec: AttentionSpec, lengths: list[int], block_size: int = 16) -
     return make_latent_step((spec, block_size, [(length - 1, 1) for length in lengths], len(lengths)), 5, 0.5)
 
 
-def made(step: LatentStep, arch: str, max_rows: int = 64, max_seq_len: int = 128) -> tuple[AiterLatentBackend, Calls]:
-    """The backend, and what it gives to the decode kernel."""
-    platform = emulated_platform(arch)
-    calls = Calls(adapter.load_latent().mla_decode_fwd)
-    options = BackendOptions(
+def options_of(step: LatentStep, max_rows: int = 64, max_seq_len: int = 128) -> BackendOptions:
+    return BackendOptions(
         specs=(step.layer.spec,),
         routes=(),
-        platform=platform,
+        platform=emulated_platform(),
         device=torch.device("cpu"),
         max_rows=max_rows,
         max_seq_len=max_seq_len,
     )
-    aiter = replace(adapter.load_latent(), mla_decode_fwd=calls)
-    return AiterLatentBackend(step.layout, aiter, torch_token_indices, options), calls
+
+
+def made(step: LatentStep, max_rows: int = 64, max_seq_len: int = 128) -> tuple[AiterLatentBackend, Calls]:
+    """The backend, and what it gives to the decode kernel."""
+    calls, options = Calls(adapter.load_latent().mla_decode_fwd), options_of(step, max_rows, max_seq_len)
+    backend = AiterLatentBackend(step.layout, options)
+    backend._aiter = replace(backend._aiter, mla_decode_fwd=calls)
+    return backend, calls
 
 
 class Calls:
@@ -73,7 +78,7 @@ def test_10_any_number_of_heads_is_padded_to_one_that_kernels_take(arch: str, fp
         spec = replace(MLA, num_heads=heads, kv_dtype=FP8[arch] if fp8 else BF16)
         with stand_in(arch, 4) as module:
             step = decode_step(spec, [3, 17])
-            backend, calls = made(step, arch)
+            backend, calls = made(step)
             step.check(backend, 3e-2)
             assert ("mla_decode_fwd", "persistent") in module._standin.calls, heads
         (q, *_), _ = calls.made[0]
@@ -87,7 +92,7 @@ def test_10_any_number_of_heads_is_padded_to_one_that_kernels_take(arch: str, fp
 def test_11_and_12_fp8_kernels_that_are_wrong_or_fault_get_no_fp8_queries(number: int, arch: str, heads: int) -> None:
     with stand_in(arch, 4):
         step = decode_step(replace(MLA, num_heads=heads, kv_dtype=FP8[arch]), [3, 17])
-        backend, calls = made(step, arch)
+        backend, calls = made(step)
         step.check(backend, 3e-2)
     (q, *_), terms = calls.made[0]
     assert q.dtype == BF16
@@ -102,11 +107,11 @@ def test_13_what_the_kernel_allocates_by_the_buffers_sizes_is_planned_for(heads:
     for rows in (1, 64, 256, 1024):
         with stand_in(platform.arch, platform.compute_units):
             step = decode_step(replace(MLA, num_heads=heads), [3])
-            backend, _ = made(step, platform.arch, max_rows=rows)
+            backend, _ = made(step, max_rows=rows)
             (plan,) = backend._plans.values()
+            planned = backend.scratch_bytes("latent", options_of(step, max_rows=rows))
         seen = 16 if platform.arch == "gfx942" else padded_heads(heads)
         logits = plan["reduce_partial_map"].shape[0] * seen * 513 * 4
-        planned = scratch_bytes([step.layer.spec], rows, 128)
         assert logits + backend._kv_indices.nbytes <= planned < 1 << 29
     assert adapter.MINIMUM_VERSION >= (0, 1, 17)
 
@@ -116,7 +121,7 @@ def test_14_a_graph_reads_no_tensor_that_aiter_may_let_go() -> None:
     for rows in (31, 32, 40):
         with stand_in("gfx950", 4) as module:
             step = decode_step(MLA, [2] * rows)
-            backend, _ = made(step, "gfx950")
+            backend, _ = made(step)
             step.check(backend, 3e-2)
             routes = {call.route for call in module._standin.calls if call.function == "mla_decode_fwd"}
             assert routes == {"persistent"}
@@ -131,7 +136,7 @@ def test_18_no_gluon_kernel_of_latents_is_called() -> None:
 def test_21_indices_reach_as_far_as_the_largest_step() -> None:
     with stand_in("gfx942", 4):
         step = decode_step(MLA, [64] * 6)
-        backend, _ = made(step, "gfx942", max_rows=6, max_seq_len=64)
+        backend, _ = made(step, max_rows=6, max_seq_len=64)
         step.check(backend, 3e-2)
         assert backend._kv_indices.shape == (6 * 64,)
 
@@ -140,7 +145,7 @@ def test_21_indices_reach_as_far_as_the_largest_step() -> None:
 def test_26_pages_are_of_one_token_whatever_the_blocks_are(block_size: int) -> None:
     with stand_in("gfx950", 4):
         step = decode_step(MLA, [1, 64, 65, 100], block_size)
-        backend, calls = made(step, "gfx950")
+        backend, calls = made(step)
         step.check(backend, 3e-2)
     (_, kv_buffer, *_), terms = calls.made[0]
     assert kv_buffer.shape[1:] == (1, 1, 576)
@@ -151,7 +156,7 @@ def test_the_scale_is_told_and_the_six_buffers_come_together() -> None:
     """Left out, the scale would be that of 576 dimensions; of five buffers the kernel would read a null."""
     with stand_in("gfx942", 4):
         step = decode_step(replace(MLA, scale=0.31), [9])
-        backend, calls = made(step, "gfx942")
+        backend, calls = made(step)
         step.check(backend, 3e-2)
     _, terms = calls.made[0]
     assert terms["sm_scale"] == 0.31
@@ -164,19 +169,11 @@ def test_a_gpu_writes_latents_by_the_engines_own_kernel(kv_dtype: torch.dtype) -
     """aiter's makes NaN of what an fp8 cache cannot hold."""
     from miniserve.kernels.triton.cache_write import write_latent
 
-    with stand_in("gfx942", 4):
-        step = decode_step(replace(MLA, kv_dtype=kv_dtype), [9])
-        backend, _ = made(step, "gfx942")
-        assert backend._write_kernel is None, "emulated, PyTorch writes"
-        options = BackendOptions(
-            specs=(step.layer.spec,),
-            routes=(),
-            platform=NAMED_PLATFORMS["mi300x"],
-            device=torch.device("cpu"),
-            max_rows=4,
-            max_seq_len=64,
-        )
-        backend = AiterLatentBackend(step.layout, adapter.load_latent(), torch_token_indices, options)
+    step = decode_step(replace(MLA, kv_dtype=kv_dtype), [9])
+    with installed(arch="gfx942"):  # and no twins of the Triton kernels
+        adapter.load.cache_clear()
+        backend = AiterLatentBackend(step.layout, options_of(step))
+    adapter.load.cache_clear()
     assert backend._write_kernel is write_latent
     calls = Calls(lambda *given, **terms: None)
     backend._write_kernel = calls
@@ -192,11 +189,11 @@ def test_a_plan_costs_no_copy_from_the_device() -> None:
     meta, asked = torch.device("meta"), []
     with stand_in("gfx942", 4):
         step = decode_step(MLA, [3, 17, 250])
-        platform, rows = emulated_platform("gfx942"), step.batch.decode
+        rows = step.batch.decode
         assert rows is not None
-        aiter = replace(adapter.load_latent(), get_mla_metadata_v1=lambda **given: asked.append(given))
-        options = BackendOptions(specs=(MLA,), routes=(), platform=platform, device=meta, max_rows=4, max_seq_len=300)
-        backend = AiterLatentBackend(step.layout, aiter, lambda *given, **terms: asked.append(terms), options)
+        backend = AiterLatentBackend(step.layout, replace(options_of(step, 4, 300), device=meta))
+        backend._aiter = replace(backend._aiter, get_mla_metadata_v1=lambda **given: asked.append(given))
+        backend._token_indices = lambda *given, **terms: asked.append(terms)
         backend.build_decode(replace(rows, block_tables=rows.block_tables.to(meta), seq_lens=rows.seq_lens.to(meta)))
     assert len(asked) == 2
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from miniserve.attention import aiter
-from miniserve.attention.platform import NAMED_PLATFORMS, detect_platform, emulated_platform
-from miniserve.core import UserError
+from miniserve.attention.platform import NAMED_PLATFORMS, detect_platform
 
 INIT = "class dtypes:\n    fp8 = None\n" + "\n".join(f"def {name}(): ..." for name in aiter._TOP_LEVEL)
 PACKAGE = {
@@ -55,16 +54,10 @@ def test_aiter_as_it_should_be(packages: Path) -> None:
     found = aiter.load()
     assert (found.version, found.arch, found.compute_units) == ((0, 1, 20), "gfx942", 304)
     assert callable(found.unified_attention)
-    platform = emulated_platform("gfx942")
-    assert (platform.arch, platform.compute_units, platform.emulated) == ("gfx942", 304, True)
-    with pytest.raises(UserError, match="the one found computes as gfx942"):
-        emulated_platform("gfx950")
 
 
 def test_aiter_is_not_installed(packages: Path) -> None:
     assert "aiter is not installed" in reason()
-    with pytest.raises(UserError, match=r"--device gfx942 emulates .*aiter is not installed"):
-        emulated_platform("gfx942")
 
 
 def test_another_package_of_that_name(packages: Path) -> None:
@@ -126,6 +119,6 @@ def test_aiter_that_is_not_wanted_is_as_good_as_none_but_says_so() -> None:
 
 def test_this_machine_is_a_cpu_where_a_cpu_is_asked_for() -> None:
     platform = detect_platform(torch.device("cpu"), torch.float32)
-    assert (platform.arch, platform.fastest_layout, platform.emulated) == ("cpu", None, False)
+    assert (platform.arch, platform.fastest_layout) == ("cpu", None)
     assert platform.aiter_unavailable
     assert platform.triton_unavailable

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from attention_steps import Case
+from emulation import emulated_platform
 from engine_support import stand_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,8 +18,8 @@ from test_engine_backends import Watched
 from miniserve.attention.backends.build import build_backend
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.rocm_aiter_mla import AiterLatentBackend
-from miniserve.attention.metadata import DecodeRows, StepBatch
-from miniserve.attention.platform import NAMED_PLATFORMS, emulated_platform
+from miniserve.attention.metadata import StepBatch, decode_rows
+from miniserve.attention.platform import NAMED_PLATFORMS
 from miniserve.attention.select import select
 from miniserve.attention.spec import AttentionSpec, LatentDims
 
@@ -85,8 +86,8 @@ def aiter_cases(draw: st.DrawFn) -> Case:
     return spec, 16, [*decodes, *sorted(chunks, key=lambda chunk: not chunk[0])], len(decodes)
 
 
-def aiter_backend(step: LatentStep, arch: str, **changes: Any) -> AiterLatentBackend:
-    given = options(step, **({"platform": emulated_platform(arch)} | changes))
+def aiter_backend(step: LatentStep, **changes: Any) -> AiterLatentBackend:
+    given = options(step, **({"platform": emulated_platform()} | changes))
     choice = select(given.specs, given.platform, block_size=step.layout.block_size, backend="ROCM_AITER_MLA")
     backend = build_backend(choice, step.layout.block_size, given)
     assert isinstance(backend, AiterLatentBackend)
@@ -109,7 +110,7 @@ def test_rocm_aiter_mla_is_what_the_formula_gives(
     spec = dataclasses.replace(spec, kv_dtype=FP8[arch]) if fp8 else spec
     with stand_in(arch, 4):
         step = make_latent_step((spec, *rest), seed, kv_scale if fp8 else 1.0)
-        backend = aiter_backend(step, arch)
+        backend = aiter_backend(step)
         backend.context_tokens = pieces
         step.check(backend, 3e-2)
         if not step.batch.chunks:
@@ -127,7 +128,7 @@ def test_every_length_around_a_partition_of_256(backend_name: str, fp8: bool) ->
     with stand_in("gfx942", 4):
         for rows, num_decodes in ((decodes, 41), ([(0, 1), *chunks, (0, 1)], 1)):
             step = make_latent_step((spec, 16, rows, num_decodes), 3, 0.5)
-            given = options(step, platform=emulated_platform("gfx942"), max_rows=64)
+            given = options(step, platform=emulated_platform(), max_rows=64)
             choice = select(given.specs, given.platform, block_size=16, backend=backend_name)
             for each in (step,) if step.batch.chunks else (step, step.padded()):
                 each.check(build_backend(choice, 16, given), 3e-2)
@@ -140,7 +141,7 @@ def test_a_step_reads_nothing_of_the_one_before(arch: str) -> None:
     with stand_in(arch, 4):
         cases = [[(40, 1), (3, 1), (16, 1)], [(0, 1)], [(5, 1), (99, 1)], [(7, 1), (30, 1), (1, 1), (15, 1)]]
         steps = [make_latent_step((MLA, 16, rows, len(rows)), seed) for seed, rows in enumerate(cases)]
-        backend = aiter_backend(steps[0], arch)
+        backend = aiter_backend(steps[0])
         for step in steps:
             step.check(backend, 3e-2)
         step = steps[-1]
@@ -149,7 +150,7 @@ def test_a_step_reads_nothing_of_the_one_before(arch: str) -> None:
         lens, slots = decode.seq_lens.clone(), step.batch.slot_mapping.clone()
         lens[1], slots[1] = 0, -1
         before = step.cache.key.clone()
-        batch = StepBatch(slots, DecodeRows(decode.block_tables, lens, 600, None))
+        batch = StepBatch(slots, decode_rows(decode.block_tables, lens, 600, None))
         out = dataclasses.replace(step, batch=batch).run(backend)
         assert torch.allclose(out[[0, 2, 3]].double(), step.want[[0, 2, 3]], atol=3e-2)
         assert torch.equal(step.cache.key, before)  # the other rows' tokens were there already
@@ -161,7 +162,7 @@ def test_latents_that_fp8_cannot_hold_are_limited(arch: str) -> None:
     with stand_in(arch, 4):
         step = make_latent_step((dataclasses.replace(MLA, kv_dtype=fp8), 16, [(3, 1)], 1), 1, 0.5)
         q_nope, q_pe, kv_c, k_pe = step.inputs
-        dataclasses.replace(step, inputs=(q_nope, q_pe, 1e4 * kv_c, k_pe)).run(aiter_backend(step, arch))
+        dataclasses.replace(step, inputs=(q_nope, q_pe, 1e4 * kv_c, k_pe)).run(aiter_backend(step))
         assert float(step.cache.key.float().abs().max()) == torch.finfo(fp8).max
 
 
@@ -171,7 +172,7 @@ def test_every_field_of_the_metadata_is_read(backend_name: str) -> None:
     known: set[str] = set()
     with stand_in("gfx942", 4):
         step = make_latent_step((MLA, 16, [(20, 1), (60, 20), (0, 9)], 1), 3)
-        given = options(step, platform=emulated_platform("gfx942"))
+        given = options(step, platform=emulated_platform())
         choice = select(given.specs, given.platform, block_size=16, backend=backend_name)
         backend = build_backend(choice, 16, given)
         meta = Watched(backend.build(step.batch), read, known)

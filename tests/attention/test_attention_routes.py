@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from miniserve.attention.metadata import DecodeRows
+from miniserve.attention.metadata import QueryRows, decode_rows
 from miniserve.attention.platform import NAMED_PLATFORMS
 from miniserve.attention.routes import (
     describe_chunks,
@@ -59,18 +59,18 @@ def test_the_asm_kernel_is_kept_from_what_it_gets_wrong(group: int, kv_dtype: to
 
 
 def test_wrong_lengths_are_those_of_one_tile_that_is_not_full() -> None:
-    wrong = [length for length in range(1, 600) if has_wrong_length(decode_rows([length]))]
+    wrong = [length for length in range(1, 600) if has_wrong_length(rows_of([length]))]
     assert wrong == list(range(241, 256))
-    assert has_wrong_length(decode_rows([1, 300, 250]))
-    assert not has_wrong_length(decode_rows([1, 300, 256]))
-    captured = [replace(decode_rows([1]), host_seq_lens=None, max_seq_len=longest) for longest in (240, 241, 4096)]
+    assert has_wrong_length(rows_of([1, 300, 250]))
+    assert not has_wrong_length(rows_of([1, 300, 256]))
+    captured = [replace(rows_of([1]), host_seq_lens=None, max_seq_len=longest) for longest in (240, 241, 4096)]
     assert [has_wrong_length(rows) for rows in captured] == [False, True, True], (
         "it may meet any length up to the longest"
     )
 
 
-def decode_rows(lens: list[int]) -> DecodeRows:
-    return DecodeRows(torch.empty(0), torch.tensor(lens), max(lens), np.array(lens))
+def rows_of(lens: list[int]) -> QueryRows:
+    return decode_rows(torch.empty(0), torch.tensor(lens), max(lens), np.array(lens))
 
 
 def test_the_switch_is_told_in_batches() -> None:

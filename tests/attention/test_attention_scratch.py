@@ -10,10 +10,10 @@ import torch
 from attention_steps import make_step
 from engine_support import stand_in
 
-from miniserve.attention.backends.aiter_calls import AsmScales, PagedScratch, scratch_bytes
-from miniserve.attention.backends.build import block_bytes, pool_limit
-from miniserve.attention.backends.build import scratch_bytes as planned_bytes
+from miniserve.attention.backends.aiter_calls import AsmScales, PagedScratch
+from miniserve.attention.backends.build import block_bytes, pool_limit, scratch_bytes
 from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.rocm_attn import RocmBackend
 from miniserve.attention.backends.triton_mla import TritonLatentBackend
 from miniserve.attention.layouts import LAYOUTS
 from miniserve.attention.platform import NAMED_PLATFORMS
@@ -36,7 +36,7 @@ def test_the_paged_kernels_scratch(rows: int, longest: int, partitions: int) -> 
         max_seq_len=longest,
     )
     scratch = PagedScratch(options)
-    assert scratch.workspace.nbytes == scratch_bytes((SPEC, WIDE), rows, longest)
+    assert scratch.workspace.nbytes == RocmBackend.scratch_bytes("shuffled", options)
     for spec in (SPEC, WIDE):
         q = torch.empty(rows, spec.num_heads, spec.head_dim, dtype=torch.bfloat16)
         sums, logits, values = scratch.parts(q, longest)
@@ -52,7 +52,7 @@ def test_only_the_backends_that_allocate_are_charged() -> None:
     charged = {}
     for backend in ("ROCM_ATTN", "ROCM_AITER_FA", "ROCM_AITER_UNIFIED_ATTN", "TRITON_ATTN"):
         choice = select([SPEC], MI300X, block_size=16, backend=backend)
-        charged[backend] = planned_bytes(choice, [SPEC], MI300X, 256, 4096)
+        charged[backend] = scratch_bytes(choice, [SPEC], MI300X, 256, 4096)
     assert charged["ROCM_ATTN"] == 256 * 16 * 16 * (8 + 2 * 128)
     assert charged["ROCM_AITER_FA"] == charged["ROCM_ATTN"] + 32768 * 2 * 128 * 4
     assert charged["ROCM_AITER_UNIFIED_ATTN"] == charged["TRITON_ATTN"] == 0
@@ -77,7 +77,7 @@ def test_the_splits_of_latent_rows_are_charged(gpu: str, heads: int, max_seq_len
     assert len(parts) == 2, "layers of a kind share theirs"
     choice = select(specs, platform, block_size=16, backend="TRITON_MLA")
     allocated = sum(tensor.nbytes for tensors in parts for tensor in tensors)
-    assert planned_bytes(choice, specs, platform, 64, max_seq_len) == allocated
+    assert scratch_bytes(choice, specs, platform, 64, max_seq_len) == allocated
     assert (allocated > 1 << 20) == (max_seq_len > 1)
 
 

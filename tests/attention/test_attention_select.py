@@ -21,7 +21,7 @@ ROCM_ORDER = "ROCM_ATTN > ROCM_AITER_FA > ROCM_AITER_UNIFIED_ATTN > ROCM_AITER_G
 
 def contract(name: str, **terms: object) -> BackendContract:
     kernel = KernelContract(name=name, layouts=("linear",), dtypes=(BF16,), **terms)  # type: ignore[arg-type]
-    return BackendContract(name=name, layouts=("linear",), decode=(kernel,), chunks=(kernel,))
+    return BackendContract(name=name, implementation="", layouts=("linear",), decode=(kernel,), chunks=(kernel,))
 
 
 def reasons(choice: Choice, backend: str, layout: str = "") -> list[str]:

@@ -154,7 +154,7 @@ def test_latency_and_throughput_run_the_engine(tmp_path: Path) -> None:
         (["--dtype", "int3"], "--dtype"),
         (["--repeats", "0"], "--repeats"),
         (["--input-len", "0"], "--input-len"),
-        (["--input-len", "60", "--output-len", "60", "--max-model-len", "64"], "got 4 tokens where 60"),
+        (["--input-len", "60", "--output-len", "60", "--max-model-len", "64"], "got 4 tokens instead of 60"),
         (["--input-len", "80", "--max-model-len", "64"], "refuses"),
     ],
 )

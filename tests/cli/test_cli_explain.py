@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,17 @@ import pytest
 import torch
 from explain_models import MODELS
 
-from miniserve.cli.explain import explain, ranges
+from miniserve.cli.explain import explain, kind_text, ranges
 from miniserve.core import UserError
-from miniserve.models.config import load_model_config
+from miniserve.models.config import describe_model, load_model_config
+from miniserve.models.config_families import ARCHITECTURES
+from miniserve.models.description import ModelConfig
 from miniserve.models.hub import locate
 from miniserve.models.options import BuildOptions
-from miniserve.models.outline import read_outline, shard, weight_bytes
-from miniserve.models.registry import build_model
-from miniserve.models.registry import weight_bytes as real_weight_bytes
+from miniserve.models.registry import build_model, weight_bytes
 from miniserve.runner.tuning import save_table, table_path
 
+RUN = ARCHITECTURES.values()
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 # The flags that each model is asked with, beside each device.
 QUESTIONS: dict[str, list[dict[str, Any]]] = {
@@ -51,6 +53,11 @@ def write_model(directory: Path, name: str) -> str:
     (directory / name).mkdir(exist_ok=True)
     (directory / name / "config.json").write_text(json.dumps(MODELS[name]))
     return str(directory / name)
+
+
+def described(directory: Path, content: dict[str, Any]) -> ModelConfig:
+    (directory / "config.json").write_text(json.dumps(content))
+    return describe_model(directory, "m")
 
 
 def answer(path: str, **flags: Any) -> str:
@@ -104,8 +111,8 @@ def test_a_tuning_table_decides_and_is_named(tmp_path: Path) -> None:
     from miniserve.attention.platform import NAMED_PLATFORMS
     from miniserve.config import tuning_dir
 
-    specs = read_outline(MODELS["Llama-3.1-8B"], "x").specs
-    table = table_path(tuning_dir(), NAMED_PLATFORMS["mi300x"], specs, 16)
+    spec = described(tmp_path, MODELS["Llama-3.1-8B"]).attention_spec(0, torch.bfloat16, torch.bfloat16)
+    table = table_path(tuning_dir(), NAMED_PLATFORMS["mi300x"], [spec], 16)
     save_table(table, ["ROCM_AITER_FA:linear"], [])
     assert "ROCM_AITER_FA over the linear KV layout: measured fastest by `miniserve tune`" in answer(
         path, device="mi300x"
@@ -131,9 +138,9 @@ def test_what_cannot_be_had_is_a_sentence(flags: dict[str, Any], said: str, tmp_
     assert said in str(error.value)
 
 
-def test_kv_heads_are_divided_or_kept_on_several_gpus() -> None:
-    spec = read_outline(MODELS["Qwen3-235B-A22B"], "x").specs[0]
-    assert [(shard(spec, tp).num_heads, shard(spec, tp).num_kv_heads) for tp in (1, 2, 4, 8, 16)] == [
+def test_kv_heads_are_divided_or_kept_on_several_gpus(tmp_path: Path) -> None:
+    model = described(tmp_path, MODELS["Qwen3-235B-A22B"])
+    assert [(part.num_heads, part.num_kv_heads) for part in map(model.shard, (1, 2, 4, 8, 16))] == [
         (64, 4),
         (32, 2),
         (16, 1),
@@ -141,53 +148,63 @@ def test_kv_heads_are_divided_or_kept_on_several_gpus() -> None:
         (4, 1),
     ]
     with pytest.raises(UserError, match="16 and the model's 24 KV heads cannot"):
-        shard(read_outline(MODELS["Qwen3-235B-A22B"] | {"num_key_value_heads": 24}, "x").specs[0], 16)
+        replace(model, num_kv_heads=24).shard(16)
 
 
-def test_an_unknown_model_type_is_refused_by_name() -> None:
+def test_an_unknown_model_type_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"m is a FooForCausalLM \(model_type 'foo'\), whose config.json is not under"):
-        read_outline({"architectures": ["FooForCausalLM"], "model_type": "foo"}, "m")
-    with pytest.raises(UserError, match=r"The config.json of m lacks 'num_hidden_layers'"):
-        read_outline({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8} | HEADS, "m")
+        described(tmp_path, {"architectures": ["FooForCausalLM"], "model_type": "foo"})
     for wrong in ({"hidden_size": "x"}, {"num_attention_heads": 0}, {"head_dim": -1}, {"vocab_size": 1.5}):
-        with pytest.raises(UserError, match=f"{next(iter(wrong))} .* in the config.json of m is not supported"):
-            read_outline(MODELS["Llama-3.1-8B"] | wrong, "m")
-    assert not read_outline(MODELS["Llama-3.1-8B"] | {"quantization_config": "fp8"}, "m").fp8_kv
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            described(tmp_path, MODELS["Llama-3.1-8B"] | wrong)
+    assert not described(tmp_path, MODELS["Llama-3.1-8B"] | {"quantization_config": "fp8"}).fp8_kv_scales
 
 
-HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
+def test_what_is_missing_is_said_and_not_loaded(tmp_path: Path) -> None:
+    """A text model in a larger one, with settings of its own and of the whole, as Qwen3.5 is published."""
+    text = MODELS["Qwen3.5-397B-A17B"]["text_config"] | {
+        "rope_parameters": {
+            "mrope_interleaved": True,
+            "mrope_section": [11, 11, 10],
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 10000000,
+            "rope_type": "default",
+        }
+    }
+    model = described(
+        tmp_path,
+        MODELS["Qwen3.5-397B-A17B"]
+        | {"text_config": text, "tie_word_embeddings": False, "quantization_config": {"quant_method": "fp8"}},
+    )
+    assert model.missing == (
+        "the engine has no Qwen3_5MoeForConditionalGeneration model yet",
+        "the engine does not load quantised weights (fp8) yet",
+    )
+    assert model.rope.theta == 1e7
+    spec = model.attention_spec(3, torch.bfloat16, torch.bfloat16)
+    assert (spec.head_dim, spec.rotary_dim, spec.qk_norm, spec.sinks) == (256, 64, True, False)
+    assert [model.has_kv_cache(layer) for layer in range(5)] == [False, False, False, True, False]
+    with pytest.raises(UserError, match="layer_types without full_attention"):
+        described(tmp_path, MODELS["Qwen3.5-397B-A17B"] | {"text_config": text | {"num_hidden_layers": 3}})
+    with pytest.raises(UserError, match="Qwen3_5MoeForConditionalGeneration, which miniserve does not support"):
+        load_model_config(tmp_path)
 
 
-def outlines_of_served_models(tmp_path: Path) -> list[Path]:
-    """Directories of models that the engine can build: those of the table without their quantisation."""
-    paths = [locate(None).path]
-    for name in ("Qwen3-235B-A22B", "Llama-3.1-8B", "DeepSeek-V3"):
-        config = {key: value for key, value in MODELS[name].items() if key != "quantization_config"}
-        paths.append(tmp_path / name)
-        paths[-1].mkdir()
-        (paths[-1] / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4, "rope_theta": 1e6}))
-    return paths
-
-
-def test_the_outline_agrees_with_the_models_that_the_engine_builds(tmp_path: Path) -> None:
-    for path in outlines_of_served_models(tmp_path):
-        outline = read_outline(json.loads((path / "config.json").read_text()), path.name)
-        config = load_model_config(path)
-        model = build_model(
-            config,
-            BuildOptions(dtype=outline.dtype, kv_dtype=outline.dtype, device=torch.device("meta"), max_model_len=16),
-        )
-        assert outline.missing == ()
-        for spec, real in zip(outline.layers, model.attention_specs, strict=True):
-            assert spec is not None and spec.scale == pytest.approx(real.scale)
-            assert (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.latent, spec.sliding_window) == (
-                real.num_heads,
-                real.num_kv_heads,
-                real.head_dim,
-                real.latent,
-                real.sliding_window,
-            )
-        assert weight_bytes(outline, 1) == pytest.approx(real_weight_bytes(config, outline.dtype, "cuda"), rel=1e-3)
+@pytest.mark.parametrize("name", ["tiny-qwen3", *(name for name in MODELS if MODELS[name]["model_type"] in RUN)])
+def test_weights_are_the_bytes_of_the_layers_that_the_engine_builds(name: str, tmp_path: Path) -> None:
+    """Those of quantised checkpoints as if they were not."""
+    path = locate(None).path
+    if name in MODELS:
+        path = tmp_path
+        described(path, {key: value for key, value in MODELS[name].items() if key != "quantization_config"})
+    found = json.loads(answer(str(path), device="h200", as_json=True))
+    config = load_model_config(path)
+    model = build_model(config, BuildOptions(torch.bfloat16, torch.bfloat16, torch.device("meta"), max_model_len=16))
+    assert config.missing == ()
+    assert found["memory_bytes"]["weights"] == sum(parameter.nbytes for parameter in model.parameters())
+    assert found["layers"] == [
+        {"layers": list(range(config.num_layers)), "attention": kind_text(model.attention_specs[0])}
+    ]
 
 
 @pytest.mark.parametrize(
@@ -195,18 +212,20 @@ def test_the_outline_agrees_with_the_models_that_the_engine_builds(tmp_path: Pat
     # The checkpoints' sizes on the hub: 60.8 GiB by its card, and parameters times bytes.
     [("gpt-oss-120b", 60.8), ("Qwen3.5-397B-A17B", 396.5e9 * 2 / 2**30), ("Qwen3-235B-A22B", 235.1e9 * 2 / 2**30)],
 )
-def test_weights_are_as_large_as_published(name: str, gib: float) -> None:
-    assert (weight_bytes(read_outline(MODELS[name], name), 1) or 0) / 2**30 == pytest.approx(gib, rel=0.01)
+def test_weights_are_as_large_as_published(name: str, gib: float, tmp_path: Path) -> None:
+    found = weight_bytes(described(tmp_path, MODELS[name]), torch.bfloat16, "cuda")
+    assert found / 2**30 == pytest.approx(gib, rel=0.01)
 
 
-def test_weights_quantised_in_an_unknown_way_are_not_guessed() -> None:
-    config = MODELS["Llama-3.1-8B"] | {"quantization_config": {"quant_method": "gptq"}}
-    assert weight_bytes(read_outline(config, "x"), 1) is None
+def test_weights_quantised_in_an_unknown_way_are_not_guessed(tmp_path: Path) -> None:
+    described(tmp_path, MODELS["Llama-3.1-8B"] | {"quantization_config": {"quant_method": "gptq"}})
+    assert json.loads(answer(str(tmp_path), device="mi300x", as_json=True))["memory_bytes"]["weights"] is None
 
 
 def test_ranges_of_layers() -> None:
     assert ranges((3,)) == "layer 3"
     assert ranges(tuple(range(94))) == "layers 0-93"
+    assert ranges((3, 7)) == "layers 3, 7"
     assert ranges((3, 7, 11, 15)) == "layers 3, 7, 11, … 15 (4)"
 
 

@@ -75,7 +75,7 @@ def make_backend(model: CausalLM, setup: Setup) -> Backend[Any]:
         latent.context_tokens = 11
         return latent
     layout = LAYOUTS[setup.layout](setup.block_size)
-    return CpuBackend(layout, KERNELS) if setup.backend == "CPU_ATTN" and KERNELS else TorchBackend(layout)
+    return CpuBackend(layout) if setup.backend == "CPU_ATTN" and KERNELS else TorchBackend(layout)
 
 
 def make_engine(

@@ -146,6 +146,10 @@ def test_what_cannot_be_rendered_is_named(
 def test_a_refusal_is_what_the_assistant_said(chat: ChatTemplate) -> None:
     messages = [USER, {"role": "assistant", "content": [{"type": "refusal", "refusal": "I cannot."}]}]
     assert chat.render(messages, chat_template=WRITTEN).startswith("[user: Hi][assistant: I cannot.]")
+    # As the official servers return it.
+    for content, said in ((None, "I cannot."), ("", "I cannot."), ("Well.", "Well.\nI cannot.")):
+        messages = [USER, {"role": "assistant", "content": content, "refusal": "I cannot."}]
+        assert chat.render(messages, chat_template=WRITTEN).startswith(f"[user: Hi][assistant: {said}]")
 
 
 @pytest.mark.parametrize(
@@ -205,7 +209,7 @@ def test_without_a_template_there_is_no_chat(directory: Path) -> None:
 
 def test_a_broken_template_is_reported_when_the_model_is_loaded(directory: Path) -> None:
     (directory / "chat_template.jinja").write_text("{{ messages }}\n{% if %}")
-    with pytest.raises(UserError, match=r"not valid, line 2: .* Mend the model's chat_template.jinja"):
+    with pytest.raises(UserError, match=r"not valid, line 2: .*[^.]\. Mend the model's chat_template.jinja"):
         load_tokenizer(directory, "auto")
 
 

@@ -17,7 +17,6 @@ from triton_support import DEVICE, NATIVE, on_gpu
 import miniserve
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.backends.paged_kernels import triton_kernels
 from miniserve.attention.backends.torch_attn import TorchBackend
 from miniserve.attention.backends.triton_attn import TritonBackend
 from miniserve.attention.layouts import LAYOUTS
@@ -74,7 +73,7 @@ def serve(model: CausalLM, layout_name: str, make_graphs: Callable[..., ChunkGra
     )
     backend: Backend[Any] = TorchBackend(layout)
     if make_graphs is not None:
-        backend = TritonBackend(layout, triton_kernels(), options)
+        backend = TritonBackend(layout, options)
     caches = [layout.allocate(spec, 32, DEVICE) for spec in model.attention_specs]
     served, graphs = ServedModel(model, backend, caches), None
     if make_graphs is not None:

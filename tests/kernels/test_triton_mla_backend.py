@@ -12,7 +12,7 @@ from triton_support import DEVICE, DTYPES, HALVES, NATIVE
 
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.triton_mla import TritonLatentBackend
-from miniserve.attention.metadata import DecodeRows, StepBatch
+from miniserve.attention.metadata import StepBatch, decode_rows
 from miniserve.attention.platform import NAMED_PLATFORMS, detect_platform
 from miniserve.attention.spec import AttentionSpec, LatentDims
 
@@ -86,7 +86,7 @@ def test_a_padding_row_writes_and_reads_nothing() -> None:
     slots = step.batch.slot_mapping.clone()
     slots[1] = -1
     before = step.cache.key.clone()
-    batch = StepBatch(slots, DecodeRows(decode.block_tables, lens, 128, None))
+    batch = StepBatch(slots, decode_rows(decode.block_tables, lens, 128, None))
     out = replace(step, batch=batch).run(backend(step))
     assert torch.allclose(out[0].double(), step.want[0], atol=4e-3)
     assert not out[1].any()
@@ -117,7 +117,7 @@ def test_a_captured_decode_reads_what_lies_in_its_tensors_when_it_is_replayed() 
         cache.key[: of.cache.key.shape[0]].copy_(of.cache.key)
 
     def run(of: LatentStep) -> torch.Tensor:
-        batch = StepBatch(slots, DecodeRows(tables, lens, 128, None))
+        batch = StepBatch(slots, decode_rows(tables, lens, 128, None))
         return made_for.attend_latent(of.layer, *inputs, cache, made_for.build(batch))
 
     fill(step)

@@ -11,9 +11,10 @@ import torch
 from models_support import VOCAB, DenseContext, load, random_settings, reference_model, run
 from safetensors.torch import load_file, save_file
 
+from miniserve.attention.spec import LatentDims
 from miniserve.core import UserError
 from miniserve.models.config import load_model_config
-from miniserve.models.description import LatentConfig, ModelConfig, MoEConfig
+from miniserve.models.description import ModelConfig, MoEConfig
 from miniserve.models.loader import dummy_weights
 from miniserve.models.options import BuildOptions
 from miniserve.models.registry import build_model, weight_bytes
@@ -103,7 +104,8 @@ def refusal(path: Path, content: dict[str, Any]) -> str:
 
 def test_deepseek_v3_is_read(tmp_path: Path) -> None:
     config = read(tmp_path, V3)
-    assert config.latent == LatentConfig(q_lora_rank=1536, kv_lora_rank=512, nope_dim=128, rope_dim=64, v_head_dim=128)
+    assert config.latent == LatentDims(kv_lora_rank=512, rope_dim=64, nope_dim=128, v_head_dim=128)
+    assert config.q_lora_rank == 1536 and config.rope_interleaved
     assert config.moe == MoEConfig(
         num_experts=256,
         top_k=8,
@@ -124,7 +126,7 @@ def test_deepseek_v3_is_read(tmp_path: Path) -> None:
 def test_v2_routes_without_groups_unless_told(tmp_path: Path) -> None:
     lite = read(tmp_path, V2_LITE | {"n_group": 8, "topk_group": 3})
     assert lite.latent is not None
-    assert lite.latent.q_lora_rank is None
+    assert lite.q_lora_rank is None
     assert lite.moe is not None
     assert (lite.moe.num_groups, lite.moe.scoring, lite.moe.shared_size) == (1, "softmax", 2816)
     grouped = read(tmp_path, V2_LITE | {"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 3})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ PROMPT = "Question: Ann has 4 apples and buys 3 more. How many apples does she h
 BUILT_IN = Path(miniserve.__file__).parent / "assets" / "tiny-qwen3"
 
 
-def answer(model: Path, device: str, **options: str) -> tuple[str, list[str]]:
-    engine = LLM(str(model), progress=False, max_model_len=256, max_num_seqs=4, device=device, **options)
+def answer(model: Path, **options: str) -> tuple[str, list[str]]:
+    engine = LLM(str(model), progress=False, max_model_len=256, max_num_seqs=4, device="cpu", **options)
     text = engine.generate(PROMPT, SamplingParams(max_tokens=40, temperature=0.0, stop=["\n\n"]))[0].outputs[0].text
     return text, engine.info.attention
 
@@ -51,15 +52,15 @@ def scaled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_one_scale_writes_and_reads(scaled: tuple[Path, bool], device: str, backend: str, layout: str) -> None:
     """Good scales change nothing that is said; scales that cut everything off change it, so they were used."""
     path, cut_off = scaled
-    expected, _ = answer(BUILT_IN, "cpu")
-    with stand_in(device if device != "cpu" else "gfx942", 4):
-        text, told = answer(path, device, kv_cache_dtype="fp8", attention_backend=backend, kv_layout=layout)
+    expected, _ = answer(BUILT_IN)
+    with stand_in(device, 4) if device != "cpu" else nullcontext():
+        text, told = answer(path, kv_cache_dtype="fp8", attention_backend=backend, kv_layout=layout)
     assert (text == expected) != cut_off
     assert [line.partition(", ")[0] for line in told if "KV scales" in line] == ["KV scales: the checkpoint's"]
     assert any("twice what it states, for float8_e4m3fnuz" in line for line in told) == (device == "gfx942")
 
 
 def test_another_cache_says_once_that_it_has_no_use_for_them(scaled: tuple[Path, bool]) -> None:
-    text, told = answer(scaled[0], "cpu")
-    assert text == answer(BUILT_IN, "cpu")[0]
+    text, told = answer(scaled[0])
+    assert text == answer(BUILT_IN)[0]
     assert len([line for line in told if line.startswith("KV scales: those of the checkpoint are not used")]) == 1

@@ -20,7 +20,7 @@ from miniserve import LLM
 from miniserve.attention.backends.cpu_attn import CpuBackend
 from miniserve.attention.context import PagedStepContext
 from miniserve.attention.layouts import LAYOUTS
-from miniserve.attention.metadata import DecodeRows, StepBatch
+from miniserve.attention.metadata import StepBatch, decode_rows
 from miniserve.config import SchedulerConfig
 from miniserve.core import RequestOutput, SamplingParams
 from miniserve.engine.loop import EngineLoop
@@ -89,7 +89,7 @@ def make_engine(
     model: CausalLM, layout: str, *, graphs: bool, num_blocks: int = 64, num_draft_tokens: int = 0
 ) -> EngineLoop:
     assert KERNELS is not None
-    backend = CpuBackend(LAYOUTS[layout](16), KERNELS)
+    backend = CpuBackend(LAYOUTS[layout](16))
     caches = [backend.layout.allocate(spec, num_blocks, CPU) for spec in model.attention_specs]
     served = ServedModel(model, backend, caches)
     state = StepState(ROWS, MAX_LEN, 16, CPU)
@@ -186,7 +186,8 @@ def test_every_attention_that_the_kernels_have(layout: str, threads: int, tmp_pa
         attention: Any = layer.self_attn.attn
         attention.spec = dataclasses.replace(attention.spec, sliding_window=24, softcap=20.0, sinks=True)
         attention.sinks = torch.linspace(-1.0, 1.0, 4)
-    backend = CpuBackend(LAYOUTS[layout](16), kernels)
+    backend = CpuBackend(LAYOUTS[layout](16))
+    backend._kernels = kernels
     generator = torch.Generator().manual_seed(0)
     caches = [backend.layout.allocate(spec, 64, CPU) for spec in model.attention_specs]
     for cache in caches:
@@ -203,7 +204,7 @@ def test_every_attention_that_the_kernels_have(layout: str, threads: int, tmp_pa
             sampler.last_tokens.copy_(integers(generator, 0, 160, ROWS))
             positions = state.lens[rows]
             slots = state.tables[rows, positions // 16].long() * 16 + positions % 16
-            decode = DecodeRows(state.tables[rows], positions.int() + 1, MAX_LEN, None)
+            decode = decode_rows(state.tables[rows], positions.int() + 1, MAX_LEN, None)
             context = PagedStepContext(backend, caches, backend.build(StepBatch(slots, decode)))
             want = model.compute_logits(model(sampler.last_tokens[rows], positions, context))
             if step % 2:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from attention_reference import Layer
+from emulation import emulated_platform
 from engine_support import stand_in
 from latent_steps import LatentTestLayer
 
@@ -23,7 +24,7 @@ from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.torch_attn import TorchBackend
 from miniserve.attention.layouts import LAYOUTS, KVCache, LinearLayout
 from miniserve.attention.metadata import StepBatch
-from miniserve.attention.platform import NAMED_PLATFORMS, emulated_platform
+from miniserve.attention.platform import NAMED_PLATFORMS
 from miniserve.attention.select import select
 from miniserve.attention.spec import AttentionSpec, LatentDims
 from miniserve.core import Chunk, SamplingParams, StepPlan, UserError
@@ -136,7 +137,7 @@ def test_latent_attention_is_checked(kv_dtype: torch.dtype) -> None:
 )
 def test_aiter_paths_pass_on_the_stand_in(arch: str, name: str, layout: str) -> None:
     with stand_in(arch, CU_NUM):
-        platform = emulated_platform(arch)
+        platform = emulated_platform()
         spec = dataclasses.replace(SPEC, head_dim=128, scale=128**-0.5)
         for each in (spec, with_kv(spec, platform.fp8_dtype)):
             found = Case([each], name, layout, platform).check()
@@ -263,7 +264,7 @@ def test_faults_show_beside_what_fp8_loses(
     arch: str, name: str, layout: str, kernel: str, fault: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with stand_in(arch, CU_NUM):
-        real, platform = adapter.load(), emulated_platform(arch)
+        real, platform = adapter.load(), emulated_platform()
         spec = dataclasses.replace(SPEC, head_dim=128, scale=128**-0.5, kv_dtype=platform.fp8_dtype)
         case = Case([spec], name, layout, platform, max_rows=8)
         names = [*inspect.signature(getattr(real, kernel)).parameters]
@@ -272,7 +273,7 @@ def test_faults_show_beside_what_fp8_loses(
             fault(getattr(real, kernel), dict(zip(names, given, strict=False)) | more)
 
         changed = dataclasses.replace(real, **{kernel: wrong})
-        monkeypatch.setattr("miniserve.attention.backends.build.load_aiter", lambda: changed)
+        monkeypatch.setattr("miniserve.attention.aiter.load", lambda: changed)
         found = case.check()
     assert (found.failure is None) == (fault is without_fault)
     assert found.failure is None or "decode" in found.failure
@@ -300,7 +301,7 @@ def test_a_kernel_that_multiplies_nan_by_0_is_served_zeroed_blocks(monkeypatch: 
     texts = {}
     with stand_in("gfx942", 0):
         for way, self_check_too in (("clean", True), ("zeroed", True), ("not zeroed", False)):
-            engine = LLM(device="gfx942", max_model_len=128, max_num_seqs=2, progress=False, self_check=self_check_too)
+            engine = LLM(device="cpu", max_model_len=128, max_num_seqs=2, progress=False, self_check=self_check_too)
             zeroes = "self-check: passed; a kernel spreads NaN from unused slots, so blocks are zeroed before use"
             assert (zeroes in engine.info.attention) == self_check_too
             if way != "clean":
@@ -334,7 +335,7 @@ def test_the_asm_kernel_is_trusted_with_the_feared_lengths_where_it_is_right(
     tile_bug: bool, max_rows: int, said: str | None
 ) -> None:
     with stand_in("gfx942", CU_NUM) as module, module._standin.emulate(arch="gfx942", cu_num=CU_NUM, tile_bug=tile_bug):
-        platform = emulated_platform("gfx942")
+        platform = emulated_platform()
         spec = dataclasses.replace(SPEC, head_dim=128, scale=128**-0.5)
         found = Case([spec], "ROCM_AITER_FA", "shuffled", platform, max_rows=max_rows).check()
     assert found.backend._trust_asm_lengths == (said == "right")  # type: ignore[attr-defined]
@@ -348,8 +349,8 @@ def test_the_asm_kernel_is_trusted_with_the_feared_lengths_where_it_is_right(
 def test_a_path_that_fails_gives_way_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     with stand_in("gfx942", 0):
         broken = dataclasses.replace(adapter.load(), paged_attention_rocm=lambda out, *_: out.zero_())
-        monkeypatch.setattr("miniserve.attention.backends.build.load_aiter", lambda: broken)
-        options = {"device": "gfx942", "max_model_len": 300, "max_num_seqs": 8, "progress": False}
+        monkeypatch.setattr("miniserve.attention.aiter.load", lambda: broken)
+        options = {"device": "cpu", "max_model_len": 300, "max_num_seqs": 8, "progress": False}
         engine = LLM(**options)
         assert engine.info.attention[0].startswith("ROCM_AITER_FA over the linear KV layout: the first of ROCM_ATTN >")
         refused = (
@@ -381,7 +382,7 @@ def test_the_engine_keeps_its_pool_to_what_the_kernel_reaches(
 ) -> None:
     monkeypatch.setattr("miniserve.attention.backends.build.NARROW_PLANE", 20 * 16 * 576 * 2)
     with stand_in(arch, 4):
-        options = {"device": arch, "kv_cache_dtype": kv_cache_dtype, "max_num_seqs": 4, "progress": False}
+        options = {"device": "cpu", "kv_cache_dtype": kv_cache_dtype, "max_num_seqs": 4, "progress": False}
         info = LLM(DEEPSEEK, **options).info
         assert (info.num_blocks == 20) == bounded == (info.max_model_len == 320)
         told = "KV cache: no more than 320 tokens, as mla_decode_fwd reaches"
@@ -426,7 +427,7 @@ def test_the_engine_says_why_aiters_experts_are_left_out(monkeypatch: pytest.Mon
         "miniserve.runner.build.experts_failure", lambda *_: "for 1 tokens it is 9.00% off (2% allowed)"
     )
     with stand_in("gfx942", 4):
-        info = LLM(DEEPSEEK, device="gfx942", max_model_len=64, max_num_seqs=2, progress=False).info
+        info = LLM(DEEPSEEK, device="cpu", max_model_len=64, max_num_seqs=2, progress=False).info
     told = "; not by aiter fused_moe: the self-check failed: for 1 tokens it is 9.00% off (2% allowed)"
     assert info.attention[-1].endswith(told)
 

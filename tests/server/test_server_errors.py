@@ -294,6 +294,13 @@ def test_no_field_of_ordinary_clients_is_taken_for_a_misspelt_one(web: httpx.Cli
         ("dynatemp_range", 0.5, "leave it out"),
         ("lora", [{"id": 0, "scale": 1}], "leave it out"),
         ("n_probs", 5, "logprobs"),
+        ("random_seed", 5, "use seed"),
+        ("sampling_seed", 5, "use seed"),
+        ("max_tokens_to_sample", 5, "use max_tokens"),
+        ("system", "Be brief.", "role is system"),
+        ("format", "json", "leave it out"),
+        ("reasoning", {"effort": "low"}, "chat_template_kwargs"),
+        ("guidance_scale", 2, "leave it out"),
         ("return_tokens", True, "leave it out"),
         ("stop_regex", "a+", "stop"),
         ("no_stop_trim", True, "include_stop_str_in_output"),
@@ -493,6 +500,7 @@ def test_numbers_and_keys_are_named_as_they_are(web: httpx.Client) -> None:
     assert "'7'" in message(logit_bias={"7": True})
     assert "7 to 101" in message(logit_bias={"7": 101})
     assert "1024" in message(logit_bias={str(key): 1 for key in range(1025)})
+    assert "same token id" in message(logit_bias={"7": 1, "07": -1})
 
 
 def test_a_bug_is_a_500_envelope_that_tells_nothing_inside(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import httpx
@@ -96,6 +97,23 @@ def test_what_cannot_be_tokenized_is_named(server: RunningServer, path: str, bod
     assert response.json()["error"]["param"] == param
 
 
+def test_the_pieces_of_a_long_text_are_not_looked_up_on_the_event_loop(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: set[str] = set()
+    piece = server.engine.tokenizer.token_piece
+
+    def noted(token_id: int) -> str:
+        threads.add(threading.current_thread().name)
+        return piece(token_id)
+
+    monkeypatch.setattr(server.engine.tokenizer, "token_piece", noted)
+    body = {"prompt": "日" * 10_000, "return_token_strs": True}
+    answer = httpx.post(f"{server.root}/tokenize", json=body).json()
+    assert len(answer["token_strs"]) == answer["count"] > 16_384
+    assert all(name.startswith("long-text") for name in threads)
+
+
 def test_the_tokenizers_description_is_behind_a_flag() -> None:
     with running_server(enable_tokenizer_info=True) as server:
         info = httpx.get(f"{server.root}/tokenizer_info").json()
@@ -108,7 +126,7 @@ def test_the_tokenizers_description_is_behind_a_flag() -> None:
     "wrong",
     [
         {"port": -1}, {"port": 65_536}, {"api_keys": ("",)}, {"served_model_names": ("a", "")}, {"max_body_bytes": 0},
-        {"max_prompts": 0}, {"step_timeout": 0}, {"log_interval": -1}, {"drain_timeout": -1},
+        {"max_prompts": 0}, {"max_queue": 0}, {"step_timeout": 0}, {"log_interval": -1}, {"drain_timeout": -1},
         {"drain_timeout": float("nan")}, {"api_keys": ("schlüssel",)}, {"api_keys": ("a", " b")},
         {"api_keys": ("a\n",)}, {"allowed_origins": ("",)}, {"allowed_origins": ("https://a.example/",)},
         {"allowed_origins": ("a.example",)}, {"allowed_hosts": ("",)}, {"allowed_hosts": ("http://a",)},
@@ -116,5 +134,5 @@ def test_the_tokenizers_description_is_behind_a_flag() -> None:
     ],
 )  # fmt: skip
 def test_a_configuration_out_of_range_is_refused(wrong: dict[str, object]) -> None:
-    with pytest.raises(miniserve.core.UserError):
+    with pytest.raises(miniserve.core.UserError, match="^--max-queue" if "max_queue" in wrong else None):
         ServerConfig(**wrong)  # type: ignore[arg-type]

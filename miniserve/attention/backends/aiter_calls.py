@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from miniserve.attention.aiter import Aiter
 from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.backends.rows import QueryRows
 from miniserve.attention.layouts import KVCache, KVLayout
-from miniserve.attention.metadata import DecodeRows
+from miniserve.attention.metadata import QueryRows
 from miniserve.attention.routes import kv_cache_dtype, window_pair
-from miniserve.attention.spec import AttentionLayer, AttentionSpec, fp8_scales
+from miniserve.attention.spec import AttentionLayer, fp8_scales
 
-Rows = DecodeRows | QueryRows
 _PARTITION = 256  # keys that one program of the HIP kernels takes
 
 
@@ -24,9 +22,17 @@ class PagedScratch:
     partition the values, the largest logit and the sum of exponentials."""
 
     def __init__(self, options: BackendOptions) -> None:
-        self._entries, size = _scratch_sizes(options.specs, options.max_rows, options.max_seq_len)
+        self._entries, size = self.sizes(options)
         # paged_attention_v1 lays the three parts out in it by itself, the other kernels are given each.
         self.workspace = torch.empty(size, dtype=torch.uint8, device=options.device)
+
+    @staticmethod
+    def sizes(options: BackendOptions) -> tuple[int, int]:
+        """The most (row, head, partition) entries of any layer, and the bytes of them with the most bytes of values."""
+        rows = options.max_rows * -(-options.max_seq_len // _PARTITION)
+        entries = max(rows * spec.num_heads for spec in options.specs)
+        values = max(rows * spec.num_heads * spec.head_dim * spec.dtype.itemsize for spec in options.specs)
+        return entries, 2 * 4 * entries + values
 
     def parts(self, q: Tensor, max_seq_len: int) -> tuple[Tensor, Tensor, Tensor]:
         """exp_sums, max_logits float32 [rows, H, partitions]; tmp_out [rows, H, partitions, D] of q's dtype."""
@@ -36,11 +42,6 @@ class PagedScratch:
         sums, logits = (self.workspace[at : at + 4 * size].view(torch.float32).view(shape) for at in (0, stride))
         values = self.workspace[2 * stride :].view(q.dtype)[: size * head_dim].view(*shape, head_dim)
         return sums, logits, values
-
-
-def scratch_bytes(specs: Sequence[AttentionSpec], max_rows: int, max_seq_len: int) -> int:
-    """Bytes of a `PagedScratch`."""
-    return _scratch_sizes(specs, max_rows, max_seq_len)[1]
 
 
 class AsmScales:
@@ -143,7 +144,7 @@ class PagedDecode:
         self._scratch = PagedScratch(options)
         self.asm_scales = AsmScales(block_size)
 
-    def v1(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: Rows, out: Tensor) -> None:
+    def v1(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: QueryRows, out: Tensor) -> None:
         """Decode over the linear layout."""
         spec = layer.spec
         self._aiter.paged_attention_v1(
@@ -166,7 +167,7 @@ class PagedDecode:
             sliding_window=spec.sliding_window or 0,
         )
 
-    def rocm(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: Rows, out: Tensor) -> None:
+    def rocm(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: QueryRows, out: Tensor) -> None:
         """Decode over the shuffled layout by the HIP kernel."""
         spec = layer.spec
         self._aiter.paged_attention_rocm(
@@ -187,7 +188,7 @@ class PagedDecode:
             layer.v_scale,
         )
 
-    def asm(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: Rows, out: Tensor) -> None:
+    def asm(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: QueryRows, out: Tensor) -> None:
         """Decode over the shuffled layout where aiter's own rule takes the ASM kernel (see `routes`)."""
         spec = layer.spec
         exp_sums, max_logits, tmp_out = self._scratch.parts(q, rows.max_seq_len)
@@ -243,11 +244,3 @@ def paged_gluon(
         sinks=layer.sinks,
         sliding_window=0 if spec.sliding_window is None else spec.sliding_window + 1,
     )
-
-
-def _scratch_sizes(specs: Sequence[AttentionSpec], max_rows: int, max_seq_len: int) -> tuple[int, int]:
-    """The most (row, head, partition) entries of any layer, and the bytes of them with the most bytes of values."""
-    rows = max_rows * -(-max_seq_len // _PARTITION)
-    entries = max(rows * spec.num_heads for spec in specs)
-    values = max(rows * spec.num_heads * spec.head_dim * spec.dtype.itemsize for spec in specs)
-    return entries, 2 * 4 * entries + values

@@ -7,9 +7,11 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
+from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import StepBatch
-from miniserve.attention.spec import AttentionLayer, LatentLayer, QKRope
+from miniserve.attention.spec import AttentionLayer, AttentionSpec, LatentLayer, QKRope
+from miniserve.attention.terms import LayerRoute
 
 Metadata = TypeVar("Metadata")
 CHUNKS_IN_GRAPH = 2  # the end of one prompt and the start of the next
@@ -29,8 +31,20 @@ class Backend(ABC, Generic[Metadata]):
     chunk_graphs: bool = False
     fuses_rope: bool = False
 
-    def __init__(self, layout: KVLayout) -> None:
+    def __init__(self, layout: KVLayout, options: BackendOptions | None = None) -> None:
+        """With its scratch memory. Kernels are imported here: Triton may not be installed. options: those in PyTorch
+        and C++ do without."""
         self.layout = layout
+
+    @classmethod
+    def scratch_bytes(cls, layout: str, options: BackendOptions) -> int:
+        """Bytes that it takes beside the cache, where they are more than a few megabytes. layout: its name."""
+        return 0
+
+    @classmethod
+    def extra_block_bytes(cls, layout: KVLayout, spec: AttentionSpec, route: LayerRoute) -> int:
+        """Bytes that it keeps beside each block of a layer."""
+        return 0
 
     @abstractmethod
     def build(self, batch: StepBatch) -> Metadata:

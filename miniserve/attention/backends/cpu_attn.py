@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.torch_attn import TorchBackend
 from miniserve.attention.layouts import KVCache, KVLayout
-from miniserve.attention.metadata import DecodeRows
+from miniserve.attention.metadata import QueryRows
 from miniserve.attention.spec import AttentionLayer
 from miniserve.kernels.native import NativeKernels
 
@@ -18,22 +19,22 @@ from miniserve.kernels.native import NativeKernels
 class CpuBackend(TorchBackend):
     graphs = True
 
-    def __init__(self, layout: KVLayout, kernels: NativeKernels) -> None:
-        super().__init__(layout)
-        self._kernels = kernels
+    def __init__(self, layout: KVLayout, options: BackendOptions | None = None) -> None:
+        super().__init__(layout, options)
+        self._kernels = NativeKernels()
         self._shuffled = layout.name == "shuffled"
 
     def write(self, layer: AttentionLayer, cache: KVCache, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
         self._kernels.write_kv(k, v, cache.key, cache.value, slot_mapping, self.layout.block_size, self._shuffled)
 
-    def decode(self, layer: AttentionLayer, q: Tensor, cache: KVCache, meta: DecodeRows) -> Tensor:
+    def decode(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: QueryRows) -> Tensor:
         spec = layer.spec
         return self._kernels.paged_decode(
             q,
             cache.key,
             cache.value,
-            meta.block_tables,
-            meta.seq_lens,
+            rows.block_tables,
+            rows.seq_lens,
             num_kv_heads=spec.num_kv_heads,
             block_size=self.layout.block_size,
             shuffled=self._shuffled,

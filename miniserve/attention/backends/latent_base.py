@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from miniserve.attention.backends.base import Backend
-from miniserve.attention.backends.context import GatheredRows, RaggedLens, context_pieces
+from miniserve.attention.backends.gathered import GatheredRows, RaggedLens, context_pieces
 from miniserve.attention.layouts import KVCache
 from miniserve.attention.merge import merge_lse
-from miniserve.attention.metadata import DecodeRows, StepBatch
+from miniserve.attention.metadata import QueryRows, StepBatch
 from miniserve.attention.spec import LatentLayer
 
 Decode = TypeVar("Decode")
@@ -29,25 +29,14 @@ CONTEXT_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class ChunksMetadata:
-    """The step's tokens [start, end), chunk after chunk: cu_query_lens int32 [chunks + 1], none longer than
-    max_query_len; and their cached context, a piece at a time."""
-
-    start: int
-    end: int
-    cu_query_lens: Tensor
-    max_query_len: int
-    context: tuple[GatheredRows, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class LatentMetadata(Generic[Decode]):
-    """slot_mapping int64 [num_tokens]; negative slots are not written. num_decodes rows come first."""
+    """decode: what `LatentBackend.decode` reads. chunks: the step's tokens of all chunks, with context or without, and
+    how they divide; context: what is cached of them, a piece at a time."""
 
-    slot_mapping: Tensor
-    num_decodes: int
+    batch: StepBatch
     decode: Decode | None
-    chunks: ChunksMetadata | None
+    chunks: tuple[slice, RaggedLens] | None
+    context: tuple[GatheredRows, ...]
 
 
 class LatentBackend(Backend[LatentMetadata[Decode]]):
@@ -56,7 +45,7 @@ class LatentBackend(Backend[LatentMetadata[Decode]]):
     context_tokens = CONTEXT_TOKENS
 
     @abstractmethod
-    def build_decode(self, rows: DecodeRows) -> Decode:
+    def build_decode(self, rows: QueryRows) -> Decode:
         """What `decode` reads."""
 
     @abstractmethod
@@ -76,26 +65,11 @@ class LatentBackend(Backend[LatentMetadata[Decode]]):
         self.layout.write(cache, kv_c, k_pe, slot_mapping, layer.kv_scale, layer.kv_scale)
 
     def build(self, batch: StepBatch) -> LatentMetadata[Decode]:
-        rows = batch.decode
+        extend = batch.extend
         return LatentMetadata(
-            batch.slot_mapping,
-            0 if rows is None else rows.seq_lens.shape[0],
-            None if rows is None else self.build_decode(rows),
-            self._chunks(batch) if batch.chunks else None,
-        )
-
-    def _chunks(self, batch: StepBatch) -> ChunksMetadata:
-        """Extends and prefills alike: among themselves new tokens are attended to in one go."""
-        groups, extend = batch.chunks, batch.extend
-        sizes = [sum(group.query_lens) for group in groups]
-        cu_query_lens = groups[0].cu_query_lens
-        if len(groups) == 2:
-            cu_query_lens = torch.cat([cu_query_lens, groups[1].cu_query_lens[1:] + sizes[0]])
-        return ChunksMetadata(
-            groups[0].query_start,
-            groups[0].query_start + sum(sizes),
-            cu_query_lens,
-            max(length for group in groups for length in group.query_lens),
+            batch,
+            None if batch.decode is None else self.build_decode(batch.decode),
+            _together(batch.chunks) if batch.chunks else None,
             () if extend is None else context_pieces(extend, self.layout.block_size, self.context_tokens),
         )
 
@@ -109,32 +83,46 @@ class LatentBackend(Backend[LatentMetadata[Decode]]):
         cache: KVCache,
         meta: LatentMetadata[Decode],
     ) -> Tensor:
-        self.write(layer, cache, kv_c, k_pe, meta.slot_mapping)
+        self.write(layer, cache, kv_c, k_pe, meta.batch.slot_mapping)
         parts: list[Tensor] = []
-        if meta.decode is not None:
-            rows = slice(0, meta.num_decodes)
+        if meta.batch.decode is not None and meta.decode is not None:
+            rows = slice(0, meta.batch.decode.end)
             found = self.decode(layer, layer.absorb(q_nope[rows]), q_pe[rows], cache, meta.decode)
             parts.append(layer.project_out(found))
         if meta.chunks is not None:
-            span = slice(meta.chunks.start, meta.chunks.end)
+            span, lens = meta.chunks
             q = torch.cat([q_nope[span], q_pe[span]], dim=-1)
-            parts.append(self._attend_chunks(layer, q, kv_c[span], k_pe[span], cache, meta.chunks).flatten(1))
+            out, lse = self.attend_dense(layer, q, *_expand(layer, kv_c[span], k_pe[span]), lens, causal=True)
+            if meta.context:
+                out = self._add_context(layer, q, cache, meta.context, span.start, out.float(), lse).to(q.dtype)
+            parts.append(out.flatten(1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _attend_chunks(
-        self, layer: LatentLayer, q: Tensor, kv_c: Tensor, k_pe: Tensor, cache: KVCache, meta: ChunksMetadata
+    def _add_context(
+        self,
+        layer: LatentLayer,
+        q: Tensor,
+        cache: KVCache,
+        context: tuple[GatheredRows, ...],
+        start: int,
+        out: Tensor,
+        lse: Tensor,
     ) -> Tensor:
-        lens = RaggedLens(meta.cu_query_lens, meta.cu_query_lens, meta.max_query_len, meta.max_query_len)
-        out, lse = self.attend_dense(layer, q, *_expand(layer, kv_c, k_pe), lens, causal=True)
-        if not meta.context:
-            return out
-        merged = out.float()
-        for piece in meta.context:
-            span = slice(piece.start - meta.start, piece.end - meta.start)
+        """out, lse of the step's tokens from `start` on among themselves; returns out with their context merged in."""
+        for piece in context:
+            span = slice(piece.start - start, piece.end - start)
             cached = self.layout.read_tokens(cache, piece.slots, layer.spec.dtype, layer.kv_scale, layer.kv_scale)
             found = self.attend_dense(layer, q[span], *_expand(layer, *cached), piece.lens, causal=False)
-            merged[span], lse[:, span] = merge_lse(merged[span], lse[:, span], *found)
-        return merged.to(q.dtype)
+            out[span], lse[:, span] = merge_lse(out[span], lse[:, span], *found)
+        return out
+
+
+def _together(groups: tuple[QueryRows, ...]) -> tuple[slice, RaggedLens]:
+    """Extends and prefills alike: among themselves new tokens are attended to in one go."""
+    starts, longest = groups[0].cu_query_lens, max(group.max_query_len for group in groups)
+    if len(groups) == 2:
+        starts = torch.cat([starts, groups[1].cu_query_lens[1:] + (groups[0].end - groups[0].start)])
+    return slice(groups[0].start, groups[-1].end), RaggedLens(starts, starts, longest, longest)
 
 
 def _expand(layer: LatentLayer, kv_c: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:

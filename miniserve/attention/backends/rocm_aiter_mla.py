@@ -8,25 +8,20 @@ step, in six buffers that never move; so a captured step plans itself anew at ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from miniserve.attention.aiter import AiterLatent
-from miniserve.attention.backends.context import RaggedLens
+from miniserve.attention import aiter
+from miniserve.attention.backends.gathered import RaggedLens
 from miniserve.attention.backends.latent_base import LatentBackend
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.triton_mla import dense_dim, latent_scale, padded
 from miniserve.attention.layouts import KVCache, KVLayout
-from miniserve.attention.metadata import DecodeRows
+from miniserve.attention.metadata import QueryRows
 from miniserve.attention.routes import padded_heads
 from miniserve.attention.spec import AttentionSpec, LatentLayer
-from miniserve.kernels.triton.launch import cdiv
 
-TokenIndices = Callable[..., None]
 # In the order that aiter tells their sizes in. Its functions take them in other orders: always by name.
 _BUFFERS = (
     "work_metadata_ptrs",
@@ -41,46 +36,30 @@ _MOST_COMPUTE_UNITS = 304
 _ASM_DENSE_DIMS = (192, 128)  # of key and value; other pairs are padded to equals
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeMetadata:
-    """One query token a row, pages of one token. qo_indptr, kv_indptr int32 [rows + 1]; kv_indices int32: where the
-    rows' tokens lie, row after row; kv_last_page_lens int32 [rows], ones."""
-
-    qo_indptr: Tensor
-    kv_indptr: Tensor
-    kv_indices: Tensor
-    kv_last_page_lens: Tensor
-
-
-def scratch_bytes(specs: Sequence[AttentionSpec], max_rows: int, max_seq_len: int) -> int:
-    """Token indices, and the parts of split rows in float32, which aiter allocates in every call: by the tiles of 16
-    heads that its plan has room for, of up to 48 heads on gfx950 all of them in each tile."""
-    heads = max(padded_heads(spec.num_heads) for spec in specs)
-    tiles = heads // 16 if heads < 64 else 1
-    parts = min(max_rows + _MOST_COMPUTE_UNITS - 1, 2 * (_MOST_COMPUTE_UNITS - 1))
-    return 4 * max_rows * max_seq_len + 4 * parts * tiles * heads * (_RANK + 1)
-
-
-class AiterLatentBackend(LatentBackend[DecodeMetadata]):
+class AiterLatentBackend(LatentBackend[tuple[Tensor, ...]]):
     graphs = True
 
-    def __init__(
-        self, layout: KVLayout, aiter: AiterLatent, token_indices: TokenIndices, options: BackendOptions
-    ) -> None:
-        super().__init__(layout)
-        self._aiter, self._token_indices = aiter, token_indices
-        self._max_seq_len = options.max_seq_len
+    def __init__(self, layout: KVLayout, options: BackendOptions) -> None:
+        from miniserve.kernels.triton.cache_write import write_latent
+        from miniserve.kernels.triton.token_indices import token_indices
+
+        super().__init__(layout, options)
+        self._aiter = aiter.load_latent()
+        self._token_indices, self._write_kernel = token_indices, write_latent
         rows, device = options.max_rows, options.device
-        self._qo_indptr = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self._kv_indptr = torch.zeros(rows + 1, dtype=torch.int32, device=device)
         self._kv_indices = torch.zeros(rows * options.max_seq_len, dtype=torch.int32, device=device)
         self._ones = torch.ones(rows, dtype=torch.int32, device=device)
-        self._write_kernel: Callable[..., None] | None = None
-        if not options.platform.emulated:
-            from miniserve.kernels.triton.cache_write import write_latent
-
-            self._write_kernel = write_latent
         self._plans = {spec: self._allocate(spec, rows, device) for spec in dict.fromkeys(options.specs)}
+
+    @classmethod
+    def scratch_bytes(cls, layout: str, options: BackendOptions) -> int:
+        """Token indices, and the parts of split rows in float32, which aiter allocates in every call: by the tiles of
+        16 heads that its plan has room for, of up to 48 heads on gfx950 all of them in each tile."""
+        heads = max(padded_heads(spec.num_heads) for spec in options.specs)
+        tiles = heads // 16 if heads < 64 else 1
+        parts = min(options.max_rows + _MOST_COMPUTE_UNITS - 1, 2 * (_MOST_COMPUTE_UNITS - 1))
+        return 4 * options.max_rows * options.max_seq_len + 4 * parts * tiles * heads * (_RANK + 1)
 
     def _allocate(self, spec: AttentionSpec, rows: int, device: torch.device) -> dict[str, Tensor]:
         sizes = self._aiter.get_mla_metadata_info_v1(
@@ -91,27 +70,26 @@ class AiterLatentBackend(LatentBackend[DecodeMetadata]):
             for name, (shape, dtype) in zip(_BUFFERS, sizes, strict=True)
         }
 
-    def build_decode(self, rows: DecodeRows) -> DecodeMetadata:
-        count = rows.seq_lens.shape[0]
-        meta = DecodeMetadata(
-            self._qo_indptr[: count + 1], self._kv_indptr[: count + 1], self._kv_indices, self._ones[:count]
-        )
+    def build_decode(self, rows: QueryRows) -> tuple[Tensor, ...]:
+        """Pages of one token, as the kernel takes them: qo_indptr, kv_indptr int32 [rows + 1]; kv_indices int32, where
+        the rows' tokens lie, row after row; kv_last_page_lens int32 [rows], ones."""
+        kv_indptr, last_page_lens = self._kv_indptr[: rows.end + 1], self._ones[: rows.end]
         # A row without keys, padding, would spoil what its workgroup computes after it: it attends to one.
         lens = rows.seq_lens.clamp(min=1)
-        torch.cumsum(lens, 0, dtype=torch.int32, out=meta.kv_indptr[1:])
+        torch.cumsum(lens, 0, dtype=torch.int32, out=kv_indptr[1:])
         self._token_indices(
             rows.block_tables,
             lens,
-            meta.kv_indptr,
-            meta.kv_indices,
+            kv_indptr,
+            self._kv_indices,
             block_size=self.layout.block_size,
             max_seq_len=rows.max_seq_len,
         )
         for spec, plan in self._plans.items():
             self._aiter.get_mla_metadata_v1(
-                seqlens_qo_indptr=meta.qo_indptr,
-                seqlens_kv_indptr=meta.kv_indptr,
-                kv_last_page_lens=meta.kv_last_page_lens,
+                seqlens_qo_indptr=rows.cu_query_lens,
+                seqlens_kv_indptr=kv_indptr,
+                kv_last_page_lens=last_page_lens,
                 num_heads_per_head_k=padded_heads(spec.num_heads),
                 num_heads_k=1,
                 is_causal=True,
@@ -124,9 +102,9 @@ class AiterLatentBackend(LatentBackend[DecodeMetadata]):
                 dtype_kv=spec.kv_dtype,
                 **plan,
             )
-        return meta
+        return rows.cu_query_lens, kv_indptr, self._kv_indices, last_page_lens
 
-    def decode(self, layer: LatentLayer, q: Tensor, q_pe: Tensor, cache: KVCache, meta: DecodeMetadata) -> Tensor:
+    def decode(self, layer: LatentLayer, q: Tensor, q_pe: Tensor, cache: KVCache, meta: tuple[Tensor, ...]) -> Tensor:
         """Queries stay in bfloat16 over an fp8 cache too: nothing is lost to a second rounding, and the fp8 kernels for
         32 and 64 heads, of which some fault and some were wrong, are never met."""
         spec, heads = layer.spec, q.shape[1]
@@ -139,10 +117,7 @@ class AiterLatentBackend(LatentBackend[DecodeMetadata]):
             q,
             cache.key.view(-1, 1, 1, spec.head_dim),
             out,
-            meta.qo_indptr,
-            meta.kv_indptr,
-            meta.kv_indices,
-            meta.kv_last_page_lens,
+            *meta,
             1,
             page_size=1,
             sm_scale=spec.scale,
@@ -156,10 +131,7 @@ class AiterLatentBackend(LatentBackend[DecodeMetadata]):
         return out[:, :heads]
 
     def write(self, layer: LatentLayer, cache: KVCache, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor) -> None:
-        if self._write_kernel is None:
-            super().write(layer, cache, kv_c, k_pe, slot_mapping)
-        else:
-            self._write_kernel(kv_c, k_pe, cache.key, slot_mapping, kv_scale=latent_scale(layer))
+        self._write_kernel(kv_c, k_pe, cache.key, slot_mapping, kv_scale=latent_scale(layer))
 
     def attend_dense(
         self, layer: LatentLayer, q: Tensor, k: Tensor, v: Tensor, lens: RaggedLens, *, causal: bool
@@ -177,13 +149,3 @@ class AiterLatentBackend(LatentBackend[DecodeMetadata]):
             return_lse=True,
         )
         return out[..., :width], lse
-
-
-def torch_token_indices(
-    block_tables: Tensor, seq_lens: Tensor, starts: Tensor, out: Tensor, *, block_size: int, max_seq_len: int
-) -> None:
-    """As `kernels.triton.token_indices`, for a platform that is emulated on a CPU."""
-    for row, length in enumerate(seq_lens.tolist()):
-        blocks = block_tables[row, : cdiv(length, block_size), None]
-        tokens = (blocks * block_size + torch.arange(block_size)).flatten()[:length]
-        out[int(starts[row]) : int(starts[row + 1])] = tokens

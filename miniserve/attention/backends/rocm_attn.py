@@ -5,25 +5,28 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from miniserve.attention.aiter import Aiter
-from miniserve.attention.backends.aiter_calls import PagedDecode
+from miniserve.attention import aiter
+from miniserve.attention.backends.aiter_calls import PagedDecode, PagedScratch
 from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.backends.paged_kernels import PagedKernels
 from miniserve.attention.backends.triton_attn import TritonBackend
 from miniserve.attention.layouts import KVCache, KVLayout
-from miniserve.attention.metadata import DecodeRows
+from miniserve.attention.metadata import QueryRows
 from miniserve.attention.spec import AttentionLayer
 
 
 class RocmBackend(TritonBackend):
-    def __init__(self, layout: KVLayout, kernels: PagedKernels, aiter: Aiter, options: BackendOptions) -> None:
-        super().__init__(layout, kernels, options)
+    def __init__(self, layout: KVLayout, options: BackendOptions) -> None:
+        super().__init__(layout, options)
         self.chunk_graphs = False  # nobody has seen aiter's decode in one
-        self._paged = PagedDecode(aiter, options, layout.block_size)
+        self._paged = PagedDecode(aiter.load(), options, layout.block_size)
         self._routes = options.routes
 
-    def decode(self, layer: AttentionLayer, q: Tensor, cache: KVCache, meta: DecodeRows, out: Tensor) -> None:
+    @classmethod
+    def scratch_bytes(cls, layout: str, options: BackendOptions) -> int:
+        return PagedScratch.sizes(options)[1]
+
+    def decode(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: QueryRows, out: Tensor) -> None:
         if self._routes[layer.layer_index].decode == "paged_attention_rocm":
-            self._paged.rocm(layer, q, cache, meta, out)
+            self._paged.rocm(layer, q, cache, rows, out)
         else:
-            super().decode(layer, q, cache, meta, out)
+            super().decode(layer, q, cache, rows, out)

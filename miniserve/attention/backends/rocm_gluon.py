@@ -3,26 +3,21 @@ windows, sinks, any scale and many query heads per KV head."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor
 
-from miniserve.attention.aiter import Aiter
+from miniserve.attention import aiter
 from miniserve.attention.backends.aiter_calls import paged_gluon
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.rocm_unified import UnifiedBackend
-from miniserve.attention.backends.rope_write import RopeWriter
-from miniserve.attention.backends.rows import QueryRows
 from miniserve.attention.layouts import KVCache, KVLayout
+from miniserve.attention.metadata import QueryRows
 from miniserve.attention.spec import AttentionLayer
 
 
 class GluonBackend(UnifiedBackend):
-    def __init__(
-        self, layout: KVLayout, aiter: Aiter, gluon: Callable[..., None], writer: RopeWriter, options: BackendOptions
-    ) -> None:
-        super().__init__(layout, aiter, writer, options)
-        self._gluon, self._routes = gluon, options.routes
+    def __init__(self, layout: KVLayout, options: BackendOptions) -> None:
+        super().__init__(layout, options)
+        self._gluon, self._routes = aiter.load_gluon(), options.routes
 
     def decode(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: QueryRows, out: Tensor) -> None:
         if self._routes[layer.layer_index].decode == "pa_decode_gluon":

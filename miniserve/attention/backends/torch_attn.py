@@ -12,57 +12,41 @@ from torch.nn.functional import scaled_dot_product_attention
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.formula import attention_by_formula, visible_keys
 from miniserve.attention.layouts import KVCache
-from miniserve.attention.metadata import ChunkRows, DecodeRows, StepBatch
+from miniserve.attention.metadata import QueryRows, StepBatch
 from miniserve.attention.spec import AttentionLayer, AttentionSpec
 
 
 @dataclass(frozen=True, slots=True)
-class ChunkMetadata:
-    """One prefill (context_len 0) or extend chunk: query tokens [query_start, query_start + query_len) of the step.
-
-    block_ids int64 [blocks]: the row's blocks, as many as cover context_len + query_len tokens; None without context.
-    """
-
-    query_start: int
-    query_len: int
-    context_len: int
-    block_ids: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
 class TorchMetadata:
-    """slot_mapping int64 [num_tokens]. Decode rows come first, then the chunks."""
+    """chunks: of each its tokens in the step, how many of its tokens are cached, and its row's blocks, int64, as many
+    as all of them need; None without cached ones."""
 
-    slot_mapping: Tensor
-    decode: DecodeRows | None
-    chunks: tuple[ChunkMetadata, ...]
+    batch: StepBatch
+    chunks: tuple[tuple[slice, int, Tensor | None], ...]
 
 
 class TorchBackend(Backend[TorchMetadata]):
     def build(self, batch: StepBatch) -> TorchMetadata:
-        chunks = tuple(chunk for group in batch.chunks for chunk in self._chunks(group))
-        return TorchMetadata(batch.slot_mapping, batch.decode, chunks)
+        return TorchMetadata(batch, tuple(chunk for rows in batch.chunks for chunk in self._chunks(rows)))
 
-    def _chunks(self, group: ChunkRows) -> Iterator[ChunkMetadata]:
-        start = group.query_start
-        for row, (query_len, context_len) in enumerate(zip(group.query_lens, group.context_lens, strict=True)):
+    def _chunks(self, rows: QueryRows) -> Iterator[tuple[slice, int, Tensor | None]]:
+        start = rows.start
+        for row, (query_len, context_len) in enumerate(zip(rows.query_lens, rows.context_lens, strict=True)):
             blocks = None
             if context_len:
-                blocks = group.block_tables[row, : -(-(context_len + query_len) // self.layout.block_size)].long()
-            yield ChunkMetadata(start, query_len, context_len, blocks)
+                blocks = rows.block_tables[row, : -(-(context_len + query_len) // self.layout.block_size)].long()
+            yield slice(start, start + query_len), context_len, blocks
             start += query_len
 
     def attend(
         self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, meta: TorchMetadata
     ) -> Tensor:
-        self.write(layer, cache, k, v, meta.slot_mapping)
+        self.write(layer, cache, k, v, meta.batch.slot_mapping)
         parts: list[Tensor] = []
-        if meta.decode is not None:
-            rows = meta.decode.seq_lens.shape[0]
-            parts.append(self.decode(layer, q[:rows], cache, meta.decode))
-        for chunk in meta.chunks:
-            span = slice(chunk.query_start, chunk.query_start + chunk.query_len)
-            parts.append(self.chunk(layer, q[span], k[span], v[span], cache, chunk))
+        if (rows := meta.batch.decode) is not None:
+            parts.append(self.decode(layer, q[: rows.end], cache, rows))
+        for span, context_len, block_ids in meta.chunks:
+            parts.append(self.chunk(layer, q[span], k[span], v[span], cache, context_len, block_ids))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def write(self, layer: AttentionLayer, cache: KVCache, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
@@ -72,30 +56,37 @@ class TorchBackend(Backend[TorchMetadata]):
         """The blocks' keys and values in the dtype the layer computes in."""
         return self.layout.read(cache, block_ids, layer.spec.dtype, layer.k_scale, layer.v_scale)
 
-    def decode(self, layer: AttentionLayer, q: Tensor, cache: KVCache, meta: DecodeRows) -> Tensor:
+    def decode(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: QueryRows) -> Tensor:
         """q [rows, num_heads, head_dim] -> [rows, num_heads * head_dim]. All rows at once over their gathered blocks,
         padded to the longest: one copy of the rows' cache, but no Python per row. (A call per row on views costs more
         from a few rows on; CPU_ATTN does neither.)"""
-        k, v = self.read(layer, cache, meta.block_tables.long())
+        k, v = self.read(layer, cache, rows.block_tables.long())
         k, v = k.flatten(1, 2), v.flatten(1, 2)  # [rows, width * block_size, KH, D]
-        distance = meta.seq_lens[:, None] - 1 - torch.arange(k.shape[1], device=q.device)
+        distance = rows.seq_lens[:, None] - 1 - torch.arange(k.shape[1], device=q.device)
         visible = visible_keys(distance, layer.spec.sliding_window)  # [rows, keys]
         for gathered in (k, v):  # what others left may be NaN, which a weight of 0 does not hide
             gathered.masked_fill_(~visible[..., None, None], 0.0)
         return grouped_attention(layer, q[:, None], k, v, visible[:, None]).flatten(1)
 
     def chunk(
-        self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, meta: ChunkMetadata
+        self,
+        layer: AttentionLayer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cache: KVCache,
+        context_len: int,
+        block_ids: Tensor | None,
     ) -> Tensor:
         """One chunk's q, k, v [query_len, heads, head_dim], already written -> [query_len, num_heads * head_dim]."""
-        num_keys, window = meta.context_len + meta.query_len, layer.spec.sliding_window
-        if meta.block_ids is not None:
-            k, v = self.read(layer, cache, meta.block_ids)
+        num_keys, window = context_len + q.shape[0], layer.spec.sliding_window
+        if block_ids is not None:
+            k, v = self.read(layer, cache, block_ids)
             k, v = k.flatten(0, 1)[:num_keys], v.flatten(0, 1)[:num_keys]
         visible = None
-        if meta.context_len or window is not None or _needs_formula(layer.spec):
+        if context_len or window is not None or _needs_formula(layer.spec):
             positions = torch.arange(num_keys, device=q.device)
-            visible = visible_keys(positions[meta.context_len :, None] - positions, window)[None]
+            visible = visible_keys(positions[context_len:, None] - positions, window)[None]
         return grouped_attention(layer, q[None], k[None], v[None], visible)[0].flatten(1)
 
 

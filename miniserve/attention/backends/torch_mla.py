@@ -5,21 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from miniserve.attention.backends.context import RaggedLens
+from miniserve.attention.backends.gathered import RaggedLens
 from miniserve.attention.backends.latent_base import LatentBackend
 from miniserve.attention.layouts import KVCache
-from miniserve.attention.metadata import DecodeRows
+from miniserve.attention.metadata import QueryRows
 from miniserve.attention.spec import LatentLayer
 
 # Bytes of latents, or of scores, that are made at a time.
 _WORKSPACE = 64 << 20
 
 
-class TorchLatentBackend(LatentBackend[DecodeRows]):
-    def build_decode(self, rows: DecodeRows) -> DecodeRows:
+class TorchLatentBackend(LatentBackend[QueryRows]):
+    def build_decode(self, rows: QueryRows) -> QueryRows:
         return rows
 
-    def decode(self, layer: LatentLayer, q: Tensor, q_pe: Tensor, cache: KVCache, meta: DecodeRows) -> Tensor:
+    def decode(self, layer: LatentLayer, q: Tensor, q_pe: Tensor, cache: KVCache, meta: QueryRows) -> Tensor:
         """Some rows at a time over their gathered blocks, padded to the longest."""
         keys = meta.block_tables.shape[1] * self.layout.block_size
         step = max(1, _WORKSPACE // (4 * keys * max(layer.spec.head_dim, q.shape[1])))
@@ -27,7 +27,7 @@ class TorchLatentBackend(LatentBackend[DecodeRows]):
         return torch.cat([self._decode(layer, q[rows], q_pe[rows], cache, meta, rows) for rows in pieces])
 
     def _decode(
-        self, layer: LatentLayer, q: Tensor, q_pe: Tensor, cache: KVCache, meta: DecodeRows, rows: slice
+        self, layer: LatentLayer, q: Tensor, q_pe: Tensor, cache: KVCache, meta: QueryRows, rows: slice
     ) -> Tensor:
         blocks = meta.block_tables[rows].long()
         kv_c, k_pe = self.layout.read(cache, blocks, torch.float32, layer.kv_scale, layer.kv_scale)

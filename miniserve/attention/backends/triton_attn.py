@@ -7,140 +7,133 @@ cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from miniserve.attention.backends.base import CHUNKS_IN_GRAPH, Backend
 from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.backends.paged_kernels import PagedKernels, SplitPlan
-from miniserve.attention.backends.rows import QueryRows, chunk_rows
+from miniserve.attention.backends.rope_write import CacheWriter, cache_terms
 from miniserve.attention.layouts import KVCache, KVLayout
-from miniserve.attention.metadata import ChunkRows, DecodeRows, StepBatch
+from miniserve.attention.metadata import QueryRows, StepBatch
 from miniserve.attention.routes import fuses_rope
-from miniserve.attention.spec import AttentionLayer, AttentionSpec, QKRope, fp8_scales
-from miniserve.kernels.triton.launch import cdiv, extend_launch, extend_splits
+from miniserve.attention.spec import AttentionLayer, AttentionSpec, QKRope
+from miniserve.kernels.triton.launch import cdiv, choose_splits, decode_launch, extend_launch, extend_splits
 
 LINEARIZE_FROM = 16  # query tokens of a chunk; shorter ones are read in place about as fast (measured on an H100)
 LINEARIZED_TOKENS = 32768  # cached tokens that are copied at most, for all of a step's chunks; more are read in place
 
 
-def linearized_bytes(specs: Sequence[AttentionSpec], most_tokens: int) -> int:
-    """What the copy for a layer takes at most."""
-    token = max(2 * spec.num_kv_heads * spec.head_dim * spec.kv_dtype.itemsize for spec in specs)
-    return min(LINEARIZED_TOKENS, most_tokens) * token
+class SplitPlan:
+    """How many programs share a row's keys, by the step's rows and longest row, and the scratch that takes at most."""
+
+    def __init__(self, spec: AttentionSpec, options: BackendOptions) -> None:
+        from miniserve.kernels.triton.split_kv import DecodeScratch
+
+        self._num_sms = options.platform.compute_units
+        group = spec.num_heads // spec.num_kv_heads
+        self._launch = decode_launch(options.platform.vendor, spec.head_dim, spec.kv_dtype.itemsize, group)
+        self._head_tiles = spec.num_kv_heads * cdiv(group, self._launch.block_m)
+        launches = [(rows, self.splits(rows, options.max_seq_len)) for rows in range(1, options.max_rows + 1)]
+        self.scratch = DecodeScratch.allocate(launches, spec.num_heads, spec.head_dim, options.device)
+
+    def splits(self, rows: int, max_seq_len: int) -> int:
+        return choose_splits(rows, self._head_tiles, max_seq_len, self._launch, self._num_sms)
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkMetadata:
-    """Chunks, with or without context. count: how many there are (those without a token not counted). linear_tables: as
-    the rows' block_tables, of the blocks' copies in the linear layout; None: the cache is read itself."""
-
-    rows: QueryRows
-    count: int
-    linear_tables: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class PagedMetadata:
-    """slot_mapping int64 [num_tokens]. Decode rows come first, then the chunks."""
-
-    slot_mapping: Tensor
-    decode: DecodeRows | None
-    chunks: tuple[ChunkMetadata, ...]
-
-
-class TritonBackend(Backend[PagedMetadata]):
+class TritonBackend(Backend[StepBatch]):
     graphs = True
     linearize_from = LINEARIZE_FROM
 
-    def __init__(self, layout: KVLayout, kernels: PagedKernels, options: BackendOptions) -> None:
-        super().__init__(layout)
-        self._kernels = kernels
+    def __init__(self, layout: KVLayout, options: BackendOptions) -> None:
+        from miniserve.kernels.triton.linearize import linearize
+        from miniserve.kernels.triton.paged_decode import paged_decode
+        from miniserve.kernels.triton.paged_extend import paged_extend
+
+        super().__init__(layout, options)
+        self._paged_decode, self._paged_extend, self._linearize = paged_decode, paged_extend, linearize
+        self._writer = CacheWriter(layout)
         self.fuses_rope = fuses_rope(options.routes)
         # Copies and splits of chunks were measured on NVIDIA's GPUs alone.
         on_nvidia = options.platform.vendor == "cuda"
         self._split_over = options.platform.compute_units if on_nvidia else 1
-        self._copies = layout.name == "shuffled" and on_nvidia and kernels.linearize is not None
+        self._copies = layout.name == "shuffled" and on_nvidia
         # A graph copies block tables of any length, so it must have room for the longest.
         self.chunk_graphs = not self._copies or CHUNKS_IN_GRAPH * options.max_seq_len <= LINEARIZED_TOKENS
-        self._plans = {_shape(spec): SplitPlan(kernels, spec, options) for spec in options.specs}
+        if self._copies:  # block tables of the copies
+            blocks = LINEARIZED_TOKENS // layout.block_size
+            self._linear_tables = torch.arange(blocks, dtype=torch.int32, device=options.device)
+        self._plans = {_shape(spec): SplitPlan(spec, options) for spec in options.specs}
 
-    def build(self, batch: StepBatch) -> PagedMetadata:
-        return PagedMetadata(batch.slot_mapping, batch.decode, tuple(self._chunk(group) for group in batch.chunks))
+    @classmethod
+    def scratch_bytes(cls, layout: str, options: BackendOptions) -> int:
+        """A layer's copy in the linear layout."""
+        if layout != "shuffled":
+            return 0
+        token = max(2 * spec.num_kv_heads * spec.head_dim * spec.kv_dtype.itemsize for spec in options.specs)
+        return min(LINEARIZED_TOKENS, options.max_rows * options.max_seq_len) * token
 
-    def _chunk(self, group: ChunkRows) -> ChunkMetadata:
-        rows, linear_tables = chunk_rows(group), None
-        tables, count = rows.block_tables, sum(length > 0 for length in group.query_lens)
-        fits = tables.numel() * self.layout.block_size <= LINEARIZED_TOKENS
-        if self._copies and fits and rows.max_query_len >= self.linearize_from:
-            linear_tables = torch.arange(tables.numel(), dtype=torch.int32, device=tables.device).view(tables.shape)
-        return ChunkMetadata(rows, count, linear_tables)
+    def build(self, batch: StepBatch) -> StepBatch:
+        return batch
 
     def attend(
-        self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, meta: PagedMetadata
+        self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, batch: StepBatch
     ) -> Tensor:
-        self.write(layer, k, v, cache, meta.slot_mapping)
-        return self._over_cache(layer, q, cache, meta)
+        self._writer.write(layer, k, v, cache, batch.slot_mapping)
+        return self._over_cache(layer, q, cache, batch)
 
-    def attend_qkv(
-        self, layer: AttentionLayer, qkv: Tensor, rope: QKRope, cache: KVCache, meta: PagedMetadata
-    ) -> Tensor:
-        settled = meta.decode is not None and meta.decode.fresh is not None
-        kernel, slots = self._kernels.rope_and_write, meta.slot_mapping
-        q = rope_and_write(kernel, self.layout, layer, qkv, rope, cache, slots, settled=settled)
-        return self._over_cache(layer, q, cache, meta)
+    def attend_qkv(self, layer: AttentionLayer, qkv: Tensor, rope: QKRope, cache: KVCache, batch: StepBatch) -> Tensor:
+        settled = batch.decode is not None and batch.decode.fresh is not None
+        q = self._writer.rope_and_write(layer, qkv, rope, cache, batch.slot_mapping, settled=settled)
+        return self._over_cache(layer, q, cache, batch)
 
-    def _over_cache(self, layer: AttentionLayer, q: Tensor, cache: KVCache, meta: PagedMetadata) -> Tensor:
+    def _over_cache(self, layer: AttentionLayer, q: Tensor, cache: KVCache, batch: StepBatch) -> Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        if meta.decode is not None:
-            rows = meta.decode.seq_lens.shape[0]
-            self.decode(layer, q[:rows], cache, meta.decode, out[:rows])
-        for chunk in meta.chunks:
-            span = slice(chunk.rows.start, chunk.rows.end)
-            self.extend(layer, q[span], cache, chunk, out[span])
+        if (rows := batch.decode) is not None:
+            self.decode(layer, q[: rows.end], cache, rows, out[: rows.end])
+        for chunks in (batch.extend, batch.prefill):
+            if chunks is not None:
+                span = slice(chunks.start, chunks.end)
+                self.extend(layer, q[span], cache, chunks, out[span])
         return out.flatten(1)
 
-    def write(self, layer: AttentionLayer, k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None:
-        self._kernels.write_kv(k, v, cache.key, cache.value, slot_mapping, **cache_terms(self.layout, layer))
-
-    def decode(self, layer: AttentionLayer, q: Tensor, cache: KVCache, meta: DecodeRows, out: Tensor) -> None:
+    def decode(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: QueryRows, out: Tensor) -> None:
         """q, out [rows, num_heads, head_dim]."""
         plan = self._plans[_shape(layer.spec)]
-        self._kernels.paged_decode(
+        self._paged_decode(
             q,
             cache.key,
             cache.value,
-            meta.block_tables,
-            meta.seq_lens,
-            num_splits=plan.splits(q.shape[0], meta.max_seq_len),
-            fresh=meta.fresh,
+            rows.block_tables,
+            rows.seq_lens,
+            num_splits=plan.splits(q.shape[0], rows.max_seq_len),
+            fresh=rows.fresh,
             scratch=plan.scratch,
             out=out,
             **self._terms(layer),
         )
 
-    def extend(self, layer: AttentionLayer, q: Tensor, cache: KVCache, meta: ChunkMetadata, out: Tensor) -> None:
+    def extend(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: QueryRows, out: Tensor) -> None:
         """q, out [tokens, num_heads, head_dim]."""
-        rows, planes, terms = meta.rows, (cache.key, cache.value), self._terms(layer)
+        planes, terms = (cache.key, cache.value), self._terms(layer)
         tables, lens = rows.block_tables, (rows.cu_query_lens, rows.seq_lens)
-        if meta.linear_tables is not None and self._kernels.linearize is not None:
-            planes = self._kernels.linearize(*planes, tables, *lens, window=layer.spec.sliding_window)
-            tables, terms["shuffled"] = meta.linear_tables, False
-        num_splits = self._extend_splits(layer.spec, meta)
-        self._kernels.paged_extend(
+        num_splits = self._extend_splits(layer.spec, rows)
+        if self._copies and rows.max_query_len >= self.linearize_from and tables.numel() <= len(self._linear_tables):
+            planes = self._linearize(*planes, tables, *lens, window=layer.spec.sliding_window)
+            tables, terms["shuffled"] = self._linear_tables[: tables.numel()].view(tables.shape), False
+        self._paged_extend(
             q, *planes, tables, *lens, max_query_len=rows.max_query_len, num_splits=num_splits, out=out, **terms
         )
 
-    def _extend_splits(self, spec: AttentionSpec, meta: ChunkMetadata) -> int:
-        queries = meta.rows.max_query_len * spec.num_heads // spec.num_kv_heads
+    def _extend_splits(self, spec: AttentionSpec, rows: QueryRows) -> int:
+        queries = rows.max_query_len * spec.num_heads // spec.num_kv_heads
         launch = extend_launch("cuda", spec.head_dim, spec.kv_dtype.itemsize, queries)
-        programs = spec.num_kv_heads * cdiv(queries, launch.block_m) * meta.count
-        return extend_splits(programs, meta.rows.max_seq_len, self._split_over)
+        chunks = len(rows.query_lens) - rows.query_lens.count(0)
+        programs = spec.num_kv_heads * cdiv(queries, launch.block_m) * chunks
+        return extend_splits(programs, rows.max_seq_len, self._split_over)
 
-    def _terms(self, layer: AttentionLayer) -> dict[str, object]:
+    def _terms(self, layer: AttentionLayer) -> dict[str, Any]:
         spec = layer.spec
         return cache_terms(self.layout, layer) | {
             "num_kv_heads": spec.num_kv_heads,
@@ -149,46 +142,6 @@ class TritonBackend(Backend[PagedMetadata]):
             "softcap": spec.softcap,
             "sinks": layer.sinks,
         }
-
-
-def cache_terms(layout: KVLayout, layer: AttentionLayer) -> dict[str, object]:
-    """What every kernel over the layer's cache is told of it."""
-    k_scale, v_scale = fp8_scales(layer)
-    shuffled = layout.name == "shuffled"
-    return {"block_size": layout.block_size, "shuffled": shuffled, "k_scale": k_scale, "v_scale": v_scale}
-
-
-def rope_and_write(
-    kernel: Callable[..., Tensor],
-    layout: KVLayout,
-    layer: AttentionLayer,
-    qkv: Tensor,
-    rope: QKRope,
-    cache: KVCache,
-    slot_mapping: Tensor,
-    k_out: Tensor | None = None,
-    *,
-    settled: bool = False,
-) -> Tensor:
-    """`PagedKernels.rope_and_write`, for a layer; k_out [num_tokens, num_kv_heads, head_dim]: for k rotated too, of the
-    tokens that are written. Returns q rotated."""
-    spec = layer.spec
-    return kernel(
-        qkv,
-        rope.cos_sin,
-        rope.q_weight,
-        rope.k_weight,
-        rope.eps,
-        cache.key,
-        cache.value,
-        slot_mapping,
-        num_heads=spec.num_heads,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        settled=settled,
-        k_out=k_out,
-        **cache_terms(layout, layer),
-    )
 
 
 def _shape(spec: AttentionSpec) -> tuple[int, int, int]:

@@ -3,17 +3,15 @@ GPUs; chunks through PyTorch's flash attention, where there is one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from miniserve.attention.backends.context import RaggedLens
+from miniserve.attention.backends.gathered import RaggedLens
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.torch_mla import TorchLatentBackend
 from miniserve.attention.layouts import KVCache, KVLayout
-from miniserve.attention.metadata import DecodeRows
+from miniserve.attention.metadata import QueryRows
 from miniserve.attention.platform import Platform
 from miniserve.attention.spec import AttentionSpec, LatentLayer
 from miniserve.kernels.triton.launch import cdiv, choose_splits, mla_launch, scratch_sizes
@@ -22,18 +20,10 @@ _FLASH_DTYPES = (torch.float16, torch.bfloat16)
 _FLASH_MAX_DIM = 256  # and a multiple of 8
 
 
-def scratch_bytes(specs: Sequence[AttentionSpec], platform: Platform, max_rows: int, max_seq_len: int) -> int:
-    """What the splits of each kind of layer leave for their merge."""
-    total = 0
-    for spec in dict.fromkeys(specs):
-        entries, counters = scratch_sizes(_launches(spec, platform, max_rows, max_seq_len), spec.num_heads)
-        total += 4 * (entries * (_rank(spec) + 1) + counters)
-    return total
-
-
-def _launches(spec: AttentionSpec, platform: Platform, max_rows: int, max_seq_len: int) -> list[tuple[int, int]]:
+def _launches(spec: AttentionSpec, options: BackendOptions) -> list[tuple[int, int]]:
     """(rows, splits) of every number of rows that is split."""
-    launches = [(rows, _splits(spec, platform, rows, max_seq_len)) for rows in range(1, max_rows + 1)]
+    rows = range(1, options.max_rows + 1)
+    launches = [(count, _splits(spec, options.platform, count, options.max_seq_len)) for count in rows]
     return [launch for launch in launches if launch[1] > 1]
 
 
@@ -52,20 +42,24 @@ class TritonLatentBackend(TorchLatentBackend):
         from miniserve.kernels.triton.mla_decode import mla_decode
         from miniserve.kernels.triton.split_kv import DecodeScratch
 
-        super().__init__(layout)
+        super().__init__(layout, options)
         self._decode_kernel, self._write_kernel = mla_decode, write_latent
         self._max_seq_len, self._platform = options.max_seq_len, options.platform
         self._scratch = {
-            spec: DecodeScratch.allocate(
-                _launches(spec, options.platform, options.max_rows, options.max_seq_len),
-                spec.num_heads,
-                _rank(spec),
-                options.device,
-            )
+            spec: DecodeScratch.allocate(_launches(spec, options), spec.num_heads, _rank(spec), options.device)
             for spec in dict.fromkeys(options.specs)
         }
 
-    def decode(self, layer: LatentLayer, q: Tensor, q_pe: Tensor, cache: KVCache, meta: DecodeRows) -> Tensor:
+    @classmethod
+    def scratch_bytes(cls, layout: str, options: BackendOptions) -> int:
+        """What the splits of each kind of layer leave for their merge."""
+        total = 0
+        for spec in dict.fromkeys(options.specs):
+            entries, counters = scratch_sizes(_launches(spec, options), spec.num_heads)
+            total += 4 * (entries * (_rank(spec) + 1) + counters)
+        return total
+
+    def decode(self, layer: LatentLayer, q: Tensor, q_pe: Tensor, cache: KVCache, meta: QueryRows) -> Tensor:
         spec = layer.spec
         longest = min(self._max_seq_len, meta.block_tables.shape[1] * self.layout.block_size)
         return self._decode_kernel(

@@ -24,32 +24,19 @@ class Attention:
     sinks: Tensor | None = None
 
 
-def _attention_spec(config: ModelConfig, options: BuildOptions, layer_index: int) -> AttentionSpec:
-    return AttentionSpec(
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        scale=config.attention_scale,
-        dtype=options.dtype,
-        kv_dtype=options.kv_dtype,
-        sliding_window=config.sliding_windows[layer_index],
-        qk_norm=config.qk_norm,
-    )
-
-
 class SelfAttention(Module):
     def __init__(self, config: ModelConfig, options: BuildOptions, layer_index: int) -> None:
         super().__init__()
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.qkv_proj = options.linear(
-            config.hidden_size, {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}, bias=config.qkv_bias
-        )
+        outputs = {"q_proj": q_size * (2 if config.gated else 1), "k_proj": kv_size, "v_proj": kv_size}
+        self.qkv_proj = options.linear(config.hidden_size, outputs, bias=config.qkv_bias)
         self.o_proj = options.linear(q_size, {"o_proj": config.hidden_size}, bias=config.o_bias)
         self.ops, self.eps = options.ops, config.rms_norm_eps
         self.q_norm = options.norm(config.head_dim, self.eps) if config.qk_norm else None
         self.k_norm = options.norm(config.head_dim, self.eps) if config.qk_norm else None
         one = torch.ones(1, device=options.device)
-        self.attn = Attention(layer_index, _attention_spec(config, options, layer_index), one, one)
+        spec = config.attention_spec(layer_index, options.dtype, options.kv_dtype)
+        self.attn = Attention(layer_index, spec, one, one)
 
     def forward(self, x: Tensor, cos_sin: Tensor, ctx: StepContext) -> Tensor:
         qkv = self.qkv_proj(x)

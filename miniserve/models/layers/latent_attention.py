@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from miniserve.attention.spec import AttentionSpec, LatentDims, StepContext
-from miniserve.models.description import LatentConfig, ModelConfig
+from miniserve.models.description import ModelConfig
 from miniserve.models.layers.base import Layer, Module
 from miniserve.models.options import BuildOptions
 
@@ -24,14 +24,13 @@ class UpProjection(Layer):
 
     weight: Tensor
 
-    def __init__(self, config: ModelConfig, options: BuildOptions, latent: LatentConfig, layer_index: int) -> None:
+    def __init__(self, layer_index: int, spec: AttentionSpec, latent: LatentDims, device: torch.device) -> None:
         super().__init__()
-        num_heads = config.num_heads
-        self.layer_index, self.spec = layer_index, _attention_spec(config, latent, options)
-        self.kv_scale = torch.ones(1, device=options.device)
+        self.layer_index, self.spec = layer_index, spec
+        self.kv_scale = torch.ones(1, device=device)
         self._sizes = (latent.nope_dim, latent.v_head_dim)
-        self._shape = (num_heads, latent.nope_dim + latent.v_head_dim, latent.kv_lora_rank)
-        self.declare("weight", (num_heads * self._shape[1], latent.kv_lora_rank), options.dtype)
+        self._shape = (spec.num_heads, sum(self._sizes), latent.kv_lora_rank)
+        self.declare("weight", (spec.num_heads * sum(self._sizes), latent.kv_lora_rank), spec.dtype)
         self._key, self._value = torch.empty(0), torch.empty(0)
 
     def finish(self) -> None:
@@ -58,39 +57,28 @@ class UpProjection(Layer):
         return out.flatten(1)
 
 
-def _attention_spec(config: ModelConfig, latent: LatentConfig, options: BuildOptions) -> AttentionSpec:
-    return AttentionSpec(
-        num_heads=config.num_heads,
-        num_kv_heads=1,
-        head_dim=latent.kv_lora_rank + latent.rope_dim,
-        scale=config.attention_scale,
-        dtype=options.dtype,
-        kv_dtype=options.kv_dtype,
-        latent=LatentDims(latent.kv_lora_rank, latent.rope_dim, latent.nope_dim, latent.v_head_dim),
-    )
-
-
 class LatentSelfAttention(Module):
-    def __init__(self, config: ModelConfig, options: BuildOptions, latent: LatentConfig, layer_index: int) -> None:
+    def __init__(self, config: ModelConfig, options: BuildOptions, latent: LatentDims, layer_index: int) -> None:
         super().__init__()
         hidden, heads, bias = config.hidden_size, config.num_heads, config.qkv_bias
         self.q_sizes = (latent.nope_dim, latent.rope_dim)
         self.kv_sizes = (latent.kv_lora_rank, latent.rope_dim)
-        self.q_lora_rank = latent.q_lora_rank
+        self.q_lora_rank = config.q_lora_rank
         q_size, kv_size = heads * sum(self.q_sizes), sum(self.kv_sizes)
-        if latent.q_lora_rank is None:
+        if config.q_lora_rank is None:
             self.q_proj = options.linear(hidden, {"q_proj": q_size}, bias=False)
             self.kv_a_proj = options.linear(hidden, {"kv_a_proj_with_mqa": kv_size}, bias=bias)
         else:
             # Both read the hidden states: one product instead of two.
-            outputs = {"q_a_proj": latent.q_lora_rank, "kv_a_proj_with_mqa": kv_size}
+            outputs = {"q_a_proj": config.q_lora_rank, "kv_a_proj_with_mqa": kv_size}
             self.qkv_a_proj = options.linear(hidden, outputs, bias=bias)
-            self.q_a_layernorm = options.norm(latent.q_lora_rank, _LATENT_NORM_EPS)
-            self.q_b_proj = options.linear(latent.q_lora_rank, {"q_b_proj": q_size}, bias=False)
+            self.q_a_layernorm = options.norm(config.q_lora_rank, _LATENT_NORM_EPS)
+            self.q_b_proj = options.linear(config.q_lora_rank, {"q_b_proj": q_size}, bias=False)
         self.kv_a_layernorm = options.norm(latent.kv_lora_rank, _LATENT_NORM_EPS)
-        self.kv_b_proj = UpProjection(config, options, latent, layer_index)
+        spec = config.attention_spec(layer_index, options.dtype, options.kv_dtype)
+        self.kv_b_proj = UpProjection(layer_index, spec, latent, options.device)
         self.o_proj = options.linear(heads * latent.v_head_dim, {"o_proj": hidden}, bias=config.o_bias)
-        self.ops, self.interleaved = options.ops, latent.rope_interleaved
+        self.ops, self.interleaved = options.ops, config.rope_interleaved
 
     @property
     def attn(self) -> UpProjection:

@@ -34,12 +34,13 @@ class RotaryEmbedding(Module):
     ) -> None:
         super().__init__()
         self._look_up = look_up
-        inv_freq, attention_factor = inverse_frequencies(rope, head_dim)
-        # On the CPU whatever the device, so that every device rotates by the same numbers.
-        place = "meta" if device.type == "meta" else "cpu"
-        angles = torch.arange(max_positions, dtype=torch.float32, device=place)[:, None] * inv_freq.to(place)
-        table = torch.cat((angles.cos(), angles.sin()), dim=-1).mul_(attention_factor)
-        self.register_buffer("table", table.to(device), persistent=False)
+        table = torch.empty(max_positions, head_dim, device=device)
+        if device.type != "meta":  # where arithmetic would make torch import its compiler, for seconds
+            inv_freq, attention_factor = inverse_frequencies(rope, head_dim)
+            # On the CPU whatever the device, so that every device rotates by the same numbers.
+            angles = torch.arange(max_positions, dtype=torch.float32)[:, None] * inv_freq
+            table.copy_(torch.cat((angles.cos(), angles.sin()), dim=-1).mul_(attention_factor))
+        self.register_buffer("table", table, persistent=False)
 
     def forward(self, positions: Tensor) -> Tensor:
         """positions: int64 [T] -> float32 [T, head_dim]."""

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from miniserve.attention.routes import ASM_WRONG_LENGTHS
-from miniserve.bench.check_paths import AttentionPath, Machine, PathResults
-from miniserve.bench.check_tokens import Comparison
 from miniserve.bench.report import header, write_json
+from miniserve.checks.check_paths import AttentionPath, Machine, PathResults
+from miniserve.checks.check_tokens import Comparison
 from miniserve.core import UserError
 from miniserve.runner.self_check import CheckResult
 

@@ -18,11 +18,11 @@ from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.build import build_backend
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.layouts import LAYOUTS, KVCache
-from miniserve.attention.metadata import DecodeRows, StepBatch
+from miniserve.attention.metadata import StepBatch, decode_rows
 from miniserve.attention.select import Choice
 from miniserve.attention.spec import AttentionLayer, AttentionSpec, LatentLayer
 from miniserve.attention.terms import LayerRoute
-from miniserve.bench.check_paths import AttentionPath, Machine, made_up_layer
+from miniserve.checks.check_paths import AttentionPath, Machine, made_up_layer
 
 _MEASURE = 0.2  # seconds for each figure
 _CACHED = 512 << 20  # bytes; a run that reads fewer would find them in the GPU's cache
@@ -109,7 +109,7 @@ def _batch(rows: int, context: int, block_size: int, device: torch.device, *, ca
     slots = tables[:, -1] * block_size + (context - 1) % block_size
     lens = torch.full((rows,), context, dtype=torch.int32, device=device)
     host = None if captured else np.full(rows, context, dtype=np.int64)
-    return StepBatch(slots.to(device), DecodeRows(tables.int().to(device), lens, context, host))
+    return StepBatch(slots.to(device), decode_rows(tables.int().to(device), lens, context, host))
 
 
 def _step(

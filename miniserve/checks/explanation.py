@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,10 +17,12 @@ from miniserve.attention.terms import LayerRoute
 from miniserve.config import EngineConfig, tuning_dir
 from miniserve.core import UserError
 from miniserve.kernels import native
+from miniserve.models.description import ModelConfig
 from miniserve.models.layers.aiter_moe import NAME as AITER_MOE
 from miniserve.models.layers.aiter_moe import describe_experts, refusal
 from miniserve.models.layers.experts import TRITON_MOE, choose_moe_method
-from miniserve.models.outline import Outline, expert_shape, shard, weight_bytes
+from miniserve.models.registry import STORED_SIZES, weight_bytes
+from miniserve.runner.device import find_dtype, find_kv_dtype
 from miniserve.runner.tuning import load_preferred
 
 # What each device has, in GiB, as its driver states it.
@@ -75,11 +76,11 @@ class Memory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
-    """paths: every backend and layout, the chosen one among them. experts: what multiplies routed ones, a sentence.
-    notes: sentences."""
+    """config: of the whole model. paths: every backend and layout, the chosen one among them. experts: what multiplies
+    routed ones, a sentence. notes: sentences."""
 
     model: str
-    outline: Outline
+    config: ModelConfig
     device: str
     platform: Platform
     tp: int
@@ -93,16 +94,16 @@ class Explanation:
     notes: tuple[str, ...]
 
 
-def explain(name: str, outline: Outline, config: EngineConfig, device: str, tp: int) -> Explanation:
+def explain(name: str, model: ModelConfig, config: EngineConfig, device: str, tp: int) -> Explanation:
     """device: auto or one of `NAMED_PLATFORMS`, in place of config's; tp: how many GPUs share the model. Raises
     `UserError` where what was wished cannot be had, with every reason."""
-    dtype = outline.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    dtype = find_dtype(config.dtype, model.dtype)
     platform, total = _hardware(device, dtype)
     platform = platform if config.aiter else platform.without_aiter()
-    kv_dtype = dtype if config.kv_cache_dtype == "auto" else getattr(torch, config.kv_cache_dtype, platform.fp8_dtype)
+    kv_dtype, part = find_kv_dtype(config.kv_cache_dtype, dtype, platform), model.shard(tp)
     layers = [
-        None if spec is None else dataclasses.replace(shard(spec, tp), dtype=dtype, kv_dtype=kv_dtype)
-        for spec in outline.layers
+        part.attention_spec(layer, dtype, kv_dtype) if part.has_kv_cache(layer) else None
+        for layer in range(part.num_layers)
     ]
     specs = [spec for spec in layers if spec is not None]
     choice = select(
@@ -113,14 +114,14 @@ def explain(name: str, outline: Outline, config: EngineConfig, device: str, tp: 
         layout=config.kv_layout,
         preferred=load_preferred(tuning_dir(), platform, specs, config.block_size),
     )
-    longest = min(config.max_model_len or outline.max_position_embeddings, outline.max_position_embeddings)
+    longest = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
     kinds = tuple(
         LayerKind(layers=tuple(index for index, other in enumerate(layers) if other == spec), spec=spec)
         for spec in dict.fromkeys(layers)
     )
     return Explanation(
         model=name,
-        outline=outline,
+        config=model,
         device=device,
         platform=platform,
         tp=tp,
@@ -129,9 +130,9 @@ def explain(name: str, outline: Outline, config: EngineConfig, device: str, tp: 
         kinds=kinds,
         choice=choice,
         paths=tuple(_paths(specs, platform, config.block_size)),
-        memory=_memory(outline, choice, specs, platform, config, tp, total, longest),
-        experts=_experts(outline, platform, dtype),
-        notes=tuple(_notes(outline, config, device, tp, platform)),
+        memory=_memory(model, choice, specs, platform, config, tp, total, longest),
+        experts=_experts(part, platform, dtype),
+        notes=tuple(_notes(model, config, device, tp, platform)),
     )
 
 
@@ -159,7 +160,7 @@ def _paths(specs: Sequence[AttentionSpec], platform: Platform, block_size: int) 
 
 
 def _memory(
-    outline: Outline,
+    model: ModelConfig,
     choice: Choice,
     specs: Sequence[AttentionSpec],
     platform: Platform,
@@ -170,7 +171,9 @@ def _memory(
 ) -> Memory:
     layout = LAYOUTS[choice.layout](config.block_size)
     block = block_bytes(choice, layout, specs)
-    weights = weight_bytes(outline, tp)
+    dtype, place = specs[0].dtype, "cpu" if platform.arch == "cpu" else "cuda"
+    known = model.quantization in STORED_SIZES
+    weights = weight_bytes(model.shard(tp), dtype, place) if known else None
     scratch = scratch_bytes(choice, specs, platform, config.max_num_seqs, longest)
     usable = None if total is None else int(total * config.gpu_memory_utilization)
     limit = pool_limit(layout, specs, choice.routes, platform, config.max_num_seqs)
@@ -187,13 +190,13 @@ def _memory(
         scratch=scratch,
         kv_bytes_per_token=block // config.block_size,
         tokens=tokens,
-        least_tp=_least_tp(outline, usable) if tokens == 0 and usable is not None else None,
+        least_tp=_least_tp(model, dtype, usable) if tokens == 0 and usable is not None else None,
         bounded=bounded,
     )
 
 
-def _experts(outline: Outline, platform: Platform, dtype: torch.dtype) -> str | None:
-    if (shape := expert_shape(outline)) is None:
+def _experts(model: ModelConfig, platform: Platform, dtype: torch.dtype) -> str | None:
+    if model.moe is None:
         return None
     refused = refusal(platform, dtype)
     if refused is None:
@@ -203,34 +206,31 @@ def _experts(outline: Outline, platform: Platform, dtype: torch.dtype) -> str | 
     else:
         device = torch.device("cpu" if platform.arch == "cpu" else "cuda")
         kernels = native.NativeKernels() if platform.arch == "cpu" and native.unavailable_reason() is None else None
-        name = choose_moe_method(dtype, device, *shape, kernels).name
+        name = choose_moe_method(dtype, device, model.hidden_size, model.moe.intermediate_size, kernels).name
     return describe_experts(name, refused)
 
 
-def _least_tp(outline: Outline, usable: int) -> int | None:
+def _least_tp(model: ModelConfig, dtype: torch.dtype, usable: int) -> int | None:
     for tp in (2, 4, 8, 16, 32, 64):
         try:
-            weights = weight_bytes(outline, tp)
+            if weight_bytes(model.shard(tp), dtype, "cuda") < usable:
+                return tp
         except UserError:  # its heads cannot be divided so often
             return None
-        if weights is not None and weights < usable:
-            return tp
     return None
 
 
-def _notes(outline: Outline, config: EngineConfig, device: str, tp: int, platform: Platform) -> Iterator[str]:
-    yield from outline.missing
+def _notes(model: ModelConfig, config: EngineConfig, device: str, tp: int, platform: Platform) -> Iterator[str]:
+    yield from model.missing
     if tp > 1:
         yield f"each of {tp} GPUs' part is shown; the engine itself serves TP 1 at present"
-    kv_heads = {spec.num_kv_heads for spec in outline.specs if spec.latent is None}
-    for count in sorted(kv_heads):
-        if tp > count:
-            yield f"{count} KV heads on {tp} GPUs: each head's cache is kept on {tp // count} of them"
-    if tp > 1 and any(spec.latent is not None for spec in outline.specs):
+    if model.latent is None and tp > (count := model.num_kv_heads):
+        yield f"{count} KV heads on {tp} GPUs: each head's cache is kept on {tp // count} of them"
+    if model.latent is not None and tp > 1:
         yield f"the latent cache is the same for all heads and is kept whole on each of {tp} GPUs"
-    if None in outline.layers:
+    if model.linear is not None:
         yield "layers of linear attention keep a state of fixed size for each sequence, which is not counted"
-    if outline.fp8_kv and config.kv_cache_dtype == "auto":
+    if model.fp8_kv_scales and config.kv_cache_dtype == "auto":
         yield "the checkpoint states scales for an fp8 KV cache; --kv-cache-dtype fp8 shows one"
     if device in NAMED_PLATFORMS and platform.aiter_version is not None:
         yield f"aiter v{'.'.join(map(str, platform.aiter_version))} and Triton are taken to be installed"

@@ -9,9 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miniserve.attention.metadata import ChunkRows
-
-Int64 = np.ndarray[tuple[int], np.dtype[np.int64]]
+from miniserve.attention.metadata import Int64, QueryRows
 
 
 class RaggedLens(NamedTuple):
@@ -37,7 +35,7 @@ class GatheredRows:
     lens: RaggedLens
 
 
-def context_pieces(group: ChunkRows, block_size: int, max_tokens: int) -> tuple[GatheredRows, ...]:
+def context_pieces(group: QueryRows, block_size: int, max_tokens: int) -> tuple[GatheredRows, ...]:
     """All rows' contexts, one after the other, cut into pieces of at most max_tokens tokens. A piece is of neighbouring
     rows, each with some of its context in it, so that no kernel meets an empty row."""
     context = np.array(group.context_lens, dtype=np.int64)
@@ -52,7 +50,7 @@ def context_pieces(group: ChunkRows, block_size: int, max_tokens: int) -> tuple[
     return tuple(pieces)
 
 
-def windowed_rows(group: ChunkRows, block_size: int, window: int) -> GatheredRows:
+def windowed_rows(group: QueryRows, block_size: int, window: int) -> GatheredRows:
     """Each row's new tokens and, of its context, what the first of them sees in a window of that many keys."""
     context = np.array(group.context_lens, dtype=np.int64)
     query = np.array(group.query_lens, dtype=np.int64)
@@ -60,7 +58,7 @@ def windowed_rows(group: ChunkRows, block_size: int, window: int) -> GatheredRow
     return _gathered(group, slice(0, len(context)), low, context + query, block_size)
 
 
-def _gathered(group: ChunkRows, rows: slice, low: Int64, high: Int64, block_size: int) -> GatheredRows:
+def _gathered(group: QueryRows, rows: slice, low: Int64, high: Int64, block_size: int) -> GatheredRows:
     """Of each row, its tokens at positions low … high - 1."""
     device = group.block_tables.device
     counts = high - low
@@ -72,8 +70,8 @@ def _gathered(group: ChunkRows, rows: slice, low: Int64, high: Int64, block_size
     query_ends = np.cumsum((0, *group.query_lens))
     cu_query_lens = query_ends[rows.start : rows.stop + 1] - query_ends[rows.start]
     return GatheredRows(
-        start=group.query_start + int(query_ends[rows.start]),
-        end=group.query_start + int(query_ends[rows.stop]),
+        start=group.start + int(query_ends[rows.start]),
+        end=group.start + int(query_ends[rows.stop]),
         slots=slots,
         lens=RaggedLens(
             _int32(cu_query_lens, device),

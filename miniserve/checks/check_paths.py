@@ -18,14 +18,16 @@ from miniserve.attention.backends.build import pool_limit
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.contracts import CONTRACTS
 from miniserve.attention.layouts import LAYOUTS
-from miniserve.attention.platform import Platform
+from miniserve.attention.platform import Platform, detect_platform
 from miniserve.attention.select import Choice, select
 from miniserve.attention.spec import AttentionLayer, AttentionSpec, LatentLayer
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
+from miniserve.models.config import describe_model
 from miniserve.models.hub import locate_config
-from miniserve.models.outline import read_outline
-from miniserve.runner.device import find_device, find_dtype, find_kv_dtype, find_platform
+from miniserve.models.layers.attention import Attention
+from miniserve.models.layers.latent_attention import UpProjection
+from miniserve.runner.device import find_device, find_dtype, find_kv_dtype
 from miniserve.runner.self_check import Checked, CheckResult, check_backend
 
 _LARGE_PLANE = 9 << 29  # bytes: 4.5 GiB
@@ -58,49 +60,19 @@ class PathResults:
         return all(result.ok for result in self.checks)
 
 
-@dataclass(slots=True)
-class MadeUpLayer:
-    """An `AttentionLayer` without a model."""
-
-    layer_index: int
-    spec: AttentionSpec
-    sinks: torch.Tensor | None
-    k_scale: torch.Tensor
-    v_scale: torch.Tensor
-
-
-@dataclass(slots=True)
-class MadeUpLatentLayer:
-    """A `LatentLayer` without a model. key [num_heads, nope_dim, kv_lora_rank], value [num_heads, v_head_dim, …]."""
-
-    layer_index: int
-    spec: AttentionSpec
-    kv_scale: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-
-    def absorb(self, q_nope: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("thn,hnc->thc", q_nope, self.key)
-
-    def expand(self, kv_c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.einsum("tc,hnc->thn", kv_c, self.key), torch.einsum("tc,hvc->thv", kv_c, self.value)
-
-    def project_out(self, latent_out: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("thc,hvc->thv", latent_out, self.value).flatten(1)
-
-
 def made_up_layer(spec: AttentionSpec, device: torch.device) -> AttentionLayer | LatentLayer:
     """A layer of that kind with random weights, always the same."""
     generator = torch.Generator().manual_seed(0)
     k_scale, v_scale = (torch.tensor([scale], device=device) for scale in (_K_SCALE, _V_SCALE))
     if (dims := spec.latent) is None:
         sinks = torch.randn(spec.num_heads, generator=generator).to(device) if spec.sinks else None
-        return MadeUpLayer(0, spec, sinks, k_scale, v_scale)
-    key, value = (
-        torch.randn(spec.num_heads, size, dims.kv_lora_rank, generator=generator).mul_(dims.kv_lora_rank**-0.5)
-        for size in (dims.nope_dim, dims.v_head_dim)
-    )
-    return MadeUpLatentLayer(0, spec, k_scale, key.to(spec.dtype).to(device), value.to(spec.dtype).to(device))
+        return Attention(0, spec, k_scale, v_scale, sinks)
+    layer = UpProjection(0, spec, dims, device)
+    layer.allocate(torch.device("cpu"))
+    layer.weight.normal_(0.0, dims.kv_lora_rank**-0.5, generator=generator)
+    layer.to(device).finish()
+    layer.kv_scale = k_scale
+    return layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,13 +142,14 @@ class Machine:
 
 def find_machine(config: EngineConfig) -> Machine:
     """The device that `config` asks for, and the attention of its model, by config.json alone."""
-    name, raw = locate_config(config.model, config.revision)
-    outline = read_outline(raw, name)
+    name, path = locate_config(config.model, config.revision)
+    model = describe_model(path, name)
     device = find_device(config.device)
-    dtype = find_dtype(config.dtype, str(outline.dtype).removeprefix("torch."))
+    dtype = find_dtype(config.dtype, model.dtype)
+    layers = filter(model.has_kv_cache, range(model.num_layers))
     return Machine(
-        specs=tuple(dataclasses.replace(spec, dtype=dtype, kv_dtype=dtype) for spec in outline.specs),
-        platform=find_platform(config.device, device, dtype),
+        specs=tuple(model.attention_spec(layer, dtype, dtype) for layer in layers),
+        platform=detect_platform(device, dtype),
         device=device,
         block_size=config.block_size,
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from miniserve.bench.check_paths import AttentionPath
+from miniserve.checks.check_paths import AttentionPath
 from miniserve.config import EngineConfig
 from miniserve.core import SamplingParams
 from miniserve.llm import LLM
