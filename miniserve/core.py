@@ -19,11 +19,13 @@ class UserError(Exception):
 
 
 class InvalidRequest(ValueError):
-    """A request that is refused. The server answers 400 with `str(error)` and `param`, the field at fault."""
+    """A request that is refused. The server answers 400 with `str(error)`, `param`, the field at fault, and `code`, a
+    word that programs may test for."""
 
-    def __init__(self, message: str, param: str | None = None) -> None:
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+        self.code = code
 
 
 _field_types: Any = functools.cache(get_type_hints)
@@ -122,7 +124,8 @@ def _check(good: bool, param: str, rule: str) -> None:
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """One sequence to generate (a client's `n > 1` arrives as n requests)."""
+    """A prompt and what to generate from it. In the engine it is one sequence: a client's `n > 1` arrives there as n
+    requests."""
 
     request_id: str
     prompt_token_ids: list[int]

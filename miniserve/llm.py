@@ -29,6 +29,7 @@ from miniserve.config import EngineConfig
 from miniserve.core import (
     Completion,
     InvalidRequest,
+    Request,
     RequestOutput,
     SamplingParams,
     SchedulerStats,
@@ -39,9 +40,9 @@ from miniserve.engine.build import RUNNER_FACTORY, build_engine
 from miniserve.engine.chat_template import is_list
 from miniserve.engine.output import OutputAssembler, fan_out, join
 from miniserve.engine.tokenizer import Tokenizer, load_tokenizer
-from miniserve.engine.validation import check_request
 from miniserve.models.generation_config import load_generation_defaults
 from miniserve.models.hub import locate
+from miniserve.scheduler.limits import check_request
 
 Message = Mapping[str, Any]
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
@@ -190,11 +191,11 @@ class LLM:
         jobs = []
         for index, ((text, token_ids), params) in enumerate(zip(tokenized, sampling_params, strict=True)):
             try:
-                params = check_request(token_ids, params, self.info)
+                request = Request(request_id=f"{next(self._serial)}", prompt_token_ids=token_ids, params=params)
+                jobs.append(_Job(text, check_request(request, self.info), self.tokenizer))
             except InvalidRequest as refused:
                 where = f"Prompt {index}: " if len(tokenized) > 1 else ""
                 raise InvalidRequest(f"{where}{refused}", refused.param) from None
-            jobs.append(_Job(f"{next(self._serial)}", text, token_ids, params, self.tokenizer))
         self._finish_all(jobs, progress)
         return [job.generation() for job in jobs]
 
@@ -243,14 +244,12 @@ class LLM:
 class _Job:
     """One prompt on its way to a `Generation`."""
 
-    def __init__(
-        self, request_id: str, prompt: str | None, token_ids: list[int], params: SamplingParams, tokenizer: Tokenizer
-    ) -> None:
-        self.requests = fan_out(request_id, token_ids, params)
+    def __init__(self, prompt: str | None, request: Request, tokenizer: Tokenizer) -> None:
+        self.requests = fan_out(request.request_id, request)
         self._prompt = prompt
-        self._token_ids = token_ids
-        self._assembler = OutputAssembler(tokenizer, token_ids, params)
-        self._deltas: list[list[Completion]] = [[] for _ in range(params.n)]
+        self._token_ids = request.prompt_token_ids
+        self._assembler = OutputAssembler(tokenizer, request.prompt_token_ids, request.params)
+        self._deltas: list[list[Completion]] = [[] for _ in self.requests]
 
     def push(self, index: int, output: RequestOutput) -> bool:
         """Whether the sequence met a stop string, so that the engine must abort it."""

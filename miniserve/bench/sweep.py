@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from miniserve.bench.report import header
 from miniserve.bench.serve import ServeConfig, ServeSummary, run
-from miniserve.bench.server_process import running_server
 from miniserve.bench.workload import Shape
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
 from miniserve.models.config import describe_model
 from miniserve.models.hub import locate_config
+from miniserve.server.config import ServerConfig
+from miniserve.server.process import ServerEnded, ServerProcess
 
 AS_SERVED = "as served"  # the layout of a server that this sweep did not start
 _WARMUP_OUTPUT = 16  # tokens
+_SHOWN_LINES = 5  # of the log of a server that did not start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +136,21 @@ def _server(config: SweepConfig, layout: str) -> AbstractContextManager[str]:
         return nullcontext(config.url)
     length = config.engine.max_model_len or max(shape.input_len + shape.output_len for shape in config.shapes)
     return running_server(dataclasses.replace(config.engine, kv_layout=layout, max_model_len=length))
+
+
+@contextmanager
+def running_server(engine: EngineConfig) -> Iterator[str]:
+    """Start a server in another process and yield its URL. Raises `UserError` with the end of its log if it does not
+    start."""
+    with tempfile.TemporaryFile() as log:
+        server = ServerProcess(engine, ServerConfig(port=0), quiet=False, log=log)
+        try:
+            with server:
+                yield server.url
+        except ServerEnded:
+            log.seek(0)
+            lines = log.read().decode(errors="replace").strip().splitlines()[-_SHOWN_LINES:]
+            raise UserError(f"The server did not start (exit code {server.exit_code}): " + "\n".join(lines)) from None
 
 
 def _measure(

@@ -11,8 +11,7 @@ import typer
 from miniserve.bench.client import Endpoint
 from miniserve.bench.serve import PromptType, ServeConfig
 from miniserve.bench.workload import Shape
-from miniserve.cli.options import parse_count
-from miniserve.cli.settings import with_settings
+from miniserve.cli.settings import parse_count, with_settings
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
 from miniserve.server.config import check_api_key

@@ -30,9 +30,7 @@ def chat(
 ) -> None:
     """Chat with a running server: a prompt at a terminal, or one answer with -m or piped text."""
     # Here and not above: the HTTP library would slow down `miniserve --help`.
-    from miniserve.cli.chat_client import ChatClient, ChatError, ChatSettings, Message
-    from miniserve.cli.repl import Repl, print_answer
-    from miniserve.cli.stdin import read_text
+    from miniserve.cli.repl import ChatClient, ChatError, ChatSettings, Message, Repl, print_answer, read_text
 
     key = api_key if api_key is not None else check_api_key(api_key_from_environment())
     client = ChatClient(url, model=model, api_key=key)

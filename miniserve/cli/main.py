@@ -17,7 +17,7 @@ from miniserve.cli import EXIT_FAILURE, EXIT_USAGE
 from miniserve.cli.chat import chat
 from miniserve.cli.check import check
 from miniserve.cli.explain import explain
-from miniserve.cli.run import run, serve
+from miniserve.cli.run import run, serve, serve_for_parent
 from miniserve.cli.tune import tune
 from miniserve.core import InvalidRequest, UserError
 
@@ -58,6 +58,7 @@ app = typer.Typer(
 )
 app.command()(run)
 app.command("serve")(serve)
+app.command(hidden=True)(serve_for_parent)
 app.command()(chat)
 app.command()(explain)
 app.command()(check)

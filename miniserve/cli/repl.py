@@ -1,15 +1,21 @@
-"""The chat prompt of `miniserve chat` and `miniserve run`, and the single question of their -m and -p."""
+"""A conversation with a server: the prompt of `miniserve chat` and `miniserve run`, the single question of their -m and
+-p, and the small client of the chat API beneath them."""
 
 from __future__ import annotations
 
 import importlib
+import json
+import os
+import select
+import stat
 import sys
-from collections.abc import Callable
-from contextlib import closing, suppress
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
-from miniserve.cli.chat_client import ChatClient, ChatError, ChatSettings, Message
+import httpx
+
 from miniserve.core import UserError
 
 PROMPT = ">>> "
@@ -27,6 +33,9 @@ Ctrl-C                    stops an answer"""
 
 # A model's text must not move the cursor or recolour the terminal: drop control characters except tab and newline.
 _CONTROL = dict.fromkeys((*range(9), *range(11, 32), 127, *range(128, 160)))
+# Limit for a model without a chat template, which continues the text: the endpoint's default of 16 tokens is too few.
+_COMPLETION_TOKENS = 256
+_PATIENCE = 2.0  # seconds without data after which nobody is expected to write to a pipe
 
 
 class Repl:
@@ -159,3 +168,186 @@ def print_answer(
 
 def _notice(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+# --- the client ---------------------------------------------------------------------------------------------------
+
+
+class ChatError(Exception):
+    """The server did not give an answer; `str(error)` says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatSettings:
+    """What is sent with each question; None means the server's default."""
+
+    system: str | None = None
+    temperature: float | None = None
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    role: str
+    content: str
+
+
+class ChatClient:
+    """Talks to an OpenAI-compatible server at `url` (with or without `/v1`).
+
+    `finish_reason` is that of the last answer. `has_chat_template` turns False when the server reports that its model
+    has none: from then on each question is sent alone, as text to continue.
+    """
+
+    def __init__(self, url: str, *, model: str | None = None, api_key: str | None = None) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        # No limit on the time between two pieces: a long prompt on a CPU takes minutes. No proxy from the environment:
+        # it has no place between two processes of one machine.
+        with self._reach_server():
+            self._http = httpx.Client(
+                base_url=self.url, headers=headers, timeout=httpx.Timeout(None, connect=10), trust_env=False
+            )
+        self._model = model
+        self.has_chat_template = True
+        self.finish_reason: str | None = None
+
+    @property
+    def model(self) -> str:
+        """The model asked for, else the first that the server has. Raises `UserError` where no server answers."""
+        if self._model is None:
+            self._model = self._first_model()
+        return self._model
+
+    def answer(self, messages: Sequence[Message], settings: ChatSettings) -> Generator[str, None, None]:
+        """Yield the pieces of the answer to the last of `messages`. Closing the iterator aborts the request.
+
+        Raises `ChatError` where the server refuses or fails, `UserError` where none answers.
+        """
+        self.finish_reason = None
+        if self.has_chat_template:
+            try:
+                yield from self._stream("/v1/chat/completions", self._chat_body(messages, settings))
+            except ChatError as error:
+                if "no chat template" not in str(error):
+                    raise
+                self.has_chat_template = False
+        if not self.has_chat_template:
+            if settings.system is not None:
+                raise ChatError("the model has no chat template, so it takes no system prompt")
+            yield from self._stream("/v1/completions", self._completion_body(messages[-1].content, settings))
+
+    def _chat_body(self, messages: Sequence[Message], settings: ChatSettings) -> dict[str, Any]:
+        system = [Message("system", settings.system)] if settings.system is not None else []
+        history = [{"role": message.role, "content": message.content} for message in (*system, *messages)]
+        return {"model": self.model, "messages": history, "stream": True} | _sampling(settings)
+
+    def _completion_body(self, prompt: str, settings: ChatSettings) -> dict[str, Any]:
+        body = {"model": self.model, "prompt": prompt, "stream": True, "max_tokens": _COMPLETION_TOKENS}
+        return body | _sampling(settings)
+
+    def _stream(self, path: str, body: dict[str, Any]) -> Iterator[str]:
+        with self._reach_server(), self._http.stream("POST", path, json=body) as response:
+            if response.status_code != 200:
+                response.read()
+                raise ChatError(_error_message(response))
+            for line in response.iter_lines():
+                if line.startswith("data:") and line != "data: [DONE]":
+                    yield from self._pieces(_parse(line.removeprefix("data:")))
+
+    def _pieces(self, event: dict[str, Any]) -> Iterator[str]:
+        if "error" in event:
+            raise ChatError(str(event["error"].get("message", event["error"])))
+        for choice in event.get("choices", []):
+            piece = choice["delta"].get("content") if "delta" in choice else choice.get("text")
+            self.finish_reason = choice.get("finish_reason") or self.finish_reason
+            if piece:
+                yield piece
+
+    def _first_model(self) -> str:
+        with self._reach_server():
+            response = self._http.get("/v1/models")
+        if response.status_code != 200:
+            why = _error_message(response)
+            raise UserError(f"{self.url} does not list its models ({why}): check --url and --api-key.")
+        try:
+            return str(response.json()["data"][0]["id"])
+        except (ValueError, LookupError, TypeError):
+            raise UserError(f"{self.url} does not list its models: is --url an OpenAI-compatible server?") from None
+
+    @contextmanager
+    def _reach_server(self) -> Iterator[None]:
+        try:
+            yield
+        except (httpx.ConnectError, httpx.ConnectTimeout):
+            raise UserError(
+                f"No server answers at {self.url}: start one with `miniserve run`, or pass --url."
+            ) from None
+        except (httpx.UnsupportedProtocol, httpx.InvalidURL):
+            raise UserError(f"{self.url!r} is not a URL: pass one such as http://127.0.0.1:8000.") from None
+        except UnicodeEncodeError:  # undecodable bytes from a terminal, a pipe or the command line
+            raise ChatError("the text is not valid UTF-8") from None
+        except httpx.HTTPError as error:
+            raise ChatError(f"the connection to {self.url} broke ({type(error).__name__})") from error
+
+
+def _parse(data: str) -> dict[str, Any]:
+    try:
+        event = json.loads(data)
+    except ValueError:
+        event = None
+    if not isinstance(event, dict):
+        raise ChatError("the server sent an event that is not a JSON object")
+    return event
+
+
+def _sampling(settings: ChatSettings) -> dict[str, Any]:
+    chosen = {"temperature": settings.temperature, "max_tokens": settings.max_tokens}
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def _error_message(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return f"HTTP {response.status_code}"
+
+
+# --- standard input -----------------------------------------------------------------------------------------------
+
+
+def can_chat() -> bool:
+    """Whether a user sits at a terminal: stdin and stdout are one, and this process is not in the background (`… &`),
+    where reading from the terminal would stop it."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return False
+    try:
+        return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+    except OSError:
+        return False
+
+
+def read_text() -> str:
+    """All of standard input. Raises `UserError` if it is not UTF-8."""
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError:
+        raise UserError("Standard input is not valid UTF-8: pipe in UTF-8 text.") from None
+
+
+def read_piped_text() -> str | None:
+    """The text piped in or redirected from a file; None if there is none.
+
+    Servers are started with all kinds of standard input: a terminal, /dev/null, nothing at all, an empty pipe, a pipe
+    that is held open and never written to. All of these give None, the last one after `_PATIENCE`.
+    """
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError, AttributeError):  # closed
+        return None
+    if stat.S_ISREG(mode):
+        return read_text() or None
+    if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+        return None
+    readable, _, _ = select.select([sys.stdin.fileno()], [], [], _PATIENCE)
+    return (read_text() or None) if readable else None

@@ -88,9 +88,8 @@ class Report:
         if info.speculative is not None:
             self.line(f"speculation {info.speculative}, in batch rows that no running request needs")
 
-    def ready(self, host: str, port: int, model: str, *, with_key: bool) -> None:
+    def ready(self, url: str, model: str, *, with_key: bool) -> None:
         """The URL and a request to copy into a shell."""
-        url = client_url(host, port)
         self.line(f"Serving {model} at {url}")
         self.line(curl_line(url, model, with_key=with_key))
 

@@ -54,6 +54,13 @@ def serve(engine: EngineConfig, server: ServerConfig, api_key_file: ApiKeyFile =
     raise typer.Exit(start(engine, with_all_keys(server, api_key_file), prompt=None, chat=False))
 
 
+def serve_for_parent() -> None:
+    """Serve what standard input says (see `server.process`); hidden, as it is for this program alone."""
+    from miniserve.cli.serving import run_for_parent
+
+    raise typer.Exit(run_for_parent())
+
+
 def with_all_keys(server: ServerConfig, file: Path | None) -> ServerConfig:
     """Keys of the flag, the file and the environment: any of them opens the server."""
     if server.api_keys:

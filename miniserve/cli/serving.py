@@ -1,54 +1,92 @@
-"""Start an engine and its server: in this thread for a server alone, in another one beneath a chat prompt."""
+"""Run a server in this process: load the model, report, serve."""
 
 from __future__ import annotations
 
 import asyncio
-import os
+import logging
 import signal
-import socket
-import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import NoReturn
+import sys
+from collections.abc import Callable, Coroutine
 
-from miniserve.cli.report import Report
+import msgspec
+
+from miniserve import __version__
+from miniserve.cli import EXIT_FAILURE
+from miniserve.cli.report import Report, client_url
 from miniserve.config import EngineConfig
-from miniserve.engine.client import AsyncEngine
-from miniserve.models.hub import ModelSource
+from miniserve.core import UserError
+from miniserve.engine.client import AsyncEngine, EngineDead
+from miniserve.engine.launch import die_with_parent, set_up_logging
+from miniserve.models.hub import locate
 from miniserve.server.config import ServerConfig
-from miniserve.server.serve import exit_at_once, loop_factory, on_signals, serve
+from miniserve.server.process import ServerStart, on_signals
+from miniserve.server.serve import bind, is_local, loop_factory, serve
 
 
-class Terminated(BaseException):
-    """SIGTERM or SIGHUP came, or the server beneath a chat prompt ended: leave, whatever runs in the main thread."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.exit_code = 128 + number
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Launch:
-    """All that it takes to serve a model. `socket` is bound already."""
-
-    engine: EngineConfig
-    server: ServerConfig
-    source: ModelSource
-    socket: socket.socket
-    report: Report
-
-    async def run(self, on_ready: Callable[[], None], stop: asyncio.Event | None = None) -> int:
-        """Load, report, serve; returns the exit code. Raises `UserError` and `EngineDead` where the start fails."""
-        engine = AsyncEngine(self.engine, self.source.path, self.source.name, step_timeout=self.server.step_timeout)
-        with self.report.loading() as progress:
-            await engine.start(progress)
-        self.report.engine(engine.info)
-        return await serve(engine, self.server, sock=self.socket, on_ready=on_ready, stop=stop)
+def run_for_parent() -> int:
+    """As a `ServerProcess`: stdin says what to serve, stdout where it answers. Returns the exit code."""
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # the terminal is another's, but may be written to
+    try:
+        asked = msgspec.json.decode(sys.stdin.buffer.readline(), type=ServerStart)
+    except msgspec.DecodeError:
+        raise UserError("This command is for miniserve's own use; `miniserve serve` starts a server.") from None
+    die_with_parent(asked.parent_pid)
+    return run_server(asked.engine, asked.server, Report(quiet=asked.quiet), _obey_parent)
 
 
-def serve_alone(launch: Launch, on_ready: Callable[[], None]) -> int:
-    """Serve until a signal or the engine's death ends it; returns the exit code."""
+def _obey_parent(url: str, stop: asyncio.Event) -> None:
+    loop = asyncio.get_running_loop()
+
+    def at_end_of_stdin() -> None:
+        loop.remove_reader(0)
+        stop.set()
+
+    loop.add_reader(0, at_end_of_stdin)
+    print(url, flush=True)
+
+
+def run_server(
+    engine: EngineConfig,
+    server: ServerConfig,
+    report: Report,
+    on_ready: Callable[[str, asyncio.Event], None] = lambda url, stop: None,
+) -> int:
+    """Serve until a signal or the engine's death ends it; returns the exit code. `on_ready` gets the URL, and an event
+    that ends it, too."""
+    set_up_logging(engine.log_level)
+    if engine.log_level != "debug":
+        for library in ("httpx", "httpx2"):  # they log each request at info
+            logging.getLogger(library).setLevel(logging.WARNING)
+    # The port comes first: one in use is to be reported before anything is downloaded or loaded.
+    with bind(server.host, server.port) as sock:
+        source = locate(engine.model, engine.revision, weights=engine.load_format != "dummy", notify=report.note)
+        report.line(f"miniserve {__version__}: {source.name}, {source.origin}")
+        url = client_url(server.host, sock.getsockname()[1])
+        local, stop = is_local(sock), asyncio.Event()
+
+        def answers() -> None:
+            names = server.served_model_names or (source.name,)
+            report.ready(url, names[0], with_key=bool(server.api_keys))
+            if not (server.api_keys or local):
+                report.note("Whoever can reach this machine can use the server; --api-key makes it ask for a key.")
+            on_ready(url, stop)
+
+        async def run() -> int:
+            client = AsyncEngine(engine, source.path, source.name, step_timeout=server.step_timeout)
+            with report.loading() as progress:
+                await client.start(progress)
+            report.engine(client.info)
+            return await serve(client, server, sock=sock, on_ready=answers, stop=stop)
+
+        try:
+            return _run(run)
+        except EngineDead as error:  # a bug or a broken device: its traceback, where there is one, was written before
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_FAILURE
+
+
+def _run(serving: Callable[[], Coroutine[None, None, int]]) -> int:
+    """The exit code; a signal cancels it while the model loads. The server then sets handlers of its own."""
     interrupted_by = 0
 
     async def main() -> int:
@@ -60,82 +98,11 @@ def serve_alone(launch: Launch, on_ready: Callable[[], None]) -> int:
             interrupted_by = number
             loop.call_soon_threadsafe(task.cancel)
 
-        with on_signals(give_up):  # while the model loads; the server then sets its own handlers
-            return await launch.run(on_ready)
+        with on_signals(give_up):
+            return await serving()
 
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         try:
             return runner.run(main())
         except asyncio.CancelledError:
             return 128 + interrupted_by
-
-
-class BackgroundServer:
-    """A server in a thread of its own, for the time of a `with` block; the block's end drains it.
-
-    Entering it waits until the server answers, and raises what kept it from that. `exit_code` counts once the block has
-    ended. A server that ends by itself sends the process a SIGTERM; a second signal while it drains ends the process.
-    """
-
-    def __init__(self, launch: Launch) -> None:
-        self.exit_code = 0
-        self.answers = False
-        self._launch = launch
-        self._settled = threading.Event()  # it answers, or it has ended
-        self._error: BaseException | None = None
-        self._leaving = False
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stop: asyncio.Event | None = None
-        self._task: asyncio.Task[int] | None = None
-        # A daemon: the process must be able to end whatever this thread does.
-        self._thread = threading.Thread(target=self._run, name="server", daemon=True)
-
-    def __enter__(self) -> BackgroundServer:
-        self._thread.start()
-        try:
-            self._settled.wait()
-        except BaseException:
-            self._end()
-            raise
-        if self._error is not None:
-            raise self._error
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._end()
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        try:
-            with asyncio.Runner(loop_factory=loop_factory()) as runner:
-                self.exit_code = runner.run(self._main())
-        except BaseException as error:
-            self._error = error
-        self._settled.set()
-        if self.answers and not self._leaving:
-            os.kill(os.getpid(), signal.SIGTERM)  # the main thread may be waiting for a line at the prompt
-
-    async def _main(self) -> int:
-        self._loop, self._stop, self._task = asyncio.get_running_loop(), asyncio.Event(), asyncio.current_task()
-        return await self._launch.run(self._on_ready, self._stop)
-
-    def _on_ready(self) -> None:
-        self.answers = True
-        self._settled.set()
-
-    def _end(self) -> None:
-        self._leaving = True
-        with on_signals(exit_at_once):
-            if self._thread.is_alive() and self._loop is not None and self._stop is not None and self._task is not None:
-                self._loop.call_soon_threadsafe(self._stop.set if self.answers else self._task.cancel)
-            self._thread.join()
-
-
-def terminated_by_signals() -> AbstractContextManager[None]:
-    """Raise `Terminated` in the main thread at a SIGTERM or SIGHUP. Ctrl-C is the prompt's."""
-    return on_signals(_raise_terminated, (signal.SIGTERM, signal.SIGHUP))
-
-
-def _raise_terminated(number: int) -> NoReturn:
-    raise Terminated(number)

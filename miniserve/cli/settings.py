@@ -1,19 +1,47 @@
-"""The settings of engine, server and loads as options of commands, each declared once."""
+"""The settings of engine, server and loads as options of commands, each declared once; and how numbers are written:
+`8k` tokens, `4G` bytes."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import fields
+from fractions import Fraction
 from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 import typer
 
 from miniserve.bench.workload import Shape
-from miniserve.cli.options import parse_bytes, parse_count
 from miniserve.config import LOG_LEVELS, EngineConfig
+from miniserve.core import UserError
 from miniserve.server.config import ServerConfig
+
+_COUNTS = {"": 1, "k": 10**3, "K": 2**10, "Ki": 2**10, "m": 10**6, "M": 2**20, "Mi": 2**20}
+_BYTES = {"": 1, "b": 1} | {
+    prefix + ending: 2 ** (10 * power) for power, prefix in enumerate("kmgt", 1) for ending in ("", "b", "i", "ib")
+}
+
+
+def parse_count(text: str, flag: str) -> int:
+    """A number of tokens or sequences: `8192`, `8k` (8,000), `8K` or `8Ki` (8,192). Raises `UserError`."""
+    return _scaled(text, _COUNTS, f"{flag} must be a whole number such as 8192, 8k (8000) or 8K (8192), not {text!r}.")
+
+
+def parse_bytes(text: str, flag: str) -> int:
+    """A size, its suffixes powers of 1024 in either case: `4294967296`, `4G`, `4GiB`, `512m`. Raises `UserError`."""
+    return _scaled(text.lower(), _BYTES, f"{flag} must be a size in bytes such as 512M or 4G, not {text!r}.")
+
+
+def _scaled(text: str, units: Mapping[str, int], message: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip(), flags=re.ASCII)
+    if match is None or match[2] not in units:
+        raise UserError(message)
+    number = Fraction(match[1]) * units[match[2]]
+    if number.denominator != 1:
+        raise UserError(message)
+    return int(number)
 
 
 def _option(*names: str, panel: str, help: str, **settings: Any) -> Any:

@@ -1,25 +1,36 @@
-"""Decide what `miniserve run` does (serve, serve and chat, or answer once), and do it."""
+"""Decide what `miniserve run` does (serve, serve and chat, or answer once), and do it.
+
+A server alone runs in this process. Beneath a chat prompt, or for one answer, it has a process of its own.
+"""
 
 from __future__ import annotations
 
-import logging
+import os
 import secrets
+import signal
 import sys
+import threading
+from collections.abc import Callable
 from dataclasses import replace
+from typing import NoReturn
 
-from miniserve import __version__
 from miniserve.cli import EXIT_FAILURE
-from miniserve.cli.chat_client import ChatClient, ChatError, ChatSettings, Message
-from miniserve.cli.repl import Repl, print_answer
-from miniserve.cli.report import Report, client_url
-from miniserve.cli.serving import BackgroundServer, Launch, Terminated, serve_alone, terminated_by_signals
-from miniserve.cli.stdin import can_chat, read_piped_text, read_text
+from miniserve.cli.repl import (
+    ChatClient,
+    ChatError,
+    ChatSettings,
+    Message,
+    Repl,
+    can_chat,
+    print_answer,
+    read_piped_text,
+    read_text,
+)
+from miniserve.cli.report import Report
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
-from miniserve.engine.client import EngineDead
-from miniserve.models.hub import locate
 from miniserve.server.config import ServerConfig
-from miniserve.server.serve import bind, is_local
+from miniserve.server.process import ServerEnded, ServerProcess, on_signals
 
 
 def start(engine: EngineConfig, server: ServerConfig, *, prompt: str | None, chat: bool) -> int:
@@ -30,80 +41,69 @@ def start(engine: EngineConfig, server: ServerConfig, *, prompt: str | None, cha
         prompt = read_piped_text()
     if prompt is not None and not prompt.strip():
         raise UserError("There is nothing to answer: the text is empty.")
-    _set_up_logging(engine.log_level)
-    try:
-        return _start(engine, server, prompt, chat)
-    except EngineDead as error:  # a bug or a broken device: its traceback, where there is one, was written before
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_FAILURE
-
-
-def _start(engine: EngineConfig, server: ServerConfig, prompt: str | None, chat: bool) -> int:
+    quiet = engine.log_level not in ("debug", "info")
     if prompt is not None:
         # For this process alone: a free port, and a key that nobody else knows.
-        private = replace(server, host="127.0.0.1", port=0, api_keys=(secrets.token_hex(16),), log_interval=0)
-        return _answer_once(_prepare(engine, private, quiet=True), prompt)
-    with_chat = chat and can_chat()
-    if with_chat:
-        server = replace(server, log_interval=0)  # no lines between those of a conversation
-    launch = _prepare(engine, server, quiet=engine.log_level not in ("debug", "info"))
-    return _serve_and_chat(launch) if with_chat else serve_alone(launch, lambda: _tell_url(launch))
+        private = replace(server, host="127.0.0.1", port=0, api_keys=(secrets.token_hex(16),))
+        return _with_server(engine, private, True, lambda client: _answer_once(client, prompt))
+    if chat and can_chat():
+        return _with_server(engine, server, quiet, lambda client: _chat(client, Report(quiet=quiet)))
+    # Here and not above: beneath a conversation this process needs none of it.
+    from miniserve.cli.serving import run_server
+
+    return run_server(engine, server, Report(quiet=quiet))
 
 
-def _set_up_logging(level: str) -> None:
-    logging.basicConfig(
-        level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    if level != "debug":
-        for library in ("httpx", "httpx2"):  # they log each request at info
-            logging.getLogger(library).setLevel(logging.WARNING)
+# --- a server beneath a conversation ----------------------------------------------------------------------------------
 
 
-def _prepare(engine: EngineConfig, server: ServerConfig, *, quiet: bool) -> Launch:
-    """Take the port, then find the model: a port in use is to be told before anything is downloaded or loaded."""
-    report = Report(quiet=quiet)
-    sock = bind(server.host, server.port)
+class _Terminated(BaseException):
+    """SIGTERM or SIGHUP came, or the server ended: leave, whatever runs in the main thread."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
+
+
+def _raise_terminated(number: int) -> NoReturn:
+    raise _Terminated(number)
+
+
+def _with_server(
+    engine: EngineConfig, server: ServerConfig, quiet: bool, converse: Callable[[ChatClient], int | None]
+) -> int:
+    """Run a server while `converse` talks with it. Returns the exit code: that of `converse`, or else the server's."""
+    # No lines about progress between those of a conversation.
+    process = ServerProcess(engine, replace(server, log_interval=0), quiet=quiet)
     try:
-        source = locate(engine.model, engine.revision, weights=engine.load_format != "dummy", notify=report.note)
-    except BaseException:
-        sock.close()
-        raise
-    report.line(f"miniserve {__version__}: {source.name}, {source.origin}")
-    server = replace(server, port=sock.getsockname()[1])
-    return Launch(engine=engine, server=server, source=source, socket=sock, report=report)
+        # Ctrl-C is the prompt's.
+        with on_signals(_raise_terminated, (signal.SIGTERM, signal.SIGHUP)), process:
+            threading.Thread(target=_watch, args=(process,), daemon=True).start()
+            code = converse(ChatClient(process.url, api_key=server.api_keys[0] if server.api_keys else None))
+    except ServerEnded:
+        code = None
+    except _Terminated as end:
+        code = None if process.url else end.exit_code
+    return process.exit_code if code is None else code
 
 
-def _tell_url(launch: Launch) -> None:
-    names = launch.server.served_model_names or (launch.source.name,)
-    launch.report.ready(launch.server.host, launch.server.port, names[0], with_key=bool(launch.server.api_keys))
-    if not launch.server.api_keys and not is_local(launch.socket):
-        launch.report.note("Whoever can reach this machine can use the server; --api-key makes it ask for a key.")
+def _watch(process: ServerProcess) -> None:
+    process.wait()
+    if not process.leaving:
+        os.kill(os.getpid(), signal.SIGTERM)  # the main thread may be waiting for a line at the prompt
 
 
-def _client(launch: Launch) -> ChatClient:
-    keys = launch.server.api_keys
-    return ChatClient(client_url(launch.server.host, launch.server.port), api_key=keys[0] if keys else None)
+def _chat(client: ChatClient, report: Report) -> None:
+    report.line("Chat here, or use the URL; /help lists the commands, /bye ends the server.")
+    Repl(client, ChatSettings(), leave_on_interrupt=True).run()
 
 
-def _serve_and_chat(launch: Launch) -> int:
-    background = BackgroundServer(launch)
+def _answer_once(client: ChatClient, prompt: str) -> int:
     try:
-        with terminated_by_signals(), background:
-            _tell_url(launch)
-            launch.report.line("Chat here, or use the URL; /help lists the commands, /bye ends the server.")
-            Repl(_client(launch), ChatSettings(), leave_on_interrupt=True).run()
-    except Terminated as end:
-        return background.exit_code if background.answers else end.exit_code
-    return background.exit_code
-
-
-def _answer_once(launch: Launch, prompt: str) -> int:
-    try:
-        with terminated_by_signals(), BackgroundServer(launch):
-            print_answer(_client(launch), [Message("user", prompt)], ChatSettings())
+        print_answer(client, [Message("user", prompt)], ChatSettings())
     except ChatError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILURE
-    except Terminated as end:
+    except _Terminated as end:
         return end.exit_code
     return 0

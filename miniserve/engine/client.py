@@ -18,8 +18,8 @@ from miniserve.config import EngineConfig
 from miniserve.core import (
     EngineInfo,
     InvalidRequest,
+    Request,
     RequestOutput,
-    SamplingParams,
     SchedulerStats,
     StepRecord,
     StepTotals,
@@ -28,10 +28,8 @@ from miniserve.core import (
 from miniserve.engine import messages
 from miniserve.engine.build import RUNNER_FACTORY, ProgressCallback
 from miniserve.engine.launch import EngineProcess
-from miniserve.engine.output import OutputAssembler, fan_out
-from miniserve.engine.stream import CompletionStream, Mailbox
+from miniserve.engine.output import CompletionStream, Mailbox, OutputAssembler, fan_out
 from miniserve.engine.tokenizer import Tokenizer, load_tokenizer
-from miniserve.engine.validation import check_request
 from miniserve.models.generation_config import GenerationDefaults, load_generation_defaults
 
 _POLL_MS = 100  # how often an engine that says nothing is looked at
@@ -173,19 +171,18 @@ class AsyncEngine:
 
     # --- requests -------------------------------------------------------------------------------------------------
 
-    def generate(self, prompt_token_ids: list[int], params: SamplingParams, request_id: str) -> CompletionStream:
-        """Start a request and return its deltas as an asynchronous iterator; see `CompletionStream` for how it ends.
+    def generate(self, request: Request) -> CompletionStream:
+        """Start a request that has passed `check_request`, and return its deltas as an asynchronous iterator; see
+        `CompletionStream` for how it ends.
 
-        All checks happen in this call: raises `InvalidRequest` naming the field for what cannot be served, and
-        `EngineDead` where there is no engine any more. `max_tokens` is clamped to what fits into the context.
+        Raises `InvalidRequest` for an id that is running, `EngineDead` where there is no engine any more.
         """
-        process = self._live_process()
-        params = check_request(prompt_token_ids, params, self.info)
+        process, request_id = self._live_process(), request.request_id
         if request_id in self._running:
             raise InvalidRequest(f"A request with the id {request_id!r} is already running.", "request_id")
         # A caller may use an id again while tokens of its first request are still on their way.
-        requests = fan_out(f"{next(self._serial)}:{request_id}", prompt_token_ids, params)
-        assembler = OutputAssembler(self.tokenizer, prompt_token_ids, params)
+        requests = fan_out(f"{next(self._serial)}:{request_id}", request)
+        assembler = OutputAssembler(self.tokenizer, request.prompt_token_ids, request.params)
         running = _Running(request_id, assembler, [request.request_id for request in requests])
         self._running[request_id] = running
         for index, sequence_id in enumerate(running.sequence_ids):

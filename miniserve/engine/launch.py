@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import logging
 import os
 import shutil
 import signal
@@ -21,6 +23,7 @@ from miniserve.core import UserError
 from miniserve.engine import messages
 
 _MAX_SOCKET_PATH = 100  # the system's limit is 107 bytes
+_PR_SET_PDEATHSIG = 1
 _KILL_TIMEOUT = 5.0  # seconds
 _STOPPED = 3.0  # seconds that a process may be stopped (SIGSTOP) before it counts as dead
 
@@ -120,6 +123,22 @@ class EngineProcess:
         self.events.close(linger=0)
         self._context.term()
         self.remove_directory()
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have this process killed when the one that started it ends; on Linux alone."""
+    if sys.platform == "linux":
+        # Also where this process hangs in a kernel or holds the interpreter's lock.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:  # it died before the line above
+        os._exit(1)
+
+
+def set_up_logging(level_name: str) -> None:
+    """To stderr, as all processes of a server do."""
+    logging.basicConfig(
+        level=level_name.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
 
 
 def _private_directory() -> Path:

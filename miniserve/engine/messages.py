@@ -27,7 +27,7 @@ class Start(msgspec.Struct, kw_only=True, frozen=True):
 
 
 class Add(msgspec.Struct, tag=True, frozen=True):
-    """Requests that have passed `check_request`: the scheduler refuses none of them."""
+    """Requests that have passed `limits.check_request`: the scheduler refuses none of them."""
 
     requests: list[Request]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
 
@@ -13,19 +14,17 @@ from miniserve.engine.detokenizer import Detokenizer
 from miniserve.engine.tokenizer import Tokenizer
 
 
-def fan_out(request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> list[Request]:
-    """The engine's requests for one caller's request: one for each of `params.n` sequences.
+def fan_out(request_id: str, request: Request) -> list[Request]:
+    """The engine's requests for one caller's request: one for each of its n sequences, whose ids begin with
+    `request_id`.
 
     Sequence i draws with seed + i where a seed is given. Only the first computes the prompt's logprobs.
     """
+    prompt, params = request.prompt_token_ids, request.params
     if params.n == 1:
-        return [Request(request_id=request_id, prompt_token_ids=prompt_token_ids, params=params)]
+        return [Request(request_id=request_id, prompt_token_ids=prompt, params=params)]
     return [
-        Request(
-            request_id=f"{request_id}#{index}",
-            prompt_token_ids=prompt_token_ids,
-            params=_child(params, index),
-        )
+        Request(request_id=f"{request_id}#{index}", prompt_token_ids=prompt, params=_child(params, index))
         for index in range(params.n)
     ]
 
@@ -148,3 +147,75 @@ def join(deltas: Sequence[Completion]) -> Completion:
         logprobs=[entry for entries in logprobs for entry in entries] if logprobs else None,
         prompt_logprobs=next((d.prompt_logprobs for d in deltas if d.prompt_logprobs is not None), None),
     )
+
+
+class Mailbox:
+    """Deltas on their way to their reader. Those not fetched yet are merged, one per sequence, so that a slow reader
+    holds back nobody and piles up nothing."""
+
+    def __init__(self) -> None:
+        self._pending: dict[int, Completion] = {}
+        self._arrived = asyncio.Event()
+        self.complete = False
+
+    def put(self, delta: Completion) -> None:
+        earlier = self._pending.get(delta.index)
+        self._pending[delta.index] = delta if earlier is None else join((earlier, delta))
+        self._arrived.set()
+
+    def end(self) -> None:
+        """Nothing comes any more but what is pending."""
+        self.complete = True
+        self._arrived.set()
+
+    async def get(self) -> Completion | None:
+        """The next delta, or None after the last."""
+        while not self._pending:
+            if self.complete:
+                return None
+            self._arrived.clear()
+            await self._arrived.wait()
+        return self._pending.pop(next(iter(self._pending)))
+
+
+class CompletionStream:
+    """The deltas of one request, of all its n sequences as they come; ends after the last delta of the last sequence.
+
+    Closing the stream early (`aclose`), cancelling the task that waits in it, or dropping it aborts the request in the
+    engine. To be read by one task. If the engine dies, each unfinished sequence gets a last delta with finish_reason
+    `error` and the reason in `error`; nothing is raised.
+    """
+
+    def __init__(self, mailbox: Mailbox, abort: Callable[[], None]) -> None:
+        self._mailbox = mailbox
+        self._abort = abort
+        self._event_loop = asyncio.get_running_loop()
+        self._closed = False
+
+    def __aiter__(self) -> CompletionStream:
+        return self
+
+    async def __anext__(self) -> Completion:
+        if self._closed:
+            raise StopAsyncIteration
+        try:
+            delta = await self._mailbox.get()
+        except asyncio.CancelledError:
+            await self.aclose()
+            raise
+        if delta is None:
+            self._closed = True
+            raise StopAsyncIteration
+        return delta
+
+    async def aclose(self) -> None:
+        """Abort the request unless it has ended. May be called again."""
+        if not self._closed:
+            self._closed = True
+            if not self._mailbox.complete:
+                self._abort()
+
+    def __del__(self) -> None:
+        # A dropped stream may be collected in any thread; the engine's client lives in its event loop.
+        if not (self._closed or self._mailbox.complete or self._event_loop.is_closed()):
+            self._event_loop.call_soon_threadsafe(self._abort)

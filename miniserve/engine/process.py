@@ -7,9 +7,7 @@ never outlives the API process: the kernel kills it with its parent, and its std
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import logging
 import os
 import signal
 import sys
@@ -24,9 +22,9 @@ import zmq
 from miniserve.core import RequestOutput, UserError
 from miniserve.engine import messages
 from miniserve.engine.build import build_engine
+from miniserve.engine.launch import die_with_parent, set_up_logging
 from miniserve.engine.loop import EngineLoop
 
-_PR_SET_PDEATHSIG = 1
 _PROGRESS_INTERVAL = 0.05  # seconds
 _LINGER_MS = 2000  # how long the last message may take to leave a process that ends
 
@@ -99,12 +97,13 @@ def main(directory: Path) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     start = msgspec.msgpack.decode((directory / messages.START_FILE).read_bytes(), type=messages.Start)
-    _die_with_parent(start.parent_pid)
+    die_with_parent(start.parent_pid)
+    threading.Thread(target=_exit_at_end_of_stdin, name="parent-watch", daemon=True).start()
     context = zmq.Context()
     events = _connect(context, zmq.PUSH, directory / messages.OUTPUTS_SOCKET)
     commands = _connect(context, zmq.PULL, directory / messages.COMMANDS_SOCKET)
     try:
-        _set_up_logging(start.config.log_level)
+        set_up_logging(start.config.log_level)
         loop, info = build_engine(
             start.config, Path(start.source_path), start.model_name, _ProgressReporter(events), start.runner_factory
         )
@@ -132,21 +131,6 @@ def _connect(context: zmq.Context[zmq.Socket[bytes]], kind: int, path: Path) -> 
     socket.set_hwm(0)  # no message is ever dropped or waits for the reader
     socket.connect(f"ipc://{path}")
     return socket
-
-
-def _set_up_logging(level_name: str) -> None:
-    logging.basicConfig(
-        level=level_name.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-
-
-def _die_with_parent(parent_pid: int) -> None:
-    if sys.platform == "linux":
-        # Also where this process hangs in a kernel or holds the interpreter's lock.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it died before the line above
-        os._exit(1)
-    threading.Thread(target=_exit_at_end_of_stdin, name="parent-watch", daemon=True).start()
 
 
 def _exit_at_end_of_stdin() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from miniserve.core import InvalidRequest, RowStart
+from miniserve.core import RowStart
 from miniserve.kernels.sampling import NUM_COLUMNS, WANTS_LOGITS, RowParams
 from miniserve.runner.sampling_penalties import PenalisedRows
 from miniserve.runner.sampling_transfer import to_device
@@ -94,10 +94,6 @@ class RowTable:
         row, params = start.row, start.request.params
         if self._taken[row]:
             raise ValueError(f"row {row} is taken")
-        if params.logit_bias and max(params.logit_bias) >= self._vocab_size:
-            raise InvalidRequest(
-                f"logit_bias has a token id beyond the vocabulary of {self._vocab_size}.", "logit_bias"
-            )
         self._taken[row] = True
         self._started.append(row)
         self._keys[row] = stream_key(params.seed, start.request.request_id, self._seed)

@@ -1,13 +1,41 @@
-"""Which requests can never run: a pure function, for both the API process and the scheduler."""
+"""What a request must satisfy before anything runs: the same for the server, the offline API and the scheduler."""
 
 from __future__ import annotations
 
-from miniserve.core import InvalidRequest
+from collections.abc import Sequence
+
+import msgspec
+
+from miniserve.config import SchedulerConfig
+from miniserve.core import EngineInfo, InvalidRequest, Request
+
+_MAX_LOGPROBS = 20
 
 
-def check_lengths(
-    prompt_len: int, max_tokens: int | None, *, max_model_len: int, num_blocks: int, block_size: int
-) -> int:
+def check_request(request: Request, info: EngineInfo) -> Request:
+    """Return the request with its `max_tokens` resolved (see `check_lengths`).
+
+    Raises `InvalidRequest` naming the field for a prompt or parameters this engine cannot serve.
+    """
+    params, prompt_len = request.params, len(request.prompt_token_ids)
+    max_tokens = check_lengths(prompt_len, params.max_tokens, info)
+    check_vocabulary(request.prompt_token_ids, "prompt", info.vocab_size)
+    check_vocabulary(params.stop_token_ids, "stop_token_ids", info.vocab_size)
+    check_vocabulary(tuple(params.logit_bias or ()), "logit_bias", info.vocab_size)
+    if params.min_tokens > max_tokens:
+        raise InvalidRequest(
+            f"min_tokens is {params.min_tokens}, but with a prompt of {prompt_len} tokens at most {max_tokens} tokens "
+            "can be generated.",
+            "min_tokens",
+        )
+    check_logprobs(params.logprobs, "logprobs", info.vocab_size)
+    check_logprobs(params.prompt_logprobs, "prompt_logprobs", info.vocab_size)
+    if params.max_tokens == max_tokens:
+        return request
+    return msgspec.structs.replace(request, params=msgspec.structs.replace(params, max_tokens=max_tokens))
+
+
+def check_lengths(prompt_len: int, max_tokens: int | None, limits: EngineInfo | SchedulerConfig) -> int:
     """Return the number of tokens the request may generate; all lengths in tokens.
 
     `max_tokens` is clamped to the rest of the context; None (no limit) also to what the KV cache holds.
@@ -17,14 +45,14 @@ def check_lengths(
     if prompt_len < 1:
         raise InvalidRequest("The prompt must contain at least one token.", "prompt")
     least_output = 0 if max_tokens == 0 else 1
-    if prompt_len + least_output > max_model_len:
-        raise InvalidRequest(
-            f"This model's maximum context length is {max_model_len} tokens. However, your prompt contains "
-            f"{prompt_len} input tokens, which leaves no room for output. Shorten the prompt.",
-            "prompt",
+    room = limits.max_model_len - prompt_len
+    if room < least_output:
+        raise too_long(
+            limits.max_model_len,
+            f"your prompt contains {prompt_len} input tokens, which leaves no room for output. Please shorten the "
+            "prompt.",
         )
-    capacity = num_blocks * block_size
-    room = max_model_len - prompt_len
+    capacity = limits.num_blocks * limits.block_size
     output_len = min(room, max(capacity - prompt_len, 1)) if max_tokens is None else min(room, max_tokens)
     if prompt_len + output_len > capacity:
         raise InvalidRequest(
@@ -34,3 +62,25 @@ def check_lengths(
             "prompt" if prompt_len + least_output > capacity else "max_tokens",
         )
     return output_len
+
+
+def too_long(max_model_len: int, reason: str, param: str = "input_tokens") -> InvalidRequest:
+    """With the code and, by default, the field that clients know it by."""
+    message = f"This model's maximum context length is {max_model_len} tokens. However, {reason}"
+    return InvalidRequest(message, param, "context_length_exceeded")
+
+
+def check_vocabulary(token_ids: Sequence[int], param: str, vocab_size: int) -> None:
+    """Raises `InvalidRequest` naming `param` for an id that the model does not have."""
+    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        wrong = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
+        raise InvalidRequest(
+            f"{param} holds the token id {wrong}; the model's vocabulary has ids from 0 to {vocab_size - 1}.", param
+        )
+
+
+def check_logprobs(value: int | None, param: str, vocab_size: int) -> None:
+    """Raises `InvalidRequest` naming `param` for a number of log probabilities that is out of range."""
+    most = min(_MAX_LOGPROBS, vocab_size)
+    if value is not None and not 0 <= value <= most:
+        raise InvalidRequest(f"{param} must be between 0 and {most}, not {value}.", param)

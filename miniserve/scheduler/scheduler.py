@@ -108,18 +108,11 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises `InvalidRequest` if it could never finish, or its id is in use."""
-        config = self._config
-        max_tokens = check_lengths(
-            len(request.prompt_token_ids),
-            request.params.max_tokens,
-            max_model_len=config.max_model_len,
-            num_blocks=config.num_blocks,
-            block_size=config.block_size,
-        )
+        max_tokens = check_lengths(len(request.prompt_token_ids), request.params.max_tokens, self._config)
         if request.request_id in self._sequences:
             raise InvalidRequest(f"A request with the id {request.request_id!r} is already running.", "request_id")
         self._num_arrivals += 1
-        seq = Sequence(request, self._num_arrivals, max_tokens, config.eos_token_ids)
+        seq = Sequence(request, self._num_arrivals, max_tokens, self._config.eos_token_ids)
         self._sequences[request.request_id] = seq
         self._waiting[seq.arrival] = seq
 

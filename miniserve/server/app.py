@@ -7,20 +7,26 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import PlainTextResponse
 
 from miniserve import __version__
+from miniserve.core import InvalidRequest
 from miniserve.engine.client import AsyncEngine
-from miniserve.server import chat, completions, debug, errors, health, responses, tokenize
+from miniserve.scheduler.limits import check_vocabulary
+from miniserve.server import chat, completions, errors, protocol, steps
 from miniserve.server.body import body_route
+from miniserve.server.chat import render
 from miniserve.server.config import ServerConfig
+from miniserve.server.connection import ApiKeyMiddleware, BodyLimitMiddleware, HostMiddleware, PathMiddleware
 from miniserve.server.errors import json_response
-from miniserve.server.middleware import ApiKeyMiddleware, BodyLimitMiddleware, HostMiddleware, PathMiddleware
-from miniserve.server.protocol import ChatCompletionRequest, CompletionRequest
+from miniserve.server.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from miniserve.server.service import Service
 
+_MAX_TEXT = 1_048_576  # characters that /tokenize takes: they need not fit into the context
+_MAX_IDS = 262_144
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": responses.ErrorEnvelope},
-    "5XX": {"model": responses.ErrorEnvelope},
+    "4XX": {"model": protocol.ErrorEnvelope},
+    "5XX": {"model": protocol.ErrorEnvelope},
 }
 
 _EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
@@ -34,9 +40,9 @@ def create_app(engine: AsyncEngine, config: ServerConfig, hosts: Collection[str]
     app.router.route_class = body_route(engine.info.max_model_len)
     errors.install(app)
     _openai_routes(app, service)
-    tokenize.install(app, service)
-    health.install(app, service)
-    debug.install(app, service)
+    _tokenizer_routes(app, service)
+    _health_routes(app, service)
+    steps.install(app, service)
     # The last one added is the outermost: browsers need CORS headers on refusals, too.
     app.add_middleware(PathMiddleware)
     app.add_middleware(BodyLimitMiddleware, max_bytes=config.max_body_bytes)
@@ -52,20 +58,20 @@ def create_app(engine: AsyncEngine, config: ServerConfig, hosts: Collection[str]
 
 
 def _openai_routes(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/completions", response_model=responses.Completion, responses=_EVENTS)
+    @app.post("/v1/completions", response_model=protocol.Completion, responses=_EVENTS)
     async def create_completion(body: CompletionRequest) -> Response:
         return await completions.respond(service, body)
 
-    @app.post("/v1/chat/completions", response_model=responses.ChatCompletion, responses=_EVENTS)
+    @app.post("/v1/chat/completions", response_model=protocol.ChatCompletion, responses=_EVENTS)
     async def create_chat_completion(body: ChatCompletionRequest) -> Response:
         return await chat.respond(service, body)
 
-    @app.get("/v1/models", response_model=responses.ModelList)
+    @app.get("/v1/models", response_model=protocol.ModelList)
     async def list_models() -> Response:
         models = [_model(service, name) for name in service.model_names]
         return json_response({"object": "list", "data": models})
 
-    @app.get("/v1/models/{name:path}", response_model=responses.Model)
+    @app.get("/v1/models/{name:path}", response_model=protocol.Model)
     async def get_model(name: str) -> Response:
         service.check_model(name)
         return json_response(_model(service, name))
@@ -76,7 +82,7 @@ def _openai_routes(app: FastAPI, service: Service) -> None:
         return json_response({"name": "miniserve", "version": __version__, **links})
 
 
-def _model(service: Service, name: str) -> responses.Model:
+def _model(service: Service, name: str) -> protocol.Model:
     info = service.engine.info
     return {
         "id": name,
@@ -88,3 +94,72 @@ def _model(service: Service, name: str) -> responses.Model:
         "max_model_len": info.max_model_len,
         "permission": [],
     }
+
+
+def _health_routes(app: FastAPI, service: Service) -> None:
+    async def health() -> Response:
+        service.check_alive()
+        stats, age = service.engine.stats, service.engine.last_step_age()
+        answer: protocol.Health = {
+            "status": "ok",
+            "running": stats.num_running,
+            "waiting": stats.num_waiting + service.turns.waiting,
+            "last_step_age": None if age is None else round(age, 3),
+        }
+        return json_response(answer)
+
+    async def version() -> Response:
+        return json_response({"version": __version__})
+
+    async def metrics(request: Request) -> Response:
+        body, content_type = service.metrics.render(request.headers.get("accept", ""))
+        return Response(body, headers={"content-type": content_type})
+
+    for path in ("/health", "/ping", "/ready"):
+        app.add_api_route(path, health, response_model=protocol.Health)
+    app.add_api_route("/version", version, response_model=protocol.Version)
+    app.add_api_route("/metrics", metrics, response_class=PlainTextResponse)
+    app.add_api_route("/ping", health, methods=["POST"], include_in_schema=False)  # as SageMaker does
+
+
+def _tokenizer_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/tokenize", response_model=protocol.Tokenized)
+    async def tokenize(body: TokenizeRequest) -> Response:
+        service.check_model(body.model)
+        service.fields.check(body, {"tools": ([],)})
+        ids = await _ids(service, body)
+        piece = service.engine.tokenizer.token_piece
+        pieces = await service.off_loop(len(ids), lambda: list(map(piece, ids))) if body.return_token_strs else None
+        answer: protocol.Tokenized = {
+            "count": len(ids),
+            "max_model_len": service.engine.info.max_model_len,
+            "tokens": ids,
+            "token_strs": pieces,
+        }
+        return json_response(answer)
+
+    @app.post("/detokenize", response_model=protocol.Detokenized)
+    async def detokenize(body: DetokenizeRequest) -> Response:
+        service.check_model(body.model)
+        service.fields.check(body, {})
+        if len(body.tokens) > _MAX_IDS:
+            raise InvalidRequest(f"tokens holds {len(body.tokens)} ids; at most {_MAX_IDS} are taken.", "tokens")
+        check_vocabulary(body.tokens, "tokens", service.engine.info.vocab_size)
+        decode = service.engine.tokenizer.decode
+        text = await service.off_loop(len(body.tokens), lambda: decode(body.tokens, False))
+        return json_response({"prompt": text})
+
+    if service.config.enable_tokenizer_info:
+
+        @app.get("/tokenizer_info", response_model=protocol.TokenizerInfo)
+        async def tokenizer_info() -> Response:
+            return json_response(service.engine.tokenizer.info())
+
+
+async def _ids(service: Service, body: TokenizeRequest) -> list[int]:
+    if body.messages is None and body.prompt is not None:
+        (ids,) = await service.encode([body.prompt], body.add_special_tokens is not False, _MAX_TEXT)
+        return ids
+    if body.messages is None or body.prompt is not None:
+        raise InvalidRequest("Exactly one of prompt and messages is needed.", "prompt")
+    return await render(service, body.messages, body, _MAX_TEXT)

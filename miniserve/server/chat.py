@@ -6,13 +6,21 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from miniserve.core import Completion, InvalidRequest, SamplingParams
+from miniserve.core import Completion, InvalidRequest, SamplingParams, TokenLogprobs
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server.fields import REFUSED_IN_CHAT
-from miniserve.server.logprobs import chat_logprobs
-from miniserve.server.protocol import ChatCompletionRequest, ChatMessage, RenderOptions
+from miniserve.server.protocol import (
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletionRequest,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+    RenderOptions,
+    TokenLogprob,
+    TopLogprob,
+)
 from miniserve.server.reply import Answer, GenerationResponse, Header, finish_word
-from miniserve.server.responses import ChatChoice, ChatChunkChoice, ChatDelta, ChatLogprobs
 from miniserve.server.service import Service
 
 
@@ -69,12 +77,11 @@ async def respond(service: Service, body: ChatCompletionRequest) -> GenerationRe
     service.check_model(body.model)
     service.fields.check(body, REFUSED_IN_CHAT)
     params = service.rules.for_chat(body)
-    service.turns.check(params.n)
+    service.turns.check(1, params.n)
     token_ids = await render(service, body.messages, body)
-    service.check_length(len(token_ids), params, body)
     header = service.header("chatcmpl")
     answer = ChatAnswer(header, service.engine.tokenizer, len(token_ids), params)
-    return GenerationResponse(service.generation([token_ids], params, header), answer, body)
+    return GenerationResponse(await service.generation([token_ids], params, body, header), answer, body)
 
 
 async def render(
@@ -109,3 +116,19 @@ def _message(path: str, message: ChatMessage) -> dict[str, Any]:
     if isinstance(content, list):
         content = [{**part.extras, "type": part.type, "text": part.text} for part in content]
     return {**message.extras, "role": message.role, "content": content}
+
+
+def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]) -> ChatLogprobs:
+    content: list[TokenLogprob] = []
+    for entry in entries:
+        top = [_top_logprob(tokenizer, *pair) for pair in zip(entry.top_ids, entry.top_logprobs, strict=True)]
+        content.append({**_top_logprob(tokenizer, entry.token_id, entry.logprob), "top_logprobs": top})
+    return {"content": content, "refusal": None}
+
+
+def _top_logprob(tokenizer: Tokenizer, token_id: int, logprob: float) -> TopLogprob:
+    return {
+        "token": tokenizer.token_str(token_id),
+        "logprob": logprob,
+        "bytes": list(tokenizer.token_bytes(token_id)),
+    }

@@ -1,18 +1,88 @@
-"""`/v1/completions`."""
+"""`/v1/completions`: prompts and the texts that continue them, log probabilities in four parallel arrays."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
-from miniserve.core import Completion, SamplingParams
+from miniserve.core import Completion, SamplingParams, TokenLogprobs
+from miniserve.engine.detokenizer import TextDecoder, text_decoder
 from miniserve.engine.tokenizer import Tokenizer
-from miniserve.server import logprobs
 from miniserve.server.fields import REFUSED_IN_COMPLETIONS
-from miniserve.server.protocol import CompletionRequest, Prompt
+from miniserve.server.protocol import CompletionChoice, CompletionLogprobs, CompletionRequest, Prompt
 from miniserve.server.reply import Answer, GenerationResponse, Header, finish_word
-from miniserve.server.responses import CompletionChoice, CompletionLogprobs
 from miniserve.server.service import Service
+
+
+class CompletionLogprobsWriter:
+    """The four arrays of one choice, piece by piece. `text_offset` counts characters of the choice's text: those that
+    are complete before the token's first byte."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, prompt_token_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._prompt_token_ids = prompt_token_ids
+        self._offset = 0
+
+    @cached_property
+    def _decoder(self) -> TextDecoder:
+        return text_decoder(self._tokenizer, self._skip_special_tokens, self._prompt_token_ids)
+
+    def prompt(self, entries: Sequence[TokenLogprobs | None], text: str) -> CompletionLogprobs:
+        """The echoed prompt, whose text is `text`; its first entry is None."""
+        self._offset = len(text)
+        return self._arrays(self._prompt_token_ids, entries, self._prompt_offsets(text))
+
+    def generated(self, entries: Sequence[TokenLogprobs]) -> CompletionLogprobs:
+        token_ids = [entry.token_id for entry in entries]
+        offsets = []
+        for token_id in token_ids:
+            offsets.append(self._offset)
+            self._offset += len(self._decoder.push(token_id))
+        return self._arrays(token_ids, entries, offsets)
+
+    def _prompt_offsets(self, text: str) -> list[int]:
+        """A prompt shows its special tokens, except for those that the tokenizer put around it."""
+        offsets = []
+        decoder = text_decoder(self._tokenizer, skip_special_tokens=False)
+        offset, at_start = 0, True
+        for token_id in self._prompt_token_ids:
+            offsets.append(min(offset, len(text)))
+            is_special = token_id in self._tokenizer.special_token_ids
+            if at_start and is_special and not text.startswith(self._tokenizer.token_str(token_id)):
+                continue
+            at_start = False
+            offset += len(decoder.push(token_id))
+        return offsets
+
+    def _arrays(
+        self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs | None], offsets: list[int]
+    ) -> CompletionLogprobs:
+        return {
+            "tokens": [self._tokenizer.token_str(token_id) for token_id in token_ids],
+            "token_logprobs": [None if entry is None else entry.logprob for entry in entries],
+            "top_logprobs": [None if entry is None else self._top(entry) for entry in entries],
+            "text_offset": offsets,
+        }
+
+    def _top(self, entry: TokenLogprobs) -> dict[str, float]:
+        """Keyed by text, with the chosen token among them. Of several ids with the same text the likeliest counts."""
+        top: dict[str, float] = {}
+        for token_id, logprob in zip(entry.top_ids, entry.top_logprobs, strict=True):
+            top.setdefault(self._tokenizer.token_str(token_id), logprob)
+        chosen = self._tokenizer.token_str(entry.token_id)
+        top[chosen] = max(entry.logprob, top.get(chosen, entry.logprob))
+        return top
+
+
+def _join(pieces: Sequence[CompletionLogprobs]) -> CompletionLogprobs:
+    return {
+        "tokens": [token for piece in pieces for token in piece["tokens"]],
+        "token_logprobs": [logprob for piece in pieces for logprob in piece["token_logprobs"]],
+        "top_logprobs": [top for piece in pieces for top in piece["top_logprobs"]],
+        "text_offset": [offset for piece in pieces for offset in piece["text_offset"]],
+    }
 
 
 class CompletionAnswer(Answer):
@@ -35,7 +105,7 @@ class CompletionAnswer(Answer):
         self._token_ids = token_ids
         self._params = params
         self._echo = echo
-        self._writers: dict[int, logprobs.CompletionLogprobsWriter] = {}
+        self._writers: dict[int, CompletionLogprobsWriter] = {}
         self._pieces: defaultdict[int, list[CompletionChoice]] = defaultdict(list)
 
     def add(self, number: int, delta: Completion) -> None:
@@ -59,7 +129,7 @@ class CompletionAnswer(Answer):
         first = writer is None
         if writer is None:
             skip_special_tokens, prompt_token_ids = self._params.skip_special_tokens, self._token_ids[number]
-            writer = logprobs.CompletionLogprobsWriter(self._tokenizer, skip_special_tokens, prompt_token_ids)
+            writer = CompletionLogprobsWriter(self._tokenizer, skip_special_tokens, prompt_token_ids)
             self._writers[index] = writer
         text = delta.text
         pieces: list[CompletionLogprobs] = []
@@ -74,7 +144,7 @@ class CompletionAnswer(Answer):
         return {
             "index": index,
             "text": text,
-            "logprobs": logprobs.join(pieces) if pieces else None,
+            "logprobs": _join(pieces) if pieces else None,
             "finish_reason": finish_word(delta),
             "stop_reason": delta.stop_reason,
         }
@@ -85,7 +155,7 @@ class CompletionAnswer(Answer):
         return {
             "index": index,
             "text": "".join(piece["text"] for piece in pieces),
-            "logprobs": None if self._params.logprobs is None else logprobs.join(arrays),
+            "logprobs": None if self._params.logprobs is None else _join(arrays),
             "finish_reason": pieces[-1]["finish_reason"],
             "stop_reason": pieces[-1]["stop_reason"],
         }
@@ -97,11 +167,10 @@ async def respond(service: Service, body: CompletionRequest) -> GenerationRespon
     service.check_model(body.model)
     service.fields.check(body, REFUSED_IN_COMPLETIONS)
     params = service.rules.for_completion(body)
-    service.turns.check(len(body.prompt) * params.n)
+    service.turns.check(len(body.prompt), params.n)
     texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
     encoded = iter(await service.encode(texts, body.add_special_tokens is not False))
     token_ids = [next(encoded) if isinstance(prompt, str) else prompt for prompt in body.prompt]
-    await service.check_prompts(token_ids, params, body)
     header = service.header("cmpl")
     answer = CompletionAnswer(header, service.engine.tokenizer, body.prompt, token_ids, params, bool(body.echo))
-    return GenerationResponse(service.generation(token_ids, params, header), answer, body)
+    return GenerationResponse(await service.generation(token_ids, params, body, header), answer, body)

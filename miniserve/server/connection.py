@@ -1,21 +1,31 @@
-"""A connection with the limits that uvicorn's has not: a client that owes a request (it has connected, or sent a part
-of one) has only so much time for it, and room for headers, for bodies in all, and for connections is bounded."""
+"""What stands between clients and the app: a connection with limits of time and room, and plain ASGI middleware for the
+host, the API key and the size of a body. All of it comes before anything is parsed."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import heapq
+import hmac
 import http
+import ipaddress
 import logging
+import time
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import httptools
 import msgspec
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from miniserve.server.errors import APIError
-from miniserve.server.throttle import ThrottledLog
 
+logger = logging.getLogger(__name__)
+
+# A connection's limits.
 _HEAD_SECONDS = 30.0  # for the request line and the headers
 _BODY_SECONDS = 30.0  # for each _BODY_PIECE bytes of a body, or its end; for all that comes after an early answer
 _BODY_PIECE = 16 * 1024
@@ -23,7 +33,35 @@ _MAX_HEAD = 64 * 1024  # bytes of a request line with its headers; of what stand
 _LINGER = 2.0  # seconds that what a refused client still sends is read, so that it gets to read the answer
 _MAX_REASON = 200  # characters of the parser's
 _SHARE = 16  # of so many idle connections one is closed where room is needed: a look at all costs time
-logger = logging.getLogger(__name__)
+# Warnings of a kind that are logged, in so many seconds: nobody may fill the log from outside.
+_LINES, _PERIOD = 10, 60.0
+# Paths that need the API key.
+_GUARDED = ("/v1/", "/debug/", "/tokenize/", "/detokenize/", "/tokenizer_info/")
+
+
+class ThrottledLog:
+    """Writes the first warnings of a kind in each period. The next period's first says how many were left out."""
+
+    def __init__(self, logger: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
+        self._logger = logger
+        self._clock = clock
+        self._kinds: dict[str, tuple[float, int]] = {}  # by its text: the period's begin, and how many came in it
+
+    def warning(self, text: str, *args: object) -> None:
+        """`text` is the kind: what differs from one to the next is in `args`."""
+        now = self._clock()
+        begin, count = self._kinds.get(text, (now, 0))
+        missed = 0
+        if now - begin >= _PERIOD:
+            begin, count, missed = now, 0, max(0, count - _LINES)
+        self._kinds[text] = begin, count + 1
+        if count < _LINES:
+            rest = f" ({missed} more like this were left out before.)" if missed else ""
+            self._logger.warning(text + "%s", *args, rest)
+
+
+def _address(client: Sequence[Any] | None) -> str:
+    return f"{client[0]}:{client[1]}" if client else "a client"
 
 
 class Guard:
@@ -81,7 +119,7 @@ class Connection(HttpToolsProtocol):
 
     @property
     def address(self) -> str:
-        return f"{self.client[0]}:{self.client[1]}" if self.client else "a client"
+        return _address(self.client)
 
     @property
     def answering(self) -> bool:
@@ -214,3 +252,117 @@ class Connection(HttpToolsProtocol):
 
 def _too_large() -> APIError:
     return APIError(431, f"The request line and headers are larger than {_MAX_HEAD} bytes.")
+
+
+class HostMiddleware:
+    """Refuses a Host header that is neither an address nor one of `hosts`, all in lower case.
+
+    A page in a browser on this machine reaches a local server by a name of its own that resolves here (DNS rebinding),
+    and would pass as the server's own page. It cannot do so by an address.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Collection[str]) -> None:
+        self._app = app
+        self._hosts = hosts
+        self._log = ThrottledLog(logger)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        for value in Headers(scope=scope).getlist("host") if scope["type"] == "http" else ():
+            if not self._known(value):
+                self._log.warning("%s: request refused for its Host header %r.", _address(scope["client"]), value[:100])
+                error = APIError(
+                    403, f"This server does not go by the name {value[:200]!r}; --allowed-host lets it be used."
+                )
+                await error.response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _known(self, value: str) -> bool:
+        name = value.partition("]")[0].removeprefix("[") if value.startswith("[") else value.partition(":")[0]
+        if name.lower().removesuffix(".") in self._hosts:
+            return True
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
+
+
+class PathMiddleware:
+    """HEAD is GET, whose body the server leaves out; a slash at the end of a path means nothing."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            method = "GET" if scope["method"] == "HEAD" else scope["method"]
+            scope = {**scope, "method": method, "path": scope["path"].rstrip("/") or "/"}
+        await self._app(scope, receive, send)
+
+
+class ApiKeyMiddleware:
+    """Asks for one of `api_keys` (`Authorization: Bearer …` or `x-api-key`), except for OPTIONS, on `/v1`, `/debug` and
+    the tokenizer's paths, which take long texts. Health checks and metrics stay open."""
+
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
+        self._app = app
+        self._digests = [_digest(key) for key in api_keys]
+        self._log = ThrottledLog(logger)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        asks = scope["type"] == "http" and scope["method"] != "OPTIONS"
+        guarded = asks and f"{scope['path']}/".startswith(_GUARDED)
+        if guarded and not self._allowed(Headers(scope=scope)):
+            self._log.warning("%s: request refused; its API key is missing or wrong.", _address(scope["client"]))
+            error = APIError(
+                401,
+                "The API key is missing or wrong; send it as 'Authorization: Bearer KEY'.",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+            await error.response()(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _allowed(self, headers: Headers) -> bool:
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = [token.strip()] if scheme.lower() == "bearer" else []
+        given.append(headers.get("x-api-key", ""))
+        # Every pair is compared, and by digest, so that the time taken says nothing about the keys.
+        matches = [hmac.compare_digest(_digest(key), digest) for key in given for digest in self._digests]
+        return any(matches)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+class BodyLimitMiddleware:
+    """Refuses a body of more than `max_bytes` with 413: by its Content-Length, or while it is being read."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+        self._message = f"The request body is larger than this server's limit of {max_bytes} bytes."
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "0")[:19]  # 19 digits are more than any limit
+        if declared.isdecimal() and int(declared) > self._max_bytes:
+            await APIError(413, self._message).response()(scope, receive, send)
+            return
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._max_bytes:
+                # FastAPI passes an HTTPException on where it would turn any other error of reading into a 400.
+                raise HTTPException(413, self._message)
+            return message
+
+        await self._app(scope, counted, send)

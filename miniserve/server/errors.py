@@ -61,7 +61,7 @@ def as_api_error(error: Exception) -> APIError:
     if isinstance(error, APIError):
         return error
     if isinstance(error, InvalidRequest):
-        return APIError(400, str(error), param=error.param)
+        return APIError(400, str(error), param=error.param, code=error.code)
     if isinstance(error, RequestValidationError):
         return from_validation(error.errors())
     if isinstance(error, HTTPException):

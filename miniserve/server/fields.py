@@ -1,13 +1,17 @@
-"""What becomes of request fields that the protocol types do not declare: refused, ignored, or warned about once."""
+"""What a request's fields mean. Those that the protocol types do not declare are refused, ignored, or warned about;
+the others become `SamplingParams`: the value in the request, else the default of the model, else that of OpenAI."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
-from miniserve.core import InvalidRequest
-from miniserve.server.protocol import Body
+from miniserve.core import InvalidRequest, SamplingParams
+from miniserve.scheduler.limits import check_logprobs
+from miniserve.server.protocol import Body, ChatCompletionRequest, CompletionRequest, GenerationBody
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +95,20 @@ IGNORED = frozenset({
     "truncation_side", "models", "cache_prompt",
 })  # fmt: skip
 
+# Fields that go to `SamplingParams` as they are; of the first group the model may have defaults.
+_DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_PLAIN = (
+    "min_tokens",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "seed",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "skip_special_tokens",
+    "n",
+)
+
 
 class FieldPolicy:
     """Judges extra fields; remembers which it has warned about."""
@@ -168,3 +186,48 @@ def _within(a: str, b: str, slips: int) -> bool:
         or _within(a, b[1:], slips - 1)
         or (a[:2] == b[1::-1] and _within(a[2:], b[2:], slips - 1))
     )
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRules:
+    """The model's sampling defaults (of generation_config.json). What depends on the prompt or the engine is checked by
+    `check_request`."""
+
+    defaults: Mapping[str, float | int]
+    vocab_size: int
+
+    def for_completion(self, body: CompletionRequest) -> SamplingParams:
+        """Raises `InvalidRequest`."""
+        if body.best_of not in (None, 1, body.n):
+            raise InvalidRequest("best_of is not supported; leave it out or set it to n.", "best_of")
+        if body.max_tokens == 0 and not body.echo:
+            raise InvalidRequest("max_tokens must be at least 1 (0 is for echo alone).", "max_tokens")
+        max_tokens = 16 if body.max_tokens is None else body.max_tokens
+        prompt_logprobs = body.logprobs if body.echo else None
+        return self._params(body, max_tokens=max_tokens, logprobs=body.logprobs, prompt_logprobs=prompt_logprobs)
+
+    def for_chat(self, body: ChatCompletionRequest) -> SamplingParams:
+        """Raises `InvalidRequest`; `max_tokens` None is the rest of the context."""
+        name, max_tokens = body.asked_tokens
+        if max_tokens is not None and max_tokens < 1:
+            raise InvalidRequest(f"{name} must be at least 1.", name)
+        if max_tokens is None and (default := self.defaults.get("max_new_tokens")) is not None:
+            max_tokens = int(default)
+        if body.top_logprobs and not body.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs to be true.", "top_logprobs")
+        check_logprobs(body.top_logprobs, "top_logprobs", self.vocab_size)
+        return self._params(body, max_tokens=max_tokens, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
+
+    def _params(self, body: GenerationBody, **settled: Any) -> SamplingParams:
+        if body.stream_options is not None and not body.stream:
+            raise InvalidRequest("stream_options is only allowed when stream is true.", "stream_options")
+        values: dict[str, Any] = {name: self.defaults[name] for name in _DEFAULTED if name in self.defaults}
+        named = {name: getattr(body, name) for name in (*_DEFAULTED, *_PLAIN)}
+        values |= {name: value for name, value in named.items() if value is not None}
+        values["top_k"] = min(int(values.get("top_k", 0)), self.vocab_size)
+        params = SamplingParams(
+            stop=tuple(body.stop or ()), stop_token_ids=tuple(body.stop_token_ids or ()), **values, **settled
+        )
+        if body.extras.get("do_sample") is False and not params.greedy:
+            raise InvalidRequest("do_sample false asks for greedy decoding; set temperature to 0.", "do_sample")
+        return params

@@ -1,24 +1,110 @@
-"""The sequences behind one HTTP request: handed to the engine in turn with others, read as one stream, aborted
+"""The sequences behind one HTTP request: handed to the engine in turn with those of others, read as one stream, aborted
 together."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from starlette.types import Receive
 
-from miniserve.core import Completion, FinishReason, SamplingParams
+from miniserve.core import Completion, FinishReason, InvalidRequest, Request, SamplingParams
 from miniserve.engine.client import AsyncEngine, EngineDead
-from miniserve.engine.stream import CompletionStream
-from miniserve.engine.validation import check_request
+from miniserve.engine.output import CompletionStream
 from miniserve.server.errors import APIError
 from miniserve.server.metrics import RequestMetrics, ServerMetrics
-from miniserve.server.turns import Turns
 
 T = TypeVar("T")
-_QUEUE = 32
+_RETRY_AFTER = 5  # seconds
+_QUEUE = 32  # deltas of several prompts that wait to be written
+
+
+class Turns:
+    """Requests hand prompts to the engine in turn, one prompt each, so that a small request need not wait for all of a
+    large one. All numbers are of sequences: of prompts times n.
+
+    capacity: in the engine at once. limit: in it and before it; a request may take half of what is free of it, so that
+    large ones leave room for small ones, and never more than `most`. A caller `admit`s all its sequences, `enter`s with
+    those of one prompt at a time, `leave`s when they end, and `withdraw`s those that never entered.
+    """
+
+    def __init__(self, capacity: int, limit: int, most: int) -> None:
+        self._capacity = capacity
+        self._limit = limit
+        self._most = min(most, (limit + 1) // 2)
+        self._inside = 0
+        self.waiting = 0
+        self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    def check(self, num_prompts: int, n: int) -> None:
+        """Raises `APIError` 429 where there is no room for so many now, `InvalidRequest` where there never is."""
+        used = self.waiting + self._inside
+        most = (self._limit - used + 1) // 2
+        if num_prompts * n > self._most:
+            raise InvalidRequest(
+                f"The request asks for {num_prompts * n} sequences (prompts times n), and this server takes at most "
+                f"{self._most} in one request.",
+                "prompt" if num_prompts > self._most else "n",
+            )
+        if num_prompts * n > most:
+            raise APIError(
+                429,
+                f"The server is busy: {used} sequences (prompts times n) run or wait, so that it takes at most {most} "
+                f"more of one request. Try again later.",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": str(_RETRY_AFTER)},
+            )
+
+    def admit(self, num_prompts: int, n: int) -> None:
+        """Raises what `check` does."""
+        self.check(num_prompts, n)
+        self.waiting += num_prompts * n
+
+    def withdraw(self, sequences: int) -> None:
+        self.waiting -= sequences
+
+    def enter_now(self, sequences: int) -> bool:
+        """Whether nobody is before them and there is room; they are inside then."""
+        if self._queue or not self._has_room(sequences):
+            return False
+        self._take(sequences)
+        return True
+
+    async def enter(self, sequences: int) -> None:
+        """First come, first served; who comes again queues again."""
+        if self.enter_now(sequences):
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._queue.append((sequences, turn))
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.cancelled():
+                self._wake()  # it may have been what the others waited behind
+            else:
+                self.waiting += sequences
+                self.leave(sequences)
+            raise
+
+    def leave(self, sequences: int) -> None:
+        self._inside -= sequences
+        self._wake()
+
+    def _wake(self) -> None:
+        while self._queue and (self._queue[0][1].cancelled() or self._has_room(self._queue[0][0])):
+            sequences, turn = self._queue.popleft()
+            if not turn.cancelled():
+                self._take(sequences)
+                turn.set_result(None)
+
+    def _take(self, sequences: int) -> None:
+        self.waiting -= sequences
+        self._inside += sequences
+
+    def _has_room(self, sequences: int) -> bool:
+        return self._inside == 0 or self._inside + sequences <= self._capacity
 
 
 class ClientGone(Exception):
@@ -30,9 +116,8 @@ class Generation:
     its exit it aborts what still runs.
 
     What is wrong at once is raised at the entrance: `APIError` (busy, dead), `InvalidRequest`. Later an engine's
-    failure is raised from the deltas, as `APIError`.
-
-    Of more than one prompt each has been checked by `check_request`.
+    failure is raised from the deltas, as `APIError`. The requests, one for each prompt, have passed `check_request`;
+    `params` are as the client asked.
     """
 
     def __init__(
@@ -40,44 +125,42 @@ class Generation:
         engine: AsyncEngine,
         metrics: ServerMetrics,
         turns: Turns,
-        prompts: Sequence[list[int]],
+        requests: Sequence[Request],
         params: SamplingParams,
-        request_id: str,
     ) -> None:
         self._engine = engine
         self._metrics = metrics
         self._turns = turns
-        self._prompts = prompts
+        self._requests = requests
         self._params = params
-        self._request_id = request_id
+        self._n = params.n
         self._records: list[RequestMetrics] = []
         self._streams: list[CompletionStream] = []  # of the first prompts: those that had their turn
         self._num_entered = 0
         self._num_ended = 0
 
     async def __aenter__(self) -> AsyncGenerator[tuple[int, Completion], None]:
-        self._turns.admit(len(self._prompts) * self._params.n)
+        self._turns.admit(len(self._requests), self._n)
         try:
-            if self._turns.enter_now(self._params.n):
+            if self._turns.enter_now(self._n):
                 self._start()
-            elif len(self._prompts) == 1:
-                check_request(self._prompts[0], self._params, self._engine.info)
-            self._records = [RequestMetrics(self._metrics, len(prompt), self._params) for prompt in self._prompts]
+            lens = [len(request.prompt_token_ids) for request in self._requests]
+            self._records = [RequestMetrics(self._metrics, prompt_len, self._params) for prompt_len in lens]
         except BaseException:
             await self.__aexit__()
             raise
-        return self._one() if len(self._prompts) == 1 else self._merged()
+        return self._one() if len(self._requests) == 1 else self._merged()
 
     async def __aexit__(self, *_: object) -> None:
         for record in self._records:
             record.close()
         for stream in self._streams:
             await stream.aclose()
-        self._turns.leave((self._num_entered - self._num_ended) * self._params.n)
-        self._turns.withdraw((len(self._prompts) - self._num_entered) * self._params.n)
+        self._turns.leave((self._num_entered - self._num_ended) * self._n)
+        self._turns.withdraw((len(self._requests) - self._num_entered) * self._n)
 
     async def _take_turn(self) -> None:
-        await self._turns.enter(self._params.n)
+        await self._turns.enter(self._n)
         self._start()
 
     def _start(self) -> None:
@@ -85,7 +168,7 @@ class Generation:
         number = self._num_entered
         self._num_entered += 1
         try:
-            stream = self._engine.generate(self._prompts[number], self._params, f"{self._request_id}-{number}")
+            stream = self._engine.generate(self._requests[number])
         except EngineDead as error:
             raise APIError(503, str(error)) from error
         self._streams.append(stream)
@@ -110,7 +193,7 @@ class Generation:
 
         async def feed() -> None:
             try:
-                for number in range(len(self._prompts)):
+                for number in range(len(self._requests)):
                     if number == len(self._streams):
                         await self._take_turn()
                     tasks.append(asyncio.create_task(pump(number)))
@@ -126,11 +209,11 @@ class Generation:
                 await queue.put(error)
             else:
                 self._num_ended += 1
-                self._turns.leave(self._params.n)
+                self._turns.leave(self._n)
                 await queue.put(None)
 
         feeder = asyncio.create_task(feed())
-        running = len(self._prompts)
+        running = len(self._requests)
         try:
             while running:
                 item = await queue.get()

@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -20,7 +21,9 @@ from prometheus_client.exposition import choose_encoder
 from miniserve.core import Completion, FinishReason, SamplingParams
 from miniserve.engine.client import AsyncEngine
 from miniserve.engine.roofline import hidden_share, share_of_bandwidth
-from miniserve.server.turns import Turns
+
+if TYPE_CHECKING:
+    from miniserve.server.generation import Turns
 
 _TTFT = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,

@@ -17,8 +17,7 @@ from miniserve import __version__
 from miniserve.core import Completion, FinishReason, InvalidRequest
 from miniserve.server.errors import APIError, as_api_error, json_response
 from miniserve.server.generation import ClientGone, Generation, while_connected
-from miniserve.server.protocol import GenerationBody, StreamOptions
-from miniserve.server.responses import FinishWord, Usage
+from miniserve.server.protocol import FinishWord, GenerationBody, StreamOptions, Usage
 
 Deltas = AsyncGenerator[tuple[int, Completion], None]
 logger = logging.getLogger(__name__)

@@ -7,16 +7,14 @@ import errno
 import gc
 import ipaddress
 import logging
-import os
 import resource
-import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import NoReturn, cast
+from typing import cast
 
 import uvicorn
 
@@ -25,12 +23,12 @@ from miniserve.engine.client import AsyncEngine
 from miniserve.server.app import create_app
 from miniserve.server.config import ServerConfig
 from miniserve.server.connection import Connection, Guard
-from miniserve.server.progress import ProgressLine
+from miniserve.server.process import exit_at_once, on_signals
+from miniserve.server.steps import ProgressLine
 
 logger = logging.getLogger(__name__)
 
 EXIT_OK, EXIT_ENGINE_DIED = 0, 1
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _WATCH_INTERVAL = 0.2  # seconds between looks at the engine
 _SWEEP_INTERVAL = 1.0  # seconds between looks at the connections
 _LAST_WORDS = 3.0  # seconds that clients are answered with 503 after the engine has died
@@ -158,30 +156,6 @@ def _known_hosts(config: ServerConfig, sock: socket.socket) -> frozenset[str] | 
     if "*" in config.allowed_hosts or not (config.allowed_hosts or (is_local(sock) and not config.api_keys)):
         return None
     return frozenset(name.lower() for name in ("localhost", config.host, *config.allowed_hosts))
-
-
-@contextmanager
-def on_signals(handler: Callable[[int], None], numbers: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
-    """Have `handler` called, in the main thread and between any two of its instructions, for each of these signals.
-
-    SIGINT and SIGHUP that were ignored when the process started stay ignored, as everywhere: by that a shell's script
-    keeps Ctrl-C from what it runs in the background, and `nohup` the end of the terminal.
-    """
-    before = {number: signal.getsignal(number) for number in numbers}
-    ignored = [number for number in before if before[number] is signal.SIG_IGN and number != signal.SIGTERM]
-    taken = [number for number in numbers if number not in ignored]
-    for number in taken:
-        signal.signal(number, lambda number, _: handler(number))
-    try:
-        yield
-    finally:
-        for number in taken:
-            signal.signal(number, before[number])
-
-
-def exit_at_once(number: int) -> NoReturn:
-    """End the process as by the signal `number`; the system then ends the engine's."""
-    os._exit(128 + number)
 
 
 class _Server(uvicorn.Server):

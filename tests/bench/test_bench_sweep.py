@@ -9,19 +9,20 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from bench_stub_server import Stub
 from typer.testing import CliRunner
 
 import miniserve
 from miniserve.bench import sweep as sweeping
-from miniserve.bench.server_process import arguments, running_server
-from miniserve.bench.sweep import AS_SERVED, SweepConfig, SweepResult, layouts_of, sweep
+from miniserve.bench.sweep import AS_SERVED, SweepConfig, SweepResult, layouts_of, running_server, sweep
 from miniserve.bench.workload import Shape
-from miniserve.cli import main, start
 from miniserve.cli.bench import app
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
+from miniserve.server.config import ServerConfig
+from miniserve.server.process import ServerStart
 
 DEEPSEEK = str(Path(miniserve.__file__).parent / "assets" / "tiny-deepseek")
 SMALL = ["--device", "cpu", "--kv-cache-memory", "16M", "--max-num-seqs", "4"]
@@ -103,17 +104,14 @@ OTHER_SETTINGS: dict[str, Any] = {
 }
 
 
-def test_a_server_of_its_own_gets_every_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_of_its_own_gets_every_setting() -> None:
     def other(field: Field[Any]) -> Any:
         return OTHER_SETTINGS.get(field.name, not field.default if isinstance(field.default, bool) else 77)
 
     engine = EngineConfig(**{field.name: other(field) for field in fields(EngineConfig)})
-    seen: list[EngineConfig] = []
-    monkeypatch.setattr(start, "start", lambda engine, server, **more: seen.append(engine) or 0)
-    result = CliRunner().invoke(main.app, ["serve", *arguments(engine)], obj=main.State())
-    assert result.exit_code == 0, (result.output, result.exception)
-    assert seen == [engine]
-    assert arguments(EngineConfig()) == []
+    server = ServerConfig(port=7, api_keys=("a", "b"), allowed_hosts=("h",), step_timeout=1.5)
+    start = ServerStart(engine=engine, server=server, quiet=True, parent_pid=1)
+    assert msgspec.json.decode(msgspec.json.encode(start), type=ServerStart) == start
 
 
 def test_a_server_that_does_not_start_says_why() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import cli_terminal as cli
 import pytest
 
-from miniserve.cli.chat_client import ChatClient, ChatError, ChatSettings, Message
+from miniserve.cli.repl import ChatClient, ChatError, ChatSettings, Message
 
 
 @dataclass

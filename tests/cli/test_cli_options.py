@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miniserve.cli.options import parse_bytes, parse_count
+from miniserve.cli.settings import parse_bytes, parse_count
 from miniserve.core import UserError
 
 

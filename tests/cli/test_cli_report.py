@@ -55,7 +55,7 @@ def test_quiet_leaves_notes(capsys: pytest.CaptureFixture[str]) -> None:
     report = Report(quiet=True)
     report.engine(INFO)
     report.line("not this")
-    report.ready("127.0.0.1", 8000, "m", with_key=False)
+    report.ready("http://127.0.0.1:8000", "m", with_key=False)
     report.note("an [alias] was taken")
     assert capsys.readouterr() == ("", "an [alias] was taken\n")
 

@@ -177,15 +177,27 @@ def test_the_death_of_the_engine_is_exit_1(name: str) -> None:
 
 def wait_for_engine(pid: int) -> int:
     """The process id of the engine process beneath `pid`."""
-    children = Path(f"/proc/{pid}/task")
     deadline = time.monotonic() + cli.TIMEOUT
     while time.monotonic() < deadline:
-        for task in children.iterdir():
-            for child in (task / "children").read_text().split():
-                if b"miniserve.engine.process" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    return int(child)
+        for child in descendants(pid):
+            if b"miniserve.engine.process" in Path(f"/proc/{child}/cmdline").read_bytes():
+                return child
         time.sleep(0.01)
     raise AssertionError("there is no engine process")
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def descendants(pid: int) -> Iterator[int]:
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in map(int, (task / "children").read_text().split()):
+            yield child
+            yield from descendants(child)
 
 
 # --- one answer ---------------------------------------------------------------------------------------------------
@@ -235,7 +247,7 @@ def test_bytes_that_are_no_text_are_one_sentence() -> None:
     done = cli.run("run", *ENGINE, "-p", "a\udcff")
     assert done.returncode == 2 and done.stderr.startswith("error: The arguments are not valid UTF-8")
     code = "import io, sys; sys.stdin = io.TextIOWrapper(io.BytesIO(b'a\\xff'), 'utf-8'); "
-    code += "from miniserve.cli.stdin import read_text; read_text()"
+    code += "from miniserve.cli.repl import read_text; read_text()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "UserError: Standard input is not valid UTF-8" in done.stderr
 
@@ -252,7 +264,7 @@ def test_a_silent_pipe_is_no_question() -> None:
 
 def test_a_question_in_a_file(tmp_path: Path) -> None:
     (tmp_path / "question.txt").write_text("What is it?")
-    code = "import sys; from miniserve.cli.stdin import read_piped_text; print(repr(read_piped_text()))"
+    code = "import sys; from miniserve.cli.repl import read_piped_text; print(repr(read_piped_text()))"
     for source, text in [(tmp_path / "question.txt", "'What is it?'"), (Path("/dev/null"), "None")]:
         with source.open() as stdin:
             done = subprocess.run([sys.executable, "-c", code], stdin=stdin, capture_output=True, text=True, check=True)
@@ -285,6 +297,26 @@ def test_the_death_of_the_engine_ends_a_chat() -> None:
         os.kill(wait_for_engine(terminal.process.pid), signal.SIGKILL)
         assert terminal.wait() == 1
         assert "SIGKILL" in terminal.output and "Traceback" not in terminal.output
+
+
+def test_a_killed_chat_leaves_no_process_behind() -> None:
+    with cli.Terminal("run", *FLAGS) as terminal:
+        terminal.wait_for(">>> ")
+        below = list(descendants(terminal.process.pid))
+        assert len(below) >= 2  # the server's and the engine's
+        terminal.process.kill()
+        deadline = time.monotonic() + cli.TIMEOUT
+        while any(map(alive, below)):
+            assert time.monotonic() < deadline, below
+            time.sleep(0.01)
+
+
+def test_a_chat_whose_server_does_not_start_ends_as_the_server_does(server: cli.Running) -> None:
+    port = url_of(server.stderr).rpartition(":")[2]
+    with cli.Terminal("run", *ENGINE, "--port", port) as terminal:
+        assert terminal.wait() == 2
+        assert terminal.output.startswith(f"error: Port {port} on 127.0.0.1 is already in use")
+        assert len(terminal.output.splitlines()) == 1
 
 
 def test_no_chat_at_a_terminal() -> None:

@@ -18,9 +18,10 @@ import pytest
 from engine_fakes import FACTORY, TINY, expected_tokens
 
 from miniserve.config import EngineConfig
-from miniserve.core import Completion, FinishReason, InvalidRequest, SamplingParams, UserError
+from miniserve.core import Completion, FinishReason, InvalidRequest, Request, SamplingParams, UserError
 from miniserve.engine.client import AsyncEngine, EngineDead
-from miniserve.engine.stream import CompletionStream
+from miniserve.engine.output import CompletionStream
+from miniserve.scheduler.limits import check_request
 
 pytestmark = pytest.mark.timeout(180)
 ENDLESS = SamplingParams(max_tokens=100)
@@ -57,6 +58,11 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.005)
 
 
+def ask(engine: AsyncEngine, prompt: list[int], params: SamplingParams, request_id: str) -> CompletionStream:
+    request = Request(request_id=request_id, prompt_token_ids=prompt, params=params)
+    return engine.generate(check_request(request, engine.info))
+
+
 def pid_of(engine: AsyncEngine) -> int:
     assert engine._process is not None
     return engine._process.pid
@@ -72,7 +78,7 @@ def test_many_requests_at_once_get_their_own_tokens(overlap: bool) -> None:
         assert engine.info.eos_token_ids == [2045, 2047] == sorted(engine.generation_defaults.eos_token_ids)
         prompts = [[300 + index, *range(400, 400 + index % 7)] for index in range(60)]
         params = SamplingParams(max_tokens=30)
-        streams = [engine.generate(prompt, params, f"r{index}") for index, prompt in enumerate(prompts)]
+        streams = [ask(engine, prompt, params, f"r{index}") for index, prompt in enumerate(prompts)]
         for prompt, deltas in zip(prompts, await asyncio.gather(*map(collect, streams)), strict=True):
             ids = [token_id for delta in deltas for token_id in delta.token_ids]
             assert ids == expected_tokens(prompt, 30)
@@ -91,7 +97,7 @@ def test_n_sequences_stop_strings_and_logprobs() -> None:
         async with running() as engine:
             prompt = engine.tokenizer.encode(" one two three")
             params = SamplingParams(n=3, seed=0, max_tokens=20, stop=(" one tw",), logprobs=0, prompt_logprobs=0)
-            deltas = await collect(engine.generate(prompt, params, "r"))
+            deltas = await collect(ask(engine, prompt, params, "r"))
             for index in range(3):
                 mine = [delta for delta in deltas if delta.index == index]
                 ids = [token_id for delta in mine for token_id in delta.token_ids]
@@ -111,19 +117,14 @@ def test_n_sequences_stop_strings_and_logprobs() -> None:
     run(body)
 
 
-def test_requests_are_refused_at_the_call() -> None:
+def test_an_id_that_is_running_is_refused_at_the_call() -> None:
     async def body() -> None:
         async with running("num_blocks=4", EngineConfig(max_model_len=50)) as engine:
-            with pytest.raises(InvalidRequest, match="maximum context length is 50 tokens"):
-                engine.generate([1] * 50, ENDLESS, "long")
-            with pytest.raises(InvalidRequest) as refused:
-                engine.generate([5000], ENDLESS, "odd")
-            assert refused.value.param == "prompt"
-            stream = engine.generate([300], ENDLESS, "twice")
+            stream = ask(engine, [300], ENDLESS, "twice")
             with pytest.raises(InvalidRequest, match="already running"):
-                engine.generate([300], ENDLESS, "twice")
+                ask(engine, [300], ENDLESS, "twice")
             assert len([t for delta in await collect(stream) for t in delta.token_ids]) == 49
-            await collect(engine.generate([300], ENDLESS, "twice"))
+            await collect(ask(engine, [300], ENDLESS, "twice"))
 
     run(body)
 
@@ -150,7 +151,7 @@ async def _cancel(stream: CompletionStream) -> None:
 def test_a_reader_that_leaves_frees_its_blocks(leave: Callable[[CompletionStream], Awaitable[None]]) -> None:
     async def body() -> None:
         async with running("step_seconds=0.01") as engine:
-            stream = engine.generate(PROMPT, SamplingParams(max_tokens=100, n=4), "r")
+            stream = ask(engine, PROMPT, SamplingParams(max_tokens=100, n=4), "r")
             await anext(stream)
             await until(lambda: engine.stats.num_running == 4)
             steps = engine.stats.num_steps
@@ -166,7 +167,7 @@ def test_a_reader_that_leaves_frees_its_blocks(leave: Callable[[CompletionStream
 def test_a_stream_that_is_dropped_is_aborted() -> None:
     async def body() -> None:
         async with running("step_seconds=0.01") as engine:
-            stream = engine.generate(PROMPT, ENDLESS, "r")
+            stream = ask(engine, PROMPT, ENDLESS, "r")
             await anext(stream)
             del stream
             gc.collect()
@@ -178,10 +179,10 @@ def test_a_stream_that_is_dropped_is_aborted() -> None:
 def test_an_aborted_requests_id_can_be_used_again() -> None:
     async def body() -> None:
         async with running("step_seconds=0.01") as engine:
-            stream = engine.generate(PROMPT, ENDLESS, "r")
+            stream = ask(engine, PROMPT, ENDLESS, "r")
             await anext(stream)
             await stream.aclose()
-            again = engine.generate([700, 701], SamplingParams(max_tokens=5), "r")
+            again = ask(engine, [700, 701], SamplingParams(max_tokens=5), "r")
             assert [t for delta in await collect(again) for t in delta.token_ids] == expected_tokens([700, 701], 5)
 
     run(body)
@@ -193,7 +194,7 @@ def test_of_200_readers_a_third_leaves_and_the_others_get_everything() -> None:
 
             async def read(index: int) -> None:
                 prompt = [300 + index, *range(700, 700 + index % 9)]
-                stream = engine.generate(prompt, SamplingParams(max_tokens=20 + index % 50), f"r{index}")
+                stream = ask(engine, prompt, SamplingParams(max_tokens=20 + index % 50), f"r{index}")
                 ids: list[int] = []
                 async with aclosing(stream):
                     async for delta in stream:
@@ -214,7 +215,7 @@ def test_of_200_readers_a_third_leaves_and_the_others_get_everything() -> None:
 def test_a_slow_reader_gets_its_deltas_merged() -> None:
     async def body() -> None:
         async with running() as engine:
-            stream = engine.generate(PROMPT, SamplingParams(max_tokens=100, n=2), "r")
+            stream = ask(engine, PROMPT, SamplingParams(max_tokens=100, n=2), "r")
             await until(lambda: not engine._running)
             deltas = await collect(stream)
             assert [delta.index for delta in deltas] == [0, 1]
@@ -226,7 +227,7 @@ def test_a_slow_reader_gets_its_deltas_merged() -> None:
 def test_a_killed_engine_ends_every_stream_with_an_error() -> None:
     async def body() -> None:
         async with running("step_seconds=0.01") as engine:
-            streams = [engine.generate(PROMPT, SamplingParams(max_tokens=100, n=2), f"r{index}") for index in range(5)]
+            streams = [ask(engine, PROMPT, SamplingParams(max_tokens=100, n=2), f"r{index}") for index in range(5)]
             await asyncio.gather(*(anext(stream) for stream in streams))
             os.kill(pid_of(engine), signal.SIGKILL)
             async with asyncio.timeout(2):
@@ -239,7 +240,7 @@ def test_a_killed_engine_ends_every_stream_with_an_error() -> None:
                     assert "killed by SIGKILL" in (delta.error or "")
             assert engine.dead is not None and "SIGKILL" in engine.dead
             with pytest.raises(EngineDead, match="SIGKILL"):
-                engine.generate(PROMPT, ENDLESS, "late")
+                ask(engine, PROMPT, ENDLESS, "late")
 
     run(body)
 
@@ -247,7 +248,7 @@ def test_a_killed_engine_ends_every_stream_with_an_error() -> None:
 def test_an_error_of_the_device_reaches_every_stream(capfd: pytest.CaptureFixture[str]) -> None:
     async def body() -> None:
         async with running("fail_at_step=5") as engine:
-            deltas = await collect(engine.generate(PROMPT, ENDLESS, "r"))
+            deltas = await collect(ask(engine, PROMPT, ENDLESS, "r"))
             assert deltas[-1].finish_reason is FinishReason.ERROR
             assert "the fake device broke" in (deltas[-1].error or "")
             await until(lambda: engine.dead is not None)
@@ -272,7 +273,7 @@ def test_a_start_that_fails_says_why(
         with pytest.raises(error, match=sentence):
             await engine.start()
         with pytest.raises(EngineDead):
-            engine.generate(PROMPT, ENDLESS, "r")
+            engine.generate(Request(request_id="r", prompt_token_ids=PROMPT, params=ENDLESS))
         await engine.shutdown()
 
     run(body)
@@ -308,12 +309,12 @@ def test_a_drain_finishes_what_runs_and_takes_nothing_new() -> None:
     async def body() -> None:
         engine = make("step_seconds=0.005")
         await engine.start()
-        stream = engine.generate(PROMPT, SamplingParams(max_tokens=60), "r")
+        stream = ask(engine, PROMPT, SamplingParams(max_tokens=60), "r")
         await anext(stream)
         shutdown = asyncio.create_task(engine.shutdown(drain=True, timeout=20))
         await asyncio.sleep(0)
         with pytest.raises(EngineDead, match="shutting down"):
-            engine.generate(PROMPT, ENDLESS, "late")
+            ask(engine, PROMPT, ENDLESS, "late")
         deltas = await collect(stream)
         assert deltas[-1].finish_reason is FinishReason.LENGTH
         await shutdown
@@ -327,7 +328,7 @@ def test_a_shutdown_can_cut_a_drain_short(how: str) -> None:
     async def body() -> None:
         engine = make("step_seconds=0.2")
         await engine.start()
-        stream = engine.generate(PROMPT, ENDLESS, "r")
+        stream = ask(engine, PROMPT, ENDLESS, "r")
         await anext(stream)
         started = time.monotonic()
         match how:
@@ -356,7 +357,7 @@ def test_signals_do_not_end_the_engine_and_a_heartbeat_shows_it_lives() -> None:
                 os.kill(pid_of(engine), each)
             await until(lambda: (engine.last_step_age() or 0) > 0.9)
             await until(lambda: (engine.last_step_age() or 1) < 0.5)
-            assert await collect(engine.generate(PROMPT, SamplingParams(max_tokens=1), "r"))
+            assert await collect(ask(engine, PROMPT, SamplingParams(max_tokens=1), "r"))
 
     run(body)
 
@@ -364,7 +365,7 @@ def test_signals_do_not_end_the_engine_and_a_heartbeat_shows_it_lives() -> None:
 def test_an_engine_that_stays_stopped_counts_as_dead() -> None:
     async def body() -> None:
         async with running("step_seconds=0.01") as engine:
-            stream = engine.generate(PROMPT, ENDLESS, "r")
+            stream = ask(engine, PROMPT, ENDLESS, "r")
             await anext(stream)
             os.kill(pid_of(engine), signal.SIGSTOP)
             deltas = await collect(stream)
@@ -381,7 +382,7 @@ def test_an_engine_that_is_stopped_for_a_moment_goes_on() -> None:
     async def body() -> None:
         async with running("step_seconds=0.01") as engine:
             assert engine._process is not None
-            stream = engine.generate(PROMPT, ENDLESS, "r")
+            stream = ask(engine, PROMPT, ENDLESS, "r")
             os.kill(pid_of(engine), signal.SIGSTOP)
             await until(lambda: engine._process.is_stopped)
             os.kill(pid_of(engine), signal.SIGCONT)
@@ -421,9 +422,9 @@ def test_a_step_that_does_not_end_is_the_death_of_the_engine() -> None:
     async def body() -> None:
         async with running("hang_at_step=8", step_timeout=3.0) as engine:
             assert engine._longest_step() == 600, "the first steps may compile kernels"
-            await collect(engine.generate(PROMPT, SamplingParams(max_tokens=3), "r"))
+            await collect(ask(engine, PROMPT, SamplingParams(max_tokens=3), "r"))
             assert engine._longest_step() == 3.0
-            deltas = await collect(engine.generate(PROMPT, ENDLESS, "s"))
+            deltas = await collect(ask(engine, PROMPT, ENDLESS, "s"))
             assert deltas[-1].finish_reason is FinishReason.ERROR
             assert "no sign of life" in (deltas[-1].error or "") and "--step-timeout" in (engine.dead or "")
             await until(lambda: not _alive(pid_of(engine)))
@@ -462,7 +463,7 @@ def test_nothing_is_left_behind(short_path: Path, monkeypatch: pytest.MonkeyPatc
         await engine.start(progress)
         assert modes == {0o700}, "the sockets' directory is not private"
         assert list(short_path.iterdir()) == [], "a kill would leave the sockets' directory behind"
-        await collect(engine.generate(PROMPT, SamplingParams(max_tokens=1), "r"))
+        await collect(ask(engine, PROMPT, SamplingParams(max_tokens=1), "r"))
         await engine.shutdown()
         assert asyncio.all_tasks() == tasks
         with pytest.raises(EngineDead):
@@ -477,13 +478,14 @@ import asyncio, sys
 sys.path.insert(0, sys.argv[1])
 from engine_fakes import FACTORY, TINY
 from miniserve.config import EngineConfig
-from miniserve.core import SamplingParams
+from miniserve.core import Request, SamplingParams
 from miniserve.engine.client import AsyncEngine
 
 async def main():
     engine = AsyncEngine(EngineConfig(), TINY, "fake?step_seconds=" + sys.argv[2], runner_factory=FACTORY)
     await engine.start()
-    stream = engine.generate([300, 301], SamplingParams(max_tokens=100), "r")
+    params = SamplingParams(max_tokens=100)
+    stream = engine.generate(Request(request_id="r", prompt_token_ids=[300, 301], params=params))
     await asyncio.sleep(0.1)
     print(engine._process.pid, flush=True)
     await asyncio.sleep(600)

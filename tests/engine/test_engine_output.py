@@ -8,16 +8,21 @@ from miniserve.core import (
     Completion,
     FinishReason,
     InvalidRequest,
+    Request,
     RequestOutput,
     SamplingParams,
     TokenLogprobs,
 )
 from miniserve.engine.output import OutputAssembler, fan_out, join
 from miniserve.engine.tokenizer import Tokenizer
-from miniserve.engine.validation import check_request
+from miniserve.scheduler.limits import check_request
 
 TOKENIZER = Tokenizer(TINY)
 LOGPROBS = [None, TokenLogprobs(1, -0.5, 1, [1], [-0.5])]
+
+
+def request(prompt: list[int], params: SamplingParams) -> Request:
+    return Request(request_id="", prompt_token_ids=prompt, params=params)
 
 
 def push(assembler: OutputAssembler, index: int = 0, **fields: object) -> tuple[list[Completion], bool]:
@@ -26,7 +31,7 @@ def push(assembler: OutputAssembler, index: int = 0, **fields: object) -> tuple[
 
 def test_n_sequences_become_n_requests_with_their_own_seeds() -> None:
     params = SamplingParams(n=3, seed=2**63 - 2, prompt_logprobs=1, stop=("x",))
-    requests = fan_out("r", [1, 2], params)
+    requests = fan_out("r", request([1, 2], params))
     assert len({request.request_id for request in requests}) == 3
     assert [request.params.seed for request in requests] == [2**63 - 2, 2**63 - 1, -(2**63)]
     assert [request.params.prompt_logprobs for request in requests] == [1, None, None]
@@ -35,8 +40,8 @@ def test_n_sequences_become_n_requests_with_their_own_seeds() -> None:
 
 
 def test_one_sequence_keeps_the_requests_id_and_no_seed_stays_none() -> None:
-    assert [request.request_id for request in fan_out("r", [1], SamplingParams())] == ["r"]
-    assert [request.params.seed for request in fan_out("r", [1], SamplingParams(n=2))] == [None, None]
+    assert [request.request_id for request in fan_out("r", request([1], SamplingParams()))] == ["r"]
+    assert [request.params.seed for request in fan_out("r", request([1], SamplingParams(n=2)))] == [None, None]
 
 
 def test_the_last_delta_has_the_engines_finish_reason() -> None:
@@ -140,24 +145,29 @@ INFO = fake_info(EngineConfig(max_model_len=20), num_blocks=64)
 
 
 def test_max_tokens_is_settled_to_what_fits() -> None:
-    assert check_request([1] * 5, SamplingParams(max_tokens=None), INFO).max_tokens == 15
-    assert check_request([1] * 5, SamplingParams(max_tokens=99), INFO).max_tokens == 15
-    assert check_request([1] * 19, SamplingParams(max_tokens=1), INFO).max_tokens == 1
-    assert check_request([1] * 20, SamplingParams(max_tokens=0), INFO).max_tokens == 0
+    assert check_request(request([1] * 5, SamplingParams(max_tokens=None)), INFO).params.max_tokens == 15
+    assert check_request(request([1] * 5, SamplingParams(max_tokens=99)), INFO).params.max_tokens == 15
+    assert check_request(request([1] * 19, SamplingParams(max_tokens=1)), INFO).params.max_tokens == 1
+    assert check_request(request([1] * 20, SamplingParams(max_tokens=0)), INFO).params.max_tokens == 0
 
 
 @pytest.mark.parametrize(
     ("prompt", "params", "param", "sentence"),
     [
         ([], {}, "prompt", "at least one token"),
-        ([1] * 20, {}, "prompt", "maximum context length is 20 tokens. However, your prompt contains 20 input tokens"),
-        ([1] * 21, {"max_tokens": 0}, "prompt", "maximum context length is 20 tokens"),
+        (
+            [1] * 20,
+            {},
+            "input_tokens",
+            "length is 20 tokens. However, your prompt contains 20 input tokens",
+        ),
+        ([1] * 21, {"max_tokens": 0}, "input_tokens", "maximum context length is 20 tokens"),
         ([1, 2048], {}, "prompt", "token id 2048"),
         ([-1], {}, "prompt", "token id -1"),
         ([1], {"stop_token_ids": (4000,)}, "stop_token_ids", "token id 4000"),
         ([1], {"logit_bias": {4000: 1.0}}, "logit_bias", "token id 4000"),
-        ([1], {"logprobs": 21}, "logprobs", "at most 20"),
-        ([1], {"prompt_logprobs": 21}, "prompt_logprobs", "at most 20"),
+        ([1], {"logprobs": 21}, "logprobs", "between 0 and 20, not 21"),
+        ([1], {"prompt_logprobs": 21}, "prompt_logprobs", "between 0 and 20, not 21"),
         ([1] * 15, {"min_tokens": 6, "max_tokens": 9}, "min_tokens", "at most 5 tokens"),
     ],
 )
@@ -165,5 +175,5 @@ def test_what_cannot_be_served_is_refused_by_name(
     prompt: list[int], params: dict[str, object], param: str, sentence: str
 ) -> None:
     with pytest.raises(InvalidRequest, match=sentence) as refused:
-        check_request(prompt, SamplingParams(**params), INFO)  # type: ignore[arg-type]
+        check_request(request(prompt, SamplingParams(**params)), INFO)  # type: ignore[arg-type]
     assert refused.value.param == param

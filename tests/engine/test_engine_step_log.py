@@ -162,7 +162,9 @@ def test_an_engine_that_dies_leaves_nobody_waiting_for_its_steps() -> None:
         engine = AsyncEngine(EngineConfig(), TINY, "fake?step_seconds=60", runner_factory=FACTORY)
         await engine.start()
         assert await engine.steps(5) == []
-        stream = engine.generate([1, 2, 3], SamplingParams(max_tokens=5), "a")
+        stream = engine.generate(
+            Request(request_id="a", prompt_token_ids=[1, 2, 3], params=SamplingParams(max_tokens=5))
+        )
         await asyncio.sleep(0.5)  # from now on it is busy with the first step
         readers = [asyncio.create_task(engine.steps(5)) for _ in range(3)]
         await asyncio.sleep(0.05)

@@ -9,9 +9,9 @@ from engine_real import CPU, MAX_LEN, Setup, make_backend, small_model
 
 from miniserve.config import SchedulerConfig
 from miniserve.core import DeviceStep, Request, SamplingParams, StepPlan, StepResult
+from miniserve.engine.build import warm_up
 from miniserve.engine.loop import EngineLoop
 from miniserve.engine.step_log import StepLog
-from miniserve.engine.warm_up import warm_up
 from miniserve.runner.runner import ModelRunner
 from miniserve.runner.sampler import Sampler
 from miniserve.runner.served import ServedModel

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miniserve.core import InvalidRequest, Request, RowStart, SamplingParams
+from miniserve.core import Request, RowStart, SamplingParams
 from miniserve.runner.logprobs import gather_logprobs, to_token_logprobs
 from miniserve.runner.sampler import Sampler
 
@@ -253,9 +253,6 @@ def test_counts_of_an_earlier_request_are_forgotten():
 
 def test_misuse_is_refused():
     sampler = make_sampler(40)
-    with pytest.raises(InvalidRequest, match="vocabulary of 40") as error:
-        sampler.start_row(row_start(0, SamplingParams(logit_bias={40: 1.0})))
-    assert error.value.param == "logit_bias"
     sampler.start_row(row_start(0, SamplingParams()))
     with pytest.raises(ValueError, match="row 0 is taken"):
         sampler.start_row(row_start(0, SamplingParams()))

@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import pytest
 
+from miniserve.config import SchedulerConfig
 from miniserve.core import InvalidRequest
 from miniserve.scheduler.limits import check_lengths
 
 
 def check(prompt_len: int, max_tokens: int | None, model_len: int = 100, blocks: int = 100, size: int = 4) -> int:
-    return check_lengths(prompt_len, max_tokens, max_model_len=model_len, num_blocks=blocks, block_size=size)
+    config = SchedulerConfig(
+        num_blocks=blocks, block_size=size, max_num_seqs=8, max_num_batched_tokens=64, max_model_len=model_len
+    )
+    return check_lengths(prompt_len, max_tokens, config)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +38,7 @@ def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(prompt_len: in
         match=rf"This model's maximum context length is 100 tokens. However, your prompt contains {prompt_len} input",
     ) as refused:
         check(prompt_len, max_tokens)
-    assert refused.value.param == "prompt"
+    assert (refused.value.param, refused.value.code) == ("input_tokens", "context_length_exceeded")
 
 
 @pytest.mark.parametrize(

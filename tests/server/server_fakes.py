@@ -25,6 +25,7 @@ import miniserve
 from miniserve.core import (
     EngineInfo,
     FinishReason,
+    Request,
     RequestOutput,
     SamplingParams,
     SchedulerStats,
@@ -34,10 +35,8 @@ from miniserve.core import (
     TokenLogprobs,
 )
 from miniserve.engine.client import AsyncEngine, EngineDead
-from miniserve.engine.output import OutputAssembler
-from miniserve.engine.stream import CompletionStream, Mailbox
+from miniserve.engine.output import CompletionStream, Mailbox, OutputAssembler
 from miniserve.engine.tokenizer import Tokenizer
-from miniserve.engine.validation import check_request
 from miniserve.server.config import ServerConfig
 from miniserve.server.serve import bind, loop_factory, serve
 
@@ -150,11 +149,11 @@ class FakeEngine:
             raise EngineDead(self.dead)
         return self.records[-limit:] if limit else []
 
-    def generate(self, prompt_token_ids: list[int], params: SamplingParams, request_id: str) -> CompletionStream:
+    def generate(self, request: Request) -> CompletionStream:
+        prompt_token_ids, params = request.prompt_token_ids, request.params
         if self.dead or self.shutdowns:
             raise EngineDead(self.dead or "The engine is shutting down.")
         self.seen.append((prompt_token_ids, params))
-        params = check_request(prompt_token_ids, params, self.info)
         number, mailbox = next(self._serial), Mailbox()
         self._boxes[number] = mailbox, OutputAssembler(self.tokenizer, prompt_token_ids, params)
         task = asyncio.get_running_loop().create_task(self._run(number, prompt_token_ids, params))

@@ -15,8 +15,7 @@ import pytest
 from server_fakes import RunningServer, running_server, wait_until
 
 from miniserve.server import connection, serve
-from miniserve.server.connection import Guard
-from miniserve.server.throttle import ThrottledLog
+from miniserve.server.connection import Guard, ThrottledLog
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 HALF = HEAD + b"Content-Length: 999999\r\n\r\n{"
@@ -156,8 +155,7 @@ def test_large_headers_are_431(server: RunningServer, request_line_and_headers: 
 
 
 def test_endless_trailers_are_431(server: RunningServer) -> None:
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    client = send(server, head + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n")
+    client = send(server, HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n")
     with suppress(OSError):
         client.sendall(b"0\r\n" + b"X: a\r\n" * 300_000)
     assert answer(client)[0] == 431

@@ -15,9 +15,8 @@ from server_fakes import TINY, FakeEngine, RunningServer, running_server, wait_u
 from miniserve.config import EngineConfig
 from miniserve.core import StepRecord, StepTotals
 from miniserve.engine.client import AsyncEngine
-from miniserve.server import debug
-from miniserve.server.debug import chrome_trace
-from miniserve.server.progress import ProgressLine
+from miniserve.server import steps as steps_module
+from miniserve.server.steps import ProgressLine, chrome_trace
 
 # A GPU's: the second step was launched while the first ran, and waited for it.
 FIRST = StepRecord(
@@ -97,7 +96,7 @@ def test_the_roofline_is_among_the_metrics(real: RunningServer) -> None:
 
 def test_a_line_says_how_it_goes_while_requests_run(real: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
     def lines() -> list[str]:
-        return [record.getMessage() for record in caplog.records if record.name == "miniserve.server.progress"]
+        return [record.getMessage() for record in caplog.records if record.name == "miniserve.server.steps"]
 
     with caplog.at_level(logging.INFO):
         while not lines():
@@ -118,7 +117,7 @@ def test_what_cannot_be_shown_is_named(query: str) -> None:
 
 
 def test_a_long_step_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(debug, "_PATIENCE", 0.05)
+    monkeypatch.setattr(steps_module, "_PATIENCE", 0.05)
     with running_server() as server:
         server.engine.age = 7.0
         server.engine.steps = lambda limit: asyncio.sleep(60)

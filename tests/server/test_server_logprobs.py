@@ -18,7 +18,8 @@ from tokenizers import decoders, models
 from miniserve.core import SamplingParams, TokenLogprobs
 from miniserve.engine.detokenizer import Detokenizer
 from miniserve.engine.tokenizer import Tokenizer
-from miniserve.server.logprobs import CompletionLogprobsWriter, chat_logprobs
+from miniserve.server.chat import chat_logprobs
+from miniserve.server.completions import CompletionLogprobsWriter
 
 TEXT = "Zoë paid 3 € for 😀 smiles."
 

@@ -10,8 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from server_fakes import EOS, FakeEngine, RunningServer, running_server
 
 from miniserve.core import Completion, FinishReason, SamplingParams
+from miniserve.server.generation import Turns
 from miniserve.server.metrics import Histogram, RequestMetrics, ServerMetrics, token_buckets
-from miniserve.server.turns import Turns
 
 DASHBOARD = (  # what vLLM's Grafana board and the Kubernetes gateway read
     "vllm:num_requests_running",
@@ -160,7 +160,7 @@ def test_token_buckets_reach_the_context_length() -> None:
 def test_tokens_that_come_together_share_the_time_since_the_last_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("miniserve.server.metrics.time.monotonic", lambda: now)
-    metrics = ServerMetrics(FakeEngine(), Turns(1, 1), "m")  # type: ignore[arg-type]
+    metrics = ServerMetrics(FakeEngine(), Turns(1, 1, 1), "m")  # type: ignore[arg-type]
     record = RequestMetrics(metrics, 5, SamplingParams(max_tokens=9))
     for seconds, num_tokens in ((0.5, 2), (0.6, 4), (1.0, 1)):
         now += seconds

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from server_fakes import TINY, FakeEngine, RunningServer, running_server, tokenizer
+from server_fakes import MAX_MODEL_LEN, TINY, FakeEngine, RunningServer, running_server, tokenizer
 from tokenizers import processors
 
 from miniserve.core import SamplingParams
@@ -42,7 +42,8 @@ def completion(server: RunningServer, **body: Any) -> SamplingParams:
 
 def test_openais_defaults(plain: RunningServer) -> None:
     assert completion(plain) == SamplingParams(max_tokens=16)
-    assert asked(plain, "/chat/completions", CHAT)[1] == SamplingParams(max_tokens=None)
+    prompt, params = asked(plain, "/chat/completions", CHAT)
+    assert params == SamplingParams(max_tokens=MAX_MODEL_LEN - len(prompt))
 
 
 def test_the_models_defaults_come_before_openais_and_after_the_requests(tuned: RunningServer) -> None:

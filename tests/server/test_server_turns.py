@@ -13,7 +13,7 @@ from server_fakes import FakeEngine, running_server, wait_until
 
 from miniserve.core import InvalidRequest
 from miniserve.server.errors import APIError
-from miniserve.server.turns import Turns
+from miniserve.server.generation import Turns
 
 
 def run(body: Callable[[], Awaitable[None]]) -> None:
@@ -24,7 +24,7 @@ def run(body: Callable[[], Awaitable[None]]) -> None:
 
 
 async def hand_in(turns: Turns, name: str, prompts: int, n: int, log: list[str]) -> None:
-    turns.admit(prompts * n)
+    turns.admit(prompts, n)
     for _ in range(prompts):
         await turns.enter(n)
         log.append(name)
@@ -32,7 +32,7 @@ async def hand_in(turns: Turns, name: str, prompts: int, n: int, log: list[str])
 
 def test_a_small_request_enters_after_one_turn_of_each_large_one() -> None:
     async def body() -> None:
-        turns, log = Turns(4, 1000), []
+        turns, log = Turns(4, 1000, 1000), []
         large = [asyncio.create_task(hand_in(turns, name, 50, 1, log)) for name in "ab"]
         await asyncio.sleep(0)
         small = asyncio.create_task(hand_in(turns, "c", 1, 1, log))
@@ -54,7 +54,7 @@ def test_a_small_request_enters_after_one_turn_of_each_large_one() -> None:
 
 def test_who_leaves_the_queue_makes_room_for_those_behind() -> None:
     async def body() -> None:
-        turns, log = Turns(4, 1000), []
+        turns, log = Turns(4, 1000, 1000), []
         await hand_in(turns, "a", 1, 3, log)
         blocked = asyncio.create_task(hand_in(turns, "b", 1, 2, log))
         behind = asyncio.create_task(hand_in(turns, "c", 1, 1, log))
@@ -79,28 +79,28 @@ def test_who_leaves_the_queue_makes_room_for_those_behind() -> None:
 
 
 def test_more_than_the_capacity_enters_alone() -> None:
-    turns = Turns(4, 256)
-    turns.admit(128)
+    turns = Turns(4, 256, 256)
+    turns.admit(1, 128)
     assert turns.enter_now(128)
-    turns.admit(64)
+    turns.admit(1, 64)
     assert not turns.enter_now(64)
     turns.withdraw(64)
     turns.leave(128)
 
 
 def test_large_requests_leave_room_for_small_ones() -> None:
-    turns = Turns(4, 8)
+    turns = Turns(4, 8, 8)
     with pytest.raises(InvalidRequest, match="at most 4"):
-        turns.check(5)
+        turns.check(1, 5)
     for sequences in (4, 2, 1, 1):
         with pytest.raises((APIError, InvalidRequest)):
-            turns.check(sequences + 1)
-        turns.admit(sequences)
+            turns.check(1, sequences + 1)
+        turns.admit(1, sequences)
     with pytest.raises(APIError) as busy:
-        turns.check(1)
+        turns.check(1, 1)
     assert busy.value.status == 429
     turns.withdraw(8)
-    turns.check(4)
+    turns.check(1, 4)
 
 
 def test_beyond_the_queue_requests_are_a_429() -> None:
