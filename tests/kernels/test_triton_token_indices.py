@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from emulation import torch_token_indices
 from triton_support import DEVICE, block_tables, int32
 
-from miniserve.attention.backends.rocm_aiter_mla import torch_token_indices
 from miniserve.kernels.triton.token_indices import token_indices
 
 
