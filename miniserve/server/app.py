@@ -128,6 +128,10 @@ def _tokenizer_routes(app: FastAPI, service: Service) -> None:
         service.check_model(body.model)
         service.fields.check(body, {"tools": ([],)})
         ids = await _ids(service, body)
+        if body.return_token_strs and len(ids) > _MAX_IDS:  # to write more of them as JSON would stop all streams
+            raise InvalidRequest(
+                f"return_token_strs is for at most {_MAX_IDS} tokens, and the text has {len(ids)}.", "return_token_strs"
+            )
         piece = service.engine.tokenizer.token_piece
         pieces = await service.off_loop(len(ids), lambda: list(map(piece, ids))) if body.return_token_strs else None
         answer: protocol.Tokenized = {

@@ -418,6 +418,9 @@ def test_the_tokenizers_own_limits() -> None:
         assert error["param"] == "prompt"
         error = error_of(httpx.post(f"{url}/detokenize", json={"tokens": [65] * 262_145}, timeout=60), 400)
         assert error["param"] == "tokens"
+        body = {"prompt": "\U0001f9ff" * 100_000, "return_token_strs": True}
+        error = error_of(httpx.post(f"{url}/tokenize", json=body, timeout=60), 400)
+        assert error["param"] == "return_token_strs"
         ids = httpx.post(f"{url}/tokenize", json={"prompt": "some text " * 4000}, timeout=60).json()["tokens"]
         assert len(ids) > 4096
         assert httpx.post(f"{url}/detokenize", json={"tokens": ids}, timeout=60).json()["prompt"] == "some text " * 4000
