@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,8 @@ from miniserve.models.layers.norm import RMSNorm
 from miniserve.models.layers.ops import NativeOps, Ops
 from miniserve.models.layers.routing import RoutingMethod, torch_routing
 from miniserve.models.layers.triton import TritonMethod, TritonMoE, TritonOps, triton_routing
-from miniserve.parallel.shard import WHOLE, Part, Shard, whole
+from miniserve.parallel.group import Alone, Group, shard_of
+from miniserve.parallel.shard import Part, Shard, whole
 
 if TYPE_CHECKING:
     from miniserve.kernels.triton.runtime import TritonKernels
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 class BuildOptions:
     """What a model is built for. device: where its weights will lie. max_model_len: positions the rotary table covers,
     in tokens, None for all that the model has. native: the CPU's kernels, triton: the GPU's, experts: aiter's of an AMD
-    GPU, None to do without. shard: the part of it that is built."""
+    GPU, None to do without. group: the ranks that hold it together, this one's part is built."""
 
     dtype: torch.dtype
     kv_dtype: torch.dtype
@@ -39,7 +40,11 @@ class BuildOptions:
     native: NativeKernels | None = None
     triton: TritonKernels | None = None
     experts: AiterExperts | None = None
-    shard: Shard = WHOLE
+    group: Group = field(default_factory=Alone)
+
+    @property
+    def shard(self) -> Shard:
+        return shard_of(self.group)
 
     @property
     def ops(self) -> Ops:

@@ -52,14 +52,12 @@ class Shard:
         if self.size <= num_kv_heads:
             kv = self.part(num_kv_heads)
             return kv.times(group), kv
-        head = next(each for each in range(num_kv_heads) if self.rank < _begin(self.size, each + 1, num_kv_heads))
-        first, end = (_begin(self.size, each, num_kv_heads) for each in (head, head + 1))
+        # The first KV heads have the fewest ranks, so that rank 0 has the most query heads.
+        head = ((self.rank + 1) * num_kv_heads - 1) // self.size
+        first, end = (self.size * each // num_kv_heads for each in (head, head + 1))
         mine = Shard(self.rank - first, end - first).part(group).held
         start = head * group
         return Part(num_heads, slice(start + mine.start, start + mine.stop)), Part(num_kv_heads, slice(head, head + 1))
-
-
-WHOLE = Shard()
 
 
 def _begin(count: int, index: int, parts: int) -> int:

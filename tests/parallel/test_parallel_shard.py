@@ -37,6 +37,9 @@ def test_heads_cover_and_read_what_their_rank_holds(kv: int, group: int, size: i
         assert [head // group for head in mine] == [each for each in held for _ in range(len(mine) // len(held))]
         assert mine
         queries += mine
+    assert Shard(0, size).heads(kv * group, kv)[0].size == max(
+        Shard(rank, size).heads(kv * group, kv)[0].size for rank in range(size)
+    )
     assert queries == list(range(kv * group))
 
 
