@@ -32,6 +32,7 @@ from miniserve.models.layers.aiter_moe import describe_experts, find_experts
 from miniserve.models.loader import dummy_weights, load_weights, read_kv_scales
 from miniserve.models.options import BuildOptions
 from miniserve.models.registry import build_model, weight_bytes
+from miniserve.parallel.group import Alone, Group, shard_of
 from miniserve.runner.check_experts import experts_failure
 from miniserve.runner.chunk_graph import ChunkGraphs
 from miniserve.runner.device import find_device, find_dtype, find_kv_dtype
@@ -58,19 +59,27 @@ _STEP_TOKENS = {"cuda": 4096, "cpu": 2048}
 
 
 def build_runner(
-    config: EngineConfig, source_path: Path, model_name: str, progress: Progress | None = None
+    config: EngineConfig,
+    source_path: Path,
+    model_name: str,
+    progress: Progress | None = None,
+    group: Group | None = None,
+    *,
+    expert_parallel: bool = False,
 ) -> tuple[ModelRunner, EngineInfo]:
     """Load the model at `source_path` and make it ready to run steps. Raises `UserError` for whatever cannot be done.
 
     progress(what, done, total) is called while weights load, in bytes, and while graphs are captured. On a CPU
-    PyTorch's number of threads is lowered where the model is too small to share between them.
+    PyTorch's number of threads is lowered where the model is too small to share between them. group: the ranks that
+    share the model, of which this builds one; experts are shared out whole if `expert_parallel`.
     """
+    group = group or Alone()
     report = progress or (lambda what, done, total: None)
     device = find_device(config.device)
     model_config = load_model_config(source_path, weights=config.load_format != "dummy")
     dtype = find_dtype(config.dtype, model_config.dtype)
     available = available_bytes(device, config.gpu_memory_utilization)
-    weights = weight_bytes(model_config, dtype, device)
+    weights = weight_bytes(model_config, dtype, device, shard_of(group), expert_parallel=expert_parallel)
     check_weights_fit(weights, available, device)
     longest = min(config.max_model_len or model_config.max_position_embeddings, model_config.max_position_embeddings)
     if device.type == "cpu":
@@ -83,7 +92,8 @@ def build_runner(
         counts = sorted({min(count, tokens) for count in _EXPERT_TOKENS})
         failure = experts_failure(experts, model_config.moe, model_config.hidden_size, dtype, device, counts)
         experts = experts if failure is None else f"the self-check failed: {failure}"
-    options = _build_options(config, dtype, device, platform, None if isinstance(experts, str) else experts)
+    experts_found = None if isinstance(experts, str) else experts
+    options = _build_options(config, dtype, device, platform, experts_found, group, expert_parallel)
     model = build_model(model_config, options)
     choose = partial(
         select,
@@ -100,7 +110,7 @@ def build_runner(
     room = partial(
         plan_memory, config, weights=weights, available=available - weights, longest_context=longest, device=device
     )
-    activations = _activation_bytes(model_config, tokens, config.max_num_seqs, dtype)
+    activations = _activation_bytes(model_config, options, tokens, config.max_num_seqs)
     path = _find_path(config, model, platform, choose, room, activations, longest)
     plan, choice = path.plan, path.choice
     eos_token_ids = load_generation_defaults(source_path, config.generation_config).eos_token_ids
@@ -135,7 +145,13 @@ def build_runner(
 
 
 def _build_options(
-    config: EngineConfig, dtype: torch.dtype, device: torch.device, platform: Platform, experts: AiterExperts | None
+    config: EngineConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    platform: Platform,
+    experts: AiterExperts | None,
+    group: Group,
+    expert_parallel: bool,
 ) -> BuildOptions:
     return BuildOptions(
         dtype=dtype,
@@ -145,6 +161,8 @@ def _build_options(
         native=native.NativeKernels() if device.type == "cpu" and native.unavailable_reason() is None else None,
         triton=_triton_kernels(device),
         experts=experts,
+        group=group,
+        expert_parallel=expert_parallel,
     )
 
 
@@ -224,9 +242,10 @@ def _make_runner(
     state = StepState(rows, plan.max_model_len, config.block_size, device)
     if options.triton is None:
         draw = sampling.draw if options.native is None else options.native.draw
-        sampler = Sampler(rows, vocab_size, device, eos_token_ids, config.seed, draw)
+        sampler = Sampler(rows, vocab_size, device, eos_token_ids, config.seed, draw, options.group)
         native_graphs = None
-        if replays and options.native is not None and served.zero_blocks is None:
+        # Ranks talk between kernels, which a replay cannot.
+        if replays and options.group.size == 1 and options.native is not None and served.zero_blocks is None:
             native_graphs = NativeGraphs(served, options.native, state, sampler)
         return ModelRunner(served, state, sampler, native_graphs)
     from miniserve.kernels.triton.decode_step import RowState
@@ -234,9 +253,9 @@ def _make_runner(
     from miniserve.kernels.triton.sampling import draw as device_draw
     from miniserve.runner.decode_graph import DecodeGraphs, decode_buckets
 
-    sampler = Sampler(rows, vocab_size, device, eos_token_ids, config.seed, device_draw)
+    sampler = Sampler(rows, vocab_size, device, eos_token_ids, config.seed, device_draw, options.group)
     compile_draw(vocab_size, options.dtype, sampler.params)
-    if not replays:
+    if not replays or not isinstance(options.group, Alone):  # no group's calls are known to work in graphs yet
         return ModelRunner(served, state, sampler)
     sizes = {"block_size": config.block_size, "max_seq_len": plan.max_model_len}
     row_state = RowState(state.tables, state.lens, sampler.last_tokens, sampler.num_outputs)
@@ -266,13 +285,16 @@ def _fill(model: CausalLM, config: EngineConfig, path: Path, progress: Callable[
     return [*model.config.notes, *set_kv_scales(model, read_kv_scales(model, path))]
 
 
-def _activation_bytes(model: ModelConfig, tokens: int, rows: int, dtype: torch.dtype) -> int:
+def _activation_bytes(model: ModelConfig, options: BuildOptions, tokens: int, rows: int) -> int:
     """The largest that is alive at once, roughly: one layer's wide tensors for a full step, or the logits of all rows
-    with the sampler's copies of them."""
-    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    (with ranks: of this one's) with the sampler's copies of them."""
+    shard, itemsize = options.shard, options.dtype.itemsize
+    q_heads, kv_heads = (part.size for part in shard.heads(model.num_heads, model.num_kv_heads))
+    heads = (q_heads + 2 * kv_heads) * model.head_dim
+    widest = model.widest_mlp(shard, expert_parallel=options.expert_parallel)
     copies = 3 + (model.moe.top_k if model.moe is not None else 0)  # each of a token's experts is given its own
-    layer = tokens * (3 * model.widest_mlp + copies * model.hidden_size + 2 * heads) * dtype.itemsize
+    layer = tokens * (3 * widest + copies * model.hidden_size + 2 * heads) * itemsize
     if model.latent is not None:  # keys and values expanded from a piece of cached context
-        layer += CONTEXT_TOKENS * model.num_heads * 2 * (model.head_dim + model.latent.v_head_dim) * dtype.itemsize
-    logits = 3 * min(rows, tokens) * model.vocab_size * 4
+        layer += CONTEXT_TOKENS * q_heads * 2 * (model.head_dim + model.latent.v_head_dim) * itemsize
+    logits = 3 * -(-min(rows, tokens) // shard.size) * model.vocab_size * 4
     return max(layer, logits)

@@ -14,7 +14,8 @@ import torch
 from miniserve.core import RowStart
 from miniserve.kernels import sampling
 from miniserve.kernels.sampling import Draw, RowParams
-from miniserve.runner.logprobs import LogprobTensors, gather_logprobs
+from miniserve.parallel.group import Alone, Group, gather_rows, parts_of_all, shard_of
+from miniserve.runner.logprobs import LogprobTensors, gather_logprobs, share_logprobs
 from miniserve.runner.sampling_penalties import SeenTokens
 from miniserve.runner.sampling_rows import Batch, RowTable
 
@@ -38,6 +39,9 @@ class Sampler:
     Until a row has `min_tokens` output tokens, neither an EOS token (ignore_eos or not) nor one of its stop_token_ids
     is drawn. A row's tokens are a function of its logits, its parameters and its stream of random numbers, which starts
     from the request's seed or, without one, from `seed` and the request's id. `draw`: the device's way to draw.
+
+    Each rank of `group` has the logits of its words. Where all rows are greedy, ranks compare their best words; else
+    each draws for its share of the rows, of which it gets the whole logits. All ranks record all tokens.
     """
 
     def __init__(
@@ -48,14 +52,16 @@ class Sampler:
         eos_token_ids: Collection[int],
         seed: int = 0,
         draw: Draw = sampling.draw,
+        group: Group | None = None,
     ) -> None:
+        self._group = group or Alone()
+        self._vocab_size = vocab_size
         self.last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self.num_outputs = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self._draw = draw
         self._table = RowTable(max_num_seqs, vocab_size, device, eos_token_ids, seed)
         self._seen = SeenTokens(max_num_seqs, vocab_size, device)
-        self._batch_rows: list[int] = []
-        self._batch: Batch | None = None
+        self._batches: list[tuple[list[int], Batch]] = []  # of the last step: all its rows, and this rank's of them
 
     @property
     def params(self) -> RowParams:
@@ -65,7 +71,7 @@ class Sampler:
     def start_row(self, start: RowStart) -> None:
         """Add a request in a free row. Raises `InvalidRequest` for a logit_bias beyond the vocabulary."""
         self._table.start_row(start)
-        self._batch = None
+        self._batches = []
         self.num_outputs[start.row].fill_(len(start.output_token_ids))  # item assignment would wait for the device
         if start.request.params.penalised:
             self._seen.start_row(start.row, start.request.prompt_token_ids, start.output_token_ids)
@@ -73,7 +79,7 @@ class Sampler:
     def stop_row(self, row: int) -> None:
         """The row is free again."""
         self._table.stop_row(row)
-        self._batch = None
+        self._batches = []
 
     def upload(self) -> None:
         """Update `params`, before a graph draws."""
@@ -82,11 +88,23 @@ class Sampler:
     def sample(self, logits: torch.Tensor, rows: list[int], positions: list[int] | None = None) -> SampleOutput:
         """Draw the next token of each of `rows`, which are all taken.
 
-        logits: contiguous [len(rows), vocab_size] of any float dtype, may be overwritten. On an asynchronous device
-        nothing waits. A row may occur more than once, unless it is penalised, if the host passes the `positions` that
-        the logits follow from; `last_tokens` and `num_outputs` are then undefined until a request takes the row.
+        logits: contiguous [len(rows), this rank's words] of any float dtype, may be overwritten. On an asynchronous
+        device nothing waits. A row may occur more than once, unless it is penalised, if the host passes the
+        `positions` that the logits follow from; `last_tokens` and `num_outputs` are then undefined until a request
+        takes the row.
         """
         self.upload()
+        choose = self._choose if self._group.size == 1 else self._choose_together
+        sampled = choose(logits, rows, positions)
+        batch = self._prepare(rows)
+        self.last_tokens.index_copy_(0, batch.rows, sampled.token_ids)
+        self.num_outputs.index_add_(0, batch.rows, batch.ones)
+        if batch.penalised is not None:
+            self._seen.record(sampled.token_ids, batch.penalised)
+        return sampled
+
+    def _choose(self, logits: torch.Tensor, rows: list[int], positions: list[int] | None) -> SampleOutput:
+        """The next tokens of rows whose logits are here, [len(rows), vocab_size]; they are not yet recorded."""
         batch = self._prepare(rows)
         if positions is None:
             num_outputs = self.num_outputs.index_select(0, batch.rows)
@@ -101,14 +119,29 @@ class Sampler:
             logits = logits.float()
             self._edit(logits, batch, num_outputs)
         tokens = self._draw(logits, batch.rows, self.params, num_outputs)
-        self.last_tokens.index_copy_(0, batch.rows, tokens)
-        self.num_outputs.index_add_(0, batch.rows, batch.ones)
-        if batch.penalised is not None:
-            self._seen.record(tokens, batch.penalised)
         if raw is None or batch.logprobs is None:
             return SampleOutput(tokens, None, batch.num_logprobs)
         logprobs = gather_logprobs(raw, tokens[batch.logprobs.entries], batch.logprobs.most)
         return SampleOutput(tokens, logprobs, batch.num_logprobs)
+
+    def _choose_together(self, logits: torch.Tensor, rows: list[int], positions: list[int] | None) -> SampleOutput:
+        """As `_choose`, of logits whose columns are shared out: each rank chooses for its part of the rows."""
+        group, num_logprobs = self._group, self._prepare(rows).num_logprobs
+        if self._table.take_argmax(rows):
+            return SampleOutput(best_of_ranks(group, logits, self._vocab_size), None, num_logprobs)
+        logits = group.rows(logits, self._vocab_size)
+        parts = [part.held for part in parts_of_all(group, len(rows))]
+        own = parts[group.rank]
+        chosen = SampleOutput(torch.zeros(0, dtype=torch.int64, device=logits.device), None, ())
+        if rows[own]:
+            chosen = self._choose(logits, rows[own], None if positions is None else positions[own])
+        tokens = gather_rows(group, chosen.token_ids, [len(rows[part]) for part in parts])
+        asked = [count for count in num_logprobs if count is not None]
+        if not asked:
+            return SampleOutput(tokens, None, num_logprobs)
+        counts = [sum(count is not None for count in num_logprobs[part]) for part in parts]
+        logprobs = share_logprobs(group, chosen.logprobs, counts, min(max(asked), self._vocab_size), logits.device)
+        return SampleOutput(tokens, logprobs, num_logprobs)
 
     def takes_argmax(self, rows: list[int]) -> bool:
         """Whether `sample` would return each row's most likely token and nothing else."""
@@ -132,10 +165,12 @@ class Sampler:
         return SampleOutput(tokens, sampled.logprobs, tuple(num_logprobs))
 
     def _prepare(self, rows: list[int]) -> Batch:
-        if self._batch is None or self._batch_rows != rows:
-            self._batch_rows = list(rows)
-            self._batch = self._table.batch(self._batch_rows)
-        return self._batch
+        for known, batch in self._batches:
+            if known == rows:
+                return batch
+        batch = self._table.batch(rows)
+        self._batches = [(list(rows), batch), *self._batches[:1]]
+        return batch
 
     def _edit(self, logits: torch.Tensor, batch: Batch, num_outputs: torch.Tensor) -> None:
         """Apply bias, min_tokens and penalties in place."""
@@ -148,3 +183,11 @@ class Sampler:
             flat[stops.places] = flat[stops.places].masked_fill_(early, float("-inf"))
         if batch.penalised is not None:
             self._seen.penalise(logits, batch.penalised)
+
+
+def best_of_ranks(group: Group, logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Each row's most likely token, as `sampling.draw` takes it, from this rank's columns of the logits. int64 [R]."""
+    words = torch.arange(vocab_size, device=logits.device)[shard_of(group).part(vocab_size).held]
+    # Both are exact in float64. [ranks, 2, R]
+    pairs = group.gather(torch.stack([each.double() for each in sampling.most_likely(logits, words)]))
+    return sampling.most_likely(pairs[:, 0].T, pairs[:, 1].T)[1].long()
