@@ -25,6 +25,7 @@ ROOMS = (
     "scheduler",
     "models",
     "attention",
+    "parallel",
     "kernels",
     "config",
     "core",

@@ -84,7 +84,7 @@ class Decoder(Module):
 def _head(config: ModelConfig, options: BuildOptions, embedding: Embedding) -> Linear:
     if config.tie_word_embeddings:
         method = options.method(config.hidden_size, config.vocab_size)
-        return TiedLMHead(embedding, dtype=options.dtype, method=method)
+        return TiedLMHead(embedding, config.vocab_size, dtype=options.dtype, method=method)
     return options.linear(config.hidden_size, {"lm_head": config.vocab_size}, bias=False)
 
 

@@ -47,7 +47,8 @@ def load_weights(model: CausalLM, path: str | Path, *, progress: Progress = lamb
             # Opened anew for each layer: pages that stay mapped would count as this process's memory.
             with opened(file) as tensors:
                 for tensor in within:
-                    layer.target(pieces[tensor]).copy_(tensors.get_tensor(tensor))
+                    for piece in pieces[tensor]:
+                        _read(tensors, piece, layer.target(piece))
         _check_values(layer, pieces, Path(path))
 
 
@@ -63,10 +64,16 @@ def read_kv_scales(model: CausalLM, path: str | Path) -> dict[str, torch.Tensor]
 
 def dummy_weights(model: CausalLM, seed: int, *, progress: Progress = lambda done, total: None) -> None:
     """Random weights of the right shapes: normal with standard deviation 0.02, norms 1. The same seed on the same
-    device gives the same weights."""
-    generator = torch.Generator(device=model.options.device).manual_seed(seed)
-    for _, layer in _in_order(model, progress):
-        layer.fill_dummy(generator)
+    kind of device gives the same weights, whatever part of them `model` is."""
+    for name, layer in _in_order(model, progress):
+        layer.fill_dummy(name, seed)
+
+
+def _read(tensors: Any, piece: Piece, target: torch.Tensor) -> None:
+    """Copy what is wanted of a tensor, and read no more of its file than that."""
+    if target.numel():
+        found = tensors.get_tensor(piece.name) if piece.whole else tensors.get_slice(piece.name)[piece.source]
+        target.copy_(found)
 
 
 def _in_order(model: CausalLM, progress: Progress) -> Iterator[tuple[str, Layer]]:
@@ -89,15 +96,18 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Layer]]:
             yield name, module
 
 
-def _pieces(model: CausalLM, name: str, layer: Layer, stored: Container[str]) -> dict[str, Piece]:
-    """What the layer wants of a checkpoint that has the tensors `stored`, by name: transformers also writes experts
+def _pieces(model: CausalLM, name: str, layer: Layer, stored: Container[str]) -> dict[str, list[Piece]]:
+    """What the layer wants of a checkpoint that has the tensors `stored`, by tensor: transformers also writes experts
     stacked, and reads embeddings that are stored as the head alone they are tied to."""
     pieces = list(layer.pieces(name))
     if isinstance(layer, Experts) and any(piece.name in stored for piece in layer.stacked_pieces(name)):
         pieces = list(layer.stacked_pieces(name))
     if model.config.tie_word_embeddings and EMBEDDING not in stored and HEAD in stored:
         pieces = [dataclasses.replace(piece, name=HEAD) if piece.name == EMBEDDING else piece for piece in pieces]
-    return {piece.name: piece for piece in pieces}
+    wanted: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        wanted.setdefault(piece.name, []).append(piece)
+    return wanted
 
 
 def _bytes(layer: Layer) -> int:
@@ -106,7 +116,7 @@ def _bytes(layer: Layer) -> int:
 
 def _check(model: CausalLM, files: dict[str, list[Path]], path: Path) -> None:
     """Compare names, shapes and dtypes, which the files' headers tell."""
-    wanted: dict[str, Piece] = {}
+    wanted: dict[str, list[Piece]] = {}
     for layer_name, layer in _layers(model):
         wanted |= _pieces(model, layer_name, layer, files)
     surplus = [name for name in files if name not in wanted and not _ignored(name, model)]
@@ -119,7 +129,7 @@ def _check(model: CausalLM, files: dict[str, list[Path]], path: Path) -> None:
     for file, names in by_file([name for name in wanted if name in files], files):
         with opened(file) as tensors:
             for name in names:
-                wrong += _wrong(wanted[name], tensors.get_slice(name))
+                wrong += _wrong(wanted[name][0], tensors.get_slice(name))
     if wrong:
         problems.append(some(wrong))
     if problems:
@@ -135,11 +145,11 @@ def _wrong(piece: Piece, header: Any) -> list[str]:
     return []
 
 
-def _check_values(layer: Layer, pieces: dict[str, Piece], path: Path) -> None:
+def _check_values(layer: Layer, pieces: dict[str, list[Piece]], path: Path) -> None:
     parameters = list(layer.parameters(recurse=False))
     if all(map(_finite, parameters)):
         return
-    broken = [name for name, piece in pieces.items() if not _finite(layer.target(piece))]
+    broken = [name for name, each in pieces.items() if not all(_finite(layer.target(piece)) for piece in each)]
     remedy = "download the model again"
     if any(parameter.dtype == torch.float16 for parameter in parameters):
         remedy = f"use --dtype bfloat16, as float16 ends at 65504, or {remedy}"
@@ -148,7 +158,9 @@ def _check_values(layer: Layer, pieces: dict[str, Piece], path: Path) -> None:
 
 def _finite(x: torch.Tensor) -> bool:
     """Without a copy of x. Of a part that has a NaN both ends are NaN."""
-    return all(bool(torch.stack(torch.aminmax(part)).isfinite().all()) for part in x.flatten().split(_AT_ONCE))
+    return x.numel() == 0 or all(
+        bool(torch.stack(torch.aminmax(part)).isfinite().all()) for part in x.flatten().split(_AT_ONCE)
+    )
 
 
 def _ignored(name: str, model: CausalLM) -> bool:

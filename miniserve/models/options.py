@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,8 @@ from miniserve.models.layers.norm import RMSNorm
 from miniserve.models.layers.ops import NativeOps, Ops
 from miniserve.models.layers.routing import RoutingMethod, torch_routing
 from miniserve.models.layers.triton import TritonMethod, TritonMoE, TritonOps, triton_routing
+from miniserve.parallel.group import Alone, Group, shard_of
+from miniserve.parallel.shard import Part, Shard, whole
 
 if TYPE_CHECKING:
     from miniserve.kernels.triton.runtime import TritonKernels
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 class BuildOptions:
     """What a model is built for. device: where its weights will lie. max_model_len: positions the rotary table covers,
     in tokens, None for all that the model has. native: the CPU's kernels, triton: the GPU's, experts: aiter's of an AMD
-    GPU, None to do without."""
+    GPU, None to do without. group: the ranks that hold it together, this one's part is built."""
 
     dtype: torch.dtype
     kv_dtype: torch.dtype
@@ -38,6 +40,11 @@ class BuildOptions:
     native: NativeKernels | None = None
     triton: TritonKernels | None = None
     experts: AiterExperts | None = None
+    group: Group = field(default_factory=Alone)
+
+    @property
+    def shard(self) -> Shard:
+        return shard_of(self.group)
 
     @property
     def ops(self) -> Ops:
@@ -56,9 +63,9 @@ class BuildOptions:
         packing = choose_packing(self.dtype, self.device, [(in_features, out_features)], self.native)
         return LinearMethod() if packing is PLAIN else PackedMethod(packing)
 
-    def linear(self, in_features: int, outputs: Mapping[str, int], *, bias: bool) -> Linear:
-        method = self.method(in_features, sum(outputs.values()))
-        return Linear(in_features, outputs, bias=bias, dtype=self.dtype, method=method)
+    def linear(self, columns: int | Part, outputs: Mapping[str, int | Part], *, bias: bool) -> Linear:
+        method = self.method(whole(columns).size, sum(whole(rows).size for rows in outputs.values()))
+        return Linear(columns, outputs, bias=bias, dtype=self.dtype, method=method)
 
     def norm(self, size: int, eps: float) -> RMSNorm:
         return RMSNorm(size, eps, self.dtype, self.ops)

@@ -30,7 +30,7 @@ MODEL = str(Path(miniserve.__file__).parent / "assets" / "tiny-deepseek")
 def experts_of(hidden: int, middle: int, dtype: torch.dtype, method: Any) -> Experts:
     layer = Experts(6, hidden, middle, dtype=dtype, method=method)
     layer.allocate(CPU)
-    layer.fill_dummy(torch.Generator().manual_seed(1))
+    layer.fill_dummy("layer", 1)
     for parameter in layer.parameters():
         parameter.data.mul_(5)
     layer.finish()

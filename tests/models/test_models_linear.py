@@ -16,6 +16,7 @@ from miniserve.models.layers.linear import (
     can_pack,
     choose_packing,
 )
+from miniserve.parallel.shard import Part, Shard
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -24,7 +25,7 @@ packable = [dtype for dtype in (torch.bfloat16, torch.float32, torch.float16) if
 
 def loaded(layer: Linear, seed: int = 0) -> Linear:
     layer.allocate(CPU)
-    layer.fill_dummy(torch.Generator().manual_seed(seed))
+    layer.fill_dummy("layer", seed)
     return layer
 
 
@@ -58,10 +59,10 @@ def test_plain_method_keeps_the_weight() -> None:
 @pytest.mark.parametrize("method", [LinearMethod(), PackedMethod(ONEDNN)] if packable else [LinearMethod()])
 def test_a_tied_head_multiplies_with_the_embedding_and_leaves_it_there(method: LinearMethod) -> None:
     embedding = Embedding(50, 16, torch.float32, functional.embedding)
-    head = TiedLMHead(embedding, dtype=torch.float32, method=method)
+    head = TiedLMHead(embedding, 50, dtype=torch.float32, method=method)
     assert list(head.pieces("lm_head")) == []
     embedding.allocate(CPU)
-    embedding.fill_dummy(torch.Generator().manual_seed(0))
+    embedding.fill_dummy("layer", 0)
     head.allocate(CPU)
     head.finish()
     logits = head(embedding(torch.tensor([3, 49])))
@@ -94,3 +95,26 @@ def test_without_the_private_operators_weights_stay_plain(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", absent)
     assert not can_pack.__wrapped__(torch.float32)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_ranks_hold_slices_of_one_layer(size: int) -> None:
+    """Rows, columns, a bias that the first rank alone adds: parts of what one process draws by the same seed."""
+
+    def filled(rows: int | Part, columns: int | Part) -> Linear:
+        layer = Linear(columns, {"a": rows, "b": 3}, bias=True, dtype=torch.float32, method=LinearMethod())
+        layer.allocate(CPU)
+        layer.fill_dummy("layer", 7)
+        return layer
+
+    one, x = filled(11, 9), torch.randn(2, 9)
+    both = [Shard(rank, size) for rank in range(size)]
+    by_rows = [filled(shard.part(11), 9) for shard in both]
+    assert torch.equal(torch.cat([layer.weight[:-3] for layer in by_rows]), one.weight[:-3])
+    assert torch.equal(torch.cat([layer.bias[:-3] for layer in by_rows]), one.bias[:-3])
+    assert all(torch.equal(layer.weight[-3:], one.weight[-3:]) for layer in by_rows)
+    by_columns = [filled(11, shard.part(9)) for shard in both]
+    assert [layer.bias is None for layer in by_columns] == [rank > 0 for rank in range(size)]
+    parts = [layer(x[:, shard.part(9).held]) for layer, shard in zip(by_columns, both, strict=True)]
+    torch.testing.assert_close(sum(parts), one(x))
+    assert [piece.name for piece in by_columns[-1].pieces("m.l")] == [piece.name for piece in one.pieces("m.l")]

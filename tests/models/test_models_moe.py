@@ -100,7 +100,7 @@ def test_every_method_sums_each_tokens_experts(dtype: torch.dtype, num_tokens: i
     for method in methods(dtype):
         layer = Experts(12, 64, 32, dtype=dtype, method=method)
         layer.allocate(CPU)
-        layer.fill_dummy(torch.Generator().manual_seed(4))
+        layer.fill_dummy("layer", 4)
         w1, w2 = layer.w1.data.float() * 10, layer.w2.data.float() * 10
         layer.w1.data.mul_(10)
         layer.w2.data.mul_(10)

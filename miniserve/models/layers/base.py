@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +13,22 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One tensor of a checkpoint and where it goes: the part at `index` of the layer's parameter called `parameter`."""
+    """What a layer wants of one tensor of a checkpoint, and where it goes: `source` of it (empty: all) to the part at
+    `index` of the layer's parameter called `parameter`. shape: of the whole tensor. A tensor that the model has on
+    other ranks alone goes to `NOWHERE`, so that it is known and checked."""
 
     name: str
     parameter: str
     index: slice | tuple[int | slice, ...]
     shape: tuple[int, ...]
+    source: tuple[slice, ...] = ()
+
+    @property
+    def whole(self) -> bool:
+        return all(part == slice(0, count) for part, count in zip(self.source, self.shape, strict=False))
+
+
+NOWHERE = slice(0, 0)
 
 
 class Module(nn.Module):
@@ -52,10 +63,21 @@ class Layer(Module):
     def target(self, piece: Piece) -> Tensor:
         return self.get_parameter(piece.parameter).data[piece.index]
 
-    def fill_dummy(self, generator: torch.Generator) -> None:
-        """Random weights for `--load-format dummy`: normal, standard deviation 0.02."""
-        for parameter in self.parameters(recurse=False):
-            parameter.data.normal_(0.0, 0.02, generator=generator)
+    def fill_dummy(self, prefix: str, seed: int) -> None:
+        """Random weights for `--load-format dummy`. Each tensor of the checkpoint is drawn whole, by a seed of its own
+        name: so ranks hold parts of the same model, however many they are."""
+        for piece in self.pieces(prefix):
+            target = self.target(piece)
+            if target.numel():
+                own = hashlib.blake2b(f"{seed} {piece.name}".encode(), digest_size=8).digest()
+                generator = torch.Generator(device=target.device).manual_seed(int.from_bytes(own, "little") >> 1)
+                target.copy_(self.dummy(piece, generator)[piece.source])
+
+    def dummy(self, piece: Piece, generator: torch.Generator) -> Tensor:
+        """The whole tensor, of any dtype: normal with standard deviation 0.02. It may take numbers of the generator,
+        and lies on its device."""
+        whole = torch.empty(piece.shape, dtype=self.get_parameter(piece.parameter).dtype, device=generator.device)
+        return whole.normal_(0.0, 0.02, generator=generator)
 
     def finish(self) -> None:
         """All pieces are there. A layer that keeps its weights in another form converts them here."""

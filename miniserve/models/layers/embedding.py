@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from miniserve.models.layers.base import Layer, Piece
 from miniserve.models.layers.linear import Linear, LinearMethod
+from miniserve.parallel.shard import Part
 
 LookUp = Callable[[Tensor, Tensor], Tensor]  # (ids int64 [T], table [n, dim]) -> [T, dim]
 
@@ -27,12 +28,11 @@ class Embedding(Layer):
 
 
 class TiedLMHead(Linear):
-    """Hidden states to logits by the embedding's weight. It asks nothing of the checkpoint; a method that repacks the
-    weight makes a copy, and the embedding keeps the original for its look-ups."""
+    """Hidden states to logits by rows of the embedding's weight, `vocab` of them. It asks nothing of the checkpoint;
+    a method that repacks the weight makes a copy, and the embedding keeps the original for its look-ups."""
 
-    def __init__(self, embedding: Embedding, *, dtype: torch.dtype, method: LinearMethod) -> None:
-        vocab_size, hidden_size = embedding.weight.shape
-        super().__init__(hidden_size, {"lm_head": vocab_size}, bias=False, dtype=dtype, method=method)
+    def __init__(self, embedding: Embedding, vocab: int | Part, *, dtype: torch.dtype, method: LinearMethod) -> None:
+        super().__init__(embedding.weight.shape[1], {"lm_head": vocab}, bias=False, dtype=dtype, method=method)
         self.register_parameter("weight", None)
         self._embedding = (embedding,)  # in a tuple, so that it is not this module's child as well
 
@@ -41,5 +41,6 @@ class TiedLMHead(Linear):
 
     def finish(self) -> None:
         # The embedding has its memory by now: a model's layers are loaded in order.
-        self.weight = self._embedding[0].weight
+        rows = self._embedding[0].weight.data[self.outputs["lm_head"].held]
+        self.register_parameter("weight", nn.Parameter(rows, requires_grad=False))
         super().finish()

@@ -8,17 +8,53 @@ import torch
 from torch import Tensor
 
 from miniserve.kernels.native import NativeKernels
-from miniserve.models.layers.base import Layer, Piece
+from miniserve.models.layers.base import NOWHERE, Layer, Piece
 from miniserve.models.layers.linear import Packing, choose_packing
 from miniserve.models.layers.ops import PendingSum, silu_and_mul
+from miniserve.parallel.shard import Part, whole
 
 TRITON_MOE = "the engine's Triton kernels"
 
 
 class MoEMethod:
-    """How `Experts` keep their weights and multiply with them; one object per layer. name: for people."""
+    """The format of `Experts`: their parameters, the tensors of a checkpoint that fill them, and how tokens are
+    multiplied with them; one object per layer. name: for people. Here: two tensors, w1 [num_experts, 2 *
+    intermediate_size, hidden_size], gates before ups, and w2 [num_experts, hidden_size, intermediate_size]."""
 
     name: str
+
+    def declare(self, layer: Experts) -> None:
+        """Declare the layer's parameters, once it knows its sizes."""
+        experts, hidden, middle = layer.num_experts, layer.hidden_size, layer.intermediate_size
+        layer.declare("w1", (experts, 2 * middle, hidden), layer.dtype)
+        layer.declare("w2", (experts, hidden, middle), layer.dtype)
+
+    def pieces(self, layer: Experts, prefix: str) -> Iterator[Piece]:
+        """As `Layer.pieces`, of a checkpoint with three matrices of each expert."""
+        hidden, width, middle = whole(layer.hidden_size), layer.width, layer.intermediate_size
+        both = {"gate_proj": slice(0, middle), "up_proj": slice(middle, 2 * middle)}
+        for expert in range(layer.experts.count):
+            held = layer.experts.held.start <= expert < layer.experts.held.stop
+            place = expert - layer.experts.held.start
+            for name, rows in both.items():
+                shape, source = (width.count, hidden.count), (width.held, hidden.held)
+                yield Piece(f"{prefix}.{expert}.{name}.weight", "w1", (place, rows) if held else NOWHERE, shape, source)
+            shape, source = (hidden.count, width.count), (hidden.held, width.held)
+            index = (place, hidden.held) if held else NOWHERE
+            yield Piece(f"{prefix}.{expert}.down_proj.weight", "w2", index, shape, source)
+
+    def stacked_pieces(self, layer: Experts, prefix: str) -> Iterator[Piece]:
+        """The same, of a checkpoint under transformers' own names: both tensors of all experts, which it stores by
+        `save_original_format=False`."""
+        experts, hidden, width, middle = layer.experts, whole(layer.hidden_size), layer.width, layer.intermediate_size
+        shape = (experts.count, 2 * width.count, hidden.count)
+        for ups in (0, 1):
+            rows = slice(ups * middle, (ups + 1) * middle)
+            source = slice(ups * width.count + width.held.start, ups * width.count + width.held.stop)
+            index = (slice(None), rows)
+            yield Piece(f"{prefix}.gate_up_proj", "w1", index, shape, (experts.held, source, hidden.held))
+        shape, parts = (experts.count, hidden.count, width.count), (experts.held, hidden.held, width.held)
+        yield Piece(f"{prefix}.down_proj", "w2", slice(None), shape, parts)
 
     def finish(self, layer: Experts) -> None:
         """The weights are loaded: put them into the form that `apply` wants, and free what is not needed any more."""
@@ -72,37 +108,31 @@ def choose_moe_method(
 
 
 class Experts(Layer):
-    """SwiGLU experts in two tensors: w1 [num_experts, 2 * intermediate_size, hidden_size], gates before ups, and w2
-    [num_experts, hidden_size, intermediate_size]. A checkpoint has three matrices of each expert, or both tensors."""
+    """SwiGLU experts. experts, width: how many there are and the size of each one's middle, all or the part that this
+    rank has; then the output is a part of a sum over ranks. num_experts, intermediate_size: of this rank."""
 
     w1: Tensor
     w2: Tensor
 
     def __init__(
-        self, num_experts: int, hidden_size: int, intermediate_size: int, *, dtype: torch.dtype, method: MoEMethod
+        self, experts: int | Part, hidden_size: int, width: int | Part, *, dtype: torch.dtype, method: MoEMethod
     ) -> None:
         super().__init__()
-        self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
+        self.experts, self.hidden_size, self.width = whole(experts), hidden_size, whole(width)
+        self.num_experts, self.intermediate_size = self.experts.size, self.width.size
+        self.dtype = dtype
         self.method = method
-        self.declare("w1", (num_experts, 2 * intermediate_size, hidden_size), dtype)
-        self.declare("w2", (num_experts, hidden_size, intermediate_size), dtype)
+        method.declare(self)
 
     def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor | PendingSum:
         """As `MoEMethod.apply`."""
         return self.method.apply(self, x, topk_weights, topk_ids)
 
     def pieces(self, prefix: str) -> Iterator[Piece]:
-        hidden, middle = self.hidden_size, self.intermediate_size
-        for expert in range(self.num_experts):
-            name = f"{prefix}.{expert}"
-            yield Piece(f"{name}.gate_proj.weight", "w1", (expert, slice(0, middle)), (middle, hidden))
-            yield Piece(f"{name}.up_proj.weight", "w1", (expert, slice(middle, 2 * middle)), (middle, hidden))
-            yield Piece(f"{name}.down_proj.weight", "w2", (expert, slice(0, hidden)), (hidden, middle))
+        return self.method.pieces(self, prefix)
 
     def stacked_pieces(self, prefix: str) -> Iterator[Piece]:
-        """The same under transformers' own names, which it stores by `save_original_format=False`."""
-        for name, parameter in (("gate_up_proj", "w1"), ("down_proj", "w2")):
-            yield Piece(f"{prefix}.{name}", parameter, slice(None), tuple(self.get_parameter(parameter).shape))
+        return self.method.stacked_pieces(self, prefix)
 
     def finish(self) -> None:
         self.method.finish(self)

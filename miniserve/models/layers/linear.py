@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from miniserve.kernels.native import NativeKernels
-from miniserve.models.layers.base import Layer, Piece
+from miniserve.models.layers.base import NOWHERE, Layer, Piece
+from miniserve.parallel.shard import Part, whole
 
 # Rows that a CPU weight is packed for. It stays correct for any number; of 1, 16, 64, 128 and 512, measured over six
 # shapes, 16 was best or within noise of the best from 1 to 256 rows, in bfloat16 and in float32.
@@ -64,7 +65,32 @@ def choose_packing(
 
 
 class LinearMethod:
-    """How a `Linear` keeps its weight and multiplies with it; one object per layer. This one: as it is."""
+    """A `Linear`'s format: its parameters, the tensors of a checkpoint that fill them, and how it multiplies; one
+    object per layer. This one: the weight as it is, [out_features, in_features], and perhaps a bias."""
+
+    def declare(self, layer: Linear) -> None:
+        """Declare the layer's parameters, once it knows its sizes."""
+        layer.declare("weight", (layer.out_features, layer.in_features), layer.dtype)
+        self.declare_bias(layer)
+
+    def pieces(self, layer: Linear, prefix: str) -> Iterator[Piece]:
+        """As `Layer.pieces`. A method with other parameters yields one piece for each of them and each module."""
+        for name, rows, place in layer.stored_modules(prefix):
+            shape, source = (rows.count, layer.columns.count), (rows.held, layer.columns.held)
+            yield Piece(f"{name}.weight", "weight", place, shape, source)
+            yield from self.bias_pieces(layer, name, rows, place)
+
+    def declare_bias(self, layer: Linear) -> None:
+        if layer.has_bias and layer.adds_bias:
+            layer.declare("bias", (layer.out_features,), layer.dtype)
+        else:
+            layer.register_parameter("bias", None)
+
+    def bias_pieces(self, layer: Linear, name: str, rows: Part, place: slice) -> Iterator[Piece]:
+        if layer.has_bias and layer.adds_bias:
+            yield Piece(f"{name}.bias", "bias", place, (rows.count,), (rows.held,))
+        elif layer.has_bias:
+            yield Piece(f"{name}.bias", "weight", NOWHERE, (rows.count,))
 
     def finish(self, layer: Linear) -> None:
         """The weight is loaded: put it into the form that `apply` wants, and free what is not needed any more."""
@@ -90,10 +116,12 @@ class PackedMethod(LinearMethod):
 
 
 class Linear(Layer):
-    """y = x Wᵀ + b, where W may be several checkpoint matrices stacked by rows.
+    """y = x Wᵀ + b, where W may be several checkpoint matrices stacked by rows, or this rank's parts of them.
 
-    outputs: the name of each checkpoint module and its number of rows, in order: {"o_proj": n} for a plain layer,
-    {"q_proj": …, "k_proj": …, "v_proj": …} for a fused one. The names replace the last part of the layer's own name.
+    columns: in_features of the checkpoint, or the part of them that this rank has; then y is a part of a sum over
+    ranks, to which the first alone adds the bias. outputs: the name of each checkpoint module and its rows, all or a
+    part, in order: {"o_proj": n} for a plain layer, {"q_proj": …, "k_proj": …, "v_proj": …} for a fused one. The
+    names replace the last part of the layer's own name. in_features, out_features: of this rank.
     """
 
     weight: Tensor
@@ -101,33 +129,38 @@ class Linear(Layer):
     __call__: Callable[..., Tensor]
 
     def __init__(
-        self, in_features: int, outputs: Mapping[str, int], *, bias: bool, dtype: torch.dtype, method: LinearMethod
+        self,
+        columns: int | Part,
+        outputs: Mapping[str, int | Part],
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        method: LinearMethod,
     ) -> None:
         super().__init__()
-        self.in_features = in_features
-        self.outputs = dict(outputs)
-        self.out_features = sum(outputs.values())
+        self.columns = whole(columns)
+        self.outputs = {name: whole(rows) for name, rows in outputs.items()}
+        self.in_features = self.columns.size
+        self.out_features = sum(rows.size for rows in self.outputs.values())
+        self.has_bias, self.adds_bias = bias, self.columns.held.start == 0
+        self.dtype = dtype
         self.method = method
-        self.declare("weight", (self.out_features, in_features), dtype)
-        if bias:
-            self.declare("bias", (self.out_features,), dtype)
-        else:
-            self.register_parameter("bias", None)
+        method.declare(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, in_features] -> [T, out_features]."""
         return self.method.apply(self, x)
 
-    def pieces(self, prefix: str) -> Iterator[Piece]:
+    def stored_modules(self, prefix: str) -> Iterator[tuple[str, Part, slice]]:
+        """The checkpoint's modules: name, which of its rows this rank has, and which rows of the layer they are."""
         parent = prefix.rpartition(".")[0]
         start = 0
-        for module, size in self.outputs.items():
-            name = f"{parent}.{module}" if parent else module
-            rows = slice(start, start + size)
-            yield Piece(f"{name}.weight", "weight", rows, (size, self.in_features))
-            if self.bias is not None:
-                yield Piece(f"{name}.bias", "bias", rows, (size,))
-            start += size
+        for module, rows in self.outputs.items():
+            yield f"{parent}.{module}" if parent else module, rows, slice(start, start + rows.size)
+            start += rows.size
+
+    def pieces(self, prefix: str) -> Iterator[Piece]:
+        return self.method.pieces(self, prefix)
 
     def finish(self) -> None:
         self.method.finish(self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from miniserve.models.layers.base import Layer
+from miniserve.models.layers.base import Layer, Piece
 from miniserve.models.layers.ops import Ops, PendingSum
 
 
@@ -28,5 +28,5 @@ class RMSNorm(Layer):
             return x.add_rms_norm(residual, self.weight, self.eps)
         return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
 
-    def fill_dummy(self, generator: torch.Generator) -> None:
-        self.weight.fill_(1.0)
+    def dummy(self, piece: Piece, generator: torch.Generator) -> Tensor:
+        return torch.ones(piece.shape, device=generator.device)

@@ -1,0 +1,66 @@
+"""Which part of a model a rank holds. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from miniserve.core import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The `held` of `count` rows, columns, heads or experts: a slice with both ends, of none where they are equal."""
+
+    count: int
+    held: slice
+
+    @property
+    def size(self) -> int:
+        """How many are held."""
+        return int(self.held.stop - self.held.start)
+
+    def times(self, width: int) -> Part:
+        """The same part in elements, of things that have `width` elements each."""
+        return Part(self.count * width, slice(self.held.start * width, self.held.stop * width))
+
+
+def whole(count: int | Part) -> Part:
+    """All of `count`; a part stays what it is."""
+    return count if isinstance(count, Part) else Part(count, slice(0, count))
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Rank `rank` of `size` that hold a model together. Parts are in the order of the ranks and cover everything."""
+
+    rank: int = 0
+    size: int = 1
+
+    def part(self, count: int, unit: int = 1) -> Part:
+        """This rank's part, as even as can be in whole units (the last unit may be shorter); earlier ranks have the
+        larger ones, later ranks may have nothing."""
+        units = -(-count // unit)
+        start, stop = (min(count, unit * _begin(units, rank, self.size)) for rank in (self.rank, self.rank + 1))
+        return Part(count, slice(start, stop))
+
+    def heads(self, num_heads: int, num_kv_heads: int) -> tuple[Part, Part]:
+        """This rank's query heads, and the KV heads that they read. Where there are fewer KV heads than ranks,
+        neighbours hold the same KV head and share its query heads. Raises `UserError` for more ranks than heads."""
+        if self.size > num_heads:
+            raise UserError(f"{self.size} ranks cannot share {num_heads} heads: use {num_heads} ranks or fewer.")
+        group = num_heads // num_kv_heads
+        if self.size <= num_kv_heads:
+            kv = self.part(num_kv_heads)
+            return kv.times(group), kv
+        # The first KV heads have the fewest ranks, so that rank 0 has the most query heads.
+        head = ((self.rank + 1) * num_kv_heads - 1) // self.size
+        first, end = (self.size * each // num_kv_heads for each in (head, head + 1))
+        mine = Shard(self.rank - first, end - first).part(group).held
+        start = head * group
+        return Part(num_heads, slice(start + mine.start, start + mine.stop)), Part(num_kv_heads, slice(head, head + 1))
+
+
+def _begin(count: int, index: int, parts: int) -> int:
+    """Where part `index` of `count` things in `parts` parts begins."""
+    each, more = divmod(count, parts)
+    return each * index + min(index, more)
