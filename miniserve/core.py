@@ -282,6 +282,10 @@ class Runner(Protocol):
 
     def collect(self, handle: object) -> StepResult: ...
 
+    def check(self) -> None:
+        """Raises if no further step can run, as far as can be known between two steps."""
+        ...
+
 
 # --- engine -> API process ----------------------------------------------------------------------------------------
 

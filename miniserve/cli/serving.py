@@ -16,8 +16,9 @@ from miniserve.cli.report import Report, client_url
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
 from miniserve.engine.client import AsyncEngine, EngineDead
-from miniserve.engine.launch import die_with_parent, set_up_logging
+from miniserve.engine.launch import set_up_logging
 from miniserve.models.hub import locate
+from miniserve.parallel.child import die_with_parent
 from miniserve.server.config import ServerConfig
 from miniserve.server.process import ServerStart, on_signals
 from miniserve.server.serve import bind, is_local, loop_factory, serve
