@@ -25,6 +25,7 @@ TEMPERATURE, TOP_K, TOP_P, MIN_P, WANTS_LOGITS, REPETITION, FREQUENCY, PRESENCE 
 NUM_COLUMNS = 8
 NUMBERS_PER_POSITION = 32  # of a row's stream; a draw reads the first
 
+_NO_ID = 2**63 - 1  # larger than any
 _GAMMA = 0x9E3779B97F4A7C15 - 2**64  # torch has signed integers; products wrap to the same bits
 _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
@@ -59,19 +60,26 @@ def _shift_right(bits: torch.Tensor, count: int) -> torch.Tensor:
     return (bits >> count) & ((1 << (64 - count)) - 1)
 
 
+def most_likely(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's largest logit and the lowest of the `ids` (of all columns, or of each row's) that have it; of a row
+    with NaNs, these. logits: [R, n]."""
+    best = logits.amax(-1, keepdim=True)
+    tokens = torch.where((logits == best) | logits.isnan(), ids, torch.inf if ids.is_floating_point() else _NO_ID)
+    return best[:, 0], tokens.amin(-1)
+
+
 def draw(logits: torch.Tensor, rows: torch.Tensor, params: RowParams, num_outputs: torch.Tensor) -> torch.Tensor:
     """See `Draw`."""
     logits, vocab_size = logits.float(), logits.shape[1]
     ids = torch.arange(vocab_size, device=logits.device)
     numbers = params.numbers[rows]
     temperature = numbers[:, TEMPERATURE, None]
-    best = logits.amax(-1, keepdim=True)
-    tokens = torch.where((logits == best) | logits.isnan(), ids, vocab_size).amin(-1)
+    best, tokens = most_likely(logits, ids)
     drawn = (numbers[:, TEMPERATURE] > 0.0).nonzero().squeeze(1)
     if not len(drawn):
         return tokens
     logits, numbers = logits[drawn], numbers[drawn]
-    weights = ((logits - best[drawn]) * (math.log2(math.e) / temperature[drawn])).exp2_().double()
+    weights = ((logits - best[drawn, None]) * (math.log2(math.e) / temperature[drawn])).exp2_().double()
     if (numbers[:, TOP_K] > 0).any() or (numbers[:, TOP_P] < 1).any() or (numbers[:, MIN_P] > 0).any():
         weights *= _kept(logits, weights, numbers)
     mass = weights.cumsum(-1)

@@ -61,7 +61,8 @@ class Decoder(Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, options.dtype, options.look_up)
         layers = [DecoderLayer(config, options, index) for index in range(config.num_layers)]
         self.attention_specs = [
-            config.attention_spec(layer, options.dtype, options.kv_dtype) for layer in range(config.num_layers)
+            config.attention_spec(layer, options.dtype, options.kv_dtype, options.shard)
+            for layer in range(config.num_layers)
         ]
         self.layers = nn.ModuleList(layers)
         self.norm = options.norm(config.hidden_size, config.rms_norm_eps)
@@ -82,10 +83,11 @@ class Decoder(Module):
 
 
 def _head(config: ModelConfig, options: BuildOptions, embedding: Embedding) -> Linear:
+    words = options.shard.part(config.vocab_size)
     if config.tie_word_embeddings:
-        method = options.method(config.hidden_size, config.vocab_size)
-        return TiedLMHead(embedding, config.vocab_size, dtype=options.dtype, method=method)
-    return options.linear(config.hidden_size, {"lm_head": config.vocab_size}, bias=False)
+        method = options.method(config.hidden_size, words.size)
+        return TiedLMHead(embedding, words, dtype=options.dtype, method=method)
+    return options.linear(config.hidden_size, {"lm_head": words}, bias=False)
 
 
 class CausalLM(Module):
@@ -105,7 +107,8 @@ class CausalLM(Module):
         return hidden
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [R, hidden_size] -> [R, vocab_size] in the model's dtype."""
+        """hidden: [R, hidden_size] -> [R, vocab_size] in the model's dtype; of these this rank's part
+        of the columns."""
         return self.lm_head(hidden)
 
     @property

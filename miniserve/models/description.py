@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from miniserve.attention.spec import AttentionSpec, LatentDims
 from miniserve.core import UserError
+from miniserve.parallel.shard import Shard
 
 if TYPE_CHECKING:
     import torch
@@ -146,12 +147,17 @@ class ModelConfig:
         """Whether the layer is one of softmax attention."""
         return self.linear is None or not self.linear.layers[layer]
 
-    def attention_spec(self, layer: int, dtype: torch.dtype, kv_dtype: torch.dtype) -> AttentionSpec:
-        """Of a layer that has a KV cache. dtype: of the layer; kv_dtype: of the cache."""
+    def attention_spec(
+        self, layer: int, dtype: torch.dtype, kv_dtype: torch.dtype, shard: Shard | None = None
+    ) -> AttentionSpec:
+        """Of a layer that has a KV cache, with the heads of `shard`. dtype: of the layer; kv_dtype: of the cache."""
         latent = self.latent
+        heads, kv_heads = (shard or Shard()).heads(
+            self.num_heads, self.num_kv_heads if latent is None else self.num_heads
+        )
         return AttentionSpec(
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads if latent is None else 1,
+            num_heads=heads.size,
+            num_kv_heads=kv_heads.size if latent is None else 1,
             head_dim=self.head_dim if latent is None else latent.kv_lora_rank + latent.rope_dim,
             scale=self.attention_scale,
             dtype=dtype,

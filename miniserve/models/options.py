@@ -12,9 +12,10 @@ from torch.nn import functional
 
 from miniserve.attention.aiter import AiterExperts
 from miniserve.kernels.native import NativeKernels
+from miniserve.models.description import MoEConfig
 from miniserve.models.layers.aiter_moe import AiterMoE
 from miniserve.models.layers.embedding import LookUp
-from miniserve.models.layers.experts import MoEMethod, choose_moe_method
+from miniserve.models.layers.experts import Experts, MoEMethod, choose_moe_method
 from miniserve.models.layers.linear import PLAIN, Linear, LinearMethod, PackedMethod, choose_packing
 from miniserve.models.layers.norm import RMSNorm
 from miniserve.models.layers.ops import NativeOps, Ops
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 class BuildOptions:
     """What a model is built for. device: where its weights will lie. max_model_len: positions the rotary table covers,
     in tokens, None for all that the model has. native: the CPU's kernels, triton: the GPU's, experts: aiter's of an AMD
-    GPU, None to do without. group: the ranks that hold it together, this one's part is built."""
+    GPU, None to do without. group: the ranks that hold it together, this one's part is built. expert_parallel:
+    ranks have experts, not parts of each."""
 
     dtype: torch.dtype
     kv_dtype: torch.dtype
@@ -41,6 +43,7 @@ class BuildOptions:
     triton: TritonKernels | None = None
     experts: AiterExperts | None = None
     group: Group = field(default_factory=Alone)
+    expert_parallel: bool = False
 
     @property
     def shard(self) -> Shard:
@@ -68,11 +71,20 @@ class BuildOptions:
         return Linear(columns, outputs, bias=bias, dtype=self.dtype, method=method)
 
     def norm(self, size: int, eps: float) -> RMSNorm:
-        return RMSNorm(size, eps, self.dtype, self.ops)
+        return RMSNorm(size, eps, self.dtype, self.ops, self.group)
 
     @property
     def routing(self) -> RoutingMethod:
         return torch_routing if self.triton is None else partial(triton_routing, self.triton)
+
+    def experts_of(self, moe: MoEConfig, hidden_size: int) -> Experts:
+        """A layer's: all of this rank's experts, or this rank's part of each."""
+        if self.expert_parallel:
+            experts, width = self.shard.part(moe.num_experts), whole(moe.intermediate_size)
+        else:
+            experts, width = whole(moe.num_experts), self.shard.part(moe.intermediate_size)
+        method = self.moe_method(hidden_size, width.size)
+        return Experts(experts, hidden_size, width, dtype=self.dtype, method=method)
 
     def moe_method(self, hidden_size: int, intermediate_size: int) -> MoEMethod:
         if self.experts is not None:

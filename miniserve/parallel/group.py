@@ -70,6 +70,11 @@ def shard_of(group: Group) -> Shard:
     return Shard(group.rank, group.size)
 
 
+def row_counts(group: Group, count: int) -> list[int]:
+    """How many of `count` rows each rank has after `Group.rows`."""
+    return [Shard(rank, group.size).part(count).size for rank in range(group.size)]
+
+
 def gather_rows(group: Group, x: Tensor, counts: Sequence[int]) -> Tensor:
     """One after the other, the rows that ranks have: x [counts[rank], ...] -> [sum(counts), ...]."""
     if group.size == 1:

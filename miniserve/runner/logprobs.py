@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from miniserve.core import TokenLogprobs
+from miniserve.parallel.group import Group, gather_rows
 
 _BLOCK = 128  # of a vocabulary
 LOWEST_LOGPROB = -9999.0  # stands for -inf, which JSON does not have
@@ -49,6 +50,11 @@ def gather_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> Lo
         for start in range(0, max(num_rows, 1), step)
     ]
     return LogprobTensors(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+
+
+def share_logprobs(group: Group, own: LogprobTensors, counts: Sequence[int]) -> LogprobTensors:
+    """All rows', from those that each rank has gathered of its own; counts: each rank's number of rows."""
+    return LogprobTensors(*(gather_rows(group, tensor, counts) for tensor in own))
 
 
 def _gather_chunk(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> tuple[torch.Tensor, ...]:

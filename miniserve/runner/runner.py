@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from miniserve.core import DeviceStep, StepPlan, StepResult, TokenLogprobs
+from miniserve.parallel.group import row_counts, shard_of
 from miniserve.runner.device_timer import DeviceTimer, StepEvents
-from miniserve.runner.logprobs import LogprobTensors, gather_logprobs, rows_per_chunk, to_token_logprobs
+from miniserve.runner.logprobs import LogprobTensors, gather_logprobs, rows_per_chunk, share_logprobs, to_token_logprobs
 from miniserve.runner.sampler import SampleOutput, Sampler
 from miniserve.runner.served import ServedModel
 from miniserve.runner.state import GraphInputs, StepState
@@ -154,16 +155,23 @@ class ModelRunner:
                 ids = torch.tensor(targets, device=hidden.device)
                 step = max(self._least_logit_rows, rows_per_chunk(self._model.config.vocab_size, hidden.device))
                 parts = [
-                    gather_logprobs(
-                        self._model.compute_logits(hidden[query_start + i : query_start + min(i + step, len(targets))]),
-                        ids[i : i + step],
-                        k,
+                    self._gather_logprobs(
+                        hidden[query_start + i : query_start + min(i + step, len(targets))], ids[i : i + step], k
                     )
                     for i in range(0, len(targets), step)
                 ]
                 tensors = LogprobTensors(*(torch.cat(pieces) for pieces in zip(*parts, strict=True)))
                 found.append(_PromptLogprobs(chunk.row, targets, k, tensors))
         return found
+
+    def _gather_logprobs(self, hidden: torch.Tensor, token_ids: torch.Tensor, k: int) -> LogprobTensors:
+        """Of the tokens that follow `hidden`: each rank works on a share of them."""
+        logits, group = self._model.compute_logits(hidden), self._model.options.group
+        if group.size == 1:
+            return gather_logprobs(logits, token_ids, k)
+        own = shard_of(group).part(len(hidden)).held
+        found = gather_logprobs(group.rows(logits, self._model.config.vocab_size), token_ids[own], k)
+        return share_logprobs(group, found, row_counts(group, len(hidden)))
 
     def _to_host(
         self, sampled: SampleOutput | None, prompt_logprobs: list[_PromptLogprobs], bucket: int = 0

@@ -14,7 +14,8 @@ import torch
 from miniserve.core import RowStart
 from miniserve.kernels import sampling
 from miniserve.kernels.sampling import Draw, RowParams
-from miniserve.runner.logprobs import LogprobTensors, gather_logprobs
+from miniserve.parallel.group import Alone, Group, gather_rows, shard_of
+from miniserve.runner.logprobs import LogprobTensors, gather_logprobs, share_logprobs
 from miniserve.runner.sampling_penalties import SeenTokens
 from miniserve.runner.sampling_rows import Batch, RowTable
 
@@ -38,6 +39,9 @@ class Sampler:
     Until a row has `min_tokens` output tokens, neither an EOS token (ignore_eos or not) nor one of its stop_token_ids
     is drawn. A row's tokens are a function of its logits, its parameters and its stream of random numbers, which starts
     from the request's seed or, without one, from `seed` and the request's id. `draw`: the device's way to draw.
+
+    Each rank of `group` has the logits of its words. Where all rows are greedy, ranks compare their best words; else
+    each draws for its share of the rows, of which it gets the whole logits. All ranks record all tokens.
     """
 
     def __init__(
@@ -48,11 +52,14 @@ class Sampler:
         eos_token_ids: Collection[int],
         seed: int = 0,
         draw: Draw = sampling.draw,
+        group: Group | None = None,
     ) -> None:
+        self._group = group or Alone()
+        self._vocab_size = vocab_size
         self.last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self.num_outputs = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self._draw = draw
-        self._table = RowTable(max_num_seqs, vocab_size, device, eos_token_ids, seed)
+        self._table = RowTable(max_num_seqs, vocab_size, device, eos_token_ids, seed, self._group)
         self._seen = SeenTokens(max_num_seqs, vocab_size, device)
         self._batch_rows: list[int] = []
         self._batch: Batch | None = None
@@ -82,9 +89,10 @@ class Sampler:
     def sample(self, logits: torch.Tensor, rows: list[int], positions: list[int] | None = None) -> SampleOutput:
         """Draw the next token of each of `rows`, which are all taken.
 
-        logits: contiguous [len(rows), vocab_size] of any float dtype, may be overwritten. On an asynchronous device
-        nothing waits. A row may occur more than once, unless it is penalised, if the host passes the `positions` that
-        the logits follow from; `last_tokens` and `num_outputs` are then undefined until a request takes the row.
+        logits: contiguous [len(rows), this rank's words] of any float dtype, may be overwritten. On an asynchronous
+        device nothing waits. A row may occur more than once, unless it is penalised, if the host passes the
+        `positions` that the logits follow from; `last_tokens` and `num_outputs` are then undefined until a request
+        takes the row.
         """
         self.upload()
         batch = self._prepare(rows)
@@ -92,6 +100,14 @@ class Sampler:
             num_outputs = self.num_outputs.index_select(0, batch.rows)
         else:
             num_outputs = self._table.num_outputs(rows, positions)
+        if self._group.size > 1 and self._table.take_argmax(rows):
+            tokens = best_of_ranks(self._group, logits, self._vocab_size)
+            self._pass_on(tokens, batch)
+            return SampleOutput(tokens, None, batch.num_logprobs)
+        own_rows = batch.rows
+        if self._group.size > 1:
+            logits = self._group.rows(logits, self._vocab_size)
+            own_rows, num_outputs = own_rows[batch.own], num_outputs[batch.own]
         raw = None
         if batch.logprobs is not None:
             raw = logits[batch.logprobs.entries]
@@ -100,15 +116,20 @@ class Sampler:
         if batch.edits_logits:
             logits = logits.float()
             self._edit(logits, batch, num_outputs)
-        tokens = self._draw(logits, batch.rows, self.params, num_outputs)
-        self.last_tokens.index_copy_(0, batch.rows, tokens)
-        self.num_outputs.index_add_(0, batch.rows, batch.ones)
-        if batch.penalised is not None:
-            self._seen.record(tokens, batch.penalised)
+        drawn = self._draw(logits, own_rows, self.params, num_outputs) if len(own_rows) else own_rows
+        tokens = gather_rows(self._group, drawn, batch.counts)
+        self._pass_on(tokens, batch)
         if raw is None or batch.logprobs is None:
             return SampleOutput(tokens, None, batch.num_logprobs)
-        logprobs = gather_logprobs(raw, tokens[batch.logprobs.entries], batch.logprobs.most)
-        return SampleOutput(tokens, logprobs, batch.num_logprobs)
+        logprobs = gather_logprobs(raw, drawn[batch.logprobs.entries], batch.logprobs.most)
+        return SampleOutput(tokens, share_logprobs(self._group, logprobs, batch.logprobs.counts), batch.num_logprobs)
+
+    def _pass_on(self, tokens: torch.Tensor, batch: Batch) -> None:
+        """Record the rows' tokens, for their next ones."""
+        self.last_tokens.index_copy_(0, batch.rows, tokens)
+        self.num_outputs.index_add_(0, batch.rows, batch.ones)
+        if batch.recorded is not None:
+            self._seen.record(tokens, batch.recorded)
 
     def takes_argmax(self, rows: list[int]) -> bool:
         """Whether `sample` would return each row's most likely token and nothing else."""
@@ -148,3 +169,11 @@ class Sampler:
             flat[stops.places] = flat[stops.places].masked_fill_(early, float("-inf"))
         if batch.penalised is not None:
             self._seen.penalise(logits, batch.penalised)
+
+
+def best_of_ranks(group: Group, logits: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Each row's most likely token, as `sampling.draw` takes it, from this rank's columns of the logits. int64 [R]."""
+    words = torch.arange(vocab_size, device=logits.device)[shard_of(group).part(vocab_size).held]
+    # Both are exact in float64. [ranks, 2, R]
+    pairs = group.gather(torch.stack([each.double() for each in sampling.most_likely(logits, words)]))
+    return sampling.most_likely(pairs[:, 0].T, pairs[:, 1].T)[1].long()

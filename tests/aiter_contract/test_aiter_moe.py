@@ -19,6 +19,7 @@ from miniserve.models.layers.aiter_moe import AiterMoE, describe_experts, find_e
 from miniserve.models.layers.experts import Experts, GroupedMoE
 from miniserve.models.layers.linear import PLAIN
 from miniserve.models.options import BuildOptions
+from miniserve.parallel.shard import Part, Shard
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -27,8 +28,8 @@ MI300X = NAMED_PLATFORMS["mi300x"]
 MODEL = str(Path(miniserve.__file__).parent / "assets" / "tiny-deepseek")
 
 
-def experts_of(hidden: int, middle: int, dtype: torch.dtype, method: Any) -> Experts:
-    layer = Experts(6, hidden, middle, dtype=dtype, method=method)
+def experts_of(hidden: int, middle: int, dtype: torch.dtype, method: Any, experts: int | Part = 6) -> Experts:
+    layer = Experts(experts, hidden, middle, dtype=dtype, method=method)
     layer.allocate(CPU)
     layer.fill_dummy("layer", 1)
     for parameter in layer.parameters():
@@ -56,6 +57,19 @@ def test_it_sums_each_tokens_experts(arch: str, dtype: torch.dtype, hidden: int,
     assert out.shape == want.shape
     assert out.dtype == dtype
     assert float((out.float() - want.float()).norm() / want.float().norm()) < 2e-2
+
+
+def test_ranks_sum_the_experts_that_they_have() -> None:
+    generator = torch.Generator().manual_seed(2)
+    x, weights = torch.randn(9, 128, generator=generator).to(BF16), torch.rand(9, 2, generator=generator)
+    ids = torch.stack([torch.randperm(6, generator=generator)[:2] for _ in range(9)])
+    want = experts_of(128, 64, BF16, GroupedMoE(PLAIN))(x, weights, ids)
+    with stand_in("gfx942", 4):
+        parts = [
+            experts_of(128, 64, BF16, AiterMoE(adapter.load_experts()), Shard(rank, 4).part(6))(x, weights, ids)
+            for rank in range(4)
+        ]
+    assert float((sum(parts).float() - want.float()).norm() / want.float().norm()) < 2e-2
 
 
 @pytest.mark.parametrize(("hidden", "middle"), [(7168, 2048), (4096, 1536), (4096, 192), (2048, 1408), (2048, 768)])

@@ -54,15 +54,24 @@ class Setup:
 
 def small_model(path: Path, architecture: str, number: int, native_ops: bool = False) -> CausalLM:
     """Our model of a random transformers checkpoint of up to MAX_LEN positions, written to `path`."""
-    settings = random_settings(architecture, number)
+    write_model(path, architecture, number)
+    return read_model(path, native=KERNELS if native_ops else None)
+
+
+def write_model(path: Path, architecture: str, number: int, **changed: Any) -> None:
+    """changed: settings other than those drawn by the number."""
+    settings = random_settings(architecture, number) | changed
     settings["max_position_embeddings"] = MAX_LEN
     rope = settings["rope_parameters"]
     if "original_max_position_embeddings" in rope:
         rope["original_max_position_embeddings"] *= 2  # models_support stretches them to 64 positions
     reference_model(architecture, settings, seed=number).save_pretrained(path)
+
+
+def read_model(path: Path, **options: Any) -> CausalLM:
+    """options: of `BuildOptions`."""
     model = build_model(
-        load_model_config(path),
-        BuildOptions(dtype=torch.float32, kv_dtype=torch.float32, device=CPU, native=KERNELS if native_ops else None),
+        load_model_config(path), BuildOptions(dtype=torch.float32, kv_dtype=torch.float32, device=CPU, **options)
     )
     load_weights(model, path)
     return model
@@ -98,7 +107,7 @@ def make_engine(
     runner = ModelRunner(
         ServedModel(model, backend, caches),
         StepState(setup.max_num_seqs, MAX_LEN, setup.block_size, CPU),
-        Sampler(setup.max_num_seqs, model.config.vocab_size, CPU, eos, seed=0),
+        Sampler(setup.max_num_seqs, model.config.vocab_size, CPU, eos, group=model.options.group),
     )
     scheduler = Scheduler(config)
     return EngineLoop(scheduler, runner, StepLog(None, setup.max_num_seqs), overlap=setup.overlap), scheduler, config

@@ -129,6 +129,17 @@ def test_routed_experts(tokens: int, swap: bool) -> None:
             want[token] += weight * (activated @ w2[expert].T)[0]
     if tokens == 1:
         assert relative_error(moe_token.token_experts(x, w1, w2, weights, ids), want) < 1e-4
+    # Ranks have some of the experts each; pairs of others give zeros.
+    apart = torch.zeros_like(want)
+    for first, last in ((0, 5), (5, 12)):
+        choice = (x, w1[first:last], w2[first:last], weights, ids)
+        own = moe.experts(*choice, tiles, first=first).view(tokens, k, hidden)
+        here = (ids >= first) & (ids < last)
+        assert torch.equal(own[~here], torch.zeros_like(own[~here]))
+        apart += own.sum(1)
+        if tokens == 1:
+            assert relative_error(moe_token.token_experts(*choice, first=first), own.sum(1)) < 1e-4
+    assert relative_error(apart, want) < 1e-4
     for extra in (None, shared):
         residual = start.clone()
         got = moe.add_pairs_norm(parts, extra, residual, norm, 1e-6)

@@ -15,6 +15,7 @@ from miniserve.models.layers.linear import PLAIN as PLAIN_WEIGHTS
 from miniserve.models.layers.norm import RMSNorm
 from miniserve.models.layers.ops import Ops
 from miniserve.models.layers.routing import Router, route, torch_routing
+from miniserve.parallel.group import Alone
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -77,7 +78,7 @@ def test_the_router_multiplies_in_float32_whatever_the_model_computes_in() -> No
     router.allocate(CPU)
     # The experts differ in the ninth bit, which bfloat16 does not have.
     router.weight.data.copy_(torch.stack([torch.full((8,), 1.0), torch.full((8,), 1.0 + 2**-9)]))
-    norm = RMSNorm(8, 1e-6, torch.bfloat16, Ops())
+    norm = RMSNorm(8, 1e-6, torch.bfloat16, Ops(), Alone())
     norm.allocate(CPU)
     norm.weight.data.fill_(1.0)
     x, residual, _, ids = router(norm, *torch.ones(2, 1, 8, dtype=torch.bfloat16))

@@ -34,9 +34,11 @@ class MoETile:
 @triton.jit(do_not_specialize=["num_pairs"])
 def _align_kernel(
     ids_ptr, pairs_ptr, experts_ptr, num_pairs,
-    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, PDL: tl.constexpr,
+    E: tl.constexpr, FIRST: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program an expert: where its pairs start, and which they are. One more counts the blocks in use."""
+    """One program an expert, the first of which has id FIRST: where its pairs start, and which they are. One more
+    counts the blocks in use."""
     start(PDL)
     wait(PDL)
     expert = tl.program_id(0)
@@ -44,8 +46,8 @@ def _align_kernel(
     counts = tl.zeros((BLOCK_E,), tl.int32)
     for first in range(0, num_pairs, BLOCK_P):
         pairs = first + tl.arange(0, BLOCK_P)
-        ids = tl.load(ids_ptr + pairs, mask=pairs < num_pairs, other=BLOCK_E - 1).to(tl.int32)
-        counts += tl.histogram(ids, BLOCK_E)
+        ids = tl.load(ids_ptr + pairs, mask=pairs < num_pairs, other=-1).to(tl.int32) - FIRST
+        counts += tl.histogram(tl.where((ids >= 0) & (ids < E), ids, BLOCK_E - 1), BLOCK_E)
     counts = tl.where(numbers < E, counts, 0)
     blocks = (counts + BLOCK_M - 1) // BLOCK_M
     first_block = tl.sum(tl.where(numbers < expert, blocks, 0), axis=0)
@@ -59,7 +61,7 @@ def _align_kernel(
     for first in range(0, num_pairs, BLOCK_P):
         pairs = first + tl.arange(0, BLOCK_P)
         ids = tl.load(ids_ptr + pairs, mask=pairs < num_pairs, other=-1).to(tl.int32)
-        mine = (ids == expert).to(tl.int32)
+        mine = (ids - FIRST == expert).to(tl.int32)
         place = first_block * BLOCK_M + rank + tl.cumsum(mine, axis=0) - 1
         tl.store(pairs_ptr + place, pairs, mask=mine == 1)
         rank += tl.sum(mine, axis=0)
@@ -183,10 +185,12 @@ def experts(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     tiles: tuple[MoETile, MoETile] | None = None,
+    first: int | None = None,
 ) -> torch.Tensor:
     """The weighted results of each token's SwiGLU experts. x [T, D], contiguous; w1 [E, 2 I, D], gates before ups; w2
     [E, D, I]; topk_weights float32, topk_ids int, [T, K]. tiles: of the two products, with the same block_m; chosen by
-    default. Returns float32 [T * K, D], a token's after one another."""
+    default. first: the id of the first of these experts, where the model has more; the others give zeros. Returns
+    float32 [T * K, D], a token's after one another."""
     tokens, hidden = x.shape
     num_experts, k, middle = w1.shape[0], topk_ids.shape[1], w2.shape[2]
     num_pairs = tokens * k
@@ -196,7 +200,7 @@ def experts(
         if x.device.type == "cuda":
             tiles = fitted(tiles, x.element_size(), chip_of(x.device).shared_bytes)
     gate_up, down = tiles
-    aligned = tokens > 1
+    aligned = tokens > 1 or first is not None
     if aligned:
         block_m = gate_up.block_m
         num_blocks = min(num_pairs, num_experts + num_pairs // block_m)
@@ -204,7 +208,7 @@ def experts(
         block_experts = torch.empty(num_blocks + 1, dtype=torch.int32, device=x.device)
         _align_kernel[(num_experts + 1,)](
             topk_ids, pairs, block_experts, num_pairs,
-            E=num_experts, BLOCK_E=triton.next_power_of_2(num_experts + 1),
+            E=num_experts, FIRST=first or 0, BLOCK_E=triton.next_power_of_2(num_experts + 1),
             BLOCK_P=min(1024, triton.next_power_of_2(num_pairs)), BLOCK_M=block_m, num_warps=4, **options,
         )  # fmt: skip
     else:
@@ -221,7 +225,8 @@ def experts(
 
     activated = torch.empty(num_pairs, middle, dtype=x.dtype, device=x.device)
     multiply(x, w1, activated, gate_up, k)
-    parts = torch.empty(num_pairs, hidden, dtype=torch.float32, device=x.device)
+    make = torch.empty if first is None else torch.zeros  # nobody writes pairs of other experts
+    parts = make(num_pairs, hidden, dtype=torch.float32, device=x.device)
     multiply(activated, w2, parts, down, 1)
     return parts
 

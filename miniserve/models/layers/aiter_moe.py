@@ -54,6 +54,7 @@ class AiterMoE(MoEMethod):
         self._hidden_size = 0
         # Not parameters: these lose the mark by which aiter knows that the order is its own.
         self._w1, self._w2 = torch.empty(0), torch.empty(0)
+        self._here: Tensor | None = None  # int32 [experts of the model], 1 for those of this rank; None: all are
 
     def finish(self, layer: Experts) -> None:
         middle, hidden = layer.intermediate_size, layer.hidden_size
@@ -65,11 +66,16 @@ class AiterMoE(MoEMethod):
         layer.register_parameter("w1", None)
         self._w2 = self._aiter.shuffle_weight(functional.pad(layer.w2.data, (0, wider, 0, more)))
         layer.register_parameter("w2", None)
+        if layer.num_experts < layer.experts.count:
+            self._here = torch.zeros(layer.experts.count, dtype=torch.int32, device=self._w1.device)
+            self._here[layer.experts.held] = 1
 
     def apply(self, layer: Experts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         if (more := self._hidden_size - layer.hidden_size) > 0:
             x = functional.pad(x, (0, more))
-        out = self._aiter.fused_moe(x.contiguous(), self._w1, self._w2, topk_weights.contiguous(), topk_ids.int())
+        choice = (topk_weights.contiguous(), topk_ids.int())
+        more_arguments = {} if self._here is None else {"expert_mask": self._here}
+        out = self._aiter.fused_moe(x.contiguous(), self._w1, self._w2, *choice, **more_arguments)
         return out[:, : layer.hidden_size]
 
 

@@ -27,15 +27,16 @@ class Attention:
 class SelfAttention(Module):
     def __init__(self, config: ModelConfig, options: BuildOptions, layer_index: int) -> None:
         super().__init__()
-        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        outputs = {"q_proj": q_size * (2 if config.gated else 1), "k_proj": kv_size, "v_proj": kv_size}
+        heads, kv_heads = options.shard.heads(config.num_heads, config.num_kv_heads)
+        kv = kv_heads.times(config.head_dim)
+        outputs = {"q_proj": heads.times(config.head_dim * (2 if config.gated else 1)), "k_proj": kv, "v_proj": kv}
         self.qkv_proj = options.linear(config.hidden_size, outputs, bias=config.qkv_bias)
-        self.o_proj = options.linear(q_size, {"o_proj": config.hidden_size}, bias=config.o_bias)
+        self.o_proj = options.linear(heads.times(config.head_dim), {"o_proj": config.hidden_size}, bias=config.o_bias)
         self.ops, self.eps = options.ops, config.rms_norm_eps
         self.q_norm = options.norm(config.head_dim, self.eps) if config.qk_norm else None
         self.k_norm = options.norm(config.head_dim, self.eps) if config.qk_norm else None
         one = torch.ones(1, device=options.device)
-        spec = config.attention_spec(layer_index, options.dtype, options.kv_dtype)
+        spec = config.attention_spec(layer_index, options.dtype, options.kv_dtype, options.shard)
         self.attn = Attention(layer_index, spec, one, one)
 
     def forward(self, x: Tensor, cos_sin: Tensor, ctx: StepContext) -> Tensor:

@@ -61,7 +61,8 @@ class MoEMethod:
 
     def apply(self, layer: Experts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor | PendingSum:
         """x [T, hidden], topk_weights float32 [T, K], topk_ids int [T, K] -> [T, hidden], x's dtype: the sum of each
-        token's experts, weighted; or what will give that sum."""
+        token's experts, weighted; or what will give that sum. Ids count all experts of the model; those that other
+        ranks have add nothing."""
         raise NotImplementedError
 
 
@@ -82,7 +83,9 @@ class GroupedMoE(MoEMethod):
         layer.register_parameter("w2", None)
 
     def apply(self, layer: Experts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        chosen, order = topk_ids.flatten().sort(stable=True)
+        chosen = topk_ids.flatten() - layer.experts.held.start
+        elsewhere = (chosen < 0) | (chosen >= layer.num_experts)
+        chosen, order = chosen.masked_fill(elsewhere, layer.num_experts).sort(stable=True)
         tokens = order // topk_ids.shape[1]
         rows, weights = x[tokens], topk_weights.flatten()[order, None]
         experts, counts = torch.unique_consecutive(chosen, return_counts=True)
@@ -90,6 +93,8 @@ class GroupedMoE(MoEMethod):
         out = x.new_zeros(x.shape, dtype=torch.float32)
         start = 0
         for expert, count in zip(experts.tolist(), counts.tolist(), strict=True):
+            if expert == layer.num_experts:  # the last: those of other ranks
+                break
             span = slice(start, start + count)
             middle = self._gate(self._multiply(rows[span], self._w1[expert], None))
             part = self._multiply(middle, self._w2[expert], None)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from miniserve.attention.spec import AttentionSpec, LatentDims, StepContext
 from miniserve.models.description import ModelConfig
-from miniserve.models.layers.base import Layer, Module
+from miniserve.models.layers.base import Layer, Module, Piece
 from miniserve.models.options import BuildOptions
+from miniserve.parallel.shard import Part, whole
 
 # That of the norms of both latents, whatever rms_norm_eps says: so it is in DeepSeek's own code and in transformers.
 _LATENT_NORM_EPS = 1e-6
@@ -24,14 +27,27 @@ class UpProjection(Layer):
 
     weight: Tensor
 
-    def __init__(self, layer_index: int, spec: AttentionSpec, latent: LatentDims, device: torch.device) -> None:
+    def __init__(
+        self,
+        layer_index: int,
+        spec: AttentionSpec,
+        latent: LatentDims,
+        device: torch.device,
+        heads: Part | None = None,
+    ) -> None:
+        """heads: those of the checkpoint that are here, None for all."""
         super().__init__()
         self.layer_index, self.spec = layer_index, spec
         self.kv_scale = torch.ones(1, device=device)
         self._sizes = (latent.nope_dim, latent.v_head_dim)
         self._shape = (spec.num_heads, sum(self._sizes), latent.kv_lora_rank)
         self.declare("weight", (spec.num_heads * sum(self._sizes), latent.kv_lora_rank), spec.dtype)
+        self._rows = (heads or whole(spec.num_heads)).times(sum(self._sizes))
         self._key, self._value = torch.empty(0), torch.empty(0)
+
+    def pieces(self, prefix: str) -> Iterator[Piece]:
+        rows, rank = self._rows, self._shape[2]
+        yield Piece(f"{prefix}.weight", "weight", slice(0, rows.size), (rows.count, rank), (rows.held,))
 
     def finish(self) -> None:
         # Views [num_heads, nope_dim, kv_lora_rank] and [num_heads, kv_lora_rank, v_head_dim].
@@ -60,24 +76,25 @@ class UpProjection(Layer):
 class LatentSelfAttention(Module):
     def __init__(self, config: ModelConfig, options: BuildOptions, latent: LatentDims, layer_index: int) -> None:
         super().__init__()
-        hidden, heads, bias = config.hidden_size, config.num_heads, config.qkv_bias
+        hidden, bias = config.hidden_size, config.qkv_bias
+        heads, _ = options.shard.heads(config.num_heads, config.num_heads)
         self.q_sizes = (latent.nope_dim, latent.rope_dim)
         self.kv_sizes = (latent.kv_lora_rank, latent.rope_dim)
         self.q_lora_rank = config.q_lora_rank
-        q_size, kv_size = heads * sum(self.q_sizes), sum(self.kv_sizes)
+        q_size, kv_size = heads.times(sum(self.q_sizes)), sum(self.kv_sizes)
         if config.q_lora_rank is None:
             self.q_proj = options.linear(hidden, {"q_proj": q_size}, bias=False)
             self.kv_a_proj = options.linear(hidden, {"kv_a_proj_with_mqa": kv_size}, bias=bias)
         else:
             # Both read the hidden states: one product instead of two.
-            outputs = {"q_a_proj": config.q_lora_rank, "kv_a_proj_with_mqa": kv_size}
+            outputs: dict[str, int | Part] = {"q_a_proj": config.q_lora_rank, "kv_a_proj_with_mqa": kv_size}
             self.qkv_a_proj = options.linear(hidden, outputs, bias=bias)
             self.q_a_layernorm = options.norm(config.q_lora_rank, _LATENT_NORM_EPS)
             self.q_b_proj = options.linear(config.q_lora_rank, {"q_b_proj": q_size}, bias=False)
         self.kv_a_layernorm = options.norm(latent.kv_lora_rank, _LATENT_NORM_EPS)
-        spec = config.attention_spec(layer_index, options.dtype, options.kv_dtype)
-        self.kv_b_proj = UpProjection(layer_index, spec, latent, options.device)
-        self.o_proj = options.linear(heads * latent.v_head_dim, {"o_proj": hidden}, bias=config.o_bias)
+        spec = config.attention_spec(layer_index, options.dtype, options.kv_dtype, options.shard)
+        self.kv_b_proj = UpProjection(layer_index, spec, latent, options.device, heads)
+        self.o_proj = options.linear(heads.times(latent.v_head_dim), {"o_proj": hidden}, bias=config.o_bias)
         self.ops, self.interleaved = options.ops, config.rope_interleaved
 
     @property

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from miniserve.models.description import ModelConfig, MoEConfig
 from miniserve.models.layers.base import Module
-from miniserve.models.layers.experts import Experts
 from miniserve.models.layers.norm import RMSNorm
 from miniserve.models.layers.ops import PendingSum
 from miniserve.models.layers.routing import Router
@@ -16,7 +15,7 @@ from miniserve.models.options import BuildOptions
 class MLP(Module):
     def __init__(self, config: ModelConfig, options: BuildOptions, intermediate_size: int) -> None:
         super().__init__()
-        hidden, middle = config.hidden_size, intermediate_size
+        hidden, middle = config.hidden_size, options.shard.part(intermediate_size)
         self.ops = options.ops
         self.gate_up_proj = options.linear(hidden, {"gate_proj": middle, "up_proj": middle}, bias=config.mlp_bias)
         self.down_proj = options.linear(middle, {"down_proj": hidden}, bias=config.mlp_bias)
@@ -34,10 +33,9 @@ class MLP(Module):
 class SparseMLP(Module):
     def __init__(self, config: ModelConfig, options: BuildOptions, moe: MoEConfig) -> None:
         super().__init__()
-        hidden, middle = config.hidden_size, moe.intermediate_size
+        hidden = config.hidden_size
         self.gate = Router(hidden, moe, options.routing)
-        method = options.moe_method(hidden, middle)
-        self.experts = Experts(moe.num_experts, hidden, middle, dtype=options.dtype, method=method)
+        self.experts = options.experts_of(moe, hidden)
         self.shared_experts = MLP(config, options, moe.shared_size) if moe.shared_size else None
 
     def after(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor | PendingSum, Tensor]:

@@ -7,13 +7,15 @@ from torch import Tensor
 
 from miniserve.models.layers.base import Layer, Piece
 from miniserve.models.layers.ops import Ops, PendingSum
+from miniserve.parallel.group import Group
 
 
 class RMSNorm(Layer):
     weight: Tensor
 
-    def __init__(self, size: int, eps: float, dtype: torch.dtype, ops: Ops) -> None:
+    def __init__(self, size: int, eps: float, dtype: torch.dtype, ops: Ops, group: Group) -> None:
         super().__init__()
+        self.group = group
         self.ops = ops
         self.eps = eps
         self.declare("weight", (size,), dtype)
@@ -23,7 +25,10 @@ class RMSNorm(Layer):
         return self.ops.rms_norm(x, self.weight, self.eps)
 
     def add(self, x: Tensor | PendingSum, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (norm(residual + x), residual + x); all [T, size]."""
+        """Returns (norm(residual + x), residual + x); all [T, size]. Of x this rank has a part, which is summed with
+        those of the others on the way."""
+        if self.group.size > 1:
+            x = self.group.reduce(x if isinstance(x, Tensor) else x.total(residual))
         if not isinstance(x, Tensor):
             return x.add_rms_norm(residual, self.weight, self.eps)
         return self.ops.add_rms_norm(x, residual, self.weight, self.eps)

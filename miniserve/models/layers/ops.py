@@ -34,6 +34,11 @@ class PendingSum:
     def __add__(self, shared: Tensor) -> PendingSum:
         return replace(self, shared=shared)
 
+    def total(self, residual: Tensor) -> Tensor:
+        """The sum of all parts, of the shape and dtype of `residual`, without it."""
+        total: Tensor = self.parts.unflatten(0, (len(residual), -1)).sum(1)
+        return (total if self.shared is None else total + self.shared).to(residual.dtype)
+
     def add_rms_norm(self, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """As `Ops.add_rms_norm`, with all parts for x."""
         return self.kernels.add_pairs_norm(self.parts, self.shared, residual, weight, eps), residual

@@ -69,20 +69,18 @@ def triton_routing(kernels: TritonKernels, router: Router, norm: RMSNorm, x: Ten
     if not kernels.can_route(moe.num_experts, moe.num_groups, moe.top_groups):
         x, residual = norm.add(x, residual)
         return x, residual, *route(kernels.logits(x, router.weight), moe, bias)
-    return kernels.add_norm_route(
-        x,
-        residual,
-        norm.weight,
-        norm.eps,
-        router.weight,
-        bias,
-        top_k=moe.top_k,
-        num_groups=moe.num_groups,
-        top_groups=moe.top_groups,
-        sigmoid=moe.scoring == "sigmoid",
-        normalize=moe.normalize,
-        scaling=moe.scaling,
-    )
+    choice = {
+        "top_k": moe.top_k,
+        "num_groups": moe.num_groups,
+        "top_groups": moe.top_groups,
+        "sigmoid": moe.scoring == "sigmoid",
+        "normalize": moe.normalize,
+        "scaling": moe.scaling,
+    }
+    if norm.group.size > 1:  # the sum over ranks comes before the norm
+        x, residual = norm.add(x, residual)
+        return x, residual, *kernels.route(x, router.weight, bias, **choice)
+    return kernels.add_norm_route(x, residual, norm.weight, norm.eps, router.weight, bias, **choice)
 
 
 class TritonMoE(MoEMethod):
@@ -94,7 +92,9 @@ class TritonMoE(MoEMethod):
         self._kernels = kernels
 
     def apply(self, layer: Experts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor | PendingSum:
+        first = None if layer.num_experts == layer.experts.count else layer.experts.held.start
         if x.shape[0] == 1:
-            out: Tensor = self._kernels.token_experts(x, layer.w1, layer.w2, topk_weights, topk_ids)
+            out: Tensor = self._kernels.token_experts(x, layer.w1, layer.w2, topk_weights, topk_ids, first=first)
             return out
-        return PendingSum(self._kernels, self._kernels.experts(x, layer.w1, layer.w2, topk_weights, topk_ids))
+        parts = self._kernels.experts(x, layer.w1, layer.w2, topk_weights, topk_ids, first=first)
+        return PendingSum(self._kernels, parts)
