@@ -38,8 +38,8 @@ class EngineConfig:
     kv_cache_memory is in bytes. max_num_batched_tokens None: 4096 on a GPU, 2048 on a CPU. max_itl_ratio: by how much
     prefill may slow down a step that also decodes, 0: no bound. speculative: "ngram:K", or None for no speculation.
     aiter: whether to use it where it is installed. tensor_parallel_size: ranks that share the model, None: 1, or the
-    GPUs that it takes; they are spread evenly over `nnodes` hosts, of which this is number `node_rank` and `master_addr`
-    number 0. enable_expert_parallel: each rank has whole experts. Raises `UserError` for a value out of range.
+    GPUs that it takes; they are spread evenly over `nnodes` hosts, of which this is number `node_rank`, and number 0 is
+    at `master_addr`. enable_expert_parallel: ranks have whole experts. Raises `UserError` for a value out of range.
     """
 
     model: str | None = None
@@ -117,6 +117,11 @@ class EngineConfig:
             raise UserError("--nnodes needs --master-addr, an address of host 0 that all hosts reach.")
         if not 0 < (self.master_port or _MASTER_PORT) < 65_536:
             raise UserError(f"--master-port must be between 1 and 65535, not {self.master_port}.")
+
+    @property
+    def ranks_here(self) -> int:
+        """Ranks on this host."""
+        return (self.tensor_parallel_size or 1) // self.nnodes
 
     @property
     def master(self) -> tuple[str, int]:

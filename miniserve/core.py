@@ -386,6 +386,8 @@ class EngineInfo(msgspec.Struct, kw_only=True, frozen=True):
     enable_prefix_caching: bool
     async_scheduling: bool
     speculative: str | None = None  # as asked for
+    tensor_parallel_size: int = 1  # ranks; memory, attention and traffic are those of the first
+    enable_expert_parallel: bool = False
     eos_token_ids: list[int]
     memory: list[tuple[str, int]]  # rows of the memory plan: (what, bytes)
     attention: list[str]  # the chosen path and why, a sentence a line

@@ -22,6 +22,7 @@ from miniserve.models.layers.aiter_moe import NAME as AITER_MOE
 from miniserve.models.layers.aiter_moe import describe_experts, refusal
 from miniserve.models.layers.experts import TRITON_MOE, choose_moe_method
 from miniserve.models.registry import STORED_SIZES, weight_bytes
+from miniserve.parallel.shard import Shard
 from miniserve.runner.device import find_dtype, find_kv_dtype
 from miniserve.runner.tuning import load_preferred
 
@@ -100,10 +101,10 @@ def explain(name: str, model: ModelConfig, config: EngineConfig, device: str, tp
     dtype = find_dtype(config.dtype, model.dtype)
     platform, total = _hardware(device, dtype)
     platform = platform if config.aiter else platform.without_aiter()
-    kv_dtype, part = find_kv_dtype(config.kv_cache_dtype, dtype, platform), model.shard(tp)
+    kv_dtype, shard = find_kv_dtype(config.kv_cache_dtype, dtype, platform), Shard(0, tp)  # which has the most
     layers = [
-        part.attention_spec(layer, dtype, kv_dtype) if part.has_kv_cache(layer) else None
-        for layer in range(part.num_layers)
+        model.attention_spec(layer, dtype, kv_dtype, shard) if model.has_kv_cache(layer) else None
+        for layer in range(model.num_layers)
     ]
     specs = [spec for spec in layers if spec is not None]
     choice = select(
@@ -130,8 +131,8 @@ def explain(name: str, model: ModelConfig, config: EngineConfig, device: str, tp
         kinds=kinds,
         choice=choice,
         paths=tuple(_paths(specs, platform, config.block_size)),
-        memory=_memory(model, choice, specs, platform, config, tp, total, longest),
-        experts=_experts(part, platform, dtype),
+        memory=_memory(model, choice, specs, platform, config, shard, total, longest),
+        experts=_experts(model, platform, dtype, shard),
         notes=tuple(_notes(model, config, device, tp, platform)),
     )
 
@@ -165,7 +166,7 @@ def _memory(
     specs: Sequence[AttentionSpec],
     platform: Platform,
     config: EngineConfig,
-    tp: int,
+    shard: Shard,
     total: int | None,
     longest: int,
 ) -> Memory:
@@ -173,7 +174,7 @@ def _memory(
     block = block_bytes(choice, layout, specs)
     dtype, place = specs[0].dtype, "cpu" if platform.arch == "cpu" else "cuda"
     known = model.quantization in STORED_SIZES
-    weights = weight_bytes(model.shard(tp), dtype, place) if known else None
+    weights = weight_bytes(model, dtype, place, shard) if known else None
     scratch = scratch_bytes(choice, specs, platform, config.max_num_seqs, longest)
     usable = None if total is None else int(total * config.gpu_memory_utilization)
     limit = pool_limit(layout, specs, choice.routes, platform, config.max_num_seqs)
@@ -195,7 +196,7 @@ def _memory(
     )
 
 
-def _experts(model: ModelConfig, platform: Platform, dtype: torch.dtype) -> str | None:
+def _experts(model: ModelConfig, platform: Platform, dtype: torch.dtype, shard: Shard) -> str | None:
     if model.moe is None:
         return None
     refused = refusal(platform, dtype)
@@ -206,17 +207,17 @@ def _experts(model: ModelConfig, platform: Platform, dtype: torch.dtype) -> str 
     else:
         device = torch.device("cpu" if platform.arch == "cpu" else "cuda")
         kernels = native.NativeKernels() if platform.arch == "cpu" and native.unavailable_reason() is None else None
-        name = choose_moe_method(dtype, device, model.hidden_size, model.moe.intermediate_size, kernels).name
+        width = shard.part(model.moe.intermediate_size).size
+        name = choose_moe_method(dtype, device, model.hidden_size, width, kernels).name
     return describe_experts(name, refused)
 
 
 def _least_tp(model: ModelConfig, dtype: torch.dtype, usable: int) -> int | None:
     for tp in (2, 4, 8, 16, 32, 64):
-        try:
-            if weight_bytes(model.shard(tp), dtype, "cuda") < usable:
-                return tp
-        except UserError:  # its heads cannot be divided so often
+        if tp > model.num_heads:
             return None
+        if weight_bytes(model, dtype, "cuda", Shard(0, tp)) < usable:
+            return tp
     return None
 
 
@@ -225,7 +226,8 @@ def _notes(model: ModelConfig, config: EngineConfig, device: str, tp: int, platf
     if tp > 1:
         yield f"each of {tp} GPUs' part is shown; the engine itself serves TP 1 at present"
     if model.latent is None and tp > (count := model.num_kv_heads):
-        yield f"{count} KV heads on {tp} GPUs: each head's cache is kept on {tp // count} of them"
+        several = f"{tp // count}{'' if tp % count == 0 else f' or {tp // count + 1}'}"
+        yield f"{count} KV heads on {tp} GPUs: each head's cache is kept on {several} of them"
     if model.latent is not None and tp > 1:
         yield f"the latent cache is the same for all heads and is kept whole on each of {tp} GPUs"
     if model.linear is not None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from miniserve.attention.spec import AttentionSpec, LatentDims
-from miniserve.core import UserError
 from miniserve.parallel.shard import Shard
 
 if TYPE_CHECKING:
@@ -169,33 +168,20 @@ class ModelConfig:
             rotary_dim=None if self.rotary_factor == 1.0 else self.rotary_dim,
         )
 
-    def shard(self, tp: int) -> ModelConfig:
-        """The part on each of `tp` GPUs, the largest where they differ: all matrices are divided but routers and the
-        latents' first ones. A KV head that several GPUs need is on each of them. Raises `UserError` where the heads
-        cannot be divided."""
-        if self.num_heads % tp:
-            raise UserError(f"--tp {tp} does not divide the model's {self.num_heads} heads.")
-        if self.latent is None and self.num_kv_heads % tp and tp % self.num_kv_heads:
-            raise UserError(f"--tp {tp} and the model's {self.num_kv_heads} KV heads cannot be divided by one another.")
-        moe, linear = self.moe, self.linear
-        if moe is not None:
-            sizes = (moe.intermediate_size, moe.shared_size)
-            moe = replace(moe, intermediate_size=-(-sizes[0] // tp), shared_size=-(-sizes[1] // tp))
-        if linear is not None:
-            heads = (linear.num_key_heads, linear.num_value_heads)
-            linear = replace(linear, num_key_heads=-(-heads[0] // tp), num_value_heads=-(-heads[1] // tp))
-        return replace(
-            self,
-            vocab_size=-(-self.vocab_size // tp),
-            intermediate_size=-(-self.intermediate_size // tp),
-            num_heads=self.num_heads // tp,
-            num_kv_heads=max(1, self.num_kv_heads // tp),
-            moe=moe,
-            linear=linear,
-        )
+    def most_ranks(self, *, expert_parallel: bool) -> int:
+        """So many ranks can share the model that each has some of everything that is divided."""
+        parts = [self.num_heads, self.vocab_size]
+        if self.moe is None or not all(self.moe.sparse_layers):
+            parts.append(self.intermediate_size)
+        if self.moe is not None:
+            parts.append(self.moe.num_experts if expert_parallel else self.moe.intermediate_size)
+            parts += [self.moe.shared_size] if self.moe.shared_size else []
+        return min(parts)
 
-    @property
-    def widest_mlp(self) -> int:
-        """The largest width that a token's MLP has in any layer, all its experts together."""
-        moe = self.moe
-        return max(self.intermediate_size, 0 if moe is None else moe.top_k * moe.intermediate_size + moe.shared_size)
+    def widest_mlp(self, shard: Shard, *, expert_parallel: bool) -> int:
+        """The largest width that a token's MLP has on a rank in any layer, all its experts together."""
+        moe, widest = self.moe, shard.part(self.intermediate_size).size
+        if moe is None:
+            return widest
+        width = moe.intermediate_size if expert_parallel else shard.part(moe.intermediate_size).size
+        return max(widest, moe.top_k * width + shard.part(moe.shared_size).size)

@@ -58,4 +58,10 @@ def all_values(group: Exchanging, value: T, kind: type[T]) -> list[T]:
     return [msgspec.msgpack.decode(each, type=kind) for each in group.exchange(_encode(value))]
 
 
+def first_failure(group: Exchanging, failure: str | None) -> str | None:
+    """What fails on one rank has failed on all: the first rank's sentence, None where nothing failed."""
+    found = [(rank, each) for rank, each in enumerate(all_values(group, failure or "", str)) if each]
+    return f"{found[0][1]}{f' (rank {found[0][0]})' if found[0][0] else ''}" if found else None
+
+
 _encode = msgspec.msgpack.Encoder().encode

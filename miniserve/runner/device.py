@@ -9,7 +9,7 @@ from miniserve.core import UserError
 
 
 def find_device(name: str, index: int | None = None) -> torch.device:
-    """name: --device; index: which GPU, None for PyTorch's current one. Raises `UserError` if there is no such device."""
+    """name: --device; index: which GPU, None for PyTorch's current one. Raises `UserError` if there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():

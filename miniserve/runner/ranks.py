@@ -23,7 +23,8 @@ from miniserve.parallel.link import PeerLost
 from miniserve.parallel.shard import Shard
 from miniserve.runner.build import Progress, build_runner
 from miniserve.runner.device import find_device, find_dtype
-from miniserve.runner.memory import available_bytes, size as in_words
+from miniserve.runner.memory import available_bytes
+from miniserve.runner.memory import size as in_words
 from miniserve.runner.ranked import Hello, RankedRunner, Ranks, RankStart, start_rank
 
 _BUILDER = "miniserve.runner.ranks:build_rank"
@@ -37,7 +38,7 @@ _MEETING = 60.0  # seconds
 def build_ranks(
     config: EngineConfig, source_path: Path, model_name: str, progress: Progress | None = None
 ) -> tuple[Runner, EngineInfo]:
-    """As `build_runner`, over as many ranks as the settings or the GPUs' memory say, of which this process is the first.
+    """As `build_runner`, over as many ranks as the settings or the GPUs' memory say; this process is the first of them.
     Raises `RankFailed` where another one ends before all are ready."""
     size = _find_size(config, source_path)
     if config.node_rank:
@@ -56,7 +57,7 @@ def _build_with(
     ranks: Ranks, config: EngineConfig, source_path: Path, model_name: str, progress: Progress | None
 ) -> tuple[Runner, EngineInfo]:
     size = config.tensor_parallel_size or 1
-    here = size // config.nnodes
+    here = config.ranks_here
     address, port = config.master if config.nnodes > 1 else ("127.0.0.1", 0)
     try:
         store = open_store(address, port)
@@ -84,7 +85,7 @@ def _build_with(
 def build_rank(start: RankStart) -> Runner:
     """Another rank than the first, in its own process."""
     config = start.config
-    device = find_device(config.device, start.rank % (start.size // config.nnodes))
+    device = find_device(config.device, start.rank % config.ranks_here)
     store = find_store(*start.meeting, _MEETING)
     group = DistributedGroup(store, start.rank, start.size, device, own_address(*start.meeting))
     return build_runner(config, Path(start.source_path), start.source_path, None, group)[0]
@@ -93,7 +94,7 @@ def build_rank(start: RankStart) -> Runner:
 def run_node(config: EngineConfig, source_path: Path) -> int:
     """The part of a host that is not the first: run its ranks until host 0 ends. Returns the exit code."""
     size = _find_size(config, source_path)
-    here = size // config.nnodes
+    here = config.ranks_here
     address, port = config.master
     print(f"Waiting for host 0 at {address}:{port}.", file=sys.stderr)
     while True:

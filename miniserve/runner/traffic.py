@@ -21,14 +21,17 @@ _GPU_BYTES = 512 << 20
 
 def step_traffic(model: CausalLM, layout: KVLayout, bandwidth: float | None) -> StepTraffic:
     """`model` must have its parameters as declared: before they are packed, best on the meta device. The embedding
-    counts only if it is tied to the head: a look-up reads one row, the logits read all of it."""
+    counts only if it is tied to the head: a look-up reads one row, the logits read all rows of the head. Experts of
+    which a rank has some are counted as if it had a share of each."""
     weights = expert = num_experts = 0
     for module in model.modules():
         size = sum(parameter.nbytes for parameter in module.parameters(recurse=False))
         if isinstance(module, Experts):
-            expert, num_experts = expert + size // module.num_experts, module.num_experts
-        elif not isinstance(module, Embedding) or model.config.tie_word_embeddings:
+            expert, num_experts = expert + size // module.experts.count, module.experts.count
+        elif not isinstance(module, Embedding):
             weights += size
+        elif model.config.tie_word_embeddings:
+            weights += size * model.lm_head.out_features // model.config.vocab_size
     kv: dict[int | None, int] = {}
     for spec in model.attention_specs:
         kv[spec.sliding_window] = kv.get(spec.sliding_window, 0) + layout.block_bytes(spec) // layout.block_size

@@ -9,7 +9,6 @@ import contextlib
 import io
 import json
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from miniserve.models.description import ModelConfig
 from miniserve.models.hub import locate
 from miniserve.models.options import BuildOptions
 from miniserve.models.registry import build_model, weight_bytes
+from miniserve.parallel.shard import Shard
 from miniserve.runner.tuning import save_table, table_path
 
 RUN = ARCHITECTURES.values()
@@ -125,7 +125,7 @@ def test_a_tuning_table_decides_and_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"tp": 3}, "--tp 3 does not divide the model's 64 heads."),
+        ({"tp": 65}, "65 ranks cannot share 64 heads: use 64 ranks or fewer."),
         ({"device": "mi9"}, "--device 'mi9' is not known; choose one of auto, mi300x"),
         ({"attention_backend": "CPU_ATTN", "device": "mi300x"}, "it runs on cpu, not on gfx942"),
         ({"kv_layout": "round"}, "--kv-layout 'round' is not known"),
@@ -140,15 +140,10 @@ def test_what_cannot_be_had_is_a_sentence(flags: dict[str, Any], said: str, tmp_
 
 def test_kv_heads_are_divided_or_kept_on_several_gpus(tmp_path: Path) -> None:
     model = described(tmp_path, MODELS["Qwen3-235B-A22B"])
-    assert [(part.num_heads, part.num_kv_heads) for part in map(model.shard, (1, 2, 4, 8, 16))] == [
-        (64, 4),
-        (32, 2),
-        (16, 1),
-        (8, 1),
-        (4, 1),
-    ]
-    with pytest.raises(UserError, match="16 and the model's 24 KV heads cannot"):
-        replace(model, num_kv_heads=24).shard(16)
+    specs = [model.attention_spec(0, torch.bfloat16, torch.bfloat16, Shard(0, size)) for size in (1, 2, 3, 4, 6, 8, 16)]
+    heads = [(64, 4), (32, 2), (32, 2), (16, 1), (16, 1), (8, 1), (4, 1)]
+    assert [(spec.num_heads, spec.num_kv_heads) for spec in specs] == heads
+    assert "cache is kept on 1 or 2 of them" in answer(write_model(tmp_path, "Qwen3-235B-A22B"), tp=6, device="h200")
 
 
 def test_an_unknown_model_type_is_refused_by_name(tmp_path: Path) -> None:

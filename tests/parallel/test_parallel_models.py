@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -10,20 +11,26 @@ from typing import Any
 import pytest
 import torch
 from models_support import CLASSES, DenseContext, load, random_settings, reference_model, run
+from safetensors.torch import load_file, save_file
 from thread_ranks import ThreadGroup, run_ranks
 
+from miniserve.attention.layouts import LAYOUTS
+from miniserve.core import UserError
 from miniserve.models.config import load_model_config
 from miniserve.models.description import ModelConfig
 from miniserve.models.layers.norm import RMSNorm
-from miniserve.models.loader import load_weights
+from miniserve.models.loader import dummy_weights, load_weights
 from miniserve.models.options import BuildOptions
-from miniserve.models.registry import build_model
+from miniserve.models.registry import build_model, weight_bytes
+from miniserve.parallel.group import Alone, Group
+from miniserve.parallel.shard import Shard
+from miniserve.runner.traffic import step_traffic
 
 Step = list[tuple[int, torch.Tensor]]  # (sequence, its tokens)
 CPU = torch.device("cpu")
 
 
-def options(group: ThreadGroup, **settings: Any) -> BuildOptions:
+def options(group: Group, **settings: Any) -> BuildOptions:
     return BuildOptions(dtype=torch.float32, kv_dtype=torch.float32, device=CPU, group=group, **settings)
 
 
@@ -82,3 +89,77 @@ def _record(norm: RMSNorm, streams: list[torch.Tensor]) -> None:
         return normed, stream
 
     norm.add = recorded  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM"])
+def test_ranks_draw_the_dummy_weights_of_one_process(architecture: str, tmp_path: Path) -> None:
+    settings = random_settings(architecture, 5) | {"num_attention_heads": 6, "num_key_value_heads": 6}
+    reference_model(architecture, settings).save_pretrained(tmp_path)
+    config = load_model_config(tmp_path)
+
+    def logits(group: Group, expert_parallel: bool) -> torch.Tensor:
+        model = build_model(config, options(group, expert_parallel=expert_parallel))
+        dummy_weights(model, seed=5)
+        return run(model, DenseContext(), [(0, torch.arange(9))])
+
+    want = logits(Alone(), False)
+    for expert_parallel in (False, True)[: 1 + (config.moe is not None)]:
+        found = torch.cat(run_ranks(3, partial(logits, expert_parallel=expert_parallel)), 1)
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_wrong_with_a_checkpoint_is_named_on_each_rank_though_another_would_hold_it(tmp_path: Path) -> None:
+    settings = random_settings("Qwen3MoeForCausalLM", 5) | {
+        "num_experts": 6,
+        "mlp_only_layers": [],
+        "attention_bias": True,
+    }
+    reference_model("Qwen3MoeForCausalLM", settings).save_pretrained(tmp_path)
+    config, file = load_model_config(tmp_path), tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    expert, bias = "model.layers.0.mlp.experts.{}.up_proj.weight", "model.layers.0.self_attn.o_proj.bias"
+    changes = {
+        f"missing: {expert.format(0)}": {expert.format(0): None},
+        f"not part of this architecture: {expert.format(6)}": {expert.format(6): tensors[expert.format(5)].clone()},
+        f"{expert.format(1)} has shape": {expert.format(1): tensors[expert.format(1)][:-1].clone()},
+        f"missing: {bias}": {bias: None},
+    }
+    for said, changed in changes.items():
+        save_file({name: each for name, each in (tensors | changed).items() if each is not None}, file)
+        for rank in range(3):
+            model = build_model(config, options(Alone(rank, 3), expert_parallel=True))
+            with pytest.raises(UserError, match=re.escape(said)):
+                load_weights(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("expert_parallel", "most"),
+    [(False, 12), (True, 6)],
+)
+def test_more_ranks_than_parts_are_refused(expert_parallel: bool, most: int, tmp_path: Path) -> None:
+    changed = {"num_attention_heads": 24, "num_key_value_heads": 24, "hidden_size": 96, "intermediate_size": 97}
+    changed |= {"num_experts": 6, "moe_intermediate_size": 12, "mlp_only_layers": []}
+    reference_model("Qwen3MoeForCausalLM", random_settings("Qwen3MoeForCausalLM", 5) | changed).save_pretrained(
+        tmp_path
+    )
+    config = load_model_config(tmp_path)
+    build_model(config, options(Alone(0, most), expert_parallel=expert_parallel))
+    with pytest.raises(UserError, match=rf"can be shared by {most} ranks, not {most + 1}\."):
+        build_model(config, options(Alone(0, most + 1), expert_parallel=expert_parallel))
+
+
+def test_the_weights_and_reads_of_a_rank_are_counted(tmp_path: Path) -> None:
+    settings = random_settings("Qwen3MoeForCausalLM", 5) | {"tie_word_embeddings": True, "num_experts": 7}
+    reference_model("Qwen3MoeForCausalLM", settings).save_pretrained(tmp_path)
+    config = load_model_config(tmp_path)
+    layout = LAYOUTS["linear"](16)
+    for expert_parallel in (False, True):
+        models = [build_model(config, options(Alone(rank, 2), expert_parallel=expert_parallel)) for rank in (0, 1)]
+        for rank, model in enumerate(models):
+            counted = weight_bytes(config, torch.float32, "cuda", Shard(rank, 2), expert_parallel=expert_parallel)
+            assert counted == sum(parameter.nbytes for parameter in model.parameters())
+        reads = [step_traffic(model, layout, None) for model in models]
+        one = step_traffic(build_model(config, options(Alone())), layout, None)
+        assert sum(each.expert for each in reads) == pytest.approx(one.expert, rel=0.01)
+        assert all(each.num_experts == 7 for each in reads)
+        assert one.weights < sum(each.weights for each in reads) < 2 * one.weights
