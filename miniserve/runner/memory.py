@@ -79,7 +79,7 @@ def plan_memory(
         if budget > available - activations:
             raise UserError(
                 f"--kv-cache-memory {size(config.kv_cache_memory)} does not fit: {size(max(available - activations, 0))} "
-                f"remain{' for each rank' if config.ranks_here > 1 else ''} beside weights and activations; lower it."
+                f"{'remain for each rank' if config.ranks_here > 1 else 'remain'} beside weights and activations; lower it."
             )
     else:
         budget = available - activations
