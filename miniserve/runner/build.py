@@ -158,7 +158,7 @@ def _check_ranks_agree(group: Group, model: ModelConfig, device: torch.device, p
     """Raises `UserError` where ranks run other libraries, on other devices, or other models. (That their program and
     settings are the same, rank 0 has seen when they met.)"""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    _check_same(group, "version of PyTorch", torch.__version__, "the same on all hosts")
+    _check_same(group, "version of PyTorch", str(torch.__version__), "the same on all hosts")
     _check_same(group, "device", f"{kind}, {platform}", "hosts and GPUs of one kind")
     _check_same(group, "model", repr(model), "the same files on all hosts")
 

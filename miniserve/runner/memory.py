@@ -77,9 +77,10 @@ def plan_memory(
     if config.kv_cache_memory is not None:
         budget = config.kv_cache_memory // (config.ranks_here if device.type == "cpu" else 1)
         if budget > available - activations:
+            room = size(max(available - activations, 0))
             raise UserError(
-                f"--kv-cache-memory {size(config.kv_cache_memory)} does not fit: {size(max(available - activations, 0))} "
-                f"{'remain for each rank' if config.ranks_here > 1 else 'remain'} beside weights and activations; lower it."
+                f"--kv-cache-memory {size(config.kv_cache_memory)} does not fit: {room} "
+                f"remain{' for each rank' if config.ranks_here > 1 else ''} beside weights and activations; lower it."
             )
     else:
         budget = available - activations
