@@ -86,6 +86,14 @@ def run_server(
             return EXIT_FAILURE
 
 
+def run_ranks(engine: EngineConfig, report: Report) -> int:
+    """Run the ranks of a host that is not the first, until that ends; returns the exit code."""
+    from miniserve.runner.ranks import run_node  # here and not above: a server needs no torch
+
+    source = locate(engine.model, engine.revision, weights=engine.load_format != "dummy", notify=report.note)
+    return run_node(engine, source.path, report.line)
+
+
 def _run(serving: Callable[[], Coroutine[None, None, int]]) -> int:
     """The exit code; a signal cancels it while the model loads. The server then sets handlers of its own."""
     interrupted_by = 0

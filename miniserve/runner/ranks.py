@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,12 +19,10 @@ from miniserve.models.config import load_model_config
 from miniserve.models.registry import weight_bytes
 from miniserve.parallel.child import describe_exit
 from miniserve.parallel.distributed import DistributedGroup, find_store, open_store, own_address
-from miniserve.parallel.link import PeerLost
 from miniserve.parallel.shard import Shard
+from miniserve.runner import memory
 from miniserve.runner.build import Progress, build_runner
 from miniserve.runner.device import find_device, find_dtype
-from miniserve.runner.memory import available_bytes
-from miniserve.runner.memory import size as in_words
 from miniserve.runner.ranked import Hello, RankedRunner, Ranks, RankStart, start_rank
 
 _BUILDER = "miniserve.runner.ranks:build_rank"
@@ -91,29 +89,27 @@ def build_rank(start: RankStart) -> Runner:
     return build_runner(config, Path(start.source_path), start.source_path, None, group)[0]
 
 
-def run_node(config: EngineConfig, source_path: Path) -> int:
-    """The part of a host that is not the first: run its ranks until host 0 ends. Returns the exit code."""
+def run_node(config: EngineConfig, source_path: Path, report: Callable[[str], None]) -> int:
+    """The part of a host that is not the first: run its ranks until host 0 ends. Returns the exit code; `report` is
+    told, in sentences, what goes on."""
     size = _find_size(config, source_path)
     here = config.ranks_here
     address, port = config.master
-    print(f"Waiting for host 0 at {address}:{port}.", file=sys.stderr)
-    while True:
-        try:
-            store = find_store(address, port, 2.0)
-            break
-        except PeerLost:
-            time.sleep(_POLL)
+    report(f"Waiting for host 0 at {address}:{port}.")
+    while not _answers(address, port):  # the store's own attempts to connect fill the log
+        time.sleep(_POLL)
+    store = find_store(address, port, _MEETING)
     plans = (address, int(store.get(_PLANS)))
     first = config.node_rank * here
     start = partial(_start, config, source_path, meeting=(address, port), plans=plans)
     started = {rank: start_rank(start(rank)) for rank in range(first, first + here)}
-    print(f"Ranks {first} to {first + here - 1} of {size} run here, until host 0 ends.", file=sys.stderr)
+    report(f"Ranks {first} to {first + here - 1} of {size} run here, until host 0 ends.")
     try:
         while all(process.poll() is None for _, process in started.values()):
             time.sleep(_POLL)
         for rank, (_, process) in started.items():
             if code := process.wait(_MEETING):
-                print(f"error: {describe_exit(code, f'rank {rank}')}.", file=sys.stderr)
+                report(f"{describe_exit(code, f'rank {rank}')}: the model is gone")
                 return 1
         return 0
     finally:
@@ -121,6 +117,14 @@ def run_node(config: EngineConfig, source_path: Path) -> int:
             if process.poll() is None:
                 process.kill()
             process.wait()
+
+
+def _answers(address: str, port: int) -> bool:
+    try:
+        socket.create_connection((address, port), timeout=_MEETING).close()
+    except OSError:
+        return False
+    return True
 
 
 def _start(
@@ -166,21 +170,20 @@ def _least_size(config: EngineConfig, source_path: Path, device: torch.device, c
     """The fewest GPUs that the weights fit, with room for the cache. Raises `UserError` where there are not so many."""
     model = load_model_config(source_path, weights=config.load_format != "dummy")
     dtype = find_dtype(config.dtype, model.dtype)
-    room = min(available_bytes(torch.device("cuda", index), config.gpu_memory_utilization) for index in range(count))
-    whole = weight_bytes(model, dtype, device)
+    room = memory.available_bytes(device, config.gpu_memory_utilization)  # of one, for all of its kind
+    whole, by_expert = weight_bytes(model, dtype, device), config.enable_expert_parallel
     if whole <= room * _FULL:
         return 1
-    for size in range(max(2, int(whole // max(room, 1))), _MOST + 1):
-        try:
-            part = weight_bytes(model, dtype, device, Shard(0, size), expert_parallel=config.enable_expert_parallel)
-        except UserError:  # there is not something for each of so many
-            break
-        if part <= room * _FULL:
-            if size <= count:
-                return size
-            raise UserError(
-                f"The model's weights need {in_words(whole)}: they fit {size} GPUs with {in_words(room)} available on "
-                f"each, and this machine has {count}. Choose a smaller model or a smaller --dtype, or spread it over "
-                f"hosts with --tensor-parallel-size {size} and --nnodes."
-            )
+    for size in range(2, min(_MOST, model.most_ranks(expert_parallel=by_expert)) + 1):
+        if whole > size * room:
+            continue  # to count takes seconds for a large model
+        if weight_bytes(model, dtype, device, Shard(0, size), expert_parallel=by_expert) > room * _FULL:
+            continue
+        if size <= count:
+            return size
+        raise UserError(
+            f"The model's weights need {memory.size(whole)}: they fit {size} GPUs with {memory.size(room)} available "
+            f"on each, and this machine has {count}. Choose a smaller model or a smaller --dtype, or spread it over "
+            f"hosts with --tensor-parallel-size {size} and --nnodes."
+        )
     return 1  # whose refusal says what is missing
