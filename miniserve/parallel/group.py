@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from miniserve.parallel.shard import Shard
+from miniserve.parallel.shard import Part, Shard
 
 
 class Group(Protocol):
@@ -70,9 +70,9 @@ def shard_of(group: Group) -> Shard:
     return Shard(group.rank, group.size)
 
 
-def row_counts(group: Group, count: int) -> list[int]:
-    """How many of `count` rows each rank has after `Group.rows`."""
-    return [Shard(rank, group.size).part(count).size for rank in range(group.size)]
+def parts_of_all(group: Group, count: int) -> list[Part]:
+    """Each rank's part of `count` rows after `Group.rows`."""
+    return [Shard(rank, group.size).part(count) for rank in range(group.size)]
 
 
 def gather_rows(group: Group, x: Tensor, counts: Sequence[int]) -> Tensor:

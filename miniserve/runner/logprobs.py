@@ -52,9 +52,16 @@ def gather_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> Lo
     return LogprobTensors(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
 
 
-def share_logprobs(group: Group, own: LogprobTensors, counts: Sequence[int]) -> LogprobTensors:
-    """All rows', from those that each rank has gathered of its own; counts: each rank's number of rows."""
-    return LogprobTensors(*(gather_rows(group, tensor, counts) for tensor in own))
+def share_logprobs(
+    group: Group, own: LogprobTensors | None, counts: Sequence[int], k: int, device: torch.device
+) -> LogprobTensors:
+    """All rows', from what each rank has of its own: of `counts` rows (None where that is none), with up to k
+    alternatives. Unused ones are zeros."""
+    if own is None:
+        empty = torch.zeros(0, device=device)
+        own = LogprobTensors(empty, empty.long(), empty.long()[:, None], empty[:, None])
+    wide = [F.pad(tops, (0, k - tops.shape[1])) for tops in (own.top_ids, own.top_logprobs)]
+    return LogprobTensors(*(gather_rows(group, each, counts) for each in (own.logprobs, own.ranks, *wide)))
 
 
 def _gather_chunk(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> tuple[torch.Tensor, ...]:

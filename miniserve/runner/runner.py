@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from miniserve.core import DeviceStep, StepPlan, StepResult, TokenLogprobs
-from miniserve.parallel.group import row_counts, shard_of
+from miniserve.parallel.group import parts_of_all, shard_of
 from miniserve.runner.device_timer import DeviceTimer, StepEvents
 from miniserve.runner.logprobs import LogprobTensors, gather_logprobs, rows_per_chunk, share_logprobs, to_token_logprobs
 from miniserve.runner.sampler import SampleOutput, Sampler
@@ -171,7 +171,8 @@ class ModelRunner:
             return gather_logprobs(logits, token_ids, k)
         own = shard_of(group).part(len(hidden)).held
         found = gather_logprobs(group.rows(logits, self._model.config.vocab_size), token_ids[own], k)
-        return share_logprobs(group, found, row_counts(group, len(hidden)))
+        counts = [part.size for part in parts_of_all(group, len(hidden))]
+        return share_logprobs(group, found, counts, found.top_ids.shape[1], hidden.device)
 
     def _to_host(
         self, sampled: SampleOutput | None, prompt_logprobs: list[_PromptLogprobs], bucket: int = 0

@@ -14,7 +14,7 @@ import torch
 from miniserve.core import RowStart
 from miniserve.kernels import sampling
 from miniserve.kernels.sampling import Draw, RowParams
-from miniserve.parallel.group import Alone, Group, gather_rows, shard_of
+from miniserve.parallel.group import Alone, Group, gather_rows, parts_of_all, shard_of
 from miniserve.runner.logprobs import LogprobTensors, gather_logprobs, share_logprobs
 from miniserve.runner.sampling_penalties import SeenTokens
 from miniserve.runner.sampling_rows import Batch, RowTable
@@ -59,10 +59,9 @@ class Sampler:
         self.last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self.num_outputs = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self._draw = draw
-        self._table = RowTable(max_num_seqs, vocab_size, device, eos_token_ids, seed, self._group)
+        self._table = RowTable(max_num_seqs, vocab_size, device, eos_token_ids, seed)
         self._seen = SeenTokens(max_num_seqs, vocab_size, device)
-        self._batch_rows: list[int] = []
-        self._batch: Batch | None = None
+        self._batches: list[tuple[list[int], Batch]] = []  # of the last step: all its rows, and this rank's of them
 
     @property
     def params(self) -> RowParams:
@@ -72,7 +71,7 @@ class Sampler:
     def start_row(self, start: RowStart) -> None:
         """Add a request in a free row. Raises `InvalidRequest` for a logit_bias beyond the vocabulary."""
         self._table.start_row(start)
-        self._batch = None
+        self._batches = []
         self.num_outputs[start.row].fill_(len(start.output_token_ids))  # item assignment would wait for the device
         if start.request.params.penalised:
             self._seen.start_row(start.row, start.request.prompt_token_ids, start.output_token_ids)
@@ -80,7 +79,7 @@ class Sampler:
     def stop_row(self, row: int) -> None:
         """The row is free again."""
         self._table.stop_row(row)
-        self._batch = None
+        self._batches = []
 
     def upload(self) -> None:
         """Update `params`, before a graph draws."""
@@ -95,19 +94,22 @@ class Sampler:
         takes the row.
         """
         self.upload()
+        choose = self._choose if self._group.size == 1 else self._choose_together
+        sampled = choose(logits, rows, positions)
+        batch = self._prepare(rows)
+        self.last_tokens.index_copy_(0, batch.rows, sampled.token_ids)
+        self.num_outputs.index_add_(0, batch.rows, batch.ones)
+        if batch.penalised is not None:
+            self._seen.record(sampled.token_ids, batch.penalised)
+        return sampled
+
+    def _choose(self, logits: torch.Tensor, rows: list[int], positions: list[int] | None) -> SampleOutput:
+        """The next tokens of rows whose logits are here, [len(rows), vocab_size]; they are not yet recorded."""
         batch = self._prepare(rows)
         if positions is None:
             num_outputs = self.num_outputs.index_select(0, batch.rows)
         else:
             num_outputs = self._table.num_outputs(rows, positions)
-        if self._group.size > 1 and self._table.take_argmax(rows):
-            tokens = best_of_ranks(self._group, logits, self._vocab_size)
-            self._pass_on(tokens, batch)
-            return SampleOutput(tokens, None, batch.num_logprobs)
-        own_rows = batch.rows
-        if self._group.size > 1:
-            logits = self._group.rows(logits, self._vocab_size)
-            own_rows, num_outputs = own_rows[batch.own], num_outputs[batch.own]
         raw = None
         if batch.logprobs is not None:
             raw = logits[batch.logprobs.entries]
@@ -116,20 +118,30 @@ class Sampler:
         if batch.edits_logits:
             logits = logits.float()
             self._edit(logits, batch, num_outputs)
-        drawn = self._draw(logits, own_rows, self.params, num_outputs) if len(own_rows) else own_rows
-        tokens = gather_rows(self._group, drawn, batch.counts)
-        self._pass_on(tokens, batch)
+        tokens = self._draw(logits, batch.rows, self.params, num_outputs)
         if raw is None or batch.logprobs is None:
             return SampleOutput(tokens, None, batch.num_logprobs)
-        logprobs = gather_logprobs(raw, drawn[batch.logprobs.entries], batch.logprobs.most)
-        return SampleOutput(tokens, share_logprobs(self._group, logprobs, batch.logprobs.counts), batch.num_logprobs)
+        logprobs = gather_logprobs(raw, tokens[batch.logprobs.entries], batch.logprobs.most)
+        return SampleOutput(tokens, logprobs, batch.num_logprobs)
 
-    def _pass_on(self, tokens: torch.Tensor, batch: Batch) -> None:
-        """Record the rows' tokens, for their next ones."""
-        self.last_tokens.index_copy_(0, batch.rows, tokens)
-        self.num_outputs.index_add_(0, batch.rows, batch.ones)
-        if batch.recorded is not None:
-            self._seen.record(tokens, batch.recorded)
+    def _choose_together(self, logits: torch.Tensor, rows: list[int], positions: list[int] | None) -> SampleOutput:
+        """As `_choose`, of logits whose columns are shared out: each rank chooses for its part of the rows."""
+        group, num_logprobs = self._group, self._prepare(rows).num_logprobs
+        if self._table.take_argmax(rows):
+            return SampleOutput(best_of_ranks(group, logits, self._vocab_size), None, num_logprobs)
+        logits = group.rows(logits, self._vocab_size)
+        parts = [part.held for part in parts_of_all(group, len(rows))]
+        own = parts[group.rank]
+        chosen = SampleOutput(torch.zeros(0, dtype=torch.int64, device=logits.device), None, ())
+        if rows[own]:
+            chosen = self._choose(logits, rows[own], None if positions is None else positions[own])
+        tokens = gather_rows(group, chosen.token_ids, [len(rows[part]) for part in parts])
+        asked = [count for count in num_logprobs if count is not None]
+        if not asked:
+            return SampleOutput(tokens, None, num_logprobs)
+        counts = [sum(count is not None for count in num_logprobs[part]) for part in parts]
+        logprobs = share_logprobs(group, chosen.logprobs, counts, min(max(asked), self._vocab_size), logits.device)
+        return SampleOutput(tokens, logprobs, num_logprobs)
 
     def takes_argmax(self, rows: list[int]) -> bool:
         """Whether `sample` would return each row's most likely token and nothing else."""
@@ -153,10 +165,12 @@ class Sampler:
         return SampleOutput(tokens, sampled.logprobs, tuple(num_logprobs))
 
     def _prepare(self, rows: list[int]) -> Batch:
-        if self._batch is None or self._batch_rows != rows:
-            self._batch_rows = list(rows)
-            self._batch = self._table.batch(self._batch_rows)
-        return self._batch
+        for known, batch in self._batches:
+            if known == rows:
+                return batch
+        batch = self._table.batch(rows)
+        self._batches = [(list(rows), batch), *self._batches[:1]]
+        return batch
 
     def _edit(self, logits: torch.Tensor, batch: Batch, num_outputs: torch.Tensor) -> None:
         """Apply bias, min_tokens and penalties in place."""

@@ -16,7 +16,6 @@ import torch
 
 from miniserve.core import RowStart
 from miniserve.kernels.sampling import NUM_COLUMNS, WANTS_LOGITS, RowParams
-from miniserve.parallel.group import Group, row_counts, shard_of
 from miniserve.runner.sampling_penalties import PenalisedRows
 from miniserve.runner.sampling_transfer import to_device
 
@@ -44,24 +43,18 @@ class EarlyStops:
 
 @dataclass(frozen=True, slots=True)
 class LogprobRows:
-    """entries: which of this rank's rows ask for logprobs; counts: how many of each rank's; most: the largest number
-    asked for in the batch."""
+    """entries: batch indices of the rows that ask for logprobs; most: the largest number asked for."""
 
     entries: slice | torch.Tensor
-    counts: list[int]
     most: int
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The excerpt for a list of rows. Parameters that no row uses are None. Each rank draws for some of the rows, its
-    own, which those from `bias` to `logprobs` are about; all ranks record the tokens of all rows."""
+    """The excerpt for a list of rows. Parameters that no row uses are None."""
 
     rows: torch.Tensor  # int64 [num_rows]
     ones: torch.Tensor  # int64 [num_rows]
-    own: slice
-    counts: list[int]  # each rank's number of rows
-    recorded: PenalisedRows | None  # of all rows
     bias: Bias | None
     early_stops: EarlyStops | None
     penalised: PenalisedRows | None
@@ -78,15 +71,8 @@ class RowTable:
     them; on a CPU they are the table itself."""
 
     def __init__(
-        self,
-        max_num_seqs: int,
-        vocab_size: int,
-        device: torch.device,
-        eos_token_ids: Collection[int],
-        seed: int,
-        group: Group,
+        self, max_num_seqs: int, vocab_size: int, device: torch.device, eos_token_ids: Collection[int], seed: int
     ) -> None:
-        self._group = group
         self._vocab_size = vocab_size
         self._device = device
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -170,29 +156,17 @@ class RowTable:
         host_rows = np.array(rows, dtype=np.int64)
         if not self._taken[host_rows].all():
             raise ValueError(f"row {rows[int(self._taken[host_rows].argmin())]} holds no request")
-        num_logprobs, penalised = self._num_logprobs[host_rows], self._penalised[host_rows]
-        own, counts = shard_of(self._group).part(len(rows)).held, row_counts(self._group, len(rows))
-        asking = np.split(num_logprobs >= 0, np.cumsum(counts)[:-1])
-        recorded = self._find_penalised(host_rows, penalised)
+        counts = self._num_logprobs[host_rows]
+        asking, penalised = np.flatnonzero(counts >= 0), np.flatnonzero(self._penalised[host_rows])
         return Batch(
             rows=self._to_device(host_rows),
             ones=torch.ones(len(rows), dtype=torch.int64, device=self._device),
-            own=own,
-            counts=counts,
-            recorded=recorded,
-            bias=self._bias(rows[own]) if self._biases else None,
-            early_stops=self._stops(rows[own]) if self._early_stops else None,
-            penalised=recorded if len(counts) == 1 else self._find_penalised(host_rows[own], penalised[own]),
-            logprobs=self._logprobs(asking, int(num_logprobs.max(initial=-1))),
-            num_logprobs=tuple(None if count < 0 else count for count in num_logprobs.tolist()),
+            bias=self._bias(rows) if self._biases else None,
+            early_stops=self._stops(rows) if self._early_stops else None,
+            penalised=self._find_penalised(host_rows, penalised) if len(penalised) else None,
+            logprobs=LogprobRows(self.entries(asking), int(counts.max())) if len(asking) else None,
+            num_logprobs=tuple(None if count < 0 else count for count in counts.tolist()),
         )
-
-    def _logprobs(self, asking: list[npt.NDArray[np.bool_]], most: int) -> LogprobRows | None:
-        """asking: of each rank's rows."""
-        if most < 0:
-            return None
-        own = np.flatnonzero(asking[self._group.rank])
-        return LogprobRows(self.entries(own), [int(each.sum()) for each in asking], most)
 
     def _bias(self, rows: list[int]) -> Bias | None:
         found = [(entry, self._biases[row]) for entry, row in enumerate(rows) if row in self._biases]
@@ -214,12 +188,7 @@ class RowTable:
         places, entries, least = np.array(found, dtype=np.int64).T.copy()
         return EarlyStops(self._to_device(places), self._to_device(entries), self._to_device(least))
 
-    def _find_penalised(
-        self, host_rows: npt.NDArray[np.int64], penalised: npt.NDArray[np.bool_]
-    ) -> PenalisedRows | None:
-        if not penalised.any():
-            return None
-        entries = np.flatnonzero(penalised)
+    def _find_penalised(self, host_rows: npt.NDArray[np.int64], entries: npt.NDArray[np.int64]) -> PenalisedRows:
         rows = host_rows[entries]
         device_rows = self._to_device(rows)
         return PenalisedRows(self._to_device(entries), device_rows, rows, self._to_device(self._numbers[rows]))
@@ -227,8 +196,6 @@ class RowTable:
     def entries(self, entries: npt.NDArray[np.int64]) -> slice | torch.Tensor:
         """An index of these batch positions, in ascending order: a slice if they are contiguous, so that indexing
         logits is a view."""
-        if not len(entries):
-            return slice(0, 0)
         first, last = int(entries[0]), int(entries[-1])
         if last - first + 1 == len(entries):
             return slice(first, last + 1)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from models_support import VOCAB, DenseContext, load, random_settings, reference_model, run
+from thread_ranks import ThreadGroup, run_ranks
 
 from miniserve.models.config import load_model_config
 from miniserve.models.decoder import CausalLM
@@ -16,14 +19,18 @@ from miniserve.models.options import BuildOptions
 from miniserve.models.registry import build_model
 
 pytest.importorskip("triton")
+from triton.runtime import interpreter
+
 from miniserve.kernels.triton import norm_router, runtime
 from miniserve.kernels.triton.small_linear import Chip
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU there is no interpreter")
 
 
-def _through(kernels: runtime.TritonKernels, model: Path) -> CausalLM:
-    options = BuildOptions(dtype=torch.float32, kv_dtype=torch.float32, device=torch.device("cpu"), triton=kernels)
+def _through(kernels: runtime.TritonKernels, model: Path, **more: Any) -> CausalLM:
+    options = BuildOptions(
+        dtype=torch.float32, kv_dtype=torch.float32, device=torch.device("cpu"), triton=kernels, **more
+    )
     ours = build_model(load_model_config(model), options)
     load_weights(ours, model)
     return ours
@@ -71,3 +78,31 @@ def test_down_projections_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         )
     assert (got - want).abs().max() < 1e-4 * want.abs().max()
     assert in_parts.call_count == settings["num_hidden_layers"]
+
+
+def test_ranks_sum_before_the_norm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums that are still in parts on each rank, and a router behind a norm that first sums over ranks."""
+    settings = random_settings("DeepseekV3ForCausalLM", 0) | {"num_hidden_layers": 1, "n_group": 1}
+    settings |= {"num_attention_heads": 2, "num_key_value_heads": 2, "hidden_size": 24, "first_k_dense_replace": 0}
+    reference_model("DeepseekV3ForCausalLM", settings).save_pretrained(tmp_path)
+    monkeypatch.setattr(runtime, "chip_of", lambda device: Chip(132, 1 << 17))
+    monkeypatch.setattr(runtime, "choose_tile", lambda *_, **__: None)
+    kernels, one_at_a_time = runtime.TritonKernels(torch.device("cpu")), threading.Lock()
+    interpret = interpreter.GridExecutor.__call__
+
+    def interpreted(executor: interpreter.GridExecutor, *arguments: Any, **named: Any) -> None:
+        with one_at_a_time:  # it changes what is global while it runs
+            interpret(executor, *arguments, **named)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", interpreted)
+    steps = [[(0, torch.arange(3)), (1, torch.arange(2))], [(1, torch.tensor([9]))]]
+
+    def logits(group: ThreadGroup) -> list[torch.Tensor]:
+        model = _through(kernels, tmp_path, group=group, expert_parallel=True)
+        context = DenseContext()
+        return [run(model, context, chunks) for chunks in steps]
+
+    plain, context = load(tmp_path), DenseContext()
+    for got, chunks in zip(zip(*run_ranks(2, logits), strict=True), steps, strict=True):
+        want = run(plain, context, chunks)
+        assert (torch.cat(got, 1) - want).abs().max() < 1e-4 * want.abs().max()

@@ -15,6 +15,7 @@ from models_support import CLASSES
 from thread_ranks import run_ranks
 
 from miniserve.core import RequestOutput, SamplingParams
+from miniserve.models.config import load_model_config
 from miniserve.parallel.group import Alone, Group
 
 torch.set_num_threads(1)
@@ -37,7 +38,14 @@ REQUESTS = [
 # Prompts in chunks, a pool so small that requests are preempted, more requests than rows.
 TIGHT = Setup(block_size=8, num_blocks=8, max_num_seqs=4, max_num_batched_tokens=13)
 GUESSING = Setup(backend=BACKENDS[0], layout="shuffled", max_num_seqs=12, num_draft_tokens=4)
-CASES = [(2, False, TIGHT), (2, True, GUESSING), (3, True, TIGHT), (3, False, GUESSING), (4, False, TIGHT)]
+CASES = [
+    (2, False, TIGHT),
+    (2, True, GUESSING),
+    (3, True, TIGHT),
+    (3, False, GUESSING),
+    (4, False, TIGHT),
+    (4, True, GUESSING),
+]
 
 Outputs = list[list[RequestOutput]]
 
@@ -47,9 +55,9 @@ def checkpoint(architecture: str) -> Path:
     path = Path(mkdtemp())
     changed: dict[str, Any] = dict(UNEVEN)
     if architecture == "Qwen3MoeForCausalLM":
-        changed |= {"num_experts": 7, "moe_intermediate_size": 33, "mlp_only_layers": []}
+        changed |= {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 33, "mlp_only_layers": []}
     if architecture.startswith("Deepseek"):
-        changed["num_key_value_heads"] = 6
+        changed |= {"num_key_value_heads": 6, "n_routed_experts": 6}
     write_model(path, architecture, 5, **changed)
     return path
 
@@ -84,7 +92,10 @@ def entries(found: Outputs) -> list[Any]:
 @pytest.mark.parametrize("architecture", CLASSES)
 def test_ranks_give_the_tokens_of_one_process(architecture: str) -> None:
     path = checkpoint(architecture)
+    dense = load_model_config(path).moe is None
     for size, expert_parallel, setup in CASES:
+        if dense and expert_parallel and size < 4:  # which changes nothing there
+            continue
         want = one_process(architecture, setup)
         ranks = run_ranks(size, partial(outputs, path, setup, expert_parallel))
         for found in ranks:
