@@ -103,7 +103,7 @@ def run_node(config: EngineConfig, source_path: Path, report: Callable[[str], No
     first = config.node_rank * here
     start = partial(_start, config, source_path, meeting=(address, port), plans=plans)
     started = {rank: start_rank(start(rank)) for rank in range(first, first + here)}
-    report(f"Ranks {first} to {first + here - 1} of {size} run here, until host 0 ends.")
+    report(f"Running rank {', '.join(map(str, started))} of {size}, until host 0 ends.")
     try:
         while all(process.poll() is None for _, process in started.values()):
             time.sleep(_POLL)
@@ -158,11 +158,15 @@ def _find_size(config: EngineConfig, source_path: Path) -> int:
         raise UserError(
             f"--tensor-parallel-size {size} needs {size // config.nnodes} GPUs on each host and this one has {count}."
         )
-    if config.enable_expert_parallel:
-        if size == 1:
+    if size == 1:
+        if config.enable_expert_parallel:
             raise UserError("--enable-expert-parallel is for several ranks; give --tensor-parallel-size, too.")
-        if load_model_config(source_path, weights=config.load_format != "dummy").moe is None:
-            raise UserError("--enable-expert-parallel is for models with experts, and this one has none; leave it out.")
+        return 1
+    model = load_model_config(source_path, weights=config.load_format != "dummy")
+    if config.enable_expert_parallel and model.moe is None:
+        raise UserError("--enable-expert-parallel is for models with experts, and this one has none; leave it out.")
+    if size > (most := model.most_ranks(expert_parallel=config.enable_expert_parallel)):
+        raise UserError(f"--tensor-parallel-size {size} is more than this model can be shared by; at most {most} can.")
     return size
 
 

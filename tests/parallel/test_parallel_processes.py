@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,11 @@ def tokens(name: str, **options: Any) -> list[list[int]]:
     return found
 
 
+@cache
+def alone(name: str) -> list[list[int]]:
+    return tokens(name)
+
+
 def workers() -> list[int]:
     """Ranks that this process has started and that still run."""
     found = []
@@ -67,28 +73,27 @@ def workers() -> list[int]:
     ],
 )
 def test_ranks_give_the_tokens_of_one_process_and_leave_nothing(name: str, size: int, options: dict[str, Any]) -> None:
-    assert tokens(name, tensor_parallel_size=size, **options) == tokens(name)
+    assert tokens(name, tensor_parallel_size=size, **options) == alone(name)
     assert not workers()
 
 
 def test_two_hosts_give_the_tokens_of_one_process() -> None:
-    """Hosts are two addresses of this machine's loopback; each has two ranks."""
+    """Hosts are two addresses of this machine's loopback; each has a rank."""
     with socket.create_server(("127.0.0.2", 0)) as free:
         port = free.getsockname()[1]
-    hosts = {"tensor_parallel_size": 4, "nnodes": 2, "master_addr": "127.0.0.2", "master_port": port}
+    hosts = {"tensor_parallel_size": 2, "nnodes": 2, "master_addr": "127.0.0.2", "master_port": port}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in hosts.items()]
-    settings = "--device=cpu --dtype=float32 --max-model-len=128 --kv-cache-memory=16M".split()
+    settings = ["--device=cpu", "--dtype=float32", "--max-model-len=128", "--kv-cache-memory=16M"]
     command = [sys.executable, "-m", "miniserve", "serve", str(ASSETS / "tiny-qwen3"), *settings, *flags]
     with subprocess.Popen([*command, "--node-rank=1"], stderr=subprocess.PIPE, text=True) as other:
-        assert tokens("tiny-qwen3", **hosts) == tokens("tiny-qwen3")
+        assert tokens("tiny-qwen3", **hosts) == alone("tiny-qwen3")
         assert other.wait(SLACK) == 0
-        assert other.stderr is not None and "Ranks 2 to 3 of 4 run here" in other.stderr.read()
+        assert other.stderr is not None and "Running rank 1 of 2" in other.stderr.read()
 
 
-def test_what_one_rank_cannot_do_all_refuse(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="can be shared by 4 ranks, not 5"):
+def test_what_cannot_be_divided_is_refused_before_a_rank_starts() -> None:
+    with pytest.raises(UserError, match="5 is more than this model can be shared by; at most 4 can"):
         tokens("tiny-qwen3", tensor_parallel_size=5)
-    assert not workers()
     with pytest.raises(UserError, match="for models with experts"):
         tokens("tiny-qwen3", tensor_parallel_size=2, enable_expert_parallel=True)
 
@@ -97,7 +102,13 @@ def test_what_one_rank_cannot_do_all_refuse(tmp_path: Path) -> None:
 def server() -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    flags = "--device=cpu --dtype=float32 --max-model-len=2048 --kv-cache-memory=64M --tensor-parallel-size=2".split()
+    flags = [
+        "--device=cpu",
+        "--dtype=float32",
+        "--max-model-len=2048",
+        "--kv-cache-memory=64M",
+        "--tensor-parallel-size=2",
+    ]
     command = [sys.executable, "-m", "miniserve", "serve", f"--port={port}", *flags]
     with subprocess.Popen(command) as process:
         try:
@@ -134,9 +145,13 @@ def test_a_served_rank_that_is_stopped_ends_its_requests_and_the_server(
     process, url = server
     body = {"prompt": PROMPTS[0], "temperature": 0, "max_tokens": 12}
     (choice,) = httpx.post(f"{url}/v1/completions", json=body, timeout=120).json()["choices"]
-    assert choice["text"] == LLM(device="cpu", dtype="float32", progress=False).generate(
-        PROMPTS[0], PARAMS[2], progress=False
-    )[0].outputs[0].text
+    assert (
+        choice["text"]
+        == LLM(device="cpu", dtype="float32", progress=False)
+        .generate(PROMPTS[0], PARAMS[2], progress=False)[0]
+        .outputs[0]
+        .text
+    )
     assert "miniserve:tensor_parallel_size{" in httpx.get(f"{url}/metrics").text
     below = children(process.pid)
     (rank,) = [pid for pid in below if b"runner.worker" in command_line(pid)]
@@ -153,6 +168,7 @@ def test_a_served_rank_that_is_stopped_ends_its_requests_and_the_server(
     asking.join(5.0 + SLACK)
     assert time.monotonic() - begin < 5.0 + SLACK
     (answer,) = answers
+    print(answer.status_code, answer.text)
     assert answer.status_code == 500 and "rank 1 was stopped (SIGSTOP), in step" in answer.text
     assert process.wait(SLACK) == 1
     assert not [pid for pid in below if b"miniserve" in command_line(pid)], "an orphan"
