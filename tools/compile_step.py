@@ -101,7 +101,7 @@ def _step_ends() -> None:
     for explicit in (False, True):
         decode_step.apply_changes(int32(1280), 256, 16, step, tables, explicit=explicit)
         decode_step.advance(state, step, 16, explicit=explicit)
-    decode_step.greedy(tensor(256, 151936), ids, state, ids)
+    decode_step.hand_over(decode_step.best_words(tensor(256, 151936), 0, 151936)[None], ids, state, ids)
     zero_blocks.zero_blocks(tensor(160, 2, dtype=torch.int64), ids, 16)
 
 

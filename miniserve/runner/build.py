@@ -289,7 +289,7 @@ def _make_runner(
 
     sampler = Sampler(rows, vocab_size, device, eos_token_ids, config.seed, device_draw, options.group)
     compile_draw(vocab_size, options.dtype, sampler.params)
-    if not replays or options.group.size > 1:  # graphs do not yet draw over ranks
+    if not replays or not isinstance(options.group, Alone):  # no group's calls are known to work in graphs yet
         return ModelRunner(served, state, sampler)
     sizes = {"block_size": config.block_size, "max_seq_len": plan.max_model_len}
     row_state = RowState(state.tables, state.lens, sampler.last_tokens, sampler.num_outputs)

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 
 from miniserve.attention.metadata import StepBatch, decode_rows
-from miniserve.kernels.sampling import RowParams
-from miniserve.kernels.triton.decode_step import RowState, StepTensors, advance, apply_changes, greedy
+from miniserve.kernels.sampling import WANTS_LOGITS, RowParams
+from miniserve.kernels.triton.decode_step import RowState, StepTensors, advance, apply_changes, best_words, hand_over
 from miniserve.kernels.triton.sampling import sample
+from miniserve.parallel.group import gather_rows, parts_of_all
+from miniserve.parallel.shard import Shard
 from miniserve.runner.sampler import SampleOutput, Sampler
 from miniserve.runner.served import ServedModel
 from miniserve.runner.state import GraphInputs
@@ -70,7 +72,10 @@ class DecodeGraphs:
         self._tokens = integers(most)
         self._query_starts = torch.arange(most + 1, dtype=torch.int32, device=self._device)
         model = served.model
-        self._logits = torch.empty(most, model.config.vocab_size, dtype=model.options.dtype, device=self._device)
+        self._group, self._vocab_size = model.options.group, model.config.vocab_size
+        self._words = model.options.shard.part(self._vocab_size).held
+        words = model.lm_head.out_features
+        self._logits = torch.empty(most, words, dtype=model.options.dtype, device=self._device)
         self._greedy: dict[int, torch.cuda.CUDAGraph] = {}
         self._drawn: dict[int, torch.cuda.CUDAGraph] = {}
         self._rows: tuple[int, list[int]] = (0, [])
@@ -106,8 +111,8 @@ class DecodeGraphs:
 
     def drawn(self, bucket: int, inputs: GraphInputs) -> tuple[torch.Tensor, torch.Tensor]:
         """As `greedy`, but each row's token is drawn by its `params`. A row that needs the host's sampler gets no
-        token: its logits are in the second result, [entries, vocab_size] in the model's dtype, where only such rows are
-        filled."""
+        token: its logits are in the second result, [entries, words of this rank] in the model's dtype, where only such
+        rows are filled."""
         self._stage(bucket, inputs)
         self._drawn[bucket].replay()
         return self._tokens[: len(inputs.rows)], self._logits[: len(inputs.rows)]
@@ -147,21 +152,46 @@ class DecodeGraphs:
         return graph
 
     def _take_argmax(self, logits: torch.Tensor) -> None:
-        bucket = len(logits)
-        greedy(logits, self._step.rows[:bucket], self._state, self._tokens[:bucket])
+        bucket, most_words = len(logits), Shard(0, self._group.size).part(self._vocab_size).size
+        best = self._group.gather(best_words(logits, self._words.start, most_words))
+        hand_over(best, self._step.rows[:bucket], self._state, self._tokens[:bucket])
 
     def _draw(self, logits: torch.Tensor) -> None:
         bucket = len(logits)
         rows, tokens, undrawn = self._step.rows[:bucket], self._tokens[:bucket], self._logits[:bucket]
-        if self._explicit:
-            prompt_lens = self._params.prompt_lens[rows.clamp(min=0)]
-            num_outputs = self._step.positions[:bucket] + 1 - prompt_lens
-            sample(logits, rows, self._params, tokens, num_outputs=num_outputs, undrawn=undrawn)
+        if self._group.size > 1:
+            self._draw_together(logits)
+        elif self._explicit:
+            sample(logits, rows, self._params, tokens, num_outputs=self._num_outputs(bucket), undrawn=undrawn)
         else:
             sample(logits, rows, self._params, tokens, self._state, undrawn=undrawn)
 
+    def _num_outputs(self, bucket: int) -> torch.Tensor:
+        """Output tokens before each entry of a step, int64 [bucket]."""
+        rows = self._step.rows[:bucket].clamp(min=0)
+        if self._explicit:
+            return self._step.positions[:bucket] + 1 - self._params.prompt_lens[rows]
+        return self._state.num_outputs[rows]
+
+    def _draw_together(self, logits: torch.Tensor) -> None:
+        """As `_draw`, of logits whose columns are shared out: each rank draws for its part of the rows."""
+        bucket = len(logits)
+        rows, parts = self._step.rows[:bucket], parts_of_all(self._group, bucket)
+        own = parts[self._group.rank].held
+        self._logits[:bucket] = logits
+        whole = self._group.rows(logits, self._vocab_size)
+        drawn = torch.zeros_like(rows[own])
+        if len(drawn):
+            sample(whole, rows[own], self._params, drawn, num_outputs=self._num_outputs(bucket)[own])
+        drawn = gather_rows(self._group, drawn, [part.size for part in parts])
+        self._tokens[:bucket] = drawn
+        if not self._explicit:
+            wanting = self._params.numbers[rows.clamp(min=0), WANTS_LOGITS] > 0
+            best = torch.stack((torch.zeros_like(drawn), drawn)).int()[None, :, :, None]
+            hand_over(best, rows.masked_fill(wanting, -1), self._state, self._tokens[:bucket])
+
     def _run(self, bucket: int) -> torch.Tensor:
-        """The logits [bucket, vocab_size] to choose the next tokens from."""
+        """The logits [bucket, words of this rank] to choose the next tokens from."""
         step = StepTensors(*(getattr(self._step, field.name)[:bucket] for field in fields(StepTensors)))
         advance(self._state, step, self._block_size, explicit=self._explicit)
         # The look-up of embeddings, an ordinary kernel, lies between `advance` and those that are launched dependently.

@@ -180,7 +180,14 @@ def test_the_end_of_a_step() -> None:
     logits[0, 100] = logits[0, 8000] = 50.0  # the lowest id among equals
     state = decode_step.RowState(integers([0]), integers([0] * 5), integers([9, 8, 7, 6, 5]), integers([0] * 5))
     tokens = integers([0] * 3)
-    decode_step.greedy(logits, integers([3, -1, 1]), state, tokens)
+    # Of three ranks, the second without words of a second part.
+    parts = [(logits[:, :4500], 0), (logits[:, 4500:6000], 4500), (logits[:, 6000:], 6000)]
+    best = torch.stack([decode_step.best_words(part.contiguous(), first, 4500) for part, first in parts])
+    for ranks in (best, decode_step.best_words(logits, 0, 9001)[None]):
+        decode_step.hand_over(ranks, integers([-1, -1, -1]), state, tokens)
+        assert tokens.tolist() == [100, *logits[1:].argmax(1).tolist()]
+        assert state.num_outputs.tolist() == [0] * 5
+    decode_step.hand_over(best, integers([3, -1, 1]), state, tokens)
     assert tokens.tolist() == [100, *logits[1:].argmax(1).tolist()]
     assert state.last_tokens.tolist() == [9, tokens[2].item(), 7, 100, 5]
     assert state.num_outputs.tolist() == [0, 1, 0, 1, 0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -10,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from models_support import VOCAB, DenseContext, load, random_settings, reference_model, run
-from thread_ranks import ThreadGroup, run_ranks
+from thread_ranks import ThreadGroup, one_kernel_at_a_time, run_ranks
 
 from miniserve.models.config import load_model_config
 from miniserve.models.decoder import CausalLM
@@ -19,8 +18,6 @@ from miniserve.models.options import BuildOptions
 from miniserve.models.registry import build_model
 
 pytest.importorskip("triton")
-from triton.runtime import interpreter
-
 from miniserve.kernels.triton import norm_router, runtime
 from miniserve.kernels.triton.small_linear import Chip
 
@@ -87,14 +84,8 @@ def test_ranks_sum_before_the_norm(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     reference_model("DeepseekV3ForCausalLM", settings).save_pretrained(tmp_path)
     monkeypatch.setattr(runtime, "chip_of", lambda device: Chip(132, 1 << 17))
     monkeypatch.setattr(runtime, "choose_tile", lambda *_, **__: None)
-    kernels, one_at_a_time = runtime.TritonKernels(torch.device("cpu")), threading.Lock()
-    interpret = interpreter.GridExecutor.__call__
-
-    def interpreted(executor: interpreter.GridExecutor, *arguments: Any, **named: Any) -> None:
-        with one_at_a_time:  # it changes what is global while it runs
-            interpret(executor, *arguments, **named)
-
-    monkeypatch.setattr(interpreter.GridExecutor, "__call__", interpreted)
+    kernels = runtime.TritonKernels(torch.device("cpu"))
+    one_kernel_at_a_time(monkeypatch)
     steps = [[(0, torch.arange(3)), (1, torch.arange(2))], [(1, torch.tensor([9]))]]
 
     def logits(group: ThreadGroup) -> list[torch.Tensor]:

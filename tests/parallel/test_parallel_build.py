@@ -66,3 +66,10 @@ def test_built_ranks_give_the_tokens_of_one_process(name: str) -> None:
             assert info.traffic.weights < alone.traffic.weights
             assert info.vocab_size == alone.vocab_size
             assert info.num_blocks >= alone.num_blocks >= BLOCKS
+
+
+def test_a_rank_alone_runs_in_the_shapes_of_one_of_many() -> None:
+    """To be measured without its peers; what it says has no meaning."""
+    found, info = answers("tiny-qwen3", False, Alone(1, 3))
+    assert [len(each) for each in found] == [16] * 3
+    assert info.traffic is not None and info.traffic.kv

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -77,3 +78,16 @@ def run_ranks(size: int, work: Callable[[ThreadGroup], T]) -> list[T]:
     for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
         raise error
     return [future.result() for future in futures]
+
+
+def one_kernel_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter changes what is global while it runs a kernel."""
+    from triton.runtime.interpreter import GridExecutor
+
+    lock, interpret = threading.Lock(), GridExecutor.__call__
+
+    def interpreted(executor: GridExecutor, *arguments: Any, **named: Any) -> None:
+        with lock:
+            interpret(executor, *arguments, **named)
+
+    monkeypatch.setattr(GridExecutor, "__call__", interpreted)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from engine_real import CPU, MAX_LEN, Setup, generate, make_backend, small_model, tokens
+from engine_real import CPU, MAX_LEN, Setup, generate, make_backend, read_model, small_model, tokens, write_model
+from thread_ranks import one_kernel_at_a_time, run_ranks
 
 from miniserve.attention.metadata import StepBatch
 from miniserve.config import SchedulerConfig
@@ -17,6 +20,7 @@ from miniserve.engine.step_log import StepLog
 from miniserve.kernels.triton.decode_step import RowState
 from miniserve.kernels.triton.sampling import draw
 from miniserve.models.decoder import CausalLM
+from miniserve.parallel.group import Alone, Group
 from miniserve.runner.decode_graph import DecodeGraphs
 from miniserve.runner.runner import ModelRunner
 from miniserve.runner.sampler import Sampler
@@ -44,7 +48,7 @@ def make_engine(model: CausalLM, layout: str, num_draft_tokens: int, *, graphs: 
     served = ServedModel(model, backend, caches)
     state = StepState(ROWS, MAX_LEN, 16, CPU)
     if graphs:
-        sampler = Sampler(ROWS, model.config.vocab_size, CPU, frozenset({7}), draw=draw)
+        sampler = Sampler(ROWS, model.config.vocab_size, CPU, frozenset({7}), draw=draw, group=model.options.group)
         rows = RowState(state.tables, state.lens, sampler.last_tokens, sampler.num_outputs)
         recorded: DecodeGraphs | None = Unrecorded(
             served,
@@ -111,6 +115,31 @@ def test_graphs_give_the_tokens_of_eager_steps(
     assert [tokens(outputs) for outputs in got] == [tokens(outputs) for outputs in want]
     assert (engine.stats.num_accepted_tokens > 0) == (num_draft_tokens > 0)
     assert fresh == {num_draft_tokens + 1}
+
+
+@pytest.mark.parametrize("num_draft_tokens", [0, 3])
+def test_graphs_of_ranks_draw_together(
+    model: CausalLM, num_draft_tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_pinned_memory(monkeypatch)
+    one_kernel_at_a_time(monkeypatch)
+    write_model(tmp_path, "Qwen3ForCausalLM", 4, num_attention_heads=4, num_key_value_heads=2, hidden_size=48)
+    stem = [3, 9, 4, 17, 5, 3, 9, 4, 17, 6, 3, 9, 4]
+    requests = [
+        ([*stem, n], SamplingParams(temperature=temperature, seed=n, max_tokens=8, min_tokens=n, logprobs=logprobs))
+        for n, (temperature, logprobs) in enumerate([(0.0, None), (0.0, None), (0.8, 1), (0.7, None)])
+    ]
+    arrivals = [0, 2, 4, 5]  # greedy rows alone at first
+
+    def found(group: Group, graphs: bool = True) -> list[list[int]]:
+        engine = make_engine(read_model(tmp_path, group=group), "linear", num_draft_tokens, graphs=graphs)
+        return [tokens(outputs) for outputs in generate(engine, requests, arrivals)]
+
+    want = found(Alone(), graphs=False)
+    together = DecodeGraphs._draw_together
+    with mock.patch.object(DecodeGraphs, "_draw_together", autospec=True, side_effect=together) as drawn:
+        assert run_ranks(3, found) == [want] * 3
+    assert drawn.call_count
 
 
 def test_padding_rows_come_last(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:

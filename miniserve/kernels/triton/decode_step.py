@@ -119,7 +119,7 @@ def advance(state: RowState, step: StepTensors, block_size: int, *, explicit: bo
 
 @triton.jit
 def _best_of_part_kernel(
-    logits_ptr, values_ptr, ids_ptr, vocab_size, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    logits_ptr, values_ptr, ids_ptr, vocab_size, first, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
     start(PDL)
     wait(PDL)
@@ -128,20 +128,22 @@ def _best_of_part_kernel(
     logits = tl.load(logits_ptr + row * vocab_size + cols, mask=cols < vocab_size, other=float("-inf")).to(tl.float32)
     best = tl.max(logits, axis=0)
     tl.store(values_ptr + row * PARTS + part, best)
-    tl.store(ids_ptr + row * PARTS + part, tl.min(tl.where(logits == best, cols, vocab_size - 1), axis=0))
+    tl.store(ids_ptr + row * PARTS + part, first + tl.min(tl.where(logits == best, cols, vocab_size - 1), axis=0))
 
 
 @triton.jit
 def _hand_over_kernel(
-    values_ptr, ids_ptr, rows_ptr, last_ptr, outputs_ptr, tokens_ptr,
-    PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    values_ptr, ids_ptr, rows_ptr, last_ptr, outputs_ptr, tokens_ptr, rank_stride,
+    RANKS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     start(PDL)
     wait(PDL)
     index = tl.program_id(0).to(tl.int64)
     parts = tl.arange(0, BLOCK)
-    values = tl.load(values_ptr + index * PARTS + parts, mask=parts < PARTS, other=float("-inf"))
-    ids = tl.load(ids_ptr + index * PARTS + parts, mask=parts < PARTS, other=0x7FFFFFFF)
+    there = parts < RANKS * PARTS
+    at = parts // PARTS * rank_stride + index * PARTS + parts % PARTS
+    values = tl.load(values_ptr + at, mask=there, other=float("-inf"))
+    ids = tl.load(ids_ptr + at, mask=there, other=0x7FFFFFFF)
     token = tl.min(tl.where(values == tl.max(values, axis=0), ids, 0x7FFFFFFF), axis=0).to(tl.int64)
     tl.store(tokens_ptr + index, token)
     row = tl.load(rows_ptr + index)
@@ -150,18 +152,25 @@ def _hand_over_kernel(
         tl.store(outputs_ptr + row, tl.load(outputs_ptr + row) + 1)
 
 
-def greedy(logits: torch.Tensor, rows: torch.Tensor, state: RowState, tokens: torch.Tensor) -> None:
-    """The argmax of each row of logits (any float, [batch, vocab_size], lowest id among equals) into `tokens` int64
-    [batch] and, where `rows` is not negative, as that row's last token."""
-    batch, vocab_size = logits.shape
-    parts = triton.cdiv(vocab_size, _VOCAB_BLOCK)
-    values = torch.empty(batch, parts, dtype=torch.float32, device=logits.device)
-    ids = torch.empty(batch, parts, dtype=torch.int32, device=logits.device)
-    options = launch_options(logits.device)
+def best_words(logits: torch.Tensor, first: int, most_words: int) -> torch.Tensor:
+    """What `hand_over` takes of one rank: the best of each part of its words, of which the first has the id `first`.
+    logits: any float, [batch, words]; most_words: the largest number of words on any rank. Returns int32 [2, batch,
+    parts]: the bits of the logits as float32, and ids."""
+    batch, parts = len(logits), triton.cdiv(most_words, _VOCAB_BLOCK)
+    best = torch.empty(2, batch, parts, dtype=torch.int32, device=logits.device)
     _best_of_part_kernel[(batch, parts)](
-        logits, values, ids, vocab_size, PARTS=parts, BLOCK=_VOCAB_BLOCK, num_warps=4, **options
-    )
+        logits, best[0].view(torch.float32), best[1], logits.shape[1], first,
+        PARTS=parts, BLOCK=_VOCAB_BLOCK, num_warps=4, **launch_options(logits.device),
+    )  # fmt: skip
+    return best
+
+
+def hand_over(best: torch.Tensor, rows: torch.Tensor, state: RowState, tokens: torch.Tensor) -> None:
+    """The best of all ranks' `best_words`, [ranks, 2, batch, parts], of equals the lowest id, into `tokens` int64
+    [batch] and, where `rows` is not negative, as that row's last token."""
+    ranks, _, batch, parts = best.shape
     _hand_over_kernel[(batch,)](
-        values, ids, rows, state.last_tokens, state.num_outputs, tokens,
-        PARTS=parts, BLOCK=triton.next_power_of_2(parts), num_warps=1, **options,
+        best.view(torch.float32), best[:, 1], rows, state.last_tokens, state.num_outputs, tokens, best.stride(0),
+        RANKS=ranks, PARTS=parts, BLOCK=triton.next_power_of_2(ranks * parts), num_warps=1,
+        **launch_options(best.device),
     )  # fmt: skip
