@@ -221,7 +221,7 @@ class Ranks:
         """Raises `RankFailed` if a rank has failed."""
         if self._failed.is_set():
             self._seen.set()
-            raise RankFailed(self._failure)
+            raise RankFailed(self._failure) from None  # what rank 0 saw of it says less
 
     def explain(self, error: Exception) -> NoReturn:
         """Raise what led to an error of rank 0's own part: the failure of another rank, or else the error itself. All

@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 import miniserve
-from miniserve.core import SamplingParams, UserError
+from miniserve.core import SamplingParams
 from miniserve.llm import LLM
 
 ASSETS = Path(miniserve.__file__).parent / "assets"
@@ -89,13 +89,6 @@ def test_two_hosts_give_the_tokens_of_one_process() -> None:
         assert tokens("tiny-qwen3", **hosts) == alone("tiny-qwen3")
         assert other.wait(SLACK) == 0
         assert other.stderr is not None and "Running rank 1 of 2" in other.stderr.read()
-
-
-def test_what_cannot_be_divided_is_refused_before_a_rank_starts() -> None:
-    with pytest.raises(UserError, match="5 is more than this model can be shared by; at most 4 can"):
-        tokens("tiny-qwen3", tensor_parallel_size=5)
-    with pytest.raises(UserError, match="for models with experts"):
-        tokens("tiny-qwen3", tensor_parallel_size=2, enable_expert_parallel=True)
 
 
 @pytest.fixture
@@ -168,7 +161,6 @@ def test_a_served_rank_that_is_stopped_ends_its_requests_and_the_server(
     asking.join(5.0 + SLACK)
     assert time.monotonic() - begin < 5.0 + SLACK
     (answer,) = answers
-    print(answer.status_code, answer.text)
-    assert answer.status_code == 500 and "rank 1 was stopped (SIGSTOP), in step" in answer.text
+    assert answer.status_code == 503 and "rank 1 was stopped (SIGSTOP), in step" in answer.text
     assert process.wait(SLACK) == 1
     assert not [pid for pid in below if b"miniserve" in command_line(pid)], "an orphan"
