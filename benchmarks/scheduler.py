@@ -76,8 +76,7 @@ def measure_log(num_requests: int, num_steps: int) -> list[float]:
     result = StepResult([], device=DeviceStep(num_requests, 1e-3, 1e-5))
     durations = []
     for step in range(WARMUP_STEPS + num_steps):
-        if step % 20 == 0:
-            plan = StepPlan([], [], [], list(range(num_requests)), [])
+        plan = StepPlan([], [], [], list(range(num_requests)), [], same_rows=step % 20 > 0)
         started = time.perf_counter()
         clock = log.clock
         start, scheduled = clock(), clock()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -21,8 +21,13 @@ _CHOICES = {
     "generation_config": ("auto", "none"),
     "log_level": LOG_LEVELS,
 }
-_POSITIVE = ("max_num_seqs", "max_num_batched_tokens", "block_size", "max_model_len", "kv_cache_memory")
+_POSITIVE = (
+    "max_num_seqs", "max_num_batched_tokens", "block_size", "max_model_len", "kv_cache_memory", "tensor_parallel_size",
+    "nnodes",
+)  # fmt: skip
 _MOST_SEQS = 65_536  # each takes host memory, which no plan accounts for
+_MOST_RANKS = 1024
+_MASTER_PORT = 29_500  # torch's default
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +37,9 @@ class EngineConfig:
     model: local directory, hub id or None for the built-in model. Sizes are tokens unless the name says otherwise;
     kv_cache_memory is in bytes. max_num_batched_tokens None: 4096 on a GPU, 2048 on a CPU. max_itl_ratio: by how much
     prefill may slow down a step that also decodes, 0: no bound. speculative: "ngram:K", or None for no speculation.
-    aiter: whether to use it where it is installed. Raises `UserError` for a value out of range.
+    aiter: whether to use it where it is installed. tensor_parallel_size: ranks that share the model, None: 1, or the
+    GPUs that it takes; they are spread evenly over `nnodes` hosts, of which this is number `node_rank`, and number 0 is
+    at `master_addr`. enable_expert_parallel: ranks have whole experts. Raises `UserError` for a value out of range.
     """
 
     model: str | None = None
@@ -53,6 +60,12 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     async_scheduling: bool | None = None
     speculative: str | None = None
+    tensor_parallel_size: int | None = None
+    enable_expert_parallel: bool = False
+    nnodes: int = 1
+    node_rank: int = 0
+    master_addr: str | None = None
+    master_port: int | None = None
     enforce_eager: bool = False
     aiter: bool = True
     self_check: bool = True
@@ -81,6 +94,45 @@ class EngineConfig:
             raise UserError("--gpu-memory-utilization must be above 0 and at most 1, for example 0.9.")
         if self.speculative is not None:
             self._check_speculative(self.speculative)
+        self._check_ranks()
+
+    def _check_ranks(self) -> None:
+        ranks, nodes = self.tensor_parallel_size, self.nnodes
+        if (ranks or 1) > _MOST_RANKS:
+            raise UserError(f"--tensor-parallel-size must be at most {_MOST_RANKS}, not {ranks}.")
+        if nodes == 1:
+            for name in ("node_rank", "master_addr", "master_port"):
+                if getattr(self, name):
+                    raise UserError(
+                        f"{_flag(name)} is for a model on several hosts; give --nnodes, too, or leave it out."
+                    )
+            return
+        if ranks is None or ranks % nodes:
+            raise UserError(
+                f"--nnodes {nodes} needs a --tensor-parallel-size that is a multiple of it, as on all hosts."
+            )
+        if not 0 <= self.node_rank < nodes:
+            raise UserError(f"--node-rank must be between 0 and {nodes - 1}, as there are {nodes} hosts.")
+        if not self.master_addr:
+            raise UserError("--nnodes needs --master-addr, an address of host 0 that all hosts reach.")
+        if not 0 < (self.master_port or _MASTER_PORT) < 65_536:
+            raise UserError(f"--master-port must be between 1 and 65535, not {self.master_port}.")
+
+    @property
+    def ranks_here(self) -> int:
+        """Ranks on this host."""
+        return (self.tensor_parallel_size or 1) // self.nnodes
+
+    @property
+    def master(self) -> tuple[str, int]:
+        """Where ranks of several hosts meet: address and port."""
+        return self.master_addr or "127.0.0.1", self.master_port or _MASTER_PORT
+
+    def differs(self, other: EngineConfig) -> str | None:
+        """The flag of a setting that is another one in `other`, of those that all hosts of a model must share."""
+        own = ("model", "revision", "node_rank", "log_level")  # a directory may be called differently there
+        names = (each.name for each in fields(self) if each.name not in own)
+        return next((_flag(name) for name in names if getattr(self, name) != getattr(other, name)), None)
 
     def _check_speculative(self, speculative: str) -> None:
         if re.fullmatch(r"ngram:([1-9]|1[0-6])", speculative) is None:

@@ -184,8 +184,7 @@ class SchedulerStats(msgspec.Struct, kw_only=True):
 # --- one step: scheduler -> runner -> scheduler -------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class RowStart:
+class RowStart(msgspec.Struct, frozen=True, array_like=True):
     """A sequence takes a row of the runner's persistent state. `output_token_ids` is not empty after a preemption."""
 
     row: int
@@ -193,8 +192,7 @@ class RowStart:
     output_token_ids: list[int]
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True, array_like=True):
     """Prefill (start 0) or extend: compute `token_ids` at positions start, start+1, … of a row. `samples`: its last
     position yields the next token. `logprob_targets` are the tokens that follow each position, where the request asks
     for prompt logprobs (shorter than token_ids by one when the chunk ends the prompt), else empty."""
@@ -203,11 +201,10 @@ class Chunk:
     start: int
     token_ids: list[int]
     samples: bool
-    logprob_targets: list[int] = field(default_factory=list)
+    logprob_targets: list[int] = []
 
 
-@dataclass(frozen=True, slots=True)
-class DraftRun:
+class DraftRun(msgspec.Struct, frozen=True, array_like=True):
     """What a decoding row computes under speculation: its last token and guesses at those after it, at positions start,
     start+1, … Each position yields a token; it counts where all guesses up to it were right. `token_ids` is never
     empty; every position is a decode row of attention of its own."""
@@ -217,14 +214,14 @@ class DraftRun:
     token_ids: list[int]
 
 
-@dataclass(frozen=True, slots=True)
-class StepPlan:
+class StepPlan(msgspec.Struct, frozen=True, array_like=True):
     """One step's work, in differences against the runner's persistent state. To be applied in the order of the fields.
 
     `new_blocks` holds (row, index in the row's block table, block ids). A decode row computes one token: the last one
     sampled for that row, which may still be on the device, at position seq_len. Under speculation there are
     `draft_runs` instead of `decode_rows`. Results come in the order `decode_rows`, the draft runs' tokens, then the
-    chunks that sample. A plan may consist of stops alone.
+    chunks that sample. A plan may consist of stops alone. `same_rows`: decode_rows are those of the plan before, which
+    holds for most steps and saves looking at them (and sending them to other ranks); False says nothing.
     """
 
     stops: list[int]
@@ -232,7 +229,8 @@ class StepPlan:
     new_blocks: list[tuple[int, int, list[int]]]
     decode_rows: list[int]
     chunks: list[Chunk]
-    draft_runs: list[DraftRun] = field(default_factory=list)
+    draft_runs: list[DraftRun] = []
+    same_rows: bool = False
 
     @property
     def num_decode_tokens(self) -> int:
@@ -283,6 +281,10 @@ class Runner(Protocol):
     def launch(self, plan: StepPlan) -> object: ...
 
     def collect(self, handle: object) -> StepResult: ...
+
+    def check(self) -> None:
+        """Raises if no further step can run, as far as can be known between two steps."""
+        ...
 
 
 # --- engine -> API process ----------------------------------------------------------------------------------------
@@ -384,6 +386,8 @@ class EngineInfo(msgspec.Struct, kw_only=True, frozen=True):
     enable_prefix_caching: bool
     async_scheduling: bool
     speculative: str | None = None  # as asked for
+    tensor_parallel_size: int = 1  # ranks; memory, attention and traffic are those of the first
+    enable_expert_parallel: bool = False
     eos_token_ids: list[int]
     memory: list[tuple[str, int]]  # rows of the memory plan: (what, bytes)
     attention: list[str]  # the chosen path and why, a sentence a line

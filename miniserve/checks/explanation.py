@@ -224,7 +224,7 @@ def _least_tp(model: ModelConfig, dtype: torch.dtype, usable: int) -> int | None
 def _notes(model: ModelConfig, config: EngineConfig, device: str, tp: int, platform: Platform) -> Iterator[str]:
     yield from model.missing
     if tp > 1:
-        yield f"each of {tp} GPUs' part is shown; the engine itself serves TP 1 at present"
+        yield f"each of {tp} GPUs' part is shown; --tensor-parallel-size {tp} serves it"
     if model.latent is None and tp > (count := model.num_kv_heads):
         several = f"{tp // count}{'' if tp % count == 0 else f' or {tp // count + 1}'}"
         yield f"{count} KV heads on {tp} GPUs: each head's cache is kept on {several} of them"

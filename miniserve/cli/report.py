@@ -83,6 +83,9 @@ class Report:
         table.add_row(f"max concurrency at {info.max_model_len:,} tokens", f"{tokens / info.max_model_len:,.1f}x")
         self._console.print(table)
         self.line(f"{info.architecture} in {info.dtype} on {info.device}, KV layout {info.kv_layout}")
+        if info.tensor_parallel_size > 1:
+            experts = ", each of which has whole experts" if info.enable_expert_parallel else ""
+            self.line(f"{info.tensor_parallel_size} ranks share the model{experts}; the memory is that of one")
         for sentence in info.attention:
             self.line(sentence)
         if info.speculative is not None:

@@ -16,8 +16,9 @@ from miniserve.cli.report import Report, client_url
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
 from miniserve.engine.client import AsyncEngine, EngineDead
-from miniserve.engine.launch import die_with_parent, set_up_logging
+from miniserve.engine.launch import set_up_logging
 from miniserve.models.hub import locate
+from miniserve.parallel.child import die_with_parent
 from miniserve.server.config import ServerConfig
 from miniserve.server.process import ServerStart, on_signals
 from miniserve.server.serve import bind, is_local, loop_factory, serve
@@ -83,6 +84,14 @@ def run_server(
         except EngineDead as error:  # a bug or a broken device: its traceback, where there is one, was written before
             print(f"error: {error}", file=sys.stderr)
             return EXIT_FAILURE
+
+
+def run_ranks(engine: EngineConfig, report: Report) -> int:
+    """Run the ranks of a host that is not the first, until that ends; returns the exit code."""
+    from miniserve.runner.ranks import run_node  # here and not above: a server needs no torch
+
+    source = locate(engine.model, engine.revision, weights=engine.load_format != "dummy", notify=report.note)
+    return run_node(engine, source.path, report.line)
 
 
 def _run(serving: Callable[[], Coroutine[None, None, int]]) -> int:

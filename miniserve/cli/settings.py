@@ -51,12 +51,17 @@ def _option(*names: str, panel: str, help: str, **settings: Any) -> Any:
 _model = functools.partial(_option, panel="Model")
 _http = functools.partial(_option, panel="Server")
 _sched = functools.partial(_option, panel="Scheduling and memory")
+_parallel = functools.partial(_option, panel="Several GPUs")
 _switch = functools.partial(_option, panel="Switches")
 
 
 def count(flag: str) -> Callable[[object], int]:
     """A parser of numbers such as 8k for an option."""
     return lambda value: parse_count(str(value), flag)
+
+
+def _parse_ranks(value: object) -> int | None:
+    return None if value in (None, "auto") else parse_count(str(value), "--tensor-parallel-size")
 
 
 def _note_debug(ctx: typer.Context, level: str) -> str:
@@ -115,6 +120,19 @@ _OPTIONS: dict[type, dict[str, Any]] = {
             show_default="off",
             metavar="ngram:K",
         ),
+        "tensor_parallel_size": _parallel(
+            help="Ranks that share the model: GPUs, or processes on a CPU. auto: 1, or the fewest GPUs that it fits.",
+            show_default="auto",
+            metavar="N|auto",
+            parser=_parse_ranks,
+        ),
+        "enable_expert_parallel": _parallel(
+            "--enable-expert-parallel", help="Each rank has whole experts instead of a part of each."
+        ),
+        "nnodes": _parallel(help="Hosts over which the ranks are spread; start the same command on each."),
+        "node_rank": _parallel(help="Which of them this is; 0 is the one that serves."),
+        "master_addr": _parallel(help="Address of host 0 that all hosts reach, in a network that you trust."),
+        "master_port": _parallel(help="Port of it at which the ranks meet.", show_default="29500"),
         "enforce_eager": _switch("--enforce-eager", help="Launch every kernel from Python, without graphs."),
         "aiter": _switch(help="Use AMD's aiter where it is installed.", show_default="on"),
         "self_check": _switch(

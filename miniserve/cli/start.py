@@ -35,6 +35,12 @@ from miniserve.server.process import ServerEnded, ServerProcess, on_signals
 
 def start(engine: EngineConfig, server: ServerConfig, *, prompt: str | None, chat: bool) -> int:
     """Returns the exit code of the process. `chat`: a prompt or piped text is welcome. Raises `UserError`."""
+    if engine.node_rank:
+        if prompt is not None:
+            raise UserError("--prompt is for host 0; this one only runs ranks for it, as --node-rank says.")
+        from miniserve.cli.serving import run_ranks
+
+        return run_ranks(engine, Report(quiet=False))
     if prompt == "-":
         prompt = read_text()
     elif prompt is None and chat:

@@ -17,7 +17,7 @@ from miniserve.scheduler.step_cost import StepCost
 _ROWS, _OUTPUT, _PROMPT = 8, 32, 1024  # rows that decode so many tokens, the last of them beside a prompt
 _STEPS_ALONE = 8
 
-RUNNER_FACTORY = "miniserve.runner.build:build_runner"
+RUNNER_FACTORY = "miniserve.runner.ranks:build_ranks"
 ProgressCallback = Callable[[str, int, int], None]
 RunnerFactory = Callable[[EngineConfig, Path, str, ProgressCallback | None], tuple[Runner, EngineInfo]]
 

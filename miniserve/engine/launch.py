@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import logging
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -21,9 +19,9 @@ import zmq.asyncio
 
 from miniserve.core import UserError
 from miniserve.engine import messages
+from miniserve.parallel.child import describe_exit, is_stopped, start_python
 
 _MAX_SOCKET_PATH = 100  # the system's limit is 107 bytes
-_PR_SET_PDEATHSIG = 1
 _KILL_TIMEOUT = 5.0  # seconds
 _STOPPED = 3.0  # seconds that a process may be stopped (SIGSTOP) before it counts as dead
 
@@ -46,19 +44,8 @@ class EngineProcess:
             socket.bind(f"ipc://{self._directory / name}")
         self._encode = msgspec.msgpack.Encoder().encode
         (self._directory / messages.START_FILE).write_bytes(self._encode(start))
-        self._process = subprocess.Popen(
-            # -P: a file called torch.py in the working directory is not to be imported.
-            [sys.executable, "-P", "-m", "miniserve.engine.process", str(self._directory)],
-            stdin=subprocess.PIPE,  # held open and never written: its end tells the engine that this process is gone
-            # Threads wait for each other some 30 us, then sleep: where another process wants the core too, as this one
-            # does, the default of milliseconds of spinning was measured to make a decode step 30 times as long.
-            env={
-                "GOMP_SPINCOUNT": "3000",
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-            },
-            process_group=0,
-        )
+        # Its stdin is never written.
+        self._process = start_python("miniserve.engine.process", str(self._directory), stdin=subprocess.PIPE)
         self.pid = self._process.pid
         self._stopped_since: float | None = None
 
@@ -78,13 +65,7 @@ class EngineProcess:
         code = self._process.poll()
         if code is None:
             return self._stop_reason()
-        if code >= 0:
-            return f"the engine process exited with code {code}"
-        with contextlib.suppress(ValueError):
-            name = signal.Signals(-code).name
-            hint = "; the system may have run out of memory" if name == "SIGKILL" else ""
-            return f"the engine process was killed by {name}{hint}"
-        return f"the engine process was killed by signal {-code}"
+        return describe_exit(code, "the engine process")
 
     @property
     def ended_in_order(self) -> bool:
@@ -92,13 +73,7 @@ class EngineProcess:
 
     @property
     def is_stopped(self) -> bool:
-        if self._process.returncode is not None:
-            return False
-        try:
-            # WNOWAIT: nothing is taken from what `poll` looks for.
-            return os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
-        except ChildProcessError:  # it has ended, and the system has reaped it
-            return False
+        return is_stopped(self._process)
 
     def _stop_reason(self) -> str | None:
         if not self.is_stopped:
@@ -123,15 +98,6 @@ class EngineProcess:
         self.events.close(linger=0)
         self._context.term()
         self.remove_directory()
-
-
-def die_with_parent(parent_pid: int) -> None:
-    """Have this process killed when the one that started it ends; on Linux alone."""
-    if sys.platform == "linux":
-        # Also where this process hangs in a kernel or holds the interpreter's lock.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it died before the line above
-        os._exit(1)
 
 
 def set_up_logging(level_name: str) -> None:

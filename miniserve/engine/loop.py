@@ -35,6 +35,10 @@ class EngineLoop:
         for request_id in request_ids:
             self._scheduler.abort(request_id)
 
+    def check(self) -> None:
+        """Raise what keeps the runner from further steps, if anything does; for an engine at rest."""
+        self._runner.check()
+
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do: unfinished requests, or a step whose result is not collected yet."""

@@ -14,7 +14,7 @@ OUTPUTS_SOCKET = "outputs"
 
 class Start(msgspec.Struct, kw_only=True, frozen=True):
     """What the engine process is to build. `runner_factory` is "module:function", called as
-    `runner.build.build_runner` is."""
+    `runner.ranks.build_ranks` is."""
 
     config: EngineConfig
     source_path: str

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
 import sys
 import threading
 import time
@@ -22,8 +21,9 @@ import zmq
 from miniserve.core import RequestOutput, UserError
 from miniserve.engine import messages
 from miniserve.engine.build import build_engine
-from miniserve.engine.launch import die_with_parent, set_up_logging
+from miniserve.engine.launch import set_up_logging
 from miniserve.engine.loop import EngineLoop
+from miniserve.parallel.child import die_with_parent, ignore_signals
 
 _PROGRESS_INTERVAL = 0.05  # seconds
 _LINGER_MS = 2000  # how long the last message may take to leave a process that ends
@@ -69,7 +69,7 @@ class _Server:
                 self._draining = True
                 self._stopping = not drain
             case messages.AskStats():
-                pass  # every batch of commands is answered with the stats
+                self._loop.check()  # every batch of commands is answered with the stats
             case messages.AskSteps(limit):
                 self._events.send(self._encode(messages.Steps(self._loop.log.records(limit))))
 
@@ -94,8 +94,7 @@ class _ProgressReporter:
 
 def main(directory: Path) -> int:
     """Returns the exit code: 0 after a shutdown, 1 after an error, which was told to the API process and to stderr."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()
     start = msgspec.msgpack.decode((directory / messages.START_FILE).read_bytes(), type=messages.Start)
     die_with_parent(start.parent_pid)
     threading.Thread(target=_exit_at_end_of_stdin, name="parent-watch", daemon=True).start()

@@ -110,17 +110,15 @@ class _Context:
     def __init__(self, traffic: StepTraffic, max_num_seqs: int) -> None:
         self._traffic = traffic
         self._lens = np.zeros(max_num_seqs, dtype=np.int64)
-        self._decode_rows: list[int] = []
         self._rows = np.zeros(0, dtype=np.int64)
         self._ahead = 0  # tokens by which the decoding rows are longer than `_lens` says
         self._windows = [_Window(window, size) for window, size in traffic.kv]
 
     def read(self, plan: StepPlan) -> int:
         """Bytes of cache that a step reads; plans must come in order."""
-        rows = plan.decode_rows
-        if rows is not self._decode_rows:  # the scheduler hands out the same list for the same rows
+        if not plan.same_rows:
             self._lens[self._rows] += self._ahead
-            self._decode_rows, self._rows, self._ahead = rows, np.array(rows, dtype=np.int64), 0
+            self._rows, self._ahead = np.array(plan.decode_rows, dtype=np.int64), 0
             lens = self._lens[self._rows]
             for window in self._windows:
                 window.restart(lens)

@@ -21,7 +21,7 @@ from miniserve.attention.routes import describe_routes
 from miniserve.attention.select import Choice, select
 from miniserve.attention.terms import name_of
 from miniserve.config import EngineConfig, tuning_dir
-from miniserve.core import EngineInfo
+from miniserve.core import EngineInfo, UserError
 from miniserve.kernels import native, sampling
 from miniserve.models.config import load_model_config
 from miniserve.models.decoder import CausalLM
@@ -33,6 +33,7 @@ from miniserve.models.loader import dummy_weights, load_weights, read_kv_scales
 from miniserve.models.options import BuildOptions
 from miniserve.models.registry import build_model, weight_bytes
 from miniserve.parallel.group import Alone, Group, shard_of
+from miniserve.parallel.settle import all_values, first, first_failure, least, together
 from miniserve.runner.check_experts import experts_failure
 from miniserve.runner.chunk_graph import ChunkGraphs
 from miniserve.runner.device import find_device, find_dtype, find_kv_dtype
@@ -64,37 +65,43 @@ def build_runner(
     model_name: str,
     progress: Progress | None = None,
     group: Group | None = None,
-    *,
-    expert_parallel: bool = False,
 ) -> tuple[ModelRunner, EngineInfo]:
     """Load the model at `source_path` and make it ready to run steps. Raises `UserError` for whatever cannot be done.
 
     progress(what, done, total) is called while weights load, in bytes, and while graphs are captured. On a CPU
     PyTorch's number of threads is lowered where the model is too small to share between them. group: the ranks that
-    share the model, of which this builds one; experts are shared out whole if `expert_parallel`.
+    share the model, of which this builds one; what only one of them finds out they settle together.
     """
     group = group or Alone()
     report = progress or (lambda what, done, total: None)
-    device = find_device(config.device)
-    model_config = load_model_config(source_path, weights=config.load_format != "dummy")
-    dtype = find_dtype(config.dtype, model_config.dtype)
-    available = available_bytes(device, config.gpu_memory_utilization)
-    weights = weight_bytes(model_config, dtype, device, shard_of(group), expert_parallel=expert_parallel)
-    check_weights_fit(weights, available, device)
-    longest = min(config.max_model_len or model_config.max_position_embeddings, model_config.max_position_embeddings)
-    if device.type == "cpu":
-        torch.set_num_threads(_num_threads(weights))
-    tokens = config.max_num_batched_tokens or _STEP_TOKENS[device.type]
-    platform = detect_platform(device, dtype)
-    platform = platform if config.aiter else platform.without_aiter()
+    with together(group):
+        device = find_device(config.device, group.rank % config.ranks_here if config.ranks_here > 1 else None)
+        model_config = load_model_config(source_path, weights=config.load_format != "dummy")
+        dtype = find_dtype(config.dtype, model_config.dtype)
+        shard, by_expert = shard_of(group), config.enable_expert_parallel
+        weights = weight_bytes(model_config, dtype, device, shard, expert_parallel=by_expert)
+        available = available_bytes(device, config.gpu_memory_utilization)
+        if device.type == "cpu":
+            available //= config.ranks_here
+            torch.set_num_threads(_num_threads(weights, config.ranks_here))
+        check_weights_fit(weights, available, device)
+        longest = model_config.max_position_embeddings
+        longest = min(config.max_model_len or longest, longest)
+        tokens = config.max_num_batched_tokens or _STEP_TOKENS[device.type]
+        platform = detect_platform(device, dtype)
+        platform = platform if config.aiter else platform.without_aiter()
+    _check_ranks_agree(group, model_config, device, platform)
     experts = find_experts(platform, dtype)
     if not isinstance(experts, str) and model_config.moe is not None and config.self_check:
         counts = sorted({min(count, tokens) for count in _EXPERT_TOKENS})
         failure = experts_failure(experts, model_config.moe, model_config.hidden_size, dtype, device, counts)
+        failure = first_failure(group, failure)
         experts = experts if failure is None else f"the self-check failed: {failure}"
     experts_found = None if isinstance(experts, str) else experts
-    options = _build_options(config, dtype, device, platform, experts_found, group, expert_parallel)
-    model = build_model(model_config, options)
+    with together(group):
+        options = _build_options(config, dtype, device, platform, experts_found, group)
+        model = build_model(model_config, options)
+    preferred = load_preferred(tuning_dir(), platform, model.attention_specs, config.block_size)
     choose = partial(
         select,
         model.attention_specs,
@@ -102,11 +109,12 @@ def build_runner(
         block_size=config.block_size,
         backend=config.attention_backend,
         layout=config.kv_layout,
-        preferred=load_preferred(tuning_dir(), platform, model.attention_specs, config.block_size),
+        preferred=first(group, preferred, tuple[str, ...]),
     )
-    layout = LAYOUTS[choose().layout](config.block_size)
-    traffic = step_traffic(model, layout, measure_bandwidth(device))  # before the weights are packed
-    scales = _fill(model, config, source_path, partial(report, "weights"))
+    with together(group):
+        layout = LAYOUTS[choose().layout](config.block_size)
+        traffic = step_traffic(model, layout, measure_bandwidth(device))  # before the weights are packed
+        scales = _fill(model, config, source_path, partial(report, "weights"))
     room = partial(
         plan_memory, config, weights=weights, available=available - weights, longest_context=longest, device=device
     )
@@ -137,11 +145,33 @@ def build_runner(
         enable_prefix_caching=config.enable_prefix_caching,
         async_scheduling=overlaps if config.async_scheduling is None else config.async_scheduling,
         speculative=config.speculative,
+        tensor_parallel_size=group.size,
+        enable_expert_parallel=by_expert,
         eos_token_ids=sorted(eos_token_ids),
         memory=plan.rows(),
         attention=attention,
         traffic=traffic,
     )
+
+
+def _check_ranks_agree(group: Group, model: ModelConfig, device: torch.device, platform: Platform) -> None:
+    """Raises `UserError` where ranks run other libraries, on other devices, or other models. (That their program and
+    settings are the same, rank 0 has seen when they met.)"""
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    _check_same(group, "version of PyTorch", str(torch.__version__), "the same on all hosts")
+    _check_same(group, "device", f"{kind}, {platform}", "hosts and GPUs of one kind")
+    _check_same(group, "model", repr(model), "the same files on all hosts")
+
+
+def _check_same(group: Group, what: str, value: str, remedy: str) -> None:
+    """`value` is to be the same on all ranks. Raises `UserError`, on all of them, with two that differ."""
+    values = all_values(group, value, str)
+    other = next((rank for rank, each in enumerate(values) if each != values[0]), None)
+    if other is not None:
+        raise UserError(
+            f"Ranks must have the same {what}: rank 0 has {values[0]:.200}, rank {other} {values[other]:.200}. "
+            f"Use {remedy}."
+        )
 
 
 def _build_options(
@@ -151,7 +181,6 @@ def _build_options(
     platform: Platform,
     experts: AiterExperts | None,
     group: Group,
-    expert_parallel: bool,
 ) -> BuildOptions:
     return BuildOptions(
         dtype=dtype,
@@ -162,7 +191,7 @@ def _build_options(
         triton=_triton_kernels(device),
         experts=experts,
         group=group,
-        expert_parallel=expert_parallel,
+        expert_parallel=config.enable_expert_parallel,
     )
 
 
@@ -193,18 +222,22 @@ def _find_path(
     activations: int,
     longest: int,
 ) -> _Path:
-    """The first that `choose` finds and the self-check passes. Raises `UserError` where there is none."""
+    """The first that `choose` finds and the self-check passes, on all ranks. Raises `UserError` where there is none."""
     specs, device, rows = model.attention_specs, model.options.device, config.max_num_seqs
+    group = model.options.group
     failed: dict[tuple[str, str], str] = {}
     while True:
-        choice = choose(failed=failed)
-        layout = LAYOUTS[choice.layout](config.block_size)
-        limit = pool_limit(layout, specs, choice.routes, platform, rows)
-        plan = room(
-            activations=activations + scratch_bytes(choice, specs, platform, rows, longest),
-            block_bytes=block_bytes(choice, layout, specs),
-            most_blocks=None if limit is None else limit.num_blocks,
-        )
+        with together(group):
+            choice = choose(failed=failed)
+            layout = LAYOUTS[choice.layout](config.block_size)
+            limit = pool_limit(layout, specs, choice.routes, platform, rows)
+            plan = room(
+                activations=activations + scratch_bytes(choice, specs, platform, rows, longest),
+                block_bytes=block_bytes(choice, layout, specs),
+                most_blocks=None if limit is None else limit.num_blocks,
+            )
+        _check_same(group, "attention path", f"{choice.backend} over the {choice.layout} layout", "--attention-backend")
+        plan = plan.lowered(least(group, plan.num_blocks), config.block_size)
         notes = [limit.sentence(config.block_size)] if limit and limit.num_blocks == plan.num_blocks else []
         caches = [layout.allocate(spec, plan.num_blocks, device) for spec in specs]
         options = BackendOptions(
@@ -220,11 +253,12 @@ def _find_path(
             return _Path(choice, plan, ServedModel(model, backend, caches), [*notes, "self-check: left out"])
         layers = [cast(Any, layer).self_attn.attn for layer in model.model.layers]
         checked = check_backend(choice, config.block_size, options, layers, caches)
-        if checked.failure is None:
+        failure = first_failure(group, checked.failure)
+        if failure is None:
             zero_blocks = block_zeroer(caches, config.block_size) if checked.needs_zeros else None
             served = ServedModel(model, checked.backend, caches, zero_blocks)
             return _Path(choice, plan, served, notes + checked.sentences())
-        failed[choice.backend, choice.layout] = checked.failure
+        failed[choice.backend, choice.layout] = failure
         del caches, checked  # the next path's are as large
 
 
@@ -270,10 +304,10 @@ def _make_runner(
     return ModelRunner(served, state, sampler, graphs, chunk_graphs)
 
 
-def _num_threads(weights: int) -> int:
+def _num_threads(weights: int, ranks: int) -> int:
     """A thread with less to read in a step than this loses more by waiting for the others than it brings, all the more
-    where the API process wants a core too."""
-    return max(1, min(torch.get_num_threads(), weights // (16 << 20)))
+    where the API process wants a core too. ranks: how many share the cores."""
+    return max(1, min(torch.get_num_threads() // ranks, weights // (16 << 20)))
 
 
 def _fill(model: CausalLM, config: EngineConfig, path: Path, progress: Callable[[int, int], None]) -> list[str]:

@@ -8,13 +8,13 @@ from miniserve.attention.platform import Platform
 from miniserve.core import UserError
 
 
-def find_device(name: str) -> torch.device:
-    """name: --device. Raises `UserError` if there is no such device."""
+def find_device(name: str, index: int | None = None) -> torch.device:
+    """name: --device; index: which GPU, None for PyTorch's current one. Raises `UserError` if there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("PyTorch finds no GPU for --device cuda; use --device cpu or install PyTorch for your GPU.")
-    return torch.device(name)
+    return torch.device(name) if name == "cpu" or index is None else torch.device(name, index)
 
 
 def find_dtype(name: str, model_dtype: str) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,12 @@ class MemoryPlan:
     kv_cache: int
     num_blocks: int
     max_model_len: int
+
+    def lowered(self, num_blocks: int, block_size: int) -> MemoryPlan:
+        """The same with so many blocks, which are not more."""
+        kv_cache = self.kv_cache // self.num_blocks * num_blocks
+        max_model_len = min(self.max_model_len, num_blocks * block_size)
+        return replace(self, kv_cache=kv_cache, num_blocks=num_blocks, max_model_len=max_model_len)
 
     def rows(self) -> list[tuple[str, int]]:
         return [("weights", self.weights), ("activations", self.activations), ("KV cache", self.kv_cache)]
@@ -69,16 +75,17 @@ def plan_memory(
     wanted_len = config.max_model_len or longest_context
     useful_blocks = config.max_num_seqs * blocks_for(wanted_len, config.block_size)
     if config.kv_cache_memory is not None:
-        budget = config.kv_cache_memory
+        budget = config.kv_cache_memory // (config.ranks_here if device.type == "cpu" else 1)
         if budget > available - activations:
+            room = size(max(available - activations, 0))
             raise UserError(
-                f"--kv-cache-memory {size(budget)} does not fit: {size(max(available - activations, 0))} remain "
-                "beside weights and activations; lower it."
+                f"--kv-cache-memory {size(config.kv_cache_memory)} does not fit: {room} "
+                f"remain{' for each rank' if config.ranks_here > 1 else ''} beside weights and activations; lower it."
             )
     else:
         budget = available - activations
         if device.type == "cpu":
-            budget = min(budget // 2, _CPU_KV_LIMIT)
+            budget = min(budget // 2, _CPU_KV_LIMIT // config.ranks_here)
     num_blocks = min(budget // block_bytes, useful_blocks)
     needed = blocks_for(config.max_model_len or 1, config.block_size)
     if most_blocks is not None:

@@ -119,6 +119,15 @@ class ModelRunner:
             return SampleOutput(graphs.greedy(bucket, inputs), None, (None,) * len(inputs.rows))
         return graphs.sample(bucket, inputs, self._sampler, _positions(plan))
 
+    def is_done(self, handle: object) -> bool:
+        """Whether `collect` would not wait."""
+        if not isinstance(handle, _Launched):
+            raise TypeError("is_done takes what launch returned")
+        return handle.events is None or handle.token_ids is None or handle.events.end.query()
+
+    def check(self) -> None:
+        """See `core.Runner`: a device's errors show in its next step."""
+
     def collect(self, handle: object) -> StepResult:
         """Wait for a step's result; see `core.Runner`."""
         if not isinstance(handle, _Launched):

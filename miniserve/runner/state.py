@@ -41,8 +41,9 @@ _NO_CHANGES = BlockChanges(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int
 
 @dataclass(frozen=True, slots=True)
 class GraphInputs:
-    """What a graph's step needs from the host: the row of each token and new blocks of the tables; for draft runs also
-    each token's position and id, which the device knows otherwise."""
+    """What a graph's step needs from the host: the row of each token, in the same list for as long as the rows are the
+    same, and new blocks of the tables; for draft runs also each token's position and id, which the device knows
+    otherwise."""
 
     rows: list[int]
     blocks: BlockChanges
@@ -83,8 +84,8 @@ class StepState:
         blocks = self._note_blocks(plan.new_blocks)
         if plan.draft_runs:
             return GraphInputs(plan.sampling_rows, blocks, plan.run_positions, _run_tokens(plan))
-        self._count(plan.decode_rows)
-        return GraphInputs(plan.decode_rows, blocks)
+        self._count(plan)
+        return GraphInputs(self._decode_rows, blocks)
 
     def prepare(self, plan: StepPlan, last_tokens: torch.Tensor) -> StepInputs:
         """Apply the plan's changes and lay out its tokens. last_tokens int64 [max_num_seqs], on the device."""
@@ -92,7 +93,7 @@ class StepState:
         ids, positions, slots = [], [], []
         decode = None
         if plan.num_decode_tokens:
-            rows, lens, decode = self._place(plan) if plan.draft_runs else self._advance(plan.decode_rows)
+            rows, lens, decode = self._place(plan) if plan.draft_runs else self._advance(plan)
             ids.append(self._to_device(_run_tokens(plan)) if plan.draft_runs else last_tokens[rows])
             positions.append(lens)
             slots.append(self._slots(rows, lens))
@@ -134,12 +135,12 @@ class StepState:
             places = to_device(changes.places, self._device)
             self._device_tables.view(-1)[places] = to_device(changes.block_ids, self._device)
 
-    def _advance(self, row_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor, QueryRows]:
+    def _advance(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor, QueryRows]:
         """The rows, their positions (lengths before this step), and what attention reads (lengths after it)."""
-        host_lens = self._count(row_ids)
+        host_lens = self._count(plan)
         if self._device_rows is None:
             self._device_rows = to_device(self._host_rows, self._device)
-            self._query_starts = self._counting[: len(row_ids) + 1]
+            self._query_starts = self._counting[: len(host_lens) + 1]
         rows = self._device_rows
         longest = int(host_lens.max())
         positions = self._device_lens[rows]
@@ -159,11 +160,11 @@ class StepState:
         lens, starts = seq_lens.to(torch.int32), self._counting[: len(host_lens) + 1]
         return rows, seq_lens - 1, decode_rows(tables, lens, longest, host_lens, cu_query_lens=starts)
 
-    def _count(self, decode_rows: list[int]) -> Int64:
-        """Count one more token in each of the rows, on the host; returns their lengths."""
-        if decode_rows != self._decode_rows:
-            self._decode_rows = decode_rows
-            self._host_rows = np.array(decode_rows, dtype=np.int64)
+    def _count(self, plan: StepPlan) -> Int64:
+        """Count one more token in each of the decode rows, on the host; returns their lengths."""
+        if not plan.same_rows and plan.decode_rows != self._decode_rows:
+            self._decode_rows = plan.decode_rows
+            self._host_rows = np.array(plan.decode_rows, dtype=np.int64)
             self._device_rows = None
         lens: Int64 = self._lens[self._host_rows] + 1
         self._lens[self._host_rows] = lens

@@ -90,6 +90,7 @@ class Scheduler:
         self._prefilling: list[Sequence] = []  # running, partly prefilled: one, and perhaps one that passes it
         self._decoding: list[Sequence] = []  # running, and decoding; shared with plans in flight, so never mutated
         self._decode_rows: list[int] = []
+        self._planned_rows: list[int] = []  # decode_rows of the last plan
         self._decoding_changed = False
         self._free_rows = list(range(config.max_num_seqs))[::-1]
         self._stops: list[int] = []  # rows to stop in the next plan
@@ -169,7 +170,8 @@ class Scheduler:
             spare_rows = min(budget, self._config.max_num_seqs - len(decoding) - len(chunks))
             runs, decode_rows = self._speculation.draft(decoding, spare_rows, self._find_room), []
             decoding = [seq for seq, run in zip(decoding, runs, strict=True) for _ in run.token_ids]
-        plan = StepPlan(self._stops, starts, self._blocks.take_new(), decode_rows, chunks, runs)
+        same_rows, self._planned_rows = decode_rows is self._planned_rows, decode_rows
+        plan = StepPlan(self._stops, starts, self._blocks.take_new(), decode_rows, chunks, runs, same_rows)
         if runs:
             shape.rows, shape.context = len(decoding), sum(plan.run_positions) + len(decoding)
         self._stops = []

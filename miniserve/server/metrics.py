@@ -125,6 +125,8 @@ class ServerMetrics:
             kv_cache_size_tokens=info.num_blocks * info.block_size,
             enable_prefix_caching=info.enable_prefix_caching,
         )
+        ranks = info.tensor_parallel_size
+        yield self._gauge("miniserve:tensor_parallel_size", "Ranks that share the model.", ranks)
         yield self._counter("vllm:prompt_tokens", "Prompt tokens processed.", self.prompt_tokens)
         yield self._counter("vllm:prompt_tokens_cached", "Prompt tokens from the prefix cache.", self.cached_tokens)
         yield self._counter("vllm:generation_tokens", "Tokens generated.", self.generation_tokens)

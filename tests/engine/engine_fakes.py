@@ -92,6 +92,9 @@ class FakeRunner:
         assert launched == handle
         return result
 
+    def check(self) -> None:
+        pass
+
     def _next(self, row: int) -> int:
         state = self._rows[row]
         assert state.num_computed <= state.capacity

@@ -25,8 +25,15 @@ BLOCKS = 64
 
 
 def answers(name: str, expert_parallel: bool, group: Group) -> tuple[list[list[int]], EngineInfo]:
-    config = EngineConfig(device="cpu", dtype="float32", max_num_seqs=4, max_model_len=256, kv_cache_memory=16 << 20)
-    runner, info = build_runner(config, ASSETS / name, name, None, group, expert_parallel=expert_parallel)
+    config = EngineConfig(
+        device="cpu",
+        dtype="float32",
+        max_num_seqs=4,
+        max_model_len=256,
+        kv_cache_memory=16 << 20,
+        enable_expert_parallel=expert_parallel,
+    )
+    runner, info = build_runner(config, ASSETS / name, name, None, group)
     settled = SchedulerConfig(
         num_blocks=BLOCKS,
         block_size=info.block_size,

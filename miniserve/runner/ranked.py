@@ -1,0 +1,355 @@
+"""A runner that is several processes: rank 0 in this one, which all others follow. No torch.
+
+Rank 0 sends each plan to the other ranks before it launches its own part. What a step computes passes between the ranks
+on their devices; only plans pass here, and in the other direction signs of life, four a second. A thread of rank 0
+watches these and the processes. When a rank has ended, is silent, or a step finishes nowhere, the thread ends all
+ranks, which also frees rank 0 from waiting for them, and rank 0 raises `RankFailed`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import NoReturn, Protocol
+
+import msgspec
+
+from miniserve.config import EngineConfig
+from miniserve.core import Runner, StepPlan, StepResult, UserError
+from miniserve.parallel.child import describe_exit, is_stopped, start_python
+from miniserve.parallel.link import Link, PeerLost
+
+SIGN_INTERVAL = 0.25  # seconds between a rank's signs of life
+_TICK = 0.05  # seconds between looks at the ranks
+_SILENCE = 5.0  # seconds
+_SILENCE_AT_START = 60.0  # imports and compilers may hold the interpreter for long
+_COUNSEL = 0.3  # seconds in which other ranks may show who of them failed first
+_GRACE = 2.0  # seconds for rank 0 to see a failure; then it hangs in a call that nothing can end
+_TOKENS = 4096  # of a step that must finish within _SILENCE; more tokens may take more
+_END_TIMEOUT = 5.0
+
+
+class RankFailed(RuntimeError):
+    """A rank is gone, and with it the model; `str(error)` says which, how, and in which step."""
+
+
+class RankStart(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rank's process is told first, through its stdin. builder: "module:function", called with this, returns the
+    rank's `Runner`. meeting: address and port of rank 0's store. plans: where rank 0 of another host listens for this
+    rank, None where stdin carries the plans too."""
+
+    config: EngineConfig
+    source_path: str
+    rank: int
+    size: int
+    builder: str
+    parent_pid: int
+    meeting: tuple[str, int] = ("", 0)
+    plans: tuple[str, int] | None = None
+
+
+class Hello(msgspec.Struct, frozen=True):
+    """A rank of another host introduces itself."""
+
+    rank: int
+    version: str
+    config: EngineConfig
+
+
+class Sign(msgspec.Struct, frozen=True, array_like=True):
+    """A rank's sign of life. launched: steps so far; present: it can meet the others. error: it ends with this;
+    lost_peer: because another rank has ended."""
+
+    launched: int
+    present: bool
+    error: str = ""
+    lost_peer: bool = False
+
+
+class LocalRunner(Runner, Protocol):
+    """A rank's own part."""
+
+    def is_done(self, handle: object) -> bool:
+        """Whether `collect` would not wait."""
+        ...
+
+
+class PlanWriter:
+    """Plans as bytes, which a `PlanReader` reads in the same order: rows that stay the same are not repeated."""
+
+    def __init__(self) -> None:
+        self._encode = msgspec.msgpack.Encoder().encode
+
+    def write(self, plan: StepPlan) -> bytes:
+        return self._encode(msgspec.structs.replace(plan, decode_rows=[]) if plan.same_rows else plan)
+
+
+class PlanReader:
+    def __init__(self) -> None:
+        self._decode = msgspec.msgpack.Decoder(StepPlan).decode
+        self._rows: list[int] = []
+
+    def read(self, message: bytes) -> StepPlan:
+        plan = self._decode(message)
+        if plan.same_rows:
+            return msgspec.structs.replace(plan, decode_rows=self._rows)
+        self._rows = plan.decode_rows
+        return plan
+
+
+@dataclass(slots=True, eq=False)
+class _Peer:
+    """Another rank. process: None on another host. silence: seconds since its last sign."""
+
+    rank: int
+    link: Link
+    process: subprocess.Popen[bytes] | None
+    sign: Sign = field(default_factory=lambda: Sign(0, False))
+    silence: float = 0.0
+    gone: bool = False
+
+    def trouble(self, longest_silence: float) -> tuple[int, str] | None:
+        """What is wrong with it and how likely that is the cause of all trouble: 0 is certain."""
+        code = None if self.process is None else self.process.poll()
+        if code is not None and code < 0:
+            return 0, describe_exit(code, f"rank {self.rank}")
+        if self.sign.error:
+            return (4 if self.sign.lost_peer else 1), f"rank {self.rank} failed: {self.sign.error}"
+        if code is not None:
+            return 2, describe_exit(code, f"rank {self.rank}")
+        if self.process is not None and self.silence > longest_silence and is_stopped(self.process):
+            return 3, f"rank {self.rank} was stopped (SIGSTOP)"
+        if self.silence > longest_silence:
+            return 3, f"rank {self.rank} gave no sign of life for {longest_silence:.0f} s"
+        # A process that ends closes its link first; which of its ways to end it was will show.
+        return (5, f"rank {self.rank} is gone: its connection was closed") if self.gone else None
+
+
+class Ranks:
+    """The other ranks, their processes on this host and the links to all. To be closed, or left to the interpreter's
+    exit; on Linux the processes also end with the thread that started them."""
+
+    def __init__(self, silence: float = _SILENCE) -> None:
+        self._limit = silence
+        self._peers: list[_Peer] = []
+        self._serving = False
+        self._sent = self._launched = self._collected = 0
+        self._tokens = 0  # of the latest step
+        self._unfinished = 0.0  # seconds since all ranks had launched the oldest step in flight
+        self._doubt = 0.0  # seconds since something is wrong
+        self._failure: str | None = None
+        self._failed, self._seen, self._closed = threading.Event(), threading.Event(), threading.Event()
+        self._watch = threading.Thread(target=self._look_after_all, name="rank-watch", daemon=True)
+
+    # --- start ----------------------------------------------------------------------------------------------------
+
+    def start(self, starts: Sequence[RankStart]) -> None:
+        """Start these ranks on this host."""
+        for start in starts:
+            link, process = start_rank(start)
+            self._peers.append(_Peer(start.rank, link, process))
+
+    def meet(self, listener: socket.socket | None = None, hello: Hello | None = None, remote: int = 0) -> None:
+        """Wait until every rank is ready to meet the others, `remote` of them from other hosts through `listener`; they
+        must be of the version and settings of `hello`. Raises `RankFailed`, and `UserError` for ranks that differ."""
+        self._watch.start()
+        while listener is not None and remote:
+            listener.settimeout(_TICK)
+            self.check()
+            try:
+                sock, address = listener.accept()
+            except TimeoutError:
+                continue
+            if hello is not None and (peer := self._welcome(sock, address[0], hello)) is not None:
+                self._peers = [*self._peers, peer]  # the thread reads it
+                remote -= 1
+        while not all(peer.sign.present for peer in self._peers):
+            self.check()
+            time.sleep(_TICK / 2)
+
+    def _welcome(self, sock: socket.socket, host: str, own: Hello) -> _Peer | None:
+        """None for a visitor who is no rank."""
+        sock.settimeout(_SILENCE)
+        link = Link(sock)
+        try:
+            hello = msgspec.msgpack.decode(link.receive() or b"", type=Hello)
+        except (PeerLost, msgspec.DecodeError):
+            link.close()
+            return None
+        sock.settimeout(None)
+        if hello.version != own.version:
+            raise UserError(f"The host {host} runs miniserve {hello.version} and this one {own.version}; install one.")
+        if (name := own.config.differs(hello.config)) is not None:
+            raise UserError(f"The host {host} was started with another {name} than this one; give both the same.")
+        if hello.rank in {peer.rank for peer in self._peers}:
+            raise UserError(f"Two hosts have the same --node-rank, one of them {host}; number them from 0 on.")
+        return _Peer(hello.rank, link, None)
+
+    def serve(self) -> None:
+        """From now on silence is judged by the limit of ranks that run steps."""
+        for peer in self._peers:
+            peer.silence = 0.0
+        self._serving = True
+
+    # --- steps ----------------------------------------------------------------------------------------------------
+
+    def send(self, message: bytes, tokens: int) -> None:
+        """A step of so many tokens begins. Raises `PeerLost`, `RankFailed`."""
+        self.check()
+        self._tokens = tokens
+        self._sent += 1
+        for peer in self._peers:
+            peer.link.send(message)
+
+    def launched(self) -> None:
+        """Rank 0 has launched its part of the step sent last."""
+        self._launched = self._sent
+
+    def collected(self) -> None:
+        """The oldest step in flight has finished."""
+        self._collected += 1
+
+    def check(self) -> None:
+        """Raises `RankFailed` if a rank has failed."""
+        if self._failed.is_set():
+            self._seen.set()
+            raise RankFailed(self._failure) from None  # what rank 0 saw of it says less
+
+    def explain(self, error: Exception) -> NoReturn:
+        """Raise what led to an error of rank 0's own part: the failure of another rank, or else the error itself. All
+        ranks are ended."""
+        if isinstance(error, PeerLost):
+            self._failed.wait(self._limit + _GRACE)
+        try:
+            if not isinstance(error, UserError):
+                self.check()
+            raise error
+        finally:
+            self.close(in_order=False)
+
+    # --- the watch ------------------------------------------------------------------------------------------------
+
+    def _look_after_all(self) -> None:
+        last = time.monotonic()
+        while not self._closed.wait(_TICK):
+            now = time.monotonic()
+            # Where this process was stopped itself, the time says nothing about the others.
+            tick, last = min(now - last, 4 * _TICK), now
+            trouble = self._find_trouble(tick)
+            self._doubt = 0.0 if trouble is None else self._doubt + tick
+            if trouble is not None and (trouble[0] == 0 or self._doubt >= _COUNSEL):
+                self._fail(trouble[1])
+                return
+
+    def _find_trouble(self, tick: float) -> tuple[int, str] | None:
+        limit = self._limit if self._serving else max(self._limit, _SILENCE_AT_START)
+        found = []
+        for peer in self._peers:
+            peer.silence += tick
+            try:
+                while (message := peer.link.receive(wait=False)) is not None:
+                    peer.sign, peer.silence = msgspec.msgpack.decode(message, type=Sign), 0.0
+            except PeerLost:
+                peer.gone = True
+            if (trouble := peer.trouble(limit)) is not None:
+                found.append(trouble)
+        oldest = self._collected + 1
+        everywhere = min([self._launched, *(peer.sign.launched for peer in self._peers)])
+        self._unfinished = self._unfinished + tick if self._collected < self._sent and everywhere >= oldest else 0.0
+        if self._unfinished > limit * (1 + self._tokens // _TOKENS):
+            found.append((3, f"all ranks launched a step that none finished for {self._unfinished:.0f} s"))
+        return min(found, default=None)
+
+    def _fail(self, what: str) -> None:
+        when = f"in step {self._collected + 1}" if self._collected < self._sent else f"after step {self._sent}"
+        if not self._serving:
+            when = "while the engine started"
+        self._failure = f"{what}, {when}"
+        busy = self._collected < self._sent
+        self._failed.set()
+        self._end_all()
+        if busy and not self._seen.wait(_GRACE) and not self._closed.is_set():
+            # Rank 0 waits for a rank of another host, or for its own device, in a call that has no end.
+            print(f"error: {self._failure}; this process hangs and is ended.", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def _end_all(self) -> None:
+        for peer in self._peers:
+            if peer.process is not None and peer.process.poll() is None:
+                peer.process.kill()
+            peer.link.close()
+        for peer in self._peers:
+            if peer.process is not None:
+                with suppress(subprocess.TimeoutExpired):  # stuck in a driver; the system will reap it
+                    peer.process.wait(_END_TIMEOUT)
+
+    def close(self, *, in_order: bool = True) -> None:
+        """End all ranks, after their last step if `in_order`, and wait for those of this host. May be called again."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        if self._watch.is_alive():
+            self._watch.join()
+        if in_order and not self._failed.is_set():
+            deadline = time.monotonic() + _END_TIMEOUT
+            with suppress(PeerLost, subprocess.TimeoutExpired):
+                for peer in self._peers:
+                    peer.link.send(b"")
+                for peer in self._peers:
+                    if peer.process is not None:
+                        peer.process.wait(max(0.0, deadline - time.monotonic()))
+        self._end_all()
+
+
+class RankedRunner:
+    """Implements `core.Runner`. local: rank 0's own part."""
+
+    def __init__(self, local: LocalRunner, ranks: Ranks) -> None:
+        self._local, self._ranks = local, ranks
+        self._write = PlanWriter().write
+        ranks.serve()
+        weakref.finalize(self, ranks.close)  # also at the interpreter's exit
+
+    def launch(self, plan: StepPlan) -> object:
+        """See `core.Runner`. Raises `RankFailed` where a rank is gone."""
+        try:
+            self._ranks.send(self._write(plan), plan.num_tokens)
+            handle = self._local.launch(plan)
+            self._ranks.launched()
+            return handle
+        except Exception as error:
+            self._ranks.explain(error)
+
+    def collect(self, handle: object) -> StepResult:
+        """See `core.Runner`. Raises `RankFailed` where a rank is gone."""
+        try:
+            while not self._local.is_done(handle):
+                self._ranks.check()
+                time.sleep(0)
+            result = self._local.collect(handle)
+            self._ranks.collected()
+            return result
+        except Exception as error:
+            self._ranks.explain(error)
+
+    def check(self) -> None:
+        """See `core.Runner`."""
+        self._ranks.check()
+
+
+def start_rank(start: RankStart) -> tuple[Link, subprocess.Popen[bytes]]:
+    """Start a rank's process, whose stdin is the link's other end."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = start_python("miniserve.runner.worker", stdin=theirs.fileno())
+    link = Link(ours)
+    link.send(msgspec.msgpack.encode(start))
+    return link, process

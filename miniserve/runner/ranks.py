@@ -1,0 +1,193 @@
+"""Builds a model for one rank or several: decides how many, starts the others, and brings them together."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from miniserve import __version__
+from miniserve.config import EngineConfig
+from miniserve.core import EngineInfo, Runner, UserError
+from miniserve.models.config import load_model_config
+from miniserve.models.registry import weight_bytes
+from miniserve.parallel.child import describe_exit
+from miniserve.parallel.distributed import DistributedGroup, find_store, open_store, own_address
+from miniserve.parallel.shard import Shard
+from miniserve.runner import memory
+from miniserve.runner.build import Progress, build_runner
+from miniserve.runner.device import find_device, find_dtype
+from miniserve.runner.ranked import Hello, RankedRunner, Ranks, RankStart, start_rank
+
+_BUILDER = "miniserve.runner.ranks:build_rank"
+_PLANS = "plans"  # key of the port at which rank 0 waits for ranks of other hosts
+_FULL = 0.9  # of a GPU's memory that weights may take, where the number of GPUs is to be found
+_MOST = 64
+_POLL = 0.1
+_MEETING = 60.0  # seconds
+
+
+def build_ranks(
+    config: EngineConfig, source_path: Path, model_name: str, progress: Progress | None = None
+) -> tuple[Runner, EngineInfo]:
+    """As `build_runner`, over as many ranks as the settings or the GPUs' memory say; this process is the first of them.
+    Raises `RankFailed` where another one ends before all are ready."""
+    size = _find_size(config, source_path)
+    if config.node_rank:
+        raise UserError(f"--node-rank {config.node_rank} only works for host 0; start it there by `miniserve serve`.")
+    if size == 1:
+        return build_runner(config, source_path, model_name, progress)
+    config = replace(config, tensor_parallel_size=size)
+    ranks = Ranks()
+    try:
+        return _build_with(ranks, config, source_path, model_name, progress)
+    except Exception as error:
+        ranks.explain(error)
+
+
+def _build_with(
+    ranks: Ranks, config: EngineConfig, source_path: Path, model_name: str, progress: Progress | None
+) -> tuple[Runner, EngineInfo]:
+    size = config.tensor_parallel_size or 1
+    here = config.ranks_here
+    address, port = config.master if config.nnodes > 1 else ("127.0.0.1", 0)
+    try:
+        store = open_store(address, port)
+    except OSError as error:
+        raise UserError(
+            f"--master-addr {address} --master-port {port} cannot be listened at ({error.strerror}); give an address "
+            "of this host and a free port."
+        ) from error
+    with socket.create_server((address, 0)) as listener:
+        store.set(_PLANS, f"{listener.getsockname()[1]}")
+        start = partial(_start, config, source_path, meeting=(address, store.port))
+        ranks.start([start(rank) for rank in range(1, here)])
+        ranks.meet(listener, Hello(0, __version__, config), size - here)
+    group = DistributedGroup(store, 0, size, find_device(config.device, 0), address)
+
+    def report(what: str, done: int, total: int) -> None:
+        ranks.check()
+        if progress is not None:
+            progress(what, done, total)
+
+    runner, info = build_runner(config, source_path, model_name, report, group)
+    return RankedRunner(runner, ranks), info
+
+
+def build_rank(start: RankStart) -> Runner:
+    """Another rank than the first, in its own process."""
+    config = start.config
+    device = find_device(config.device, start.rank % config.ranks_here)
+    store = find_store(*start.meeting, _MEETING)
+    group = DistributedGroup(store, start.rank, start.size, device, own_address(*start.meeting))
+    return build_runner(config, Path(start.source_path), start.source_path, None, group)[0]
+
+
+def run_node(config: EngineConfig, source_path: Path, report: Callable[[str], None]) -> int:
+    """The part of a host that is not the first: run its ranks until host 0 ends. Returns the exit code; `report` is
+    told, in sentences, what goes on."""
+    size = _find_size(config, source_path)
+    here = config.ranks_here
+    address, port = config.master
+    report(f"Waiting for host 0 at {address}:{port}.")
+    while not _answers(address, port):  # the store's own attempts to connect fill the log
+        time.sleep(_POLL)
+    store = find_store(address, port, _MEETING)
+    plans = (address, int(store.get(_PLANS)))
+    first = config.node_rank * here
+    start = partial(_start, config, source_path, meeting=(address, port), plans=plans)
+    started = {rank: start_rank(start(rank)) for rank in range(first, first + here)}
+    report(f"Running rank {', '.join(map(str, started))} of {size}, until host 0 ends.")
+    try:
+        while all(process.poll() is None for _, process in started.values()):
+            time.sleep(_POLL)
+        for rank, (_, process) in started.items():
+            if code := process.wait(_MEETING):
+                report(f"{describe_exit(code, f'rank {rank}')}: the model is gone")
+                return 1
+        return 0
+    finally:
+        for _, process in started.values():
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+def _answers(address: str, port: int) -> bool:
+    try:
+        socket.create_connection((address, port), timeout=_MEETING).close()
+    except OSError:
+        return False
+    return True
+
+
+def _start(
+    config: EngineConfig,
+    source_path: Path,
+    rank: int,
+    *,
+    meeting: tuple[str, int],
+    plans: tuple[str, int] | None = None,
+) -> RankStart:
+    return RankStart(
+        config=config,
+        source_path=str(source_path),
+        rank=rank,
+        size=config.tensor_parallel_size or 1,
+        builder=_BUILDER,
+        parent_pid=os.getpid(),
+        meeting=meeting,
+        plans=plans,
+    )
+
+
+def _find_size(config: EngineConfig, source_path: Path) -> int:
+    """How many ranks share the model. Raises `UserError` where there are too few GPUs, or nothing to share."""
+    size = config.tensor_parallel_size
+    device = find_device(config.device)
+    count = torch.cuda.device_count() if device.type == "cuda" else None
+    if size is None:
+        size = 1 if count is None else _least_size(config, source_path, device, count)
+    if count is not None and size // config.nnodes > count:
+        raise UserError(
+            f"--tensor-parallel-size {size} needs {size // config.nnodes} GPUs on each host and this one has {count}."
+        )
+    if size == 1:
+        if config.enable_expert_parallel:
+            raise UserError("--enable-expert-parallel is for several ranks; give --tensor-parallel-size, too.")
+        return 1
+    model = load_model_config(source_path, weights=config.load_format != "dummy")
+    if config.enable_expert_parallel and model.moe is None:
+        raise UserError("--enable-expert-parallel is for models with experts, and this one has none; leave it out.")
+    if size > (most := model.most_ranks(expert_parallel=config.enable_expert_parallel)):
+        raise UserError(f"--tensor-parallel-size {size} is more than this model can be shared by; at most {most} can.")
+    return size
+
+
+def _least_size(config: EngineConfig, source_path: Path, device: torch.device, count: int) -> int:
+    """The fewest GPUs that the weights fit, with room for the cache. Raises `UserError` where there are not so many."""
+    model = load_model_config(source_path, weights=config.load_format != "dummy")
+    dtype = find_dtype(config.dtype, model.dtype)
+    room = memory.available_bytes(device, config.gpu_memory_utilization)  # of one, for all of its kind
+    whole, by_expert = weight_bytes(model, dtype, device), config.enable_expert_parallel
+    if whole <= room * _FULL:
+        return 1
+    for size in range(2, min(_MOST, model.most_ranks(expert_parallel=by_expert)) + 1):
+        if whole > size * room:
+            continue  # to count takes seconds for a large model
+        if weight_bytes(model, dtype, device, Shard(0, size), expert_parallel=by_expert) > room * _FULL:
+            continue
+        if size <= count:
+            return size
+        raise UserError(
+            f"The model's weights need {memory.size(whole)}: they fit {size} GPUs with {memory.size(room)} available "
+            f"on each, and this machine has {count}. Choose a smaller model or a smaller --dtype, or spread it over "
+            f"hosts with --tensor-parallel-size {size} and --nnodes."
+        )
+    return 1  # whose refusal says what is missing

@@ -1,0 +1,78 @@
+"""Ranks without a model or torch. Their device is a file: a step is done when every rank has entered its number there,
+as if all had summed something. In `blocking` mode ranks wait for that within `launch`, as gloo does.
+
+What goes wrong is said by the model's name: `at=STEP&phase=…&signal=…&rank=…`, by which that rank signals itself.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from pathlib import Path
+from urllib.parse import parse_qs
+
+from miniserve.config import EngineConfig
+from miniserve.core import StepPlan, StepResult
+from miniserve.parallel.link import PeerLost
+from miniserve.runner.ranked import RankStart
+
+BUILDER = "ranked_fakes:build_rank"
+PHASES = ("before", "after", "collect")
+
+
+class FakeRank:
+    def __init__(self, file: Path, rank: int, size: int, options: dict[str, str]) -> None:
+        self._file, self._rank, self._size, self._options = os.open(file, os.O_RDWR), rank, size, options
+        self._step = 0
+        self.plans: list[StepPlan] = []
+        os.pwrite(self._file, struct.pack("q", os.getpid()), 8 * (size + rank))
+        self._fail("build")
+
+    def launch(self, plan: StepPlan) -> int:
+        self._step += 1
+        self._fail("before")
+        self.plans.append(plan)
+        os.pwrite(self._file, struct.pack("q", self._step), 8 * self._rank)
+        while self._options.get("blocking") and not self.is_done(self._step):
+            for pid in self._read(self._size):
+                try:
+                    os.kill(pid, 0)
+                except ProcessLookupError:
+                    raise PeerLost("connection closed by peer") from None
+            time.sleep(0.001)
+        self._fail("after")
+        return self._step
+
+    def is_done(self, handle: object) -> bool:
+        return isinstance(handle, int) and min(self._read(0)) >= handle
+
+    def collect(self, handle: object) -> StepResult:
+        self._fail("collect", handle)
+        return StepResult([1])
+
+    def check(self) -> None:
+        pass
+
+    def _read(self, start: int) -> tuple[int, ...]:
+        return struct.unpack(f"{self._size}q", os.pread(self._file, 8 * self._size, 8 * start))
+
+    def _fail(self, phase: str, step: object = None) -> None:
+        options, point = self._options, (f"{self._rank}", f"{step or self._step}", phase)
+        if (options.get("rank"), options.get("at"), options.get("phase")) != point:
+            return
+        if options["signal"] == "raise":
+            raise ValueError("the fake device broke")
+        os.kill(os.getpid(), int(options["signal"]))
+
+
+def fake_config(**options: object) -> EngineConfig:
+    return EngineConfig(model="&".join(f"{name}={value}" for name, value in options.items()) or "fake=1")
+
+
+def make_rank(file: Path, rank: int, size: int, config: EngineConfig) -> FakeRank:
+    return FakeRank(file, rank, size, {name: values[-1] for name, values in parse_qs(config.model or "").items()})
+
+
+def build_rank(start: RankStart) -> FakeRank:
+    return make_rank(Path(start.source_path), start.rank, start.size, start.config)
