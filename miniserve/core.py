@@ -47,13 +47,23 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"  # the engine failed; RequestOutput.error says why
 
 
+class Reasoning(msgspec.Struct, frozen=True):
+    """An output may begin with reasoning: with `begin`, unless the prompt `is_open`, that is ends with it. What follows
+    `end`, or an output that begins otherwise, is the answer proper."""
+
+    begin: str
+    end: str
+    is_open: bool
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How tokens are chosen and when generation stops.
 
     temperature 0 is greedy. top_k 0 or -1, top_p 1 and min_p 0 turn the filter off. `logprobs` is the number of
     alternatives beside the chosen token (0: the chosen token alone; None: no logprobs); `prompt_logprobs` likewise for
     the prompt. `max_tokens` None means up to the context limit. `seed` makes the tokens depend on the prompt and these
-    parameters alone. Raises `InvalidRequest` naming the field for a value of the wrong type or out of range.
+    parameters alone. Stop strings count outside `reasoning`. `shown_special_tokens` are ids that `skip_special_tokens`
+    does not hide. Raises `InvalidRequest` naming the field for a value of the wrong type or out of range.
     """
 
     temperature: float = 1.0
@@ -75,6 +85,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    shown_special_tokens: tuple[int, ...] = ()
+    reasoning: Reasoning | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):  # as OpenAI takes it; a tuple of its characters would not be meant

@@ -27,7 +27,7 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "guided_choice": (), "guided_grammar": (), "structural_tag": (), "json_schema": (), "regex": (), "ebnf": (),
     "grammar": ("",),
     # tools
-    "tools": ([],), "tool_choice": ("none",), "functions": ([],), "function_call": ("none",), "web_search_options": (),
+    "functions": ([],), "function_call": ("none",), "web_search_options": (),
     # what may be sampled, and how
     "suffix": (), "bad_words": ([],), "allowed_token_ids": (), "logits_processors": ([],), "logit_processors": ([],),
     "custom_logit_processor": (), "use_beam_search": (False,), "num_beams": (1,), "early_stopping": (False,),
@@ -40,10 +40,10 @@ REFUSED: dict[str, tuple[object, ...]] = {
     # what goes in
     "prompt_embeds": (), "truncate_prompt_tokens": (), "audio": (), "mm_processor_kwargs": ({},),
     "system": ("",), "images": ([],), "image_data": ([],), "reasoning": (), "thinking_budget": (),
-    "reasoning_effort": (), "cache_salt": (), "kv_transfer_params": (), "priority": (0,), "session_params": (),
+    "cache_salt": (), "kv_transfer_params": (), "priority": (0,), "session_params": (),
     # what comes out
     "modalities": (["text"],), "prompt_logprobs": (), "logprob_token_ids": ([],), "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,), "return_prompt_text": (False,), "include_reasoning": (True,),
+    "return_tokens_as_token_ids": (False,), "return_prompt_text": (False,),
     "spaces_between_special_tokens": (True,), "return_tokens": (False,), "return_hidden_states": (False,),
     "return_prompt_token_ids": (False,), "return_token_offsets": (False,),
     # other servers' names for what has another one here
@@ -54,15 +54,20 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "eos_token_id": (), "no_stop_trim": (False,), "input_ids": (), "inputs": (), "input": (), "enable_thinking": (),
     "thinking": (), "think": (), "options": ({},), "sampling_params": ({},), "parameters": ({},), "extra_body": ({},),
 }  # fmt: skip
-REFUSED_IN_COMPLETIONS = REFUSED | {"max_completion_tokens": (), "top_logprobs": (0,), "messages": ()}
+REFUSED_IN_COMPLETIONS = REFUSED | {
+    "max_completion_tokens": (), "top_logprobs": (0,), "messages": (), "tools": ([],), "tool_choice": ("none",),
+    "reasoning_effort": (), "include_reasoning": (True,),
+}  # fmt: skip
 REFUSED_IN_CHAT = REFUSED | {"echo": (False,), "best_of": (1,), "prompt": ()}
 
 _THINKING = 'use chat_template_kwargs, for example {"enable_thinking": false}, where the template knows it'
+_CHAT = "ask /v1/chat/completions"
 _FLAT = "send what it holds as fields of the request itself, under OpenAI's names"
 _REMEDIES = {
     "reasoning": _THINKING, "thinking_budget": _THINKING,
-    "reasoning_effort": _THINKING, "enable_thinking": _THINKING, "thinking": _THINKING, "think": _THINKING,
-    "tool_choice": 'leave it out or send "none"',
+    "enable_thinking": _THINKING, "thinking": _THINKING, "think": _THINKING,
+    "functions": "use tools", "function_call": "use tool_choice",
+    "tools": _CHAT, "tool_choice": _CHAT, "reasoning_effort": _CHAT, "include_reasoning": _CHAT,
     "num_beams": "leave it out or send 1",
     "max_completion_tokens": "use max_tokens",
     "top_logprobs": "use logprobs, which is a number here",
