@@ -77,6 +77,7 @@ async def respond(service: Service, body: ChatCompletionRequest) -> GenerationRe
     service.check_model(body.model)
     service.fields.check(body, REFUSED_IN_CHAT)
     params = service.rules.for_chat(body)
+    await service.check_grammar(body)
     service.turns.check(1, params.n)
     token_ids = await render(service, body.messages, body)
     header = service.header("chatcmpl")
