@@ -1,33 +1,42 @@
-"""How models write the calls of functions: one table, with what reads a call and what a grammar is to enforce."""
+"""How models write the calls of functions: one table, with what reads a call."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from miniserve.engine.call_reader import CallReader, NoCall, Steps
 
-Schema = Mapping[str, Any]
-Tag = dict[str, Any]  # of a structural tag: begin, schema, end
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """How calls are written, for grammars that enforce them: `before` and `after` stand around a call's arguments, NAME
+    in them for its name, `between` between two calls, `first` and `last` around all."""
+
+    before: str
+    after: str
+    between: str = ""
+    first: str = ""
+    last: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class ToolDialect:
     """`begins`: the texts behind one of which a call may be; `read` reads what follows. `bare`: an answer that is a
     JSON object may be a call, too. `marks`: further texts of the dialect. `signs`: what a chat template holds that
-    teaches it, and what it does not. `tags`: see `structural_tags`; None where no grammar can say it.
+    teaches it, and what it does not. `xml`: arguments are tags, not JSON.
     `short_ids`: the templates demand ids of nine letters and digits."""
 
     name: str
     begins: tuple[str, ...]
     read: Callable[[CallReader, str], Steps[None]]
+    written: Written
     signs: tuple[str, ...]
     unlike: tuple[str, ...] = ()
     marks: tuple[str, ...] = ()
     bare: bool = False
-    tags: Callable[[Mapping[str, Schema]], list[Tag]] | None = None
+    xml: bool = False
     short_ids: bool = False
 
 
@@ -113,7 +122,7 @@ def _read_qwen3_coder(reader: CallReader, _: str) -> Steps[None]:
         yield from reader.until((">",), key.append)
         reader.arguments(f"{separator}{json.dumps(''.join(key), ensure_ascii=False)}: ")
         separator = ", "
-        yield from _read_xml_value(reader, _types(schemas.get("".join(key))))
+        yield from _read_xml_value(reader, types_of(schemas.get("".join(key))))
     yield from reader.need("</function>")
     reader.arguments("}")
     reader.end()
@@ -159,7 +168,7 @@ def _as_json(text: str, types: frozenset[str]) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _types(schema: object) -> frozenset[str]:
+def types_of(schema: object) -> frozenset[str]:
     """Of JSON, that a schema allows; none where it does not say."""
     if not isinstance(schema, Mapping):
         return frozenset()
@@ -171,67 +180,50 @@ def _types(schema: object) -> frozenset[str]:
         return frozenset(_NAMES[type(value)] for value in values)
     for name in ("anyOf", "oneOf"):
         if isinstance(branches := schema.get(name), list):
-            kinds = [_types(branch) for branch in branches]
+            kinds = [types_of(branch) for branch in branches]
             return frozenset().union(*kinds) if all(kinds) else frozenset()
     return frozenset()
 
 
-# --- what a grammar enforces ------------------------------------------------------------------------------------------
-
-
-def _call_schema(functions: Mapping[str, Schema]) -> Schema:
-    calls = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": name}, "arguments": schema},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for name, schema in functions.items()
-    ]
-    return calls[0] if len(calls) == 1 else {"anyOf": calls}
-
-
-def _around(begin: str, end: str) -> Callable[[Mapping[str, Schema]], list[Tag]]:
-    """A tag for each function; `NAME` stands for its name."""
-    return lambda functions: [
-        {"begin": begin.replace("NAME", name), "schema": schema, "end": end} for name, schema in functions.items()
-    ]
-
-
 _DIALECTS = (
     ToolDialect(
-        "qwen3_coder", ("<tool_call>",), _read_qwen3_coder, ("<tool_call>", "<function="), marks=("</tool_call>",)
+        "qwen3_coder", ("<tool_call>",), _read_qwen3_coder,
+        Written("<tool_call>\n<function=NAME>\n", "</function>\n</tool_call>", between="\n"),
+        signs=("<tool_call>", "<function="), marks=("</tool_call>",), xml=True,
     ),
     ToolDialect(
-        "hermes", ("<tool_call>",), _read_hermes, ("<tool_call>", "arguments"), unlike=("<arg_key>",),
-        marks=("</tool_call>",),
-        tags=_around('<tool_call>\n{"name": "NAME", "arguments": ', "}\n</tool_call>"),
+        "hermes", ("<tool_call>",), _read_hermes,
+        Written('<tool_call>\n{"name": "NAME", "arguments": ', "}\n</tool_call>", between="\n"),
+        signs=("<tool_call>", "arguments"), unlike=("<arg_key>",), marks=("</tool_call>",),
     ),
     ToolDialect(
-        "deepseek_v3", (_CALLS_BEGIN, _CALL_BEGIN), _read_deepseek, (_CALLS_BEGIN, "```json"),
-        marks=(_CALLS_END, _CALL_END, _SEP),
-        tags=_around(f"{_CALLS_BEGIN}{_CALL_BEGIN}function{_SEP}NAME\n```json\n", f"\n```{_CALL_END}"),
+        "deepseek_v3", (_CALLS_BEGIN, _CALL_BEGIN), _read_deepseek,
+        Written(
+            f"{_CALL_BEGIN}function{_SEP}NAME\n```json\n", f"\n```{_CALL_END}",
+            between="\n", first=_CALLS_BEGIN, last=_CALLS_END,
+        ),
+        signs=(_CALLS_BEGIN, "```json"), marks=(_CALLS_END, _CALL_END, _SEP),
     ),
     ToolDialect(
-        "deepseek_v31", (_CALLS_BEGIN, _CALL_BEGIN), _read_deepseek, (_CALLS_BEGIN,),
-        marks=(_CALLS_END, _CALL_END, _SEP),
-        tags=_around(f"{_CALLS_BEGIN}{_CALL_BEGIN}NAME{_SEP}", _CALL_END),
+        "deepseek_v31", (_CALLS_BEGIN, _CALL_BEGIN), _read_deepseek,
+        Written(f"{_CALL_BEGIN}NAME{_SEP}", _CALL_END, first=_CALLS_BEGIN, last=_CALLS_END),
+        signs=(_CALLS_BEGIN,), marks=(_CALLS_END, _CALL_END, _SEP),
     ),
     ToolDialect(
-        "mistral_v11", ("[TOOL_CALLS]",), _read_mistral, ("[TOOL_CALLS]", "[ARGS]"), marks=("[ARGS]", "[CALL_ID]"),
-        tags=_around("[TOOL_CALLS]NAME[ARGS]", ""), short_ids=True,
+        "mistral_v11", ("[TOOL_CALLS]",), _read_mistral, Written("[TOOL_CALLS]NAME[ARGS]", ""),
+        signs=("[TOOL_CALLS]", "[ARGS]"), marks=("[ARGS]", "[CALL_ID]"), short_ids=True,
     ),
     ToolDialect(
-        "mistral", ("[TOOL_CALLS]",), _read_mistral, ("[TOOL_CALLS]",), marks=("[ARGS]", "[CALL_ID]"),
-        tags=_around('[TOOL_CALLS] [{"name": "NAME", "arguments": ', "}]"), short_ids=True,
+        "mistral", ("[TOOL_CALLS]",), _read_mistral,
+        Written('{"name": "NAME", "arguments": ', "}", between=", ", first="[TOOL_CALLS] [", last="]"),
+        signs=("[TOOL_CALLS]",), marks=("[ARGS]", "[CALL_ID]"), short_ids=True,
     ),
     ToolDialect(
-        "llama3_json", ("<|python_tag|>",), _read_llama, ('"parameters": ', "ipython"), bare=True,
-        tags=_around('{"name": "NAME", "parameters": ', "}"),
+        "llama3_json", ("<|python_tag|>",), _read_llama,
+        Written('{"name": "NAME", "parameters": ', "}", between="; "),
+        signs=('"parameters": ', "ipython"), bare=True,
     ),
 )  # fmt: skip
-
 
 TOOL_DIALECTS: Mapping[str, ToolDialect] = {dialect.name: dialect for dialect in _DIALECTS}
 

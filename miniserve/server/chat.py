@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from miniserve.core import Completion, InvalidRequest, SamplingParams, TokenLogprobs
 from miniserve.engine.call_reader import CallArguments, CallBegin, Content, Event, Thought
 from miniserve.engine.tokenizer import Tokenizer
@@ -30,9 +32,10 @@ from miniserve.server.protocol import (
     TopLogprob,
     Usage,
 )
-from miniserve.server.reading import AnswerReader, Reading, chosen_tools, reading_of, template_tools
+from miniserve.server.reading import AnswerReader, Reading, chosen_tools, forced_calls, reading_of, template_tools
 from miniserve.server.reply import Answer, GenerationResponse, Header, finish_word
 from miniserve.server.service import Service
+from miniserve.server.structured import find_grammar
 
 
 class ChatAnswer(Answer):
@@ -148,17 +151,22 @@ class Chat:
 async def prepare(service: Service, body: ChatCompletionRequest) -> Chat:
     """Raises `InvalidRequest` or `APIError` for what cannot be answered."""
     params = service.rules.for_chat(body)
+    await service.check_grammar(body)
     service.turns.check(1, params.n)
     tokenizer, tools = service.engine.tokenizer, chosen_tools(body)
+    if tools and (found := find_grammar(body)) is not None:
+        raise InvalidRequest(f"{found[0]} goes with tools only where tool_choice is none.", found[0])
     template = tokenizer.chat_template.source(body.chat_template, template_tools(tools))
     dialect = service.config.tool_dialect(template) if tools else None
     text = await _rendered(service, body.messages, body, tools)
     (token_ids,) = await service.encode([text], bool(body.add_special_tokens))
-    reasoning = service.config.reasoning_dialect(template)
+    marks = service.config.reasoning_dialect(template)
     continued = _final_text(body.messages[-1]) if body.continue_final_message else None
-    reading = reading_of(
-        body, dialect, tools, None if reasoning is None else reasoning.after(text, continued), tokenizer
-    )
+    reasoning = None if marks is None else marks.after(text, continued)
+    if dialect is not None and (grammar := forced_calls(body, dialect, tools, reasoning, tokenizer)) is not None:
+        await service.check_one_grammar("tools", grammar)
+        params = msgspec.structs.replace(params, grammar=grammar)
+    reading = reading_of(body, dialect, tools, reasoning, tokenizer)
     return Chat(token_ids, reading.params(params, tokenizer), reading)
 
 

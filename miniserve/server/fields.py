@@ -12,6 +12,7 @@ from typing import Any
 from miniserve.core import InvalidRequest, SamplingParams
 from miniserve.scheduler.limits import check_logprobs
 from miniserve.server.protocol import Body, ChatCompletionRequest, CompletionRequest, GenerationBody
+from miniserve.server.structured import find_grammar
 
 logger = logging.getLogger(__name__)
 
@@ -22,10 +23,8 @@ Refused = Mapping[str, tuple[object, ...]]
 
 # They would change the answer and are not supported: refused unless null or one of the values that ask for nothing.
 REFUSED: dict[str, tuple[object, ...]] = {
-    # structured output
-    "response_format": ({"type": "text"},), "structured_outputs": (), "guided_json": (), "guided_regex": (),
-    "guided_choice": (), "guided_grammar": (), "structural_tag": (), "json_schema": (), "regex": (), "ebnf": (),
-    "grammar": ("",),
+    # other servers' names for structured output
+    "structural_tag": (), "json_schema": (), "regex": (), "ebnf": (), "grammar": ("",), "guided_whitespace_pattern": (),
     # tools
     "functions": ([],), "function_call": ("none",), "web_search_options": (),
     # what may be sampled, and how
@@ -64,6 +63,8 @@ _THINKING = 'use chat_template_kwargs, for example {"enable_thinking": false}, w
 _CHAT = "ask /v1/chat/completions"
 _FLAT = "send what it holds as fields of the request itself, under OpenAI's names"
 _REMEDIES = {
+    "structural_tag": "use response_format", "json_schema": "use response_format", "regex": "use structured_outputs",
+    "ebnf": "use structured_outputs", "grammar": "use structured_outputs",
     "reasoning": _THINKING, "thinking_budget": _THINKING,
     "enable_thinking": _THINKING, "thinking": _THINKING, "think": _THINKING,
     "functions": "use tools", "function_call": "use tool_choice",
@@ -97,7 +98,7 @@ _REMEDIES = {
 IGNORED = frozenset({
     "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
     "prediction", "verbosity", "parallel_tool_calls", "stream_interval", "request_id", "session_id", "do_sample",
-    "truncation_side", "models", "cache_prompt",
+    "truncation_side", "models", "cache_prompt", "guided_decoding_backend",
 })  # fmt: skip
 
 # Fields that go to `SamplingParams` as they are; of the first group the model may have defaults.
@@ -230,8 +231,13 @@ class SamplingRules:
         named = {name: getattr(body, name) for name in (*_DEFAULTED, *_PLAIN)}
         values |= {name: value for name, value in named.items() if value is not None}
         values["top_k"] = min(int(values.get("top_k", 0)), self.vocab_size)
+        grammar = find_grammar(body)
         params = SamplingParams(
-            stop=tuple(body.stop or ()), stop_token_ids=tuple(body.stop_token_ids or ()), **values, **settled
+            grammar=grammar and grammar[1],
+            stop=tuple(body.stop or ()),
+            stop_token_ids=tuple(body.stop_token_ids or ()),
+            **values,
+            **settled,
         )
         if body.extras.get("do_sample") is False and not params.greedy:
             raise InvalidRequest("do_sample false asks for greedy decoding; set temperature to 0.", "do_sample")

@@ -23,6 +23,7 @@ from pydantic import (
 from typing_extensions import TypedDict  # typing's own will not do for pydantic below Python 3.12
 
 from miniserve.engine.call_reader import FUNCTION_NAME
+from miniserve.server.structured import StructuredFields
 
 Prompt = str | list[int]
 
@@ -112,7 +113,7 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = None
 
 
-class GenerationBody(Body):
+class GenerationBody(StructuredFields, Body):
     """What completions and chat share: how to sample, when to stop, how to answer."""
 
     model: str | None = None

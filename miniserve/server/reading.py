@@ -9,13 +9,14 @@ from typing import Any
 
 import msgspec
 
-from miniserve.core import Completion, InvalidRequest, Reasoning, SamplingParams
+from miniserve.core import Completion, Grammar, InvalidRequest, Reasoning, SamplingParams
 from miniserve.engine.answer_parser import AnswerParser
 from miniserve.engine.call_reader import Event, Thought
 from miniserve.engine.detokenizer import text_decoder
 from miniserve.engine.reasoning import ReasoningSplit
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.engine.tool_dialects import ToolDialect
+from miniserve.engine.tool_grammar import call_grammar
 from miniserve.server.protocol import ChatCompletionRequest, NamedTool, Tool
 
 Functions = Mapping[str, Mapping[str, Any]]
@@ -97,7 +98,7 @@ def reading_of(
         reasoning=reasoning,
         shows_reasoning=body.include_reasoning is not False,
         dialect=dialect,
-        functions=functions_of(tools),
+        functions=functions_of(body, tools),
         hidden=special if body.skip_special_tokens is not False else frozenset(),
     )
 
@@ -114,8 +115,34 @@ def chosen_tools(body: ChatCompletionRequest) -> list[Tool]:
     return tools
 
 
-def functions_of(tools: Sequence[Tool]) -> Functions:
-    return {tool.function.name: tool.function.parameters or {"type": "object", "properties": {}} for tool in tools}
+def forced_calls(
+    body: ChatCompletionRequest,
+    dialect: ToolDialect,
+    tools: Sequence[Tool],
+    reasoning: Reasoning | None,
+    tokenizer: Tokenizer,
+) -> Grammar | None:
+    """What holds the model to the request's choice, to one call where not several may come, and to the schemas of all
+    functions that it must call and of those that are strict. Raises `InvalidRequest` for a schema that cannot be
+    enforced."""
+    must_call = body.tool_choice not in (None, "auto")
+    once = isinstance(body.tool_choice, NamedTool) or body.parallel_tool_calls is False
+    strict = {tool.function.name for tool in tools if must_call or tool.function.strict}
+    if not (strict or once):
+        return None
+    schemas = {name: schema if name in strict else None for name, schema in functions_of(body, tools).items()}
+    return call_grammar(dialect, schemas, tokenizer, must_call=must_call, once=once, reasoning=reasoning)
+
+
+def functions_of(body: ChatCompletionRequest, tools: Sequence[Tool]) -> Functions:
+    """Those that may be called. Without parameters a function takes none."""
+    nothing = {"type": "object", "properties": {}, "additionalProperties": False}
+    named = body.tool_choice.name if isinstance(body.tool_choice, NamedTool) else None
+    return {
+        tool.function.name: tool.function.parameters or nothing
+        for tool in tools
+        if named is None or tool.function.name == named
+    }
 
 
 def template_tools(tools: Sequence[Tool]) -> list[dict[str, Any]] | None:
