@@ -45,26 +45,25 @@ def call_grammar(
         rest = f"arguments_{number} {literal(after)}"
         further.append(f"{literal(before)} {rest}")
         first.append(f"{literal((written.first + before).removeprefix(trigger))} {rest}")
-    more = "" if once else f"({literal(written.between)} further)*"
+    more = "" if once or written.between is None else f"({literal(written.between)} further)*"
     lines += [
         f"further: {' | '.join(further)}",
         f"calls: ({' | '.join(first)}) {more} {literal(written.last)}",
     ]
     if dialect.xml:
         lines.append(r'until_end[lazy]: ANY "\n</parameter>\n"')
+    # Without the second part reasoning could pass for text.
+    thought = "" if reasoning is None or reasoning.is_open else rf" & ~/{_escaped(reasoning.begin)}(.|\n)*/"
     if must_call:
         lines.append(f"start: {literal(trigger)} calls")
     elif dialect.bare:
-        lines += [r"WORDS: /\s*([^{\s](.|\n)*)?/", f"start: WORDS | {literal(trigger)} calls"]
+        lines += [rf"WORDS: /\s*([^{{\s](.|\n)*)?/{thought}", f"start: WORDS | {literal(trigger)} calls"]
     else:
-        # Without the second part reasoning could pass for text.
-        thought = "" if reasoning is None or reasoning.is_open else rf" & ~/{_escaped(reasoning.begin)}(.|\n)*/"
-        lines.append(rf"WORDS: /(.|\n)*/{thought}")
+        lines += [rf"WORDS: /(.|\n)*/{thought}", "start: WORDS | called"]
         if tokenizer.special_token_id(trigger) is not None:
             lines.append(f"called: WORDS {literal(trigger)} calls")
         else:
             lines += [f"until_call[lazy]: WORDS {literal(trigger)}", "called: until_call calls"]
-        lines.append("start: WORDS | called")
     return Grammar("grammar", "\n".join([*lines, ""]))
 
 
