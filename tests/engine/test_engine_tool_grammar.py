@@ -1,5 +1,5 @@
-"""What grammars make of a model that knows nothing: any walk through the tokens that they allow is calls whose arguments
-validate, in every dialect; and what they leave free."""
+"""What grammars make of a model that knows nothing: any walk through the tokens that they allow is calls whose
+arguments validate, in every dialect; and what they leave free."""
 
 from __future__ import annotations
 
