@@ -230,7 +230,8 @@ class ChatClient:
         return self._model
 
     def answer(self, messages: Sequence[Message], settings: ChatSettings) -> Generator[str, None, None]:
-        """Yield the pieces of the answer to the last of `messages`, and `Thought`s before it. Closing the iterator aborts the request.
+        """Yield the pieces of the answer to the last of `messages`, and `Thought`s before it. Closing the
+        iterator aborts the request.
 
         Raises `ChatError` where the server refuses or fails, `UserError` where none answers.
         """

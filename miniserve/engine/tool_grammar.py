@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from miniserve.core import Grammar, InvalidRequest, Reasoning
-from miniserve.engine.grammar import JSON_OPTIONS, lark_literal
+from miniserve.engine.grammar import JSON_OPTIONS, GrammarError, check_size, lark_literal
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.engine.tool_dialects import ToolDialect, types_of
 
@@ -32,6 +32,10 @@ def call_grammar(
     answer follows `reasoning`, where there is some. Raises `InvalidRequest` for a schema that the dialect's own form of
     arguments cannot be held to."""
     written = dialect.written
+    try:
+        check_size(list(functions.values()))
+    except GrammarError as error:
+        raise InvalidRequest(f"tools cannot be enforced: {error}.", "tools") from None
 
     def literal(text: str) -> str:
         return lark_literal(text, tokenizer)
@@ -64,7 +68,7 @@ def call_grammar(
             lines.append(f"called: WORDS {literal(trigger)} calls")
         else:
             lines += [f"until_call[lazy]: WORDS {literal(trigger)}", "called: until_call calls"]
-    return Grammar("grammar", "\n".join([*lines, ""]))
+    return Grammar("calls", "\n".join([*lines, ""]))
 
 
 def _arguments(dialect: ToolDialect, name: str, schema: Schema | None) -> str:
