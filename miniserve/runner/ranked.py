@@ -23,7 +23,7 @@ from typing import NoReturn, Protocol
 import msgspec
 
 from miniserve.config import EngineConfig
-from miniserve.core import Runner, StepPlan, StepResult, UserError
+from miniserve.core import Runner, StepPlan, StepResult, TokenMasks, UserError
 from miniserve.parallel.child import describe_exit, is_stopped, start_python
 from miniserve.parallel.link import Link, PeerLost
 
@@ -206,6 +206,11 @@ class Ranks:
         self.check()
         self._tokens = tokens
         self._sent += 1
+        self.add(message)
+
+    def add(self, message: bytes) -> None:
+        """What belongs to the step sent last. Raises as `send` does."""
+        self.check()
         for peer in self._peers:
             peer.link.send(message)
 
@@ -325,6 +330,14 @@ class RankedRunner:
             handle = self._local.launch(plan)
             self._ranks.launched()
             return handle
+        except Exception as error:
+            self._ranks.explain(error)
+
+    def sample(self, handle: object, masks: TokenMasks) -> object:
+        """See `core.Runner`. Raises `RankFailed` where a rank is gone."""
+        try:
+            self._ranks.add(msgspec.msgpack.encode(masks))
+            return self._local.sample(handle, masks)
         except Exception as error:
             self._ranks.explain(error)
 

@@ -1,7 +1,7 @@
 """From logits to tokens, for the whole batch at once.
 
-The order for a row is vLLM's: logit_bias, min_tokens, repetition penalty, frequency and presence penalty; then the draw
-(`kernels.sampling`). On a GPU graphs draw for rows that need nothing else.
+The order for a row is vLLM's: the grammar's mask, logit_bias, min_tokens, repetition penalty, frequency and presence
+penalty; then the draw (`kernels.sampling`). On a GPU graphs draw for rows that need nothing else.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from miniserve.core import RowStart
+from miniserve.core import RowStart, TokenMasks
 from miniserve.kernels import sampling
 from miniserve.kernels.sampling import Draw, RowParams
 from miniserve.parallel.group import Alone, Group, gather_rows, parts_of_all, shard_of
 from miniserve.runner.logprobs import LogprobTensors, gather_logprobs, share_logprobs
+from miniserve.runner.sampling_masks import apply_masks, masks_within
 from miniserve.runner.sampling_penalties import SeenTokens
 from miniserve.runner.sampling_rows import Batch, RowTable
 
@@ -85,17 +87,23 @@ class Sampler:
         """Update `params`, before a graph draws."""
         self._table.upload()
 
-    def sample(self, logits: torch.Tensor, rows: list[int], positions: list[int] | None = None) -> SampleOutput:
+    def sample(
+        self,
+        logits: torch.Tensor,
+        rows: list[int],
+        positions: list[int] | None = None,
+        masks: TokenMasks | None = None,
+    ) -> SampleOutput:
         """Draw the next token of each of `rows`, which are all taken.
 
         logits: contiguous [len(rows), this rank's words] of any float dtype, may be overwritten. On an asynchronous
         device nothing waits. A row may occur more than once, unless it is penalised, if the host passes the
         `positions` that the logits follow from; `last_tokens` and `num_outputs` are then undefined until a request
-        takes the row.
+        takes the row. `masks`: the tokens that grammars allow, by index into `rows`.
         """
         self.upload()
         choose = self._choose if self._group.size == 1 else self._choose_together
-        sampled = choose(logits, rows, positions)
+        sampled = choose(logits, rows, positions, masks)
         batch = self._prepare(rows)
         self.last_tokens.index_copy_(0, batch.rows, sampled.token_ids)
         self.num_outputs.index_add_(0, batch.rows, batch.ones)
@@ -103,20 +111,25 @@ class Sampler:
             self._seen.record(sampled.token_ids, batch.penalised)
         return sampled
 
-    def _choose(self, logits: torch.Tensor, rows: list[int], positions: list[int] | None) -> SampleOutput:
+    def _choose(
+        self, logits: torch.Tensor, rows: list[int], positions: list[int] | None, masks: TokenMasks | None
+    ) -> SampleOutput:
         """The next tokens of rows whose logits are here, [len(rows), vocab_size]; they are not yet recorded."""
         batch = self._prepare(rows)
         if positions is None:
             num_outputs = self.num_outputs.index_select(0, batch.rows)
         else:
             num_outputs = self._table.num_outputs(rows, positions)
+        edits_logits = batch.edits_logits or masks is not None
         raw = None
         if batch.logprobs is not None:
             raw = logits[batch.logprobs.entries]
-            if batch.edits_logits and logits.dtype == torch.float32 and isinstance(batch.logprobs.entries, slice):
+            if edits_logits and logits.dtype == torch.float32 and isinstance(batch.logprobs.entries, slice):
                 raw = raw.clone()
-        if batch.edits_logits:
+        if edits_logits:
             logits = logits.float()
+            if masks is not None:
+                apply_masks(logits, masks)
             self._edit(logits, batch, num_outputs)
         tokens = self._draw(logits, batch.rows, self.params, num_outputs)
         if raw is None or batch.logprobs is None:
@@ -124,7 +137,9 @@ class Sampler:
         logprobs = gather_logprobs(raw, tokens[batch.logprobs.entries], batch.logprobs.most)
         return SampleOutput(tokens, logprobs, batch.num_logprobs)
 
-    def _choose_together(self, logits: torch.Tensor, rows: list[int], positions: list[int] | None) -> SampleOutput:
+    def _choose_together(
+        self, logits: torch.Tensor, rows: list[int], positions: list[int] | None, masks: TokenMasks | None
+    ) -> SampleOutput:
         """As `_choose`, of logits whose columns are shared out: each rank chooses for its part of the rows."""
         group, num_logprobs = self._group, self._prepare(rows).num_logprobs
         if self._table.take_argmax(rows):
@@ -134,7 +149,8 @@ class Sampler:
         own = parts[group.rank]
         chosen = SampleOutput(torch.zeros(0, dtype=torch.int64, device=logits.device), None, ())
         if rows[own]:
-            chosen = self._choose(logits, rows[own], None if positions is None else positions[own])
+            known = None if positions is None else positions[own]
+            chosen = self._choose(logits, rows[own], known, None if masks is None else masks_within(masks, own))
         tokens = gather_rows(group, chosen.token_ids, [len(rows[part]) for part in parts])
         asked = [count for count in num_logprobs if count is not None]
         if not asked:
@@ -148,7 +164,12 @@ class Sampler:
         return self._table.take_argmax(rows)
 
     def complete(
-        self, tokens: torch.Tensor, logits: torch.Tensor, rows: list[int], positions: list[int] | None = None
+        self,
+        tokens: torch.Tensor,
+        logits: torch.Tensor,
+        rows: list[int],
+        positions: list[int] | None = None,
+        masks: TokenMasks | None = None,
     ) -> SampleOutput:
         """Finish a step in which a graph drew `tokens`, int64 [len(rows)], except for rows that need their logits: do
         for these what `sample` does. Their rows of `logits` are filled."""
@@ -158,7 +179,9 @@ class Sampler:
             return SampleOutput(tokens, None, tuple(num_logprobs))
         entries = self._table.entries(remaining)
         known = None if positions is None else [positions[entry] for entry in remaining]
-        sampled = self.sample(logits[entries], [rows[entry] for entry in remaining], known)
+        if masks is not None:
+            masks = TokenMasks(np.searchsorted(remaining, masks.entries).tolist(), masks.bits)
+        sampled = self.sample(logits[entries], [rows[entry] for entry in remaining], known, masks)
         tokens[entries] = sampled.token_ids
         for entry, count in zip(remaining, sampled.num_logprobs, strict=True):
             num_logprobs[entry] = count

@@ -107,7 +107,11 @@ class RowTable:
             stops = [i for i in self._eos_token_ids.union(params.stop_token_ids) if 0 <= i < self._vocab_size]
             self._early_stops[row] = (stops, params.min_tokens)
         wants_logits = (
-            params.penalised or row in self._biases or row in self._early_stops or params.logprobs is not None
+            params.penalised
+            or row in self._biases
+            or row in self._early_stops
+            or params.logprobs is not None
+            or params.grammar is not None
         )
         temperature = 0.0 if params.temperature < _GREEDY_BELOW else params.temperature
         self._numbers[row] = (

@@ -167,6 +167,7 @@ async def respond(service: Service, body: CompletionRequest) -> GenerationRespon
     service.check_model(body.model)
     service.fields.check(body, REFUSED_IN_COMPLETIONS)
     params = service.rules.for_completion(body)
+    await service.check_grammar(body)
     service.turns.check(len(body.prompt), params.n)
     texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
     encoded = iter(await service.encode(texts, body.add_special_tokens is not False))

@@ -12,6 +12,7 @@ from typing import Any
 from miniserve.core import InvalidRequest, SamplingParams
 from miniserve.scheduler.limits import check_logprobs
 from miniserve.server.protocol import Body, ChatCompletionRequest, CompletionRequest, GenerationBody
+from miniserve.server.structured import find_grammar
 
 logger = logging.getLogger(__name__)
 
@@ -22,12 +23,10 @@ Refused = Mapping[str, tuple[object, ...]]
 
 # They would change the answer and are not supported: refused unless null or one of the values that ask for nothing.
 REFUSED: dict[str, tuple[object, ...]] = {
-    # structured output
-    "response_format": ({"type": "text"},), "structured_outputs": (), "guided_json": (), "guided_regex": (),
-    "guided_choice": (), "guided_grammar": (), "structural_tag": (), "json_schema": (), "regex": (), "ebnf": (),
-    "grammar": ("",),
+    # other servers' names for structured output
+    "structural_tag": (), "json_schema": (), "regex": (), "ebnf": (), "grammar": ("",), "guided_whitespace_pattern": (),
     # tools
-    "tools": ([],), "tool_choice": ("none",), "functions": ([],), "function_call": ("none",), "web_search_options": (),
+    "functions": ([],), "function_call": ("none",), "web_search_options": (),
     # what may be sampled, and how
     "suffix": (), "bad_words": ([],), "allowed_token_ids": (), "logits_processors": ([],), "logit_processors": ([],),
     "custom_logit_processor": (), "use_beam_search": (False,), "num_beams": (1,), "early_stopping": (False,),
@@ -40,10 +39,10 @@ REFUSED: dict[str, tuple[object, ...]] = {
     # what goes in
     "prompt_embeds": (), "truncate_prompt_tokens": (), "audio": (), "mm_processor_kwargs": ({},),
     "system": ("",), "images": ([],), "image_data": ([],), "reasoning": (), "thinking_budget": (),
-    "reasoning_effort": (), "cache_salt": (), "kv_transfer_params": (), "priority": (0,), "session_params": (),
+    "cache_salt": (), "kv_transfer_params": (), "priority": (0,), "session_params": (),
     # what comes out
     "modalities": (["text"],), "prompt_logprobs": (), "logprob_token_ids": ([],), "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,), "return_prompt_text": (False,), "include_reasoning": (True,),
+    "return_tokens_as_token_ids": (False,), "return_prompt_text": (False,),
     "spaces_between_special_tokens": (True,), "return_tokens": (False,), "return_hidden_states": (False,),
     "return_prompt_token_ids": (False,), "return_token_offsets": (False,),
     # other servers' names for what has another one here
@@ -54,15 +53,22 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "eos_token_id": (), "no_stop_trim": (False,), "input_ids": (), "inputs": (), "input": (), "enable_thinking": (),
     "thinking": (), "think": (), "options": ({},), "sampling_params": ({},), "parameters": ({},), "extra_body": ({},),
 }  # fmt: skip
-REFUSED_IN_COMPLETIONS = REFUSED | {"max_completion_tokens": (), "top_logprobs": (0,), "messages": ()}
+REFUSED_IN_COMPLETIONS = REFUSED | {
+    "max_completion_tokens": (), "top_logprobs": (0,), "messages": (), "tools": ([],), "tool_choice": ("none",),
+    "reasoning_effort": (), "include_reasoning": (True,),
+}  # fmt: skip
 REFUSED_IN_CHAT = REFUSED | {"echo": (False,), "best_of": (1,), "prompt": ()}
 
 _THINKING = 'use chat_template_kwargs, for example {"enable_thinking": false}, where the template knows it'
+_CHAT = "ask /v1/chat/completions"
 _FLAT = "send what it holds as fields of the request itself, under OpenAI's names"
 _REMEDIES = {
+    "structural_tag": "use response_format", "json_schema": "use response_format", "regex": "use structured_outputs",
+    "ebnf": "use structured_outputs", "grammar": "use structured_outputs",
     "reasoning": _THINKING, "thinking_budget": _THINKING,
-    "reasoning_effort": _THINKING, "enable_thinking": _THINKING, "thinking": _THINKING, "think": _THINKING,
-    "tool_choice": 'leave it out or send "none"',
+    "enable_thinking": _THINKING, "thinking": _THINKING, "think": _THINKING,
+    "functions": "use tools", "function_call": "use tool_choice",
+    "tools": _CHAT, "tool_choice": _CHAT, "reasoning_effort": _CHAT, "include_reasoning": _CHAT,
     "num_beams": "leave it out or send 1",
     "max_completion_tokens": "use max_tokens",
     "top_logprobs": "use logprobs, which is a number here",
@@ -92,7 +98,7 @@ _REMEDIES = {
 IGNORED = frozenset({
     "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
     "prediction", "verbosity", "parallel_tool_calls", "stream_interval", "request_id", "session_id", "do_sample",
-    "truncation_side", "models", "cache_prompt",
+    "truncation_side", "models", "cache_prompt", "guided_decoding_backend",
 })  # fmt: skip
 
 # Fields that go to `SamplingParams` as they are; of the first group the model may have defaults.
@@ -225,8 +231,13 @@ class SamplingRules:
         named = {name: getattr(body, name) for name in (*_DEFAULTED, *_PLAIN)}
         values |= {name: value for name, value in named.items() if value is not None}
         values["top_k"] = min(int(values.get("top_k", 0)), self.vocab_size)
+        grammar = find_grammar(body)
         params = SamplingParams(
-            stop=tuple(body.stop or ()), stop_token_ids=tuple(body.stop_token_ids or ()), **values, **settled
+            grammar=grammar and grammar[1],
+            stop=tuple(body.stop or ()),
+            stop_token_ids=tuple(body.stop_token_ids or ()),
+            **values,
+            **settled,
         )
         if body.extras.get("do_sample") is False and not params.greedy:
             raise InvalidRequest("do_sample false asks for greedy decoding; set temperature to 0.", "do_sample")
