@@ -35,8 +35,8 @@ class StepGraphs(Protocol):
 
     def drawn(self, bucket: int, inputs: GraphInputs) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Launch a step and draw each row's token as its request says. A row that needs the host's sampler gets no
-        token: the second result has its logits, [entries, words of this rank] in the model's dtype, where only such rows
-        need be filled. Without tokens all rows are such. Both are valid until the next launch."""
+        token: the second result has its logits, [entries, words of this rank] in the model's dtype, where only such
+        rows need be filled. Without tokens all rows are such. Both are valid until the next launch."""
         ...
 
 
