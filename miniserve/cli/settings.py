@@ -164,6 +164,9 @@ _OPTIONS: dict[type, dict[str, Any]] = {
         "trust_request_chat_template": _http(
             "--trust-request-chat-template", help="Accept chat templates, which are programs, from requests."
         ),
+        "strict_fields": _http(
+            "--strict-fields", help="Refuse unknown fields of requests, which are otherwise ignored with a warning."
+        ),
     },
     Shape: {
         "input_len": typer.Option(help="Prompt length in tokens."),

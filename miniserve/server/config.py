@@ -19,8 +19,9 @@ class ServerConfig:
     one request, max_queue those of all requests that run or wait. step_timeout: how long a step may last before the
     engine counts as dead; None: by the device. drain_timeout: how long running requests may go on after the first
     signal. allowed_hosts: names that requests may have in their Host header; see `serve` for those that need not be
-    named. allowed_origins: browsers' origins that may call the server (CORS); none by default. log_interval: while
-    requests run, how often a line says how it goes; 0 for never.
+    named. allowed_origins: browsers' origins that may call the server (CORS); none by default. strict_fields: refuse
+    unknown fields of requests, which are otherwise warned about. log_interval: while requests run, how often a line
+    says how it goes; 0 for never.
     """
 
     host: str = "127.0.0.1"
@@ -34,6 +35,7 @@ class ServerConfig:
     allowed_origins: tuple[str, ...] = ()
     enable_tokenizer_info: bool = False
     trust_request_chat_template: bool = False
+    strict_fields: bool = False
     step_timeout: float | None = None
     drain_timeout: float = 60.0
     log_interval: float = 10.0

@@ -53,6 +53,20 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "return_logprob": (False,), "num_return_sequences": (1,), "stop_sequences": ([],), "stop_strings": ([],),
     "eos_token_id": (), "no_stop_trim": (False,), "input_ids": (), "inputs": (), "input": (), "enable_thinking": (),
     "thinking": (), "think": (), "options": ({},), "sampling_params": ({},), "parameters": ({},), "extra_body": ({},),
+    "max_gen_toks": (), "n_cmpl": (1,), "candidate_count": (1,), "generation_config": ({},), "top_n_tokens": (0,),
+    "decoder_input_details": (False,), "return_full_text": (False,), "details": (False,), "truncate": (),
+    "truncation_length": (0,), "logprob_start_len": (-1,), "custom_token_bans": ("",), "banned_tokens": ([],),
+    "banned_strings": ([],), "ban_eos_token": (False,), "add_bos_token": (True,), "auto_max_new_tokens": (False,),
+    "adapter_id": (), "request_id": (), "rid": (), "instructions": ("",), "previous_response_id": (),
+    "conversation": (), "text": ({"format": {"type": "text"}},), "background": (False,), "include": ([],),
+    # other engines' settings that have none like them here
+    "verbosity": ("medium",), "n_keep": (0,), "n_discard": (0,), "n_indent": (0,), "num_keep": (0,), "num_ctx": (),
+    "penalize_nl": (False,), "min_keep": (0,), "input_prefix": ("",), "input_suffix": ("",), "input_extra": ([],),
+    "return_progress": (False,), "timings_per_token": (False,), "post_sampling_probs": (False,),
+    "response_fields": ([],), "template": ("",), "context": ([],), "raw": (False,), "smoothing_factor": (0,),
+    "dynamic_temperature": (False,), "encoder_repetition_penalty": (1,), "repetition_penalty_range": (0,),
+    "max_tokens_second": (0,), "token_healing": (False,), "prompt_mode": (), "safe_prompt": (False,),
+    "input_embeds": (), "video_data": ([],), "audio_data": ([],), "return_routed_experts": (False,),
 }  # fmt: skip
 REFUSED_IN_COMPLETIONS = REFUSED | {"max_completion_tokens": (), "top_logprobs": (0,), "messages": ()}
 REFUSED_IN_CHAT = REFUSED | {"echo": (False,), "best_of": (1,), "prompt": ()}
@@ -86,13 +100,34 @@ _REMEDIES = {
     "samplers": "leave it out; their order is min_p, top_k, top_p",
     "options": f"{_FLAT} (num_predict is max_tokens)", "sampling_params": f"{_FLAT} (max_new_tokens is max_tokens)",
     "parameters": f"{_FLAT} (max_new_tokens is max_tokens)", "extra_body": _FLAT,
+    "max_gen_toks": "use max_tokens", "auto_max_new_tokens": "leave max_tokens out of a chat",
+    "n_cmpl": "use n", "candidate_count": "use n", "generation_config": _FLAT, "top_n_tokens": "use logprobs",
+    "decoder_input_details": "use prompt_logprobs", "details": "use logprobs",
+    "logprob_start_len": "use prompt_logprobs", "return_full_text": "use echo", "truncate": "use truncate_prompt_tokens",
+    "truncation_length": "use truncate_prompt_tokens", "custom_token_bans": "use bad_words, or logit_bias of -100",
+    "banned_tokens": "use logit_bias of -100", "banned_strings": "use bad_words",
+    "ban_eos_token": "use ignore_eos, or min_tokens", "add_bos_token": "use add_special_tokens",
+    "request_id": "send the header X-Request-Id", "rid": "send the header X-Request-Id",
+    "instructions": "send a message whose role is system to /v1/chat/completions",
+    "previous_response_id": "send the whole conversation; none is kept",
+    "conversation": "send the whole conversation; none is kept", "text": "use response_format",
+    "verbosity": "say in a message how long the answer shall be", "n_keep": "use truncate_prompt_tokens",
+    "num_keep": "use truncate_prompt_tokens", "num_ctx": "start the server with --max-model-len",
+    "template": "use chat_template, where the operator allows it", "context": "send the whole conversation",
+    "raw": "/v1/completions takes a prompt as it is", "return_tokens": "use return_token_ids",
+    "return_prompt_token_ids": "use return_token_ids",
 }  # fmt: skip
 
 # Without effect on the answer by their nature, or only a hint; do_sample is judged together with temperature.
 IGNORED = frozenset({
     "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "prediction", "verbosity", "parallel_tool_calls", "stream_interval", "request_id", "session_id", "do_sample",
-    "truncation_side", "models", "cache_prompt",
+    "prediction", "parallel_tool_calls", "stream_interval", "session_id", "do_sample", "truncation_side", "models",
+    "cache_prompt", "keep_alive", "id_slot", "data_parallel_rank", "conversation_id",
+})  # fmt: skip
+
+# Other names of max_tokens. lm_eval sends some beside it: there is nothing to refuse where max_tokens stops no later.
+_LENGTHS = frozenset({
+    "max_new_tokens", "max_gen_toks", "n_predict", "num_predict", "max_output_tokens", "max_tokens_to_sample",
 })  # fmt: skip
 
 # Fields that go to `SamplingParams` as they are; of the first group the model may have defaults.
@@ -111,9 +146,10 @@ _PLAIN = (
 
 
 class FieldPolicy:
-    """Judges extra fields; remembers which it has warned about."""
+    """Judges extra fields; remembers which it has warned about. `strict`: unknown ones are refused."""
 
-    def __init__(self) -> None:
+    def __init__(self, strict: bool = False) -> None:
+        self._strict = strict
         self._warned: set[str] = set()
 
     def check(self, body: Body, refused: Refused) -> None:
@@ -127,20 +163,40 @@ class FieldPolicy:
         unknown = []
         for name, value in body.extras.items():
             if name in refused:
-                if value is not None and not any(_same(value, neutral) for neutral in refused[name]):
-                    remedy = _REMEDIES.get(name, "leave it out")
-                    raise InvalidRequest(f"{name} is not supported here; {remedy}.", name)
+                if not _asks_for_nothing(name, value, refused[name], body):
+                    raise InvalidRequest(f"{name} is not supported here; {remedy(name)}.", name)
             elif name not in IGNORED and name not in self._warned:
                 unknown.append(name)
         if len(unknown) > _MAX_UNKNOWN:
             raise InvalidRequest(f"The request has {len(unknown)} unknown fields, such as {unknown[0][:100]!r}.")
         for name in unknown:
             meant = _closest(name, (*type(body).model_fields, *refused))
+            if meant in refused:
+                raise InvalidRequest(
+                    f"The field {name!r} is not known. If you mean {meant}: it is not supported here; {remedy(meant)}.",
+                    name,
+                )
             if meant is not None:
                 raise InvalidRequest(f"The field {name!r} is not known; did you mean {meant}?", name)
+            if self._strict:
+                raise InvalidRequest(f"The field {name!r} is not known, and this server takes no unknown ones.", name)
             if len(self._warned) < _MAX_WARNINGS:
                 self._warned.add(name)
                 logger.warning("Ignoring the unknown request field %.100r (said once per field).", name)
+
+
+def remedy(name: str) -> str:
+    """What to do instead of sending a refused field."""
+    return _REMEDIES.get(name, "leave it out")
+
+
+def _asks_for_nothing(name: str, value: object, neutrals: tuple[object, ...], body: Body) -> bool:
+    if value is None or any(_same(value, neutral) for neutral in neutrals):
+        return True
+    if name not in _LENGTHS or not isinstance(body, GenerationBody) or type(value) is not int:
+        return False
+    most = body.asked_tokens[1]
+    return most is not None and most <= value
 
 
 def _same(value: object, neutral: object) -> bool:
@@ -219,8 +275,14 @@ class SamplingRules:
         return self._params(body, max_tokens=max_tokens, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
 
     def _params(self, body: GenerationBody, **settled: Any) -> SamplingParams:
-        if body.stream_options is not None and not body.stream:
+        options = body.stream_options
+        if options is not None and not body.stream:
             raise InvalidRequest("stream_options is only allowed when stream is true.", "stream_options")
+        if options is not None and options.continuous_usage_stats and not options.include_usage:
+            raise InvalidRequest(
+                "stream_options.continuous_usage_stats needs include_usage to be true.",
+                "stream_options.continuous_usage_stats",
+            )
         values: dict[str, Any] = {name: self.defaults[name] for name in _DEFAULTED if name in self.defaults}
         named = {name: getattr(body, name) for name in (*_DEFAULTED, *_PLAIN)}
         values |= {name: value for name, value in named.items() if value is not None}
@@ -230,4 +292,6 @@ class SamplingRules:
         )
         if body.extras.get("do_sample") is False and not params.greedy:
             raise InvalidRequest("do_sample false asks for greedy decoding; set temperature to 0.", "do_sample")
+        if body.extras.get("do_sample") is True and params.greedy:
+            raise InvalidRequest("do_sample true asks for a draw; set temperature above 0.", "do_sample")
         return params

@@ -35,7 +35,7 @@ class Service:
         # As many more than run as keep the engine from ever waiting for the next.
         self.turns = Turns(2 * engine.info.max_num_seqs, config.max_queue, config.max_prompts)
         self.metrics = ServerMetrics(engine, self.turns, self.model_names[0])
-        self.fields = FieldPolicy()
+        self.fields = FieldPolicy(config.strict_fields)
         self.rules = SamplingRules(engine.generation_defaults.sampling, engine.info.vocab_size)
         self._long = ThreadPoolExecutor(2, "long-text")
         self._very_long = ThreadPoolExecutor(1, "very-long-text")
