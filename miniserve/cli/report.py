@@ -88,10 +88,10 @@ class Report:
         if info.speculative is not None:
             self.line(f"speculation {info.speculative}, in batch rows that no running request needs")
 
-    def ready(self, url: str, model: str, *, with_key: bool) -> None:
-        """The URL and a request to copy into a shell."""
-        self.line(f"Serving {model} at {url}")
-        self.line(curl_line(url, model, with_key=with_key))
+    def ready(self, url: str, model: str, *, with_key: bool, uds: str | None = None) -> None:
+        """The URL, or the unix socket, and a request to copy into a shell."""
+        self.line(f"Serving {model} at {uds or url}")
+        self.line(curl_line(url, model, with_key=with_key, uds=uds))
 
 
 def _amount(stage: str, total: int) -> str:
@@ -108,8 +108,9 @@ def client_url(host: str, port: int) -> str:
     return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
 
 
-def curl_line(url: str, model: str, *, with_key: bool) -> str:
+def curl_line(url: str, model: str, *, with_key: bool, uds: str | None = None) -> str:
     """A completion request. The key is a shell variable, so that no log contains it."""
     body = json.dumps({"model": model, "prompt": "Once upon a time", "max_tokens": 64})
     key = ' -H "Authorization: Bearer $API_KEY"' if with_key else ""
-    return f"curl {url}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
+    socket = "" if uds is None else f"--unix-socket {shlex.quote(uds)} "
+    return f"curl {socket}{url}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"

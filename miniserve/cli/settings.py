@@ -164,6 +164,19 @@ _OPTIONS: dict[type, dict[str, Any]] = {
         "trust_request_chat_template": _http(
             "--trust-request-chat-template", help="Accept chat templates, which are programs, from requests."
         ),
+        "root_path": _http(
+            help="Path that a proxy puts before all others; requests may come with it or without.",
+            show_default="none",
+            metavar="PATH",
+        ),
+        "uds": _http(help="Unix socket to listen on instead of host and port.", metavar="PATH"),
+        "ssl_keyfile": _http(help="Private key (PEM) for TLS; with --ssl-certfile.", metavar="FILE"),
+        "ssl_certfile": _http(help="Certificate chain (PEM) for TLS; with --ssl-keyfile.", metavar="FILE"),
+        "log_requests": _http(
+            help="Log a line for each request: tokens in, cached and out, TTFT, TPOT, how it finished.",
+            show_default="on",
+        ),
+        "log_prompts": _http("--log-prompts", help="Add the beginning of each prompt to that line."),
         "strict_fields": _http(
             "--strict-fields", help="Refuse unknown fields of requests, which are otherwise ignored with a warning."
         ),

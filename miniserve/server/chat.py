@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from miniserve.core import Completion, InvalidRequest, SamplingParams, TokenLogprobs
@@ -21,7 +21,7 @@ from miniserve.server.protocol import (
     TopLogprob,
 )
 from miniserve.server.reply import Answer, GenerationResponse, Header, finish_word
-from miniserve.server.service import Service
+from miniserve.server.service import MAX_TEXT, Service
 
 
 class ChatAnswer(Answer):
@@ -29,9 +29,16 @@ class ChatAnswer(Answer):
 
     whole_kind, chunk_kind = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, header: Header, tokenizer: Tokenizer, prompt_len: int, params: SamplingParams) -> None:
-        super().__init__(header, [prompt_len])
-        self._tokenizer = tokenizer
+    def __init__(
+        self,
+        header: Header,
+        tokenizer: Tokenizer,
+        token_ids: list[int],
+        params: SamplingParams,
+        body: ChatCompletionRequest,
+    ) -> None:
+        super().__init__(header, tokenizer, [token_ids], params, body)
+        self._echo = _echoed(body)
         self._with_logprobs = params.logprobs is not None
         self._deltas: dict[int, list[Completion]] = {}
         self._started: set[int] = set()
@@ -48,6 +55,8 @@ class ChatAnswer(Answer):
             self._started.add(index)
             opening: ChatDelta = {"role": "assistant", "content": ""}
             yield {"index": index, "delta": opening, "logprobs": None, "finish_reason": None}
+            if self._echo:
+                yield {"index": index, "delta": {"content": self._echo}, "logprobs": None, "finish_reason": None}
         self.count(number, delta)
         reason = finish_word(delta)
         if reason is None or delta.text or delta.logprobs:
@@ -61,14 +70,19 @@ class ChatAnswer(Answer):
         deltas = self._deltas[index]
         return {
             "index": index,
-            "message": {"role": "assistant", "content": "".join(delta.text for delta in deltas), "refusal": None},
+            "message": {
+                "role": "assistant",
+                "content": self._echo + "".join(delta.text for delta in deltas),
+                "refusal": None,
+            },
             "logprobs": self._logprobs(deltas) if self._with_logprobs else None,
             "finish_reason": finish_word(deltas[-1]),
             "stop_reason": deltas[-1].stop_reason,
         }
 
     def _logprobs(self, deltas: Sequence[Completion]) -> ChatLogprobs:
-        return chat_logprobs(self._tokenizer, [entry for delta in deltas for entry in delta.logprobs or ()])
+        entries = [entry for delta in deltas for entry in delta.logprobs or ()]
+        return chat_logprobs(self._tokenizer, entries, self.token_name)
 
 
 async def respond(service: Service, body: ChatCompletionRequest) -> GenerationResponse:
@@ -78,10 +92,27 @@ async def respond(service: Service, body: ChatCompletionRequest) -> GenerationRe
     service.fields.check(body, REFUSED_IN_CHAT)
     params = service.rules.for_chat(body)
     service.turns.check(1, params.n)
-    token_ids = await render(service, body.messages, body)
+    max_chars = None if body.truncate_prompt_tokens is None else MAX_TEXT
+    token_ids = service.truncate(await render(service, body.messages, body, max_chars), body)
     header = service.header("chatcmpl")
-    answer = ChatAnswer(header, service.engine.tokenizer, len(token_ids), params)
-    return GenerationResponse(await service.generation([token_ids], params, body, header), answer, body)
+    answer = ChatAnswer(header, service.engine.tokenizer, token_ids, params, body)
+    return service.reply(await service.generation([token_ids], params, body, header), answer, body)
+
+
+def _echoed(body: ChatCompletionRequest) -> str:
+    """The text that the answer begins with. Raises `InvalidRequest` where it continues none."""
+    if not body.echo:
+        return ""
+    if not body.continue_final_message:
+        raise InvalidRequest(
+            "echo begins the answer with the message that it continues; it needs continue_final_message.", "echo"
+        )
+    content = body.messages[-1].content
+    if isinstance(content, str):
+        return content
+    if content is not None and len(content) == 1 and content[0].text is not None:
+        return content[0].text
+    raise InvalidRequest("echo needs a last message whose content is one text.", "echo")
 
 
 async def render(
@@ -118,17 +149,17 @@ def _message(path: str, message: ChatMessage) -> dict[str, Any]:
     return {**message.extras, "role": message.role, "content": content}
 
 
-def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]) -> ChatLogprobs:
+def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs], name: Callable[[int], str]) -> ChatLogprobs:
     content: list[TokenLogprob] = []
     for entry in entries:
-        top = [_top_logprob(tokenizer, *pair) for pair in zip(entry.top_ids, entry.top_logprobs, strict=True)]
-        content.append({**_top_logprob(tokenizer, entry.token_id, entry.logprob), "top_logprobs": top})
+        top = [_top_logprob(tokenizer, *pair, name) for pair in zip(entry.top_ids, entry.top_logprobs, strict=True)]
+        content.append({**_top_logprob(tokenizer, entry.token_id, entry.logprob, name), "top_logprobs": top})
     return {"content": content, "refusal": None}
 
 
-def _top_logprob(tokenizer: Tokenizer, token_id: int, logprob: float) -> TopLogprob:
+def _top_logprob(tokenizer: Tokenizer, token_id: int, logprob: float, name: Callable[[int], str]) -> TopLogprob:
     return {
-        "token": tokenizer.token_str(token_id),
+        "token": name(token_id),
         "logprob": logprob,
         "bytes": list(tokenizer.token_bytes(token_id)),
     }

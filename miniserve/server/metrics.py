@@ -191,6 +191,7 @@ class _Sequence:
     first_token: float = 0.0  # time.monotonic() seconds
     last_token: float = 0.0
     num_tokens: int = 0
+    finish: FinishReason | None = None
 
 
 class RequestMetrics:
@@ -200,15 +201,15 @@ class RequestMetrics:
         self._metrics = metrics
         self._prompt_len = prompt_len
         self._params = params
-        self._arrival = time.monotonic()
+        self.arrival = time.monotonic()
         self._unfinished = params.n
         self._most_tokens = 0
         self._prefilled = False
-        self._sequences = [_Sequence() for _ in range(params.n)]
+        self.sequences = [_Sequence() for _ in range(params.n)]
 
     def observe(self, delta: Completion) -> None:
         now = time.monotonic()
-        sequence = self._sequences[delta.index]
+        sequence = self.sequences[delta.index]
         if not self._prefilled and delta.finish_reason is not FinishReason.ERROR:
             self._prefilled = True
             self._metrics.prompt_tokens += self._prompt_len
@@ -229,7 +230,7 @@ class RequestMetrics:
         metrics = self._metrics
         if sequence.num_tokens == 0:
             sequence.first_token = now
-            metrics.ttft.observe(now - self._arrival)
+            metrics.ttft.observe(now - self.arrival)
             if count > 1:
                 metrics.itl.observe(0.0, count - 1)
         else:
@@ -241,10 +242,11 @@ class RequestMetrics:
     def _finish(self, sequence: _Sequence, delta: Completion, reason: FinishReason, now: float) -> None:
         metrics = self._metrics
         self._unfinished -= 1
+        sequence.finish = reason
         metrics.finished[reason] += 1
         if reason is FinishReason.ERROR:
             return
-        metrics.e2e.observe(now - self._arrival)
+        metrics.e2e.observe(now - self.arrival)
         metrics.prompt_len.observe(self._prompt_len)
         metrics.output_len.observe(sequence.num_tokens)
         metrics.preemptions.observe(delta.num_preemptions)
@@ -255,7 +257,7 @@ class RequestMetrics:
         if self._unfinished == 0:
             metrics.max_output_len.observe(self._most_tokens)
         if delta.first_scheduled_time > 0.0:
-            metrics.queue.observe(max(delta.first_scheduled_time - self._arrival, 0.0))
+            metrics.queue.observe(max(delta.first_scheduled_time - self.arrival, 0.0))
             metrics.inference.observe(now - delta.first_scheduled_time)
         if sequence.num_tokens > 0:
             metrics.decode.observe(sequence.last_token - sequence.first_token)

@@ -19,6 +19,7 @@ from miniserve.server.protocol import ChatCompletionRequest, CompletionRequest, 
 
 COMPLETION: dict[str, Any] = {"prompt": "Once", "max_tokens": 2}
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+TWO_PARTS = [{"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
 BODIES = {"/v1/completions": COMPLETION, "/v1/chat/completions": CHAT}
 
 
@@ -117,8 +118,25 @@ def test_a_body_that_is_no_json_object_is_a_400(
         ("logprobs", 21),
         ("logprobs", -1),
         ("logprobs", True),
-        ("best_of", 2),
         ("best_of", 0),
+        ("best_of", 129),
+        ("allowed_token_ids", []),
+        ("allowed_token_ids", [2048]),
+        ("bad_words", [""]),
+        ("bad_words", ["a" * 129]),
+        ("bad_words", [str(number) for number in range(257)]),
+        ("prompt_logprobs", 21),
+        ("prompt_logprobs", -1),
+        ("logprob_token_ids", [5]),
+        ("truncate_prompt_tokens", 0),
+        ("truncate_prompt_tokens", -2),
+        ("truncate_prompt_tokens", 257),
+        ("truncation_side", "left"),
+        ("truncation_side", "middle"),
+        ("priority", 2**63),
+        ("priority", "high"),
+        ("cache_salt", ""),
+        ("cache_salt", "a" * 257),
         ("stop", [""]),
         ("stop", 5),
         ("stop", [str(number) for number in range(257)]),
@@ -183,6 +201,11 @@ def test_a_completion_field_out_of_range_is_named(web: httpx.Client, field: str,
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
         ({"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message"),
         ({"best_of": 2}, "best_of"),
+        ({"echo": True}, "echo"),
+        ({"echo": True, "continue_final_message": True, "messages": TWO_PARTS}, "echo"),
+        ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
+        ({"logprobs": True, "top_logprobs": 3, "logprob_token_ids": [5, 6]}, "logprob_token_ids"),
+        ({"allowed_token_ids": [5, 2047], "min_tokens": 1, "stop_token_ids": [5]}, "allowed_token_ids"),
         ({"prompt": "x"}, "prompt"),
     ],
 )
