@@ -54,7 +54,7 @@ def run_server(
 ) -> int:
     """Serve until a signal or the engine's death ends it; returns the exit code. `on_ready` gets the URL, and an event
     that ends it, too."""
-    set_up_logging(engine.log_level)
+    set_up_logging(engine.log_level, engine.log_format)
     if engine.log_level != "debug":
         for library in ("httpx", "httpx2"):  # they log each request at info
             logging.getLogger(library).setLevel(logging.WARNING)

@@ -80,6 +80,7 @@ _OPTIONS: dict[type, dict[str, Any]] = {
         "generation_config": _model(help="auto: sampling defaults of the model's file; none: neutral ones."),
         "seed": _model(help="Seed of random weights, of requests without one, of a benchmark's prompts."),
         "log_level": _http(help=f"{', '.join(LOG_LEVELS)}.", callback=_note_debug),
+        "log_format": _http(help="text, or json: an object on each line of the log."),
         "max_num_seqs": _sched(help="Most requests that run at once.", metavar="N", parser=count("--max-num-seqs")),
         "max_num_batched_tokens": _sched(
             help="Most tokens in one step. Fewer make gaps between tokens shorter while prompts arrive, and prefill "

@@ -63,7 +63,7 @@ def start(engine: EngineConfig, server: ServerConfig, *, prompt: str | None, cha
     # Here and not above: beneath a conversation this process needs none of it.
     from miniserve.cli.serving import run_server
 
-    return run_server(engine, server, Report(quiet=quiet))
+    return run_server(engine, server, Report(quiet=quiet, logs=engine.log_format == "json"))
 
 
 # --- a server beneath a conversation ----------------------------------------------------------------------------------

@@ -354,7 +354,7 @@ class Scheduler:
         self._num_updated += 1
         self._updated_shape = step.shape
         outputs = self._take_chunks(step, result)
-        num_without_token = len(outputs)
+        self._step_tokens = 0
         logprobs = result.logprobs or [None] * len(step.sampling)
         entries: Iterable[tuple[Sequence, int, TokenLogprobs | None]] = zip(
             step.sampling, result.token_ids, logprobs, strict=True
@@ -366,6 +366,7 @@ class Scheduler:
                 continue
             token_ids = seq.token_ids
             token_ids.append(token_id)
+            self._step_tokens += 1 if len(token_ids) > seq.prompt_len + 1 else seq.prompt_len + 1
             output = seq.output([token_id])
             outputs.append(output)
             if entry is not None:
@@ -377,7 +378,6 @@ class Scheduler:
                 self._stop(seq, token_id, output)
             elif len(token_ids) == seq.max_len:
                 self._finish(seq, output, FinishReason.LENGTH)
-        self._step_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks) + len(outputs) - num_without_token
         return outputs
 
     def note_seconds(self, seconds: float) -> None:

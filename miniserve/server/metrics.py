@@ -72,7 +72,7 @@ class Histogram:
 
 
 class ServerMetrics:
-    """All metrics of one server. A request is one sequence: n of them for n > 1, whose prompt counts once."""
+    """All metrics of one server. A request is one sequence: n of them for n > 1, each with the prompt, as in vLLM."""
 
     def __init__(self, engine: AsyncEngine, turns: Turns, model_name: str) -> None:
         self._engine = engine
@@ -143,7 +143,9 @@ class ServerMetrics:
         yield success
         yield from self._roofline()
         step_tokens = Histogram(
-            "vllm:iteration_tokens_total", "Tokens of a step: of prompts, and generated.", _STEP_TOKENS
+            "vllm:iteration_tokens_total",
+            "Tokens that a step generated, and of prompts that got their first.",
+            _STEP_TOKENS,
         )
         for size, times in self._engine.step_sizes.items():
             step_tokens.observe(size, times)
@@ -191,6 +193,7 @@ class _Sequence:
     first_token: float = 0.0  # time.monotonic() seconds
     last_token: float = 0.0
     num_tokens: int = 0
+    prefilled: bool = False
     finish: FinishReason | None = None
 
 
@@ -204,14 +207,13 @@ class RequestMetrics:
         self.arrival = time.monotonic()
         self._unfinished = params.n
         self._most_tokens = 0
-        self._prefilled = False
         self.sequences = [_Sequence() for _ in range(params.n)]
 
     def observe(self, delta: Completion) -> None:
         now = time.monotonic()
         sequence = self.sequences[delta.index]
-        if not self._prefilled and delta.finish_reason is not FinishReason.ERROR:
-            self._prefilled = True
+        if not sequence.prefilled and delta.finish_reason is not FinishReason.ERROR:
+            sequence.prefilled = True
             self._metrics.prompt_tokens += self._prompt_len
             self._metrics.cached_tokens += delta.num_cached_tokens
         if delta.token_ids:
@@ -250,11 +252,11 @@ class RequestMetrics:
         metrics.prompt_len.observe(self._prompt_len)
         metrics.output_len.observe(sequence.num_tokens)
         metrics.preemptions.observe(delta.num_preemptions)
-        metrics.n.observe(self._params.n)
         if self._params.max_tokens is not None:
             metrics.max_tokens.observe(self._params.max_tokens)
         self._most_tokens = max(self._most_tokens, sequence.num_tokens)
         if self._unfinished == 0:
+            metrics.n.observe(self._params.n)
             metrics.max_output_len.observe(self._most_tokens)
         if delta.first_scheduled_time > 0.0:
             metrics.queue.observe(max(delta.first_scheduled_time - self.arrival, 0.0))

@@ -137,7 +137,7 @@ class GenerationBody(Body):
     allowed_token_ids: Annotated[list[Int], Field(fail_fast=True)] | None = None
     bad_words: Texts | None = None
     prompt_logprobs: Int | None = None
-    logprob_token_ids: Annotated[list[Int], Field(fail_fast=True)] | None = None
+    logprob_token_ids: Annotated[list[Int], Field(fail_fast=True, min_length=1)] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     truncate_prompt_tokens: Int | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -166,7 +165,7 @@ class Answer(ABC):
         text = None
         if with_prompts:
             text = " | ".join(self._tokenizer.decode(ids[:_LOGGED_TOKENS], False) for ids in self._token_ids)
-            text = json.dumps(text[:_LOGGED_CHARS], ensure_ascii=False)
+            text = text[:_LOGGED_CHARS]
         log_request(self._header.id, request_id, self._prompt_tokens, sum(self._cached_tokens), records, text)
 
     def _prompt_logprob(self, entry: TokenLogprobs | None) -> dict[str, PromptLogprob] | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -42,4 +44,10 @@ def log_request(
     if text is not None:
         fields["prompt"] = text
     # As JSON each is a field of its own (see `set_up_logging`).
-    logger.info("%s", " ".join(f"{name}={value}" for name, value in fields.items()), extra={"fields": fields})
+    logger.info("%s", " ".join(f"{name}={_shown(value)}" for name, value in fields.items()), extra={"fields": fields})
+
+
+def _shown(value: object) -> str:
+    """As it is, or in quotes where a text would not be one word of the line."""
+    text = str(value)
+    return text if re.fullmatch(r"[\w.:+/-]+", text, re.ASCII) else json.dumps(text, ensure_ascii=False)

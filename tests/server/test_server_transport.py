@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import socket
 import ssl
@@ -241,7 +240,11 @@ def test_load_counts_requests_and_each_has_a_line_when_it_has_ended(caplog: pyte
     assert (done["in"], done["out"], done["finish"]) == (sum(len(ids) for ids, _ in engine.seen[:2]), 12, "4 length")
     assert done["ttft"] >= 0 and done["tpot"] >= 0 and "prompt" not in done
     message = lines(caplog)[1].getMessage()
-    assert message.startswith(f"id={done['id']} request_id=mine in=") and "secret" not in message
+    assert (
+        message.startswith(f"id={done['id']} request_id=mine in=")
+        and 'finish="4 length"' in message
+        and "secret" not in message
+    )
 
 
 @pytest.mark.parametrize("path", ["/completions", "/chat/completions"])
@@ -257,7 +260,7 @@ def test_prompts_are_logged_on_demand_alone_and_cut(caplog: pytest.LogCaptureFix
                 assert httpx.post(server.url + path, json=body, timeout=60).is_success
     plain, shown = lines(caplog)
     assert "secret" not in plain.getMessage()
-    assert "secret words" in json.loads(shown.fields["prompt"])  # type: ignore[attr-defined]
+    assert "secret words\n" in shown.fields["prompt"]  # type: ignore[attr-defined]
     assert "\n" not in shown.getMessage()
     with pytest.raises(UserError, match="--log-prompts"):
         ServerConfig(log_prompts=True, log_requests=False)
