@@ -110,6 +110,7 @@ DIFFERENCES = {
     "logprob_token_ids": "vLLM lists the drawn token in one of their places, so one id may be missing; here all are "
     "listed, and `top_logprobs` must be their number or 0.",
     "logprobs of -1, --max-logprobs": "Not built: at most 20, or 128 ids by `logprob_token_ids`.",
+    "words of messages": "Cases that match vLLM's own (such as `out of vocabulary`) find others.",
     "the last event of a choice": "It has no text, no logprobs and an empty `token_ids`; vLLM puts the end beside the"
     " last text.",
     "cases that expect text in the last event of a choice": "test_completion_streaming and its like: see above.",
