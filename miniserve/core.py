@@ -9,7 +9,7 @@ import enum
 import functools
 import math
 from dataclasses import dataclass, field
-from typing import Any, Protocol, get_type_hints
+from typing import Any, Literal, Protocol, get_type_hints
 
 import msgspec
 
@@ -49,6 +49,30 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"  # the engine failed; RequestOutput.error says why
 
 
+class Reasoning(msgspec.Struct, frozen=True):
+    """An output may begin with reasoning: with `begin`, unless the prompt `is_open`, that is ends with it. What follows
+    `end`, or an output that begins otherwise, is the answer proper."""
+
+    begin: str
+    end: str
+    is_open: bool
+
+
+class Grammar(msgspec.Struct, frozen=True):
+    """What the output must be. `text` is, by `kind`: a JSON schema; a regular expression that all of the output must
+    match; a JSON list of strings to choose from; a grammar (Lark, or llama.cpp's GBNF); or, for structural_tag, JSON:
+
+    {"tags": [{"begin": str, "schema": {...}, "end": str}], "triggers": [str], "at_least_one": bool,
+    "stop_after_first": bool}, the last three of which may be left out. The output is free text until a tag's `begin`
+    appears; then comes JSON by its schema, then its `end`, then free text again or, with `stop_after_first`, nothing.
+    With `triggers`, of which each `begin` starts with one, a tag must follow as soon as a trigger appears.
+    `at_least_one`: the output starts with a tag.
+    """
+
+    kind: Literal["json_schema", "regex", "choice", "grammar", "structural_tag"]
+    text: str
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How tokens are chosen and when generation stops.
 
@@ -57,7 +81,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     the prompt. `logprob_token_ids`: where `logprobs` is not None, the alternatives are these, in this order, instead of
     the most likely. `allowed_token_ids`: no other is drawn; None allows all. `bad_words`: sequences of tokens that the
     output never holds. `max_tokens` None means up to the context limit. `seed` makes the tokens depend on the prompt
-    and these parameters alone. Raises `InvalidRequest` naming the field for a value of the wrong type or out of range.
+    and these parameters alone. `grammar`: what the output must be; EOS comes where it may end (not before `min_tokens`
+    and, with `ignore_eos`, not at all), and where nothing else may follow the request ends. Stop strings and the
+    grammar count outside `reasoning`. `shown_special_tokens` are ids that `skip_special_tokens` does not hide. Raises
+    `InvalidRequest` naming the field for a value of the wrong type or out of range.
     """
 
     temperature: float = 1.0
@@ -82,6 +109,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprob_token_ids: tuple[int, ...] = ()
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    grammar: Grammar | None = None
+    shown_special_tokens: tuple[int, ...] = ()
+    reasoning: Reasoning | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):  # as OpenAI takes it; a tuple of its characters would not be meant
@@ -182,6 +212,7 @@ class RequestOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
+    grammar_ended: bool = False  # it stopped because nothing may follow its last token, which is none of those
     error: str | None = None
     num_cached_tokens: int = 0
     num_preemptions: int = 0
@@ -247,7 +278,8 @@ class StepPlan:
     `new_blocks` holds (row, index in the row's block table, block ids). A decode row computes one token: the last one
     sampled for that row, which may still be on the device, at position seq_len. Under speculation there are
     `draft_runs` instead of `decode_rows`. Results come in the order `decode_rows`, the draft runs' tokens, then the
-    chunks that sample. A plan may consist of stops alone.
+    chunks that sample. A plan may consist of stops alone. `masked`: which of `sampling_rows` (their indices, ascending)
+    have a grammar.
     """
 
     stops: list[int]
@@ -256,6 +288,7 @@ class StepPlan:
     decode_rows: list[int]
     chunks: list[Chunk]
     draft_runs: list[DraftRun] = field(default_factory=list)
+    masked: list[int] = field(default_factory=list)
 
     @property
     def num_decode_tokens(self) -> int:
@@ -299,11 +332,37 @@ class StepResult:
     device: DeviceStep | None = None
 
 
+class TokenMasks(msgspec.Struct, frozen=True):
+    """The tokens that grammars allow: for each of `entries`, indices into `StepPlan.sampling_rows`, a mask of one bit
+    for each token id, id i in bit i % 32 of word i // 32. `bits`: the masks one after the other, in little-endian
+    words, as many as the vocabulary (or the tokenizer's, if that is larger) needs."""
+
+    entries: list[int]
+    bits: bytearray
+
+
+class Matcher(Protocol):
+    """How far a sequence has come in its grammar. `ended`: nothing may follow. `error`: why it cannot go on."""
+
+    ended: bool
+    error: str | None
+
+    def accept(self, token_id: int) -> None:
+        """The sequence goes on with this token."""
+        ...
+
+
 class Runner(Protocol):
     """Owns the device. `launch` enqueues a step and, on an asynchronous device, returns at once; `collect` waits for
-    its result. Steps are collected in the order they were launched; at most two are in flight."""
+    its result. Steps are collected in the order they were launched; at most two are in flight.
+
+    Of a plan with masked rows `launch` enqueues all but the choice of these rows' tokens, which may depend on results
+    that are still to be collected; `sample` enqueues that. Its result is what `collect` takes. Masked rows without an
+    entry in `masks` get any token."""
 
     def launch(self, plan: StepPlan) -> object: ...
+
+    def sample(self, handle: object, masks: TokenMasks) -> object: ...
 
     def collect(self, handle: object) -> StepResult: ...
 

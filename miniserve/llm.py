@@ -38,6 +38,7 @@ from miniserve.core import (
 )
 from miniserve.engine.build import RUNNER_FACTORY, build_engine
 from miniserve.engine.chat_template import is_list
+from miniserve.engine.grammar import check_grammar
 from miniserve.engine.output import OutputAssembler, fan_out, join
 from miniserve.engine.tokenizer import Tokenizer, load_tokenizer
 from miniserve.models.generation_config import load_generation_defaults
@@ -191,6 +192,8 @@ class LLM:
         jobs = []
         for index, ((text, token_ids), params) in enumerate(zip(tokenized, sampling_params, strict=True)):
             try:
+                if params.grammar is not None:
+                    check_grammar(params.grammar, self.tokenizer)
                 request = Request(request_id=f"{next(self._serial)}", prompt_token_ids=token_ids, params=params)
                 jobs.append(_Job(text, check_request(request, self.info), self.tokenizer))
             except InvalidRequest as refused:

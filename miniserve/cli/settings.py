@@ -16,6 +16,8 @@ import typer
 from miniserve.bench.workload import Shape
 from miniserve.config import LOG_LEVELS, EngineConfig
 from miniserve.core import UserError
+from miniserve.engine.reasoning import REASONING_DIALECTS
+from miniserve.engine.tool_dialects import TOOL_DIALECTS
 from miniserve.server.config import ServerConfig
 
 _COUNTS = {"": 1, "k": 10**3, "K": 2**10, "Ki": 2**10, "m": 10**6, "M": 2**20, "Mi": 2**20}
@@ -135,6 +137,13 @@ _OPTIONS: dict[type, dict[str, Any]] = {
         ),
         "allowed_origins": _http(
             "--allowed-origin", help="Origin whose web pages may call the server (CORS); may be given several times."
+        ),
+        "tool_call_parser": _http(
+            help=f"How the model writes calls of functions: auto (as its chat template tells), none, or one of "
+            f"{', '.join(TOOL_DIALECTS)}."
+        ),
+        "reasoning_parser": _http(
+            help=f"How it marks reasoning: auto, none, or one of {', '.join(REASONING_DIALECTS)}."
         ),
         "max_body_bytes": _http(
             help="Largest request body, such as 4M.",

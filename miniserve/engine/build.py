@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from miniserve.config import EngineConfig, SchedulerConfig
 from miniserve.core import EngineInfo, Request, Runner, SamplingParams, StepPlan
+from miniserve.engine.grammar import Matchers
 from miniserve.engine.loop import EngineLoop
 from miniserve.engine.step_log import StepLog
+from miniserve.engine.tokenizer import open_tokenizer
 from miniserve.scheduler.scheduler import Scheduler
 from miniserve.scheduler.step_cost import StepCost
 
@@ -51,7 +54,8 @@ def build_engine(
         cost = warm_up(runner, settled, config.max_itl_ratio)
     scheduler = Scheduler(settled, cost)
     log = StepLog(info.traffic, info.max_num_seqs)
-    return EngineLoop(scheduler, runner, log, overlap=info.async_scheduling), info
+    matchers = Matchers(partial(open_tokenizer, source_path, config.load_format), info.vocab_size, info.eos_token_ids)
+    return EngineLoop(scheduler, runner, log, matchers, overlap=info.async_scheduling), info
 
 
 def warm_up(runner: Runner, config: SchedulerConfig, max_ratio: float) -> StepCost:

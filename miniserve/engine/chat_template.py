@@ -76,7 +76,7 @@ class ChatTemplate:
         reserved = _RESERVED.intersection(variables or {})
         if reserved:
             raise InvalidRequest(f"chat_template_kwargs must not hold {min(reserved)!r}.", "chat_template_kwargs")
-        source = self._source(chat_template, tools)
+        source = self.source(chat_template, tools)
         if documents and re.search(r"\bdocuments\b", source) is None:
             raise InvalidRequest(
                 "The chat template does not use documents; put their text into a message.", "documents"
@@ -95,7 +95,8 @@ class ChatTemplate:
         )
         return (self._process if chat_template is None else self._foreign).submit(job)
 
-    def _source(self, chat_template: str | None, tools: Sequence[Mapping[str, Any]] | None) -> str:
+    def source(self, chat_template: str | None, tools: Sequence[Mapping[str, Any]] | None) -> str:
+        """The template that renders a conversation. Raises `InvalidRequest` where there is none."""
         if chat_template is None and self._tokenizer.chat_template is None:
             raise InvalidRequest(
                 "This model has no chat template; use the completions endpoint, or serve a chat model.", "messages"
@@ -129,7 +130,7 @@ class _TemplateProcess:
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise InvalidRequest(f"The messages or their options are not plain data: {error}.", "messages") from error
         if answer.error is not None:
-            raise InvalidRequest(answer.error, "messages")
+            raise InvalidRequest(answer.error, answer.param)
         return answer.text
 
     def _start(self) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from miniserve.core import SamplingParams
+from miniserve.engine.reasoning import ReasoningSplit
 from miniserve.engine.tokenizer import Tokenizer
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -33,7 +34,10 @@ class Detokenizer:
     a stop string cannot fire in the prompt."""
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt_token_ids: Sequence[int] = ()) -> None:
-        self._decoder = text_decoder(tokenizer, params.skip_special_tokens, prompt_token_ids)
+        self._decoder = text_decoder(
+            tokenizer, params.skip_special_tokens, prompt_token_ids, params.shown_special_tokens
+        )
+        self._reasoning = ReasoningSplit(params.reasoning) if params.reasoning and params.stop else None
         self._stops = StopStrings(params.stop, params.include_stop_str_in_output) if params.stop else None
         # Special tokens that the text hides, but whose text is a stop string.
         self._stop_tokens: dict[int, str] = {}
@@ -49,7 +53,7 @@ class Detokenizer:
         """The text of further tokens, up to the token that completes a stop string.
 
         Text that may be the beginning of a stop string, and bytes that may be the beginning of a character, are held
-        back. A stop string counts from the token after the `min_tokens` first ones.
+        back. A stop string counts from the token after the `min_tokens` first ones, and outside reasoning.
         """
         pieces = []
         for index, token_id in enumerate(token_ids):
@@ -67,7 +71,7 @@ class Detokenizer:
         """What was held back; the bytes of a character that never came whole as U+FFFD."""
         text, stop = self._decoder.flush(), None
         if self._stops is not None:
-            text, stop = self._stops.push(text, armed=self._armed)
+            text, stop = self._until_stop(self._stops, text, is_last=True)
             if stop is None:
                 text += self._stops.flush()
         return Decoded(text, 0, stop)
@@ -78,14 +82,23 @@ class Detokenizer:
 
     def _match(self, stops: StopStrings, token_id: int, piece: str) -> tuple[str, str | None]:
         if piece:
-            return stops.push(piece, armed=self._armed)
+            return self._until_stop(stops, piece)
         stop = self._stop_tokens.get(token_id)
-        if stop is None or not self._armed:
+        if stop is None or not self._armed or (self._reasoning is not None and self._reasoning.inside):
             return "", None
         held = self.finish()
         if held.stop is not None:
             return held.text, held.stop
         return held.text + (stop if self._include_stop else ""), stop
+
+    def _until_stop(self, stops: StopStrings, text: str, *, is_last: bool = False) -> tuple[str, str | None]:
+        thought = ""
+        if self._reasoning is not None:
+            thought, text = self._reasoning.push(text)
+            if is_last:
+                thought, text = map("".join, zip((thought, text), self._reasoning.flush(), strict=True))
+        text, stop = stops.push(text, armed=self._armed)
+        return thought + text, stop
 
 
 class StopStrings:
@@ -181,9 +194,11 @@ class TextDecoder(Protocol):
         """The bytes at the end that are no character, as U+FFFD."""
 
 
-def text_decoder(tokenizer: Tokenizer, skip_special_tokens: bool, prompt_token_ids: Sequence[int] = ()) -> TextDecoder:
-    """For the text that follows a prompt; for a text of its own without one."""
-    skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+def text_decoder(
+    tokenizer: Tokenizer, skip_special_tokens: bool, prompt_token_ids: Sequence[int] = (), shown: Sequence[int] = ()
+) -> TextDecoder:
+    """For the text that follows a prompt; for a text of its own without one. `shown`: not skipped nevertheless."""
+    skipped = tokenizer.special_token_ids.difference(shown) if skip_special_tokens else frozenset()
     decoder: _ByteLevelDecoder | _WindowDecoder
     decoder = (_ByteLevelDecoder if tokenizer.byte_level else _WindowDecoder)(tokenizer, skipped, prompt_token_ids)
     return _AfterHalfCharacter(decoder, decoder.num_begun) if decoder.num_begun else decoder

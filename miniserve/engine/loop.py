@@ -2,43 +2,84 @@
 
 Two loops stand side by side and give the same tokens. The plain one does one thing after the other. The overlapped one
 launches step N+1 before it waits for step N, so that the CPU's work for a step happens while the device computes the
-next.
+next. Of a step with rows that have a grammar, the overlapped one launches all but the choice of these rows' tokens,
+then takes in the results of step N, which say what the grammars allow next, and launches the choice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 
-from miniserve.core import Request, RequestOutput, Runner, SchedulerStats
+from miniserve.core import FinishReason, InvalidRequest, Matcher, Request, RequestOutput, Runner, SchedulerStats
+from miniserve.engine.grammar import GrammarError, Matchers
 from miniserve.engine.step_log import LaunchedStep, StepLog
 from miniserve.scheduler.scheduler import Scheduler
 
+_PATIENCE = 0.05  # seconds that a step waits for matchers where there is nothing else to do
+
 
 class EngineLoop:
-    """A scheduler and a runner at work; `log` keeps what the steps were. Errors of either propagate and leave the loop
-    unusable."""
+    """A scheduler and a runner at work, with `matchers` for requests with grammars; `log` keeps what the steps were.
+    Errors of either propagate and leave the loop unusable."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, log: StepLog, *, overlap: bool) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, log: StepLog, matchers: Matchers | None = None, *, overlap: bool
+    ) -> None:
         self.log = log
+        self._matchers = matchers
+        self._matched: dict[str, tuple[Request, Future[Matcher]]] = {}  # requests whose matchers are being made
         self._scheduler = scheduler
         self._runner = runner
         self._in_flight: LaunchedStep | None = None
         self._rested = True  # there was nothing to do before the next step
-        self.step = self._step_overlapped if overlap else self._step_plain
+        self._step = self._step_overlapped if overlap else self._step_plain
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises `InvalidRequest` for one the scheduler refuses."""
-        self._scheduler.add(request)
+        """Queue a request. Raises `InvalidRequest` for one the scheduler refuses; one with a grammar ends with an error
+        where this cannot be followed."""
+        if request.params.grammar is None:
+            self._scheduler.add(request)
+        elif self._matchers is None:
+            raise InvalidRequest("This engine follows no grammars.", "grammar")
+        else:
+            self._matched[request.request_id] = (request, self._matchers.start(request.params))
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End requests without a further output; their blocks are free for the next step. Unknown ids have ended."""
         for request_id in request_ids:
-            self._scheduler.abort(request_id)
+            if request_id in self._matched:
+                _, future = self._matched.pop(request_id)
+                future.cancel()
+            else:
+                self._scheduler.abort(request_id)
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do: unfinished requests, or a step whose result is not collected yet."""
-        return self._scheduler.has_work()
+        return bool(self._matched) or self._scheduler.has_work()
+
+    def step(self) -> list[RequestOutput]:
+        """Run a step, and return what the earliest one in flight brought."""
+        ended = self._add_matched() if self._matched else []
+        if self._matched and not self._scheduler.has_work():
+            return ended
+        return ended + self._step()
+
+    def _add_matched(self) -> list[RequestOutput]:
+        """Queue requests whose matchers are made. Returns an output for each that cannot be queued."""
+        if not self._scheduler.has_work():
+            wait([future for _, future in self._matched.values()], _PATIENCE, FIRST_COMPLETED)
+        ended = []
+        for request_id, (request, future) in list(self._matched.items()):
+            if not future.done():
+                continue
+            del self._matched[request_id]
+            try:
+                self._scheduler.add(request, future.result())
+            except (GrammarError, InvalidRequest) as error:
+                ended.append(RequestOutput(request_id=request_id, finish_reason=FinishReason.ERROR, error=str(error)))
+        return ended
 
     @property
     def stats(self) -> SchedulerStats:
@@ -46,14 +87,20 @@ class EngineLoop:
 
     def _step_plain(self) -> list[RequestOutput]:
         launched = self._launch()
-        return self._idle() if launched is None else self._finish(launched)
+        if launched is None:
+            return self._idle()
+        self._sample(launched)
+        return self._finish(launched)
 
     def _step_overlapped(self) -> list[RequestOutput]:
         launched = self._launch()
         previous, self._in_flight = self._in_flight, launched
-        if previous is None:
-            return [] if launched is not None else self._idle()
-        return self._finish(previous)
+        if previous is None and launched is None:
+            return self._idle()
+        outputs = [] if previous is None else self._finish(previous)
+        if launched is not None:
+            self._sample(launched)
+        return outputs
 
     def _launch(self) -> LaunchedStep | None:
         clock, preemptions = self.log.clock, self._scheduler.num_preemptions
@@ -66,6 +113,12 @@ class EngineLoop:
         after_rest, self._rested = self._rested, False
         preemptions = self._scheduler.num_preemptions - preemptions
         return self.log.open(LaunchedStep(plan, handle, start, scheduled, clock(), preemptions, after_rest))
+
+    def _sample(self, step: LaunchedStep) -> None:
+        """Launch the choice of tokens by grammars, which depends on all that was collected before."""
+        if step.plan.masked and self._matchers is not None:
+            masks = self._matchers.masks(self._scheduler.matchers(step.plan))
+            step.handle = self._runner.sample(step.handle, masks)
 
     def _finish(self, step: LaunchedStep) -> list[RequestOutput]:
         clock = self.log.clock

@@ -97,7 +97,8 @@ class OutputAssembler:
     def _decode(self, index: int, detokenizer: Detokenizer, output: RequestOutput) -> Completion:
         token_ids, finish_reason = output.new_token_ids, output.finish_reason
         # The token that ended the sequence belongs to its ids, but to its text only on demand.
-        hides_last = finish_reason is FinishReason.STOP and bool(token_ids) and not self._include_stop
+        stopped = finish_reason is FinishReason.STOP and not output.grammar_ended
+        hides_last = stopped and bool(token_ids) and not self._include_stop
         text, num_used, stop = detokenizer.push(token_ids[:-1] if hides_last else token_ids)
         if stop is None:
             num_used = len(token_ids)

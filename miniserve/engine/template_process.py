@@ -34,6 +34,7 @@ _ERROR = 1000  # characters of an error
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # the names it is sent under; templates read the first
 _SYSTEM = ("system", "developer")
 _SALT = f"{uuid.uuid4().int:039d}"[-20:]  # digits: whatever a template does to a text, it leaves them as they are
+_CALLS, _TOOLS = 400_000_000, 700_000_000  # numbers of marks
 _MARK = re.compile(rf"{_SALT}(\d{{9}})(?:\\(\d{{9}}))?")
 
 Message = dict[str, Any]
@@ -49,8 +50,19 @@ class Job(msgspec.Struct):
 
 
 class Answer(msgspec.Struct):
+    """`param`: the field that an error is about."""
+
     text: str = ""
     error: str | None = None
+    param: str = "messages"
+
+
+class LeftOut(ValueError):
+    """The template leaves out what must not vanish."""
+
+    def __init__(self, message: str, param: str = "messages") -> None:
+        super().__init__(message)
+        self.param = param
 
 
 def send(stream: BinaryIO, message: Job | Answer) -> None:
@@ -100,9 +112,10 @@ def _answer(packed: bytes) -> Answer:
     except jinja2.TemplateSyntaxError as error:
         return Answer(error=f"The chat template is not valid, line {error.lineno}: {str(error.message)[:_ERROR]}")
     except Exception as error:  # a template is a program that runs on the client's data
-        kind = "" if type(error) in (jinja2.TemplateError, ValueError) else f"{type(error).__name__}: "
+        kind = "" if type(error) in (jinja2.TemplateError, ValueError, LeftOut) else f"{type(error).__name__}: "
         reason = str(error)[:_ERROR].encode("utf-8", "replace").decode()
-        return Answer(error=f"The chat template refuses these messages: {kind}{reason}")
+        param = error.param if isinstance(error, LeftOut) else "messages"
+        return Answer(error=f"The chat template refuses these {param}: {kind}{reason}", param=param)
 
 
 # --- what a template sees -------------------------------------------------------------------------------------------
@@ -177,11 +190,14 @@ def render(job: Job) -> str:
     template = _compiled(job.template)
     if not job.messages:
         return ""
-    messages = [_with_reasoning({k: v for k, v in message.items() if v is not None}) for message in job.messages]
+    messages = [_with_reasoning(_said(message)) for message in job.messages]
     refusals = []
     for reading in _readings(messages, "developer" in job.template):
         try:
-            return _text_of(template, job, _fitted(template, job, reading))
+            fitted = _fitted(template, job, reading)
+            if job.variables.get("tools"):
+                _check_tools(template, job, fitted)
+            return _text_of(template, job, fitted)
         except Exception as error:
             refusals.append(error)
     raise refusals[0]
@@ -200,37 +216,48 @@ def _readings(messages: Sequence[Message], knows_developer: bool) -> Iterator[Se
 
 
 def _fitted(template: jinja2.Template, job: Job, messages: Sequence[Message]) -> Sequence[Message]:
-    """The messages with their contents as texts or as lists of parts, whichever the template does not leave out.
-    Raises `ValueError` where it leaves one out both ways. The model's own earlier turns it may shorten: reasoning is
-    often left out."""
+    """The messages with their contents as texts or as lists of parts, and the arguments of calls as objects or as JSON
+    texts, whichever the template does not leave out. Raises `LeftOut` where it leaves one out both ways. Text of the
+    model's own earlier turns it may shorten: reasoning is often left out."""
     plain = [{**message, "content": _plain_text(message)} for message in messages]
-    for form in (messages, plain):
+    forms = [messages, plain]
+    if any(message.get("tool_calls") for message in messages):
+        forms += [[_with_written_arguments(message) for message in form] for form in forms]
+    lost_calls: int | None = None
+    for form in forms:
         try:
-            missing = _missing(template, job, form)
+            missing, without_calls = _missing(template, job, form)
         except Exception:
-            continue  # perhaps it refuses a list or a missing content only
+            continue  # perhaps it refuses a list, a missing content or arguments of one form only
+        if without_calls:
+            lost_calls = min(without_calls)
+            continue
         messages = form
         break
     else:
+        if lost_calls is not None:
+            raise LeftOut(f"it leaves out the tool calls of messages[{lost_calls}], or writes them wrongly")
         return messages  # what it says of them, without marks, is the answer
     if not missing:
         return messages
     others = [_other_form(message) if i in missing else message for i, message in enumerate(messages)]
     try:
-        lost = _missing(template, job, others)
+        lost, _ = _missing(template, job, others)
     except Exception:
         lost = missing
     for i in sorted(lost):
         if messages[i]["role"] != "assistant":
-            raise ValueError(f"it leaves out the text of messages[{i}], whose role is {job.messages[i]['role']!r}")
+            raise LeftOut(f"it leaves out the text of messages[{i}], whose role is {job.messages[i]['role']!r}")
     return [message if i in lost else other for i, (message, other) in enumerate(zip(messages, others, strict=True))]
 
 
-def _missing(template: jinja2.Template, job: Job, messages: Sequence[Message]) -> set[int]:
-    """The messages that the template leaves out, wholly or in part, or prints as Python does (a list's `repr` doubles
-    the backslash). Each text gets a mark at its end; texts alone may be found by chance, or trimmed."""
+def _missing(template: jinja2.Template, job: Job, messages: Sequence[Message]) -> tuple[set[int], set[int]]:
+    """The messages whose text, and those whose tool calls the template leaves out, wholly or in part, or prints as
+    Python does (a list's `repr` doubles the backslash). Each gets a mark at its end; texts alone may be found by
+    chance, or trimmed."""
     marked = list(messages)
     expected = set()
+    calls: dict[str, int] = {}  # the message of each mark
     for i, message in enumerate(messages):
         content = message.get("content")
         if isinstance(content, str) and content.strip():
@@ -240,8 +267,52 @@ def _missing(template: jinja2.Template, job: Job, messages: Sequence[Message]) -
             parts = [{**part, "text": f"{part['text']}{_SALT}{i:09d}\\{j:09d}"} for j, part in enumerate(content)]
             marked[i] = {**message, "content": parts}
             expected |= {(f"{i:09d}", f"{j:09d}") for j in range(len(parts))}
-    found = set(_MARK.findall(template.render(messages=marked, **job.variables)))
-    return {int(i) for i, _ in expected - found}
+        if is_called := [call for call in message.get("tool_calls") or () if isinstance(call.get("function"), dict)]:
+            first = _CALLS + len(calls)
+            marks = [f"{_SALT}{first + j:09d}" for j in range(2 * len(is_called))]
+            calls |= dict.fromkeys(marks, i)
+            pairs = zip(is_called, marks[::2], marks[1::2], strict=True)
+            marked[i] = {**marked[i], "tool_calls": [_marked_call(*each) for each in pairs]}
+    text = template.render(messages=marked, **job.variables)
+    found = set(_MARK.findall(text))
+    lost = {i for mark, i in calls.items() if mark not in text or f"'{mark}" in text}
+    return {int(i) for i, _ in expected - found}, lost
+
+
+def _marked_call(call: dict[str, Any], name_mark: str, mark: str) -> dict[str, Any]:
+    """A call whose name and arguments end with a mark; as a key it stands in quotes that tell JSON from Python."""
+    function = call["function"]
+    arguments = function.get("arguments")
+    arguments = f"{arguments}{mark}" if isinstance(arguments, str) else {**(arguments or {}), mark: 0}
+    return {**call, "function": {**function, "name": f"{function.get('name')}{name_mark}", "arguments": arguments}}
+
+
+def _check_tools(template: jinja2.Template, job: Job, messages: Sequence[Message]) -> None:
+    """Raises `LeftOut` for a tool whose name, description or parameters' names the template leaves out."""
+    expected: dict[str, str] = {}
+
+    def mark(text: object, what: str) -> str:
+        number = f"{_SALT}{_TOOLS + len(expected):09d}"
+        expected[number] = what
+        return f"{text}{number}"
+
+    marked = []
+    for tool in job.variables["tools"]:
+        function = dict(tool.get("function") or {})
+        name = function.get("name")
+        properties = (function.get("parameters") or {}).get("properties")
+        if function.get("description"):
+            function["description"] = mark(function["description"], f"the description of {name!r}")
+        if isinstance(properties, dict):
+            named = {mark(key, f"the parameter {key!r} of {name!r}"): value for key, value in properties.items()}
+            function["parameters"] = {**function["parameters"], "properties": named}
+        if name:
+            function["name"] = mark(name, repr(name))
+        marked.append({**tool, "function": function})
+    text = template.render(messages=messages, **{**job.variables, "tools": marked})
+    lost = next((what for number, what in expected.items() if number not in text), None)
+    if lost is not None:
+        raise LeftOut(f"it leaves out {lost}", "tools")
 
 
 def _text_of(template: jinja2.Template, job: Job, messages: Sequence[Message]) -> str:
@@ -260,10 +331,28 @@ def _text_of(template: jinja2.Template, job: Job, messages: Sequence[Message]) -
     return text[:cut] if text.startswith(end, cut) else text[:cut].rstrip()
 
 
+def _said(message: Message) -> Message:
+    """Without what is null, and without an empty list of calls, which templates take for calls."""
+    return {k: v for k, v in message.items() if v is not None and (k != "tool_calls" or v)}
+
+
 def _with_reasoning(message: Message) -> Message:
     """Under the name that templates read; gpt-oss's read `thinking`."""
     reasoning = next((message[name] for name in _REASONING if name in message), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _with_written_arguments(message: Message) -> Message:
+    """The arguments of its calls as JSON texts; templates take objects or texts."""
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call.get("function")
+        if isinstance(function, dict) and isinstance(function.get("arguments"), dict):
+            call = {**call, "function": {**function, "arguments": _tojson(function["arguments"])}}
+        calls.append(call)
+    return {**message, "tool_calls": calls}
 
 
 def _plain_text(message: Message) -> str:

@@ -59,6 +59,16 @@ class Tokenizer:
         )
 
     @property
+    def spells_bytes(self) -> bool:
+        """Whether each byte of a text can be told from the tokens."""
+        return self.byte_level or bool(self.fallback_bytes)
+
+    def to_json(self) -> str:
+        """As a tokenizer.json has it."""
+        text: str = self._backend.to_str()
+        return text
+
+    @property
     def vocab_size(self) -> int:
         """Number of ids the tokenizer knows; the model's own vocabulary may be padded beyond it."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
@@ -198,13 +208,18 @@ def _byte_level_alphabet() -> dict[str, int]:
 
 
 def load_tokenizer(path: str | Path, load_format: str) -> Tokenizer:
+    """As `open_tokenizer`. Raises `UserError`, also for a chat template that cannot be used."""
+    tokenizer = open_tokenizer(path, load_format)
+    tokenizer.chat_template.check()
+    return tokenizer
+
+
+def open_tokenizer(path: str | Path, load_format: str) -> Tokenizer:
     """The tokenizer of a model directory; with load format "dummy" a stand-in where the directory has none. Raises
-    `UserError`, also for a chat template that cannot be used."""
+    `UserError`."""
     stand_in_vocab_size = None
     config_file = Path(path) / "config.json"
     if load_format == "dummy" and config_file.is_file():
         config = json.loads(config_file.read_text(encoding="utf-8"))
         stand_in_vocab_size = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-    tokenizer = Tokenizer(path, stand_in_vocab_size=stand_in_vocab_size)
-    tokenizer.chat_template.check()
-    return tokenizer
+    return Tokenizer(path, stand_in_vocab_size=stand_in_vocab_size)

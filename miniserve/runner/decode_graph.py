@@ -19,7 +19,6 @@ from miniserve.attention.metadata import StepBatch, decode_rows
 from miniserve.kernels.sampling import RowParams
 from miniserve.kernels.triton.decode_step import RowState, StepTensors, advance, apply_changes, greedy
 from miniserve.kernels.triton.sampling import sample
-from miniserve.runner.sampler import SampleOutput, Sampler
 from miniserve.runner.served import ServedModel
 from miniserve.runner.state import GraphInputs
 
@@ -105,17 +104,10 @@ class DecodeGraphs:
         return self._tokens[: len(inputs.rows)]
 
     def drawn(self, bucket: int, inputs: GraphInputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `greedy`, but each row's token is drawn by its `params`. A row that needs the host's sampler gets no
-        token: its logits are in the second result, [entries, vocab_size] in the model's dtype, where only such rows are
-        filled."""
+        """See `StepGraphs.drawn`. Rows draw by their `params`, which must be up to date."""
         self._stage(bucket, inputs)
         self._drawn[bucket].replay()
         return self._tokens[: len(inputs.rows)], self._logits[: len(inputs.rows)]
-
-    def sample(self, bucket: int, inputs: GraphInputs, sampler: Sampler, positions: list[int] | None) -> SampleOutput:
-        """As `drawn`, and `sampler` draws for the remaining rows."""
-        sampler.upload()
-        return sampler.complete(*self.drawn(bucket, inputs), inputs.rows, positions)
 
     def _stage(self, bucket: int, inputs: GraphInputs) -> None:
         rows, blocks = inputs.rows, inputs.blocks

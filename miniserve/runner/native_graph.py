@@ -18,7 +18,7 @@ from miniserve.attention.metadata import StepBatch, decode_rows
 from miniserve.kernels.native import DecodeStep, NativeKernels
 from miniserve.kernels.native_calls import Call, encode, record, replay
 from miniserve.runner.native_arena import plan_arena
-from miniserve.runner.sampler import SampleOutput, Sampler
+from miniserve.runner.sampler import Sampler
 from miniserve.runner.served import ServedModel
 from miniserve.runner.state import GraphInputs, StepState
 
@@ -77,9 +77,9 @@ class NativeGraphs:
         self._run(bucket, inputs, greedy=True)
         return self._tokens[bucket]
 
-    def sample(self, bucket: int, inputs: GraphInputs, sampler: Sampler, positions: list[int] | None) -> SampleOutput:
-        """Run a step without its draw: `sampler` draws from its logits."""
-        return sampler.sample(self._run(bucket, inputs, greedy=False), inputs.rows, positions)
+    def drawn(self, bucket: int, inputs: GraphInputs) -> tuple[None, torch.Tensor]:
+        """See `StepGraphs.drawn`: here the sampler draws for all rows."""
+        return None, self._run(bucket, inputs, greedy=False)
 
     def _run(self, bucket: int, inputs: GraphInputs, *, greedy: bool) -> torch.Tensor:
         """The step's logits [bucket, vocab_size], which the next step overwrites."""

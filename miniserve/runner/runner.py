@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from miniserve.core import DeviceStep, StepPlan, StepResult, TokenLogprobs
+from miniserve.core import DeviceStep, StepPlan, StepResult, TokenLogprobs, TokenMasks
 from miniserve.runner.device_timer import DeviceTimer, StepEvents
 from miniserve.runner.logprobs import LogprobTensors, gather_logprobs, rows_per_chunk, to_token_logprobs
 from miniserve.runner.sampler import SampleOutput, Sampler
@@ -31,8 +32,10 @@ class StepGraphs(Protocol):
         valid until the next launch."""
         ...
 
-    def sample(self, bucket: int, inputs: GraphInputs, sampler: Sampler, positions: list[int] | None) -> SampleOutput:
-        """As `greedy`, but each token is drawn as its request says; `positions` as in `Sampler.sample`."""
+    def drawn(self, bucket: int, inputs: GraphInputs) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Launch a step and draw each row's token as its request says. A row that needs the host's sampler gets no
+        token: the second result has its logits, [entries, vocab_size] in the model's dtype, where only such rows need
+        be filled. Without tokens all rows are such. Both are valid until the next launch."""
         ...
 
 
@@ -45,6 +48,15 @@ class _PromptLogprobs:
     targets: list[int]
     num_logprobs: int
     tensors: LogprobTensors
+
+
+@dataclass(frozen=True, slots=True)
+class _Undrawn:
+    """A launched step whose tokens are still to be drawn: `draw(masks=...)` does it."""
+
+    draw: Callable[..., SampleOutput]
+    prompt_logprobs: list[_PromptLogprobs]
+    bucket: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +95,7 @@ class ModelRunner:
         self._prompt_k: dict[int, int] = {}  # row -> alternatives per prompt token, if requested
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> _Launched:
+    def launch(self, plan: StepPlan) -> _Launched | _Undrawn:
         """Enqueue a step; see `core.Runner`."""
         if self._timer is not None:
             self._timer.start()
@@ -100,23 +112,43 @@ class ModelRunner:
         if self._graphs is not None and not plan.chunks:
             bucket = self._graphs.bucket(plan.num_decode_tokens)
         if self._graphs is not None and bucket is not None:
-            return self._to_host(self._replay(self._graphs, bucket, plan), [], bucket)
+            step = _Undrawn(self._replay(self._graphs, bucket, plan), [], bucket)
+            return step if plan.masked else self._drawn(step)
         inputs = self._state.prepare(plan, self._sampler.last_tokens)
         hidden = None if self._chunk_graphs is None else self._chunk_graphs.run(inputs)
         if hidden is None:
             hidden = self._served.hidden(inputs.input_ids, inputs.positions, inputs.batch)
         prompt_logprobs = self._prompt_logprobs(plan, inputs.chunk_starts, hidden)
-        sampled: SampleOutput | None = None
-        if rows := plan.sampling_rows:
-            chosen = hidden if inputs.sample_indices is None else hidden[inputs.sample_indices]
-            sampled = self._sampler.sample(self._model.compute_logits(chosen), rows, _positions(plan))
-        return self._to_host(sampled, prompt_logprobs)
+        rows = plan.sampling_rows
+        if not rows:
+            return self._to_host(None, prompt_logprobs)
+        chosen = hidden if inputs.sample_indices is None else hidden[inputs.sample_indices]
+        draw = partial(self._sampler.sample, self._model.compute_logits(chosen), rows, _positions(plan))
+        step = _Undrawn(draw, prompt_logprobs, 0)
+        return step if plan.masked else self._drawn(step)
 
-    def _replay(self, graphs: StepGraphs, bucket: int, plan: StepPlan) -> SampleOutput:
+    @torch.inference_mode()
+    def sample(self, handle: object, masks: TokenMasks) -> _Launched:
+        """Enqueue what `launch` left; see `core.Runner`."""
+        if not isinstance(handle, _Undrawn):
+            raise TypeError("sample takes what launch returned for a plan with masked rows")
+        return self._drawn(handle, masks)
+
+    def _drawn(self, step: _Undrawn, masks: TokenMasks | None = None) -> _Launched:
+        return self._to_host(step.draw(masks=masks), step.prompt_logprobs, step.bucket)
+
+    def _replay(self, graphs: StepGraphs, bucket: int, plan: StepPlan) -> Callable[..., SampleOutput]:
+        """Replay a step; returns what draws its tokens, or the rest of them."""
         inputs = self._state.prepare_graph(plan)
-        if self._sampler.takes_argmax(inputs.rows):
-            return SampleOutput(graphs.greedy(bucket, inputs), None, (None,) * len(inputs.rows))
-        return graphs.sample(bucket, inputs, self._sampler, _positions(plan))
+        rows, positions = inputs.rows, _positions(plan)
+        if self._sampler.takes_argmax(rows):
+            sampled = SampleOutput(graphs.greedy(bucket, inputs), None, (None,) * len(rows))
+            return lambda masks: sampled
+        self._sampler.upload()
+        tokens, logits = graphs.drawn(bucket, inputs)
+        if tokens is None:
+            return partial(self._sampler.sample, logits, rows, positions)
+        return partial(self._sampler.complete, tokens, logits, rows, positions)
 
     def collect(self, handle: object) -> StepResult:
         """Wait for a step's result; see `core.Runner`."""

@@ -1,8 +1,8 @@
 """From logits to tokens, for the whole batch at once.
 
-The order for a row is vLLM's: allowed_token_ids, bad_words, logit_bias, min_tokens, repetition penalty, frequency and
-presence penalty; then the draw
-(`kernels.sampling`). On a GPU graphs draw for rows that need nothing else.
+The order for a row is vLLM's: the grammar's mask, allowed_token_ids, bad_words, logit_bias, min_tokens, repetition
+penalty, frequency and presence penalty; then the draw (`kernels.sampling`). On a GPU graphs draw for rows that need
+nothing else.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from miniserve.core import RowStart
+from miniserve.core import RowStart, TokenMasks
 from miniserve.kernels import sampling
 from miniserve.kernels.sampling import Draw, RowParams
 from miniserve.runner.logprobs import LogprobTensors, gather_logprobs
 from miniserve.runner.sampling_bans import LastTokens
+from miniserve.runner.sampling_masks import apply_masks
 from miniserve.runner.sampling_penalties import SeenTokens
 from miniserve.runner.sampling_rows import Batch, RowTable
 
@@ -84,13 +86,19 @@ class Sampler:
         """Update `params`, before a graph draws."""
         self._table.upload()
 
-    def sample(self, logits: torch.Tensor, rows: list[int], positions: list[int] | None = None) -> SampleOutput:
+    def sample(
+        self,
+        logits: torch.Tensor,
+        rows: list[int],
+        positions: list[int] | None = None,
+        masks: TokenMasks | None = None,
+    ) -> SampleOutput:
         """Draw the next token of each of `rows`, which are all taken.
 
         logits: contiguous [len(rows), vocab_size] of any float dtype, may be overwritten. On an asynchronous device
         nothing waits. A row may occur more than once, unless it is penalised or has bad words, if the host passes the
         `positions` that the logits follow from; `last_tokens` and `num_outputs` are then undefined until a request
-        takes the row.
+        takes the row. `masks`: the tokens that grammars allow, by index into `rows`.
         """
         self.upload()
         batch = self._prepare(rows)
@@ -98,13 +106,16 @@ class Sampler:
             num_outputs = self.num_outputs.index_select(0, batch.rows)
         else:
             num_outputs = self._table.num_outputs(rows, positions)
+        edits_logits = batch.edits_logits or masks is not None
         raw = None
         if batch.logprobs is not None:
             raw = logits[batch.logprobs.entries]
-            if batch.edits_logits and logits.dtype == torch.float32 and isinstance(batch.logprobs.entries, slice):
+            if edits_logits and logits.dtype == torch.float32 and isinstance(batch.logprobs.entries, slice):
                 raw = raw.clone()
-        if batch.edits_logits:
+        if edits_logits:
             logits = logits.float()
+            if masks is not None:
+                apply_masks(logits, masks)
             self._edit(logits, batch, num_outputs)
         tokens = self._draw(logits, batch.rows, self.params, num_outputs)
         self.last_tokens.index_copy_(0, batch.rows, tokens)
@@ -124,7 +135,12 @@ class Sampler:
         return self._table.take_argmax(rows)
 
     def complete(
-        self, tokens: torch.Tensor, logits: torch.Tensor, rows: list[int], positions: list[int] | None = None
+        self,
+        tokens: torch.Tensor,
+        logits: torch.Tensor,
+        rows: list[int],
+        positions: list[int] | None = None,
+        masks: TokenMasks | None = None,
     ) -> SampleOutput:
         """Finish a step in which a graph drew `tokens`, int64 [len(rows)], except for rows that need their logits: do
         for these what `sample` does. Their rows of `logits` are filled."""
@@ -134,7 +150,9 @@ class Sampler:
             return SampleOutput(tokens, None, tuple(num_logprobs))
         entries = self._table.entries(remaining)
         known = None if positions is None else [positions[entry] for entry in remaining]
-        sampled = self.sample(logits[entries], [rows[entry] for entry in remaining], known)
+        if masks is not None:
+            masks = TokenMasks(np.searchsorted(remaining, masks.entries).tolist(), masks.bits)
+        sampled = self.sample(logits[entries], [rows[entry] for entry in remaining], known, masks)
         tokens[entries] = sampled.token_ids
         for entry, count in zip(remaining, sampled.num_logprobs, strict=True):
             num_logprobs[entry] = count

@@ -123,7 +123,12 @@ class RowTable:
             stops = [i for i in self._eos_token_ids.union(params.stop_token_ids) if 0 <= i < self._vocab_size]
             self._early_stops[row] = (stops, params.min_tokens)
         edits = (self._allowed, self._bad_words, self._biases, self._early_stops)
-        wants_logits = params.penalised or params.logprobs is not None or any(row in edit for edit in edits)
+        wants_logits = (
+            params.penalised
+            or params.logprobs is not None
+            or params.grammar is not None
+            or any(row in edit for edit in edits)
+        )
         temperature = 0.0 if params.temperature < _GREEDY_BELOW else params.temperature
         self._numbers[row] = (
             temperature,

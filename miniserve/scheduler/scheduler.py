@@ -48,6 +48,7 @@ from miniserve.core import (
     Chunk,
     FinishReason,
     InvalidRequest,
+    Matcher,
     Request,
     RequestOutput,
     RowStart,
@@ -107,13 +108,14 @@ class Scheduler:
 
     # --- requests come and go -------------------------------------------------------------------------------------
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises `InvalidRequest` if it could never finish, or its id is in use."""
+    def add(self, request: Request, matcher: Matcher | None = None) -> None:
+        """Queue a request, with the matcher of its grammar if it has one. Raises `InvalidRequest` if it could never
+        finish, or its id is in use."""
         max_tokens = check_lengths(len(request.prompt_token_ids), request.params.max_tokens, self._config)
         if request.request_id in self._sequences:
             raise InvalidRequest(f"A request with the id {request.request_id!r} is already running.", "request_id")
         self._num_arrivals += 1
-        seq = Sequence(request, self._num_arrivals, max_tokens, self._config.eos_token_ids)
+        seq = Sequence(request, self._num_arrivals, max_tokens, self._config.eos_token_ids, matcher)
         self._sequences[request.request_id] = seq
         later = list(takewhile(lambda order: order > seq.order, reversed(self._waiting)))
         self._waiting[seq.order] = seq
@@ -175,11 +177,12 @@ class Scheduler:
             spare_rows = min(budget, self._config.max_num_seqs - len(decoding) - len(chunks))
             runs, decode_rows = self._speculation.draft(decoding, spare_rows, self._find_room), []
             decoding = [seq for seq, run in zip(decoding, runs, strict=True) for _ in run.token_ids]
-        plan = StepPlan(self._stops, starts, self._blocks.take_new(), decode_rows, chunks, runs)
+        sampling = decoding + [seq for seq, chunk in zip(chunked, chunks, strict=True) if chunk.samples]
+        masked = [entry for entry, seq in enumerate(sampling) if seq.matcher is not None]
+        plan = StepPlan(self._stops, starts, self._blocks.take_new(), decode_rows, chunks, runs, masked)
         if runs:
             shape.rows, shape.context = len(decoding), sum(plan.run_positions) + len(decoding)
         self._stops = []
-        sampling = decoding + [seq for seq, chunk in zip(chunked, chunks, strict=True) if chunk.samples]
         self._in_flight.append(_Step(plan, sampling, chunked, shape))
         self._num_scheduled += 1
         return plan
@@ -343,6 +346,12 @@ class Scheduler:
 
     # --- results of a step ---------------------------------------------------------------------------------------
 
+    def matchers(self, plan: StepPlan) -> list[tuple[int, Matcher]]:
+        """Of a plan in flight, its masked entries whose sequences still run, with their matchers."""
+        step = next(step for step in self._in_flight if step.plan is plan)
+        found = [(entry, step.sampling[entry]) for entry in plan.masked]
+        return [(entry, seq.matcher) for entry, seq in found if seq.matcher is not None and not seq.finished]
+
     def update(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
         """Process the result of the earliest step in flight; returns an output for each request that got a token or
         ended. Raises `RuntimeError` for a result that does not match the step."""
@@ -364,6 +373,12 @@ class Scheduler:
         for seq, token_id, entry in entries:
             if seq.finished:
                 continue
+            matcher = seq.matcher
+            if matcher is not None and (matcher.ended or matcher.error):  # as was found before this token was drawn
+                output = self._last_output(seq, _grammar_end(matcher))
+                output.error = matcher.error
+                outputs.append(output)
+                continue
             token_ids = seq.token_ids
             token_ids.append(token_id)
             self._step_tokens += 1 if len(token_ids) > seq.prompt_len + 1 else seq.prompt_len + 1
@@ -376,7 +391,14 @@ class Scheduler:
                 seq.prompt_logprobs = None
             if token_id in seq.stop_ids and len(token_ids) >= seq.min_len:
                 self._stop(seq, token_id, output)
-            elif len(token_ids) == seq.max_len:
+                continue
+            if matcher is not None:
+                matcher.accept(token_id)
+                if matcher.ended or matcher.error:
+                    output.grammar_ended, output.error = matcher.ended, matcher.error
+                    self._finish(seq, output, _grammar_end(matcher))
+                    continue
+            if len(token_ids) == seq.max_len:
                 self._finish(seq, output, FinishReason.LENGTH)
         return outputs
 
@@ -424,3 +446,7 @@ class Scheduler:
         else:
             del self._waiting[seq.order]
             self._blocks_wanted = 0
+
+
+def _grammar_end(matcher: Matcher) -> FinishReason:
+    return FinishReason.STOP if matcher.error is None else FinishReason.ERROR

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from miniserve.core import Request, RequestOutput, TokenLogprobs
+from miniserve.core import Matcher, Request, RequestOutput, TokenLogprobs
 from miniserve.scheduler.block_pool import ROOT, Chain
 from miniserve.scheduler.ngram import NGramDrafter
 
@@ -28,6 +28,7 @@ class Sequence:
         "first_scheduled_time",
         "guesses_due",
         "limit",
+        "matcher",
         "max_len",
         "min_len",
         "num_cached_tokens",
@@ -47,7 +48,14 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(self, request: Request, arrival: int, max_tokens: int, eos_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        request: Request,
+        arrival: int,
+        max_tokens: int,
+        eos_token_ids: frozenset[int],
+        matcher: Matcher | None = None,
+    ) -> None:
         params = request.params
         self.request = request
         self.request_id = request.request_id
@@ -64,10 +72,13 @@ class Sequence:
         # Entries so far, until the first output returns them; the first prompt token has none.
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None if params.prompt_logprobs is None else [None]
 
-        # No guesses with what depends on earlier tokens: behind a wrong guess it would count that guess.
-        self.drafter = None if params.penalised or params.bad_words else NGramDrafter(self.token_ids)
+        # No guesses with what depends on earlier tokens: behind a wrong guess it would count that guess. Nor with a
+        # grammar, whose mask would be needed behind each guess.
+        unguessable = params.penalised or params.bad_words or matcher is not None
+        self.drafter = None if unguessable else NGramDrafter(self.token_ids)
         self.guesses_due = sys.maxsize  # limit for the next guesses, from how many of the last were right
 
+        self.matcher = matcher
         self.finished = False
         self.row = -1  # in the runner's state; -1 unless running
         self.blocks: list[int] = []

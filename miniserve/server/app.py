@@ -143,7 +143,7 @@ def _tokenizer_routes(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize", response_model=protocol.Tokenized)
     async def tokenize(body: TokenizeRequest) -> Response:
         service.check_model(body.model)
-        service.fields.check(body, {"tools": ([],)})
+        service.fields.check(body, {})
         ids = await _ids(service, body)
         if body.return_token_strs and len(ids) > _MAX_IDS:  # to write more of them as JSON would stop all streams
             raise InvalidRequest(
@@ -179,6 +179,8 @@ def _tokenizer_routes(app: FastAPI, service: Service) -> None:
 
 async def _ids(service: Service, body: TokenizeRequest) -> list[int]:
     if body.messages is None and body.prompt is not None:
+        if body.tools:
+            raise InvalidRequest("tools go with messages, not with a prompt.", "tools")
         (ids,) = await service.encode([body.prompt], body.add_special_tokens is not False, MAX_TEXT)
         return ids
     if body.messages is None or body.prompt is not None:

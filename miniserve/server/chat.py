@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from miniserve.core import Completion, InvalidRequest, SamplingParams, TokenLogprobs
+from miniserve.engine.call_reader import CallArguments, CallBegin, Content, Event, Thought
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server.fields import REFUSED_IN_CHAT
 from miniserve.server.protocol import (
@@ -16,12 +21,21 @@ from miniserve.server.protocol import (
     ChatDelta,
     ChatLogprobs,
     ChatMessage,
+    ChatMessageOut,
+    FinishWord,
+    FunctionOut,
+    MessageToolCall,
     RenderOptions,
     TokenLogprob,
+    Tool,
+    ToolCallOut,
     TopLogprob,
+    Usage,
 )
+from miniserve.server.reading import AnswerReader, Reading, chosen_tools, forced_calls, reading_of, template_tools
 from miniserve.server.reply import Answer, GenerationResponse, Header, finish_word
 from miniserve.server.service import MAX_TEXT, Service
+from miniserve.server.structured import find_grammar
 
 
 class ChatAnswer(Answer):
@@ -29,19 +43,13 @@ class ChatAnswer(Answer):
 
     whole_kind, chunk_kind = "chat.completion", "chat.completion.chunk"
 
-    def __init__(
-        self,
-        header: Header,
-        tokenizer: Tokenizer,
-        token_ids: list[int],
-        params: SamplingParams,
-        body: ChatCompletionRequest,
-    ) -> None:
-        super().__init__(header, tokenizer, [token_ids], params, body)
-        self._echo = _echoed(body)
-        self._with_logprobs = params.logprobs is not None
+    def __init__(self, header: Header, tokenizer: Tokenizer, chat: Chat, body: ChatCompletionRequest) -> None:
+        super().__init__(header, tokenizer, [chat.token_ids], chat.params, body)
+        self._echo = chat.echo
+        self._reading = chat.reading
+        self._with_logprobs = chat.params.logprobs is not None
         self._deltas: dict[int, list[Completion]] = {}
-        self._started: set[int] = set()
+        self._readers: dict[int, AnswerReader] = {}
 
     def add(self, number: int, delta: Completion) -> None:
         self._deltas.setdefault(delta.index, []).append(delta)
@@ -51,32 +59,46 @@ class ChatAnswer(Answer):
 
     def pieces(self, number: int, delta: Completion) -> Iterator[ChatChunkChoice]:
         index = delta.index
-        if index not in self._started:
-            self._started.add(index)
+        if index not in self._readers:
             opening: ChatDelta = {"role": "assistant", "content": ""}
             yield {"index": index, "delta": opening, "logprobs": None, "finish_reason": None}
             if self._echo:
                 yield {"index": index, "delta": {"content": self._echo}, "logprobs": None, "finish_reason": None}
+        reader = self._reader(index)
         self.count(number, delta)
-        reason = finish_word(delta)
-        if reason is None or delta.text or delta.logprobs:
-            logprobs = self._logprobs([delta]) if delta.logprobs else None
-            yield {"index": index, "delta": {"content": delta.text}, "logprobs": logprobs, "finish_reason": None}
-        if reason is not None:
+        messages = [message for event in reader.push(delta) if (message := _delta(event, self._reading))]
+        if not messages and (delta.logprobs or (self._reading.is_plain and delta.finish_reason is None)):
+            messages = [{"content": ""}]
+        logprobs = self._logprobs([delta]) if delta.logprobs else None
+        for message in messages:
+            yield {"index": index, "delta": message, "logprobs": logprobs, "finish_reason": None}
+            logprobs = None
+        if (reason := self._finish_word(delta)) is not None:
             end: ChatChunkChoice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": reason}
             yield {**end, "stop_reason": delta.stop_reason}
 
+    def usage(self) -> Usage:
+        usage = super().usage()
+        if self._reading.reasoning is not None:
+            count = sum(reader.num_reasoning_tokens for reader in self._readers.values())
+            usage["completion_tokens_details"] = {"reasoning_tokens": count}
+        return usage
+
+    def _reader(self, index: int) -> AnswerReader:
+        return self._readers.setdefault(index, AnswerReader(self._reading, self._tokenizer))
+
+    def _finish_word(self, delta: Completion) -> FinishWord | None:
+        reason = finish_word(delta)
+        return "tool_calls" if reason == "stop" and self._reader(delta.index).num_calls else reason
+
     def _choice(self, index: int) -> ChatChoice:
-        deltas = self._deltas[index]
+        deltas, reader = self._deltas[index], self._reader(index)
+        message = _message_of([event for delta in deltas for event in reader.push(delta)], self._reading, self._echo)
         return {
             "index": index,
-            "message": {
-                "role": "assistant",
-                "content": self._echo + "".join(delta.text for delta in deltas),
-                "refusal": None,
-            },
+            "message": message,
             "logprobs": self._logprobs(deltas) if self._with_logprobs else None,
-            "finish_reason": finish_word(deltas[-1]),
+            "finish_reason": self._finish_word(deltas[-1]),
             "stop_reason": deltas[-1].stop_reason,
         }
 
@@ -85,40 +107,108 @@ class ChatAnswer(Answer):
         return chat_logprobs(self._tokenizer, entries, self.token_name)
 
 
+def _delta(event: Event, reading: Reading) -> ChatDelta:
+    match event:
+        case Content(text):
+            return {"content": text}
+        case Thought(text):
+            return {"reasoning": text, "reasoning_content": text}
+        case CallBegin(index, name):
+            function: FunctionOut = {"name": name, "arguments": ""}
+            return {"tool_calls": [{"index": index, "id": reading.call_id(), "type": "function", "function": function}]}
+        case CallArguments(index, text):
+            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+    return {}
+
+
+def _message_of(events: Sequence[Event], reading: Reading, echo: str) -> ChatMessageOut:
+    """Content is null where there is only reasoning or calls."""
+    content = "".join(event.text for event in events if isinstance(event, Content))
+    thought = "".join(event.text for event in events if isinstance(event, Thought))
+    calls: list[ToolCallOut] = []
+    for event in events:
+        if isinstance(event, CallBegin):
+            function: FunctionOut = {"name": event.name, "arguments": ""}
+            calls.append({"id": reading.call_id(), "type": "function", "function": function})
+        elif isinstance(event, CallArguments):
+            calls[event.index]["function"]["arguments"] += event.text
+    content = echo + content
+    message: ChatMessageOut = {
+        "role": "assistant", "content": content or (None if thought or calls else ""), "refusal": None
+    }  # fmt: skip
+    if thought:
+        message["reasoning"] = message["reasoning_content"] = thought
+    if calls:
+        message["tool_calls"] = calls
+    return message
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation that is ready to be answered."""
+
+    token_ids: list[int]
+    params: SamplingParams
+    reading: Reading
+    echo: str  # what the content begins with
+
+
+async def prepare(service: Service, body: ChatCompletionRequest) -> Chat:
+    """Raises `InvalidRequest` or `APIError` for what cannot be answered."""
+    params = service.rules.for_chat(body)
+    await service.check_grammar(body)
+    service.turns.check(1, params.n)
+    tokenizer, tools = service.engine.tokenizer, chosen_tools(body)
+    if tools and (found := find_grammar(body)) is not None:
+        raise InvalidRequest(f"{found[0]} goes with tools only where tool_choice is none.", found[0])
+    template = tokenizer.chat_template.source(body.chat_template, template_tools(tools))
+    dialect = service.config.tool_dialect(template) if tools else None
+    text = await _rendered(service, body.messages, body, tools)
+    max_chars = None if body.truncate_prompt_tokens is None else MAX_TEXT
+    (token_ids,) = await service.encode([text], bool(body.add_special_tokens), max_chars)
+    token_ids = service.truncate(token_ids, body)
+    marks = service.config.reasoning_dialect(template)
+    continued = _final_text(body.messages[-1]) if body.continue_final_message else None
+    reasoning = None if marks is None else marks.after(text, continued)
+    if dialect is not None and (grammar := forced_calls(body, dialect, tools, reasoning, tokenizer)) is not None:
+        await service.check_one_grammar("tools", grammar)
+        params = msgspec.structs.replace(params, grammar=grammar)
+    reading = reading_of(body, dialect, tools, reasoning, tokenizer)
+    return Chat(token_ids, reading.params(params, tokenizer), reading, _echoed(body))
+
+
+def _echoed(body: ChatCompletionRequest) -> str:
+    """Raises `InvalidRequest` where there is no message to continue."""
+    if body.echo and not body.continue_final_message:
+        raise InvalidRequest(
+            "echo begins the answer with the message that it continues; it needs continue_final_message.", "echo"
+        )
+    return _final_text(body.messages[-1]) if body.echo else ""
+
+
 async def respond(service: Service, body: ChatCompletionRequest) -> GenerationResponse:
     """Raises `InvalidRequest` or `APIError` for what cannot be answered."""
     service.check_alive()
     service.check_model(body.model)
     service.fields.check(body, REFUSED_IN_CHAT)
-    params = service.rules.for_chat(body)
-    service.turns.check(1, params.n)
-    max_chars = None if body.truncate_prompt_tokens is None else MAX_TEXT
-    token_ids = service.truncate(await render(service, body.messages, body, max_chars), body)
+    chat = await prepare(service, body)
     header = service.header("chatcmpl")
-    answer = ChatAnswer(header, service.engine.tokenizer, token_ids, params, body)
-    return service.reply(await service.generation([token_ids], params, body, header), answer, body)
-
-
-def _echoed(body: ChatCompletionRequest) -> str:
-    """The text that the answer begins with. Raises `InvalidRequest` where it continues none."""
-    if not body.echo:
-        return ""
-    if not body.continue_final_message:
-        raise InvalidRequest(
-            "echo begins the answer with the message that it continues; it needs continue_final_message.", "echo"
-        )
-    content = body.messages[-1].content
-    if isinstance(content, str):
-        return content
-    if content is not None and len(content) == 1 and content[0].text is not None:
-        return content[0].text
-    raise InvalidRequest("echo needs a last message whose content is one text.", "echo")
+    answer = ChatAnswer(header, service.engine.tokenizer, chat, body)
+    return service.reply(await service.generation([chat.token_ids], chat.params, body, header), answer, body)
 
 
 async def render(
     service: Service, messages: Sequence[ChatMessage], body: RenderOptions, max_chars: int | None = None
 ) -> list[int]:
     """The ids of a conversation, whose text is bounded as in `Service.encode`. Raises `InvalidRequest`."""
+    text = await _rendered(service, messages, body, body.tools or [])
+    (ids,) = await service.encode([text], bool(body.add_special_tokens), max_chars)
+    return ids
+
+
+async def _rendered(
+    service: Service, messages: Sequence[ChatMessage], body: RenderOptions, tools: Sequence[Tool]
+) -> str:
     if body.chat_template is not None and not service.config.trust_request_chat_template:
         raise InvalidRequest(
             "chat_template is not accepted from requests, as a template is a program; the server's operator may allow "
@@ -126,27 +216,56 @@ async def render(
             "chat_template",
         )
     continues = bool(body.continue_final_message)
+    shown = template_tools(tools)
     rendered = service.engine.tokenizer.chat_template.submit(
         [_message(f"messages[{position}]", message) for position, message in enumerate(messages)],
         add_generation_prompt=not continues if body.add_generation_prompt is None else body.add_generation_prompt,
         continue_final_message=continues,
+        tools=shown,
         documents=body.documents,
         chat_template=body.chat_template,
-        variables=body.chat_template_kwargs,
+        variables=_variables(body, service.engine.tokenizer.chat_template.source(body.chat_template, shown)),
     )
-    text = await asyncio.wrap_future(rendered)
-    (ids,) = await service.encode([text], bool(body.add_special_tokens), max_chars)
-    return ids
+    return await asyncio.wrap_future(rendered)
+
+
+def _variables(body: RenderOptions, template: str) -> dict[str, Any]:
+    """What the template is told beside the messages. Raises `InvalidRequest` for an effort that it cannot take."""
+    effort, variables = body.reasoning_effort, body.chat_template_kwargs or {}
+    if effort is None:
+        return variables
+    if "reasoning_effort" in template:
+        return {"reasoning_effort": effort, **variables}
+    for switch in ("enable_thinking", "thinking"):
+        if effort == "none" and re.search(rf"\b{switch}\b", template):
+            return {switch: False, **variables}
+    raise InvalidRequest(
+        f"reasoning_effort {effort[:50]!r} means nothing to this model's chat template; leave it out, or use "
+        'chat_template_kwargs, for example {"enable_thinking": false}, where the template knows it.',
+        "reasoning_effort",
+    )
+
+
+def _final_text(message: ChatMessage) -> str:
+    content = message.content
+    return content if isinstance(content, str) else "".join(part.text or "" for part in content or ())
 
 
 def _message(path: str, message: ChatMessage) -> dict[str, Any]:
-    for name in ("tool_calls", "function_call"):
-        if getattr(message, name):
-            raise InvalidRequest(f"{path}.{name}: tool calls are not supported by this server.", f"{path}.{name}")
+    if message.function_call:
+        raise InvalidRequest(f"{path}.function_call is not supported here; use tool_calls.", f"{path}.function_call")
     content: Any = message.content
     if isinstance(content, list):
         content = [{**part.extras, "type": part.type, "text": part.text} for part in content]
-    return {**message.extras, "role": message.role, "content": content}
+    shown = {**message.extras, "role": message.role, "content": content}
+    if message.tool_calls:
+        shown["tool_calls"] = [_call(call) for call in message.tool_calls]
+    return shown
+
+
+def _call(call: MessageToolCall) -> dict[str, Any]:
+    function = {"name": call.function.name, "arguments": call.function.arguments, **call.function.extras}
+    return {**call.extras, "type": call.type, "function": function}
 
 
 def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs], name: Callable[[int], str]) -> ChatLogprobs:

@@ -188,6 +188,7 @@ async def respond(service: Service, body: CompletionRequest) -> GenerationRespon
     service.check_model(body.model)
     service.fields.check(body, REFUSED_IN_COMPLETIONS)
     params = service.rules.for_completion(body)
+    await service.check_grammar(body)
     service.turns.check(len(body.prompt), params.n)
     texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
     max_chars = None if body.truncate_prompt_tokens is None else MAX_TEXT

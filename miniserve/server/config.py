@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from miniserve.core import UserError
+from miniserve.core import InvalidRequest, UserError
+from miniserve.engine.reasoning import REASONING_DIALECTS, ReasoningDialect, reasoning_dialect
+from miniserve.engine.tool_dialects import TOOL_DIALECTS, ToolDialect, tool_dialect
 
 _MAX_SOCKET_PATH = 107  # bytes, the system's limit
 
@@ -26,7 +29,8 @@ class ServerConfig:
     unknown fields of requests, which are otherwise warned about. root_path: what paths may begin with, as behind a
     proxy. uds: a unix socket to listen on instead of host and port. ssl_keyfile, ssl_certfile: PEM files, for TLS.
     log_requests: a line for each request that has ended, with its prompt where log_prompts says so. log_interval: while
-    requests run, how often a line says how it goes; 0 for never.
+    requests run, how often a line says how it goes; 0 for never. tool_call_parser, reasoning_parser: how the model
+    writes calls and reasoning; auto: as its chat template tells.
     """
 
     host: str = "127.0.0.1"
@@ -50,6 +54,8 @@ class ServerConfig:
     step_timeout: float | None = None
     drain_timeout: float = 60.0
     log_interval: float = 10.0
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -86,12 +92,42 @@ class ServerConfig:
             raise UserError(f"--uds must be a path of 1 to {_MAX_SOCKET_PATH} bytes.")
         if self.log_prompts and not self.log_requests:
             raise UserError("--log-prompts adds prompts to the lines of --log-requests; leave --no-log-requests out.")
+        _check_choice("--tool-call-parser", self.tool_call_parser, TOOL_DIALECTS)
+        _check_choice("--reasoning-parser", self.reasoning_parser, REASONING_DIALECTS)
         if self.step_timeout is not None and not 0 < self.step_timeout < math.inf:
             raise UserError(f"--step-timeout must be a number of seconds above 0, not {self.step_timeout}.")
         if not 0 <= self.drain_timeout < math.inf:
             raise UserError(f"--drain-timeout must be a number of seconds, 0 or more, not {self.drain_timeout}.")
         if self.log_interval < 0:
             raise UserError(f"log_interval must be 0 or more, not {self.log_interval}.")
+
+    def tool_dialect(self, template: str) -> ToolDialect:
+        """How the model writes calls, by its chat template. Raises `InvalidRequest` where that is not known."""
+        name = self.tool_call_parser
+        dialect = tool_dialect(template) if name == "auto" else TOOL_DIALECTS.get(name)
+        if dialect is None:
+            raise InvalidRequest(
+                "tools are not supported here: "
+                + (
+                    "the model's chat template does not say how it writes calls in a way that is known; the server's "
+                    "operator may name it with --tool-call-parser."
+                    if name == "auto"
+                    else "the server runs with --tool-call-parser none."
+                ),
+                "tools",
+            )
+        return dialect
+
+    def reasoning_dialect(self, template: str) -> ReasoningDialect | None:
+        """How the model marks its reasoning, by its chat template; None where it does not reason."""
+        name = self.reasoning_parser
+        return reasoning_dialect(template) if name == "auto" else REASONING_DIALECTS.get(name)
+
+
+def _check_choice(flag: str, name: str, known: Iterable[str]) -> None:
+    names = ("auto", "none", *known)
+    if name not in names:
+        raise UserError(f"{flag} must be one of {', '.join(names)}, not {name!r}.")
 
 
 def read_api_keys(path: Path) -> tuple[str, ...]:

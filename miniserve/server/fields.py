@@ -15,6 +15,7 @@ from miniserve.core import InvalidRequest, SamplingParams
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.scheduler.limits import check_logprobs
 from miniserve.server.protocol import Body, ChatCompletionRequest, CompletionRequest, GenerationBody
+from miniserve.server.structured import find_grammar
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +27,10 @@ Refused = Mapping[str, tuple[object, ...]]
 
 # They would change the answer and are not supported: refused unless null or one of the values that ask for nothing.
 REFUSED: dict[str, tuple[object, ...]] = {
-    # structured output
-    "response_format": ({"type": "text"},), "structured_outputs": (), "guided_json": (), "guided_regex": (),
-    "guided_choice": (), "guided_grammar": (), "structural_tag": (), "json_schema": (), "regex": (), "ebnf": (),
-    "grammar": ("",),
+    # other servers' names for structured output
+    "structural_tag": (), "json_schema": (), "regex": (), "ebnf": (), "grammar": ("",), "guided_whitespace_pattern": (),
     # tools
-    "tools": ([],), "tool_choice": ("none",), "functions": ([],), "function_call": ("none",), "web_search_options": (),
+    "functions": ([],), "function_call": ("none",), "web_search_options": (),
     # what may be sampled, and how
     "suffix": (), "logits_processors": ([],), "logit_processors": ([],),
     "custom_logit_processor": (), "use_beam_search": (False,), "num_beams": (1,), "early_stopping": (False,),
@@ -44,10 +43,9 @@ REFUSED: dict[str, tuple[object, ...]] = {
     # what goes in
     "prompt_embeds": (), "audio": (), "mm_processor_kwargs": ({},),
     "system": ("",), "images": ([],), "image_data": ([],), "reasoning": (), "thinking_budget": (),
-    "reasoning_effort": (), "kv_transfer_params": (), "session_params": (),
+    "kv_transfer_params": (), "session_params": (),
     # what comes out
-    "modalities": (["text"],),
-    "return_prompt_text": (False,), "include_reasoning": (True,),
+    "modalities": (["text"],), "return_prompt_text": (False,),
     "spaces_between_special_tokens": (True,), "return_tokens": (False,), "return_hidden_states": (False,),
     "return_prompt_token_ids": (False,), "return_token_offsets": (False,),
     # other servers' names for what has another one here
@@ -72,15 +70,23 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "max_tokens_second": (0,), "token_healing": (False,), "prompt_mode": (), "safe_prompt": (False,),
     "input_embeds": (), "video_data": ([],), "audio_data": ([],), "return_routed_experts": (False,),
 }  # fmt: skip
-REFUSED_IN_COMPLETIONS = REFUSED | {"max_completion_tokens": (), "top_logprobs": (0,), "messages": ()}
+REFUSED_IN_COMPLETIONS = REFUSED | {
+    "max_completion_tokens": (), "top_logprobs": (0,), "messages": (), "tools": ([],), "tool_choice": ("none",),
+    "reasoning_effort": (), "include_reasoning": (True,), "parallel_tool_calls": (True, False),
+}  # fmt: skip
 REFUSED_IN_CHAT = REFUSED | {"best_of": (1,), "prompt": ()}
 
 _THINKING = 'use chat_template_kwargs, for example {"enable_thinking": false}, where the template knows it'
+_CHAT = "ask /v1/chat/completions"
 _FLAT = "send what it holds as fields of the request itself, under OpenAI's names"
 _REMEDIES = {
+    "structural_tag": "use response_format", "json_schema": "use response_format", "regex": "use structured_outputs",
+    "ebnf": "use structured_outputs", "grammar": "use structured_outputs",
     "reasoning": _THINKING, "thinking_budget": _THINKING,
-    "reasoning_effort": _THINKING, "enable_thinking": _THINKING, "thinking": _THINKING, "think": _THINKING,
-    "tool_choice": 'leave it out or send "none"',
+    "enable_thinking": _THINKING, "thinking": _THINKING, "think": _THINKING,
+    "functions": "use tools", "function_call": "use tool_choice",
+    "tools": _CHAT, "tool_choice": _CHAT, "parallel_tool_calls": _CHAT, "reasoning_effort": _CHAT,
+    "include_reasoning": _CHAT,
     "num_beams": "leave it out or send 1",
     "max_completion_tokens": "use max_tokens",
     "top_logprobs": "use logprobs, which is a number here",
@@ -126,8 +132,8 @@ _REMEDIES = {
 # Without effect on the answer by their nature, or only a hint; do_sample is judged together with temperature.
 IGNORED = frozenset({
     "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "prediction", "parallel_tool_calls", "stream_interval", "session_id", "do_sample", "models",
-    "cache_prompt", "keep_alive", "id_slot", "data_parallel_rank", "conversation_id",
+    "prediction", "stream_interval", "session_id", "do_sample", "models", "cache_prompt",
+    "guided_decoding_backend", "keep_alive", "id_slot", "data_parallel_rank", "conversation_id",
 })  # fmt: skip
 
 # Other names of max_tokens. lm_eval sends some beside it: there is nothing to refuse where max_tokens stops no later.
@@ -323,7 +329,9 @@ class SamplingRules:
         values["top_k"] = min(int(values.get("top_k", 0)), self.vocab_size)
         if body.stream and body.prompt_logprobs is not None:
             raise InvalidRequest("prompt_logprobs cannot be streamed; set stream to false.", "prompt_logprobs")
+        grammar = find_grammar(body)
         params = SamplingParams(
+            grammar=grammar and grammar[1],
             stop=tuple(body.stop or ()),
             stop_token_ids=tuple(body.stop_token_ids or ()),
             allowed_token_ids=None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),

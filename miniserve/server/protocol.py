@@ -7,7 +7,8 @@ kept (`extra="allow"`) and judged by `fields.FieldPolicy`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NotRequired
+import json
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired
 
 from pydantic import (
     AfterValidator,
@@ -20,6 +21,9 @@ from pydantic import (
     WrapValidator,
 )
 from typing_extensions import TypedDict  # typing's own will not do for pydantic below Python 3.12
+
+from miniserve.engine.call_reader import FUNCTION_NAME
+from miniserve.server.structured import StructuredFields
 
 Prompt = str | list[int]
 
@@ -109,7 +113,7 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = None
 
 
-class GenerationBody(Body):
+class GenerationBody(StructuredFields, Body):
     """What completions and chat share: how to sample, when to stop, how to answer."""
 
     model: str | None = None
@@ -172,6 +176,36 @@ def _content(value: object, parts: ValidatorFunctionWrapHandler) -> Any:
     return _unicode(value) if isinstance(value, str) else parts(value)
 
 
+Arguments = str | dict[str, Any]
+
+
+def _arguments(value: object) -> dict[str, Any]:
+    """As OpenAI has them, a JSON text; some clients send the object itself, or an empty text for none."""
+    try:
+        found = json.loads(_unicode(value) or "{}") if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        raise ValueError("must be the JSON text of an object") from None
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise ValueError("must be the JSON text of an object")
+    return found
+
+
+class CalledFunction(Body):
+    name: Text = Field(min_length=1)
+    arguments: Annotated[dict[str, Any], PlainValidator(_arguments, json_schema_input_type=Arguments | None)] = Field(
+        default_factory=dict
+    )
+
+
+class MessageToolCall(Body):
+    """A call that the model made earlier."""
+
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class ChatMessage(Body):
     role: Text = Field(min_length=1, max_length=64)
     # Or a plain text.
@@ -183,13 +217,58 @@ class ChatMessage(Body):
         ]
         | None
     ) = None
-    tool_calls: list[Any] | None = None
+    tool_calls: Annotated[list[MessageToolCall], Field(fail_fast=True)] | None = None
     function_call: Any = None
+
+
+def _function_name(name: str) -> str:
+    if FUNCTION_NAME.fullmatch(name) is None:
+        raise ValueError("must be 1 to 128 letters, digits and _ - . : /")
+    return name
+
+
+FunctionName = Annotated[str, AfterValidator(_function_name)]
+
+
+class FunctionDefinition(Body):
+    """`parameters` is the JSON schema of the arguments; with `strict` it is enforced wherever the model calls it."""
+
+    name: FunctionName
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+def _tools(tools: list[Tool]) -> list[Tool]:
+    names = [tool.function.name for tool in tools]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two functions have the name {max(names, key=names.count)!r}")
+    return tools
+
+
+class NamedTool(NamedTuple):
+    name: str
+
+
+def _tool_choice(value: object) -> str | NamedTool:
+    if value in ("none", "auto", "required"):
+        return str(value)
+    function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ValueError('must be none, auto, required or {"type": "function", "function": {"name": …}}')
+    return NamedTool(function["name"])
 
 
 class RenderOptions(Body):
     """What chat and `/tokenize` share: how a conversation is rendered."""
 
+    tools: Annotated[list[Tool], Field(fail_fast=True), AfterValidator(_tools)] | None = None
+    reasoning_effort: Text | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template: str | None = None
@@ -203,6 +282,11 @@ class ChatCompletionRequest(RenderOptions, GenerationBody):
     max_completion_tokens: Int | None = None
     logprobs: bool | None = None
     top_logprobs: Int | None = None
+    tool_choice: (
+        Annotated[str | NamedTool, PlainValidator(_tool_choice, json_schema_input_type=str | dict[str, Any])] | None
+    ) = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
 
     @property
     def asked_tokens(self) -> tuple[str, int | None]:
@@ -227,7 +311,7 @@ class DetokenizeRequest(Body):
 
 # --- answers ----------------------------------------------------------------------------------------------------------
 
-FinishWord = Literal["stop", "length"]
+FinishWord = Literal["stop", "length", "tool_calls"]
 
 
 class ErrorDetail(TypedDict):
@@ -245,11 +329,16 @@ class PromptTokensDetails(TypedDict):
     cached_tokens: int
 
 
+class CompletionTokensDetails(TypedDict):
+    reasoning_tokens: int
+
+
 class Usage(TypedDict):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: NotRequired[CompletionTokensDetails]
 
 
 class CompletionLogprobs(TypedDict):
@@ -308,10 +397,29 @@ class ChatLogprobs(TypedDict):
     refusal: None
 
 
+class FunctionOut(TypedDict):
+    name: NotRequired[str]
+    arguments: str
+
+
+class ToolCallOut(TypedDict):
+    """In a stream the first piece of a call has its id, type and name."""
+
+    index: NotRequired[int]
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: FunctionOut
+
+
 class ChatMessageOut(TypedDict):
+    """Reasoning goes by two names: vLLM's and DeepSeek's."""
+
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning: NotRequired[str]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCallOut]]
 
 
 class ChatChoice(TypedDict):
@@ -334,6 +442,9 @@ class ChatCompletion(_Header):
 class ChatDelta(TypedDict, total=False):
     role: Literal["assistant"]
     content: str
+    reasoning: str
+    reasoning_content: str
+    tool_calls: list[ToolCallOut]
 
 
 class ChatChunkChoice(TypedDict):

@@ -7,10 +7,12 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
-from miniserve.core import InvalidRequest, Request, SamplingParams
+from miniserve.core import Grammar, InvalidRequest, Request, SamplingParams
 from miniserve.engine.client import AsyncEngine
+from miniserve.engine.grammar import check_grammar
 from miniserve.scheduler.limits import check_request, too_long
 from miniserve.server.config import ServerConfig
 from miniserve.server.errors import APIError
@@ -19,6 +21,7 @@ from miniserve.server.generation import Generation, Turns
 from miniserve.server.metrics import ServerMetrics
 from miniserve.server.protocol import GenerationBody
 from miniserve.server.reply import Answer, GenerationResponse, Header
+from miniserve.server.structured import find_grammar
 
 T = TypeVar("T")
 _LONG_TEXT = 16_384  # characters; beyond, encoding takes milliseconds
@@ -40,6 +43,7 @@ class Service:
         self.rules = SamplingRules(engine.generation_defaults.sampling, engine.info.vocab_size, engine.tokenizer)
         self._long = ThreadPoolExecutor(2, "long-text")
         self._very_long = ThreadPoolExecutor(1, "very-long-text")
+        self._grammars = ThreadPoolExecutor(2, "grammar")
 
     def header(self, prefix: str) -> Header:
         return Header(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), self.model_names[0])
@@ -86,6 +90,18 @@ class Service:
     def reply(self, generation: Generation, answer: Answer, body: GenerationBody) -> GenerationResponse:
         config = self.config
         return GenerationResponse(generation, answer, body, logs=config.log_requests, logs_prompts=config.log_prompts)
+
+    async def check_grammar(self, body: GenerationBody) -> None:
+        """Raises `InvalidRequest` naming the field for what the output cannot be made to be. Takes a second at most,
+        in a thread."""
+        found = find_grammar(body)
+        if found is not None:
+            await self.check_one_grammar(*found)
+
+    async def check_one_grammar(self, param: str, grammar: Grammar) -> None:
+        """As `check_grammar`, of a grammar that comes of the field `param`."""
+        check = partial(check_grammar, grammar, self.engine.tokenizer, param)
+        await asyncio.get_running_loop().run_in_executor(self._grammars, check)
 
     def check_alive(self) -> None:
         """Raises `APIError` 503 once the engine is dead."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from miniserve.attention.backends.torch_mla import TorchLatentBackend
 from miniserve.attention.layouts import LAYOUTS, LatentLayout
 from miniserve.config import SchedulerConfig
 from miniserve.core import Request, RequestOutput, SamplingParams
+from miniserve.engine.grammar import Matchers
 from miniserve.engine.loop import EngineLoop
 from miniserve.engine.step_log import StepLog
+from miniserve.engine.tokenizer import Tokenizer
 from miniserve.kernels import native
 from miniserve.models.config import load_model_config
 from miniserve.models.decoder import CausalLM
@@ -101,7 +104,15 @@ def make_engine(
         Sampler(setup.max_num_seqs, model.config.vocab_size, CPU, eos, seed=0),
     )
     scheduler = Scheduler(config)
-    return EngineLoop(scheduler, runner, StepLog(None, setup.max_num_seqs), overlap=setup.overlap), scheduler, config
+    matchers = make_matchers(model.config.vocab_size, eos)
+    log = StepLog(None, setup.max_num_seqs)
+    return EngineLoop(scheduler, runner, log, matchers, overlap=setup.overlap), scheduler, config
+
+
+@cache
+def make_matchers(vocab_size: int, eos_token_ids: frozenset[int]) -> Matchers:
+    """Over a tokenizer whose first ids are bytes."""
+    return Matchers(lambda: Tokenizer("/nowhere", stand_in_vocab_size=vocab_size), vocab_size, eos_token_ids)
 
 
 def generate(

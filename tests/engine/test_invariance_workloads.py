@@ -5,6 +5,7 @@ the loop or speculation. Each drawn workload runs once as drawn, and each of its
 from __future__ import annotations
 
 import dataclasses
+import re
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from models_support import VOCAB
 from scheduler_integrity import check_integrity
 
-from miniserve.core import FinishReason, SamplingParams
+from miniserve.core import FinishReason, Grammar, SamplingParams
 from miniserve.models.decoder import CausalLM
 
 torch.set_num_threads(1)
@@ -47,6 +48,12 @@ def alone(model: str, prompt: list[int], params: SamplingParams) -> list[int]:
     return _alone(model, tuple(prompt), msgspec.json.encode(params))
 
 
+GRAMMARS = [
+    Grammar("regex", r"[0-9]{2,5}(ab|c)*"),
+    Grammar("choice", '["a", "ab", "abc", "Z9"]'),
+    Grammar("json_schema", '{"type": "array", "items": {"type": "integer"}, "minItems": 1}'),
+    Grammar("structural_tag", '{"tags": [{"begin": "A", "schema": {"type": "integer"}, "end": "B"}]}'),
+]
 PARAMS = st.builds(
     SamplingParams,
     temperature=st.sampled_from([0.0, 0.0, 0.7, 1.3]),
@@ -63,6 +70,7 @@ PARAMS = st.builds(
     min_tokens=st.sampled_from([0, 0, 1]),
     max_tokens=st.integers(1, 24),
     prompt_logprobs=st.sampled_from([None, None, None, 0]),
+    grammar=st.sampled_from([None, None, None, None, *GRAMMARS]),
 )
 
 
@@ -104,6 +112,8 @@ def test_every_request_gets_the_tokens_it_gets_alone(
     for (prompt, params), found in zip(requests, outputs, strict=True):
         assert found[-1].finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
         assert tokens(found) == alone(model, prompt, params)
+        if params.grammar is GRAMMARS[0] and found[-1].finish_reason is FinishReason.STOP:
+            assert re.fullmatch(params.grammar.text, bytes(tokens(found)).rstrip(bytes([EOS])).decode())
         entries = [entry for output in found for entry in (output.prompt_logprobs or [])]
         assert len(entries) == (0 if params.prompt_logprobs is None else len(prompt))
     check_integrity(scheduler)

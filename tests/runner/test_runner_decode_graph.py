@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from engine_real import CPU, MAX_LEN, Setup, generate, make_backend, small_model, tokens
+from engine_real import CPU, MAX_LEN, Setup, generate, make_backend, make_matchers, small_model, tokens
 
 from miniserve.attention.metadata import StepBatch
 from miniserve.config import SchedulerConfig
-from miniserve.core import SamplingParams, StepPlan
+from miniserve.core import Grammar, SamplingParams, StepPlan
 from miniserve.engine.loop import EngineLoop
 from miniserve.engine.step_log import StepLog
 from miniserve.kernels.triton.decode_step import RowState
@@ -67,7 +67,8 @@ def make_engine(model: CausalLM, layout: str, num_draft_tokens: int, *, graphs: 
         num_draft_tokens=num_draft_tokens,
     )
     runner = ModelRunner(served, state, sampler, recorded)
-    return EngineLoop(Scheduler(config), runner, StepLog(None, ROWS), overlap=False)
+    matchers = make_matchers(model.config.vocab_size, config.eos_token_ids)
+    return EngineLoop(Scheduler(config), runner, StepLog(None, ROWS), matchers, overlap=False)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,12 @@ def test_graphs_give_the_tokens_of_eager_steps(
         ([*stem, n], SamplingParams(temperature=temperature, seed=n, max_tokens=24, min_tokens=n, logprobs=logprobs))
         for n, (temperature, logprobs) in enumerate([(0.0, None), (0.0, None), (0.8, 1), (0.0, 0)])
     ]
-    arrivals = [0, 3, 9, 30]
+    grammar = Grammar("regex", "[0-9a-c]{20}")
+    requests += [
+        ([*stem, 4], SamplingParams(temperature=0.0, max_tokens=24, grammar=grammar, logprobs=1)),
+        ([*stem, 5], SamplingParams(seed=5, max_tokens=24, grammar=grammar)),
+    ]
+    arrivals = [0, 3, 9, 30, 2, 2]
     want = generate(make_engine(model, layout, 0, graphs=False), requests, arrivals)
     assert fresh == {None}, "eager steps have no kernel in between that others need not wait for"
     fresh.clear()

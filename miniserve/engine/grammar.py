@@ -1,0 +1,281 @@
+"""Grammars: is one sound, and which tokens does it allow next? By llguidance, whose work for a grammar and for a mask
+is bounded: past its limits there is an error.
+
+A grammar is checked in the process that takes the request, over bytes as vocabulary. The engine's process makes a
+matcher of it over the model's vocabulary, beside its steps, before the scheduler gets the request.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+import threading
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+import msgspec
+import numpy as np
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+
+from miniserve.core import Grammar, InvalidRequest, Matcher, Reasoning, SamplingParams, TokenMasks
+from miniserve.engine.tokenizer import Tokenizer
+
+MAX_BYTES = 262_144  # of a grammar's text: a second or so of work for the worst that was found
+_LIMITS = LLParserLimits(verbose_errors=False)
+# JSON may be written on one line or indented, but white space must not go on for ever, as some models would have it.
+JSON_OPTIONS: Any = {"whitespace_pattern": r"[ ]?|\n[ ]{0,32}", "lenient": False, "coerce_one_of": False}
+
+
+class GrammarError(ValueError):
+    """A grammar that is no such, or that is too much; `str(error)` says why, in a line."""
+
+
+def check_grammar(grammar: Grammar, tokenizer: Tokenizer, param: str = "grammar") -> None:
+    """Raises `InvalidRequest` naming `param` for a grammar that cannot be followed. May take a second."""
+    try:
+        _new_matcher(grammar, tokenizer, LLTokenizer("byte"))
+    except GrammarError as error:
+        raise InvalidRequest(f"{param} cannot be followed: {error}.", param) from None
+
+
+class Matchers:
+    """Makes the matchers of one engine, and their masks. `load`, called once, returns the tokenizer, in whatever thread
+    needs it first. `eos_token_ids` are below `vocab_size`, the model's."""
+
+    def __init__(self, load: Callable[[], Tokenizer], vocab_size: int, eos_token_ids: Collection[int]) -> None:
+        self._load = load
+        self._vocab_size = vocab_size
+        self._eos_token_ids = sorted(eos_token_ids)
+        self._lock = threading.Lock()
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(2, "grammar")
+
+    @cached_property
+    def _executor(self) -> LLExecutor:
+        return LLExecutor()
+
+    @cached_property
+    def _vocabulary(self) -> tuple[Tokenizer, LLTokenizer, int]:
+        """Also the words of a mask."""
+        tokenizer = self._load()
+        size = max(self._vocab_size, tokenizer.vocab_size)
+        # Where there is no EOS, an id that no token has stands for it.
+        eos = self._eos_token_ids or [size]
+        size += not self._eos_token_ids
+        return tokenizer, LLTokenizer(tokenizer.to_json(), size, eos), -(-size // 32)
+
+    def start(self, params: SamplingParams) -> Future[Matcher]:
+        """The matcher of `params.grammar`, or a `GrammarError`. Returns at once."""
+        return self._pool.submit(self._make, params)
+
+    def _make(self, params: SamplingParams) -> Matcher:
+        if params.grammar is None:
+            raise ValueError("no grammar")
+        with self._lock:
+            tokenizer, vocabulary, _ = self._vocabulary
+        matcher = _new_matcher(params.grammar, tokenizer, vocabulary, params.reasoning)
+        ends, early = self._eos_token_ids, [*self._eos_token_ids, *params.stop_token_ids]
+        return _TokenMatcher(matcher, early, params.min_tokens, ends if params.ignore_eos else [])
+
+    def masks(self, entries: Sequence[tuple[int, Matcher]]) -> TokenMasks:
+        """The masks of a step's entries. One whose matcher turns out to have ended or failed gets none."""
+        live = [(entry, each) for entry, each in entries if isinstance(each, _TokenMatcher) and not each.over]
+        if not live:
+            return TokenMasks([], bytearray())
+        _, _, words = self._vocabulary
+        bits = bytearray(4 * words * len(live))
+        pointer = ctypes.addressof(ctypes.c_char.from_buffer(bits))
+        states = [(each.state, index) for index, (_, each) in enumerate(live)]
+        self._executor.unsafe_compute_mask_ptr(states, pointer, 4 * words, len(live))
+        masks = np.frombuffer(bits, dtype=np.uint32).reshape(len(live), words)
+        for (_, each), mask in zip(live, masks, strict=True):
+            each.settle(mask)
+        kept = [index for index, (_, each) in enumerate(live) if not each.over]
+        if len(kept) < len(live):
+            bits = bytearray(masks[kept].tobytes())
+        return TokenMasks([live[index][0] for index in kept], bits)
+
+
+class _TokenMatcher:
+    """Implements `core.Matcher`. `early` ids are not allowed before `min_tokens` tokens, `never` ids at no time."""
+
+    def __init__(self, state: LLMatcher, early: list[int], min_tokens: int, never: list[int]) -> None:
+        self.ended = False
+        self.error: str | None = None
+        self.state = state
+        self._early, self._min_tokens, self._never = early, min_tokens, never
+        self._num_tokens = 0
+
+    @property
+    def over(self) -> bool:
+        return self.ended or self.error is not None
+
+    def accept(self, token_id: int) -> None:
+        """See `core.Matcher`."""
+        self._num_tokens += 1
+        self.state.consume_token(token_id)
+        self._look()
+
+    def settle(self, mask: np.ndarray[Any, np.dtype[np.uint32]]) -> None:
+        """Take a mask that was made: remove from it what must not come, and see whether anything is left."""
+        self._look()
+        banned = self._early if self._num_tokens < self._min_tokens else self._never
+        for token_id in banned:
+            mask[token_id // 32] &= ~np.uint32(1 << token_id % 32)
+        if banned and not mask.any():
+            self.ended = True
+
+    def _look(self) -> None:
+        if self.state.is_error():
+            self.error = f"The grammar failed: {_first_line(self.state.get_error())}."
+        self.ended = self.state.is_stopped()
+
+
+def _new_matcher(
+    grammar: Grammar, tokenizer: Tokenizer, vocabulary: LLTokenizer, reasoning: Reasoning | None = None
+) -> LLMatcher:
+    """Raises `GrammarError`."""
+    if not tokenizer.spells_bytes:
+        raise GrammarError("the tokens of this model's tokenizer do not stand for bytes, which grammars need")
+    size = len(grammar.text.encode(errors="replace"))
+    if size > MAX_BYTES:
+        raise GrammarError(f"it has {size} bytes, and at most {MAX_BYTES} are taken")
+    try:
+        text = _to_llguidance(grammar, tokenizer)
+        if vocabulary.vocab_size < tokenizer.vocab_size:  # bytes stand in for it: any special token, for all of them
+            text = re.sub(r"<\[\d+\]>", f"<[{vocabulary.vocab_size - 1}]>", text)
+        if reasoning is not None:
+            text = _behind_reasoning(text, reasoning, tokenizer)
+        matcher = LLMatcher(vocabulary, text, log_level=0, limits=_LIMITS)
+    except RecursionError:
+        raise GrammarError("it is nested too deeply") from None
+    except (ValueError, msgspec.ValidationError) as error:
+        raise GrammarError(_first_line(str(error))) from None
+    if matcher.is_error():
+        raise GrammarError(_first_line(matcher.get_error()))
+    matcher.compute_bitmask()  # the first one is the slowest, and finds what is too much
+    if matcher.is_error():
+        raise GrammarError(_first_line(matcher.get_error()))
+    return matcher
+
+
+def _first_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()] or ["it cannot be followed"]
+    return lines[0][:300].rstrip(".")
+
+
+def _to_llguidance(grammar: Grammar, tokenizer: Tokenizer) -> str:
+    match grammar.kind:
+        case "json_schema":
+            return LLMatcher.grammar_from_json_schema(_schema_text(grammar.text), overrides=JSON_OPTIONS)
+        case "regex":
+            return LLMatcher.grammar_from_regex(grammar.text)
+        case "choice":
+            choices = msgspec.json.decode(grammar.text, type=list[str])
+            if not choices:
+                raise GrammarError("it has nothing to choose from")
+            return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, choices)))
+        case "grammar":
+            return grammar_from("grammar", grammar.text)
+        case "structural_tag":
+            return _tags_to_lark(msgspec.json.decode(grammar.text, type=_Tags), tokenizer)
+
+
+def _behind_reasoning(grammar: str, reasoning: Reasoning, tokenizer: Tokenizer) -> str:
+    """A grammar of llguidance's, for what follows the reasoning and line breaks."""
+    begin, end = (lark_literal(marker, tokenizer) for marker in (reasoning.begin, reasoning.end))
+    is_special = tokenizer.special_token_id(reasoning.end) is not None
+    lines = [
+        "%llguidance {}",
+        r"TEXT: /(.|\n)*/",
+        f"thought: TEXT {end}" if is_special else f"thought[lazy]: TEXT {end}",
+        r"answer: /\n{0,2}/ @answer",
+        "start: thought answer" if reasoning.is_open else f"start: @answer | {begin} thought answer",
+    ]
+    inner = json.loads(grammar)["grammars"][0] if grammar.startswith("{") else {"lark_grammar": grammar}
+    top = {"lark_grammar": "\n".join([*lines, ""])}
+    return json.dumps({"grammars": [top, {**inner, "name": "answer"}]})
+
+
+def _schema_text(text: str) -> str:
+    """`true` as the object that means the same."""
+    return "{}" if text.strip() == "true" else text
+
+
+class _Tag(msgspec.Struct, forbid_unknown_fields=True):
+    begin: str
+    schema: dict[str, Any]
+    end: str
+
+
+class _Tags(msgspec.Struct, forbid_unknown_fields=True):
+    tags: list[_Tag]
+    triggers: list[str] = []
+    at_least_one: bool = False
+    stop_after_first: bool = False
+
+
+def _tags_to_lark(spec: _Tags, tokenizer: Tokenizer) -> str:
+    """In llguidance's Lark, a `lazy` rule ends as soon as it matches: free text up to and with the first trigger."""
+    if not spec.tags:
+        raise GrammarError("it has no tags")
+    by_trigger = sorted((_trigger(tag, spec.triggers), index) for index, tag in enumerate(spec.tags))
+    lines = ["%llguidance {}"]
+    names: list[str] = []
+    for number, (trigger, group) in enumerate(groupby(by_trigger, key=lambda pair: pair[0])):
+        bodies = []
+        for _, index in group:
+            tag = spec.tags[index]
+            schema = json.dumps({**tag.schema, "x-guidance": JSON_OPTIONS})
+            rest = lark_literal(tag.begin[len(trigger) :], tokenizer)
+            bodies.append(f"{rest} %json {schema} {lark_literal(tag.end, tokenizer)}")
+        names.append(str(number))
+        first, *others = _pieces(trigger, tokenizer)
+        lines.append(f"body_{number}: {' '.join(others)} ({' | '.join(bodies)})")
+        lines.append(f"forced_{number}: {first} body_{number}")
+        if first.startswith("<"):
+            lines.append(f"tag_{number}: TEXT {first} body_{number}")
+        else:
+            lines.append(f"text_{number}[lazy]: TEXT {first}")
+            lines.append(f"tag_{number}: text_{number} body_{number}")
+    forced, free = ("(" + " | ".join(f"{kind}_{name}" for name in names) + ")" for kind in ("forced", "tag"))
+    more = f"{free}* TEXT"
+    match spec.at_least_one, spec.stop_after_first:
+        case True, True:
+            start = forced
+        case True, False:
+            start = f"{forced} {more}"
+        case False, True:
+            start = f"{free} | TEXT"
+        case _:
+            start = more
+    return LLMatcher.grammar_from_lark("\n".join([*lines, r"TEXT: /(.|\n)*/", f"start: {start}", ""]))
+
+
+def _trigger(tag: _Tag, triggers: list[str]) -> str:
+    found = max((trigger for trigger in triggers or [tag.begin] if tag.begin.startswith(trigger)), key=len, default="")
+    if not found:
+        raise GrammarError(f"no trigger begins the tag {tag.begin[:100]!r}" if triggers else "a tag's begin is empty")
+    return found
+
+
+def lark_literal(text: str, tokenizer: Tokenizer) -> str:
+    """A text in llguidance's Lark."""
+    return " ".join(_pieces(text, tokenizer))
+
+
+def _pieces(text: str, tokenizer: Tokenizer) -> list[str]:
+    """The text as Lark strings and, for special tokens, which the model writes as one token each, their ids."""
+    special = {token_id: tokenizer.token_str(token_id) for token_id in tokenizer.special_token_ids}
+    places = sorted((text.find(token), -len(token), token_id) for token_id, token in special.items() if token in text)
+    if not text or not places:
+        return [json.dumps(text)] if text else []
+    place, length, token_id = places[0]
+    before = [json.dumps(text[:place])] if place else []
+    return [*before, f"<[{token_id}]>", *_pieces(text[place - length :], tokenizer)]
