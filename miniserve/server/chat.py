@@ -183,6 +183,9 @@ def _echoed(body: ChatCompletionRequest) -> str:
         raise InvalidRequest(
             "echo begins the answer with the message that it continues; it needs continue_final_message.", "echo"
         )
+    content = body.messages[-1].content
+    if body.echo and isinstance(content, list) and len(content) != 1:
+        raise InvalidRequest("echo needs a last message whose content is one text.", "echo")
     return _final_text(body.messages[-1]) if body.echo else ""
 
 
