@@ -66,10 +66,10 @@ class Grammar(msgspec.Struct, frozen=True):
     "stop_after_first": bool}, the last three of which may be left out. The output is free text until a tag's `begin`
     appears; then comes JSON by its schema, then its `end`, then free text again or, with `stop_after_first`, nothing.
     With `triggers`, of which each `begin` starts with one, a tag must follow as soon as a trigger appears.
-    `at_least_one`: the output starts with a tag.
+    `at_least_one`: the output starts with a tag. For calls it is what `engine/tool_grammar.py` makes.
     """
 
-    kind: Literal["json_schema", "regex", "choice", "grammar", "structural_tag"]
+    kind: Literal["json_schema", "regex", "choice", "grammar", "structural_tag", "calls"]
     text: str
 
 

@@ -149,10 +149,16 @@ def print_answer(
         raise UserError("Standard output is closed, so there is nowhere to answer: connect it to a terminal or a file.")
     table = _CONTROL if sys.stdout.isatty() else {}
     had_template = client.has_chat_template
-    last = ""
+    last: str = ""
     # closing(): Ctrl-C must close the connection now, not at the next garbage collection, to free the request's blocks.
     with closing(client.answer(messages, settings)) as answer:
         for piece in answer:
+            if isinstance(piece, Thought):
+                print(piece.translate(_CONTROL), end="", file=sys.stderr, flush=True)
+                last = piece
+                continue
+            if isinstance(last, Thought):
+                _notice("\n")
             if pieces is not None:
                 pieces.append(piece)
             sys.stdout.write(piece.translate(table))
@@ -175,6 +181,10 @@ def _notice(text: str) -> None:
 
 class ChatError(Exception):
     """The server did not give an answer; `str(error)` says why."""
+
+
+class Thought(str):
+    """A piece of the model's reasoning, which is no part of its answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +230,8 @@ class ChatClient:
         return self._model
 
     def answer(self, messages: Sequence[Message], settings: ChatSettings) -> Generator[str, None, None]:
-        """Yield the pieces of the answer to the last of `messages`. Closing the iterator aborts the request.
+        """Yield the pieces of the answer to the last of `messages`, and `Thought`s before it. Closing the
+        iterator aborts the request.
 
         Raises `ChatError` where the server refuses or fails, `UserError` where none answers.
         """
@@ -261,6 +272,8 @@ class ChatClient:
         for choice in event.get("choices", []):
             piece = choice["delta"].get("content") if "delta" in choice else choice.get("text")
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
+            if thought := choice.get("delta", {}).get("reasoning_content"):
+                yield Thought(thought)
             if piece:
                 yield piece
 

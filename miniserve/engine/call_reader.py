@@ -70,7 +70,6 @@ class CallReader:
         self.functions = functions
         self.events: list[Event] = []
         self.closed = False  # no more text comes
-        self.is_open = False  # a call has begun and not ended
         self.num_calls = 0
         self._text = ""
         self._at = 0
@@ -197,7 +196,6 @@ class CallReader:
     def give_up(self) -> str:
         """What was read since the attempt is text and unread again, but for the marker, which is returned; nothing of
         a call that has begun."""
-        self.is_open = False
         if self._start is None:
             return ""
         self._at, self._start = self._start + len(self._marker), None
@@ -211,7 +209,7 @@ class CallReader:
         """From here on it is a call, whatever comes. Raises `NoCall` for a function that there is not."""
         if name not in self.functions:
             raise NoCall
-        self._start, self.is_open = None, True
+        self._start = None
         self.events.append(CallBegin(self.num_calls, name))
         self.num_calls += 1
 
@@ -220,7 +218,6 @@ class CallReader:
 
     def end(self) -> None:
         self.events.append(CallEnd(self.num_calls - 1))
-        self.is_open = False
 
     def json_arguments(self, name: str) -> Steps[None]:
         """A call of `name`, whose arguments come next."""

@@ -15,16 +15,20 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
-from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, grammar_from, regex_to_lark
 
 from miniserve.core import Grammar, InvalidRequest, Matcher, Reasoning, SamplingParams, TokenMasks
 from miniserve.engine.tokenizer import Tokenizer
 
-MAX_BYTES = 262_144  # of a grammar's text: a second or so of work for the worst that was found
+# What keeps the worst that was found below a second of work. Some of llguidance's work is quadratic in such numbers.
+MAX_BYTES = 262_144  # of a grammar's text
+_MAX_LARK_BYTES = 16_384
+_MAX_TAGS = 512
+_MAX_PROPERTIES, _MAX_PATTERNS = 2_000, 64  # in all of a schema
 _LIMITS = LLParserLimits(verbose_errors=False)
 # JSON may be written on one line or indented, but white space must not go on for ever, as some models would have it.
 JSON_OPTIONS: Any = {"whitespace_pattern": r"[ ]?|\n[ ]{0,32}", "lenient": False, "coerce_one_of": False}
@@ -143,9 +147,9 @@ def _new_matcher(
     """Raises `GrammarError`."""
     if not tokenizer.spells_bytes:
         raise GrammarError("the tokens of this model's tokenizer do not stand for bytes, which grammars need")
-    size = len(grammar.text.encode(errors="replace"))
-    if size > MAX_BYTES:
-        raise GrammarError(f"it has {size} bytes, and at most {MAX_BYTES} are taken")
+    size, most = len(grammar.text.encode(errors="replace")), _MAX_LARK_BYTES if grammar.kind == "grammar" else MAX_BYTES
+    if size > most:
+        raise GrammarError(f"it has {size} bytes, and at most {most} are taken")
     try:
         text = _to_llguidance(grammar, tokenizer)
         if vocabulary.vocab_size < tokenizer.vocab_size:  # bytes stand in for it: any special token, for all of them
@@ -166,16 +170,23 @@ def _new_matcher(
 
 
 def _first_line(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.strip()] or ["it cannot be followed"]
-    return lines[0][:300].rstrip(".")
+    """Of an error, with its reason where this stands in a later line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["it cannot be followed"]
+    if lines[0].startswith("panic"):
+        return "it is too large, or beyond what the library can do"
+    reason = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), "")
+    return f"{lines[0][:300].rstrip('.:')}{': ' if reason else ''}{reason[:200].rstrip('.')}"
 
 
 def _to_llguidance(grammar: Grammar, tokenizer: Tokenizer) -> str:
     match grammar.kind:
         case "json_schema":
-            return LLMatcher.grammar_from_json_schema(_schema_text(grammar.text), overrides=JSON_OPTIONS)
+            schema = msgspec.json.decode(grammar.text, type=dict[str, Any] | Literal[True])
+            check_size([schema])
+            return LLMatcher.grammar_from_json_schema({} if schema is True else schema, overrides=JSON_OPTIONS)
         case "regex":
-            return LLMatcher.grammar_from_regex(grammar.text)
+            # Classes such as \d are of ASCII characters, as most mean them.
+            return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(grammar.text, 'dws')}/")
         case "choice":
             choices = msgspec.json.decode(grammar.text, type=list[str])
             if not choices:
@@ -183,6 +194,8 @@ def _to_llguidance(grammar: Grammar, tokenizer: Tokenizer) -> str:
             return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, choices)))
         case "grammar":
             return grammar_from("grammar", grammar.text)
+        case "calls":
+            return grammar.text
         case "structural_tag":
             return _tags_to_lark(msgspec.json.decode(grammar.text, type=_Tags), tokenizer)
 
@@ -203,9 +216,21 @@ def _behind_reasoning(grammar: str, reasoning: Reasoning, tokenizer: Tokenizer) 
     return json.dumps({"grammars": [top, {**inner, "name": "answer"}]})
 
 
-def _schema_text(text: str) -> str:
-    """`true` as the object that means the same."""
-    return "{}" if text.strip() == "true" else text
+def check_size(schemas: list[Any]) -> None:
+    """Raises `GrammarError` for schemas that are too large together."""
+    counts = {"properties": 0, "patternProperties": 0}
+    rest = list(schemas)
+    while rest:
+        node = rest.pop()
+        if isinstance(node, dict):
+            for name in counts:
+                counts[name] += len(node[name]) if isinstance(node.get(name), dict) else 0
+            rest.extend(node.values())
+        elif isinstance(node, list):
+            rest.extend(node)
+    for (name, count), most in zip(counts.items(), (_MAX_PROPERTIES, _MAX_PATTERNS), strict=True):
+        if count > most:
+            raise GrammarError(f"it has {count} {name}, and at most {most} are taken")
 
 
 class _Tag(msgspec.Struct, forbid_unknown_fields=True):
@@ -223,8 +248,9 @@ class _Tags(msgspec.Struct, forbid_unknown_fields=True):
 
 def _tags_to_lark(spec: _Tags, tokenizer: Tokenizer) -> str:
     """In llguidance's Lark, a `lazy` rule ends as soon as it matches: free text up to and with the first trigger."""
-    if not spec.tags:
-        raise GrammarError("it has no tags")
+    if not 1 <= len(spec.tags) <= _MAX_TAGS:
+        raise GrammarError(f"it has {len(spec.tags)} tags, and from 1 to {_MAX_TAGS} are taken")
+    check_size([tag.schema for tag in spec.tags])
     by_trigger = sorted((_trigger(tag, spec.triggers), index) for index, tag in enumerate(spec.tags))
     lines = ["%llguidance {}"]
     names: list[str] = []

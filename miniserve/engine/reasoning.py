@@ -20,12 +20,13 @@ class ReasoningDialect:
     def after(self, prompt: str, continued: str | None = None) -> Reasoning | None:
         """What the output may begin with behind a prompt's text; None where reasoning is over. `continued`: what the
         answer's own text already has at the prompt's end."""
-        last = prompt.rstrip() if continued is None else continued
-        if continued is not None and self.begin in continued.rpartition(self.end)[2]:
-            return Reasoning(self.begin, self.end, True)
-        if continued is not None or last.endswith(self.end):
+        if continued is not None:
+            is_open = self.begin in continued.rpartition(self.end)[2]
+            return Reasoning(self.begin, self.end, True) if is_open else None
+        prompt = prompt.rstrip()
+        if prompt.endswith(self.end):
             return None
-        return Reasoning(self.begin, self.end, self.always or last.endswith(self.begin))
+        return Reasoning(self.begin, self.end, self.always or prompt.endswith(self.begin))
 
 
 REASONING_DIALECTS: Mapping[str, ReasoningDialect] = {

@@ -12,11 +12,12 @@ from miniserve.engine.call_reader import CallReader, NoCall, Steps
 @dataclass(frozen=True, slots=True)
 class Written:
     """How calls are written, for grammars that enforce them: `before` and `after` stand around a call's arguments, NAME
-    in them for its name, `between` between two calls, `first` and `last` around all."""
+    in them for its name, `between` between two calls (None: there is one call at most), `first` and `last` around
+    all."""
 
     before: str
     after: str
-    between: str = ""
+    between: str | None = ""
     first: str = ""
     last: str = ""
 
@@ -220,7 +221,7 @@ _DIALECTS = (
     ),
     ToolDialect(
         "llama3_json", ("<|python_tag|>",), _read_llama,
-        Written('{"name": "NAME", "parameters": ', "}", between="; "),
+        Written('{"name": "NAME", "parameters": ', "}", between=None),
         signs=('"parameters": ', "ipython"), bare=True,
     ),
 )  # fmt: skip

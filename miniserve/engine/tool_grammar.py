@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from miniserve.core import Grammar, InvalidRequest, Reasoning
-from miniserve.engine.grammar import JSON_OPTIONS, lark_literal
+from miniserve.engine.grammar import JSON_OPTIONS, GrammarError, check_size, lark_literal
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.engine.tool_dialects import ToolDialect, types_of
 
@@ -32,6 +32,10 @@ def call_grammar(
     answer follows `reasoning`, where there is some. Raises `InvalidRequest` for a schema that the dialect's own form of
     arguments cannot be held to."""
     written = dialect.written
+    try:
+        check_size(list(functions.values()))
+    except GrammarError as error:
+        raise InvalidRequest(f"tools cannot be enforced: {error}.", "tools") from None
 
     def literal(text: str) -> str:
         return lark_literal(text, tokenizer)
@@ -45,27 +49,26 @@ def call_grammar(
         rest = f"arguments_{number} {literal(after)}"
         further.append(f"{literal(before)} {rest}")
         first.append(f"{literal((written.first + before).removeprefix(trigger))} {rest}")
-    more = "" if once else f"({literal(written.between)} further)*"
+    more = "" if once or written.between is None else f"({literal(written.between)} further)*"
     lines += [
         f"further: {' | '.join(further)}",
         f"calls: ({' | '.join(first)}) {more} {literal(written.last)}",
     ]
     if dialect.xml:
         lines.append(r'until_end[lazy]: ANY "\n</parameter>\n"')
+    # Without the second part reasoning could pass for text.
+    thought = "" if reasoning is None or reasoning.is_open else rf" & ~/{_escaped(reasoning.begin)}(.|\n)*/"
     if must_call:
         lines.append(f"start: {literal(trigger)} calls")
     elif dialect.bare:
-        lines += [r"WORDS: /\s*([^{\s](.|\n)*)?/", f"start: WORDS | {literal(trigger)} calls"]
+        lines += [rf"WORDS: /\s*([^{{\s](.|\n)*)?/{thought}", f"start: WORDS | {literal(trigger)} calls"]
     else:
-        # Without the second part reasoning could pass for text.
-        thought = "" if reasoning is None or reasoning.is_open else rf" & ~/{_escaped(reasoning.begin)}(.|\n)*/"
-        lines.append(rf"WORDS: /(.|\n)*/{thought}")
+        lines += [rf"WORDS: /(.|\n)*/{thought}", "start: WORDS | called"]
         if tokenizer.special_token_id(trigger) is not None:
             lines.append(f"called: WORDS {literal(trigger)} calls")
         else:
             lines += [f"until_call[lazy]: WORDS {literal(trigger)}", "called: until_call calls"]
-        lines.append("start: WORDS | called")
-    return Grammar("grammar", "\n".join([*lines, ""]))
+    return Grammar("calls", "\n".join([*lines, ""]))
 
 
 def _arguments(dialect: ToolDialect, name: str, schema: Schema | None) -> str:

@@ -28,7 +28,6 @@ from miniserve.server.protocol import (
     RenderOptions,
     TokenLogprob,
     Tool,
-    ToolCallOut,
     TopLogprob,
     Usage,
 )
@@ -49,10 +48,13 @@ class ChatAnswer(Answer):
         self._reading = chat.reading
         self._with_logprobs = chat.params.logprobs is not None
         self._deltas: dict[int, list[Completion]] = {}
+        self._events: dict[int, list[Event]] = {}
         self._readers: dict[int, AnswerReader] = {}
 
     def add(self, number: int, delta: Completion) -> None:
         self._deltas.setdefault(delta.index, []).append(delta)
+        # Read as they come: all at the end would hold up other requests.
+        self._events.setdefault(delta.index, []).extend(self._reader(delta.index).push(delta))
 
     def choices(self) -> list[ChatChoice]:
         return [self._choice(index) for index in sorted(self._deltas)]
@@ -85,18 +87,19 @@ class ChatAnswer(Answer):
         return usage
 
     def _reader(self, index: int) -> AnswerReader:
-        return self._readers.setdefault(index, AnswerReader(self._reading, self._tokenizer))
+        if index not in self._readers:
+            self._readers[index] = AnswerReader(self._reading, self._tokenizer)
+        return self._readers[index]
 
     def _finish_word(self, delta: Completion) -> FinishWord | None:
         reason = finish_word(delta)
         return "tool_calls" if reason == "stop" and self._reader(delta.index).num_calls else reason
 
     def _choice(self, index: int) -> ChatChoice:
-        deltas, reader = self._deltas[index], self._reader(index)
-        message = _message_of([event for delta in deltas for event in reader.push(delta)], self._reading, self._echo)
+        deltas = self._deltas[index]
         return {
             "index": index,
-            "message": message,
+            "message": _message_of(self._events[index], self._reading, self._echo),
             "logprobs": self._logprobs(deltas) if self._with_logprobs else None,
             "finish_reason": self._finish_word(deltas[-1]),
             "stop_reason": deltas[-1].stop_reason,
@@ -123,23 +126,22 @@ def _delta(event: Event, reading: Reading) -> ChatDelta:
 
 def _message_of(events: Sequence[Event], reading: Reading, echo: str) -> ChatMessageOut:
     """Content is null where there is only reasoning or calls."""
-    content = "".join(event.text for event in events if isinstance(event, Content))
+    content = echo + "".join(event.text for event in events if isinstance(event, Content))
     thought = "".join(event.text for event in events if isinstance(event, Thought))
-    calls: list[ToolCallOut] = []
+    calls = [(event.name, list[str]()) for event in events if isinstance(event, CallBegin)]
     for event in events:
-        if isinstance(event, CallBegin):
-            function: FunctionOut = {"name": event.name, "arguments": ""}
-            calls.append({"id": reading.call_id(), "type": "function", "function": function})
-        elif isinstance(event, CallArguments):
-            calls[event.index]["function"]["arguments"] += event.text
-    content = echo + content
+        if isinstance(event, CallArguments):
+            calls[event.index][1].append(event.text)
     message: ChatMessageOut = {
         "role": "assistant", "content": content or (None if thought or calls else ""), "refusal": None
     }  # fmt: skip
     if thought:
         message["reasoning"] = message["reasoning_content"] = thought
     if calls:
-        message["tool_calls"] = calls
+        message["tool_calls"] = [
+            {"id": reading.call_id(), "type": "function", "function": {"name": name, "arguments": "".join(pieces)}}
+            for name, pieces in calls
+        ]
     return message
 
 

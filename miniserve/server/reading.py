@@ -60,7 +60,7 @@ class AnswerReader:
         self._parser = AnswerParser(reading.reasoning, reading.dialect, reading.functions, reading.hidden)
         self._split = None if reading.reasoning is None else ReasoningSplit(reading.reasoning)
         self._decoder = text_decoder(tokenizer, skip_special_tokens=False)
-        self._num_before = 0  # tokens before the reasoning's end
+        self._num_tokens = 0  # as far as reasoning may go
 
     @property
     def num_calls(self) -> int:
@@ -68,15 +68,15 @@ class AnswerReader:
 
     @property
     def num_reasoning_tokens(self) -> int:
-        return self._num_before if self._parser.reasons else 0
+        return self._num_tokens if self._parser.reasons else 0
 
     def push(self, delta: Completion) -> list[Event]:
         """What a delta brings, and at the last one what was held back."""
-        for token_id in delta.token_ids if self._split is not None else ():
+        for token_id in delta.token_ids:
             if self._split is None or self._split.over:
                 break
             self._split.push(self._decoder.push(token_id))
-            self._num_before += 1
+            self._num_tokens += 1
         events = self._parser.push(delta.text)
         if delta.finish_reason is not None:
             events += self._parser.finish()

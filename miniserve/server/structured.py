@@ -16,17 +16,17 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
-def _schema(value: object) -> object:
-    """vLLM takes a schema's text, too."""
+def _object(value: object) -> object:
+    """vLLM takes the text of an object, too."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
-        raise ValueError("is a text, but not one of a JSON schema") from None
+        raise ValueError("is a text, but none of JSON") from None
 
 
-Schema = Annotated[dict[str, Any], BeforeValidator(_schema, json_schema_input_type=dict[str, Any] | str)]
+Schema = Annotated[dict[str, Any], BeforeValidator(_object, json_schema_input_type=dict[str, Any] | str)]
 Choices = Annotated[list[str], Field(min_length=1)]
 
 
@@ -50,15 +50,14 @@ class StructuralTagFormat(_Strict):
     triggers: Annotated[list[str], Field(min_length=1)]
 
 
+TagsOrText = Annotated[StructuralTagFormat, BeforeValidator(_object, json_schema_input_type=StructuralTagFormat | str)]
+
+
 class ResponseFormat(_Strict):
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JSONSchemaFormat | None = None
     structures: list[TagFormat] | None = None
     triggers: list[str] | None = None
-
-
-def _tags(value: object) -> object:
-    return _schema(value)
 
 
 class StructuredOutputs(_Strict):
@@ -70,7 +69,8 @@ class StructuredOutputs(_Strict):
     grammar: str | None = None
     json_object: bool | None = None
     structural_tag: (
-        Annotated[StructuralTagFormat, BeforeValidator(_tags, json_schema_input_type=StructuralTagFormat | str)] | None
+        Annotated[StructuralTagFormat, BeforeValidator(_object, json_schema_input_type=StructuralTagFormat | str)]
+        | None
     ) = None
 
 

@@ -60,6 +60,8 @@ def _handler(echo: EchoServer) -> type[BaseHTTPRequestHandler]:
                 last = number == len(pieces) - 1
                 reason = ("length" if "cut" in text else "stop") if last else None
                 content = {"delta": {"content": piece}} if chat else {"text": piece}
+                if "pondered" in piece:
+                    content["delta"] = {"reasoning": piece, "reasoning_content": piece}
                 self._event({"choices": [content | {"index": 0, "finish_reason": reason}]})
                 if "forever" in piece:
                     self._run_until_hung_up()
@@ -128,6 +130,12 @@ def test_one_answer_goes_to_stdout_alone(echo: EchoServer) -> None:
             "max_tokens": 9,
         }
     ]
+
+
+def test_reasoning_is_shown_beside_the_answer(echo: EchoServer) -> None:
+    done = cli.run("chat", "--url", echo.url, "-m", "pondered it")
+    assert (done.returncode, done.stdout) == (0, "1: it\n")
+    assert done.stderr.strip() == "pondered"
 
 
 @pytest.mark.parametrize("arguments", [(), ("-m", "-")])

@@ -69,14 +69,15 @@ WRITERS: dict[str, Callable[[Sequence[Call]], str]] = {
     "deepseek_v31": _deepseek_v31,
 }
 
-# Small templates in the manner of those that teach a dialect: how they show tools, earlier calls and results, and whether
-# they take the arguments of calls as objects or as text.
+# Small templates in the manner of those that teach a dialect: how they show tools, earlier calls and results, and
+# whether they take the arguments of calls as objects or as text.
 
 _CHATML = """
 {%- if tools %}{{- '<|im_start|>system\\n' + HOW }}{% for tool in tools %}{{- '\\n' + (tool | tojson) }}{% endfor %}
 {{- '<|im_end|>\\n' }}{% endif %}
 {%- for message in messages %}
-    {%- if message.role == 'tool' %}{{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response>' }}
+    {%- if message.role == 'tool' %}
+        {{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response>' }}
     {%- else %}{{- '<|im_start|>' + message.role + '\\n' + (message.content or '') }}{% endif %}
     {%- for call in message.tool_calls or [] %}{{- '\\n' }}CALL{% endfor %}
     {{- '<|im_end|>\\n' }}
@@ -114,12 +115,13 @@ _LLAMA = """
 _MISTRAL = """
 {%- for message in messages %}
     {%- if message.role == 'user' %}
-        {%- if tools and loop.index0 == 0 %}{{- '[AVAILABLE_TOOLS] ' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}{% endif %}
+        {%- if tools and loop.first %}{{- '[AVAILABLE_TOOLS] ' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}{% endif %}
         {{- '[INST] ' + message.content + '[/INST]' }}
     {%- elif message.tool_calls is defined %}CALLS
     {%- elif message.role == 'tool' %}
         {%- if message.tool_call_id | length != 9 %}{{- raise_exception('ids have 9 characters') }}{% endif %}
-        {{- '[TOOL_RESULTS] {"content": ' + message.content + ', "call_id": "' + message.tool_call_id + '"}[/TOOL_RESULTS]' }}
+        {{- '[TOOL_RESULTS] {"content": ' + message.content }}
+        {{- ', "call_id": "' + message.tool_call_id + '"}[/TOOL_RESULTS]' }}
     {%- else %}{{- ' ' + message.content + '</s>' }}{% endif %}
 {%- endfor %}"""
 _MISTRAL_CALLS = """
@@ -128,7 +130,8 @@ _MISTRAL_CALLS = """
     {{- ', ' if not loop.first }}{{- (call.function | tojson)[:-1] + ', "id": "' + call.id + '"}' }}
 {%- endfor %}{{- ']</s>' }}"""
 _MISTRAL_V11_CALLS = """
-{%- for call in message.tool_calls %}{{- '[TOOL_CALLS]' + call.function.name + '[ARGS]' + (call.function.arguments | tojson) }}
+{%- for call in message.tool_calls %}
+    {{- '[TOOL_CALLS]' + call.function.name + '[ARGS]' + (call.function.arguments | tojson) }}
 {%- endfor %}{{- '</s>' }}"""
 
 _DEEPSEEK = """
@@ -139,11 +142,15 @@ _DEEPSEEK = """
         {{- '<｜Assistant｜></think>' + message['content'] }}
         {%- if message['tool_calls'] is defined %}
             {{- '<｜tool▁calls▁begin｜>' }}
-            {%- for call in message['tool_calls'] %}{{- '<｜tool▁call▁begin｜>' + CALL + '<｜tool▁call▁end｜>' }}{% endfor %}
+            {%- for call in message['tool_calls'] %}
+                {{- '<｜tool▁call▁begin｜>' + CALL + '<｜tool▁call▁end｜>' }}
+            {%- endfor %}
             {{- '<｜tool▁calls▁end｜>' }}
         {%- endif %}
     {%- endif %}
-    {%- if message['role'] == 'tool' %}{{- '<｜tool▁output▁begin｜>' + message['content'] + '<｜tool▁output▁end｜>' }}{% endif %}
+    {%- if message['role'] == 'tool' %}
+        {{- '<｜tool▁output▁begin｜>' + message['content'] + '<｜tool▁output▁end｜>' }}
+    {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<｜Assistant｜>' + ('<think>' if thinking else '</think>') }}{% endif %}"""
 

@@ -220,3 +220,57 @@ def test_several_templates_are_chosen_by_name_and_by_tools(directory: Path) -> N
     chat = load_tokenizer(directory, "auto").chat_template
     assert chat.render([USER]) == "[user: Hi]"
     assert chat.render([USER], tools=[{"name": "f"}]) == chat.render([USER], chat_template="tool_use") == "T[user: Hi]"
+
+
+def call(arguments: object, content: str | None = None) -> dict[str, Any]:
+    function = {"name": "now", "arguments": arguments}
+    return {"role": "assistant", "content": content, "tool_calls": [{"type": "function", "function": function}]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ("{{ f.arguments | tojson }}", 'now{"a": "é\\""}'),
+        ("{% for k, v in f.arguments | items %}({{ k }}={{ v }}){% endfor %}", 'now(a=é")'),
+        ("{{ '' + f.arguments }}", 'now{"a": "é\\""}'),  # takes a text alone
+        ("{{ f.arguments }}", 'now{"a": "é\\""}'),  # would print an object as Python does
+        ("{{ f.arguments if f.arguments is string else f.arguments | tojson }}", 'now{"a": "é\\""}'),
+    ],
+)
+def test_arguments_go_to_a_template_in_the_form_that_it_takes(chat: ChatTemplate, arguments: str, text: str) -> None:
+    calls = "{% for call in message.tool_calls or [] %}{% set f = call.function %}{{ f.name }}ARGUMENTS{% endfor %}"
+    for content in ("{{ message.content or '' }}", "{{ '' + message.content }}"):  # the latter refuses a missing one
+        template = roles(content + calls.replace("ARGUMENTS", arguments))
+        assert chat.render([USER, call({"a": 'é"'})], chat_template=template) == f"Hi{text}"
+
+
+@pytest.mark.parametrize("body", ["", "{{ f.name }}", "{{ f.arguments | tojson }}"])
+def test_calls_that_a_template_leaves_out_or_garbles_are_named(chat: ChatTemplate, body: str) -> None:
+    calls = "{% for call in message.tool_calls or [] %}{% set f = call.function %}" + body + "{% endfor %}"
+    template = roles("{{ message.content or '' }}" + calls)
+    with pytest.raises(InvalidRequest, match=r"leaves out the tool calls of messages\[1\]"):
+        chat.render([USER, call({}, "Well."), USER], chat_template=template)
+    no_calls = [USER, {"role": "assistant", "content": "Well.", "tool_calls": []}]
+    assert chat.render(no_calls, chat_template=roles("{{ message.content }}{{ message.tool_calls }}")) == "HiWell."
+
+
+@pytest.mark.parametrize(
+    ("shown", "lost"),
+    [
+        ("{{ tools | tojson }}", None),
+        ("{% for t in tools %}{{ t.function.name }}{{ t.function.description }}{{ t.function.parameters.properties }}"
+         "{% endfor %}", None),
+        ("{% for t in tools %}{{ t.function.name }}{{ t.function.description }}{% endfor %}", "the parameter 'day'"),
+        ("{% for t in tools %}{{ t.function.name }}{% endfor %}", "the description of 'now'"),
+        ("{{ tools | length }}", "the description of 'now'"),
+    ],
+)  # fmt: skip
+def test_tools_that_a_template_leaves_out_are_named(chat: ChatTemplate, shown: str, lost: str | None) -> None:
+    parameters = {"type": "object", "properties": {"day": {"type": "string"}}}
+    tools = [{"type": "function", "function": {"name": "now", "description": "The time.", "parameters": parameters}}]
+    if lost is None:
+        assert "The time." in chat.render([USER], tools=tools, chat_template=shown + WRITTEN)
+        return
+    with pytest.raises(InvalidRequest, match=lost) as caught:
+        chat.render([USER], tools=tools, chat_template=shown + WRITTEN)
+    assert caught.value.param == "tools"

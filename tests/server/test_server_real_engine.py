@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+from dialect_texts import TEMPLATES
 from server_fakes import TINY, RunningServer, running_server, tokenizer, wait_until
 
 from miniserve.config import EngineConfig
@@ -35,7 +36,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def server(one_thread: None) -> Iterator[RunningServer]:
-    with running_server(start()) as server:
+    with running_server(start(), trust_request_chat_template=True) as server:
         yield server
 
 
@@ -165,3 +166,30 @@ def test_a_salt_keeps_others_out_of_a_cached_prefix(server: RunningServer) -> No
         return int(usage["prompt_tokens_details"]["cached_tokens"])
 
     assert [cached(salt) > 0 for salt in (None, "a", "b", "a", None, "c")] == [False, False, False, True, True, False]
+
+
+@pytest.mark.parametrize("dialect", ["hermes", "qwen3_coder"])
+def test_a_model_that_knows_no_tools_calls_one_where_it_must(server: RunningServer, dialect: str) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Bonn", "Bad Ems"], "type": "string"}, "rain": {"type": "boolean"}},
+        "required": ["city", "rain"],
+        "additionalProperties": False,
+    }
+    body = {
+        "messages": [{"role": "user", "content": "Hi"}],
+        "tools": [{"type": "function", "function": {"name": "get_weather", "parameters": schema}}],
+        "tool_choice": {"type": "function", "function": {"name": "get_weather"}},
+        "chat_template": TEMPLATES[dialect],
+        "chat_template_kwargs": {"enable_thinking": False},
+        "seed": 1,
+    }
+    answer = httpx.post(f"{server.url}/chat/completions", json=body, timeout=120).json()
+    (choice,) = answer["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    (call,) = choice["message"]["tool_calls"]
+    arguments = json.loads(call["function"]["arguments"])
+    assert call["function"]["name"] == "get_weather"
+    assert arguments["city"] in ("Bonn", "Bad Ems")
+    assert arguments["rain"] in (True, False)
+    assert len(arguments) == 2

@@ -25,6 +25,7 @@ BODIES: list[dict[str, Any]] = [
     {"temperature": 0, "max_tokens": 60, "stop": ["7 app"], "include_stop_str_in_output": True},
     {"temperature": 0, "max_tokens": 30, "frequency_penalty": 0.5, "min_tokens": 30},
     {"temperature": 0, "max_tokens": 10, "echo": True, "logprobs": 0},
+    {"temperature": 0, "max_tokens": 30, "guided_regex": "(apple, ){2,5}[0-9]+", "logprobs": 1},
 ]
 
 

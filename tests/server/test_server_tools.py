@@ -292,3 +292,44 @@ def test_an_answer_goes_on_where_its_beginning_left_the_reasoning(qwen: Scripted
     qwen.says(" and <think>three.")
     message = qwen.ask([ASKED, begun | {"content": "Two"}], **options).choices[0].message
     assert message.content == " and <think>three."
+
+
+def test_what_the_model_must_call_is_enforced_by_a_grammar(each: Scripted) -> None:
+    """The stub engine follows none; `test_server_real_engine.py` has one that does."""
+    each.says(WRITERS[each.dialect](CALLS[:1]))
+    strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    for options, held in (
+        ({}, False), ({"tool_choice": "auto", "parallel_tool_calls": True}, False), ({"tool_choice": "required"}, True),
+        ({"tool_choice": named}, True), ({"tools": [strict, NOW]}, True), ({"parallel_tool_calls": False}, True),
+    ):  # fmt: skip
+        answer = each.ask([ASKED], **{"tools": TOOLS, **options}).choices[0]
+        assert answer.finish_reason == "tool_calls"
+        grammar = each.server.engine.seen[-1][1].grammar
+        assert (grammar is not None) == held, options
+        if grammar is not None:
+            assert ("now" in grammar.text) == (options.get("tool_choice") != named)
+
+
+@pytest.mark.parametrize(
+    ("dialect", "schema"),
+    [("hermes", {"not": {"type": "string"}}), ("qwen3_coder", {"type": "string", "minLength": 2})],
+)
+def test_a_schema_that_cannot_be_enforced_is_named_where_it_would_have_to_be(
+    dialect: str, schema: dict[str, Any], tmp_path: Path
+) -> None:
+    function = {"name": "f", "parameters": {"type": "object", "properties": {"a": schema}}}
+    tools = [{"type": "function", "function": function}]
+    for model in scripted(dialect, tmp_path / "model"):
+        model.says(WRITERS[dialect]([("f", {"a": "x"})]))
+        assert model.ask([ASKED], tools=tools).choices[0].finish_reason == "tool_calls"
+        assert model.refused([ASKED], tools=tools, tool_choice="required") == "tools"
+        tools[0]["function"] = function | {"strict": True}
+        assert model.refused([ASKED], tools=tools) == "tools"
+
+
+def test_an_output_has_a_form_or_calls(qwen: Scripted) -> None:
+    form = {"type": "json_object"}
+    assert qwen.refused([ASKED], tools=TOOLS, response_format=form) == "response_format"
+    qwen.says("{}")
+    assert qwen.ask([ASKED], tools=TOOLS, tool_choice="none", response_format=form).choices[0].message.content == "{}"
