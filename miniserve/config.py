@@ -20,6 +20,7 @@ _CHOICES = {
     "kv_cache_dtype": ("auto", "bfloat16", "float16", "float32", "fp8"),
     "generation_config": ("auto", "none"),
     "log_level": LOG_LEVELS,
+    "log_format": ("text", "json"),
 }
 _POSITIVE = (
     "max_num_seqs", "max_num_batched_tokens", "block_size", "max_model_len", "kv_cache_memory", "tensor_parallel_size",
@@ -72,6 +73,7 @@ class EngineConfig:
     generation_config: Literal["auto", "none"] = "auto"
     seed: int = 0
     log_level: str = "info"
+    log_format: str = "text"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():

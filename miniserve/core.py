@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol, get_type_hints
 
 import msgspec
 
+MAX_BAD_WORD = 32  # tokens
+
 
 class UserError(Exception):
     """Something the user asked for cannot be done; `str(error)` says so with its remedy. The CLI exits 2 with it."""
@@ -76,10 +78,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     temperature 0 is greedy. top_k 0 or -1, top_p 1 and min_p 0 turn the filter off. `logprobs` is the number of
     alternatives beside the chosen token (0: the chosen token alone; None: no logprobs); `prompt_logprobs` likewise for
-    the prompt. `max_tokens` None means up to the context limit. `seed` makes the tokens depend on the prompt and these
-    parameters alone. `grammar`: what the output must be; EOS comes where it may end (not before `min_tokens` and, with
-    `ignore_eos`, not at all), and where nothing else may follow the request ends. Stop strings and the grammar count
-    outside `reasoning`. `shown_special_tokens` are ids that `skip_special_tokens` does not hide. Raises
+    the prompt. `logprob_token_ids`: where `logprobs` is not None, the alternatives are these, in this order, instead of
+    the most likely. `allowed_token_ids`: no other is drawn; None allows all. `bad_words`: sequences of tokens that the
+    output never holds. `max_tokens` None means up to the context limit. `seed` makes the tokens depend on the prompt
+    and these parameters alone. `grammar`: what the output must be; EOS comes where it may end (not before `min_tokens`
+    and, with `ignore_eos`, not at all), and where nothing else may follow the request ends. Stop strings and the
+    grammar count outside `reasoning`. `shown_special_tokens` are ids that `skip_special_tokens` does not hide. Raises
     `InvalidRequest` naming the field for a value of the wrong type or out of range.
     """
 
@@ -91,6 +95,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] | None = None
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -100,6 +106,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     max_tokens: int | None = 16
     n: int = 1
     logprobs: int | None = None
+    logprob_token_ids: tuple[int, ...] = ()
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     grammar: Grammar | None = None
@@ -131,6 +138,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         # Each of a request's sequences has these for itself.
         _check(len(self.stop_token_ids) <= 1024, "stop_token_ids", "at most 1024 ids")
         _check(len(self.logit_bias or {}) <= 1024, "logit_bias", "a map of at most 1024 token ids")
+        allowed = self.allowed_token_ids
+        _check(allowed is None or 1 <= len(allowed) <= 8192, "allowed_token_ids", "1 to 8192 ids")
+        _check(len(self.bad_words) <= 512, "bad_words", "at most 512 sequences of tokens")
+        longest = f"made of sequences of 1 to {MAX_BAD_WORD} tokens"
+        _check(all(1 <= len(word) <= MAX_BAD_WORD for word in self.bad_words), "bad_words", longest)
+        num_asked = len(self.logprob_token_ids)
+        _check(num_asked == len(set(self.logprob_token_ids)) <= 128, "logprob_token_ids", "at most 128 different ids")
+        if num_asked and self.logprobs not in (0, num_asked):
+            raise InvalidRequest(
+                f"logprob_token_ids needs logprobs, and no other number of them than {num_asked} or 0.",
+                "logprob_token_ids",
+            )
         for token_id, bias in (self.logit_bias or {}).items():
             if not (token_id >= 0 and -100.0 <= bias <= 100.0):
                 raise InvalidRequest(
@@ -155,17 +174,21 @@ def _check(good: bool, param: str, rule: str) -> None:
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """A prompt and what to generate from it. In the engine it is one sequence: a client's `n > 1` arrives there as n
-    requests."""
+    requests. Of those that wait, lower `priority` comes first. `cache_salt`: only requests with the same one (or all
+    without) share cached prefixes."""
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
+    priority: int = 0
+    cache_salt: str | None = None
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Natural-log probabilities at one position, from the raw logits in float32, finite (clamped at -9999).
 
-    `top_ids`/`top_logprobs` hold the k best, best first, as asked; the chosen token has the same float there.
+    `top_ids`/`top_logprobs` hold the k best, best first, as asked, or those of `logprob_token_ids`; the chosen token
+    has the same float there.
     """
 
     token_id: int
@@ -206,7 +229,7 @@ class SchedulerStats(msgspec.Struct, kw_only=True):
     prefix_cache_queries: int = 0  # prompt tokens looked up
     prefix_cache_hits: int = 0  # prompt tokens found
     num_steps: int = 0
-    step_tokens: int = 0  # of the last step with a result: prompt tokens computed and tokens generated
+    step_tokens: int = 0  # generated by the last step with a result, with the prompts whose first token is among them
     num_drafts: int = 0  # runs with draft tokens, of speculation
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0  # draft tokens that became output

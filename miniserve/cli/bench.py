@@ -93,7 +93,7 @@ def serve(
 
 
 @app.command()
-@with_settings(without=("log_level",))
+@with_settings(without=("log_level", "log_format"))
 def sweep(
     engine: EngineConfig,
     url: Annotated[str | None, typer.Option(help="Measure this running server instead of starting one.")] = None,
@@ -156,7 +156,7 @@ def _shapes(lengths: str) -> list[Shape]:
 
 
 @app.command()
-@with_settings(without=("log_level", "range_ratio"))
+@with_settings(without=("log_level", "log_format", "range_ratio"))
 def latency(
     engine: EngineConfig,
     shape: Shape,
@@ -179,7 +179,7 @@ def latency(
 
 
 @app.command()
-@with_settings(without=("log_level",))
+@with_settings(without=("log_level", "log_format"))
 def throughput(
     engine: EngineConfig,
     shape: Shape,

@@ -16,6 +16,7 @@ from miniserve import __version__
 from miniserve.cli import EXIT_FAILURE, EXIT_USAGE
 from miniserve.cli.chat import chat
 from miniserve.cli.check import check
+from miniserve.cli.doctor import doctor
 from miniserve.cli.explain import explain
 from miniserve.cli.run import run, serve, serve_for_parent
 from miniserve.cli.tune import tune
@@ -33,7 +34,7 @@ class _Commands(TyperGroup):
     """The subcommands. `bench` is imported only when it is used, because it imports much of the program."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return ["run", "serve", "chat", "bench", "explain", "check", "tune", "version"]
+        return ["run", "serve", "chat", "bench", "explain", "check", "tune", "doctor", "version"]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name == "bench" and cmd_name not in self.commands:
@@ -63,6 +64,7 @@ app.command()(chat)
 app.command()(explain)
 app.command()(check)
 app.command()(tune)
+app.command()(doctor)
 
 
 def _print_version(wanted: bool) -> None:

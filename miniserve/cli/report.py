@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -18,29 +19,36 @@ from miniserve.core import EngineInfo
 if TYPE_CHECKING:
     from miniserve.engine.build import ProgressCallback
 
+logger = logging.getLogger(__name__)
+
 _LINE_INTERVAL = 5.0  # seconds
 
 
 class Report:
-    """Writes to stderr. `quiet` leaves out everything but notes and, at a terminal, the bars of a load."""
+    """Writes to stderr. `quiet` leaves out everything but notes and, at a terminal, the bars of a load. `logs`: each
+    line goes to the log, whose format is not that of people."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, logs: bool = False) -> None:
         self._console = Console(stderr=True, highlight=False)
         self._quiet = quiet
+        self._logs = logs
 
     def line(self, text: str) -> None:
         """Print one line without wrapping: it may hold something to copy."""
         if not self._quiet:
-            self._console.print(text, markup=False, soft_wrap=True)
+            self.note(text)
 
     def note(self, text: str) -> None:
         """Print a line even when quiet."""
-        self._console.print(text, markup=False, soft_wrap=True)
+        if self._logs:
+            logger.info("%s", text)
+        else:
+            self._console.print(text, markup=False, soft_wrap=True)
 
     @contextmanager
     def loading(self) -> Iterator[ProgressCallback]:
         """Progress of loading weights (in bytes) and capturing graphs: bars if stderr is a terminal, else lines."""
-        if not self._console.is_terminal:
+        if self._logs or not self._console.is_terminal:
             yield self._report_tenths()
             return
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[of]}"), TimeElapsedColumn())
@@ -72,16 +80,17 @@ class Report:
         """The memory plan as a table, then the attention path and why."""
         if self._quiet:
             return
-        table = Table(title="Memory plan", title_justify="left", show_header=False, title_style="bold")
-        table.add_column()
-        table.add_column(justify="right")
-        for what, size in info.memory:
-            table.add_row(what, human_bytes(size))
-        table.add_section()
         tokens = info.num_blocks * info.block_size
-        table.add_row("tokens in the KV cache", f"{tokens:,}")
-        table.add_row(f"max concurrency at {info.max_model_len:,} tokens", f"{tokens / info.max_model_len:,.1f}x")
-        self._console.print(table)
+        sizes = [(what, human_bytes(size)) for what, size in info.memory]
+        counts = [
+            ("tokens in the KV cache", f"{tokens:,}"),
+            (f"max concurrency at {info.max_model_len:,} tokens", f"{tokens / info.max_model_len:,.1f}x"),
+        ]
+        if self._logs:
+            for what, size in sizes + counts:
+                self.line(f"{what}: {size}")
+        else:
+            self._console.print(_memory_table(sizes, counts))
         self.line(f"{info.architecture} in {info.dtype} on {info.device}, KV layout {info.kv_layout}")
         if info.tensor_parallel_size > 1:
             experts = ", each of which has whole experts" if info.enable_expert_parallel else ""
@@ -91,10 +100,22 @@ class Report:
         if info.speculative is not None:
             self.line(f"speculation {info.speculative}, in batch rows that no running request needs")
 
-    def ready(self, url: str, model: str, *, with_key: bool) -> None:
-        """The URL and a request to copy into a shell."""
-        self.line(f"Serving {model} at {url}")
-        self.line(curl_line(url, model, with_key=with_key))
+    def ready(self, url: str, model: str, *, with_key: bool, uds: str | None = None) -> None:
+        """The URL, or the unix socket, and a request to copy into a shell."""
+        self.line(f"Serving {model} at {uds or url}")
+        self.line(curl_line(url, model, with_key=with_key, uds=uds))
+
+
+def _memory_table(sizes: Sequence[tuple[str, str]], counts: Sequence[tuple[str, str]]) -> Table:
+    table = Table(title="Memory plan", title_justify="left", show_header=False, title_style="bold")
+    table.add_column()
+    table.add_column(justify="right")
+    for row in sizes:
+        table.add_row(*row)
+    table.add_section()
+    for row in counts:
+        table.add_row(*row)
+    return table
 
 
 def _amount(stage: str, total: int) -> str:
@@ -111,8 +132,9 @@ def client_url(host: str, port: int) -> str:
     return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
 
 
-def curl_line(url: str, model: str, *, with_key: bool) -> str:
+def curl_line(url: str, model: str, *, with_key: bool, uds: str | None = None) -> str:
     """A completion request. The key is a shell variable, so that no log contains it."""
     body = json.dumps({"model": model, "prompt": "Once upon a time", "max_tokens": 64})
     key = ' -H "Authorization: Bearer $API_KEY"' if with_key else ""
-    return f"curl {url}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
+    socket = "" if uds is None else f"--unix-socket {shlex.quote(uds)} "
+    return f"curl {socket}{url}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"

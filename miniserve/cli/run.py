@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from miniserve.cli.config_file import ConfigFile
 from miniserve.cli.settings import with_settings
 from miniserve.config import EngineConfig, api_key_from_environment
 from miniserve.server.config import ServerConfig, read_api_keys
@@ -23,6 +24,7 @@ def run(
     engine: EngineConfig,
     server: ServerConfig,
     api_key_file: ApiKeyFile = None,
+    config: ConfigFile = None,
     no_chat: Annotated[
         bool, typer.Option("--no-chat", help="Do not chat, even at a terminal.", rich_help_panel="Chat")
     ] = False,
@@ -47,7 +49,9 @@ def run(
 
 
 @with_settings()
-def serve(engine: EngineConfig, server: ServerConfig, api_key_file: ApiKeyFile = None) -> None:
+def serve(
+    engine: EngineConfig, server: ServerConfig, api_key_file: ApiKeyFile = None, config: ConfigFile = None
+) -> None:
     """Serve a model over an OpenAI-compatible HTTP API, without chat."""
     from miniserve.cli.start import start
 

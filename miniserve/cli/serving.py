@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import socket
 import sys
 from collections.abc import Callable, Coroutine
 
@@ -21,7 +22,7 @@ from miniserve.models.hub import locate
 from miniserve.parallel.child import die_with_parent
 from miniserve.server.config import ServerConfig
 from miniserve.server.process import ServerStart, on_signals
-from miniserve.server.serve import bind, is_local, loop_factory, serve
+from miniserve.server.serve import check_tls, is_local, listening, loop_factory, serve
 
 
 def run_for_parent() -> int:
@@ -54,20 +55,21 @@ def run_server(
 ) -> int:
     """Serve until a signal or the engine's death ends it; returns the exit code. `on_ready` gets the URL, and an event
     that ends it, too."""
-    set_up_logging(engine.log_level)
+    set_up_logging(engine.log_level, engine.log_format)
     if engine.log_level != "debug":
         for library in ("httpx", "httpx2"):  # they log each request at info
             logging.getLogger(library).setLevel(logging.WARNING)
+    check_tls(server)
     # The port comes first: one in use is to be reported before anything is downloaded or loaded.
-    with bind(server.host, server.port) as sock:
+    with listening(server) as sock:
         source = locate(engine.model, engine.revision, weights=engine.load_format != "dummy", notify=report.note)
         report.line(f"miniserve {__version__}: {source.name}, {source.origin}")
-        url = client_url(server.host, sock.getsockname()[1])
+        url = server_url(server, sock)
         local, stop = is_local(sock), asyncio.Event()
 
         def answers() -> None:
             names = server.served_model_names or (source.name,)
-            report.ready(url, names[0], with_key=bool(server.api_keys))
+            report.ready(url, names[0], with_key=bool(server.api_keys), uds=server.uds)
             if not (server.api_keys or local):
                 report.note("Whoever can reach this machine can use the server; --api-key makes it ask for a key.")
             on_ready(url, stop)
@@ -92,6 +94,12 @@ def run_ranks(engine: EngineConfig, report: Report) -> int:
 
     source = locate(engine.model, engine.revision, weights=engine.load_format != "dummy", notify=report.note)
     return run_node(engine, source.path, report.line)
+
+
+def server_url(server: ServerConfig, sock: socket.socket) -> str:
+    """Where a client on this machine reaches it. Over a unix socket any host name does."""
+    url = client_url(server.host, sock.getsockname()[1]) if server.uds is None else "http://localhost"
+    return url if server.ssl_certfile is None else url.replace("http:", "https:", 1)
 
 
 def _run(serving: Callable[[], Coroutine[None, None, int]]) -> int:

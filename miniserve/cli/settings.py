@@ -87,6 +87,7 @@ _OPTIONS: dict[type, dict[str, Any]] = {
         "generation_config": _model(help="auto: sampling defaults of the model's file; none: neutral ones."),
         "seed": _model(help="Seed of random weights, of requests without one, of a benchmark's prompts."),
         "log_level": _http(help=f"{', '.join(LOG_LEVELS)}.", callback=_note_debug),
+        "log_format": _http(help="text, or json: an object on each line of the log."),
         "max_num_seqs": _sched(help="Most requests that run at once.", metavar="N", parser=count("--max-num-seqs")),
         "max_num_batched_tokens": _sched(
             help="Most tokens in one step. Fewer make gaps between tokens shorter while prompts arrive, and prefill "
@@ -190,6 +191,22 @@ _OPTIONS: dict[type, dict[str, Any]] = {
         ),
         "trust_request_chat_template": _http(
             "--trust-request-chat-template", help="Accept chat templates, which are programs, from requests."
+        ),
+        "root_path": _http(
+            help="Path that a proxy puts before all others; requests may come with it or without.",
+            show_default="none",
+            metavar="PATH",
+        ),
+        "uds": _http(help="Unix socket to listen on instead of host and port.", metavar="PATH"),
+        "ssl_keyfile": _http(help="Private key (PEM) for TLS; with --ssl-certfile.", metavar="FILE"),
+        "ssl_certfile": _http(help="Certificate chain (PEM) for TLS; with --ssl-keyfile.", metavar="FILE"),
+        "log_requests": _http(
+            help="Log a line for each request: tokens in, cached and out, TTFT, TPOT, how it finished.",
+            show_default="on",
+        ),
+        "log_prompts": _http("--log-prompts", help="Add the beginning of each prompt to that line."),
+        "strict_fields": _http(
+            "--strict-fields", help="Refuse unknown fields of requests, which are otherwise ignored with a warning."
         ),
     },
     Shape: {

@@ -50,14 +50,26 @@ def start(engine: EngineConfig, server: ServerConfig, *, prompt: str | None, cha
     quiet = engine.log_level not in ("debug", "info")
     if prompt is not None:
         # For this process alone: a free port, and a key that nobody else knows.
-        private = replace(server, host="127.0.0.1", port=0, api_keys=(secrets.token_hex(16),))
+        private = replace(
+            server,
+            host="127.0.0.1",
+            port=0,
+            uds=None,
+            ssl_keyfile=None,
+            ssl_certfile=None,
+            api_keys=(secrets.token_hex(16),),
+        )
         return _with_server(engine, private, True, lambda client: _answer_once(client, prompt))
     if chat and can_chat():
+        if server.uds is not None or server.ssl_certfile is not None:
+            raise UserError(
+                "The chat speaks HTTP over a port: with --uds or TLS add --no-chat, or use `miniserve serve`."
+            )
         return _with_server(engine, server, quiet, lambda client: _chat(client, Report(quiet=quiet)))
     # Here and not above: beneath a conversation this process needs none of it.
     from miniserve.cli.serving import run_server
 
-    return run_server(engine, server, Report(quiet=quiet))
+    return run_server(engine, server, Report(quiet=quiet, logs=engine.log_format == "json"))
 
 
 # --- a server beneath a conversation ----------------------------------------------------------------------------------
@@ -79,8 +91,9 @@ def _with_server(
     engine: EngineConfig, server: ServerConfig, quiet: bool, converse: Callable[[ChatClient], int | None]
 ) -> int:
     """Run a server while `converse` talks with it. Returns the exit code: that of `converse`, or else the server's."""
-    # No lines about progress between those of a conversation.
-    process = ServerProcess(engine, replace(server, log_interval=0), quiet=quiet)
+    # No lines about progress and requests between those of a conversation.
+    silent = replace(server, log_interval=0, log_requests=False, log_prompts=False)
+    process = ServerProcess(engine, silent, quiet=quiet)
     try:
         # Ctrl-C is the prompt's.
         with on_signals(_raise_terminated, (signal.SIGTERM, signal.SIGHUP)), process:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -75,8 +76,13 @@ class ChatTemplate:
         reserved = _RESERVED.intersection(variables or {})
         if reserved:
             raise InvalidRequest(f"chat_template_kwargs must not hold {min(reserved)!r}.", "chat_template_kwargs")
+        source = self.source(chat_template, tools)
+        if documents and re.search(r"\bdocuments\b", source) is None:
+            raise InvalidRequest(
+                "The chat template does not use documents; put their text into a message.", "documents"
+            )
         job = Job(
-            template=self.source(chat_template, tools),
+            template=source,
             messages=_checked(messages),
             continue_final_message=continue_final_message,
             variables={

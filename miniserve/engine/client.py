@@ -95,7 +95,7 @@ class AsyncEngine:
         self.tokenizer: Tokenizer
         self.generation_defaults: GenerationDefaults
         self.stats = SchedulerStats()
-        self.step_sizes: Counter[int] = Counter()  # steps so far by their tokens: of prompts, and generated
+        self.step_sizes: Counter[int] = Counter()  # steps that generated, by `SchedulerStats.step_tokens`
         self.totals = StepTotals()
         self.recent = StepTotals()
         self._period = (0.0, self.totals)  # the current one's begin and what there was then
@@ -297,7 +297,7 @@ class AsyncEngine:
             raise RuntimeError(f"unexpected {type(event).__name__} from the engine")
         self._last_sign = time.monotonic()
         self._asked = None
-        if event.totals.num_steps > self.totals.num_steps:
+        if event.totals.num_steps > self.totals.num_steps and event.stats.step_tokens:
             self.step_sizes[event.stats.step_tokens] += 1
         self.stats, self.totals = event.stats, event.totals
         begin, totals = self._period

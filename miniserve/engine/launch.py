@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
@@ -100,11 +101,24 @@ class EngineProcess:
         self.remove_directory()
 
 
-def set_up_logging(level_name: str) -> None:
-    """To stderr, as all processes of a server do."""
-    logging.basicConfig(
-        level=level_name.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+def set_up_logging(level_name: str, log_format: str) -> None:
+    """To stderr, as all processes of a server do: lines of text, or a JSON object on each line."""
+    handler = logging.StreamHandler(sys.stderr)
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(_JsonLines() if log_format == "json" else text)
+    logging.basicConfig(level=level_name.upper(), handlers=[handler])
+
+
+class _JsonLines(logging.Formatter):
+    """A record with `fields` has those instead of a message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        entry: dict[str, object] = {"time": time, "level": record.levelname.lower(), "logger": record.name}
+        entry |= getattr(record, "fields", None) or {"message": record.getMessage()}
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(entry).decode()
 
 
 def _private_directory() -> Path:

@@ -20,11 +20,11 @@ def fan_out(request_id: str, request: Request) -> list[Request]:
 
     Sequence i draws with seed + i where a seed is given. Only the first computes the prompt's logprobs.
     """
-    prompt, params = request.prompt_token_ids, request.params
+    params, replace_fields = request.params, msgspec.structs.replace
     if params.n == 1:
-        return [Request(request_id=request_id, prompt_token_ids=prompt, params=params)]
+        return [replace_fields(request, request_id=request_id)]
     return [
-        Request(request_id=f"{request_id}#{index}", prompt_token_ids=prompt, params=_child(params, index))
+        replace_fields(request, request_id=f"{request_id}#{index}", params=_child(params, index))
         for index in range(params.n)
     ]
 

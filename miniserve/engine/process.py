@@ -102,7 +102,7 @@ def main(directory: Path) -> int:
     events = _connect(context, zmq.PUSH, directory / messages.OUTPUTS_SOCKET)
     commands = _connect(context, zmq.PULL, directory / messages.COMMANDS_SOCKET)
     try:
-        set_up_logging(start.config.log_level)
+        set_up_logging(start.config.log_level, start.config.log_format)
         loop, info = build_engine(
             start.config, Path(start.source_path), start.model_name, _ProgressReporter(events), start.runner_factory
         )

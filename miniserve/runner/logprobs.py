@@ -22,9 +22,9 @@ _CHUNK_BYTES_ELSEWHERE = 32 << 20  # some dozen rows of a large vocabulary, whic
 class LogprobTensors(NamedTuple):
     """Natural-log probabilities of `num_rows` tokens, float32, at least LOWEST_LOGPROB; ranks and ids are int64.
 
-    logprobs, ranks: [num_rows]; top_ids, top_logprobs: [num_rows, k], best first, lowest id first among equals. A
-    token's rank is one more than the number of tokens that are more likely. A chosen token's logprob is the same float
-    in top_logprobs.
+    logprobs, ranks: [num_rows]; top_ids, top_logprobs: [num_rows, k], best first, lowest id first among equals, or as
+    they were asked for. A token's rank is one more than the number of tokens that are more likely. A chosen token's
+    logprob is the same float in top_logprobs.
     """
 
     logprobs: torch.Tensor
@@ -38,15 +38,22 @@ def rows_per_chunk(vocab_size: int, device: torch.device) -> int:
     return max(1, _CHUNK_BYTES.get(device.type, _CHUNK_BYTES_ELSEWHERE) // (4 * vocab_size))
 
 
-def gather_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> LogprobTensors:
+def gather_logprobs(
+    logits: torch.Tensor, token_ids: torch.Tensor, k: int, asked_ids: torch.Tensor | None = None
+) -> LogprobTensors:
     """logits: [num_rows, vocab_size] of any float dtype, not modified; token_ids: int64 [num_rows]; k: alternatives
-    per row (0: none; more than the vocabulary: all of it). Works on chunks of rows: there is never a float32 copy of
-    all logits."""
+    per row (0: none; more than the vocabulary: all of it). asked_ids: int64 [num_rows, k], alternatives to list instead
+    of the best; -1: the best. Works on chunks of rows: there is never a float32 copy of all logits."""
     num_rows, vocab_size = logits.shape
     step = rows_per_chunk(vocab_size, logits.device)
     k = min(k, vocab_size)
     chunks = [
-        _gather_chunk(logits[start : start + step], token_ids[start : start + step], k)
+        _gather_chunk(
+            logits[start : start + step],
+            token_ids[start : start + step],
+            k,
+            None if asked_ids is None else asked_ids[start : start + step, :k],
+        )
         for start in range(0, max(num_rows, 1), step)
     ]
     return LogprobTensors(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
@@ -64,7 +71,9 @@ def share_logprobs(
     return LogprobTensors(*(gather_rows(group, each, counts) for each in (own.logprobs, own.ranks, *wide)))
 
 
-def _gather_chunk(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> tuple[torch.Tensor, ...]:
+def _gather_chunk(
+    logits: torch.Tensor, token_ids: torch.Tensor, k: int, asked_ids: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
     logits = logits.float()
     top_ids = largest(logits, max(k, 1))[1]
     best = logits.gather(1, top_ids[:, :1])
@@ -81,6 +90,8 @@ def _gather_chunk(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> tupl
     better = torch.gt(logits, logits.gather(1, chosen), out=weights)
     ranks = _blocked(better, 0.0).sum(-1).sum(-1, dtype=torch.float64).long().add_(1)
     top_ids = top_ids[:, :k]
+    if asked_ids is not None:
+        top_ids = torch.where(asked_ids < 0, top_ids, asked_ids)
     return logprobs(chosen).squeeze(1), ranks, top_ids, logprobs(top_ids)
 
 

@@ -1,7 +1,8 @@
 """From logits to tokens, for the whole batch at once.
 
-The order for a row is vLLM's: the grammar's mask, logit_bias, min_tokens, repetition penalty, frequency and presence
-penalty; then the draw (`kernels.sampling`). On a GPU graphs draw for rows that need nothing else.
+The order for a row is vLLM's: the grammar's mask, allowed_token_ids, bad_words, logit_bias, min_tokens, repetition
+penalty, frequency and presence penalty; then the draw (`kernels.sampling`). On a GPU graphs draw for rows that need
+nothing else.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from miniserve.kernels import sampling
 from miniserve.kernels.sampling import Draw, RowParams
 from miniserve.parallel.group import Alone, Group, gather_rows, parts_of_all, shard_of
 from miniserve.runner.logprobs import LogprobTensors, gather_logprobs, share_logprobs
+from miniserve.runner.sampling_bans import LastTokens
 from miniserve.runner.sampling_masks import apply_masks, masks_within
 from miniserve.runner.sampling_penalties import SeenTokens
 from miniserve.runner.sampling_rows import Batch, RowTable
@@ -63,6 +65,7 @@ class Sampler:
         self._draw = draw
         self._table = RowTable(max_num_seqs, vocab_size, device, eos_token_ids, seed)
         self._seen = SeenTokens(max_num_seqs, vocab_size, device)
+        self._drawn = LastTokens(max_num_seqs, device)
         self._batches: list[tuple[list[int], Batch]] = []  # of the last step: all its rows, and this rank's of them
 
     @property
@@ -77,6 +80,8 @@ class Sampler:
         self.num_outputs[start.row].fill_(len(start.output_token_ids))  # item assignment would wait for the device
         if start.request.params.penalised:
             self._seen.start_row(start.row, start.request.prompt_token_ids, start.output_token_ids)
+        if start.request.params.bad_words:
+            self._drawn.start_row(start.row, start.output_token_ids)
 
     def stop_row(self, row: int) -> None:
         """The row is free again."""
@@ -97,9 +102,9 @@ class Sampler:
         """Draw the next token of each of `rows`, which are all taken.
 
         logits: contiguous [len(rows), this rank's words] of any float dtype, may be overwritten. On an asynchronous
-        device nothing waits. A row may occur more than once, unless it is penalised, if the host passes the
-        `positions` that the logits follow from; `last_tokens` and `num_outputs` are then undefined until a request
-        takes the row. `masks`: the tokens that grammars allow, by index into `rows`.
+        device nothing waits. A row may occur more than once, unless it is penalised or has bad words, if the host
+        passes the `positions` that the logits follow from; `last_tokens` and `num_outputs` are then undefined until a
+        request takes the row. `masks`: the tokens that grammars allow, by index into `rows`.
         """
         self.upload()
         choose = self._choose if self._group.size == 1 else self._choose_together
@@ -109,6 +114,8 @@ class Sampler:
         self.num_outputs.index_add_(0, batch.rows, batch.ones)
         if batch.penalised is not None:
             self._seen.record(sampled.token_ids, batch.penalised)
+        if batch.bad_words is not None:
+            self._drawn.record(sampled.token_ids, batch.bad_words)
         return sampled
 
     def _choose(
@@ -134,7 +141,8 @@ class Sampler:
         tokens = self._draw(logits, batch.rows, self.params, num_outputs)
         if raw is None or batch.logprobs is None:
             return SampleOutput(tokens, None, batch.num_logprobs)
-        logprobs = gather_logprobs(raw, tokens[batch.logprobs.entries], batch.logprobs.most)
+        asked = batch.logprobs
+        logprobs = gather_logprobs(raw, tokens[asked.entries], asked.most, asked.asked_ids)
         return SampleOutput(tokens, logprobs, batch.num_logprobs)
 
     def _choose_together(
@@ -196,8 +204,12 @@ class Sampler:
         return batch
 
     def _edit(self, logits: torch.Tensor, batch: Batch, num_outputs: torch.Tensor) -> None:
-        """Apply bias, min_tokens and penalties in place."""
+        """Apply bans, bias, min_tokens and penalties in place."""
         flat = logits.view(-1)
+        if batch.allowed is not None:
+            batch.allowed.apply(logits)
+        if batch.bad_words is not None:
+            self._drawn.ban(logits, batch.bad_words)
         if batch.bias is not None:
             flat.index_add_(0, batch.bias.places, batch.bias.values)
         if batch.early_stops is not None:

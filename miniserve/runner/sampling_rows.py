@@ -16,6 +16,7 @@ import torch
 
 from miniserve.core import RowStart
 from miniserve.kernels.sampling import NUM_COLUMNS, WANTS_LOGITS, RowParams
+from miniserve.runner.sampling_bans import AllowedTokens, BadWords, allowed_tokens, bad_words
 from miniserve.runner.sampling_penalties import PenalisedRows
 from miniserve.runner.sampling_transfer import to_device
 
@@ -43,10 +44,12 @@ class EarlyStops:
 
 @dataclass(frozen=True, slots=True)
 class LogprobRows:
-    """entries: batch indices of the rows that ask for logprobs; most: the largest number asked for."""
+    """entries: batch indices of the rows that ask for logprobs; most: the largest number asked for; asked_ids: see
+    `gather_logprobs`."""
 
     entries: slice | torch.Tensor
     most: int
+    asked_ids: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,8 @@ class Batch:
 
     rows: torch.Tensor  # int64 [num_rows]
     ones: torch.Tensor  # int64 [num_rows]
+    allowed: AllowedTokens | None
+    bad_words: BadWords | None
     bias: Bias | None
     early_stops: EarlyStops | None
     penalised: PenalisedRows | None
@@ -63,7 +68,9 @@ class Batch:
 
     @property
     def edits_logits(self) -> bool:
-        return any(edit is not None for edit in (self.bias, self.early_stops, self.penalised))
+        return any(
+            edit is not None for edit in (self.allowed, self.bad_words, self.bias, self.early_stops, self.penalised)
+        )
 
 
 class RowTable:
@@ -84,6 +91,9 @@ class RowTable:
         self._num_logprobs = np.full(max_num_seqs, -1, dtype=np.int64)
         self._penalised = np.zeros(max_num_seqs, dtype=np.bool_)
         self._takes_argmax = [False] * max_num_seqs  # a list, because reading a few entries is many times as fast
+        self._allowed: dict[int, tuple[int, ...]] = {}
+        self._bad_words: dict[int, tuple[tuple[int, ...], ...]] = {}
+        self._asked_ids: dict[int, tuple[int, ...]] = {}
         self._biases: dict[int, dict[int, float]] = {}
         self._early_stops: dict[int, tuple[list[int], int]] = {}
         self._started: list[int] = []  # rows not yet copied to `params`
@@ -97,21 +107,27 @@ class RowTable:
         self._taken[row] = True
         self._started.append(row)
         self._keys[row] = stream_key(params.seed, start.request.request_id, self._seed)
-        self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
+        self._num_logprobs[row] = -1 if params.logprobs is None else len(params.logprob_token_ids) or params.logprobs
         self._prompt_lens[row] = len(start.request.prompt_token_ids)
         self._penalised[row] = params.penalised
+        if params.allowed_token_ids is not None:
+            self._allowed[row] = params.allowed_token_ids
+        if params.bad_words:
+            self._bad_words[row] = params.bad_words
+        if params.logprob_token_ids:
+            self._asked_ids[row] = params.logprob_token_ids
         if params.logit_bias:
             self._biases[row] = params.logit_bias
         if len(start.output_token_ids) < params.min_tokens:
             # An id beyond the vocabulary cannot be drawn anyhow.
             stops = [i for i in self._eos_token_ids.union(params.stop_token_ids) if 0 <= i < self._vocab_size]
             self._early_stops[row] = (stops, params.min_tokens)
+        edits = (self._allowed, self._bad_words, self._biases, self._early_stops)
         wants_logits = (
             params.penalised
-            or row in self._biases
-            or row in self._early_stops
             or params.logprobs is not None
             or params.grammar is not None
+            or any(row in edit for edit in edits)
         )
         temperature = 0.0 if params.temperature < _GREEDY_BELOW else params.temperature
         self._numbers[row] = (
@@ -130,8 +146,8 @@ class RowTable:
         if not self._taken[row]:
             raise ValueError(f"row {row} holds no request")
         self._taken[row] = False
-        self._biases.pop(row, None)
-        self._early_stops.pop(row, None)
+        for kept in (self._allowed, self._bad_words, self._asked_ids, self._biases, self._early_stops):
+            kept.pop(row, None)
 
     def upload(self) -> None:
         """Copy rows that have started since to `params`. Nothing waits."""
@@ -165,12 +181,32 @@ class RowTable:
         return Batch(
             rows=self._to_device(host_rows),
             ones=torch.ones(len(rows), dtype=torch.int64, device=self._device),
+            allowed=self._find_allowed(rows) if self._allowed else None,
+            bad_words=self._find_bad_words(rows) if self._bad_words else None,
             bias=self._bias(rows) if self._biases else None,
             early_stops=self._stops(rows) if self._early_stops else None,
             penalised=self._find_penalised(host_rows, penalised) if len(penalised) else None,
-            logprobs=LogprobRows(self.entries(asking), int(counts.max())) if len(asking) else None,
+            logprobs=self._logprob_rows(host_rows, asking, int(counts.max())) if len(asking) else None,
             num_logprobs=tuple(None if count < 0 else count for count in counts.tolist()),
         )
+
+    def _find_allowed(self, rows: list[int]) -> AllowedTokens | None:
+        found = [(entry, self._allowed[row]) for entry, row in enumerate(rows) if row in self._allowed]
+        return allowed_tokens(found, self._vocab_size, self._device) if found else None
+
+    def _find_bad_words(self, rows: list[int]) -> BadWords | None:
+        found = [(entry, row, self._bad_words[row]) for entry, row in enumerate(rows) if row in self._bad_words]
+        return bad_words(found, self._vocab_size, self._device) if found else None
+
+    def _logprob_rows(self, host_rows: npt.NDArray[np.int64], asking: npt.NDArray[np.int64], most: int) -> LogprobRows:
+        asked: torch.Tensor | None = None
+        ids = [self._asked_ids.get(row, ()) for row in host_rows[asking].tolist()]
+        if any(ids):
+            padded = np.full((len(ids), most), -1, np.int64)
+            for index, some in enumerate(ids):
+                padded[index, : len(some)] = some
+            asked = self._to_device(padded)
+        return LogprobRows(self.entries(asking), most, asked)
 
     def _bias(self, rows: list[int]) -> Bias | None:
         found = [(entry, self._biases[row]) for entry, row in enumerate(rows) if row in self._biases]

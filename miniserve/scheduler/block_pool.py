@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 
 ROOT = 0  # the chain id before a sequence's first block
 
-Key = tuple[int, tuple[int, ...]]  # (chain id of the parent block, the block's tokens)
+Chain = int | str  # a block's; or, before the first block, ROOT or the salt of those who share what follows
+Key = tuple[Chain, tuple[int, ...]]  # (chain id of the parent block, the block's tokens)
 
 
 class BlockPool:
@@ -35,10 +36,10 @@ class BlockPool:
     def num_free(self) -> int:
         return len(self._free)
 
-    def match(self, token_ids: Sequence[int], block_size: int, max_tokens: int) -> list[int]:
-        """The cached blocks of the longest known prefix of `token_ids`, at most `max_tokens` tokens long."""
+    def match(self, token_ids: Sequence[int], block_size: int, max_tokens: int, chain: Chain = ROOT) -> list[int]:
+        """The cached blocks of the longest known prefix of `token_ids`, at most `max_tokens` tokens long, behind
+        `chain`."""
         blocks: list[int] = []
-        chain = ROOT
         for end in range(block_size, max_tokens + 1, block_size):
             block = self._cached.get((chain, tuple(token_ids[end - block_size : end])))
             if block is None:
@@ -47,9 +48,9 @@ class BlockPool:
             chain = self._chains[block]
         return blocks
 
-    def chain_of(self, blocks: list[int]) -> int:
-        """The chain id after these matched blocks, with which a sequence continues."""
-        return self._chains[blocks[-1]] if blocks else ROOT
+    def chain_of(self, block: int) -> int:
+        """The chain id after this matched block, with which a sequence continues."""
+        return self._chains[block]
 
     def count_free(self, blocks: Iterable[int]) -> int:
         return sum(not self._refs[block] for block in blocks)
@@ -82,7 +83,7 @@ class BlockPool:
                 if self._keys[block] is None:
                     self._free.move_to_end(block, last=False)
 
-    def register(self, block: int, parent: int, token_ids: tuple[int, ...]) -> int:
+    def register(self, block: int, parent: Chain, token_ids: tuple[int, ...]) -> int:
         """Cache a held, full block as the continuation of chain `parent`; returns its chain id.
 
         If another block is cached for the same tokens, that one stays, unless it is free: the held block lives longer.

@@ -35,13 +35,13 @@ class SequenceBlocks:
         from."""
         if not self.uses_cache(seq):
             return []
-        return self.pool.match(seq.token_ids, self._size, len(seq.token_ids) - 1)
+        return self.pool.match(seq.token_ids, self._size, len(seq.token_ids) - 1, seq.root)
 
     def start(self, seq: Sequence, hits: list[int]) -> None:
         """Start a sequence, which has its row, with its cached prefix `hits` and new blocks for all that it
         prefills."""
         seq.num_registered = len(hits)
-        seq.chain = self.pool.chain_of(hits)
+        seq.chain = self.pool.chain_of(hits[-1]) if hits else seq.root
         seq.num_computed = len(hits) * self._size
         self.pool.share(hits)
         self._append(seq, hits + self.pool.allocate(self.missing(seq, seq.prefill_len) - len(hits)))

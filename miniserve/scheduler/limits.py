@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from miniserve.config import SchedulerConfig
-from miniserve.core import EngineInfo, InvalidRequest, Request
+from miniserve.core import EngineInfo, InvalidRequest, Request, SamplingParams
 
 _MAX_LOGPROBS = 20
 
@@ -22,6 +22,11 @@ def check_request(request: Request, info: EngineInfo) -> Request:
     check_vocabulary(request.prompt_token_ids, "prompt", info.vocab_size)
     check_vocabulary(params.stop_token_ids, "stop_token_ids", info.vocab_size)
     check_vocabulary(tuple(params.logit_bias or ()), "logit_bias", info.vocab_size)
+    check_vocabulary(params.logprob_token_ids, "logprob_token_ids", info.vocab_size)
+    check_vocabulary(params.allowed_token_ids or (), "allowed_token_ids", info.vocab_size)
+    for word in params.bad_words:
+        check_vocabulary(word, "bad_words", info.vocab_size)
+    _check_choice(params, info)
     if params.min_tokens > max_tokens:
         raise InvalidRequest(
             f"min_tokens is {params.min_tokens}, but with a prompt of {prompt_len} tokens at most {max_tokens} tokens "
@@ -33,6 +38,23 @@ def check_request(request: Request, info: EngineInfo) -> Request:
     if params.max_tokens == max_tokens:
         return request
     return msgspec.structs.replace(request, params=msgspec.structs.replace(params, max_tokens=max_tokens))
+
+
+def _check_choice(params: SamplingParams, info: EngineInfo) -> None:
+    """Raises `InvalidRequest` where a step could have no token to draw, whatever was drawn before."""
+    if params.allowed_token_ids is None and not params.bad_words:
+        return
+    forbidden = {word[-1] for word in params.bad_words}
+    if params.min_tokens:
+        forbidden.update(info.eos_token_ids, params.stop_token_ids)
+    allowed = params.allowed_token_ids
+    if len(forbidden) >= info.vocab_size if allowed is None else forbidden.issuperset(allowed):
+        param = "bad_words" if params.bad_words else "allowed_token_ids"
+        raise InvalidRequest(
+            f"{param}: nothing can be generated, as bad_words, and stop tokens before min_tokens, leave none of the "
+            "allowed tokens.",
+            param,
+        )
 
 
 def check_lengths(prompt_len: int, max_tokens: int | None, limits: EngineInfo | SchedulerConfig) -> int:

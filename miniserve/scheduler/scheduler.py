@@ -1,14 +1,15 @@
 """Continuous batching with a token budget: every step mixes decode rows, extends and prefills as they come.
 
 The order within a step: decode rows first, so that they never starve; then the sequences in the middle of their
-prefill; then admissions, first come first served. A prompt longer than a step leaves a quarter of each of its steps to
-prompts behind it that fit into a step, so that these need not wait for all of it. They may also pass waiting long
-prompts, as long as rows and blocks for those remain: no request waits for room because of a later arrival. `StepCost`
-may limit the tokens of chunks beside decode rows.
+prefill; then admissions, by priority (the lowest number first) and then by arrival. A priority is for the queue alone:
+no running sequence makes room for one that waits, but those of a high number may wait for as long as others come. A
+prompt longer than a step leaves a quarter of each of its steps to prompts behind it that fit into a step, so that these
+need not wait for all of it. They may also pass waiting long prompts, as long as rows and blocks for those remain: no
+request waits for room because of a later one. `StepCost` may limit the tokens of chunks beside decode rows.
 
 A sequence is admitted once there are blocks for all it has to prefill; only decode rows allocate later, a block each
 time they cross a block boundary. When blocks run out the sequence that was admitted last is preempted: its blocks are
-freed, and it returns to the queue, in the order of arrival, to be computed again. So the sequence that was admitted
+freed, and it returns to its place in the queue, to be computed again. So the sequence that was admitted
 first always makes progress: it could run alone (`check_lengths`).
 
 Steps in flight. `schedule` may be called before the results of launched steps came back through `update`. This is
@@ -86,7 +87,7 @@ class Scheduler:
         self._blocks = SequenceBlocks(config)
         self._pool = self._blocks.pool
         self._sequences: dict[str, Sequence] = {}  # all unfinished ones
-        self._waiting: OrderedDict[int, Sequence] = OrderedDict()  # in the order of arrival
+        self._waiting: OrderedDict[tuple[int, int], Sequence] = OrderedDict()  # by (priority, arrival), in this order
         self._running: dict[int, Sequence] = {}  # in the order of admission
         self._prefilling: list[Sequence] = []  # running, partly prefilled: one, and perhaps one that passes it
         self._decoding: list[Sequence] = []  # running, and decoding; shared with plans in flight, so never mutated
@@ -117,7 +118,12 @@ class Scheduler:
         self._num_arrivals += 1
         seq = Sequence(request, self._num_arrivals, max_tokens, self._config.eos_token_ids, matcher)
         self._sequences[request.request_id] = seq
-        self._waiting[seq.arrival] = seq
+        later = list(takewhile(lambda order: order > seq.order, reversed(self._waiting)))
+        self._waiting[seq.order] = seq
+        if later:
+            self._blocks_wanted = 0  # it may be the head
+        for order in reversed(later):
+            self._waiting.move_to_end(order)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request; its row and blocks are free for the next step. Returns its last output, or None if there is no
@@ -288,7 +294,7 @@ class Scheduler:
     def _admit(self, seq: Sequence, hits: list[int], starts: list[RowStart]) -> Sequence:
         """Start a waiting sequence, for which there is room. `hits`: the cached blocks of its prefix."""
         self._blocks_wanted = 0
-        del self._waiting[seq.arrival]
+        del self._waiting[seq.order]
         self._running[seq.arrival] = seq
         self._prefilling.append(seq)
         seq.row = self._free_rows.pop()
@@ -323,10 +329,10 @@ class Scheduler:
         seq.num_preemptions += 1
         self._num_preemptions += 1
         seq.ready_step = self._num_scheduled
-        passed = list(takewhile(lambda arrival: arrival < seq.arrival, self._waiting))
-        self._waiting[seq.arrival] = seq
-        for arrival in [seq.arrival, *reversed(passed)]:
-            self._waiting.move_to_end(arrival, last=False)
+        passed = list(takewhile(lambda order: order < seq.order, self._waiting))
+        self._waiting[seq.order] = seq
+        for order in [seq.order, *reversed(passed)]:
+            self._waiting.move_to_end(order, last=False)
         self._blocks_wanted = 0
 
     def _leave(self, seq: Sequence) -> None:
@@ -359,7 +365,7 @@ class Scheduler:
         self._num_updated += 1
         self._updated_shape = step.shape
         outputs = self._take_chunks(step, result)
-        num_without_token = len(outputs)
+        self._step_tokens = 0
         logprobs = result.logprobs or [None] * len(step.sampling)
         entries: Iterable[tuple[Sequence, int, TokenLogprobs | None]] = zip(
             step.sampling, result.token_ids, logprobs, strict=True
@@ -377,6 +383,7 @@ class Scheduler:
                 continue
             token_ids = seq.token_ids
             token_ids.append(token_id)
+            self._step_tokens += 1 if len(token_ids) > seq.prompt_len + 1 else seq.prompt_len + 1
             output = seq.output([token_id])
             outputs.append(output)
             if entry is not None:
@@ -395,7 +402,6 @@ class Scheduler:
                     continue
             if len(token_ids) == seq.max_len:
                 self._finish(seq, output, FinishReason.LENGTH)
-        self._step_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks) + len(outputs) - num_without_token
         return outputs
 
     def note_seconds(self, seconds: float) -> None:
@@ -440,7 +446,7 @@ class Scheduler:
         if seq.row >= 0:
             self._leave(seq)
         else:
-            del self._waiting[seq.arrival]
+            del self._waiting[seq.order]
             self._blocks_wanted = 0
 
 

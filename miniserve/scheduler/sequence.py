@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from miniserve.core import Matcher, Request, RequestOutput, TokenLogprobs
-from miniserve.scheduler.block_pool import ROOT
+from miniserve.scheduler.block_pool import ROOT, Chain
 from miniserve.scheduler.ngram import NGramDrafter
 
 
@@ -35,12 +35,14 @@ class Sequence:
         "num_computed",
         "num_preemptions",
         "num_registered",
+        "order",
         "prefill_len",
         "prompt_len",
         "prompt_logprobs",
         "ready_step",
         "request",
         "request_id",
+        "root",
         "row",
         "stop_ids",
         "token_ids",
@@ -58,6 +60,7 @@ class Sequence:
         self.request = request
         self.request_id = request.request_id
         self.arrival = arrival
+        self.order = request.priority, arrival  # in the queue
         self.prompt_len = len(request.prompt_token_ids)
         self.token_ids = list(request.prompt_token_ids)
         self.max_len = self.prompt_len + max_tokens
@@ -69,9 +72,10 @@ class Sequence:
         # Entries so far, until the first output returns them; the first prompt token has none.
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None if params.prompt_logprobs is None else [None]
 
-        # No guesses with penalties, which depend on all earlier tokens: behind a wrong guess they would count that
-        # guess. Nor with a grammar, whose mask would be needed behind each guess.
-        self.drafter = None if params.penalised or matcher is not None else NGramDrafter(self.token_ids)
+        # No guesses with what depends on earlier tokens: behind a wrong guess it would count that guess. Nor with a
+        # grammar, whose mask would be needed behind each guess.
+        unguessable = params.penalised or params.bad_words or matcher is not None
+        self.drafter = None if unguessable else NGramDrafter(self.token_ids)
         self.guesses_due = sys.maxsize  # limit for the next guesses, from how many of the last were right
 
         self.matcher = matcher
@@ -82,7 +86,8 @@ class Sequence:
         self.limit = 0
         self.prefill_len = 0  # tokens to prefill: the prompt, after a preemption also the output
         self.num_registered = 0  # leading blocks in the prefix cache
-        self.chain = ROOT  # their chain id
+        self.root: Chain = ROOT if request.cache_salt is None else request.cache_salt
+        self.chain = self.root  # their chain id
         self.ready_step = 0  # results of this many steps must arrive before it may run (again)
 
         self.num_cached_tokens = 0

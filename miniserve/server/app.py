@@ -6,11 +6,13 @@ from collections.abc import Collection
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse
+from starlette.routing import Route
 
 from miniserve import __version__
-from miniserve.core import InvalidRequest
+from miniserve.core import InvalidRequest, UserError
 from miniserve.engine.client import AsyncEngine
 from miniserve.scheduler.limits import check_vocabulary
 from miniserve.server import chat, completions, errors, protocol, steps
@@ -20,9 +22,8 @@ from miniserve.server.config import ServerConfig
 from miniserve.server.connection import ApiKeyMiddleware, BodyLimitMiddleware, HostMiddleware, PathMiddleware
 from miniserve.server.errors import json_response
 from miniserve.server.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from miniserve.server.service import Service
+from miniserve.server.service import MAX_TEXT, Service
 
-_MAX_TEXT = 1_048_576  # characters that /tokenize takes: they need not fit into the context
 _MAX_IDS = 262_144
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": protocol.ErrorEnvelope},
@@ -43,8 +44,8 @@ def create_app(engine: AsyncEngine, config: ServerConfig, hosts: Collection[str]
     _tokenizer_routes(app, service)
     _health_routes(app, service)
     steps.install(app, service)
+    _check_root_path(app, config.root_path)
     # The last one added is the outermost: browsers need CORS headers on refusals, too.
-    app.add_middleware(PathMiddleware)
     app.add_middleware(BodyLimitMiddleware, max_bytes=config.max_body_bytes)
     if config.api_keys:
         app.add_middleware(ApiKeyMiddleware, api_keys=config.api_keys)
@@ -52,9 +53,21 @@ def create_app(engine: AsyncEngine, config: ServerConfig, hosts: Collection[str]
         app.add_middleware(HostMiddleware, hosts=hosts)
     if config.allowed_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=list(config.allowed_origins), allow_methods=["*"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=list(config.allowed_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id"],
         )
+    app.add_middleware(PathMiddleware, root_path=config.root_path)
     return app
+
+
+def _check_root_path(app: FastAPI, root_path: str) -> None:
+    """Raises `UserError` where a path of ours would be taken for one that a proxy has put something before."""
+    for path in [route.path for route in app.routes if isinstance(route, Route | APIRoute)]:
+        if root_path and f"{path}/".startswith(f"{root_path}/"):
+            raise UserError(f"--root-path {root_path} is where {path} begins; choose another.")
 
 
 def _openai_routes(app: FastAPI, service: Service) -> None:
@@ -108,6 +121,9 @@ def _health_routes(app: FastAPI, service: Service) -> None:
         }
         return json_response(answer)
 
+    async def load() -> Response:
+        return json_response({"server_load": service.turns.num_requests})
+
     async def version() -> Response:
         return json_response({"version": __version__})
 
@@ -117,6 +133,7 @@ def _health_routes(app: FastAPI, service: Service) -> None:
 
     for path in ("/health", "/ping", "/ready"):
         app.add_api_route(path, health, response_model=protocol.Health)
+    app.add_api_route("/load", load, response_model=protocol.Load)
     app.add_api_route("/version", version, response_model=protocol.Version)
     app.add_api_route("/metrics", metrics, response_class=PlainTextResponse)
     app.add_api_route("/ping", health, methods=["POST"], include_in_schema=False)  # as SageMaker does
@@ -164,8 +181,8 @@ async def _ids(service: Service, body: TokenizeRequest) -> list[int]:
     if body.messages is None and body.prompt is not None:
         if body.tools:
             raise InvalidRequest("tools go with messages, not with a prompt.", "tools")
-        (ids,) = await service.encode([body.prompt], body.add_special_tokens is not False, _MAX_TEXT)
+        (ids,) = await service.encode([body.prompt], body.add_special_tokens is not False, MAX_TEXT)
         return ids
     if body.messages is None or body.prompt is not None:
         raise InvalidRequest("Exactly one of prompt and messages is needed.", "prompt")
-    return await render(service, body.messages, body, _MAX_TEXT)
+    return await render(service, body.messages, body, MAX_TEXT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ from miniserve.server.protocol import (
 )
 from miniserve.server.reading import AnswerReader, Reading, chosen_tools, forced_calls, reading_of, template_tools
 from miniserve.server.reply import Answer, GenerationResponse, Header, finish_word
-from miniserve.server.service import Service
+from miniserve.server.service import MAX_TEXT, Service
 from miniserve.server.structured import find_grammar
 
 
@@ -42,9 +42,9 @@ class ChatAnswer(Answer):
 
     whole_kind, chunk_kind = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, header: Header, tokenizer: Tokenizer, chat: Chat) -> None:
-        super().__init__(header, [len(chat.token_ids)])
-        self._tokenizer = tokenizer
+    def __init__(self, header: Header, tokenizer: Tokenizer, chat: Chat, body: ChatCompletionRequest) -> None:
+        super().__init__(header, tokenizer, [chat.token_ids], chat.params, body)
+        self._echo = chat.echo
         self._reading = chat.reading
         self._with_logprobs = chat.params.logprobs is not None
         self._deltas: dict[int, list[Completion]] = {}
@@ -64,6 +64,8 @@ class ChatAnswer(Answer):
         if index not in self._readers:
             opening: ChatDelta = {"role": "assistant", "content": ""}
             yield {"index": index, "delta": opening, "logprobs": None, "finish_reason": None}
+            if self._echo:
+                yield {"index": index, "delta": {"content": self._echo}, "logprobs": None, "finish_reason": None}
         reader = self._reader(index)
         self.count(number, delta)
         messages = [message for event in reader.push(delta) if (message := _delta(event, self._reading))]
@@ -97,14 +99,15 @@ class ChatAnswer(Answer):
         deltas = self._deltas[index]
         return {
             "index": index,
-            "message": _message_of(self._events[index], self._reading),
+            "message": _message_of(self._events[index], self._reading, self._echo),
             "logprobs": self._logprobs(deltas) if self._with_logprobs else None,
             "finish_reason": self._finish_word(deltas[-1]),
             "stop_reason": deltas[-1].stop_reason,
         }
 
     def _logprobs(self, deltas: Sequence[Completion]) -> ChatLogprobs:
-        return chat_logprobs(self._tokenizer, [entry for delta in deltas for entry in delta.logprobs or ()])
+        entries = [entry for delta in deltas for entry in delta.logprobs or ()]
+        return chat_logprobs(self._tokenizer, entries, self.token_name)
 
 
 def _delta(event: Event, reading: Reading) -> ChatDelta:
@@ -121,9 +124,9 @@ def _delta(event: Event, reading: Reading) -> ChatDelta:
     return {}
 
 
-def _message_of(events: Sequence[Event], reading: Reading) -> ChatMessageOut:
+def _message_of(events: Sequence[Event], reading: Reading, echo: str) -> ChatMessageOut:
     """Content is null where there is only reasoning or calls."""
-    content = "".join(event.text for event in events if isinstance(event, Content))
+    content = echo + "".join(event.text for event in events if isinstance(event, Content))
     thought = "".join(event.text for event in events if isinstance(event, Thought))
     calls = [(event.name, list[str]()) for event in events if isinstance(event, CallBegin)]
     for event in events:
@@ -149,6 +152,7 @@ class Chat:
     token_ids: list[int]
     params: SamplingParams
     reading: Reading
+    echo: str  # what the content begins with
 
 
 async def prepare(service: Service, body: ChatCompletionRequest) -> Chat:
@@ -162,7 +166,9 @@ async def prepare(service: Service, body: ChatCompletionRequest) -> Chat:
     template = tokenizer.chat_template.source(body.chat_template, template_tools(tools))
     dialect = service.config.tool_dialect(template) if tools else None
     text = await _rendered(service, body.messages, body, tools)
-    (token_ids,) = await service.encode([text], bool(body.add_special_tokens))
+    max_chars = None if body.truncate_prompt_tokens is None else MAX_TEXT
+    (token_ids,) = await service.encode([text], bool(body.add_special_tokens), max_chars)
+    token_ids = service.truncate(token_ids, body)
     marks = service.config.reasoning_dialect(template)
     continued = _final_text(body.messages[-1]) if body.continue_final_message else None
     reasoning = None if marks is None else marks.after(text, continued)
@@ -170,7 +176,19 @@ async def prepare(service: Service, body: ChatCompletionRequest) -> Chat:
         await service.check_one_grammar("tools", grammar)
         params = msgspec.structs.replace(params, grammar=grammar)
     reading = reading_of(body, dialect, tools, reasoning, tokenizer)
-    return Chat(token_ids, reading.params(params, tokenizer), reading)
+    return Chat(token_ids, reading.params(params, tokenizer), reading, _echoed(body))
+
+
+def _echoed(body: ChatCompletionRequest) -> str:
+    """Raises `InvalidRequest` where there is no message to continue."""
+    if body.echo and not body.continue_final_message:
+        raise InvalidRequest(
+            "echo begins the answer with the message that it continues; it needs continue_final_message.", "echo"
+        )
+    content = body.messages[-1].content
+    if body.echo and isinstance(content, list) and len(content) != 1:
+        raise InvalidRequest("echo needs a last message whose content is one text.", "echo")
+    return _final_text(body.messages[-1]) if body.echo else ""
 
 
 async def respond(service: Service, body: ChatCompletionRequest) -> GenerationResponse:
@@ -180,8 +198,8 @@ async def respond(service: Service, body: ChatCompletionRequest) -> GenerationRe
     service.fields.check(body, REFUSED_IN_CHAT)
     chat = await prepare(service, body)
     header = service.header("chatcmpl")
-    answer = ChatAnswer(header, service.engine.tokenizer, chat)
-    return GenerationResponse(await service.generation([chat.token_ids], chat.params, body, header), answer, body)
+    answer = ChatAnswer(header, service.engine.tokenizer, chat, body)
+    return service.reply(await service.generation([chat.token_ids], chat.params, body, header), answer, body)
 
 
 async def render(
@@ -255,17 +273,17 @@ def _call(call: MessageToolCall) -> dict[str, Any]:
     return {**call.extras, "type": call.type, "function": function}
 
 
-def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]) -> ChatLogprobs:
+def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs], name: Callable[[int], str]) -> ChatLogprobs:
     content: list[TokenLogprob] = []
     for entry in entries:
-        top = [_top_logprob(tokenizer, *pair) for pair in zip(entry.top_ids, entry.top_logprobs, strict=True)]
-        content.append({**_top_logprob(tokenizer, entry.token_id, entry.logprob), "top_logprobs": top})
+        top = [_top_logprob(tokenizer, *pair, name) for pair in zip(entry.top_ids, entry.top_logprobs, strict=True)]
+        content.append({**_top_logprob(tokenizer, entry.token_id, entry.logprob, name), "top_logprobs": top})
     return {"content": content, "refusal": None}
 
 
-def _top_logprob(tokenizer: Tokenizer, token_id: int, logprob: float) -> TopLogprob:
+def _top_logprob(tokenizer: Tokenizer, token_id: int, logprob: float, name: Callable[[int], str]) -> TopLogprob:
     return {
-        "token": tokenizer.token_str(token_id),
+        "token": name(token_id),
         "logprob": logprob,
         "bytes": list(tokenizer.token_bytes(token_id)),
     }

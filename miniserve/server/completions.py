@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from typing import Any
 
 from miniserve.core import Completion, SamplingParams, TokenLogprobs
 from miniserve.engine.detokenizer import TextDecoder, text_decoder
@@ -12,15 +13,22 @@ from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server.fields import REFUSED_IN_COMPLETIONS
 from miniserve.server.protocol import CompletionChoice, CompletionLogprobs, CompletionRequest, Prompt
 from miniserve.server.reply import Answer, GenerationResponse, Header, finish_word
-from miniserve.server.service import Service
+from miniserve.server.service import MAX_TEXT, Service
 
 
 class CompletionLogprobsWriter:
     """The four arrays of one choice, piece by piece. `text_offset` counts characters of the choice's text: those that
     are complete before the token's first byte."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, prompt_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool,
+        prompt_token_ids: Sequence[int],
+        name: Callable[[int], str] | None = None,  # what a token is called; None: its text
+    ) -> None:
         self._tokenizer = tokenizer
+        self._name = name or tokenizer.token_str
         self._skip_special_tokens = skip_special_tokens
         self._prompt_token_ids = prompt_token_ids
         self._offset = 0
@@ -60,7 +68,7 @@ class CompletionLogprobsWriter:
         self, token_ids: Sequence[int], entries: Sequence[TokenLogprobs | None], offsets: list[int]
     ) -> CompletionLogprobs:
         return {
-            "tokens": [self._tokenizer.token_str(token_id) for token_id in token_ids],
+            "tokens": [self._name(token_id) for token_id in token_ids],
             "token_logprobs": [None if entry is None else entry.logprob for entry in entries],
             "top_logprobs": [None if entry is None else self._top(entry) for entry in entries],
             "text_offset": offsets,
@@ -70,8 +78,8 @@ class CompletionLogprobsWriter:
         """Keyed by text, with the chosen token among them. Of several ids with the same text the likeliest counts."""
         top: dict[str, float] = {}
         for token_id, logprob in zip(entry.top_ids, entry.top_logprobs, strict=True):
-            top.setdefault(self._tokenizer.token_str(token_id), logprob)
-        chosen = self._tokenizer.token_str(entry.token_id)
+            top.setdefault(self._name(token_id), logprob)
+        chosen = self._name(entry.token_id)
         top[chosen] = max(entry.logprob, top.get(chosen, entry.logprob))
         return top
 
@@ -89,6 +97,7 @@ class CompletionAnswer(Answer):
     """Choices are numbered prompt · n + the sequence's index, and listed in that order."""
 
     whole_kind = chunk_kind = "text_completion"
+    prompt_in_choice = True
 
     def __init__(
         self,
@@ -97,23 +106,35 @@ class CompletionAnswer(Answer):
         prompts: Sequence[Prompt],
         token_ids: Sequence[list[int]],
         params: SamplingParams,
-        echo: bool,
+        body: CompletionRequest,
     ) -> None:
-        super().__init__(header, [len(ids) for ids in token_ids])
-        self._tokenizer = tokenizer
+        super().__init__(header, tokenizer, token_ids, params, body)
         self._prompts = prompts
-        self._token_ids = token_ids
         self._params = params
-        self._echo = echo
+        self._echo = bool(body.echo)
+        self._num_wanted = body.n or 1
+        self._with_logprobs = body.logprobs is not None
+        self._sums: defaultdict[int, float] = defaultdict(float)  # of the log probabilities, by choice
         self._writers: dict[int, CompletionLogprobsWriter] = {}
         self._pieces: defaultdict[int, list[CompletionChoice]] = defaultdict(list)
 
     def add(self, number: int, delta: Completion) -> None:
         choice = self._choice(number, delta)
         self._pieces[choice["index"]].append(choice)
+        self._sums[choice["index"]] += sum(entry.logprob for entry in delta.logprobs or ())
 
     def choices(self) -> list[CompletionChoice]:
         return [self._joined(index) for index in sorted(self._pieces)]
+
+    def select(self, choices: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The n likeliest of each prompt's best_of, the likeliest first."""
+        if self._params.n == self._num_wanted:
+            return list(choices)
+        best: list[dict[str, Any]] = []
+        for first in range(0, len(choices), self._params.n):
+            ranked = sorted(choices[first : first + self._params.n], key=lambda choice: -self._sums[choice["index"]])
+            best += ranked[: self._num_wanted]
+        return [{**choice, "index": index} for index, choice in enumerate(best)]
 
     def pieces(self, number: int, delta: Completion) -> Iterator[CompletionChoice]:
         self.count(number, delta)
@@ -129,7 +150,7 @@ class CompletionAnswer(Answer):
         first = writer is None
         if writer is None:
             skip_special_tokens, prompt_token_ids = self._params.skip_special_tokens, self._token_ids[number]
-            writer = CompletionLogprobsWriter(self._tokenizer, skip_special_tokens, prompt_token_ids)
+            writer = CompletionLogprobsWriter(self._tokenizer, skip_special_tokens, prompt_token_ids, self.token_name)
             self._writers[index] = writer
         text = delta.text
         pieces: list[CompletionLogprobs] = []
@@ -137,9 +158,9 @@ class CompletionAnswer(Answer):
             prompt = self._prompts[number]
             prompt_text = prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt, False)
             text = prompt_text + text
-            if delta.prompt_logprobs is not None:
+            if delta.prompt_logprobs is not None and self._with_logprobs:
                 pieces.append(writer.prompt(delta.prompt_logprobs, prompt_text))
-        if delta.logprobs is not None:
+        if delta.logprobs is not None and self._with_logprobs:
             pieces.append(writer.generated(delta.logprobs))
         return {
             "index": index,
@@ -155,7 +176,7 @@ class CompletionAnswer(Answer):
         return {
             "index": index,
             "text": "".join(piece["text"] for piece in pieces),
-            "logprobs": None if self._params.logprobs is None else _join(arrays),
+            "logprobs": _join(arrays) if self._with_logprobs else None,
             "finish_reason": pieces[-1]["finish_reason"],
             "stop_reason": pieces[-1]["stop_reason"],
         }
@@ -170,8 +191,14 @@ async def respond(service: Service, body: CompletionRequest) -> GenerationRespon
     await service.check_grammar(body)
     service.turns.check(len(body.prompt), params.n)
     texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
-    encoded = iter(await service.encode(texts, body.add_special_tokens is not False))
-    token_ids = [next(encoded) if isinstance(prompt, str) else prompt for prompt in body.prompt]
+    max_chars = None if body.truncate_prompt_tokens is None else MAX_TEXT
+    encoded = iter(await service.encode(texts, body.add_special_tokens is not False, max_chars))
+    prompts: list[Prompt] = []
+    token_ids = []
+    for prompt in body.prompt:
+        ids = next(encoded) if isinstance(prompt, str) else prompt
+        token_ids.append(service.truncate(ids, body))
+        prompts.append(prompt if len(token_ids[-1]) == len(ids) else token_ids[-1])
     header = service.header("cmpl")
-    answer = CompletionAnswer(header, service.engine.tokenizer, body.prompt, token_ids, params, bool(body.echo))
-    return GenerationResponse(await service.generation(token_ids, params, body, header), answer, body)
+    answer = CompletionAnswer(header, service.engine.tokenizer, prompts, token_ids, params, body)
+    return service.reply(await service.generation(token_ids, params, body, header), answer, body)

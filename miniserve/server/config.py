@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from pathlib import Path
 from miniserve.core import InvalidRequest, UserError
 from miniserve.engine.reasoning import REASONING_DIALECTS, ReasoningDialect, reasoning_dialect
 from miniserve.engine.tool_dialects import TOOL_DIALECTS, ToolDialect, tool_dialect
+
+_MAX_SOCKET_PATH = 107  # bytes, the system's limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +25,10 @@ class ServerConfig:
     one request, max_queue those of all requests that run or wait. step_timeout: how long a step may last before the
     engine counts as dead; None: by the device. drain_timeout: how long running requests may go on after the first
     signal. allowed_hosts: names that requests may have in their Host header; see `serve` for those that need not be
-    named. allowed_origins: browsers' origins that may call the server (CORS); none by default. log_interval: while
+    named. allowed_origins: browsers' origins that may call the server (CORS); none by default. strict_fields: refuse
+    unknown fields of requests, which are otherwise warned about. root_path: what paths may begin with, as behind a
+    proxy. uds: a unix socket to listen on instead of host and port. ssl_keyfile, ssl_certfile: PEM files, for TLS.
+    log_requests: a line for each request that has ended, with its prompt where log_prompts says so. log_interval: while
     requests run, how often a line says how it goes; 0 for never. tool_call_parser, reasoning_parser: how the model
     writes calls and reasoning; auto: as its chat template tells.
     """
@@ -38,6 +44,13 @@ class ServerConfig:
     allowed_origins: tuple[str, ...] = ()
     enable_tokenizer_info: bool = False
     trust_request_chat_template: bool = False
+    strict_fields: bool = False
+    root_path: str = ""
+    uds: str | None = None
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None
+    log_requests: bool = True
+    log_prompts: bool = False
     step_timeout: float | None = None
     drain_timeout: float = 60.0
     log_interval: float = 10.0
@@ -69,6 +82,16 @@ class ServerConfig:
             value = getattr(self, name.removeprefix("--").replace("-", "_"))
             if value <= 0:
                 raise UserError(f"{name} must be a positive number, not {value}.")
+        if re.fullmatch(r"(/[A-Za-z0-9._~-]+)*", self.root_path) is None:
+            raise UserError(
+                f"--root-path {self.root_path!r} is no path; it looks like /models/small, without a slash behind."
+            )
+        if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
+            raise UserError("--ssl-keyfile and --ssl-certfile belong together; give both, for TLS, or none.")
+        if self.uds is not None and not 0 < len(os.fsencode(self.uds)) <= _MAX_SOCKET_PATH:
+            raise UserError(f"--uds must be a path of 1 to {_MAX_SOCKET_PATH} bytes.")
+        if self.log_prompts and not self.log_requests:
+            raise UserError("--log-prompts adds prompts to the lines of --log-requests; leave --no-log-requests out.")
         _check_choice("--tool-call-parser", self.tool_call_parser, TOOL_DIALECTS)
         _check_choice("--reasoning-parser", self.reasoning_parser, REASONING_DIALECTS)
         if self.step_timeout is not None and not 0 < self.step_timeout < math.inf:

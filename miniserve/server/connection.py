@@ -11,7 +11,8 @@ import http
 import ipaddress
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+import uuid
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import httptools
@@ -32,6 +33,7 @@ _BODY_PIECE = 16 * 1024
 _MAX_HEAD = 64 * 1024  # bytes of a request line with its headers; of what stands between pieces of a body
 _LINGER = 2.0  # seconds that what a refused client still sends is read, so that it gets to read the answer
 _MAX_REASON = 200  # characters of the parser's
+_REQUEST_ID = b"x-request-id"
 _SHARE = 16  # of so many idle connections one is closed where room is needed: a look at all costs time
 # Warnings of a kind that are logged, in so many seconds: nobody may fill the log from outside.
 _LINES, _PERIOD = 10, 60.0
@@ -236,16 +238,19 @@ class Connection(HttpToolsProtocol):
         self._answer(cause)
         self._refused = True
         self._deadline = self.loop.time() + _LINGER
-        self.transport.write_eof()
+        if self.transport.can_write_eof():  # TLS cannot
+            self.transport.write_eof()
 
     def _answer(self, error: APIError) -> None:
         if self.cycle is not None and not self.cycle.response_complete:  # the app waits for the rest of a body
             self.cycle.disconnected = True
             self.cycle.message_event.set()
+        given = _given_id(self.headers) if self._in_message else None
+        request_id = given if given is not None and _good_id(given) else uuid.uuid4().hex
         body = msgspec.json.encode(error.envelope())
         head = (
             f"HTTP/1.1 {error.status} {http.HTTPStatus(error.status).phrase}\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+            f"Content-Length: {len(body)}\r\nX-Request-Id: {request_id}\r\nConnection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
 
@@ -289,16 +294,59 @@ class HostMiddleware:
 
 
 class PathMiddleware:
-    """HEAD is GET, whose body the server leaves out; a slash at the end of a path means nothing."""
+    """HEAD is GET, whose body the server leaves out; a slash at the end of a path means nothing, nor does `root_path`
+    before it. The others, the check of API keys among them, see what is left."""
+
+    def __init__(self, app: ASGIApp, root_path: str = "") -> None:
+        self._app = app
+        self._root_path = root_path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            method = "GET" if scope["method"] == "HEAD" else scope["method"]
+            path = scope["path"].rstrip("/")
+            # As often as it is there: the router would leave it out once more, behind the check of keys.
+            while self._root_path and f"{path}/".startswith(f"{self._root_path}/"):
+                path = path[len(self._root_path) :]
+            scope = {**scope, "method": method, "path": path or "/", "root_path": self._root_path}
+        await self._app(scope, receive, send)
+
+
+class RequestIdMiddleware:
+    """Puts x-request-id on every answer: the client's, else a new one. It is also in the scope's state, for the log."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            method = "GET" if scope["method"] == "HEAD" else scope["method"]
-            scope = {**scope, "method": method, "path": scope["path"].rstrip("/") or "/"}
-        await self._app(scope, receive, send)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = _given_id(scope["headers"])
+        request_id = given if given is not None and _good_id(given) else uuid.uuid4().hex
+        scope["state"] = {**scope.get("state", {}), "request_id": request_id}
+
+        async def marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = [*message.get("headers", ()), (_REQUEST_ID, request_id.encode())]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        if given is not None and not _good_id(given):
+            error = APIError(
+                400, "The header x-request-id must be 1 to 128 printable ASCII characters.", "x-request-id"
+            )
+            await error.response()(scope, receive, marked)
+            return
+        await self._app(scope, receive, marked)
+
+
+def _given_id(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+    return next((value.decode("latin-1") for name, value in headers if name.lower() == _REQUEST_ID), None)
+
+
+def _good_id(value: str) -> bool:
+    return 0 < len(value) <= 128 and value.isascii() and value.isprintable()
 
 
 class ApiKeyMiddleware:

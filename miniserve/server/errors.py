@@ -74,7 +74,9 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> APIError:
     first = errors[0]
     param = _field_path(first["loc"])
     message = str(first["msg"]).removeprefix("Value error, ")
-    return APIError(400, f"{param}: {message}", param=param)
+    if first["type"] == "string_unicode":  # pydantic says so of names alone, and of what they are in
+        message = "the name of a field holds half of a surrogate pair, which is no Unicode text"
+    return APIError(400, f"{param or 'The body'}: {message}", param=param or None)
 
 
 def _field_path(parts: Sequence[object]) -> str:

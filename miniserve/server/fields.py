@@ -4,12 +4,15 @@ the others become `SamplingParams`: the value in the request, else the default o
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import msgspec
+
 from miniserve.core import InvalidRequest, SamplingParams
+from miniserve.engine.tokenizer import Tokenizer
 from miniserve.scheduler.limits import check_logprobs
 from miniserve.server.protocol import Body, ChatCompletionRequest, CompletionRequest, GenerationBody
 from miniserve.server.structured import find_grammar
@@ -17,6 +20,7 @@ from miniserve.server.structured import find_grammar
 logger = logging.getLogger(__name__)
 
 _MAX_WARNINGS = 1000  # field names come from clients, so remembering them needs a bound
+_MAX_BAD_WORDS, _LONGEST_BAD_WORD = 256, 128
 _MAX_UNKNOWN = 64  # in one request: each is compared with every known name
 
 Refused = Mapping[str, tuple[object, ...]]
@@ -28,7 +32,7 @@ REFUSED: dict[str, tuple[object, ...]] = {
     # tools
     "functions": ([],), "function_call": ("none",), "web_search_options": (),
     # what may be sampled, and how
-    "suffix": (), "bad_words": ([],), "allowed_token_ids": (), "logits_processors": ([],), "logit_processors": ([],),
+    "suffix": (), "logits_processors": ([],), "logit_processors": ([],),
     "custom_logit_processor": (), "use_beam_search": (False,), "num_beams": (1,), "early_stopping": (False,),
     "length_penalty": (1,), "no_repeat_ngram_size": (0,), "typical_p": (1,), "mirostat": (0,), "dry_multiplier": (0,),
     "xtc_probability": (0,), "thinking_token_budget": (), "repetition_detection": (), "vllm_xargs": ({},),
@@ -37,12 +41,11 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "penalty_alpha": (0,), "stop_regex": ([], ""), "typ_p": (1,), "epsilon_cutoff": (0,), "eta_cutoff": (0,),
     "guidance_scale": (1,), "negative_prompt": ("",), "t_max_predict_ms": (-1, 0),
     # what goes in
-    "prompt_embeds": (), "truncate_prompt_tokens": (), "audio": (), "mm_processor_kwargs": ({},),
+    "prompt_embeds": (), "audio": (), "mm_processor_kwargs": ({},),
     "system": ("",), "images": ([],), "image_data": ([],), "reasoning": (), "thinking_budget": (),
-    "cache_salt": (), "kv_transfer_params": (), "priority": (0,), "session_params": (),
+    "kv_transfer_params": (), "session_params": (),
     # what comes out
-    "modalities": (["text"],), "prompt_logprobs": (), "logprob_token_ids": ([],), "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,), "return_prompt_text": (False,),
+    "modalities": (["text"],), "return_prompt_text": (False,),
     "spaces_between_special_tokens": (True,), "return_tokens": (False,), "return_hidden_states": (False,),
     "return_prompt_token_ids": (False,), "return_token_offsets": (False,),
     # other servers' names for what has another one here
@@ -52,12 +55,26 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "return_logprob": (False,), "num_return_sequences": (1,), "stop_sequences": ([],), "stop_strings": ([],),
     "eos_token_id": (), "no_stop_trim": (False,), "input_ids": (), "inputs": (), "input": (), "enable_thinking": (),
     "thinking": (), "think": (), "options": ({},), "sampling_params": ({},), "parameters": ({},), "extra_body": ({},),
+    "max_gen_toks": (), "n_cmpl": (1,), "candidate_count": (1,), "generation_config": ({},), "top_n_tokens": (0,),
+    "decoder_input_details": (False,), "return_full_text": (False,), "details": (False,), "truncate": (),
+    "truncation_length": (0,), "logprob_start_len": (-1,), "custom_token_bans": ("",), "banned_tokens": ([],),
+    "banned_strings": ([],), "ban_eos_token": (False,), "add_bos_token": (True,), "auto_max_new_tokens": (False,),
+    "adapter_id": (), "request_id": (), "rid": (), "instructions": ("",), "previous_response_id": (),
+    "conversation": (), "text": ({"format": {"type": "text"}},), "background": (False,), "include": ([],),
+    # other engines' settings that have none like them here
+    "verbosity": ("medium",), "n_keep": (0,), "n_discard": (0,), "n_indent": (0,), "num_keep": (0,), "num_ctx": (),
+    "penalize_nl": (False,), "min_keep": (0,), "input_prefix": ("",), "input_suffix": ("",), "input_extra": ([],),
+    "return_progress": (False,), "timings_per_token": (False,), "post_sampling_probs": (False,),
+    "response_fields": ([],), "template": ("",), "context": ([],), "raw": (False,), "smoothing_factor": (0,),
+    "dynamic_temperature": (False,), "encoder_repetition_penalty": (1,), "repetition_penalty_range": (0,),
+    "max_tokens_second": (0,), "token_healing": (False,), "prompt_mode": (), "safe_prompt": (False,),
+    "input_embeds": (), "video_data": ([],), "audio_data": ([],), "return_routed_experts": (False,),
 }  # fmt: skip
 REFUSED_IN_COMPLETIONS = REFUSED | {
     "max_completion_tokens": (), "top_logprobs": (0,), "messages": (), "tools": ([],), "tool_choice": ("none",),
-    "reasoning_effort": (), "include_reasoning": (True,),
+    "reasoning_effort": (), "include_reasoning": (True,), "parallel_tool_calls": (True, False),
 }  # fmt: skip
-REFUSED_IN_CHAT = REFUSED | {"echo": (False,), "best_of": (1,), "prompt": ()}
+REFUSED_IN_CHAT = REFUSED | {"best_of": (1,), "prompt": ()}
 
 _THINKING = 'use chat_template_kwargs, for example {"enable_thinking": false}, where the template knows it'
 _CHAT = "ask /v1/chat/completions"
@@ -68,7 +85,8 @@ _REMEDIES = {
     "reasoning": _THINKING, "thinking_budget": _THINKING,
     "enable_thinking": _THINKING, "thinking": _THINKING, "think": _THINKING,
     "functions": "use tools", "function_call": "use tool_choice",
-    "tools": _CHAT, "tool_choice": _CHAT, "reasoning_effort": _CHAT, "include_reasoning": _CHAT,
+    "tools": _CHAT, "tool_choice": _CHAT, "parallel_tool_calls": _CHAT, "reasoning_effort": _CHAT,
+    "include_reasoning": _CHAT,
     "num_beams": "leave it out or send 1",
     "max_completion_tokens": "use max_tokens",
     "top_logprobs": "use logprobs, which is a number here",
@@ -92,13 +110,35 @@ _REMEDIES = {
     "samplers": "leave it out; their order is min_p, top_k, top_p",
     "options": f"{_FLAT} (num_predict is max_tokens)", "sampling_params": f"{_FLAT} (max_new_tokens is max_tokens)",
     "parameters": f"{_FLAT} (max_new_tokens is max_tokens)", "extra_body": _FLAT,
+    "max_gen_toks": "use max_tokens", "auto_max_new_tokens": "leave max_tokens out of a chat",
+    "n_cmpl": "use n", "candidate_count": "use n", "generation_config": _FLAT, "top_n_tokens": "use logprobs",
+    "decoder_input_details": "use prompt_logprobs", "details": "use logprobs",
+    "logprob_start_len": "use prompt_logprobs", "return_full_text": "use echo",
+    "truncate": "use truncate_prompt_tokens",
+    "truncation_length": "use truncate_prompt_tokens", "custom_token_bans": "use bad_words, or logit_bias of -100",
+    "banned_tokens": "use logit_bias of -100", "banned_strings": "use bad_words",
+    "ban_eos_token": "use ignore_eos, or min_tokens", "add_bos_token": "use add_special_tokens",
+    "request_id": "send the header X-Request-Id", "rid": "send the header X-Request-Id",
+    "instructions": "send a message whose role is system to /v1/chat/completions",
+    "previous_response_id": "send the whole conversation; none is kept",
+    "conversation": "send the whole conversation; none is kept", "text": "use response_format",
+    "verbosity": "say in a message how long the answer shall be", "n_keep": "use truncate_prompt_tokens",
+    "num_keep": "use truncate_prompt_tokens", "num_ctx": "start the server with --max-model-len",
+    "template": "use chat_template, where the operator allows it", "context": "send the whole conversation",
+    "raw": "/v1/completions takes a prompt as it is", "return_tokens": "use return_token_ids",
+    "return_prompt_token_ids": "use return_token_ids",
 }  # fmt: skip
 
 # Without effect on the answer by their nature, or only a hint; do_sample is judged together with temperature.
 IGNORED = frozenset({
     "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "prediction", "verbosity", "parallel_tool_calls", "stream_interval", "request_id", "session_id", "do_sample",
-    "truncation_side", "models", "cache_prompt", "guided_decoding_backend",
+    "prediction", "stream_interval", "session_id", "do_sample", "models", "cache_prompt",
+    "guided_decoding_backend", "keep_alive", "id_slot", "data_parallel_rank", "conversation_id",
+})  # fmt: skip
+
+# Other names of max_tokens. lm_eval sends some beside it: there is nothing to refuse where max_tokens stops no later.
+_LENGTHS = frozenset({
+    "max_new_tokens", "max_gen_toks", "n_predict", "num_predict", "max_output_tokens", "max_tokens_to_sample",
 })  # fmt: skip
 
 # Fields that go to `SamplingParams` as they are; of the first group the model may have defaults.
@@ -117,9 +157,10 @@ _PLAIN = (
 
 
 class FieldPolicy:
-    """Judges extra fields; remembers which it has warned about."""
+    """Judges extra fields; remembers which it has warned about. `strict`: unknown ones are refused."""
 
-    def __init__(self) -> None:
+    def __init__(self, strict: bool = False) -> None:
+        self._strict = strict
         self._warned: set[str] = set()
 
     def check(self, body: Body, refused: Refused) -> None:
@@ -133,20 +174,40 @@ class FieldPolicy:
         unknown = []
         for name, value in body.extras.items():
             if name in refused:
-                if value is not None and not any(_same(value, neutral) for neutral in refused[name]):
-                    remedy = _REMEDIES.get(name, "leave it out")
-                    raise InvalidRequest(f"{name} is not supported here; {remedy}.", name)
+                if not _asks_for_nothing(name, value, refused[name], body):
+                    raise InvalidRequest(f"{name} is not supported here; {remedy(name)}.", name)
             elif name not in IGNORED and name not in self._warned:
                 unknown.append(name)
         if len(unknown) > _MAX_UNKNOWN:
             raise InvalidRequest(f"The request has {len(unknown)} unknown fields, such as {unknown[0][:100]!r}.")
         for name in unknown:
             meant = _closest(name, (*type(body).model_fields, *refused))
+            if meant is not None and meant in refused:
+                raise InvalidRequest(
+                    f"The field {name!r} is not known. If you mean {meant}: it is not supported here; {remedy(meant)}.",
+                    name,
+                )
             if meant is not None:
                 raise InvalidRequest(f"The field {name!r} is not known; did you mean {meant}?", name)
+            if self._strict:
+                raise InvalidRequest(f"The field {name!r} is not known, and this server takes no unknown ones.", name)
             if len(self._warned) < _MAX_WARNINGS:
                 self._warned.add(name)
                 logger.warning("Ignoring the unknown request field %.100r (said once per field).", name)
+
+
+def remedy(name: str) -> str:
+    """What to do instead of sending a refused field."""
+    return _REMEDIES.get(name, "leave it out")
+
+
+def _asks_for_nothing(name: str, value: object, neutrals: tuple[object, ...], body: Body) -> bool:
+    if value is None or any(_same(value, neutral) for neutral in neutrals):
+        return True
+    if name not in _LENGTHS or not isinstance(body, GenerationBody) or type(value) is not int:
+        return False
+    most = body.asked_tokens[1]
+    return most is not None and most <= value
 
 
 def _same(value: object, neutral: object) -> bool:
@@ -201,16 +262,40 @@ class SamplingRules:
 
     defaults: Mapping[str, float | int]
     vocab_size: int
+    tokenizer: Tokenizer
 
     def for_completion(self, body: CompletionRequest) -> SamplingParams:
         """Raises `InvalidRequest`."""
-        if body.best_of not in (None, 1, body.n):
-            raise InvalidRequest("best_of is not supported; leave it out or set it to n.", "best_of")
-        if body.max_tokens == 0 and not body.echo:
-            raise InvalidRequest("max_tokens must be at least 1 (0 is for echo alone).", "max_tokens")
+        if body.max_tokens == 0 and not body.echo and body.prompt_logprobs is None:
+            raise InvalidRequest(
+                "max_tokens must be at least 1 (0 is for echo or prompt_logprobs alone).", "max_tokens"
+            )
         max_tokens = 16 if body.max_tokens is None else body.max_tokens
-        prompt_logprobs = body.logprobs if body.echo else None
-        return self._params(body, max_tokens=max_tokens, logprobs=body.logprobs, prompt_logprobs=prompt_logprobs)
+        prompt_logprobs, logprobs = body.prompt_logprobs, body.logprobs
+        if body.echo and logprobs is not None:
+            if prompt_logprobs not in (None, logprobs):
+                raise InvalidRequest(
+                    "prompt_logprobs must be logprobs where echo asks for the prompt's, too.", "prompt_logprobs"
+                )
+            prompt_logprobs = logprobs
+        params = self._params(body, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+        best_of = params.n if body.best_of is None else body.best_of
+        if best_of == params.n:
+            return params
+        if best_of < params.n and best_of != 1:
+            raise InvalidRequest(f"best_of must be at least n, which is {params.n}.", "best_of")
+        if best_of > params.n and body.stream:
+            raise InvalidRequest(
+                "best_of above n cannot be streamed: which are the best is known at the end.", "best_of"
+            )
+        return params if best_of == 1 else self._best_of(params, best_of)
+
+    def _best_of(self, params: SamplingParams, best_of: int) -> SamplingParams:
+        """So many sequences, with what they are judged by."""
+        try:
+            return msgspec.structs.replace(params, n=best_of, logprobs=params.logprobs or 0)
+        except InvalidRequest as error:
+            raise InvalidRequest(str(error).replace("n ", "best_of ", 1), "best_of") from None
 
     def for_chat(self, body: ChatCompletionRequest) -> SamplingParams:
         """Raises `InvalidRequest`; `max_tokens` None is the rest of the context."""
@@ -222,23 +307,50 @@ class SamplingRules:
         if body.top_logprobs and not body.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs to be true.", "top_logprobs")
         check_logprobs(body.top_logprobs, "top_logprobs", self.vocab_size)
-        return self._params(body, max_tokens=max_tokens, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
+        return self._params(
+            body,
+            max_tokens=max_tokens,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            prompt_logprobs=body.prompt_logprobs,
+        )
 
     def _params(self, body: GenerationBody, **settled: Any) -> SamplingParams:
-        if body.stream_options is not None and not body.stream:
+        options = body.stream_options
+        if options is not None and not body.stream:
             raise InvalidRequest("stream_options is only allowed when stream is true.", "stream_options")
+        if options is not None and options.continuous_usage_stats and not options.include_usage:
+            raise InvalidRequest(
+                "stream_options.continuous_usage_stats needs include_usage to be true.",
+                "stream_options.continuous_usage_stats",
+            )
         values: dict[str, Any] = {name: self.defaults[name] for name in _DEFAULTED if name in self.defaults}
         named = {name: getattr(body, name) for name in (*_DEFAULTED, *_PLAIN)}
         values |= {name: value for name, value in named.items() if value is not None}
         values["top_k"] = min(int(values.get("top_k", 0)), self.vocab_size)
+        if body.stream and body.prompt_logprobs is not None:
+            raise InvalidRequest("prompt_logprobs cannot be streamed; set stream to false.", "prompt_logprobs")
         grammar = find_grammar(body)
         params = SamplingParams(
             grammar=grammar and grammar[1],
             stop=tuple(body.stop or ()),
             stop_token_ids=tuple(body.stop_token_ids or ()),
+            allowed_token_ids=None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),
+            bad_words=self._bad_words(body.bad_words or ()),
+            logprob_token_ids=tuple(body.logprob_token_ids or ()),
             **values,
             **settled,
         )
         if body.extras.get("do_sample") is False and not params.greedy:
             raise InvalidRequest("do_sample false asks for greedy decoding; set temperature to 0.", "do_sample")
+        if body.extras.get("do_sample") is True and params.greedy:
+            raise InvalidRequest("do_sample true asks for a draw; set temperature above 0.", "do_sample")
         return params
+
+    def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """What each would be as tokens at the start of a text, and after a space."""
+        if len(words) > _MAX_BAD_WORDS or not all(0 < len(word) <= _LONGEST_BAD_WORD for word in words):
+            raise InvalidRequest(
+                f"bad_words must be at most {_MAX_BAD_WORDS} texts of 1 to {_LONGEST_BAD_WORD} characters.", "bad_words"
+            )
+        spellings = [text for word in words for text in (word, " " + word.lstrip())]
+        return tuple(dict.fromkeys(tuple(self.tokenizer.encode(text, False)) for text in spellings))

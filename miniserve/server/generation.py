@@ -4,8 +4,10 @@ together."""
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from bisect import insort
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, TypeVar
 
 from starlette.types import Receive
@@ -21,13 +23,23 @@ _RETRY_AFTER = 5  # seconds
 _QUEUE = 32  # deltas of several prompts that wait to be written
 
 
+@dataclass(order=True, slots=True)
+class _Turn:
+    """`place`: priority, then arrival. `given` is done when the sequences may enter."""
+
+    place: tuple[int, int]
+    sequences: int = field(compare=False)
+    given: asyncio.Future[None] = field(compare=False)
+
+
 class Turns:
     """Requests hand prompts to the engine in turn, one prompt each, so that a small request need not wait for all of a
     large one. All numbers are of sequences: of prompts times n.
 
     capacity: in the engine at once. limit: in it and before it; a request may take half of what is free of it, so that
     large ones leave room for small ones, and never more than `most`. A caller `admit`s all its sequences, `enter`s with
-    those of one prompt at a time, `leave`s when they end, and `withdraw`s those that never entered.
+    those of one prompt at a time, those of the lowest priority first, `leave`s when they end, and `withdraw`s those
+    that never entered.
     """
 
     def __init__(self, capacity: int, limit: int, most: int) -> None:
@@ -36,7 +48,9 @@ class Turns:
         self._most = min(most, (limit + 1) // 2)
         self._inside = 0
         self.waiting = 0
-        self._queue: deque[tuple[int, asyncio.Future[None]]] = deque()
+        self.num_requests = 0  # of clients
+        self._queue: list[_Turn] = []  # in order
+        self._serial = count()
 
     def check(self, num_prompts: int, n: int) -> None:
         """Raises `APIError` 429 where there is no room for so many now, `InvalidRequest` where there never is."""
@@ -72,12 +86,12 @@ class Turns:
         self._take(sequences)
         return True
 
-    async def enter(self, sequences: int) -> None:
-        """First come, first served; who comes again queues again."""
+    async def enter(self, sequences: int, priority: int) -> None:
+        """First come, first served among those of one priority; who comes again queues again."""
         if self.enter_now(sequences):
             return
         turn = asyncio.get_running_loop().create_future()
-        self._queue.append((sequences, turn))
+        insort(self._queue, _Turn((priority, next(self._serial)), sequences, turn))
         try:
             await turn
         except asyncio.CancelledError:
@@ -93,11 +107,11 @@ class Turns:
         self._wake()
 
     def _wake(self) -> None:
-        while self._queue and (self._queue[0][1].cancelled() or self._has_room(self._queue[0][0])):
-            sequences, turn = self._queue.popleft()
-            if not turn.cancelled():
-                self._take(sequences)
-                turn.set_result(None)
+        while self._queue and (self._queue[0].given.cancelled() or self._has_room(self._queue[0].sequences)):
+            turn = self._queue.pop(0)
+            if not turn.given.cancelled():
+                self._take(turn.sequences)
+                turn.given.set_result(None)
 
     def _take(self, sequences: int) -> None:
         self.waiting -= sequences
@@ -134,25 +148,27 @@ class Generation:
         self._requests = requests
         self._params = params
         self._n = params.n
-        self._records: list[RequestMetrics] = []
+        self.records: list[RequestMetrics] = []  # of each prompt, once they were admitted
         self._streams: list[CompletionStream] = []  # of the first prompts: those that had their turn
         self._num_entered = 0
         self._num_ended = 0
 
     async def __aenter__(self) -> AsyncGenerator[tuple[int, Completion], None]:
         self._turns.admit(len(self._requests), self._n)
+        self._turns.num_requests += 1
         try:
             if self._turns.enter_now(self._n):
                 self._start()
             lens = [len(request.prompt_token_ids) for request in self._requests]
-            self._records = [RequestMetrics(self._metrics, prompt_len, self._params) for prompt_len in lens]
+            self.records = [RequestMetrics(self._metrics, prompt_len, self._params) for prompt_len in lens]
         except BaseException:
             await self.__aexit__()
             raise
         return self._one() if len(self._requests) == 1 else self._merged()
 
     async def __aexit__(self, *_: object) -> None:
-        for record in self._records:
+        self._turns.num_requests -= 1
+        for record in self.records:
             record.close()
         for stream in self._streams:
             await stream.aclose()
@@ -160,7 +176,7 @@ class Generation:
         self._turns.withdraw((len(self._requests) - self._num_entered) * self._n)
 
     async def _take_turn(self) -> None:
-        await self._turns.enter(self._n)
+        await self._turns.enter(self._n, self._requests[0].priority)
         self._start()
 
     def _start(self) -> None:
@@ -174,7 +190,7 @@ class Generation:
         self._streams.append(stream)
 
     def _checked(self, number: int, delta: Completion) -> tuple[int, Completion]:
-        self._records[number].observe(delta)
+        self.records[number].observe(delta)
         if delta.finish_reason is FinishReason.ERROR:
             raise APIError(503 if self._engine.dead else 500, delta.error or "The engine failed on this request.")
         return number, delta

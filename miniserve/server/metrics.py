@@ -72,7 +72,7 @@ class Histogram:
 
 
 class ServerMetrics:
-    """All metrics of one server. A request is one sequence: n of them for n > 1, whose prompt counts once."""
+    """All metrics of one server. A request is one sequence: n of them for n > 1, each with the prompt, as in vLLM."""
 
     def __init__(self, engine: AsyncEngine, turns: Turns, model_name: str) -> None:
         self._engine = engine
@@ -145,7 +145,9 @@ class ServerMetrics:
         yield success
         yield from self._roofline()
         step_tokens = Histogram(
-            "vllm:iteration_tokens_total", "Tokens of a step: of prompts, and generated.", _STEP_TOKENS
+            "vllm:iteration_tokens_total",
+            "Tokens that a step generated, and of prompts that got their first.",
+            _STEP_TOKENS,
         )
         for size, times in self._engine.step_sizes.items():
             step_tokens.observe(size, times)
@@ -193,6 +195,8 @@ class _Sequence:
     first_token: float = 0.0  # time.monotonic() seconds
     last_token: float = 0.0
     num_tokens: int = 0
+    prefilled: bool = False
+    finish: FinishReason | None = None
 
 
 class RequestMetrics:
@@ -202,17 +206,16 @@ class RequestMetrics:
         self._metrics = metrics
         self._prompt_len = prompt_len
         self._params = params
-        self._arrival = time.monotonic()
+        self.arrival = time.monotonic()
         self._unfinished = params.n
         self._most_tokens = 0
-        self._prefilled = False
-        self._sequences = [_Sequence() for _ in range(params.n)]
+        self.sequences = [_Sequence() for _ in range(params.n)]
 
     def observe(self, delta: Completion) -> None:
         now = time.monotonic()
-        sequence = self._sequences[delta.index]
-        if not self._prefilled and delta.finish_reason is not FinishReason.ERROR:
-            self._prefilled = True
+        sequence = self.sequences[delta.index]
+        if not sequence.prefilled and delta.finish_reason is not FinishReason.ERROR:
+            sequence.prefilled = True
             self._metrics.prompt_tokens += self._prompt_len
             self._metrics.cached_tokens += delta.num_cached_tokens
         if delta.token_ids:
@@ -231,7 +234,7 @@ class RequestMetrics:
         metrics = self._metrics
         if sequence.num_tokens == 0:
             sequence.first_token = now
-            metrics.ttft.observe(now - self._arrival)
+            metrics.ttft.observe(now - self.arrival)
             if count > 1:
                 metrics.itl.observe(0.0, count - 1)
         else:
@@ -243,21 +246,22 @@ class RequestMetrics:
     def _finish(self, sequence: _Sequence, delta: Completion, reason: FinishReason, now: float) -> None:
         metrics = self._metrics
         self._unfinished -= 1
+        sequence.finish = reason
         metrics.finished[reason] += 1
         if reason is FinishReason.ERROR:
             return
-        metrics.e2e.observe(now - self._arrival)
+        metrics.e2e.observe(now - self.arrival)
         metrics.prompt_len.observe(self._prompt_len)
         metrics.output_len.observe(sequence.num_tokens)
         metrics.preemptions.observe(delta.num_preemptions)
-        metrics.n.observe(self._params.n)
         if self._params.max_tokens is not None:
             metrics.max_tokens.observe(self._params.max_tokens)
         self._most_tokens = max(self._most_tokens, sequence.num_tokens)
         if self._unfinished == 0:
+            metrics.n.observe(self._params.n)
             metrics.max_output_len.observe(self._most_tokens)
         if delta.first_scheduled_time > 0.0:
-            metrics.queue.observe(max(delta.first_scheduled_time - self._arrival, 0.0))
+            metrics.queue.observe(max(delta.first_scheduled_time - self.arrival, 0.0))
             metrics.inference.observe(now - delta.first_scheduled_time)
         if sequence.num_tokens > 0:
             metrics.decode.observe(sequence.last_token - sequence.first_token)

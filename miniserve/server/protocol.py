@@ -138,6 +138,17 @@ class GenerationBody(StructuredFields, Body):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    allowed_token_ids: Annotated[list[Int], Field(fail_fast=True)] | None = None
+    bad_words: Texts | None = None
+    prompt_logprobs: Int | None = None
+    logprob_token_ids: Annotated[list[Int], Field(fail_fast=True, min_length=1)] | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    truncate_prompt_tokens: Int | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    echo: bool | None = None
+    priority: Int | None = None
+    cache_salt: Annotated[Text, Field(min_length=1, max_length=256)] | None = None
 
     @property
     def asked_tokens(self) -> tuple[str, int | None]:
@@ -150,7 +161,6 @@ class CompletionRequest(GenerationBody):
         list[Prompt],
         PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
     ]
-    echo: bool | None = None
     logprobs: Int | None = None
     best_of: Int | None = None
     add_special_tokens: bool | None = None
@@ -338,12 +348,25 @@ class CompletionLogprobs(TypedDict):
     text_offset: list[int]
 
 
+class PromptLogprob(TypedDict):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]  # by token id; of the first token there is none
+
+
 class CompletionChoice(TypedDict):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishWord | None
     stop_reason: str | int | None
+    # Where they are asked for.
+    token_ids: NotRequired[list[int]]
+    prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 class _Header(TypedDict):
@@ -405,12 +428,15 @@ class ChatChoice(TypedDict):
     logprobs: ChatLogprobs | None
     finish_reason: FinishWord | None
     stop_reason: str | int | None
+    token_ids: NotRequired[list[int]]
 
 
 class ChatCompletion(_Header):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 class ChatDelta(TypedDict, total=False):
@@ -427,6 +453,7 @@ class ChatChunkChoice(TypedDict):
     logprobs: ChatLogprobs | None
     finish_reason: FinishWord | None
     stop_reason: NotRequired[str | int | None]
+    token_ids: NotRequired[list[int]]
 
 
 class Model(TypedDict):
@@ -468,6 +495,10 @@ class Health(TypedDict):
     running: int
     waiting: int
     last_step_age: float | None
+
+
+class Load(TypedDict):
+    server_load: int  # requests that generate, or wait for it
 
 
 class Version(TypedDict):

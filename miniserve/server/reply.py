@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -14,15 +15,26 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from miniserve import __version__
-from miniserve.core import Completion, FinishReason, InvalidRequest
+from miniserve.core import Completion, FinishReason, InvalidRequest, SamplingParams, TokenLogprobs
+from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server.errors import APIError, as_api_error, json_response
 from miniserve.server.generation import ClientGone, Generation, while_connected
-from miniserve.server.protocol import FinishWord, GenerationBody, StreamOptions, Usage
+from miniserve.server.metrics import RequestMetrics
+from miniserve.server.protocol import (
+    FinishWord,
+    GenerationBody,
+    PromptLogprob,
+    PromptLogprobs,
+    StreamOptions,
+    Usage,
+)
+from miniserve.server.request_log import log_request
 
 Deltas = AsyncGenerator[tuple[int, Completion], None]
 logger = logging.getLogger(__name__)
 
 KEEP_ALIVE = 15.0  # seconds without an event after which a comment says that the stream lives
+_LOGGED_TOKENS, _LOGGED_CHARS = 1000, 2000  # of prompts in the log
 _encoder = msgspec.json.Encoder()
 _EVENT_STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -55,12 +67,29 @@ class Answer(ABC):
 
     whole_kind: ClassVar[str]
     chunk_kind: ClassVar[str]
+    prompt_in_choice: ClassVar[bool] = False  # else what is said of the prompt stands beside the choices
 
-    def __init__(self, header: Header, prompt_lens: Sequence[int]) -> None:
+    def __init__(
+        self,
+        header: Header,
+        tokenizer: Tokenizer,
+        token_ids: Sequence[list[int]],
+        params: SamplingParams,
+        body: GenerationBody,
+    ) -> None:
         self._header = header
-        self._prompt_tokens = sum(prompt_lens)
-        self._cached_tokens = [0] * len(prompt_lens)
+        self._tokenizer = tokenizer
+        self._token_ids = token_ids  # of each prompt
+        self._prompt_tokens = sum(map(len, token_ids))
+        self._cached_tokens = [0] * len(token_ids)
         self._completion_tokens = 0
+        self._per_prompt = params.n
+        self._shows_ids = bool(body.return_token_ids)
+        self._ids_as_names = bool(body.return_tokens_as_token_ids)
+        self._shows_prompt_logprobs = body.prompt_logprobs is not None
+        self._prompt_logprobs: dict[int, PromptLogprobs] = {}  # by the prompt
+        self._new_ids: defaultdict[int, list[int]] = defaultdict(list)  # generated and not shown yet, by the choice
+        self._begun: set[int] = set()  # choices
 
     @abstractmethod
     def add(self, number: int, delta: Completion) -> None:
@@ -75,8 +104,47 @@ class Answer(ABC):
         """The choices for one delta, each for a separate event; the end comes separately, too, behind the last text.
         `count`s the delta's tokens before the first choice that has some."""
 
+    def select(self, choices: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+        """Those of the choices that the answer shows."""
+        return choices
+
     def whole(self) -> dict[str, Any]:
-        return {**self._header.body(self.whole_kind), "choices": self.choices(), "usage": self.usage()}
+        choices = [{**choice, **self._ids_of(choice["index"])} for choice in self.choices()]
+        beside = {} if self.prompt_in_choice else self._about_prompt(0)
+        return {
+            **self._header.body(self.whole_kind),
+            "choices": self.select(choices),
+            "usage": self.usage(),
+            **beside,
+        }
+
+    def events(self, number: int, delta: Completion) -> Iterator[dict[str, Any]]:
+        """The chunks for one delta. Token ids come with the first piece that is not the mere opening of a message."""
+        for choice in self.pieces(number, delta):
+            index = choice["index"]
+            is_first = index not in self._begun
+            beside = {} if self._begun or self.prompt_in_choice else self._about_prompt(0)
+            self._begun.add(index)
+            if "role" not in choice.get("delta", ()):
+                choice = {**choice, **self._ids_of(index, with_prompt=is_first)}
+            yield {**self.chunk(choice), **beside}
+
+    def _ids_of(self, index: int, with_prompt: bool = True) -> dict[str, Any]:
+        """What a choice says of tokens beside its text, where it was asked for."""
+        prompt = self._about_prompt(index // self._per_prompt) if self.prompt_in_choice and with_prompt else {}
+        return {"token_ids": self._new_ids.pop(index, []), **prompt} if self._shows_ids else prompt
+
+    def _about_prompt(self, number: int) -> dict[str, Any]:
+        about: dict[str, Any] = {}
+        if self._shows_ids:
+            about["prompt_token_ids"] = self._token_ids[number]
+        if self._shows_prompt_logprobs:
+            about["prompt_logprobs"] = self._prompt_logprobs.get(number)
+        return about
+
+    def token_name(self, token_id: int) -> str:
+        """How logprobs call a token: by its text or, on demand, by its id, which no two tokens share."""
+        return f"token_id:{token_id}" if self._ids_as_names else self._tokenizer.token_str(token_id)
 
     def chunk(self, *choices: Mapping[str, Any]) -> dict[str, Any]:
         """An event; one without choices is for the usage."""
@@ -85,8 +153,30 @@ class Answer(ABC):
     def count(self, number: int, delta: Completion) -> None:
         """Take a delta's tokens into the usage."""
         self._completion_tokens += len(delta.token_ids)
+        if self._shows_ids:
+            self._new_ids[number * self._per_prompt + delta.index] += delta.token_ids
+        if self._shows_prompt_logprobs and delta.prompt_logprobs is not None and number not in self._prompt_logprobs:
+            self._prompt_logprobs[number] = [self._prompt_logprob(entry) for entry in delta.prompt_logprobs]
         if delta.index == 0:
             self._cached_tokens[number] = max(delta.num_cached_tokens, self._cached_tokens[number])
+
+    def log(self, request_id: str, records: Sequence[RequestMetrics], with_prompts: bool) -> None:
+        """The request's line in the log; see `log_request`."""
+        text = None
+        if with_prompts:
+            text = " | ".join(self._tokenizer.decode(ids[:_LOGGED_TOKENS], False) for ids in self._token_ids)
+            text = text[:_LOGGED_CHARS]
+        log_request(self._header.id, request_id, self._prompt_tokens, sum(self._cached_tokens), records, text)
+
+    def _prompt_logprob(self, entry: TokenLogprobs | None) -> dict[str, PromptLogprob] | None:
+        """The best tokens at a place of the prompt and the one that stands there, by their ids."""
+        if entry is None:
+            return None
+        best = zip(entry.top_ids, entry.top_logprobs, range(1, len(entry.top_ids) + 1), strict=True)
+        return {
+            str(token_id): {"logprob": logprob, "rank": rank, "decoded_token": self.token_name(token_id)}
+            for token_id, logprob, rank in [(entry.token_id, entry.logprob, entry.rank), *best]
+        }
 
     def usage(self) -> Usage:
         return {
@@ -104,8 +194,12 @@ class GenerationResponse(Response):
     So an error that comes later than at once is an event `{"error": …}` before `[DONE]`.
     """
 
-    def __init__(self, generation: Generation, answer: Answer, body: GenerationBody) -> None:
+    def __init__(
+        self, generation: Generation, answer: Answer, body: GenerationBody, *, logs: bool, logs_prompts: bool
+    ) -> None:
         super().__init__()
+        self._logs = logs
+        self._logs_prompts = logs_prompts
         self._generation = generation
         self._answer = answer
         self._stream = bool(body.stream)
@@ -126,6 +220,10 @@ class GenerationResponse(Response):
             await response(scope, receive, send)
         except ClientGone:
             return
+        finally:
+            if self._logs and self._generation.records:
+                request_id = scope.get("state", {}).get("request_id", "")
+                self._answer.log(request_id, self._generation.records, self._logs_prompts)
 
     async def _whole(self, deltas: Deltas) -> Response:
         async with aclosing(deltas):
@@ -139,8 +237,7 @@ class GenerationResponse(Response):
         try:
             async with aclosing(deltas):
                 async for number, delta in deltas:
-                    for choice in self._answer.pieces(number, delta):
-                        chunk = self._answer.chunk(choice)
+                    for chunk in self._answer.events(number, delta):
                         if self._usage_at_end:
                             chunk["usage"] = self._answer.usage() if self._usage_in_every_chunk else None
                         await self._send_event(send, chunk)

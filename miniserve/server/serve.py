@@ -7,12 +7,15 @@ import errno
 import gc
 import ipaddress
 import logging
+import os
 import resource
 import socket
+import ssl
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import cast
 
@@ -22,7 +25,7 @@ from miniserve.core import UserError
 from miniserve.engine.client import AsyncEngine
 from miniserve.server.app import create_app
 from miniserve.server.config import ServerConfig
-from miniserve.server.connection import Connection, Guard
+from miniserve.server.connection import Connection, Guard, RequestIdMiddleware
 from miniserve.server.process import exit_at_once, on_signals
 from miniserve.server.steps import ProgressLine
 
@@ -73,9 +76,71 @@ def _reuse_address(sock: socket.socket, reuse: bool) -> None:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
 
 
+def bind_unix(path: str) -> socket.socket:
+    """A bound unix socket, not listening yet. A file that a server left behind is replaced. Raises `UserError`."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if stat.S_ISSOCK(os.stat(path).st_mode):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                if probe.connect_ex(path) == errno.ECONNREFUSED:
+                    os.unlink(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        sock.close()
+        raise UserError(f"--uds {path} cannot be looked at: {error.strerror}.") from error
+    try:
+        sock.bind(path)
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(f"--uds {path} is there already; stop what listens there or choose another.") from error
+        raise UserError(f"--uds {path} cannot be made: {error.strerror}.") from error
+    return sock
+
+
+@contextmanager
+def listening(config: ServerConfig) -> Iterator[socket.socket]:
+    """The bound socket that a configuration asks for. Raises `UserError`."""
+    if config.uds is None:
+        with bind(config.host, config.port) as sock:
+            yield sock
+        return
+    with bind_unix(config.uds) as sock:
+        try:
+            yield sock
+        finally:
+            with suppress(OSError):
+                os.unlink(config.uds)
+
+
+def check_tls(config: ServerConfig) -> None:
+    """Raises `UserError` where the files for TLS cannot be used."""
+    if config.ssl_keyfile is None or config.ssl_certfile is None:
+        return
+    for name, path in (("--ssl-keyfile", config.ssl_keyfile), ("--ssl-certfile", config.ssl_certfile)):
+        try:
+            with open(path, "rb"):
+                pass
+        except OSError as error:
+            raise UserError(f"{name} {path} cannot be read: {error.strerror}.") from error
+
+    def no_password() -> str:
+        raise UserError(f"--ssl-keyfile {config.ssl_keyfile} is encrypted; give a key without a passphrase.")
+
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, no_password)
+    except ssl.SSLError as error:
+        raise UserError(
+            f"--ssl-certfile {config.ssl_certfile} and --ssl-keyfile {config.ssl_keyfile} are no certificate and its "
+            f"key, as PEM ({error.reason or 'not readable'})."
+        ) from error
+
+
 def is_local(sock: socket.socket) -> bool:
     """Whether only this machine can reach a socket."""
-    return ipaddress.ip_address(sock.getsockname()[0]).is_loopback
+    return sock.family == socket.AF_UNIX or ipaddress.ip_address(sock.getsockname()[0]).is_loopback
 
 
 def _bind_failure(host: str, port: int, error: OSError) -> str:
@@ -112,7 +177,9 @@ async def serve(
     guard = Guard(_max_connections(), max(_BODY_MEMORY, 2 * config.max_body_bytes))
     server = _Server(
         uvicorn.Config(
-            create_app(engine, config, _known_hosts(config, sock)),
+            RequestIdMiddleware(create_app(engine, config, _known_hosts(config, sock))),
+            ssl_keyfile=config.ssl_keyfile,
+            ssl_certfile=config.ssl_certfile,
             http=cast(type[asyncio.Protocol], partial(Connection, guard)),
             lifespan="off",
             ws="none",
@@ -142,7 +209,8 @@ async def serve(
 
 
 def _listen(sock: socket.socket, config: ServerConfig) -> None:
-    _reuse_address(sock, True)  # what remains of its connections shall not keep the next server from the port
+    if sock.family != socket.AF_UNIX:
+        _reuse_address(sock, True)  # what remains of its connections shall not keep the next server from the port
     try:
         sock.listen(_BACKLOG)
     except OSError as error:  # another program took the port since it was bound
@@ -153,6 +221,8 @@ def _listen(sock: socket.socket, config: ServerConfig) -> None:
 def _known_hosts(config: ServerConfig, sock: socket.socket) -> frozenset[str] | None:
     """The names that a Host header may have beside addresses; None: any, as where a client needs a key or where the
     server is for other machines, too, and no name was allowed."""
+    if config.uds is not None and not config.allowed_hosts:  # no browser gets there
+        return None
     if "*" in config.allowed_hosts or not (config.allowed_hosts or (is_local(sock) and not config.api_keys)):
         return None
     return frozenset(name.lower() for name in ("localhost", config.host, *config.allowed_hosts))

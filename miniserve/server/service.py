@@ -20,12 +20,13 @@ from miniserve.server.fields import FieldPolicy, SamplingRules
 from miniserve.server.generation import Generation, Turns
 from miniserve.server.metrics import ServerMetrics
 from miniserve.server.protocol import GenerationBody
-from miniserve.server.reply import Header
+from miniserve.server.reply import Answer, GenerationResponse, Header
 from miniserve.server.structured import find_grammar
 
 T = TypeVar("T")
 _LONG_TEXT = 16_384  # characters; beyond, encoding takes milliseconds
 _VERY_LONG_TEXT = 262_144  # characters; beyond, it takes a good part of a second
+MAX_TEXT = 1_048_576  # characters of a text that need not fit into the context
 _CALL = 64  # characters that could be encoded in the time that a call takes
 
 
@@ -38,8 +39,8 @@ class Service:
         # As many more than run as keep the engine from ever waiting for the next.
         self.turns = Turns(2 * engine.info.max_num_seqs, config.max_queue, config.max_prompts)
         self.metrics = ServerMetrics(engine, self.turns, self.model_names[0])
-        self.fields = FieldPolicy()
-        self.rules = SamplingRules(engine.generation_defaults.sampling, engine.info.vocab_size)
+        self.fields = FieldPolicy(config.strict_fields)
+        self.rules = SamplingRules(engine.generation_defaults.sampling, engine.info.vocab_size, engine.tokenizer)
         self._long = ThreadPoolExecutor(2, "long-text")
         self._very_long = ThreadPoolExecutor(1, "very-long-text")
         self._grammars = ThreadPoolExecutor(2, "grammar")
@@ -66,7 +67,13 @@ class Service:
         info, (field, asked) = self.engine.info, body.asked_tokens
         requests = []
         for number, ids in enumerate(prompts):
-            request = Request(request_id=f"{header.id}-{number}", prompt_token_ids=ids, params=params)
+            request = Request(
+                request_id=f"{header.id}-{number}",
+                prompt_token_ids=ids,
+                params=params,
+                priority=body.priority or 0,
+                cache_salt=body.cache_salt,
+            )
             requests.append(check_request(request, info))
             room = info.max_model_len - len(ids)
             if asked is not None and asked > room:
@@ -79,6 +86,10 @@ class Service:
             if number % 32 == 31:
                 await asyncio.sleep(0)  # other requests' tokens go on flowing
         return Generation(self.engine, self.metrics, self.turns, requests, params)
+
+    def reply(self, generation: Generation, answer: Answer, body: GenerationBody) -> GenerationResponse:
+        config = self.config
+        return GenerationResponse(generation, answer, body, logs=config.log_requests, logs_prompts=config.log_prompts)
 
     async def check_grammar(self, body: GenerationBody) -> None:
         """Raises `InvalidRequest` naming the field for what the output cannot be made to be. Takes a second at most,
@@ -96,6 +107,25 @@ class Service:
         """Raises `APIError` 503 once the engine is dead."""
         if self.engine.dead:
             raise APIError(503, self.engine.dead)
+
+    def truncate(self, ids: list[int], body: GenerationBody) -> list[int]:
+        """The tokens of a prompt that the request wants to keep. Raises `InvalidRequest`."""
+        most, longest = body.truncate_prompt_tokens, self.engine.info.max_model_len
+        if most is None:
+            if body.truncation_side is not None:
+                raise InvalidRequest("truncation_side needs truncate_prompt_tokens.", "truncation_side")
+            return ids
+        if not (most == -1 or 1 <= most <= longest):
+            raise InvalidRequest(
+                f"truncate_prompt_tokens must be between 1 and {longest}, or -1 for what leaves room for the output.",
+                "truncate_prompt_tokens",
+            )
+        if most == -1:
+            asked = body.asked_tokens[1]
+            most = max(longest - (1 if asked is None else asked), 1)
+        if len(ids) <= most:
+            return ids
+        return ids[:most] if body.truncation_side == "right" else ids[-most:]
 
     async def encode(
         self, texts: Sequence[str], add_special_tokens: bool, max_chars: int | None = None

@@ -79,6 +79,8 @@ PARAMS = st.builds(
     presence_penalty=st.sampled_from([0.0, 0.7]),
     frequency_penalty=st.sampled_from([0.0, -0.4]),
     logit_bias=st.sampled_from([None, {3: 4.0, 0: -100.0}]),
+    allowed_token_ids=st.sampled_from([None, (4, 0, 1, 3, 3)]),
+    bad_words=st.sampled_from([(), ((4,), (1, 3), (0, 3), (3, 3, 0))]),
     min_tokens=st.sampled_from([0, 3]),
     max_tokens=st.just(16),
     seed=st.sampled_from([None, 0, -5, 2**63 - 1]),
@@ -117,6 +119,39 @@ def test_a_request_gets_the_same_tokens_alone_and_in_any_company(data, vocab_siz
             row_of[i] = data.draw(st.sampled_from([r for r in range(8) if r not in row_of.values() or r == row_of[i]]))
             sampler.start_row(row_start(row_of[i], params[i], ids[i], outputs=outputs[i]))
     assert outputs == alone
+    for p, tokens in zip(params, outputs, strict=True):
+        assert p.allowed_token_ids is None or set(tokens) <= set(p.allowed_token_ids)
+        for word in p.bad_words:
+            assert list(word) not in [tokens[i : i + len(word)] for i in range(len(tokens))]
+
+
+def test_bad_words_forbid_nothing_but_what_completes_one_of_them():
+    """Most likely are 5, 6, 7 in this order; what else is drawn follows from the words alone."""
+    words = ((5, 6, 7), (6, 6), (7, 7), (5, 5, 5, 5))
+    sampler = make_sampler(10)
+    sampler.start_row(row_start(3, SamplingParams(temperature=0.0, bad_words=words), outputs=(9, 5)))
+    sampler.start_row(row_start(1, SamplingParams(temperature=0.0)))
+    logits = torch.zeros(2, 10)
+    logits[:, [5, 6, 7]] = torch.tensor([3.0, 2.0, 1.0])
+    drawn = [sampler.sample(logits.clone(), [1, 3]).token_ids.tolist() for _ in range(7)]
+    assert [tokens[0] for tokens in drawn] == [5] * 7
+    assert [tokens[1] for tokens in drawn] == [5, 5, 6, 5, 5, 5, 6]
+
+
+def test_logprobs_of_the_ids_asked_for_beside_those_of_the_best():
+    sampler = make_sampler(600)
+    sampler.start_row(row_start(0, SamplingParams(logprobs=2)))
+    sampler.start_row(row_start(1, SamplingParams(logprobs=0, logprob_token_ids=(500, 7, 3), logit_bias={9: 5.0})))
+    sampler.start_row(row_start(2, SamplingParams()))
+    logits = torch.randn(3, 600, generator=torch.Generator().manual_seed(0))
+    found = sampler.sample(logits.clone(), [0, 1, 2])
+    best, asked, none = to_token_logprobs(found.token_ids.tolist(), found.logprobs, found.num_logprobs)
+    exact = logits.double().log_softmax(-1)
+    assert none is None
+    assert best.top_ids == logits[0].topk(2).indices.tolist()
+    assert asked.top_ids == [500, 7, 3]
+    assert asked.top_logprobs == pytest.approx(exact[1, [500, 7, 3]].tolist(), abs=1e-6)
+    assert asked.rank == 1 + int((logits[1] > logits[1, asked.token_id]).sum())
 
 
 def check_logprobs(raw, tokens, found, num_logprobs):

@@ -307,9 +307,13 @@ class Driver:
         self.in_flight: deque[tuple[StepPlan, StepResult]] = deque()
         self.outputs: dict[str, list[RequestOutput]] = {}
         self.plans: list[StepPlan] = []
+        self.prompt_lens: dict[str, int] = {}
+        self.begun: set[str] = set()  # requests that got a token
 
     def add(self, request: Request) -> None:
         self.scheduler.add(request)
+        self.prompt_lens[request.request_id] = len(request.prompt_token_ids)
+        self.begun.discard(request.request_id)
         self.outputs[request.request_id] = []
         seq = self.scheduler._sequences[request.request_id]
         if self.right_guesses is not None and seq.drafter is not None:
@@ -333,7 +337,9 @@ class Driver:
         plan, result = self.in_flight.popleft()
         outputs = self.scheduler.update(plan, result)
         generated = sum(len(output.new_token_ids) for output in outputs)
-        prompt_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks)
+        firsts = {output.request_id for output in outputs if output.new_token_ids} - self.begun
+        self.begun |= firsts
+        prompt_tokens = sum(self.prompt_lens[request_id] for request_id in firsts)
         assert self.scheduler.stats().step_tokens == prompt_tokens + generated
         for output in outputs:
             assert not any(earlier.finish_reason for earlier in self.outputs[output.request_id])

@@ -16,9 +16,9 @@ def check_integrity(scheduler: Scheduler) -> None:
     faults = [*pool_faults(scheduler._pool, [seq.blocks for seq in running])]
     if {seq.request_id: seq for seq in running + waiting} != scheduler._sequences:
         faults.append("unfinished requests are neither running nor waiting")
-    arrivals = [seq.arrival for seq in running + waiting]
-    if arrivals != [*scheduler._running, *scheduler._waiting]:
-        faults.append("requests are not kept by their arrivals")
+    keys = [*(seq.arrival for seq in running), *(seq.order for seq in waiting)]
+    if keys != [*scheduler._running, *scheduler._waiting]:
+        faults.append("requests are not kept by their arrivals and orders")
     if list(scheduler._waiting) != sorted(scheduler._waiting):
         faults.append("waiting requests are out of order")
     rows = [seq.row for seq in running] + scheduler._free_rows

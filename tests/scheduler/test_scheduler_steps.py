@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from scheduler_fakes import VOCAB, Driver, context_of, expected_of, make_config, make_request, next_token
 from scheduler_integrity import check_integrity
@@ -100,6 +101,47 @@ def test_nobody_passes_where_that_would_take_the_room_of_the_passed(room: str) -
         driver.add(running(name, length, max_tokens=2))
     driver.drain()
     assert driver.runner.first_starts == ["first", "second", "short"]
+
+
+def test_those_of_a_lower_number_start_first_and_stop_nobody() -> None:
+    driver = Driver(make_config(max_num_seqs=1, num_blocks=16, block_size=4))
+    driver.add(running("running", 5, max_tokens=3))
+    driver.turn()
+    for name, priority in (
+        ("later", 1),
+        ("first of 0", 0),
+        ("late", 1),
+        ("soon", -1),
+        ("second of 0", 0),
+        ("soon 2", -1),
+    ):
+        driver.add(msgspec.structs.replace(running(name, 5, max_tokens=2), priority=priority))
+    driver.drain()
+    order = ["running", "soon", "soon 2", "first of 0", "second of 0", "later", "late"]
+    assert driver.runner.first_starts == order
+
+
+def test_a_preempted_request_returns_to_the_place_of_its_priority() -> None:
+    driver = Driver(make_config(num_blocks=7, block_size=4, max_num_seqs=3))
+    for name, priority in (("a", 0), ("b", 5)):
+        driver.add(msgspec.structs.replace(running(name, 7, max_tokens=12), priority=priority))
+    driver.turn()
+    driver.add(msgspec.structs.replace(running("c", 3, max_tokens=2), priority=1))
+    driver.drain()
+    assert driver.scheduler.num_preemptions
+    assert driver.runner.first_starts == ["a", "b", "c"]
+
+
+def test_only_requests_of_one_salt_share_their_prefix() -> None:
+    driver = Driver(make_config(block_size=4))
+    hits = []
+    for salt in (None, "a", "b", "a", None, "0"):
+        request = make_request(f"{len(hits)}", list(range(100, 118)), max_tokens=2)
+        driver.add(msgspec.structs.replace(request, cache_salt=salt))
+        before = driver.scheduler.stats().prefix_cache_hits
+        driver.drain()
+        hits.append(driver.scheduler.stats().prefix_cache_hits - before)
+    assert hits == [0, 0, 0, 16, 16, 0]
 
 
 def test_a_preempted_prompt_waits_in_its_place_by_arrival() -> None:

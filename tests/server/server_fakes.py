@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from itertools import count, pairwise
 from pathlib import Path
@@ -38,7 +38,7 @@ from miniserve.engine.client import AsyncEngine, EngineDead
 from miniserve.engine.output import CompletionStream, Mailbox, OutputAssembler
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server.config import ServerConfig
-from miniserve.server.serve import bind, loop_factory, serve
+from miniserve.server.serve import listening, loop_factory, serve
 
 TINY = Path(miniserve.__file__).parent / "assets" / "tiny-qwen3"
 VOCAB_SIZE = 2048
@@ -247,8 +247,9 @@ class RunningServer:
     def __init__(self, engine: Any, config: ServerConfig) -> None:
         self.engine = engine
         self._config = config
-        self._socket = bind("127.0.0.1", 0)
-        self.port: int = self._socket.getsockname()[1]
+        self._bound = listening(replace(config, host="127.0.0.1", port=0))
+        self._socket = self._bound.__enter__()
+        self.port = 0 if config.uds else int(self._socket.getsockname()[1])
         self.root = f"http://127.0.0.1:{self.port}"
         self.url = f"{self.root}/v1"
         self._ready = threading.Event()
@@ -264,6 +265,7 @@ class RunningServer:
                 self.exit_code = runner.run(self._main())
             finally:
                 self._ready.set()
+                self._bound.__exit__(None, None, None)
 
     async def _main(self) -> int:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()

@@ -19,6 +19,7 @@ from miniserve.server.protocol import ChatCompletionRequest, CompletionRequest, 
 
 COMPLETION: dict[str, Any] = {"prompt": "Once", "max_tokens": 2}
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+TWO_PARTS = [{"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
 BODIES = {"/v1/completions": COMPLETION, "/v1/chat/completions": CHAT}
 
 
@@ -117,8 +118,25 @@ def test_a_body_that_is_no_json_object_is_a_400(
         ("logprobs", 21),
         ("logprobs", -1),
         ("logprobs", True),
-        ("best_of", 2),
         ("best_of", 0),
+        ("best_of", 129),
+        ("allowed_token_ids", []),
+        ("allowed_token_ids", [2048]),
+        ("bad_words", [""]),
+        ("bad_words", ["a" * 129]),
+        ("bad_words", [str(number) for number in range(257)]),
+        ("prompt_logprobs", 21),
+        ("prompt_logprobs", -1),
+        ("logprob_token_ids", [5]),
+        ("truncate_prompt_tokens", 0),
+        ("truncate_prompt_tokens", -2),
+        ("truncate_prompt_tokens", 257),
+        ("truncation_side", "left"),
+        ("truncation_side", "middle"),
+        ("priority", 2**63),
+        ("priority", "high"),
+        ("cache_salt", ""),
+        ("cache_salt", "a" * 257),
         ("stop", [""]),
         ("stop", 5),
         ("stop", [str(number) for number in range(257)]),
@@ -167,6 +185,7 @@ def test_a_completion_field_out_of_range_is_named(web: httpx.Client, field: str,
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].type"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": ["Hi"]}]}, "messages[0].content[0]"),
+        ({"documents": [{"title": "T", "text": "x"}]}, "documents"),
         (
             {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
             "messages[0].tool_calls[0].function",
@@ -185,6 +204,11 @@ def test_a_completion_field_out_of_range_is_named(web: httpx.Client, field: str,
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
         ({"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message"),
         ({"best_of": 2}, "best_of"),
+        ({"echo": True}, "echo"),
+        ({"echo": True, "continue_final_message": True, "messages": TWO_PARTS}, "echo"),
+        ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
+        ({"logprobs": True, "top_logprobs": 3, "logprob_token_ids": [5, 6]}, "logprob_token_ids"),
+        ({"allowed_token_ids": [5, 2047], "min_tokens": 1, "stop_token_ids": [5]}, "allowed_token_ids"),
         ({"prompt": "x"}, "prompt"),
     ],
 )
@@ -286,9 +310,9 @@ def test_no_field_of_ordinary_clients_is_taken_for_a_misspelt_one(web: httpx.Cli
 @pytest.mark.parametrize(
     ("name", "value", "remedy"),
     [
-        ("n_predict", 5, "max_tokens"),
-        ("max_new_tokens", 5, "max_tokens"),
-        ("max_output_tokens", 5, "max_tokens"),
+        ("n_predict", 1, "max_tokens"),
+        ("max_new_tokens", 1, "max_tokens"),
+        ("max_output_tokens", 1, "max_tokens"),
         ("options", {"num_predict": 5}, "max_tokens"),
         ("sampling_params", {"max_new_tokens": 5}, "max_tokens"),
         ("repeat_penalty", 1.1, "repetition_penalty"),
@@ -299,17 +323,17 @@ def test_no_field_of_ordinary_clients_is_taken_for_a_misspelt_one(web: httpx.Cli
         ("n_probs", 5, "logprobs"),
         ("random_seed", 5, "use seed"),
         ("sampling_seed", 5, "use seed"),
-        ("max_tokens_to_sample", 5, "use max_tokens"),
+        ("max_tokens_to_sample", 1, "use max_tokens"),
         ("system", "Be brief.", "role is system"),
         ("format", "json", "leave it out"),
         ("reasoning", {"effort": "low"}, "chat_template_kwargs"),
         ("guidance_scale", 2, "leave it out"),
-        ("return_tokens", True, "leave it out"),
+        ("return_tokens", True, "return_token_ids"),
         ("stop_regex", "a+", "stop"),
         ("no_stop_trim", True, "include_stop_str_in_output"),
         ("input_ids", [1], "prompt"),
         ("return_hidden_states", True, "leave it out"),
-        ("return_prompt_token_ids", True, "leave it out"),
+        ("return_prompt_token_ids", True, "return_token_ids"),
         ("custom_params", {"a": 1}, "leave it out"),
         ("watermark", True, "leave it out"),
         ("watermarking", {"a": 1}, "leave it out"),
@@ -325,6 +349,16 @@ def test_no_field_of_ordinary_clients_is_taken_for_a_misspelt_one(web: httpx.Cli
         ("presense_penalti", 0.5, "presence_penalty"),
         ("top-p", 0.5, "top_p"),
         ("reponse_format", {"type": "json_object"}, "response_format"),
+        ("maxNewTokens", 5, "use max_tokens"),
+        ("max_gen_toks", 1, "use max_tokens"),
+        ("truncate", 5, "truncate_prompt_tokens"),
+        ("request_id", "a", "X-Request-Id"),
+        ("return_full_text", True, "echo"),
+        ("details", True, "logprobs"),
+        ("n_keep", 4, "truncate_prompt_tokens"),
+        ("adapter_id", "a", "leave it out"),
+        ("verbosity", "low", "in a message"),
+        ("previous_response_id", "r", "conversation"),
     ],
 )
 def test_another_servers_name_or_a_misspelt_one_is_answered_with_ours(
@@ -333,6 +367,46 @@ def test_another_servers_name_or_a_misspelt_one_is_answered_with_ours(
     error = error_of(web.post(path, json={**BODIES[path], name: value}), 400)
     assert error["param"] == name
     assert remedy in error["message"].replace(name, "", 1)
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_what_lm_eval_leaves_beside_max_tokens_is_taken_where_it_stops_nothing_sooner(
+    web: httpx.Client, path: str
+) -> None:
+    for left in ({"max_gen_toks": 2}, {"max_new_tokens": 256, "num_beams": 1, "do_sample": False, "temperature": 0}):
+        assert web.post(path, json={**BODIES[path], **left}).is_success
+    for wrong in (True, "2", 1.5, 1):
+        assert error_of(web.post(path, json={**BODIES[path], "max_gen_toks": wrong}), 400)["param"] == "max_gen_toks"
+
+
+def test_settings_that_contradict_each_other_are_refused(web: httpx.Client) -> None:
+    usage = {"stream": True, "stream_options": {"continuous_usage_stats": True}}
+    error = error_of(web.post("/v1/completions", json=COMPLETION | usage), 400)
+    assert error["param"] == "stream_options.continuous_usage_stats"
+    for draw, temperature in ((True, 0), (False, 1)):
+        asked = {"do_sample": draw, "temperature": temperature}
+        assert error_of(web.post("/v1/completions", json=COMPLETION | asked), 400)["param"] == "do_sample"
+        assert web.post("/v1/completions", json=COMPLETION | asked | {"temperature": 1 - temperature}).is_success
+
+
+def test_a_field_name_that_is_no_text_is_said_to_be_none(web: httpx.Client) -> None:
+    headers = {"content-type": "application/json"}
+    for content, param in (
+        (b'{"prompt": "a", "\\ud800": 1}', None),
+        (b'{"prompt": "a", "stream": true, "stream_options": {"\\udfff": 1}}', "stream_options"),
+    ):
+        error = error_of(web.post("/v1/completions", content=content, headers=headers), 400)
+        assert error["param"] == param
+        assert "name of a field holds half of a surrogate pair" in error["message"]
+
+
+def test_a_strict_server_takes_no_unknown_field() -> None:
+    with running_server(strict_fields=True) as server:
+        for path, body in BODIES.items():
+            for _ in range(2):
+                error = error_of(httpx.post(server.root + path, json={**body, "chat_id": 9}), 400)
+                assert error["param"] == "chat_id"
+            assert httpx.post(server.root + path, json={**body, "user": "me", "suffix": None}).is_success
 
 
 def test_misspelt_fields_of_other_bodies_are_named(web: httpx.Client) -> None:

@@ -26,6 +26,7 @@ NUM_EXAMPLES = {
     "POST /detokenize": 40,
     "GET /tokenizer_info": 1,
     "GET /health": 1,
+    "GET /load": 1,
     "GET /ping": 1,
     "GET /ready": 1,
     "GET /version": 1,

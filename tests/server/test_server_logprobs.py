@@ -201,7 +201,7 @@ def test_of_tokens_with_the_same_text_the_likeliest_counts() -> None:
     arrays = CompletionLogprobsWriter(table, True, []).generated([found])
     assert arrays["top_logprobs"] == [{"\N{REPLACEMENT CHARACTER}": -1.0}]
     assert arrays["token_logprobs"] == [-3.0]
-    (entry,) = chat_logprobs(table, [found])["content"]
+    (entry,) = chat_logprobs(table, [found], table.token_str)["content"]
     assert [top["logprob"] for top in entry["top_logprobs"]] == [-1.0, -2.0]
     assert bytes(entry["bytes"]) == table.token_bytes(chosen)
     assert entry["token"] == "\N{REPLACEMENT CHARACTER}"

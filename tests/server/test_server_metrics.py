@@ -74,17 +74,18 @@ def test_the_invariants(server: RunningServer) -> None:
         httpx.post(f"{server.url}/completions", json={**body, "stream": streams}).read()
     samples = scrape(server)
     requests = 2 * len(lengths) * n
-    assert samples["vllm:prompt_tokens_total"] == 2 * sum(lengths)
-    assert samples["vllm:prompt_tokens_cached_total"] == 2 * 16
+    assert samples["vllm:prompt_tokens_total"] == 2 * sum(lengths) * n
+    assert samples["vllm:prompt_tokens_cached_total"] == 2 * (16 + 32), "what each of a prompt's sequences found"
     assert samples["vllm:generation_tokens_total"] == requests * max_tokens
     assert samples["vllm:request_success_total"] == requests
     for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_decode_time_seconds",
-                 "request_generation_tokens", "request_time_per_output_token_seconds", "request_params_n"):  # fmt: skip
+                 "request_generation_tokens", "request_time_per_output_token_seconds"):  # fmt: skip
         assert samples[f"vllm:{name}_count"] == requests, name
     assert samples["vllm:inter_token_latency_seconds_count"] == requests * (max_tokens - 1)
     assert samples["vllm:request_generation_tokens_sum"] == requests * max_tokens
     assert samples["vllm:request_max_num_generation_tokens_count"] == 2 * len(lengths)
-    assert samples["vllm:request_params_n_sum"] == requests * n
+    assert samples["vllm:request_params_n_count"] == 2 * len(lengths)
+    assert samples["vllm:request_params_n_sum"] == requests
     assert samples["vllm:num_requests_running"] == samples["vllm:kv_cache_usage_perc"] == 0
     assert samples["vllm:prefix_cache_queries_total"] == 7
     assert samples["vllm:iteration_tokens_total_count"] == 5

@@ -38,6 +38,13 @@ COMMON: dict[str, st.SearchStrategy[Any]] = {
     "min_tokens": st.integers(0, 2),
     "max_tokens": st.integers(2, 60),
     "skip_special_tokens": st.booleans(),
+    "allowed_token_ids": st.lists(st.integers(0, 2044), min_size=1, max_size=3),
+    "bad_words": st.lists(st.text(min_size=1, max_size=5), max_size=2),
+    "return_token_ids": st.booleans(),
+    "return_tokens_as_token_ids": st.booleans(),
+    "truncate_prompt_tokens": st.one_of(st.just(-1), st.integers(1, 30)),
+    "priority": st.integers(-3, 3),
+    "cache_salt": st.text(min_size=1, max_size=9),
     "user": st.text(),
 }
 COMPLETION = {
@@ -89,6 +96,13 @@ def both_ways(web: httpx.Client, path: str, body: dict[str, Any]) -> tuple[dict[
     return whole.json(), [choice for event in events for choice in event["choices"]]
 
 
+def assert_token_ids(body: dict[str, Any], choice: dict[str, Any], pieces: list[dict[str, Any]]) -> None:
+    if body.get("return_token_ids"):
+        assert [token for piece in pieces for token in piece.get("token_ids", [])] == choice["token_ids"] != []
+    else:
+        assert not any("token_ids" in piece for piece in [choice, *pieces])
+
+
 @given(st.fixed_dictionaries({"prompt": prompts}, optional=with_nulls(COMPLETION)))
 @QUICK
 def test_completions(web: httpx.Client, body: dict[str, Any]) -> None:
@@ -98,6 +112,8 @@ def test_completions(web: httpx.Client, body: dict[str, Any]) -> None:
         assert "".join(piece["text"] for piece in mine) == choice["text"]
         assert [piece["finish_reason"] for piece in mine if piece["finish_reason"]] == [choice["finish_reason"]]
         assert mine[-1]["stop_reason"] == choice["stop_reason"]
+        assert_token_ids(body, choice, mine)
+        assert mine[0].get("prompt_token_ids") == choice.get("prompt_token_ids")
         arrays = [piece["logprobs"] for piece in mine if piece["logprobs"]]
         assert (choice["logprobs"] is None) == (body.get("logprobs") is None)
         for name, values in (choice["logprobs"] or {}).items():
@@ -114,6 +130,7 @@ def test_chat(web: httpx.Client, body: dict[str, Any]) -> None:
         assert mine[0]["delta"] == {"role": "assistant", "content": ""}
         assert "".join(piece["delta"].get("content", "") for piece in mine) == choice["message"]["content"]
         assert [piece["finish_reason"] for piece in mine if piece["finish_reason"]] == [choice["finish_reason"]]
+        assert_token_ids(body, choice, mine)
         entries = [entry for piece in mine if piece["logprobs"] for entry in piece["logprobs"]["content"]]
         assert entries == (choice["logprobs"]["content"] if choice["logprobs"] else [])
         assert (choice["logprobs"] is None) == (not body.get("logprobs"))

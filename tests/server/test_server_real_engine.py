@@ -144,6 +144,30 @@ def engine_pid(engine: AsyncEngine) -> int:
     return engine._process.pid
 
 
+def test_only_allowed_tokens_and_no_bad_words_are_generated(server: RunningServer) -> None:
+    asked = {"prompt": PROMPTS, "max_tokens": 16, "ignore_eos": True, "return_token_ids": True}
+    plain = complete(server, **asked)
+    (word,) = {choice["text"].split()[0] for choice in plain[:1]}
+    for choice in complete(server, **asked, bad_words=[word, "e"]):
+        tokens = [tokenizer().token_str(token) for token in choice["token_ids"]]
+        assert word not in choice["text"].split() and not {"e", " e"} & set(tokens)
+    allowed = [plain[0]["token_ids"][0], 300, 301, 302]
+    for choice in complete(server, **asked, allowed_token_ids=allowed):
+        assert set(choice["token_ids"]) <= set(allowed)
+    digits = sorted(set(tokenizer().encode("1 2 3", False)))
+    arrays = complete(server, **{**asked, "logprobs": 0}, logprob_token_ids=digits, return_tokens_as_token_ids=True)
+    assert all(set(top) >= {f"token_id:{i}" for i in digits} for top in arrays[0]["logprobs"]["top_logprobs"])
+
+
+def test_a_salt_keeps_others_out_of_a_cached_prefix(server: RunningServer) -> None:
+    def cached(salt: str | None) -> int:
+        body = {"prompt": [list(range(40, 140))], "max_tokens": 1, "cache_salt": salt}
+        usage = httpx.post(f"{server.url}/completions", json=body, timeout=120).json()["usage"]
+        return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+    assert [cached(salt) > 0 for salt in (None, "a", "b", "a", None, "c")] == [False, False, False, True, True, False]
+
+
 @pytest.mark.parametrize("dialect", ["hermes", "qwen3_coder"])
 def test_a_model_that_knows_no_tools_calls_one_where_it_must(server: RunningServer, dialect: str) -> None:
     schema = {

@@ -71,7 +71,7 @@ def test_a_chat_stream_byte_for_byte(server: RunningServer) -> None:
 @pytest.mark.parametrize(("path", "body"), [("/v1/completions", {"prompt": "x"}), ("/v1/chat/completions", CHAT)])
 def test_usage_comes_as_asked(server: RunningServer, path: str, body: dict[str, Any]) -> None:
     body = {**body, "max_tokens": 3}
-    for options in (None, {}, {"include_usage": False}, {"continuous_usage_stats": True}):
+    for options in (None, {}, {"include_usage": False}):
         _, events = stream(server, path, {**body, "stream_options": options})
         assert all("usage" not in event and len(event["choices"]) == 1 for event in events)
 

@@ -23,10 +23,10 @@ def run(body: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(within())
 
 
-async def hand_in(turns: Turns, name: str, prompts: int, n: int, log: list[str]) -> None:
+async def hand_in(turns: Turns, name: str, prompts: int, n: int, log: list[str], priority: int = 0) -> None:
     turns.admit(prompts, n)
     for _ in range(prompts):
-        await turns.enter(n)
+        await turns.enter(n, priority)
         log.append(name)
 
 
@@ -48,6 +48,20 @@ def test_a_small_request_enters_after_one_turn_of_each_large_one() -> None:
         assert log.count("b") == 50 and log[7:47] == ["a", "b"] * 20
         assert turns.waiting == 0
         await asyncio.gather(*large)
+
+    run(body)
+
+
+def test_those_of_a_lower_number_enter_first() -> None:
+    async def body() -> None:
+        turns, log = Turns(1, 1000, 1000), []
+        asked = [("running", 0), ("late", 7), ("first", 0), ("second", 0), ("soon", -3)]
+        tasks = [asyncio.create_task(hand_in(turns, name, 1, 1, log, priority)) for name, priority in asked]
+        for _ in tasks:
+            await asyncio.sleep(0)
+            turns.leave(1)
+        await asyncio.gather(*tasks)
+        assert log == ["running", "soon", "first", "second", "late"]
 
     run(body)
 

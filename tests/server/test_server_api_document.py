@@ -1,0 +1,33 @@
+"""docs/API.md says what the server does: it is what its generator writes, and that knows every route and field."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from server_fakes import FakeEngine
+
+from miniserve.server.app import create_app
+from miniserve.server.config import ServerConfig
+from miniserve.server.fields import IGNORED, REFUSED_IN_CHAT, REFUSED_IN_COMPLETIONS
+from miniserve.server.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from tools.api_document import DOCUMENT, ENDPOINTS, MEANINGS, render
+
+
+def test_the_document_is_up_to_date() -> None:
+    assert DOCUMENT.read_text(encoding="utf-8") == render(), "run `python -m tools.api_document`"
+
+
+def test_every_route_is_listed_and_nothing_else() -> None:
+    engine: Any = FakeEngine()
+    paths = create_app(engine, ServerConfig(enable_tokenizer_info=True)).openapi()["paths"]
+    routes = {f"{method.upper()} {path}".replace(":path", "") for path, methods in paths.items() for method in methods}
+    assert routes == set(ENDPOINTS) - {"GET /", "GET /docs"}
+
+
+def test_every_field_is_listed_once() -> None:
+    bodies = (CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest)
+    taken = {name for body in bodies for name in body.model_fields}
+    assert set(MEANINGS) == taken | {"include_usage", "continuous_usage_stats"}
+    for body, refused in ((CompletionRequest, REFUSED_IN_COMPLETIONS), (ChatCompletionRequest, REFUSED_IN_CHAT)):
+        assert not set(body.model_fields) & (set(refused) | IGNORED)
+        assert not set(refused) & IGNORED

@@ -1,0 +1,251 @@
+"""docs/API.md, from the server's own tables: `python -m tools.api_document` writes it, a test holds it to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from miniserve.server.fields import IGNORED, REFUSED, REFUSED_IN_CHAT, REFUSED_IN_COMPLETIONS, remedy
+from miniserve.server.protocol import (
+    Body,
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerationBody,
+    RenderOptions,
+    StreamOptions,
+    TokenizeRequest,
+)
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "API.md"
+
+ENDPOINTS = {
+    "POST /v1/completions": "Prompts and the texts that continue them; OpenAI's, as a whole or streamed.",
+    "POST /v1/chat/completions": "A conversation through the model's chat template; as a whole or streamed.",
+    "GET /v1/models": "The names that the model is served under, with `max_model_len`.",
+    "GET /v1/models/{name}": "One of them; 404 for any other name.",
+    "POST /tokenize": "A prompt or a conversation as token ids.",
+    "POST /detokenize": "Token ids as text.",
+    "GET /tokenizer_info": "Special tokens and chat template, for lm_eval; with `--enable-tokenizer-info`.",
+    "GET /health": "200 with what runs and waits; 503 once the engine is dead.",
+    "GET /ready": "The same.",
+    "GET /ping": "The same; also as POST.",
+    "GET /load": "`server_load`: requests that generate or wait for it.",
+    "GET /metrics": "Prometheus metrics under vLLM's names, and ours as `miniserve:`; `examples/grafana.json` shows "
+    "them.",
+    "GET /debug/steps": "The last steps of the engine, as JSON or (`format=chrome`) as a trace.",
+    "GET /version": "The version.",
+    "GET /": "Where things are.",
+    "GET /docs": "The API's schema for people; `/openapi.json` for programs.",
+}
+
+# What a field means where its name does not say it all, or where servers differ.
+MEANINGS = {
+    "model": "One of the served names; left out: the only model there is.",
+    "stream": "Answer with server-sent events.",
+    "stream_options": "Only with `stream`: `include_usage`, and with it `continuous_usage_stats`.",
+    "include_usage": "A last event with the usage and no choices.",
+    "continuous_usage_stats": "Usage in every event; needs `include_usage`.",
+    "n": "Sequences for each prompt, up to 128. Sequence i draws with `seed` + i.",
+    "max_tokens": "Completions: 16 by default, 0 only with `echo` or `prompt_logprobs`. Chat: the model's own default"
+    " or else the rest of the context. More than the context holds is a 400.",
+    "max_completion_tokens": "`max_tokens` under its newer name, which comes first.",
+    "min_tokens": "No EOS or stop token before so many.",
+    "temperature": "0 is greedy. Default: the model's generation_config.json, then 1.",
+    "top_p": "Default: the model's, then 1.",
+    "top_k": "0 and -1 turn it off. Default: the model's, then off.",
+    "min_p": "Default: the model's, then 0.",
+    "repetition_penalty": "0.01 to 100, over prompt and output. Default: the model's, then 1.",
+    "presence_penalty": "-2 to 2, over the output.",
+    "frequency_penalty": "-2 to 2, over the output.",
+    "logit_bias": "Token ids, as strings, to -100 … 100; at most 1024.",
+    "seed": "The tokens then depend on the prompt and the fields alone (in 16 bits but for near-ties).",
+    "stop": "Up to 256 strings, not in the answer unless `include_stop_str_in_output`.",
+    "stop_token_ids": "Up to 1024.",
+    "include_stop_str_in_output": "Show the stop string or token that ended the text.",
+    "ignore_eos": "Go on behind an EOS token.",
+    "skip_special_tokens": "Leave special tokens out of the text; true by default.",
+    "allowed_token_ids": "Draw no other tokens; 1 to 8192 ids.",
+    "bad_words": "Up to 256 texts that are not generated: each as its tokens at the start of a text and after a space"
+    " (at most 32). The same letters through other tokens are not found, as in vLLM.",
+    "prompt_logprobs": "0 to 20 alternatives at each place of the prompt; not with `stream`, and not from the prefix "
+    "cache. In chat they stand beside the choices.",
+    "logprob_token_ids": "Up to 128 ids: the alternatives of each generated token are these, in this order. Needs "
+    "logprobs, and as many as ids, or 0.",
+    "return_token_ids": "`token_ids` in each choice; `prompt_token_ids` in each choice, in chat beside the choices; "
+    "in a stream with the first event.",
+    "return_tokens_as_token_ids": "Logprobs call tokens `token_id:N`, since several may have one text.",
+    "truncate_prompt_tokens": "Keep so many tokens of each prompt; -1: what leaves room for `max_tokens`.",
+    "truncation_side": "What is cut off: `left` (the default) or `right`.",
+    "echo": "Completions: the prompt before the text, with its logprobs where those are asked for. Chat: the message "
+    "that `continue_final_message` continues before the answer.",
+    "priority": "Lower numbers start first; 0 by default. It orders those that wait: nobody who runs is stopped, and "
+    "high numbers may wait for as long as lower ones come.",
+    "cache_salt": "1 to 256 characters: only requests with the same salt share cached prefixes.",
+    "prompt": "A text, token ids, or a list of either; ids are used as they are.",
+    "logprobs": "Completions: 0 to 20 alternatives. Chat: whether there are any.",
+    "top_logprobs": "0 to 20 alternatives; needs `logprobs`.",
+    "best_of": "At least `n`: so many are generated, and the n with the largest sum of log probabilities returned, "
+    "the best first. Usage counts all. Not with `stream`.",
+    "add_special_tokens": "Put the model's BOS and the like around a text; true for prompts, false for conversations,"
+    " whose template writes them.",
+    "messages": "Roles and texts; parts of type text alone.",
+    "add_generation_prompt": "End with the beginning of an answer; true by default.",
+    "continue_final_message": "Continue the last message instead.",
+    "chat_template": "Another template; only with `--trust-request-chat-template`.",
+    "chat_template_kwargs": "Variables of the template, such as `enable_thinking`.",
+    "response_format": "`text`, `json_object`, or `json_schema` with its schema.",
+    "structured_outputs": "vLLM's: one of `json`, `regex`, `choice`, `grammar`, `json_object`, `structural_tag`.",
+    "guided_json": "`structured_outputs.json` under its older name.",
+    "guided_json_object": "`structured_outputs.json_object` under its older name.",
+    "guided_regex": "`structured_outputs.regex` under its older name.",
+    "guided_choice": "`structured_outputs.choice` under its older name.",
+    "guided_grammar": "`structured_outputs.grammar` under its older name.",
+    "tools": "Functions that the answer may call; they go through the model's chat template.",
+    "tool_choice": "`none`, `auto`, `required`, or a named function.",
+    "parallel_tool_calls": "Whether an answer may hold several calls.",
+    "reasoning_effort": "For templates that know it.",
+    "include_reasoning": "Whether reasoning is part of the answer; true by default.",
+    "documents": "For templates that use them; refused for others.",
+    "tokens": "Token ids.",
+    "return_token_strs": "The tokens as the vocabulary writes them, too.",
+}
+
+# vLLM's cases of tests/entrypoints/openai that concern the fields above, and answers that differ.
+DIFFERENCES = {
+    "best_of": "vLLM ignores it; here it does what OpenAI says, by the sum of log probabilities.",
+    "max_tokens beyond the context": "vLLM cuts it; here it is a 400, as its older versions and OpenAI have it.",
+    "continuous_usage_stats without include_usage": "vLLM ignores it; here it is a 400.",
+    "logprob_token_ids": "vLLM lists the drawn token in one of their places, so one id may be missing; here all are "
+    "listed, and `top_logprobs` must be their number or 0.",
+    "logprobs of -1, --max-logprobs": "Not built: at most 20, or 128 ids by `logprob_token_ids`.",
+    "words of messages": "Cases that match vLLM's own (such as `out of vocabulary`) find others.",
+    "the last event of a choice": "It has no text, no logprobs and an empty `token_ids`; vLLM puts the end beside the"
+    " last text.",
+    "cases that expect text in the last event of a choice": "test_completion_streaming and its like: see above.",
+    "cases of continuous_usage_stats alone": "test_completion_stream_options: see above.",
+    "cases of prompt_logprobs -1 and top_logprobs -1": "test_chat_echo: see above.",
+    "echo in chat without a message to continue": "vLLM answers as if it were not there; here it is a 400.",
+    "documents without a use, other engines' fields": "vLLM ignores them; here they are a 400.",
+    "priority": "vLLM takes it with `--scheduling-policy priority` alone, and then also stops running requests; here "
+    "it orders the queue always, and stops nobody.",
+    "request_id in the body": "vLLM takes it; here the header `X-Request-Id` is the only way. The answer's own `id` "
+    "is always new, so that two requests with one header do not meet.",
+    "x-request-id": "vLLM sends it with `--enable-request-id-headers`; here every answer has it, errors and streams "
+    "too.",
+    "/load": "vLLM needs `--enable-server-load-tracking`; here it is always there.",
+    "use_beam_search, length_penalty, prompt_embeds, images, audio, LoRA adapters": "Not built; refused by name.",
+    "a missing API key": 'vLLM answers `{"error": "Unauthorized"}`; here it is the envelope of all errors.',
+}
+
+
+def render() -> str:
+    """The document's text."""
+    shared = _fields(GenerationBody)
+    rendering = _fields(RenderOptions)
+    return "\n".join([
+        "<!-- Written by `python -m tools.api_document`. -->",
+        "# The server's API",
+        "",
+        "OpenAI's, with what other servers have added to it. Every optional field takes null, which means leaving it "
+        "out. What cannot be served is refused with a 400 that names the field; nothing that would change the answer "
+        "is ignored.",
+        "",
+        "## Endpoints",
+        *_table(("endpoint", "what it is"), ENDPOINTS.items()),
+        "",
+        "With `--api-key`, `/v1`, `/debug` and the tokenizer's paths ask for it (`Authorization: Bearer KEY` or "
+        "`x-api-key`). Every answer has an `x-request-id`: the client's (1 to 128 printable ASCII characters) or a new "
+        "one. Errors are OpenAI's `{\"error\": {\"message\", \"type\", \"param\", \"code\"}}`.",
+        "",
+        "## Fields of completions and chat",
+        *_field_table(shared),
+        "",
+        "### Of `/v1/completions` alone",
+        *_field_table(_without(_fields(CompletionRequest), shared)),
+        "",
+        "### Of `/v1/chat/completions` alone",
+        *_field_table(_without(_fields(ChatCompletionRequest), shared | rendering)),
+        "",
+        "### Of chat and `/tokenize`: how a conversation becomes text",
+        *_field_table(rendering),
+        "",
+        "### Of `stream_options`",
+        *_field_table(_fields(StreamOptions)),
+        "",
+        "### Of `/tokenize` and `/detokenize` alone",
+        *_field_table(_without(_fields(TokenizeRequest) | _fields(DetokenizeRequest), rendering)),
+        "",
+        "## Fields without effect",
+        "Accepted, as they are hints or for the client's own records: " + _names(IGNORED) + ".",
+        "",
+        "`do_sample` is compared with `temperature`: false needs 0, true more than 0. Names that nobody here knows are "
+        "passed over with one warning each in the log (`--strict-fields` refuses them), unless they are one or two "
+        "letters away from a known one.",
+        "",
+        "## Fields that are refused",
+        "Unless null or one of the values that ask for nothing. Other names of `max_tokens` are also taken where "
+        "`max_tokens` is given and no larger, as lm_eval sends both.",
+        *_refused(REFUSED),
+        "",
+        "### In `/v1/completions` also",
+        *_refused(_without(REFUSED_IN_COMPLETIONS, REFUSED)),
+        "",
+        "### In `/v1/chat/completions` also",
+        *_refused(_without(REFUSED_IN_CHAT, REFUSED)),
+        "",
+        "## Differences from vLLM",
+        "Of its cases for what stands above; what is not listed answers alike.",
+        *_table(("what", "how it differs"), DIFFERENCES.items()),
+        "",
+    ])  # fmt: skip
+
+
+def _fields(body: type[Body]) -> dict[str, str]:
+    """The type of each field, in words."""
+    schema = body.model_json_schema()
+    return {name: _type(each, schema.get("$defs", {})) for name, each in schema["properties"].items()}
+
+
+def _type(schema: Mapping[str, Any], defs: Mapping[str, Any]) -> str:
+    if "anyOf" in schema:
+        return " or ".join(dict.fromkeys(_type(each, defs) for each in schema["anyOf"] if each.get("type") != "null"))
+    if "enum" in schema:
+        return " or ".join(f"`{each}`" for each in schema["enum"])
+    kind = schema.get("type", "object")
+    return f"list of {_type(schema['items'], defs)}s" if kind == "array" and schema.get("items") else str(kind)
+
+
+def _without(fields: Mapping[str, Any], others: Iterable[str]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in set(others)}
+
+
+def _field_table(fields: Mapping[str, str]) -> list[str]:
+    return _table(("field", "type", "meaning"), ((f"`{name}`", kind, MEANINGS[name]) for name, kind in fields.items()))
+
+
+def _refused(refused: Mapping[str, Sequence[object]]) -> list[str]:
+    rows = []
+    for name, neutrals in refused.items():
+        values = " ".join(f"`{msgspec.json.encode(value).decode()}`" for value in neutrals)
+        rows.append((f"`{name}`", values, remedy(name)))
+    return _table(("field", "asks for nothing", "instead"), rows)
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names))
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return ["", _row(head), _row(["---"] * len(head)), *map(_row, rows)]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(render(), encoding="utf-8")
