@@ -41,7 +41,7 @@ class GrammarError(ValueError):
 def check_grammar(grammar: Grammar, tokenizer: Tokenizer, param: str = "grammar") -> None:
     """Raises `InvalidRequest` naming `param` for a grammar that cannot be followed. May take a second."""
     try:
-        _new_matcher(grammar, tokenizer, LLTokenizer("byte"))
+        new_matcher(grammar, tokenizer, LLTokenizer("byte"))
     except GrammarError as error:
         raise InvalidRequest(f"{param} cannot be followed: {error}.", param) from None
 
@@ -54,6 +54,7 @@ class Matchers:
         self._load = load
         self._vocab_size = vocab_size
         self._eos_token_ids = sorted(eos_token_ids)
+        self._never: list[int] = []
         self._lock = threading.Lock()
 
     @cached_property
@@ -68,11 +69,12 @@ class Matchers:
     def _vocabulary(self) -> tuple[Tokenizer, LLTokenizer, int]:
         """Also the words of a mask."""
         tokenizer = self._load()
-        size = max(self._vocab_size, tokenizer.vocab_size)
-        # Where there is no EOS, an id that no token has stands for it.
-        eos = self._eos_token_ids or [size]
-        size += not self._eos_token_ids
-        return tokenizer, LLTokenizer(tokenizer.to_json(), size, eos), -(-size // 32)
+        text, size = tokenizer.to_json(), max(self._vocab_size, tokenizer.vocab_size)
+        eos = [token_id for token_id in self._eos_token_ids if token_id < tokenizer.vocab_size]
+        if not eos:  # llguidance needs one: a token that is never allowed
+            self._never = eos = [tokenizer.vocab_size]
+            text, size = _with_token(text, eos[0]), max(size, eos[0] + 1)
+        return tokenizer, LLTokenizer(text, size, eos), -(-size // 32)
 
     def start(self, params: SamplingParams) -> Future[Matcher]:
         """The matcher of `params.grammar`, or a `GrammarError`. Returns at once."""
@@ -83,9 +85,10 @@ class Matchers:
             raise ValueError("no grammar")
         with self._lock:
             tokenizer, vocabulary, _ = self._vocabulary
-        matcher = _new_matcher(params.grammar, tokenizer, vocabulary, params.reasoning)
-        ends, early = self._eos_token_ids, [*self._eos_token_ids, *params.stop_token_ids]
-        return _TokenMatcher(matcher, early, params.min_tokens, ends if params.ignore_eos else [])
+        matcher = new_matcher(params.grammar, tokenizer, vocabulary, params.reasoning)
+        never = [*self._never, *(self._eos_token_ids if params.ignore_eos else ())]
+        early = [*self._never, *self._eos_token_ids, *params.stop_token_ids]
+        return _TokenMatcher(matcher, early, params.min_tokens, never)
 
     def masks(self, entries: Sequence[tuple[int, Matcher]]) -> TokenMasks:
         """The masks of a step's entries. One whose matcher turns out to have ended or failed gets none."""
@@ -104,6 +107,14 @@ class Matchers:
         if len(kept) < len(live):
             bits = bytearray(masks[kept].tobytes())
         return TokenMasks([live[index][0] for index in kept], bits)
+
+
+def _with_token(tokenizer_json: str, token_id: int) -> str:
+    """With one more special token, of this id."""
+    tokenizer = json.loads(tokenizer_json)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokenizer["added_tokens"].append({"id": token_id, "content": "<|no end|>", "special": True, **flags})
+    return json.dumps(tokenizer)
 
 
 class _TokenMatcher:
@@ -141,7 +152,7 @@ class _TokenMatcher:
         self.ended = self.state.is_stopped()
 
 
-def _new_matcher(
+def new_matcher(
     grammar: Grammar, tokenizer: Tokenizer, vocabulary: LLTokenizer, reasoning: Reasoning | None = None
 ) -> LLMatcher:
     """Raises `GrammarError`."""

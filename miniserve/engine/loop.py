@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 from miniserve.core import FinishReason, InvalidRequest, Matcher, Request, RequestOutput, Runner, SchedulerStats
-from miniserve.engine.grammar import GrammarError, Matchers
+from miniserve.engine.grammar import Matchers
 from miniserve.engine.step_log import LaunchedStep, StepLog
 from miniserve.scheduler.scheduler import Scheduler
 
@@ -81,7 +81,7 @@ class EngineLoop:
             del self._matched[request_id]
             try:
                 self._scheduler.add(request, future.result())
-            except (GrammarError, InvalidRequest) as error:
+            except Exception as error:  # of this request alone
                 ended.append(RequestOutput(request_id=request_id, finish_reason=FinishReason.ERROR, error=str(error)))
         return ended
 

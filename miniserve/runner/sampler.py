@@ -127,16 +127,16 @@ class Sampler:
             num_outputs = self.num_outputs.index_select(0, batch.rows)
         else:
             num_outputs = self._table.num_outputs(rows, positions)
-        edits_logits = batch.edits_logits or masks is not None
         raw = None
         if batch.logprobs is not None:
             raw = logits[batch.logprobs.entries]
-            if edits_logits and logits.dtype == torch.float32 and isinstance(batch.logprobs.entries, slice):
+            in_place = masks is not None or (batch.edits_logits and logits.dtype == torch.float32)
+            if in_place and isinstance(batch.logprobs.entries, slice):
                 raw = raw.clone()
-        if edits_logits:
+        if masks is not None:
+            apply_masks(logits, masks)
+        if batch.edits_logits:
             logits = logits.float()
-            if masks is not None:
-                apply_masks(logits, masks)
             self._edit(logits, batch, num_outputs)
         tokens = self._draw(logits, batch.rows, self.params, num_outputs)
         if raw is None or batch.logprobs is None:
