@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction
 from miniserve.kernels.triton import cache_write, linearize, mla_decode, paged_decode, paged_extend, token_indices
 from miniserve.kernels.triton.small_linear import Chip
 from miniserve.kernels.triton.split_kv import DecodeScratch
-from tools.compile_step import META, Case, int32, medium_launches, step_launches, tensor
+from tools.compile_step import META, Case, int32, medium_launches, scaled_launches, step_launches, tensor
 
 ROWS, NUM_BLOCKS, TABLE_WIDTH, KV_HEADS = 64, 1 << 20, 4096, 8  # planes of many GiB: 64-bit offsets
 SPLITS = (1, 2, 64)  # no merge, a merge by the last split to arrive, a merge by a separate kernel (AMD: always that)
@@ -163,6 +163,7 @@ def _token_indices() -> Case:
     return "block 16", partial(token_indices.token_indices, tables, lens, starts, out, **sizes)
 
 
+_QUICK = ("fp8 64 rows 4096 x 12288, blocks", "fp8 16 rows 12288 x 4096, rows gated", "fp8 1 tokens, 8 of 128 of 1536")
 _NAMES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -184,6 +185,7 @@ def cases(arch: Arch) -> Iterator[Case]:
     """Each launch that differs in generated code."""
     half, single, fp8 = torch.bfloat16, torch.float32, arch.fp8
     yield from step_launches(arch.chip)
+    yield from scaled_launches(arch.chip, arch.fp8)
     for shuffled in (False, True):
         for kv in (half, fp8):
             for head_dim in (64, 80, 96, 112, 128, 192, 256):
@@ -224,6 +226,7 @@ def quick_cases(arch: Arch) -> Iterator[Case]:
     yield _write_latent(torch.bfloat16)
     yield _token_indices()
     yield from [*medium_launches(arch.chip)][2::2]  # plain, gated, in parts
+    yield from [case for case in scaled_launches(arch.chip, arch.fp8) if case[0] in _QUICK]
 
 
 def _driver(arch: str) -> SimpleNamespace:

@@ -20,10 +20,12 @@ from miniserve.kernels.triton import (
     routing,
     sampling,
     small_linear,
+    widen,
     zero_blocks,
 )
 from miniserve.kernels.triton.small_linear import Chip
 
+Block = tuple[int, int] | None
 Case = tuple[str, Callable[[], object]]  # a name, and a function that launches kernels
 
 META = torch.device("meta")
@@ -69,6 +71,38 @@ def _experts(chip: Chip, tokens: int, num_experts: int, top_k: int, middle: int)
     tiles = moe.fitted(moe.choose_tiles(tokens * top_k, num_experts), _HALF.itemsize, chip.shared_bytes)
     parts = moe.experts(x, w1, w2, *choice, tiles=tiles)
     moe.add_pairs_norm(parts, x if num_experts == 64 else None, x, tensor(2048), 1e-6)
+
+
+def _scaled_linear(chip: Chip, codes: torch.dtype, m: int, n: int, k: int, block: Block, gated: bool) -> None:
+    rows = n * (2 if gated else 1)
+    weight = tensor(rows, k, dtype=codes)
+    given: dict[str, Any] = {"gated": gated, "scale": _scale(rows, k, block), "block": block}
+    medium = medium_linear.choose_scaled_tile(m, n, k, block, chip, gated=gated)
+    tile = small_linear.choose_scaled_tile(m, n, k, block, chip, gated=gated)
+    if medium is not None:
+        medium_linear.medium_linear(tensor(m, k), weight, None, medium, **given)
+    if tile is not None:
+        small_linear.small_linear(tensor(m, k), weight, None, tile, small_linear.Workspace(META), **given)
+    if m == 1:
+        widen.widen(weight, given["scale"], block, _HALF)
+
+
+def _scaled_experts(chip: Chip, codes: torch.dtype, tokens: int, middle: int, block: Block) -> None:
+    x, shapes = tensor(tokens, 4096), ((128, 2 * middle, 4096), (128, 4096, middle))
+    w1, w2 = (tensor(*shape, dtype=codes) for shape in shapes)
+    choice = tensor(tokens, 8, dtype=torch.float32), int32(tokens, 8)
+    given: dict[str, Any] = {"scales": tuple(_scale(*shape, block) for shape in shapes), "block": block}
+    if tokens == 1:
+        moe_token.token_experts(x, w1, w2, *choice, **given)
+        return
+    tiles = moe.fitted(moe.choose_scaled_tiles(tokens * 8, 128, block), _HALF.itemsize, chip.shared_bytes)
+    moe.experts(x, w1, w2, *choice, tiles=tiles, **given)
+
+
+def _scale(*shape_and_block: Any) -> torch.Tensor:
+    *lead, n, k, block = shape_and_block
+    shape = (n,) if block is None else (-(-n // block[0]), -(-k // block[1]))
+    return tensor(*lead, *shape, dtype=torch.float32)
 
 
 def _route(chip: Chip, num_experts: int, top_k: int, groups: int, top_groups: int, sigmoid: bool) -> None:
@@ -124,6 +158,19 @@ def medium_launches(chip: Chip) -> Iterator[Case]:
         for m, n, k in ((128, 12288, 4096), (256, 3072, 1024), (256, 12288, 4096)):
             yield f"bf16 {m} rows {n} x {k} gated", partial(_medium_linear, chip, m, n, k, True)
         yield "bf16 256 rows 4096 x 12288 in parts", partial(_linear_parts, chip, 256, 4096, 12288)
+
+
+def scaled_launches(chip: Chip, codes: torch.dtype) -> Iterator[Case]:
+    """As `step_launches`, products with weights in 8 bits. codes: as which the hardware reads them."""
+    for block in ((128, 128), None):
+        for m in (1, 16, 64, 128):
+            for n, k, gated in ((6144, 4096, False), (4096, 12288, False), (12288, 4096, True)):
+                name = f"fp8 {m} rows {n} x {k}, {'blocks' if block else 'rows'}{' gated' if gated else ''}"
+                yield name, partial(_scaled_linear, chip, codes, m, n, k, block, gated)
+    for middle, block in ((1536, (128, 128)), (192, (64, 64)), (768, None)):
+        for tokens in _TOKENS:
+            name = f"fp8 {tokens} tokens, 8 of 128 of {middle}"
+            yield name, partial(_scaled_experts, chip, codes, tokens, middle, block)
 
 
 def step_launches(chip: Chip) -> Iterator[Case]:

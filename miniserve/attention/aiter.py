@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,11 +55,14 @@ class AiterLatent:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AiterExperts:
-    """What routed experts call of it."""
+class AiterProducts:
+    """What linear layers and routed experts call of it. quant_type: the enumeration of the ways in which weights have
+    fewer bits."""
 
     fused_moe: Callable[..., Tensor]
     shuffle_weight: Callable[[Tensor], Tensor]
+    gemm_a8w8_blockscale: Callable[..., Tensor]
+    quant_type: Any
 
 
 @functools.cache
@@ -113,12 +117,18 @@ def load_gluon() -> Callable[..., None]:
     return gluon
 
 
-def load_experts() -> AiterExperts:
-    """The same for routed experts. Raises `Unavailable`."""
+def load_products() -> AiterProducts:
+    """The same for linear layers and routed experts. Raises `Unavailable`."""
     load()
-    return AiterExperts(
-        fused_moe=_module("aiter.fused_moe").fused_moe, shuffle_weight=_module("aiter.ops.shuffle").shuffle_weight
-    )
+    try:
+        return AiterProducts(
+            fused_moe=_module("aiter.fused_moe").fused_moe,
+            shuffle_weight=_module("aiter.ops.shuffle").shuffle_weight,
+            gemm_a8w8_blockscale=_module("aiter").gemm_a8w8_blockscale,
+            quant_type=_module("aiter.ops.enum").QuantType,
+        )
+    except AttributeError as error:
+        raise Unavailable(f"aiter lacks what it should have ({error})") from error
 
 
 def _module(name: str) -> ModuleType:

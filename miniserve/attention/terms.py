@@ -86,12 +86,12 @@ class KernelContract:
 
     def has_narrow_offsets(self, spec: AttentionSpec, arch: str) -> bool:
         """Whether it reaches no more than `NARROW_PLANE` bytes of the layer's planes there."""
-        return any(_is_arch(arch, pattern) and size == spec.kv_dtype.itemsize for pattern, size in self.narrow_offsets)
+        return any(is_arch(arch, pattern) and size == spec.kv_dtype.itemsize for pattern, size in self.narrow_offsets)
 
     def platform_refusals(self, platform: Platform) -> Iterator[str]:
         """As `refusals`, whatever the layer."""
         for arch, version in self.crashes:
-            if _is_arch(platform.arch, arch) and fnmatch.fnmatchcase(platform.triton_version, version):
+            if is_arch(platform.arch, arch) and fnmatch.fnmatchcase(platform.triton_version, version):
                 yield f"crashes the compiler of Triton {platform.triton_version} on {platform.arch}"
 
     def _refused_cache(self, spec: AttentionSpec) -> Iterator[str]:
@@ -171,7 +171,7 @@ class BackendContract:
 
     def platform_refusals(self, platform: Platform) -> Iterator[str]:
         """Why this backend cannot run there whatever the model."""
-        if self.archs and not any(_is_arch(platform.arch, pattern) for pattern in self.archs):
+        if self.archs and not any(is_arch(platform.arch, pattern) for pattern in self.archs):
             yield f"it runs on {' or '.join(self.archs)}, not on {platform.arch}"
             return
         missing = {
@@ -230,7 +230,7 @@ class BackendContract:
         if spec.kv_dtype.itemsize == 1:
             if spec.kv_dtype != platform.fp8_dtype:
                 return f"fp8 on {platform.arch} is {name_of(platform.fp8_dtype)}, not {name_of(spec.kv_dtype)}"
-            if self.fp8_archs and not any(_is_arch(platform.arch, pattern) for pattern in self.fp8_archs):
+            if self.fp8_archs and not any(is_arch(platform.arch, pattern) for pattern in self.fp8_archs):
                 return f"it reads an fp8 KV cache on {' or '.join(self.fp8_archs)}, not on {platform.arch}"
         return LAYOUTS[layout].refusal(spec, block_size)
 
@@ -266,7 +266,7 @@ def _is_pow2(number: int) -> bool:
     return number & (number - 1) == 0
 
 
-def _is_arch(arch: str, pattern: str) -> bool:
+def is_arch(arch: str, pattern: str) -> bool:
     """Patterns: "gfx942"; "gfx*": any AMD GPU; "sm_80+": an NVIDIA GPU of compute capability 8.0 or later."""
     if pattern.endswith("+"):
         family, _, least = pattern[:-1].partition("_")

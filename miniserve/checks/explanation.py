@@ -16,12 +16,8 @@ from miniserve.attention.spec import AttentionSpec
 from miniserve.attention.terms import LayerRoute
 from miniserve.config import EngineConfig, tuning_dir
 from miniserve.core import UserError
-from miniserve.kernels import native
 from miniserve.models.description import ModelConfig
-from miniserve.models.layers.aiter_moe import NAME as AITER_MOE
-from miniserve.models.layers.aiter_moe import describe_experts, refusal
-from miniserve.models.layers.experts import TRITON_MOE, choose_moe_method
-from miniserve.models.registry import STORED_SIZES, weight_bytes
+from miniserve.models.registry import MXFP4, describe_products, described_model, weight_bytes
 from miniserve.parallel.shard import Shard
 from miniserve.runner.device import find_dtype, find_kv_dtype
 from miniserve.runner.tuning import load_preferred
@@ -77,8 +73,8 @@ class Memory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
-    """config: of the whole model. paths: every backend and layout, the chosen one among them. experts: what multiplies
-    routed ones, a sentence. notes: sentences."""
+    """config: of the whole model. paths: every backend and layout, the chosen one among them. products: what multiplies
+    linear layers and experts, notes: sentences."""
 
     model: str
     config: ModelConfig
@@ -91,7 +87,7 @@ class Explanation:
     choice: Choice
     paths: tuple[Path, ...]
     memory: Memory
-    experts: str | None
+    products: tuple[str, ...]
     notes: tuple[str, ...]
 
 
@@ -132,7 +128,7 @@ def explain(name: str, model: ModelConfig, config: EngineConfig, device: str, tp
         choice=choice,
         paths=tuple(_paths(specs, platform, config.block_size)),
         memory=_memory(model, choice, specs, platform, config, shard, total, longest),
-        experts=_experts(model, platform, dtype, shard),
+        products=tuple(describe_products(described_model(model, dtype, platform, shard))),
         notes=tuple(_notes(model, config, device, tp, platform)),
     )
 
@@ -173,8 +169,8 @@ def _memory(
     layout = LAYOUTS[choice.layout](config.block_size)
     block = block_bytes(choice, layout, specs)
     dtype, place = specs[0].dtype, "cpu" if platform.arch == "cpu" else "cuda"
-    known = model.quantization in STORED_SIZES
-    weights = weight_bytes(model, dtype, place, shard) if known else None
+    known = model.quantization is None or model.quantization.unknown in (None, MXFP4)
+    weights = weight_bytes(described_model(model, dtype, platform, shard), place) if known else None
     scratch = scratch_bytes(choice, specs, platform, config.max_num_seqs, longest)
     usable = None if total is None else int(total * config.gpu_memory_utilization)
     limit = pool_limit(layout, specs, choice.routes, platform, config.max_num_seqs)
@@ -191,32 +187,16 @@ def _memory(
         scratch=scratch,
         kv_bytes_per_token=block // config.block_size,
         tokens=tokens,
-        least_tp=_least_tp(model, dtype, usable) if tokens == 0 and usable is not None else None,
+        least_tp=_least_tp(model, dtype, platform, usable) if tokens == 0 and usable is not None else None,
         bounded=bounded,
     )
 
 
-def _experts(model: ModelConfig, platform: Platform, dtype: torch.dtype, shard: Shard) -> str | None:
-    if model.moe is None:
-        return None
-    refused = refusal(platform, dtype)
-    if refused is None:
-        name = AITER_MOE
-    elif platform.arch != "cpu" and platform.triton_unavailable is None:
-        name = TRITON_MOE
-    else:
-        device = torch.device("cpu" if platform.arch == "cpu" else "cuda")
-        kernels = native.NativeKernels() if platform.arch == "cpu" and native.unavailable_reason() is None else None
-        width = shard.part(model.moe.intermediate_size).size
-        name = choose_moe_method(dtype, device, model.hidden_size, width, kernels).name
-    return describe_experts(name, refused)
-
-
-def _least_tp(model: ModelConfig, dtype: torch.dtype, usable: int) -> int | None:
+def _least_tp(model: ModelConfig, dtype: torch.dtype, platform: Platform, usable: int) -> int | None:
     for tp in (2, 4, 8, 16, 32, 64):
         if tp > model.num_heads:
             return None
-        if weight_bytes(model, dtype, "cuda", Shard(0, tp)) < usable:
+        if weight_bytes(described_model(model, dtype, platform, Shard(0, tp)), "cuda") < usable:
             return tp
     return None
 
@@ -232,7 +212,7 @@ def _notes(model: ModelConfig, config: EngineConfig, device: str, tp: int, platf
         yield f"the latent cache is the same for all heads and is kept whole on each of {tp} GPUs"
     if model.linear is not None:
         yield "layers of linear attention keep a state of fixed size for each sequence, which is not counted"
-    if model.fp8_kv_scales and config.kv_cache_dtype == "auto":
+    if model.quantization is not None and model.quantization.kv_scales and config.kv_cache_dtype == "auto":
         yield "the checkpoint states scales for an fp8 KV cache; --kv-cache-dtype fp8 shows one"
     if device in NAMED_PLATFORMS and platform.aiter_version is not None:
         yield f"aiter v{'.'.join(map(str, platform.aiter_version))} and Triton are taken to be installed"

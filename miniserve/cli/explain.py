@@ -57,7 +57,7 @@ def to_text(found: Explanation) -> str:
         "",
         f"chosen: {choice.backend} over the {choice.layout} KV layout: {choice.reason}",
         *_kernels(found, _chosen(found)),
-        *([f"  {found.experts}"] if found.experts else []),
+        *(f"  {sentence}" for sentence in found.products),
         "",
         "also possible",
         *_others(found),
@@ -85,7 +85,7 @@ def to_json(found: Explanation) -> dict[str, Any]:
             "layout": found.choice.layout,
             "reason": found.choice.reason,
             "kernels": [line.strip() for line in _kernels(found, _chosen(found))],
-            "experts": found.experts,
+            "products": list(found.products),
         },
         "possible": [
             _place(path) | {"kernels": [line.strip() for line in _kernels(found, path)]}

@@ -27,6 +27,7 @@ from miniserve.models.checkpoint import (
 from miniserve.models.config_families import ARCHITECTURES, FAMILIES
 from miniserve.models.config_rope import listed, longest_context, read_rope
 from miniserve.models.description import ModelConfig
+from miniserve.models.quantization import read_quantization
 
 SUPPORTED_DTYPES = ("bfloat16", "float16", "float32")
 # transformers knows SiLU by two names.
@@ -67,9 +68,11 @@ def describe_model(path: Path, name: str) -> ModelConfig:
             f"{name} is a {architecture} (model_type {model_type!r}), whose config.json is not understood; known: "
             f"{listed(FAMILIES)}."
         )
-    method, quantization = weight_quantization(text), text.pop("quantization_config", None)
+    quantization = read_quantization(text)
+    text.pop("quantization_config", None)
     missing = [] if architecture in ARCHITECTURES else [f"the engine has no {architecture} model yet"]
-    missing += [f"the engine does not load quantised weights ({method}) yet"] if method else []
+    if quantization is not None and quantization.unknown is not None:
+        missing.append(f"the engine does not load quantised weights ({quantization.unknown}) yet")
     from transformers import CONFIG_MAPPING
 
     with _config_errors(path):
@@ -78,41 +81,25 @@ def describe_model(path: Path, name: str) -> ModelConfig:
         hf = hf_class.from_dict(as_meant(text, hf_class))
         hf.standardize_rope_params()  # once more, as the model does: by now hf has what stands beside rope_scaling
         config = _from_transformers(hf, architecture, _stored_dtype(hf, path))
-    return dataclasses.replace(
-        config,
-        missing=tuple(missing),
-        quantization=method,
-        fp8_kv_scales=isinstance(quantization, dict) and bool(quantization.get("kv_cache_scheme")),
-    )
+    return dataclasses.replace(config, missing=tuple(missing), quantization=quantization)
 
 
 def check_config(config: dict[str, Any], name: str) -> None:
     """Raise `UserError` where config.json alone tells that miniserve cannot serve the model called `name`: its
-    architecture is another, or its weights are quantised. (`load_model_config` looks at the rest.)"""
+    architecture is another, or its weights are quantised in a way that is not known. (`load_model_config` looks at the
+    rest.)"""
     names = _architectures(config)
     if not any(entry in ARCHITECTURES for entry in names):
         raise UserError(
             f"{name} is a {listed(names) or 'model that names no architecture'}, which miniserve does not support: "
             f"choose a model of one of {listed(ARCHITECTURES)}."
         )
-    if (method := weight_quantization(config)) is not None:
+    quantization = read_quantization(config)
+    if quantization is not None and quantization.unknown is not None:
         raise UserError(
-            f"{name} has quantised weights ({method}), which miniserve does not support: "
-            "choose the model's unquantised repository."
+            f"{name} has quantised weights ({quantization.unknown}), which miniserve does not support: "
+            "choose the model's FP8 or its unquantised repository."
         )
-
-
-def weight_quantization(raw: dict[str, Any]) -> str | None:
-    """The method by which weights are quantised. None where they are not, also where scales for an fp8 KV cache are all
-    that the config's quantisation is about (compressed-tensors without groups of weights)."""
-    quantization = raw.get("quantization_config")
-    if quantization is None:
-        return None
-    if not isinstance(quantization, dict):
-        return "unknown"
-    if quantization.get("kv_cache_scheme") and quantization.get("config_groups") == {}:
-        return None
-    return str(quantization.get("quant_method", "unknown"))
 
 
 def _refuse_unreadable(raw: dict[str, Any]) -> None:

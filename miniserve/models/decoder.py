@@ -6,6 +6,8 @@ qkv_a_proj.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 
 from miniserve.attention.spec import StepContext
@@ -27,9 +29,9 @@ class DecoderLayer(Module):
     def __init__(self, config: ModelConfig, options: BuildOptions, layer_index: int) -> None:
         super().__init__()
         self.input_layernorm = options.norm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = _attention(config, options, layer_index)
+        self.self_attn = _attention(config, options.within("self_attn"), layer_index)
         self.post_attention_layernorm = options.norm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = _mlp(config, options, layer_index)
+        self.mlp = _mlp(config, options.within("mlp"), layer_index)
 
     def forward(
         self, x: Tensor, residual: Tensor, cos_sin: Tensor, ctx: StepContext
@@ -59,7 +61,7 @@ class Decoder(Module):
     def __init__(self, config: ModelConfig, options: BuildOptions) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, options.dtype, options.look_up)
-        layers = [DecoderLayer(config, options, index) for index in range(config.num_layers)]
+        layers = [DecoderLayer(config, options.within(f"layers.{index}"), index) for index in range(config.num_layers)]
         self.attention_specs = [
             config.attention_spec(layer, options.dtype, options.kv_dtype, options.shard)
             for layer in range(config.num_layers)
@@ -96,8 +98,8 @@ class CausalLM(Module):
     def __init__(self, config: ModelConfig, options: BuildOptions) -> None:
         super().__init__()
         self.config = config
-        self.options = options
-        self.model = Decoder(config, options)
+        self.options = options = replace(options, quantization=config.quantization)
+        self.model = Decoder(config, options.within("model"))
         self.attention_specs = self.model.attention_specs
         self.lm_head = _head(config, options, self.model.embed_tokens)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from miniserve.attention.spec import AttentionSpec, LatentDims
+from miniserve.models.quantization import Quantization
 from miniserve.parallel.shard import Shard
 
 if TYPE_CHECKING:
@@ -90,11 +91,11 @@ class ModelConfig:
     (2i, 2i + 1), not (i, i + rope_dim / 2). num_draft_layers: layers
     that a checkpoint has after these, for guessing further tokens; they are not built. dtype: the one the weights are
     stored in: bfloat16, float16 or float32. notes: what users should know of how the files were read, a sentence each.
+    quantization: how matrices are stored in fewer bits, None where none are.
 
     missing: why the engine cannot run the model, a sentence each; such a model can be explained, not loaded. Only such
-    models set these: quantization, the method by which weights are quantised; sinks; gated, attention's output has a
-    gate, which makes q_proj twice as wide; rotary_factor, the share of a head that rope turns; linear.
-    fp8_kv_scales: the checkpoint states scales for an fp8 KV cache.
+    models set these: sinks; gated, attention's output has a gate, which makes q_proj twice as wide; rotary_factor, the
+    share of a head that rope turns; linear.
     """
 
     architecture: str
@@ -122,8 +123,7 @@ class ModelConfig:
     dtype: str = "float32"
     notes: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
-    quantization: str | None = None
-    fp8_kv_scales: bool = False
+    quantization: Quantization | None = None
     sinks: bool = False
     gated: bool = False
     rotary_factor: float = 1.0

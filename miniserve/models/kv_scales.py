@@ -13,10 +13,13 @@ from miniserve.attention.spec import AttentionSpec
 from miniserve.core import UserError
 from miniserve.models.decoder import CausalLM
 
-_KEYS = ("k_scale", "k_proj.k_scale", "k_proj.output_scale")
-_VALUES = ("v_scale", "v_proj.v_scale", "v_proj.output_scale")
+_NAMES = ("{}_scale", "{}_proj.{}_scale", "{}_proj.output_scale", "qkv_proj.{}_scale", "qkqkv_proj.{}_scale")
+_KEYS, _VALUES = (tuple(name.format(of, of) for name in (*_NAMES, "{}_cache.scale")) for of in "kv")
 _BOTH = ("kv_scale",)  # of older checkpoints, and of latents
-_NAME = re.compile(rf"model\.layers\.(\d+)\.self_attn\.({'|'.join(map(re.escape, _KEYS + _VALUES + _BOTH))})")
+# Of what an fp8 cache does not hold: queries, and the softmax.
+_UNUSED = (".q_scale", ".q.scale", ".q_proj.output_scale", ".prob_scale", ".prob_output_scale")
+_KNOWN = "|".join(map(re.escape, (*_KEYS, *_VALUES, *_BOTH, "q_proj.q_scale", *(name[1:] for name in _UNUSED))))
+_NAME = re.compile(rf"model\.layers\.(\d+)\.self_attn\.({_KNOWN})")
 
 
 def is_kv_scale(name: str, num_layers: int) -> bool:
@@ -33,6 +36,7 @@ def set_kv_scales(model: CausalLM, tensors: Mapping[str, torch.Tensor]) -> list[
     (its largest is 240, not 448): there it counts twice. Raises `UserError` where only some layers have scales, or one
     is not a positive number.
     """
+    tensors = {name: each for name, each in tensors.items() if not name.endswith(_UNUSED)}
     layers = [cast(Any, layer).self_attn.attn for layer in model.model.layers]
     spec: AttentionSpec = layers[0].spec
     dtype = str(spec.kv_dtype).removeprefix("torch.")

@@ -25,7 +25,10 @@ Progress = Callable[[int, int], None]
 
 # Stored by old checkpoints; the model computes it.
 _IGNORED_SUFFIX = "rotary_emb.inv_freq"
+# Dtypes that a tensor may be stored in, by the kind of its `Piece`.
 _FLOATS = ("BF16", "F16", "F32")
+_STORED = {"values": _FLOATS, "codes": ("F8_E4M3",), "scales": (*_FLOATS, "F8_E8M0")}
+_NAN_CODE = 0x7F  # of float8_e4m3fn, without its sign
 _AT_ONCE = 1 << 28  # values
 
 
@@ -34,10 +37,11 @@ def load_weights(model: CausalLM, path: str | Path, *, progress: Progress = lamb
 
     progress(done, total) is called after each layer, in bytes of the model's parameters. Of tensors the model does not
     want, only these are ignored: rotary_emb.inv_freq, lm_head.weight where the embeddings are tied (then it equals
-    them, see `load_model_config`), layers after the last that guess further tokens, and scales for an fp8 KV cache
-    (`read_kv_scales`). Raises `UserError` naming every
-    tensor that is missing, surplus, mis-shaped or not stored as bfloat16, float16 or float32, before anything is read,
-    and for NaN and infinite values, as which large ones end in float16.
+    them, see `load_model_config`), layers after the last that guess further tokens, scales for an fp8 KV cache
+    (`read_kv_scales`) and those of inputs that a quantised checkpoint says it has. Raises `UserError` naming every
+    tensor that is missing, surplus, mis-shaped or stored in another dtype than config.json's quantisation asks for
+    (bfloat16, float16 or float32 where it asks for none), before anything is read, and for NaN and infinite values, as
+    which large ones end in float16.
     """
     files = tensor_files(require_weights(Path(path), str(path)).loaded)
     _check(model, files, Path(path))
@@ -71,7 +75,11 @@ def dummy_weights(model: CausalLM, seed: int, *, progress: Progress = lambda don
 
 def _read(tensors: Any, piece: Piece, target: torch.Tensor) -> None:
     """Copy what is wanted of a tensor, and read no more of its file than that."""
-    if target.numel():
+    if not target.numel():
+        return
+    if piece.refine is not None:
+        target.copy_(piece.refine(tensors.get_tensor(piece.name).float().reshape(piece.shape)))
+    else:
         found = tensors.get_tensor(piece.name) if piece.whole else tensors.get_slice(piece.name)[piece.source]
         target.copy_(found)
 
@@ -138,10 +146,11 @@ def _check(model: CausalLM, files: dict[str, list[Path]], path: Path) -> None:
 
 def _wrong(piece: Piece, header: Any) -> list[str]:
     shape, dtype = list(header.get_shape()), header.get_dtype()
-    if shape != list(piece.shape):
+    if shape != list(piece.shape) and not (piece.kind == "scales" and shape == [*piece.shape, 1]):
         return [f"{piece.name} has shape {shape}, config.json asks for {list(piece.shape)}"]
-    if dtype not in _FLOATS:
-        return [f"{piece.name} is stored as {dtype}, supported are {', '.join(_FLOATS)}"]
+    if dtype not in (stored := _STORED[piece.kind]):
+        asked = "supported are" if piece.kind == "values" else "its quantization_config asks for"
+        return [f"{piece.name} is stored as {dtype}, {asked} {', '.join(stored)}"]
     return []
 
 
@@ -158,9 +167,10 @@ def _check_values(layer: Layer, pieces: dict[str, list[Piece]], path: Path) -> N
 
 def _finite(x: torch.Tensor) -> bool:
     """Without a copy of x. Of a part that has a NaN both ends are NaN."""
-    return x.numel() == 0 or all(
-        bool(torch.stack(torch.aminmax(part)).isfinite().all()) for part in x.flatten().split(_AT_ONCE)
-    )
+    parts = x.flatten().split(_AT_ONCE) if x.numel() else ()
+    if x.dtype == torch.float8_e4m3fn:  # which has no infinity, and of which no ends can be taken
+        return all(bool((part.view(torch.uint8).bitwise_and(_NAN_CODE) != _NAN_CODE).all()) for part in parts)
+    return all(bool(torch.stack(torch.aminmax(part)).isfinite().all()) for part in parts)
 
 
 def _ignored(name: str, model: CausalLM) -> bool:
@@ -171,4 +181,5 @@ def _ignored(name: str, model: CausalLM) -> bool:
         or (name == HEAD and config.tie_word_embeddings)
         or name.startswith(drafts)
         or is_kv_scale(name, config.num_layers)
+        or (config.quantization is not None and config.quantization.leaves_out(name))
     )

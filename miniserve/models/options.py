@@ -2,25 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch.nn import functional
 
-from miniserve.attention.aiter import AiterExperts
+from miniserve.attention.aiter import AiterProducts
+from miniserve.attention.platform import Platform
+from miniserve.core import UserError
 from miniserve.kernels.native import NativeKernels
 from miniserve.models.description import MoEConfig
-from miniserve.models.layers.aiter_moe import AiterMoE
+from miniserve.models.layers.aiter_linear import aiter_blockscale
+from miniserve.models.layers.aiter_moe import AiterMoE, AiterScaledMoE
+from miniserve.models.layers.contracts import (
+    AITER_BLOCKSCALE,
+    AITER_MOE,
+    EXPERTS,
+    LINEAR,
+    Product,
+    ProductContract,
+    Route,
+    find_route,
+)
 from miniserve.models.layers.embedding import LookUp
-from miniserve.models.layers.experts import Experts, MoEMethod, choose_moe_method
-from miniserve.models.layers.linear import PLAIN, Linear, LinearMethod, PackedMethod, choose_packing
+from miniserve.models.layers.experts import EXPERT_MODULES, Experts, MoEMethod, choose_moe_method
+from miniserve.models.layers.linear import PLAIN, Linear, LinearMethod, PackedMethod, choose_packing, placed
 from miniserve.models.layers.norm import RMSNorm
 from miniserve.models.layers.ops import NativeOps, Ops
 from miniserve.models.layers.routing import RoutingMethod, torch_routing
-from miniserve.models.layers.triton import TritonMethod, TritonMoE, TritonOps, triton_routing
+from miniserve.models.layers.scaled import (
+    CODES,
+    LEAST_STEP,
+    ScaledMethod,
+    ScaledProduct,
+    WidenedMethod,
+    WidenedMoE,
+    experts_step,
+    step_of,
+    widened_product,
+)
+from miniserve.models.layers.triton import (
+    TritonMethod,
+    TritonMoE,
+    TritonOps,
+    TritonScaledMoE,
+    triton_routing,
+    triton_scaled,
+)
+from miniserve.models.quantization import Quantization, WeightFormat
 from miniserve.parallel.group import Alone, Group, shard_of
 from miniserve.parallel.shard import Part, Shard, whole
 
@@ -31,9 +63,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
     """What a model is built for. device: where its weights will lie. max_model_len: positions the rotary table covers,
-    in tokens, None for all that the model has. native: the CPU's kernels, triton: the GPU's, experts: aiter's of an AMD
-    GPU, None to do without. group: the ranks that hold it together, this one's part is built. expert_parallel:
-    ranks have experts, not parts of each."""
+    in tokens, None for all that the model has. native: the CPU's kernels, triton: the GPU's, aiter: its products on an
+    AMD GPU, None to do without. group: the ranks that hold it together, this one's part is built. expert_parallel:
+    ranks have experts, not parts of each. platform: the hardware; None: any that these kernels are for. failed: what is
+    wrong with kernels of `layers/contracts.py`, by name. quantization: the model's. prefix: the name of the module that
+    is being built."""
 
     dtype: torch.dtype
     kv_dtype: torch.dtype
@@ -41,13 +75,31 @@ class BuildOptions:
     max_model_len: int | None = None
     native: NativeKernels | None = None
     triton: TritonKernels | None = None
-    experts: AiterExperts | None = None
+    aiter: AiterProducts | None = None
     group: Group = field(default_factory=Alone)
     expert_parallel: bool = False
+    platform: Platform | None = None
+    failed: Mapping[str, str] = field(default_factory=dict)
+    quantization: Quantization | None = None
+    prefix: str = ""
 
     @property
     def shard(self) -> Shard:
         return shard_of(self.group)
+
+    def within(self, name: str) -> BuildOptions:
+        """For the module of that name in this one."""
+        return replace(self, prefix=f"{self.prefix}.{name}" if self.prefix else name)
+
+    def width(self, count: int) -> Part:
+        """This rank's part of an MLP's middle: of scaled weights in steps that kernels take, if each has one."""
+        coarse = self.quantization is not None and count >= LEAST_STEP * self.shard.size
+        return self.shard.part(count, LEAST_STEP if coarse else 1)
+
+    @property
+    def fp8_dtype(self) -> torch.dtype:
+        """The hardware's."""
+        return CODES if self.platform is None else self.platform.fp8_dtype
 
     @property
     def ops(self) -> Ops:
@@ -60,15 +112,60 @@ class BuildOptions:
         return functional.embedding if self.native is None else self.native.gather_rows
 
     def method(self, in_features: int, out_features: int) -> LinearMethod:
-        """The fastest there is for a weight [out_features, in_features]."""
+        """The fastest there is for a plain weight [out_features, in_features]."""
         if self.triton is not None:
             return TritonMethod(self.triton)
         packing = choose_packing(self.dtype, self.device, [(in_features, out_features)], self.native)
         return LinearMethod() if packing is PLAIN else PackedMethod(packing)
 
     def linear(self, columns: int | Part, outputs: Mapping[str, int | Part], *, bias: bool) -> Linear:
-        method = self.method(whole(columns).size, sum(whole(rows).size for rows in outputs.values()))
+        """Raises `UserError` where a checkpoint has some of the outputs' matrices in another format than others."""
+        form, parts = self._format(outputs), placed(columns, outputs)
+        size = whole(columns).size
+        product = Product(self.dtype, columns=size)
+        if form is not None:
+            step = step_of(form, parts)
+            product = replace(product, grain=form.grain, step=step, cut=step)
+        route = self._route(LINEAR, product)
+        if form is not None and route.kernels:
+            products = [*map(self._scaled_product, route.kernels), ScaledProduct(widened_product)]
+            method: LinearMethod = ScaledMethod(form, products, self.fp8_dtype)
+        else:
+            method = self.method(size, sum(rows.size for rows, _, _ in parts))
+            if form is not None:
+                plain = self._route(LINEAR, Product(self.dtype))
+                method = WidenedMethod(form, method, plain.sentence(method.name))
+        method.route = route
         return Linear(columns, outputs, bias=bias, dtype=self.dtype, method=method)
+
+    def _route(self, table: Sequence[ProductContract], product: Product) -> Route:
+        """Of a model that is only described its platform says what there is. Why a known platform's aiter is not there
+        the route says."""
+        told = () if self.platform is None else ("aiter", "triton") if self.device.type == "meta" else ("aiter",)
+        here = [each for each in table if each.requires in told or getattr(self, each.requires) is not None]
+        return find_route(here, product, self.platform, self.failed)
+
+    def _scaled_product(self, contract: ProductContract) -> ScaledProduct:
+        if contract.name == AITER_BLOCKSCALE:
+            return aiter_blockscale(cast(AiterProducts, self.aiter), contract.first_row)
+        return triton_scaled(cast("TritonKernels", self.triton))
+
+    def widened(self, modules: Iterable[str], then: LinearMethod) -> LinearMethod:
+        """`then`, also where the checkpoint has these modules' matrices in 8 bits."""
+        form = self._format(modules)
+        return then if form is None else WidenedMethod(form, then)
+
+    def _format(self, modules: Iterable[str]) -> WeightFormat | None:
+        if self.quantization is None:
+            return None
+        names = [f"{self.prefix}.{module}" if self.prefix else module for module in modules]
+        forms = {name: self.quantization.format_of(name) for name in names}
+        if len(set(forms.values())) > 1:
+            raise UserError(
+                f"config.json's quantization_config gives {' and '.join(names)} different formats, but they are "
+                "multiplied as one matrix: quantise all of them or none."
+            )
+        return forms[names[0]]
 
     def norm(self, size: int, eps: float) -> RMSNorm:
         return RMSNorm(size, eps, self.dtype, self.ops, self.group)
@@ -78,17 +175,30 @@ class BuildOptions:
         return torch_routing if self.triton is None else partial(triton_routing, self.triton)
 
     def experts_of(self, moe: MoEConfig, hidden_size: int) -> Experts:
-        """A layer's: all of this rank's experts, or this rank's part of each."""
+        """A layer's: all of this rank's experts, or this rank's part of each. Raises `UserError` as `linear` does."""
         if self.expert_parallel:
             experts, width = self.shard.part(moe.num_experts), whole(moe.intermediate_size)
         else:
-            experts, width = whole(moe.num_experts), self.shard.part(moe.intermediate_size)
-        method = self.moe_method(hidden_size, width.size)
+            experts, width = whole(moe.num_experts), self.width(moe.intermediate_size)
+        method = self._moe_method(hidden_size, width, self._format(f"0.{name}" for name in EXPERT_MODULES))
         return Experts(experts, hidden_size, width, dtype=self.dtype, method=method)
 
-    def moe_method(self, hidden_size: int, intermediate_size: int) -> MoEMethod:
-        if self.experts is not None:
-            return AiterMoE(self.experts)
-        if self.triton is not None:
-            return TritonMoE(self.triton)
-        return choose_moe_method(self.dtype, self.device, hidden_size, intermediate_size, self.native)
+    def _moe_method(self, hidden_size: int, width: Part, form: WeightFormat | None) -> MoEMethod:
+        product = Product(self.dtype)
+        if form is not None:
+            cut = step_of(form, [(width, whole(hidden_size), 0)])
+            product = Product(self.dtype, form.grain, experts_step(form, hidden_size, width), cut)
+        route = self._route(EXPERTS, product)
+        aiter, triton = cast(AiterProducts, self.aiter), cast("TritonKernels", self.triton)
+        if form is not None and not route.kernels:
+            then = self._moe_method(hidden_size, width, None)
+            told = then.name if then.route is None else then.route.sentence(then.name)
+            method: MoEMethod = WidenedMoE(form, then, told)
+        elif not route.kernels:
+            method = choose_moe_method(self.dtype, self.device, hidden_size, width.size, self.native)
+        elif route.kernels[0].name == AITER_MOE:
+            method = AiterMoE(aiter) if form is None else AiterScaledMoE(form, aiter, self.fp8_dtype)
+        else:
+            method = TritonMoE(triton) if form is None else TritonScaledMoE(form, triton, self.fp8_dtype)
+        method.route = route
+        return method

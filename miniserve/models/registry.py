@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import torch
 
+from miniserve.attention.platform import Platform
 from miniserve.core import UserError
 from miniserve.models.decoder import CausalLM
 from miniserve.models.description import ModelConfig
-from miniserve.models.layers.base import Layer
 from miniserve.models.layers.experts import Experts
-from miniserve.models.layers.latent_attention import UpProjection
 from miniserve.models.layers.linear import Linear, can_pack
 from miniserve.models.options import BuildOptions
 from miniserve.parallel.group import Alone
 from miniserve.parallel.shard import Shard
 
-# Bytes of an element of linear layers and of routed experts, by the way a model is quantised; None: of its dtype. MXFP4
-# has four bits, and a scale of eight for 32 of them.
-STORED_SIZES: dict[str | None, tuple[float | None, float | None]] = {
-    None: (None, None),
-    "fp8": (1, 1),
-    "quark": (1, 1),
-    "compressed-tensors": (1, 1),
-    "mxfp4": (None, 0.5 + 1 / 32),
-}
+MXFP4 = "mxfp4"
+_MXFP4_BYTES = 0.5 + 1 / 32  # of an expert's value: four bits, and a scale of eight for 32 of them
 
 
 def build_model(config: ModelConfig, options: BuildOptions) -> CausalLM:
@@ -37,16 +29,15 @@ def build_model(config: ModelConfig, options: BuildOptions) -> CausalLM:
     return CausalLM(config, options).eval()
 
 
-def weight_bytes(
+def described_model(
     config: ModelConfig,
     dtype: torch.dtype,
-    device: torch.device | str = "cpu",
+    platform: Platform | None = None,
     shard: Shard | None = None,
     *,
     expert_parallel: bool = False,
-) -> int:
-    """Bytes that the loaded weights of a shard occupy on `device`, a tied head's packed copy included (it exists on a
-    CPU). How they are quantised must be one of `STORED_SIZES`; scales of single matrices are not counted."""
+) -> CausalLM:
+    """The layers of a shard as they would be built on `platform`, which need not be here, to read sizes and names."""
     options = BuildOptions(
         dtype=dtype,
         kv_dtype=dtype,
@@ -54,19 +45,33 @@ def weight_bytes(
         max_model_len=1,
         group=Alone() if shard is None else Alone(shard.rank, shard.size),
         expert_parallel=expert_parallel,
+        platform=platform,
     )
-    model = CausalLM(config, options)
-    linear, expert = STORED_SIZES[config.quantization]
-    sizes: dict[type, float | None] = {Linear: linear, UpProjection: linear, Experts: expert}
-    count = 0
-    for layer in model.modules():
-        if isinstance(layer, Layer):
-            size = None if layer is model.lm_head else sizes.get(type(layer))
-            weights = layer.parameters(recurse=False)
-            count += sum(each.nbytes if size is None else int(each.numel() * size) for each in weights)
+    return CausalLM(config, options)
+
+
+def weight_bytes(model: CausalLM, device: torch.device | str = "cpu") -> int:
+    """Bytes that the model's weights occupy on `device` once they are loaded, a tied head's packed copy included (it
+    exists on a CPU)."""
+    count = sum(parameter.nbytes for parameter in model.parameters())
+    config, dtype = model.config, model.options.dtype
+    if config.quantization is not None and config.quantization.method == MXFP4:  # which `explain` knows, no layer
+        experts = [layer for layer in model.modules() if isinstance(layer, Experts)]
+        values = sum(parameter.numel() for layer in experts for parameter in layer.parameters(recurse=False))
+        count -= int(values * (dtype.itemsize - _MXFP4_BYTES))
     if config.tie_word_embeddings and torch.device(device).type == "cpu" and can_pack(dtype):
         count += model.lm_head.out_features * config.hidden_size * dtype.itemsize
     return count
+
+
+def describe_products(model: CausalLM) -> list[str]:
+    """What multiplies the model's linear layers and routed experts, a sentence for all that have the same."""
+    layers: dict[str, dict[str, None]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, Linear | Experts) and layer.method.route is not None:
+            sentence = layer.method.route.sentence(layer.method.name)
+            layers.setdefault(sentence, {})[name.rpartition(".")[2]] = None
+    return [f"{', '.join(names)} by {sentence}" for sentence, names in layers.items()]
 
 
 def _too_long(config: ModelConfig, length: int) -> str:

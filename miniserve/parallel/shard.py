@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 from miniserve.core import UserError
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The `held` of `count` rows, columns, heads or experts: a slice with both ends, of none where they are equal."""
+    """The `held` of `count` rows, columns, heads or experts: a slice with both ends, of none where they are equal.
+    begins: what divides the begin of every rank's part; 0 where all begin at 0."""
 
     count: int
     held: slice
+    begins: int = field(default=0, compare=False)
 
     @property
     def size(self) -> int:
@@ -21,7 +24,8 @@ class Part:
 
     def times(self, width: int) -> Part:
         """The same part in elements, of things that have `width` elements each."""
-        return Part(self.count * width, slice(self.held.start * width, self.held.stop * width))
+        held = slice(self.held.start * width, self.held.stop * width)
+        return Part(self.count * width, held, self.begins * width)
 
 
 def whole(count: int | Part) -> Part:
@@ -40,8 +44,8 @@ class Shard:
         """This rank's part, as even as can be in whole units (the last unit may be shorter); earlier ranks have the
         larger ones, later ranks may have nothing."""
         units = -(-count // unit)
-        start, stop = (min(count, unit * _begin(units, rank, self.size)) for rank in (self.rank, self.rank + 1))
-        return Part(count, slice(start, stop))
+        begins = [min(count, unit * _begin(units, rank, self.size)) for rank in range(self.size + 1)]
+        return Part(count, slice(*begins[self.rank : self.rank + 2]), math.gcd(*begins[:-1]))
 
     def heads(self, num_heads: int, num_kv_heads: int) -> tuple[Part, Part]:
         """This rank's query heads, and the KV heads that they read. Where there are fewer KV heads than ranks,

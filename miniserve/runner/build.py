@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from miniserve.attention.aiter import AiterExperts
 from miniserve.attention.backends.build import block_bytes, build_backend, pool_limit, scratch_bytes
 from miniserve.attention.backends.latent_base import CONTEXT_TOKENS
 from miniserve.attention.backends.options import BackendOptions
@@ -28,13 +27,13 @@ from miniserve.models.decoder import CausalLM
 from miniserve.models.description import ModelConfig
 from miniserve.models.generation_config import load_generation_defaults
 from miniserve.models.kv_scales import set_kv_scales
-from miniserve.models.layers.aiter_moe import describe_experts, find_experts
+from miniserve.models.layers.contracts import find_products
 from miniserve.models.loader import dummy_weights, load_weights, read_kv_scales
 from miniserve.models.options import BuildOptions
-from miniserve.models.registry import build_model, weight_bytes
-from miniserve.parallel.group import Alone, Group, shard_of
+from miniserve.models.registry import build_model, describe_products, weight_bytes
+from miniserve.parallel.group import Alone, Group
 from miniserve.parallel.settle import all_values, first, first_failure, least, together
-from miniserve.runner.check_experts import experts_failure
+from miniserve.runner.check_products import product_failure
 from miniserve.runner.chunk_graph import ChunkGraphs
 from miniserve.runner.device import find_device, find_dtype, find_kv_dtype
 from miniserve.runner.memory import MemoryPlan, available_bytes, check_weights_fit, plan_memory
@@ -51,8 +50,6 @@ if TYPE_CHECKING:
     from miniserve.kernels.triton.runtime import TritonKernels
 
 Progress = Callable[[str, int, int], None]
-# Of steps that experts are tried with: kernels for few tokens and for many differ.
-_EXPERT_TOKENS = (1, 16, 128, 1024)
 
 # Most tokens in a step. Qwen3-8B on an H200 (docs/BENCHMARKS.md): twice as many raise the output by 1 % at most and
 # double the gaps beside prefill; half as many cost up to 4 % and a third more TTFT.
@@ -78,29 +75,27 @@ def build_runner(
         device = find_device(config.device, group.rank % config.ranks_here if config.ranks_here > 1 else None)
         model_config = load_model_config(source_path, weights=config.load_format != "dummy")
         dtype = find_dtype(config.dtype, model_config.dtype)
-        shard, by_expert = shard_of(group), config.enable_expert_parallel
-        weights = weight_bytes(model_config, dtype, device, shard, expert_parallel=by_expert)
         available = available_bytes(device, config.gpu_memory_utilization)
         if device.type == "cpu":
             available //= config.ranks_here
-            torch.set_num_threads(_num_threads(weights, config.ranks_here))
-        check_weights_fit(weights, available, device)
         longest = model_config.max_position_embeddings
         longest = min(config.max_model_len or longest, longest)
         tokens = config.max_num_batched_tokens or _STEP_TOKENS[device.type]
         platform = detect_platform(device, dtype)
         platform = platform if config.aiter else platform.without_aiter()
     _check_ranks_agree(group, model_config, device, platform)
-    experts = find_experts(platform, dtype)
-    if not isinstance(experts, str) and model_config.moe is not None and config.self_check:
-        counts = sorted({min(count, tokens) for count in _EXPERT_TOKENS})
-        failure = experts_failure(experts, model_config.moe, model_config.hidden_size, dtype, device, counts)
-        failure = first_failure(group, failure)
-        experts = experts if failure is None else f"the self-check failed: {failure}"
-    experts_found = None if isinstance(experts, str) else experts
     with together(group):
-        options = _build_options(config, dtype, device, platform, experts_found, group)
-        model = build_model(model_config, options)
+        model = build_model(model_config, _build_options(config, dtype, device, platform, group))
+        weights = weight_bytes(model, device)
+        check_weights_fit(weights, available, model)
+        if device.type == "cpu":
+            torch.set_num_threads(_num_threads(weights, config.ranks_here))
+    while config.self_check and (failure := product_failure(model, tokens)) is not None:
+        failed = {**model.options.failed, failure[0]: f"the self-check failed: {failure[1]}"}
+        with together(group):
+            model = build_model(model_config, replace(model.options, failed=failed))
+            weights = weight_bytes(model, device)
+            check_weights_fit(weights, available, model)
     preferred = load_preferred(tuning_dir(), platform, model.attention_specs, config.block_size)
     choose = partial(
         select,
@@ -118,15 +113,14 @@ def build_runner(
     room = partial(
         plan_memory, config, weights=weights, available=available - weights, longest_context=longest, device=device
     )
-    activations = _activation_bytes(model_config, options, tokens, config.max_num_seqs)
+    activations = _activation_bytes(model_config, model.options, tokens, config.max_num_seqs)
     path = _find_path(config, model, platform, choose, room, activations, longest)
     plan, choice = path.plan, path.choice
     eos_token_ids = load_generation_defaults(source_path, config.generation_config).eos_token_ids
     replays = path.served.backend.graphs and not config.enforce_eager
     runner = _make_runner(path.served, config, plan, eos_token_ids, replays, report)
     attention = [*choice.explain(), *describe_routes(choice, model.attention_specs, platform), *scales, *path.notes]
-    if (method := model.moe_method) is not None:
-        attention.append(describe_experts(method.name, experts if isinstance(experts, str) else None))
+    attention += describe_products(model)
     # A CPU runs a step within launch(), and guesses need a step's tokens: nothing would overlap.
     overlaps = device.type != "cpu" and config.speculative is None
     return runner, EngineInfo(
@@ -146,7 +140,7 @@ def build_runner(
         async_scheduling=overlaps if config.async_scheduling is None else config.async_scheduling,
         speculative=config.speculative,
         tensor_parallel_size=group.size,
-        enable_expert_parallel=by_expert,
+        enable_expert_parallel=config.enable_expert_parallel,
         eos_token_ids=sorted(eos_token_ids),
         memory=plan.rows(),
         attention=attention,
@@ -179,9 +173,9 @@ def _build_options(
     dtype: torch.dtype,
     device: torch.device,
     platform: Platform,
-    experts: AiterExperts | None,
     group: Group,
 ) -> BuildOptions:
+    aiter, failed = find_products(platform)
     return BuildOptions(
         dtype=dtype,
         kv_dtype=find_kv_dtype(config.kv_cache_dtype, dtype, platform),
@@ -189,7 +183,9 @@ def _build_options(
         max_model_len=config.max_model_len,
         native=native.NativeKernels() if device.type == "cpu" and native.unavailable_reason() is None else None,
         triton=_triton_kernels(device),
-        experts=experts,
+        aiter=aiter,
+        platform=platform,
+        failed=failed,
         group=group,
         expert_parallel=config.enable_expert_parallel,
     )

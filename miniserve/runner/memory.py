@@ -9,6 +9,9 @@ import torch
 
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
+from miniserve.models.decoder import CausalLM
+from miniserve.models.layers.linear import Linear
+from miniserve.models.layers.scaled import WidenedMethod
 
 # Limit of the KV cache on a CPU without --kv-cache-memory: other programs share the memory.
 _CPU_KV_LIMIT = 4 << 30
@@ -46,13 +49,17 @@ def available_bytes(device: torch.device, utilization: float) -> int:
     return 8 << 30  # this system does not report it: assume a laptop's
 
 
-def check_weights_fit(weights: int, available: int, device: torch.device) -> None:
+def check_weights_fit(weights: int, available: int, model: CausalLM) -> None:
     """Raise `UserError` with both numbers, before anything is loaded."""
     if weights > available:
+        device, wide = model.options.device, ""
+        methods = [module.method for module in model.modules() if isinstance(module, Linear)]
+        if any(isinstance(method, WidenedMethod) and method.route is not None for method in methods):  # not kv_b_proj
+            wide = " (its 8 bits are widened to those of --dtype on this device)"
         gpu = "stop other programs on the GPU, raise --gpu-memory-utilization, or " if device.type == "cuda" else ""
         raise UserError(
-            f"The model's weights need {size(weights)} and {device.type} has {size(max(available, 0))} available; "
-            f"{gpu}choose a smaller model or a smaller --dtype."
+            f"The model's weights need {size(weights)}{wide} and {device.type} has {size(max(available, 0))} "
+            f"available; {gpu}choose a smaller model or a smaller --dtype."
         )
 
 

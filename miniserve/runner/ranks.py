@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 
 from miniserve import __version__
+from miniserve.attention.platform import detect_platform
 from miniserve.config import EngineConfig
 from miniserve.core import EngineInfo, Runner, UserError
 from miniserve.models.config import load_model_config
-from miniserve.models.registry import weight_bytes
+from miniserve.models.registry import described_model, weight_bytes
 from miniserve.parallel.child import describe_exit
 from miniserve.parallel.distributed import DistributedGroup, find_store, open_store, own_address
 from miniserve.parallel.shard import Shard
@@ -175,13 +176,19 @@ def _least_size(config: EngineConfig, source_path: Path, device: torch.device, c
     model = load_model_config(source_path, weights=config.load_format != "dummy")
     dtype = find_dtype(config.dtype, model.dtype)
     room = memory.available_bytes(device, config.gpu_memory_utilization)  # of one, for all of its kind
-    whole, by_expert = weight_bytes(model, dtype, device), config.enable_expert_parallel
+    platform, by_expert = detect_platform(device, dtype), config.enable_expert_parallel
+
+    def weights(size: int) -> int:
+        shard = Shard(0, size)
+        return weight_bytes(described_model(model, dtype, platform, shard, expert_parallel=by_expert), device)
+
+    whole = weights(1)
     if whole <= room * _FULL:
         return 1
     for size in range(2, min(_MOST, model.most_ranks(expert_parallel=by_expert)) + 1):
         if whole > size * room:
             continue  # to count takes seconds for a large model
-        if weight_bytes(model, dtype, device, Shard(0, size), expert_parallel=by_expert) > room * _FULL:
+        if weights(size) > room * _FULL:
             continue
         if size <= count:
             return size

@@ -22,6 +22,7 @@ import miniserve
 from miniserve.attention.contracts import CONTRACTS
 from miniserve.core import SamplingParams
 from miniserve.llm import LLM
+from tools.quantise import KINDS, quantise
 
 # Each, and in how many documents: 16 compute units let ASM kernels run from 9 rows of the model's 4 heads on.
 CU_NUM = 16
@@ -93,6 +94,27 @@ def test_every_path_verifies_guesses(backend: str, layout: str, reference: list[
         decodes = {" ".join(call) for call in calls if call[0].startswith(("pa", "unified"))}
     assert sum(text == expected for text, expected in zip(texts, reference[:6], strict=True)) >= 5
     assert decodes == DECODE.get((backend, layout), set())
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
+@pytest.mark.parametrize(
+    ("kind", "source", "kv_cache_dtype", "called"),
+    [
+        ("fp8-block", "tiny-qwen3", "auto", ("gemm_a8w8_blockscale", "")),
+        ("quark-kv", "tiny-qwen3", "fp8", ("paged_attention_rocm", "hip")),
+        ("fp8-block", "tiny-deepseek", "auto", ("fused_moe", "per_1x128")),
+    ],
+)
+def test_checkpoints_in_8_bits_solve_the_problems(
+    arch: str, kind: str, source: str, kv_cache_dtype: str, called: tuple[str, str], tmp_path: Path
+) -> None:
+    """Made of the built-in models. gfx942 reads their codes for half as much."""
+    quantise(KINDS[kind], DEEPSEEK.parent / source, tmp_path / source)
+    with stand_in(arch, CU_NUM) as module:
+        calls = module._standin.calls
+        texts = generate(6, calls, device="cpu", model=str(tmp_path / source), kv_cache_dtype=kv_cache_dtype)
+        assert called in calls
+    assert score(texts, prompts_of(6)[1]) == 1.0
 
 
 def test_without_aiter_none_of_it_is_called(reference: list[str]) -> None:

@@ -51,6 +51,7 @@ SIGNATURES = {
     "aiter/ops/topk.py": ("grouped_topk", "biased_grouped_topk"),
     "aiter/fused_moe.py": ("fused_moe",),
     "aiter/ops/shuffle.py": ("shuffle_weight",),
+    "aiter/ops/gemm_op_a8w8.py": ("gemm_a8w8_blockscale",),
 }
 
 

@@ -24,7 +24,7 @@ from miniserve.models.config_families import ARCHITECTURES
 from miniserve.models.description import ModelConfig
 from miniserve.models.hub import locate
 from miniserve.models.options import BuildOptions
-from miniserve.models.registry import build_model, weight_bytes
+from miniserve.models.registry import build_model, described_model, weight_bytes
 from miniserve.parallel.shard import Shard
 from miniserve.runner.tuning import save_table, table_path
 
@@ -152,7 +152,8 @@ def test_an_unknown_model_type_is_refused_by_name(tmp_path: Path) -> None:
     for wrong in ({"hidden_size": "x"}, {"num_attention_heads": 0}, {"head_dim": -1}, {"vocab_size": 1.5}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             described(tmp_path, MODELS["Llama-3.1-8B"] | wrong)
-    assert not described(tmp_path, MODELS["Llama-3.1-8B"] | {"quantization_config": "fp8"}).fp8_kv_scales
+    odd = described(tmp_path, MODELS["Llama-3.1-8B"] | {"quantization_config": "fp8"}).quantization
+    assert odd is not None and odd.unknown == "unknown" and not odd.kv_scales
 
 
 def test_what_is_missing_is_said_and_not_loaded(tmp_path: Path) -> None:
@@ -169,11 +170,11 @@ def test_what_is_missing_is_said_and_not_loaded(tmp_path: Path) -> None:
     model = described(
         tmp_path,
         MODELS["Qwen3.5-397B-A17B"]
-        | {"text_config": text, "tie_word_embeddings": False, "quantization_config": {"quant_method": "fp8"}},
+        | {"text_config": text, "tie_word_embeddings": False, "quantization_config": {"quant_method": "awq"}},
     )
     assert model.missing == (
         "the engine has no Qwen3_5MoeForConditionalGeneration model yet",
-        "the engine does not load quantised weights (fp8) yet",
+        "the engine does not load quantised weights (awq) yet",
     )
     assert model.rope.theta == 1e7
     spec = model.attention_spec(3, torch.bfloat16, torch.bfloat16)
@@ -208,7 +209,7 @@ def test_weights_are_the_bytes_of_the_layers_that_the_engine_builds(name: str, t
     [("gpt-oss-120b", 60.8), ("Qwen3.5-397B-A17B", 396.5e9 * 2 / 2**30), ("Qwen3-235B-A22B", 235.1e9 * 2 / 2**30)],
 )
 def test_weights_are_as_large_as_published(name: str, gib: float, tmp_path: Path) -> None:
-    found = weight_bytes(described(tmp_path, MODELS[name]), torch.bfloat16, "cuda")
+    found = weight_bytes(described_model(described(tmp_path, MODELS[name]), torch.bfloat16), "cuda")
     assert found / 2**30 == pytest.approx(gib, rel=0.01)
 
 

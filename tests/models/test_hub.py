@@ -288,9 +288,9 @@ def test_an_unsupported_architecture_is_refused_before_the_download(hub: FakeHub
     hub.add("google-bert/bert", {"config.json": {"architectures": ["BertForMaskedLM"]}, "model.safetensors": b"w" * 9})
     error = find(tmp_path, hub.url, "google-bert/bert")["error"]
     assert "BertForMaskedLM" in error and "Qwen3ForCausalLM" in error
-    quantised = CONFIG | {"quantization_config": {"quant_method": "fp8"}}
+    quantised = CONFIG | {"quantization_config": {"quant_method": "awq"}}
     hub.add("a/b", {"config.json": quantised, "model.safetensors": b"w"})
-    assert "quantised weights (fp8)" in find(tmp_path, hub.url, "a/b")["error"]
+    assert "quantised weights (awq)" in find(tmp_path, hub.url, "a/b")["error"]
     assert not any(request.endswith("model.safetensors") for request in hub.requests)
 
 

@@ -18,7 +18,7 @@ from miniserve.models.config import load_model_config
 from miniserve.models.config_families import ARCHITECTURES
 from miniserve.models.description import ModelConfig, RopeConfig
 from miniserve.models.options import BuildOptions
-from miniserve.models.registry import build_model, weight_bytes
+from miniserve.models.registry import build_model, described_model, weight_bytes
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -180,7 +180,7 @@ def test_biases_norms_and_windows_of_each_architecture(tmp_path: Path) -> None:
         ({"architectures": ["Qwen3ForCausalLM"]}, "Qwen3ForCausalLM with model_type 'llama'"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported: silu, swish."),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised weights (gptq)"),
-        ({"quantization_config": {"quant_method": "fp8", "kv_cache_scheme": "static"}}, "quantised weights (fp8)"),
+        ({"quantization_config": {"quant_method": "fp8", "fmt": "e5m2"}}, "quantised weights (fp8 with fmt 'e5m2')"),
         ({"quantization_config": ["gptq"]}, "quantised weights (unknown)"),
         ({"vocab_size": -1}, "vocab_size -1 is not supported; it must be from 1"),
         ({"max_position_embeddings": 10**12}, "max_position_embeddings 1000000000000 is not supported"),
@@ -280,7 +280,7 @@ def test_known_models_are_described_without_memory(content: dict[str, Any], bill
     assert len(model.attention_specs) == config.num_layers
     assert model.attention_specs[0].num_kv_heads == 8
     assert model.attention_specs[0].head_dim == 128
-    assert weight_bytes(config, torch.bfloat16, "cuda") / 2e9 == pytest.approx(billions, rel=0.003)
+    assert weight_bytes(described_model(config, torch.bfloat16), "cuda") / 2e9 == pytest.approx(billions, rel=0.003)
 
 
 def test_supported_architectures_are_those_that_are_tested() -> None:

@@ -17,7 +17,7 @@ from miniserve.models.config import load_model_config
 from miniserve.models.description import ModelConfig, MoEConfig
 from miniserve.models.loader import dummy_weights
 from miniserve.models.options import BuildOptions
-from miniserve.models.registry import build_model, weight_bytes
+from miniserve.models.registry import build_model, described_model, weight_bytes
 
 torch.set_num_threads(1)
 QWEN3_30B: dict[str, Any] = {
@@ -160,7 +160,7 @@ def test_which_layers_are_sparse(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (V3 | {"quantization_config": {"quant_method": "fp8"}}, "quantised weights (fp8)"),
+        (V3 | {"quantization_config": {"quant_method": "awq"}}, "quantised weights (awq)"),
         (V3 | {"topk_method": "greedy"}, "topk_method 'greedy' is not supported in a deepseek_v3 config"),
         (V3 | {"scoring_func": "softmax"}, "scoring_func 'softmax' is not supported in a deepseek_v3 config"),
         (V2_LITE | {"scoring_func": "sigmoid"}, "scoring_func 'sigmoid' is not supported in a deepseek_v2 config"),
@@ -194,7 +194,7 @@ def test_known_models_are_described_without_memory(content: dict[str, Any], bill
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=1e-3)
     routers = sum(p.numel() for p in model.parameters() if p.dtype == torch.float32)
     expected = 2 * (sum(p.numel() for p in model.parameters()) + routers)
-    assert weight_bytes(config, torch.bfloat16, "cuda") == expected
+    assert weight_bytes(described_model(config, torch.bfloat16), "cuda") == expected
     spec = model.attention_specs[0]
     assert (spec.num_kv_heads, spec.head_dim) == ((4, 128) if config.latent is None else (1, 576))
 

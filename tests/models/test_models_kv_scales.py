@@ -24,6 +24,8 @@ NAMES = [
     ("k_scale", "v_scale"),
     ("k_proj.k_scale", "v_proj.v_scale"),
     ("k_proj.output_scale", "v_proj.output_scale"),
+    ("qkqkv_proj.k_scale", "qkv_proj.v_scale"),
+    ("k_cache.scale", "v_cache.scale"),
     ("kv_scale", "kv_scale"),
 ]
 
@@ -71,6 +73,14 @@ def test_scales_go_by_many_names(tmp_path: Path, names: tuple[str, str], kv_dtyp
 def test_each_layer_has_its_own(tmp_path: Path) -> None:
     own = {_of(layer, f"{side}_scale"): 1.0 + layer for layer in range(2) for side in "kv"}
     assert scales_of(loaded(checkpoint(tmp_path, own), FN)[0]) == [(1.0, 1.0), (2.0, 2.0)]
+
+
+def test_scales_of_queries_and_probabilities_are_known_and_not_used(tmp_path: Path) -> None:
+    """Quark's and others'."""
+    more = dict.fromkeys(("q_scale", "q.scale", "q_proj.output_scale", "prob_output_scale"), 3.0)
+    path = checkpoint(tmp_path / "a", {"k_scale": 0.5, "v_scale": 0.25} | more)
+    assert scales_of(loaded(path, FN)[0]) == [(0.5, 0.25)] * 2
+    assert loaded(checkpoint(tmp_path / "b", more), FN)[1] == ["KV scales: 1, as the checkpoint states none"]
 
 
 def test_a_latent_has_one(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from miniserve.models.layers.base import Layer
 from miniserve.models.layers.linear import can_pack
 from miniserve.models.loader import dummy_weights, load_weights
 from miniserve.models.options import BuildOptions
-from miniserve.models.registry import build_model, weight_bytes
+from miniserve.models.registry import build_model, described_model, weight_bytes
 
 torch.set_num_threads(1)
 K_PROJ = "model.layers.0.self_attn.k_proj.weight"
@@ -226,7 +226,7 @@ def test_progress_is_told_in_bytes_up_to_the_whole(tmp_path: Path) -> None:
     model = build_model(config, BuildOptions(dtype=torch.bfloat16, kv_dtype=torch.bfloat16, device=torch.device("cpu")))
     seen: list[tuple[int, int]] = []
     load_weights(model, tmp_path, progress=lambda done, total: seen.append((done, total)))
-    total = weight_bytes(config, torch.bfloat16)
+    total = weight_bytes(described_model(config, torch.bfloat16))
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
     assert seen[-1] == (total, total)
 
@@ -256,9 +256,9 @@ def test_weight_bytes_counts_every_parameter(architecture: str, tmp_path: Path) 
         config = load_model_config(tmp_path / str(tied))
         stored = sum(parameter.numel() for parameter in reference.parameters())
         copy = reference.lm_head.weight.numel() if tied else 0
-        assert weight_bytes(config, torch.bfloat16, "cuda") == stored * 2
+        assert weight_bytes(described_model(config, torch.bfloat16), "cuda") == stored * 2
         on_cpu = stored + (copy if can_pack(torch.bfloat16) else 0)
-        assert weight_bytes(config, torch.bfloat16, "cpu") == on_cpu * 2
+        assert weight_bytes(described_model(config, torch.bfloat16), "cpu") == on_cpu * 2
 
 
 MEASURE = """
@@ -266,14 +266,15 @@ import resource, sys, torch
 from miniserve.models.config import load_model_config
 from miniserve.models.loader import load_weights
 from miniserve.models.options import BuildOptions
-from miniserve.models.registry import build_model, weight_bytes
+from miniserve.models.registry import build_model, described_model, weight_bytes
 torch.set_num_threads(1)
 config = load_model_config(sys.argv[1])
 model = build_model(config, BuildOptions(torch.bfloat16, torch.bfloat16, torch.device("cpu")))
 torch.ones(8, 8, dtype=torch.bfloat16) @ torch.ones(8, 8, dtype=torch.bfloat16)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 load_weights(model, sys.argv[1])
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, weight_bytes(config, torch.bfloat16))
+grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+print(grown, weight_bytes(described_model(config, torch.bfloat16)))
 """
 
 

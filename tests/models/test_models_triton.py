@@ -16,6 +16,7 @@ from miniserve.models.decoder import CausalLM
 from miniserve.models.loader import load_weights
 from miniserve.models.options import BuildOptions
 from miniserve.models.registry import build_model
+from tools.quantise import KINDS, quantise
 
 pytest.importorskip("triton")
 from miniserve.kernels.triton import norm_router, runtime
@@ -54,6 +55,25 @@ def test_experts_chosen_with_the_norm_or_after_it(
             got, want = (run(model, ctx, chunks) for model, ctx in zip((ours, plain), contexts, strict=True))
             assert (got - want).abs().max() < 1e-4 * want.abs().max()
     assert sorted({len(call.args[0]) for call in fused.call_args_list}) == ([1, 3] if splits else [])
+
+
+@pytest.mark.parametrize("kind", ["fp8-block", "compressed-dynamic"])
+def test_weights_in_8_bits_stay_codes(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = random_settings("Qwen3MoeForCausalLM", 0)
+    settings |= {"num_hidden_layers": 1, "mlp_only_layers": [], "decoder_sparse_step": 1, "moe_intermediate_size": 64}
+    reference_model("Qwen3MoeForCausalLM", settings).save_pretrained(tmp_path / "plain")
+    quantise(KINDS[kind], tmp_path / "plain", tmp_path / kind)
+    monkeypatch.setattr(runtime, "chip_of", lambda device: Chip(132, 1 << 17))
+    monkeypatch.setattr(runtime, "choose_tile", lambda *_, **__: None)
+    ours, plain = _through(runtime.TritonKernels(torch.device("cpu")), tmp_path / kind), load(tmp_path / kind)
+    codes = {name for name, each in ours.named_parameters() if each.dtype == torch.float8_e4m3fn}
+    names = ("self_attn.qkv_proj.weight", "self_attn.o_proj.weight", "mlp.experts.w1", "mlp.experts.w2")
+    assert codes == {f"model.layers.0.{name}" for name in names}
+    contexts, generator = (DenseContext(), DenseContext()), torch.Generator().manual_seed(0)
+    for rows in (1, 3):
+        chunks = [(row, torch.randint(VOCAB, (1,), generator=generator)) for row in range(rows)]
+        got, want = (run(model, ctx, chunks) for model, ctx in zip((ours, plain), contexts, strict=True))
+        assert (got - want).abs().max() < 1e-4 * want.abs().max()
 
 
 def test_down_projections_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

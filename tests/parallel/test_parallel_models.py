@@ -20,7 +20,7 @@ from miniserve.models.description import ModelConfig
 from miniserve.models.layers.norm import RMSNorm
 from miniserve.models.loader import dummy_weights, load_weights
 from miniserve.models.options import BuildOptions
-from miniserve.models.registry import build_model, weight_bytes
+from miniserve.models.registry import build_model, described_model, weight_bytes
 from miniserve.parallel.group import Alone, Group
 from miniserve.parallel.shard import Shard
 from miniserve.runner.traffic import step_traffic
@@ -154,7 +154,9 @@ def test_the_weights_and_reads_of_a_rank_are_counted(tmp_path: Path) -> None:
     for expert_parallel in (False, True):
         models = [build_model(config, options(Alone(rank, 2), expert_parallel=expert_parallel)) for rank in (0, 1)]
         for rank, model in enumerate(models):
-            counted = weight_bytes(config, torch.float32, "cuda", Shard(rank, 2), expert_parallel=expert_parallel)
+            counted = weight_bytes(
+                described_model(config, torch.float32, shard=Shard(rank, 2), expert_parallel=expert_parallel), "cuda"
+            )
             assert counted == sum(parameter.nbytes for parameter in model.parameters())
         reads = [step_traffic(model, layout, None) for model in models]
         one = step_traffic(build_model(config, options(Alone())), layout, None)

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import miniserve
+from miniserve.attention.platform import NAMED_PLATFORMS
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
 from miniserve.models.config import load_model_config
-from miniserve.models.registry import weight_bytes
+from miniserve.models.registry import described_model, weight_bytes
 from miniserve.runner import memory, ranks
 
 ASSETS = Path(miniserve.__file__).parent / "assets"
@@ -65,7 +66,8 @@ def test_auto_takes_the_fewest_gpus_that_the_model_fits(
     """room: of a GPU, in models."""
     path, config, device = ASSETS / "tiny-deepseek", EngineConfig(dtype="float32"), torch.device("cuda")
     model = load_model_config(path)
-    whole = weight_bytes(model, torch.float32, device)
+    whole = weight_bytes(described_model(model, torch.float32, NAMED_PLATFORMS["h200"]), device)
+    monkeypatch.setattr(ranks, "detect_platform", lambda device, dtype: NAMED_PLATFORMS["h200"])
     monkeypatch.setattr(memory, "available_bytes", lambda device, share: int(room * whole))
     monkeypatch.setattr(ranks, "find_device", lambda name: device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)

@@ -29,17 +29,23 @@ from miniserve.attention.select import select
 from miniserve.attention.spec import AttentionSpec, LatentDims
 from miniserve.core import Chunk, SamplingParams, StepPlan, UserError
 from miniserve.llm import LLM
-from miniserve.models.description import MoEConfig
+from miniserve.models.config import load_model_config
+from miniserve.models.decoder import CausalLM
+from miniserve.models.layers.contracts import AITER_BLOCKSCALE
+from miniserve.models.options import BuildOptions
+from miniserve.models.registry import build_model
 from miniserve.runner import self_check
-from miniserve.runner.check_experts import experts_failure
 from miniserve.runner.check_problem import STALE_NAN, Problem
+from miniserve.runner.check_products import product_failure
 from miniserve.runner.self_check import Checked, CheckResult, check_backend
 from miniserve.runner.served import block_zeroer
 from miniserve.runner.state import StepState
+from tools.quantise import KINDS, quantise
 
 SPEC = AttentionSpec(4, 2, 32, 32**-0.5, torch.bfloat16, torch.bfloat16)
 LATENT = AttentionSpec(4, 1, 80, 0.2, torch.bfloat16, torch.bfloat16, latent=LatentDims(64, 16, 24, 20))
 DEEPSEEK = str(Path(miniserve.__file__).parent / "assets" / "tiny-deepseek")
+QWEN3 = Path(miniserve.__file__).parent / "assets" / "tiny-qwen3"
 CU_NUM = 16  # so that the ASM kernel takes 9 rows of 4 heads
 
 
@@ -397,19 +403,27 @@ def test_the_engine_keeps_its_pool_to_what_the_kernel_reaches(
 # --- experts ---------------------------------------------------------------------------------------------------------
 
 
-def test_experts_that_fail_at_the_models_shapes_are_the_engines_own() -> None:
-    def refuses(*given: Any) -> torch.Tensor:
+def sparse_model(aiter: Any, **options: Any) -> CausalLM:
+    """The built-in model with experts, on the meta device, for the stand-in's GPU."""
+    config = load_model_config(Path(DEEPSEEK))
+    built = BuildOptions(
+        torch.bfloat16, torch.bfloat16, torch.device("cpu"), aiter=aiter, platform=emulated_platform(), **options
+    )
+    return build_model(config, built)
+
+
+def test_kernels_that_fail_at_the_models_shapes_are_found() -> None:
+    def refuses(*given: Any, **more: Any) -> torch.Tensor:
         raise RuntimeError("no tuned kernel\nand more")
 
-    def wrong(x: torch.Tensor, *_: Any) -> torch.Tensor:
+    def wrong(x: torch.Tensor, *_: Any, **more: Any) -> torch.Tensor:
         return torch.zeros_like(x)
 
-    def wrong_for_many(x: torch.Tensor, *more: Any) -> torch.Tensor:
-        return real(x, *more) * (1.05 if len(x) > 16 else 1.0)
+    def wrong_for_many(x: torch.Tensor, *more: Any, **others: Any) -> torch.Tensor:
+        return real(x, *more, **others) * (1.05 if len(x) > 16 else 1.0)
 
-    config = MoEConfig(num_experts=6, top_k=2, intermediate_size=96, sparse_layers=(True,))
     with stand_in("gfx942", 4):
-        aiter = adapter.load_experts()
+        aiter = adapter.load_products()
         real = aiter.fused_moe
         for kernel, failure in (
             (real, None),
@@ -417,19 +431,45 @@ def test_experts_that_fail_at_the_models_shapes_are_the_engines_own() -> None:
             (wrong, "for 1 tokens it is 100.00% off (2% allowed)"),
             (wrong_for_many, "for 40 tokens it is "),
         ):
-            changed = dataclasses.replace(aiter, fused_moe=kernel)
-            found = experts_failure(changed, config, 192, torch.bfloat16, torch.device("cpu"), (1, 16, 40))
-            assert found == failure or (found is not None and failure is not None and found.startswith(failure))
+            found = product_failure(sparse_model(dataclasses.replace(aiter, fused_moe=kernel)), 40)
+            if failure is None:
+                assert found is None
+            else:
+                assert found is not None and found[0] == "aiter fused_moe" and found[1].startswith(failure)
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
+def test_kernels_of_8_bits_are_tried_too(arch: str, tmp_path: Path) -> None:
+    """Within what rounding to 8 bits costs; a wrong scale is not."""
+    quantise(KINDS["fp8-block"], QWEN3, tmp_path)
+    config = load_model_config(tmp_path)
+    with stand_in(arch, 4):
+        aiter, platform = adapter.load_products(), emulated_platform()
+        real = aiter.gemm_a8w8_blockscale
+        for factor, failure in ((1.0, None), (1.1, "for 128 tokens it is ")):
+
+            def scaled(*given: Any, factor: float = factor, **more: Any) -> torch.Tensor:
+                result: torch.Tensor = real(*given, **more) * factor
+                return result
+
+            changed = dataclasses.replace(aiter, gemm_a8w8_blockscale=scaled)
+            options = BuildOptions(
+                torch.bfloat16, torch.bfloat16, torch.device("cpu"), aiter=changed, platform=platform
+            )
+            found = product_failure(build_model(config, options), 128)
+            if failure is None:
+                assert found is None
+            else:
+                assert found is not None and found[0] == AITER_BLOCKSCALE and found[1].startswith(failure)
 
 
 def test_the_engine_says_why_aiters_experts_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "miniserve.runner.build.experts_failure", lambda *_: "for 1 tokens it is 9.00% off (2% allowed)"
-    )
+    failures = iter([("aiter fused_moe", "for 1 tokens it is 9.00% off (2% allowed)"), None])
+    monkeypatch.setattr("miniserve.runner.build.product_failure", lambda *_: next(failures))
     with stand_in("gfx942", 4):
         info = LLM(DEEPSEEK, device="cpu", max_model_len=64, max_num_seqs=2, progress=False).info
     told = "; not by aiter fused_moe: the self-check failed: for 1 tokens it is 9.00% off (2% allowed)"
-    assert info.attention[-1].endswith(told)
+    assert any(line.startswith("experts by ") and line.endswith(told) for line in info.attention)
 
 
 # --- block tables and padding ----------------------------------------------------------------------------------------

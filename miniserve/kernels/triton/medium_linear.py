@@ -6,6 +6,8 @@ rows of x as the right one, and one warp that keeps a ring of tiles filled (TMA:
 round of programs fills the chip where the vendor's library needs two, and the ring fills with weights before the
 program waits for x. Long rows may be split among programs, whose sums the caller adds (`linear_parts`). Written in
 Gluon, Triton's language in which layouts and the division of labour are explicit.
+
+Weights in 8 bits stay so in the ring, and come to the matrix unit by way of registers.
 """
 
 from __future__ import annotations
@@ -28,11 +30,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from miniserve.kernels.triton.pdl import start, wait
-from miniserve.kernels.triton.small_linear import MAX_ROWS, Chip
+from miniserve.kernels.triton.small_linear import MAX_ROWS, Chip, scale_sizes
 
 _FEWEST_ROWS, MOST_ROWS = 9, 256
 _GROUP_ROWS = 64  # of the weight; half as many outputs where they are gated
-_BLOCK_K = 64  # 128 bytes: a row of a swizzled tile
+_ROW_BYTES = 128  # of a swizzled tile of the weight
 _MOST_STAGES = 8
 _PRODUCER_REGISTERS = 24
 
@@ -40,9 +42,10 @@ _PRODUCER_REGISTERS = 24
 @dataclass(frozen=True, slots=True)
 class MediumTile:
     """How a medium linear is cut: block_m rows of x, 64 rows of the weight for each of 1 to 3 warpgroups, num_stages
-    tiles of 64 columns in the ring. stagger: tiles by which neighbouring programs' first columns differ. early: tiles
-    of the weight to fetch before x is there, whose traffic slows the kernel that computes x. splits: programs along the
-    columns."""
+    tiles of 64 columns (in 8 bits 128) in the ring. stagger: tiles by which neighbouring programs' first columns differ
+    (16 bits only). early: tiles of the weight to fetch before x is there, whose traffic slows the kernel that computes
+    x. splits: programs along the columns. share: the warpgroups have the same 64 rows and take tiles of columns in turn
+    (8 bits only), num_stages being a multiple of groups: a barrier tells apart no more than two fillings of a stage."""
 
     block_m: int
     groups: int
@@ -50,6 +53,7 @@ class MediumTile:
     stagger: int = 0
     early: int = _MOST_STAGES
     splits: int = 1
+    share: bool = False
 
 
 @gluon.jit
@@ -71,7 +75,8 @@ def _produce(x_desc, w_desc, xs, ws, ready, free, first_m, first_n, rounds, firs
     """Keeps the ring filled; fetches the weights of its first EARLY tiles before x can be read."""
     STAGES: gl.constexpr = xs.type.shape[0]
     BLOCK_K: gl.constexpr = xs.type.shape[2]
-    BYTES: gl.constexpr = (xs.type.shape[1] + 64 * len(ws)) * BLOCK_K * 2
+    WEIGHT_BITS: gl.constexpr = w_desc.dtype.primitive_bitwidth
+    BYTES: gl.constexpr = (xs.type.shape[1] * 16 + 64 * len(ws) * WEIGHT_BITS) * BLOCK_K // 8
     turn = gl.minimum(STAGES, rounds)
     for i in range(gl.minimum(EARLY, turn)):
         mbarrier.expect(ready.index(i), BYTES)
@@ -93,28 +98,84 @@ def _produce(x_desc, w_desc, xs, ws, ready, free, first_m, first_n, rounds, firs
 
 
 @gluon.jit
-def _consume(xs, ws, ready, free, y_desc, b_ptr, parts_ptr, first_m, first_n, rounds, M, N):
-    """One warpgroup: the outputs of its 64 rows of the weight, for the tile's rows of x."""
+def _consume(given, ws, first_n, TURN: gl.constexpr, TURNS: gl.constexpr, SCALE_N: gl.constexpr, SCALE_K: gl.constexpr):
+    """One warpgroup: the outputs of its 64 rows of the weight, for the tile's rows of x. TURNS: warpgroups that have
+    the same rows and take tiles of columns in turn; the first of them adds what the others have found."""
+    xs, ready, free, sums, done, y_desc, b_ptr, s_ptr, parts_ptr, first_m, rounds, first_k, M, N, K = given
     STAGES: gl.constexpr = xs.type.shape[0]
     BLOCK_M: gl.constexpr = xs.type.shape[1]
     # An instruction's results must fit the registers that a thread has before the warps share them out anew.
     WIDTH: gl.constexpr = BLOCK_M if BLOCK_M < 128 else 128
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 16])
-    acc = warpgroup_mma_init(gl.zeros((64, BLOCK_M), gl.float32, layout))
-    for i in range(rounds):
-        stage = i % STAGES
-        mbarrier.wait(ready.index(stage), (i // STAGES) & 1)
-        acc = warpgroup_mma(ws.index(stage), xs.index(stage).permute((1, 0)), acc, is_async=True)
-        acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))
-        mbarrier.arrive(free.index((i + STAGES - 1) % STAGES), pred=i > 0)
-    out = warpgroup_mma_wait(0, deps=[acc])
-    if parts_ptr is None:
+    if s_ptr is None:
+        acc = warpgroup_mma_init(gl.zeros((64, BLOCK_M), gl.float32, layout))
+        for i in range(rounds):
+            stage = i % STAGES
+            mbarrier.wait(ready.index(stage), (i // STAGES) & 1)
+            acc = warpgroup_mma(ws.index(stage), xs.index(stage).permute((1, 0)), acc, is_async=True)
+            acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[acc]))
+            mbarrier.arrive(free.index((i + STAGES - 1) % STAGES), pred=i > 0)
+        out = warpgroup_mma_wait(0, deps=[acc])
+    else:
+        GATED: gl.constexpr = y_desc is not None and y_desc.block_type.shape[1] == 32
+        out = _widened_product(
+            xs, ws, ready, free, s_ptr, first_n, rounds, first_k, N, K, layout, GATED, TURN, TURNS, SCALE_N, SCALE_K
+        )
+        if TURN > 0:
+            sums.index(TURN - 1).store(out)
+            mbarrier.arrive(done)
+        elif TURNS > 1:
+            mbarrier.wait(done, 0)
+            for other in gl.static_range(TURNS - 1):
+                out += sums.index(other).load(layout)
+    if TURN > 0:
+        pass
+    elif parts_ptr is None:
         _store(out, ws, y_desc, b_ptr, first_m, first_n, N)
     else:  # [M, splits, N]
         rows = (first_m + gl.arange(0, BLOCK_M, gl.SliceLayout(0, layout)))[None, :]
         outputs = (first_n + gl.arange(0, 64, gl.SliceLayout(1, layout)))[:, None]
         part = (rows * gl.num_programs(2) + gl.program_id(2)) * N + outputs
         gl.store(parts_ptr + part, out, mask=(rows < M) & (outputs < N))
+
+
+@gluon.jit
+def _widened_product(
+    xs, ws, ready, free, s_ptr, first_n, rounds, first_k, N, K, layout: gl.constexpr, GATED: gl.constexpr,
+    TURN: gl.constexpr, TURNS: gl.constexpr, SCALE_N: gl.constexpr, SCALE_K: gl.constexpr,
+):  # fmt: skip
+    """[64, rows of x] for a weight in 8 bits with scales. A slice of a tile is widened while the one before is
+    multiplied."""
+    SLICE: gl.constexpr = 32
+    STAGES: gl.constexpr = xs.type.shape[0]
+    BLOCK_M: gl.constexpr = xs.type.shape[1]
+    BLOCK_K: gl.constexpr = xs.type.shape[2]
+    operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    rows = gl.arange(0, 64, gl.SliceLayout(1, layout))
+    # Which row of the weight it is: gated, 8 of gates and 8 of ups by turns.
+    rows = first_n + (rows // 16 * 8 + rows % 8 + rows // 8 % 2 * N if GATED else rows)
+    inside = rows < (2 * N if GATED else N)
+    if SCALE_K > 0:
+        s_ptrs = s_ptr + rows // SCALE_N * ((K + SCALE_K - 1) // SCALE_K)
+    total = gl.zeros((64, BLOCK_M), gl.float32, layout)
+    none = total
+    for i in range(TURN, rounds, TURNS):
+        stage = i % STAGES
+        if SCALE_K > 0:
+            scale = gl.load(s_ptrs + gl.minimum(first_k + i * BLOCK_K, K - 1) // SCALE_K, mask=inside, other=0.0)
+        mbarrier.wait(ready.index(stage), (i // STAGES) & 1)
+        acc = warpgroup_mma_init(total if SCALE_K == 0 else none)
+        for first in gl.static_range(0, BLOCK_K, SLICE):
+            w = ws.index(stage).slice(first, SLICE, 1).load(operand)
+            w = w.to(gl.float32).to(xs.dtype) if xs.dtype == gl.bfloat16 else w.to(xs.dtype)
+            x = xs.index(stage).slice(first, SLICE, 1).permute((1, 0))
+            acc = warpgroup_mma(w, x, acc, use_acc=SCALE_K == 0 or first > 0, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(free.index(stage))
+        total = acc if SCALE_K == 0 else total + acc * scale[:, None]
+    if SCALE_K == 0:
+        total *= gl.load(s_ptr + rows, mask=inside, other=0.0)[:, None]
+    return total
 
 
 @gluon.jit
@@ -153,11 +214,15 @@ def _medium_linear_kernel(
     w_desc,
     y_desc,
     b_ptr,
+    s_ptr,
     parts_ptr,
     M,
     N,
     K,
+    SCALE_N: gl.constexpr,
+    SCALE_K: gl.constexpr,
     GROUPS: gl.constexpr,
+    SHARE: gl.constexpr,
     STAGES: gl.constexpr,
     STAGGER: gl.constexpr,
     EARLY: gl.constexpr,
@@ -170,40 +235,69 @@ def _medium_linear_kernel(
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
     OUTPUTS: gl.constexpr = 64 if y_desc is None else y_desc.block_type.shape[1]
     xs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
-    w_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
-    ws = (gl.allocate_shared_memory(x_desc.dtype, [STAGES, 64, BLOCK_K], w_layout),)
-    if GROUPS > 1:
-        ws += (gl.allocate_shared_memory(x_desc.dtype, [STAGES, 64, BLOCK_K], w_layout),)
-    if GROUPS > 2:
-        ws += (gl.allocate_shared_memory(x_desc.dtype, [STAGES, 64, BLOCK_K], w_layout),)
+    w_layout: gl.constexpr = gl.NVMMASharedLayout(128, w_desc.dtype.primitive_bitwidth, rank=2)
+    ws = (gl.allocate_shared_memory(w_desc.dtype, [STAGES, 64, BLOCK_K], w_layout),)
+    if GROUPS > 1 and not SHARE:
+        ws += (gl.allocate_shared_memory(w_desc.dtype, [STAGES, 64, BLOCK_K], w_layout),)
+    if GROUPS > 2 and not SHARE:
+        ws += (gl.allocate_shared_memory(w_desc.dtype, [STAGES, 64, BLOCK_K], w_layout),)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
-        mbarrier.init(free.index(stage), count=GROUPS)
+        mbarrier.init(free.index(stage), count=len(ws))
+    TURNS: gl.constexpr = GROUPS if SHARE else 1
+    sums_layout: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, order=[1, 0])
+    sums, done = free, free  # stand-ins
+    if SHARE:
+        sums = gl.allocate_shared_memory(gl.float32, [TURNS - 1, 64, BLOCK_M], sums_layout)
+        done = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(done, count=TURNS - 1)
     # If M is at least a tile, the last tile overlaps the one before instead of reaching beyond M.
     first_m = gl.minimum(gl.program_id(0) * BLOCK_M, gl.maximum(M - BLOCK_M, 0))
-    n0 = gl.program_id(1) * GROUPS * OUTPUTS
+    n0 = gl.program_id(1) * len(ws) * OUTPUTS
     rounds = (K + BLOCK_K * gl.num_programs(2) - 1) // (BLOCK_K * gl.num_programs(2))
     first_k = gl.program_id(2) * rounds * BLOCK_K
     offset = gl.program_id(1) * STAGGER
     produced = (x_desc, w_desc, xs, ws, ready, free, first_m, n0, rounds, first_k, offset, EARLY)
-    first = (xs, ws[0], ready, free, y_desc, b_ptr, parts_ptr, first_m, n0, rounds, M, N)
+    given = (xs, ready, free, sums, done, y_desc, b_ptr, s_ptr, parts_ptr, first_m, rounds, first_k, M, N, K)
+    # Tuples within the calls: in a variable's, constants would become values.
     if GROUPS == 1:
-        gl.warp_specialize([(_consume, first), (_produce, produced)], [1], [PRODUCER_REGISTERS])
+        gl.warp_specialize(
+            [(_consume, (given, ws[0], n0, 0, 1, SCALE_N, SCALE_K)), (_produce, produced)], [1], [PRODUCER_REGISTERS]
+        )
+    elif GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (given, ws[0], n0, 0, TURNS, SCALE_N, SCALE_K)),
+                (_consume, (given, ws[-1], n0 + (len(ws) - 1) * OUTPUTS, TURNS - 1, TURNS, SCALE_N, SCALE_K)),
+                (_produce, produced),
+            ],
+            [4, 1],
+            [REGISTERS, PRODUCER_REGISTERS],
+        )
+    elif SHARE:
+        gl.warp_specialize(
+            [
+                (_consume, (given, ws[0], n0, 0, 3, SCALE_N, SCALE_K)),
+                (_consume, (given, ws[0], n0, 1, 3, SCALE_N, SCALE_K)),
+                (_consume, (given, ws[0], n0, 2, 3, SCALE_N, SCALE_K)),
+                (_produce, produced),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, PRODUCER_REGISTERS],
+        )
     else:
-        second = (xs, ws[1], ready, free, y_desc, b_ptr, parts_ptr, first_m, n0 + OUTPUTS, rounds, M, N)
-        if GROUPS == 2:
-            gl.warp_specialize(
-                [(_consume, first), (_consume, second), (_produce, produced)], [4, 1], [REGISTERS, PRODUCER_REGISTERS]
-            )
-        else:
-            third = (xs, ws[2], ready, free, y_desc, b_ptr, parts_ptr, first_m, n0 + 2 * OUTPUTS, rounds, M, N)
-            gl.warp_specialize(
-                [(_consume, first), (_consume, second), (_consume, third), (_produce, produced)],
-                [4, 4, 1],
-                [REGISTERS, REGISTERS, PRODUCER_REGISTERS],
-            )
+        gl.warp_specialize(
+            [
+                (_consume, (given, ws[0], n0, 0, 1, SCALE_N, SCALE_K)),
+                (_consume, (given, ws[1], n0 + OUTPUTS, 0, 1, SCALE_N, SCALE_K)),
+                (_consume, (given, ws[2], n0 + 2 * OUTPUTS, 0, 1, SCALE_N, SCALE_K)),
+                (_produce, produced),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, PRODUCER_REGISTERS],
+        )
 
 
 # (rows of x, warpgroups), the smallest first.
@@ -251,8 +345,33 @@ def choose_parts_tile(m: int, n: int, k: int, itemsize: int, chip: Chip) -> Medi
     return replace(_tile(MOST_ROWS, 1, chip), splits=splits)
 
 
+@functools.cache
+def choose_scaled_tile(
+    m: int, n: int, k: int, block: tuple[int, int] | None, chip: Chip, *, gated: bool, parts: bool = False
+) -> MediumTile | None:
+    """The cut for a weight in 8 bits with scales of `block`; None if this kernel cannot, or something else is as fast.
+    parts: if it is cut in two parts (`linear_parts`), else None. Measured on an H200 over the shapes of Qwen3-8B."""
+    if not chip.wgmma or not 2 <= m <= MOST_ROWS or k % 16 or n % 8 or (block is not None and block[1] % _ROW_BYTES):
+        return None
+    block_m = min(128, max(16, triton.next_power_of_2(m)))
+    rows = triton.cdiv(m, block_m)
+    tiles, groups = rows * triton.cdiv(n, 32 if gated else _GROUP_ROWS), 3 if block_m < 128 else 2
+    share = not gated and tiles <= chip.num_sms
+    splits = 2 if parts else 1
+    if parts and (not share or splits * tiles > chip.num_sms):
+        return None
+    if not share:
+        groups = next((g for g in range(1, groups) if triton.cdiv(tiles, g) <= chip.num_sms), groups)
+    stage = 2 * block_m * _ROW_BYTES + (1 if share else groups) * _GROUP_ROWS * _ROW_BYTES
+    sums = (groups - 1) * _GROUP_ROWS * block_m * 4 if share else 0
+    stages = min(12 if share else 12 // groups, (chip.shared_bytes - 1024 - sums) // stage)
+    if share:  # so that each has a turn's stages for itself
+        stages -= stages % groups
+    return MediumTile(block_m, groups, stages, early=2, splits=splits, share=share)
+
+
 def _tile(block_m: int, groups: int, chip: Chip, stagger: int = 0, early: int = _MOST_STAGES) -> MediumTile:
-    stages = (chip.shared_bytes - 1024) // ((block_m + _GROUP_ROWS * groups) * _BLOCK_K * 2)
+    stages = (chip.shared_bytes - 1024) // ((block_m + _GROUP_ROWS * groups) * _ROW_BYTES)
     return MediumTile(block_m, groups, min(_MOST_STAGES, stages), stagger, early)
 
 
@@ -262,20 +381,35 @@ def can_describe(x: torch.Tensor) -> bool:
 
 
 def medium_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tile: MediumTile, *, gated: bool = False
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    tile: MediumTile,
+    *,
+    gated: bool = False,
+    scale: torch.Tensor | None = None,
+    block: tuple[int, int] | None = None,
 ) -> torch.Tensor:
-    """x [M, K], weight [N, K] or, gated, [2 N, K] -> [M, N], as of `small_linear`; N is a multiple of 8. float16 or
-    bfloat16, for which `can_describe` holds. Accumulates in float32."""
+    """x [M, K], weight [N, K] or, gated, [2 N, K] -> [M, N], with scale and block as of `small_linear`; N is a multiple
+    of 8, block[1] of 128. float16 or bfloat16, for which `can_describe` holds, and a weight of 8 bits with a scale.
+    Accumulates in float32."""
     y = torch.empty(x.shape[0], weight.shape[0] // (2 if gated else 1), dtype=x.dtype, device=x.device)
-    _launch(x, weight, tile, y=y, bias=bias, gated=gated)
+    _launch(x, weight, tile, y=y, bias=bias, gated=gated, scale=scale, block=block)
     return y
 
 
-def linear_parts(x: torch.Tensor, weight: torch.Tensor, tile: MediumTile) -> torch.Tensor:
+def linear_parts(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    tile: MediumTile,
+    *,
+    scale: torch.Tensor | None = None,
+    block: tuple[int, int] | None = None,
+) -> torch.Tensor:
     """As `medium_linear`, but returns the unsummed parts of the programs along the columns: float32 [M * splits, N], a
     row's parts after one another."""
     parts = torch.empty(x.shape[0] * tile.splits, weight.shape[0], dtype=torch.float32, device=x.device)
-    _launch(x, weight, tile, parts=parts)
+    _launch(x, weight, tile, parts=parts, scale=scale, block=block)
     return parts
 
 
@@ -288,29 +422,37 @@ def _launch(
     parts: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     gated: bool = False,
+    scale: torch.Tensor | None = None,
+    block: tuple[int, int] | None = None,
 ) -> None:
     m, k = x.shape
+    block_k, bits = _ROW_BYTES // weight.element_size(), 8 * weight.element_size()
     n = weight.shape[0] // 2 if gated else weight.shape[0]
     outputs = _GROUP_ROWS // 2 if gated else _GROUP_ROWS
     flat = gl.NVMMASharedLayout(128, 16, rank=2)
     if gated:
-        pairs = gl.NVMMASharedLayout(128, 16, rank=4)
-        rows = TensorDescriptor(weight, [n // 8, 2, 8, k], [8 * k, n * k, k, 1], [4, 2, 8, _BLOCK_K], pairs)
+        pairs = gl.NVMMASharedLayout(128, bits, rank=4)
+        rows = TensorDescriptor(weight, [n // 8, 2, 8, k], [8 * k, n * k, k, 1], [4, 2, 8, block_k], pairs)
     else:
-        rows = TensorDescriptor(weight, [n, k], [k, 1], [_GROUP_ROWS, _BLOCK_K], flat)
+        layout = gl.NVMMASharedLayout(128, bits, rank=2)
+        rows = TensorDescriptor(weight, [n, k], [k, 1], [_GROUP_ROWS, block_k], layout)
     turned = gl.NVMMASharedLayout(2 * outputs, 16, rank=2)
-    _medium_linear_kernel[(triton.cdiv(m, tile.block_m), triton.cdiv(n, tile.groups * outputs), tile.splits)](
-        TensorDescriptor(x, [m, k], [x.stride(0), 1], [tile.block_m, _BLOCK_K], flat),
+    tiles_n = triton.cdiv(n, outputs if tile.share else tile.groups * outputs)
+    _medium_linear_kernel[(triton.cdiv(m, tile.block_m), tiles_n, tile.splits)](
+        TensorDescriptor(x, [m, k], [x.stride(0), 1], [tile.block_m, block_k], flat),
         rows,
         None if y is None else TensorDescriptor(y, [m, n], [n, 1], [tile.block_m, outputs], turned),
         bias,
+        scale,
         parts,
         m,
         n,
         k,
+        **scale_sizes(block),
         GROUPS=tile.groups,
+        SHARE=tile.share,
         STAGES=tile.num_stages,
-        STAGGER=tile.stagger,
+        STAGGER=tile.stagger if scale is None else 0,
         EARLY=min(tile.early, tile.num_stages),
         REGISTERS=160 if tile.groups == 3 else 232,
         PRODUCER_REGISTERS=_PRODUCER_REGISTERS,

@@ -15,7 +15,15 @@ import triton.language as tl
 
 from miniserve.kernels.triton.elementwise import rms_normed
 from miniserve.kernels.triton.pdl import launch_options, start, wait
-from miniserve.kernels.triton.small_linear import accumulator, chip_of, product, swiglu
+from miniserve.kernels.triton.small_linear import (
+    accumulator,
+    chip_of,
+    largest_tile,
+    load_scale,
+    product,
+    scale_sizes,
+    swiglu,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +80,13 @@ def _align_kernel(
 
 @triton.jit(do_not_specialize=["num_pairs"])
 def _grouped_kernel(
-    x_ptr, w_ptr, scale_ptr, y_ptr, pairs_ptr, experts_ptr, num_pairs, N, D,
+    x_ptr, w_ptr, s_ptr, scale_ptr, y_ptr, pairs_ptr, experts_ptr, num_pairs, N, D,
     PAIRS_PER_ROW: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr, SWAP: tl.constexpr,
-    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SCALE_N: tl.constexpr, SCALE_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """y[pair] = x[pair // PAIRS_PER_ROW] W[expert]ᵀ, GATED as in `small_linear`, SCALED by the pair's weight. N counts
-    outputs, D inputs. Not ALIGNED: a block is one pair, and `experts_ptr` has its expert."""
+    """y[pair] = x[pair // PAIRS_PER_ROW] W[expert]ᵀ, GATED and with `s_ptr` as in `small_linear`, SCALED by the pair's
+    weight. N counts outputs, D inputs. Not ALIGNED: a block is one pair, and `experts_ptr` has its expert."""
     start(PDL)
     wait(PDL)
     block = tl.program_id(1)
@@ -98,6 +107,11 @@ def _grouped_kernel(
     x_ptrs = x_ptr + (pairs // PAIRS_PER_ROW).to(tl.int64)[:, None] * D + cols_k[None, :]
     w_ptrs = w_ptr + expert * (width * N).to(tl.int64) * D + cols_n.to(tl.int64)[:, None] * D + cols_k[None, :]
     up_ptrs = w_ptrs + N.to(tl.int64) * D
+    if s_ptr is not None:
+        s_ptr += expert * (tl.cdiv(width * N, SCALE_N) * (tl.cdiv(D, SCALE_K) if SCALE_K > 0 else 1))
+    tile_n = tl.program_id(0) * BLOCK_N
+    scale = load_scale(s_ptr, tile_n, 0, D, SCALE_N, SCALE_K) if SCALE_K > 0 else None
+    up_scale = load_scale(s_ptr, N + tile_n, 0, D, SCALE_N, SCALE_K) if GATED and SCALE_K > 0 else None
     acc = accumulator(BLOCK_M, BLOCK_N, SWAP)
     up_acc = tl.zeros_like(acc)
     for first in range(0, D, BLOCK_K):
@@ -108,19 +122,27 @@ def _grouped_kernel(
             inside_k = (first + cols_k < D)[None, :]
             x = tl.load(x_ptrs, mask=valid[:, None] & inside_k, other=0.0)
             w = tl.load(w_ptrs, mask=inside_n[:, None] & inside_k, other=0.0)
-        acc = product(acc, w, x, True, SWAP)
+        acc = product(acc, w, x, scale, True, SWAP)
         if GATED:
             if EVEN_K:
                 up = tl.load(up_ptrs, mask=inside_n[:, None], other=0.0)
             else:
                 up = tl.load(up_ptrs, mask=inside_n[:, None] & (first + cols_k < D)[None, :], other=0.0)
-            up_acc = product(up_acc, up, x, True, SWAP)
+            up_acc = product(up_acc, up, x, up_scale, True, SWAP)
+        if SCALE_K > 0:  # of the next tile
+            scale = load_scale(s_ptr, tile_n, first + BLOCK_K, D, SCALE_N, SCALE_K)
+            if GATED:
+                up_scale = load_scale(s_ptr, N + tile_n, first + BLOCK_K, D, SCALE_N, SCALE_K)
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
         up_ptrs += BLOCK_K
     if SWAP:
         acc = tl.trans(acc)
         up_acc = tl.trans(up_acc)
+    if s_ptr is not None and SCALE_K == 0:
+        acc *= tl.load(s_ptr + cols_n, mask=inside_n, other=0.0)[None, :]
+        if GATED:
+            up_acc *= tl.load(s_ptr + N + cols_n, mask=inside_n, other=0.0)[None, :]
     if GATED:
         acc = swiglu(acc, up_acc, x_ptr.dtype.element_ty)
     if SCALED:
@@ -168,6 +190,25 @@ def choose_tiles(num_pairs: int, num_experts: int) -> tuple[MoETile, MoETile]:
     return MoETile(128, 64, 64, 8, 3), MoETile(128, 128, 64, 8, 3)
 
 
+def choose_scaled_tiles(num_pairs: int, num_experts: int, block: tuple[int, int] | None) -> tuple[MoETile, MoETile]:
+    """As `choose_tiles`, for weights in 8 bits with scales of `block`. Measured on an H200 for Qwen3-235B-A22B, whole
+    and an eighth of it."""
+    if num_pairs > 12 * num_experts:
+        tiles = choose_tiles(num_pairs, num_experts)
+    elif num_pairs <= 16:
+        tiles = MoETile(16, 32, 128, 4, 3), MoETile(16, 64, 128, 2, 3)
+    elif block is not None and block[1] < 128:
+        tiles = MoETile(16, 16, 64, 1, 8), MoETile(16, 64, 64, 2, 3)
+    else:
+        tiles = MoETile(16, 32, 128, 4, 5), MoETile(16, 64, 128, 4, 5)
+
+    def fit(tile: MoETile) -> MoETile:
+        block_n, block_k = largest_tile(block, tile.block_n, tile.block_k)
+        return replace(tile, block_n=block_n, block_k=block_k)
+
+    return fit(tiles[0]), fit(tiles[1])
+
+
 def fitted(tiles: tuple[MoETile, MoETile], itemsize: int, shared_bytes: int) -> tuple[MoETile, MoETile]:
     """Set as many stages, at least one each, as shared memory holds; the first of the two products is gated."""
 
@@ -186,17 +227,20 @@ def experts(
     topk_ids: torch.Tensor,
     tiles: tuple[MoETile, MoETile] | None = None,
     first: int | None = None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    block: tuple[int, int] | None = None,
 ) -> torch.Tensor:
     """The weighted results of each token's SwiGLU experts. x [T, D], contiguous; w1 [E, 2 I, D], gates before ups; w2
     [E, D, I]; topk_weights float32, topk_ids int, [T, K]. tiles: of the two products, with the same block_m; chosen by
-    default. first: the id of the first of these experts, where the model has more; the others give zeros. Returns
-    float32 [T * K, D], a token's after one another."""
+    default. first: the id of the first of these experts, where the model has more; the others give zeros. scales: of w1
+    and w2 in 8 bits, each expert's as in `small_linear`. Returns float32 [T * K, D], a token's after one another."""
     tokens, hidden = x.shape
     num_experts, k, middle = w1.shape[0], topk_ids.shape[1], w2.shape[2]
     num_pairs = tokens * k
     options = launch_options(x.device)
     if tiles is None:
-        tiles = choose_tiles(num_pairs, num_experts)
+        scaled = scales is not None
+        tiles = choose_scaled_tiles(num_pairs, num_experts, block) if scaled else choose_tiles(num_pairs, num_experts)
         if x.device.type == "cuda":
             tiles = fitted(tiles, x.element_size(), chip_of(x.device).shared_bytes)
     gate_up, down = tiles
@@ -216,11 +260,12 @@ def experts(
 
     def multiply(source: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, tile: MoETile, per_row: int) -> None:
         n, gated = target.shape[1], tile is gate_up
+        scale = None if scales is None else scales[0 if gated else 1]
         _grouped_kernel[(triton.cdiv(n, tile.block_n), num_blocks)](
-            source, weight, topk_weights, target, pairs, block_experts, num_pairs, n, weight.shape[2],
+            source, weight, scale, topk_weights, target, pairs, block_experts, num_pairs, n, weight.shape[2],
             PAIRS_PER_ROW=per_row, GATED=gated, SCALED=not gated, ALIGNED=aligned, SWAP=tile.swap,
             EVEN_K=weight.shape[2] % tile.block_k == 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k, num_warps=tile.num_warps, num_stages=tile.num_stages, **options,
+            BLOCK_K=tile.block_k, num_warps=tile.num_warps, num_stages=tile.num_stages, **scale_sizes(block), **options,
         )  # fmt: skip
 
     activated = torch.empty(num_pairs, middle, dtype=x.dtype, device=x.device)

@@ -12,7 +12,15 @@ from torch.nn import functional
 
 from miniserve.kernels.library_linear import LibraryLinear
 from miniserve.kernels.triton import elementwise, moe, moe_token, norm_router, routing
-from miniserve.kernels.triton.small_linear import Chip, Workspace, chip_of, choose_tile, small_linear
+from miniserve.kernels.triton.small_linear import (
+    Chip,
+    Workspace,
+    chip_of,
+    choose_scaled_tile,
+    choose_tile,
+    small_linear,
+)
+from miniserve.kernels.triton.widen import widen
 
 _logger = logging.getLogger(__name__)
 
@@ -84,6 +92,41 @@ class TritonKernels:
             return None
         tile = self._medium.choose_parts_tile(x.shape[0], *weight.shape, weight.element_size(), self._chip)
         return None if tile is None else self._medium.linear_parts(x, weight, tile)
+
+    def linear_fp8(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        block: tuple[int, int] | None,
+        bias: torch.Tensor | None,
+        *,
+        gated: bool = False,
+    ) -> torch.Tensor:
+        """As `small_linear` with a weight in 8 bits, for any number of rows."""
+        n = weight.shape[0] // 2 if gated else weight.shape[0]
+        sizes = x.shape[0], n, weight.shape[1], block
+        given: dict[str, Any] = {"gated": gated, "scale": scale, "block": block}
+        if self._medium is not None and self._medium.can_describe(x):
+            medium = self._medium.choose_scaled_tile(*sizes, self._chip, gated=gated)
+            if medium is not None:
+                y: torch.Tensor = self._medium.medium_linear(x, weight, bias, medium, **given)
+                return y
+        tile = choose_scaled_tile(*sizes, self._chip, gated=gated)
+        if tile is not None:
+            return small_linear(x, weight, bias, tile, self._workspace, **given)
+        y = functional.linear(x, widen(weight, scale, block, x.dtype), bias)
+        return self.silu_and_mul(y) if gated else y
+
+    def linear_parts_fp8(
+        self, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | None
+    ) -> torch.Tensor | None:
+        """As `linear_parts`, with a weight in 8 bits."""
+        if self._medium is None or not self._medium.can_describe(x):
+            return None
+        sizes = (x.shape[0], *weight.shape, block)
+        tile = self._medium.choose_scaled_tile(*sizes, self._chip, gated=False, parts=True)
+        return None if tile is None else self._medium.linear_parts(x, weight, tile, scale=scale, block=block)
 
     def add_norm_route(
         self,

@@ -8,6 +8,7 @@ The first tile of the weight is fetched before the program waits for x: it does 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,20 @@ import triton.language as tl
 from miniserve.kernels.triton.pdl import launch_options, start, wait
 
 MAX_ROWS = 64
+CHUNK = tl.constexpr(8)  # columns that a thread loads at once of a weight in 8 bits, and of x
+
+
+def scale_sizes(block: tuple[int, int] | None) -> dict[str, int]:
+    """The kernels' constants for a weight's scales. block: rows and columns that share one, columns a multiple of 32;
+    None: one for each row, or there are none."""
+    return {"SCALE_N": 1, "SCALE_K": 0} if block is None else {"SCALE_N": block[0], "SCALE_K": block[1]}
+
+
+def largest_tile(block: tuple[int, int] | None, rows: int, columns: int) -> tuple[int, int]:
+    """The largest tile of at most `rows` and `columns`, powers of two, that any `block` with a scale is made of."""
+    if block is None:
+        return rows, columns
+    return math.gcd(block[0], rows), math.gcd(block[1], columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +48,52 @@ class LinearTile:
 
 
 @triton.jit
-def product(acc, w, x, DOT: tl.constexpr, SWAP: tl.constexpr):
-    if DOT and SWAP:
-        acc = tl.dot(w, tl.trans(x.to(w.dtype)), acc, input_precision="ieee")
-    elif DOT:
-        acc = tl.dot(x.to(w.dtype), tl.trans(w), acc, input_precision="ieee")
+def product(acc, w, x, scale, DOT: tl.constexpr, SWAP: tl.constexpr):
+    """acc plus the product, in the weight's dtype or, if that has 8 bits, in x's. scale, unless it is None: one number
+    of all of w, or without DOT one for each of its `CHUNK`s."""
+    if DOT:
+        if w.dtype.primitive_bitwidth == 8:
+            w = widened(w, x.dtype)
+        else:
+            x = x.to(w.dtype)
+        left, right = (w, tl.trans(x)) if SWAP else (x, tl.trans(w))
+        if scale is None:
+            acc = tl.dot(left, right, acc, input_precision="ieee")
+        else:
+            acc += tl.dot(left, right, input_precision="ieee") * scale
+    elif w.dtype.primitive_bitwidth == 8:
+        acc += chunk_product(w, x, scale)
     else:
         acc += w.to(tl.float32) * x.to(tl.float32)
     return acc
+
+
+@triton.jit
+def columns(SIZE: tl.constexpr, CHUNKS: tl.constexpr):
+    """0 to SIZE - 1. CHUNKS: no thread takes more than one of those at once, so that it has the same columns of x and
+    the weight: else one would have to be exchanged."""
+    return tl.max_contiguous(tl.arange(0, SIZE), CHUNK) if CHUNKS else tl.arange(0, SIZE)
+
+
+@triton.jit
+def widened(w, dtype: tl.constexpr):
+    """8 bits in 16, which is exact. By way of float32 where NVIDIA's instruction for the last step is the slow one."""
+    return w.to(tl.float32).to(dtype) if dtype == tl.bfloat16 else w.to(dtype)
+
+
+@triton.jit
+def chunk_product(w, x, scale):
+    """The products of rows of w [N, K] in 8 bits with x [1, K] by chunks, [N, K / CHUNK], each times its scale if there
+    are any."""
+    products = w.to(tl.float32) * x.to(tl.float32)
+    sums = tl.sum(tl.reshape(products, (w.shape[0], w.shape[1] // CHUNK, CHUNK)), axis=2)
+    return sums if scale is None else sums * scale
+
+
+@triton.jit
+def load_scale(s_ptr, row, col, K, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr):
+    """Of the weight's block around (row, col), which may lie beyond its last column."""
+    return tl.load(s_ptr + row // SCALE_N * tl.cdiv(K, SCALE_K) + tl.minimum(col, K - 1) // SCALE_K)
 
 
 @triton.jit
@@ -58,17 +111,19 @@ def swiglu(gate, up, dtype: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def _small_linear_kernel(
-    x_ptr, w_ptr, b_ptr, y_ptr, parts_ptr, counts_ptr, M, N, K, x_stride,
+    x_ptr, w_ptr, s_ptr, b_ptr, y_ptr, parts_ptr, counts_ptr, M, N, K, x_stride,
     GATED: tl.constexpr, HAS_BIAS: tl.constexpr, DOT: tl.constexpr, SWAP: tl.constexpr, EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
-    PDL: tl.constexpr,
+    SCALE_N: tl.constexpr, SCALE_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """N counts outputs. GATED: the weight has 2 N rows, gates first. Without DOT a program has one row, BLOCK_M = 1."""
+    """N counts outputs. GATED: the weight has 2 N rows, gates first. Without DOT a program has one row, BLOCK_M = 1.
+    A weight with scales: one for each row (SCALE_K = 0), or for each SCALE_N x SCALE_K, which a tile lies within
+    (without DOT its columns may be of several)."""
     start(PDL)
     tile, split = tl.program_id(0), tl.program_id(1)
     rows_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.arange(0, BLOCK_K)
+    cols = tl.arange(0, BLOCK_K) if DOT else columns(BLOCK_K, s_ptr is not None)
     num_tiles = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K)
     first = split * num_tiles * BLOCK_K
     end = tl.minimum(first + num_tiles * BLOCK_K, K)
@@ -84,6 +139,9 @@ def _small_linear_kernel(
         w = tl.load(w_ptrs, mask=w_mask, other=0.0)
         if GATED:
             up_w = tl.load(up_ptrs, mask=w_mask, other=0.0)
+    at_k = first if DOT else first + tl.arange(0, BLOCK_K // CHUNK)[None, :] * CHUNK
+    scale = load_scale(s_ptr, tile * BLOCK_N, at_k, K, SCALE_N, SCALE_K) if SCALE_K > 0 else None
+    up_scale = load_scale(s_ptr, N + tile * BLOCK_N, at_k, K, SCALE_N, SCALE_K) if GATED and SCALE_K > 0 else None
     wait(PDL)
     if DOT:
         x_ptrs = x_ptr + rows_m[:, None].to(tl.int64) * x_stride + (first + cols)[None, :]
@@ -92,15 +150,19 @@ def _small_linear_kernel(
     else:
         x_ptrs = x_ptr + tl.program_id(2).to(tl.int64) * x_stride + (first + cols)[None, :]
         inside_m = True
-        acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+        acc = tl.zeros((BLOCK_N, BLOCK_K if s_ptr is None else BLOCK_K // CHUNK), dtype=tl.float32)
     up_acc = tl.zeros_like(acc)
     if EVEN_K:
         x = tl.load(x_ptrs, mask=inside_m, other=0.0)
     else:
         x = tl.load(x_ptrs, mask=inside_m & (first + cols < end)[None, :], other=0.0)
-    acc = product(acc, w, x, DOT, SWAP)
+    acc = product(acc, w, x, scale, DOT, SWAP)
     if GATED:
-        up_acc = product(up_acc, up_w, x, DOT, SWAP)
+        up_acc = product(up_acc, up_w, x, up_scale, DOT, SWAP)
+    if SCALE_K > 0:
+        scale = load_scale(s_ptr, tile * BLOCK_N, at_k + BLOCK_K, K, SCALE_N, SCALE_K)
+        if GATED:
+            up_scale = load_scale(s_ptr, N + tile * BLOCK_N, at_k + BLOCK_K, K, SCALE_N, SCALE_K)
     for start_k in range(first + BLOCK_K, end, BLOCK_K):
         w_ptrs += BLOCK_K
         x_ptrs += BLOCK_K
@@ -112,13 +174,18 @@ def _small_linear_kernel(
             inside_k = (start_k + cols < end)[None, :]
             x = tl.load(x_ptrs, mask=inside_m & inside_k, other=0.0)
             w = tl.load(w_ptrs, mask=inside_n[:, None] & inside_k, other=0.0)
-        acc = product(acc, w, x, DOT, SWAP)
+        acc = product(acc, w, x, scale, DOT, SWAP)
         if GATED:
             if EVEN_K and EVEN_N:
                 up_w = tl.load(up_ptrs)
             else:
                 up_w = tl.load(up_ptrs, mask=inside_n[:, None] & (start_k + cols < end)[None, :], other=0.0)
-            up_acc = product(up_acc, up_w, x, DOT, SWAP)
+            up_acc = product(up_acc, up_w, x, up_scale, DOT, SWAP)
+        if SCALE_K > 0:  # of the next tile
+            at_next = at_k + (start_k - first) + BLOCK_K
+            scale = load_scale(s_ptr, tile * BLOCK_N, at_next, K, SCALE_N, SCALE_K)
+            if GATED:
+                up_scale = load_scale(s_ptr, N + tile * BLOCK_N, at_next, K, SCALE_N, SCALE_K)
     if not DOT:
         acc = tl.sum(acc, axis=1)[None, :]
         up_acc = tl.sum(up_acc, axis=1)[None, :]
@@ -144,6 +211,10 @@ def _small_linear_kernel(
             if GATED:
                 other = parts_ptr + (part * width + 1) * plane + offsets
                 up_acc += tl.load(other, mask=mask, other=0.0, cache_modifier=".cg")
+    if s_ptr is not None and SCALE_K == 0:
+        acc *= tl.load(s_ptr + rows_n, mask=inside_n, other=0.0)[None, :]
+        if GATED:
+            up_acc *= tl.load(s_ptr + N + rows_n, mask=inside_n, other=0.0)[None, :]
     if HAS_BIAS:
         acc += tl.load(b_ptr + rows_n, mask=inside_n, other=0.0).to(tl.float32)[None, :]
         if GATED:
@@ -208,6 +279,28 @@ def choose_tile(m: int, n: int, k: int, itemsize: int, chip: Chip, *, gated: boo
     return LinearTile(block_n, block_k, split_k, 4, stages, swap)
 
 
+def choose_scaled_tile(
+    m: int, n: int, k: int, block: tuple[int, int] | None, chip: Chip, *, gated: bool
+) -> LinearTile | None:
+    """As `choose_tile`, for a weight in 8 bits with scales of `block`.
+
+    Measured on an H200 over the shapes of Qwen3-8B (docs/LAB.md).
+    """
+    if m > MAX_ROWS or k % 16:
+        return None
+    if m == 1:
+        block_n = largest_tile(block, 8 if n > 4096 and not gated else 4, 1)[0]
+        return LinearTile(block_n, min(2048, triton.next_power_of_2(k)), 1, 2 if gated else 4, 3)
+    block_m = max(16, triton.next_power_of_2(m))
+    swap = gated and m > 32
+    block_n, block_k = largest_tile(block, 64 if swap or m > 16 or (n > 4096 and not gated) else 32, 128)
+    split_k = 4 if m <= 32 else 2
+    while split_k > 1 and (gated or not chip.splits or k < 2 * split_k * block_k):
+        split_k //= 2
+    stage = (block_n * (2 if gated else 1) + 2 * block_m) * block_k
+    return LinearTile(block_n, block_k, split_k, 4, max(1, min(3 if swap else 6, chip.shared_bytes // stage)), swap)
+
+
 def small_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -217,15 +310,20 @@ def small_linear(
     *,
     gated: bool = False,
     out_dtype: torch.dtype | None = None,
+    scale: torch.Tensor | None = None,
+    block: tuple[int, int] | None = None,
 ) -> torch.Tensor:
     """x [M, K] (rows may be strided), weight [N, K] or, gated, [2 N, K], contiguous -> [M, N]. x is converted to the
-    weight's dtype.
+    weight's dtype, or a weight in 8 bits to x's.
 
-    gated: silu(x W_gateᵀ) * (x W_upᵀ), gates first. M is at most MAX_ROWS. Accumulates in float32.
+    gated: silu(x W_gateᵀ) * (x W_upᵀ), gates first. M is at most MAX_ROWS. Accumulates in float32. scale: of a weight
+    in 8 bits, float32: [⌈rows / block[0]⌉, ⌈K / block[1]⌉], or without `block` one for each row.
     """
     m, k = x.shape
     n = weight.shape[0] // 2 if gated else weight.shape[0]
     dot = m > 1 and weight.dtype != torch.float32
+    if block is not None and (block[0] % tile.block_n or (dot and block[1] % tile.block_k) or (gated and n % block[0])):
+        raise ValueError(f"blocks of {block} with a scale do not fit tiles of {tile} for {n} outputs")
     block_m = max(16, triton.next_power_of_2(m)) if dot else 1
     if tile.split_k > 1 and not dot and m > 1:
         raise ValueError("a split linear of several rows needs the matrix units")
@@ -236,10 +334,11 @@ def small_linear(
         raise ValueError(f"a split linear of {m} x {n} does not fit its workspace")
     y = torch.empty(m, n, dtype=out_dtype or x.dtype, device=x.device)
     _small_linear_kernel[(triton.cdiv(n, tile.block_n), tile.split_k, 1 if dot else m)](
-        x, weight, weight if bias is None else bias, y, workspace.parts, workspace.counts, m, n, k, x.stride(0),
+        x, weight, scale, weight if bias is None else bias, y, workspace.parts, workspace.counts, m, n, k, x.stride(0),
         GATED=gated, HAS_BIAS=bias is not None, DOT=dot, SWAP=tile.swap, EVEN_N=n % tile.block_n == 0,
         EVEN_K=k % (tile.block_k * tile.split_k) == 0, BLOCK_M=block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        SPLIT_K=tile.split_k, num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_options(x.device),
+        SPLIT_K=tile.split_k, num_warps=tile.num_warps, num_stages=tile.num_stages, **scale_sizes(block),
+        **launch_options(x.device),
     )  # fmt: skip
     return y
 

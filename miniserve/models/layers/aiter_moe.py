@@ -2,81 +2,98 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from miniserve.attention.aiter import AiterExperts, Unavailable, load_experts
-from miniserve.attention.platform import Platform
+from miniserve.attention.aiter import AiterProducts
 from miniserve.models.layers.experts import Experts, MoEMethod
+from miniserve.models.layers.scaled import ScaledMoE
+from miniserve.models.quantization import WeightFormat
 
-NAME = "aiter fused_moe"
-_DTYPES = (torch.bfloat16, torch.float16)
-_ARCHS = ("gfx942", "gfx950")
-_MINIMUM_AITER = (0, 1, 20)  # v0.1.19's routing kernel writes where it must not (aiter #4530)
-
-
-def refusal(platform: Platform, dtype: torch.dtype) -> str | None:
-    """Why aiter's kernels cannot be used there, None where they can. The engine's own can be everywhere."""
-    if platform.arch not in _ARCHS:
-        return f"it runs on {' or '.join(_ARCHS)}, not on {platform.arch}"
-    if platform.aiter_version is None:
-        return platform.aiter_unavailable
-    if platform.aiter_version < _MINIMUM_AITER:
-        needed, found = (".".join(map(str, version)) for version in (_MINIMUM_AITER, platform.aiter_version))
-        return f"it needs aiter v{needed} or newer, not v{found}, whose routing writes where it must not"
-    return None if dtype in _DTYPES else f"it does not compute in {str(dtype).removeprefix('torch.')}"
+_GROUP = 128  # rows and columns of a block, values of a token, that share a scale
 
 
-def find_experts(platform: Platform, dtype: torch.dtype) -> AiterExperts | str:
-    """aiter's kernels, or why they cannot be used."""
-    if (reason := refusal(platform, dtype)) is not None:
-        return reason
-    try:
-        return load_experts()
-    except Unavailable as error:
-        return str(error)
+class _FusedMoE:
+    """Weights in the order that the kernels read them in, padded with zeros to the kernels' tiles where a model's sizes
+    are not multiples of these (aiter's CK kernels pad nothing themselves)."""
 
+    def __init__(self, aiter: AiterProducts, layer: Experts, middle: int, **scales: Any) -> None:
+        """Drops the layer's weights. middle: its padded size. scales: of the padded weights, with how to read them."""
+        hidden = _whole_tiles(layer.hidden_size, _GROUP)
+        more, wider = hidden - layer.hidden_size, middle - layer.intermediate_size
+        self._fused_moe, self._more, self._arguments = aiter.fused_moe, more, scales
+        w1 = _padded(layer.w1.data.unflatten(1, (2, layer.intermediate_size)), (0, more, 0, wider)).flatten(1, 2)
+        # Not parameters: these lose the mark by which aiter knows that the order is its own.
+        self._arguments["w1"] = aiter.shuffle_weight(w1)
+        layer.register_parameter("w1", None)
+        self._arguments["w2"] = aiter.shuffle_weight(_padded(layer.w2.data, (0, wider, 0, more)))
+        layer.register_parameter("w2", None)
+        if layer.num_experts < layer.experts.count:  # int32 [experts of the model], 1 for those of this rank
+            here = torch.zeros(layer.experts.count, dtype=torch.int32, device=w1.device)
+            here[layer.experts.held] = 1
+            self._arguments["expert_mask"] = here
 
-def describe_experts(name: str, refused: str | None) -> str:
-    """Which method multiplies the experts, and why not aiter's, for people."""
-    return f"experts by {name}{f'; not by {NAME}: {refused}' if refused else ''}"
+    def __call__(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        size = x.shape[1]
+        if self._more:
+            x = functional.pad(x, (0, self._more))
+        choice = {"topk_weight": topk_weights.contiguous(), "topk_ids": topk_ids.int()}
+        return self._fused_moe(x.contiguous(), **choice, **self._arguments)[:, :size]
 
 
 class AiterMoE(MoEMethod):
-    """The weights in the order that the kernels read them in, padded with zeros to the kernels' tiles where a model's
-    sizes are not multiples of these (aiter's CK kernels pad nothing themselves)."""
+    """Plain weights."""
 
-    name = NAME
-
-    def __init__(self, aiter: AiterExperts) -> None:
+    def __init__(self, aiter: AiterProducts) -> None:
         self._aiter = aiter
-        self._hidden_size = 0
-        # Not parameters: these lose the mark by which aiter knows that the order is its own.
-        self._w1, self._w2 = torch.empty(0), torch.empty(0)
-        self._here: Tensor | None = None  # int32 [experts of the model], 1 for those of this rank; None: all are
+        self._fused: _FusedMoE
 
     def finish(self, layer: Experts) -> None:
-        middle, hidden = layer.intermediate_size, layer.hidden_size
-        self._hidden_size = _whole_tiles(hidden, 128)
-        more = self._hidden_size - hidden
-        wider = _whole_tiles(middle, 64 if middle <= 192 else 128) - middle
-        w1 = layer.w1.data.unflatten(1, (2, middle))
-        self._w1 = self._aiter.shuffle_weight(functional.pad(w1, (0, more, 0, wider)).flatten(1, 2))
-        layer.register_parameter("w1", None)
-        self._w2 = self._aiter.shuffle_weight(functional.pad(layer.w2.data, (0, wider, 0, more)))
-        layer.register_parameter("w2", None)
-        if layer.num_experts < layer.experts.count:
-            self._here = torch.zeros(layer.experts.count, dtype=torch.int32, device=self._w1.device)
-            self._here[layer.experts.held] = 1
+        middle = layer.intermediate_size
+        self._fused = _FusedMoE(self._aiter, layer, _whole_tiles(middle, 64 if middle <= 192 else _GROUP))
 
     def apply(self, layer: Experts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        if (more := self._hidden_size - layer.hidden_size) > 0:
-            x = functional.pad(x, (0, more))
-        choice = (topk_weights.contiguous(), topk_ids.int())
-        more_arguments = {} if self._here is None else {"expert_mask": self._here}
-        out = self._aiter.fused_moe(x.contiguous(), self._w1, self._w2, *choice, **more_arguments)
-        return out[:, : layer.hidden_size]
+        return self._fused(x, topk_weights, topk_ids)
+
+
+class AiterScaledMoE(ScaledMoE):
+    """Codes and their scales. aiter rounds what it multiplies them with to 8 bits too, by groups of 128 values of a
+    token (scales of blocks) or all of a token's (scales of rows)."""
+
+    def __init__(self, form: WeightFormat, aiter: AiterProducts, dtype: torch.dtype) -> None:
+        super().__init__(form, dtype)
+        self._aiter = aiter
+        self._fused: _FusedMoE
+
+    def finish(self, layer: Experts) -> None:
+        super().finish(layer)
+        middle = _whole_tiles(layer.intermediate_size, _GROUP)
+        w1, w2 = layer.w1_scale.data.unflatten(1, (2, -1)), layer.w2_scale.data
+        if self.step is None:
+            quant_type = self._aiter.quant_type.per_Token
+            w1 = functional.pad(w1, (0, middle - layer.intermediate_size)).flatten(1)[..., None]
+            w2 = functional.pad(w2, (0, -layer.hidden_size % _GROUP))[..., None]
+        else:  # each part begins with a block, so of a block's steps, which are alike, the first is left
+            quant_type = self._aiter.quant_type.per_1x128
+            rows, columns = (_GROUP // each for each in self.step)
+            w1, w2 = w1[:, :, ::rows, ::columns].flatten(1, 2), w2[:, ::rows, ::columns]
+        scales = {"w1_scale": w1.contiguous(), "w2_scale": w2.contiguous(), "quant_type": quant_type}
+        self._fused = _FusedMoE(self._aiter, layer, middle, **scales)
+        layer.register_parameter("w1_scale", None)
+        layer.register_parameter("w2_scale", None)
+
+    def apply(self, layer: Experts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+        return self._fused(x, topk_weights, topk_ids)
+
+
+def _padded(weight: Tensor, more: tuple[int, ...]) -> Tensor:
+    """With zeros. PyTorch pads no tensors of 8-bit floats."""
+    if weight.dtype.itemsize > 1:
+        return functional.pad(weight, more)
+    return functional.pad(weight.view(torch.uint8), more).view(weight.dtype)
 
 
 def _whole_tiles(size: int, tile: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,18 @@ from torch import Tensor, nn
 class Piece:
     """What a layer wants of one tensor of a checkpoint, and where it goes: `source` of it (empty: all) to the part at
     `index` of the layer's parameter called `parameter`. shape: of the whole tensor. A tensor that the model has on
-    other ranks alone goes to `NOWHERE`, so that it is known and checked."""
+    other ranks alone goes to `NOWHERE`, so that it is known and checked.
+
+    kind: of the tensor: "values", or of a matrix in 8 bits "codes" or "scales". refine: of scales, which are read whole
+    and may have one more dimension of 1: what of them goes to the parameter."""
 
     name: str
     parameter: str
     index: slice | tuple[int | slice, ...]
     shape: tuple[int, ...]
     source: tuple[slice, ...] = ()
+    kind: str = "values"
+    refine: Callable[[Tensor], Tensor] | None = None
 
     @property
     def whole(self) -> bool:
@@ -29,6 +34,7 @@ class Piece:
 
 
 NOWHERE = slice(0, 0)
+_DUMMY_CODES = 100.0  # standard deviation: few are beyond the largest code, 448
 
 
 class Module(nn.Module):
@@ -71,13 +77,25 @@ class Layer(Module):
             if target.numel():
                 own = hashlib.blake2b(f"{seed} {piece.name}".encode(), digest_size=8).digest()
                 generator = torch.Generator(device=target.device).manual_seed(int.from_bytes(own, "little") >> 1)
-                target.copy_(self.dummy(piece, generator)[piece.source])
+                whole = self.dummy(piece, generator)
+                target.copy_(whole[piece.source] if piece.refine is None else piece.refine(whole))
 
     def dummy(self, piece: Piece, generator: torch.Generator) -> Tensor:
         """The whole tensor, of any dtype: normal with standard deviation 0.02. It may take numbers of the generator,
         and lies on its device."""
-        whole = torch.empty(piece.shape, dtype=self.get_parameter(piece.parameter).dtype, device=generator.device)
-        return whole.normal_(0.0, 0.02, generator=generator)
+        if piece.kind == "values":
+            dtype = self.get_parameter(piece.parameter).dtype
+            return torch.empty(piece.shape, dtype=dtype, device=generator.device).normal_(
+                0.0, 0.02, generator=generator
+            )
+        drawn = torch.empty(piece.shape, device=generator.device)
+        if piece.kind == "codes":
+            return drawn.normal_(0.0, _DUMMY_CODES, generator=generator).clamp_(-448.0, 448.0).to(torch.float8_e4m3fn)
+        return drawn.uniform_(0.5, 1.5, generator=generator).mul_(0.02 / _DUMMY_CODES)
+
+    def replace(self, name: str, tensor: Tensor) -> None:
+        """Another form of a parameter, in its place."""
+        self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     def finish(self) -> None:
         """All pieces are there. A layer that keeps its weights in another form converts them here."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,7 +14,10 @@ from miniserve.models.layers.linear import Packing, choose_packing
 from miniserve.models.layers.ops import PendingSum, silu_and_mul
 from miniserve.parallel.shard import Part, whole
 
-TRITON_MOE = "the engine's Triton kernels"
+if TYPE_CHECKING:
+    from miniserve.models.layers.contracts import Route
+
+EXPERT_MODULES = ("gate_proj", "up_proj", "down_proj")
 
 
 class MoEMethod:
@@ -21,7 +25,8 @@ class MoEMethod:
     multiplied with them; one object per layer. name: for people. Here: two tensors, w1 [num_experts, 2 *
     intermediate_size, hidden_size], gates before ups, and w2 [num_experts, hidden_size, intermediate_size]."""
 
-    name: str
+    route: Route | None = None
+    name: str = ""
 
     def declare(self, layer: Experts) -> None:
         """Declare the layer's parameters, once it knows its sizes."""
@@ -118,6 +123,8 @@ class Experts(Layer):
 
     w1: Tensor
     w2: Tensor
+    w1_scale: Tensor
+    w2_scale: Tensor
 
     def __init__(
         self, experts: int | Part, hidden_size: int, width: int | Part, *, dtype: torch.dtype, method: MoEMethod

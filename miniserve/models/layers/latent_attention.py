@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from miniserve.attention.spec import AttentionSpec, LatentDims, StepContext
 from miniserve.models.description import ModelConfig
-from miniserve.models.layers.base import Layer, Module, Piece
+from miniserve.models.layers.base import Module
+from miniserve.models.layers.linear import Linear, LinearMethod
 from miniserve.models.options import BuildOptions
 from miniserve.parallel.shard import Part, whole
 
@@ -18,14 +17,12 @@ from miniserve.parallel.shard import Part, whole
 _LATENT_NORM_EPS = 1e-6
 
 
-class UpProjection(Layer):
+class UpProjection(Linear):
     """kv_b_proj: from the latent to every head's key (without rope) and value. One weight, [num_heads * (nope_dim +
     v_head_dim), kv_lora_rank], makes keys and values (`expand`) and takes queries and outputs to and from the latent
     instead (`absorb`, `project_out`: the two matrices absorbed into their neighbours, as section 2.1.2 suggests).
 
     It is what the layer shows of itself to the attention backend (a `LatentLayer`)."""
-
-    weight: Tensor
 
     def __init__(
         self,
@@ -34,22 +31,21 @@ class UpProjection(Layer):
         latent: LatentDims,
         device: torch.device,
         heads: Part | None = None,
+        *,
+        method: LinearMethod,
     ) -> None:
-        """heads: those of the checkpoint that are here, None for all."""
-        super().__init__()
+        """heads: those of the checkpoint that are here, None for all. method: one that ends with a plain weight, as
+        both uses of it are products of many matrices."""
+        self._sizes = (latent.nope_dim, latent.v_head_dim)
+        rows = (heads or whole(spec.num_heads)).times(sum(self._sizes))
+        super().__init__(latent.kv_lora_rank, {"kv_b_proj": rows}, bias=False, dtype=spec.dtype, method=method)
         self.layer_index, self.spec = layer_index, spec
         self.kv_scale = torch.ones(1, device=device)
-        self._sizes = (latent.nope_dim, latent.v_head_dim)
         self._shape = (spec.num_heads, sum(self._sizes), latent.kv_lora_rank)
-        self.declare("weight", (spec.num_heads * sum(self._sizes), latent.kv_lora_rank), spec.dtype)
-        self._rows = (heads or whole(spec.num_heads)).times(sum(self._sizes))
         self._key, self._value = torch.empty(0), torch.empty(0)
 
-    def pieces(self, prefix: str) -> Iterator[Piece]:
-        rows, rank = self._rows, self._shape[2]
-        yield Piece(f"{prefix}.weight", "weight", slice(0, rows.size), (rows.count, rank), (rows.held,))
-
     def finish(self) -> None:
+        super().finish()
         # Views [num_heads, nope_dim, kv_lora_rank] and [num_heads, kv_lora_rank, v_head_dim].
         key, value = self.weight.data.view(self._shape).split(self._sizes, dim=1)
         self._key, self._value = key, value.transpose(1, 2)
@@ -93,7 +89,8 @@ class LatentSelfAttention(Module):
             self.q_b_proj = options.linear(config.q_lora_rank, {"q_b_proj": q_size}, bias=False)
         self.kv_a_layernorm = options.norm(latent.kv_lora_rank, _LATENT_NORM_EPS)
         spec = config.attention_spec(layer_index, options.dtype, options.kv_dtype, options.shard)
-        self.kv_b_proj = UpProjection(layer_index, spec, latent, options.device, heads)
+        method = options.widened(["kv_b_proj"], LinearMethod())
+        self.kv_b_proj = UpProjection(layer_index, spec, latent, options.device, heads, method=method)
         self.o_proj = options.linear(heads.times(latent.v_head_dim), {"o_proj": hidden}, bias=config.o_bias)
         self.ops, self.interleaved = options.ops, config.rope_interleaved
 

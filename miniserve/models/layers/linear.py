@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +15,9 @@ from torch.nn import functional
 from miniserve.kernels.native import NativeKernels
 from miniserve.models.layers.base import NOWHERE, Layer, Piece
 from miniserve.parallel.shard import Part, whole
+
+if TYPE_CHECKING:
+    from miniserve.models.layers.contracts import Route
 
 # Rows that a CPU weight is packed for. It stays correct for any number; of 1, 16, 64, 128 and 512, measured over six
 # shapes, 16 was best or within noise of the best from 1 to 256 rows, in bfloat16 and in float32.
@@ -64,9 +69,25 @@ def choose_packing(
     return ONEDNN if can_pack(dtype) else PLAIN
 
 
+# A part of a matrix in a parameter: the rows and the columns of it that are held, and where its rows begin there.
+Placed = tuple[Part, Part, int]
+
+
+def placed(columns: int | Part, outputs: Mapping[str, int | Part]) -> list[Placed]:
+    """Where `Linear` has the parts of its matrices."""
+    rows = [whole(each) for each in outputs.values()]
+    begins = itertools.accumulate((part.size for part in rows), initial=0)
+    return [(part, whole(columns), begin) for part, begin in zip(rows, begins, strict=False)]
+
+
 class LinearMethod:
     """A `Linear`'s format: its parameters, the tensors of a checkpoint that fill them, and how it multiplies; one
-    object per layer. This one: the weight as it is, [out_features, in_features], and perhaps a bias."""
+    object per layer. This one: the weight as it is, [out_features, in_features], and perhaps a bias.
+
+    route: the kernels of `contracts.py` that it multiplies with; name: of what multiplies where these do not."""
+
+    route: Route | None = None
+    name: str = PLAIN.name
 
     def declare(self, layer: Linear) -> None:
         """Declare the layer's parameters, once it knows its sizes."""
@@ -99,12 +120,16 @@ class LinearMethod:
         """x: [T, in_features] -> [T, out_features], x's dtype."""
         return functional.linear(x, layer.weight, layer.bias)
 
+    def gated(self, layer: Linear, x: Tensor) -> Tensor | None:
+        """`silu_and_mul` of that, gates before ups, [T, out_features / 2]; None where that is no faster."""
+        return None
+
 
 class PackedMethod(LinearMethod):
     """The packed weight alone: the layer's own is dropped."""
 
     def __init__(self, packing: Packing) -> None:
-        self._pack, self._multiply = packing.pack, packing.multiply
+        self._pack, self._multiply, self.name = packing.pack, packing.multiply, packing.name
         self._packed = torch.empty(0)
 
     def finish(self, layer: Linear) -> None:
@@ -125,6 +150,7 @@ class Linear(Layer):
     """
 
     weight: Tensor
+    scale: Tensor
     bias: Tensor | None
     __call__: Callable[..., Tensor]
 
@@ -154,10 +180,8 @@ class Linear(Layer):
     def stored_modules(self, prefix: str) -> Iterator[tuple[str, Part, slice]]:
         """The checkpoint's modules: name, which of its rows this rank has, and which rows of the layer they are."""
         parent = prefix.rpartition(".")[0]
-        start = 0
-        for module, rows in self.outputs.items():
-            yield f"{parent}.{module}" if parent else module, rows, slice(start, start + rows.size)
-            start += rows.size
+        for module, (rows, _, begin) in zip(self.outputs, placed(self.columns, self.outputs), strict=True):
+            yield f"{parent}.{module}" if parent else module, rows, slice(begin, begin + rows.size)
 
     def pieces(self, prefix: str) -> Iterator[Piece]:
         return self.method.pieces(self, prefix)

@@ -15,7 +15,7 @@ from miniserve.models.options import BuildOptions
 class MLP(Module):
     def __init__(self, config: ModelConfig, options: BuildOptions, intermediate_size: int) -> None:
         super().__init__()
-        hidden, middle = config.hidden_size, options.shard.part(intermediate_size)
+        hidden, middle = config.hidden_size, options.width(intermediate_size)
         self.ops = options.ops
         self.gate_up_proj = options.linear(hidden, {"gate_proj": middle, "up_proj": middle}, bias=config.mlp_bias)
         self.down_proj = options.linear(middle, {"down_proj": hidden}, bias=config.mlp_bias)
@@ -35,8 +35,9 @@ class SparseMLP(Module):
         super().__init__()
         hidden = config.hidden_size
         self.gate = Router(hidden, moe, options.routing)
-        self.experts = options.experts_of(moe, hidden)
-        self.shared_experts = MLP(config, options, moe.shared_size) if moe.shared_size else None
+        self.experts = options.within("experts").experts_of(moe, hidden)
+        shared = options.within("shared_experts")
+        self.shared_experts = MLP(config, shared, moe.shared_size) if moe.shared_size else None
 
     def after(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor | PendingSum, Tensor]:
         """As `MLP.after`."""

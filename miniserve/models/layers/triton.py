@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from miniserve.attention.spec import AttentionSpec, QKRope
-from miniserve.models.layers.experts import TRITON_MOE, Experts, MoEMethod
+from miniserve.models.layers.experts import Experts, MoEMethod
 from miniserve.models.layers.linear import Linear, LinearMethod
 from miniserve.models.layers.norm import RMSNorm
 from miniserve.models.layers.ops import Ops, PendingSum, split_heads
 from miniserve.models.layers.routing import Routed, Router, route
+from miniserve.models.layers.scaled import ScaledMethod, ScaledMoE, ScaledProduct
 
 if TYPE_CHECKING:
+    import torch
+
     from miniserve.kernels.triton.runtime import TritonKernels
+    from miniserve.models.quantization import WeightFormat
 
 
 class TritonMethod(LinearMethod):
@@ -26,6 +30,19 @@ class TritonMethod(LinearMethod):
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
         y = self._kernels.linear(x, layer.weight, layer.bias)
         return self._kernels.library_linear(x, layer.weight, layer.bias) if y is None else y
+
+    def gated(self, layer: Linear, x: Tensor) -> Tensor | None:
+        return self._kernels.linear(x, layer.weight, layer.bias, gated=True)
+
+
+def triton_scaled(kernels: TritonKernels) -> ScaledProduct:
+    """Weights in 8 bits, for any number of rows."""
+
+    def multiply(*given: Any, gated: bool = False) -> Tensor:
+        product: Tensor = kernels.linear_fp8(*given, gated=gated)
+        return product
+
+    return ScaledProduct(multiply, gates=True)
 
 
 class TritonOps(Ops):
@@ -53,13 +70,16 @@ class TritonOps(Ops):
         return self._kernels.silu_and_mul(gate_up)
 
     def gated_linear(self, layer: Linear, x: Tensor) -> Tensor:
-        y = self._kernels.linear(x, layer.weight, layer.bias, gated=True)
-        if y is not None:
-            return y
-        return self._kernels.silu_and_mul(self._kernels.library_linear(x, layer.weight, layer.bias))
+        y = layer.method.gated(layer, x)
+        return self._kernels.silu_and_mul(layer(x)) if y is None else y
 
     def linear_to_add(self, layer: Linear, x: Tensor) -> Tensor | PendingSum:
-        parts = self._kernels.linear_parts(x, layer.weight) if layer.bias is None else None
+        if layer.bias is not None:
+            parts = None
+        elif isinstance(layer.method, ScaledMethod) and layer.weight.dtype.itemsize == 1:
+            parts = self._kernels.linear_parts_fp8(x, layer.weight, layer.scale, layer.method.step)
+        else:
+            parts = self._kernels.linear_parts(x, layer.weight)
         return layer(x) if parts is None else PendingSum(self._kernels, parts)
 
 
@@ -86,8 +106,6 @@ def triton_routing(kernels: TritonKernels, router: Router, norm: RMSNorm, x: Ten
 class TritonMoE(MoEMethod):
     """The weights as they are."""
 
-    name = TRITON_MOE
-
     def __init__(self, kernels: TritonKernels) -> None:
         self._kernels = kernels
 
@@ -97,4 +115,21 @@ class TritonMoE(MoEMethod):
             out: Tensor = self._kernels.token_experts(x, layer.w1, layer.w2, topk_weights, topk_ids, first=first)
             return out
         parts = self._kernels.experts(x, layer.w1, layer.w2, topk_weights, topk_ids, first=first)
+        return PendingSum(self._kernels, parts)
+
+
+class TritonScaledMoE(ScaledMoE):
+    """The codes as they are, widened as they are read."""
+
+    def __init__(self, form: WeightFormat, kernels: TritonKernels, dtype: torch.dtype) -> None:
+        super().__init__(form, dtype)
+        self._kernels = kernels
+
+    def apply(self, layer: Experts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor | PendingSum:
+        first = None if layer.num_experts == layer.experts.count else layer.experts.held.start
+        scales: dict[str, Any] = {"scales": (layer.w1_scale, layer.w2_scale), "block": self.step, "first": first}
+        if x.shape[0] == 1:
+            out: Tensor = self._kernels.token_experts(x, layer.w1, layer.w2, topk_weights, topk_ids, **scales)
+            return out
+        parts = self._kernels.experts(x, layer.w1, layer.w2, topk_weights, topk_ids, **scales)
         return PendingSum(self._kernels, parts)

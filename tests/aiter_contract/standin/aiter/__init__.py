@@ -20,6 +20,7 @@ from .ops.cache import reshape_and_cache_flash as reshape_and_cache_flash
 from .ops.enum import ActivationType as ActivationType
 from .ops.enum import MlaVersion as MlaVersion
 from .ops.enum import QuantType as QuantType
+from .ops.gemm_op_a8w8 import gemm_a8w8_blockscale as gemm_a8w8_blockscale
 from .ops.mha import flash_attn_varlen_func as flash_attn_varlen_func
 from .ops.mha import mha_batch_prefill_func as mha_batch_prefill_func
 from .ops.moe_op import topk_softmax as topk_softmax

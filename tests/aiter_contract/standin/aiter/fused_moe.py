@@ -51,7 +51,8 @@ def fused_moe(
 ):
     """hidden_states [T, D], w1 [E, 2I, D] (gate first), w2 [E, D, I] -> [T, D]. Weights that lost `is_shuffled` or
     never were shuffled are a violation. Quantised: fp8 with scales per 128 x 128 block (per_1x128, per_128x128) or row
-    (per_Token); activations stay exact here. Expert parallel: expert_mask [E_global] marks this rank's experts.
+    (per_Token); what is multiplied is rounded likewise, by groups of 128 of a token or all of it. Expert parallel:
+    expert_mask [E_global] marks this rank's experts.
     """
     record("fused_moe", QuantType(quant_type).name)
     experts, dim, inter = w2.shape
@@ -78,13 +79,24 @@ def fused_moe(
         not ids.numel() or -(expert_mask is not None) <= int(ids.min()) <= int(ids.max()) < experts, "an unknown expert"
     )
     first, second = (_dequantised(w, s, quant_type, hidden_states.dtype) for w, s in ((w1, w1_scale), (w2, w2_scale)))
-    x, out = hidden_states.float(), torch.zeros(tokens, dim)
+    x, out = _rounded(hidden_states.float(), quant_type), torch.zeros(tokens, dim)
     for expert in ids[ids >= 0].unique().tolist():
         row, slot = (ids == expert).nonzero(as_tuple=True)
         gate, up = (x[row] @ first(expert).T).chunk(2, -1)
-        down = (torch.nn.functional.silu(gate) * up) @ second(expert).T
+        down = _rounded(torch.nn.functional.silu(gate) * up, quant_type) @ second(expert).T
         out.index_add_(0, row, down * topk_weight[row, slot, None])
     return out.to(result_dtype)
+
+
+def _rounded(x, quant_type):
+    """float32 [T, K] to the device's fp8 and back."""
+    if quant_type == QuantType.No:
+        return x
+    dtype = _standin.device.fp8
+    size = x.shape[1] if quant_type == QuantType.per_Token else 128
+    groups = torch.nn.functional.pad(x, (0, -x.shape[1] % size)).unflatten(1, (-1, size))
+    scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-10) / torch.finfo(dtype).max
+    return ((groups / scale).to(dtype).float() * scale).flatten(1)[:, : x.shape[1]]
 
 
 def _dequantised(weight, scale, quant_type, dtype):

@@ -1,0 +1,108 @@
+"""Before kernels of `models/layers/contracts.py` are used they run at the model's own shapes, beside float32: aiter's,
+whose choice may be wrong or none where these have no tuned kernel, and all that read weights in 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from miniserve.models.decoder import CausalLM
+from miniserve.models.layers.contracts import ProductContract
+from miniserve.models.layers.experts import Experts, GroupedMoE
+from miniserve.models.layers.linear import PLAIN, Linear, LinearMethod, Packing
+from miniserve.models.layers.ops import PendingSum
+from miniserve.models.layers.scaled import ScaledMethod, ScaledMoE, WidenedMethod, WidenedMoE
+from miniserve.runner.self_check import TOLERANCE, distance
+
+_FLOAT32 = Packing("float32", lambda weight: weight, lambda x, weight, _: functional.linear(x, weight.float()))
+# Of steps: kernels for few tokens and for many differ.
+_TOKENS = (1, 16, 128, 1024)
+
+
+def product_failure(model: CausalLM, most_tokens: int) -> tuple[str, str] | None:
+    """The first kernel that gets layers like one of the model's wrong, on any rank: its contract's name, and what is
+    wrong, a sentence; in steps of up to `most_tokens`. The weights are made up, and as large as a layer's while it
+    runs. Ranks call it together and are told the same."""
+    own = _own_failure(model, most_tokens)
+    for message in model.options.group.exchange(b"" if own is None else "\n".join(own).encode()):
+        if message:
+            name, _, sentence = message.decode().partition("\n")
+            return name, sentence
+    return None
+
+
+def _own_failure(model: CausalLM, most_tokens: int) -> tuple[str, str] | None:
+    tried = set()
+    for name, layer in model.named_modules():
+        if not isinstance(layer, Linear | Experts):
+            continue
+        like = tuple((key, tuple(each.shape), each.dtype) for key, each in layer.named_parameters(recurse=False))
+        counts = sorted({min(count, most_tokens) for count in _TOKENS})
+        cases = [(count, kernel) for count in counts if (kernel := _checked(layer, count)) is not None]
+        if not cases or like in tried:
+            continue
+        tried.add(like)
+        kernel, tolerance = cases[0][1], 0.0
+        try:
+            run = _both(model, name, layer)
+            for count, kernel in cases:
+                got, want = run(count)
+                # Of rows, not of the whole: one wrong row must not be lost among many.
+                error = max(map(distance, got.float(), want))
+                tolerance = kernel.tolerance or TOLERANCE[model.options.dtype]
+                if not error <= tolerance:  # NaN too
+                    return kernel.name, f"for {count} tokens it is {error:.2%} off ({tolerance:.0%} allowed)"
+        except Exception as error:  # what a kernel raises is a failure, whatever it is
+            return kernel.name, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return None
+
+
+def _checked(layer: Linear | Experts, num_tokens: int) -> ProductContract | None:
+    """The kernel that multiplies so many tokens, if it is one to be tried."""
+    route = layer.method.route
+    kernel = None if route is None else route.kernel(num_tokens)
+    return kernel if kernel is not None and (kernel.requires == "aiter" or "plain" not in kernel.grains) else None
+
+
+def _both(model: CausalLM, name: str, layer: Linear | Experts) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """A function of a number of tokens that gives what a layer like this one makes of them, and what it should."""
+    device, dtype = model.options.device, model.options.dtype
+    generator = torch.Generator(device=device).manual_seed(0)
+    tried, exact = _linears(model, name, layer) if isinstance(layer, Linear) else _experts(model, name, layer)
+    for each in (exact, tried):
+        each.allocate(device)
+        each.fill_dummy(name, 0)  # the same numbers, as their tensors have the same names
+        each.finish()
+
+    def run(count: int) -> tuple[Tensor, Tensor]:
+        width = layer.in_features if isinstance(layer, Linear) else layer.hidden_size
+        x = torch.randn(count, width, device=device, generator=generator).to(dtype)
+        choice: tuple[Tensor, ...] = ()
+        if isinstance(layer, Experts) and model.config.moe is not None:
+            scores = torch.rand(count, layer.experts.count, device=device, generator=generator)
+            choice = tuple(scores.topk(model.config.moe.top_k, dim=-1))
+        got = tried(x, *choice)
+        return got.total(x) if isinstance(got, PendingSum) else got, exact(x.float(), *choice)
+
+    return run
+
+
+def _linears(model: CausalLM, name: str, layer: Linear) -> tuple[Linear, Linear]:
+    tried = model.options.within(name.rpartition(".")[0]).linear(layer.columns, layer.outputs, bias=False)
+    exact: LinearMethod = LinearMethod()
+    if isinstance(tried.method, ScaledMethod):
+        exact = WidenedMethod(tried.method.form, exact)
+    return tried, Linear(layer.columns, layer.outputs, bias=False, dtype=torch.float32, method=exact)
+
+
+def _experts(model: CausalLM, name: str, layer: Experts) -> tuple[Experts, Experts]:
+    if model.config.moe is None:
+        raise ValueError("a model without experts has none to try")
+    tried = model.options.within(name).experts_of(model.config.moe, layer.hidden_size)
+    sizes = layer.experts, layer.hidden_size, layer.width
+    if isinstance(tried.method, ScaledMoE):
+        return tried, Experts(*sizes, dtype=torch.float32, method=WidenedMoE(tried.method.form, GroupedMoE(PLAIN)))
+    return tried, Experts(*sizes, dtype=layer.dtype, method=GroupedMoE(_FLOAT32))

@@ -1,0 +1,203 @@
+"""Products with weights in 8 bits and their scales, beside float32 products of what codes and scales say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton_support import DEVICE, FP8, HALVES, NATIVE, normal, relative_error
+
+from miniserve.kernels.triton import medium_linear, moe, moe_token, runtime, small_linear, widen
+from miniserve.kernels.triton.medium_linear import MediumTile
+from miniserve.kernels.triton.small_linear import Chip, LinearTile, Workspace, chip_of, largest_tile
+from miniserve.models.layers import ops
+
+Block = tuple[int, int] | None
+BLOCKS = pytest.mark.parametrize("block", [None, (32, 32), (64, 96)], ids=str)
+H200 = Chip(132, 232_448, wgmma=True)
+CHIPS = [H200, Chip(132, 232_448), Chip(304, 64 << 10, splits=False)]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+def scaled(seed: int, *shape: int, block: Block) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes [..., N, K], their scales, and what they say in float32."""
+    codes = normal(seed, *shape).to(FP8)
+    *lead, n, k = shape
+    if block is None:
+        scale = normal(seed + 1, *lead, n).abs() + 0.1
+        return codes, scale, codes.float() * scale[..., None]
+    scale = normal(seed + 1, *lead, -(-n // block[0]), -(-k // block[1])).abs() + 0.1
+    spread = scale.repeat_interleave(block[0], -2)[..., :n, :].repeat_interleave(block[1], -1)[..., :k]
+    return codes, scale, codes.float() * spread
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gated: bool) -> torch.Tensor:
+    y = torch.nn.functional.linear(x.float(), weight, None if bias is None else bias.float())
+    return ops.silu_and_mul(y) if gated else y
+
+
+def experts_sum(
+    x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
+    out = torch.zeros_like(x)
+    for token, row in enumerate(ids.tolist()):
+        for weight, expert in zip(weights[token], row, strict=True):
+            out[token] += weight * (ops.silu_and_mul(x[token : token + 1] @ w1[expert].T) @ w2[expert].T)[0]
+    return out
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@BLOCKS
+@pytest.mark.parametrize(
+    "tile", [LinearTile(16, 32, 1, 4, 2), LinearTile(32, 32, 1, 4, 2, True), LinearTile(16, 32, 3, 4, 2)]
+)
+def test_few_rows(tile: LinearTile, block: Block, gated: bool) -> None:
+    """In float32, so that an activation rounded to 8 bits would show."""
+    workspace = Workspace(DEVICE)
+    for m, n, k in ((1, 64, 96), (2, 64, 272), (17, 64 if gated else 72, 304)):
+        weight, scale, wide = scaled(1, n * (2 if gated else 1), k, block=block)
+        x, bias = normal(0, m, k), normal(3, len(weight))
+        got = small_linear.small_linear(x, weight, bias, tile, workspace, gated=gated, scale=scale, block=block)
+        assert relative_error(got, product(x, wide, bias, gated)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("m", [1, 5])
+def test_activations_keep_their_bits(m: int, dtype: torch.dtype) -> None:
+    weight, scale, wide = scaled(1, 48, 128, block=(32, 64))
+    x = normal(0, m, 128, dtype=dtype)
+    tile = LinearTile(16, 64, 1, 4, 2)
+    got = small_linear.small_linear(x, weight, None, tile, Workspace(DEVICE), scale=scale, block=(32, 64))
+    assert relative_error(got, product(x, wide, None, False)) < (1e-3 if dtype == torch.float16 else 5e-3)
+
+
+def test_tiles_that_reach_beyond_a_scale_are_refused() -> None:
+    weight, scale, _ = scaled(1, 96, 96, block=(32, 32))
+    for m, n, tile in ((1, 96, LinearTile(64, 32, 1, 4, 2)), (2, 96, LinearTile(32, 64, 1, 4, 2))):
+        with pytest.raises(ValueError, match="do not fit"):
+            small_linear.small_linear(
+                normal(0, m, n), weight, None, tile, Workspace(DEVICE), scale=scale, block=(32, 32)
+            )
+    with pytest.raises(ValueError, match="do not fit"):  # ups begin within a block
+        small_linear.small_linear(
+            normal(0, 1, 96), weight, None, LinearTile(16, 32, 1, 4, 2), Workspace(DEVICE), gated=True, scale=scale,
+            block=(32, 32),
+        )  # fmt: skip
+
+
+@BLOCKS
+def test_any_number_of_rows(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not NATIVE:
+        monkeypatch.setattr(runtime, "chip_of", lambda device: Chip(132, 1 << 17))
+    kernels = runtime.TritonKernels(DEVICE)
+    dtype = torch.bfloat16 if NATIVE else torch.float32
+    for m, n, k in ((1, 64, 192), (17, 64, 304), (65, 64, 96), (4, 64, 100), *([(257, 1024, 1024)] if NATIVE else [])):
+        for gated in (False, True):
+            weight, scale, wide = scaled(1, n * (2 if gated else 1), k, block=block)
+            x = normal(0, m, k, dtype=dtype)
+            bias = normal(3, len(weight), dtype=dtype)
+            got = kernels.linear_fp8(x, weight, scale, block, bias, gated=gated)
+            assert relative_error(got, product(x, wide, bias, gated)) < TOLERANCE[dtype]
+
+
+@BLOCKS
+def test_widening_a_weight(block: Block) -> None:
+    weight, scale, wide = scaled(1, 72, 200, block=block)
+    assert torch.equal(widen.widen(weight, scale, block, torch.float32), wide)
+    assert torch.equal(widen.widen(weight, scale, block, torch.float16), wide.half())
+
+
+@BLOCKS
+@pytest.mark.parametrize("swap", [False, True])
+def test_experts(swap: bool, block: Block) -> None:
+    num_experts, k, hidden, middle = 6, 3, 96, 64
+    w1, s1, wide1 = scaled(1, num_experts, 2 * middle, hidden, block=block)
+    w2, s2, wide2 = scaled(3, num_experts, hidden, middle, block=block)
+    tiles = (moe.MoETile(16, 32, 32, 4, 2, swap), moe.MoETile(16, 32, 32, 4, 2, swap))
+    for tokens in (1, 9):
+        x, weights = normal(0, tokens, hidden), normal(4, tokens, k).abs()
+        ids = torch.stack([torch.randperm(num_experts)[:k] for _ in range(tokens)]).int().to(DEVICE)
+        want = experts_sum(x, wide1, wide2, weights, ids)
+        parts = moe.experts(x, w1, w2, weights, ids, tiles, scales=(s1, s2), block=block)
+        assert relative_error(parts.view(tokens, k, hidden).sum(1), want) < 1e-5
+
+
+@pytest.mark.parametrize(("hidden", "middle"), [(1120, 32), (32, 576)])
+@BLOCKS
+def test_the_experts_of_one_token(block: Block, hidden: int, middle: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several rounds of columns."""
+    if not NATIVE:  # fewer programs: the interpreter runs them one by one
+        monkeypatch.setattr(moe_token, "_SCALED_MIDDLE", ((32, 1024, 4),) * 2)
+        monkeypatch.setattr(moe_token, "_SCALED_OUT", ((32, 256, 4),) * 2)
+    w1, s1, wide1 = scaled(1, 3, 2 * middle, hidden, block=block and (32, block[1]))
+    w2, s2, wide2 = scaled(3, 3, hidden, middle, block=block and (32, block[1]))
+    x, weights = normal(0, 1, hidden), normal(4, 1, 2).abs()
+    ids = torch.tensor([[2, 0]], dtype=torch.int32, device=DEVICE)
+    got = moe_token.token_experts(x, w1, w2, weights, ids, scales=(s1, s2), block=block and (32, block[1]))
+    assert relative_error(got, experts_sum(x, wide1, wide2, weights, ids)) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not NATIVE or not chip_of(DEVICE).wgmma, reason="needs a Hopper GPU, whose matrix units these use")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("block", [None, (32, 128), (64, 256)], ids=str)
+@pytest.mark.parametrize(("m", "n", "k"), [(13, 64, 96), (65, 192, 400), (256, 1216, 1008)])
+def test_medium_rows(m: int, n: int, k: int, block: Block, dtype: torch.dtype) -> None:
+    for gated, tile in (
+        (False, MediumTile(16, 1, 4)),
+        (True, MediumTile(16, 3, 4, early=2)),
+        (False, MediumTile(64, 2, 4, share=True)),
+        (True, MediumTile(64, 3, 4)),
+        (False, MediumTile(32, 3, 6, share=True)),
+        (True, MediumTile(128, 2, 4)),
+        (False, MediumTile(128, 2, 4, share=True)),
+    ):
+        weight, scale, wide = scaled(1, n * (2 if gated else 1), k, block=block)
+        x, bias = normal(0, m, k + 8, dtype=dtype)[:, :k], normal(3, len(weight), dtype=dtype)
+        for given in (bias, None):
+            got = medium_linear.medium_linear(x, weight, given, tile, gated=gated, scale=scale, block=block)
+            assert relative_error(got, product(x, wide, given, gated)) < TOLERANCE[dtype], tile
+        if not gated:
+            parts = medium_linear.linear_parts(
+                x, weight, MediumTile(tile.block_m, tile.groups, tile.num_stages, splits=2, share=tile.share),
+                scale=scale, block=block,
+            )  # fmt: skip
+            assert relative_error(parts.view(m, 2, n).sum(1), product(x, wide, None, False)) < 1e-4, tile
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("block", [None, (128, 128), (64, 64), (32, 96)], ids=str)
+def test_every_cut_fits(block: Block, chip: Chip) -> None:
+    for n, k in ((6144, 4096), (4096, 12288), (12288, 4096), (192, 4096), (4096, 192), (9216, 4096)):
+        for gated in (False, True):
+            for m in (1, 2, 16, 17, 32, 33, 64):
+                tile = small_linear.choose_scaled_tile(m, n, k, block, chip, gated=gated)
+                assert tile is not None
+                assert block is None or (block[0] % tile.block_n == 0 and (m == 1 or block[1] % tile.block_k == 0))
+                rows = tile.block_n * (2 if gated else 1) + 2 * max(16, m)
+                assert m == 1 or rows * tile.block_k * tile.num_stages <= chip.shared_bytes
+                assert tile.split_k == 1 or chip.splits
+            assert small_linear.choose_scaled_tile(65, n, k, block, chip, gated=gated) is None
+    for pairs in (8, 64, 512, 4096, 32768):
+        for tile in moe.choose_scaled_tiles(pairs, 128, block):
+            assert largest_tile(block, tile.block_n, tile.block_k) == (tile.block_n, tile.block_k)
+
+
+@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("m", [1, 2, 16, 17, 64, 65, 128, 129, 256, 257])
+def test_cuts_of_medium_rows(m: int, gated: bool, parts: bool) -> None:
+    for n, k in ((6144, 4096), (4096, 12288), (12288, 4096), (1536, 4096), (9216, 4096)):
+        for block in (None, (128, 128), (64, 64)):
+            tile = medium_linear.choose_scaled_tile(m, n, k, block, H200, gated=gated, parts=parts)
+            if not 2 <= m <= 256 or block == (64, 64):
+                assert tile is None
+                continue
+            if tile is None:
+                assert parts and (gated or n > 4224 or m > 128)
+                continue
+            assert tile.block_m >= min(m, 128)
+            assert not tile.share or tile.num_stages % tile.groups == 0
+            ring = (2 * tile.block_m + 64 * (1 if tile.share else tile.groups)) * 128 * tile.num_stages
+            sums = (tile.groups - 1) * 64 * tile.block_m * 4 if tile.share else 0
+            assert tile.num_stages >= 2 and ring + sums < 232_448
+    assert medium_linear.choose_scaled_tile(m, 6144, 4096, None, Chip(132, 232_448), gated=gated) is None

@@ -1,0 +1,322 @@
+"""Weights in 8 bits: every cut of scales against slices of the whole, the formats through the loader, fnuz."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models_support import DenseContext, load, random_settings, reference_model, run
+from safetensors.torch import load_file, save_file
+
+from miniserve.attention.platform import NAMED_PLATFORMS
+from miniserve.core import UserError
+from miniserve.models.config import load_model_config
+from miniserve.models.description import MoEConfig
+from miniserve.models.layers.experts import Experts, GroupedMoE
+from miniserve.models.layers.linear import PLAIN, Linear, LinearMethod
+from miniserve.models.layers.scaled import (
+    LEAST_STEP,
+    ScaledMethod,
+    ScaledProduct,
+    WidenedMethod,
+    WidenedMoE,
+    as_fnuz,
+    experts_step,
+    spread,
+    widen_,
+    widened_product,
+)
+from miniserve.models.loader import dummy_weights
+from miniserve.models.options import BuildOptions
+from miniserve.models.quantization import Quantization, Rule, WeightFormat
+from miniserve.models.registry import build_model, described_model, weight_bytes
+from miniserve.parallel.shard import Part, Shard
+from miniserve.runner.memory import check_weights_fit
+from tools.quantise import KINDS, quantise, quantised
+
+CPU, CODES = torch.device("cpu"), torch.float8_e4m3fn
+TORCH = ScaledProduct(widened_product)
+FORMATS = {
+    "tensor": WeightFormat("tensor"),
+    "rows": WeightFormat("rows"),
+    "blocks": WeightFormat("blocks", "weight_scale_inv", (128, 128)),
+    "low blocks": WeightFormat("blocks", "weight_scale_inv", (64, 96)),
+}
+
+
+class Stored:
+    """A checkpoint in memory: matrices of random values by module, in a format."""
+
+    def __init__(self, form: WeightFormat, seed: int) -> None:
+        self.form, self.generator = form, torch.Generator().manual_seed(seed)
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.wide: dict[str, torch.Tensor] = {}
+
+    def add(self, module: str, rows: int, columns: int) -> None:
+        matrix = torch.randn(rows, columns, generator=self.generator)
+        matrix *= torch.rand(rows, 1, generator=self.generator) + 0.1  # so that blocks and rows differ in scale
+        codes, scale = quantised(matrix, self.form.grain, self.form.block)
+        self.tensors[f"{module}.weight"] = codes
+        self.tensors[f"{module}.{self.form.scale}"] = scale if self.form.grain != "tensor" else scale.reshape(())
+        n, k = {"tensor": (rows, columns), "rows": (1, columns), "blocks": self.form.block}[self.form.grain]
+        grid = scale.reshape(-(-rows // n), -(-columns // k))
+        self.wide[module] = codes.float() * grid.repeat_interleave(n, 0)[:rows].repeat_interleave(k, 1)[:, :columns]
+
+    def fill(self, layer: Linear | Experts, prefix: str) -> None:
+        layer.allocate(CPU)
+        for piece in layer.pieces(prefix):
+            tensor, target = self.tensors[piece.name], layer.target(piece)
+            assert tuple(tensor.shape) == piece.shape
+            if target.numel():
+                target.copy_(tensor[piece.source] if piece.refine is None else piece.refine(tensor))
+        layer.finish()
+
+
+sizes = st.integers(1, 420)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), name=st.sampled_from(sorted(FORMATS)), ranks=st.integers(1, 8))
+def test_every_cut_of_a_linear_layers_scales_is_a_slice_of_the_whole(data: Any, name: str, ranks: int) -> None:
+    """Fused parts and ranks that begin anywhere in a block."""
+    form, columns = FORMATS[name], data.draw(sizes)
+    heights = data.draw(st.lists(sizes, min_size=1, max_size=3))
+    stored = Stored(form, ranks)
+    for number, height in enumerate(heights):
+        stored.add(f"m.p{number}", height, columns)
+    shard = Shard(data.draw(st.integers(0, ranks - 1)), ranks)
+    by_columns = data.draw(st.booleans())
+    width = shard.part(columns) if by_columns else columns
+    parts = [Part(height, slice(0, height)) if by_columns else shard.part(height) for height in heights]
+    outputs = {f"p{number}": part for number, part in enumerate(parts)}
+    across = slice(None) if isinstance(width, int) else width.held
+    want = torch.cat([stored.wide[f"m.p{number}"][part.held, across] for number, part in enumerate(parts)])
+    for method in (ScaledMethod(form, [TORCH]), WidenedMethod(form, LinearMethod())):
+        layer = Linear(width, outputs, bias=False, dtype=torch.float32, method=method)
+        stored.fill(layer, "m.l")
+        weight = layer.weight.float()
+        if not isinstance(method, WidenedMethod):
+            assert layer.weight.dtype == CODES
+            weight = weight * spread(layer.scale, method.step, *weight.shape)
+        assert torch.equal(weight, want)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(sorted(FORMATS)),
+    hidden=sizes,
+    middle=st.integers(1, 300),
+    ranks=st.integers(1, 8),
+    rank=st.integers(0, 7),
+    whole=st.booleans(),
+)
+def test_every_cut_of_experts_scales_is_a_slice_of_the_whole(
+    name: str, hidden: int, middle: int, ranks: int, rank: int, whole: bool
+) -> None:
+    """By width, or whole experts."""
+    form, shard, count = FORMATS[name], Shard(rank % ranks, ranks), 3
+    stored = Stored(form, rank)
+    for expert in range(count):
+        for module in ("gate_proj", "up_proj"):
+            stored.add(f"e.{expert}.{module}", middle, hidden)
+        stored.add(f"e.{expert}.down_proj", hidden, middle)
+    experts = shard.part(count) if whole else Part(count, slice(0, count))
+    width = Part(middle, slice(0, middle)) if whole else shard.part(middle)
+    method = WidenedMoE(form, _Kept())
+    layer = Experts(experts, hidden, width, dtype=torch.float32, method=method)
+    stored.fill(layer, "e")
+    for place, expert in enumerate(range(count)[experts.held]):
+        gate, up, down = (stored.wide[f"e.{expert}.{name}"] for name in ("gate_proj", "up_proj", "down_proj"))
+        assert torch.equal(layer.w1[place], torch.cat([gate[width.held], up[width.held]]))
+        assert torch.equal(layer.w2[place], down[:, width.held])
+
+
+class _Kept(GroupedMoE):
+    def __init__(self) -> None:
+        super().__init__(PLAIN)
+
+    def finish(self, layer: Experts) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("middle", "ranks", "step"),
+    [(1536, 8, (64, 64)), (1536, 4, (128, 128)), (768, 4, (64, 64)), (768, 8, (32, 32)), (512, 8, (64, 64))],
+)
+def test_the_shards_of_known_models_are_fine_enough_for_the_kernels(
+    middle: int, ranks: int, step: tuple[int, int]
+) -> None:
+    """Qwen3-235B on 8 GPUs, where engines stop at `192 is not divisible by weight quantization block_n`."""
+    for rank in range(ranks):
+        width = Shard(rank, ranks).part(middle)
+        found = experts_step(FORMATS["blocks"], 4096, width)
+        assert found is not None and min(found) >= LEAST_STEP
+        assert all(math.gcd(a, b) == b for a, b in zip(found, step, strict=True))
+
+
+def test_where_a_step_is_finer_than_kernels_take_the_weight_is_widened() -> None:
+    """As if there were Triton's kernels, of which none is called."""
+    platform = NAMED_PLATFORMS["h100"]
+    for begin, kept in ((32, True), (8, False)):
+        quantization = Quantization("fp8", (Rule(("*",), FORMATS["blocks"]),))
+        options = BuildOptions(
+            torch.bfloat16, torch.bfloat16, torch.device("meta"), platform=platform, quantization=quantization
+        )
+        layer = options.linear(Part(256, slice(begin, begin + 64)), {"a": 128}, bias=False)
+        assert (layer.weight.dtype == CODES) == kept
+        assert isinstance(layer.method, ScaledMethod) and isinstance(layer.method, WidenedMethod) != kept
+        moe = MoEConfig(num_experts=2, top_k=1, intermediate_size=begin + 32, sparse_layers=(True,))
+        experts = options.experts_of(moe, 256)
+        assert (experts.w1.dtype == CODES, isinstance(experts.method, WidenedMoE)) == (kept, not kept)
+        assert experts.method.route is not None
+        told = experts.method.route.sentence(experts.method.name)
+        wide = "the engine's Triton kernels, widened from 8 bits; not by triton experts_fp8: scales of 8 × 128"
+        assert told.startswith("triton experts_fp8" if kept else wide)
+
+
+def test_e4m3fn_codes_mean_the_same_in_fnuz_with_twice_the_scale() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(CODES)
+    codes = codes[~codes.float().isnan()].clone()
+    want, scale = codes.float() * 0.5, torch.tensor([0.5])
+    turned = as_fnuz(codes, scale)
+    assert turned.dtype == torch.float8_e4m3fnuz and turned.data_ptr() == codes.data_ptr()
+    assert torch.equal(turned.float() * scale, want), "minus zero, which would be NaN, too"
+
+
+def test_widening_rounds_once() -> None:
+    weight, scale = torch.randn(300, 200).to(CODES), torch.rand(3, 2) + 0.1
+    wide = weight.bfloat16()
+    widen_(wide, scale, (128, 128))
+    assert torch.equal(wide, (weight.float() * spread(scale, (128, 128), 300, 200)).bfloat16())
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def checkpoint(path: Path, kind: str, architecture: str = "Qwen3ForCausalLM", **changes: Any) -> Path:
+    """A random small model in 8 bits; what it means, in float32, lies beside it."""
+    plain, wide = path / "plain", path / "wide"
+    reference_model(architecture, random_settings(architecture, 0) | changes).save_pretrained(plain)
+    quantise(KINDS[kind], plain, path / kind)
+    tensors = load_file(path / kind / "model.safetensors")
+    for name in [name for name in tensors if tensors[name].dtype == CODES]:
+        codes = tensors[name].float()
+        scale = tensors[name.removesuffix("weight") + KINDS[kind].scale].float()
+        if KINDS[kind].grain == "blocks":
+            scale = scale.repeat_interleave(128, 0)[: len(codes)].repeat_interleave(128, 1)[:, : codes.shape[1]]
+        tensors[name] = codes * scale
+    wide.mkdir()
+    save_file({name: each for name, each in tensors.items() if "_scale" not in name}, wide / "model.safetensors")
+    (wide / "config.json").write_text((plain / "config.json").read_text())
+    return path / kind
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_of_every_kind_is_what_its_scales_say(architecture: str, kind: str, tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, kind, architecture)
+    ids = torch.arange(20)
+    got, want = (run(load(each), DenseContext(), [(0, ids)]) for each in (path, tmp_path / "wide"))
+    assert torch.equal(got, want)
+
+
+def edit(path: Path, **tensors: torch.Tensor | None) -> None:
+    found: dict[str, torch.Tensor | None] = {**load_file(path / "model.safetensors"), **tensors}
+    save_file({name: each for name, each in found.items() if each is not None}, path / "model.safetensors")
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(UserError, match=r"^[^\n]+$") as error:
+        load(path)
+    return str(error.value)
+
+
+K_PROJ = "model.layers.0.self_attn.k_proj"
+
+
+def test_what_config_and_files_disagree_on_is_named(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, "fp8-block")
+    tensors = load_file(path / "model.safetensors")
+    codes, scale = tensors[f"{K_PROJ}.weight"], tensors[f"{K_PROJ}.weight_scale_inv"]
+    names = {"w": f"{K_PROJ}.weight", "s": f"{K_PROJ}.weight_scale_inv"}
+    edit(path, **{names["w"]: codes.bfloat16()})
+    assert f"{names['w']} is stored as BF16, its quantization_config asks for F8_E4M3." in refusal(path)
+    edit(path, **{names["w"]: codes, names["s"]: None})
+    assert f"missing: {names['s']}." in refusal(path)
+    edit(path, **{names["s"]: torch.ones(5, 5)})
+    assert f"{names['s']} has shape [5, 5], config.json asks for {list(scale.shape)}" in refusal(path)
+    edit(path, **{names["s"]: torch.full_like(scale, torch.nan)})
+    assert f"NaN or infinite values: {names['s']}; download" in refusal(path)
+    edit(path, **{names["s"]: scale, f"{K_PROJ}.input_scale": torch.ones(())})
+    assert f"not part of this architecture: {K_PROJ}.input_scale." in refusal(path), "the config says dynamic"
+    edit(path, **{f"{K_PROJ}.input_scale": None})
+    load(path)
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"]["modules_to_not_convert"] = [K_PROJ]
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"k_proj and .* different formats, but they are multiplied as one matrix"):
+        load(path)
+    names_of_all = [K_PROJ.replace("k_proj", f"{each}_proj") for each in "qkv"]
+    config["quantization_config"]["modules_to_not_convert"] = names_of_all
+    (path / "config.json").write_text(json.dumps(config))
+    assert f"{names['w']} is stored as F8_E4M3, supported are BF16, F16, F32" in refusal(path)
+    assert "weight_scale_inv" in refusal(path)
+
+
+def test_a_code_that_is_no_number_is_named_where_codes_are_kept(tmp_path: Path) -> None:
+    from miniserve.models import loader
+
+    codes = torch.arange(256, dtype=torch.uint8).view(CODES)
+    numbers = ~codes.float().isnan()
+    assert loader._finite(codes[numbers]) and not loader._finite(codes) and loader._finite(codes[:0])
+    path = checkpoint(tmp_path, "compressed-dynamic")
+    weight = load_file(path / "model.safetensors")[f"{K_PROJ}.weight"]
+    weight.view(torch.uint8)[-1, -1] = 0xFF
+    edit(path, **{f"{K_PROJ}.weight": weight})
+    assert f"NaN or infinite values: {K_PROJ}.weight; download" in refusal(path)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_dummy_weights_in_8_bits_are_as_large_as_others(name: str) -> None:
+    method = WidenedMethod(FORMATS[name], LinearMethod())
+    layer = Linear(256, {"a": 300, "b": 100}, bias=False, dtype=torch.bfloat16, method=method)
+    layer.allocate(CPU)
+    layer.fill_dummy("m.l", 1)
+    layer.finish()
+    assert 0.01 < float(layer.weight.float().std()) < 0.04
+
+
+def test_a_model_of_dummy_weights_runs(tmp_path: Path) -> None:
+    config = load_model_config(checkpoint(tmp_path, "fp8-block", "Qwen3MoeForCausalLM"))
+    model = build_model(config, BuildOptions(torch.float32, torch.float32, CPU))
+    dummy_weights(model, 1)
+    assert run(model, DenseContext(), [(0, torch.arange(12))]).isfinite().all()
+
+
+def test_a_cpu_without_memory_for_the_widened_weights_says_so(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, "fp8-block")
+    model = build_model(load_model_config(path), BuildOptions(torch.bfloat16, torch.bfloat16, CPU))
+    wide = weight_bytes(model, CPU)
+    check_weights_fit(wide, wide, model)
+    with pytest.raises(UserError, match=r"its 8 bits are widened to those of --dtype on this device\) and cpu has "):
+        check_weights_fit(wide, wide - 1, model)
+
+
+def test_codes_are_kept_where_kernels_read_them(tmp_path: Path) -> None:
+    """As much is counted as is loaded: half of what a CPU needs, and the scales."""
+    config = load_model_config(checkpoint(tmp_path, "fp8-block", intermediate_size=256, hidden_size=256))
+    kept, wide = (
+        weight_bytes(described_model(config, torch.bfloat16, NAMED_PLATFORMS[name]), "cuda") for name in ("h200", "cpu")
+    )
+    layers = sum(
+        each.numel()
+        for name, each in described_model(config, torch.bfloat16).named_parameters()
+        if name.endswith("_proj.weight")
+    )
+    assert wide - kept == layers
