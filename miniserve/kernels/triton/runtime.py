@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 from types import ModuleType
 from typing import Any
@@ -12,24 +13,23 @@ from torch.nn import functional
 
 from miniserve.kernels.library_linear import LibraryLinear
 from miniserve.kernels.triton import elementwise, moe, moe_token, norm_router, routing
-from miniserve.kernels.triton.small_linear import Chip, Workspace, chip_of, choose_tile, small_linear
+from miniserve.kernels.triton.small_linear import Workspace, chip_of, choose_tile, small_linear
 
 _logger = logging.getLogger(__name__)
 
 
-def _medium_linears(device: torch.device, chip: Chip) -> ModuleType | None:
-    """The module of products of 9 to 256 rows. None on GPUs without them, and if they fail a trial: Gluon is
-    experimental, and this Triton's may differ from the one they were written for."""
-    if not chip.wgmma:
+def gluon_kernels(name: str, device: torch.device, without: str) -> ModuleType | None:
+    """The module `name` of kernels in Gluon. None on GPUs without Hopper's matrix units, and if they fail a trial:
+    Gluon is experimental, and this Triton's may differ from the one they were written for. without: what that costs."""
+    if device.type != "cuda" or not chip_of(device).wgmma:
         return None
     try:
-        from miniserve.kernels.triton import medium_linear
-
-        medium_linear.try_out(device)
+        module = importlib.import_module(f"miniserve.kernels.triton.{name}")
+        module.try_out(device)
     except Exception as error:
-        _logger.warning("The Gluon kernel fails here, so linear layers of 9 to 256 rows run slower: %r", error)
+        _logger.warning("The Gluon kernel fails here, so %s: %r", without, error)
         return None
-    return medium_linear
+    return module
 
 
 class TritonKernels:
@@ -53,7 +53,8 @@ class TritonKernels:
         self._fused_tokens = routing.FUSED_TOKENS if chip.splits else ()
         self._norm_fused_tokens = norm_router.FUSED_TOKENS if chip.splits else ()
         self._tile = functools.cache(functools.partial(choose_tile, chip=chip))
-        self._chip, self._medium = chip, _medium_linears(device, chip)
+        self._chip = chip
+        self._medium = gluon_kernels("medium_linear", device, "linear layers of 9 to 256 rows run slower")
         self.library_linear = LibraryLinear(device)
 
     def linear(
