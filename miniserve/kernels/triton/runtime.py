@@ -41,7 +41,6 @@ class TritonKernels:
     norm_rope = staticmethod(elementwise.norm_rope)
     rope_pair = staticmethod(elementwise.rope_pair)
     can_route = staticmethod(routing.can_route)
-    experts = staticmethod(moe.experts)
     token_experts = staticmethod(moe_token.token_experts)
     add_pairs_norm = staticmethod(moe.add_pairs_norm)
 
@@ -55,6 +54,7 @@ class TritonKernels:
         self._tile = functools.cache(functools.partial(choose_tile, chip=chip))
         self._chip = chip
         self._medium = gluon_kernels("medium_linear", device, "linear layers of 9 to 256 rows run slower")
+        self._many_rows = gluon_kernels("hopper_moe", device, "experts of many rows run slower")
         self.library_linear = LibraryLinear(device)
 
     def linear(
@@ -85,6 +85,20 @@ class TritonKernels:
             return None
         tile = self._medium.choose_parts_tile(x.shape[0], *weight.shape, weight.element_size(), self._chip)
         return None if tile is None else self._medium.linear_parts(x, weight, tile)
+
+    def experts(
+        self,
+        x: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+    ) -> torch.Tensor:
+        """See `moe.experts`."""
+        if self._many_rows is not None and self._many_rows.can_group(x, w1, topk_ids.numel()):
+            found: torch.Tensor = self._many_rows.hopper_experts(x, w1, w2, topk_weights, topk_ids, self._chip)
+            return found
+        return moe.experts(x, w1, w2, topk_weights, topk_ids)
 
     def add_norm_route(
         self,
