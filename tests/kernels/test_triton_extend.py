@@ -144,9 +144,16 @@ def hopper(*tensors: torch.Tensor, num_kv_heads: int, block_size: int, shuffled:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not NATIVE or not chip_of(DEVICE).wgmma, reason="needs a Hopper GPU, whose matrix units it uses")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize(("group", "block_size"), [(1, 16), (4, 16), (5, 8), (8, 64), (64, 256)])
+@pytest.mark.parametrize(
+    ("group", "block_size", "head_dim", "dtype"),
+    [
+        (1, 16, 64, torch.float16),
+        (4, 16, 128, torch.bfloat16),
+        (5, 8, 128, torch.float16),
+        (8, 64, 64, torch.bfloat16),
+        (64, 256, 128, torch.bfloat16),
+    ],
+)
 def test_hopper_extend(group: int, block_size: int, head_dim: int, dtype: torch.dtype) -> None:
     cache = random_cache(6144 // block_size, block_size, 2, head_dim, dtype=dtype, shuffled=False)
     options: dict[str, Any] = {"scale": head_dim**-0.5, "extend": hopper}

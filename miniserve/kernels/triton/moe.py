@@ -183,10 +183,12 @@ def aligned_pairs(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> tup
     num_blocks = min(num_pairs, num_experts + num_pairs // block_m)
     pairs = torch.empty(num_blocks * block_m, dtype=torch.int32, device=device)
     block_experts = torch.empty(num_blocks + 1, dtype=torch.int32, device=device)
+    many = num_pairs > 8192  # in fewer rounds of more threads
     _align_kernel[(num_experts + 1,)](
         topk_ids, pairs, block_experts, num_pairs,
         E=num_experts, BLOCK_E=triton.next_power_of_2(num_experts + 1),
-        BLOCK_P=min(1024, triton.next_power_of_2(num_pairs)), BLOCK_M=block_m, num_warps=4, **launch_options(device),
+        BLOCK_P=8192 if many else min(1024, triton.next_power_of_2(num_pairs)), BLOCK_M=block_m,
+        num_warps=16 if many else 4, **launch_options(device),
     )  # fmt: skip
     return pairs, block_experts
 

@@ -54,7 +54,7 @@ class TritonKernels:
         self._tile = functools.cache(functools.partial(choose_tile, chip=chip))
         self._chip = chip
         self._medium = gluon_kernels("medium_linear", device, "linear layers of 9 to 256 rows run slower")
-        self._many_rows = gluon_kernels("hopper_moe", device, "experts of many rows run slower")
+        self._large = gluon_kernels("large_linear", device, "SwiGLU and experts of many rows run slower")
         self.library_linear = LibraryLinear(device)
 
     def linear(
@@ -66,7 +66,11 @@ class TritonKernels:
         gated: bool = False,
         out_dtype: torch.dtype | None = None,
     ) -> torch.Tensor | None:
-        """See `small_linear` and `medium_linear`; None if `library_linear` is faster for these shapes."""
+        """See `small_linear`, `medium_linear`, `large_linear`; None if `library_linear` is faster for these shapes."""
+        plain = bias is None and out_dtype is None
+        if gated and plain and self._large is not None and self._large.can_gate(x, weight):
+            found: torch.Tensor = self._large.large_gated(x, weight, self._chip)
+            return found
         n = weight.shape[0] // 2 if gated else weight.shape[0]
         sizes = (x.shape[0], n, weight.shape[1], weight.element_size())
         if self._medium is not None and out_dtype is None and self._medium.can_describe(x):
@@ -95,8 +99,8 @@ class TritonKernels:
         topk_ids: torch.Tensor,
     ) -> torch.Tensor:
         """See `moe.experts`."""
-        if self._many_rows is not None and self._many_rows.can_group(x, w1, topk_ids.numel()):
-            found: torch.Tensor = self._many_rows.hopper_experts(x, w1, w2, topk_weights, topk_ids, self._chip)
+        if self._large is not None and self._large.can_group(x, w1, topk_ids.numel()):
+            found: torch.Tensor = self._large.large_experts(x, w1, w2, topk_weights, topk_ids, self._chip)
             return found
         return moe.experts(x, w1, w2, topk_weights, topk_ids)
 
