@@ -166,7 +166,7 @@ def test_hopper_extend(group: int, block_size: int, head_dim: int, dtype: torch.
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not NATIVE or not chip_of(DEVICE).wgmma, reason="needs a Hopper GPU, whose matrix units it uses")
-def test_hopper_extend_hides_what_lies_behind_the_last_token() -> None:
+def test_hopper_extend_reads_nothing_into_what_no_query_sees() -> None:
     cache = random_cache(64, 16, 2, 128, dtype=torch.bfloat16, shuffled=False)
     for context, new in [(5, 200), (0, 37), (0, 1), (100, 157)]:
         last, offset = divmod(context + new, 16)
@@ -174,6 +174,11 @@ def test_hopper_extend_hides_what_lies_behind_the_last_token() -> None:
         for plane in planes:
             plane[block_tables([context + new], 64, 16)[0, last].long(), offset:] = float("nan")
         check(cache, 8, [(context, new)], torch.bfloat16, planes=planes, extend=hopper)
+    window, context, new = 150, 500, 40  # the first query sees keys from 351 on
+    planes = [plane.clone() for plane in cache.planes]
+    for plane in planes:
+        plane[block_tables([context + new], 64, 16)[0, : 351 // 16].long()] = float("nan")
+    check(cache, 8, [(context, new)], torch.bfloat16, planes=planes, extend=hopper, window=window)
 
 
 @pytest.mark.gpu

@@ -64,7 +64,7 @@ class TritonBackend(Backend[StepBatch]):
         # A graph copies block tables of any length, so it must have room for the longest.
         self.chunk_graphs = not self._copies or CHUNKS_IN_GRAPH * options.max_seq_len <= LINEARIZED_TOKENS
         if self._copies:  # block tables of the copies
-            blocks = LINEARIZED_TOKENS // layout.block_size
+            blocks = LINEARIZED_TOKENS // layout.block_size + CHUNKS_IN_GRAPH  # see `table_width`
             self._linear_tables = torch.arange(blocks, dtype=torch.int32, device=options.device)
         self._plans = {_shape(spec): SplitPlan(spec, options) for spec in options.specs}
 

@@ -154,13 +154,28 @@ def _visit(
 
 
 @gluon.jit
+def _clear(vs, ready, i, first_key, low, high, CHUNKS: gl.constexpr, layout: gl.constexpr):
+    """Zero the i-th visited tile's values outside [low, high): what was never written may be NaN, which a weight of 0
+    does not hide. Both warpgroups store the same."""
+    STAGES: gl.constexpr = ready.type.shape[0]
+    BLOCK_N: gl.constexpr = vs.type.shape[1]
+    mbarrier.wait(ready.index(i % STAGES), (i // STAGES) & 1)
+    keys = first_key + gl.arange(0, BLOCK_N, gl.SliceLayout(1, layout))
+    there = ((keys >= low) & (keys < high))[:, None]
+    for chunk in gl.static_range(CHUNKS):
+        tile = vs.index(i % STAGES * CHUNKS + chunk)
+        tile.store(gl.where(there, tile.load(layout), 0.0))
+    fence_async_shared()
+
+
+@gluon.jit
 def _consume(
     qs, first_pair, ks, vs, barriers, q_ptr, out_ptr, lse_ptr, sinks_ptr, strides, where, qk_scale, window,
     GROUP: gl.constexpr, V_DIM: gl.constexpr, CAUSAL: gl.constexpr, HAS_WINDOW: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: its 64 pairs, from first_pair on."""
     q_row, q_head, out_row, out_head, lse_head = strides
-    kv_head, first_token, query_len, num_keys, last, count, full = where
+    kv_head, first_token, query_len, num_keys, last, count, full, low = where
     k_ready, k_free, v_ready, _v_free = barriers
     CHUNKS: gl.constexpr = qs.type.shape[0]
     ROWS: gl.constexpr = qs.type.shape[1]
@@ -196,14 +211,8 @@ def _consume(
     mbarrier.arrive(k_free.index(0))
     found, best, total, _ = _softmax(scores, best, total, last * BLOCK_N, query_pos, qk_scale, window, True, HAS_WINDOW)
     weights = gl.convert_layout(found.to(qs.dtype), of_weights)
-    mbarrier.wait(v_ready.index(0), 0)
     if (last + 1) * BLOCK_N > num_keys:
-        # What was never written may be NaN, which a weight of 0 does not hide. Both warpgroups store the same.
-        keys = last * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(1, flat))
-        for chunk in gl.static_range(V_DIM // 64):
-            tile = vs.index(chunk)
-            tile.store(gl.where((keys < num_keys)[:, None], tile.load(flat), 0.0))
-        fence_async_shared()
+        _clear(vs, v_ready, 0, last * BLOCK_N, 0, num_keys, V_DIM // 64, flat)
     masked = gl.minimum(gl.maximum(last + 1 - full, 1), count)
     if HAS_WINDOW:
         masked = count
@@ -213,6 +222,8 @@ def _consume(
     weights, best, total, acc = _visit(
         masked, count, weights, best, total, acc, qs, ks, vs, barriers, last, query_pos, qk_scale, window, False, False
     )
+    if HAS_WINDOW:
+        _clear(vs, v_ready, count - 1, (last - count + 1) * BLOCK_N, low, num_keys, V_DIM // 64, flat)
     acc = warpgroup_mma_wait(0, deps=[_add_values(weights, vs, v_ready, count - 1, acc)])
     acc = acc / gl.convert_layout(total, gl.SliceLayout(1, of_out))[:, None]
     # Through this warpgroup's queries, which are no longer read.
@@ -258,8 +269,10 @@ def _hopper_extend_kernel(
         last = (context + gl.minimum((first_pair + 127) // GROUP, query_len - 1)) // BLOCK_N
         full = (context + first_pair // GROUP + 1) // BLOCK_N
     count = last + 1
+    low = 0
     if HAS_WINDOW:
-        count -= gl.maximum(num_keys - query_len + first_pair // GROUP - window + 1, 0) // BLOCK_N
+        low = gl.maximum(num_keys - query_len + first_pair // GROUP - window + 1, 0)
+        count -= low // BLOCK_N
 
     dtype: gl.constexpr = k_desc.dtype
     layout: gl.constexpr = k_desc.layout
@@ -278,7 +291,7 @@ def _hopper_extend_kernel(
         mbarrier.init(v_free.index(stage), count=2)
     barriers = (k_ready, k_free, v_ready, v_free)
     strides = (q_row, q_head, out_row, out_head, lse_head)
-    where = (kv_head, first_token, query_len, num_keys, last, count, full)
+    where = (kv_head, first_token, query_len, num_keys, last, count, full, low)
     # In a variable the tuples' constants would become values.
     gl.warp_specialize(
         [

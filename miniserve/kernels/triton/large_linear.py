@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from miniserve.kernels.triton.medium_linear import can_describe
+from miniserve.kernels.triton.medium_linear import MOST_ROWS, can_describe
 from miniserve.kernels.triton.moe import aligned_pairs
 from miniserve.kernels.triton.small_linear import Chip, chip_of
 
@@ -33,7 +33,6 @@ _BLOCK_M, _BLOCK_N, _BLOCK_K = 128, 256, 64  # rows, rows of the weight and inpu
 _STAGES = 4
 _REGISTERS, _PRODUCER_REGISTERS = 232, 24
 _BAND = 16
-_LEAST_GATED_ROWS = 1024
 _LEAST_EXPERT_ROWS = 100  # on average: fewer leave tiles too empty
 
 
@@ -193,11 +192,13 @@ def _large_linear_kernel(
     )  # fmt: skip
 
 
-def can_gate(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `large_gated` takes these, and is faster than `medium_linear` or the vendor's library and a kernel for
-    the activation."""
-    middle, hidden = weight.shape[0] // 2, weight.shape[1]
-    return x.shape[0] >= _LEAST_GATED_ROWS and _fits(x, weight, middle, hidden) and can_describe(x)
+def can_gate(x: torch.Tensor, weight: torch.Tensor, chip: Chip) -> bool:
+    """Whether `large_gated` takes these, and is faster than the vendor's library with a kernel for the activation: if
+    programs have little to wait for in their last round. Measured on an H200 (docs/LAB.md)."""
+    rows, middle, hidden = x.shape[0], weight.shape[0] // 2, weight.shape[1]
+    tiles = triton.cdiv(rows, _BLOCK_M) * triton.cdiv(middle, _BLOCK_N // 2)
+    full = 8 * tiles >= 7 * chip.num_sms * triton.cdiv(tiles, chip.num_sms)
+    return rows > MOST_ROWS and full and _fits(x, weight, middle, hidden) and can_describe(x)
 
 
 def large_gated(x: torch.Tensor, weight: torch.Tensor, chip: Chip) -> torch.Tensor:

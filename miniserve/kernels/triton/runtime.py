@@ -68,7 +68,7 @@ class TritonKernels:
     ) -> torch.Tensor | None:
         """See `small_linear`, `medium_linear`, `large_linear`; None if `library_linear` is faster for these shapes."""
         plain = bias is None and out_dtype is None
-        if gated and plain and self._large is not None and self._large.can_gate(x, weight):
+        if gated and plain and self._large is not None and self._large.can_gate(x, weight, self._chip):
             found: torch.Tensor = self._large.large_gated(x, weight, self._chip)
             return found
         n = weight.shape[0] // 2 if gated else weight.shape[0]
