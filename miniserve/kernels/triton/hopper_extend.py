@@ -29,6 +29,7 @@ _ROWS, _GROUPS = 64, 2  # pairs of a warpgroup, warpgroups
 _BLOCK_N = 128  # keys of a tile
 _CHUNK = 64  # columns that lie together in shared memory: 128 bytes, a row of a swizzled tile
 _REGISTERS, _PRODUCER_REGISTERS = 232, 24
+_LAYOUT = gl.NVMMASharedLayout(128, 16, rank=2)  # which takes longer to make than a descriptor
 _SHARED_BYTES, _MOST_STAGES = 226 << 10, 4  # without the barriers
 
 
@@ -396,8 +397,7 @@ def hopper_dense(
 def _described(tokens: torch.Tensor, rows: int) -> TensorDescriptor:
     """[tokens, heads, dim], of which `rows` and 64 columns are copied at a time."""
     columns = (tokens.shape[1] - 1) * tokens.stride(1) + tokens.shape[2]
-    layout = gl.NVMMASharedLayout(128, 16, rank=2)
-    return TensorDescriptor(tokens, [len(tokens), columns], [tokens.stride(0), 1], [rows, _CHUNK], layout)
+    return TensorDescriptor(tokens, [len(tokens), columns], [tokens.stride(0), 1], [rows, _CHUNK], _LAYOUT)
 
 
 def _launch(
@@ -437,9 +437,16 @@ def _launch(
 def try_out(device: torch.device) -> None:
     """Attend once. Raises RuntimeError if the result is wrong, and whatever Triton raises if it cannot compile the
     kernel."""
-    q = torch.zeros(17, 1, 64, dtype=torch.float16, device=device)
-    value = torch.arange(32, device=device).to(q.dtype)[:, None].repeat(1, 64).view(2, 16, 1, 64)
-    tables, starts, lens = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([[0, 1]], [0, 17], [17]))
-    out = hopper_extend(q, value, value, tables, starts, lens, max_query_len=17, scale=1.0, out=torch.empty_like(q))
-    if not torch.equal(out, q + torch.arange(17, device=device).to(q.dtype)[:, None, None] / 2):
-        raise RuntimeError("queries that see all keys alike do not get the mean of their values")
+    context, new, window = 40, 17, 9
+    value = torch.arange(64, dtype=torch.float16, device=device)
+    value[: context - window + 1] = value[context + new :] = float("nan")  # keys that no query sees
+    value = value[:, None].repeat(1, 64).view(4, 16, 1, 64)
+    q = torch.zeros(new, 1, 64, dtype=value.dtype, device=device)
+    lens = ([[0, 1, 2, 3]], [0, new], [context + new])
+    tables, starts, ends = (torch.tensor(x, dtype=torch.int32, device=device) for x in lens)
+    out = hopper_extend(
+        q, value, value, tables, starts, ends, max_query_len=new, scale=1.0, out=torch.empty_like(q), window=window
+    )
+    middle = torch.arange(context, context + new, device=device) - window // 2
+    if not torch.equal(out, q + middle.to(q.dtype)[:, None, None]):
+        raise RuntimeError("queries that weigh all keys alike do not get the mean of their values")

@@ -30,9 +30,10 @@ from miniserve.kernels.triton.moe import aligned_pairs
 from miniserve.kernels.triton.small_linear import Chip, chip_of
 
 _BLOCK_M, _BLOCK_N, _BLOCK_K = 128, 256, 64  # rows, rows of the weight and inputs of a tile
+_FLAT, _NESTED = (gl.NVMMASharedLayout(128, 16, rank=rank) for rank in (2, 4))
 _STAGES = 4
 _REGISTERS, _PRODUCER_REGISTERS = 232, 24
-_BAND = 16
+_BAND = 16  # blocks of rows that share what the L2 cache holds of a large weight
 _LEAST_EXPERT_ROWS = 100  # on average: fewer leave tiles too empty
 
 
@@ -259,17 +260,16 @@ def _launch(
     rows, where no block_experts have their number."""
     (rows, k), (num_experts, n, _), outputs = x.shape, weights.shape, y.shape[1]
     gated = pairs is None
-    flat, nested = (gl.NVMMASharedLayout(128, 16, rank=rank) for rank in (2, 4))
     if gated:  # groups of 8 rows of the weight, each with its group of gates and, `outputs` rows on, of ups
         shape, strides = [(2 * num_experts - 1) * outputs // 8, 2, 8, k], [8 * k, outputs * k, k, 1]
-        weight = TensorDescriptor(weights, shape, strides, [_BLOCK_N // 16, 2, 8, _BLOCK_K], nested)
-        out = TensorDescriptor(y, list(y.shape), [outputs, 1], [_BLOCK_M // 2, _BLOCK_N // 2], flat)
+        weight = TensorDescriptor(weights, shape, strides, [_BLOCK_N // 16, 2, 8, _BLOCK_K], _NESTED)
+        out = TensorDescriptor(y, list(y.shape), [outputs, 1], [_BLOCK_M // 2, _BLOCK_N // 2], _FLAT)
     else:
-        weight = TensorDescriptor(weights, [num_experts * n, k], [k, 1], [_BLOCK_N, _BLOCK_K], flat)
+        weight = TensorDescriptor(weights, [num_experts * n, k], [k, 1], [_BLOCK_N, _BLOCK_K], _FLAT)
         out = None
     tiles_n = triton.cdiv(outputs, _BLOCK_N // 2 if gated else _BLOCK_N)
     _large_linear_kernel[(min(chip.num_sms, tiles_n * triton.cdiv(rows, _BLOCK_M)),)](
-        TensorDescriptor(x, [rows, k], [x.stride(0), 1], [_BLOCK_M, _BLOCK_K], flat), weight, out,
+        TensorDescriptor(x, [rows, k], [x.stride(0), 1], [_BLOCK_M, _BLOCK_K], _FLAT), weight, out,
         None if gated else y, scales, pairs, block_experts, 0 if gated else len(y), blocks or 0, tiles_n, n,
         triton.cdiv(k, _BLOCK_K), outputs,
         BAND=band, STAGES=_STAGES, BLOCK_N=_BLOCK_N, REGISTERS=_REGISTERS, PRODUCER_REGISTERS=_PRODUCER_REGISTERS,
