@@ -234,6 +234,7 @@ def large_experts(
     )  # fmt: skip
     activated = torch.empty(len(pairs), w2.shape[2], dtype=x.dtype, device=x.device)
     _launch(ordered, w1, activated, chip, block_experts=block_experts)
+    del ordered  # its memory serves the parts
     parts = torch.empty(num_pairs, hidden, dtype=torch.float32, device=x.device)
     _launch(activated, w2, parts, chip, block_experts=block_experts, pairs=pairs, scales=topk_weights)
     return parts
