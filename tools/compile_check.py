@@ -8,6 +8,7 @@ an estimate of the occupancy. A spilled vector register on AMD fails, as does mo
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import subprocess
 import sys
@@ -26,10 +27,27 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from miniserve.kernels.triton import cache_write, linearize, mla_decode, paged_decode, paged_extend, token_indices
+from miniserve.kernels.triton import (
+    cache_write,
+    hopper_extend,
+    linearize,
+    mla_decode,
+    paged_decode,
+    paged_extend,
+    token_indices,
+)
 from miniserve.kernels.triton.small_linear import Chip
 from miniserve.kernels.triton.split_kv import DecodeScratch
-from tools.compile_step import META, Case, int32, medium_launches, scaled_launches, step_launches, tensor
+from tools.compile_step import (
+    META,
+    Case,
+    int32,
+    large_launches,
+    medium_launches,
+    scaled_launches,
+    step_launches,
+    tensor,
+)
 
 ROWS, NUM_BLOCKS, TABLE_WIDTH, KV_HEADS = 64, 1 << 20, 4096, 8  # planes of many GiB: 64-bit offsets
 SPLITS = (1, 2, 64)  # no merge, a merge by the last split to arrive, a merge by a separate kernel (AMD: always that)
@@ -116,6 +134,27 @@ def _attention(
 
 
 _prefill = partial(_attention, query_len=2048)
+
+
+def _hopper_extend(dtype: torch.dtype, head_dim: int, group: int, block_size: int, *, special: bool = False) -> Case:
+    q = tensor(ROWS * 2048, group * KV_HEADS, head_dim, dtype=dtype)
+    planes = _planes(dtype, block_size, head_dim, False)
+    terms: dict[str, Any] = {"window": 1024, "sinks": tensor(q.shape[1], dtype=torch.float32)} if special else {}
+    lens = int32(ROWS, TABLE_WIDTH), int32(ROWS + 1), int32(ROWS)
+    launch = partial(
+        hopper_extend.hopper_extend, q, *planes, *lens, max_query_len=2048, scale=0.1, out=tensor(*q.shape), **terms
+    )
+    more = ", window + sinks" if special else ""
+    return f"{_what(dtype, dtype, False, block_size)} d{head_dim} gqa{group} q2048{more}", launch
+
+
+def _hopper_dense(causal: bool) -> Case:
+    kv, k_pe = tensor(8192, 16, 256), tensor(8192, 576)[:, 512:]
+    launch = partial(
+        hopper_extend.hopper_dense, tensor(8192, 16, 192), kv[..., :128], k_pe, kv[..., 128:], int32(5), int32(5), 4096,
+        scale=0.1, causal=causal,
+    )  # fmt: skip
+    return f"bf16 dense d192 and 128{', causal' if causal else ''}", launch
 
 
 def _linearize(kv: torch.dtype, head_dim: int) -> Case:
@@ -206,6 +245,12 @@ def cases(arch: Arch) -> Iterator[Case]:
     yield _token_indices()
     if arch.target.backend == "cuda":  # elsewhere many rows use the same tiles as few
         yield from (_attention(half, 128, shuffled, rows=256) for shuffled in (False, True))
+    if arch.chip.wgmma:
+        dtypes = half, torch.float16
+        for dtype, head_dim, group, block_size in itertools.product(dtypes, (64, 128), (1, 5), (16, 256)):
+            yield _hopper_extend(dtype, head_dim, group, block_size)
+        yield from (_hopper_extend(half, head_dim, 8, 16, special=True) for head_dim in (64, 128))
+        yield from (_hopper_dense(causal) for causal in (False, True))
     for kv in (half, fp8):
         if arch.target.backend == "cuda":  # elsewhere it is not used
             yield from (_linearize(kv, head_dim) for head_dim in (64, 80, 128, 256))
@@ -227,6 +272,10 @@ def quick_cases(arch: Arch) -> Iterator[Case]:
     yield _token_indices()
     yield from [*medium_launches(arch.chip)][2::2]  # plain, gated, in parts
     yield from [case for case in scaled_launches(arch.chip, arch.fp8) if case[0] in _QUICK]
+    if arch.chip.wgmma:
+        yield _hopper_extend(torch.bfloat16, 128, 4, 16)
+        yield _hopper_dense(True)
+        yield from large_launches(arch.chip)
 
 
 def _driver(arch: str) -> SimpleNamespace:

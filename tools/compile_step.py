@@ -13,6 +13,7 @@ from miniserve.kernels.sampling import NUM_COLUMNS, RowParams
 from miniserve.kernels.triton import (
     decode_step,
     elementwise,
+    large_linear,
     medium_linear,
     moe,
     moe_token,
@@ -173,6 +174,20 @@ def scaled_launches(chip: Chip, codes: torch.dtype) -> Iterator[Case]:
             yield name, partial(_scaled_experts, chip, codes, tokens, middle, block)
 
 
+def large_launches(chip: Chip) -> Iterator[Case]:
+    """As `step_launches`, the products of many rows alone."""
+    if chip.wgmma:
+        tokens, num_experts, k, middle = 4096, 128, 8, 768
+        weights = tensor(num_experts, 2 * middle, 2048), tensor(num_experts, 2048, middle)
+        routed = tensor(tokens, k, dtype=torch.float32), int32(tokens, k)
+        launch = partial(large_linear.large_experts, tensor(tokens, 2048), *weights, *routed, chip)
+        yield "bf16 4096 tokens, 8 of 128", launch
+        yield (
+            "bf16 4096 rows 12288 x 4096",
+            partial(large_linear.large_gated, tensor(4096, 4096), tensor(24576, 4096), chip),
+        )
+
+
 def step_launches(chip: Chip) -> Iterator[Case]:
     """Each that differs in generated code, cut for `chip`."""
     for m in _ROWS:
@@ -181,6 +196,7 @@ def step_launches(chip: Chip) -> Iterator[Case]:
         for n, k in ((12288, 4096), (3072, 1024)):
             yield f"bf16 {m} rows {n} x {k} gated", partial(_linear, chip, m, n, k, True)
     yield from medium_launches(chip)
+    yield from large_launches(chip)
     yield "fp32 router", partial(_linear, chip, 16, 128, 2048, False, torch.float32)
     for tokens in _TOKENS:
         yield f"bf16 {tokens} tokens, 8 of 128", partial(_experts, chip, tokens, 128, 8, 768)

@@ -8,7 +8,7 @@ from triton_support import DEVICE, DTYPES, NATIVE, normal, relative_error
 
 from miniserve.attention.spec import AttentionSpec, QKRope
 from miniserve.kernels.triton import decode_step, elementwise, moe, moe_token, small_linear
-from miniserve.kernels.triton.small_linear import Chip, LinearTile, Workspace, choose_tile
+from miniserve.kernels.triton.small_linear import Chip, LinearTile, Workspace, chip_of, choose_tile
 from miniserve.models.layers import ops
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -49,9 +49,10 @@ def test_norm_and_rope_within_a_fused_qkv(head_dim: int, with_norm: bool) -> Non
         assert relative_error(got, expected) < 1e-5
 
 
+@pytest.mark.parametrize("tokens", [4, 260])
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_the_rope_of_latent_attention(interleaved: bool) -> None:
-    q, k, cos_sin = normal(0, 4, 3, 20)[:, :, 4:], normal(1, 4, 30)[:, 7:23], normal(2, 4, 16)
+def test_the_rope_of_latent_attention(interleaved: bool, tokens: int) -> None:
+    q, k, cos_sin = normal(0, tokens, 3, 20)[:, :, 4:], normal(1, tokens, 30)[:, 7:23], normal(2, tokens, 16)
     want = ops.Ops().rope_pair(q.clone(), k.clone(), cos_sin, interleaved=interleaved)
     elementwise.rope_pair(q, k, cos_sin, interleaved=interleaved)
     assert relative_error(q, want[0]) < 1e-5
@@ -146,6 +147,47 @@ def test_routed_experts(tokens: int, swap: bool) -> None:
         total = start + want if extra is None else start + want + extra
         assert relative_error(residual, total) < 1e-4
         assert relative_error(got, ops.rms_norm(total, norm, 1e-6)) < 1e-4
+
+
+on_hopper = pytest.mark.skipif(not NATIVE or not chip_of(DEVICE).wgmma, reason="needs a Hopper GPU")
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 8, 64), (130, 200, 72), (1029, 1408, 2048), (4096, 3072, 1000)])
+def test_swiglu_of_many_rows(m: int, n: int, k: int, dtype: torch.dtype) -> None:
+    from miniserve.kernels.triton.large_linear import large_gated
+
+    x, weight = normal(0, m, k + 8, dtype=dtype)[:, :k], normal(1, 2 * n, k, dtype=dtype)
+    want = ops.silu_and_mul(x.float() @ weight.float().T)
+    assert relative_error(large_gated(x, weight, chip_of(DEVICE)), want) < TOLERANCE[dtype]
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("tokens", "num_experts", "k", "hidden", "middle"),
+    [(2, 4, 1, 64, 8), (300, 5, 3, 520, 200), (700, 64, 6, 2048, 1408), (1100, 7, 7, 256, 768)],
+)
+def test_experts_of_many_rows(
+    tokens: int, num_experts: int, k: int, hidden: int, middle: int, dtype: torch.dtype
+) -> None:
+    from miniserve.kernels.triton.large_linear import large_experts
+
+    x, scales = normal(0, tokens, hidden, dtype=dtype), normal(4, tokens, k).abs()
+    w1, w2 = (normal(seed, num_experts, *shape, dtype=dtype) / 8 for seed, shape in (
+        (2, (2 * middle, hidden)), (3, (hidden, middle)),
+    ))  # fmt: skip
+    ids = torch.stack([torch.randperm(num_experts)[:k] for _ in range(tokens)]).int().to(DEVICE)
+    ids[: tokens // 2, 0] = 1  # one expert with many rows, perhaps twice for a token
+    got = large_experts(x, w1, w2, scales, ids, chip_of(DEVICE)).view(tokens, k, hidden)
+    for expert in range(num_experts):
+        where = (ids == expert).nonzero(as_tuple=True)
+        activated = ops.silu_and_mul(x[where[0]] @ w1[expert].T)
+        want = scales[where][:, None] * (activated @ w2[expert].T).float()
+        assert relative_error(got[where], want) < TOLERANCE[dtype] or not len(want)
 
 
 def step_tensors(rows: list[int], width: int) -> decode_step.StepTensors:

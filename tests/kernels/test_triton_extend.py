@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,7 +28,9 @@ from triton_support import (
     starts_and_lengths,
 )
 
+from miniserve.attention.backends.torch_mla import dense_attention
 from miniserve.kernels.triton.paged_extend import paged_extend
+from miniserve.kernels.triton.small_linear import chip_of
 
 # (context, new tokens) of each request: a one-token request, block boundaries, a prefill, an empty one.
 REQUESTS = [(0, 1), (15, 1), (16, 17), (0, 33), (5, 0), (70, 40)]
@@ -34,14 +38,14 @@ REQUESTS = [(0, 1), (15, 1), (16, 17), (0, 33), (5, 0), (70, 40)]
 
 def check(
     cache: Cache, num_heads: int, requests: list[tuple[int, int]], dtype: torch.dtype, *, scale: float = 0.125,
-    **options: Any,
+    extend: Callable[..., torch.Tensor] = paged_extend, **options: Any,
 ) -> None:  # fmt: skip
     head_dim = cache.k.shape[3]
     starts, lengths = starts_and_lengths(requests)
     q = normal(5, starts[-1], num_heads + 1, head_dim, dtype=dtype)[:, 1:]
     tables = block_tables(lengths, cache.k.shape[0], cache.block_size)
     planes = options.pop("planes", cache.planes)  # which end with the cache's
-    got = paged_extend(
+    got = extend(
         q, *planes, tables + (len(planes[0]) - len(cache.planes[0])), int32(starts), int32(lengths),
         max_query_len=max(new for _, new in requests) + 3,
         scale=scale, out=torch.full_like(q, float("nan")), **cache.layout, **options,
@@ -128,6 +132,78 @@ def test_long_chunks(window: int | None, shuffled: bool) -> None:
     for num_splits in (1, 4):
         requests = [(0, 2048), (3000, 700), (4000, 3)]
         check(cache, 32, requests, torch.bfloat16, scale=128**-0.5, num_splits=num_splits, **options)
+
+
+def hopper(*tensors: torch.Tensor, num_kv_heads: int, block_size: int, shuffled: bool, **options: Any) -> torch.Tensor:
+    from miniserve.kernels.triton.hopper_extend import can_extend, hopper_extend
+
+    assert can_extend(tensors[0], tensors[1], 64)
+    assert (tensors[1].shape[1:3], shuffled) == ((block_size, num_kv_heads), False)
+    return hopper_extend(*tensors, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not NATIVE or not chip_of(DEVICE).wgmma, reason="needs a Hopper GPU, whose matrix units it uses")
+@pytest.mark.parametrize(
+    ("group", "block_size", "head_dim", "dtype"),
+    [
+        (1, 16, 64, torch.float16),
+        (4, 16, 128, torch.bfloat16),
+        (5, 8, 128, torch.float16),
+        (8, 64, 64, torch.bfloat16),
+        (64, 256, 128, torch.bfloat16),
+    ],
+)
+def test_hopper_extend(group: int, block_size: int, head_dim: int, dtype: torch.dtype) -> None:
+    cache = random_cache(6144 // block_size, block_size, 2, head_dim, dtype=dtype, shuffled=False)
+    options: dict[str, Any] = {"scale": head_dim**-0.5, "extend": hopper}
+    requests = [*REQUESTS, (0, 128), (100, 28), (0, 127), (3, 126), (1000, 300), (511, 513)]
+    check(cache, 2 * group, requests, dtype, **options)
+    check(cache, 2 * group, requests, dtype, sinks=3 * normal(9, 2 * group), **options)
+    for window in (1, 100, 128, 700):
+        check(cache, 2 * group, requests, dtype, window=window, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not NATIVE or not chip_of(DEVICE).wgmma, reason="needs a Hopper GPU, whose matrix units it uses")
+def test_hopper_extend_reads_nothing_into_what_no_query_sees() -> None:
+    cache = random_cache(64, 16, 2, 128, dtype=torch.bfloat16, shuffled=False)
+    for context, new in [(5, 200), (0, 37), (0, 1), (100, 157)]:
+        last, offset = divmod(context + new, 16)
+        planes = [plane.clone() for plane in cache.planes]
+        for plane in planes:
+            plane[block_tables([context + new], 64, 16)[0, last].long(), offset:] = float("nan")
+        check(cache, 8, [(context, new)], torch.bfloat16, planes=planes, extend=hopper)
+    window, context, new = 150, 500, 40  # the first query sees keys from 351 on
+    planes = [plane.clone() for plane in cache.planes]
+    for plane in planes:
+        plane[block_tables([context + new], 64, 16)[0, : 351 // 16].long()] = float("nan")
+    check(cache, 8, [(context, new)], torch.bfloat16, planes=planes, extend=hopper, window=window)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not NATIVE or not chip_of(DEVICE).wgmma, reason="needs a Hopper GPU, whose matrix units it uses")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("causal", [True, False])
+def test_hopper_dense(causal: bool, dtype: torch.dtype) -> None:
+    from miniserve.kernels.triton.hopper_extend import can_attend_dense, hopper_dense
+
+    heads, queries = 3, [1, 200, 64, 129, 700]
+    keys = queries if causal else [1, 3, 384, 1000, 127]
+    starts, key_starts = ([0, *itertools.accumulate(lens)] for lens in (queries, keys))
+    q, kv = normal(1, starts[-1], heads, 192, dtype=dtype), normal(2, key_starts[-1], heads, 256, dtype=dtype)
+    k_nope, v, k_pe = kv[..., :128], kv[..., 128:], normal(3, key_starts[-1], 576, dtype=dtype)[:, 512:]
+    v[key_starts[2]] = float("inf")  # the third row's first, in the last tile of the first two
+    assert can_attend_dense(q, k_nope, k_pe, v)
+    out, lse = hopper_dense(
+        q, k_nope, k_pe, v, int32(starts), int32(key_starts), max(queries), scale=0.07, causal=causal
+    )
+    whole = torch.cat([k_nope, k_pe[:, None].expand(-1, heads, -1)], dim=-1)
+    for row in (0, 1, 3, 4):
+        span, seen = slice(*starts[row : row + 2]), slice(*key_starts[row : row + 2])
+        want, sums = dense_attention(q[span].double(), whole[seen].double(), v[seen].double(), 0.07, causal=causal)
+        close(out[span], want.double(), dtype)
+        assert float((lse[:, span] - sums).abs().max()) < 1e-2
 
 
 def test_no_requests() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 from triton_support import DEVICE, NATIVE, normal, relative_error
 
-from miniserve.kernels.triton import medium_linear, runtime
+from miniserve.kernels.triton import hopper_extend, large_linear, medium_linear, runtime
 from miniserve.kernels.triton.medium_linear import _CUTS, MediumTile, choose_medium_tile, choose_parts_tile
 from miniserve.kernels.triton.small_linear import Chip, chip_of
 from miniserve.models.layers import ops
@@ -77,13 +79,31 @@ def test_shapes_of_an_8b_model() -> None:
     assert choose_medium_tile(16, 4096, 12288, 2, H100, gated=False) is None, "small_linear is faster"
 
 
-def test_a_gluon_that_does_not_work_leaves_the_products_to_the_library(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("module", [medium_linear, large_linear, hopper_extend])
+def test_a_gluon_that_does_not_work_leaves_its_work_to_others(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(device: torch.device) -> None:
         raise AttributeError("mbarrier has no expect")
 
-    monkeypatch.setattr(medium_linear, "try_out", fail)
-    assert runtime._medium_linears(DEVICE, H100) is None
-    assert "mbarrier has no expect" in caplog.text
-    assert runtime._medium_linears(DEVICE, Chip(304, 65536)) is None
+    name, gpu = module.__name__.rpartition(".")[2], torch.device("cuda")
+    monkeypatch.setattr(module, "try_out", fail)
+    monkeypatch.setattr(runtime, "chip_of", lambda device: H100)
+    assert runtime.gluon_kernels(name, gpu, "it runs slower") is None
+    assert "so it runs slower: AttributeError('mbarrier has no expect')" in caplog.text
+    monkeypatch.setattr(module, "try_out", lambda device: None)
+    assert runtime.gluon_kernels(name, gpu, "it runs slower") is module
+    assert runtime.gluon_kernels(name, torch.device("cpu"), "it runs slower") is None
+    monkeypatch.setattr(runtime, "chip_of", lambda device: Chip(304, 65536))
+    assert runtime.gluon_kernels(name, gpu, "it runs slower") is None
+
+
+@pytest.mark.parametrize(("rows", "middle", "takes"), [
+    (256, 12288, False), (320, 12288, False), (512, 12288, True), (768, 12288, False), (4096, 12288, True),
+    (1024, 3072, False), (2048, 3072, True),
+])  # fmt: skip
+def test_swiglu_of_many_rows_is_taken_where_the_last_round_is_full(rows: int, middle: int, takes: bool) -> None:
+    x, weight = torch.empty(rows, 64, dtype=torch.bfloat16), torch.empty(2 * middle, 64, dtype=torch.bfloat16)
+    assert large_linear.can_gate(x, weight, H100) is takes
+    assert not large_linear.can_gate(x, weight.float(), H100)
+    assert not large_linear.can_gate(x[:, 1:], weight[:, 1:], H100)

@@ -55,9 +55,10 @@ class LatentBackend(Backend[LatentMetadata[Decode]]):
 
     @abstractmethod
     def attend_dense(
-        self, layer: LatentLayer, q: Tensor, k: Tensor, v: Tensor, lens: RaggedLens, *, causal: bool
+        self, layer: LatentLayer, q: Tensor, k: tuple[Tensor, Tensor], v: Tensor, lens: RaggedLens, *, causal: bool
     ) -> tuple[Tensor, Tensor]:
-        """q [tokens, num_heads, nope_dim + rope_dim] of the rows of `lens`, k likewise [keys, …], v [keys, num_heads,
+        """q [tokens, num_heads, nope_dim + rope_dim] of the rows of `lens`, k without rope [keys, num_heads, nope_dim]
+        and what all heads share [keys, rope_dim] (see `whole`), v [keys, num_heads,
         v_head_dim], row after row; causal: query i of a row sees its keys up to i, and there are as many of both.
         Returns out [tokens, num_heads, v_head_dim] and lse float32 [num_heads, tokens], as `merge_lse` has it."""
 
@@ -91,7 +92,7 @@ class LatentBackend(Backend[LatentMetadata[Decode]]):
             parts.append(layer.project_out(found))
         if meta.chunks is not None:
             span, lens = meta.chunks
-            q = torch.cat([q_nope[span], q_pe[span]], dim=-1)
+            q = _joined(q_nope[span], q_pe[span])
             out, lse = self.attend_dense(layer, q, *_expand(layer, kv_c[span], k_pe[span]), lens, causal=True)
             if meta.context:
                 out = self._add_context(layer, q, cache, meta.context, span.start, out.float(), lse).to(q.dtype)
@@ -125,7 +126,22 @@ def _together(groups: tuple[QueryRows, ...]) -> tuple[slice, RaggedLens]:
     return slice(groups[0].start, groups[-1].end), RaggedLens(starts, starts, longest, longest)
 
 
-def _expand(layer: LatentLayer, kv_c: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys [N, num_heads, nope_dim + rope_dim] and values [N, num_heads, v_head_dim] of latents."""
+def _expand(layer: LatentLayer, kv_c: Tensor, k_pe: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Keys, as `attend_dense` takes them, and values [N, num_heads, v_head_dim] of latents."""
     k_nope, v = layer.expand(kv_c)
-    return torch.cat([k_nope, k_pe[:, None].expand(-1, k_nope.shape[1], -1)], dim=-1), v
+    return (k_nope, k_pe), v
+
+
+def whole(k: tuple[Tensor, Tensor]) -> Tensor:
+    """Each head's keys with what all heads share: [N, num_heads, nope_dim + rope_dim]."""
+    k_nope, k_pe = k
+    return torch.cat([k_nope, k_pe[:, None].expand(-1, k_nope.shape[1], -1)], dim=-1)
+
+
+def _joined(first: Tensor, second: Tensor) -> Tensor:
+    """Side by side along the last dimension; without a copy where they lie so, as parts of one projection do."""
+    width = first.shape[-1]
+    of_one = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    if of_one and first.stride() == second.stride() and first.storage_offset() + width == second.storage_offset():
+        return first.as_strided((*first.shape[:-1], width + second.shape[-1]), first.stride())
+    return torch.cat([first, second], dim=-1)

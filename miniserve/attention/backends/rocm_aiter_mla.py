@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from miniserve.attention import aiter
 from miniserve.attention.backends.gathered import RaggedLens
-from miniserve.attention.backends.latent_base import LatentBackend
+from miniserve.attention.backends.latent_base import LatentBackend, whole
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.triton_mla import dense_dim, latent_scale, padded
 from miniserve.attention.layouts import KVCache, KVLayout
@@ -134,14 +134,14 @@ class AiterLatentBackend(LatentBackend[tuple[Tensor, ...]]):
         self._write_kernel(kv_c, k_pe, cache.key, slot_mapping, kv_scale=latent_scale(layer))
 
     def attend_dense(
-        self, layer: LatentLayer, q: Tensor, k: Tensor, v: Tensor, lens: RaggedLens, *, causal: bool
+        self, layer: LatentLayer, q: Tensor, k: tuple[Tensor, Tensor], v: Tensor, lens: RaggedLens, *, causal: bool
     ) -> tuple[Tensor, Tensor]:
-        width = v.shape[-1]
+        width, keys = v.shape[-1], whole(k)
         if (q.shape[-1], width) != _ASM_DENSE_DIMS:
-            q, k, v = (padded(tensor, dense_dim(q, v)) for tensor in (q, k, v))
+            q, keys, v = (padded(tensor, dense_dim(q, v)) for tensor in (q, keys, v))
         out, lse = self._aiter.flash_attn_varlen_func(
             q,
-            k,
+            keys,
             v,
             *lens,
             softmax_scale=layer.spec.scale,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from miniserve.attention.backends.gathered import RaggedLens
-from miniserve.attention.backends.latent_base import LatentBackend
+from miniserve.attention.backends.latent_base import LatentBackend, whole
 from miniserve.attention.layouts import KVCache
 from miniserve.attention.metadata import QueryRows
 from miniserve.attention.spec import LatentLayer
@@ -41,14 +41,15 @@ class TorchLatentBackend(LatentBackend[QueryRows]):
         return torch.bmm(weights, kv_c.masked_fill_(hidden[..., None], 0.0)).to(q.dtype)
 
     def attend_dense(
-        self, layer: LatentLayer, q: Tensor, k: Tensor, v: Tensor, lens: RaggedLens, *, causal: bool
+        self, layer: LatentLayer, q: Tensor, k: tuple[Tensor, Tensor], v: Tensor, lens: RaggedLens, *, causal: bool
     ) -> tuple[Tensor, Tensor]:
+        keys_of = whole(k)
         out = torch.empty((*q.shape[:2], v.shape[-1]), dtype=q.dtype, device=q.device)
         lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
         starts, key_starts = lens.cu_query_lens.tolist(), lens.cu_key_lens.tolist()
         for row in range(len(starts) - 1):
             span, keys = slice(*starts[row : row + 2]), slice(*key_starts[row : row + 2])
-            out[span], lse[:, span] = dense_attention(q[span], k[keys], v[keys], layer.spec.scale, causal=causal)
+            out[span], lse[:, span] = dense_attention(q[span], keys_of[keys], v[keys], layer.spec.scale, causal=causal)
         return out, lse
 
 

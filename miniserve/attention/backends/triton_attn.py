@@ -50,9 +50,11 @@ class TritonBackend(Backend[StepBatch]):
         from miniserve.kernels.triton.linearize import linearize
         from miniserve.kernels.triton.paged_decode import paged_decode
         from miniserve.kernels.triton.paged_extend import paged_extend
+        from miniserve.kernels.triton.runtime import gluon_kernels
 
         super().__init__(layout, options)
         self._paged_decode, self._paged_extend, self._linearize = paged_decode, paged_extend, linearize
+        self._hopper = gluon_kernels("hopper_extend", options.device, "prefill attention runs slower")
         self._writer = CacheWriter(layout)
         self.fuses_rope = fuses_rope(options.routes)
         # Copies and splits of chunks were measured on NVIDIA's GPUs alone.
@@ -62,7 +64,7 @@ class TritonBackend(Backend[StepBatch]):
         # A graph copies block tables of any length, so it must have room for the longest.
         self.chunk_graphs = not self._copies or CHUNKS_IN_GRAPH * options.max_seq_len <= LINEARIZED_TOKENS
         if self._copies:  # block tables of the copies
-            blocks = LINEARIZED_TOKENS // layout.block_size
+            blocks = LINEARIZED_TOKENS // layout.block_size + CHUNKS_IN_GRAPH  # see `table_width`
             self._linear_tables = torch.arange(blocks, dtype=torch.int32, device=options.device)
         self._plans = {_shape(spec): SplitPlan(spec, options) for spec in options.specs}
 
@@ -122,9 +124,15 @@ class TritonBackend(Backend[StepBatch]):
         if self._copies and rows.max_query_len >= self.linearize_from and tables.numel() <= len(self._linear_tables):
             planes = self._linearize(*planes, tables, *lens, window=layer.spec.sliding_window)
             tables, terms["shuffled"] = self._linear_tables[: tables.numel()].view(tables.shape), False
-        self._paged_extend(
-            q, *planes, tables, *lens, max_query_len=rows.max_query_len, num_splits=num_splits, out=out, **terms
-        )
+        longest = rows.max_query_len
+        plain = num_splits == 1 and not terms["shuffled"] and layer.spec.softcap is None
+        if plain and self._hopper is not None and self._hopper.can_extend(q, planes[0], longest):
+            chosen = {name: terms[name] for name in ("scale", "window", "sinks")}
+            self._hopper.hopper_extend(q, *planes, tables, *lens, max_query_len=longest, out=out, **chosen)
+        else:
+            self._paged_extend(
+                q, *planes, tables, *lens, max_query_len=longest, num_splits=num_splits, out=out, **terms
+            )
 
     def _extend_splits(self, spec: AttentionSpec, rows: QueryRows) -> int:
         queries = rows.max_query_len * spec.num_heads // spec.num_kv_heads

@@ -1,5 +1,5 @@
 """TRITON_MLA: latent attention with the engine's own Triton kernels for decode and cache writes, on NVIDIA's and AMD's
-GPUs; chunks through PyTorch's flash attention, where there is one."""
+GPUs; chunks by Hopper's matrix units or else through PyTorch's flash attention, where there is one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from miniserve.attention.backends.gathered import RaggedLens
+from miniserve.attention.backends.latent_base import whole
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.torch_mla import TorchLatentBackend
 from miniserve.attention.layouts import KVCache, KVLayout
@@ -40,10 +41,12 @@ class TritonLatentBackend(TorchLatentBackend):
     def __init__(self, layout: KVLayout, options: BackendOptions) -> None:
         from miniserve.kernels.triton.cache_write import write_latent
         from miniserve.kernels.triton.mla_decode import mla_decode
+        from miniserve.kernels.triton.runtime import gluon_kernels
         from miniserve.kernels.triton.split_kv import DecodeScratch
 
         super().__init__(layout, options)
         self._decode_kernel, self._write_kernel = mla_decode, write_latent
+        self._hopper = gluon_kernels("hopper_extend", options.device, "prefill attention runs slower")
         self._max_seq_len, self._platform = options.max_seq_len, options.platform
         self._scratch = {
             spec: DecodeScratch.allocate(_launches(spec, options), spec.num_heads, _rank(spec), options.device)
@@ -78,13 +81,19 @@ class TritonLatentBackend(TorchLatentBackend):
         self._write_kernel(kv_c, k_pe, cache.key, slot_mapping, kv_scale=latent_scale(layer))
 
     def attend_dense(
-        self, layer: LatentLayer, q: Tensor, k: Tensor, v: Tensor, lens: RaggedLens, *, causal: bool
+        self, layer: LatentLayer, q: Tensor, k: tuple[Tensor, Tensor], v: Tensor, lens: RaggedLens, *, causal: bool
     ) -> tuple[Tensor, Tensor]:
+        if self._hopper is not None and self._hopper.can_attend_dense(q, *k, v):
+            starts = lens.cu_query_lens, lens.cu_key_lens, lens.max_query_len
+            found: tuple[Tensor, Tensor] = self._hopper.hopper_dense(
+                q, *k, v, *starts, scale=layer.spec.scale, causal=causal
+            )
+            return found
         dim = dense_dim(q, v)
         if self._platform.vendor == "hip" or q.dtype not in _FLASH_DTYPES or dim > _FLASH_MAX_DIM:
             return super().attend_dense(layer, q, k, v, lens, causal=causal)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            *(padded(tensor, dim) for tensor in (q, k, v)), *lens, 0.0, causal, False, scale=layer.spec.scale
+            *(padded(tensor, dim) for tensor in (q, whole(k), v)), *lens, 0.0, causal, False, scale=layer.spec.scale
         )
         return out[..., : v.shape[-1]], lse
 

@@ -77,7 +77,8 @@ def rope_and_write(
         q_out = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     if num_tokens == 0:
         return q_out
-    heads = min(next_power_of_2(num_heads), max(1, 512 // next_power_of_2(head_dim)))
+    tile = 512 if num_tokens <= 256 else 1024  # few tokens need many programs
+    heads = min(next_power_of_2(num_heads), max(1, tile // next_power_of_2(head_dim)))
     _rope_write_kernel[(num_tokens, cdiv(num_heads, heads) + cdiv(num_kv_heads, heads))](
         qkv, cos_sin, q_weight, k_weight, key_cache, value_cache, slot_mapping, k_scale, v_scale, q_out, k_out,
         qkv.stride(0), cos_sin.stride(0), *q_out.stride()[:2], *plane_strides(key_cache, shuffled),

@@ -139,22 +139,23 @@ def norm_rope(
 @triton.jit
 def _rope_pair_kernel(
     q_ptr, k_ptr, cos_sin_ptr, num_heads, q_row, q_head, k_row,
-    DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
+    DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program a token and head, q's heads first, then k's only one; in place."""
+    """One program a token and BLOCK_H of q's heads; one more for k's only one; in place."""
     start(PDL)
     wait(PDL)
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     half: tl.constexpr = DIM // 2
-    place = tl.arange(0, HALF)
+    place = tl.arange(0, HALF)[None, :]
     inside = place < half
     cos = tl.load(cos_sin_ptr + token * DIM + place, mask=inside, other=0.0)
     sin = tl.load(cos_sin_ptr + token * DIM + half + place, mask=inside, other=0.0)
     first = 2 * place if INTERLEAVED else place
     second = first + 1 if INTERLEAVED else half + place
     # Triton 3.6 cannot compile a choice between two pointers for AMD.
-    if head < num_heads:
-        _rotate(q_ptr + token * q_row + head * q_head, first, second, cos, sin, inside)
+    head = tile * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
+    if tile < tl.num_programs(1) - 1:
+        _rotate(q_ptr + token * q_row + head * q_head, first, second, cos, sin, inside & (head < num_heads))
     else:
         _rotate(k_ptr + token * k_row, first, second, cos, sin, inside)
 
@@ -172,8 +173,10 @@ def rope_pair(q: torch.Tensor, k: torch.Tensor, cos_sin: torch.Tensor, *, interl
     """Rotate q [T, num_heads, dim] and k [T, dim] in place (views with a dense last dimension); cos_sin float32 [T,
     dim], cosines first. interleaved: neighbours are paired instead of halves."""
     tokens, num_heads, dim = q.shape
-    _rope_pair_kernel[(tokens, num_heads + 1)](
+    # Few tokens need many programs, many tokens few of them.
+    heads = min(16, triton.next_power_of_2(num_heads)) if tokens > 256 else 1
+    _rope_pair_kernel[(tokens, triton.cdiv(num_heads, heads) + 1)](
         q, k, cos_sin, num_heads, *q.stride()[:2], k.stride(0),
-        DIM=dim, HALF=triton.next_power_of_2(dim // 2), INTERLEAVED=interleaved, num_warps=1,
+        DIM=dim, HALF=triton.next_power_of_2(dim // 2), BLOCK_H=heads, INTERLEAVED=interleaved, num_warps=1,
         **launch_options(q.device),
     )  # fmt: skip

@@ -219,6 +219,26 @@ def fitted(tiles: tuple[MoETile, MoETile], itemsize: int, shared_bytes: int) -> 
     return fit(tiles[0], 2), fit(tiles[1], 1)
 
 
+def aligned_pairs(
+    topk_ids: torch.Tensor, num_experts: int, block_m: int, first: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pairs of topk_ids [T, K] by expert, each expert's filled up to whole blocks: int32 [blocks * block_m], the
+    number of all pairs where there is none; how many blocks are in use, and each one's expert, counted from `first`,
+    int32 [1 + blocks]."""
+    num_pairs, device = topk_ids.numel(), topk_ids.device
+    num_blocks = min(num_pairs, num_experts + num_pairs // block_m)
+    pairs = torch.empty(num_blocks * block_m, dtype=torch.int32, device=device)
+    block_experts = torch.empty(num_blocks + 1, dtype=torch.int32, device=device)
+    many = num_pairs > 8192  # in fewer rounds of more threads
+    _align_kernel[(num_experts + 1,)](
+        topk_ids, pairs, block_experts, num_pairs,
+        E=num_experts, FIRST=first, BLOCK_E=triton.next_power_of_2(num_experts + 1),
+        BLOCK_P=8192 if many else min(1024, triton.next_power_of_2(num_pairs)), BLOCK_M=block_m,
+        num_warps=16 if many else 4, **launch_options(device),
+    )  # fmt: skip
+    return pairs, block_experts
+
+
 def experts(
     x: torch.Tensor,
     w1: torch.Tensor,
@@ -246,15 +266,8 @@ def experts(
     gate_up, down = tiles
     aligned = tokens > 1 or first is not None
     if aligned:
-        block_m = gate_up.block_m
-        num_blocks = min(num_pairs, num_experts + num_pairs // block_m)
-        pairs = torch.empty(num_blocks * block_m, dtype=torch.int32, device=x.device)
-        block_experts = torch.empty(num_blocks + 1, dtype=torch.int32, device=x.device)
-        _align_kernel[(num_experts + 1,)](
-            topk_ids, pairs, block_experts, num_pairs,
-            E=num_experts, FIRST=first or 0, BLOCK_E=triton.next_power_of_2(num_experts + 1),
-            BLOCK_P=min(1024, triton.next_power_of_2(num_pairs)), BLOCK_M=block_m, num_warps=4, **options,
-        )  # fmt: skip
+        pairs, block_experts = aligned_pairs(topk_ids, num_experts, gate_up.block_m, first or 0)
+        num_blocks = len(block_experts) - 1
     else:
         pairs, block_experts, num_blocks = topk_ids, topk_ids, num_pairs
 

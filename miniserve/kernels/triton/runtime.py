@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import logging
 from types import ModuleType
 from typing import Any
@@ -12,32 +13,24 @@ from torch.nn import functional
 
 from miniserve.kernels.library_linear import LibraryLinear
 from miniserve.kernels.triton import elementwise, moe, moe_token, norm_router, routing
-from miniserve.kernels.triton.small_linear import (
-    Chip,
-    Workspace,
-    chip_of,
-    choose_scaled_tile,
-    choose_tile,
-    small_linear,
-)
+from miniserve.kernels.triton.small_linear import Workspace, chip_of, choose_scaled_tile, choose_tile, small_linear
 from miniserve.kernels.triton.widen import widen
 
 _logger = logging.getLogger(__name__)
 
 
-def _medium_linears(device: torch.device, chip: Chip) -> ModuleType | None:
-    """The module of products of 9 to 256 rows. None on GPUs without them, and if they fail a trial: Gluon is
-    experimental, and this Triton's may differ from the one they were written for."""
-    if not chip.wgmma:
+def gluon_kernels(name: str, device: torch.device, without: str) -> ModuleType | None:
+    """The module `name` of kernels in Gluon. None on GPUs without Hopper's matrix units, and if they fail a trial:
+    Gluon is experimental, and this Triton's may differ from the one they were written for. without: what that costs."""
+    if device.type != "cuda" or not chip_of(device).wgmma:
         return None
     try:
-        from miniserve.kernels.triton import medium_linear
-
-        medium_linear.try_out(device)
+        module = importlib.import_module(f"miniserve.kernels.triton.{name}")
+        module.try_out(device)
     except Exception as error:
-        _logger.warning("The Gluon kernel fails here, so linear layers of 9 to 256 rows run slower: %r", error)
+        _logger.warning("The Gluon kernel fails here, so %s: %r", without, error)
         return None
-    return medium_linear
+    return module
 
 
 class TritonKernels:
@@ -49,7 +42,6 @@ class TritonKernels:
     norm_rope = staticmethod(elementwise.norm_rope)
     rope_pair = staticmethod(elementwise.rope_pair)
     can_route = staticmethod(routing.can_route)
-    experts = staticmethod(moe.experts)
     token_experts = staticmethod(moe_token.token_experts)
     add_pairs_norm = staticmethod(moe.add_pairs_norm)
 
@@ -61,7 +53,9 @@ class TritonKernels:
         self._fused_tokens = routing.FUSED_TOKENS if chip.splits else ()
         self._norm_fused_tokens = norm_router.FUSED_TOKENS if chip.splits else ()
         self._tile = functools.cache(functools.partial(choose_tile, chip=chip))
-        self._chip, self._medium = chip, _medium_linears(device, chip)
+        self._chip = chip
+        self._medium = gluon_kernels("medium_linear", device, "linear layers of 9 to 256 rows run slower")
+        self._large = gluon_kernels("large_linear", device, "SwiGLU and experts of many rows run slower")
         self.library_linear = LibraryLinear(device)
 
     def linear(
@@ -73,7 +67,11 @@ class TritonKernels:
         gated: bool = False,
         out_dtype: torch.dtype | None = None,
     ) -> torch.Tensor | None:
-        """See `small_linear` and `medium_linear`; None if `library_linear` is faster for these shapes."""
+        """See `small_linear`, `medium_linear`, `large_linear`; None if `library_linear` is faster for these shapes."""
+        plain = bias is None and out_dtype is None
+        if gated and plain and self._large is not None and self._large.can_gate(x, weight, self._chip):
+            found: torch.Tensor = self._large.large_gated(x, weight, self._chip)
+            return found
         n = weight.shape[0] // 2 if gated else weight.shape[0]
         sizes = (x.shape[0], n, weight.shape[1], weight.element_size())
         if self._medium is not None and out_dtype is None and self._medium.can_describe(x):
@@ -127,6 +125,25 @@ class TritonKernels:
         sizes = (x.shape[0], *weight.shape, block)
         tile = self._medium.choose_scaled_tile(*sizes, self._chip, gated=False, parts=True)
         return None if tile is None else self._medium.linear_parts(x, weight, tile, scale=scale, block=block)
+
+    def experts(
+        self,
+        x: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        *,
+        first: int | None = None,
+        scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+        block: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """See `moe.experts`."""
+        plain = first is None and scales is None
+        if plain and self._large is not None and self._large.can_group(x, w1, topk_ids.numel()):
+            found: torch.Tensor = self._large.large_experts(x, w1, w2, topk_weights, topk_ids, self._chip)
+            return found
+        return moe.experts(x, w1, w2, topk_weights, topk_ids, first=first, scales=scales, block=block)
 
     def add_norm_route(
         self,
