@@ -32,12 +32,12 @@ from miniserve.server.protocol import (
     Usage,
 )
 from miniserve.server.reading import AnswerReader, Reading, chosen_tools, forced_calls, reading_of, template_tools
-from miniserve.server.reply import Answer, GenerationResponse, Header, finish_word
+from miniserve.server.reply import ChoicesAnswer, GenerationResponse, Header, finish_word
 from miniserve.server.service import MAX_TEXT, Service
 from miniserve.server.structured import find_grammar
 
 
-class ChatAnswer(Answer):
+class ChatAnswer(ChoicesAnswer):
     """One choice for each of the n sequences of the one prompt."""
 
     whole_kind, chunk_kind = "chat.completion", "chat.completion.chunk"
@@ -197,9 +197,9 @@ async def respond(service: Service, body: ChatCompletionRequest) -> GenerationRe
     service.check_model(body.model)
     service.fields.check(body, REFUSED_IN_CHAT)
     chat = await prepare(service, body)
-    header = service.header("chatcmpl")
+    header = service.header("chatcmpl-")
     answer = ChatAnswer(header, service.engine.tokenizer, chat, body)
-    return service.reply(await service.generation([chat.token_ids], chat.params, body, header), answer, body)
+    return service.reply(await service.generation([chat.token_ids], chat.params, body, header), answer, bool(body.stream))
 
 
 async def render(
