@@ -62,8 +62,8 @@ class Header:
 
 
 class Answer(ABC):
-    """The shape of an answer, as a whole or as events. `number` is that of the prompt. Every prompt's tokens count once,
-    and the output of every sequence."""
+    """The shape of an answer, as a whole or as events. `number` is that of the prompt. Every prompt's tokens count
+    once, and the output of every sequence."""
 
     names_events: ClassVar[bool] = False  # by their `type`, in a line before the data
     beat: ClassVar[bytes] = b": keep-alive\n\n"
@@ -238,9 +238,7 @@ class GenerationResponse(Response):
     So an error that comes later than at once is an event, too.
     """
 
-    def __init__(
-        self, generation: Generation, answer: Answer, *, stream: bool, logs: bool, logs_prompts: bool
-    ) -> None:
+    def __init__(self, generation: Generation, answer: Answer, *, stream: bool, logs: bool, logs_prompts: bool) -> None:
         super().__init__()
         self._logs = logs
         self._logs_prompts = logs_prompts
