@@ -131,8 +131,8 @@ MESSAGES_MEANINGS = {
     "template's switch; where there is none, what the model does anyway is accepted and the rest a 400. "
     "`budget_tokens` is a target that nothing enforces; `display: omitted` leaves reasoning out of the answer.",
     "output_config": "`format`: a JSON schema, enforced. `effort`: for templates that know `reasoning_effort`.",
-    "cache_control": "Without effect, here and in blocks: the prefix cache is automatic. `cache_read_input_tokens` says "
-    "what it had, and `cache_creation_input_tokens` is 0.",
+    "cache_control": "Without effect, here and in blocks: the prefix cache is automatic. `cache_read_input_tokens` "
+    "says what it had, and `cache_creation_input_tokens` is 0.",
     "max_tokens": "Needed. More than the context holds is a 400.",
     "stop_sequences": "Up to 256 strings.",
 }
@@ -147,8 +147,8 @@ RESPONSES_MEANINGS = {
     "max_output_tokens": "Default: the model's own or else the rest of the context. More than it holds is a 400.",
     "stream_options": "`include_obfuscation: false`.",
     "store": "Nothing is stored; the answer says `store: false`.",
-    "include": "`reasoning.encrypted_content` is accepted and not needed: `reasoning` items hold their text, and can be "
-    "sent back. Others are refused.",
+    "include": "`reasoning.encrypted_content` is accepted and not needed: `reasoning` items hold their text, and can "
+    "be sent back. Others are refused.",
     "truncation": "`disabled`.",
     "metadata": "Up to 16 texts, which come back with the answer.",
 }
@@ -216,9 +216,9 @@ def render() -> str:
         *_field_table(rendering),
         "",
         "### Of `/v1/messages`",
-        "`/v1/messages/count_tokens` takes the fields " + _names(_fields(CountTokensRequest)) + ". Errors there are "
-        "Anthropic's `{\"type\": \"error\", \"error\": {\"type\", \"message\"}, \"request_id\"}`. `anthropic-version` and "
-        "`anthropic-beta` change nothing. The arguments of a call that was cut, or is no JSON, are "
+        "`/v1/messages/count_tokens` takes " + _names(_fields(CountTokensRequest)) + ". `anthropic-version` and "
+        "`anthropic-beta` change nothing. Errors are Anthropic's: `{\"type\": \"error\", \"error\": {\"type\", "
+        "\"message\"}, \"request_id\"}`. The arguments of a call that was cut, or are no JSON, are "
         "`{\"INVALID_JSON\": text}`.",
         *_field_table(_fields(MessagesRequest), MEANINGS | MESSAGES_MEANINGS),
         "",
