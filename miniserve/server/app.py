@@ -15,19 +15,26 @@ from miniserve import __version__
 from miniserve.core import InvalidRequest, UserError
 from miniserve.engine.client import AsyncEngine
 from miniserve.scheduler.limits import check_vocabulary
-from miniserve.server import chat, completions, errors, protocol, steps
+from miniserve.server import chat, completions, errors, messages, protocol, responses, steps
 from miniserve.server.body import body_route
 from miniserve.server.chat import render
 from miniserve.server.config import ServerConfig
 from miniserve.server.connection import ApiKeyMiddleware, BodyLimitMiddleware, HostMiddleware, PathMiddleware
 from miniserve.server.errors import json_response
+from miniserve.server.messages import CountTokensRequest, MessagesRequest
 from miniserve.server.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from miniserve.server.responses import ResponsesRequest
 from miniserve.server.service import MAX_TEXT, Service
 
 _MAX_IDS = 262_144
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": protocol.ErrorEnvelope},
     "5XX": {"model": protocol.ErrorEnvelope},
+}
+
+_ANTHROPIC_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": messages.AnthropicError},
+    "5XX": {"model": messages.AnthropicError},
 }
 
 _EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
@@ -41,6 +48,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig, hosts: Collection[str]
     app.router.route_class = body_route(engine.info.max_model_len)
     errors.install(app)
     _openai_routes(app, service)
+    _anthropic_routes(app, service)
     _tokenizer_routes(app, service)
     _health_routes(app, service)
     steps.install(app, service)
@@ -79,6 +87,10 @@ def _openai_routes(app: FastAPI, service: Service) -> None:
     async def create_chat_completion(body: ChatCompletionRequest) -> Response:
         return await chat.respond(service, body)
 
+    @app.post("/v1/responses", response_model=responses.ResponseOut, responses=_EVENTS)
+    async def create_response(body: ResponsesRequest) -> Response:
+        return await responses.respond(service, body)
+
     @app.get("/v1/models", response_model=protocol.ModelList)
     async def list_models() -> Response:
         models = [_model(service, name) for name in service.model_names]
@@ -93,6 +105,16 @@ def _openai_routes(app: FastAPI, service: Service) -> None:
     async def root(request: Request) -> Response:
         links = {"api": "/v1", "models": "/v1/models", "health": "/health", "metrics": "/metrics", "docs": "/docs"}
         return json_response({"name": "miniserve", "version": __version__, **links})
+
+
+def _anthropic_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/messages", response_model=messages.MessageOut, responses=_EVENTS | _ANTHROPIC_ERRORS)
+    async def create_message(body: MessagesRequest) -> Response:
+        return await messages.respond(service, body)
+
+    @app.post("/v1/messages/count_tokens", response_model=messages.TokenCount, responses=_ANTHROPIC_ERRORS)
+    async def count_tokens(body: CountTokensRequest) -> Response:
+        return await messages.count_tokens(service, body)
 
 
 def _model(service: Service, name: str) -> protocol.Model:

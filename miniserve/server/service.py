@@ -46,7 +46,7 @@ class Service:
         self._grammars = ThreadPoolExecutor(2, "grammar")
 
     def header(self, prefix: str) -> Header:
-        return Header(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), self.model_names[0])
+        return Header(f"{prefix}{uuid.uuid4().hex}", int(time.time()), self.model_names[0])
 
     def check_model(self, name: str | None) -> None:
         """Raises `APIError` 404. No name means the one model there is."""
@@ -87,9 +87,9 @@ class Service:
                 await asyncio.sleep(0)  # other requests' tokens go on flowing
         return Generation(self.engine, self.metrics, self.turns, requests, params)
 
-    def reply(self, generation: Generation, answer: Answer, body: GenerationBody) -> GenerationResponse:
-        config = self.config
-        return GenerationResponse(generation, answer, body, logs=config.log_requests, logs_prompts=config.log_prompts)
+    def reply(self, generation: Generation, answer: Answer, stream: bool) -> GenerationResponse:
+        logs, logs_prompts = self.config.log_requests, self.config.log_prompts
+        return GenerationResponse(generation, answer, stream=stream, logs=logs, logs_prompts=logs_prompts)
 
     async def check_grammar(self, body: GenerationBody) -> None:
         """Raises `InvalidRequest` naming the field for what the output cannot be made to be. Takes a second at most,
