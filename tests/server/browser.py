@@ -14,6 +14,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import httpx
 from websockets.sync.client import ClientConnection, connect
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -109,8 +110,6 @@ def _tab(process: subprocess.Popen[bytes], log: Path) -> str:
     while (found := re.search(r"DevTools listening on ws://([^/]+)/", log.read_text(errors="replace"))) is None:
         assert process.poll() is None and time.monotonic() < deadline, log.read_text(errors="replace")
         time.sleep(0.05)
-    import httpx
-
     while True:
         targets = httpx.get(f"http://{found[1]}/json/list", trust_env=False).json()
         for target in targets:
