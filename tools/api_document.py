@@ -42,8 +42,9 @@ ENDPOINTS = {
     "GET /metrics": "Prometheus metrics under vLLM's names, and ours as `miniserve:`; `examples/grafana.json` shows "
     "them.",
     "GET /debug/steps": "The last steps of the engine, as JSON or (`format=chrome`) as a trace.",
+    "GET /debug/engine": "What the engine does now, and who holds which blocks of its KV cache; for the page.",
     "GET /version": "The version.",
-    "GET /": "Where things are.",
+    "GET /": "The page, for browsers: a chat and a view of the engine. For others where things are, as JSON.",
     "GET /docs": "The API's schema for people; `/openapi.json` for programs.",
 }
 

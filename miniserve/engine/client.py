@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -18,6 +19,7 @@ from miniserve.config import EngineConfig
 from miniserve.core import (
     EngineInfo,
     InvalidRequest,
+    PoolView,
     Request,
     RequestOutput,
     SchedulerStats,
@@ -99,7 +101,8 @@ class AsyncEngine:
         self.totals = StepTotals()
         self.recent = StepTotals()
         self._period = (0.0, self.totals)  # the current one's begin and what there was then
-        self._step_readers: deque[asyncio.Future[list[StepRecord]]] = deque()
+        # Who waits for the answer to a question; the engine answers in their order.
+        self._readers: deque[asyncio.Future[Any]] = deque()
         self.dead: str | None = None
 
     # --- life -----------------------------------------------------------------------------------------------------
@@ -202,10 +205,19 @@ class AsyncEngine:
 
     async def steps(self, limit: int) -> list[StepRecord]:
         """The last `limit` steps, the oldest first; the engine answers between two steps. Raises `EngineDead`."""
+        records: list[StepRecord] = await self._ask(messages.AskSteps(limit))
+        return records
+
+    async def pool_view(self, max_blocks: int) -> PoolView:
+        """At most `max_blocks` blocks of the KV cache; the engine answers between two steps. Raises `EngineDead`."""
+        view: PoolView = await self._ask(messages.AskPool(max_blocks))
+        return view
+
+    async def _ask(self, question: messages.AskSteps | messages.AskPool) -> Any:
         process = self._live_process()
-        reader: asyncio.Future[list[StepRecord]] = asyncio.get_running_loop().create_future()
-        self._step_readers.append(reader)
-        process.send(messages.AskSteps(limit))
+        reader: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._readers.append(reader)
+        process.send(question)
         return await reader
 
     def _live_process(self) -> EngineProcess:
@@ -249,8 +261,8 @@ class AsyncEngine:
                 for delta in request.assembler.fail(self.dead):
                     request.mailbox.put(delta)
                 request.mailbox.end()
-            while self._step_readers:
-                reader = self._step_readers.popleft()
+            while self._readers:
+                reader = self._readers.popleft()
                 if not reader.done():
                     reader.set_exception(EngineDead(self.dead))
             process.close()
@@ -288,10 +300,10 @@ class AsyncEngine:
         return limit if self.totals.decode_steps and self.totals.prefill_tokens else max(limit, _FIRST_STEPS)
 
     def _take(self, event: messages.Event) -> None:
-        if isinstance(event, messages.Steps):
-            reader = self._step_readers.popleft()
+        if isinstance(event, messages.Steps | messages.Pool):
+            reader = self._readers.popleft()
             if not reader.done():  # its caller may have left
-                reader.set_result(event.records)
+                reader.set_result(event.records if isinstance(event, messages.Steps) else event.view)
             return
         if not isinstance(event, messages.StepOutputs):
             raise RuntimeError(f"unexpected {type(event).__name__} from the engine")

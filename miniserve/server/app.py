@@ -15,7 +15,7 @@ from miniserve import __version__
 from miniserve.core import InvalidRequest, UserError
 from miniserve.engine.client import AsyncEngine
 from miniserve.scheduler.limits import check_vocabulary
-from miniserve.server import chat, completions, errors, messages, protocol, responses, steps
+from miniserve.server import chat, completions, errors, messages, page, protocol, responses, steps
 from miniserve.server.body import body_route
 from miniserve.server.chat import render
 from miniserve.server.config import ServerConfig
@@ -52,6 +52,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig, hosts: Collection[str]
     _tokenizer_routes(app, service)
     _health_routes(app, service)
     steps.install(app, service)
+    page.install(app, service)
     _check_root_path(app, config.root_path)
     # The last one added is the outermost: browsers need CORS headers on refusals, too.
     app.add_middleware(BodyLimitMiddleware, max_bytes=config.max_body_bytes)
@@ -100,11 +101,6 @@ def _openai_routes(app: FastAPI, service: Service) -> None:
     async def get_model(name: str) -> Response:
         service.check_model(name)
         return json_response(_model(service, name))
-
-    @app.get("/", include_in_schema=False)
-    async def root(request: Request) -> Response:
-        links = {"api": "/v1", "models": "/v1/models", "health": "/health", "metrics": "/metrics", "docs": "/docs"}
-        return json_response({"name": "miniserve", "version": __version__, **links})
 
 
 def _anthropic_routes(app: FastAPI, service: Service) -> None:
