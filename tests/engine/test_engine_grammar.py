@@ -8,15 +8,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
 from engine_real import Setup, make_engine, make_matchers, small_model, tokens
 from grammar_cases import MODELS, answer_all, fault, regexes, schemas
-from llguidance import LLTokenizer
+from llguidance import LLMatcher, LLTokenizer
 
 from miniserve.core import FinishReason, Grammar, InvalidRequest, Request, SamplingParams
-from miniserve.engine.grammar import Matchers, new_matcher
+from miniserve.engine.grammar import Matchers, Words, new_matcher
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.llm import LLM
 
@@ -94,10 +95,35 @@ def test_special_tokens_of_tags_are_their_own_tokens(tokenizer: Tokenizer) -> No
     token = tokenizer.special_token_id("<|im_start|>")
     tag = {"begin": "<|im_start|>f ", "schema": {"type": "integer"}, "end": ""}
     text = json.dumps({"tags": [tag], "at_least_one": True, "stop_after_first": True})
-    matchers = Matchers(lambda: tokenizer, 2048, [2047])
+    matchers = Matchers(lambda: Words(tokenizer, 2048, [2047]))
     matcher = matchers.start(SamplingParams(grammar=Grammar("structural_tag", text))).result()
     bits = matchers.masks([(0, matcher)]).bits
     assert [i for i in range(2048) if bits[i // 8] >> i % 8 & 1] == [token]
+
+
+def test_a_grammar_is_compiled_once_for_sequences_that_go_their_own_ways(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[Grammar] = []
+
+    def spy(grammar: Grammar, *rest: Any) -> LLMatcher:
+        compiled.append(grammar)
+        return new_matcher(grammar, *rest)
+
+    monkeypatch.setattr("miniserve.engine.grammar.new_matcher", spy)
+    grammar = Grammar("regex", "a*b|c{3}")
+    matchers = Matchers(lambda: Words(tokenizer, 2048, [2047]))
+    ways = [tokenizer.encode(text, False) for text in ("b", "ccc", "aab")]
+    found = [matchers.start(SamplingParams(grammar=grammar)).result() for _ in ways]
+    for step in range(4):
+        for matcher, way in zip(found, ways, strict=True):
+            if step < len(way):
+                assert matchers.masks([(0, matcher)]).bits[way[step] // 8] >> way[step] % 8 & 1
+                matcher.accept(way[step])
+    assert [matcher.ended for matcher in found] == [True] * 3
+    fresh = matchers.start(SamplingParams(grammar=grammar, min_tokens=9)).result()
+    assert matchers.masks([(0, fresh)]).bits[ways[0][0] // 8] >> ways[0][0] % 8 & 1
+    assert compiled == [grammar]
 
 
 @pytest.mark.parametrize("text", ["^a|b$", r"\d\s\w", r"[\w/]+", "(?i)ab", ".", "é{2}"])
