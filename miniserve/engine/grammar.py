@@ -11,6 +11,7 @@ import ctypes
 import json
 import re
 import threading
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import msgspec
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, grammar_from, regex_to_lark
 
-from miniserve.core import Grammar, InvalidRequest, Matcher, Reasoning, SamplingParams, TokenMasks
+from miniserve.core import MAX_BAD_WORD, Grammar, InvalidRequest, Matcher, Reasoning, SamplingParams, TokenMasks
 from miniserve.engine.tokenizer import Tokenizer
 
 # What keeps the worst that was found below a second of work. Some of llguidance's work is quadratic in such numbers.
@@ -113,7 +114,7 @@ class Matchers:
         matcher = self._compiled(params.grammar, params.reasoning).deep_copy()
         never = [*self._never, *(self._eos_token_ids if params.ignore_eos else ())]
         early = [*self._never, *self._eos_token_ids, *params.stop_token_ids]
-        return _TokenMatcher(matcher, early, params.min_tokens, never)
+        return _TokenMatcher(matcher, params, early, never)
 
     def _compile(self, grammar: Grammar, reasoning: Reasoning | None) -> LLMatcher:
         tokenizer, vocabulary, _ = self._find_vocabulary()
@@ -149,12 +150,13 @@ def _with_token(tokenizer_json: str, token_id: int) -> str:
 class _TokenMatcher:
     """Implements `core.Matcher`. `early` ids are not allowed before `min_tokens` tokens, `never` ids at no time."""
 
-    def __init__(self, state: LLMatcher, early: list[int], min_tokens: int, never: list[int]) -> None:
+    def __init__(self, state: LLMatcher, params: SamplingParams, early: list[int], never: list[int]) -> None:
         self.ended = False
         self.error: str | None = None
         self.state = state
-        self._early, self._min_tokens, self._never = early, min_tokens, never
+        self._params, self._early, self._never = params, early, never
         self._num_tokens = 0
+        self._latest: deque[int] = deque(maxlen=MAX_BAD_WORD - 1)
 
     @property
     def over(self) -> bool:
@@ -163,22 +165,44 @@ class _TokenMatcher:
     def accept(self, token_id: int) -> None:
         """See `core.Matcher`."""
         self._num_tokens += 1
+        self._latest.append(token_id)
         self.state.consume_token(token_id)
         self._look()
 
     def settle(self, mask: np.ndarray[Any, np.dtype[np.uint32]]) -> None:
         """Take a mask that was made: remove from it what must not come, and see whether anything is left."""
         self._look()
-        banned = self._early if self._num_tokens < self._min_tokens else self._never
-        for token_id in banned:
+        if (allowed := self._params.allowed_token_ids) is not None:
+            mask &= _bits(allowed, len(mask))
+        banned = self._early if self._num_tokens < self._params.min_tokens else self._never
+        for token_id in (*banned, *self._bad_ends()):
             mask[token_id // 32] &= ~np.uint32(1 << token_id % 32)
-        if banned and not mask.any():
-            self.ended = True
+        if self.over or mask.any():
+            return
+        self.ended = self.state.is_accepting()
+        if not self.ended:
+            self.error = (
+                "Nothing can be generated: of the tokens that may follow by the form of the output, allowed_token_ids, "
+                "bad_words, and stop tokens before min_tokens leave none."
+            )
+
+    def _bad_ends(self) -> list[int]:
+        """The tokens that would end a bad word now."""
+        latest = tuple(self._latest)
+        return [word[-1] for word in self._params.bad_words if latest[len(latest) - len(word) + 1 :] == word[:-1]]
 
     def _look(self) -> None:
         if self.state.is_error():
             self.error = f"The grammar failed: {_first_line(self.state.get_error())}."
         self.ended = self.state.is_stopped()
+
+
+@lru_cache(_KEPT)
+def _bits(token_ids: tuple[int, ...], num_words: int) -> np.ndarray[Any, np.dtype[np.uint32]]:
+    ids = np.array(token_ids, dtype=np.uint32)
+    bits = np.zeros(num_words, dtype=np.uint32)
+    np.bitwise_or.at(bits, ids // 32, np.uint32(1) << ids % 32)
+    return bits
 
 
 def new_matcher(
@@ -214,6 +238,8 @@ def _first_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["it cannot be followed"]
     if lines[0].startswith("panic"):
         return "it is too large, or beyond what the library can do"
+    if lines[0].startswith("NoExtension"):
+        return "no tokens of the model spell it"
     reason = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), "")
     return f"{lines[0][:300].rstrip('.:')}{': ' if reason else ''}{reason[:200].rstrip('.')}"
 

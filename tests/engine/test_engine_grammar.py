@@ -16,7 +16,7 @@ from engine_real import Setup, make_engine, make_matchers, small_model, tokens
 from grammar_cases import MODELS, answer_all, fault, regexes, schemas
 from llguidance import LLMatcher, LLTokenizer
 
-from miniserve.core import FinishReason, Grammar, InvalidRequest, Request, SamplingParams
+from miniserve.core import FinishReason, Grammar, InvalidRequest, Request, RequestOutput, SamplingParams
 from miniserve.engine.grammar import Matchers, Words, new_matcher
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.llm import LLM
@@ -172,10 +172,43 @@ def test_a_grammar_that_fails_ends_its_request_alone(tmp_path: Path, overlap: bo
         for output in engine.step():
             if output.finish_reason is not None:
                 ends[output.request_id] = output
-    assert ends["bad"].finish_reason is FinishReason.ERROR and "unclosed" in (ends["bad"].error or "")
+    assert ends["bad"].finish_reason is FinishReason.REFUSED and "unclosed" in (ends["bad"].error or "")
     assert ends["good"].finish_reason is FinishReason.LENGTH
-    assert ends["many"].finish_reason in (FinishReason.ERROR, FinishReason.LENGTH)
+    assert ends["many"].finish_reason in (FinishReason.REFUSED, FinishReason.LENGTH)
     assert scheduler.stats().kv_cache_usage == 0.0
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_what_else_is_asked_for_may_leave_a_grammar_no_token(tmp_path: Path, overlap: bool) -> None:
+    """Then it is said, unless the output may end there; a row without one goes on."""
+    engine, _, _ = make_engine(small_model(tmp_path, "Qwen3ForCausalLM", 4), Setup(overlap=overlap), [7])
+    a, b, c = b"abc"
+    cases: dict[str, tuple[str, dict[str, Any], list[int] | None]] = {
+        "from the first": ("dd", {"allowed_token_ids": (a,)}, None),
+        "on the way": ("aab", {"allowed_token_ids": (a, c)}, None),
+        "it may end": ("a{2}b?", {"allowed_token_ids": (a, c)}, [a, a]),
+        "a bad word": ("abc", {"bad_words": ((b,),)}, None),
+        "a long bad word": ("ab(c|a)", {"bad_words": ((a, b, c), (b, b, a))}, [a, b, a]),
+        "a longer one": ("abab", {"bad_words": ((a, b, a),)}, None),
+        "an early stop": ("aaa", {"stop_token_ids": (a,), "min_tokens": 2}, None),
+        "a bias": ("a", {"logit_bias": {a: -100.0}}, [a]),
+    }
+    for name, (regex, fields, _) in cases.items():
+        params = SamplingParams(temperature=0.0, grammar=Grammar("regex", regex), **fields)
+        engine.add(Request(request_id=name, prompt_token_ids=[1, 2], params=params))
+    params = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
+    engine.add(Request(request_id="free", prompt_token_ids=[1, 2], params=params))
+    found: dict[str, list[RequestOutput]] = {name: [] for name in [*cases, "free"]}
+    while engine.has_work:
+        for output in engine.step():
+            found[output.request_id].append(output)
+    assert len(tokens(found["free"])) == 9
+    for name, (_, _, want) in cases.items():
+        last = found[name][-1]
+        if want is None:
+            assert last.finish_reason is FinishReason.REFUSED and "leave none" in (last.error or ""), name
+        else:
+            assert (tokens(found[name]), last.finish_reason) == (want, FinishReason.STOP), name
 
 
 def test_without_an_eos_a_grammar_ends_where_nothing_may_follow(tmp_path: Path) -> None:
