@@ -47,6 +47,7 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"  # max_tokens or the context limit
     ABORT = "abort"  # the client went away
     ERROR = "error"  # the engine failed; RequestOutput.error says why
+    REFUSED = "refused"  # on the way it turned out that the request cannot be followed; likewise
 
 
 class Reasoning(msgspec.Struct, frozen=True):

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from miniserve.config import EngineConfig, SchedulerConfig
 from miniserve.core import EngineInfo, Request, Runner, SamplingParams, StepPlan
-from miniserve.engine.grammar import Matchers
+from miniserve.engine.grammar import Matchers, Words
 from miniserve.engine.loop import EngineLoop
 from miniserve.engine.step_log import StepLog
 from miniserve.engine.tokenizer import open_tokenizer
+from miniserve.models.config import load_model_config
+from miniserve.models.generation_config import load_generation_defaults
 from miniserve.scheduler.scheduler import Scheduler
 from miniserve.scheduler.step_cost import StepCost
 
 _ROWS, _OUTPUT, _PROMPT = 8, 32, 1024  # rows that decode so many tokens, the last of them beside a prompt
 _STEPS_ALONE = 8
+_LARGE = 1 << 20  # bytes of a tokenizer.json
 
 RUNNER_FACTORY = "miniserve.runner.ranks:build_ranks"
 ProgressCallback = Callable[[str, int, int], None]
@@ -38,7 +42,17 @@ def build_engine(
     """
     module_name, _, function_name = runner_factory.partition(":")
     factory: RunnerFactory = getattr(importlib.import_module(module_name), function_name)
-    runner, info = factory(config, source_path, model_name, progress)
+    matchers = Matchers(partial(_words, config, source_path))
+    preparing: list[Future[object]] = []
+
+    def report(stage: str, done: int, total: int) -> None:
+        if not preparing and _has_many_words(source_path):  # while the first of the weights are read
+            preparing.append(matchers.prepare())
+        if progress is not None:
+            progress(stage, done, total)
+
+    runner, info = factory(config, source_path, model_name, report)
+    wait(preparing)  # it would stall steps, and change what they seem to cost
     settled = SchedulerConfig(
         num_blocks=info.num_blocks,
         block_size=info.block_size,
@@ -54,8 +68,19 @@ def build_engine(
         cost = warm_up(runner, settled, config.max_itl_ratio)
     scheduler = Scheduler(settled, cost)
     log = StepLog(info.traffic, info.max_num_seqs)
-    matchers = Matchers(partial(open_tokenizer, source_path, config.load_format), info.vocab_size, info.eos_token_ids)
     return EngineLoop(scheduler, runner, log, matchers, overlap=info.async_scheduling), info
+
+
+def _words(config: EngineConfig, source_path: Path) -> Words:
+    eos_token_ids = load_generation_defaults(source_path, config.generation_config).eos_token_ids
+    vocab_size = load_model_config(source_path, weights=False).vocab_size
+    return Words(open_tokenizer(source_path, config.load_format), vocab_size, eos_token_ids)
+
+
+def _has_many_words(source_path: Path) -> bool:
+    """Whether it takes more than a moment to make them ready for grammars."""
+    file = source_path / "tokenizer.json"
+    return file.is_file() and file.stat().st_size > _LARGE
 
 
 def warm_up(runner: Runner, config: SchedulerConfig, max_ratio: float) -> StepCost:

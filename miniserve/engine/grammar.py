@@ -11,9 +11,11 @@ import ctypes
 import json
 import re
 import threading
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import groupby
 from typing import Any, Literal
 
@@ -21,7 +23,7 @@ import msgspec
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, grammar_from, regex_to_lark
 
-from miniserve.core import Grammar, InvalidRequest, Matcher, Reasoning, SamplingParams, TokenMasks
+from miniserve.core import MAX_BAD_WORD, Grammar, InvalidRequest, Matcher, Reasoning, SamplingParams, TokenMasks
 from miniserve.engine.tokenizer import Tokenizer
 
 # What keeps the worst that was found below a second of work. Some of llguidance's work is quadratic in such numbers.
@@ -29,6 +31,7 @@ MAX_BYTES = 262_144  # of a grammar's text
 _MAX_LARK_BYTES = 16_384
 _MAX_TAGS = 512
 _MAX_PROPERTIES, _MAX_PATTERNS = 2_000, 64  # in all of a schema
+_KEPT = 32  # grammars of late; the largest take 8 MB each
 _LIMITS = LLParserLimits(verbose_errors=False)
 # JSON may be written on one line or indented, but white space must not go on for ever, as some models would have it.
 JSON_OPTIONS: Any = {"whitespace_pattern": r"[ ]?|\n[ ]{0,32}", "lenient": False, "coerce_one_of": False}
@@ -41,21 +44,36 @@ class GrammarError(ValueError):
 def check_grammar(grammar: Grammar, tokenizer: Tokenizer, param: str = "grammar") -> None:
     """Raises `InvalidRequest` naming `param` for a grammar that cannot be followed. May take a second."""
     try:
-        new_matcher(grammar, tokenizer, LLTokenizer("byte"))
+        _try_over_bytes(grammar, tokenizer)
     except GrammarError as error:
         raise InvalidRequest(f"{param} cannot be followed: {error}.", param) from None
 
 
-class Matchers:
-    """Makes the matchers of one engine, and their masks. `load`, called once, returns the tokenizer, in whatever thread
-    needs it first. `eos_token_ids` are below `vocab_size`, the model's."""
+@lru_cache(_KEPT)
+def _try_over_bytes(grammar: Grammar, tokenizer: Tokenizer) -> None:
+    new_matcher(grammar, tokenizer, LLTokenizer("byte"))
 
-    def __init__(self, load: Callable[[], Tokenizer], vocab_size: int, eos_token_ids: Collection[int]) -> None:
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What a model's tokens are. vocab_size: the model's, which `eos_token_ids` are below."""
+
+    tokenizer: Tokenizer
+    vocab_size: int
+    eos_token_ids: Collection[int]
+
+
+class Matchers:
+    """Makes the matchers of one engine, and their masks. `load` is called once, in a thread, when `prepare` is or else
+    with the first grammar."""
+
+    def __init__(self, load: Callable[[], Words]) -> None:
         self._load = load
-        self._vocab_size = vocab_size
-        self._eos_token_ids = sorted(eos_token_ids)
+        self._eos_token_ids: list[int] = []
         self._never: list[int] = []
         self._lock = threading.Lock()
+        # The first matcher of each grammar, which the others are copies of.
+        self._compiled = lru_cache(_KEPT)(self._compile)
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
@@ -67,14 +85,24 @@ class Matchers:
 
     @cached_property
     def _vocabulary(self) -> tuple[Tokenizer, LLTokenizer, int]:
-        """Also the words of a mask."""
-        tokenizer = self._load()
-        text, size = tokenizer.to_json(), max(self._vocab_size, tokenizer.vocab_size)
+        """Also the words of a mask. For a large vocabulary it holds the interpreter's lock for a second."""
+        words = self._load()
+        tokenizer = words.tokenizer
+        self._eos_token_ids = sorted(words.eos_token_ids)
+        text, size = tokenizer.to_json(), max(words.vocab_size, tokenizer.vocab_size)
         eos = [token_id for token_id in self._eos_token_ids if token_id < tokenizer.vocab_size]
         if not eos:  # llguidance needs one: a token that is never allowed
             self._never = eos = [tokenizer.vocab_size]
             text, size = _with_token(text, eos[0]), max(size, eos[0] + 1)
         return tokenizer, LLTokenizer(text, size, eos), -(-size // 32)
+
+    def prepare(self) -> Future[object]:
+        """Make ready, in a thread, what all grammars need: none will pause the steps of other requests for it."""
+        return self._pool.submit(self._find_vocabulary)
+
+    def _find_vocabulary(self) -> tuple[Tokenizer, LLTokenizer, int]:
+        with self._lock:
+            return self._vocabulary
 
     def start(self, params: SamplingParams) -> Future[Matcher]:
         """The matcher of `params.grammar`, or a `GrammarError`. Returns at once."""
@@ -83,12 +111,14 @@ class Matchers:
     def _make(self, params: SamplingParams) -> Matcher:
         if params.grammar is None:
             raise ValueError("no grammar")
-        with self._lock:
-            tokenizer, vocabulary, _ = self._vocabulary
-        matcher = new_matcher(params.grammar, tokenizer, vocabulary, params.reasoning)
+        matcher = self._compiled(params.grammar, params.reasoning).deep_copy()
         never = [*self._never, *(self._eos_token_ids if params.ignore_eos else ())]
         early = [*self._never, *self._eos_token_ids, *params.stop_token_ids]
-        return _TokenMatcher(matcher, early, params.min_tokens, never)
+        return _TokenMatcher(matcher, params, early, never)
+
+    def _compile(self, grammar: Grammar, reasoning: Reasoning | None) -> LLMatcher:
+        tokenizer, vocabulary, _ = self._find_vocabulary()
+        return new_matcher(grammar, tokenizer, vocabulary, reasoning)
 
     def masks(self, entries: Sequence[tuple[int, Matcher]]) -> TokenMasks:
         """The masks of a step's entries. One whose matcher turns out to have ended or failed gets none."""
@@ -120,12 +150,13 @@ def _with_token(tokenizer_json: str, token_id: int) -> str:
 class _TokenMatcher:
     """Implements `core.Matcher`. `early` ids are not allowed before `min_tokens` tokens, `never` ids at no time."""
 
-    def __init__(self, state: LLMatcher, early: list[int], min_tokens: int, never: list[int]) -> None:
+    def __init__(self, state: LLMatcher, params: SamplingParams, early: list[int], never: list[int]) -> None:
         self.ended = False
         self.error: str | None = None
         self.state = state
-        self._early, self._min_tokens, self._never = early, min_tokens, never
+        self._params, self._early, self._never = params, early, never
         self._num_tokens = 0
+        self._latest: deque[int] = deque(maxlen=MAX_BAD_WORD - 1)
 
     @property
     def over(self) -> bool:
@@ -134,22 +165,44 @@ class _TokenMatcher:
     def accept(self, token_id: int) -> None:
         """See `core.Matcher`."""
         self._num_tokens += 1
+        self._latest.append(token_id)
         self.state.consume_token(token_id)
         self._look()
 
     def settle(self, mask: np.ndarray[Any, np.dtype[np.uint32]]) -> None:
         """Take a mask that was made: remove from it what must not come, and see whether anything is left."""
         self._look()
-        banned = self._early if self._num_tokens < self._min_tokens else self._never
-        for token_id in banned:
+        if (allowed := self._params.allowed_token_ids) is not None:
+            mask &= _bits(allowed, len(mask))
+        banned = self._early if self._num_tokens < self._params.min_tokens else self._never
+        for token_id in (*banned, *self._bad_ends()):
             mask[token_id // 32] &= ~np.uint32(1 << token_id % 32)
-        if banned and not mask.any():
-            self.ended = True
+        if self.over or mask.any():
+            return
+        self.ended = self.state.is_accepting()
+        if not self.ended:
+            self.error = (
+                "Nothing can be generated: of the tokens that may follow by the form of the output, allowed_token_ids, "
+                "bad_words, and stop tokens before min_tokens leave none."
+            )
+
+    def _bad_ends(self) -> list[int]:
+        """The tokens that would end a bad word now."""
+        latest = tuple(self._latest)
+        return [word[-1] for word in self._params.bad_words if latest[len(latest) - len(word) + 1 :] == word[:-1]]
 
     def _look(self) -> None:
         if self.state.is_error():
             self.error = f"The grammar failed: {_first_line(self.state.get_error())}."
         self.ended = self.state.is_stopped()
+
+
+@lru_cache(_KEPT)
+def _bits(token_ids: tuple[int, ...], num_words: int) -> np.ndarray[Any, np.dtype[np.uint32]]:
+    ids = np.array(token_ids, dtype=np.uint32)
+    bits = np.zeros(num_words, dtype=np.uint32)
+    np.bitwise_or.at(bits, ids // 32, np.uint32(1) << ids % 32)
+    return bits
 
 
 def new_matcher(
@@ -185,6 +238,8 @@ def _first_line(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["it cannot be followed"]
     if lines[0].startswith("panic"):
         return "it is too large, or beyond what the library can do"
+    if lines[0].startswith("NoExtension"):
+        return "no tokens of the model spell it"
     reason = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), "")
     return f"{lines[0][:300].rstrip('.:')}{': ' if reason else ''}{reason[:200].rstrip('.')}"
 

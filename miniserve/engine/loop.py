@@ -21,7 +21,7 @@ from miniserve.core import (
     Runner,
     SchedulerStats,
 )
-from miniserve.engine.grammar import Matchers
+from miniserve.engine.grammar import GrammarError, Matchers
 from miniserve.engine.step_log import LaunchedStep, StepLog
 from miniserve.scheduler.scheduler import Scheduler
 
@@ -91,7 +91,9 @@ class EngineLoop:
             try:
                 self._scheduler.add(request, future.result())
             except Exception as error:  # of this request alone
-                ended.append(RequestOutput(request_id=request_id, finish_reason=FinishReason.ERROR, error=str(error)))
+                is_refused = isinstance(error, GrammarError | InvalidRequest)
+                reason = FinishReason.REFUSED if is_refused else FinishReason.ERROR
+                ended.append(RequestOutput(request_id=request_id, finish_reason=reason, error=str(error)))
         return ended
 
     @property

@@ -467,4 +467,4 @@ class Scheduler:
 
 
 def _grammar_end(matcher: Matcher) -> FinishReason:
-    return FinishReason.STOP if matcher.error is None else FinishReason.ERROR
+    return FinishReason.STOP if matcher.error is None else FinishReason.REFUSED

@@ -48,6 +48,8 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "modalities": (["text"],), "return_prompt_text": (False,),
     "spaces_between_special_tokens": (True,), "return_tokens": (False,), "return_hidden_states": (False,),
     "return_prompt_token_ids": (False,), "return_token_offsets": (False,),
+    "moderation": (), "separate_reasoning": (True,), "stream_reasoning": (True,),
+    "reasoning_format": ("auto", "deepseek", "parsed"),
     # other servers' names for what has another one here
     "format": ("",), "random_seed": (), "sampling_seed": (), "max_tokens_to_sample": (),
     "n_predict": (), "num_predict": (), "max_new_tokens": (), "max_output_tokens": (), "max_length": (),
@@ -84,6 +86,7 @@ _REMEDIES = {
     "ebnf": "use structured_outputs", "grammar": "use structured_outputs",
     "reasoning": _THINKING, "thinking_budget": _THINKING,
     "enable_thinking": _THINKING, "thinking": _THINKING, "think": _THINKING,
+    "separate_reasoning": "use include_reasoning", "reasoning_format": "use include_reasoning",
     "functions": "use tools", "function_call": "use tool_choice",
     "tools": _CHAT, "tool_choice": _CHAT, "parallel_tool_calls": _CHAT, "reasoning_effort": _CHAT,
     "include_reasoning": _CHAT,
@@ -134,6 +137,7 @@ IGNORED = frozenset({
     "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
     "prediction", "stream_interval", "session_id", "do_sample", "models", "cache_prompt",
     "guided_decoding_backend", "keep_alive", "id_slot", "data_parallel_rank", "conversation_id",
+    "chat_id", "message_id", "prompt_cache_options", "include_obfuscation",
 })  # fmt: skip
 
 # Other names of max_tokens. lm_eval sends some beside it: there is nothing to refuse where max_tokens stops no later.
@@ -161,7 +165,8 @@ class FieldPolicy:
 
     def __init__(self, strict: bool = False) -> None:
         self._strict = strict
-        self._warned: set[str] = set()
+        # By the kind of body, since each knows other names.
+        self._warned: set[tuple[type[Body], str]] = set()
 
     def check(self, body: Body, refused: Refused, remedies: Mapping[str, str] | None = None) -> None:
         """Raises `InvalidRequest` naming the first field that would change the answer and is not supported, or that is
@@ -176,7 +181,7 @@ class FieldPolicy:
             if name in refused:
                 if not _asks_for_nothing(name, value, refused[name], body):
                     raise InvalidRequest(f"{name} is not supported here; {remedy(name, remedies)}.", name)
-            elif name not in IGNORED and name not in self._warned:
+            elif name not in IGNORED and (type(body), name) not in self._warned:
                 unknown.append(name)
         if len(unknown) > _MAX_UNKNOWN:
             raise InvalidRequest(f"The request has {len(unknown)} unknown fields, such as {unknown[0][:100]!r}.")
@@ -192,7 +197,7 @@ class FieldPolicy:
             if self._strict:
                 raise InvalidRequest(f"The field {name!r} is not known, and this server takes no unknown ones.", name)
             if len(self._warned) < _MAX_WARNINGS:
-                self._warned.add(name)
+                self._warned.add((type(body), name))
                 logger.warning("Ignoring the unknown request field %.100r (said once per field).", name)
 
 

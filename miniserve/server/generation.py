@@ -191,6 +191,8 @@ class Generation:
 
     def _checked(self, number: int, delta: Completion) -> tuple[int, Completion]:
         self.records[number].observe(delta)
+        if delta.finish_reason is FinishReason.REFUSED:
+            raise APIError(400, delta.error or "The request cannot be followed.")
         if delta.finish_reason is FinishReason.ERROR:
             raise APIError(503 if self._engine.dead else 500, delta.error or "The engine failed on this request.")
         return number, delta

@@ -214,7 +214,7 @@ class RequestMetrics:
     def observe(self, delta: Completion) -> None:
         now = time.monotonic()
         sequence = self.sequences[delta.index]
-        if not sequence.prefilled and delta.finish_reason is not FinishReason.ERROR:
+        if not sequence.prefilled and delta.error is None:
             sequence.prefilled = True
             self._metrics.prompt_tokens += self._prompt_len
             self._metrics.cached_tokens += delta.num_cached_tokens
@@ -248,7 +248,7 @@ class RequestMetrics:
         self._unfinished -= 1
         sequence.finish = reason
         metrics.finished[reason] += 1
-        if reason is FinishReason.ERROR:
+        if delta.error is not None:
             return
         metrics.e2e.observe(now - self.arrival)
         metrics.prompt_len.observe(self._prompt_len)

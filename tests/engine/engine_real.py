@@ -18,7 +18,7 @@ from miniserve.attention.backends.torch_mla import TorchLatentBackend
 from miniserve.attention.layouts import LAYOUTS, LatentLayout
 from miniserve.config import SchedulerConfig
 from miniserve.core import Request, RequestOutput, SamplingParams
-from miniserve.engine.grammar import Matchers
+from miniserve.engine.grammar import Matchers, Words
 from miniserve.engine.loop import EngineLoop
 from miniserve.engine.step_log import StepLog
 from miniserve.engine.tokenizer import Tokenizer
@@ -121,7 +121,7 @@ def make_engine(
 @cache
 def make_matchers(vocab_size: int, eos_token_ids: frozenset[int]) -> Matchers:
     """Over a tokenizer whose first ids are bytes."""
-    return Matchers(lambda: Tokenizer("/nowhere", stand_in_vocab_size=vocab_size), vocab_size, eos_token_ids)
+    return Matchers(lambda: Words(Tokenizer("/nowhere", stand_in_vocab_size=vocab_size), vocab_size, eos_token_ids))
 
 
 def generate(

@@ -8,15 +8,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
 from engine_real import Setup, make_engine, make_matchers, small_model, tokens
 from grammar_cases import MODELS, answer_all, fault, regexes, schemas
-from llguidance import LLTokenizer
+from llguidance import LLMatcher, LLTokenizer
 
-from miniserve.core import FinishReason, Grammar, InvalidRequest, Request, SamplingParams
-from miniserve.engine.grammar import Matchers, new_matcher
+from miniserve.core import FinishReason, Grammar, InvalidRequest, Request, RequestOutput, SamplingParams
+from miniserve.engine.grammar import Matchers, Words, new_matcher
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.llm import LLM
 
@@ -94,10 +95,35 @@ def test_special_tokens_of_tags_are_their_own_tokens(tokenizer: Tokenizer) -> No
     token = tokenizer.special_token_id("<|im_start|>")
     tag = {"begin": "<|im_start|>f ", "schema": {"type": "integer"}, "end": ""}
     text = json.dumps({"tags": [tag], "at_least_one": True, "stop_after_first": True})
-    matchers = Matchers(lambda: tokenizer, 2048, [2047])
+    matchers = Matchers(lambda: Words(tokenizer, 2048, [2047]))
     matcher = matchers.start(SamplingParams(grammar=Grammar("structural_tag", text))).result()
     bits = matchers.masks([(0, matcher)]).bits
     assert [i for i in range(2048) if bits[i // 8] >> i % 8 & 1] == [token]
+
+
+def test_a_grammar_is_compiled_once_for_sequences_that_go_their_own_ways(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[Grammar] = []
+
+    def spy(grammar: Grammar, *rest: Any) -> LLMatcher:
+        compiled.append(grammar)
+        return new_matcher(grammar, *rest)
+
+    monkeypatch.setattr("miniserve.engine.grammar.new_matcher", spy)
+    grammar = Grammar("regex", "a*b|c{3}")
+    matchers = Matchers(lambda: Words(tokenizer, 2048, [2047]))
+    ways = [tokenizer.encode(text, False) for text in ("b", "ccc", "aab")]
+    found = [matchers.start(SamplingParams(grammar=grammar)).result() for _ in ways]
+    for step in range(4):
+        for matcher, way in zip(found, ways, strict=True):
+            if step < len(way):
+                assert matchers.masks([(0, matcher)]).bits[way[step] // 8] >> way[step] % 8 & 1
+                matcher.accept(way[step])
+    assert [matcher.ended for matcher in found] == [True] * 3
+    fresh = matchers.start(SamplingParams(grammar=grammar, min_tokens=9)).result()
+    assert matchers.masks([(0, fresh)]).bits[ways[0][0] // 8] >> ways[0][0] % 8 & 1
+    assert compiled == [grammar]
 
 
 @pytest.mark.parametrize("text", ["^a|b$", r"\d\s\w", r"[\w/]+", "(?i)ab", ".", "é{2}"])
@@ -146,10 +172,43 @@ def test_a_grammar_that_fails_ends_its_request_alone(tmp_path: Path, overlap: bo
         for output in engine.step():
             if output.finish_reason is not None:
                 ends[output.request_id] = output
-    assert ends["bad"].finish_reason is FinishReason.ERROR and "unclosed" in (ends["bad"].error or "")
+    assert ends["bad"].finish_reason is FinishReason.REFUSED and "unclosed" in (ends["bad"].error or "")
     assert ends["good"].finish_reason is FinishReason.LENGTH
-    assert ends["many"].finish_reason in (FinishReason.ERROR, FinishReason.LENGTH)
+    assert ends["many"].finish_reason in (FinishReason.REFUSED, FinishReason.LENGTH)
     assert scheduler.stats().kv_cache_usage == 0.0
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_what_else_is_asked_for_may_leave_a_grammar_no_token(tmp_path: Path, overlap: bool) -> None:
+    """Then it is said, unless the output may end there; a row without one goes on."""
+    engine, _, _ = make_engine(small_model(tmp_path, "Qwen3ForCausalLM", 4), Setup(overlap=overlap), [7])
+    a, b, c = b"abc"
+    cases: dict[str, tuple[str, dict[str, Any], list[int] | None]] = {
+        "from the first": ("dd", {"allowed_token_ids": (a,)}, None),
+        "on the way": ("aab", {"allowed_token_ids": (a, c)}, None),
+        "it may end": ("a{2}b?", {"allowed_token_ids": (a, c)}, [a, a]),
+        "a bad word": ("abc", {"bad_words": ((b,),)}, None),
+        "a long bad word": ("ab(c|a)", {"bad_words": ((a, b, c), (b, b, a))}, [a, b, a]),
+        "a longer one": ("abab", {"bad_words": ((a, b, a),)}, None),
+        "an early stop": ("aaa", {"stop_token_ids": (a,), "min_tokens": 2}, None),
+        "a bias": ("a", {"logit_bias": {a: -100.0}}, [a]),
+    }
+    for name, (regex, fields, _) in cases.items():
+        params = SamplingParams(temperature=0.0, grammar=Grammar("regex", regex), **fields)
+        engine.add(Request(request_id=name, prompt_token_ids=[1, 2], params=params))
+    params = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
+    engine.add(Request(request_id="free", prompt_token_ids=[1, 2], params=params))
+    found: dict[str, list[RequestOutput]] = {name: [] for name in [*cases, "free"]}
+    while engine.has_work:
+        for output in engine.step():
+            found[output.request_id].append(output)
+    assert len(tokens(found["free"])) == 9
+    for name, (_, _, want) in cases.items():
+        last = found[name][-1]
+        if want is None:
+            assert last.finish_reason is FinishReason.REFUSED and "leave none" in (last.error or ""), name
+        else:
+            assert (tokens(found[name]), last.finish_reason) == (want, FinishReason.STOP), name
 
 
 def test_without_an_eos_a_grammar_ends_where_nothing_may_follow(tmp_path: Path) -> None:

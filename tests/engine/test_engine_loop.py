@@ -9,6 +9,7 @@ from engine_fakes import FACTORY, TINY, FakeRunner, expected_tokens
 from miniserve.config import EngineConfig, SchedulerConfig
 from miniserve.core import InvalidRequest, Request, SamplingParams, UserError
 from miniserve.engine.build import build_engine
+from miniserve.engine.grammar import Matchers
 from miniserve.engine.loop import EngineLoop
 from miniserve.engine.step_log import StepLog
 from miniserve.models.generation_config import load_generation_defaults
@@ -102,6 +103,16 @@ def test_an_engine_is_built_from_the_configuration_and_knows_all_eos_tokens() ->
     assert stages == [("weights", 0, 2), ("weights", 1, 2), ("weights", 2, 2)]
     loop.add(request("a", [7, 2047, 8], 10))
     assert run(loop) == {"a": [7, 2047]}
+
+
+def test_a_large_vocabulary_is_ready_for_grammars_before_the_first_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = []
+    prepare = Matchers.prepare
+    monkeypatch.setattr(Matchers, "prepare", lambda self: prepared.append(prepare(self)) or prepared[-1])
+    for large in (1 << 20, 0):
+        monkeypatch.setattr("miniserve.engine.build._LARGE", large)
+        build_engine(EngineConfig(block_size=4), TINY, "fake", None, FACTORY)
+        assert [future.done() and future.exception() for future in prepared] == ([] if large else [None])
 
 
 def write(path: Path, **files: object) -> Path:

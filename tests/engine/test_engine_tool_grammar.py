@@ -15,7 +15,7 @@ from engine_fakes import TINY
 from miniserve.core import Grammar, InvalidRequest, Matcher, Reasoning, SamplingParams
 from miniserve.engine.answer_parser import AnswerParser
 from miniserve.engine.call_reader import CallArguments, CallBegin, CallEnd, Content, Thought
-from miniserve.engine.grammar import Matchers, check_grammar
+from miniserve.engine.grammar import Matchers, Words, check_grammar
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.engine.tool_dialects import TOOL_DIALECTS
 from miniserve.engine.tool_grammar import call_grammar
@@ -47,7 +47,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def matchers(tokenizer: Tokenizer) -> Matchers:
-    return Matchers(lambda: tokenizer, 2048, [EOS])
+    return Matchers(lambda: Words(tokenizer, 2048, [EOS]))
 
 
 def grammar_of(

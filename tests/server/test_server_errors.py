@@ -274,7 +274,7 @@ def test_fields_without_effect_are_accepted_and_unknown_ones_warned_about_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     silent = {"user": "me", "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "prediction": {}, "seed": 1}
-    unknown = {"made_up_field": 1, "chat_id": 9}
+    unknown = {"made_up_field": 1, "another": 9}
     with running_server() as server, caplog.at_level(logging.WARNING, "miniserve"):
         for _ in range(3):
             body = {**COMPLETION, **silent, **unknown}
@@ -306,10 +306,16 @@ def test_no_field_of_ordinary_clients_is_taken_for_a_misspelt_one(web: httpx.Cli
             assert web.post(path, json={**body, name: None}).is_success, name
 
 
+def test_a_name_that_passed_elsewhere_is_still_misspelt_here(web: httpx.Client) -> None:
+    assert web.post("/tokenize", json={"prompt": "a", "max_token": 1}).is_success
+    assert web.post("/v1/completions", json={**COMPLETION, "max_token": 1}).status_code == 400
+
+
 @pytest.mark.parametrize("path", BODIES)
 @pytest.mark.parametrize(
     ("name", "value", "remedy"),
     [
+        ("separate_reasoning", False, "include_reasoning"),
         ("n_predict", 1, "max_tokens"),
         ("max_new_tokens", 1, "max_tokens"),
         ("max_output_tokens", 1, "max_tokens"),

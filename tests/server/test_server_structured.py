@@ -159,6 +159,8 @@ def test_tags_lengths_stops_and_streams(server: RunningServer) -> None:
         assert (stopped.choices[0].message.content, stopped.choices[0].finish_reason) == ("aaa", "stop")
         free = chat.create(**ask, response_format={"type": "structural_tag", **TAGS}).choices[0].message.content
         assert free == chat.create(**ask).choices[0].message.content and "<f" not in free
+        with pytest.raises(openai.BadRequestError, match="bad_words"):  # the client would try a 500 again
+            chat.create(**ask, extra_body={"guided_regex": "ab", "bad_words": ["b"]})
 
 
 def _user(text: str) -> dict[str, str]:
