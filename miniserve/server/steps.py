@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 from fastapi import FastAPI, Query, Response
 
-from miniserve.core import EngineInfo, StepRecord, StepTotals
-from miniserve.engine.client import AsyncEngine, EngineDead
+from miniserve.core import EngineInfo, InvalidRequest, StepRecord, StepTotals
+from miniserve.engine.client import EngineDead
+from miniserve.engine.replicas import Engine
 from miniserve.engine.roofline import describe
 from miniserve.engine.step_log import RING_SIZE
 from miniserve.server.errors import APIError, json_response
@@ -28,7 +29,7 @@ _PATIENCE = 10.0  # seconds
 class ProgressLine:
     """`tick` is called often; every `interval` seconds (0: never) it logs what was done in them, if anything was."""
 
-    def __init__(self, engine: AsyncEngine, interval: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, engine: Engine, interval: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._engine = engine
         self._interval = interval
@@ -63,9 +64,13 @@ class ProgressLine:
 def install(app: FastAPI, service: Service) -> None:
     @app.get("/debug/steps", response_model=dict[str, Any])
     async def steps(
-        format: Literal["json", "chrome"] = "json", limit: Annotated[int, Query(ge=0, le=RING_SIZE)] = RING_SIZE
+        format: Literal["json", "chrome"] = "json",
+        limit: Annotated[int, Query(ge=0, le=RING_SIZE)] = RING_SIZE,
+        number: Annotated[int, Query(alias="engine", ge=0)] = 0,
     ) -> Response:
-        engine = service.engine
+        if number >= (most := len(service.engine.engines)):
+            raise InvalidRequest(f"engine must be below {most}, the number of engines, not {number}.", "engine")
+        engine = service.engine.engines[number]
         try:
             async with asyncio.timeout(_PATIENCE):
                 records = await engine.steps(limit)
