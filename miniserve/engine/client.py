@@ -82,6 +82,7 @@ class AsyncEngine:
             runner_factory=runner_factory,
             parent_pid=os.getpid(),
         )
+        self.config, self.source_path = config, self._start.source_path
         self._step_timeout = step_timeout
         self._decode = msgspec.msgpack.Decoder(messages.Event).decode
         self._process: EngineProcess | None = None
@@ -92,7 +93,8 @@ class AsyncEngine:
         self._serial = count()
         self._last_sign: float | None = None
         self._asked: float | None = None  # since when a heartbeat is unanswered
-        self._died = False
+        self.died = False  # which `shutdown` does not make it
+        self.engines = (self,)  # see `Replicas`
         self.info: EngineInfo
         self.tokenizer: Tokenizer
         self.generation_defaults: GenerationDefaults
@@ -107,17 +109,20 @@ class AsyncEngine:
 
     # --- life -----------------------------------------------------------------------------------------------------
 
-    async def start(self, progress: ProgressCallback | None = None) -> None:
-        """Start the process and wait until it is ready; `progress` is told (stage, done, total) meanwhile.
+    async def start(
+        self, progress: ProgressCallback | None = None, tokenizer: asyncio.Future[Tokenizer] | None = None
+    ) -> None:
+        """Start the process and wait until it is ready; `progress` is told (stage, done, total) meanwhile. tokenizer:
+        where somebody else loads it.
 
         Raises `UserError` with the engine's sentence for what the user can mend, `EngineDead` where the process failed
         or died otherwise. Cancelling ends the process.
         """
-        path, config = self._start.source_path, self._start.config
+        path, config = self.source_path, self.config
         self.generation_defaults = load_generation_defaults(path, config.generation_config)
         self._process = EngineProcess(self._start)
         ready = asyncio.create_task(self._wait_ready(self._process, progress))
-        loading = asyncio.create_task(asyncio.to_thread(load_tokenizer, path, config.load_format))
+        loading = tokenizer or asyncio.create_task(asyncio.to_thread(load_tokenizer, path, config.load_format))
         try:
             self.info, self.tokenizer = await asyncio.gather(ready, loading)
         except BaseException as error:
@@ -170,7 +175,7 @@ class AsyncEngine:
         if not done:
             self._receiver.cancel()
             await asyncio.wait([self._receiver])
-        return not self._died
+        return not self.died
 
     # --- requests -------------------------------------------------------------------------------------------------
 
@@ -198,6 +203,11 @@ class AsyncEngine:
         if self._running.get(running.request_id) is running:
             self._forget(running)
             running.mailbox.end()
+
+    @property
+    def num_sequences(self) -> int:
+        """That callers wait for."""
+        return len(self._sequences)
 
     def last_step_age(self) -> float | None:
         """Seconds since the engine last finished a step or, at rest, answered a heartbeat; None before it was ready."""
@@ -249,10 +259,10 @@ class AsyncEngine:
         finally:
             if reason is None and process.is_stopped:
                 reason = "the engine process was stopped (SIGSTOP)"
-            self._died = reason is not None or not self._shutting_down
+            self.died = reason is not None or not self._shutting_down
             self.dead = (
                 f"The engine died: {reason or 'its client was cancelled'}."
-                if self._died
+                if self.died
                 else "The engine was shut down."
             )
             running, self._running = self._running, {}

@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from miniserve import __version__
 from miniserve.core import InvalidRequest, UserError
-from miniserve.engine.client import AsyncEngine
+from miniserve.engine.replicas import Engine
 from miniserve.scheduler.limits import check_vocabulary
 from miniserve.server import chat, completions, errors, messages, page, protocol, responses, steps
 from miniserve.server.body import body_route
@@ -41,7 +41,7 @@ _EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type"
 _EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
 
 
-def create_app(engine: AsyncEngine, config: ServerConfig, hosts: Collection[str] | None = None) -> FastAPI:
+def create_app(engine: Engine, config: ServerConfig, hosts: Collection[str] | None = None) -> FastAPI:
     """The OpenAI-compatible app over a started engine. `hosts`: the names it may be called by; None: any."""
     service = Service(engine, config)
     app = FastAPI(title="miniserve", version=__version__, responses=_ERRORS, redirect_slashes=False)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from importlib.resources import files
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Query, Request, Response
 
 from miniserve import __version__
 from miniserve.core import PoolView
+from miniserve.engine.client import AsyncEngine
 from miniserve.engine.roofline import describe, share_of_bandwidth
 from miniserve.server.errors import APIError, json_response
 from miniserve.server.service import Service
-from miniserve.server.steps import between_steps, decoded_tokens
+from miniserve.server.steps import between_steps, decoded_tokens, numbered
 
 _TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _HEADERS = {
@@ -31,10 +32,10 @@ _PERIOD = 0.5  # seconds for which one look at the engine serves all that watch
 
 
 class _Watch:
-    """A look at the engine, at most every `_PERIOD` seconds however many watch, and none where nobody does."""
+    """A look at an engine, at most every `_PERIOD` seconds however many watch, and none where nobody does."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, service: Service, engine: AsyncEngine) -> None:
+        self._service, self._engine = service, engine
         self._begun = -_PERIOD
         self._look: asyncio.Task[dict[str, Any]] | None = None
 
@@ -46,18 +47,17 @@ class _Watch:
         return await asyncio.shield(self._look)  # who leaves does not take it from the others
 
     async def _ask(self) -> dict[str, Any]:
-        engine = self._service.engine
-        view = await between_steps(engine, engine.pool_view(_MAX_BLOCKS))
-        return report(self._service, view)
+        view = await between_steps(self._engine, self._engine.pool_view(_MAX_BLOCKS))
+        return report(self._service, self._engine, view)
 
 
-def report(service: Service, view: PoolView) -> dict[str, Any]:
+def report(service: Service, engine: AsyncEngine, view: PoolView) -> dict[str, Any]:
     """Counters are since the engine started, `time` in seconds of a clock to compare with earlier reports; `steps` and
     `bandwidth_share` are of the last second, None where nothing decoded."""
-    engine = service.engine
     stats, info = engine.stats, engine.info
     return {
         "time": time.monotonic(),
+        "num_engines": len(service.engine.engines),
         "running": stats.num_running,
         "waiting": stats.num_waiting + service.turns.waiting,
         "max_running": info.max_num_seqs,
@@ -82,7 +82,7 @@ def install(app: FastAPI, service: Service) -> None:
     index = sources.pop("index.html")
     if root:
         index = index.replace(b"<head>", f'<head>\n  <base href="{root}/">'.encode())
-    watch = _Watch(service)
+    watches: dict[int, _Watch] = {}
 
     @app.get("/", include_in_schema=False)
     async def page(request: Request) -> Response:
@@ -103,5 +103,7 @@ def install(app: FastAPI, service: Service) -> None:
         return Response(sources[name], headers=_HEADERS, media_type=_TYPES[name[name.rindex(".") :]])
 
     @app.get("/debug/engine", response_model=dict[str, Any])
-    async def engine() -> Response:
-        return json_response(await watch.look())
+    async def engine(number: Annotated[int, Query(alias="engine", ge=0)] = 0) -> Response:
+        if number not in watches:
+            watches[number] = _Watch(service, numbered(service, number))
+        return json_response(await watches[number].look())

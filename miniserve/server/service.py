@@ -11,8 +11,8 @@ from functools import partial
 from typing import TypeVar
 
 from miniserve.core import Grammar, InvalidRequest, Request, SamplingParams
-from miniserve.engine.client import AsyncEngine
 from miniserve.engine.grammar import check_grammar
+from miniserve.engine.replicas import Engine
 from miniserve.scheduler.limits import check_request, too_long
 from miniserve.server.config import ServerConfig
 from miniserve.server.errors import APIError
@@ -31,13 +31,13 @@ _CALL = 64  # characters that could be encoded in the time that a call takes
 
 
 class Service:
-    def __init__(self, engine: AsyncEngine, config: ServerConfig) -> None:
+    def __init__(self, engine: Engine, config: ServerConfig) -> None:
         self.engine = engine
         self.config = config
         self.model_names = config.served_model_names or (engine.info.model,)
         self.started = int(time.time())
         # As many more than run as keep the engine from ever waiting for the next.
-        self.turns = Turns(2 * engine.info.max_num_seqs, config.max_queue, config.max_prompts)
+        self.turns = Turns(2 * engine.info.max_num_seqs * len(engine.engines), config.max_queue, config.max_prompts)
         self.metrics = ServerMetrics(engine, self.turns, self.model_names[0])
         self.fields = FieldPolicy(config.strict_fields)
         self.rules = SamplingRules(engine.generation_defaults.sampling, engine.info.vocab_size, engine.tokenizer)

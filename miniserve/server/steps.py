@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from fastapi import FastAPI, Query, Response
 
-from miniserve.core import EngineInfo, SchedulerStats, StepRecord, StepTotals
+from miniserve.core import EngineInfo, InvalidRequest, SchedulerStats, StepRecord, StepTotals
 from miniserve.engine.client import AsyncEngine, EngineDead
+from miniserve.engine.replicas import Engine
 from miniserve.engine.roofline import describe
 from miniserve.engine.step_log import RING_SIZE
 from miniserve.server.errors import APIError, json_response
@@ -29,7 +30,7 @@ _PATIENCE = 10.0  # seconds
 class ProgressLine:
     """`tick` is called often; every `interval` seconds (0: never) it logs what was done in them, if anything was."""
 
-    def __init__(self, engine: AsyncEngine, interval: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, engine: Engine, interval: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._engine = engine
         self._interval = interval
@@ -66,6 +67,13 @@ def decoded_tokens(totals: StepTotals, stats: SchedulerStats) -> int:
     return totals.decode_rows + totals.mixed_rows - stats.num_draft_tokens + stats.num_accepted_tokens
 
 
+def numbered(service: Service, number: int) -> AsyncEngine:
+    """One of the server's engines. Raises `InvalidRequest` where there are not so many."""
+    if number >= (most := len(service.engine.engines)):
+        raise InvalidRequest(f"engine must be below {most}, the number of engines, not {number}.", "engine")
+    return service.engine.engines[number]
+
+
 async def between_steps(engine: AsyncEngine, answer: Awaitable[T]) -> T:
     """What the engine answers between two steps. Raises `APIError` 503 where it does not, or not soon."""
     try:
@@ -81,9 +89,11 @@ async def between_steps(engine: AsyncEngine, answer: Awaitable[T]) -> T:
 def install(app: FastAPI, service: Service) -> None:
     @app.get("/debug/steps", response_model=dict[str, Any])
     async def steps(
-        format: Literal["json", "chrome"] = "json", limit: Annotated[int, Query(ge=0, le=RING_SIZE)] = RING_SIZE
+        format: Literal["json", "chrome"] = "json",
+        limit: Annotated[int, Query(ge=0, le=RING_SIZE)] = RING_SIZE,
+        number: Annotated[int, Query(alias="engine", ge=0)] = 0,
     ) -> Response:
-        engine = service.engine
+        engine = numbered(service, number)
         records = await between_steps(engine, engine.steps(limit))
         if format == "chrome":
             return json_response(chrome_trace(records))

@@ -35,8 +35,9 @@ from miniserve.core import (
     StepTraffic,
     TokenLogprobs,
 )
-from miniserve.engine.client import AsyncEngine, EngineDead
+from miniserve.engine.client import EngineDead
 from miniserve.engine.output import CompletionStream, Mailbox, OutputAssembler
+from miniserve.engine.replicas import Engine
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server.config import ServerConfig
 from miniserve.server.serve import listening, loop_factory, serve
@@ -142,6 +143,10 @@ class FakeEngine:
             num_draft_tokens=tokens,
             num_accepted_tokens=right,
         )
+
+    @property
+    def engines(self) -> tuple[FakeEngine, ...]:
+        return (self,)
 
     def last_step_age(self) -> float | None:
         return self.age
@@ -285,7 +290,7 @@ class RunningServer:
 
     async def _main(self) -> int:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        if isinstance(self.engine, AsyncEngine):
+        if not isinstance(self.engine, FakeEngine):
             await self.engine.start()
         return await serve(self.engine, self._config, sock=self._socket, on_ready=self._ready.set, stop=self._stop)
 
@@ -314,7 +319,7 @@ class RunningServer:
 
 
 @contextmanager
-def running_server(engine: FakeEngine | AsyncEngine | None = None, **config: object) -> Iterator[RunningServer]:
+def running_server(engine: FakeEngine | Engine | None = None, **config: object) -> Iterator[RunningServer]:
     server = RunningServer(engine or FakeEngine(), ServerConfig(**config))  # type: ignore[arg-type]
     try:
         yield server
