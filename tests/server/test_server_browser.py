@@ -11,7 +11,7 @@ import browser
 import pytest
 from browser import Page
 from dialect_texts import WRITERS
-from server_fakes import EOS, FakeEngine, RunningServer, running_server, tokenizer
+from server_fakes import EOS, FakeEngine, RunningServer, running_server, tokenizer, wait_until
 from test_server_tools import WEATHER, scripted
 
 from miniserve.server.config import ServerConfig
@@ -94,6 +94,12 @@ def test_a_conversation_with_reasoning_parameters_retry_and_edit(page: Page) -> 
         page.run("document.querySelector('[name=top_p]').value = '7'")
         say(page, "Too much")
         assert page.run("document.getElementById('parameters').open") and len(engine.seen) == 4
+        page.run("document.querySelector('[name=top_p]').value = ''")
+        page.run("document.querySelector('[name=max_tokens]').value = '100000'")
+        page.run("document.getElementById('prompt').focus()")
+        page.press("Enter")
+        answered(page, 3)
+        assert "maximum context length" in texts(page, ".assistant .error")[0]  # the server's own words
 
 
 def test_an_answer_is_stopped_by_keyboard(page: Page) -> None:
@@ -105,6 +111,7 @@ def test_an_answer_is_stopped_by_keyboard(page: Page) -> None:
         page.press("Escape")
         page.wait("document.querySelector('.assistant .note')")
         assert texts(page, ".assistant .note") == ["stopped"]
+        wait_until(lambda: server.engine.aborted == 1)
         page.wait("!document.getElementById('send').hidden")
 
 
