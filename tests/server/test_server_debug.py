@@ -84,7 +84,7 @@ def test_the_pool_is_seen_while_requests_run(real: RunningServer) -> None:
 
     seen: list[dict[str, Any]] = []
     while not seen or len(seen[-1]["pool"]["num_tokens"]) < 3:  # they may have ended before the look
-        client = threading.Thread(target=complete, args=(real,), kwargs={"max_tokens": 400, "n": 3})
+        client = threading.Thread(target=complete, args=(real,), kwargs={"max_tokens": 200, "n": 3})
         client.start()
         wait_until(lambda client=client: real.engine.stats.num_running == 3 or not client.is_alive())
         seen.append(look())
