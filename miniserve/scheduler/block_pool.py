@@ -11,6 +11,13 @@ Chain = int | str  # a block's; or, before the first block, ROOT or the salt of 
 Key = tuple[Chain, tuple[int, ...]]  # (chain id of the parent block, the block's tokens)
 
 
+def sample(num_blocks: int, stride: int) -> list[int]:
+    """One block of every `stride`, scattered: rows that grow in turn would hide behind a regular choice."""
+    return [
+        min(first + (first * 2_654_435_761 >> 15) % stride, num_blocks - 1) for first in range(0, num_blocks, stride)
+    ]
+
+
 class BlockPool:
     """Reference-counted blocks with a prefix cache over full ones; every operation is O(1) per block.
 

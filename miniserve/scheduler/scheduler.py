@@ -58,6 +58,7 @@ from miniserve.core import (
     StepResult,
     TokenLogprobs,
 )
+from miniserve.scheduler.block_pool import sample
 from miniserve.scheduler.blocks import SequenceBlocks
 from miniserve.scheduler.limits import check_lengths
 from miniserve.scheduler.sequence import Sequence
@@ -158,9 +159,9 @@ class Scheduler:
         )
 
     def pool_view(self, max_blocks: int) -> PoolView:
-        """At most `max_blocks` blocks of the pool. Looks at every block that is held, some 20 ns each."""
+        """At most `max_blocks` blocks of the pool. Looks at every block that is held: some 3 ms for 60,000."""
         stride = -(-self._config.num_blocks // max_blocks)
-        shown = range(0, self._config.num_blocks, stride)
+        shown = sample(self._config.num_blocks, stride)
         wanted = frozenset(shown)
         owners: dict[int, int] = {}
         for seq in reversed(self._running.values()):

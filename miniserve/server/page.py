@@ -1,4 +1,4 @@
-"""The page at `/`, a chat and a view of the engine: its files, and what its view asks for while somebody looks on."""
+"""The page at `/`, a chat and a view of the engine: its files, and what the view asks for while somebody looks."""
 
 from __future__ import annotations
 

@@ -157,16 +157,17 @@ def test_a_period_is_the_difference_of_its_ends() -> None:
     assert late.since(early) == StepTotals(decode_steps=4, decode_seconds=0.5, kv_bytes=4, mixed_steps=1)
 
 
-def test_an_engine_that_dies_leaves_nobody_waiting_for_its_steps() -> None:
+def test_an_engine_that_dies_leaves_nobody_waiting_for_its_answers() -> None:
     async def body() -> None:
         engine = AsyncEngine(EngineConfig(), TINY, "fake?step_seconds=60", runner_factory=FACTORY)
         await engine.start()
-        assert await engine.steps(5) == []
+        records, view, _ = await asyncio.gather(engine.steps(5), engine.pool_view(9), engine.steps(5))
+        assert records == [] and view.owners == [-1] * 8 and view.stride == 8
         stream = engine.generate(
             Request(request_id="a", prompt_token_ids=[1, 2, 3], params=SamplingParams(max_tokens=5))
         )
         await asyncio.sleep(0.5)  # from now on it is busy with the first step
-        readers = [asyncio.create_task(engine.steps(5)) for _ in range(3)]
+        readers = [asyncio.create_task(ask(5)) for ask in (engine.steps, engine.steps, engine.pool_view)]
         await asyncio.sleep(0.05)
         readers[0].cancel()
         assert engine._process is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from miniserve.scheduler.block_pool import ROOT, BlockPool
+from miniserve.scheduler.block_pool import ROOT, BlockPool, sample
 from miniserve.scheduler.scheduler import Scheduler
 from miniserve.scheduler.sequence import Sequence
 
@@ -35,15 +35,15 @@ def check_integrity(scheduler: Scheduler) -> None:
 
 
 def _view_faults(scheduler: Scheduler, running: list[Sequence]) -> Iterable[str]:
-    pool, num_blocks = scheduler._pool, scheduler._config.num_blocks
-    view = scheduler.pool_view(num_blocks // 2 + 1)
-    shown = list(range(0, num_blocks, view.stride))
-    holders = [[seq.row for seq in running if block in seq.blocks] for block in shown]
-    free = [-1 if pool._keys[block] is None else -2 for block in shown]
-    if view.owners != [rows[0] if rows else mark for rows, mark in zip(holders, free, strict=True)]:
-        yield "the view of the pool shows other owners"
-    if view.num_holders != [len(rows) for rows in holders]:
-        yield "the view of the pool counts other holders"
+    pool = scheduler._pool
+    view = scheduler.pool_view(pool.num_blocks // 2 + 1)
+    owners = [-1 if key is None else -2 for key in pool._keys]
+    for seq in running:
+        for block in seq.blocks:
+            owners[block] = seq.row if owners[block] < 0 else owners[block]
+    shown = sample(pool.num_blocks, view.stride)
+    if view.owners != [owners[block] for block in shown] or view.num_holders != [pool._refs[block] for block in shown]:
+        yield "the view of the pool shows other holders"
 
 
 def _sequence_faults(scheduler: Scheduler, seq: Sequence) -> Iterable[str]:

@@ -5,7 +5,7 @@ import random
 import pytest
 from scheduler_integrity import pool_faults
 
-from miniserve.scheduler.block_pool import ROOT, BlockPool
+from miniserve.scheduler.block_pool import ROOT, BlockPool, sample
 
 SIZE = 2
 HASH_MODULUS = 2**61 - 1  # of CPython's int hash: n and n + HASH_MODULUS collide
@@ -20,6 +20,15 @@ def register(pool: BlockPool, blocks: list[int], tokens: list[int]) -> list[int]
 
 def match(pool: BlockPool, tokens: list[int], max_tokens: int | None = None) -> list[int]:
     return pool.match(tokens, SIZE, len(tokens) if max_tokens is None else max_tokens)
+
+
+@pytest.mark.parametrize(("num_blocks", "stride"), [(1, 1), (7, 1), (3276, 2), (1000, 8), (1001, 489)])
+def test_a_sample_has_a_block_of_each_part_and_follows_no_rhythm(num_blocks: int, stride: int) -> None:
+    blocks = sample(num_blocks, stride)
+    assert [block // stride for block in blocks] == list(range(-(-num_blocks // stride)))
+    assert blocks[-1] < num_blocks
+    if len(blocks) > 100:
+        assert {block % stride for block in blocks} == set(range(stride))
 
 
 def test_a_prefix_is_found_block_by_block_up_to_the_limit() -> None:

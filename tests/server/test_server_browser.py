@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import browser
 import pytest
 from browser import Page
-from server_fakes import EOS, FakeEngine, RunningServer, running_server, tokenizer
+from dialect_texts import WRITERS
+from server_fakes import EOS, FakeEngine, RunningServer, running_server, tokenizer, wait_until
+from test_server_tools import WEATHER, scripted
 
 from miniserve.server.config import ServerConfig
 
 pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium (apt-get install chromium)")
 
-CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call>'
-TOOLS = '[{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]'
 ANSWERS = "document.querySelectorAll('.assistant')"
 
 
@@ -65,7 +67,7 @@ def test_a_conversation_with_reasoning_parameters_retry_and_edit(page: Page) -> 
         page.run("document.querySelector('[name=system]').value = 'Be kind.'")
         say(page, "Who is there?")
         answered(page, 1)
-        assert page.run("document.querySelector('.assistant > .text').textContent") == "Hello <b>Zoë</b>\ncode"
+        assert page.run("document.querySelector('.assistant > .text').textContent") == "Hello <b>Zoë</b>\ncode\n"
         assert texts(page, ".assistant pre") == ["code"]
         assert page.run("document.querySelector('.reasoning').open") is False
         assert page.run("document.querySelector('.reasoning .text').textContent") == "A bear."
@@ -92,6 +94,12 @@ def test_a_conversation_with_reasoning_parameters_retry_and_edit(page: Page) -> 
         page.run("document.querySelector('[name=top_p]').value = '7'")
         say(page, "Too much")
         assert page.run("document.getElementById('parameters').open") and len(engine.seen) == 4
+        page.run("document.querySelector('[name=top_p]').value = ''")
+        page.run("document.querySelector('[name=max_tokens]').value = '100000'")
+        page.run("document.getElementById('prompt').focus()")
+        page.press("Enter")
+        answered(page, 3)
+        assert "maximum context length" in texts(page, ".assistant .error")[0]  # the server's own words
 
 
 def test_an_answer_is_stopped_by_keyboard(page: Page) -> None:
@@ -103,25 +111,29 @@ def test_an_answer_is_stopped_by_keyboard(page: Page) -> None:
         page.press("Escape")
         page.wait("document.querySelector('.assistant .note')")
         assert texts(page, ".assistant .note") == ["stopped"]
+        wait_until(lambda: server.engine.aborted == 1)
         page.wait("!document.getElementById('send').hidden")
 
 
-def test_a_call_is_shown_and_its_result_goes_back(page: Page) -> None:
-    engine = FakeEngine(script=words(CALL))
-    with running_server(engine, tool_call_parser="hermes") as server:
-        connected(page, server)
-        page.run(f"document.querySelector('[name=tools]').value = '{TOOLS}'")
+def test_a_call_is_shown_and_its_result_goes_back(page: Page, tmp_path: Path) -> None:
+    with contextmanager(scripted)("hermes", tmp_path / "model") as model:
+        connected(page, model.server)
+        page.run("document.querySelector('[name=tools]').value = 'no JSON'")
         say(page, "Weather in Bern?")
+        assert page.run("document.querySelector('[name=tools]').matches(':invalid')")
+        page.run(f"document.querySelector('[name=tools]').value = {json.dumps(json.dumps([WEATHER]))}")
+        model.says(WRITERS["hermes"]([("get_weather", {"city": "Bern"})]))
+        page.run("document.getElementById('prompt').focus()")
+        page.press("Enter")
         answered(page, 1)
-        assert texts(page, ".call p") == ["calls weather"]
+        assert texts(page, ".call p") == ["calls get_weather"]
         assert texts(page, ".call pre") == ['{\n  "city": "Bern"\n}']
-        engine.script = words("It snows.")
+        model.says("It snows.")
         page.run("document.querySelector('.call textarea').focus()")
         page.type("snow, -3 °C")
         click(page, "Send results")
         answered(page, 2)
-        asked = tokenizer().decode(engine.seen[1][0], False)
-        assert "snow, -3 °C" in asked and "Bern" in asked
+        assert "snow, -3 °C" in model.prompt and '"Bern"' in model.prompt
         assert texts(page, ".assistant > .text")[1] == "It snows."
 
 

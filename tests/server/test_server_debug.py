@@ -77,6 +77,26 @@ def test_steps_can_be_read_while_others_run(real: RunningServer) -> None:
     assert second > first
 
 
+def test_the_pool_is_seen_while_requests_run(real: RunningServer) -> None:
+    def look() -> dict[str, Any]:
+        answer: dict[str, Any] = httpx.get(f"{real.root}/debug/engine", headers={"x-api-key": "k"}, timeout=60).json()
+        return answer
+
+    seen: list[dict[str, Any]] = []
+    while not seen or len(seen[-1]["pool"]["num_tokens"]) < 3:  # they may have ended before the look
+        client = threading.Thread(target=complete, args=(real,), kwargs={"max_tokens": 200, "n": 3})
+        client.start()
+        wait_until(lambda client=client: real.engine.stats.num_running == 3 or not client.is_alive())
+        seen.append(look())
+        client.join(60)
+    pool = seen[-1]["pool"]
+    rows = {int(row) for row in pool["num_tokens"]}
+    assert rows <= set(pool["owners"]) <= rows | {-1, -2} and len(rows) == 3
+    assert len(pool["owners"]) == -(-seen[-1]["num_blocks"] // pool["stride"]) <= 2048
+    wait_until(lambda: real.engine.stats.num_running == 0)
+    wait_until(lambda: set(look()["pool"]["owners"]) == {-1, -2})  # a look serves for half a second
+
+
 def test_the_key_is_asked_for(real: RunningServer) -> None:
     assert httpx.get(f"{real.root}/debug/steps").status_code == 401
     assert httpx.get(f"{real.root}/metrics").status_code == 200

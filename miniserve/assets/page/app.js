@@ -58,6 +58,7 @@ function lost(error) {
   element("state").className = "bad";
   element("lost-why").textContent = `${error.message} Next try in ${seconds} s.`;
   element("lost").hidden = false;
+  document.body.classList.add("without-server");
   return seconds;
 }
 
@@ -65,6 +66,7 @@ function found() {
   element("state").textContent = "connected";
   element("state").className = "good";
   element("lost").hidden = true;
+  document.body.classList.remove("without-server");
   failures = 0;
 }
 

@@ -50,7 +50,7 @@ export class EngineView {
   }
 
   showPool({ num_blocks, block_size, kv_cache_usage, preemptions, pool }) {
-    const every = pool.stride > 1 ? ` Every ${pool.stride}th block is shown.` : "";
+    const every = pool.stride > 1 ? ` One of every ${pool.stride} blocks is shown.` : "";
     const text = `${percent(kv_cache_usage)} of ${num_blocks.toLocaleString("en")} blocks of ${block_size} tokens are ` +
       `held; ${preemptions} preemptions so far.${every}`;
     element("pool-text").textContent = text;
