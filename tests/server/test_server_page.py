@@ -82,6 +82,9 @@ def test_a_look_at_the_engine_needs_the_key_and_says_what_the_page_shows(server:
     assert (look["running"], look["max_running"], look["num_blocks"], look["block_size"]) == (0, 256, 64, 16)
     assert look["pool"]["owners"][:6] == [0, 0, 0, 1, 1, -2] and len(look["pool"]["num_holders"]) == 64
     assert look["pool"]["num_tokens"] == {"0": 44, "1": 60}
+    assert look["num_engines"] == 1
+    refused = httpx.get(f"{url}?engine=1", headers={"x-api-key": "k"})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "engine"
 
 
 def test_many_that_watch_cost_no_more_than_one(monkeypatch: pytest.MonkeyPatch) -> None:

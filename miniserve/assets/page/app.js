@@ -86,7 +86,8 @@ async function look() {
     await call("health", { signal });
     return RESTING;
   }
-  view.show(await (await call("debug/engine", { askForKey, signal })).json());
+  const number = element("which-engine").value || "0";
+  view.show(await (await call(`debug/engine?engine=${number}`, { askForKey, signal })).json());
   return WATCHING;
 }
 
@@ -121,6 +122,10 @@ function showEngine(shown) {
 
 element("show-engine").addEventListener("click", () => showEngine(element("engine").hidden));
 element("new-chat").addEventListener("click", () => chat.clear());
+element("which-engine").addEventListener("change", () => {
+  view.forget();
+  wake();
+});
 element("try-now").addEventListener("click", () => wake());
 addEventListener("online", () => wake());
 element("show-key").hidden = savedKey() === null;

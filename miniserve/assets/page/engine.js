@@ -23,15 +23,21 @@ export function rate(before, now, name) {
 
 export class EngineView {
   constructor() {
-    this.last = null;
-    this.rates = [];
-    this.shares = [];
+    this.forget();
     this.resized = new ResizeObserver(() => this.last && this.draw());
     this.resized.observe(element("engine"));
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.last && this.draw());
   }
 
+  /** Another engine is shown from now on. */
+  forget() {
+    this.last = null;
+    this.rates = [];
+    this.shares = [];
+  }
+
   show(look) {
+    this.chooseOf(look.num_engines);
     const decode = rate(this.last, look, "decoded_tokens");
     const prefill = rate(this.last, look, "prefilled_tokens");
     element("running").textContent = `${look.running} of ${look.max_running}`;
@@ -47,6 +53,13 @@ export class EngineView {
     this.last = look;
     this.showPool(look);
     this.draw();
+  }
+
+  chooseOf(count) {
+    element("which").hidden = count === 1;
+    const select = element("which-engine");
+    if (select.options.length === count) return;
+    select.replaceChildren(...Array.from({ length: count }, (_, number) => make("option", { value: String(number) }, String(number))));
   }
 
   showPool({ num_blocks, block_size, kv_cache_usage, preemptions, pool }) {
