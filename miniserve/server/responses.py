@@ -3,10 +3,11 @@ request."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WrapValidator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, WrapValidator
 from typing_extensions import TypedDict
 
 from miniserve.core import Completion, FinishReason, InvalidRequest
@@ -70,11 +71,20 @@ class Item(Body):
     phase: str | None = None
 
 
+def _writable(value: dict[str, Any]) -> dict[str, Any]:
+    """Raises `ValueError` for what could not be sent back."""
+    json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+Schema = Annotated[dict[str, Any], AfterValidator(_writable)]
+
+
 class FunctionTool(Body):
     type: Text
     name: FunctionName | None = None
     description: Text | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Schema | None = None
     strict: bool | None = None
 
 
@@ -84,9 +94,9 @@ class _Strict(BaseModel):
 
 class TextFormat(_Strict):
     type: Literal["text", "json_object", "json_schema"]
-    name: str | None = None
-    description: str | None = None
-    json_schema: dict[str, Any] | None = Field(None, alias="schema")
+    name: Text | None = None
+    description: Text | None = None
+    json_schema: Schema | None = Field(None, alias="schema")
     strict: bool | None = None
 
 
@@ -138,7 +148,7 @@ class ResponsesRequest(Body):
     store: bool | None = None
     include: list[Literal["reasoning.encrypted_content"]] | None = None
     truncation: Literal["disabled"] | None = None
-    metadata: Annotated[dict[str, Text], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[Text, Text], Field(max_length=16)] | None = None
 
 
 _MORE: dict[str, tuple[object, ...]] = {
