@@ -153,7 +153,7 @@ class ResponsesRequest(Body):
 
 _MORE: dict[str, tuple[object, ...]] = {
     "prompt": (), "max_tool_calls": (), "context_management": ([],), "moderation": (), "top_logprobs": (0,),
-    "background_options": (), "access_programs": (), "image": (), "top_k": (), "multi_agent": (),
+    "background_options": (), "access_programs": (), "image": (), "multi_agent": (),
 }  # fmt: skip
 REFUSED_IN_RESPONSES = refused_beside(ResponsesRequest, _MORE)
 RESPONSES_REMEDIES = remedies_beside(

@@ -162,8 +162,9 @@ RESPONSE_BODY: dict[str, Any] = {"input": [ASKED], "tools": RESPONSES_TOOLS}
 def test_events_of_messages_are_anthropics(model: Scripted) -> None:
     model.says(THOUGHT + "I look. " + WRITERS["hermes"](CALLS))
     events = events_of(model, "messages", MESSAGE_BODY)
+    kind = TypeAdapter[Any](RawMessageStreamEvent)
     for event in events:
-        TypeAdapter(RawMessageStreamEvent).validate_python(event, extra="forbid")
+        kind.validate_python(event, extra="forbid")
     assert [events[0]["type"], events[-2]["type"], events[-1]["type"]] == [
         "message_start", "message_delta", "message_stop",
     ]  # fmt: skip
@@ -171,10 +172,10 @@ def test_events_of_messages_are_anthropics(model: Scripted) -> None:
     assert (events[0]["message"]["content"], events[0]["message"]["stop_reason"]) == ([], None)
     assert events[0]["message"]["usage"]["output_tokens"] == 1
     assert events[-2]["usage"]["output_tokens"] == len(model.server.engine.script)
-    for index, kind in enumerate(["thinking_delta", "text_delta", "input_json_delta", "input_json_delta"]):
+    for index, delta_type in enumerate(["thinking_delta", "text_delta", "input_json_delta", "input_json_delta"]):
         first, *deltas, last = [event for event in events if event.get("index") == index]
         assert (first["type"], last["type"]) == ("content_block_start", "content_block_stop")
-        assert {delta["delta"]["type"] for delta in deltas} == {kind}
+        assert {delta["delta"]["type"] for delta in deltas} == {delta_type}
     indexes = [event["index"] for event in events if "index" in event]
     assert indexes == sorted(indexes)
 
@@ -182,8 +183,9 @@ def test_events_of_messages_are_anthropics(model: Scripted) -> None:
 def test_events_of_responses_are_openais(model: Scripted) -> None:
     model.says(THOUGHT + "I look. " + WRITERS["hermes"](CALLS))
     events = events_of(model, "responses", RESPONSE_BODY)
+    kind = TypeAdapter[Any](ResponseStreamEvent)
     for number, event in enumerate(events):
-        TypeAdapter(ResponseStreamEvent).validate_python(event)
+        kind.validate_python(event)
         assert event["sequence_number"] == number
     kinds = [event["type"].removeprefix("response.") for event in events]
     text = ["content_part.added", "output_text.delta", "output_text.done", "content_part.done"]
@@ -405,8 +407,13 @@ def test_errors_are_the_clients_own(model: Scripted, claude: Anthropic) -> None:
     with running_server(api_keys=("secret",)) as server:
         with pytest.raises(anthropic.AuthenticationError, match="authentication_error"):
             Anthropic(base_url=server.root, api_key="wrong", max_retries=0).messages.create(**MESSAGE_BODY, model="x")
+        client = Anthropic(base_url=server.root, api_key="secret", max_retries=0)
         with pytest.raises(anthropic.NotFoundError):
-            Anthropic(base_url=server.root, api_key="secret", max_retries=0).messages.create(**MESSAGE_BODY, model="x")
+            client.messages.create(**MESSAGE_BODY, model="x")
+        # The built-in model's template takes no calls. The place is that in the request, not in the chat made of it.
+        turns = [ASKED, {"role": "assistant", "content": [USE]}, {"role": "user", "content": [RESULT]}]
+        with pytest.raises(anthropic.BadRequestError, match=r"calls of messages\[1\]"):
+            message(client, False, *turns, system="Be kind.")
 
 
 def test_a_silent_stream_of_messages_has_pings(
