@@ -14,7 +14,7 @@ from miniserve.core import Completion, FinishReason, InvalidRequest
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server.agents import Part, PartsAnswer, Translation, Turn, called, needed
 from miniserve.server.chat import Chat
-from miniserve.server.errors import APIError
+from miniserve.server.errors import APIError, clip
 from miniserve.server.fields import FieldPolicy, refused_beside, remedies_beside
 from miniserve.server.protocol import (
     Body,
@@ -242,8 +242,6 @@ class ResponsesAnswer(PartsAnswer):
         super().__init__(header, tokenizer, chat)
         self._body = body
         self._params = chat.params
-        self._reading = chat.reading
-        self._call_ids: dict[int, str] = {}
         self._serial = -1
         self._last: Completion | None = None
 
@@ -255,11 +253,7 @@ class ResponsesAnswer(PartsAnswer):
             yield self._event(f"response.{kind}", response=self._response("in_progress"))
 
     def begun(self, index: int, part: Part) -> Iterator[dict[str, Any]]:
-        if part.kind == "call":
-            self._call_ids[index] = self._reading.call_id()
-        yield self._event(
-            "response.output_item.added", output_index=index, item=self._item(index, part, "", "in_progress")
-        )
+        yield self._event("response.output_item.added", output_index=index, item=_item(part, "", "in_progress"))
         if part.kind != "call":
             yield self._about(index, part, "response.content_part.added", part=_content(part, ""))
 
@@ -273,7 +267,7 @@ class ResponsesAnswer(PartsAnswer):
         yield self._about(index, part, f"response.{_WORDS[part.kind]}.done", **{key: text}, **beside)
         if part.kind != "call":
             yield self._about(index, part, "response.content_part.done", part=_content(part, text))
-        yield self._event("response.output_item.done", output_index=index, item=self._item(index, part, text))
+        yield self._event("response.output_item.done", output_index=index, item=_item(part, text))
 
     def finished(self, delta: Completion) -> Iterator[dict[str, Any]]:
         self._last = delta
@@ -281,7 +275,7 @@ class ResponsesAnswer(PartsAnswer):
         yield self._event(f"response.{status}", response=self._response(status, reason))
 
     def failure(self, error: APIError) -> dict[str, Any]:
-        response = self._response("failed", error={"code": "server_error", "message": error.message})
+        response = self._response("failed", error={"code": "server_error", "message": clip(error.message)})
         return self._event("response.failed", response=response)
 
     def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
@@ -301,22 +295,6 @@ class ResponsesAnswer(PartsAnswer):
             return "incomplete", {"reason": "max_output_tokens"}
         return "completed", None
 
-    def _item(self, index: int, part: Part, text: str, status: Literal["in_progress"] | None = None) -> ItemOut:
-        item: ItemOut = {
-            "id": _item_id(part),
-            "type": "message",
-            "status": status or ("completed" if part.complete else "incomplete"),
-        }
-        contents = [] if status else [_content(part, text)]
-        match part.kind:
-            case "text":
-                return {**item, "role": "assistant", "content": contents}
-            case "thought":
-                return {**item, "type": "reasoning", "summary": [], "content": contents}
-            case "call":
-                beside = {"call_id": self._call_ids[index], "name": part.name, "arguments": text}
-                return {**item, "type": "function_call", **beside}  # type: ignore[typeddict-item]
-
     def _response(
         self,
         status: Literal["in_progress", "completed", "incomplete", "failed"],
@@ -335,7 +313,7 @@ class ResponsesAnswer(PartsAnswer):
             "error": error,
             "incomplete_details": incomplete,
             "model": self._header.model,
-            "output": [] if running else [self._item(i, part, part.text) for i, part in enumerate(self._parts)],
+            "output": [] if running else [_item(part, part.text) for part in self._parts],
             "usage": None if running else self._usage(),
             "store": False,
             "instructions": body.instructions,
@@ -368,6 +346,23 @@ _WORDS = {"text": "output_text", "thought": "reasoning_text", "call": "function_
 
 def _item_id(part: Part) -> str:
     return {"text": "msg_", "thought": "rs_", "call": "fc_"}[part.kind] + part.id
+
+
+def _item(part: Part, text: str, status: Literal["in_progress"] | None = None) -> ItemOut:
+    item: ItemOut = {
+        "id": _item_id(part),
+        "type": "message",
+        "status": status or ("completed" if part.complete else "incomplete"),
+    }
+    contents = [] if status else [_content(part, text)]
+    match part.kind:
+        case "text":
+            return {**item, "role": "assistant", "content": contents}
+        case "thought":
+            return {**item, "type": "reasoning", "summary": [], "content": contents}
+        case "call":
+            beside = {"call_id": part.id, "name": part.name, "arguments": text}
+            return {**item, "type": "function_call", **beside}  # type: ignore[typeddict-item]
 
 
 def _content(part: Part, text: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -440,3 +441,19 @@ def test_what_is_no_unicode_is_not_sent_back(model: Scripted) -> None:
         body = '{"input": "x", "stream": true, ' + field + "}"
         headers = {"content-type": "application/json"}
         assert httpx.post(f"{model.server.url}/responses", content=body, headers=headers).status_code == 400
+
+
+def test_ids_of_calls_are_those_that_the_template_takes(tmp_path: Path) -> None:
+    """Mistral's raises an error for any but 9 characters."""
+    for model in scripted("mistral", tmp_path / "model"):
+        with Anthropic(base_url=model.server.root, api_key="any", max_retries=0) as client:
+            model.says(WRITERS["mistral"](CALLS[1:]))
+            (call,) = message(client, False, tools=MESSAGES_TOOLS).content
+            result = {"type": "tool_result", "tool_use_id": call.id, "content": "noon"}
+            turns = [ASKED, {"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+            message(client, False, *turns, tools=MESSAGES_TOOLS)
+            assert "noon" in model.prompt
+            (item,) = response(model, False, tools=RESPONSES_TOOLS).output
+            output = {"type": "function_call_output", "call_id": item.call_id, "output": "noon"}
+            response(model, False, [ASKED, item.to_dict(), output], tools=RESPONSES_TOOLS)
+            assert "noon" in model.prompt
