@@ -91,8 +91,8 @@ class Translation:
 
 @dataclass(slots=True)
 class Part:
-    """`name`: of a called function. `complete`: the answer went on behind it, or ended by itself; of a call: its end
-    was read."""
+    """id: of a call as the model's template takes it. name: of the called function. complete: the answer went on behind
+    the part, or ended by itself; of a call: its end was read."""
 
     kind: Literal["thought", "text", "call"]
     id: str
@@ -114,6 +114,7 @@ class PartsAnswer(Answer):
 
     def __init__(self, header: Header, tokenizer: Tokenizer, chat: Chat) -> None:
         super().__init__(header, tokenizer, [chat.token_ids])
+        self._reading = chat.reading
         self._reader = AnswerReader(chat.reading, tokenizer)
         self._parts: list[Part] = []
 
@@ -149,7 +150,7 @@ class PartsAnswer(Answer):
                 case Content(text):
                     yield from self._take("text", text)
                 case CallBegin(_, name):
-                    yield from self._begin(Part("call", uuid.uuid4().hex, name))
+                    yield from self._begin(Part("call", self._reading.call_id(), name))
                 case CallArguments(_, text):
                     yield from self._take("call", text)
                 case CallEnd():

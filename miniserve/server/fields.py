@@ -172,7 +172,7 @@ class FieldPolicy:
         """Raises `InvalidRequest` naming the first field that would change the answer and is not supported, or that is
         a known one misspelt. `remedies`: see `remedy`."""
         options = getattr(body, "stream_options", None)
-        if options is not None:
+        if isinstance(options, Body):
             self.check(options, {})
         if not body.extras:
             return

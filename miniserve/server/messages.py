@@ -280,7 +280,7 @@ class MessagesAnswer(PartsAnswer):
             case "thought":
                 return {"type": "thinking", "thinking": text, "signature": ""}
             case "call":
-                return {"type": "tool_use", "id": f"toolu_{part.id}", "name": part.name, "input": _input(text)}
+                return {"type": "tool_use", "id": part.id, "name": part.name, "input": _input(text)}
 
 
 def _input(text: str) -> dict[str, Any]:

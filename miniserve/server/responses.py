@@ -3,17 +3,18 @@ request."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WrapValidator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, WrapValidator
 from typing_extensions import TypedDict
 
 from miniserve.core import Completion, FinishReason, InvalidRequest
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server.agents import Part, PartsAnswer, Translation, Turn, called, needed
 from miniserve.server.chat import Chat
-from miniserve.server.errors import APIError
+from miniserve.server.errors import APIError, clip
 from miniserve.server.fields import FieldPolicy, refused_beside, remedies_beside
 from miniserve.server.protocol import (
     Body,
@@ -70,11 +71,20 @@ class Item(Body):
     phase: str | None = None
 
 
+def _writable(value: dict[str, Any]) -> dict[str, Any]:
+    """Raises `ValueError` for what could not be sent back."""
+    json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+Schema = Annotated[dict[str, Any], AfterValidator(_writable)]
+
+
 class FunctionTool(Body):
     type: Text
     name: FunctionName | None = None
     description: Text | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Schema | None = None
     strict: bool | None = None
 
 
@@ -84,9 +94,9 @@ class _Strict(BaseModel):
 
 class TextFormat(_Strict):
     type: Literal["text", "json_object", "json_schema"]
-    name: str | None = None
-    description: str | None = None
-    json_schema: dict[str, Any] | None = Field(None, alias="schema")
+    name: Text | None = None
+    description: Text | None = None
+    json_schema: Schema | None = Field(None, alias="schema")
     strict: bool | None = None
 
 
@@ -138,12 +148,12 @@ class ResponsesRequest(Body):
     store: bool | None = None
     include: list[Literal["reasoning.encrypted_content"]] | None = None
     truncation: Literal["disabled"] | None = None
-    metadata: Annotated[dict[str, Text], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[Text, Text], Field(max_length=16)] | None = None
 
 
 _MORE: dict[str, tuple[object, ...]] = {
     "prompt": (), "max_tool_calls": (), "context_management": ([],), "moderation": (), "top_logprobs": (0,),
-    "background_options": (), "access_programs": (), "image": (), "top_k": (), "multi_agent": (),
+    "background_options": (), "access_programs": (), "image": (), "multi_agent": (),
 }  # fmt: skip
 REFUSED_IN_RESPONSES = refused_beside(ResponsesRequest, _MORE)
 RESPONSES_REMEDIES = remedies_beside(
@@ -232,8 +242,6 @@ class ResponsesAnswer(PartsAnswer):
         super().__init__(header, tokenizer, chat)
         self._body = body
         self._params = chat.params
-        self._reading = chat.reading
-        self._call_ids: dict[int, str] = {}
         self._serial = -1
         self._last: Completion | None = None
 
@@ -245,11 +253,7 @@ class ResponsesAnswer(PartsAnswer):
             yield self._event(f"response.{kind}", response=self._response("in_progress"))
 
     def begun(self, index: int, part: Part) -> Iterator[dict[str, Any]]:
-        if part.kind == "call":
-            self._call_ids[index] = self._reading.call_id()
-        yield self._event(
-            "response.output_item.added", output_index=index, item=self._item(index, part, "", "in_progress")
-        )
+        yield self._event("response.output_item.added", output_index=index, item=_item(part, "", "in_progress"))
         if part.kind != "call":
             yield self._about(index, part, "response.content_part.added", part=_content(part, ""))
 
@@ -263,7 +267,7 @@ class ResponsesAnswer(PartsAnswer):
         yield self._about(index, part, f"response.{_WORDS[part.kind]}.done", **{key: text}, **beside)
         if part.kind != "call":
             yield self._about(index, part, "response.content_part.done", part=_content(part, text))
-        yield self._event("response.output_item.done", output_index=index, item=self._item(index, part, text))
+        yield self._event("response.output_item.done", output_index=index, item=_item(part, text))
 
     def finished(self, delta: Completion) -> Iterator[dict[str, Any]]:
         self._last = delta
@@ -271,7 +275,7 @@ class ResponsesAnswer(PartsAnswer):
         yield self._event(f"response.{status}", response=self._response(status, reason))
 
     def failure(self, error: APIError) -> dict[str, Any]:
-        response = self._response("failed", error={"code": "server_error", "message": error.message})
+        response = self._response("failed", error={"code": "server_error", "message": clip(error.message)})
         return self._event("response.failed", response=response)
 
     def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
@@ -291,22 +295,6 @@ class ResponsesAnswer(PartsAnswer):
             return "incomplete", {"reason": "max_output_tokens"}
         return "completed", None
 
-    def _item(self, index: int, part: Part, text: str, status: Literal["in_progress"] | None = None) -> ItemOut:
-        item: ItemOut = {
-            "id": _item_id(part),
-            "type": "message",
-            "status": status or ("completed" if part.complete else "incomplete"),
-        }
-        contents = [] if status else [_content(part, text)]
-        match part.kind:
-            case "text":
-                return {**item, "role": "assistant", "content": contents}
-            case "thought":
-                return {**item, "type": "reasoning", "summary": [], "content": contents}
-            case "call":
-                beside = {"call_id": self._call_ids[index], "name": part.name, "arguments": text}
-                return {**item, "type": "function_call", **beside}  # type: ignore[typeddict-item]
-
     def _response(
         self,
         status: Literal["in_progress", "completed", "incomplete", "failed"],
@@ -325,7 +313,7 @@ class ResponsesAnswer(PartsAnswer):
             "error": error,
             "incomplete_details": incomplete,
             "model": self._header.model,
-            "output": [] if running else [self._item(i, part, part.text) for i, part in enumerate(self._parts)],
+            "output": [] if running else [_item(part, part.text) for part in self._parts],
             "usage": None if running else self._usage(),
             "store": False,
             "instructions": body.instructions,
@@ -358,6 +346,23 @@ _WORDS = {"text": "output_text", "thought": "reasoning_text", "call": "function_
 
 def _item_id(part: Part) -> str:
     return {"text": "msg_", "thought": "rs_", "call": "fc_"}[part.kind] + part.id
+
+
+def _item(part: Part, text: str, status: Literal["in_progress"] | None = None) -> ItemOut:
+    item: ItemOut = {
+        "id": _item_id(part),
+        "type": "message",
+        "status": status or ("completed" if part.complete else "incomplete"),
+    }
+    contents = [] if status else [_content(part, text)]
+    match part.kind:
+        case "text":
+            return {**item, "role": "assistant", "content": contents}
+        case "thought":
+            return {**item, "type": "reasoning", "summary": [], "content": contents}
+        case "call":
+            beside = {"call_id": part.id, "name": part.name, "arguments": text}
+            return {**item, "type": "function_call", **beside}  # type: ignore[typeddict-item]
 
 
 def _content(part: Part, text: str) -> dict[str, Any]:

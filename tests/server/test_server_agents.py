@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -162,8 +163,9 @@ RESPONSE_BODY: dict[str, Any] = {"input": [ASKED], "tools": RESPONSES_TOOLS}
 def test_events_of_messages_are_anthropics(model: Scripted) -> None:
     model.says(THOUGHT + "I look. " + WRITERS["hermes"](CALLS))
     events = events_of(model, "messages", MESSAGE_BODY)
+    kind = TypeAdapter[Any](RawMessageStreamEvent)
     for event in events:
-        TypeAdapter(RawMessageStreamEvent).validate_python(event, extra="forbid")
+        kind.validate_python(event, extra="forbid")
     assert [events[0]["type"], events[-2]["type"], events[-1]["type"]] == [
         "message_start", "message_delta", "message_stop",
     ]  # fmt: skip
@@ -171,10 +173,10 @@ def test_events_of_messages_are_anthropics(model: Scripted) -> None:
     assert (events[0]["message"]["content"], events[0]["message"]["stop_reason"]) == ([], None)
     assert events[0]["message"]["usage"]["output_tokens"] == 1
     assert events[-2]["usage"]["output_tokens"] == len(model.server.engine.script)
-    for index, kind in enumerate(["thinking_delta", "text_delta", "input_json_delta", "input_json_delta"]):
+    for index, delta_type in enumerate(["thinking_delta", "text_delta", "input_json_delta", "input_json_delta"]):
         first, *deltas, last = [event for event in events if event.get("index") == index]
         assert (first["type"], last["type"]) == ("content_block_start", "content_block_stop")
-        assert {delta["delta"]["type"] for delta in deltas} == {kind}
+        assert {delta["delta"]["type"] for delta in deltas} == {delta_type}
     indexes = [event["index"] for event in events if "index" in event]
     assert indexes == sorted(indexes)
 
@@ -182,8 +184,9 @@ def test_events_of_messages_are_anthropics(model: Scripted) -> None:
 def test_events_of_responses_are_openais(model: Scripted) -> None:
     model.says(THOUGHT + "I look. " + WRITERS["hermes"](CALLS))
     events = events_of(model, "responses", RESPONSE_BODY)
+    kind = TypeAdapter[Any](ResponseStreamEvent)
     for number, event in enumerate(events):
-        TypeAdapter(ResponseStreamEvent).validate_python(event)
+        kind.validate_python(event)
         assert event["sequence_number"] == number
     kinds = [event["type"].removeprefix("response.") for event in events]
     text = ["content_part.added", "output_text.delta", "output_text.done", "content_part.done"]
@@ -278,6 +281,8 @@ def test_a_last_message_of_the_assistant_goes_on(model: Scripted, claude: Anthro
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "aaaa"}}
 USE = {"type": "tool_use", "id": "1", "name": "now", "input": {}}
 
+RESULT = {"type": "tool_result", "tool_use_id": "1", "content": "x"}
+
 
 def said(*blocks: Any, role: str = "user") -> dict[str, Any]:
     return {"messages": [{"role": role, "content": list(blocks)}]}
@@ -292,11 +297,8 @@ def said(*blocks: Any, role: str = "user") -> dict[str, Any]:
         ({"messages": []}, "messages"),
         (said({"type": "text"}), "messages[0].content[0].text"),
         (said(IMAGE), "messages[0].content[0].type"),
-        (
-            said({"type": "tool_result", "tool_use_id": "1", "content": [IMAGE]}),
-            "messages[0].content[0].content[0].type",
-        ),
-        (said({"type": "tool_result", "content": "x"}), "messages[0].content[0].tool_use_id"),
+        (said(RESULT | {"content": [IMAGE]}), "messages[0].content[0].content[0].type"),
+        (said(RESULT | {"tool_use_id": None}), "messages[0].content[0].tool_use_id"),
         (said(USE), "messages[0].content[0].type"),
         (said({**USE, "name": ""}, role="assistant"), "messages[0].content[0].name"),
         (said({**USE, "input": None}, role="assistant"), "messages[0].content[0].input"),
@@ -372,6 +374,7 @@ CALL = {"type": "function_call", "call_id": "1", "name": "now", "arguments": "{}
         ({"max_tokens": 5}, "max_tokens"),
         ({"seed": 5}, "seed"),
         ({"stream_options": {"include_obfuscation": False}}, "stream_options"),
+        ({"stream_options": {"include_usage": True}, "stream": True}, "stream_options.include_usage"),
         ({"instruction": "x"}, "instruction"),
     ],
 )
@@ -379,7 +382,6 @@ def test_what_responses_cannot_do_is_named(model: Scripted, change: dict[str, An
     answer = httpx.post(f"{model.server.url}/responses", json=RESPONSE_BODY | change)
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, param)
-    assert param in error["message"]
 
 
 def test_errors_are_the_clients_own(model: Scripted, claude: Anthropic) -> None:
@@ -406,8 +408,13 @@ def test_errors_are_the_clients_own(model: Scripted, claude: Anthropic) -> None:
     with running_server(api_keys=("secret",)) as server:
         with pytest.raises(anthropic.AuthenticationError, match="authentication_error"):
             Anthropic(base_url=server.root, api_key="wrong", max_retries=0).messages.create(**MESSAGE_BODY, model="x")
+        client = Anthropic(base_url=server.root, api_key="secret", max_retries=0)
         with pytest.raises(anthropic.NotFoundError):
-            Anthropic(base_url=server.root, api_key="secret", max_retries=0).messages.create(**MESSAGE_BODY, model="x")
+            client.messages.create(**MESSAGE_BODY, model="x")
+        # The built-in model's template takes no calls. The place is that in the request, not in the chat made of it.
+        turns = [ASKED, {"role": "assistant", "content": [USE]}, {"role": "user", "content": [RESULT]}]
+        with pytest.raises(anthropic.BadRequestError, match=r"calls of messages\[1\]"):
+            message(client, False, *turns, system="Be kind.")
 
 
 def test_a_silent_stream_of_messages_has_pings(
@@ -434,3 +441,19 @@ def test_what_is_no_unicode_is_not_sent_back(model: Scripted) -> None:
         body = '{"input": "x", "stream": true, ' + field + "}"
         headers = {"content-type": "application/json"}
         assert httpx.post(f"{model.server.url}/responses", content=body, headers=headers).status_code == 400
+
+
+def test_ids_of_calls_are_those_that_the_template_takes(tmp_path: Path) -> None:
+    """Mistral's raises an error for any but 9 characters."""
+    for model in scripted("mistral", tmp_path / "model"):
+        with Anthropic(base_url=model.server.root, api_key="any", max_retries=0) as client:
+            model.says(WRITERS["mistral"](CALLS[1:]))
+            (call,) = message(client, False, tools=MESSAGES_TOOLS).content
+            result = {"type": "tool_result", "tool_use_id": call.id, "content": "noon"}
+            turns = [ASKED, {"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+            message(client, False, *turns, tools=MESSAGES_TOOLS)
+            assert "noon" in model.prompt
+            (item,) = response(model, False, tools=RESPONSES_TOOLS).output
+            output = {"type": "function_call_output", "call_id": item.call_id, "output": "noon"}
+            response(model, False, [ASKED, item.to_dict(), output], tools=RESPONSES_TOOLS)
+            assert "noon" in model.prompt
