@@ -410,8 +410,8 @@ def test_a_strict_server_takes_no_unknown_field() -> None:
     with running_server(strict_fields=True) as server:
         for path, body in BODIES.items():
             for _ in range(2):
-                error = error_of(httpx.post(server.root + path, json={**body, "chat_id": 9}), 400)
-                assert error["param"] == "chat_id"
+                error = error_of(httpx.post(server.root + path, json={**body, "made_up_id": 9}), 400)
+                assert error["param"] == "made_up_id"
             assert httpx.post(server.root + path, json={**body, "user": "me", "suffix": None}).is_success
 
 
