@@ -8,7 +8,14 @@ from typing import Any
 
 import msgspec
 
-from miniserve.server.fields import IGNORED, REFUSED, REFUSED_IN_CHAT, REFUSED_IN_COMPLETIONS, remedy
+from miniserve.server.fields import (
+    IGNORED,
+    REFUSED,
+    REFUSED_IN_CHAT,
+    REFUSED_IN_COMPLETIONS,
+    REFUSED_OF_TOKENIZER,
+    remedy,
+)
 from miniserve.server.protocol import (
     Body,
     ChatCompletionRequest,
@@ -196,6 +203,9 @@ def render() -> str:
         "",
         "### In `/v1/chat/completions` also",
         *_refused(_without(REFUSED_IN_CHAT, REFUSED)),
+        "",
+        "### In `/tokenize` and `/detokenize` only",
+        *_refused(REFUSED_OF_TOKENIZER),
         "",
         "## Differences from vLLM",
         "Of its cases for what stands above; what is not listed answers alike.",
