@@ -24,7 +24,7 @@ _CHOICES = {
 }
 _POSITIVE = (
     "max_num_seqs", "max_num_batched_tokens", "block_size", "max_model_len", "kv_cache_memory", "tensor_parallel_size",
-    "nnodes",
+    "data_parallel_size", "nnodes",
 )  # fmt: skip
 _MOST_SEQS = 65_536  # each takes host memory, which no plan accounts for
 _MOST_RANKS = 1024
@@ -40,7 +40,9 @@ class EngineConfig:
     prefill may slow down a step that also decodes, 0: no bound. speculative: "ngram:K", or None for no speculation.
     aiter: whether to use it where it is installed. tensor_parallel_size: ranks that share the model, None: 1, or the
     GPUs that it takes; they are spread evenly over `nnodes` hosts, of which this is number `node_rank`, and number 0 is
-    at `master_addr`. enable_expert_parallel: ranks have whole experts. Raises `UserError` for a value out of range.
+    at `master_addr`. enable_expert_parallel: ranks have whole experts. data_parallel_size: engines that share out the
+    requests, each with so many ranks; data_parallel_rank: which of them this is, set where they are started. Raises
+    `UserError` for a value out of range.
     """
 
     model: str | None = None
@@ -63,6 +65,8 @@ class EngineConfig:
     speculative: str | None = None
     tensor_parallel_size: int | None = None
     enable_expert_parallel: bool = False
+    data_parallel_size: int = 1
+    data_parallel_rank: int = 0
     nnodes: int = 1
     node_rank: int = 0
     master_addr: str | None = None
@@ -102,6 +106,10 @@ class EngineConfig:
         ranks, nodes = self.tensor_parallel_size, self.nnodes
         if (ranks or 1) > _MOST_RANKS:
             raise UserError(f"--tensor-parallel-size must be at most {_MOST_RANKS}, not {ranks}.")
+        if self.data_parallel_size > _MOST_RANKS:
+            raise UserError(f"--data-parallel-size must be at most {_MOST_RANKS}, not {self.data_parallel_size}.")
+        if not 0 <= self.data_parallel_rank < self.data_parallel_size:
+            raise UserError("data_parallel_rank is set by the server for each of --data-parallel-size; leave it out.")
         if nodes == 1:
             for name in ("node_rank", "master_addr", "master_port"):
                 if getattr(self, name):
@@ -109,6 +117,11 @@ class EngineConfig:
                         f"{_flag(name)} is for a model on several hosts; give --nnodes, too, or leave it out."
                     )
             return
+        if self.data_parallel_size > 1:
+            raise UserError(
+                "--data-parallel-size is for the GPUs of one host; with --nnodes start a server for each copy of the "
+                "model, behind a load balancer."
+            )
         if ranks is None or ranks % nodes:
             raise UserError(
                 f"--nnodes {nodes} needs a --tensor-parallel-size that is a multiple of it, as on all hosts."
@@ -122,8 +135,13 @@ class EngineConfig:
 
     @property
     def ranks_here(self) -> int:
-        """Ranks on this host."""
+        """Ranks of an engine on this host."""
         return (self.tensor_parallel_size or 1) // self.nnodes
+
+    @property
+    def processes_here(self) -> int:
+        """Ranks of all engines on this host, which share a CPU."""
+        return self.ranks_here * self.data_parallel_size
 
     @property
     def master(self) -> tuple[str, int]:

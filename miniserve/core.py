@@ -236,6 +236,17 @@ class SchedulerStats(msgspec.Struct, kw_only=True):
     num_accepted_tokens: int = 0  # draft tokens that became output
 
 
+class PoolView(msgspec.Struct, kw_only=True, frozen=True):
+    """Who holds the KV cache's blocks, by every `stride`-th of them. `owners`: the row of the running sequence that was
+    admitted first of those that hold the block; -1 for a free one; -2 for one that is free, but may still be found as
+    a prefix. `num_holders`: how many sequences share it. `num_tokens`: of each running sequence, by its row."""
+
+    stride: int
+    owners: list[int]
+    num_holders: list[int]
+    num_tokens: dict[int, int]
+
+
 # --- one step: scheduler -> runner -> scheduler -------------------------------------------------------------------
 
 

@@ -35,6 +35,7 @@ from miniserve.core import (
     SchedulerStats,
     StepTotals,
     TokenLogprobs,
+    UserError,
 )
 from miniserve.engine.build import RUNNER_FACTORY, build_engine
 from miniserve.engine.chat_template import is_list
@@ -77,6 +78,8 @@ class LLM:
         **options: Any,
     ) -> None:
         config = EngineConfig(model=None if model is None else os.fspath(model), **options)
+        if config.data_parallel_size > 1:
+            raise UserError("data_parallel_size is for a server; an LLM is one engine, so make several, in processes.")
         with _bars(progress) as bars:
             tasks: dict[str, TaskID] = {}
 

@@ -16,6 +16,7 @@ from miniserve.server.fields import (
     REFUSED_OF_TOKENIZER,
     remedy,
 )
+from miniserve.server.messages import MESSAGES_REMEDIES, REFUSED_IN_MESSAGES, CountTokensRequest, MessagesRequest
 from miniserve.server.protocol import (
     Body,
     ChatCompletionRequest,
@@ -26,12 +27,16 @@ from miniserve.server.protocol import (
     StreamOptions,
     TokenizeRequest,
 )
+from miniserve.server.responses import REFUSED_IN_RESPONSES, RESPONSES_REMEDIES, ResponsesRequest
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "API.md"
 
 ENDPOINTS = {
     "POST /v1/completions": "Prompts and the texts that continue them; OpenAI's, as a whole or streamed.",
     "POST /v1/chat/completions": "A conversation through the model's chat template; as a whole or streamed.",
+    "POST /v1/responses": "OpenAI's API for agents, over the same generation as chat; nothing is stored.",
+    "POST /v1/messages": "Anthropic's, over the same generation as chat.",
+    "POST /v1/messages/count_tokens": "The tokens of such a request's prompt.",
     "GET /v1/models": "The names that the model is served under, with `max_model_len`.",
     "GET /v1/models/{name}": "One of them; 404 for any other name.",
     "POST /tokenize": "A prompt or a conversation as token ids.",
@@ -44,8 +49,9 @@ ENDPOINTS = {
     "GET /metrics": "Prometheus metrics under vLLM's names, and ours as `miniserve:`; `examples/grafana.json` shows "
     "them.",
     "GET /debug/steps": "The last steps of the engine, as JSON or (`format=chrome`) as a trace.",
+    "GET /debug/engine": "What the engine does now, and who holds which blocks of its KV cache; for the page.",
     "GET /version": "The version.",
-    "GET /": "Where things are.",
+    "GET /": "The page, for browsers: a chat and a view of the engine. For others where things are, as JSON.",
     "GET /docs": "The API's schema for people; `/openapi.json` for programs.",
 }
 
@@ -121,6 +127,40 @@ MEANINGS = {
     "return_token_strs": "The tokens as the vocabulary writes them, too.",
 }
 
+# Of fields that mean something else there, or are not in chat.
+MESSAGES_MEANINGS = {
+    "messages": "Of `user`, `assistant` and `system`: texts, or blocks `text`, `thinking`, `tool_use`, `tool_result` "
+    "(whose texts get `Error: ` before them where `is_error` is true). If the last one is the assistant's, the answer "
+    "continues it.",
+    "system": "A text, or blocks of type `text`.",
+    "tools": "With an `input_schema`; the tools that Anthropic's servers know (`web_search_…`, `bash_…`) are refused.",
+    "tool_choice": "`auto`, `any`, `tool` with its `name`, `none`; `disable_parallel_tool_use`.",
+    "thinking": "`enabled`, `disabled` or `adaptive` (as the model is used to, also the default). It sets the chat "
+    "template's switch; where there is none, what the model does anyway is accepted and the rest a 400. "
+    "`budget_tokens` is a target that nothing enforces; `display: omitted` leaves reasoning out of the answer.",
+    "output_config": "`format`: a JSON schema, enforced. `effort`: for templates that know `reasoning_effort`.",
+    "cache_control": "Without effect, here and in blocks: the prefix cache is automatic. `cache_read_input_tokens` "
+    "says what it had, and `cache_creation_input_tokens` is 0.",
+    "max_tokens": "Needed. More than the context holds is a 400.",
+    "stop_sequences": "Up to 256 strings.",
+}
+RESPONSES_MEANINGS = {
+    "input": "A text, or items `message`, `function_call`, `function_call_output`, `reasoning`; texts alone.",
+    "instructions": "A system message before the input.",
+    "tools": "Of type `function`; built-in tools are refused. A function is `strict` only where it says so.",
+    "tool_choice": "`none`, `auto`, `required`, or a named function.",
+    "text": "`format`: `text`, `json_object` or `json_schema`, enforced.",
+    "reasoning": "`effort`, for templates that know it. Reasoning is shown as it is, as the content of `reasoning` "
+    "items, never as a `summary`: `auto` and `detailed` are accepted.",
+    "max_output_tokens": "Default: the model's own or else the rest of the context. More than it holds is a 400.",
+    "stream_options": "`include_obfuscation: false`.",
+    "store": "Nothing is stored; the answer says `store: false`.",
+    "include": "`reasoning.encrypted_content` is accepted and not needed: `reasoning` items hold their text, and can "
+    "be sent back. Others are refused.",
+    "truncation": "`disabled`.",
+    "metadata": "Up to 16 texts, which come back with the answer.",
+}
+
 # vLLM's cases of tests/entrypoints/openai that concern the fields above, and answers that differ.
 DIFFERENCES = {
     "best_of": "vLLM ignores it; here it does what OpenAI says, by the sum of log probabilities.",
@@ -147,6 +187,9 @@ DIFFERENCES = {
     "use_beam_search, length_penalty, prompt_embeds, images, audio, LoRA adapters": "Not built; refused by name.",
     "a missing API key": 'vLLM answers `{"error": "Unauthorized"}`; here it is the envelope of all errors.',
 }
+
+
+_CHAT_NAMES = {*ChatCompletionRequest.model_fields, *REFUSED, *IGNORED}
 
 
 def render() -> str:
@@ -180,6 +223,16 @@ def render() -> str:
         "### Of chat and `/tokenize`: how a conversation becomes text",
         *_field_table(rendering),
         "",
+        "### Of `/v1/messages`",
+        "`/v1/messages/count_tokens` takes " + _names(_fields(CountTokensRequest)) + ". `anthropic-version` and "
+        "`anthropic-beta` change nothing. Errors are Anthropic's: `{\"type\": \"error\", \"error\": {\"type\", "
+        "\"message\"}, \"request_id\"}`. The arguments of a call that was cut, or are no JSON, are "
+        "`{\"INVALID_JSON\": text}`.",
+        *_field_table(_fields(MessagesRequest), MEANINGS | MESSAGES_MEANINGS),
+        "",
+        "### Of `/v1/responses`",
+        *_field_table(_fields(ResponsesRequest), MEANINGS | RESPONSES_MEANINGS),
+        "",
         "### Of `stream_options`",
         *_field_table(_fields(StreamOptions)),
         "",
@@ -203,6 +256,14 @@ def render() -> str:
         "",
         "### In `/v1/chat/completions` also",
         *_refused(_without(REFUSED_IN_CHAT, REFUSED)),
+        "",
+        "### In `/v1/messages`",
+        "What chat takes or refuses and the table above has not, and:",
+        *_refused(_without(REFUSED_IN_MESSAGES, _CHAT_NAMES), MESSAGES_REMEDIES),
+        "",
+        "### In `/v1/responses`",
+        "What chat takes or refuses and the table above has not, and:",
+        *_refused(_without(REFUSED_IN_RESPONSES, _CHAT_NAMES), RESPONSES_REMEDIES),
         "",
         "### In `/tokenize` and `/detokenize` only",
         *_refused(REFUSED_OF_TOKENIZER),
@@ -233,15 +294,15 @@ def _without(fields: Mapping[str, Any], others: Iterable[str]) -> dict[str, Any]
     return {name: value for name, value in fields.items() if name not in set(others)}
 
 
-def _field_table(fields: Mapping[str, str]) -> list[str]:
-    return _table(("field", "type", "meaning"), ((f"`{name}`", kind, MEANINGS[name]) for name, kind in fields.items()))
+def _field_table(fields: Mapping[str, str], meanings: Mapping[str, str] = MEANINGS) -> list[str]:
+    return _table(("field", "type", "meaning"), ((f"`{name}`", kind, meanings[name]) for name, kind in fields.items()))
 
 
-def _refused(refused: Mapping[str, Sequence[object]]) -> list[str]:
+def _refused(refused: Mapping[str, Sequence[object]], remedies: Mapping[str, str] | None = None) -> list[str]:
     rows = []
     for name, neutrals in refused.items():
         values = " ".join(f"`{msgspec.json.encode(value).decode()}`" for value in neutrals)
-        rows.append((f"`{name}`", values, remedy(name)))
+        rows.append((f"`{name}`", values, remedy(name, remedies)))
     return _table(("field", "asks for nothing", "instead"), rows)
 
 

@@ -156,7 +156,7 @@ def _shapes(lengths: str) -> list[Shape]:
 
 
 @app.command()
-@with_settings(without=("log_level", "log_format", "range_ratio"))
+@with_settings(without=("log_level", "log_format", "range_ratio", "data_parallel_size"))
 def latency(
     engine: EngineConfig,
     shape: Shape,
@@ -179,7 +179,7 @@ def latency(
 
 
 @app.command()
-@with_settings(without=("log_level", "log_format"))
+@with_settings(without=("log_level", "log_format", "data_parallel_size"))
 def throughput(
     engine: EngineConfig,
     shape: Shape,

@@ -76,8 +76,8 @@ class Report:
 
         return update
 
-    def engine(self, info: EngineInfo) -> None:
-        """The memory plan as a table, then the attention path and why."""
+    def engine(self, info: EngineInfo, count: int = 1) -> None:
+        """The memory plan as a table, then the attention path and why; of one of `count` engines."""
         if self._quiet:
             return
         tokens = info.num_blocks * info.block_size
@@ -95,6 +95,8 @@ class Report:
         if info.tensor_parallel_size > 1:
             experts = ", each of which has whole experts" if info.enable_expert_parallel else ""
             self.line(f"{info.tensor_parallel_size} ranks share the model{experts}; the memory is that of one")
+        if count > 1:
+            self.line(f"{count} engines like this share out the requests")
         for sentence in info.attention:
             self.line(sentence)
         if info.speculative is not None:

@@ -16,8 +16,9 @@ from miniserve.cli import EXIT_FAILURE
 from miniserve.cli.report import Report, client_url
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
-from miniserve.engine.client import AsyncEngine, EngineDead
+from miniserve.engine.client import EngineDead
 from miniserve.engine.launch import set_up_logging
+from miniserve.engine.replicas import make_engine
 from miniserve.models.hub import locate
 from miniserve.parallel.child import die_with_parent
 from miniserve.server.config import ServerConfig
@@ -75,10 +76,10 @@ def run_server(
             on_ready(url, stop)
 
         async def run() -> int:
-            client = AsyncEngine(engine, source.path, source.name, step_timeout=server.step_timeout)
+            client = make_engine(engine, source.path, source.name, server.step_timeout)
             with report.loading() as progress:
                 await client.start(progress)
-            report.engine(client.info)
+            report.engine(client.info, len(client.engines))
             return await serve(client, server, sock=sock, on_ready=answers, stop=stop)
 
         try:

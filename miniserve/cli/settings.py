@@ -132,6 +132,11 @@ _OPTIONS: dict[type, dict[str, Any]] = {
         "enable_expert_parallel": _parallel(
             "--enable-expert-parallel", help="Each rank has whole experts instead of a part of each."
         ),
+        "data_parallel_size": _parallel(
+            help="Engines behind this address, each with a copy of the model on GPUs of its own; requests go to the "
+            "least busy.",
+            metavar="N",
+        ),
         "nnodes": _parallel(help="Hosts over which the ranks are spread; start the same command on each."),
         "node_rank": _parallel(help="Which of them this is; 0 is the one that serves."),
         "master_addr": _parallel(help="Address of host 0 that all hosts reach, in a network that you trust."),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -18,6 +19,7 @@ from miniserve.config import EngineConfig
 from miniserve.core import (
     EngineInfo,
     InvalidRequest,
+    PoolView,
     Request,
     RequestOutput,
     SchedulerStats,
@@ -80,6 +82,7 @@ class AsyncEngine:
             runner_factory=runner_factory,
             parent_pid=os.getpid(),
         )
+        self.config, self.source_path = config, self._start.source_path
         self._step_timeout = step_timeout
         self._decode = msgspec.msgpack.Decoder(messages.Event).decode
         self._process: EngineProcess | None = None
@@ -90,7 +93,8 @@ class AsyncEngine:
         self._serial = count()
         self._last_sign: float | None = None
         self._asked: float | None = None  # since when a heartbeat is unanswered
-        self._died = False
+        self.died = False  # which `shutdown` does not make it
+        self.engines = (self,)  # see `Replicas`
         self.info: EngineInfo
         self.tokenizer: Tokenizer
         self.generation_defaults: GenerationDefaults
@@ -99,22 +103,26 @@ class AsyncEngine:
         self.totals = StepTotals()
         self.recent = StepTotals()
         self._period = (0.0, self.totals)  # the current one's begin and what there was then
-        self._step_readers: deque[asyncio.Future[list[StepRecord]]] = deque()
+        # Who waits for the answer to a question; the engine answers in their order.
+        self._readers: deque[asyncio.Future[Any]] = deque()
         self.dead: str | None = None
 
     # --- life -----------------------------------------------------------------------------------------------------
 
-    async def start(self, progress: ProgressCallback | None = None) -> None:
-        """Start the process and wait until it is ready; `progress` is told (stage, done, total) meanwhile.
+    async def start(
+        self, progress: ProgressCallback | None = None, tokenizer: asyncio.Future[Tokenizer] | None = None
+    ) -> None:
+        """Start the process and wait until it is ready; `progress` is told (stage, done, total) meanwhile. tokenizer:
+        where somebody else loads it.
 
         Raises `UserError` with the engine's sentence for what the user can mend, `EngineDead` where the process failed
         or died otherwise. Cancelling ends the process.
         """
-        path, config = self._start.source_path, self._start.config
+        path, config = self.source_path, self.config
         self.generation_defaults = load_generation_defaults(path, config.generation_config)
         self._process = EngineProcess(self._start)
         ready = asyncio.create_task(self._wait_ready(self._process, progress))
-        loading = asyncio.create_task(asyncio.to_thread(load_tokenizer, path, config.load_format))
+        loading = tokenizer or asyncio.create_task(asyncio.to_thread(load_tokenizer, path, config.load_format))
         try:
             self.info, self.tokenizer = await asyncio.gather(ready, loading)
         except BaseException as error:
@@ -167,7 +175,7 @@ class AsyncEngine:
         if not done:
             self._receiver.cancel()
             await asyncio.wait([self._receiver])
-        return not self._died
+        return not self.died
 
     # --- requests -------------------------------------------------------------------------------------------------
 
@@ -196,16 +204,30 @@ class AsyncEngine:
             self._forget(running)
             running.mailbox.end()
 
+    @property
+    def num_sequences(self) -> int:
+        """That callers wait for."""
+        return len(self._sequences)
+
     def last_step_age(self) -> float | None:
         """Seconds since the engine last finished a step or, at rest, answered a heartbeat; None before it was ready."""
         return None if self._last_sign is None else time.monotonic() - self._last_sign
 
     async def steps(self, limit: int) -> list[StepRecord]:
         """The last `limit` steps, the oldest first; the engine answers between two steps. Raises `EngineDead`."""
+        records: list[StepRecord] = await self._ask(messages.AskSteps(limit))
+        return records
+
+    async def pool_view(self, max_blocks: int) -> PoolView:
+        """At most `max_blocks` blocks of the KV cache; the engine answers between two steps. Raises `EngineDead`."""
+        view: PoolView = await self._ask(messages.AskPool(max_blocks))
+        return view
+
+    async def _ask(self, question: messages.AskSteps | messages.AskPool) -> Any:
         process = self._live_process()
-        reader: asyncio.Future[list[StepRecord]] = asyncio.get_running_loop().create_future()
-        self._step_readers.append(reader)
-        process.send(messages.AskSteps(limit))
+        reader: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._readers.append(reader)
+        process.send(question)
         return await reader
 
     def _live_process(self) -> EngineProcess:
@@ -237,10 +259,10 @@ class AsyncEngine:
         finally:
             if reason is None and process.is_stopped:
                 reason = "the engine process was stopped (SIGSTOP)"
-            self._died = reason is not None or not self._shutting_down
+            self.died = reason is not None or not self._shutting_down
             self.dead = (
                 f"The engine died: {reason or 'its client was cancelled'}."
-                if self._died
+                if self.died
                 else "The engine was shut down."
             )
             running, self._running = self._running, {}
@@ -249,8 +271,8 @@ class AsyncEngine:
                 for delta in request.assembler.fail(self.dead):
                     request.mailbox.put(delta)
                 request.mailbox.end()
-            while self._step_readers:
-                reader = self._step_readers.popleft()
+            while self._readers:
+                reader = self._readers.popleft()
                 if not reader.done():
                     reader.set_exception(EngineDead(self.dead))
             process.close()
@@ -288,10 +310,10 @@ class AsyncEngine:
         return limit if self.totals.decode_steps and self.totals.prefill_tokens else max(limit, _FIRST_STEPS)
 
     def _take(self, event: messages.Event) -> None:
-        if isinstance(event, messages.Steps):
-            reader = self._step_readers.popleft()
+        if isinstance(event, messages.Steps | messages.Pool):
+            reader = self._readers.popleft()
             if not reader.done():  # its caller may have left
-                reader.set_result(event.records)
+                reader.set_result(event.records if isinstance(event, messages.Steps) else event.view)
             return
         if not isinstance(event, messages.StepOutputs):
             raise RuntimeError(f"unexpected {type(event).__name__} from the engine")

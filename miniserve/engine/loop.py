@@ -11,7 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 
-from miniserve.core import FinishReason, InvalidRequest, Matcher, Request, RequestOutput, Runner, SchedulerStats
+from miniserve.core import (
+    FinishReason,
+    InvalidRequest,
+    Matcher,
+    PoolView,
+    Request,
+    RequestOutput,
+    Runner,
+    SchedulerStats,
+)
 from miniserve.engine.grammar import GrammarError, Matchers
 from miniserve.engine.step_log import LaunchedStep, StepLog
 from miniserve.scheduler.scheduler import Scheduler
@@ -90,6 +99,10 @@ class EngineLoop:
     @property
     def stats(self) -> SchedulerStats:
         return self._scheduler.stats()
+
+    def pool_view(self, max_blocks: int) -> PoolView:
+        """At most `max_blocks` blocks of the KV cache, and who holds them."""
+        return self._scheduler.pool_view(max_blocks)
 
     def _step_plain(self) -> list[RequestOutput]:
         launched = self._launch()

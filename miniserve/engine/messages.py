@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from miniserve.config import EngineConfig
-from miniserve.core import EngineInfo, Request, RequestOutput, SchedulerStats, StepRecord, StepTotals
+from miniserve.core import EngineInfo, PoolView, Request, RequestOutput, SchedulerStats, StepRecord, StepTotals
 
 START_FILE = "start"  # in the sockets' directory, read once by the engine process
 COMMANDS_SOCKET = "commands"
@@ -52,7 +52,13 @@ class AskSteps(msgspec.Struct, tag=True, frozen=True):
     limit: int
 
 
-Command = Add | Abort | Shutdown | AskStats | AskSteps
+class AskPool(msgspec.Struct, tag=True, frozen=True):
+    """For at most `max_blocks` of the KV cache's blocks; each is answered by one `Pool`, in order."""
+
+    max_blocks: int
+
+
+Command = Add | Abort | Shutdown | AskStats | AskSteps | AskPool
 
 
 # --- engine -> API process ----------------------------------------------------------------------------------------
@@ -95,4 +101,8 @@ class Steps(msgspec.Struct, tag=True, frozen=True):
     records: list[StepRecord]
 
 
-Event = Progress | Ready | Failed | StepOutputs | Steps
+class Pool(msgspec.Struct, tag=True, frozen=True):
+    view: PoolView
+
+
+Event = Progress | Ready | Failed | StepOutputs | Steps | Pool

@@ -72,6 +72,8 @@ class _Server:
                 self._loop.check()  # every batch of commands is answered with the stats
             case messages.AskSteps(limit):
                 self._events.send(self._encode(messages.Steps(self._loop.log.records(limit))))
+            case messages.AskPool(max_blocks):
+                self._events.send(self._encode(messages.Pool(self._loop.pool_view(max_blocks))))
 
     def _send(self, outputs: list[RequestOutput]) -> None:
         event = messages.StepOutputs(outputs=outputs, stats=self._loop.stats, totals=self._loop.log.totals)

@@ -205,7 +205,8 @@ def render(job: Job) -> str:
 
 def _readings(messages: Sequence[Message], knows_developer: bool) -> Iterator[Sequence[Message]]:
     """`developer` is OpenAI's newer word for `system`, and stays where the template knows it. Most templates take one
-    system message, at the start: where several are refused or left out, they become one."""
+    system message, at the start: where several are refused or left out, they become one. Mistral's write it into the
+    last user message, but only where that is the last of all: behind the results of tools it is put there."""
     as_system = [{**message, "role": "system"} if message["role"] == "developer" else message for message in messages]
     readings = [messages, as_system] if knows_developer and as_system != messages else [as_system]
     yield from readings
@@ -213,6 +214,10 @@ def _readings(messages: Sequence[Message], knows_developer: bool) -> Iterator[Se
     if count > 1:
         text = "\n\n".join(map(_plain_text, messages[:count]))
         yield from ([{**reading[0], "content": text}, *reading[count:]] for reading in readings)
+    last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    if messages[-1]["role"] == "tool" and 0 < count <= last:
+        text = "\n\n".join(map(_plain_text, [*messages[:count], messages[last]]))
+        yield [*as_system[count:last], {**messages[last], "content": text}, *as_system[last + 1 :]]
 
 
 def _fitted(template: jinja2.Template, job: Job, messages: Sequence[Message]) -> Sequence[Message]:

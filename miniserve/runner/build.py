@@ -35,7 +35,7 @@ from miniserve.parallel.group import Alone, Group
 from miniserve.parallel.settle import all_values, first, first_failure, least, together
 from miniserve.runner.check_products import product_failure
 from miniserve.runner.chunk_graph import ChunkGraphs
-from miniserve.runner.device import find_device, find_dtype, find_kv_dtype
+from miniserve.runner.device import find_dtype, find_kv_dtype, rank_device
 from miniserve.runner.memory import MemoryPlan, available_bytes, check_weights_fit, plan_memory
 from miniserve.runner.native_graph import NativeGraphs
 from miniserve.runner.runner import ModelRunner
@@ -72,12 +72,12 @@ def build_runner(
     group = group or Alone()
     report = progress or (lambda what, done, total: None)
     with together(group):
-        device = find_device(config.device, group.rank % config.ranks_here if config.ranks_here > 1 else None)
+        device = rank_device(config, group.rank)
         model_config = load_model_config(source_path, weights=config.load_format != "dummy")
         dtype = find_dtype(config.dtype, model_config.dtype)
         available = available_bytes(device, config.gpu_memory_utilization)
         if device.type == "cpu":
-            available //= config.ranks_here
+            available //= config.processes_here
         longest = model_config.max_position_embeddings
         longest = min(config.max_model_len or longest, longest)
         tokens = config.max_num_batched_tokens or _STEP_TOKENS[device.type]
@@ -89,7 +89,7 @@ def build_runner(
         weights = weight_bytes(model, device)
         check_weights_fit(weights, available, model)
         if device.type == "cpu":
-            torch.set_num_threads(_num_threads(weights, config.ranks_here))
+            torch.set_num_threads(_num_threads(weights, config.processes_here))
     while config.self_check and (failure := product_failure(model, tokens)) is not None:
         failed = {**model.options.failed, failure[0]: f"the self-check failed: {failure[1]}"}
         with together(group):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from miniserve.attention.platform import Platform
+from miniserve.config import EngineConfig
 from miniserve.core import UserError
 
 
@@ -15,6 +16,15 @@ def find_device(name: str, index: int | None = None) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("PyTorch finds no GPU for --device cuda; use --device cpu or install PyTorch for your GPU.")
     return torch.device(name) if name == "cpu" or index is None else torch.device(name, index)
+
+
+def rank_device(config: EngineConfig, rank: int) -> torch.device:
+    """The device of a rank on this host: engines have equal shares of its GPUs, and their ranks one each. Raises
+    `UserError` if there is none."""
+    if config.processes_here == 1:
+        return find_device(config.device)
+    share = torch.cuda.device_count() // config.data_parallel_size
+    return find_device(config.device, config.data_parallel_rank * share + rank % config.ranks_here)
 
 
 def find_dtype(name: str, model_dtype: str) -> torch.dtype:

@@ -23,7 +23,7 @@ from miniserve.parallel.distributed import DistributedGroup, find_store, open_st
 from miniserve.parallel.shard import Shard
 from miniserve.runner import memory
 from miniserve.runner.build import Progress, build_runner
-from miniserve.runner.device import find_device, find_dtype
+from miniserve.runner.device import find_device, find_dtype, rank_device
 from miniserve.runner.ranked import Hello, RankedRunner, Ranks, RankStart, start_rank
 
 _BUILDER = "miniserve.runner.ranks:build_rank"
@@ -39,6 +39,8 @@ def build_ranks(
 ) -> tuple[Runner, EngineInfo]:
     """As `build_runner`, over as many ranks as the settings or the GPUs' memory say; this process is the first of them.
     Raises `RankFailed` where another one ends before all are ready."""
+    if config.data_parallel_size > 1 and (device := rank_device(config, 0)).type == "cuda":
+        torch.cuda.set_device(device)  # what follows is about this engine's share of the GPUs
     size = _find_size(config, source_path)
     if config.node_rank:
         raise UserError(f"--node-rank {config.node_rank} only works for host 0; start it there by `miniserve serve`.")
@@ -70,7 +72,7 @@ def _build_with(
         start = partial(_start, config, source_path, meeting=(address, store.port))
         ranks.start([start(rank) for rank in range(1, here)])
         ranks.meet(listener, Hello(0, __version__, config), size - here)
-    group = DistributedGroup(store, 0, size, find_device(config.device, 0), address)
+    group = DistributedGroup(store, 0, size, rank_device(config, 0), address)
 
     def report(what: str, done: int, total: int) -> None:
         ranks.check()
@@ -84,7 +86,7 @@ def _build_with(
 def build_rank(start: RankStart) -> Runner:
     """Another rank than the first, in its own process."""
     config = start.config
-    device = find_device(config.device, start.rank % config.ranks_here)
+    device = rank_device(config, start.rank)
     store = find_store(*start.meeting, _MEETING)
     group = DistributedGroup(store, start.rank, start.size, device, own_address(*start.meeting))
     return build_runner(config, Path(start.source_path), start.source_path, None, group)[0]
@@ -152,12 +154,18 @@ def _find_size(config: EngineConfig, source_path: Path) -> int:
     """How many ranks share the model. Raises `UserError` where there are too few GPUs, or nothing to share."""
     size = config.tensor_parallel_size
     device = find_device(config.device)
-    count = torch.cuda.device_count() if device.type == "cuda" else None
+    count = torch.cuda.device_count() // config.data_parallel_size if device.type == "cuda" else None
+    if count == 0:
+        raise UserError(
+            f"--data-parallel-size {config.data_parallel_size} needs as many GPUs and this host has "
+            f"{torch.cuda.device_count()}; lower it."
+        )
     if size is None:
         size = 1 if count is None else _least_size(config, source_path, device, count)
     if count is not None and size // config.nnodes > count:
         raise UserError(
-            f"--tensor-parallel-size {size} needs {size // config.nnodes} GPUs on each host and this one has {count}."
+            f"--tensor-parallel-size {size} needs {size // config.nnodes} GPUs on each host and this one has "
+            f"{count}{_for_each(config)}."
         )
     if size == 1:
         if config.enable_expert_parallel:
@@ -194,7 +202,12 @@ def _least_size(config: EngineConfig, source_path: Path, device: torch.device, c
             return size
         raise UserError(
             f"The model's weights need {memory.size(whole)}: they fit {size} GPUs with {memory.size(room)} available "
-            f"on each, and this machine has {count}. Choose a smaller model or a smaller --dtype, or spread it over "
-            f"hosts with --tensor-parallel-size {size} and --nnodes."
+            f"on each, and this machine has {count}{_for_each(config)}. Choose a smaller model or a smaller --dtype, "
+            f"or spread it over hosts with --tensor-parallel-size {size} and --nnodes."
         )
     return 1  # whose refusal says what is missing
+
+
+def _for_each(config: EngineConfig) -> str:
+    engines = config.data_parallel_size
+    return f" for each of {engines} engines (--data-parallel-size)" if engines > 1 else ""

@@ -36,6 +36,13 @@ class BlockPool:
     def num_free(self) -> int:
         return len(self._free)
 
+    def is_cached(self, block: int) -> bool:
+        """Whether a prefix may be found in it."""
+        return self._keys[block] is not None
+
+    def num_holders(self, block: int) -> int:
+        return self._refs[block]
+
     def match(self, token_ids: Sequence[int], block_size: int, max_tokens: int, chain: Chain = ROOT) -> list[int]:
         """The cached blocks of the longest known prefix of `token_ids`, at most `max_tokens` tokens long, behind
         `chain`."""

@@ -13,15 +13,16 @@ from starlette.routing import Route
 
 from miniserve import __version__
 from miniserve.core import InvalidRequest, UserError
-from miniserve.engine.client import AsyncEngine
+from miniserve.engine.replicas import Engine
 from miniserve.scheduler.limits import check_vocabulary
-from miniserve.server import chat, completions, errors, protocol, steps
+from miniserve.server import chat, completions, errors, messages, page, protocol, responses, steps
 from miniserve.server.body import body_route
 from miniserve.server.chat import render
 from miniserve.server.config import ServerConfig
 from miniserve.server.connection import ApiKeyMiddleware, BodyLimitMiddleware, HostMiddleware, PathMiddleware
 from miniserve.server.errors import json_response
 from miniserve.server.fields import REFUSED_OF_TOKENIZER
+from miniserve.server.messages import CountTokensRequest, MessagesRequest
 from miniserve.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -29,6 +30,7 @@ from miniserve.server.protocol import (
     RenderOptions,
     TokenizeRequest,
 )
+from miniserve.server.responses import ResponsesRequest
 from miniserve.server.service import MAX_TEXT, Service
 
 _MAX_IDS = 262_144
@@ -38,20 +40,27 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     "5XX": {"model": protocol.ErrorEnvelope},
 }
 
+_ANTHROPIC_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": messages.AnthropicError},
+    "5XX": {"model": messages.AnthropicError},
+}
+
 _EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
 _EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
 
 
-def create_app(engine: AsyncEngine, config: ServerConfig, hosts: Collection[str] | None = None) -> FastAPI:
+def create_app(engine: Engine, config: ServerConfig, hosts: Collection[str] | None = None) -> FastAPI:
     """The OpenAI-compatible app over a started engine. `hosts`: the names it may be called by; None: any."""
     service = Service(engine, config)
     app = FastAPI(title="miniserve", version=__version__, responses=_ERRORS, redirect_slashes=False)
     app.router.route_class = body_route(engine.info.max_model_len)
     errors.install(app)
     _openai_routes(app, service)
+    _anthropic_routes(app, service)
     _tokenizer_routes(app, service)
     _health_routes(app, service)
     steps.install(app, service)
+    page.install(app, service)
     _check_root_path(app, config.root_path)
     # The last one added is the outermost: browsers need CORS headers on refusals, too.
     app.add_middleware(BodyLimitMiddleware, max_bytes=config.max_body_bytes)
@@ -87,6 +96,10 @@ def _openai_routes(app: FastAPI, service: Service) -> None:
     async def create_chat_completion(body: ChatCompletionRequest) -> Response:
         return await chat.respond(service, body)
 
+    @app.post("/v1/responses", response_model=responses.ResponseOut, responses=_EVENTS)
+    async def create_response(body: ResponsesRequest) -> Response:
+        return await responses.respond(service, body)
+
     @app.get("/v1/models", response_model=protocol.ModelList)
     async def list_models() -> Response:
         models = [_model(service, name) for name in service.model_names]
@@ -97,10 +110,15 @@ def _openai_routes(app: FastAPI, service: Service) -> None:
         service.check_model(name)
         return json_response(_model(service, name))
 
-    @app.get("/", include_in_schema=False)
-    async def root(request: Request) -> Response:
-        links = {"api": "/v1", "models": "/v1/models", "health": "/health", "metrics": "/metrics", "docs": "/docs"}
-        return json_response({"name": "miniserve", "version": __version__, **links})
+
+def _anthropic_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/messages", response_model=messages.MessageOut, responses=_EVENTS | _ANTHROPIC_ERRORS)
+    async def create_message(body: MessagesRequest) -> Response:
+        return await messages.respond(service, body)
+
+    @app.post("/v1/messages/count_tokens", response_model=messages.TokenCount, responses=_ANTHROPIC_ERRORS)
+    async def count_tokens(body: CountTokensRequest) -> Response:
+        return await messages.count_tokens(service, body)
 
 
 def _model(service: Service, name: str) -> protocol.Model:

@@ -32,12 +32,12 @@ from miniserve.server.protocol import (
     Usage,
 )
 from miniserve.server.reading import AnswerReader, Reading, chosen_tools, forced_calls, reading_of, template_tools
-from miniserve.server.reply import Answer, GenerationResponse, Header, finish_word
+from miniserve.server.reply import ChoicesAnswer, GenerationResponse, Header, finish_word
 from miniserve.server.service import MAX_TEXT, Service
 from miniserve.server.structured import find_grammar
 
 
-class ChatAnswer(Answer):
+class ChatAnswer(ChoicesAnswer):
     """One choice for each of the n sequences of the one prompt."""
 
     whole_kind, chunk_kind = "chat.completion", "chat.completion.chunk"
@@ -199,9 +199,10 @@ async def respond(service: Service, body: ChatCompletionRequest) -> GenerationRe
     service.check_model(body.model)
     service.fields.check(body, REFUSED_IN_CHAT)
     chat = await prepare(service, body)
-    header = service.header("chatcmpl")
+    header = service.header("chatcmpl-")
     answer = ChatAnswer(header, service.engine.tokenizer, chat, body)
-    return service.reply(await service.generation([chat.token_ids], chat.params, body, header), answer, body)
+    generation = await service.generation([chat.token_ids], chat.params, body, header)
+    return service.reply(generation, answer, bool(body.stream))
 
 
 async def render(
@@ -243,14 +244,19 @@ def _variables(body: RenderOptions, template: str) -> dict[str, Any]:
         return variables
     if "reasoning_effort" in template:
         return {"reasoning_effort": effort, **variables}
-    for switch in ("enable_thinking", "thinking"):
-        if effort == "none" and re.search(rf"\b{switch}\b", template):
-            return {switch: False, **variables}
+    if effort == "none" and (switch := thinking_switch(template)) is not None:
+        return {switch: False, **variables}
     raise InvalidRequest(
         f"reasoning_effort {effort[:50]!r} means nothing to this model's chat template; leave it out, or use "
         'chat_template_kwargs, for example {"enable_thinking": false}, where the template knows it.',
         "reasoning_effort",
     )
+
+
+def thinking_switch(template: str) -> str | None:
+    """The template's variable that turns reasoning on and off."""
+    names = ("enable_thinking", "thinking")
+    return next((name for name in names if re.search(rf"\b{name}\b", template)), None)
 
 
 def _final_text(message: ChatMessage) -> str:

@@ -12,7 +12,7 @@ from miniserve.engine.detokenizer import TextDecoder, text_decoder
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server.fields import REFUSED_IN_COMPLETIONS
 from miniserve.server.protocol import CompletionChoice, CompletionLogprobs, CompletionRequest, Prompt
-from miniserve.server.reply import Answer, GenerationResponse, Header, finish_word
+from miniserve.server.reply import ChoicesAnswer, GenerationResponse, Header, finish_word
 from miniserve.server.service import MAX_TEXT, Service
 
 
@@ -93,7 +93,7 @@ def _join(pieces: Sequence[CompletionLogprobs]) -> CompletionLogprobs:
     }
 
 
-class CompletionAnswer(Answer):
+class CompletionAnswer(ChoicesAnswer):
     """Choices are numbered prompt · n + the sequence's index, and listed in that order."""
 
     whole_kind = chunk_kind = "text_completion"
@@ -199,6 +199,6 @@ async def respond(service: Service, body: CompletionRequest) -> GenerationRespon
         ids = next(encoded) if isinstance(prompt, str) else prompt
         token_ids.append(service.truncate(ids, body))
         prompts.append(prompt if len(token_ids[-1]) == len(ids) else token_ids[-1])
-    header = service.header("cmpl")
+    header = service.header("cmpl-")
     answer = CompletionAnswer(header, service.engine.tokenizer, prompts, token_ids, params, body)
-    return service.reply(await service.generation(token_ids, params, body, header), answer, body)
+    return service.reply(await service.generation(token_ids, params, body, header), answer, bool(body.stream))

@@ -278,7 +278,7 @@ class HostMiddleware:
                 error = APIError(
                     403, f"This server does not go by the name {value[:200]!r}; --allowed-host lets it be used."
                 )
-                await error.response()(scope, receive, send)
+                await error.response(scope)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -336,7 +336,7 @@ class RequestIdMiddleware:
             error = APIError(
                 400, "The header x-request-id must be 1 to 128 printable ASCII characters.", "x-request-id"
             )
-            await error.response()(scope, receive, marked)
+            await error.response(scope)(scope, receive, marked)
             return
         await self._app(scope, receive, marked)
 
@@ -369,7 +369,7 @@ class ApiKeyMiddleware:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-            await error.response()(scope, receive, send)
+            await error.response(scope)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
@@ -400,7 +400,7 @@ class BodyLimitMiddleware:
             return
         declared = Headers(scope=scope).get("content-length", "0")[:19]  # 19 digits are more than any limit
         if declared.isdecimal() and int(declared) > self._max_bytes:
-            await APIError(413, self._message).response()(scope, receive, send)
+            await APIError(413, self._message).response(scope)(scope, receive, send)
             return
         received = 0
 

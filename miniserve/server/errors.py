@@ -1,4 +1,5 @@
-"""Every error leaves in OpenAI's envelope: `{"error": {"message", "type", "param", "code"}}`."""
+"""Every error leaves in OpenAI's envelope, `{"error": {"message", "type", "param", "code"}}`, on Anthropic's paths in
+theirs."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from miniserve.core import InvalidRequest
 
@@ -23,6 +25,16 @@ _TYPES = {
     429: "RateLimitError",
     500: "InternalServerError",
     503: "ServiceUnavailableError",
+}
+_ANTHROPIC_PATH = "/v1/messages/"
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
 }
 
 
@@ -41,8 +53,19 @@ class APIError(Exception):
         error = {"message": clip(self.message), "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
 
-    def response(self) -> Response:
-        return json_response(self.envelope(), self.status, self.headers)
+    def anthropic_envelope(self, request_id: str = "") -> dict[str, Any]:
+        """It has no place for the field at fault but the message."""
+        kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        named = self.param is None or self.param in self.message
+        message = clip(self.message if named else f"{self.param}: {self.message}")
+        return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
+
+    def response(self, scope: Scope) -> Response:
+        """In the envelope of the path's API."""
+        if _ANTHROPIC_PATH not in scope["path"] + "/":
+            return json_response(self.envelope(), self.status, self.headers)
+        request_id = scope.get("state", {}).get("request_id", "")
+        return json_response(self.anthropic_envelope(request_id), self.status, self.headers)
 
 
 def json_response(body: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -94,7 +117,7 @@ def install(app: FastAPI) -> None:
     async def answer(request: Request, error: Exception) -> Response:
         if isinstance(error, HTTPException) and error.status_code == 404:
             error = APIError(404, f"There is nothing at {request.method} {request.url.path}.")
-        return as_api_error(error).response()
+        return as_api_error(error).response(request.scope)
 
     for kind in (APIError, InvalidRequest, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)

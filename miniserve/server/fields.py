@@ -172,9 +172,9 @@ class FieldPolicy:
         # By the kind of body, since each knows other names.
         self._warned: set[tuple[type[Body], str]] = set()
 
-    def check(self, body: Body, refused: Refused) -> None:
+    def check(self, body: Body, refused: Refused, remedies: Mapping[str, str] | None = None) -> None:
         """Raises `InvalidRequest` naming the first field that would change the answer and is not supported, or that is
-        a known one misspelt."""
+        a known one misspelt. `remedies`: see `remedy`."""
         options = getattr(body, "stream_options", None)
         if options is not None:
             self.check(options, {})
@@ -184,7 +184,7 @@ class FieldPolicy:
         for name, value in body.extras.items():
             if name in refused:
                 if not _asks_for_nothing(name, value, refused[name], body):
-                    raise InvalidRequest(f"{name} is not supported here; {remedy(name)}.", name)
+                    raise InvalidRequest(f"{name} is not supported here; {remedy(name, remedies)}.", name)
             elif name not in IGNORED and (type(body), name) not in self._warned:
                 unknown.append(name)
         if len(unknown) > _MAX_UNKNOWN:
@@ -192,9 +192,9 @@ class FieldPolicy:
         for name in unknown:
             meant = _closest(name, (*type(body).model_fields, *refused))
             if meant is not None and meant in refused:
+                instead = remedy(meant, remedies)
                 raise InvalidRequest(
-                    f"The field {name!r} is not known. If you mean {meant}: it is not supported here; {remedy(meant)}.",
-                    name,
+                    f"The field {name!r} is not known. If you mean {meant}: it is not supported here; {instead}.", name
                 )
             if meant is not None:
                 raise InvalidRequest(f"The field {name!r} is not known; did you mean {meant}?", name)
@@ -205,9 +205,23 @@ class FieldPolicy:
                 logger.warning("Ignoring the unknown request field %.100r (said once per field).", name)
 
 
-def remedy(name: str) -> str:
-    """What to do instead of sending a refused field."""
-    return _REMEDIES.get(name, "leave it out")
+def remedy(name: str, remedies: Mapping[str, str] | None = None) -> str:
+    """What to do instead of sending a refused field; by default to completions or chat."""
+    return (_REMEDIES if remedies is None else remedies).get(name, "leave it out")
+
+
+def refused_beside(body: type[Body], more: Refused) -> Refused:
+    """In an endpoint that serves a chat under names of its own: what chat takes or refuses and `body` has not."""
+    chat = dict.fromkeys(ChatCompletionRequest.model_fields, ()) | {"n": (1,), "logprobs": (False,), "do_sample": ()}
+    return {name: values for name, values in {**chat, **REFUSED, **more}.items() if name not in body.model_fields}
+
+
+def remedies_beside(length: str, own: Mapping[str, str]) -> Mapping[str, str]:
+    """Of such an endpoint, which calls max_tokens `length`."""
+    chat = dict.fromkeys([*ChatCompletionRequest.model_fields, *_REMEDIES], _CHAT)
+    kept = {name: _REMEDIES[name] for name in ("previous_response_id", "conversation", "context", "verbosity")}
+    lengths = dict.fromkeys([*_LENGTHS, "max_tokens", "max_completion_tokens"], f"use {length}")
+    return {**chat, **kept, **lengths, **own}
 
 
 def _asks_for_nothing(name: str, value: object, neutrals: tuple[object, ...], body: Body) -> bool:

@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 from starlette.types import Receive
 
 from miniserve.core import Completion, FinishReason, InvalidRequest, Request, SamplingParams
-from miniserve.engine.client import AsyncEngine, EngineDead
+from miniserve.engine.client import EngineDead
 from miniserve.engine.output import CompletionStream
+from miniserve.engine.replicas import Engine
 from miniserve.server.errors import APIError
 from miniserve.server.metrics import RequestMetrics, ServerMetrics
 
@@ -136,7 +137,7 @@ class Generation:
 
     def __init__(
         self,
-        engine: AsyncEngine,
+        engine: Engine,
         metrics: ServerMetrics,
         turns: Turns,
         requests: Sequence[Request],

@@ -19,7 +19,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.exposition import choose_encoder
 
 from miniserve.core import Completion, FinishReason, SamplingParams
-from miniserve.engine.client import AsyncEngine
+from miniserve.engine.replicas import Engine
 from miniserve.engine.roofline import hidden_share, share_of_bandwidth
 
 if TYPE_CHECKING:
@@ -41,6 +41,18 @@ _STEP_TOKENS = (1.0, *(2.0**power for power in range(3, 15)))  # 1, 8, 16, … 1
 _N = (1.0, 2.0, 5.0, 10.0, 20.0)
 _PREEMPTIONS = (0.0, 1.0, 2.0, 5.0, 10.0)
 _LABELS = ("model_name", "engine")
+_ROOFLINE = (  # names, fields of `StepTotals`
+    ("decode_steps", "decode_steps", "Steps of decode rows alone."),
+    ("decode_step_seconds", "decode_seconds", "Time of these steps."),
+    ("decode_rows", "decode_rows", "Rows of these steps: tokens decoded, and wrong guesses."),
+    ("decode_padded_rows", "padded_rows", "Rows that filled graphs up."),
+    ("decode_weight_bytes", "weight_bytes", "Weights these steps had to read."),
+    ("decode_kv_bytes", "kv_bytes", "Cached keys and values they had to read."),
+    ("mixed_steps", "mixed_steps", "Steps of decode rows and prefill."),
+    ("mixed_step_seconds", "mixed_seconds", "Time of these steps."),
+    ("prefill_steps", "prefill_steps", "Steps of prefill alone."),
+    ("prefill_step_seconds", "prefill_seconds", "Time of these steps."),
+)
 
 
 def token_buckets(max_model_len: int) -> tuple[float, ...]:
@@ -72,9 +84,13 @@ class Histogram:
 
 
 class ServerMetrics:
-    """All metrics of one server. A request is one sequence: n of them for n > 1, each with the prompt, as in vLLM."""
+    """All metrics of one server. A request is one sequence: n of them for n > 1, each with the prompt, as in vLLM.
 
-    def __init__(self, engine: AsyncEngine, turns: Turns, model_name: str) -> None:
+    With several engines the label `engine` is the number of that which a figure is of. What is measured here, of all
+    requests together, has the first one's, so that a sum over engines is right for either.
+    """
+
+    def __init__(self, engine: Engine, turns: Turns, model_name: str) -> None:
         self._engine = engine
         self._turns = turns
         self._labels = (model_name, "0")
@@ -108,35 +124,44 @@ class ServerMetrics:
         return encode(self._registry), content_type
 
     def collect(self) -> Iterator[Metric]:
-        stats, info = self._engine.stats, self._engine.info
-        num_waiting = stats.num_waiting + self._turns.waiting
-        yield self._gauge("vllm:num_requests_running", "Requests in the running batch.", stats.num_running)
+        engines, info = self._engine.engines, self._engine.info
+        stats = [engine.stats for engine in engines]
+        yield self._gauge("vllm:num_requests_running", "Requests in the running batch.", [s.num_running for s in stats])
+        # Those that are before all engines count with the first.
+        num_waiting = [s.num_waiting + self._turns.waiting * (s is stats[0]) for s in stats]
         yield self._gauge("vllm:num_requests_waiting", "Requests waiting to be scheduled.", num_waiting)
-        yield self._gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", stats.kv_cache_usage)
+        usage = [s.kv_cache_usage for s in stats]
+        yield self._gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", usage)
         yield self._gauge(
             "vllm:num_requests_waiting_by_reason", "Requests waiting, by reason.", num_waiting, reason="capacity"
         )
         yield self._gauge(
             "vllm:cache_config_info",
             "The KV cache.",
-            1.0,
+            [1.0] * len(engines),
             block_size=info.block_size,
             num_gpu_blocks=info.num_blocks,
             kv_cache_size_tokens=info.num_blocks * info.block_size,
             enable_prefix_caching=info.enable_prefix_caching,
         )
-        ranks = info.tensor_parallel_size
+        ranks = [info.tensor_parallel_size] * len(engines)
         yield self._gauge("miniserve:tensor_parallel_size", "Ranks that share the model.", ranks)
-        yield self._counter("vllm:prompt_tokens", "Prompt tokens processed.", self.prompt_tokens)
-        yield self._counter("vllm:prompt_tokens_cached", "Prompt tokens from the prefix cache.", self.cached_tokens)
-        yield self._counter("vllm:generation_tokens", "Tokens generated.", self.generation_tokens)
-        yield self._counter("vllm:num_preemptions", "Preemptions by the scheduler.", stats.num_preemptions)
-        yield self._counter("vllm:prefix_cache_queries", "Tokens looked up.", stats.prefix_cache_queries)
-        yield self._counter("vllm:prefix_cache_hits", "Tokens found.", stats.prefix_cache_hits)
+        yield self._counter("vllm:prompt_tokens", "Prompt tokens processed.", [self.prompt_tokens])
+        yield self._counter("vllm:prompt_tokens_cached", "Prompt tokens from the prefix cache.", [self.cached_tokens])
+        yield self._counter("vllm:generation_tokens", "Tokens generated.", [self.generation_tokens])
+        counters = {
+            "vllm:num_preemptions": ("num_preemptions", "Preemptions by the scheduler."),
+            "vllm:prefix_cache_queries": ("prefix_cache_queries", "Tokens looked up."),
+            "vllm:prefix_cache_hits": ("prefix_cache_hits", "Tokens found."),
+        }
         if info.speculative is not None:
-            yield self._counter("vllm:spec_decode_num_drafts", "Steps of requests with guesses.", stats.num_drafts)
-            yield self._counter("vllm:spec_decode_num_draft_tokens", "Tokens guessed.", stats.num_draft_tokens)
-            yield self._counter("vllm:spec_decode_num_accepted_tokens", "Of them right.", stats.num_accepted_tokens)
+            counters |= {
+                "vllm:spec_decode_num_drafts": ("num_drafts", "Steps of requests with guesses."),
+                "vllm:spec_decode_num_draft_tokens": ("num_draft_tokens", "Tokens guessed."),
+                "vllm:spec_decode_num_accepted_tokens": ("num_accepted_tokens", "Of them right."),
+            }
+        for name, (field, about) in counters.items():
+            yield self._counter(name, about, [getattr(s, field) for s in stats])
         success = CounterMetricFamily(
             "vllm:request_success", "Requests that ended, by reason.", labels=(*_LABELS, "finished_reason")
         )
@@ -149,44 +174,41 @@ class ServerMetrics:
             "Tokens that a step generated, and of prompts that got their first.",
             _STEP_TOKENS,
         )
-        for size, times in self._engine.step_sizes.items():
-            step_tokens.observe(size, times)
+        for engine in engines:
+            for size, times in engine.step_sizes.items():
+                step_tokens.observe(size, times)
         yield step_tokens.family(self._labels)
         for value in vars(self).values():
             if isinstance(value, Histogram):
                 yield value.family(self._labels)
 
     def _roofline(self) -> Iterator[Metric]:
-        totals, recent, bandwidth = self._engine.totals, self._engine.recent, self._engine.info.bandwidth
-        yield self._counter("miniserve:decode_steps", "Steps of decode rows alone.", totals.decode_steps)
-        yield self._counter("miniserve:decode_step_seconds", "Time of these steps.", totals.decode_seconds)
-        yield self._counter(
-            "miniserve:decode_rows", "Rows of these steps: tokens decoded, and wrong guesses.", totals.decode_rows
-        )
-        yield self._counter("miniserve:decode_padded_rows", "Rows that filled graphs up.", totals.padded_rows)
-        yield self._counter("miniserve:decode_weight_bytes", "Weights these steps had to read.", totals.weight_bytes)
-        yield self._counter("miniserve:decode_kv_bytes", "Cached keys and values they had to read.", totals.kv_bytes)
-        yield self._counter("miniserve:mixed_steps", "Steps of decode rows and prefill.", totals.mixed_steps)
-        yield self._counter("miniserve:mixed_step_seconds", "Time of these steps.", totals.mixed_seconds)
-        yield self._counter("miniserve:prefill_steps", "Steps of prefill alone.", totals.prefill_steps)
-        yield self._counter("miniserve:prefill_step_seconds", "Time of these steps.", totals.prefill_seconds)
-        if bandwidth is not None:
-            yield self._gauge("miniserve:memory_bandwidth_bytes_per_second", "Measured at the start.", bandwidth)
-            share = share_of_bandwidth(recent, bandwidth) or 0.0
-            yield self._gauge("miniserve:roofline_ratio", "Share of it that decode reached lately; 0 at rest.", share)
-        if totals.timed_host:
-            yield self._counter("miniserve:device_idle_seconds", "What the device waited for steps.", totals.timed_idle)
-            hidden = hidden_share(recent) or 0.0
+        engines = self._engine.engines
+        totals = [engine.totals for engine in engines]
+        for name, field, about in _ROOFLINE:
+            yield self._counter(f"miniserve:{name}", about, [getattr(each, field) for each in totals])
+        bandwidths = [engine.info.bandwidth for engine in engines]
+        if None not in bandwidths:
+            known = [bandwidth or 0.0 for bandwidth in bandwidths]
+            yield self._gauge("miniserve:memory_bandwidth_bytes_per_second", "Measured at the start.", known)
+            shares = [share_of_bandwidth(engine.recent, engine.info.bandwidth) or 0.0 for engine in engines]
+            yield self._gauge("miniserve:roofline_ratio", "Share of it that decode reached lately; 0 at rest.", shares)
+        if any(each.timed_host for each in totals):
+            idle = [each.timed_idle for each in totals]
+            yield self._counter("miniserve:device_idle_seconds", "What the device waited for steps.", idle)
+            hidden = [hidden_share(engine.recent) or 0.0 for engine in engines]
             yield self._gauge("miniserve:cpu_hidden_ratio", "Share of the host's work beside a busy device.", hidden)
 
-    def _gauge(self, name: str, about: str, value: float, **labels: object) -> Metric:
+    def _gauge(self, name: str, about: str, values: Sequence[float], **labels: object) -> Metric:
         family = GaugeMetricFamily(name, about, labels=(*_LABELS, *labels))
-        family.add_metric((*self._labels, *map(str, labels.values())), value)
+        for number, value in enumerate(values):
+            family.add_metric((self._labels[0], f"{number}", *map(str, labels.values())), value)
         return family
 
-    def _counter(self, name: str, about: str, value: float) -> Metric:
+    def _counter(self, name: str, about: str, values: Sequence[float]) -> Metric:
         family = CounterMetricFamily(name, about, labels=_LABELS)
-        family.add_metric(self._labels, value)
+        for number, value in enumerate(values):
+            family.add_metric((self._labels[0], f"{number}"), value)
         return family
 
 

@@ -171,7 +171,7 @@ class ContentPart(Body):
     text: Text | None = None
 
 
-def _content(value: object, parts: ValidatorFunctionWrapHandler) -> Any:
+def text_or_list(value: object, parts: ValidatorFunctionWrapHandler) -> Any:
     """By hand, as a union would name its branches in errors."""
     return _unicode(value) if isinstance(value, str) else parts(value)
 
@@ -192,11 +192,13 @@ def _arguments(value: object) -> dict[str, Any]:
     return found
 
 
+CalledName = Annotated[Text, Field(min_length=1)]
+CalledArguments = Annotated[dict[str, Any], PlainValidator(_arguments, json_schema_input_type=Arguments | None)]
+
+
 class CalledFunction(Body):
-    name: Text = Field(min_length=1)
-    arguments: Annotated[dict[str, Any], PlainValidator(_arguments, json_schema_input_type=Arguments | None)] = Field(
-        default_factory=dict
-    )
+    name: CalledName
+    arguments: CalledArguments = Field(default_factory=dict)
 
 
 class MessageToolCall(Body):
@@ -213,7 +215,7 @@ class ChatMessage(Body):
         Annotated[
             list[ContentPart],
             Field(fail_fast=True),
-            WrapValidator(_content, json_schema_input_type=str | list[ContentPart]),
+            WrapValidator(text_or_list, json_schema_input_type=str | list[ContentPart]),
         ]
         | None
     ) = None

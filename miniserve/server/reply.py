@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -62,8 +62,62 @@ class Header:
 
 
 class Answer(ABC):
-    """The shape of an answer, of completions or of chat. `number` is that of the prompt. Every prompt's tokens count
-    once, and the output of every choice."""
+    """The shape of an answer, as a whole or as events. `number` is that of the prompt. Every prompt's tokens count
+    once, and the output of every sequence."""
+
+    names_events: ClassVar[bool] = False  # by their `type`, in a line before the data
+    beat: ClassVar[bytes] = b": keep-alive\n\n"
+    end: ClassVar[bytes] = b"data: [DONE]\n\n"
+
+    def __init__(self, header: Header, tokenizer: Tokenizer, token_ids: Sequence[list[int]]) -> None:
+        self._header = header
+        self._tokenizer = tokenizer
+        self._token_ids = token_ids  # of each prompt
+        self._prompt_tokens = sum(map(len, token_ids))
+        self._cached_tokens = [0] * len(token_ids)
+        self._completion_tokens = 0
+
+    @abstractmethod
+    def add(self, number: int, delta: Completion) -> None:
+        """Gather for `whole`; the delta was `count`ed."""
+
+    @abstractmethod
+    def whole(self) -> dict[str, Any]:
+        """What was gathered."""
+
+    @abstractmethod
+    def events(self, number: int, delta: Completion) -> Iterator[dict[str, Any]]:
+        """Those of one delta. `count`s its tokens before the first event that has some."""
+
+    def opening(self) -> Iterable[dict[str, Any]]:
+        """The events before any token."""
+        return ()
+
+    def closing(self) -> Iterable[dict[str, Any]]:
+        """The events behind those of the last delta."""
+        return ()
+
+    def failure(self, error: APIError) -> dict[str, Any]:
+        """The event of a generation that failed."""
+        return error.envelope()
+
+    def count(self, number: int, delta: Completion) -> None:
+        """Take a delta's tokens into the usage."""
+        self._completion_tokens += len(delta.token_ids)
+        if delta.index == 0:
+            self._cached_tokens[number] = max(delta.num_cached_tokens, self._cached_tokens[number])
+
+    def log(self, request_id: str, records: Sequence[RequestMetrics], with_prompts: bool) -> None:
+        """The request's line in the log; see `log_request`."""
+        text = None
+        if with_prompts:
+            text = " | ".join(self._tokenizer.decode(ids[:_LOGGED_TOKENS], False) for ids in self._token_ids)
+            text = text[:_LOGGED_CHARS]
+        log_request(self._header.id, request_id, self._prompt_tokens, sum(self._cached_tokens), records, text)
+
+
+class ChoicesAnswer(Answer):
+    """Of completions or of chat: one choice for each sequence."""
 
     whole_kind: ClassVar[str]
     chunk_kind: ClassVar[str]
@@ -77,12 +131,10 @@ class Answer(ABC):
         params: SamplingParams,
         body: GenerationBody,
     ) -> None:
-        self._header = header
-        self._tokenizer = tokenizer
-        self._token_ids = token_ids  # of each prompt
-        self._prompt_tokens = sum(map(len, token_ids))
-        self._cached_tokens = [0] * len(token_ids)
-        self._completion_tokens = 0
+        super().__init__(header, tokenizer, token_ids)
+        options = body.stream_options or StreamOptions()
+        self._usage_at_end = bool(options.include_usage)
+        self._usage_in_every_chunk = self._usage_at_end and bool(options.continuous_usage_stats)
         self._per_prompt = params.n
         self._shows_ids = bool(body.return_token_ids)
         self._ids_as_names = bool(body.return_tokens_as_token_ids)
@@ -90,10 +142,6 @@ class Answer(ABC):
         self._prompt_logprobs: dict[int, PromptLogprobs] = {}  # by the prompt
         self._new_ids: defaultdict[int, list[int]] = defaultdict(list)  # generated and not shown yet, by the choice
         self._begun: set[int] = set()  # choices
-
-    @abstractmethod
-    def add(self, number: int, delta: Completion) -> None:
-        """Gather for `whole`."""
 
     @abstractmethod
     def choices(self) -> Sequence[Mapping[str, Any]]:
@@ -127,7 +175,14 @@ class Answer(ABC):
             self._begun.add(index)
             if "role" not in choice.get("delta", ()):
                 choice = {**choice, **self._ids_of(index, with_prompt=is_first)}
-            yield {**self.chunk(choice), **beside}
+            event = {**self.chunk(choice), **beside}
+            if self._usage_at_end:
+                event["usage"] = self.usage() if self._usage_in_every_chunk else None
+            yield event
+
+    def closing(self) -> Iterator[dict[str, Any]]:
+        if self._usage_at_end:
+            yield {**self.chunk(), "usage": self.usage()}
 
     def _ids_of(self, index: int, with_prompt: bool = True) -> dict[str, Any]:
         """What a choice says of tokens beside its text, where it was asked for."""
@@ -151,22 +206,11 @@ class Answer(ABC):
         return {**self._header.body(self.chunk_kind), "choices": choices}
 
     def count(self, number: int, delta: Completion) -> None:
-        """Take a delta's tokens into the usage."""
-        self._completion_tokens += len(delta.token_ids)
+        super().count(number, delta)
         if self._shows_ids:
             self._new_ids[number * self._per_prompt + delta.index] += delta.token_ids
         if self._shows_prompt_logprobs and delta.prompt_logprobs is not None and number not in self._prompt_logprobs:
             self._prompt_logprobs[number] = [self._prompt_logprob(entry) for entry in delta.prompt_logprobs]
-        if delta.index == 0:
-            self._cached_tokens[number] = max(delta.num_cached_tokens, self._cached_tokens[number])
-
-    def log(self, request_id: str, records: Sequence[RequestMetrics], with_prompts: bool) -> None:
-        """The request's line in the log; see `log_request`."""
-        text = None
-        if with_prompts:
-            text = " | ".join(self._tokenizer.decode(ids[:_LOGGED_TOKENS], False) for ids in self._token_ids)
-            text = text[:_LOGGED_CHARS]
-        log_request(self._header.id, request_id, self._prompt_tokens, sum(self._cached_tokens), records, text)
 
     def _prompt_logprob(self, entry: TokenLogprobs | None) -> dict[str, PromptLogprob] | None:
         """The best tokens at a place of the prompt and the one that stands there, by their ids."""
@@ -188,24 +232,19 @@ class Answer(ABC):
 
 
 class GenerationResponse(Response):
-    """Runs the generation while the client is there, for one JSON body or a stream of events, as `body` asks.
+    """Runs the generation while the client is there, for one JSON body or a stream of events.
 
     A stream begins at once, before the first token, and is never silent for long: balancers cut connections that are.
-    So an error that comes later than at once is an event `{"error": …}` before `[DONE]`.
+    So an error that comes later than at once is an event, too.
     """
 
-    def __init__(
-        self, generation: Generation, answer: Answer, body: GenerationBody, *, logs: bool, logs_prompts: bool
-    ) -> None:
+    def __init__(self, generation: Generation, answer: Answer, *, stream: bool, logs: bool, logs_prompts: bool) -> None:
         super().__init__()
         self._logs = logs
         self._logs_prompts = logs_prompts
         self._generation = generation
         self._answer = answer
-        self._stream = bool(body.stream)
-        options = body.stream_options or StreamOptions()
-        self._usage_at_end = bool(options.include_usage)
-        self._usage_in_every_chunk = self._usage_at_end and bool(options.continuous_usage_stats)
+        self._stream = stream
         self._quiet = True  # nothing was sent since the last beat
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -234,29 +273,29 @@ class GenerationResponse(Response):
 
     async def _send_events(self, deltas: Deltas, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM_HEADERS})
+        answer = self._answer
         try:
+            await self._send_all(send, answer.opening())
             async with aclosing(deltas):
                 async for number, delta in deltas:
-                    for chunk in self._answer.events(number, delta):
-                        if self._usage_at_end:
-                            chunk["usage"] = self._answer.usage() if self._usage_in_every_chunk else None
-                        await self._send_event(send, chunk)
-            if self._usage_at_end:
-                await self._send_event(send, {**self._answer.chunk(), "usage": self._answer.usage()})
+                    await self._send_all(send, answer.events(number, delta))
+            await self._send_all(send, answer.closing())
         except Exception as error:
             if not isinstance(error, APIError | InvalidRequest):
                 logger.error("A streaming request failed.", exc_info=error)
-            await self._send_event(send, as_api_error(error).envelope())
-        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+            await self._send_all(send, [answer.failure(as_api_error(error))])
+        await send({"type": "http.response.body", "body": answer.end, "more_body": False})
 
-    async def _send_event(self, send: Send, body: object) -> None:
-        self._quiet = False
-        data = b"data: " + _encoder.encode(body) + b"\n\n"
-        await send({"type": "http.response.body", "body": data, "more_body": True})
+    async def _send_all(self, send: Send, events: Iterable[dict[str, Any]]) -> None:
+        for event in events:
+            self._quiet = False
+            name = b"event: " + event["type"].encode() + b"\n" if self._answer.names_events else b""
+            data = name + b"data: " + _encoder.encode(event) + b"\n\n"
+            await send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def _beat(self, send: Send) -> None:
         if self._quiet:
-            await send({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True})
+            await send({"type": "http.response.body", "body": self._answer.beat, "more_body": True})
         self._quiet = True
 
 

@@ -22,7 +22,7 @@ from typing import cast
 import uvicorn
 
 from miniserve.core import UserError
-from miniserve.engine.client import AsyncEngine
+from miniserve.engine.replicas import Engine
 from miniserve.server.app import create_app
 from miniserve.server.config import ServerConfig
 from miniserve.server.connection import Connection, Guard, RequestIdMiddleware
@@ -159,7 +159,7 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 async def serve(
-    engine: AsyncEngine,
+    engine: Engine,
     config: ServerConfig,
     *,
     sock: socket.socket | None = None,
@@ -262,9 +262,7 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-async def _supervise(
-    engine: AsyncEngine, server: _Server, guard: Guard, config: ServerConfig, stop: asyncio.Event
-) -> None:
+async def _supervise(engine: Engine, server: _Server, guard: Guard, config: ServerConfig, stop: asyncio.Event) -> None:
     """Wait for whatever ends the server first, then end the rest; meanwhile say how it goes."""
     progress, swept = ProgressLine(engine, config.log_interval), time.monotonic()
     while not (engine.dead or stop.is_set() or server.should_exit):

@@ -11,8 +11,8 @@ from functools import partial
 from typing import TypeVar
 
 from miniserve.core import Grammar, InvalidRequest, Request, SamplingParams
-from miniserve.engine.client import AsyncEngine
 from miniserve.engine.grammar import check_grammar
+from miniserve.engine.replicas import Engine
 from miniserve.scheduler.limits import check_request, too_long
 from miniserve.server.config import ServerConfig
 from miniserve.server.errors import APIError
@@ -31,13 +31,13 @@ _CALL = 64  # characters that could be encoded in the time that a call takes
 
 
 class Service:
-    def __init__(self, engine: AsyncEngine, config: ServerConfig) -> None:
+    def __init__(self, engine: Engine, config: ServerConfig) -> None:
         self.engine = engine
         self.config = config
         self.model_names = config.served_model_names or (engine.info.model,)
         self.started = int(time.time())
         # As many more than run as keep the engine from ever waiting for the next.
-        self.turns = Turns(2 * engine.info.max_num_seqs, config.max_queue, config.max_prompts)
+        self.turns = Turns(2 * engine.info.max_num_seqs * len(engine.engines), config.max_queue, config.max_prompts)
         self.metrics = ServerMetrics(engine, self.turns, self.model_names[0])
         self.fields = FieldPolicy(config.strict_fields)
         self.rules = SamplingRules(engine.generation_defaults.sampling, engine.info.vocab_size, engine.tokenizer)
@@ -46,7 +46,7 @@ class Service:
         self._grammars = ThreadPoolExecutor(2, "grammar")
 
     def header(self, prefix: str) -> Header:
-        return Header(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), self.model_names[0])
+        return Header(f"{prefix}{uuid.uuid4().hex}", int(time.time()), self.model_names[0])
 
     def check_model(self, name: str | None) -> None:
         """Raises `APIError` 404. No name means the one model there is."""
@@ -87,9 +87,9 @@ class Service:
                 await asyncio.sleep(0)  # other requests' tokens go on flowing
         return Generation(self.engine, self.metrics, self.turns, requests, params)
 
-    def reply(self, generation: Generation, answer: Answer, body: GenerationBody) -> GenerationResponse:
-        config = self.config
-        return GenerationResponse(generation, answer, body, logs=config.log_requests, logs_prompts=config.log_prompts)
+    def reply(self, generation: Generation, answer: Answer, stream: bool) -> GenerationResponse:
+        logs, logs_prompts = self.config.log_requests, self.config.log_prompts
+        return GenerationResponse(generation, answer, stream=stream, logs=logs, logs_prompts=logs_prompts)
 
     async def check_grammar(self, body: GenerationBody) -> None:
         """Raises `InvalidRequest` naming the field for what the output cannot be made to be. Takes a second at most,

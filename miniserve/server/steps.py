@@ -6,14 +6,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Query, Response
 
-from miniserve.core import EngineInfo, StepRecord, StepTotals
+from miniserve.core import EngineInfo, InvalidRequest, SchedulerStats, StepRecord, StepTotals
 from miniserve.engine.client import AsyncEngine, EngineDead
+from miniserve.engine.replicas import Engine
 from miniserve.engine.roofline import describe
 from miniserve.engine.step_log import RING_SIZE
 from miniserve.server.errors import APIError, json_response
@@ -21,6 +22,7 @@ from miniserve.server.service import Service
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 _HOST, _DEVICE = 1, 2  # the trace's threads
 _PATIENCE = 10.0  # seconds
 
@@ -28,7 +30,7 @@ _PATIENCE = 10.0  # seconds
 class ProgressLine:
     """`tick` is called often; every `interval` seconds (0: never) it logs what was done in them, if anything was."""
 
-    def __init__(self, engine: AsyncEngine, interval: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, engine: Engine, interval: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._engine = engine
         self._interval = interval
@@ -48,10 +50,10 @@ class ProgressLine:
         stats = self._engine.stats
         guessed = stats.num_draft_tokens - self._stats.num_draft_tokens
         right = stats.num_accepted_tokens - self._stats.num_accepted_tokens
-        decoded = (period.decode_rows + period.mixed_rows - guessed + right) / seconds
+        decoded = decoded_tokens(self._engine.totals, stats) - decoded_tokens(self._totals, self._stats)
         parts = [
             f"{stats.num_running} running, {stats.num_waiting} waiting",
-            f"decode {decoded:,.0f} tokens/s, prefill {period.prefill_tokens / seconds:,.0f}",
+            f"decode {decoded / seconds:,.0f} tokens/s, prefill {period.prefill_tokens / seconds:,.0f}",
         ]
         if guessed:
             length = 1 + right / (stats.num_drafts - self._stats.num_drafts)
@@ -60,20 +62,39 @@ class ProgressLine:
         return " · ".join(parts if line is None else [*parts, line])
 
 
+def decoded_tokens(totals: StepTotals, stats: SchedulerStats) -> int:
+    """Since the start: of each decode row one, but for wrong guesses."""
+    return totals.decode_rows + totals.mixed_rows - stats.num_draft_tokens + stats.num_accepted_tokens
+
+
+def numbered(service: Service, number: int) -> AsyncEngine:
+    """One of the server's engines. Raises `InvalidRequest` where there are not so many."""
+    if number >= (most := len(service.engine.engines)):
+        raise InvalidRequest(f"engine must be below {most}, the number of engines, not {number}.", "engine")
+    return service.engine.engines[number]
+
+
+async def between_steps(engine: AsyncEngine, answer: Awaitable[T]) -> T:
+    """What the engine answers between two steps. Raises `APIError` 503 where it does not, or not soon."""
+    try:
+        async with asyncio.timeout(_PATIENCE):
+            return await answer
+    except EngineDead as error:
+        raise APIError(503, str(error)) from error
+    except TimeoutError:
+        age = engine.last_step_age() or 0.0
+        raise APIError(503, f"The engine answers between steps; the last one ended {age:.0f} s ago.") from None
+
+
 def install(app: FastAPI, service: Service) -> None:
     @app.get("/debug/steps", response_model=dict[str, Any])
     async def steps(
-        format: Literal["json", "chrome"] = "json", limit: Annotated[int, Query(ge=0, le=RING_SIZE)] = RING_SIZE
+        format: Literal["json", "chrome"] = "json",
+        limit: Annotated[int, Query(ge=0, le=RING_SIZE)] = RING_SIZE,
+        number: Annotated[int, Query(alias="engine", ge=0)] = 0,
     ) -> Response:
-        engine = service.engine
-        try:
-            async with asyncio.timeout(_PATIENCE):
-                records = await engine.steps(limit)
-        except EngineDead as error:
-            raise APIError(503, str(error)) from error
-        except TimeoutError:
-            age = engine.last_step_age() or 0.0
-            raise APIError(503, f"The engine answers between steps; the last one ended {age:.0f} s ago.") from None
+        engine = numbered(service, number)
+        records = await between_steps(engine, engine.steps(limit))
         if format == "chrome":
             return json_response(chrome_trace(records))
         return json_response(report(records, engine.totals, engine.info))

@@ -99,11 +99,14 @@ OTHER_SETTINGS: dict[str, Any] = {
     "async_scheduling": False,
     "speculative": "ngram:2",
     "tensor_parallel_size": 154,
+    "data_parallel_size": 1,  # several hosts have none
+    "data_parallel_rank": 0,
     "node_rank": 3,
     "master_addr": "h",
     "generation_config": "none",
     "seed": -3,
     "log_level": "error",
+    "log_format": "json",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import select
@@ -28,6 +29,51 @@ def run(*arguments: str, text: str | None = None, timeout: float = TIMEOUT) -> s
     return subprocess.run(
         [*COMMAND, *arguments], check=False, capture_output=True, text=True, timeout=timeout, env=environment(), **feed
     )
+
+
+_IMPORT_AND_FORK = """
+import json, os, sys, tempfile, traceback
+import miniserve.cli.bench
+from miniserve.cli.main import main
+
+for line in sys.stdin:
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        if (pid := os.fork()) == 0:
+            for place, file in enumerate((open(os.devnull), out, err)):
+                os.dup2(file.fileno(), place)
+            sys.argv = ["miniserve", *json.loads(line)]
+            code = 0
+            try:
+                main()
+            except SystemExit as end:
+                code = end.code or 0
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        texts = [file.seek(0) or file.read().decode(errors="replace") for file in (out, err)]
+    print(json.dumps([code, *texts]), flush=True)
+"""
+
+
+class Forked:
+    """`run` by forks of a process that has imported the command, as importing is what takes longest."""
+
+    def __init__(self) -> None:
+        command, pipes = [sys.executable, "-c", _IMPORT_AND_FORK], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self._process = subprocess.Popen(command, text=True, env=environment(), **pipes)
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(json.dumps(arguments), file=self._process.stdin, flush=True)
+        code, stdout, stderr = json.loads(self._process.stdout.readline())
+        return subprocess.CompletedProcess(arguments, code, stdout, stderr)
+
+    def close(self) -> None:
+        self._process.communicate()
 
 
 class Running:

@@ -6,6 +6,7 @@ import dataclasses
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import cli_terminal as cli
@@ -16,6 +17,13 @@ from miniserve.cli.run import with_all_keys
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
 from miniserve.server.config import ServerConfig
+
+
+@pytest.fixture(scope="module")
+def forked() -> Iterator[cli.Forked]:
+    forked = cli.Forked()
+    yield forked
+    forked.close()
 
 
 def test_help_names_all_commands() -> None:
@@ -52,14 +60,14 @@ def test_run_has_a_flag_for_each_setting_of_the_engine() -> None:
         assert flag in done.stdout
 
 
-def test_serve_is_run_without_chat() -> None:
-    help_text = cli.run("serve", "--help").stdout
+def test_serve_is_run_without_chat(forked: cli.Forked) -> None:
+    help_text = forked.run("serve", "--help").stdout
     assert "--max-num-seqs" in help_text and "--prompt" not in help_text and "--no-chat" not in help_text
 
 
 @pytest.mark.parametrize("arguments", [("version",), ("--version",)])
-def test_version(arguments: tuple[str, ...]) -> None:
-    done = cli.run(*arguments)
+def test_version(arguments: tuple[str, ...], forked: cli.Forked) -> None:
+    done = (forked if arguments == ("version",) else cli).run(*arguments)
     assert (done.returncode, done.stdout) == (0, f"miniserve {__version__}\n")
 
 
@@ -113,8 +121,8 @@ def test_version(arguments: tuple[str, ...]) -> None:
         (("chat", "--url", "ftp://x", "-m", "hi"), "'ftp://x' is not a URL"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_exit_2(arguments: tuple[str, ...], said: str) -> None:
-    done = cli.run(*arguments)
+def test_a_mistake_is_one_sentence_and_exit_2(arguments: tuple[str, ...], said: str, forked: cli.Forked) -> None:
+    done = forked.run(*arguments)
     assert done.returncode == 2
     assert said in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
     if "--no-such-flag" not in arguments and "eight" not in arguments:  # these two are told by the parser, in a box
@@ -135,23 +143,23 @@ def test_keys_of_the_flag_the_file_and_the_environment_add_up(
         with_all_keys(ServerConfig(), None)
 
 
-def test_an_alias_is_told_also_where_the_model_cannot_be_had(tmp_path: Path) -> None:
-    done = cli.run("run", "--port", "0", "Qwen/Qwen3-235B")
+def test_an_alias_is_told_also_where_the_model_cannot_be_had(forked: cli.Forked) -> None:
+    done = forked.run("run", "--port", "0", "Qwen/Qwen3-235B")
     assert done.returncode == 2
     assert "Qwen/Qwen3-235B is not a repository on the Hugging Face hub; taking Qwen/Qwen3-235B-A22B." in done.stderr
     assert "error: Qwen/Qwen3-235B-A22B is not" in done.stderr
 
 
-def test_debug_shows_the_traceback() -> None:
+def test_debug_shows_the_traceback(forked: cli.Forked) -> None:
     for arguments in (("--debug", "run", "--port", "0", "./x"), ("run", "--port", "0", "--log-level", "debug", "./x")):
-        done = cli.run(*arguments)
+        done = forked.run(*arguments)
         assert done.returncode != 0 and "Traceback" in done.stderr and "UserError" in done.stderr
 
 
-def test_a_port_in_use_is_told_before_the_model_is_looked_for() -> None:
+def test_a_port_in_use_is_told_before_the_model_is_looked_for(forked: cli.Forked) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = cli.run("run", "./nowhere", "--port", str(port))
+        done = forked.run("run", "./nowhere", "--port", str(port))
     assert done.returncode == 2
     assert f"Port {port} on 127.0.0.1 is already in use" in done.stderr and "--port" in done.stderr
     assert "nowhere" not in done.stderr

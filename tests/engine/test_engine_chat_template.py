@@ -254,6 +254,21 @@ def test_calls_that_a_template_leaves_out_or_garbles_are_named(chat: ChatTemplat
     assert chat.render(no_calls, chat_template=roles("{{ message.content }}{{ message.tool_calls }}")) == "HiWell."
 
 
+def test_behind_a_tools_result_mistrals_templates_keep_the_system_text(chat: ChatTemplate) -> None:
+    """They write it into the last user message, if nothing follows that."""
+    template = "{% set system = messages[0].content if messages[0].role == 'system' %}" + roles(
+        "{% if message.role == 'user' %}[INST]{{ system ~ '\n\n' if loop.last and system }}{{ message.content }}"
+        "{% elif message.role == 'tool' %}[RESULT]{{ message.content }}"
+        "{% elif message.tool_calls %}[CALL]{{ message.tool_calls | map(attribute='function') | list | tojson }}"
+        "{% endif %}"
+    )
+    called = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    conversation = [SYSTEM, USER, called, {"role": "tool", "content": "7"}]
+    text = chat.render(conversation, chat_template=template)
+    assert text.startswith("[INST]You are a cook.\n\nHi[CALL]") and text.endswith("[RESULT]7")
+    assert chat.render([SYSTEM, USER], chat_template=template) == "[INST]You are a cook.\n\nHi"
+
+
 @pytest.mark.parametrize(
     ("shown", "lost"),
     [

@@ -41,8 +41,10 @@ def expected(q: torch.Tensor, cache: Cache, tables: torch.Tensor, lengths: list[
 
 
 def check(
-    cache: Cache, num_heads: int, lengths: list[int], dtype: torch.dtype, *, scale: float = 0.125, **options: Any
-) -> None:
+    cache: Cache, num_heads: int, lengths: list[int], dtype: torch.dtype, *, scale: float = 0.125,
+    again: bool = NATIVE, **options: Any,
+) -> None:  # fmt: skip
+    """again: twice, of which the second finds the scratch as the first left it."""
     head_dim, num_blocks = cache.k.shape[3], cache.k.shape[0]
     q = normal(5, len(lengths), num_heads + 2, head_dim, dtype=dtype)[:, 1:-1]  # strided: a view of something wider
     tables = block_tables(lengths, num_blocks, cache.block_size)
@@ -50,7 +52,7 @@ def check(
     scratch = DecodeScratch.allocate([(len(lengths), num_splits)], num_heads, head_dim, DEVICE)
     formula = {name: options[name] for name in ("window", "softcap", "sinks") if name in options}
     want = expected(q, cache, tables, lengths, scale=scale, **formula)
-    for fresh in (None, 2):  # the second time finds the scratch as the first left it
+    for fresh in (None, 2)[: 1 + again]:
         got = paged_decode(
             q, *cache.planes, tables, int32(lengths), scale=scale, num_splits=num_splits, fresh=fresh, scratch=scratch,
             out=torch.full_like(q, float("nan")), **cache.layout, **options,
@@ -63,15 +65,18 @@ def check(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_splits", "fused"), [(1, None), (3, True), (3, False)])
 def test_ragged_rows(num_splits: int, fused: bool | None, dtype: torch.dtype, shuffled: bool) -> None:
-    cache = random_cache(24, 16, 2, 64, dtype=dtype, shuffled=shuffled)
-    check(cache, 8, LENGTHS, dtype, num_splits=num_splits, fused_merge=fused, launch=SMALL)
+    heads = 2 if NATIVE or dtype == torch.float32 else 1  # the interpreter takes its time for each
+    cache = random_cache(24, 16, heads, 64, dtype=dtype, shuffled=shuffled)
+    again = NATIVE or dtype == torch.float16
+    check(cache, 4 * heads, LENGTHS, dtype, num_splits=num_splits, fused_merge=fused, launch=SMALL, again=again)
 
 
 @LAYOUTS
 @pytest.mark.parametrize("num_splits", [1, 2] if NATIVE else [1])
 def test_every_length_around_a_partition_of_256(num_splits: int, shuffled: bool) -> None:
     cache = random_cache(32, 16, 1, 64, dtype=torch.float16, shuffled=shuffled)
-    check(cache, 1, list(range(230, 271)), torch.float16, num_splits=num_splits)
+    lengths = range(230, 271) if NATIVE else range(246, 266)
+    check(cache, 1, [*lengths], torch.float16, num_splits=num_splits)
 
 
 @LAYOUTS
@@ -112,7 +117,7 @@ def test_windows(window: int, num_splits: int, shuffled: bool) -> None:
 def test_softcap_sinks_and_scale(num_splits: int, shuffled: bool) -> None:
     cache = random_cache(24, 16, 2, 32, dtype=torch.float32, shuffled=shuffled)
     options: dict[str, Any] = {"num_splits": num_splits, "launch": SMALL, "scale": 0.7}
-    lengths = [1, 0, 16, 97]
+    lengths = [1, 0, 97]
     check(cache, 6, lengths, torch.float32, softcap=3.0, **options)
     check(cache, 6, lengths, torch.float32, sinks=3 * normal(9, 6), **options)
     check(cache, 6, lengths, torch.float32, sinks=3 * normal(9, 6), softcap=20.0, window=40, **options)
@@ -148,11 +153,11 @@ def test_what_other_sequences_left_behind_is_not_read(shuffled: bool) -> None:
 @LAYOUTS
 @pytest.mark.parametrize("dtype", HALVES)
 def test_fp8_cache(dtype: torch.dtype, shuffled: bool) -> None:
-    cache = random_cache(24, 16, 2, 64, dtype=FP8, shuffled=shuffled)
+    cache = random_cache(24, 16, 1, 64, dtype=FP8, shuffled=shuffled)
     k_scale, v_scale = torch.tensor([0.5], device=DEVICE), torch.tensor([3.0], device=DEVICE)
     scaled = Cache(cache.planes, cache.k * 0.5, cache.v * 3.0, 16, shuffled)
     for num_splits in (1, 3):
-        check(scaled, 8, LENGTHS, dtype, k_scale=k_scale, v_scale=v_scale, num_splits=num_splits, launch=SMALL)
+        check(scaled, 4, LENGTHS, dtype, k_scale=k_scale, v_scale=v_scale, num_splits=num_splits, launch=SMALL)
 
 
 def test_no_rows_and_missing_scratch() -> None:
@@ -167,15 +172,15 @@ def test_no_rows_and_missing_scratch() -> None:
 @LAYOUTS
 @pytest.mark.parametrize("num_splits", [1, 4])
 def test_the_highest_block_of_a_pool_above_4_gib(num_splits: int, shuffled: bool) -> None:
-    block_size, heads, head_dim, top = 16, 8, 128, 40
+    block_size, heads, head_dim, top = (16, 8, 128, 40) if NATIVE else (16, 2, 64, 20)
     small = random_cache(top, block_size, heads, head_dim, dtype=torch.float16, shuffled=shuffled)
     planes = end_of_a_pool_above_4_gib(*small.planes)
     lengths = [1, 200, 16 * top]
     tables = block_tables(lengths, top, block_size)
-    q = normal(5, 3, 32, head_dim, dtype=torch.float16)
+    q = normal(5, 3, 4 * heads, head_dim, dtype=torch.float16)
     want = expected(q, small, tables, lengths, scale=0.1)
     got = paged_decode(
         q, *planes, tables + (len(planes[0]) - top), int32(lengths), scale=0.1, num_splits=num_splits,
-        scratch=DecodeScratch.allocate([(3, num_splits)], 32, head_dim, DEVICE), **small.layout,
+        scratch=DecodeScratch.allocate([(3, num_splits)], 4 * heads, head_dim, DEVICE), **small.layout,
     )  # fmt: skip
     close(got, want, torch.float16)

@@ -12,9 +12,11 @@ import miniserve
 from miniserve.attention.platform import NAMED_PLATFORMS
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
+from miniserve.llm import LLM
 from miniserve.models.config import load_model_config
 from miniserve.models.registry import described_model, weight_bytes
 from miniserve.runner import memory, ranks
+from miniserve.runner.device import rank_device
 
 ASSETS = Path(miniserve.__file__).parent / "assets"
 
@@ -34,6 +36,13 @@ ASSETS = Path(miniserve.__file__).parent / "assets"
         ({"nnodes": 2, "tensor_parallel_size": 4, "master_addr": "h", "node_rank": 2}, "between 0 and 1"),
         ({"nnodes": 2, "tensor_parallel_size": 4, "master_addr": "h", "node_rank": -1}, "between 0 and 1"),
         ({"nnodes": 2, "tensor_parallel_size": 4, "master_addr": "h", "master_port": 70_000}, "between 1 and 65535"),
+        ({"data_parallel_size": 0}, "--data-parallel-size must be a positive number"),
+        ({"data_parallel_size": 5000}, "--data-parallel-size must be at most 1024"),
+        ({"data_parallel_rank": 1}, "is set by the server"),
+        (
+            {"nnodes": 2, "tensor_parallel_size": 4, "master_addr": "h", "data_parallel_size": 2},
+            "--data-parallel-size is for the GPUs of one host",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -96,6 +105,47 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="needs 2 GPUs on each host and this one has 1"):
         ranks.build_ranks(EngineConfig(tensor_parallel_size=2), ASSETS / "tiny-qwen3", "m")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "--data-parallel-size 3 needs as many GPUs and this host has 2"),
+        ({"data_parallel_size": 2, "tensor_parallel_size": 2}, "this one has 1 for each of 2 engines"),
+    ],
+)
+def test_more_engines_than_gpus_are_refused(
+    settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    config = EngineConfig(**({"data_parallel_size": 3, "device": "cuda"} | settings))
+    with pytest.raises(UserError, match=message):
+        ranks.build_ranks(config, ASSETS / "tiny-qwen3", "m")
+
+
+def test_engines_have_shares_of_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+
+    def devices(engines: int, size: int) -> list[list[int | None]]:
+        configs = [
+            EngineConfig(data_parallel_size=engines, data_parallel_rank=rank, tensor_parallel_size=size)
+            for rank in range(engines)
+        ]
+        return [[rank_device(config, rank).index for rank in range(size)] for config in configs]
+
+    assert devices(1, 1) == [[None]]
+    assert devices(1, 3) == [[0, 1, 2]]
+    assert devices(2, 4) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert devices(3, 2) == [[0, 1], [2, 3], [4, 5]]
+    assert devices(8, 1) == [[number] for number in range(8)]
+
+
+def test_an_llm_is_one_engine() -> None:
+    with pytest.raises(UserError, match="data_parallel_size is for a server"):
+        LLM(data_parallel_size=2)
 
 
 def test_a_host_beyond_the_first_does_not_serve() -> None:

@@ -29,8 +29,21 @@ def check_integrity(scheduler: Scheduler) -> None:
     if unfinished_prefill != scheduler._prefilling or len(unfinished_prefill) > 2:
         faults.append("the sequences in the middle of their prefill are not those noted")
     faults += [fault for seq in running for fault in _sequence_faults(scheduler, seq)]
+    faults += _view_faults(scheduler, running)
     if faults:
         raise RuntimeError("The scheduler's state is inconsistent: " + "; ".join(faults) + ".")
+
+
+def _view_faults(scheduler: Scheduler, running: list[Sequence]) -> Iterable[str]:
+    pool, num_blocks = scheduler._pool, scheduler._config.num_blocks
+    view = scheduler.pool_view(num_blocks // 2 + 1)
+    shown = list(range(0, num_blocks, view.stride))
+    holders = [[seq.row for seq in running if block in seq.blocks] for block in shown]
+    free = [-1 if pool._keys[block] is None else -2 for block in shown]
+    if view.owners != [rows[0] if rows else mark for rows, mark in zip(holders, free, strict=True)]:
+        yield "the view of the pool shows other owners"
+    if view.num_holders != [len(rows) for rows in holders]:
+        yield "the view of the pool counts other holders"
 
 
 def _sequence_faults(scheduler: Scheduler, seq: Sequence) -> Iterable[str]:

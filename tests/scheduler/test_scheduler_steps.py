@@ -29,6 +29,27 @@ def first_stopping(config_eos: int, after: int) -> Request:
     raise AssertionError("no such request")
 
 
+# --- what is seen of the pool -------------------------------------------------------------------------------------
+
+
+def test_the_view_of_the_pool_tells_requests_shared_prefixes_and_what_is_kept_apart() -> None:
+    driver = Driver(make_config(block_size=4, num_blocks=12))
+    driver.add(make_request("gone", [*range(100, 108), 0], max_tokens=1))
+    driver.drain()
+    assert driver.scheduler.pool_view(12).owners == [-2, -2] + [-1] * 10
+    driver.add(make_request("a", [*range(8), 50], max_tokens=20))
+    driver.turn()
+    driver.add(make_request("b", [*range(8), 60], max_tokens=20))
+    driver.turn()
+    view = driver.scheduler.pool_view(12)
+    assert sorted(zip(view.owners, view.num_holders, strict=True)) == (
+        [(-2, 0)] * 2 + [(-1, 0)] * 6 + [(0, 1)] + [(0, 2)] * 2 + [(1, 1)]
+    )
+    assert set(view.num_tokens) == {0, 1} and view.stride == 1
+    fewer = driver.scheduler.pool_view(5)
+    assert (fewer.stride, fewer.owners, fewer.num_holders) == (3, view.owners[::3], view.num_holders[::3])
+
+
 # --- the shape of a step ------------------------------------------------------------------------------------------
 
 

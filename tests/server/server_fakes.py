@@ -25,6 +25,7 @@ import miniserve
 from miniserve.core import (
     EngineInfo,
     FinishReason,
+    PoolView,
     Request,
     RequestOutput,
     SamplingParams,
@@ -34,8 +35,9 @@ from miniserve.core import (
     StepTraffic,
     TokenLogprobs,
 )
-from miniserve.engine.client import AsyncEngine, EngineDead
+from miniserve.engine.client import EngineDead
 from miniserve.engine.output import CompletionStream, Mailbox, OutputAssembler
+from miniserve.engine.replicas import Engine
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server.config import ServerConfig
 from miniserve.server.serve import listening, loop_factory, serve
@@ -118,6 +120,7 @@ class FakeEngine:
         self.seen: list[tuple[list[int], SamplingParams]] = []
         self.aborted = 0
         self.num_running = 0
+        self.num_looks = 0  # at the pool
         self.guesses = (0, 0, 0)  # runs, tokens, right ones
         self.step_sizes = Counter({1: 3, 300: 2})
         self.totals = StepTotals()
@@ -141,6 +144,10 @@ class FakeEngine:
             num_accepted_tokens=right,
         )
 
+    @property
+    def engines(self) -> tuple[FakeEngine, ...]:
+        return (self,)
+
     def last_step_age(self) -> float | None:
         return self.age
 
@@ -148,6 +155,20 @@ class FakeEngine:
         if self.dead:
             raise EngineDead(self.dead)
         return self.records[-limit:] if limit else []
+
+    async def pool_view(self, max_blocks: int) -> PoolView:
+        self.num_looks += 1
+        if self.dead:
+            raise EngineDead(self.dead)
+        # Rows 0 and 1 share a prefix of two blocks; four blocks of others are kept.
+        owners = [0, 0, 0, 1, 1, -2, -2, -2, -2]
+        free = self.info.num_blocks - len(owners)
+        return PoolView(
+            stride=1,
+            owners=owners + [-1] * free,
+            num_holders=[2, 2, 1, 1, 1, 0, 0, 0, 0] + [0] * free,
+            num_tokens={0: 44, 1: 60},
+        )
 
     def generate(self, request: Request) -> CompletionStream:
         prompt_token_ids, params = request.prompt_token_ids, request.params
@@ -244,10 +265,10 @@ class FakeEngine:
 class RunningServer:
     """`root` is the server's address; `call` runs something on its event loop and waits for it."""
 
-    def __init__(self, engine: Any, config: ServerConfig) -> None:
+    def __init__(self, engine: Any, config: ServerConfig, port: int = 0) -> None:
         self.engine = engine
         self._config = config
-        self._bound = listening(replace(config, host="127.0.0.1", port=0))
+        self._bound = listening(replace(config, host="127.0.0.1", port=port))
         self._socket = self._bound.__enter__()
         self.port = 0 if config.uds else int(self._socket.getsockname()[1])
         self.root = f"http://127.0.0.1:{self.port}"
@@ -269,7 +290,7 @@ class RunningServer:
 
     async def _main(self) -> int:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        if isinstance(self.engine, AsyncEngine):
+        if not isinstance(self.engine, FakeEngine):
             await self.engine.start()
         return await serve(self.engine, self._config, sock=self._socket, on_ready=self._ready.set, stop=self._stop)
 
@@ -298,7 +319,7 @@ class RunningServer:
 
 
 @contextmanager
-def running_server(engine: FakeEngine | AsyncEngine | None = None, **config: object) -> Iterator[RunningServer]:
+def running_server(engine: FakeEngine | Engine | None = None, **config: object) -> Iterator[RunningServer]:
     server = RunningServer(engine or FakeEngine(), ServerConfig(**config))  # type: ignore[arg-type]
     try:
         yield server

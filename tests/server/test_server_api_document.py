@@ -9,8 +9,10 @@ from server_fakes import FakeEngine
 from miniserve.server.app import create_app
 from miniserve.server.config import ServerConfig
 from miniserve.server.fields import IGNORED, REFUSED_IN_CHAT, REFUSED_IN_COMPLETIONS
+from miniserve.server.messages import REFUSED_IN_MESSAGES, MessagesRequest
 from miniserve.server.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from tools.api_document import DOCUMENT, ENDPOINTS, MEANINGS, render
+from miniserve.server.responses import REFUSED_IN_RESPONSES, ResponsesRequest
+from tools.api_document import DOCUMENT, ENDPOINTS, MEANINGS, MESSAGES_MEANINGS, RESPONSES_MEANINGS, render
 
 
 def test_the_document_is_up_to_date() -> None:
@@ -31,3 +33,10 @@ def test_every_field_is_listed_once() -> None:
     for body, refused in ((CompletionRequest, REFUSED_IN_COMPLETIONS), (ChatCompletionRequest, REFUSED_IN_CHAT)):
         assert not set(body.model_fields) & (set(refused) | IGNORED)
         assert not set(refused) & IGNORED
+    agents = ((MessagesRequest, REFUSED_IN_MESSAGES, MESSAGES_MEANINGS),
+              (ResponsesRequest, REFUSED_IN_RESPONSES, RESPONSES_MEANINGS))  # fmt: skip
+    for agent, refused, meanings in agents:
+        assert set(meanings) <= set(agent.model_fields) <= set(MEANINGS) | set(meanings)
+        assert not set(agent.model_fields) & set(refused)
+        # Whatever changes the answer of a chat is taken or refused here, too.
+        assert set(ChatCompletionRequest.model_fields) <= set(agent.model_fields) | set(refused)

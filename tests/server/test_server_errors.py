@@ -691,6 +691,6 @@ def test_browsers_of_other_origins_are_let_in_only_by_name() -> None:
 
 
 def test_an_error_never_sends_a_long_or_broken_text_back() -> None:
-    body = APIError(400, "\ud800" + "x" * 100_000, param="prompt").response().body
+    body = APIError(400, "\ud800" + "x" * 100_000, param="prompt").response({"path": "/v1/completions"}).body
     assert len(body) < 1200
     assert json.loads(body)["error"]["message"].startswith("?xxx")

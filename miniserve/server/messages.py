@@ -1,0 +1,424 @@
+"""`/v1/messages`: Anthropic's API. The prefix cache needs no marks, so `cache_control` changes nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal, NotRequired
+
+from fastapi import Response
+from pydantic import BaseModel, ConfigDict, Field, WrapValidator
+from typing_extensions import TypedDict
+
+from miniserve.core import Completion, FinishReason, InvalidRequest
+from miniserve.server.agents import Part, PartsAnswer, Translation, Turn, called, needed
+from miniserve.server.chat import thinking_switch
+from miniserve.server.errors import APIError, json_response
+from miniserve.server.fields import FieldPolicy, refused_beside, remedies_beside
+from miniserve.server.protocol import (
+    Body,
+    CalledName,
+    ChatCompletionRequest,
+    Float,
+    FunctionDefinition,
+    FunctionName,
+    Int,
+    NamedTool,
+    Text,
+    Texts,
+    Tool,
+    text_or_list,
+)
+from miniserve.server.reading import template_tools
+from miniserve.server.service import Service
+from miniserve.server.structured import JSONSchemaFormat, ResponseFormat
+
+
+class Block(Body):
+    """A piece of a message. The fields that it needs depend on its type."""
+
+    type: Text
+    text: Text | None = None
+    thinking: Text | None = None
+    id: Text | None = None
+    name: CalledName | None = None
+    input: dict[str, Any] | None = None
+    tool_use_id: Text | None = None
+    content: (
+        Annotated[
+            list[Block], Field(fail_fast=True), WrapValidator(text_or_list, json_schema_input_type=str | list[Any])
+        ]
+        | None
+    ) = None
+    is_error: bool | None = None
+    # Without effect.
+    signature: str | None = None
+    citations: Any = None
+    caller: Any = None
+    cache_control: Any = None
+
+
+Blocks = Annotated[
+    list[Block], Field(fail_fast=True), WrapValidator(text_or_list, json_schema_input_type=str | list[Block])
+]
+
+
+class Message(Body):
+    role: Literal["user", "assistant", "system"]
+    content: Blocks
+
+
+class ToolDefinition(Body):
+    type: Text | None = None
+    name: FunctionName
+    description: Text | None = None
+    input_schema: dict[str, Any] | None = None
+    strict: bool | None = None
+    # Without effect: the prefix cache needs no marks, and arguments are always sent as they come.
+    cache_control: Any = None
+    eager_input_streaming: bool | None = None
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ToolChoice(_Strict):
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class Thinking(_Strict):
+    """`budget_tokens` is a target, here as there; `max_tokens` bounds reasoning, too."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Int | None = None
+    display: Literal["summarized", "omitted"] | None = None
+
+
+class OutputFormat(_Strict):
+    type: Literal["json_schema"]
+    json_schema: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(_Strict):
+    effort: Text | None = None
+    format: OutputFormat | None = None
+
+
+class CountTokensRequest(Body):
+    """What the prompt is made of."""
+
+    model: str | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
+    system: Blocks | None = None
+    tools: Annotated[list[ToolDefinition], Field(fail_fast=True)] | None = None
+    tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    cache_control: Any = None
+
+
+class MessagesRequest(CountTokensRequest):
+    max_tokens: Int
+    stream: bool | None = None
+    stop_sequences: Texts | None = None
+    temperature: Float | None = None
+    top_p: Float | None = None
+    top_k: Int | None = None
+
+
+_MORE: dict[str, tuple[object, ...]] = {
+    "container": (), "context_management": ({"edits": []},), "mcp_servers": ([],), "speed": ("standard",),
+    "inference_geo": (), "diagnostics": (), "output_format": (), "betas": ([],),
+}  # fmt: skip
+REFUSED_IN_MESSAGES = refused_beside(MessagesRequest, _MORE)
+MESSAGES_REMEDIES = remedies_beside(
+    "max_tokens",
+    {
+        "stop": "use stop_sequences",
+        "reasoning_effort": "use output_config.effort",
+        "response_format": "use output_config.format",
+        "output_format": "use output_config.format",
+        "parallel_tool_calls": "use tool_choice.disable_parallel_tool_use",
+        "mcp_servers": "call them from the client",
+    },
+)
+_NAMES = {
+    "stop": "stop_sequences",
+    "reasoning_effort": "output_config.effort",
+    "chat_template_kwargs": "thinking",
+    "response_format": "output_config.format",
+}
+_REFUSED_IN_TOOLS: dict[str, tuple[object, ...]] = {
+    "input_examples": ([],), "defer_loading": (False,), "allowed_callers": (["direct"],),
+}  # fmt: skip
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+class BlockOut(TypedDict):
+    type: Literal["text", "thinking", "tool_use"]
+    text: NotRequired[str]
+    citations: NotRequired[None]
+    thinking: NotRequired[str]
+    signature: NotRequired[str]
+    id: NotRequired[str]
+    name: NotRequired[str]
+    input: NotRequired[dict[str, Any]]
+
+
+class MessageUsage(TypedDict):
+    """`input_tokens` are those that the prefix cache did not have."""
+
+    input_tokens: int
+    cache_creation_input_tokens: int
+    cache_read_input_tokens: int
+    output_tokens: int
+
+
+class MessageOut(TypedDict):
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[BlockOut]
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"] | None
+    stop_sequence: str | None
+    usage: MessageUsage
+
+
+class TokenCount(TypedDict):
+    input_tokens: int
+
+
+class AnthropicErrorDetail(TypedDict):
+    type: str
+    message: str
+
+
+class AnthropicError(TypedDict):
+    type: Literal["error"]
+    error: AnthropicErrorDetail
+    request_id: str
+
+
+class MessagesAnswer(PartsAnswer):
+    beat = b'event: ping\ndata: {"type": "ping"}\n\n'
+    _last: Completion | None = None
+    _started = False
+
+    def whole(self) -> dict[str, Any]:
+        content = [self._block(part, part.text) for part in self._parts]
+        return {**self._message(), **self._stop(), "content": content}
+
+    def told(self, delta: Completion) -> Iterator[dict[str, Any]]:
+        if not self._started:  # not before the first token, as only then it is known what was cached
+            self._started = True
+            yield {"type": "message_start", "message": self._message()}
+        yield from super().told(delta)
+
+    def begun(self, index: int, part: Part) -> Iterator[dict[str, Any]]:
+        yield {"type": "content_block_start", "index": index, "content_block": self._block(part, "")}
+
+    def piece(self, index: int, part: Part, text: str) -> dict[str, Any]:
+        kind, key = {
+            "text": ("text_delta", "text"),
+            "thought": ("thinking_delta", "thinking"),
+            "call": ("input_json_delta", "partial_json"),
+        }[part.kind]
+        return {"type": "content_block_delta", "index": index, "delta": {"type": kind, key: text}}
+
+    def ended(self, index: int, part: Part) -> Iterator[dict[str, Any]]:
+        yield {"type": "content_block_stop", "index": index}
+
+    def finished(self, delta: Completion) -> Iterator[dict[str, Any]]:
+        self._last = delta
+        yield {"type": "message_delta", "delta": self._stop(), "usage": self._usage()}
+        yield {"type": "message_stop"}
+
+    def failure(self, error: APIError) -> dict[str, Any]:
+        return error.anthropic_envelope()
+
+    def _message(self) -> dict[str, Any]:
+        return {
+            "id": self._header.id,
+            "type": "message",
+            "role": "assistant",
+            "model": self._header.model,
+            "content": [],
+            "stop_reason": None,
+            "stop_sequence": None,
+            "usage": self._usage(),
+        }
+
+    def _usage(self) -> MessageUsage:
+        cached = sum(self._cached_tokens)
+        return {
+            "input_tokens": self._prompt_tokens - cached,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": cached,
+            "output_tokens": self._completion_tokens,
+        }
+
+    def _stop(self) -> dict[str, str | None]:
+        if self._last is None:
+            return {}
+        word = self._last.stop_reason
+        if isinstance(word, str):
+            return {"stop_reason": "stop_sequence", "stop_sequence": word}
+        if self._last.finish_reason is not FinishReason.STOP:
+            return {"stop_reason": "max_tokens", "stop_sequence": None}
+        return {"stop_reason": "tool_use" if self._reader.num_calls else "end_turn", "stop_sequence": None}
+
+    def _block(self, part: Part, text: str) -> BlockOut:
+        match part.kind:
+            case "text":
+                return {"type": "text", "text": text, "citations": None}
+            case "thought":
+                return {"type": "thinking", "thinking": text, "signature": ""}
+            case "call":
+                return {"type": "tool_use", "id": f"toolu_{part.id}", "name": part.name, "input": _input(text)}
+
+
+def _input(text: str) -> dict[str, Any]:
+    """The arguments of a call. What is no object, such as those of a call that was cut, is shown as a text: a part of
+    them is not to be taken for all."""
+    try:
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        value = None
+    return value if isinstance(value, dict) else {"INVALID_JSON": text}
+
+
+# --- from a request to a chat -----------------------------------------------------------------------------------------
+
+
+async def respond(service: Service, body: MessagesRequest) -> Response:
+    """Raises `InvalidRequest` or `APIError` for what cannot be answered."""
+    translation = _translated(service, body)
+    chat = translation.chat
+    chat.max_tokens, chat.stop = body.max_tokens, body.stop_sequences
+    chat.temperature, chat.top_p, chat.top_k = body.temperature, body.top_p, body.top_k
+    tokenizer = service.engine.tokenizer
+    return await translation.respond(
+        service, "msg_", bool(body.stream), lambda header, chat: MessagesAnswer(header, tokenizer, chat)
+    )
+
+
+async def count_tokens(service: Service, body: CountTokensRequest) -> Response:
+    """Raises what `respond` does."""
+    chat = await _translated(service, body).prepared(service)
+    return json_response({"input_tokens": len(chat.token_ids)})
+
+
+def _translated(service: Service, body: CountTokensRequest) -> Translation:
+    service.check_alive()
+    service.check_model(body.model)
+    service.fields.check(body, REFUSED_IN_MESSAGES, MESSAGES_REMEDIES)
+    turns = list(_turns(service.fields, "system", "system", body.system)) if body.system else []
+    for position, message in enumerate(body.messages):
+        service.fields.check(message, {})
+        turns += _turns(service.fields, f"messages[{position}]", message.role, message.content)
+    chat = ChatCompletionRequest(messages=[turn.message() for turn in turns])
+    if turns[-1].role == "assistant":  # the answer goes on with it
+        if turns[-1].calls:
+            raise InvalidRequest("The last message calls tools, and their results are missing.", "messages")
+        chat.continue_final_message, chat.add_generation_prompt = True, False
+    if body.tools:
+        chat.tools = [_tool(service.fields, f"tools[{i}]", tool) for i, tool in enumerate(body.tools)]
+        if len({tool.name for tool in body.tools}) < len(body.tools):
+            raise InvalidRequest("tools: two tools have the same name.", "tools")
+    if (choice := body.tool_choice) is not None:
+        if (choice.name is not None) != (choice.type == "tool"):
+            raise InvalidRequest("tool_choice: a name goes with the type tool, which needs one.", "tool_choice")
+        word = "required" if choice.type == "any" else choice.type
+        chat.tool_choice = word if choice.name is None else NamedTool(choice.name)
+        chat.parallel_tool_calls = False if choice.disable_parallel_tool_use else None
+    if body.thinking is not None:
+        _think(service, body.thinking, chat)
+    if (output := body.output_config) is not None:
+        chat.reasoning_effort = output.effort
+        if output.format is not None:
+            schema = JSONSchemaFormat(schema=output.format.json_schema)
+            chat.response_format = ResponseFormat(type="json_schema", json_schema=schema)
+    return Translation(chat, _NAMES, turns)
+
+
+def _think(service: Service, thinking: Thinking, chat: ChatCompletionRequest) -> None:
+    """By the template's switch. Where it has none, what the model does must be what is asked for."""
+    chat.include_reasoning = False if thinking.display == "omitted" else None
+    if thinking.type == "adaptive":
+        return
+    template = service.engine.tokenizer.chat_template.source(None, template_tools(chat.tools or []))
+    switch, enabled = thinking_switch(template), thinking.type == "enabled"
+    if switch is not None:
+        chat.chat_template_kwargs = {switch: enabled}
+    elif (service.config.reasoning_dialect(template) is not None) != enabled:
+        raise InvalidRequest(
+            f"thinking: this model {'does not reason' if enabled else 'always reasons'}, by its chat template; leave "
+            "it out.",
+            "thinking",
+        )
+
+
+def _tool(fields: FieldPolicy, path: str, tool: ToolDefinition) -> Tool:
+    if tool.type not in (None, "custom"):
+        raise InvalidRequest(
+            f"{path}.type: {tool.type[:50]!r} is a tool that the server would have to know, which it does not; only "
+            "tools with an input_schema of their own are supported.",
+            f"{path}.type",
+        )
+    fields.check(tool, _REFUSED_IN_TOOLS)
+    if tool.input_schema is None:
+        raise InvalidRequest(f"{path}.input_schema is missing.", f"{path}.input_schema")
+    function = FunctionDefinition(
+        name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict
+    )
+    return Tool(type="function", function=function)
+
+
+def _turns(fields: FieldPolicy, path: str, role: str, content: str | Sequence[Block]) -> Iterator[Turn]:
+    """Of one message: results of tools are turns of their own. Raises `InvalidRequest` for a block that is not
+    supported, or not in such a message."""
+    turn = Turn(path, role)
+    if isinstance(content, str):
+        turn.texts, content = [content], []
+    for index, block in enumerate(content):
+        where = f"{path}[{index}]" if path == "system" else f"{path}.content[{index}]"
+        fields.check(block, {})
+        match block.type:
+            case "text":
+                turn.texts.append(needed(where, "text", block.text))
+            case "thinking" if role == "assistant":
+                turn.thoughts.append(needed(where, "thinking", block.thinking))
+            case "tool_use" if role == "assistant":
+                turn.calls.append(called(where, block.id, block.name, needed(where, "input", block.input)))
+            case "tool_result" if role == "user":
+                if turn.texts:
+                    yield turn
+                yield _result(fields, where, block)
+                turn = Turn(path, role)
+            case _:
+                raise InvalidRequest(
+                    f"{where}: a block of type {block.type[:50]!r} is not supported in a message of role {role}.",
+                    f"{where}.type",
+                )
+    if turn.texts or turn.thoughts or turn.calls or not content:
+        yield turn
+
+
+def _result(fields: FieldPolicy, path: str, block: Block) -> Turn:
+    content = block.content or ""
+    texts = [content] if isinstance(content, str) else []
+    for index, part in enumerate(() if isinstance(content, str) else content):
+        where = f"{path}.content[{index}]"
+        fields.check(part, {})
+        if part.type != "text":
+            raise InvalidRequest(f"{where}.type: {part.type[:50]!r} is not supported; only text is.", f"{where}.type")
+        texts.append(needed(where, "text", part.text))
+    # The only way to tell the model of an error.
+    text = "Error: " * bool(block.is_error) + "\n".join(texts)
+    return Turn(path, "tool", [text], answers=needed(path, "tool_use_id", block.tool_use_id))

@@ -1,0 +1,480 @@
+"""`/v1/responses`: OpenAI's API for agents, without memory: nothing is stored, and the conversation comes with each
+request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WrapValidator
+from typing_extensions import TypedDict
+
+from miniserve.core import Completion, FinishReason, InvalidRequest
+from miniserve.engine.tokenizer import Tokenizer
+from miniserve.server.agents import Part, PartsAnswer, Translation, Turn, called, needed
+from miniserve.server.chat import Chat
+from miniserve.server.errors import APIError
+from miniserve.server.fields import FieldPolicy, refused_beside, remedies_beside
+from miniserve.server.protocol import (
+    Body,
+    CalledArguments,
+    CalledName,
+    ChatCompletionRequest,
+    Float,
+    FunctionDefinition,
+    FunctionName,
+    Int,
+    NamedTool,
+    Text,
+    Tool,
+    text_or_list,
+)
+from miniserve.server.reply import GenerationResponse, Header
+from miniserve.server.service import Service
+from miniserve.server.structured import JSONSchemaFormat, ResponseFormat
+
+_TEXTS = ("input_text", "output_text", "reasoning_text", "summary_text", "text")
+
+
+class Piece(Body):
+    """Of a message's content, a reasoning's, or a call's output."""
+
+    type: Text
+    text: Text | None = None
+    # Without effect.
+    annotations: Any = None
+    logprobs: Any = None
+    prompt_cache_breakpoint: Any = None
+
+
+Pieces = Annotated[
+    list[Piece], Field(fail_fast=True), WrapValidator(text_or_list, json_schema_input_type=str | list[Piece])
+]
+
+
+class Item(Body):
+    """A step of the conversation. The fields that it needs depend on its type."""
+
+    type: Text = "message"
+    role: Literal["user", "assistant", "system", "developer"] | None = None
+    content: Pieces | None = None
+    call_id: Text | None = None
+    name: CalledName | None = None
+    arguments: CalledArguments | None = None
+    output: Pieces | None = None
+    summary: Annotated[list[Piece], Field(fail_fast=True)] | None = None
+    encrypted_content: str | None = None
+    # Without effect.
+    id: str | None = None
+    status: str | None = None
+    phase: str | None = None
+
+
+class FunctionTool(Body):
+    type: Text
+    name: FunctionName | None = None
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class TextFormat(_Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    json_schema: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class TextConfig(_Strict):
+    format: TextFormat | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class ReasoningConfig(_Strict):
+    """Reasoning is shown as it is, so the most that `summary` can ask for is there."""
+
+    effort: Text | None = None
+    summary: Literal["auto", "detailed"] | None = None
+    generate_summary: Literal["auto", "detailed"] | None = None
+
+
+class ResponseStreamOptions(_Strict):
+    include_obfuscation: Literal[False] | None = None
+
+
+def _tool_choice(value: object) -> str | NamedTool:
+    if value in ("none", "auto", "required"):
+        return str(value)
+    if not isinstance(value, dict) or value.get("type") != "function" or not isinstance(value.get("name"), str):
+        raise ValueError('must be none, auto, required or {"type": "function", "name": …}')
+    return NamedTool(value["name"])
+
+
+class ResponsesRequest(Body):
+    model: str | None = None
+    input: Annotated[
+        list[Item],
+        Field(fail_fast=True, min_length=1),
+        WrapValidator(text_or_list, json_schema_input_type=str | list[Item]),
+    ]
+    instructions: Text | None = None
+    tools: Annotated[list[FunctionTool], Field(fail_fast=True)] | None = None
+    tool_choice: (
+        Annotated[str | NamedTool, PlainValidator(_tool_choice, json_schema_input_type=str | dict[str, Any])] | None
+    ) = None
+    parallel_tool_calls: bool | None = None
+    text: TextConfig | None = None
+    reasoning: ReasoningConfig | None = None
+    max_output_tokens: Int | None = None
+    temperature: Float | None = None
+    top_p: Float | None = None
+    stream: bool | None = None
+    stream_options: ResponseStreamOptions | None = None
+    store: bool | None = None
+    include: list[Literal["reasoning.encrypted_content"]] | None = None
+    truncation: Literal["disabled"] | None = None
+    metadata: Annotated[dict[str, Text], Field(max_length=16)] | None = None
+
+
+_MORE: dict[str, tuple[object, ...]] = {
+    "prompt": (), "max_tool_calls": (), "context_management": ([],), "moderation": (), "top_logprobs": (0,),
+    "background_options": (), "access_programs": (), "image": (), "top_k": (), "multi_agent": (),
+}  # fmt: skip
+REFUSED_IN_RESPONSES = refused_beside(ResponsesRequest, _MORE)
+RESPONSES_REMEDIES = remedies_beside(
+    "max_output_tokens",
+    {
+        "messages": "send it as input",
+        "system": "use instructions",
+        "response_format": "use text.format",
+        "reasoning_effort": "use reasoning.effort",
+        "prompt": "no prompts are kept; send input and instructions",
+        "max_tool_calls": "leave it out; there are no built-in tools",
+        "background": "leave it out, and wait for the answer",
+    },
+)
+_NAMES = {
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning.effort",
+    "response_format": "text.format",
+}
+_REFUSED_IN_TOOLS: dict[str, tuple[object, ...]] = {
+    "defer_loading": (False,), "allowed_callers": (["direct"],), "output_schema": (),
+}  # fmt: skip
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+class InputDetails(TypedDict):
+    cached_tokens: int
+    cache_write_tokens: int
+
+
+class OutputDetails(TypedDict):
+    reasoning_tokens: int
+
+
+class ResponseUsage(TypedDict):
+    input_tokens: int
+    input_tokens_details: InputDetails
+    output_tokens: int
+    output_tokens_details: OutputDetails
+    total_tokens: int
+
+
+class ItemOut(TypedDict):
+    id: str
+    type: Literal["message", "reasoning", "function_call"]
+    status: Literal["in_progress", "completed", "incomplete"]
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[list[dict[str, Any]]]
+    summary: NotRequired[list[Any]]
+    call_id: NotRequired[str]
+    name: NotRequired[str]
+    arguments: NotRequired[str]
+
+
+class ResponseOut(TypedDict):
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    error: dict[str, str] | None
+    incomplete_details: dict[str, str] | None
+    model: str
+    output: list[ItemOut]
+    usage: ResponseUsage | None
+    store: Literal[False]
+    instructions: str | None
+    metadata: dict[str, str]
+    tools: list[dict[str, Any]]
+    tool_choice: str | dict[str, str]
+    parallel_tool_calls: bool
+    text: dict[str, Any]
+    reasoning: dict[str, Any]
+    max_output_tokens: int | None
+    temperature: float
+    top_p: float
+    truncation: Literal["disabled"]
+    previous_response_id: None
+    background: Literal[False]
+
+
+class ResponsesAnswer(PartsAnswer):
+    def __init__(self, header: Header, tokenizer: Tokenizer, chat: Chat, body: ResponsesRequest) -> None:
+        super().__init__(header, tokenizer, chat)
+        self._body = body
+        self._params = chat.params
+        self._reading = chat.reading
+        self._call_ids: dict[int, str] = {}
+        self._serial = -1
+        self._last: Completion | None = None
+
+    def whole(self) -> dict[str, Any]:
+        return dict(self._response(*self._outcome()))
+
+    def opening(self) -> Iterator[dict[str, Any]]:
+        for kind in ("created", "in_progress"):
+            yield self._event(f"response.{kind}", response=self._response("in_progress"))
+
+    def begun(self, index: int, part: Part) -> Iterator[dict[str, Any]]:
+        if part.kind == "call":
+            self._call_ids[index] = self._reading.call_id()
+        yield self._event(
+            "response.output_item.added", output_index=index, item=self._item(index, part, "", "in_progress")
+        )
+        if part.kind != "call":
+            yield self._about(index, part, "response.content_part.added", part=_content(part, ""))
+
+    def piece(self, index: int, part: Part, text: str) -> dict[str, Any]:
+        return self._about(index, part, f"response.{_WORDS[part.kind]}.delta", delta=text)
+
+    def ended(self, index: int, part: Part) -> Iterator[dict[str, Any]]:
+        text = part.text
+        key = "arguments" if part.kind == "call" else "text"
+        beside = {"name": part.name} if part.kind == "call" else {}
+        yield self._about(index, part, f"response.{_WORDS[part.kind]}.done", **{key: text}, **beside)
+        if part.kind != "call":
+            yield self._about(index, part, "response.content_part.done", part=_content(part, text))
+        yield self._event("response.output_item.done", output_index=index, item=self._item(index, part, text))
+
+    def finished(self, delta: Completion) -> Iterator[dict[str, Any]]:
+        self._last = delta
+        status, reason = self._outcome()
+        yield self._event(f"response.{status}", response=self._response(status, reason))
+
+    def failure(self, error: APIError) -> dict[str, Any]:
+        response = self._response("failed", error={"code": "server_error", "message": error.message})
+        return self._event("response.failed", response=response)
+
+    def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
+        self._serial += 1
+        return {"type": kind, "sequence_number": self._serial, **fields}
+
+    def _about(self, index: int, part: Part, kind: str, /, **fields: Any) -> dict[str, Any]:
+        """An event of a part. Of calls there are no contents, and of texts alone logprobs, of which there are none."""
+        if part.kind != "call":
+            fields["content_index"] = 0
+        if kind.startswith("response.output_text."):
+            fields["logprobs"] = []
+        return self._event(kind, item_id=_item_id(part), output_index=index, **fields)
+
+    def _outcome(self) -> tuple[Literal["completed", "incomplete"], dict[str, str] | None]:
+        if self._last is not None and self._last.finish_reason is not FinishReason.STOP:
+            return "incomplete", {"reason": "max_output_tokens"}
+        return "completed", None
+
+    def _item(self, index: int, part: Part, text: str, status: Literal["in_progress"] | None = None) -> ItemOut:
+        item: ItemOut = {
+            "id": _item_id(part),
+            "type": "message",
+            "status": status or ("completed" if part.complete else "incomplete"),
+        }
+        contents = [] if status else [_content(part, text)]
+        match part.kind:
+            case "text":
+                return {**item, "role": "assistant", "content": contents}
+            case "thought":
+                return {**item, "type": "reasoning", "summary": [], "content": contents}
+            case "call":
+                beside = {"call_id": self._call_ids[index], "name": part.name, "arguments": text}
+                return {**item, "type": "function_call", **beside}  # type: ignore[typeddict-item]
+
+    def _response(
+        self,
+        status: Literal["in_progress", "completed", "incomplete", "failed"],
+        incomplete: dict[str, str] | None = None,
+        error: dict[str, str] | None = None,
+    ) -> ResponseOut:
+        body, running = self._body, status == "in_progress"
+        given = body.text.format if body.text else None
+        effort = body.reasoning.effort if body.reasoning else None
+        choice = body.tool_choice or "auto"
+        return {
+            "id": self._header.id,
+            "object": "response",
+            "created_at": self._header.created,
+            "status": status,
+            "error": error,
+            "incomplete_details": incomplete,
+            "model": self._header.model,
+            "output": [] if running else [self._item(i, part, part.text) for i, part in enumerate(self._parts)],
+            "usage": None if running else self._usage(),
+            "store": False,
+            "instructions": body.instructions,
+            "metadata": body.metadata or {},
+            "tools": [_shown(tool) for tool in body.tools or ()],
+            "tool_choice": choice if isinstance(choice, str) else {"type": "function", "name": choice.name},
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "text": {"format": given.model_dump(exclude_none=True, by_alias=True) if given else {"type": "text"}},
+            "reasoning": {"effort": effort, "summary": None},
+            "max_output_tokens": body.max_output_tokens,
+            "temperature": self._params.temperature,
+            "top_p": self._params.top_p,
+            "truncation": "disabled",
+            "previous_response_id": None,
+            "background": False,
+        }
+
+    def _usage(self) -> ResponseUsage:
+        return {
+            "input_tokens": self._prompt_tokens,
+            "input_tokens_details": {"cached_tokens": sum(self._cached_tokens), "cache_write_tokens": 0},
+            "output_tokens": self._completion_tokens,
+            "output_tokens_details": {"reasoning_tokens": self._reader.num_reasoning_tokens},
+            "total_tokens": self._prompt_tokens + self._completion_tokens,
+        }
+
+
+_WORDS = {"text": "output_text", "thought": "reasoning_text", "call": "function_call_arguments"}
+
+
+def _item_id(part: Part) -> str:
+    return {"text": "msg_", "thought": "rs_", "call": "fc_"}[part.kind] + part.id
+
+
+def _content(part: Part, text: str) -> dict[str, Any]:
+    if part.kind == "thought":
+        return {"type": "reasoning_text", "text": text}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _shown(tool: FunctionTool) -> dict[str, Any]:
+    return {
+        "type": "function",
+        "name": tool.name,
+        "description": tool.description,
+        "parameters": tool.parameters,
+        "strict": bool(tool.strict),
+    }
+
+
+# --- from a request to a chat -----------------------------------------------------------------------------------------
+
+
+async def respond(service: Service, body: ResponsesRequest) -> GenerationResponse:
+    """Raises `InvalidRequest` or `APIError` for what cannot be answered."""
+    service.check_alive()
+    service.check_model(body.model)
+    service.fields.check(body, REFUSED_IN_RESPONSES, RESPONSES_REMEDIES)
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequest("stream_options is only allowed when stream is true.", "stream_options")
+    tokenizer = service.engine.tokenizer
+    return await _translated(service.fields, body).respond(
+        service, "resp_", bool(body.stream), lambda header, chat: ResponsesAnswer(header, tokenizer, chat, body)
+    )
+
+
+def _translated(fields: FieldPolicy, body: ResponsesRequest) -> Translation:
+    turns = [Turn("instructions", "system", [body.instructions])] if body.instructions else []
+    if isinstance(body.input, str):
+        turns.append(Turn("input", "user", [body.input]))
+    else:
+        for index, item in enumerate(body.input):
+            fields.check(item, {})
+            _add(fields, f"input[{index}]", item, turns)
+    chat = ChatCompletionRequest(messages=[turn.message() for turn in turns])
+    chat.max_tokens, chat.temperature, chat.top_p = body.max_output_tokens, body.temperature, body.top_p
+    chat.tool_choice, chat.parallel_tool_calls = body.tool_choice, body.parallel_tool_calls
+    if body.tools:
+        chat.tools = [_tool(fields, f"tools[{index}]", tool) for index, tool in enumerate(body.tools)]
+        if len({tool.name for tool in body.tools}) < len(body.tools):
+            raise InvalidRequest("tools: two functions have the same name.", "tools")
+    if body.reasoning is not None:
+        chat.reasoning_effort = body.reasoning.effort
+    if body.text is not None and (given := body.text.format) is not None:
+        if (given.json_schema is not None) != (given.type == "json_schema"):
+            raise InvalidRequest(
+                "text.format: a schema goes with the type json_schema, which needs one.", "text.format"
+            )
+        schema = None if given.json_schema is None else JSONSchemaFormat(schema=given.json_schema)
+        chat.response_format = ResponseFormat(type=given.type, json_schema=schema)
+    return Translation(chat, _NAMES, turns)
+
+
+def _tool(fields: FieldPolicy, path: str, tool: FunctionTool) -> Tool:
+    if tool.type != "function":
+        raise InvalidRequest(
+            f"{path}.type: there are no built-in tools here, such as {tool.type[:50]!r}; only functions.",
+            f"{path}.type",
+        )
+    fields.check(tool, _REFUSED_IN_TOOLS)
+    function = FunctionDefinition(
+        name=needed(path, "name", tool.name),
+        description=tool.description,
+        parameters=tool.parameters,
+        strict=tool.strict,
+    )
+    return Tool(type="function", function=function)
+
+
+def _add(fields: FieldPolicy, path: str, item: Item, turns: list[Turn]) -> None:
+    """Reasoning, text and calls that the model gave one behind the other are one turn. Raises `InvalidRequest` for an
+    item that is not supported."""
+    last = turns[-1] if turns and turns[-1].role == "assistant" else None
+    match item.type:
+        case "message":
+            role = needed(path, "role", item.role)
+            if role != "assistant" or last is None or (last.texts and not last.calls):
+                turns.append(Turn(path, role))
+            turns[-1].texts += _texts(fields, f"{path}.content", needed(path, "content", item.content))
+        case "reasoning":
+            texts = _texts(fields, f"{path}.content", item.content or [])
+            texts = texts or _texts(fields, f"{path}.summary", item.summary or [])
+            if not texts and item.encrypted_content:
+                raise InvalidRequest(
+                    f"{path}.encrypted_content: what another server has encrypted cannot be read here; leave the item "
+                    "out.",
+                    f"{path}.encrypted_content",
+                )
+            turns.append(Turn(path, "assistant", thoughts=texts))
+        case "function_call":
+            if last is None:
+                turns.append(Turn(path, "assistant"))
+            arguments = needed(path, "arguments", item.arguments)
+            turns[-1].calls.append(called(path, needed(path, "call_id", item.call_id), item.name, arguments))
+        case "function_call_output":
+            text = "\n".join(_texts(fields, f"{path}.output", needed(path, "output", item.output)))
+            turns.append(Turn(path, "tool", [text], answers=needed(path, "call_id", item.call_id)))
+        case _:
+            raise InvalidRequest(f"{path}.type: an item of type {item.type[:50]!r} is not supported.", f"{path}.type")
+
+
+def _texts(fields: FieldPolicy, path: str, content: str | Sequence[Piece]) -> list[str]:
+    if isinstance(content, str):
+        return [content]
+    texts = []
+    for index, piece in enumerate(content):
+        where = f"{path}[{index}]"
+        fields.check(piece, {})
+        if piece.type not in _TEXTS:
+            raise InvalidRequest(f"{where}.type: {piece.type[:50]!r} is not supported; only text is.", f"{where}.type")
+        texts.append(needed(where, "text", piece.text))
+    return texts

@@ -1,0 +1,436 @@
+"""Anthropic's Messages and OpenAI's Responses through their official clients, over the stub engine with scripted
+answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import anthropic
+import httpx
+import openai
+import pytest
+from anthropic import Anthropic
+from anthropic.types import Message, RawMessageStreamEvent
+from dialect_texts import WRITERS
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
+from server_fakes import running_server
+from test_server_tools import Scripted, scripted
+
+CALLS = [("get_weather", {"city": 'Bad "Ems"\nIII', "days": 2}), ("now", {})]
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+    "required": ["city"],
+}
+NOTHING = {"type": "object", "properties": {}}
+MESSAGES_TOOLS: Any = [
+    {"name": "get_weather", "description": "How the weather is.", "input_schema": SCHEMA},
+    {"name": "now", "input_schema": NOTHING, "cache_control": {"type": "ephemeral"}},
+]
+RESPONSES_TOOLS: Any = [
+    {
+        "type": "function",
+        "name": "get_weather",
+        "description": "How the weather is.",
+        "parameters": SCHEMA,
+        "strict": False,
+    },
+    {"type": "function", "name": "now", "parameters": NOTHING, "strict": None},
+]
+ASKED: Any = {"role": "user", "content": "How will the weather be?"}
+THOUGHT = "<think>\nLet me look.\n</think>\n\n"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scripted]:
+    yield from scripted("hermes", tmp_path_factory.mktemp("agents") / "model")
+
+
+@pytest.fixture(scope="module")
+def claude(model: Scripted) -> Iterator[Anthropic]:
+    with Anthropic(base_url=model.server.root, api_key="any", max_retries=0) as client:
+        yield client
+
+
+def message(client: Anthropic, stream: bool, *messages: Any, **options: Any) -> Any:
+    """Whole, or put together from a stream by the client."""
+    asked: Any = {"model": "tiny/fake", "max_tokens": 500, "messages": messages or [ASKED], **options}
+    if not stream:
+        return client.messages.create(**asked)
+    with client.messages.stream(**asked) as events:
+        return events.get_final_message()
+
+
+def response(model: Scripted, stream: bool, asked: Any = "How will the weather be?", **options: Any) -> Any:
+    if not stream:
+        return model.client.responses.create(model="tiny/fake", input=asked, **options)
+    with model.client.responses.stream(model="tiny/fake", input=asked, **options) as events:
+        return events.get_final_response()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_messages_round_trip(model: Scripted, claude: Anthropic, stream: bool) -> None:
+    """Reasoning, a text and two calls, their results in the next prompt, and the answer."""
+    model.says(THOUGHT + "I look. " + WRITERS["hermes"](CALLS))
+    system: Any = [{"type": "text", "text": "Be kind.", "cache_control": {"type": "ephemeral"}}]
+    first = message(claude, stream, system=system, tools=MESSAGES_TOOLS)
+    assert "Be kind." in model.prompt
+    assert "How the weather is." in model.prompt
+    assert (first.type, first.role, first.model) == ("message", "assistant", "tiny/fake")
+    assert (first.stop_reason, first.stop_sequence) == ("tool_use", None)
+    thinking, text, *calls = first.content
+    assert (thinking.type, thinking.thinking) == ("thinking", "Let me look.")
+    assert (text.type, text.text) == ("text", "I look.")
+    assert [(call.type, call.name, call.input) for call in calls] == [("tool_use", *call) for call in CALLS]
+    assert len({call.id for call in calls}) == 2
+    prompt_tokens = len(model.server.engine.seen[-1][0])
+    usage = first.usage
+    assert usage.input_tokens + usage.cache_read_input_tokens + usage.cache_creation_input_tokens == prompt_tokens
+    assert usage.cache_read_input_tokens == 16
+    assert usage.output_tokens == len(model.server.engine.script)
+    results: Any = [
+        {"type": "tool_result", "tool_use_id": calls[0].id, "content": [{"type": "text", "text": "17 degrees"}]},
+        {"type": "tool_result", "tool_use_id": calls[1].id, "content": "no clock", "is_error": True},
+        {"type": "text", "text": "And now?"},
+    ]
+    model.says("It will be warm.")
+    answered = [ASKED, {"role": "assistant", "content": first.content}, {"role": "user", "content": results}]
+    last = message(claude, stream, *answered, tools=MESSAGES_TOOLS)
+    assert [block.text for block in last.content] == ["It will be warm."]
+    assert last.stop_reason == "end_turn"
+    expected = ["I look.", json.dumps(CALLS[0][1])[1:-1], "17 degrees", "Error: no clock", "And now?"]
+    places = [model.prompt.index(text) for text in expected]
+    assert places == sorted(places)
+    count = claude.messages.count_tokens(model="tiny/fake", messages=answered, tools=MESSAGES_TOOLS)
+    assert count.input_tokens == len(model.server.engine.seen[-1][0])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_responses_round_trip(model: Scripted, stream: bool) -> None:
+    model.says(THOUGHT + "I look. " + WRITERS["hermes"](CALLS))
+    options: Any = {"instructions": "Be kind.", "tools": RESPONSES_TOOLS, "store": True, "metadata": {"a": "b"}}
+    first = response(model, stream, **options)
+    assert "Be kind." in model.prompt
+    assert "How the weather is." in model.prompt
+    assert (first.object, first.status, first.model, first.store) == ("response", "completed", "tiny/fake", False)
+    assert first.metadata == {"a": "b"}
+    thought, said, *calls = first.output
+    assert (thought.type, thought.summary) == ("reasoning", [])
+    assert [content.text for content in thought.content] == ["Let me look."]
+    assert (said.type, said.role, first.output_text) == ("message", "assistant", "I look.")
+    assert [(call.type, call.name, json.loads(call.arguments)) for call in calls] == [
+        ("function_call", *call) for call in CALLS
+    ]
+    assert {item.status for item in first.output} == {"completed"}
+    assert len({call.call_id for call in calls}) == 2
+    assert first.usage.input_tokens == len(model.server.engine.seen[-1][0])
+    assert first.usage.input_tokens_details.cached_tokens == 16
+    assert first.usage.output_tokens == len(model.server.engine.script)
+    assert 0 < first.usage.output_tokens_details.reasoning_tokens < first.usage.output_tokens
+    outputs = [
+        {"type": "function_call_output", "call_id": call.call_id, "output": f"17 degrees {i}"}
+        for i, call in enumerate(calls)
+    ]
+    model.says("It will be warm.")
+    items = [ASKED, *[item.to_dict() for item in first.output], *outputs]
+    last = response(model, stream, items, tools=RESPONSES_TOOLS)
+    assert last.output_text == "It will be warm."
+    expected = ["I look.", json.dumps(CALLS[0][1])[1:-1], "17 degrees 0", "17 degrees 1"]
+    places = [model.prompt.index(text) for text in expected]
+    assert places == sorted(places)
+    assert model.prompt.count("<|im_start|>assistant") == 2  # one turn, and the one that begins
+
+
+def events_of(model: Scripted, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """As they are on the wire: each has a line with its type."""
+    text = httpx.post(f"{model.server.url}/{path}", json=body | {"stream": True}).text
+    events = []
+    for lines in text.removesuffix("\n\n").split("\n\n"):
+        name, data = lines.split("\n")
+        events.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {events[-1]['type']}"
+    return events
+
+
+MESSAGE_BODY: dict[str, Any] = {"messages": [ASKED], "max_tokens": 500, "tools": MESSAGES_TOOLS}
+RESPONSE_BODY: dict[str, Any] = {"input": [ASKED], "tools": RESPONSES_TOOLS}
+
+
+def test_events_of_messages_are_anthropics(model: Scripted) -> None:
+    model.says(THOUGHT + "I look. " + WRITERS["hermes"](CALLS))
+    events = events_of(model, "messages", MESSAGE_BODY)
+    for event in events:
+        TypeAdapter(RawMessageStreamEvent).validate_python(event, extra="forbid")
+    assert [events[0]["type"], events[-2]["type"], events[-1]["type"]] == [
+        "message_start", "message_delta", "message_stop",
+    ]  # fmt: skip
+    Message.model_validate(events[0]["message"], extra="forbid")
+    assert (events[0]["message"]["content"], events[0]["message"]["stop_reason"]) == ([], None)
+    assert events[0]["message"]["usage"]["output_tokens"] == 1
+    assert events[-2]["usage"]["output_tokens"] == len(model.server.engine.script)
+    for index, kind in enumerate(["thinking_delta", "text_delta", "input_json_delta", "input_json_delta"]):
+        first, *deltas, last = [event for event in events if event.get("index") == index]
+        assert (first["type"], last["type"]) == ("content_block_start", "content_block_stop")
+        assert {delta["delta"]["type"] for delta in deltas} == {kind}
+    indexes = [event["index"] for event in events if "index" in event]
+    assert indexes == sorted(indexes)
+
+
+def test_events_of_responses_are_openais(model: Scripted) -> None:
+    model.says(THOUGHT + "I look. " + WRITERS["hermes"](CALLS))
+    events = events_of(model, "responses", RESPONSE_BODY)
+    for number, event in enumerate(events):
+        TypeAdapter(ResponseStreamEvent).validate_python(event)
+        assert event["sequence_number"] == number
+    kinds = [event["type"].removeprefix("response.") for event in events]
+    text = ["content_part.added", "output_text.delta", "output_text.done", "content_part.done"]
+    call = ["output_item.added", "function_call_arguments.delta", "function_call_arguments.done", "output_item.done"]
+    assert [kind for kind, before in zip(kinds, ["", *kinds], strict=False) if kind != before] == [
+        "created", "in_progress",
+        "output_item.added", *[kind.replace("output_text", "reasoning_text") for kind in text], "output_item.done",
+        "output_item.added", *text, "output_item.done",
+        *call, *call,
+        "completed",
+    ]  # fmt: skip
+    final = events[-1]["response"]
+    Response.model_validate(final)
+    done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+    assert final["output"] == done
+    for index, item in enumerate(done):
+        deltas = "".join(event["delta"] for event in events if "delta" in event and event["output_index"] == index)
+        assert deltas == (item["arguments"] if "arguments" in item else item["content"][0]["text"])
+
+
+def test_an_answer_says_why_it_ended(model: Scripted, claude: Anthropic) -> None:
+    written = WRITERS["hermes"](CALLS[:1])
+    model.says(written)
+    cut = len(model.server.engine.tokenizer.encode(written[: written.index("Ems")], False))
+    for stream in (False, True):
+        answer = message(claude, stream, tools=MESSAGES_TOOLS, max_tokens=cut)
+        assert answer.stop_reason == "max_tokens"
+        # The client completes what it has of a stream; a whole answer does not pass a part off as the arguments.
+        assert answer.content[0].input == {} or list(answer.content[0].input) == ["city" if stream else "INVALID_JSON"]
+    answer = response(model, False, tools=RESPONSES_TOOLS, max_output_tokens=cut)
+    assert (answer.status, answer.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert answer.output[0].status == "incomplete"
+    assert answer.output[0].arguments.startswith('{"city": "Bad ')
+    events = events_of(model, "responses", RESPONSE_BODY | {"max_output_tokens": cut})
+    assert events[-1]["type"] == "response.incomplete"
+    model.says("One, two, three.")
+    for stream in (False, True):
+        answer = message(claude, stream, stop_sequences=["two", "four"])
+        assert (answer.content[0].text, answer.stop_reason, answer.stop_sequence) == ("One, ", "stop_sequence", "two")
+
+
+def test_a_choice_of_tools_and_a_format_are_enforced(model: Scripted, claude: Anthropic) -> None:
+    """The stub engine follows no grammar; `test_server_real_engine.py` has one that does."""
+
+    def grammar() -> Any:
+        return model.server.engine.seen[-1][1].grammar
+
+    model.says(WRITERS["hermes"](CALLS[:1]))
+    for choice, calls in (({"type": "any"}, 1), ({"type": "tool", "name": "now"}, 1), ({"type": "auto"}, 0)):
+        message(claude, False, tools=MESSAGES_TOOLS, tool_choice=choice)
+        assert (grammar() is not None) == bool(calls)
+    message(claude, False, tools=MESSAGES_TOOLS, tool_choice={"type": "auto", "disable_parallel_tool_use": True})
+    assert grammar() is not None
+    message(claude, False, tools=MESSAGES_TOOLS, tool_choice={"type": "none"})
+    assert "get_weather" not in model.prompt
+    for choice in ("required", {"type": "function", "name": "now"}):
+        response(model, False, tools=RESPONSES_TOOLS, tool_choice=choice)
+        assert grammar() is not None
+    model.says('{"city": "Bonn"}')
+    output: Any = {"format": {"type": "json_schema", "schema": SCHEMA}}
+    message(claude, False, output_config=output)
+    assert json.loads(grammar().text) == SCHEMA
+    text: Any = {"format": {"type": "json_schema", "name": "weather", "schema": SCHEMA, "strict": True}}
+    answer = response(model, False, text=text)
+    assert json.loads(grammar().text) == SCHEMA
+    assert answer.text.format.to_dict() == text["format"]
+    response(model, False, text={"format": {"type": "json_object"}})
+    assert json.loads(grammar().text) == {"type": "object"}
+
+
+def test_reasoning_is_switched_by_the_template(model: Scripted, claude: Anthropic) -> None:
+    model.says("Four.")
+    off = "<think>\n\n</think>\n\n"
+    for thinking, is_off in (({"type": "disabled"}, True), ({"type": "enabled", "budget_tokens": 1024}, False),
+                             ({"type": "adaptive"}, False)):  # fmt: skip
+        message(claude, False, thinking=thinking)
+        assert model.prompt.endswith(off) == is_off
+    response(model, False, reasoning={"effort": "none", "summary": "auto"})
+    assert model.prompt.endswith(off)
+    model.says(THOUGHT + "Four.")
+    (block,) = message(claude, False, thinking={"type": "adaptive", "display": "omitted"}).content
+    assert block.text == "Four."
+
+
+def test_a_last_message_of_the_assistant_goes_on(model: Scripted, claude: Anthropic) -> None:
+    model.says(" is four.")
+    answer = message(claude, False, ASKED, {"role": "assistant", "content": "Two and two"})
+    assert model.prompt.endswith("Two and two")
+    assert answer.content[0].text == " is four."
+
+
+IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "aaaa"}}
+USE = {"type": "tool_use", "id": "1", "name": "now", "input": {}}
+
+
+def said(*blocks: Any, role: str = "user") -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": list(blocks)}]}
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"max_tokens": None}, "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 9999}, "max_tokens"),
+        ({"messages": []}, "messages"),
+        (said({"type": "text"}), "messages[0].content[0].text"),
+        (said(IMAGE), "messages[0].content[0].type"),
+        (
+            said({"type": "tool_result", "tool_use_id": "1", "content": [IMAGE]}),
+            "messages[0].content[0].content[0].type",
+        ),
+        (said({"type": "tool_result", "content": "x"}), "messages[0].content[0].tool_use_id"),
+        (said(USE), "messages[0].content[0].type"),
+        (said({**USE, "name": ""}, role="assistant"), "messages[0].content[0].name"),
+        (said({**USE, "input": None}, role="assistant"), "messages[0].content[0].input"),
+        (said(USE, role="assistant"), "messages"),
+        (said({"type": "redacted_thinking", "data": "x"}, role="assistant"), "messages[0].content[0].type"),
+        (said(role="tool"), "messages[0].role"),
+        ({"system": [IMAGE]}, "system[0].type"),
+        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{"name": "now"}]}, "tools[0].input_schema"),
+        ({"tools": [{"name": "no way", "input_schema": {}}]}, "tools[0].name"),
+        ({"tools": [*MESSAGES_TOOLS, MESSAGES_TOOLS[0]]}, "tools"),
+        ({"tool_choice": {"type": "tool", "name": "other"}}, "tool_choice"),
+        ({"tool_choice": {"type": "tool"}}, "tool_choice"),
+        ({"tool_choice": {"type": "any"}, "tools": []}, "tool_choice"),
+        ({"thinking": {"type": "between_tools"}}, "thinking.type"),
+        ({"output_config": {"effort": "high"}}, "output_config.effort"),
+        ({"output_config": {"format": {"type": "json_schema", "schema": {}}}}, "output_config.format"),
+        ({"stop_sequences": [""]}, "stop_sequences"),
+        ({"temperature": -1}, "temperature"),
+        ({"seed": 1}, "seed"),
+        ({"stop": ["x"]}, "stop"),
+        ({"do_sample": False}, "do_sample"),
+        ({"mcp_servers": [{}]}, "mcp_servers"),
+        ({"max_token": 1}, "max_token"),
+        ({"cache_contrl": {}}, "cache_contrl"),
+    ],
+)
+def test_what_messages_cannot_do_is_named(model: Scripted, change: dict[str, Any], param: str) -> None:
+    answer = httpx.post(f"{model.server.url}/messages", json=MESSAGE_BODY | change)
+    assert answer.status_code == 400
+    error = answer.json()
+    assert set(error) == {"type", "error", "request_id"}
+    assert (error["type"], error["error"]["type"]) == ("error", "invalid_request_error")
+    assert error["request_id"] == answer.headers["x-request-id"]
+    assert param in error["error"]["message"]
+
+
+CALL = {"type": "function_call", "call_id": "1", "name": "now", "arguments": "{}"}
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"input": None}, "input"),
+        ({"input": []}, "input"),
+        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0].type"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type"),
+        ({"input": [{"role": "user"}]}, "input[0].content"),
+        ({"input": [{"role": "critic", "content": "x"}]}, "input[0].role"),
+        ({"input": [ASKED, CALL | {"arguments": "[1]"}]}, "input[1].arguments"),
+        ({"input": [ASKED, CALL | {"name": ""}]}, "input[1].name"),
+        ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id"),
+        ({"input": [{"type": "reasoning", "summary": [], "encrypted_content": "x"}]}, "input[0].encrypted_content"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function"}]}, "tools[0].name"),
+        ({"tools": [*RESPONSES_TOOLS, RESPONSES_TOOLS[0]]}, "tools"),
+        ({"tool_choice": {"type": "function", "name": "other"}}, "tool_choice"),
+        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+        ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
+        ({"reasoning": {"summary": "concise"}}, "reasoning.summary"),
+        ({"text": {"format": {"type": "json_object"}}}, "text.format"),
+        ({"text": {"format": {"type": "json_schema"}}, "tools": []}, "text.format"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"max_output_tokens": 9999}, "max_output_tokens"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"conversation": "conv_1"}, "conversation"),
+        ({"background": True}, "background"),
+        ({"include": ["message.output_text.logprobs"]}, "include[0]"),
+        ({"truncation": "auto"}, "truncation"),
+        ({"prompt": {"id": "x"}}, "prompt"),
+        ({"top_logprobs": 1}, "top_logprobs"),
+        ({"max_tokens": 5}, "max_tokens"),
+        ({"seed": 5}, "seed"),
+        ({"stream_options": {"include_obfuscation": False}}, "stream_options"),
+        ({"instruction": "x"}, "instruction"),
+    ],
+)
+def test_what_responses_cannot_do_is_named(model: Scripted, change: dict[str, Any], param: str) -> None:
+    answer = httpx.post(f"{model.server.url}/responses", json=RESPONSE_BODY | change)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param)
+    assert param in error["message"]
+
+
+def test_errors_are_the_clients_own(model: Scripted, claude: Anthropic) -> None:
+    with pytest.raises(anthropic.NotFoundError, match="not_found_error"):
+        claude.messages.create(model="claude", max_tokens=5, messages=[ASKED])
+    with pytest.raises(openai.NotFoundError):
+        model.client.responses.create(model="gpt", input="x")
+    body = httpx.post(f"{model.server.url}/messages", content=b"{", headers={"content-type": "application/json"}).json()
+    assert body["error"]["type"] == "invalid_request_error"
+    model.says("One, two, three.")
+    model.server.engine.fail_after = 2
+    try:
+        with pytest.raises(anthropic.APIStatusError, match="The fake device broke"):
+            message(claude, True)
+        with pytest.raises(anthropic.InternalServerError, match="The fake device broke"):
+            message(claude, False)
+        with pytest.raises(openai.InternalServerError, match="The fake device broke"):
+            response(model, False)
+        last = events_of(model, "responses", RESPONSE_BODY)[-1]
+        assert (last["type"], last["response"]["status"]) == ("response.failed", "failed")
+        assert last["response"]["error"] == {"code": "server_error", "message": "The fake device broke."}
+    finally:
+        model.server.engine.fail_after = None
+    with running_server(api_keys=("secret",)) as server:
+        with pytest.raises(anthropic.AuthenticationError, match="authentication_error"):
+            Anthropic(base_url=server.root, api_key="wrong", max_retries=0).messages.create(**MESSAGE_BODY, model="x")
+        with pytest.raises(anthropic.NotFoundError):
+            Anthropic(base_url=server.root, api_key="secret", max_retries=0).messages.create(**MESSAGE_BODY, model="x")
+
+
+def test_a_silent_stream_of_messages_has_pings(
+    model: Scripted, claude: Anthropic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("miniserve.server.reply.KEEP_ALIVE", 0.02)
+    model.says("Hi.")
+    model.server.engine.hold_at = 0
+    try:
+        with httpx.stream("POST", f"{model.server.url}/messages", json=MESSAGE_BODY | {"stream": True}) as answer:
+            lines = answer.iter_lines()
+            assert [next(lines) for _ in range(3)] == ["event: ping", 'data: {"type": "ping"}', ""]
+            model.server.call(model.server.engine.gate.set)
+            assert "event: message_stop" in list(lines)
+    finally:
+        model.server.engine.hold_at = None
+    assert message(claude, True).content[0].text == "Hi."
+
+
+def test_what_is_no_unicode_is_not_sent_back(model: Scripted) -> None:
+    for field in ('"metadata": {"\\ud800": ""}', '"metadata": {"a": "\\ud800"}', '"instructions": "\\ud800"',
+                  '"tools": [{"type": "function", "name": "f", "parameters": {"\\udc00": 1}}]',
+                  '"text": {"format": {"type": "json_schema", "schema": {"title": "\\ud800"}}}'):  # fmt: skip
+        body = '{"input": "x", "stream": true, ' + field + "}"
+        headers = {"content-type": "application/json"}
+        assert httpx.post(f"{model.server.url}/responses", content=body, headers=headers).status_code == 400
