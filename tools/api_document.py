@@ -8,7 +8,14 @@ from typing import Any
 
 import msgspec
 
-from miniserve.server.fields import IGNORED, REFUSED, REFUSED_IN_CHAT, REFUSED_IN_COMPLETIONS, remedy
+from miniserve.server.fields import (
+    IGNORED,
+    REFUSED,
+    REFUSED_IN_CHAT,
+    REFUSED_IN_COMPLETIONS,
+    REFUSED_OF_TOKENIZER,
+    remedy,
+)
 from miniserve.server.messages import MESSAGES_REMEDIES, REFUSED_IN_MESSAGES, CountTokensRequest, MessagesRequest
 from miniserve.server.protocol import (
     Body,
@@ -257,6 +264,9 @@ def render() -> str:
         "### In `/v1/responses`",
         "What chat takes or refuses and the table above has not, and:",
         *_refused(_without(REFUSED_IN_RESPONSES, _CHAT_NAMES), RESPONSES_REMEDIES),
+        "",
+        "### In `/tokenize` and `/detokenize` only",
+        *_refused(REFUSED_OF_TOKENIZER),
         "",
         "## Differences from vLLM",
         "Of its cases for what stands above; what is not listed answers alike.",

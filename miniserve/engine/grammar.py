@@ -118,7 +118,10 @@ class Matchers:
 
     def _compile(self, grammar: Grammar, reasoning: Reasoning | None) -> LLMatcher:
         tokenizer, vocabulary, _ = self._find_vocabulary()
-        return new_matcher(grammar, tokenizer, vocabulary, reasoning)
+        try:
+            return new_matcher(grammar, tokenizer, vocabulary, reasoning)
+        except GrammarError as error:
+            raise GrammarError(f"The form of the output cannot be followed: {error}.") from None
 
     def masks(self, entries: Sequence[tuple[int, Matcher]]) -> TokenMasks:
         """The masks of a step's entries. One whose matcher turns out to have ended or failed gets none."""
@@ -217,7 +220,7 @@ def new_matcher(
     try:
         text = _to_llguidance(grammar, tokenizer)
         if vocabulary.vocab_size < tokenizer.vocab_size:  # bytes stand in for it: any special token, for all of them
-            text = re.sub(r"<\[\d+\]>", f"<[{vocabulary.vocab_size - 1}]>", text)
+            text = re.sub(r"<\[\^?\d[\d,-]*\]>", f"<[{vocabulary.vocab_size - 1}]>", text)
         if reasoning is not None:
             text = _behind_reasoning(text, reasoning, tokenizer)
         matcher = LLMatcher(vocabulary, text, log_level=0, limits=_LIMITS)

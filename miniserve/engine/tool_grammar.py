@@ -73,7 +73,7 @@ def call_grammar(
 
 def _arguments(dialect: ToolDialect, name: str, schema: Schema | None) -> str:
     if not dialect.xml:
-        return _json({"type": "object"} if schema is None else schema)
+        return _json({**(schema or {}), "type": "object"})
     if schema is None:
         return r'("<parameter=" /[^>\n]+/ ">\n" until_end)*'
     return _xml_parameters(name, schema)

@@ -21,12 +21,20 @@ from miniserve.server.chat import render
 from miniserve.server.config import ServerConfig
 from miniserve.server.connection import ApiKeyMiddleware, BodyLimitMiddleware, HostMiddleware, PathMiddleware
 from miniserve.server.errors import json_response
+from miniserve.server.fields import REFUSED_OF_TOKENIZER
 from miniserve.server.messages import CountTokensRequest, MessagesRequest
-from miniserve.server.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from miniserve.server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    RenderOptions,
+    TokenizeRequest,
+)
 from miniserve.server.responses import ResponsesRequest
 from miniserve.server.service import MAX_TEXT, Service
 
 _MAX_IDS = 262_144
+_OF_CONVERSATIONS = RenderOptions.model_fields.keys() - {"add_special_tokens", "add_generation_prompt"}
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": protocol.ErrorEnvelope},
     "5XX": {"model": protocol.ErrorEnvelope},
@@ -161,7 +169,7 @@ def _tokenizer_routes(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize", response_model=protocol.Tokenized)
     async def tokenize(body: TokenizeRequest) -> Response:
         service.check_model(body.model)
-        service.fields.check(body, {})
+        service.fields.check(body, REFUSED_OF_TOKENIZER)
         ids = await _ids(service, body)
         if body.return_token_strs and len(ids) > _MAX_IDS:  # to write more of them as JSON would stop all streams
             raise InvalidRequest(
@@ -180,7 +188,7 @@ def _tokenizer_routes(app: FastAPI, service: Service) -> None:
     @app.post("/detokenize", response_model=protocol.Detokenized)
     async def detokenize(body: DetokenizeRequest) -> Response:
         service.check_model(body.model)
-        service.fields.check(body, {})
+        service.fields.check(body, REFUSED_OF_TOKENIZER)
         if len(body.tokens) > _MAX_IDS:
             raise InvalidRequest(f"tokens holds {len(body.tokens)} ids; at most {_MAX_IDS} are taken.", "tokens")
         check_vocabulary(body.tokens, "tokens", service.engine.info.vocab_size)
@@ -197,8 +205,9 @@ def _tokenizer_routes(app: FastAPI, service: Service) -> None:
 
 async def _ids(service: Service, body: TokenizeRequest) -> list[int]:
     if body.messages is None and body.prompt is not None:
-        if body.tools:
-            raise InvalidRequest("tools go with messages, not with a prompt.", "tools")
+        for name in _OF_CONVERSATIONS:
+            if getattr(body, name):
+                raise InvalidRequest(f"{name} goes with messages, not with a prompt.", name)
         (ids,) = await service.encode([body.prompt], body.add_special_tokens is not False, MAX_TEXT)
         return ids
     if body.messages is None or body.prompt is not None:

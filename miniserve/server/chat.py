@@ -168,7 +168,9 @@ async def prepare(service: Service, body: ChatCompletionRequest) -> Chat:
     text = await _rendered(service, body.messages, body, tools)
     max_chars = None if body.truncate_prompt_tokens is None else MAX_TEXT
     (token_ids,) = await service.encode([text], bool(body.add_special_tokens), max_chars)
-    token_ids = service.truncate(token_ids, body)
+    kept = service.truncate(token_ids, body)
+    if len(kept) < len(token_ids):
+        token_ids, text = kept, tokenizer.decode(kept, False)  # whose end may be another
     marks = service.config.reasoning_dialect(template)
     continued = _final_text(body.messages[-1]) if body.continue_final_message else None
     reasoning = None if marks is None else marks.after(text, continued)

@@ -77,6 +77,10 @@ REFUSED_IN_COMPLETIONS = REFUSED | {
     "reasoning_effort": (), "include_reasoning": (True,), "parallel_tool_calls": (True, False),
 }  # fmt: skip
 REFUSED_IN_CHAT = REFUSED | {"best_of": (1,), "prompt": ()}
+# Of `/tokenize` and `/detokenize`, which generate nothing.
+REFUSED_OF_TOKENIZER: dict[str, tuple[object, ...]] = {
+    "truncate_prompt_tokens": (), "truncation_side": (), "skip_special_tokens": (False,),
+}  # fmt: skip
 
 _THINKING = 'use chat_template_kwargs, for example {"enable_thinking": false}, where the template knows it'
 _CHAT = "ask /v1/chat/completions"

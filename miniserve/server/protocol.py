@@ -232,12 +232,19 @@ def _function_name(name: str) -> str:
 FunctionName = Annotated[str, AfterValidator(_function_name)]
 
 
+def _of_an_object(schema: dict[str, Any]) -> dict[str, Any]:
+    kinds = schema.get("type", "object")
+    if kinds != "object" and not (isinstance(kinds, list) and "object" in kinds):
+        raise ValueError("must be the schema of an object, as arguments have names")
+    return schema
+
+
 class FunctionDefinition(Body):
     """`parameters` is the JSON schema of the arguments; with `strict` it is enforced wherever the model calls it."""
 
     name: FunctionName
     description: Text | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Annotated[dict[str, Any], AfterValidator(_of_an_object)] | None = None
     strict: bool | None = None
 
 

@@ -17,7 +17,7 @@ from grammar_cases import MODELS, answer_all, fault, regexes, schemas
 from llguidance import LLMatcher, LLTokenizer
 
 from miniserve.core import FinishReason, Grammar, InvalidRequest, Request, RequestOutput, SamplingParams
-from miniserve.engine.grammar import Matchers, Words, new_matcher
+from miniserve.engine.grammar import GrammarError, Matchers, Words, check_grammar, new_matcher
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.llm import LLM
 
@@ -138,6 +138,20 @@ def test_white_space_of_json_is_bounded(tokenizer: Tokenizer) -> None:
     for indent in (None, 2, 4):
         assert accepts(grammar, json.dumps(value, indent=indent), tokenizer)
     assert not accepts(grammar, "[1, " + " " * 40 + "22]", tokenizer)
+
+
+def test_tokens_in_grammars_go_by_their_ids(tokenizer: Tokenizer) -> None:
+    matchers = Matchers(lambda: Words(tokenizer, 2048, [2047]))
+    for text, allowed in (("<[300]>", [300]), ("<[300-302,9]>", [9, 300, 301, 302]), ("<[9000]>", None)):
+        grammar = Grammar("grammar", f"start: {text}")
+        check_grammar(grammar, tokenizer)
+        future = matchers.start(SamplingParams(grammar=grammar))
+        if allowed is None:
+            with pytest.raises(GrammarError, match=r"cannot be followed: .*9000"):
+                future.result()
+        else:
+            bits = matchers.masks([(0, future.result())]).bits
+            assert [i for i in range(2048) if bits[i // 8] >> i % 8 & 1] == allowed
 
 
 def test_the_offline_api_refuses_before_it_runs(llm: LLM) -> None:

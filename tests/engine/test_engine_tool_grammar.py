@@ -78,6 +78,15 @@ def follows(matchers: Matchers, tokenizer: Tokenizer, grammar: Grammar, text: st
     return matcher.ended or EOS in allowed(matchers, matcher) or matcher.ended
 
 
+def test_arguments_are_an_object_whatever_else_their_schema_takes(tokenizer: Tokenizer, matchers: Matchers) -> None:
+    kinds = [{"type": "array"}, {"type": "object", "required": ["a"]}]
+    for schema in ({"anyOf": kinds}, {"type": ["object", "null"]}, {"$ref": "#/$defs/b", "$defs": {"b": kinds[1]}}):
+        grammar = call_grammar(TOOL_DIALECTS["hermes"], {"f": schema}, tokenizer, must_call=True, once=True)
+        for arguments in ('{"a": 1}', "[]", "null"):
+            text = f'<tool_call>\n{{"name": "f", "arguments": {arguments}}}\n</tool_call>'
+            assert follows(matchers, tokenizer, grammar, text, None) == arguments.startswith("{"), (schema, arguments)
+
+
 @pytest.mark.parametrize("dialect", WRITERS)
 def test_random_walks_are_calls_whose_arguments_validate(
     dialect: str, tokenizer: Tokenizer, matchers: Matchers

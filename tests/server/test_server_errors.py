@@ -410,8 +410,8 @@ def test_a_strict_server_takes_no_unknown_field() -> None:
     with running_server(strict_fields=True) as server:
         for path, body in BODIES.items():
             for _ in range(2):
-                error = error_of(httpx.post(server.root + path, json={**body, "chat_id": 9}), 400)
-                assert error["param"] == "chat_id"
+                error = error_of(httpx.post(server.root + path, json={**body, "made_up_id": 9}), 400)
+                assert error["param"] == "made_up_id"
             assert httpx.post(server.root + path, json={**body, "user": "me", "suffix": None}).is_success
 
 
@@ -420,6 +420,17 @@ def test_misspelt_fields_of_other_bodies_are_named(web: httpx.Client) -> None:
     assert error_of(web.post("/v1/completions", json=streaming), 400)["param"] == "include_usge"
     assert error_of(web.post("/tokenize", json={"prompt": "a", "add_special_token": False}), 400)["param"]
     assert error_of(web.post("/detokenize", json={"tokens": [1], "modle": "other"}), 400)["param"] == "modle"
+
+
+def test_what_would_change_tokens_or_text_is_not_passed_over(web: httpx.Client) -> None:
+    of_conversations = {"tools": [{"type": "function", "function": {"name": "f"}}], "chat_template_kwargs": {"a": 1}}
+    for name, value in {"truncate_prompt_tokens": 2, "continue_final_message": True, **of_conversations}.items():
+        assert error_of(web.post("/tokenize", json={"prompt": "a", name: value}), 400)["param"] == name
+    body = {"tokens": [1], "skip_special_tokens": True}
+    assert error_of(web.post("/detokenize", json=body), 400)["param"] == "skip_special_tokens"
+
+
+def test_too_many_unknown_fields_are_refused(web: httpx.Client) -> None:
     error = error_of(web.post("/v1/completions", json=COMPLETION | {f"field {i}": 1 for i in range(65)}), 400)
     assert "65 unknown fields" in error["message"]
 

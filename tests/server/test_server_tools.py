@@ -178,6 +178,10 @@ def test_tokenize_counts_the_tools(each: Scripted) -> None:
     [
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"type": "function", "function": {"name": "no way"}}]}, "tools[0].function.name"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]},
+            "tools[0].function.parameters",
+        ),
         ({"tools": [NOW, NOW]}, "tools"),
         ({"tool_choice": "required", "tools": []}, "tool_choice"),
         ({"tool_choice": "any"}, "tool_choice"),
@@ -261,6 +265,9 @@ def test_thinking_is_switched_off_by_the_template(qwen: Scripted) -> None:
         assert qwen.prompt.endswith("<think>\n\n</think>\n\n")
         assert answer.choices[0].message.content == "Four <think>."
         assert answer.usage.completion_tokens_details is None
+    cut = {"truncate_prompt_tokens": 4, "truncation_side": "right", "chat_template_kwargs": {"enable_thinking": False}}
+    qwen.says("<think>Two.</think>Four.")
+    assert qwen.ask([ASKED], extra_body=cut).choices[0].message.content == "Four."
 
 
 def test_reasoning_that_the_prompt_begins(deepseek: Scripted) -> None:
