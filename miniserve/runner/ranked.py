@@ -24,13 +24,13 @@ import msgspec
 
 from miniserve.config import EngineConfig
 from miniserve.core import Runner, StepPlan, StepResult, TokenMasks, UserError
-from miniserve.parallel.child import describe_exit, is_stopped, start_python
+from miniserve.parallel.child import describe_exit, is_busy, is_stopped, start_python
 from miniserve.parallel.link import Link, PeerLost
 
 SIGN_INTERVAL = 0.25  # seconds between a rank's signs of life
 _TICK = 0.05  # seconds between looks at the ranks
-_SILENCE = 5.0  # seconds
-_SILENCE_AT_START = 60.0  # imports and compilers may hold the interpreter for long
+_SILENCE = 4.0  # seconds; what it leads to is there within 5
+_SILENCE_AT_WORK = 60.0  # imports, compilers and other programs may keep the interpreter from a thread for long
 _COUNSEL = 0.3  # seconds in which other ranks may show who of them failed first
 _GRACE = 2.0  # seconds for rank 0 to see a failure; then it hangs in a call that nothing can end
 _TOKENS = 4096  # of a step that must finish within _SILENCE; more tokens may take more
@@ -125,8 +125,11 @@ class _Peer:
             return (4 if self.sign.lost_peer else 1), f"rank {self.rank} failed: {self.sign.error}"
         if code is not None:
             return 2, describe_exit(code, f"rank {self.rank}")
-        if self.process is not None and self.silence > longest_silence and is_stopped(self.process):
-            return 3, f"rank {self.rank} was stopped (SIGSTOP)"
+        if self.process is not None and self.silence > longest_silence:
+            if is_stopped(self.process):
+                return 3, f"rank {self.rank} was stopped (SIGSTOP)"
+            if is_busy(self.process):
+                longest_silence = max(longest_silence, _SILENCE_AT_WORK)
         if self.silence > longest_silence:
             return 3, f"rank {self.rank} gave no sign of life for {longest_silence:.0f} s"
         # A process that ends closes its link first; which of its ways to end it was will show.
@@ -255,7 +258,7 @@ class Ranks:
                 return
 
     def _find_trouble(self, tick: float) -> tuple[int, str] | None:
-        limit = self._limit if self._serving else max(self._limit, _SILENCE_AT_START)
+        limit = self._limit if self._serving else max(self._limit, _SILENCE_AT_WORK)
         found = []
         for peer in self._peers:
             peer.silence += tick
@@ -267,8 +270,10 @@ class Ranks:
             if (trouble := peer.trouble(limit)) is not None:
                 found.append(trouble)
         oldest = self._collected + 1
-        everywhere = min([self._launched, *(peer.sign.launched for peer in self._peers)])
-        self._unfinished = self._unfinished + tick if self._collected < self._sent and everywhere >= oldest else 0.0
+        everywhere = min(peer.sign.launched for peer in self._peers)
+        # Within a launch rank 0 may compute or compile for long, and collects no step before it.
+        waits = self._collected < self._sent == self._launched and everywhere >= oldest
+        self._unfinished = self._unfinished + tick if waits else 0.0
         if self._unfinished > limit * (1 + self._tokens // _TOKENS):
             found.append((3, f"all ranks launched a step that none finished for {self._unfinished:.0f} s"))
         return min(found, default=None)

@@ -6,6 +6,7 @@ What goes wrong is said by the model's name: `at=STEP&phase=…&signal=…&rank=
 
 from __future__ import annotations
 
+import ctypes
 import os
 import struct
 import time
@@ -63,6 +64,14 @@ class FakeRank:
             return
         if options["signal"] == "raise":
             raise ValueError("the fake device broke")
+        if options["signal"] == "compute":
+            sum(range(10**8))  # seconds, in which no other thread of this process gets the interpreter
+            return
+        if options["signal"] == "sleep":
+            time.sleep(1.5)
+            return
+        if options["signal"] == "hang":
+            ctypes.PyDLL(None).sleep(100)  # which keeps the interpreter, too
         os.kill(os.getpid(), int(options["signal"]))
 
 

@@ -21,7 +21,7 @@ from miniserve.runner.ranked import PlanReader, PlanWriter, RankedRunner, RankFa
 
 PLAN = StepPlan([], [], [], [0, 1], [])
 STEADY = msgspec.structs.replace(PLAN, same_rows=True)
-SILENCE = 2.0  # seconds, of ranks that are stopped; in a served model 5
+SILENCE = 2.0  # seconds, of ranks that are stopped; in a served model 4
 SLACK = 10.0  # seconds, for a busy machine
 
 
@@ -104,6 +104,26 @@ def _at_all_points(tmp_path: Path, number: signal.Signals, sentence: str, silenc
 def test_a_rank_that_raises_says_so(tmp_path: Path) -> None:
     config = fake_config(at=3, phase="before", signal="raise", rank=1)
     _fails_with(tmp_path / "device", config, "rank 1 failed: ValueError: the fake device broke", 3, 10.0)
+
+
+def test_a_rank_that_hangs_ends_the_model(tmp_path: Path) -> None:
+    config = fake_config(at=2, phase="before", signal="hang", rank=1)
+    _fails_with(tmp_path / "device", config, "rank 1 gave no sign of life for 2 s", 2, SILENCE)
+
+
+def test_a_rank_that_works_in_silence_goes_on(tmp_path: Path) -> None:
+    config = fake_config(at=2, phase="before", signal="compute", rank=1)
+    with ranked(tmp_path / "device", config, silence=0.5) as runner:
+        for _ in range(4):
+            assert runner.collect(runner.launch(PLAN)).token_ids == [1]
+
+
+def test_a_long_launch_is_no_hang_of_the_step_before(tmp_path: Path) -> None:
+    config = fake_config(at=2, phase="before", signal="sleep", rank=0)
+    with ranked(tmp_path / "device", config, silence=0.5) as runner:
+        handles = [runner.launch(PLAN), runner.launch(PLAN)]
+        assert [runner.collect(handle).token_ids for handle in handles] == [[1], [1]]
+        runner.check()
 
 
 def _fails_with(file: Path, config: EngineConfig, sentence: str, step: int, silence: float) -> None:
