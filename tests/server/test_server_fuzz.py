@@ -18,8 +18,8 @@ from server_fakes import RunningServer, running_server
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 NUM_EXAMPLES = {
-    "POST /v1/completions": 120,
-    "POST /v1/chat/completions": 80,
+    "POST /v1/completions": 80,
+    "POST /v1/chat/completions": 60,
     "GET /v1/models": 1,
     "GET /v1/models/{name}": 15,
     "POST /tokenize": 40,
