@@ -7,6 +7,8 @@ import signal
 
 # As many tests run at once as there are cores; the engines that they start inherit this too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The many processes that tests start keep the package compiled: anew it takes each of them most of a second.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
 import torch

@@ -58,7 +58,8 @@ def expected(model: str) -> list[float]:
 @pytest.mark.parametrize(("backend", "layout"), PATHS)
 def test_aiter_turns_and_writes(model: str, expected: list[float], arch: str, backend: str, layout: str) -> None:
     # In bfloat16 alone PyTorch is 0.05 off, over an fp8 cache 0.12; turned the other way, 2.7.
-    for kv_cache_dtype, allowed in (("auto", 0.07), ("fp8", 0.3)):
+    # gfx942 has an fp8 of its own; otherwise both GPUs write the same.
+    for kv_cache_dtype, allowed in (("auto", 0.07), ("fp8", 0.3))[arch == "gfx950" :]:
         with stand_in(arch, 16) as module:
             got = likelihoods(
                 model,

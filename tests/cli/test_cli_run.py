@@ -64,7 +64,9 @@ def test_the_start_is_told_in_order(server: cli.Running) -> None:
 def test_the_curl_line_works(server: cli.Running) -> None:
     [line] = [line for line in server.wait_for("max_tokens").splitlines() if line.startswith("curl ")]
     environment = {**os.environ, "API_KEY": "secret", "no_proxy": "*"}
-    done = subprocess.run(["sh", "-c", line], env=environment, capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run(
+        ["sh", "-c", line], env=environment, capture_output=True, text=True, check=True, timeout=cli.TIMEOUT
+    )
     assert '"object":"text_completion"' in done.stdout and '"model":"my model"' in done.stdout, done.stdout
 
 
@@ -219,7 +221,7 @@ def test_a_closed_standard_output_is_told() -> None:
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=60,
+        timeout=cli.TIMEOUT,
         check=False,
     )
     assert done.returncode == 2 and done.stderr.startswith("error: Standard output is closed")
@@ -235,7 +237,7 @@ def test_a_full_disk_is_one_sentence(command: list[str]) -> None:
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
-            timeout=60,
+            timeout=cli.TIMEOUT,
             check=False,
         )
     where = "standard output, or a file"

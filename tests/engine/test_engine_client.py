@@ -326,7 +326,7 @@ def test_a_drain_finishes_what_runs_and_takes_nothing_new() -> None:
 @pytest.mark.parametrize("how", ["at once", "second call", "timeout"])
 def test_a_shutdown_can_cut_a_drain_short(how: str) -> None:
     async def body() -> None:
-        engine = make("step_seconds=0.2")
+        engine = make("step_seconds=2")
         await engine.start()
         stream = ask(engine, PROMPT, ENDLESS, "r")
         await anext(stream)
@@ -341,7 +341,7 @@ def test_a_shutdown_can_cut_a_drain_short(how: str) -> None:
                 await drain
             case "timeout":
                 await engine.shutdown(drain=True, timeout=0.1)
-        assert time.monotonic() - started < 10, "100 steps of 0.2 s were waited for"
+        assert time.monotonic() - started < 100, "100 steps of 2 s were waited for"
         deltas = await collect(stream)
         assert deltas[-1].finish_reason is FinishReason.ERROR
         assert deltas[-1].error == "The engine was shut down."

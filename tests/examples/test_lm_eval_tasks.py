@@ -114,7 +114,7 @@ def test_problems_are_solved_and_texts_are_those_of_transformers(
     documents = samples["miniserve_problems_gen"]
     assert len(documents) == DOCUMENTS
     assert sum(document["exact_match"] for document in documents) >= 0.9 * DOCUMENTS
-    for document in documents[:8]:
+    for document in documents[:4]:
         prompt = tokenizer(document["arguments"]["gen_args_0"]["arg_0"], add_special_tokens=False).input_ids
         with torch.inference_mode():
             output = model.generate(torch.tensor([prompt]), max_new_tokens=200, do_sample=False)[0, len(prompt) :]

@@ -49,8 +49,7 @@ def test_norm_and_rope_within_a_fused_qkv(head_dim: int, with_norm: bool) -> Non
         assert relative_error(got, expected) < 1e-5
 
 
-@pytest.mark.parametrize("tokens", [4, 260])
-@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("tokens", "interleaved"), [(4, False), (4, True), (260, True)])
 def test_the_rope_of_latent_attention(interleaved: bool, tokens: int) -> None:
     q, k, cos_sin = normal(0, tokens, 3, 20)[:, :, 4:], normal(1, tokens, 30)[:, 7:23], normal(2, tokens, 16)
     want = ops.Ops().rope_pair(q.clone(), k.clone(), cos_sin, interleaved=interleaved)
@@ -98,12 +97,17 @@ def test_every_cut_fits_the_shared_memory(m: int, shared_bytes: int) -> None:
             assert m == 1 or rows * tile.block_k * 2 * tile.num_stages <= shared_bytes or tile.num_stages == 1
 
 
+def fewer_programs(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """The interpreter runs them one by one."""
+    if not NATIVE:
+        monkeypatch.setattr(moe_token, "_MIDDLE_ROWS", rows)
+        monkeypatch.setattr(moe_token, "_OUT_ROWS", rows)
+
+
 @pytest.mark.parametrize(("hidden", "middle"), [(2200, 16), (16, 1100)])
 def test_the_experts_of_one_token_in_several_rounds(hidden: int, middle: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Longer rows than a program reads at a time."""
-    if not NATIVE:  # fewer programs: the interpreter runs them one by one
-        monkeypatch.setattr(moe_token, "_MIDDLE_ROWS", 64)
-        monkeypatch.setattr(moe_token, "_OUT_ROWS", 64)
+    fewer_programs(monkeypatch, rows=64)
     x, weights, ids = normal(0, 1, hidden), normal(1, 1, 2).abs(), integers([3, 1], torch.int32)[None]
     w1, w2 = normal(2, 4, 2 * middle, hidden) * 0.1, normal(3, 4, hidden, middle) * 0.1
     want = torch.zeros_like(x)
@@ -114,7 +118,8 @@ def test_the_experts_of_one_token_in_several_rounds(hidden: int, middle: int, mo
 
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 @pytest.mark.parametrize("swap", [False, True])
-def test_routed_experts(tokens: int, swap: bool) -> None:
+def test_routed_experts(tokens: int, swap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    fewer_programs(monkeypatch, rows=16)
     num_experts, k, hidden, middle = 12, 3, 80, 40
     x, shared = normal(0, tokens, hidden), normal(1, tokens, hidden)
     w1, w2 = normal(2, num_experts, 2 * middle, hidden) * 0.1, normal(3, num_experts, hidden, middle) * 0.1

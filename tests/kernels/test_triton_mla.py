@@ -38,7 +38,7 @@ def check(
     tables = block_tables(lengths, num_blocks, block_size)
     pool = end_of_a_pool_above_4_gib(cache)[0] if large_pool else cache
     scratch = DecodeScratch.allocate([(len(lengths), num_splits)], heads, rank, DEVICE)
-    for _ in range(2 if num_splits > 1 else 1):
+    for _ in range(2 if num_splits > 1 and (NATIVE or fused is not None) else 1):
         got = mla_decode(
             q[..., :rank], q[..., rank:], pool, tables + (len(pool) - num_blocks), int32(lengths), scale=0.1,
             num_splits=num_splits, scratch=scratch,
@@ -61,7 +61,8 @@ def test_ragged_rows(num_splits: int, fused: bool | None, dtype: torch.dtype) ->
 
 
 def test_every_length_around_a_partition_of_256() -> None:
-    check(torch.float16, torch.float16, heads=2, rank=64, rope=16, lengths=[*range(230, 271)])
+    lengths = range(230, 271) if NATIVE else range(246, 266)
+    check(torch.float16, torch.float16, heads=2, rank=64, rope=16, lengths=[*lengths])
 
 
 @pytest.mark.parametrize("num_splits", [1, 3])
@@ -84,7 +85,7 @@ def test_block_sizes(block_size: int) -> None:
 @pytest.mark.parametrize("heads", [16, 128])
 def test_the_dimensions_of_deepseek(heads: int, dtype: torch.dtype) -> None:
     # The interpreter takes its time for many heads.
-    lengths = [40, 0, 7] if NATIVE or heads == 16 else [20]
+    lengths = [40, 0, 7] if NATIVE or heads == 16 else [9]
     check(dtype, dtype, heads=heads, rank=512, rope=64, lengths=lengths, num_splits=2, launch=None)
 
 

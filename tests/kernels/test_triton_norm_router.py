@@ -17,16 +17,18 @@ GROUPED = {"num_groups": 8, "top_groups": 4, "sigmoid": True, "normalize": True,
 
 
 def assert_as_apart(
-    tokens: int, experts: int, hidden: int, dtype: torch.dtype, *, top_k: int, biased: bool, **choice: Any
-) -> None:
-    """Normed x and stream are those of the norm's own kernel; the choice is `route`'s for float64 logits of that x."""
+    tokens: int, experts: int, hidden: int, dtype: torch.dtype, *, top_k: int, biased: bool, again: bool = NATIVE,
+    **choice: Any,
+) -> None:  # fmt: skip
+    """Normed x and stream are those of the norm's own kernel; the choice is `route`'s for float64 logits of that x.
+    again: twice, of which the second finds the counters as the first left them."""
     x, residual = normal(0, tokens, hidden, dtype=dtype), normal(1, tokens, hidden, dtype=dtype)
     norm = (1 + normal(2, hidden) / 5).to(dtype)
     weight, bias = normal(3, experts, hidden) / hidden**0.5, normal(4, experts) if biased else None
     before, workspace = residual.clone(), Workspace(DEVICE)
     total = residual.clone()
     want = elementwise.add_rms_norm(x, total, norm, 1e-6)
-    for _ in range(2):  # the second finds the counters as the first left them
+    for _ in range(1 + again):
         normed, added, weights, ids = norm_router.add_norm_route(
             x, residual, norm, 1e-6, weight, bias, workspace=workspace, top_k=top_k, **choice
         )
@@ -43,22 +45,23 @@ def assert_as_apart(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", norm_router.FUSED_TOKENS)
 def test_every_number_of_tokens(tokens: int, dtype: torch.dtype) -> None:
-    experts, hidden = (128, 2048) if NATIVE else (32, 520)  # the interpreter takes seconds for what is large
-    assert_as_apart(tokens, experts, hidden, dtype, top_k=8, biased=False, **SOFTMAX)
+    experts, hidden = (128, 2048) if NATIVE else (20, 264)  # the interpreter takes seconds for what is large
+    again = NATIVE or dtype == torch.float32
+    assert_as_apart(tokens, experts, hidden, dtype, top_k=8, biased=False, again=again, **SOFTMAX)
 
 
 # Of a GPU all pairs; the interpreter takes seconds for what is large.
 PAIRS = [(experts, hidden) for experts in (60, 64, 256) for hidden in (96, 2112, 4096)]
 
 
-@pytest.mark.parametrize(("experts", "hidden"), PAIRS if NATIVE else [(60, 96), (256, 96), (64, 2112), (60, 4096)])
+@pytest.mark.parametrize(("experts", "hidden"), PAIRS if NATIVE else [(60, 96), (256, 96), (12, 2112), (8, 4096)])
 def test_every_size(experts: int, hidden: int) -> None:
     assert_as_apart(2, experts, hidden, torch.float16, top_k=6, biased=False, **SOFTMAX | {"normalize": False})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize(("experts", "hidden"), [(16, 96), (256, 1000 if NATIVE else 200)])
+@pytest.mark.parametrize(("experts", "hidden"), [(16, 96), (256, 1000 if NATIVE else 72)])
 def test_groups_and_corrected_scores(experts: int, hidden: int, biased: bool, dtype: torch.dtype) -> None:
     tokens = 3 if NATIVE or experts == 16 else 1
     assert_as_apart(tokens, experts, hidden, dtype, top_k=8, biased=biased, **GROUPED)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from triton_support import DEVICE, DTYPES, normal, relative_error
+from triton_support import DEVICE, DTYPES, NATIVE, normal, relative_error
 
 from miniserve.kernels.triton import routing as triton_routing
 from miniserve.kernels.triton.small_linear import Workspace
@@ -73,7 +73,7 @@ def test_from_hidden_states(
     config, correction, choice = setting(scoring, groups, top_groups, bias, experts, k, True)
     x, weight, workspace = normal(0, tokens, hidden, dtype=dtype), normal(1, experts, hidden) / 17, Workspace(DEVICE)
     want = routing.route(x.double() @ weight.double().T, config, correction)
-    for _ in range(2):  # the second finds the counters as the first left them
+    for _ in range(2 if NATIVE or tokens == 16 else 1):  # the second finds the counters as the first left them
         got = triton_routing.route(x, weight, correction, workspace=workspace, **choice)
         assert_same(got, (want[0].float(), want[1]), experts)
     assert not workspace.counts.any()

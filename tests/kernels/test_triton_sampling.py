@@ -63,7 +63,7 @@ SETTINGS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=400 if NATIVE else 30, deadline=None, derandomize=True)
+@settings(max_examples=400 if NATIVE else 18, deadline=None, derandomize=True)
 @given(
     options=SETTINGS,
     vocab_size=st.sampled_from([41, 64, 129, 700]),

@@ -94,7 +94,8 @@ def test_ranks_give_the_tokens_of_one_process(architecture: str) -> None:
     path = checkpoint(architecture)
     dense = load_model_config(path).moe is None
     for size, expert_parallel, setup in CASES:
-        if dense and expert_parallel and size < 4:  # which changes nothing there
+        # Experts change nothing in a dense model, and dense models are alike: one of them has all sizes.
+        if dense and (expert_parallel or size == 4) and (size < 4 or architecture != "Qwen3ForCausalLM"):
             continue
         want = one_process(architecture, setup)
         ranks = run_ranks(size, partial(outputs, path, setup, expert_parallel))

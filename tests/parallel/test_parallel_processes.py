@@ -29,7 +29,7 @@ PARAMS = [
     SamplingParams(temperature=0.8, seed=3, max_tokens=12, repetition_penalty=1.2),
     SamplingParams(temperature=0.0, max_tokens=12),
 ]
-SLACK = 20.0  # seconds, for a busy machine
+SLACK = 60.0  # seconds, for a busy machine
 
 
 @pytest.fixture(autouse=True)
@@ -136,15 +136,9 @@ def test_a_served_rank_that_is_stopped_ends_its_requests_and_the_server(
     server: tuple[subprocess.Popen[bytes], str],
 ) -> None:
     process, url = server
-    body = {"prompt": PROMPTS[0], "temperature": 0, "max_tokens": 12}
+    body = {"prompt": PROMPTS[2], "temperature": 0, "max_tokens": 12, "return_token_ids": True}
     (choice,) = httpx.post(f"{url}/v1/completions", json=body, timeout=120).json()["choices"]
-    assert (
-        choice["text"]
-        == LLM(device="cpu", dtype="float32", progress=False)
-        .generate(PROMPTS[0], PARAMS[2], progress=False)[0]
-        .outputs[0]
-        .text
-    )
+    assert choice["token_ids"] == alone("tiny-qwen3")[2]
     assert "miniserve:tensor_parallel_size{" in httpx.get(f"{url}/metrics").text
     below = children(process.pid)
     (rank,) = [pid for pid in below if b"runner.worker" in command_line(pid)]

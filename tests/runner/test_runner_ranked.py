@@ -22,7 +22,7 @@ from miniserve.runner.ranked import PlanReader, PlanWriter, RankedRunner, RankFa
 PLAN = StepPlan([], [], [], [0, 1], [])
 STEADY = msgspec.structs.replace(PLAN, same_rows=True)
 SILENCE = 2.0  # seconds, of ranks that are stopped; in a served model 4
-SLACK = 10.0  # seconds, for a busy machine
+SLACK = 60.0  # seconds, for a busy machine
 
 
 def start_ranks(file: Path, config: EngineConfig, size: int = 3, silence: float = 10.0) -> Ranks:
@@ -80,7 +80,7 @@ def test_ranks_follow_every_plan_and_end_in_order(tmp_path: Path) -> None:
 
 
 # Steps, and when in the step; blocking: whether ranks wait for each other within `launch`, as over gloo.
-POINTS = [(step, phase, blocking) for step, phase, blocking in product((1, 2, 5, 9), PHASES, ("", "1"))][:20]
+POINTS = [*product((1, 4), PHASES, ("", "1"))]
 
 
 def test_a_rank_that_is_killed_ends_the_model(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def _at_all_points(tmp_path: Path, number: signal.Signals, sentence: str, silenc
         _fails_with(tmp_path / f"{point}", config, sentence, step, silence)
 
     with ThreadPoolExecutor(5) as pool:
-        assert len(list(pool.map(run, POINTS))) == 20
+        assert len(list(pool.map(run, POINTS))) == 12
 
 
 def test_a_rank_that_raises_says_so(tmp_path: Path) -> None:

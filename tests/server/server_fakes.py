@@ -312,7 +312,7 @@ class RunningServer:
         return self.join()
 
     def join(self) -> int:
-        self._thread.join(60)
+        self._thread.join(120)
         assert not self._thread.is_alive()
         assert self.exit_code is not None
         return self.exit_code
@@ -329,7 +329,7 @@ def running_server(engine: FakeEngine | Engine | None = None, **config: object) 
         server.stop()
 
 
-def wait_until(condition, seconds: float = 30.0) -> None:  # type: ignore[no-untyped-def]
+def wait_until(condition, seconds: float = 120.0) -> None:  # type: ignore[no-untyped-def]
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"

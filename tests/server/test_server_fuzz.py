@@ -18,10 +18,10 @@ from server_fakes import RunningServer, running_server
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 NUM_EXAMPLES = {
-    "POST /v1/completions": 120,
-    "POST /v1/chat/completions": 80,
-    "POST /v1/responses": 40,
-    "POST /v1/messages": 40,
+    "POST /v1/completions": 80,
+    "POST /v1/chat/completions": 60,
+    "POST /v1/responses": 30,
+    "POST /v1/messages": 30,
     "POST /v1/messages/count_tokens": 10,
     "GET /v1/models": 1,
     "GET /v1/models/{name}": 15,

@@ -63,7 +63,8 @@ class Layer(Module):
 
     def allocate(self, device: torch.device) -> None:
         for name, parameter in list(self.named_parameters(recurse=False)):
-            empty = torch.empty_like(parameter, device=device)
+            # Not `empty_like`, which for a meta tensor imports sympy and more: most of a second.
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
 
     def target(self, piece: Piece) -> Tensor:
