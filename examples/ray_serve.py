@@ -9,6 +9,7 @@ another when those that run have more than `target_ongoing_requests` each, and r
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -20,6 +21,7 @@ from miniserve.engine.client import AsyncEngine
 from miniserve.models.hub import locate
 from miniserve.server.app import create_app
 from miniserve.server.config import ServerConfig, read_api_keys
+from miniserve.server.connection import RequestIdMiddleware
 
 
 class Settings(BaseModel):
@@ -54,7 +56,7 @@ class Replica:
         await self._engine.start()
 
     def __serve_build_asgi_app__(self) -> Any:
-        return create_app(self._engine, self._server)
+        return RequestIdMiddleware(create_app(self._engine, self._server))
 
     def check_health(self) -> None:
         """Ray replaces the replica where this raises."""
@@ -75,7 +77,7 @@ def app(settings: Settings) -> serve.Application:
         max_num_seqs=settings.max_num_seqs,
         kv_cache_memory=settings.kv_cache_memory,
     )
-    server = ServerConfig(api_keys=read_api_keys(settings.api_key_file) if settings.api_key_file else ())
+    server = ServerConfig(api_keys=read_api_keys(Path(settings.api_key_file)) if settings.api_key_file else ())
     gpus = 0 if settings.device == "cpu" else settings.tensor_parallel_size
     return Replica.options(
         ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": gpus},
