@@ -15,7 +15,7 @@ import msgspec
 from miniserve.config import EngineConfig
 from miniserve.core import EngineInfo, Request, SchedulerStats, StepTotals
 from miniserve.engine.build import ProgressCallback
-from miniserve.engine.client import AsyncEngine
+from miniserve.engine.client import AsyncEngine, EngineDead
 from miniserve.engine.output import CompletionStream
 from miniserve.engine.tokenizer import Tokenizer, load_tokenizer
 from miniserve.models.generation_config import GenerationDefaults
@@ -74,6 +74,8 @@ class Replicas:
 
     def generate(self, request: Request) -> CompletionStream:
         """As `AsyncEngine.generate`; an id may run once in each engine."""
+        if self.dead is not None:
+            raise EngineDead(self.dead)
         return self._choose(request).generate(request)
 
     def _choose(self, request: Request) -> AsyncEngine:

@@ -17,8 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from server_fakes import RunningServer, running_server, wait_until
 
 from miniserve.config import EngineConfig
-from miniserve.core import UserError
-from miniserve.engine.client import AsyncEngine
+from miniserve.core import Request, SamplingParams, UserError
+from miniserve.engine.client import AsyncEngine, EngineDead
 from miniserve.engine.replicas import Replicas
 
 CONFIG = EngineConfig(data_parallel_size=2, max_model_len=1024)
@@ -102,6 +102,8 @@ def test_one_that_dies_ends_the_server_and_the_others_finish_what_they_run(serve
         health = httpx.get(f"{server.root}/health")
         assert health.status_code == 503 and f"Engine {killed} of 2: The engine died" in health.text
         assert ask(server, [300]).status_code == 503
+        with pytest.raises(EngineDead, match=f"Engine {killed} of 2"):
+            server.call(server.engine.generate, Request(request_id="r", prompt_token_ids=[1], params=SamplingParams()))
         (choice,) = answers[1 - killed].result().json()["choices"]
         assert choice["token_ids"] == expected_tokens([300 + 1 - killed, 400], 400)
     assert server.join() == 1

@@ -1,0 +1,56 @@
+"""The table of docs/SCALE.md that says which models fit on which GPUs, made by `explain`. Run as a program, it renews
+it."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from pathlib import Path
+
+from explain_models import MODELS
+
+from miniserve.checks.explanation import DEVICE_MEMORY, explain
+from miniserve.config import EngineConfig
+from miniserve.models.config import describe_model
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "SCALE.md"
+DEVICES = ("h100", "h200", "mi300x", "mi355x")
+SERVED = ("Llama-3.1-8B", "Llama-3.1-70B", "DeepSeek-V2-Lite", "Qwen3-235B-A22B-FP8", "Qwen3-235B-A22B", "DeepSeek-V3")
+_HOST = 8  # GPUs
+
+
+def fit_table() -> str:
+    places = [f"{name.upper()}, {DEVICE_MEMORY[name]:.0f} GiB" for name in DEVICES]
+    rows = [f"| model | {' | '.join(places)} |", "|---|" + "---|" * len(DEVICES)]
+    rows += [f"| {name} | {' | '.join(_fit(name, device) for device in DEVICES)} |" for name in SERVED]
+    return "\n".join(rows)
+
+
+def _fit(name: str, device: str) -> str:
+    """The fewest GPUs, as a power of 2, and the tokens that their cache has room for."""
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_text(json.dumps(MODELS[name]))
+        model = describe_model(Path(directory), name)
+    assert not model.missing, name
+    count, memory = 1, explain(name, model, EngineConfig(), device, 1).memory
+    while not memory.tokens:
+        if count == _HOST or (memory.least_tp is None and count == 1):
+            return f"more than {_HOST} GPUs"
+        count = max(2 * count, memory.least_tp or 0)
+        if count > _HOST:
+            return f"{count} GPUs, of several hosts"
+        memory = explain(name, model, EngineConfig(), device, count).memory
+    return f"{count} GPU{'s' if count > 1 else ''}, {memory.tokens / 1000:,.0f}k tokens"
+
+
+def renewed(text: str) -> str:
+    """The document with its table as `explain` has it."""
+    marks = "<!-- fits: generated -->", "<!-- /fits -->"
+    pattern = re.compile(f"{re.escape(marks[0])}.*{re.escape(marks[1])}", re.DOTALL)
+    assert pattern.search(text)
+    return pattern.sub(lambda _: f"{marks[0]}\n{fit_table()}\n{marks[1]}", text)
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(renewed(DOCUMENT.read_text()))
