@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import ssl
+from collections.abc import Iterator
+from typing import Any
 
 # As many tests run at once as there are cores; the engines that they start inherit this too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The many processes that tests start keep the package compiled: anew it takes each of them most of a second.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+import httpx
 import pytest
 import torch
 
@@ -24,3 +28,16 @@ def interruptible() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda *_: None)  # as good as ignored, but not inherited
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_tls_context() -> Iterator[None]:
+    """HTTP clients that were given none share it: to read the machine's certificates takes each of them 40 ms."""
+    create, shared = httpx.create_ssl_context, httpx.create_ssl_context()
+
+    def context(verify: Any = True, **options: Any) -> ssl.SSLContext:
+        return shared if verify is True else create(verify, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("httpx._transports.default.create_ssl_context", context)
+        yield

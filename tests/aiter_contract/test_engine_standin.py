@@ -216,7 +216,7 @@ def serve_problems(command: str, arch: str, count: int, tmp_path: Path) -> tuple
 
 
 def wait_until_ready(port: int, process: subprocess.Popen[bytes], output: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 480  # a machine at work loads slowly
     while True:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5):

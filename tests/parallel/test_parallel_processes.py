@@ -106,7 +106,7 @@ def server() -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     with subprocess.Popen(command) as process:
         try:
             url = f"http://127.0.0.1:{port}"
-            deadline = time.monotonic() + 180
+            deadline = time.monotonic() + 480  # a machine at work loads slowly
             while True:
                 try:
                     httpx.get(f"{url}/health").raise_for_status()
