@@ -96,7 +96,7 @@ def told(events: list[Event]) -> tuple[str, list[tuple[str, Any]]]:
 
 
 @pytest.mark.parametrize("dialect", TOOL_DIALECTS)
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_calls_are_read_as_they_were_meant_however_the_text_is_cut(dialect: str, data: st.DataObject) -> None:
     calls = data.draw(typed_calls if dialect == "qwen3_coder" else any_calls)
@@ -113,7 +113,7 @@ def test_calls_are_read_as_they_were_meant_however_the_text_is_cut(dialect: str,
 
 
 @pytest.mark.parametrize("dialect", TOOL_DIALECTS)
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_broken_and_made_up_texts_lose_nothing_and_are_read_the_same_in_any_pieces(
     dialect: str, data: st.DataObject
@@ -193,7 +193,7 @@ def test_the_name_comes_first_and_the_arguments_as_they_come() -> None:
     assert parser.push("\n</tool_call>") == parser.finish() == []
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(
     thought=st.text("ab</think>\n", max_size=20).filter(lambda text: "</think>" not in text),
     said=words,
