@@ -63,7 +63,11 @@ def count(flag: str) -> Callable[[object], int]:
 
 
 def _parse_ranks(value: object) -> int | None:
-    return None if value in (None, "auto") else parse_count(str(value), "--tensor-parallel-size")
+    if value in (None, "auto"):
+        return None
+    if re.fullmatch(r"-?[0-9]{1,9}", str(value)) is None:
+        raise UserError(f"--tensor-parallel-size must be a number of GPUs or auto, not {str(value)[:50]!r}.")
+    return int(str(value))
 
 
 def _note_debug(ctx: typer.Context, level: str) -> str:

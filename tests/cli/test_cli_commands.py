@@ -84,6 +84,7 @@ def test_version(arguments: tuple[str, ...], forked: cli.Forked) -> None:
         ),
         (("run", "--max-model-len", "8q"), "--max-model-len must be a whole number such as 8192"),
         (("run", "--max_model_len", "8q"), "--max-model-len must be a whole number such as 8192"),
+        (("run", "--tensor-parallel-size", "two"), "--tensor-parallel-size must be a number of GPUs or auto"),
         (("run", "--kv-cache-memory", "much"), "--kv-cache-memory must be a size in bytes such as 512M or 4G"),
         (("run", "--max-itl-ratio", "1"), "--max-itl-ratio must be above 1, for example 2, or 0 for no bound"),
         (("serve", "--max-itl-ratio", "-2"), "--max-itl-ratio must be above 1"),
