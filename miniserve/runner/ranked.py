@@ -251,7 +251,11 @@ class Ranks:
             now = time.monotonic()
             # Where this process was stopped itself, the time says nothing about the others.
             tick, last = min(now - last, 4 * _TICK), now
-            trouble = self._find_trouble(tick)
+            try:
+                trouble = self._find_trouble(tick)
+            except Exception as error:  # without a watch rank 0 might wait for ever
+                self._fail(f"the watch over the ranks failed ({type(error).__name__}: {error})")
+                return
             self._doubt = 0.0 if trouble is None else self._doubt + tick
             if trouble is not None and (trouble[0] == 0 or self._doubt >= _COUNSEL):
                 self._fail(trouble[1])
@@ -270,7 +274,8 @@ class Ranks:
             if (trouble := peer.trouble(limit)) is not None:
                 found.append(trouble)
         oldest = self._collected + 1
-        everywhere = min(peer.sign.launched for peer in self._peers)
+        # There may be none yet, while ranks of other hosts are still to come.
+        everywhere = min((peer.sign.launched for peer in self._peers), default=0)
         # Within a launch rank 0 may compute or compile for long, and collects no step before it.
         waits = self._collected < self._sent == self._launched and everywhere >= oldest
         self._unfinished = self._unfinished + tick if waits else 0.0
