@@ -35,6 +35,7 @@ NUM_EXAMPLES = {
     "GET /version": 1,
     "GET /metrics": 1,
     "GET /debug/steps": 20,
+    "GET /debug/engine": 5,
 }
 
 

@@ -101,7 +101,7 @@ def test_the_names_and_labels_that_dashboards_read(server: RunningServer) -> Non
     assert (cache.labels["block_size"], cache.labels["num_gpu_blocks"]) == ("16", "64")
     assert cache.labels["kv_cache_size_tokens"] == "1024"
     reasons = {sample.labels["finished_reason"] for sample in samples if sample.name == "vllm:request_success_total"}
-    assert reasons == {"stop", "length", "abort", "error"}
+    assert reasons == {"stop", "length", "abort", "error", "refused"}
     itl = [sample.labels["le"] for sample in samples if sample.name == "vllm:inter_token_latency_seconds_bucket"]
     assert itl[:4] == ["0.001", "0.0025", "0.005", "0.01"]
     assert itl[-1] == "+Inf"
