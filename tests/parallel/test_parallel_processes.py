@@ -86,9 +86,12 @@ def test_two_hosts_give_the_tokens_of_one_process() -> None:
     settings = ["--device=cpu", "--dtype=float32", "--max-model-len=128", "--kv-cache-memory=16M"]
     command = [sys.executable, "-m", "miniserve", "serve", str(ASSETS / "tiny-qwen3"), *settings, *flags]
     with subprocess.Popen([*command, "--node-rank=1"], stderr=subprocess.PIPE, text=True) as other:
-        assert tokens("tiny-qwen3", **hosts) == alone("tiny-qwen3")
-        assert other.wait(SLACK) == 0
-        assert other.stderr is not None and "Running rank 1 of 2" in other.stderr.read()
+        try:
+            assert tokens("tiny-qwen3", **hosts) == alone("tiny-qwen3")
+            assert other.wait(SLACK) == 0
+            assert other.stderr is not None and "Running rank 1 of 2" in other.stderr.read()
+        finally:
+            other.kill()  # or the end of this block would wait for it, where something failed
 
 
 @pytest.fixture
