@@ -7,7 +7,7 @@ from scheduler_fakes import make_config, make_request
 from scheduler_integrity import check_integrity
 
 from miniserve.config import SchedulerConfig
-from miniserve.core import DraftRun, FinishReason, RequestOutput, StepPlan, StepResult
+from miniserve.core import DraftRun, FinishReason, RequestOutput, StepPlan
 from miniserve.scheduler.scheduler import Scheduler
 from miniserve.scheduler.sequence import Sequence
 from miniserve.scheduler.speculation import Speculation
@@ -25,12 +25,13 @@ class Steps:
         self.scheduler.add(make_request(request_id, prompt, **params))
 
     def step(self, *token_ids: int) -> tuple[StepPlan, list[RequestOutput]]:
-        plan = self.scheduler.schedule()
-        assert plan is not None
+        step = self.scheduler.schedule()
+        assert step is not None
         check_integrity(self.scheduler)
-        outputs = self.scheduler.update(plan, StepResult(list(token_ids)))
+        step.token_ids = list(token_ids)
+        outputs = self.scheduler.update(step)
         check_integrity(self.scheduler)
-        return plan, outputs
+        return step.plan, outputs
 
 
 def new_tokens(outputs: list[RequestOutput], request_id: str = "a") -> list[int]:
