@@ -43,6 +43,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import compress, takewhile
 
+import msgspec
+
 from miniserve.config import SchedulerConfig
 from miniserve.core import (
     Chunk,
@@ -105,13 +107,9 @@ class Scheduler:
         self._in_flight: deque[PlannedStep] = deque()
         self._blocks_wanted = 0  # free blocks that the head of the queue needed when last tried
         self._num_arrivals = 0
-        self._num_scheduled = 0
         self._num_updated = 0
-        self._num_preemptions = 0
-        self._num_queried_tokens = 0
-        self._num_hit_tokens = 0
-        self._step_tokens = 0
-        self._speculation = Speculation(config.num_draft_tokens)
+        self._stats = SchedulerStats()  # its totals; `stats` adds the gauges
+        self._speculation = Speculation(config.num_draft_tokens, self._stats)
 
     # --- requests come and go -------------------------------------------------------------------------------------
 
@@ -142,19 +140,11 @@ class Scheduler:
         return bool(self._sequences or self._in_flight)
 
     def stats(self) -> SchedulerStats:
-        num_blocks = self._config.num_blocks
-        return SchedulerStats(
+        return msgspec.structs.replace(
+            self._stats,
             num_running=len(self._running),
             num_waiting=len(self._waiting),
-            kv_cache_usage=1.0 - self._pool.num_free / num_blocks,
-            num_preemptions=self._num_preemptions,
-            prefix_cache_queries=self._num_queried_tokens,
-            prefix_cache_hits=self._num_hit_tokens,
-            num_steps=self._num_scheduled,
-            step_tokens=self._step_tokens,
-            num_drafts=self._speculation.num_drafts,
-            num_draft_tokens=self._speculation.num_draft_tokens,
-            num_accepted_tokens=self._speculation.num_accepted_tokens,
+            kv_cache_usage=1.0 - self._pool.num_free / self._config.num_blocks,
         )
 
     def pool_view(self, max_blocks: int) -> PoolView:
@@ -178,7 +168,7 @@ class Scheduler:
         """Plan the next step; None if nothing can be computed before a request or a result arrives."""
         if self._config.num_draft_tokens and self._in_flight:
             raise RuntimeError("Speculation allows one step in flight.")
-        preemptions = self._num_preemptions
+        preemptions = self._stats.num_preemptions
         self._advance_decoding()
         # At least 0: each of these sequences had a token of the last step's budget.
         budget = self._config.max_num_batched_tokens - len(self._decoding)
@@ -202,10 +192,10 @@ class Scheduler:
         if runs:
             shape.rows, shape.context = len(decoding), sum(plan.run_positions) + len(decoding)
         self._stops = []
-        record = StepRecord(preemptions=self._num_preemptions - preemptions)
+        record = StepRecord(preemptions=self._stats.num_preemptions - preemptions)
         step = PlannedStep(plan, record, sampling=sampling, chunked=chunked, shape=shape)
         self._in_flight.append(step)
-        self._num_scheduled += 1
+        self._stats.num_steps += 1
         return step
 
     def _schedule_chunks(
@@ -328,8 +318,8 @@ class Scheduler:
         seq.first_scheduled_time = time.monotonic()
         if self._blocks.uses_cache(seq):
             seq.num_cached_tokens = seq.num_computed
-            self._num_queried_tokens += seq.prompt_len
-            self._num_hit_tokens += seq.num_cached_tokens
+            self._stats.prefix_cache_queries += seq.prompt_len
+            self._stats.prefix_cache_hits += seq.num_cached_tokens
 
     def _next_chunk(self, seq: Sequence, budget: int) -> Chunk:
         start = seq.num_computed
@@ -346,8 +336,8 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         self._leave(seq)
         seq.num_preemptions += 1
-        self._num_preemptions += 1
-        seq.ready_step = self._num_scheduled
+        self._stats.num_preemptions += 1
+        seq.ready_step = self._stats.num_steps
         passed = list(takewhile(lambda order: order < seq.order, self._waiting))
         self._waiting[seq.order] = seq
         for order in [seq.order, *reversed(passed)]:
@@ -377,7 +367,7 @@ class Scheduler:
             raise RuntimeError(f"A step that samples {len(step.sampling)} tokens returned {len(step.token_ids)}.")
         self._num_updated += 1
         outputs = self._take_chunks(step)
-        self._step_tokens = 0
+        self._stats.step_tokens = 0
         logprobs = step.logprobs or [None] * len(step.sampling)
         entries: Iterable[tuple[Sequence, int, TokenLogprobs | None]] = zip(
             step.sampling, step.token_ids, logprobs, strict=True
@@ -395,7 +385,7 @@ class Scheduler:
                 continue
             token_ids = seq.token_ids
             token_ids.append(token_id)
-            self._step_tokens += 1 if len(token_ids) > seq.prompt_len + 1 else seq.prompt_len + 1
+            self._stats.step_tokens += 1 if len(token_ids) > seq.prompt_len + 1 else seq.prompt_len + 1
             output = seq.output([token_id])
             outputs.append(output)
             if entry is not None:

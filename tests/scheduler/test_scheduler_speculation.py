@@ -7,7 +7,7 @@ from scheduler_fakes import make_config, make_request
 from scheduler_integrity import check_integrity
 
 from miniserve.config import SchedulerConfig
-from miniserve.core import DraftRun, FinishReason, RequestOutput, StepPlan
+from miniserve.core import DraftRun, FinishReason, RequestOutput, SchedulerStats, StepPlan
 from miniserve.scheduler.scheduler import Scheduler
 from miniserve.scheduler.sequence import Sequence
 from miniserve.scheduler.speculation import Speculation
@@ -92,7 +92,7 @@ def test_guesses_share_the_rows_that_are_left() -> None:
 
 def test_who_guesses_badly_guesses_less() -> None:
     seq = Sequence(make_request("a", [1, 2, 1, 2]), 1, 1000, frozenset())
-    speculation, lengths = Speculation(7), []
+    speculation, lengths = Speculation(7, SchedulerStats()), []
     for right in (2, 0, 0, 1, 3, 7, 7):
         (run,) = speculation.draft([seq], 99, lambda _, count: count)
         guesses = run.token_ids[1:]
