@@ -15,6 +15,7 @@ from miniserve.core import Completion, FinishReason, InvalidRequest
 from miniserve.engine.call_reader import CallArguments, CallBegin, CallEnd, Content, Thought
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server.chat import Chat, prepare
+from miniserve.server.fields import ASK_CHAT, LEAVE_OUT, OTHER_LENGTHS, REFUSED, Body, Refusal, Refused
 from miniserve.server.protocol import ChatCompletionRequest, ChatMessage, ContentPart, MessageToolCall
 from miniserve.server.reading import AnswerReader
 from miniserve.server.reply import Answer, GenerationResponse, Header
@@ -22,6 +23,26 @@ from miniserve.server.service import Service
 
 T = TypeVar("T")
 _MESSAGE = re.compile(r"messages\[(\d+)\]")
+_SAME_REMEDY = ("previous_response_id", "conversation", "context", "verbosity")  # as in chat
+
+
+def refused_beside(
+    body: type[Body], length: str, more: Mapping[str, tuple[object, ...]], remedies: Mapping[str, str]
+) -> Refused:
+    """Of a request that is a chat's under other names: what chat takes or refuses and `body` has not, and `more`, by
+    their neutral values. `length`: what it calls max_tokens."""
+    instead = dict.fromkeys(ChatCompletionRequest.model_fields, ASK_CHAT)
+    for name, refusal in REFUSED.items():
+        instead[name] = refusal.remedy if name in _SAME_REMEDY or refusal.remedy == LEAVE_OUT else ASK_CHAT
+    instead |= dict.fromkeys((*OTHER_LENGTHS, "max_tokens", "max_completion_tokens"), f"use {length}")
+    neutrals: dict[str, tuple[object, ...]] = dict.fromkeys(ChatCompletionRequest.model_fields, ())
+    neutrals |= {"n": (1,), "logprobs": (False,), "do_sample": ()}
+    neutrals |= {name: refusal.neutrals for name, refusal in REFUSED.items()}
+    return {
+        name: Refusal(values, {**instead, **remedies}.get(name, LEAVE_OUT))
+        for name, values in {**neutrals, **more}.items()
+        if name not in body.model_fields
+    }
 
 
 @dataclass(slots=True)

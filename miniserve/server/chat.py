@@ -13,7 +13,6 @@ import msgspec
 from miniserve.core import Completion, InvalidRequest, SamplingParams, TokenLogprobs
 from miniserve.engine.call_reader import CallArguments, CallBegin, Content, Event, Thought
 from miniserve.engine.tokenizer import Tokenizer
-from miniserve.server.fields import REFUSED_IN_CHAT
 from miniserve.server.protocol import (
     ChatChoice,
     ChatChunkChoice,
@@ -195,9 +194,6 @@ def _echoed(body: ChatCompletionRequest) -> str:
 
 async def respond(service: Service, body: ChatCompletionRequest) -> GenerationResponse:
     """Raises `InvalidRequest` or `APIError` for what cannot be answered."""
-    service.check_alive()
-    service.check_model(body.model)
-    service.fields.check(body, REFUSED_IN_CHAT)
     chat = await prepare(service, body)
     header = service.header("chatcmpl-")
     answer = ChatAnswer(header, service.engine.tokenizer, chat, body)

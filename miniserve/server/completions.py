@@ -10,7 +10,6 @@ from typing import Any
 from miniserve.core import Completion, SamplingParams, TokenLogprobs
 from miniserve.engine.detokenizer import TextDecoder, text_decoder
 from miniserve.engine.tokenizer import Tokenizer
-from miniserve.server.fields import REFUSED_IN_COMPLETIONS
 from miniserve.server.protocol import CompletionChoice, CompletionLogprobs, CompletionRequest, Prompt
 from miniserve.server.reply import ChoicesAnswer, GenerationResponse, Header, finish_word
 from miniserve.server.service import MAX_TEXT, Service
@@ -184,9 +183,6 @@ class CompletionAnswer(ChoicesAnswer):
 
 async def respond(service: Service, body: CompletionRequest) -> GenerationResponse:
     """Raises `InvalidRequest` or `APIError` for what cannot be answered."""
-    service.check_alive()
-    service.check_model(body.model)
-    service.fields.check(body, REFUSED_IN_COMPLETIONS)
     params = service.rules.for_completion(body)
     await service.check_grammar(body)
     service.turns.check(len(body.prompt), params.n)

@@ -7,16 +7,15 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, NotRequired
 
 from fastapi import Response
-from pydantic import BaseModel, ConfigDict, Field, WrapValidator
+from pydantic import Field, WrapValidator
 from typing_extensions import TypedDict
 
 from miniserve.core import Completion, FinishReason, InvalidRequest
-from miniserve.server.agents import Part, PartsAnswer, Translation, Turn, called, needed
+from miniserve.server.agents import Part, PartsAnswer, Translation, Turn, called, needed, refused_beside
 from miniserve.server.chat import thinking_switch
 from miniserve.server.errors import APIError, json_response
-from miniserve.server.fields import FieldPolicy, refused_beside, remedies_beside
+from miniserve.server.fields import LEAVE_OUT, Body, Exact, refusals
 from miniserve.server.protocol import (
-    Body,
     CalledName,
     ChatCompletionRequest,
     Float,
@@ -69,6 +68,10 @@ class Message(Body):
 
 
 class ToolDefinition(Body):
+    refused = refusals({
+        LEAVE_OUT: {"input_examples": ([],), "defer_loading": (False,), "allowed_callers": (["direct"],)}
+    })  # fmt: skip
+
     type: Text | None = None
     name: FunctionName
     description: Text | None = None
@@ -79,17 +82,13 @@ class ToolDefinition(Body):
     eager_input_streaming: bool | None = None
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class ToolChoice(_Strict):
+class ToolChoice(Exact):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
 
 
-class Thinking(_Strict):
+class Thinking(Exact):
     """`budget_tokens` is a target, here as there; `max_tokens` bounds reasoning, too."""
 
     type: Literal["enabled", "disabled", "adaptive"]
@@ -97,12 +96,12 @@ class Thinking(_Strict):
     display: Literal["summarized", "omitted"] | None = None
 
 
-class OutputFormat(_Strict):
+class OutputFormat(Exact):
     type: Literal["json_schema"]
     json_schema: dict[str, Any] = Field(alias="schema")
 
 
-class OutputConfig(_Strict):
+class OutputConfig(Exact):
     effort: Text | None = None
     format: OutputFormat | None = None
 
@@ -129,13 +128,13 @@ class MessagesRequest(CountTokensRequest):
     top_k: Int | None = None
 
 
-_MORE: dict[str, tuple[object, ...]] = {
-    "container": (), "context_management": ({"edits": []},), "mcp_servers": ([],), "speed": ("standard",),
-    "inference_geo": (), "diagnostics": (), "output_format": (), "betas": ([],),
-}  # fmt: skip
-REFUSED_IN_MESSAGES = refused_beside(MessagesRequest, _MORE)
-MESSAGES_REMEDIES = remedies_beside(
+MessagesRequest.refused = CountTokensRequest.refused = refused_beside(
+    MessagesRequest,
     "max_tokens",
+    {
+        "container": (), "context_management": ({"edits": []},), "mcp_servers": ([],), "speed": ("standard",),
+        "inference_geo": (), "diagnostics": (), "output_format": (), "betas": ([],),
+    },
     {
         "stop": "use stop_sequences",
         "reasoning_effort": "use output_config.effort",
@@ -144,16 +143,13 @@ MESSAGES_REMEDIES = remedies_beside(
         "parallel_tool_calls": "use tool_choice.disable_parallel_tool_use",
         "mcp_servers": "call them from the client",
     },
-)
+)  # fmt: skip
 _NAMES = {
     "stop": "stop_sequences",
     "reasoning_effort": "output_config.effort",
     "chat_template_kwargs": "thinking",
     "response_format": "output_config.format",
 }
-_REFUSED_IN_TOOLS: dict[str, tuple[object, ...]] = {
-    "input_examples": ([],), "defer_loading": (False,), "allowed_callers": (["direct"],),
-}  # fmt: skip
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -315,20 +311,16 @@ async def count_tokens(service: Service, body: CountTokensRequest) -> Response:
 
 
 def _translated(service: Service, body: CountTokensRequest) -> Translation:
-    service.check_alive()
-    service.check_model(body.model)
-    service.fields.check(body, REFUSED_IN_MESSAGES, MESSAGES_REMEDIES)
-    turns = list(_turns(service.fields, "system", "system", body.system)) if body.system else []
+    turns = list(_turns("system", "system", body.system)) if body.system else []
     for position, message in enumerate(body.messages):
-        service.fields.check(message, {})
-        turns += _turns(service.fields, f"messages[{position}]", message.role, message.content)
+        turns += _turns(f"messages[{position}]", message.role, message.content)
     chat = ChatCompletionRequest(messages=[turn.message() for turn in turns])
     if turns[-1].role == "assistant":  # the answer goes on with it
         if turns[-1].calls:
             raise InvalidRequest("The last message calls tools, and their results are missing.", "messages")
         chat.continue_final_message, chat.add_generation_prompt = True, False
     if body.tools:
-        chat.tools = [_tool(service.fields, f"tools[{i}]", tool) for i, tool in enumerate(body.tools)]
+        chat.tools = [_tool(f"tools[{i}]", tool) for i, tool in enumerate(body.tools)]
         if len({tool.name for tool in body.tools}) < len(body.tools):
             raise InvalidRequest("tools: two tools have the same name.", "tools")
     if (choice := body.tool_choice) is not None:
@@ -364,14 +356,13 @@ def _think(service: Service, thinking: Thinking, chat: ChatCompletionRequest) ->
         )
 
 
-def _tool(fields: FieldPolicy, path: str, tool: ToolDefinition) -> Tool:
+def _tool(path: str, tool: ToolDefinition) -> Tool:
     if tool.type not in (None, "custom"):
         raise InvalidRequest(
             f"{path}.type: {tool.type[:50]!r} is a tool that the server would have to know, which it does not; only "
             "tools with an input_schema of their own are supported.",
             f"{path}.type",
         )
-    fields.check(tool, _REFUSED_IN_TOOLS)
     if tool.input_schema is None:
         raise InvalidRequest(f"{path}.input_schema is missing.", f"{path}.input_schema")
     function = FunctionDefinition(
@@ -380,7 +371,7 @@ def _tool(fields: FieldPolicy, path: str, tool: ToolDefinition) -> Tool:
     return Tool(type="function", function=function)
 
 
-def _turns(fields: FieldPolicy, path: str, role: str, content: str | Sequence[Block]) -> Iterator[Turn]:
+def _turns(path: str, role: str, content: str | Sequence[Block]) -> Iterator[Turn]:
     """Of one message: results of tools are turns of their own. Raises `InvalidRequest` for a block that is not
     supported, or not in such a message."""
     turn = Turn(path, role)
@@ -388,7 +379,6 @@ def _turns(fields: FieldPolicy, path: str, role: str, content: str | Sequence[Bl
         turn.texts, content = [content], []
     for index, block in enumerate(content):
         where = f"{path}[{index}]" if path == "system" else f"{path}.content[{index}]"
-        fields.check(block, {})
         match block.type:
             case "text":
                 turn.texts.append(needed(where, "text", block.text))
@@ -399,7 +389,7 @@ def _turns(fields: FieldPolicy, path: str, role: str, content: str | Sequence[Bl
             case "tool_result" if role == "user":
                 if turn.texts:
                     yield turn
-                yield _result(fields, where, block)
+                yield _result(where, block)
                 turn = Turn(path, role)
             case _:
                 raise InvalidRequest(
@@ -410,12 +400,11 @@ def _turns(fields: FieldPolicy, path: str, role: str, content: str | Sequence[Bl
         yield turn
 
 
-def _result(fields: FieldPolicy, path: str, block: Block) -> Turn:
+def _result(path: str, block: Block) -> Turn:
     content = block.content or ""
     texts = [content] if isinstance(content, str) else []
     for index, part in enumerate(() if isinstance(content, str) else content):
         where = f"{path}.content[{index}]"
-        fields.check(part, {})
         if part.type != "text":
             raise InvalidRequest(f"{where}.type: {part.type[:50]!r} is not supported; only text is.", f"{where}.type")
         texts.append(needed(where, "text", part.text))

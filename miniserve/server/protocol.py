@@ -2,7 +2,7 @@
 plain dicts that msgspec encodes.
 
 Every optional field of a request takes an explicit null, which means the same as leaving it out. Unknown fields are
-kept (`extra="allow"`) and judged by `fields.FieldPolicy`.
+kept and judged by `fields.FieldPolicy`, but for those of messages and tools, which the chat template sees.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NotRequired
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainValidator,
     ValidatorFunctionWrapHandler,
@@ -23,6 +21,13 @@ from pydantic import (
 from typing_extensions import TypedDict  # typing's own will not do for pydantic below Python 3.12
 
 from miniserve.engine.call_reader import FUNCTION_NAME
+from miniserve.server.fields import (
+    REFUSED_IN_CHAT,
+    REFUSED_IN_COMPLETIONS,
+    REFUSED_OF_TOKENIZER,
+    Body,
+    Lenient,
+)
 from miniserve.server.structured import StructuredFields
 
 Prompt = str | list[int]
@@ -100,14 +105,6 @@ Float = Annotated[float, BeforeValidator(_not_bool)]
 Texts = Annotated[list[Text], Field(fail_fast=True), BeforeValidator(_texts, json_schema_input_type=str | list[str])]
 
 
-class Body(BaseModel):
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
-
-    @property
-    def extras(self) -> dict[str, Any]:
-        return self.model_extra or {}
-
-
 class StreamOptions(Body):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -152,11 +149,12 @@ class GenerationBody(StructuredFields, Body):
 
     @property
     def asked_tokens(self) -> tuple[str, int | None]:
-        """The field that says how long the output may be, and what it says."""
         return "max_tokens", self.max_tokens
 
 
 class CompletionRequest(GenerationBody):
+    refused = REFUSED_IN_COMPLETIONS
+
     prompt: Annotated[
         list[Prompt],
         PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
@@ -166,7 +164,7 @@ class CompletionRequest(GenerationBody):
     add_special_tokens: bool | None = None
 
 
-class ContentPart(Body):
+class ContentPart(Lenient):
     type: str
     text: Text | None = None
 
@@ -196,19 +194,19 @@ CalledName = Annotated[Text, Field(min_length=1)]
 CalledArguments = Annotated[dict[str, Any], PlainValidator(_arguments, json_schema_input_type=Arguments | None)]
 
 
-class CalledFunction(Body):
+class CalledFunction(Lenient):
     name: CalledName
     arguments: CalledArguments = Field(default_factory=dict)
 
 
-class MessageToolCall(Body):
+class MessageToolCall(Lenient):
     """A call that the model made earlier."""
 
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class ChatMessage(Body):
+class ChatMessage(Lenient):
     role: Text = Field(min_length=1, max_length=64)
     # Or a plain text.
     content: (
@@ -239,7 +237,7 @@ def _of_an_object(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-class FunctionDefinition(Body):
+class FunctionDefinition(Lenient):
     """`parameters` is the JSON schema of the arguments; with `strict` it is enforced wherever the model calls it."""
 
     name: FunctionName
@@ -248,7 +246,7 @@ class FunctionDefinition(Body):
     strict: bool | None = None
 
 
-class Tool(Body):
+class Tool(Lenient):
     type: Literal["function"]
     function: FunctionDefinition
 
@@ -287,6 +285,8 @@ class RenderOptions(Body):
 
 
 class ChatCompletionRequest(RenderOptions, GenerationBody):
+    refused = REFUSED_IN_CHAT
+
     messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
     max_completion_tokens: Int | None = None
     logprobs: bool | None = None
@@ -307,6 +307,8 @@ class ChatCompletionRequest(RenderOptions, GenerationBody):
 class TokenizeRequest(RenderOptions):
     """Either `prompt` or `messages`."""
 
+    refused = REFUSED_OF_TOKENIZER
+
     model: str | None = None
     prompt: Text | None = None
     messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)] | None = None
@@ -314,6 +316,8 @@ class TokenizeRequest(RenderOptions):
 
 
 class DetokenizeRequest(Body):
+    refused = REFUSED_OF_TOKENIZER
+
     model: str | None = None
     tokens: Annotated[list[Int], Field(fail_fast=True)]
 

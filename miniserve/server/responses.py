@@ -7,17 +7,16 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, WrapValidator
+from pydantic import AfterValidator, Field, PlainValidator, WrapValidator
 from typing_extensions import TypedDict
 
 from miniserve.core import Completion, FinishReason, InvalidRequest
 from miniserve.engine.tokenizer import Tokenizer
-from miniserve.server.agents import Part, PartsAnswer, Translation, Turn, called, needed
+from miniserve.server.agents import Part, PartsAnswer, Translation, Turn, called, needed, refused_beside
 from miniserve.server.chat import Chat
 from miniserve.server.errors import APIError, clip
-from miniserve.server.fields import FieldPolicy, refused_beside, remedies_beside
+from miniserve.server.fields import LEAVE_OUT, Body, Exact, refusals
 from miniserve.server.protocol import (
-    Body,
     CalledArguments,
     CalledName,
     ChatCompletionRequest,
@@ -81,6 +80,10 @@ Schema = Annotated[dict[str, Any], AfterValidator(_writable)]
 
 
 class FunctionTool(Body):
+    refused = refusals({
+        LEAVE_OUT: {"defer_loading": (False,), "allowed_callers": (["direct"],), "output_schema": ()}
+    })  # fmt: skip
+
     type: Text
     name: FunctionName | None = None
     description: Text | None = None
@@ -88,11 +91,7 @@ class FunctionTool(Body):
     strict: bool | None = None
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class TextFormat(_Strict):
+class TextFormat(Exact):
     type: Literal["text", "json_object", "json_schema"]
     name: Text | None = None
     description: Text | None = None
@@ -100,12 +99,12 @@ class TextFormat(_Strict):
     strict: bool | None = None
 
 
-class TextConfig(_Strict):
+class TextConfig(Exact):
     format: TextFormat | None = None
     verbosity: Literal["medium"] | None = None
 
 
-class ReasoningConfig(_Strict):
+class ReasoningConfig(Exact):
     """Reasoning is shown as it is, so the most that `summary` can ask for is there."""
 
     effort: Text | None = None
@@ -113,7 +112,7 @@ class ReasoningConfig(_Strict):
     generate_summary: Literal["auto", "detailed"] | None = None
 
 
-class ResponseStreamOptions(_Strict):
+class ResponseStreamOptions(Exact):
     include_obfuscation: Literal[False] | None = None
 
 
@@ -151,13 +150,13 @@ class ResponsesRequest(Body):
     metadata: Annotated[dict[Text, Text], Field(max_length=16)] | None = None
 
 
-_MORE: dict[str, tuple[object, ...]] = {
-    "prompt": (), "max_tool_calls": (), "context_management": ([],), "moderation": (), "top_logprobs": (0,),
-    "background_options": (), "access_programs": (), "image": (), "multi_agent": (),
-}  # fmt: skip
-REFUSED_IN_RESPONSES = refused_beside(ResponsesRequest, _MORE)
-RESPONSES_REMEDIES = remedies_beside(
+ResponsesRequest.refused = refused_beside(
+    ResponsesRequest,
     "max_output_tokens",
+    {
+        "prompt": (), "max_tool_calls": (), "context_management": ([],), "moderation": (), "top_logprobs": (0,),
+        "background_options": (), "access_programs": (), "image": (), "multi_agent": (),
+    },
     {
         "messages": "send it as input",
         "system": "use instructions",
@@ -167,16 +166,13 @@ RESPONSES_REMEDIES = remedies_beside(
         "max_tool_calls": "leave it out; there are no built-in tools",
         "background": "leave it out, and wait for the answer",
     },
-)
+)  # fmt: skip
 _NAMES = {
     "messages": "input",
     "max_tokens": "max_output_tokens",
     "reasoning_effort": "reasoning.effort",
     "response_format": "text.format",
 }
-_REFUSED_IN_TOOLS: dict[str, tuple[object, ...]] = {
-    "defer_loading": (False,), "allowed_callers": (["direct"],), "output_schema": (),
-}  # fmt: skip
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -386,30 +382,26 @@ def _shown(tool: FunctionTool) -> dict[str, Any]:
 
 async def respond(service: Service, body: ResponsesRequest) -> GenerationResponse:
     """Raises `InvalidRequest` or `APIError` for what cannot be answered."""
-    service.check_alive()
-    service.check_model(body.model)
-    service.fields.check(body, REFUSED_IN_RESPONSES, RESPONSES_REMEDIES)
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options is only allowed when stream is true.", "stream_options")
     tokenizer = service.engine.tokenizer
-    return await _translated(service.fields, body).respond(
+    return await _translated(body).respond(
         service, "resp_", bool(body.stream), lambda header, chat: ResponsesAnswer(header, tokenizer, chat, body)
     )
 
 
-def _translated(fields: FieldPolicy, body: ResponsesRequest) -> Translation:
+def _translated(body: ResponsesRequest) -> Translation:
     turns = [Turn("instructions", "system", [body.instructions])] if body.instructions else []
     if isinstance(body.input, str):
         turns.append(Turn("input", "user", [body.input]))
     else:
         for index, item in enumerate(body.input):
-            fields.check(item, {})
-            _add(fields, f"input[{index}]", item, turns)
+            _add(f"input[{index}]", item, turns)
     chat = ChatCompletionRequest(messages=[turn.message() for turn in turns])
     chat.max_tokens, chat.temperature, chat.top_p = body.max_output_tokens, body.temperature, body.top_p
     chat.tool_choice, chat.parallel_tool_calls = body.tool_choice, body.parallel_tool_calls
     if body.tools:
-        chat.tools = [_tool(fields, f"tools[{index}]", tool) for index, tool in enumerate(body.tools)]
+        chat.tools = [_tool(f"tools[{index}]", tool) for index, tool in enumerate(body.tools)]
         if len({tool.name for tool in body.tools}) < len(body.tools):
             raise InvalidRequest("tools: two functions have the same name.", "tools")
     if body.reasoning is not None:
@@ -424,13 +416,12 @@ def _translated(fields: FieldPolicy, body: ResponsesRequest) -> Translation:
     return Translation(chat, _NAMES, turns)
 
 
-def _tool(fields: FieldPolicy, path: str, tool: FunctionTool) -> Tool:
+def _tool(path: str, tool: FunctionTool) -> Tool:
     if tool.type != "function":
         raise InvalidRequest(
             f"{path}.type: there are no built-in tools here, such as {tool.type[:50]!r}; only functions.",
             f"{path}.type",
         )
-    fields.check(tool, _REFUSED_IN_TOOLS)
     function = FunctionDefinition(
         name=needed(path, "name", tool.name),
         description=tool.description,
@@ -440,7 +431,7 @@ def _tool(fields: FieldPolicy, path: str, tool: FunctionTool) -> Tool:
     return Tool(type="function", function=function)
 
 
-def _add(fields: FieldPolicy, path: str, item: Item, turns: list[Turn]) -> None:
+def _add(path: str, item: Item, turns: list[Turn]) -> None:
     """Reasoning, text and calls that the model gave one behind the other are one turn. Raises `InvalidRequest` for an
     item that is not supported."""
     last = turns[-1] if turns and turns[-1].role == "assistant" else None
@@ -449,10 +440,10 @@ def _add(fields: FieldPolicy, path: str, item: Item, turns: list[Turn]) -> None:
             role = needed(path, "role", item.role)
             if role != "assistant" or last is None or (last.texts and not last.calls):
                 turns.append(Turn(path, role))
-            turns[-1].texts += _texts(fields, f"{path}.content", needed(path, "content", item.content))
+            turns[-1].texts += _texts(f"{path}.content", needed(path, "content", item.content))
         case "reasoning":
-            texts = _texts(fields, f"{path}.content", item.content or [])
-            texts = texts or _texts(fields, f"{path}.summary", item.summary or [])
+            texts = _texts(f"{path}.content", item.content or [])
+            texts = texts or _texts(f"{path}.summary", item.summary or [])
             if not texts and item.encrypted_content:
                 raise InvalidRequest(
                     f"{path}.encrypted_content: what another server has encrypted cannot be read here; leave the item "
@@ -466,19 +457,18 @@ def _add(fields: FieldPolicy, path: str, item: Item, turns: list[Turn]) -> None:
             arguments = needed(path, "arguments", item.arguments)
             turns[-1].calls.append(called(path, needed(path, "call_id", item.call_id), item.name, arguments))
         case "function_call_output":
-            text = "\n".join(_texts(fields, f"{path}.output", needed(path, "output", item.output)))
+            text = "\n".join(_texts(f"{path}.output", needed(path, "output", item.output)))
             turns.append(Turn(path, "tool", [text], answers=needed(path, "call_id", item.call_id)))
         case _:
             raise InvalidRequest(f"{path}.type: an item of type {item.type[:50]!r} is not supported.", f"{path}.type")
 
 
-def _texts(fields: FieldPolicy, path: str, content: str | Sequence[Piece]) -> list[str]:
+def _texts(path: str, content: str | Sequence[Piece]) -> list[str]:
     if isinstance(content, str):
         return [content]
     texts = []
     for index, piece in enumerate(content):
         where = f"{path}[{index}]"
-        fields.check(piece, {})
         if piece.type not in _TEXTS:
             raise InvalidRequest(f"{where}.type: {piece.type[:50]!r} is not supported; only text is.", f"{where}.type")
         texts.append(needed(where, "text", piece.text))

@@ -5,15 +5,10 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from miniserve.core import Grammar, InvalidRequest
-
-
-class _Strict(BaseModel):
-    """Any other key is an error: it would be meant to change the output."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+from miniserve.server.fields import Exact
 
 
 def _object(value: object) -> object:
@@ -30,7 +25,7 @@ Schema = Annotated[dict[str, Any], BeforeValidator(_object, json_schema_input_ty
 Choices = Annotated[list[str], Field(min_length=1)]
 
 
-class JSONSchemaFormat(_Strict):
+class JSONSchemaFormat(Exact):
     name: str | None = None
     description: str | None = None
     # Enforced either way, so `strict` is not looked at.
@@ -38,13 +33,13 @@ class JSONSchemaFormat(_Strict):
     json_schema: dict[str, Any] = Field(alias="schema")
 
 
-class TagFormat(_Strict):
+class TagFormat(Exact):
     begin: str
     json_schema: dict[str, Any] = Field(alias="schema")
     end: str
 
 
-class StructuralTagFormat(_Strict):
+class StructuralTagFormat(Exact):
     type: Literal["structural_tag"] = "structural_tag"
     structures: Annotated[list[TagFormat], Field(min_length=1)]
     triggers: Annotated[list[str], Field(min_length=1)]
@@ -53,14 +48,14 @@ class StructuralTagFormat(_Strict):
 TagsOrText = Annotated[StructuralTagFormat, BeforeValidator(_object, json_schema_input_type=StructuralTagFormat | str)]
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Exact):
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JSONSchemaFormat | None = None
     structures: list[TagFormat] | None = None
     triggers: list[str] | None = None
 
 
-class StructuredOutputs(_Strict):
+class StructuredOutputs(Exact):
     """One of them."""
 
     json_schema: Schema | None = Field(None, alias="json")
