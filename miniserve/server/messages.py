@@ -10,8 +10,17 @@ from fastapi import Response
 from pydantic import Field, WrapValidator
 from typing_extensions import TypedDict
 
-from miniserve.core import Completion, FinishReason, InvalidRequest
-from miniserve.server.agents import Part, PartsAnswer, Translation, Turn, called, needed, refused_beside
+from miniserve.core import FinishReason, InvalidRequest
+from miniserve.server.agents import (
+    PartsAnswer,
+    Translation,
+    Turn,
+    called,
+    function_tool,
+    needed,
+    refused_beside,
+    texts_of,
+)
 from miniserve.server.chat import thinking_switch
 from miniserve.server.errors import APIError, json_response
 from miniserve.server.fields import LEAVE_OUT, Body, Exact, refusals
@@ -19,7 +28,6 @@ from miniserve.server.protocol import (
     CalledName,
     ChatCompletionRequest,
     Float,
-    FunctionDefinition,
     FunctionName,
     Int,
     NamedTool,
@@ -28,7 +36,7 @@ from miniserve.server.protocol import (
     Tool,
     text_or_list,
 )
-from miniserve.server.reading import template_tools
+from miniserve.server.reading import Part, template_tools
 from miniserve.server.service import Service
 from miniserve.server.structured import JSONSchemaFormat, ResponseFormat
 
@@ -203,35 +211,29 @@ class AnthropicError(TypedDict):
 
 class MessagesAnswer(PartsAnswer):
     beat = b'event: ping\ndata: {"type": "ping"}\n\n'
-    _last: Completion | None = None
-    _started = False
 
     def whole(self) -> dict[str, Any]:
-        content = [self._block(part, part.text) for part in self._parts]
+        content = [self._block(part, part.text) for part in self._reader.parts]
         return {**self._message(), **self._stop(), "content": content}
 
-    def told(self, delta: Completion) -> Iterator[dict[str, Any]]:
-        if not self._started:  # not before the first token, as only then it is known what was cached
-            self._started = True
-            yield {"type": "message_start", "message": self._message()}
-        yield from super().told(delta)
+    def first(self) -> Iterator[dict[str, Any]]:
+        yield {"type": "message_start", "message": self._message()}
 
-    def begun(self, index: int, part: Part) -> Iterator[dict[str, Any]]:
-        yield {"type": "content_block_start", "index": index, "content_block": self._block(part, "")}
+    def begun(self, part: Part) -> Iterator[dict[str, Any]]:
+        yield {"type": "content_block_start", "index": part.number, "content_block": self._block(part, "")}
 
-    def piece(self, index: int, part: Part, text: str) -> dict[str, Any]:
+    def piece(self, part: Part, text: str) -> dict[str, Any]:
         kind, key = {
             "text": ("text_delta", "text"),
             "thought": ("thinking_delta", "thinking"),
             "call": ("input_json_delta", "partial_json"),
         }[part.kind]
-        return {"type": "content_block_delta", "index": index, "delta": {"type": kind, key: text}}
+        return {"type": "content_block_delta", "index": part.number, "delta": {"type": kind, key: text}}
 
-    def ended(self, index: int, part: Part) -> Iterator[dict[str, Any]]:
-        yield {"type": "content_block_stop", "index": index}
+    def ended(self, part: Part) -> Iterator[dict[str, Any]]:
+        yield {"type": "content_block_stop", "index": part.number}
 
-    def finished(self, delta: Completion) -> Iterator[dict[str, Any]]:
-        self._last = delta
+    def closing(self) -> Iterator[dict[str, Any]]:
         yield {"type": "message_delta", "delta": self._stop(), "usage": self._usage()}
         yield {"type": "message_stop"}
 
@@ -240,10 +242,10 @@ class MessagesAnswer(PartsAnswer):
 
     def _message(self) -> dict[str, Any]:
         return {
-            "id": self._header.id,
+            "id": self.header.id,
             "type": "message",
             "role": "assistant",
-            "model": self._header.model,
+            "model": self.header.model,
             "content": [],
             "stop_reason": None,
             "stop_sequence": None,
@@ -294,14 +296,11 @@ def _input(text: str) -> dict[str, Any]:
 
 async def respond(service: Service, body: MessagesRequest) -> Response:
     """Raises `InvalidRequest` or `APIError` for what cannot be answered."""
-    translation = _translated(service, body)
+    translation, tokenizer = _translated(service, body), service.engine.tokenizer
     chat = translation.chat
-    chat.max_tokens, chat.stop = body.max_tokens, body.stop_sequences
+    chat.max_tokens, chat.stop, chat.stream = body.max_tokens, body.stop_sequences, body.stream
     chat.temperature, chat.top_p, chat.top_k = body.temperature, body.top_p, body.top_k
-    tokenizer = service.engine.tokenizer
-    return await translation.respond(
-        service, "msg_", bool(body.stream), lambda header, chat: MessagesAnswer(header, tokenizer, chat)
-    )
+    return await translation.respond(service, lambda chat: MessagesAnswer(service.header("msg_"), tokenizer, chat))
 
 
 async def count_tokens(service: Service, body: CountTokensRequest) -> Response:
@@ -320,9 +319,7 @@ def _translated(service: Service, body: CountTokensRequest) -> Translation:
             raise InvalidRequest("The last message calls tools, and their results are missing.", "messages")
         chat.continue_final_message, chat.add_generation_prompt = True, False
     if body.tools:
-        chat.tools = [_tool(f"tools[{i}]", tool) for i, tool in enumerate(body.tools)]
-        if len({tool.name for tool in body.tools}) < len(body.tools):
-            raise InvalidRequest("tools: two tools have the same name.", "tools")
+        chat.tools = [_tool(f"tools[{index}]", tool) for index, tool in enumerate(body.tools)]
     if (choice := body.tool_choice) is not None:
         if (choice.name is not None) != (choice.type == "tool"):
             raise InvalidRequest("tool_choice: a name goes with the type tool, which needs one.", "tool_choice")
@@ -363,12 +360,8 @@ def _tool(path: str, tool: ToolDefinition) -> Tool:
             "tools with an input_schema of their own are supported.",
             f"{path}.type",
         )
-    if tool.input_schema is None:
-        raise InvalidRequest(f"{path}.input_schema is missing.", f"{path}.input_schema")
-    function = FunctionDefinition(
-        name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict
-    )
-    return Tool(type="function", function=function)
+    schema = needed(path, "input_schema", tool.input_schema)
+    return function_tool(tool.name, tool.description, schema, tool.strict)
 
 
 def _turns(path: str, role: str, content: str | Sequence[Block]) -> Iterator[Turn]:
@@ -401,13 +394,7 @@ def _turns(path: str, role: str, content: str | Sequence[Block]) -> Iterator[Tur
 
 
 def _result(path: str, block: Block) -> Turn:
-    content = block.content or ""
-    texts = [content] if isinstance(content, str) else []
-    for index, part in enumerate(() if isinstance(content, str) else content):
-        where = f"{path}.content[{index}]"
-        if part.type != "text":
-            raise InvalidRequest(f"{where}.type: {part.type[:50]!r} is not supported; only text is.", f"{where}.type")
-        texts.append(needed(where, "text", part.text))
+    texts = texts_of(f"{path}.content", block.content or "")
     # The only way to tell the model of an error.
     text = "Error: " * bool(block.is_error) + "\n".join(texts)
     return Turn(path, "tool", [text], answers=needed(path, "tool_use_id", block.tool_use_id))

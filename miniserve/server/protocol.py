@@ -251,13 +251,6 @@ class Tool(Lenient):
     function: FunctionDefinition
 
 
-def _tools(tools: list[Tool]) -> list[Tool]:
-    names = [tool.function.name for tool in tools]
-    if len(set(names)) < len(names):
-        raise ValueError(f"two functions have the name {max(names, key=names.count)!r}")
-    return tools
-
-
 class NamedTool(NamedTuple):
     name: str
 
@@ -274,7 +267,7 @@ def _tool_choice(value: object) -> str | NamedTool:
 class RenderOptions(Body):
     """What chat and `/tokenize` share: how a conversation is rendered."""
 
-    tools: Annotated[list[Tool], Field(fail_fast=True), AfterValidator(_tools)] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     reasoning_effort: Text | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

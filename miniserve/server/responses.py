@@ -4,15 +4,24 @@ request."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import AfterValidator, Field, PlainValidator, WrapValidator
 from typing_extensions import TypedDict
 
-from miniserve.core import Completion, FinishReason, InvalidRequest
+from miniserve.core import FinishReason, InvalidRequest
 from miniserve.engine.tokenizer import Tokenizer
-from miniserve.server.agents import Part, PartsAnswer, Translation, Turn, called, needed, refused_beside
+from miniserve.server.agents import (
+    PartsAnswer,
+    Translation,
+    Turn,
+    called,
+    function_tool,
+    needed,
+    refused_beside,
+    texts_of,
+)
 from miniserve.server.chat import Chat
 from miniserve.server.errors import APIError, clip
 from miniserve.server.fields import LEAVE_OUT, Body, Exact, refusals
@@ -21,7 +30,6 @@ from miniserve.server.protocol import (
     CalledName,
     ChatCompletionRequest,
     Float,
-    FunctionDefinition,
     FunctionName,
     Int,
     NamedTool,
@@ -29,6 +37,7 @@ from miniserve.server.protocol import (
     Tool,
     text_or_list,
 )
+from miniserve.server.reading import Part
 from miniserve.server.reply import GenerationResponse, Header
 from miniserve.server.service import Service
 from miniserve.server.structured import JSONSchemaFormat, ResponseFormat
@@ -239,7 +248,6 @@ class ResponsesAnswer(PartsAnswer):
         self._body = body
         self._params = chat.params
         self._serial = -1
-        self._last: Completion | None = None
 
     def whole(self) -> dict[str, Any]:
         return dict(self._response(*self._outcome()))
@@ -248,25 +256,24 @@ class ResponsesAnswer(PartsAnswer):
         for kind in ("created", "in_progress"):
             yield self._event(f"response.{kind}", response=self._response("in_progress"))
 
-    def begun(self, index: int, part: Part) -> Iterator[dict[str, Any]]:
-        yield self._event("response.output_item.added", output_index=index, item=_item(part, "", "in_progress"))
+    def begun(self, part: Part) -> Iterator[dict[str, Any]]:
+        yield self._event("response.output_item.added", output_index=part.number, item=_item(part, "", "in_progress"))
         if part.kind != "call":
-            yield self._about(index, part, "response.content_part.added", part=_content(part, ""))
+            yield self._about(part, "response.content_part.added", part=_content(part, ""))
 
-    def piece(self, index: int, part: Part, text: str) -> dict[str, Any]:
-        return self._about(index, part, f"response.{_WORDS[part.kind]}.delta", delta=text)
+    def piece(self, part: Part, text: str) -> dict[str, Any]:
+        return self._about(part, f"response.{_WORDS[part.kind]}.delta", delta=text)
 
-    def ended(self, index: int, part: Part) -> Iterator[dict[str, Any]]:
+    def ended(self, part: Part) -> Iterator[dict[str, Any]]:
         text = part.text
-        key = "arguments" if part.kind == "call" else "text"
-        beside = {"name": part.name} if part.kind == "call" else {}
-        yield self._about(index, part, f"response.{_WORDS[part.kind]}.done", **{key: text}, **beside)
-        if part.kind != "call":
-            yield self._about(index, part, "response.content_part.done", part=_content(part, text))
-        yield self._event("response.output_item.done", output_index=index, item=_item(part, text))
+        if part.kind == "call":
+            yield self._about(part, "response.function_call_arguments.done", arguments=text, name=part.name)
+        else:
+            yield self._about(part, f"response.{_WORDS[part.kind]}.done", text=text)
+            yield self._about(part, "response.content_part.done", part=_content(part, text))
+        yield self._event("response.output_item.done", output_index=part.number, item=_item(part, text))
 
-    def finished(self, delta: Completion) -> Iterator[dict[str, Any]]:
-        self._last = delta
+    def closing(self) -> Iterator[dict[str, Any]]:
         status, reason = self._outcome()
         yield self._event(f"response.{status}", response=self._response(status, reason))
 
@@ -278,13 +285,13 @@ class ResponsesAnswer(PartsAnswer):
         self._serial += 1
         return {"type": kind, "sequence_number": self._serial, **fields}
 
-    def _about(self, index: int, part: Part, kind: str, /, **fields: Any) -> dict[str, Any]:
+    def _about(self, part: Part, kind: str, /, **fields: Any) -> dict[str, Any]:
         """An event of a part. Of calls there are no contents, and of texts alone logprobs, of which there are none."""
         if part.kind != "call":
             fields["content_index"] = 0
         if kind.startswith("response.output_text."):
             fields["logprobs"] = []
-        return self._event(kind, item_id=_item_id(part), output_index=index, **fields)
+        return self._event(kind, item_id=_item_id(part), output_index=part.number, **fields)
 
     def _outcome(self) -> tuple[Literal["completed", "incomplete"], dict[str, str] | None]:
         if self._last is not None and self._last.finish_reason is not FinishReason.STOP:
@@ -302,14 +309,14 @@ class ResponsesAnswer(PartsAnswer):
         effort = body.reasoning.effort if body.reasoning else None
         choice = body.tool_choice or "auto"
         return {
-            "id": self._header.id,
+            "id": self.header.id,
             "object": "response",
-            "created_at": self._header.created,
+            "created_at": self.header.created,
             "status": status,
             "error": error,
             "incomplete_details": incomplete,
-            "model": self._header.model,
-            "output": [] if running else [_item(part, part.text) for part in self._parts],
+            "model": self.header.model,
+            "output": [] if running else [_item(part, part.text) for part in self._reader.parts],
             "usage": None if running else self._usage(),
             "store": False,
             "instructions": body.instructions,
@@ -386,7 +393,7 @@ async def respond(service: Service, body: ResponsesRequest) -> GenerationRespons
         raise InvalidRequest("stream_options is only allowed when stream is true.", "stream_options")
     tokenizer = service.engine.tokenizer
     return await _translated(body).respond(
-        service, "resp_", bool(body.stream), lambda header, chat: ResponsesAnswer(header, tokenizer, chat, body)
+        service, lambda chat: ResponsesAnswer(service.header("resp_"), tokenizer, chat, body)
     )
 
 
@@ -399,11 +406,9 @@ def _translated(body: ResponsesRequest) -> Translation:
             _add(f"input[{index}]", item, turns)
     chat = ChatCompletionRequest(messages=[turn.message() for turn in turns])
     chat.max_tokens, chat.temperature, chat.top_p = body.max_output_tokens, body.temperature, body.top_p
-    chat.tool_choice, chat.parallel_tool_calls = body.tool_choice, body.parallel_tool_calls
+    chat.tool_choice, chat.parallel_tool_calls, chat.stream = body.tool_choice, body.parallel_tool_calls, body.stream
     if body.tools:
         chat.tools = [_tool(f"tools[{index}]", tool) for index, tool in enumerate(body.tools)]
-        if len({tool.name for tool in body.tools}) < len(body.tools):
-            raise InvalidRequest("tools: two functions have the same name.", "tools")
     if body.reasoning is not None:
         chat.reasoning_effort = body.reasoning.effort
     if body.text is not None and (given := body.text.format) is not None:
@@ -422,13 +427,7 @@ def _tool(path: str, tool: FunctionTool) -> Tool:
             f"{path}.type: there are no built-in tools here, such as {tool.type[:50]!r}; only functions.",
             f"{path}.type",
         )
-    function = FunctionDefinition(
-        name=needed(path, "name", tool.name),
-        description=tool.description,
-        parameters=tool.parameters,
-        strict=tool.strict,
-    )
-    return Tool(type="function", function=function)
+    return function_tool(needed(path, "name", tool.name), tool.description, tool.parameters, tool.strict)
 
 
 def _add(path: str, item: Item, turns: list[Turn]) -> None:
@@ -440,10 +439,10 @@ def _add(path: str, item: Item, turns: list[Turn]) -> None:
             role = needed(path, "role", item.role)
             if role != "assistant" or last is None or (last.texts and not last.calls):
                 turns.append(Turn(path, role))
-            turns[-1].texts += _texts(f"{path}.content", needed(path, "content", item.content))
+            turns[-1].texts += texts_of(f"{path}.content", needed(path, "content", item.content), _TEXTS)
         case "reasoning":
-            texts = _texts(f"{path}.content", item.content or [])
-            texts = texts or _texts(f"{path}.summary", item.summary or [])
+            texts = texts_of(f"{path}.content", item.content or [], _TEXTS)
+            texts = texts or texts_of(f"{path}.summary", item.summary or [], _TEXTS)
             if not texts and item.encrypted_content:
                 raise InvalidRequest(
                     f"{path}.encrypted_content: what another server has encrypted cannot be read here; leave the item "
@@ -457,19 +456,7 @@ def _add(path: str, item: Item, turns: list[Turn]) -> None:
             arguments = needed(path, "arguments", item.arguments)
             turns[-1].calls.append(called(path, needed(path, "call_id", item.call_id), item.name, arguments))
         case "function_call_output":
-            text = "\n".join(_texts(f"{path}.output", needed(path, "output", item.output)))
+            text = "\n".join(texts_of(f"{path}.output", needed(path, "output", item.output), _TEXTS))
             turns.append(Turn(path, "tool", [text], answers=needed(path, "call_id", item.call_id)))
         case _:
             raise InvalidRequest(f"{path}.type: an item of type {item.type[:50]!r} is not supported.", f"{path}.type")
-
-
-def _texts(path: str, content: str | Sequence[Piece]) -> list[str]:
-    if isinstance(content, str):
-        return [content]
-    texts = []
-    for index, piece in enumerate(content):
-        where = f"{path}[{index}]"
-        if piece.type not in _TEXTS:
-            raise InvalidRequest(f"{where}.type: {piece.type[:50]!r} is not supported; only text is.", f"{where}.type")
-        texts.append(needed(where, "text", piece.text))
-    return texts

@@ -66,17 +66,15 @@ class Service:
                 code="model_not_found",
             )
 
-    async def generation(
-        self, prompts: Sequence[list[int]], params: SamplingParams, body: GenerationBody, header: Header
-    ) -> Generation:
-        """All that can be wrong with the prompts is found before any runs. Raises `InvalidRequest`; also where more
-        output is asked for than the context can hold, which `check_request` would clamp."""
+    async def respond(self, answer: Answer, params: SamplingParams, body: GenerationBody) -> GenerationResponse:
+        """All that can be wrong with the answer's prompts is found before any runs. Raises `InvalidRequest`, also where
+        more output is asked for than the context can hold, which `check_request` would clamp; `APIError` 503."""
         self.check_alive()
         info, (field, asked) = self.engine.info, body.asked_tokens
         requests = []
-        for number, ids in enumerate(prompts):
+        for number, ids in enumerate(answer.token_ids):
             request = Request(
-                request_id=f"{header.id}-{number}",
+                request_id=f"{answer.header.id}-{number}",
                 prompt_token_ids=ids,
                 params=params,
                 priority=body.priority or 0,
@@ -93,11 +91,8 @@ class Service:
                 )
             if number % 32 == 31:
                 await asyncio.sleep(0)  # other requests' tokens go on flowing
-        return Generation(self.engine, self.metrics, self.turns, requests, params)
-
-    def reply(self, generation: Generation, answer: Answer, stream: bool) -> GenerationResponse:
-        logs, logs_prompts = self.config.log_requests, self.config.log_prompts
-        return GenerationResponse(generation, answer, stream=stream, logs=logs, logs_prompts=logs_prompts)
+        generation = Generation(self.engine, self.metrics, self.turns, requests, params)
+        return GenerationResponse(generation, answer, bool(body.stream), self.config)
 
     async def check_grammar(self, body: GenerationBody) -> None:
         """Raises `InvalidRequest` naming the field for what the output cannot be made to be. Takes a second at most,
