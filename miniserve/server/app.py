@@ -19,8 +19,8 @@ from miniserve.server import chat, completions, errors, messages, page, protocol
 from miniserve.server.body import body_route
 from miniserve.server.chat import render
 from miniserve.server.config import ServerConfig
-from miniserve.server.connection import ApiKeyMiddleware, BodyLimitMiddleware, HostMiddleware, PathMiddleware
 from miniserve.server.errors import json_response
+from miniserve.server.gate import Gate, PathMiddleware
 from miniserve.server.messages import CountTokensRequest, MessagesRequest
 from miniserve.server.protocol import (
     ChatCompletionRequest,
@@ -62,11 +62,7 @@ def create_app(engine: Engine, config: ServerConfig, hosts: Collection[str] | No
     page.install(app, service)
     _check_root_path(app, config.root_path)
     # The last one added is the outermost: browsers need CORS headers on refusals, too.
-    app.add_middleware(BodyLimitMiddleware, max_bytes=config.max_body_bytes)
-    if config.api_keys:
-        app.add_middleware(ApiKeyMiddleware, api_keys=config.api_keys)
-    if hosts is not None:
-        app.add_middleware(HostMiddleware, hosts=hosts)
+    app.add_middleware(Gate, hosts=hosts, api_keys=config.api_keys, max_body_bytes=config.max_body_bytes)
     if config.allowed_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from typing import Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
@@ -196,8 +196,9 @@ class FieldPolicy:
                 unknown.append(name)
         if len(unknown) > _MAX_UNKNOWN:
             raise InvalidRequest(f"The request has {len(unknown)} unknown fields, such as {unknown[0][:100]!r}.")
+        known = {_plain(name): name for name in (*refused, *type(body).model_fields)} if unknown else {}
         for name in unknown:
-            meant = _closest(name, (*type(body).model_fields, *refused))
+            meant = _closest(name, known)
             if meant is not None and meant in refused:
                 raise InvalidRequest(
                     f"The field {name!r} is not known. If you mean {meant}: it is not supported here; "
@@ -236,41 +237,18 @@ def _same(value: object, neutral: object) -> bool:
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
-def _closest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that `name` is in another spelling (maxTokens) or with a slip: of one letter, or of two in a long
-    name; short names have neighbours by chance."""
-    plain, letters = _plain(name[:100])
-    for slips, shortest in ((0, 1), (1, 5), (2, 8)):
-        for each in known:
-            other, other_letters = _plain_known(each)
-            if (
-                min(len(plain), len(other)) >= shortest
-                and len(letters ^ other_letters) <= 2 * slips  # most are ruled out here
-                and _within(plain, other, slips)
-            ):
-                return each
-    return None
+def _closest(name: str, known: Mapping[str, str]) -> str | None:
+    """The known name that `name` is in another spelling (maxTokens) or with a slip of a letter, or two in a long name;
+    short names have neighbours by chance. `known`: names by their `_plain` spelling."""
+    plain = _plain(name[:100])
+    if plain in known:
+        return known[plain]
+    if len(plain) < 5:
+        return None
+    near = [each for each in known if abs(len(each) - len(plain)) <= len(plain) // 5]
+    found = get_close_matches(plain, near, 1, cutoff=0.8 if len(plain) == 5 else 0.85)
+    return known[found[0]] if found else None
 
 
-def _plain(name: str) -> tuple[str, frozenset[str]]:
-    plain = name.replace("_", "").replace("-", "").lower()
-    return plain, frozenset(plain)
-
-
-_plain_known = cache(_plain)
-
-
-def _within(a: str, b: str, slips: int) -> bool:
-    """Whether `slips` letters at most are to be changed, added, left out or swapped with the next to turn a into b."""
-    if abs(len(a) - len(b)) > slips:
-        return False
-    same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    a, b = a[same:], b[same:]
-    if not a or not b or not slips:
-        return len(a) + len(b) <= slips
-    return (
-        _within(a[1:], b[1:], slips - 1)
-        or _within(a[1:], b, slips - 1)
-        or _within(a, b[1:], slips - 1)
-        or (a[:2] == b[1::-1] and _within(a[2:], b[2:], slips - 1))
-    )
+def _plain(name: str) -> str:
+    return name.replace("_", "").replace("-", "").lower()

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, NotRequired
 
 from fastapi import Response
-from pydantic import Field, WrapValidator
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from miniserve.core import FinishReason, InvalidRequest
@@ -30,11 +30,12 @@ from miniserve.server.protocol import (
     Float,
     FunctionName,
     Int,
+    ListOf,
     NamedTool,
     Text,
+    TextOrList,
     Texts,
     Tool,
-    text_or_list,
 )
 from miniserve.server.reading import Part, template_tools
 from miniserve.server.service import Service
@@ -51,12 +52,7 @@ class Block(Body):
     name: CalledName | None = None
     input: dict[str, Any] | None = None
     tool_use_id: Text | None = None
-    content: (
-        Annotated[
-            list[Block], Field(fail_fast=True), WrapValidator(text_or_list, json_schema_input_type=str | list[Any])
-        ]
-        | None
-    ) = None
+    content: TextOrList[Block] | None = None
     is_error: bool | None = None
     # Without effect.
     signature: str | None = None
@@ -65,14 +61,9 @@ class Block(Body):
     cache_control: Any = None
 
 
-Blocks = Annotated[
-    list[Block], Field(fail_fast=True), WrapValidator(text_or_list, json_schema_input_type=str | list[Block])
-]
-
-
 class Message(Body):
     role: Literal["user", "assistant", "system"]
-    content: Blocks
+    content: TextOrList[Block]
 
 
 class ToolDefinition(Body):
@@ -118,9 +109,9 @@ class CountTokensRequest(Body):
     """What the prompt is made of."""
 
     model: str | None = None
-    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
-    system: Blocks | None = None
-    tools: Annotated[list[ToolDefinition], Field(fail_fast=True)] | None = None
+    messages: Annotated[ListOf[Message], Field(min_length=1)]
+    system: TextOrList[Block] | None = None
+    tools: ListOf[ToolDefinition] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None

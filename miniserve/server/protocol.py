@@ -8,7 +8,7 @@ kept and judged by `fields.FieldPolicy`, but for those of messages and tools, wh
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, NamedTuple, NotRequired
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -100,9 +100,11 @@ def _bias(value: object) -> object:
     return bias
 
 
+T = TypeVar("T")
+ListOf = Annotated[list[T], Field(fail_fast=True)]
 Int = Annotated[int, BeforeValidator(_not_bool), AfterValidator(_int64)]
 Float = Annotated[float, BeforeValidator(_not_bool)]
-Texts = Annotated[list[Text], Field(fail_fast=True), BeforeValidator(_texts, json_schema_input_type=str | list[str])]
+Texts = Annotated[ListOf[Text], BeforeValidator(_texts, json_schema_input_type=str | list[str])]
 
 
 class StreamOptions(Body):
@@ -131,14 +133,14 @@ class GenerationBody(StructuredFields, Body):
     )
     seed: Int | None = None
     stop: Texts | None = None
-    stop_token_ids: Annotated[list[Int], Field(fail_fast=True)] | None = None
+    stop_token_ids: ListOf[Int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    allowed_token_ids: Annotated[list[Int], Field(fail_fast=True)] | None = None
+    allowed_token_ids: ListOf[Int] | None = None
     bad_words: Texts | None = None
     prompt_logprobs: Int | None = None
-    logprob_token_ids: Annotated[list[Int], Field(fail_fast=True, min_length=1)] | None = None
+    logprob_token_ids: Annotated[ListOf[Int], Field(min_length=1)] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     truncate_prompt_tokens: Int | None = None
@@ -169,9 +171,13 @@ class ContentPart(Lenient):
     text: Text | None = None
 
 
-def text_or_list(value: object, parts: ValidatorFunctionWrapHandler) -> Any:
+def _text_or_list(value: object, parts: ValidatorFunctionWrapHandler) -> Any:
     """By hand, as a union would name its branches in errors."""
     return _unicode(value) if isinstance(value, str) else parts(value)
+
+
+OR_TEXT = WrapValidator(_text_or_list, json_schema_input_type=str | list[dict[str, Any]])
+TextOrList = Annotated[ListOf[T], OR_TEXT]
 
 
 Arguments = str | dict[str, Any]
@@ -208,16 +214,8 @@ class MessageToolCall(Lenient):
 
 class ChatMessage(Lenient):
     role: Text = Field(min_length=1, max_length=64)
-    # Or a plain text.
-    content: (
-        Annotated[
-            list[ContentPart],
-            Field(fail_fast=True),
-            WrapValidator(text_or_list, json_schema_input_type=str | list[ContentPart]),
-        ]
-        | None
-    ) = None
-    tool_calls: Annotated[list[MessageToolCall], Field(fail_fast=True)] | None = None
+    content: TextOrList[ContentPart] | None = None
+    tool_calls: ListOf[MessageToolCall] | None = None
     function_call: Any = None
 
 
@@ -267,20 +265,20 @@ def _tool_choice(value: object) -> str | NamedTool:
 class RenderOptions(Body):
     """What chat and `/tokenize` share: how a conversation is rendered."""
 
-    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+    tools: ListOf[Tool] | None = None
     reasoning_effort: Text | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    documents: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    documents: ListOf[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None
 
 
 class ChatCompletionRequest(RenderOptions, GenerationBody):
     refused = REFUSED_IN_CHAT
 
-    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
+    messages: Annotated[ListOf[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Int | None = None
     logprobs: bool | None = None
     top_logprobs: Int | None = None
@@ -304,7 +302,7 @@ class TokenizeRequest(RenderOptions):
 
     model: str | None = None
     prompt: Text | None = None
-    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)] | None = None
+    messages: Annotated[ListOf[ChatMessage], Field(min_length=1)] | None = None
     return_token_strs: bool | None = None
 
 
@@ -312,7 +310,7 @@ class DetokenizeRequest(Body):
     refused = REFUSED_OF_TOKENIZER
 
     model: str | None = None
-    tokens: Annotated[list[Int], Field(fail_fast=True)]
+    tokens: ListOf[Int]
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import AfterValidator, Field, PlainValidator, WrapValidator
+from pydantic import AfterValidator, Field, PlainValidator
 from typing_extensions import TypedDict
 
 from miniserve.core import FinishReason, InvalidRequest
@@ -26,16 +26,18 @@ from miniserve.server.chat import Chat
 from miniserve.server.errors import APIError, clip
 from miniserve.server.fields import LEAVE_OUT, Body, Exact, refusals
 from miniserve.server.protocol import (
+    OR_TEXT,
     CalledArguments,
     CalledName,
     ChatCompletionRequest,
     Float,
     FunctionName,
     Int,
+    ListOf,
     NamedTool,
     Text,
+    TextOrList,
     Tool,
-    text_or_list,
 )
 from miniserve.server.reading import Part
 from miniserve.server.reply import GenerationResponse, Header
@@ -56,22 +58,17 @@ class Piece(Body):
     prompt_cache_breakpoint: Any = None
 
 
-Pieces = Annotated[
-    list[Piece], Field(fail_fast=True), WrapValidator(text_or_list, json_schema_input_type=str | list[Piece])
-]
-
-
 class Item(Body):
     """A step of the conversation. The fields that it needs depend on its type."""
 
     type: Text = "message"
     role: Literal["user", "assistant", "system", "developer"] | None = None
-    content: Pieces | None = None
+    content: TextOrList[Piece] | None = None
     call_id: Text | None = None
     name: CalledName | None = None
     arguments: CalledArguments | None = None
-    output: Pieces | None = None
-    summary: Annotated[list[Piece], Field(fail_fast=True)] | None = None
+    output: TextOrList[Piece] | None = None
+    summary: ListOf[Piece] | None = None
     encrypted_content: str | None = None
     # Without effect.
     id: str | None = None
@@ -135,13 +132,9 @@ def _tool_choice(value: object) -> str | NamedTool:
 
 class ResponsesRequest(Body):
     model: str | None = None
-    input: Annotated[
-        list[Item],
-        Field(fail_fast=True, min_length=1),
-        WrapValidator(text_or_list, json_schema_input_type=str | list[Item]),
-    ]
+    input: Annotated[ListOf[Item], Field(min_length=1), OR_TEXT]
     instructions: Text | None = None
-    tools: Annotated[list[FunctionTool], Field(fail_fast=True)] | None = None
+    tools: ListOf[FunctionTool] | None = None
     tool_choice: (
         Annotated[str | NamedTool, PlainValidator(_tool_choice, json_schema_input_type=str | dict[str, Any])] | None
     ) = None
