@@ -169,13 +169,13 @@ def latency(
     from miniserve.bench import display, offline
     from miniserve.bench.report import write_json
 
-    opened = offline.open_engine(engine)
+    llm = offline.open_engine(engine)
     result = offline.measure_latency(
-        opened, batch_size=batch_size, shape=shape, warmup=warmup, repeats=repeats, seed=engine.seed
+        llm, batch_size=batch_size, shape=shape, warmup=warmup, repeats=repeats, seed=engine.seed
     )
-    display.print_latency(result, opened.info)
+    display.print_latency(result, llm.info)
     if json is not None:
-        write_json(json, result.to_json(opened.info))
+        write_json(json, result.to_json(llm.info))
 
 
 @app.command()
@@ -190,8 +190,8 @@ def throughput(
     from miniserve.bench import display, offline
     from miniserve.bench.report import write_json
 
-    opened = offline.open_engine(engine)
-    result = offline.measure_throughput(opened, num_prompts=num_prompts, shape=shape, seed=engine.seed)
-    display.print_throughput(result, opened.info)
+    llm = offline.open_engine(engine)
+    result = offline.measure_throughput(llm, num_prompts=num_prompts, shape=shape, seed=engine.seed)
+    display.print_throughput(result, llm.info)
     if json is not None:
-        write_json(json, result.to_json(opened.info))
+        write_json(json, result.to_json(llm.info))
