@@ -4,75 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import httpx
 
-from miniserve.bench.client import Endpoint, RequestOptions, RequestRecord, send
+from miniserve.bench.client import RequestRecord, send
 from miniserve.bench.connections import ConnectionPool
 from miniserve.bench.decode_steps import DecodeSteps, ask_server
 from miniserve.bench.report import header
 from miniserve.bench.stats import Summary, rates, summarize
-from miniserve.bench.workload import WORDS, WORDS_TEXT, Sample, Shape, poisson_arrivals, text_samples, token_samples
+from miniserve.bench.workload import (
+    WORDS,
+    WORDS_TEXT,
+    Sample,
+    ServeConfig,
+    poisson_arrivals,
+    text_samples,
+    token_samples,
+)
 from miniserve.core import UserError
 from miniserve.server.serve import loop_factory
-
-PromptType = Literal["auto", "ids", "text"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServeConfig:
-    """What is to be measured. Either `concurrency` requests are kept in flight, or `request_rate` requests a second
-    arrive as a Poisson process whatever the server does. `timeout` is the most seconds without a byte from the server.
-    Raises `UserError` for settings that conflict.
-    """
-
-    url: str
-    shape: Shape
-    model: str | None = None
-    endpoint: Endpoint = "completions"
-    api_key: str | None = None
-    num_prompts: int = 100
-    concurrency: int | None = None
-    request_rate: float | None = None
-    warmup: int = 1
-    ignore_eos: bool = False
-    temperature: float = 0.0
-    seed: int = 0
-    prompt_type: PromptType = "auto"
-    vocab_size: int | None = None
-    timeout: float = 600.0
-
-    def __post_init__(self) -> None:
-        if self.num_prompts < 1 or self.warmup < 0:
-            raise UserError("--num-prompts must be 1 or more and --warmup 0 or more.")
-        if (self.concurrency is None) == (self.request_rate is None):
-            raise UserError("Choose one of --concurrency (closed loop) and --request-rate (open loop).")
-        if self.concurrency is not None and self.concurrency < 1:
-            raise UserError("--concurrency must be 1 or more.")
-        if self.request_rate is not None and not (self.request_rate > 0 and math.isfinite(self.request_rate)):
-            raise UserError("--request-rate must be a positive number of requests a second.")
-        if self.endpoint == "chat" and self.prompt_type == "ids":
-            raise UserError("The chat endpoint takes text; use --prompt-type text or --endpoint completions.")
-        if self.vocab_size is not None and self.vocab_size < 1:
-            raise UserError("--vocab-size must be 1 or more.")
-        if self.vocab_size is not None and self.sends_text:
-            raise UserError("--vocab-size is for prompts of token ids; leave it out for text prompts.")
-        if not self.timeout > 0:
-            raise UserError("--timeout must be a positive number of seconds.")
-
-    @property
-    def sends_text(self) -> bool:
-        return self.endpoint == "chat" or self.prompt_type == "text"
-
-    @property
-    def root(self) -> str:
-        return self.url.rstrip("/").removesuffix("/v1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,17 +140,15 @@ async def _run(config: ServeConfig, on_done: Callable[[RequestRecord], None]) ->
         model = config.model or await _first_model(client, config.root)
         server = await _server_version(client, config.root)
         samples = await _samples(client, config, model)
-        options = RequestOptions(
-            model=model, endpoint=config.endpoint, temperature=config.temperature, ignore_eos=config.ignore_eos
-        )
-        await _warm_up(pool, options, samples[: config.warmup], config.root)
+        load = replace(config, model=model)
+        await _warm_up(pool, load, samples[: config.warmup])
         before = await ask_server(client, config.root)
     # Keep the garbage collector from walking existing objects, which would delay every request's timestamps.
     gc.collect()
     gc.freeze()
     try:
         cpu, start = time.process_time(), time.perf_counter()
-        records, lag = await _measure(pool, config, options, samples[config.warmup :], start, on_done)
+        records, lag = await _measure(pool, load, samples[config.warmup :], start, on_done)
         duration, cpu = time.perf_counter() - start, time.process_time() - cpu
     finally:
         gc.unfreeze()
@@ -215,7 +168,6 @@ def _client(config: ServeConfig) -> httpx.AsyncClient:
 async def _measure(
     pool: ConnectionPool,
     config: ServeConfig,
-    options: RequestOptions,
     samples: list[Sample],
     start: float,
     on_done: Callable[[RequestRecord], None],
@@ -224,7 +176,7 @@ async def _measure(
     records: dict[int, RequestRecord] = {}
 
     async def one(index: int, sample: Sample) -> None:
-        records[index] = await send(pool, options, sample, start)
+        records[index] = await send(pool, config, sample, start)
         on_done(records[index])
 
     async def work(queue: Iterable[tuple[int, Sample]]) -> None:
@@ -247,11 +199,11 @@ async def _measure(
     return [records[index] for index in range(len(samples))], lag
 
 
-async def _warm_up(pool: ConnectionPool, options: RequestOptions, samples: list[Sample], root: str) -> None:
+async def _warm_up(pool: ConnectionPool, config: ServeConfig, samples: list[Sample]) -> None:
     now = time.perf_counter()
-    for record in await asyncio.gather(*(send(pool, options, sample, now) for sample in samples)):
+    for record in await asyncio.gather(*(send(pool, config, sample, now) for sample in samples)):
         if record.error is not None:
-            raise UserError(f"The warm-up request to {root} failed: {record.error}. Check --url and --model.")
+            raise UserError(f"The warm-up request to {config.root} failed: {record.error}. Check --url and --model.")
 
 
 async def _first_model(client: httpx.AsyncClient, root: str) -> str:
