@@ -7,6 +7,7 @@ import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -135,34 +136,31 @@ def run(config: ServeConfig, on_done: Callable[[RequestRecord], None] = lambda r
 
 
 async def _run(config: ServeConfig, on_done: Callable[[RequestRecord], None]) -> ServeResult:
-    pool = ConnectionPool(config.root, config.api_key, config.timeout)
-    async with _client(config) as client:
-        model = config.model or await _first_model(client, config.root)
-        server = await _server_version(client, config.root)
-        samples = await _samples(client, config, model)
-        load = replace(config, model=model)
-        await _warm_up(pool, load, samples[: config.warmup])
-        before = await ask_server(client, config.root)
-    # Keep the garbage collector from walking existing objects, which would delay every request's timestamps.
-    gc.collect()
-    gc.freeze()
-    try:
-        cpu, start = time.process_time(), time.perf_counter()
-        records, lag = await _measure(pool, load, samples[config.warmup :], start, on_done)
-        duration, cpu = time.perf_counter() - start, time.process_time() - cpu
-    finally:
-        gc.unfreeze()
-        pool.close()
-    async with _client(config) as client:
-        after = await ask_server(client, config.root)
+    headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
+    with closing(ConnectionPool(config.root, config.api_key, config.timeout)) as pool:
+        # For what is asked beside the load: without a proxy, as the load, and without connections that may have ended.
+        unkept = httpx.Limits(max_keepalive_connections=0)
+        async with httpx.AsyncClient(
+            base_url=config.root, headers=headers, timeout=config.timeout, limits=unkept, trust_env=False
+        ) as client:
+            load = replace(config, model=config.model or await _first_model(client, config.root))
+            server = await _server_version(client)
+            samples = await _samples(client, load)
+            await _warm_up(pool, load, samples[: load.warmup])
+            before = await ask_server(client)
+            # Keep the garbage collector from walking existing objects, which would delay every request's timestamps.
+            gc.collect()
+            gc.freeze()
+            try:
+                cpu, start = time.process_time(), time.perf_counter()
+                records, lag = await _measure(pool, load, samples[load.warmup :], start, on_done)
+                duration, cpu = time.perf_counter() - start, time.process_time() - cpu
+            finally:
+                gc.unfreeze()
+            after = await ask_server(client)
     steps = None if before is None or after is None else after.since(before)
     summary = _summary(records, duration, cpu / duration, lag, steps)
-    return ServeResult(config=config, model=model, server=server, records=records, summary=summary)
-
-
-def _client(config: ServeConfig) -> httpx.AsyncClient:
-    headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
-    return httpx.AsyncClient(headers=headers, timeout=config.timeout, trust_env=False)
+    return ServeResult(config=config, model=str(load.model), server=server, records=records, summary=summary)
 
 
 async def _measure(
@@ -184,18 +182,17 @@ async def _measure(
             await one(index, sample)
 
     lag = 0.0
+    queue = iter(enumerate(samples))  # shared: each worker takes the next sample
     async with asyncio.TaskGroup() as group:
         if config.request_rate is None:
-            queue = iter(enumerate(samples))  # shared: each worker takes the next sample
             for _ in range(min(config.concurrency or 1, len(samples))):
                 group.create_task(work(queue))
         else:
-            for index, arrival in zip(
-                range(len(samples)), poisson_arrivals(config.request_rate, config.seed), strict=False
-            ):
+            arrivals = poisson_arrivals(config.request_rate, config.seed)
+            for (index, sample), arrival in zip(queue, arrivals, strict=False):
                 await asyncio.sleep(arrival - (time.perf_counter() - start))
                 lag = max(lag, time.perf_counter() - start - arrival)
-                group.create_task(one(index, samples[index]))
+                group.create_task(one(index, sample))
     return [records[index] for index in range(len(samples))], lag
 
 
@@ -209,7 +206,7 @@ async def _warm_up(pool: ConnectionPool, config: ServeConfig, samples: list[Samp
 async def _first_model(client: httpx.AsyncClient, root: str) -> str:
     url = f"{root}/v1/models"
     try:
-        response = await client.get(url)
+        response = await client.get("/v1/models")
     except httpx.HTTPError as error:
         raise UserError(f"Cannot reach {url} ({error or type(error).__name__}); is the server running?") from error
     if response.status_code in (401, 403):
@@ -220,36 +217,36 @@ async def _first_model(client: httpx.AsyncClient, root: str) -> str:
         raise UserError(f"{url} lists no model (HTTP {response.status_code}); pass its name as --model.") from error
 
 
-async def _server_version(client: httpx.AsyncClient, root: str) -> dict[str, Any]:
+async def _server_version(client: httpx.AsyncClient) -> dict[str, Any]:
     """The server's description of itself, for the record; empty if it has none."""
     try:
-        answer = (await client.get(f"{root}/version")).json()
+        answer = (await client.get("/version")).json()
     except (httpx.HTTPError, ValueError):
         return {}
     return answer if isinstance(answer, dict) else {}
 
 
-async def _samples(client: httpx.AsyncClient, config: ServeConfig, model: str) -> list[Sample]:
+async def _samples(client: httpx.AsyncClient, config: ServeConfig) -> list[Sample]:
     """Prompts for the warm-up, then for the measurement. Token ids where the endpoint takes them."""
     count = config.warmup + config.num_prompts
-    text_ids = None if config.vocab_size is not None else await _tokenize(client, config.root, model, WORDS_TEXT)
+    text_ids = None if config.vocab_size is not None else await _tokenize(client, config.model, WORDS_TEXT)
     if config.sends_text:
         tokens_per_word = len(text_ids) / len(WORDS) if text_ids else 1.0
         return text_samples(count, config.shape, tokens_per_word, config.seed)
     ids = range(config.vocab_size) if config.vocab_size is not None else sorted(set(text_ids or ()))
     if not ids:
         raise UserError(
-            f"{config.root}/tokenize returns no token ids for {model}; is that the model's name? If the server has "
-            "no such endpoint, pass --vocab-size, or --prompt-type text."
+            f"{config.root}/tokenize returns no token ids for {config.model}; is that the model's name? If the server "
+            "has no such endpoint, pass --vocab-size, or --prompt-type text."
         )
     return token_samples(count, config.shape, ids, config.seed)
 
 
-async def _tokenize(client: httpx.AsyncClient, root: str, model: str, text: str) -> list[int] | None:
+async def _tokenize(client: httpx.AsyncClient, model: str | None, text: str) -> list[int] | None:
     """Token ids of a text as vLLM and miniserve give them, or None where the server has no such endpoint."""
     try:
         body = {"model": model, "prompt": text, "add_special_tokens": False}
-        response = await client.post(f"{root}/tokenize", json=body)
+        response = await client.post("/tokenize", json=body)
         tokens = response.json()["tokens"] if response.status_code == 200 else None
     except (httpx.HTTPError, ValueError, LookupError, TypeError):
         return None
