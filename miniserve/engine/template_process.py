@@ -11,12 +11,13 @@ import json
 import re
 import resource
 import signal
-import socket
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, BinaryIO, cast
+from multiprocessing.connection import Connection
+from typing import Any
 
 import jinja2
 import msgspec
@@ -25,6 +26,8 @@ from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from miniserve.parallel.child import ignore_signals
 
 _SECONDS = 2.0  # for one conversation
 _MEMORY = 2**29  # bytes, for the whole process
@@ -65,39 +68,19 @@ class LeftOut(ValueError):
         self.param = param
 
 
-def send(stream: BinaryIO, message: Job | Answer) -> None:
-    """Raises what msgspec does for values that are no plain data, before anything is sent."""
-    packed = msgspec.msgpack.encode(message)
-    stream.write(len(packed).to_bytes(8, "big"))
-    stream.write(packed)
-    stream.flush()
-
-
-def receive(stream: BinaryIO) -> bytes:
-    """Raises `EOFError` where the other side is gone."""
-    size = int.from_bytes(header := stream.read(8), "big")
-    packed = stream.read(size)
-    if len(header) < 8 or len(packed) < size:
-        raise EOFError
-    return packed
-
-
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # it ends with the process that started it
+    ignore_signals()
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = _MEMORY if hard == resource.RLIM_INFINITY else min(_MEMORY, hard)
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    stream = cast(BinaryIO, socket.socket(fileno=0).makefile("rwb"))
-    while True:
-        try:
-            packed = receive(stream)
-        except EOFError:
-            return
-        signal.setitimer(signal.ITIMER_REAL, _SECONDS)
-        answer = _answer(packed)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        send(stream, answer)
+    connection: Connection[bytes, bytes] = Connection(0)
+    with suppress(EOFError, OSError):  # the process that started it has ended
+        while True:
+            packed = connection.recv_bytes()
+            signal.setitimer(signal.ITIMER_REAL, _SECONDS)
+            answer = _answer(packed)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            connection.send_bytes(msgspec.msgpack.encode(answer))
 
 
 def _answer(packed: bytes) -> Answer:
