@@ -121,24 +121,18 @@ class _TemplateProcess:
         if self._end is None or self._process.poll() is not None:
             self._start()
         try:
-            packed = msgspec.msgpack.encode(job)
-        except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise InvalidRequest(f"The messages or their options are not plain data: {error}.", "messages") from error
-        try:
-            answer = self._ask(packed)
+            self._connection.send_bytes(msgspec.msgpack.encode(job))
+            if not self._connection.poll(_WAIT):
+                raise TimeoutError
+            answer = msgspec.msgpack.decode(self._connection.recv_bytes(), type=Answer)
         except (OSError, EOFError):
             self._stop()
             raise InvalidRequest(OVER_LIMITS, "messages") from None
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise InvalidRequest(f"The messages or their options are not plain data: {error}.", "messages") from error
         if answer.error is not None:
             raise InvalidRequest(answer.error, answer.param)
         return answer.text
-
-    def _ask(self, packed: bytes) -> Answer:
-        """Raises `OSError` or `EOFError` where no answer comes."""
-        self._connection.send_bytes(packed)
-        if not self._connection.poll(_WAIT):
-            raise TimeoutError
-        return msgspec.msgpack.decode(self._connection.recv_bytes(), type=Answer)
 
     def _start(self) -> None:
         self._stop()
