@@ -22,7 +22,6 @@ from engine_support import stand_in
 
 import miniserve
 from miniserve.attention import aiter as adapter
-from miniserve.attention.backends.aiter_calls import AiterCalls
 from miniserve.attention.backends.build import build_backend
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.rocm_aiter_fa import FlashBackend
@@ -261,7 +260,7 @@ def test_22_slots_are_int64_and_one_a_token(layout: str) -> None:
         real = adapter.load()
         write = watched(real.fused_qk_rope_reshape_and_cache, 5)
         backend = flash_backend(step)
-        backend._writer._calls = AiterCalls(replace(real, fused_qk_rope_reshape_and_cache=write), step.layout)
+        backend._aiter = replace(real, fused_qk_rope_reshape_and_cache=write)
         step.check(backend)
     assert seen == [(torch.int64, 30, 30)]
 
