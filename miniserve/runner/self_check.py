@@ -89,7 +89,6 @@ class Checked:
 
 def check_backend(
     choice: Choice,
-    block_size: int,
     options: BackendOptions,
     layers: Sequence[AttentionLayer | LatentLayer],
     caches: Sequence[KVCache],
@@ -99,7 +98,7 @@ def check_backend(
 
     def attempt(*, trusting: bool) -> tuple[Backend[Any], list[CheckResult]]:
         way = dataclasses.replace(options, trust_asm_lengths=trusting)
-        backend = build_backend(choice, block_size, way)
+        backend = build_backend(choice, way)
         return backend, self_check(choice.backend, backend, way, layers, caches, stale)
 
     backend, results = attempt(trusting=asm)
