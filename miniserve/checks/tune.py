@@ -21,6 +21,7 @@ from miniserve.attention.metadata import StepBatch, decode_rows
 from miniserve.attention.select import Choice
 from miniserve.attention.spec import AttentionLayer, LatentLayer
 from miniserve.checks.check_paths import AttentionPath, Machine, made_up_layer
+from miniserve.core import summary
 
 _MEASURE = 0.2  # seconds for each figure
 _CACHED = 512 << 20  # bytes; a run that reads fewer would find them in the GPU's cache
@@ -41,7 +42,7 @@ def fault(machine: Machine, path: AttentionPath) -> str | None:
     try:
         wrong = [result for result in machine.check(path).checks if not result.ok]
     except Exception as error:  # a library may raise anything while the backend is made
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return summary(error)
     return wrong[0].sentence() if wrong else None
 
 
