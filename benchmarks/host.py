@@ -21,7 +21,7 @@ from pathlib import Path
 
 import miniserve
 from miniserve.config import EngineConfig
-from miniserve.core import EngineInfo, StepPlan, StepResult
+from miniserve.core import EngineInfo, Step, TokenMasks
 from miniserve.engine.client import AsyncEngine
 from miniserve.server.config import ServerConfig
 from miniserve.server.serve import listening, loop_factory, serve
@@ -37,20 +37,19 @@ class FakeRunner:
     def __init__(self, step_seconds: float) -> None:
         self._step_seconds = step_seconds
         self._next = 0.0
-        self._launched: list[tuple[int, StepResult]] = []
         self._num_steps = 0
 
-    def launch(self, plan: StepPlan) -> object:
+    def launch(self, step: Step) -> None:
         self._num_steps += 1
-        tokens = [300 + (row * 7 + self._num_steps) % 1500 for row in plan.sampling_rows]
-        self._launched.append((self._num_steps, StepResult(tokens, [None] * len(tokens), {})))
-        return self._num_steps
+        step.token_ids = [300 + (row * 7 + self._num_steps) % 1500 for row in step.plan.sampling_rows]
 
-    def collect(self, handle: object) -> StepResult:
+    def sample(self, step: Step, masks: TokenMasks) -> None:
+        pass
+
+    def collect(self, step: Step) -> None:
         now = time.monotonic()
         self._next = max(self._next + self._step_seconds, now)
         time.sleep(self._next - now)
-        return self._launched.pop(0)[1]
 
     def check(self) -> None:
         pass
