@@ -27,32 +27,25 @@ from miniserve.engine.build import build_engine
 from miniserve.engine.loop import EngineLoop
 from miniserve.engine.roofline import describe
 from miniserve.models.layers.norm import Normed
-from miniserve.models.layers.routing import Chosen, Router, RoutingMethod
-from miniserve.models.options import BuildOptions
-
-
-class UniformRouting:
-    """Replaces the routing: its weights, but experts drawn uniformly for each layer and row. Random router weights may
-    send all tokens to a few experts, and the others' weights would not be read."""
-
-    def __init__(self, method: RoutingMethod) -> None:
-        self._method = method
-        self._drawn: dict[int, torch.Tensor] = {}
-
-    def __call__(self, router: Router, x: Normed) -> Chosen:
-        weights, ids = self._method(router, x)
-        known = self._drawn.get(id(router))
-        if known is None or len(known) < len(ids):
-            scores = torch.rand(max(len(ids), 8192), router.moe.num_experts, device=ids.device)
-            known = self._drawn[id(router)] = scores.topk(router.moe.top_k, dim=1).indices.to(ids.dtype)
-        return weights, known[: len(ids)].contiguous()
+from miniserve.models.layers.routing import Chosen, Router
 
 
 @contextmanager
 def uniform_routing() -> Iterator[None]:
-    """Models built within this block route uniformly."""
-    original = BuildOptions.routing.fget  # type: ignore[attr-defined]
-    with mock.patch.object(BuildOptions, "routing", property(lambda options: UniformRouting(original(options)))):
+    """Within this block routers keep their weights, but experts are drawn uniformly for each layer and row. Random
+    router weights may send all tokens to a few experts, and the others' weights would not be read."""
+    choose = Router.__call__
+    drawn: dict[int, torch.Tensor] = {}
+
+    def uniform(router: Router, x: Normed) -> Chosen:
+        weights, ids = choose(router, x)
+        known = drawn.get(id(router))
+        if known is None or len(known) < len(ids):
+            scores = torch.rand(max(len(ids), 8192), router.moe.num_experts, device=ids.device)
+            known = drawn[id(router)] = scores.topk(router.moe.top_k, dim=1).indices.to(ids.dtype)
+        return weights, known[: len(ids)].contiguous()
+
+    with mock.patch.object(Router, "__call__", uniform):
         yield
 
 

@@ -25,7 +25,6 @@ from miniserve.models.config import describe_model
 from miniserve.models.hub import locate_config
 from miniserve.models.layers.attention import Attention
 from miniserve.models.layers.latent_attention import UpProjection
-from miniserve.models.layers.linear import LinearMethod
 from miniserve.runner.device import find_device, find_dtype, find_kv_dtype
 from miniserve.runner.self_check import Checked, CheckResult, check_backend
 
@@ -66,7 +65,7 @@ def made_up_layer(spec: AttentionSpec, device: torch.device) -> AttentionLayer |
     if (dims := spec.latent) is None:
         sinks = torch.randn(spec.num_heads, generator=generator).to(device) if spec.sinks else None
         return Attention(0, spec, k_scale, v_scale, sinks)
-    layer = UpProjection(0, spec, dims, device, method=LinearMethod())
+    layer = UpProjection(0, spec, dims, device)
     layer.allocate(torch.device("cpu"))
     layer.weight.normal_(0.0, dims.kv_lora_rank**-0.5, generator=generator)
     layer.to(device).finish()

@@ -57,9 +57,7 @@ def locate(
     path = Path(os.path.expanduser(model))
     if model and os.path.isdir(path):
         _refuse_revision(revision, f"the local directory {model}")
-        require_files(path, model, weights=weights)
-        check_config(read_json(path / "config.json"), model)
-        return ModelSource(model, path.resolve(), f"local directory {path.resolve()}")
+        return _checked(model, path.resolve(), f"local directory {path.resolve()}", weights=weights)
     return _locate_on_hub(_hub_id(model, path, notify), revision, weights, notify)
 
 
@@ -97,6 +95,12 @@ def require_files(path: Path, name: str, *, weights: bool) -> None:
         require_weights(path, name)
 
 
+def _checked(name: str, path: Path, origin: str, *, weights: bool) -> ModelSource:
+    require_files(path, name, weights=weights)
+    check_config(read_json(path / "config.json"), name)
+    return ModelSource(name, path, origin)
+
+
 def _refuse_revision(revision: str | None, what: str) -> None:
     if revision is not None:
         raise UserError(f"--revision {revision} means nothing for {what}: leave it out, or name a hub repository.")
@@ -128,9 +132,7 @@ def _locate_on_hub(model: str, revision: str | None, weights: bool, notify: Call
         path = _find_in_cache(model, revision, patterns)
         if path is None:
             raise
-        require_files(path, model, weights=weights)
-        check_config(read_json(path / "config.json"), model)
-        return ModelSource(model, path, f"Hugging Face cache ({path})")
+        return _checked(model, path, f"Hugging Face cache ({path})", weights=weights)
     with _hub_errors(model, revision):
         # config.json first: it is small, and a model that cannot be had or served is told before its weights move.
         check_config(read_json(Path(hf_hub_download(model, "config.json", revision=revision))), model)
@@ -142,9 +144,8 @@ def _locate_on_hub(model: str, revision: str | None, weights: bool, notify: Call
             _require_space(model, size)
             notify(f"Downloading {model}: {_human_bytes(size)} to {_cache_dir()}.")
         path = Path(_snapshot(model, revision, patterns))
-    require_files(path, model, weights=weights)
     origin = "downloaded from the Hugging Face hub" if missing else "Hugging Face cache"
-    return ModelSource(model, path, f"{origin} ({path})")
+    return _checked(model, path, f"{origin} ({path})", weights=weights)
 
 
 def _list_files(model: str, revision: str | None) -> list[str]:

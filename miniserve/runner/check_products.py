@@ -15,7 +15,7 @@ from miniserve.models.layers.contracts import ProductContract
 from miniserve.models.layers.experts import Experts, GroupedMoE
 from miniserve.models.layers.linear import PLAIN, Linear, LinearMethod, Packing
 from miniserve.models.layers.ops import PendingSum
-from miniserve.models.layers.scaled import ScaledMethod, ScaledMoE, WidenedMethod, WidenedMoE
+from miniserve.models.layers.weights import ScaledWeights
 from miniserve.runner.self_check import TOLERANCE, distance
 
 _FLOAT32 = Packing("float32", lambda weight: weight, lambda x, weight, _: functional.linear(x, weight.float()))
@@ -93,10 +93,10 @@ def _both(model: CausalLM, name: str, layer: Linear | Experts) -> Callable[[int]
 
 def _linears(model: CausalLM, name: str, layer: Linear) -> tuple[Linear, Linear]:
     tried = model.options.within(name.rpartition(".")[0]).linear(layer.columns, layer.outputs, bias=False)
-    exact: LinearMethod = LinearMethod()
-    if isinstance(tried.method, ScaledMethod):
-        exact = WidenedMethod(tried.method.form, exact)
-    return tried, Linear(layer.columns, layer.outputs, bias=False, dtype=torch.float32, method=exact)
+    form = tried.weights.form
+    weights = None if form is None else ScaledWeights(form, widened=True)
+    exact = LinearMethod()
+    return tried, Linear(layer.columns, layer.outputs, bias=False, dtype=torch.float32, method=exact, weights=weights)
 
 
 def _experts(model: CausalLM, name: str, layer: Experts) -> tuple[Experts, Experts]:
@@ -104,6 +104,7 @@ def _experts(model: CausalLM, name: str, layer: Experts) -> tuple[Experts, Exper
         raise ValueError("a model without experts has none to try")
     tried = model.options.within(name).experts_of(model.config.moe, layer.hidden_size)
     sizes = layer.experts, layer.hidden_size, layer.width
-    if isinstance(tried.method, ScaledMoE):
-        return tried, Experts(*sizes, dtype=torch.float32, method=WidenedMoE(tried.method.form, GroupedMoE(PLAIN)))
+    if tried.weights.form is not None:
+        weights = ScaledWeights(tried.weights.form, widened=True)
+        return tried, Experts(*sizes, dtype=torch.float32, method=GroupedMoE(PLAIN), weights=weights)
     return tried, Experts(*sizes, dtype=layer.dtype, method=GroupedMoE(_FLOAT32))
