@@ -115,10 +115,10 @@ class DecodeGraphs:
         return self._tokens[: len(inputs.rows)], self._logits[: len(inputs.rows)]
 
     def _stage(self, bucket: int, inputs: GraphInputs) -> None:
-        rows, blocks = inputs.rows, inputs.blocks
+        rows, num_blocks = inputs.rows, len(inputs.places)
         known_bucket, known = self._rows
         num_rows = 0 if known is rows and known_bucket == bucket else bucket
-        if not num_rows and not len(blocks.places):
+        if not num_rows and not num_blocks:
             return
         self._rows = (bucket, rows)
         staged = self._staging[self._num_staged % _RING]
@@ -132,10 +132,10 @@ class DecodeGraphs:
             host[bucket : bucket + len(rows)] = inputs.positions
             host[2 * bucket : 2 * bucket + len(rows)] = inputs.token_ids
             start = 3 * bucket
-        end = start + len(blocks.places)
-        host[start:end] = blocks.places
-        host[end : end + len(blocks.places)] = blocks.block_ids
-        apply_changes(staged, num_rows, len(blocks.places), self._step, self._state.tables, explicit=self._explicit)
+        end = start + num_blocks
+        host[start:end] = inputs.places
+        host[end : end + num_blocks] = inputs.block_ids
+        apply_changes(staged, num_rows, num_blocks, self._step, self._state.tables, explicit=self._explicit)
 
     def _record(self, bucket: int, end: Callable[[torch.Tensor], None], pool: Any) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()

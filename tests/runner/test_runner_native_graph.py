@@ -37,7 +37,7 @@ from miniserve.runner.native_graph import NativeGraphs
 from miniserve.runner.runner import ModelRunner
 from miniserve.runner.sampler import Sampler
 from miniserve.runner.served import ServedModel
-from miniserve.runner.state import BlockChanges, GraphInputs, StepState
+from miniserve.runner.state import GraphInputs, StepState
 from miniserve.scheduler.scheduler import Scheduler
 
 pytestmark = pytest.mark.skipif(
@@ -219,7 +219,7 @@ def test_every_attention_that_the_kernels_have(layout: str, threads: int, tmp_pa
 
 
 def inputs_of(rows: torch.Tensor) -> GraphInputs:
-    return GraphInputs(rows.tolist(), BlockChanges(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int32)))
+    return GraphInputs(rows.tolist(), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int32))
 
 
 def integers(generator: torch.Generator, low: int, high: int, *shape: int) -> torch.Tensor:
