@@ -20,6 +20,11 @@ class UserError(Exception):
     """Something the user asked for cannot be done; `str(error)` says so with its remedy. The CLI exits 2 with it."""
 
 
+def summary(error: Exception) -> str:
+    """The error's kind and first line: what a library raises may be pages long."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 class InvalidRequest(ValueError):
     """A request that is refused. The server answers 400 with `str(error)`, `param`, the field at fault, and `code`, a
     word that programs may test for."""
