@@ -20,6 +20,7 @@ from miniserve.attention.terms import name_of
 from miniserve.config import EngineConfig, tuning_dir
 from miniserve.core import EngineInfo, UserError
 from miniserve.kernels import native, sampling
+from miniserve.kernels.step_tensors import RowState
 from miniserve.models.config import load_model_config
 from miniserve.models.decoder import CausalLM
 from miniserve.models.description import ModelConfig
@@ -265,14 +266,14 @@ def _make_runner(
     vocab_size, device = model.config.vocab_size, options.device
     state = StepState(rows, max_model_len, config.block_size, device)
     sampler = Sampler(rows, vocab_size, device, eos_token_ids, config.seed, _find_draw(options), options.group)
+    row_state = RowState(state.tables, state.lens, sampler.last_tokens, sampler.num_outputs)
     # No group's calls are known to work in graphs yet; and between kernels of a CPU's replay ranks cannot talk.
     replays = served.backend.graphs and not config.enforce_eager and isinstance(options.group, Alone)
     if options.triton is None:
         native_graphs = None
         if replays and options.group.size == 1 and options.native is not None and served.zero_blocks is None:
-            native_graphs = NativeGraphs(served, options.native, state, sampler)
+            native_graphs = NativeGraphs(served, options.native, row_state, sampler.params)
         return ModelRunner(served, state, sampler, native_graphs)
-    from miniserve.kernels.triton.decode_step import RowState
     from miniserve.kernels.triton.sampling import compile_draw
     from miniserve.runner.decode_graph import DecodeGraphs, decode_buckets
 
@@ -280,7 +281,6 @@ def _make_runner(
     if not replays:
         return ModelRunner(served, state, sampler)
     sizes = {"block_size": config.block_size, "max_seq_len": max_model_len}
-    row_state = RowState(state.tables, state.lens, sampler.last_tokens, sampler.num_outputs)
     buckets, guesses = decode_buckets(rows), config.num_draft_tokens
     graphs = DecodeGraphs(served, row_state, sampler.params, **sizes, buckets=buckets, num_draft_tokens=guesses)
     graphs.capture(partial(report, "decode graphs"))

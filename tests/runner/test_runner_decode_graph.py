@@ -29,7 +29,7 @@ from miniserve.config import SchedulerConfig
 from miniserve.core import Grammar, SamplingParams, StepPlan
 from miniserve.engine.loop import EngineLoop
 from miniserve.engine.step_log import StepLog
-from miniserve.kernels.triton.decode_step import RowState
+from miniserve.kernels.step_tensors import RowState
 from miniserve.kernels.triton.sampling import draw
 from miniserve.models.decoder import CausalLM
 from miniserve.parallel.group import Alone, Group
