@@ -310,16 +310,14 @@ class Scheduler:
         starts.append(RowStart(seq.row, seq.request, seq.token_ids[seq.prompt_len :]))
         seq.prefill_len = len(seq.token_ids)
         self._blocks.start(seq, hits)
-        if not seq.num_preemptions:
-            self._note_first_admission(seq)
-        return seq
-
-    def _note_first_admission(self, seq: Sequence) -> None:
+        if seq.num_preemptions:
+            return seq
         seq.first_scheduled_time = time.monotonic()
         if self._blocks.uses_cache(seq):
             seq.num_cached_tokens = seq.num_computed
             self._stats.prefix_cache_queries += seq.prompt_len
             self._stats.prefix_cache_hits += seq.num_cached_tokens
+        return seq
 
     def _next_chunk(self, seq: Sequence, budget: int) -> Chunk:
         start = seq.num_computed
