@@ -365,7 +365,7 @@ class Scheduler:
             raise RuntimeError(f"A step that samples {len(step.sampling)} tokens returned {len(step.token_ids)}.")
         self._num_updated += 1
         outputs = self._take_chunks(step)
-        self._stats.step_tokens = 0
+        step_tokens = 0
         logprobs = step.logprobs or [None] * len(step.sampling)
         entries: Iterable[tuple[Sequence, int, TokenLogprobs | None]] = zip(
             step.sampling, step.token_ids, logprobs, strict=True
@@ -383,7 +383,7 @@ class Scheduler:
                 continue
             token_ids = seq.token_ids
             token_ids.append(token_id)
-            self._stats.step_tokens += 1 if len(token_ids) > seq.prompt_len + 1 else seq.prompt_len + 1
+            step_tokens += 1 if len(token_ids) > seq.prompt_len + 1 else seq.prompt_len + 1
             output = seq.output([token_id])
             outputs.append(output)
             if entry is not None:
@@ -402,6 +402,7 @@ class Scheduler:
                     continue
             if len(token_ids) == seq.max_len:
                 self._finish(seq, output, FinishReason.LENGTH)
+        self._stats.step_tokens = step_tokens
         return outputs
 
     def observe(self, step: PlannedStep, seconds: float) -> None:
