@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from miniserve.kernels.sampling import NUM_COLUMNS, RowParams
+from miniserve.kernels.step_tensors import RowState, StepTensors
 from miniserve.kernels.triton import (
     decode_step,
     elementwise,
@@ -131,8 +132,8 @@ def _small_operations() -> None:
 
 def _step_ends() -> None:
     ids, lens, tables = tensor(256, dtype=torch.int64), int32(256), int32(256, 4096)
-    state = decode_step.RowState(tables, ids, ids, ids)
-    step = decode_step.StepTensors(ids, ids, ids, ids, lens, tables)
+    state = RowState(tables, ids, ids, ids)
+    step = StepTensors(ids, ids, ids, ids, lens, tables)
     for explicit in (False, True):
         decode_step.apply_changes(int32(1280), 256, 16, step, tables, explicit=explicit)
         decode_step.advance(state, step, 16, explicit=explicit)
@@ -142,7 +143,7 @@ def _step_ends() -> None:
 
 def _draw(vocab_size: int, dtype: torch.dtype, *, in_graph: bool) -> None:
     rows = tensor(256, dtype=torch.int64)
-    state = decode_step.RowState(rows, rows, rows, rows)
+    state = RowState(rows, rows, rows, rows)
     params = RowParams(rows, rows, tensor(256, NUM_COLUMNS, dtype=torch.float32))
     logits = tensor(256, vocab_size, dtype=dtype)
     if in_graph:

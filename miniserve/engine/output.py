@@ -20,28 +20,19 @@ def fan_out(request_id: str, request: Request) -> list[Request]:
 
     Sequence i draws with seed + i where a seed is given. Only the first computes the prompt's logprobs.
     """
-    params, replace_fields = request.params, msgspec.structs.replace
+    params = request.params
     if params.n == 1:
-        return [replace_fields(request, request_id=request_id)]
-    return [
-        replace_fields(request, request_id=f"{request_id}#{index}", params=_child(params, index))
-        for index in range(params.n)
-    ]
-
-
-def _child(params: SamplingParams, index: int) -> SamplingParams:
-    child = copy(params)  # which, unlike `replace`, does not check them again
-    for name, value in (
-        ("n", 1),
-        ("seed", _child_seed(params.seed, index)),
-        ("prompt_logprobs", params.prompt_logprobs if index == 0 else None),
-    ):
-        msgspec.structs.force_setattr(child, name, value)
-    return child
-
-
-def _child_seed(seed: int | None, index: int) -> int | None:
-    return None if seed is None else (seed + index + 2**63) % 2**64 - 2**63  # stays a 64-bit integer
+        return [msgspec.structs.replace(request, request_id=request_id)]
+    requests = []
+    for index in range(params.n):
+        child = copy(params)  # which, unlike `replace`, does not check them again
+        msgspec.structs.force_setattr(child, "n", 1)
+        if params.seed is not None:  # stays a 64-bit integer
+            msgspec.structs.force_setattr(child, "seed", (params.seed + index + 2**63) % 2**64 - 2**63)
+        if index:
+            msgspec.structs.force_setattr(child, "prompt_logprobs", None)
+        requests.append(msgspec.structs.replace(request, request_id=f"{request_id}#{index}", params=child))
+    return requests
 
 
 class OutputAssembler:

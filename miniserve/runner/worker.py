@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
 import os
 import select
 import socket
@@ -18,6 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from pkgutil import resolve_name
 
 import msgspec
 
@@ -84,8 +84,7 @@ def main() -> int:
 
 
 def _serve(start: RankStart, link: Link, signs: _Signs) -> None:
-    module_name, _, function_name = start.builder.partition(":")
-    build: Callable[[RankStart], Runner] = getattr(importlib.import_module(module_name), function_name)
+    build: Callable[[RankStart], Runner] = resolve_name(start.builder)
     signs.present = True
     signs.send()
     runner = build(start)
