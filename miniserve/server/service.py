@@ -22,7 +22,6 @@ from miniserve.server.metrics import ServerMetrics
 from miniserve.server.protocol import GenerationBody
 from miniserve.server.reply import Answer, GenerationResponse, Header
 from miniserve.server.sampling import SamplingRules
-from miniserve.server.structured import find_grammar
 
 T = TypeVar("T")
 _LONG_TEXT = 16_384  # characters; beyond, encoding takes milliseconds
@@ -94,15 +93,9 @@ class Service:
         generation = Generation(self.engine, self.metrics, self.turns, requests, params)
         return GenerationResponse(generation, answer, bool(body.stream), self.config)
 
-    async def check_grammar(self, body: GenerationBody) -> None:
-        """Raises `InvalidRequest` naming the field for what the output cannot be made to be. Takes a second at most,
-        in a thread."""
-        found = find_grammar(body)
-        if found is not None:
-            await self.check_one_grammar(*found)
-
-    async def check_one_grammar(self, param: str, grammar: Grammar) -> None:
-        """As `check_grammar`, of a grammar that comes of the field `param`."""
+    async def check_grammar(self, param: str, grammar: Grammar) -> None:
+        """Raises `InvalidRequest` naming the field `param` for what the output cannot be made to be. Takes a second at
+        most, in a thread."""
         check = partial(check_grammar, grammar, self.engine.tokenizer, param)
         await asyncio.get_running_loop().run_in_executor(self._grammars, check)
 
