@@ -155,8 +155,9 @@ async def prepare(service: Service, body: ChatCompletionRequest) -> Chat:
     params = service.rules.for_chat(body)
     tokenizer, tools = service.engine.tokenizer, chosen_tools(body)
     if (found := find_grammar(body)) is not None:
-        if tools:
-            raise InvalidRequest(f"{found[0]} goes with tools only where tool_choice is none.", found[0])
+        if tools and found[1].kind != "json_schema":
+            only = "where it is a JSON schema or tool_choice is none"
+            raise InvalidRequest(f"{found[0]} goes with tools only {only}.", found[0])
         await service.check_grammar(*found)
     service.turns.check(1, params.n)
     template = tokenizer.chat_template.source(body.chat_template, template_tools(tools))
@@ -171,7 +172,7 @@ async def prepare(service: Service, body: ChatCompletionRequest) -> Chat:
     continued = _final_text(body.messages[-1]) if body.continue_final_message else None
     reasoning = None if marks is None else marks.after(text, continued)
     reading = reading_of(body, dialect, tools, reasoning, tokenizer)
-    if (grammar := forced_calls(body, reading, tools, tokenizer)) is not None:
+    if (grammar := forced_calls(body, reading, tools, tokenizer, params.grammar)) is not None:
         await service.check_grammar("tools", grammar)
     params = msgspec.structs.replace(
         params,
@@ -218,14 +219,18 @@ async def render(service: Service, messages: Sequence[ChatMessage], body: Render
         tools=shown,
         documents=body.documents,
         chat_template=body.chat_template,
-        variables=_variables(body, service.engine.tokenizer.chat_template.source(body.chat_template, shown)),
+        variables=_variables(service, body, service.engine.tokenizer.chat_template.source(body.chat_template, shown)),
     )
     return await asyncio.wrap_future(rendered)
 
 
-def _variables(body: RenderOptions, template: str) -> dict[str, Any]:
-    """What the template is told beside the messages. Raises `InvalidRequest` for an effort that it cannot take."""
+def _variables(service: Service, body: RenderOptions, template: str) -> dict[str, Any]:
+    """What the template is told beside the messages. Raises `InvalidRequest` for an effort that it cannot take, and as
+    `FieldPolicy.pass_over` for a variable that it does not name."""
     effort, variables = body.reasoning_effort, body.chat_template_kwargs or {}
+    for name in variables:
+        if not _names(template, name):
+            service.fields.pass_over(type(body), f"chat_template_kwargs.{name}")
     if effort is None:
         return variables
     if "reasoning_effort" in template:
@@ -241,8 +246,11 @@ def _variables(body: RenderOptions, template: str) -> dict[str, Any]:
 
 def thinking_switch(template: str) -> str | None:
     """The template's variable that turns reasoning on and off."""
-    names = ("enable_thinking", "thinking")
-    return next((name for name in names if re.search(rf"\b{name}\b", template)), None)
+    return next((name for name in ("enable_thinking", "thinking") if _names(template, name)), None)
+
+
+def _names(template: str, variable: str) -> bool:
+    return re.search(rf"\b{re.escape(variable)}\b", template) is not None
 
 
 def _final_text(message: ChatMessage) -> str:
@@ -253,7 +261,8 @@ def _final_text(message: ChatMessage) -> str:
 def _message(path: str, message: ChatMessage) -> dict[str, Any]:
     if message.function_call:
         raise InvalidRequest(f"{path}.function_call is not supported here; use tool_calls.", f"{path}.function_call")
-    return message.model_dump(exclude={"function_call"} if message.tool_calls else {"function_call", "tool_calls"})
+    without = {"function_call"} if message.tool_calls else {"function_call", "tool_calls"}
+    return message.model_dump(exclude=without, warnings=False)  # the content may be a text
 
 
 def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs], name: Callable[[int], str]) -> ChatLogprobs:

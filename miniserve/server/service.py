@@ -39,7 +39,7 @@ class Service:
         # As many more than run as keep the engine from ever waiting for the next.
         self.turns = Turns(2 * engine.info.max_num_seqs * len(engine.engines), config.max_queue, config.max_prompts)
         self.metrics = ServerMetrics(engine, self.turns, self.model_names[0])
-        self._fields = FieldPolicy(config.strict_fields)
+        self.fields = FieldPolicy(config.strict_fields)
         self.rules = SamplingRules(engine.generation_defaults.sampling, engine.info.vocab_size, engine.tokenizer)
         self._long = ThreadPoolExecutor(2, "long-text")
         self._very_long = ThreadPoolExecutor(1, "very-long-text")
@@ -52,7 +52,7 @@ class Service:
         """What is checked of every request. Raises `APIError` 404 for a model that there is not, and `InvalidRequest`
         for fields that would be ignored."""
         self.check_model(getattr(body, "model", None))
-        self._fields.check(body)
+        self.fields.check(body)
 
     def check_model(self, name: str | None) -> None:
         """Raises `APIError` 404. No name means the one model there is."""

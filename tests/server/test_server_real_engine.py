@@ -178,3 +178,9 @@ def test_a_model_that_knows_no_tools_calls_one_where_it_must(server: RunningServ
     assert arguments["city"] in ("Bonn", "Bad Ems")
     assert arguments["rain"] in (True, False)
     assert len(arguments) == 2
+    form = {"type": "json_schema", "json_schema": {"name": "weather", "schema": schema}}
+    body |= {"tool_choice": "auto", "response_format": form}
+    (choice,) = httpx.post(f"{server.url}/chat/completions", json=body, timeout=120).json()["choices"]
+    message = choice["message"]
+    texts = [message["content"]] if message["content"] else [c["function"]["arguments"] for c in message["tool_calls"]]
+    assert all(set(json.loads(text)) == {"city", "rain"} for text in texts)
