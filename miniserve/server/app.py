@@ -203,4 +203,6 @@ async def _ids(service: Service, body: TokenizeRequest) -> list[int]:
         return ids
     if body.messages is None or body.prompt is not None:
         raise InvalidRequest("Exactly one of prompt and messages is needed.", "prompt")
-    return await render(service, body.messages, body, MAX_TEXT)
+    text = await render(service, body.messages, body, body.tools or [])
+    (ids,) = await service.encode([text], bool(body.add_special_tokens), MAX_TEXT)
+    return ids

@@ -13,6 +13,7 @@ from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server.protocol import CompletionChoice, CompletionLogprobs, CompletionRequest, Prompt
 from miniserve.server.reply import ChoicesAnswer, GenerationResponse, Header, finish_word
 from miniserve.server.service import MAX_TEXT, Service
+from miniserve.server.structured import find_grammar
 
 
 class CompletionLogprobsWriter:
@@ -176,7 +177,8 @@ class CompletionAnswer(ChoicesAnswer):
 async def respond(service: Service, body: CompletionRequest) -> GenerationResponse:
     """Raises `InvalidRequest` or `APIError` for what cannot be answered."""
     params = service.rules.for_completion(body)
-    await service.check_grammar(body)
+    if (found := find_grammar(body)) is not None:
+        await service.check_grammar(*found)
     service.turns.check(len(body.prompt), params.n)
     texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
     max_chars = None if body.truncate_prompt_tokens is None else MAX_TEXT

@@ -207,11 +207,15 @@ class FieldPolicy:
                 )
             if meant is not None:
                 raise InvalidRequest(f"The field {name!r} is not known; did you mean {meant}?", name)
-            if self._strict:
-                raise InvalidRequest(f"The field {name!r} is not known, and this server takes no unknown ones.", name)
-            if len(self._warned) < _MAX_WARNINGS:
-                self._warned.add((type(body), name))
-                logger.warning("Ignoring the unknown request field %.100r (said once per field).", name)
+            self.pass_over(type(body), name)
+
+    def pass_over(self, kind: type[Body], name: str) -> None:
+        """Warn once of a field without effect in such a body. Raises `InvalidRequest` where the server is strict."""
+        if self._strict:
+            raise InvalidRequest(f"The field {name!r} is not known, and this server takes no unknown ones.", name)
+        if (kind, name) not in self._warned and len(self._warned) < _MAX_WARNINGS:
+            self._warned.add((kind, name))
+            logger.warning("Ignoring the unknown request field %.100r (said once per field).", name)
 
 
 def _parts(value: object) -> Iterator[Body]:

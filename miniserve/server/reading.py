@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from miniserve.engine.reasoning import ReasoningSplit
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.engine.tool_dialects import ToolDialect
 from miniserve.engine.tool_grammar import call_grammar
-from miniserve.server.protocol import ChatCompletionRequest, NamedTool, Tool
+from miniserve.server.protocol import ChatCompletionRequest, NamedTool, TokenLogprob, Tool
 
 Functions = Mapping[str, Mapping[str, Any]]
 Kind = Literal["thought", "text", "call"]
@@ -47,7 +48,7 @@ class Part:
     """One of an answer's parts, which come one behind the other. number: among all parts or, of a call, `call_number`
     among the calls. id: of a call as the model's template takes it. name: of the called function. complete: the answer
     went on behind the part, or ended by itself; of a call: its end was read. pieces: of its text, where they are kept;
-    a call's is the JSON text of its arguments as the model wrote it."""
+    a call's is the JSON text of its arguments as the model wrote it. logprobs: of its tokens, where they are kept."""
 
     kind: Kind
     number: int
@@ -56,6 +57,7 @@ class Part:
     call_number: int = 0
     complete: bool = False
     pieces: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -159,19 +161,29 @@ def chosen_tools(body: ChatCompletionRequest) -> list[Tool]:
 
 
 def forced_calls(
-    body: ChatCompletionRequest, reading: Reading, tools: Sequence[Tool], tokenizer: Tokenizer
+    body: ChatCompletionRequest,
+    reading: Reading,
+    tools: Sequence[Tool],
+    tokenizer: Tokenizer,
+    content: Grammar | None,
 ) -> Grammar | None:
     """What holds the model to the request's choice, to one call where not several may come, and to the schemas of all
-    functions that it must call and of those that are strict. Raises `InvalidRequest` for a schema that cannot be
-    enforced."""
+    functions that it must call and of those that are strict. `content`: the JSON schema of a text instead of calls, if
+    there is one. Raises `InvalidRequest` for a schema that cannot be enforced."""
     must_call = body.tool_choice not in (None, "auto")
     once = isinstance(body.tool_choice, NamedTool) or body.parallel_tool_calls is False
     strict = {tool.function.name for tool in tools if must_call or tool.function.strict}
-    if reading.dialect is None or not (strict or once):
+    if reading.dialect is None or not (strict or once or content):
         return None
     schemas = {name: schema if name in strict else None for name, schema in reading.functions.items()}
     return call_grammar(
-        reading.dialect, schemas, tokenizer, must_call=must_call, once=once, reasoning=reading.reasoning
+        reading.dialect,
+        schemas,
+        tokenizer,
+        must_call=must_call,
+        once=once,
+        reasoning=reading.reasoning,
+        content=None if content is None else json.loads(content.text),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import AfterValidator, Field, PlainValidator
 from typing_extensions import TypedDict
 
-from miniserve.core import FinishReason, InvalidRequest
+from miniserve.core import Completion, FinishReason, InvalidRequest, TokenLogprobs
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server.agents import (
     PartsAnswer,
@@ -22,7 +22,7 @@ from miniserve.server.agents import (
     refused_beside,
     texts_of,
 )
-from miniserve.server.chat import Chat
+from miniserve.server.chat import Chat, chat_logprobs
 from miniserve.server.errors import APIError, clip
 from miniserve.server.fields import LEAVE_OUT, Body, Exact, refusals
 from miniserve.server.protocol import (
@@ -37,6 +37,7 @@ from miniserve.server.protocol import (
     NamedTool,
     Text,
     TextOrList,
+    TokenLogprob,
     Tool,
 )
 from miniserve.server.reading import Part
@@ -44,6 +45,7 @@ from miniserve.server.reply import GenerationResponse, Header
 from miniserve.server.service import Service
 from miniserve.server.structured import JSONSchemaFormat, ResponseFormat
 
+_LOGPROBS = "message.output_text.logprobs"
 _TEXTS = ("input_text", "output_text", "reasoning_text", "summary_text", "text")
 
 
@@ -147,7 +149,8 @@ class ResponsesRequest(Body):
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
     store: bool | None = None
-    include: list[Literal["reasoning.encrypted_content"]] | None = None
+    include: list[Literal["reasoning.encrypted_content", "message.output_text.logprobs"]] | None = None
+    top_logprobs: Int | None = None
     truncation: Literal["disabled"] | None = None
     metadata: Annotated[dict[Text, Text], Field(max_length=16)] | None = None
 
@@ -156,7 +159,7 @@ ResponsesRequest.refused = refused_beside(
     ResponsesRequest,
     "max_output_tokens",
     {
-        "prompt": (), "max_tool_calls": (), "context_management": ([],), "moderation": (), "top_logprobs": (0,),
+        "prompt": (), "max_tool_calls": (), "context_management": ([],), "moderation": (),
         "background_options": (), "access_programs": (), "image": (), "multi_agent": (),
     },
     {
@@ -227,6 +230,7 @@ class ResponseOut(TypedDict):
     parallel_tool_calls: bool
     text: dict[str, Any]
     reasoning: dict[str, Any]
+    top_logprobs: int
     max_output_tokens: int | None
     temperature: float
     top_p: float
@@ -241,6 +245,8 @@ class ResponsesAnswer(PartsAnswer):
         self._body = body
         self._params = chat.params
         self._serial = -1
+        self._entries: list[TokenLogprobs] = []
+        self._num_shown = 0  # of the entries
 
     def whole(self) -> dict[str, Any]:
         return dict(self._response(*self._outcome()))
@@ -254,15 +260,23 @@ class ResponsesAnswer(PartsAnswer):
         if part.kind != "call":
             yield self._about(part, "response.content_part.added", part=_content(part, ""))
 
+    def count(self, number: int, delta: Completion) -> None:
+        super().count(number, delta)
+        self._entries += delta.logprobs or ()
+
     def piece(self, part: Part, text: str) -> dict[str, Any]:
-        return self._about(part, f"response.{_WORDS[part.kind]}.delta", delta=text)
+        beside = {"logprobs": self._new_logprobs(part)} if part.kind == "text" else {}
+        return self._about(part, f"response.{_WORDS[part.kind]}.delta", delta=text, **beside)
 
     def ended(self, part: Part) -> Iterator[dict[str, Any]]:
         text = part.text
         if part.kind == "call":
             yield self._about(part, "response.function_call_arguments.done", arguments=text, name=part.name)
         else:
-            yield self._about(part, f"response.{_WORDS[part.kind]}.done", text=text)
+            if part.kind == "text":
+                self._new_logprobs(part)
+            beside = {"logprobs": part.logprobs} if part.kind == "text" else {}
+            yield self._about(part, f"response.{_WORDS[part.kind]}.done", text=text, **beside)
             yield self._about(part, "response.content_part.done", part=_content(part, text))
         yield self._event("response.output_item.done", output_index=part.number, item=_item(part, text))
 
@@ -279,12 +293,19 @@ class ResponsesAnswer(PartsAnswer):
         return {"type": kind, "sequence_number": self._serial, **fields}
 
     def _about(self, part: Part, kind: str, /, **fields: Any) -> dict[str, Any]:
-        """An event of a part. Of calls there are no contents, and of texts alone logprobs, of which there are none."""
+        """An event of a part. Of calls there are no contents."""
         if part.kind != "call":
             fields["content_index"] = 0
-        if kind.startswith("response.output_text."):
-            fields["logprobs"] = []
         return self._event(kind, item_id=_item_id(part), output_index=part.number, **fields)
+
+    def _new_logprobs(self, part: Part) -> list[TokenLogprob]:
+        """Of a text's tokens since the last call, added to the part's; those of reasoning and special ones are none."""
+        entries = self._entries[max(self._num_shown, self._reader.num_reasoning_tokens) :]
+        self._num_shown = len(self._entries)
+        shown = [entry for entry in entries if entry.token_id not in self._tokenizer.special_token_ids]
+        new = chat_logprobs(self._tokenizer, shown, self._tokenizer.token_str)["content"]
+        part.logprobs += new
+        return new
 
     def _outcome(self) -> tuple[Literal["completed", "incomplete"], dict[str, str] | None]:
         if self._last is not None and self._last.finish_reason is not FinishReason.STOP:
@@ -319,6 +340,7 @@ class ResponsesAnswer(PartsAnswer):
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "text": {"format": given.model_dump(exclude_none=True, by_alias=True) if given else {"type": "text"}},
             "reasoning": {"effort": effort, "summary": None},
+            "top_logprobs": body.top_logprobs or 0,
             "max_output_tokens": body.max_output_tokens,
             "temperature": self._params.temperature,
             "top_p": self._params.top_p,
@@ -364,7 +386,7 @@ def _item(part: Part, text: str, status: Literal["in_progress"] | None = None) -
 def _content(part: Part, text: str) -> dict[str, Any]:
     if part.kind == "thought":
         return {"type": "reasoning_text", "text": text}
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": part.logprobs}
 
 
 def _shown(tool: FunctionTool) -> dict[str, Any]:
@@ -402,6 +424,11 @@ def _translated(body: ResponsesRequest) -> Translation:
     chat.tool_choice, chat.parallel_tool_calls, chat.stream = body.tool_choice, body.parallel_tool_calls, body.stream
     if body.tools:
         chat.tools = [_tool(f"tools[{index}]", tool) for index, tool in enumerate(body.tools)]
+    chat.logprobs, chat.top_logprobs = _LOGPROBS in (body.include or ()) or None, body.top_logprobs
+    if chat.top_logprobs and not chat.logprobs:
+        raise InvalidRequest(f"top_logprobs needs include to have {_LOGPROBS}.", "top_logprobs")
+    if chat.logprobs and body.tools and body.tool_choice != "none":
+        raise InvalidRequest(f"include: {_LOGPROBS} goes with tools only where tool_choice is none.", "include")
     if body.reasoning is not None:
         chat.reasoning_effort = body.reasoning.effort
     if body.text is not None and (given := body.text.format) is not None:

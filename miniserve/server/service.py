@@ -22,7 +22,6 @@ from miniserve.server.metrics import ServerMetrics
 from miniserve.server.protocol import GenerationBody
 from miniserve.server.reply import Answer, GenerationResponse, Header
 from miniserve.server.sampling import SamplingRules
-from miniserve.server.structured import find_grammar
 
 T = TypeVar("T")
 _LONG_TEXT = 16_384  # characters; beyond, encoding takes milliseconds
@@ -40,7 +39,7 @@ class Service:
         # As many more than run as keep the engine from ever waiting for the next.
         self.turns = Turns(2 * engine.info.max_num_seqs * len(engine.engines), config.max_queue, config.max_prompts)
         self.metrics = ServerMetrics(engine, self.turns, self.model_names[0])
-        self._fields = FieldPolicy(config.strict_fields)
+        self.fields = FieldPolicy(config.strict_fields)
         self.rules = SamplingRules(engine.generation_defaults.sampling, engine.info.vocab_size, engine.tokenizer)
         self._long = ThreadPoolExecutor(2, "long-text")
         self._very_long = ThreadPoolExecutor(1, "very-long-text")
@@ -53,7 +52,7 @@ class Service:
         """What is checked of every request. Raises `APIError` 404 for a model that there is not, and `InvalidRequest`
         for fields that would be ignored."""
         self.check_model(getattr(body, "model", None))
-        self._fields.check(body)
+        self.fields.check(body)
 
     def check_model(self, name: str | None) -> None:
         """Raises `APIError` 404. No name means the one model there is."""
@@ -94,15 +93,9 @@ class Service:
         generation = Generation(self.engine, self.metrics, self.turns, requests, params)
         return GenerationResponse(generation, answer, bool(body.stream), self.config)
 
-    async def check_grammar(self, body: GenerationBody) -> None:
-        """Raises `InvalidRequest` naming the field for what the output cannot be made to be. Takes a second at most,
-        in a thread."""
-        found = find_grammar(body)
-        if found is not None:
-            await self.check_one_grammar(*found)
-
-    async def check_one_grammar(self, param: str, grammar: Grammar) -> None:
-        """As `check_grammar`, of a grammar that comes of the field `param`."""
+    async def check_grammar(self, param: str, grammar: Grammar) -> None:
+        """Raises `InvalidRequest` naming the field `param` for what the output cannot be made to be. Takes a second at
+        most, in a thread."""
         check = partial(check_grammar, grammar, self.engine.tokenizer, param)
         await asyncio.get_running_loop().run_in_executor(self._grammars, check)
 

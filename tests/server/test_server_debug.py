@@ -30,10 +30,8 @@ SECOND = StepRecord(
 @pytest.fixture(scope="module")
 def real() -> Iterator[RunningServer]:
     config = EngineConfig(device="cpu", kv_cache_memory=16 * 2**20, max_model_len=512, max_num_seqs=16)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        with running_server(AsyncEngine(config, TINY, "tiny-qwen3"), api_keys=("k",), log_interval=0.5) as server:
-            yield server
+    with running_server(AsyncEngine(config, TINY, "tiny-qwen3"), api_keys=("k",), log_interval=0.5) as server:
+        yield server
 
 
 def complete(server: RunningServer, **body: Any) -> None:
