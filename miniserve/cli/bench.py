@@ -35,12 +35,7 @@ PlotPath = Annotated[Path | None, typer.Option("--plot", help="Write a PNG of th
 
 @app.command()
 @with_settings()
-def serve(
-    shape: Shape,
-    load: ServeConfig,
-    json: JsonPath = None,
-    plot: PlotPath = None,
-) -> None:
+def serve(shape: Shape, load: ServeConfig, json: JsonPath = None, plot: PlotPath = None) -> None:
     """Send random prompts to any OpenAI-compatible server; measure TTFT, TPOT, ITL and throughput as its clients do.
 
     Exits 1 if a request fails.

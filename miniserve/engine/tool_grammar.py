@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from miniserve.core import Grammar, InvalidRequest, Reasoning
-from miniserve.engine.grammar import JSON_OPTIONS, GrammarError, check_size, lark_literal
+from miniserve.engine.grammar import JSON_OPTIONS, GrammarError, check_size, lark_literal, rule_up_to
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.engine.tool_dialects import ToolDialect, types_of
 
@@ -68,11 +68,8 @@ def call_grammar(
     elif dialect.bare:
         lines += [rf"WORDS: /\s*([^{{\s](.|\n)*)?/{thought}", f"start: WORDS | {literal(trigger)} calls"]
     else:
-        lines += [rf"WORDS: /(.|\n)*/{thought}", "start: WORDS | called"]
-        if tokenizer.special_token_id(trigger) is not None:
-            lines.append(f"called: WORDS {literal(trigger)} calls")
-        else:
-            lines += [f"until_call[lazy]: WORDS {literal(trigger)}", "called: until_call calls"]
+        lines += [rf"WORDS: /(.|\n)*/{thought}", rule_up_to("called", "WORDS", literal(trigger))]
+        lines.append("start: WORDS | called calls")
     return Grammar("calls", "\n".join([*lines, ""]))
 
 
