@@ -44,6 +44,11 @@ class AttentionSpec:
     qk_norm: bool = False
     rotary_dim: int | None = None
 
+    @property
+    def latent_rank(self) -> int:
+        """Elements of a cached token that are kv_c: all of them but for an MLA layer's k_pe."""
+        return self.head_dim if self.latent is None else self.latent.kv_lora_rank
+
 
 class AttentionLayer(Protocol):
     """The part of a model's attention module that a backend reads.

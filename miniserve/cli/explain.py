@@ -175,8 +175,8 @@ def _memory(found: Explanation) -> list[str]:
     lines = [f"KV cache: {found.choice.layout}, blocks of {found.block_size} tokens"]
     for kind in found.kinds:
         if kind.spec is not None:
-            key, value = (" × ".join(map(str, shape[1:])) for shape in layout.shapes(kind.spec, 1))
-            planes = f"one plane of [{key}]" if kind.spec.latent else f"keys [{key}], values [{value}]"
+            shapes = [" × ".join(map(str, shape[1:])) for shape in layout.shapes(kind.spec, 1)]
+            planes = ("one plane of [{}]" if len(shapes) == 1 else "keys [{}], values [{}]").format(*shapes)
             lines.append(f"  {ranges(kind.layers)}: a block is {layout.block_bytes(kind.spec):,} bytes: {planes}")
     lines.append(f"memory{' of each GPU' if found.tp > 1 else ''}")
     weights = "unknown for this quantisation" if memory.weights is None else _gib(memory.weights)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.gathered import GatheredRows, RaggedLens, add_context, context_pieces
-from miniserve.attention.layouts import KVCache
+from miniserve.attention.layouts import KVCache, decoded
 from miniserve.attention.metadata import QueryRows, StepBatch
 from miniserve.attention.spec import LatentLayer
 
@@ -96,8 +96,8 @@ class LatentBackend(Backend[LatentMetadata[Decode]]):
             if meta.context:
 
                 def attend(piece: GatheredRows) -> tuple[Tensor, Tensor]:
-                    scales = layer.kv_scale, layer.kv_scale
-                    cached = self.layout.read_tokens(cache, piece.slots, layer.spec.dtype, *scales)
+                    found = self.layout.gather_tokens(cache, piece.slots)
+                    cached = decoded(found, layer.spec.dtype, layer.kv_scale, layer.kv_scale)
                     queries = q[piece.start - span.start : piece.end - span.start]
                     return self.attend_dense(layer, queries, *_expand(layer, *cached), piece.lens, causal=False)
 

@@ -14,7 +14,7 @@ from miniserve.attention.backends.gathered import GatheredRows, RaggedLens, add_
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.paged import QKV
 from miniserve.attention.backends.rocm_base import AiterBackend, AiterMetadata, PagedDecode, PagedScratch
-from miniserve.attention.layouts import KVCache, KVLayout
+from miniserve.attention.layouts import KVCache, KVLayout, decoded
 from miniserve.attention.metadata import QueryRows, StepBatch
 from miniserve.attention.routes import has_wrong_length, least_asm_rows, window_pair
 from miniserve.attention.spec import AttentionLayer, AttentionSpec
@@ -101,9 +101,10 @@ class FlashBackend(AiterBackend[FlashMetadata]):
 
         def attend(gathered: GatheredRows, *, causal: bool = False, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
             """causal: the last of the keys are the query tokens' own."""
-            keys = self.layout.read_tokens(cache, gathered.slots, layer.spec.dtype, layer.k_scale, layer.v_scale)
+            found = self.layout.gather_tokens(cache, gathered.slots)
+            keys, values = decoded(found, layer.spec.dtype, layer.k_scale, layer.v_scale)
             queries = tokens[0][gathered.start : gathered.end]
-            return self._flash(layer, queries, *keys, gathered.lens, causal=causal, out=out)
+            return self._flash(layer, queries, keys, values, gathered.lens, causal=causal, out=out)
 
         if self._routes[layer.layer_index].chunks != FLASH:
             self.unified(layer, q, cache, rows, out)

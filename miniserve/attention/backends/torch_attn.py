@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.formula import attention_by_formula, visible_keys
-from miniserve.attention.layouts import KVCache
+from miniserve.attention.layouts import KVCache, decoded
 from miniserve.attention.metadata import QueryRows, StepBatch
 from miniserve.attention.spec import AttentionLayer, AttentionSpec
 
@@ -54,7 +54,7 @@ class TorchBackend(Backend[TorchMetadata]):
 
     def read(self, layer: AttentionLayer, cache: KVCache, block_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The blocks' keys and values in the dtype the layer computes in."""
-        return self.layout.read(cache, block_ids, layer.spec.dtype, layer.k_scale, layer.v_scale)
+        return decoded(self.layout.gather(cache, block_ids), layer.spec.dtype, layer.k_scale, layer.v_scale)
 
     def decode(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: QueryRows) -> Tensor:
         """q [rows, num_heads, head_dim] -> [rows, num_heads * head_dim]. All rows at once over their gathered blocks,

@@ -49,7 +49,7 @@ class TritonLatentBackend(TorchLatentBackend):
         self._hopper = gluon_kernels("hopper_extend", options.device, "prefill attention runs slower")
         self._max_seq_len, self._platform = options.max_seq_len, options.platform
         self._scratch = {
-            spec: DecodeScratch.allocate(_launches(spec, options), spec.num_heads, _rank(spec), options.device)
+            spec: DecodeScratch.allocate(_launches(spec, options), spec.num_heads, spec.latent_rank, options.device)
             for spec in dict.fromkeys(options.specs)
         }
 
@@ -59,7 +59,7 @@ class TritonLatentBackend(TorchLatentBackend):
         total = 0
         for spec in dict.fromkeys(options.specs):
             entries, counters = scratch_sizes(_launches(spec, options), spec.num_heads)
-            total += 4 * (entries * (_rank(spec) + 1) + counters)
+            total += 4 * (entries * (spec.latent_rank + 1) + counters)
         return total
 
     def decode(self, layer: LatentLayer, q: Tensor, q_pe: Tensor, cache: KVCache, meta: QueryRows) -> Tensor:
@@ -106,10 +106,6 @@ def dense_dim(q: Tensor, v: Tensor) -> int:
 def padded(tensor: Tensor, dim: int) -> Tensor:
     """With zeros, which change neither a score nor a sum."""
     return tensor if tensor.shape[-1] == dim else functional.pad(tensor, (0, dim - tensor.shape[-1]))
-
-
-def _rank(spec: AttentionSpec) -> int:
-    return spec.head_dim if spec.latent is None else spec.latent.kv_lora_rank
 
 
 def latent_scale(layer: LatentLayer) -> Tensor | None:
