@@ -22,7 +22,7 @@ class PagedStepContext:
     metadata: object
 
     def attend(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.backend.attend(layer, q, k, v, self.caches[layer.layer_index], self.metadata)
+        return self.backend.attend(layer, (q, k, v), self.caches[layer.layer_index], self.metadata)
 
     @property
     def fuses_rope(self) -> bool:
@@ -32,6 +32,5 @@ class PagedStepContext:
         return self.backend.attend_qkv(layer, qkv, rope, self.caches[layer.layer_index], self.metadata)
 
     def attend_latent(self, layer: LatentLayer, q_nope: Tensor, q_pe: Tensor, kv_c: Tensor, k_pe: Tensor) -> Tensor:
-        return self.backend.attend_latent(
-            layer, q_nope, q_pe, kv_c, k_pe, self.caches[layer.layer_index], self.metadata
-        )
+        tokens = q_nope, q_pe, kv_c, k_pe
+        return self.backend.attend_latent(layer, tokens, self.caches[layer.layer_index], self.metadata)

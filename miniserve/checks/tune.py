@@ -113,13 +113,13 @@ def _step(
     """One decode step through the layers, all with the same inputs."""
     spec, slots = layers[0].spec, batch.slot_mapping
     shapes = ((len(slots), *shape) for shape in token_shapes(spec))
-    inputs = [torch.randn(shape, dtype=spec.dtype, device=slots.device) for shape in shapes]
+    inputs = tuple(torch.randn(shape, dtype=spec.dtype, device=slots.device) for shape in shapes)
     attend = cast(Callable[..., torch.Tensor], backend.attend if spec.latent is None else backend.attend_latent)
 
     def run() -> None:
         meta = backend.build(batch)
         for layer, cache in zip(layers, caches, strict=True):
-            attend(layer, *inputs, cache, meta)
+            attend(layer, inputs, cache, meta)
 
     return run
 

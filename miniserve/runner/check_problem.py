@@ -85,13 +85,13 @@ class Problem:
                 code = torch.tensor([value]).to(plane.dtype).view(torch.uint8)
                 plane.view(torch.uint8).index_fill_(0, self.used, int(code))
 
-    def tokens(self, work: Work, padded: bool = False) -> list[torch.Tensor]:
+    def tokens(self, work: Work, padded: bool = False) -> tuple[torch.Tensor, ...]:
         """The step's inputs: as `CheckRow.tokens`, of all of work; padded: with a row more."""
         padding = [[torch.zeros_like(tokens[:1])] if padded else [] for tokens in self.rows[0].tokens]
-        return [
+        return tuple(
             torch.cat([row.tokens[index][start:end] for row, (start, end) in work] + more)
             for index, more in enumerate(padding)
-        ]
+        )
 
     def decode_batch(self, work: Work, padded: bool = False) -> StepBatch:
         """A token a row, which the first of equal rows writes; padded: as a step captured in a graph has it, and with a

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import torch
 
-from miniserve.attention.backends.base import Backend
+from miniserve.attention.backends.base import QKV, Backend, LatentTokens
 from miniserve.attention.backends.build import build_backend
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.contracts import KERNELS
@@ -214,15 +214,16 @@ def distance(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).norm() / want.norm())
 
 
-def _attend(problem: Problem, backend: Backend[Any], tokens: list[torch.Tensor], batch: StepBatch) -> torch.Tensor:
+def _attend(
+    problem: Problem, backend: Backend[Any], tokens: tuple[torch.Tensor, ...], batch: StepBatch
+) -> torch.Tensor:
     """As the model calls the backend: with rope, where the backend does it, that turns nothing."""
     meta, cache = backend.build(batch), problem.cache
     if problem.layer.spec.latent is not None:
-        q_nope, q_pe, kv_c, k_pe = tokens
-        return backend.attend_latent(cast(LatentLayer, problem.layer), q_nope, q_pe, kv_c, k_pe, cache, meta)
-    layer, (q, k, v) = cast(AttentionLayer, problem.layer), tokens
+        return backend.attend_latent(cast(LatentLayer, problem.layer), cast(LatentTokens, tokens), cache, meta)
+    layer = cast(AttentionLayer, problem.layer)
     if not backend.fuses_rope:
-        return backend.attend(layer, q, k, v, cache, meta)
-    cosines = torch.ones(len(q), layer.spec.head_dim // 2, device=problem.device)
+        return backend.attend(layer, cast(QKV, tokens), cache, meta)
+    cosines = torch.ones(len(tokens[0]), layer.spec.head_dim // 2, device=problem.device)
     rope = QKRope(torch.cat([cosines, torch.zeros_like(cosines)], dim=1), None, None, 0.0)
-    return backend.attend_qkv(layer, torch.cat([q, k, v], dim=1).flatten(1), rope, cache, meta)
+    return backend.attend_qkv(layer, torch.cat(tokens, dim=1).flatten(1), rope, cache, meta)

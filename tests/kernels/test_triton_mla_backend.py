@@ -118,7 +118,7 @@ def test_a_captured_decode_reads_what_lies_in_its_tensors_when_it_is_replayed() 
 
     def run(of: LatentStep) -> torch.Tensor:
         batch = StepBatch(slots, decode_rows(tables, lens, 128, None))
-        return made_for.attend_latent(of.layer, *inputs, cache, made_for.build(batch))
+        return made_for.attend_latent(of.layer, inputs, cache, made_for.build(batch))
 
     fill(step)
     run(step)

@@ -14,6 +14,8 @@ from miniserve.attention.spec import AttentionLayer, AttentionSpec, LatentLayer,
 from miniserve.attention.terms import LayerRoute
 
 Metadata = TypeVar("Metadata")
+QKV = tuple[Tensor, Tensor, Tensor]  # of a step's tokens: see `StepContext.attend`
+LatentTokens = tuple[Tensor, Tensor, Tensor, Tensor]  # q_nope, q_pe, kv_c, k_pe: see `StepContext.attend_latent`
 CHUNKS_IN_GRAPH = 2  # the end of one prompt and the start of the next
 
 
@@ -50,7 +52,7 @@ class Backend(ABC, Generic[Metadata]):
     def build(self, batch: StepBatch) -> Metadata:
         """The step's metadata, once for all layers."""
 
-    def attend(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, meta: Metadata) -> Tensor:
+    def attend(self, layer: AttentionLayer, tokens: QKV, cache: KVCache, meta: Metadata) -> Tensor:
         """The whole step for one layer: see `StepContext.attend`."""
         raise NotImplementedError(f"{type(self).__name__} has no multi-head attention")
 
@@ -58,15 +60,6 @@ class Backend(ABC, Generic[Metadata]):
         """See `StepContext.attend_qkv`."""
         raise NotImplementedError(f"{type(self).__name__} does not rotate")
 
-    def attend_latent(
-        self,
-        layer: LatentLayer,
-        q_nope: Tensor,
-        q_pe: Tensor,
-        kv_c: Tensor,
-        k_pe: Tensor,
-        cache: KVCache,
-        meta: Metadata,
-    ) -> Tensor:
+    def attend_latent(self, layer: LatentLayer, tokens: LatentTokens, cache: KVCache, meta: Metadata) -> Tensor:
         """The whole step for one MLA layer: see `StepContext.attend_latent`. The latent is `cache.key`."""
         raise NotImplementedError(f"{type(self).__name__} has no latent attention")

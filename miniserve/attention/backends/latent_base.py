@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from miniserve.attention.backends.base import Backend
+from miniserve.attention.backends.base import Backend, LatentTokens
 from miniserve.attention.backends.gathered import GatheredRows, RaggedLens, add_context, context_pieces
 from miniserve.attention.layouts import KVCache, decoded
 from miniserve.attention.metadata import QueryRows, StepBatch
@@ -74,15 +74,9 @@ class LatentBackend(Backend[LatentMetadata[Decode]]):
         )
 
     def attend_latent(
-        self,
-        layer: LatentLayer,
-        q_nope: Tensor,
-        q_pe: Tensor,
-        kv_c: Tensor,
-        k_pe: Tensor,
-        cache: KVCache,
-        meta: LatentMetadata[Decode],
+        self, layer: LatentLayer, tokens: LatentTokens, cache: KVCache, meta: LatentMetadata[Decode]
     ) -> Tensor:
+        q_nope, q_pe, kv_c, k_pe = tokens
         self.write(layer, cache, kv_c, k_pe, meta.batch.slot_mapping)
         parts: list[Tensor] = []
         if meta.batch.decode is not None and meta.decode is not None:

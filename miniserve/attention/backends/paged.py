@@ -10,14 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from miniserve.attention.backends.base import Backend
+from miniserve.attention.backends.base import QKV, Backend
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import QueryRows, StepBatch
 from miniserve.attention.routes import fuses_rope
 from miniserve.attention.spec import AttentionLayer, QKRope, fp8_scales
-
-QKV = tuple[Tensor, Tensor, Tensor]  # [num_tokens, heads, head_dim] each, of the whole step
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +57,12 @@ class PagedBackend(Backend[Metadata]):
     def chunk(
         self, layer: AttentionLayer, tokens: QKV, cache: KVCache, rows: QueryRows, meta: Metadata, out: Tensor
     ) -> None:
-        """`StepBatch.extend` or `StepBatch.prefill`."""
+        """`StepBatch.extend` or `StepBatch.prefill`; tokens: the whole step's."""
 
-    def attend(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, meta: Metadata) -> Tensor:
+    def attend(self, layer: AttentionLayer, tokens: QKV, cache: KVCache, meta: Metadata) -> Tensor:
+        _, k, v = tokens
         self._write_kv(k, v, cache.key, cache.value, meta.batch.slot_mapping, **cache_terms(self.layout, layer))
-        return self._over_cache(layer, (q, k, v), cache, meta)
+        return self._over_cache(layer, tokens, cache, meta)
 
     def attend_qkv(self, layer: AttentionLayer, qkv: Tensor, rope: QKRope, cache: KVCache, meta: Metadata) -> Tensor:
         return self._over_cache(layer, self.rope_and_write(layer, qkv, rope, cache, meta), cache, meta)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from miniserve.attention.backends.base import Backend
+from miniserve.attention.backends.base import QKV, Backend
 from miniserve.attention.formula import attention_by_formula, visible_keys
 from miniserve.attention.layouts import KVCache, decoded
 from miniserve.attention.metadata import QueryRows, StepBatch
@@ -38,9 +38,8 @@ class TorchBackend(Backend[TorchMetadata]):
             yield slice(start, start + query_len), context_len, blocks
             start += query_len
 
-    def attend(
-        self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, meta: TorchMetadata
-    ) -> Tensor:
+    def attend(self, layer: AttentionLayer, tokens: QKV, cache: KVCache, meta: TorchMetadata) -> Tensor:
+        q, k, v = tokens
         self.write(layer, cache, k, v, meta.batch.slot_mapping)
         parts: list[Tensor] = []
         if (rows := meta.batch.decode) is not None:
