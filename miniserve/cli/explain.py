@@ -44,7 +44,7 @@ def explain(
 
 def to_text(found: Explanation) -> str:
     """For people; lines are not wrapped."""
-    platform, choice = found.platform, found.choice
+    choice, platform = found.choice, found.choice.platform
     units = f", {platform.compute_units} compute units" if platform.compute_units else ""
     memory = f", {_gib(found.memory.total)}" if found.memory.total else ""
     lines = [
@@ -76,7 +76,7 @@ def to_json(found: Explanation) -> dict[str, Any]:
         "model": found.model,
         "architecture": found.config.architecture,
         "device": found.device,
-        "arch": found.platform.arch,
+        "arch": found.choice.platform.arch,
         "tp": found.tp,
         "notes": list(found.notes),
         "layers": [{"layers": list(kind.layers), "attention": kind_text(kind.spec)} for kind in found.kinds],
@@ -102,7 +102,7 @@ def to_json(found: Explanation) -> dict[str, Any]:
         },
         "kv_tokens": found.memory.tokens,
         "kv_tokens_bounded": found.memory.bounded,
-        "block_size": found.block_size,
+        "block_size": found.choice.block_size,
         "max_model_len": found.max_model_len,
     }
 
@@ -148,7 +148,7 @@ def _kernels(found: Explanation, path: Path) -> list[str]:
     for kind, route in zip(kinds, path.routes, strict=True):
         if kind.spec is not None:
             which = "" if len(kinds) == 1 else f"{ranges(kind.layers)}: "
-            lines.append(f"  {which}{describe_route(route, kind.spec, found.platform)}")
+            lines.append(f"  {which}{describe_route(route, kind.spec, found.choice.platform)}")
     return lines
 
 
@@ -169,10 +169,8 @@ def _where(path: Path) -> str:
 
 
 def _memory(found: Explanation) -> list[str]:
-    from miniserve.attention.layouts import LAYOUTS
-
-    memory, layout = found.memory, LAYOUTS[found.choice.layout](found.block_size)
-    lines = [f"KV cache: {found.choice.layout}, blocks of {found.block_size} tokens"]
+    memory, layout = found.memory, found.choice.kv_layout
+    lines = [f"KV cache: {layout.name}, blocks of {layout.block_size} tokens"]
     for kind in found.kinds:
         if kind.spec is not None:
             shapes = [" × ".join(map(str, shape[1:])) for shape in layout.shapes(kind.spec, 1)]
