@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.base import BackendOptions
 from miniserve.attention.contracts import CONTRACTS
 from miniserve.attention.layouts import LAYOUTS, KVLayout
 from miniserve.attention.platform import Platform

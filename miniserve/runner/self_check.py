@@ -18,9 +18,8 @@ from typing import Any, cast
 
 import torch
 
-from miniserve.attention.backends.base import QKV, Backend, LatentTokens
+from miniserve.attention.backends.base import QKV, Backend, BackendOptions, LatentTokens
 from miniserve.attention.backends.build import build_backend
-from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.contracts import KERNELS
 from miniserve.attention.layouts import KVCache
 from miniserve.attention.metadata import StepBatch

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from latent_steps import latent_cases, make_latent_step
 
 from miniserve.attention.backends import torch_mla
+from miniserve.attention.backends.gathered import merge_lse
 from miniserve.attention.backends.torch_mla import TorchLatentBackend, dense_attention
 from miniserve.attention.layouts import LAYOUTS, LatentLayout, decoded
-from miniserve.attention.merge import merge_lse
 from miniserve.attention.platform import Platform
 from miniserve.attention.select import select
 from miniserve.attention.spec import AttentionSpec, LatentDims

@@ -10,7 +10,7 @@ import torch
 from latent_steps import TOLERANCE, LatentStep, make_latent_step
 from triton_support import DEVICE, DTYPES, HALVES, NATIVE
 
-from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.base import BackendOptions
 from miniserve.attention.backends.triton_mla import TritonLatentBackend
 from miniserve.attention.metadata import StepBatch, decode_rows
 from miniserve.attention.platform import NAMED_PLATFORMS, detect_platform

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor
 
-from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import StepBatch
+from miniserve.attention.platform import Platform
 from miniserve.attention.spec import AttentionLayer, AttentionSpec, LatentLayer, QKRope
 from miniserve.attention.terms import LayerRoute
 
@@ -17,6 +19,23 @@ Metadata = TypeVar("Metadata")
 QKV = tuple[Tensor, Tensor, Tensor]  # of a step's tokens: see `StepContext.attend`
 LatentTokens = tuple[Tensor, Tensor, Tensor, Tensor]  # q_nope, q_pe, kv_c, k_pe: see `StepContext.attend_latent`
 CHUNKS_IN_GRAPH = 2  # the end of one prompt and the start of the next
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendOptions:
+    """What a backend sizes its scratch memory by, once, and chooses its kernels by.
+
+    specs, routes: of each layer. max_rows: most sequences in a step; max_seq_len: in tokens. trust_asm_lengths: lifts
+    the guard of `routes.ASM_WRONG_LENGTHS`, for a GPU on which the ASM kernel was seen to get these lengths right.
+    """
+
+    specs: tuple[AttentionSpec, ...]
+    routes: tuple[LayerRoute, ...]
+    platform: Platform
+    device: torch.device
+    max_rows: int
+    max_seq_len: int
+    trust_asm_lengths: bool = False
 
 
 class Backend(ABC, Generic[Metadata]):

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from miniserve.attention.backends.base import Backend
-from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.base import Backend, BackendOptions
 from miniserve.attention.contracts import CONTRACTS, KERNELS
 from miniserve.attention.routes import least_asm_rows
 from miniserve.attention.select import Choice

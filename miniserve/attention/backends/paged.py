@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from miniserve.attention.backends.base import QKV, Backend
-from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.base import QKV, Backend, BackendOptions
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import QueryRows, StepBatch
 from miniserve.attention.routes import fuses_rope

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from miniserve.attention.backends.base import QKV
+from miniserve.attention.backends.base import QKV, BackendOptions
 from miniserve.attention.backends.gathered import GatheredRows, RaggedLens, add_context, context_pieces, windowed_rows
-from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.rocm_base import AiterBackend, AiterMetadata, PagedDecode, PagedScratch
 from miniserve.attention.layouts import KVCache, KVLayout, decoded
 from miniserve.attention.metadata import QueryRows, StepBatch

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from miniserve.attention import aiter
+from miniserve.attention.backends.base import BackendOptions
 from miniserve.attention.backends.gathered import RaggedLens
 from miniserve.attention.backends.latent_base import LatentBackend, whole
-from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.triton_mla import dense_dim, latent_scale, padded
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import QueryRows

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from miniserve.attention import aiter
-from miniserve.attention.backends.base import QKV
-from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.base import QKV, BackendOptions
 from miniserve.attention.backends.paged import PagedBackend, PagedMetadata, split_heads
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import QueryRows, StepBatch

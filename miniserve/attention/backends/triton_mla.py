@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from miniserve.attention.backends.base import BackendOptions
 from miniserve.attention.backends.gathered import RaggedLens
 from miniserve.attention.backends.latent_base import whole
-from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.torch_mla import TorchLatentBackend
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import QueryRows
