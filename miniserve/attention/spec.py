@@ -45,6 +45,10 @@ class AttentionSpec:
     rotary_dim: int | None = None
 
     @property
+    def fp8_kv(self) -> bool:
+        return self.kv_dtype.itemsize == 1
+
+    @property
     def latent_rank(self) -> int:
         """Elements of a cached token that are kv_c: all of them but for an MLA layer's k_pe."""
         return self.head_dim if self.latent is None else self.latent.kv_lora_rank
@@ -65,7 +69,7 @@ class AttentionLayer(Protocol):
 
 def fp8_scales(layer: AttentionLayer) -> tuple[Tensor | None, Tensor | None]:
     """The layer's scales where its cache is fp8, which alone has any."""
-    return (layer.k_scale, layer.v_scale) if layer.spec.kv_dtype.itemsize == 1 else (None, None)
+    return (layer.k_scale, layer.v_scale) if layer.spec.fp8_kv else (None, None)
 
 
 class LatentLayer(Protocol):

@@ -103,9 +103,9 @@ class KernelContract:
                 yield f"crashes the compiler of Triton {platform.triton_version} on {platform.arch}"
 
     def _refused_cache(self, spec: AttentionSpec) -> Iterator[str]:
-        if spec.kv_dtype.itemsize == 1 and not (self.fp8_kv or self.any_kv):
+        if spec.fp8_kv and not (self.fp8_kv or self.any_kv):
             yield "does not read an fp8 KV cache"
-        elif spec.kv_dtype.itemsize > 1 and spec.kv_dtype != spec.dtype and not self.any_kv:
+        elif not spec.fp8_kv and spec.kv_dtype != spec.dtype and not self.any_kv:
             yield f"needs the KV cache in {name_of(spec.dtype)}, not {name_of(spec.kv_dtype)}"
 
     def _refused_sizes(self, spec: AttentionSpec, block_size: int) -> Iterator[str]:
@@ -221,7 +221,7 @@ class BackendContract:
         return ((), list(reasons)) if reasons else (tuple(routes[spec] for spec in specs), [])
 
     def _cache_refusal(self, spec: AttentionSpec, platform: Platform, layout: str, block_size: int) -> str | None:
-        if spec.kv_dtype.itemsize == 1:
+        if spec.fp8_kv:
             if spec.kv_dtype != platform.fp8_dtype:
                 return f"fp8 on {platform.arch} is {name_of(platform.fp8_dtype)}, not {name_of(spec.kv_dtype)}"
             if self.fp8_archs and not any(is_arch(platform.arch, pattern) for pattern in self.fp8_archs):

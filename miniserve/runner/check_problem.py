@@ -59,7 +59,7 @@ class Problem:
         fp8_products: bool,
     ) -> None:
         self.layout, self.layer, self.cache, self.max_seq_len = layout, layer, cache, max_seq_len
-        self._fp8_products = fp8_products and layer.spec.kv_dtype.itemsize == 1
+        self._fp8_products = fp8_products and layer.spec.fp8_kv
         self.block_size, self.device = layout.block_size, cache.key.device
         self.generator = torch.Generator().manual_seed(layer.layer_index)
         lengths = dict.fromkeys((1, self.block_size, self.block_size + 1, *LENGTHS))
@@ -140,7 +140,7 @@ class Problem:
         """What a layer writes for `count` tokens. For an fp8 cache: values that it holds exactly."""
         spec = self.layer.spec
         k, v = (self._draw(count, *shape) for shape in token_shapes(spec)[-2:])
-        if spec.kv_dtype.itemsize > 1:
+        if not spec.fp8_kv:
             return k, v
         if spec.latent is not None:
             k_scale = v_scale = cast(LatentLayer, self.layer).kv_scale

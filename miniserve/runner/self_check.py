@@ -144,7 +144,7 @@ def self_check(
 
 
 def _tolerance(kernel: KernelContract, spec: AttentionSpec) -> float:
-    if spec.kv_dtype.itemsize == 1 and kernel.fp8_tolerance is not None:
+    if spec.fp8_kv and kernel.fp8_tolerance is not None:
         return kernel.fp8_tolerance
     return TOLERANCE[spec.dtype]
 

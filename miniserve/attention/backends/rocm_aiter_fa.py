@@ -53,7 +53,7 @@ class FlashBackend(AiterBackend[FlashMetadata]):
         before they are rounded."""
         tokens = min(CONTEXT_TOKENS, options.max_rows * options.max_seq_len)
         gathered = max(
-            spec.num_kv_heads * spec.head_dim * (2 * spec.dtype.itemsize + (6 if spec.kv_dtype.itemsize == 1 else 0))
+            spec.num_kv_heads * spec.head_dim * (2 * spec.dtype.itemsize + (6 if spec.fp8_kv else 0))
             for spec in options.specs
         )
         return PagedScratch.sizes(options)[1] + tokens * gathered
@@ -61,7 +61,7 @@ class FlashBackend(AiterBackend[FlashMetadata]):
     @classmethod
     def extra_block_bytes(cls, layout: KVLayout, spec: AttentionSpec, route: LayerRoute) -> int:
         """`AsmScales`, at most: layers of the same scale share tables."""
-        asm = route.decode == "paged_attention_common" and spec.kv_dtype.itemsize == 1
+        asm = route.decode == "paged_attention_common" and spec.fp8_kv
         return 2 * 4 * layout.block_size * spec.num_kv_heads if asm else 0
 
     def build(self, batch: StepBatch) -> FlashMetadata:

@@ -110,4 +110,4 @@ def padded(tensor: Tensor, dim: int) -> Tensor:
 
 def latent_scale(layer: LatentLayer) -> Tensor | None:
     """The layer's scale where its cache is fp8, which alone has one."""
-    return layer.kv_scale if layer.spec.kv_dtype.itemsize == 1 else None
+    return layer.kv_scale if layer.spec.fp8_kv else None
