@@ -19,10 +19,10 @@ SPEC = AttentionSpec(32, 8, 128, 128**-0.5, BF16, BF16, sliding_window=64)
 MI300X, MI355X = NAMED_PLATFORMS["mi300x"], NAMED_PLATFORMS["mi355x"]
 
 
-def refusals(spec: AttentionSpec, block_size: int = 16, **terms: Any) -> list[str]:
+def refusals(spec: AttentionSpec, tokens_a_block: int = 16, **terms: Any) -> list[str]:
     terms = {"dtypes": (BF16,)} | terms
     contract = KernelContract(name="KERNEL", layouts=("linear",), **terms)
-    return list(contract.refusals(spec, block_size))
+    return list(contract.refusals(spec, tokens_a_block))
 
 
 def test_open_terms_refuse_nothing() -> None:
