@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.base import BackendOptions
 from miniserve.attention.contracts import CONTRACTS
 from miniserve.attention.layouts import LAYOUTS, KVLayout
 from miniserve.attention.platform import Platform
@@ -82,7 +82,8 @@ def select(
     if layout != "auto" and layout not in LAYOUTS:
         raise UserError(f"--kv-layout {layout!r} is not known; choose one of auto, {', '.join(LAYOUTS)}.")
     if layout != "auto" and (layout == "latent") != any(spec.latent is not None for spec in specs):
-        raise UserError(_WRONG_KIND[layout == "latent"].format(layout=layout))
+        others = ", ".join(name for name in LAYOUTS if name != "latent")
+        raise UserError(_WRONG_KIND[layout == "latent"].format(layout=layout, others=others))
     rejected: list[tuple[str, str, str]] = []
     hopeless = {contract.name: contract.refusals(specs, platform) for contract in contracts}
     for contract, candidate, measured in _candidates(contracts, platform, layout, preferred or ()):
@@ -111,7 +112,7 @@ def select(
 
 _WRONG_KIND = {
     True: "--kv-layout {layout} holds the latents of MLA models, and this one has keys and values of each KV head; use "
-    "linear, shuffled or auto.",
+    "{others} or auto.",
     False: "--kv-layout {layout} holds keys and values of each KV head, and this MLA model has one latent for all "
     "heads; use latent or auto.",
 }

@@ -15,6 +15,7 @@ from miniserve.attention.spec import AttentionSpec
 from miniserve.attention.terms import LayerRoute
 from miniserve.config import EngineConfig, tuning_dir
 from miniserve.core import UserError
+from miniserve.models.decoder import CausalLM
 from miniserve.models.description import ModelConfig
 from miniserve.models.registry import MXFP4, describe_products, described_model, weight_bytes
 from miniserve.parallel.shard import Shard
@@ -78,9 +79,7 @@ class Explanation:
     model: str
     config: ModelConfig
     device: str
-    platform: Platform
     tp: int
-    block_size: int
     max_model_len: int
     kinds: tuple[LayerKind, ...]
     choice: Choice
@@ -110,6 +109,7 @@ def explain(name: str, model: ModelConfig, config: EngineConfig, device: str, tp
         layout=config.kv_layout,
         preferred=load_preferred(tuning_dir(), platform, specs, config.block_size),
     )
+    built = described_model(model, dtype, platform, shard)
     longest = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
     kinds = tuple(
         LayerKind(layers=tuple(index for index, other in enumerate(layers) if other == spec), spec=spec)
@@ -119,15 +119,13 @@ def explain(name: str, model: ModelConfig, config: EngineConfig, device: str, tp
         model=name,
         config=model,
         device=device,
-        platform=platform,
         tp=tp,
-        block_size=config.block_size,
         max_model_len=longest,
         kinds=kinds,
         choice=choice,
         paths=tuple(_paths(specs, platform, config.block_size)),
-        memory=_memory(model, choice, config, shard, total, longest),
-        products=tuple(describe_products(described_model(model, dtype, platform, shard))),
+        memory=_memory(built, choice, config, total, longest),
+        products=tuple(describe_products(built)),
         notes=tuple(_notes(model, config, device, tp, platform)),
     )
 
@@ -155,18 +153,10 @@ def _paths(specs: Sequence[AttentionSpec], platform: Platform, block_size: int) 
             yield Path(backend=contract.name, layout=layout, routes=kinds, reasons=tuple(reasons))
 
 
-def _memory(
-    model: ModelConfig,
-    choice: Choice,
-    config: EngineConfig,
-    shard: Shard,
-    total: int | None,
-    longest: int,
-) -> Memory:
-    block, platform, dtype = block_bytes(choice), choice.platform, choice.specs[0].dtype
-    place = "cpu" if platform.arch == "cpu" else "cuda"
+def _memory(built: CausalLM, choice: Choice, config: EngineConfig, total: int | None, longest: int) -> Memory:
+    block, platform, model = block_bytes(choice), choice.platform, built.config
     known = model.quantization is None or model.quantization.unknown in (None, MXFP4)
-    weights = weight_bytes(described_model(model, dtype, platform, shard), place) if known else None
+    weights = weight_bytes(built, "cpu" if platform.arch == "cpu" else "cuda") if known else None
     scratch = scratch_bytes(choice, config.max_num_seqs, longest)
     usable = None if total is None else int(total * config.gpu_memory_utilization)
     limit = pool_limit(choice, config.max_num_seqs)
@@ -183,16 +173,16 @@ def _memory(
         scratch=scratch,
         kv_bytes_per_token=block // config.block_size,
         tokens=tokens,
-        least_tp=_least_tp(model, dtype, platform, usable) if tokens == 0 and usable is not None else None,
+        least_tp=_least_tp(built, platform, usable) if tokens == 0 and usable is not None else None,
         bounded=bounded,
     )
 
 
-def _least_tp(model: ModelConfig, dtype: torch.dtype, platform: Platform, usable: int) -> int | None:
+def _least_tp(built: CausalLM, platform: Platform, usable: int) -> int | None:
     for tp in (2, 4, 8, 16, 32, 64):
-        if tp > model.num_heads:
+        if tp > built.config.num_heads:
             return None
-        if weight_bytes(described_model(model, dtype, platform, Shard(0, tp)), "cuda") < usable:
+        if weight_bytes(described_model(built.config, built.options.dtype, platform, Shard(0, tp)), "cuda") < usable:
             return tp
     return None
 

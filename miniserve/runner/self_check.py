@@ -18,9 +18,8 @@ from typing import Any, cast
 
 import torch
 
-from miniserve.attention.backends.base import Backend
+from miniserve.attention.backends.base import QKV, Backend, BackendOptions, LatentTokens
 from miniserve.attention.backends.build import build_backend
-from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.contracts import KERNELS
 from miniserve.attention.layouts import KVCache
 from miniserve.attention.metadata import StepBatch
@@ -145,7 +144,7 @@ def self_check(
 
 
 def _tolerance(kernel: KernelContract, spec: AttentionSpec) -> float:
-    if spec.kv_dtype.itemsize == 1 and kernel.fp8_tolerance is not None:
+    if spec.fp8_kv and kernel.fp8_tolerance is not None:
         return kernel.fp8_tolerance
     return TOLERANCE[spec.dtype]
 
@@ -214,15 +213,16 @@ def distance(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).norm() / want.norm())
 
 
-def _attend(problem: Problem, backend: Backend[Any], tokens: list[torch.Tensor], batch: StepBatch) -> torch.Tensor:
+def _attend(
+    problem: Problem, backend: Backend[Any], tokens: tuple[torch.Tensor, ...], batch: StepBatch
+) -> torch.Tensor:
     """As the model calls the backend: with rope, where the backend does it, that turns nothing."""
     meta, cache = backend.build(batch), problem.cache
     if problem.layer.spec.latent is not None:
-        q_nope, q_pe, kv_c, k_pe = tokens
-        return backend.attend_latent(cast(LatentLayer, problem.layer), q_nope, q_pe, kv_c, k_pe, cache, meta)
-    layer, (q, k, v) = cast(AttentionLayer, problem.layer), tokens
+        return backend.attend_latent(cast(LatentLayer, problem.layer), cast(LatentTokens, tokens), cache, meta)
+    layer = cast(AttentionLayer, problem.layer)
     if not backend.fuses_rope:
-        return backend.attend(layer, q, k, v, cache, meta)
-    cosines = torch.ones(len(q), layer.spec.head_dim // 2, device=problem.device)
+        return backend.attend(layer, cast(QKV, tokens), cache, meta)
+    cosines = torch.ones(len(tokens[0]), layer.spec.head_dim // 2, device=problem.device)
     rope = QKRope(torch.cat([cosines, torch.zeros_like(cosines)], dim=1), None, None, 0.0)
-    return backend.attend_qkv(layer, torch.cat([q, k, v], dim=1).flatten(1), rope, cache, meta)
+    return backend.attend_qkv(layer, torch.cat(tokens, dim=1).flatten(1), rope, cache, meta)

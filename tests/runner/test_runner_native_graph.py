@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import miniserve
 from miniserve import LLM
 from miniserve.attention.backends.cpu_attn import CpuBackend
-from miniserve.attention.context import PagedStepContext
+from miniserve.attention.context import StepContext
 from miniserve.attention.layouts import LAYOUTS
 from miniserve.attention.metadata import StepBatch, decode_rows
 from miniserve.config import SchedulerConfig
@@ -210,7 +210,7 @@ def test_every_attention_that_the_kernels_have(layout: str, threads: int, tmp_pa
             positions = state.lens[rows]
             slots = state.tables[rows, positions // 16].long() * 16 + positions % 16
             decode = decode_rows(state.tables[rows], positions.int() + 1, MAX_LEN, None)
-            context = PagedStepContext(backend, caches, backend.build(StepBatch(slots, decode)))
+            context = StepContext(backend, caches, backend.build(StepBatch(slots, decode)))
             want = model.compute_logits(model(sampler.last_tokens[rows], positions, context))
             if step % 2:
                 assert torch.equal(graphs.drawn(len(rows), inputs_of(rows))[1], want)
