@@ -25,6 +25,7 @@ from miniserve.cli.repl import (
     print_answer,
     read_piped_text,
     read_text,
+    require_stdout,
 )
 from miniserve.cli.report import Report
 from miniserve.config import EngineConfig
@@ -49,6 +50,7 @@ def start(engine: EngineConfig, server: ServerConfig, *, prompt: str | None, cha
         raise UserError("There is nothing to answer: the text is empty.")
     quiet = engine.log_level not in ("debug", "info")
     if prompt is not None:
+        require_stdout()  # before a model is loaded for nothing
         # For this process alone: a free port, and a key that nobody else knows.
         private = replace(
             server,
