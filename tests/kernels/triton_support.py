@@ -5,11 +5,13 @@ Import this before anything that imports Triton: the interpreter must be chosen 
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,27 @@ if not NATIVE and os.environ.get("TRITON_INTERPRET") != "1":
 
 from miniserve.kernels.triton.launch import Launch  # noqa: E402  (may import Triton)
 
+
+def remember_builtins() -> None:
+    """Let the interpreter search a module for what it replaces once, not at each call of a function: a third of its
+    time goes there. It searches a module for the first time before it replaces anything in it."""
+    from triton.runtime import interpreter
+
+    is_builtin, patch = interpreter.tl.core.is_builtin, interpreter._patch_attr
+    found: dict[Any, list[str]] = {}
+
+    def patch_builtin(pkg: Any, builder: object, scope: object) -> None:
+        if pkg not in found:
+            found[pkg] = [name for name, member in inspect.getmembers(pkg) if is_builtin(member)]
+        for name in found[pkg]:
+            if is_builtin(member := getattr(pkg, name)):
+                patch(pkg, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch_builtin
+
+
+if not NATIVE:
+    remember_builtins()
 DEVICE = torch.device("cuda" if NATIVE else "cpu")
 on_gpu = (
     pytest.mark.gpu,
