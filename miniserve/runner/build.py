@@ -285,7 +285,9 @@ def _make_runner(
 
     sampler = Sampler(rows, vocab_size, device, eos_token_ids, config.seed, device_draw, options.group)
     compile_draw(vocab_size, options.dtype, sampler.params)
-    if not replays or not isinstance(options.group, Alone):  # no group's calls are known to work in graphs yet
+    alone = isinstance(options.group, Alone)
+    # With sums that end the chain of dependent launches a graph would gain little, and none is known to work.
+    if not replays or not (alone or options.group.inboxes):
         return ModelRunner(served, state, sampler)
     sizes = {"block_size": config.block_size, "max_seq_len": plan.max_model_len}
     row_state = RowState(state.tables, state.lens, sampler.last_tokens, sampler.num_outputs)
@@ -293,8 +295,9 @@ def _make_runner(
     graphs = DecodeGraphs(served, row_state, sampler.params, **sizes, buckets=buckets, num_draft_tokens=guesses)
     graphs.capture(partial(report, "decode graphs"))
     chunk_graphs = None
-    # What padding holds is anything, also NaN, for which experts cannot be chosen.
-    if served.backend.chunk_graphs and model.config.moe is None:
+    # What padding holds is anything, also NaN, for which experts cannot be chosen. Sums over ranks of so many rows are
+    # the library's, which is not known to work in graphs.
+    if served.backend.chunk_graphs and model.config.moe is None and alone:
         chunk_graphs = ChunkGraphs(served, **sizes, max_num_seqs=rows)
         chunk_graphs.capture(partial(report, "chunk graphs"))
     return ModelRunner(served, state, sampler, graphs, chunk_graphs)

@@ -26,6 +26,8 @@ class _Meeting:
 class ThreadGroup:
     """A `Group`. Ranks that call different things, or with different shapes, fail."""
 
+    inboxes: Any = None
+
     def __init__(self, rank: int, meeting: _Meeting) -> None:
         self.rank, self.size = rank, len(meeting.brought)
         self._meeting = meeting
