@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from thread_ranks import make_inboxes
 from triton_support import DEVICE, DTYPES, normal  # before anything imports Triton
 
 from miniserve.kernels.triton.elementwise import add_rms_norm
-from miniserve.kernels.triton.reduce_norm import EMPTY, INBOX_BYTES, TURNS, Inboxes
+from miniserve.kernels.triton.reduce_norm import EMPTY, TURNS, Inboxes
 
 EPS = 1e-6
 
@@ -20,11 +21,7 @@ class Ranks:
     """Inboxes of `size` ranks on one device."""
 
     def __init__(self, size: int) -> None:
-        words = TURNS * INBOX_BYTES // 4
-        self.memory = [torch.full((words,), EMPTY, dtype=torch.int32, device=DEVICE) for _ in range(size)]
-        addresses = torch.tensor([each.data_ptr() for each in self.memory], device=DEVICE)
-        states = [torch.zeros(4, dtype=torch.int32, device=DEVICE) for _ in range(size)]
-        self.inboxes = [Inboxes(addresses, state, rank, limit=2) for rank, state in enumerate(states)]
+        self.memory, self.inboxes = make_inboxes(size, DEVICE, limit=2)
 
     def run(self, launch: Callable[[Inboxes], torch.Tensor]) -> list[torch.Tensor]:
         """A turn of all ranks; `launch` on each of them, twice."""
@@ -105,7 +102,8 @@ def test_sums_and_gathers_take_turns() -> None:
 
 
 def test_a_peer_that_sends_nothing_is_noticed_within_the_limit() -> None:
-    first, _ = Ranks(2).inboxes
+    ranks = Ranks(2)
+    first = ranks.inboxes[0]
     x = normal(0, 1, 64)
     first.reduce_norm(x, None, x.clone(), normal(1, 64), EPS)
     assert int(first.state[3]) == 1
