@@ -9,12 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 from thread_ranks import make_inboxes
-from triton_support import DEVICE, DTYPES, normal  # before anything imports Triton
+from triton_support import DEVICE, normal, on_gpu  # before anything imports Triton
 
 from miniserve.kernels.triton.elementwise import add_rms_norm
 from miniserve.kernels.triton.reduce_norm import EMPTY, TURNS, Inboxes
 
 EPS = 1e-6
+FEWER = [(3, torch.float32), pytest.param(2, torch.bfloat16, marks=on_gpu)]
 
 
 class Ranks:
@@ -39,11 +40,10 @@ def bits(x: torch.Tensor) -> torch.Tensor:
     return x.view(torch.int16 if x.element_size() == 2 else torch.int32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", range(1, 9))
+@pytest.mark.parametrize(("size", "dtype"), [*((size, torch.float16) for size in range(1, 9)), *FEWER])
 def test_ten_turns_are_the_sum_in_the_order_of_the_ranks_then_the_norm(size: int, dtype: torch.dtype) -> None:
     ranks = Ranks(size)
-    shapes = [(1, 100), (3, 33), (2, 7), (1, 257), (5, 48)] * 2  # rows that begin at odd places, and sizes that change
+    shapes = [(1, 100), (3, 33), (1, 7), (1, 257), (2, 48)] * 2  # rows that begin at odd places, and sizes that change
     for turn, (tokens, width) in enumerate(shapes):
         k, shared = turn % 3 + 1, turn % 2 == 1
         parts = [normal(10 * turn + rank, tokens * k, width) for rank in range(size)]

@@ -51,11 +51,11 @@ def build_rank(start: RankStart) -> Runner:
     return ranks.build_rank(start)
 
 
-def tokens(model: str, size: int, params: list[SamplingParams]) -> list[list[int]]:
+def tokens(model: str, size: int, params: list[SamplingParams], kill_after: float | None = None) -> list[list[int]]:
     settings = {"dtype": "float32", "max_model_len": 1024, "kv_cache_memory": 64 << 20, "max_num_seqs": 4}
     llm = LLM(Path(model), device="cuda", progress=False, tensor_parallel_size=size, **settings)
-    if len(sys.argv) > 2:
-        threading.Timer(float(sys.argv[2]), kill_other_rank).start()
+    if kill_after is not None:
+        threading.Timer(kill_after, kill_other_rank).start()
     return [answer.outputs[0].token_ids for answer in llm.generate(PROMPTS, params, progress=False)]
 
 
@@ -67,5 +67,9 @@ def kill_other_rank() -> None:
 
 if __name__ == "__main__":
     share_one_gpu()
-    endless = SamplingParams(temperature=0.0, max_tokens=900, ignore_eos=True)
-    print(json.dumps(tokens(sys.argv[1], 2, [endless] * 3 if len(sys.argv) > 2 else PARAMS)), flush=True)
+    model, *kill_after = sys.argv[1:]
+    if kill_after:
+        endless = SamplingParams(temperature=0.0, max_tokens=900, ignore_eos=True)
+        tokens(model, 2, [endless] * 3, float(kill_after[0]))
+    else:
+        print(json.dumps(tokens(model, 2, PARAMS)), flush=True)
