@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from miniserve.parallel.settle import Exchanging, all_values, together
+from miniserve.parallel.settle import all_values, together
 
 if TYPE_CHECKING:
     from miniserve.kernels.triton.reduce_norm import Inboxes
+    from miniserve.parallel.group import Group
 
 _LAZY_PEER_ACCESS, _UNCACHED = 1, 3
 # Of the trial, about half a minute: ranks compile its kernel at the same time, not equally fast.
@@ -61,7 +62,7 @@ class _Block:
         self.__cuda_array_interface__ = {"shape": (words,), "typestr": "<i4", "data": (address, False), "version": 3}
 
 
-def open_inboxes(group: Exchanging, rank: int, device: torch.device) -> Inboxes:
+def open_inboxes(group: Group, rank: int, device: torch.device) -> Inboxes:
     """Those of all ranks, tried out; `device` is PyTorch's current one. They are there for as long as the process: a
     peer may still write to them. Raises RuntimeError, on all ranks, where they do not work between any two."""
     with together(group):
