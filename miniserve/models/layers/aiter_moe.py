@@ -46,11 +46,11 @@ class AiterMoE(MoEMethod):
         """Of the padded weights, and how to read them. Drops the layer's."""
         w1, w2 = layer.w1_scale.data.unflatten(1, (2, -1)), layer.w2_scale.data
         if layer.weights.step is None:
-            quant_type = self._aiter.quant_type.per_Token
+            quant_type = self._aiter.QuantType.per_Token
             w1 = functional.pad(w1, (0, wider)).flatten(1)[..., None]
             w2 = functional.pad(w2, (0, more))[..., None]
         else:  # each part begins with a block, so of a block's steps, which are alike, the first is taken
-            quant_type = self._aiter.quant_type.per_1x128
+            quant_type = self._aiter.QuantType.per_1x128
             rows, columns = (_GROUP // each for each in layer.weights.step)
             w1, w2 = w1[:, :, ::rows, ::columns].flatten(1, 2), w2[:, ::rows, ::columns]
         layer.register_parameter("w1_scale", None)
