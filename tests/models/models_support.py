@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
 from miniserve.attention.spec import AttentionLayer, LatentLayer
+from miniserve.core import UserError
 from miniserve.models.config import load_model_config
 from miniserve.models.decoder import CausalLM
+from miniserve.models.description import ModelConfig
 from miniserve.models.loader import load_weights
 from miniserve.models.options import BuildOptions
 from miniserve.models.registry import build_model
@@ -152,6 +156,17 @@ def reference_model(architecture: str, settings: dict[str, Any], seed: int = 0) 
         if name.endswith("e_score_correction_bias"):
             buffer.normal_(0.0, 0.2, generator=generator)
     return model
+
+
+def read(path: Path, content: dict[str, Any]) -> ModelConfig:
+    (path / "config.json").write_text(json.dumps(content))
+    return load_model_config(path)
+
+
+def refusal(path: Path, content: dict[str, Any]) -> str:
+    with pytest.raises(UserError) as caught:
+        read(path, content)
+    return str(caught.value)
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> CausalLM:

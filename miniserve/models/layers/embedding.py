@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from miniserve.models.layers.base import Layer, Piece
 from miniserve.models.layers.linear import Linear, LinearMethod
@@ -40,6 +40,5 @@ class TiedLMHead(Linear):
 
     def finish(self) -> None:
         # The embedding has its memory by now: a model's layers are loaded in order.
-        rows = self._embedding[0].weight.data[self.outputs["lm_head"].held]
-        self.register_parameter("weight", nn.Parameter(rows, requires_grad=False))
+        self.replace("weight", self._embedding[0].weight.data[self.outputs["lm_head"].held])
         super().finish()

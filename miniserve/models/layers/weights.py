@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from miniserve.models.layers.base import NOWHERE, Layer, Piece
+from miniserve.models.layers.base import NOWHERE, Index, Layer, Piece
 from miniserve.models.quantization import WeightFormat
 from miniserve.parallel.shard import Part, whole
 
@@ -66,7 +66,7 @@ class Weights:
 
     def _values(self, name: str, parameter: str, part: Placed, lead: tuple[int, ...] | None, kind: str) -> Piece:
         rows, columns, begin = part
-        index: slice | tuple[int | slice, ...] = NOWHERE if lead is None else (*lead, slice(begin, begin + rows.size))
+        index: Index = NOWHERE if lead is None else (*lead, slice(begin, begin + rows.size))
         shape, source = (rows.count, columns.count), (rows.held, columns.held)
         return Piece(f"{name}.weight", parameter, index, shape, source, kind)
 
@@ -85,11 +85,25 @@ class ScaledWeights(Weights):
         super().declare(layer, matrices, dtype if self.widened else CODES, lead)
         self.step = step_of(self.form, *(parts.values() for parts in matrices.values()))
         for parameter, parts in matrices.items():
-            layer.declare(f"{parameter}_scale", (*lead, *scale_shape(*_shape(parts), self.step)), torch.float32)
+            rows, columns = _shape(parts)
+            grid = (rows,) if self.step is None else (-(-rows // self.step[0]), -(-columns // self.step[1]))
+            layer.declare(f"{parameter}_scale", (*lead, *grid), torch.float32)
 
     def pieces(self, name: str, parameter: str, part: Placed, lead: tuple[int, ...] | None = ()) -> Iterator[Piece]:
         yield self._values(name, parameter, part, lead, "codes")
-        yield scale_piece(f"{name}.{self.form.scale}", f"{parameter}_scale", self.form, self.step, part, lead)
+        rows, columns, begin = part
+        refine: Callable[[Tensor], Tensor]
+        if self.step is None:
+            shape: tuple[int, ...] = () if self.form.grain == "tensor" else (rows.count,)
+            place, refine = slice(begin, begin + rows.size), partial(_of_rows, rows=rows)
+        else:
+            block, step = self.form.block, self.step
+            shape = (-(-rows.count // block[0]), -(-columns.count // block[1]))
+            place = slice(begin // step[0], -(-(begin + rows.size) // step[0]))
+            refine = partial(_of_blocks, block=block, step=step, parts=(rows, columns))
+        index: Index = NOWHERE if lead is None else (*lead, place)
+        scale = f"{name}.{self.form.scale}"
+        yield Piece(scale, f"{parameter}_scale", index, shape, kind="scales", refine=refine)
 
     def finish(self, layer: Layer, parameters: Iterable[str]) -> None:
         for parameter in parameters:
@@ -118,28 +132,6 @@ def step_of(form: WeightFormat, *parameters: Iterable[Placed]) -> Step:
         rows = math.gcd(rows, part.held.start, part.begins, begin)
         columns = math.gcd(columns, across.held.start, across.begins)
     return rows, columns
-
-
-def scale_shape(rows: int, columns: int, step: Step) -> tuple[int, ...]:
-    """Of the scales of a parameter [rows, columns]."""
-    return (rows,) if step is None else (-(-rows // step[0]), -(-columns // step[1]))
-
-
-def scale_piece(
-    name: str, parameter: str, form: WeightFormat, step: Step, part: Placed, lead: tuple[int, ...] | None
-) -> Piece:
-    """What fills the scales of one part; lead as of `Weights.pieces`."""
-    rows, columns, begin = part
-    refine: Callable[[Tensor], Tensor]
-    if step is None:
-        shape: tuple[int, ...] = () if form.grain == "tensor" else (rows.count,)
-        place, refine = slice(begin, begin + rows.size), partial(_of_rows, rows=rows)
-    else:
-        shape = tuple(-(-each.count // size) for each, size in zip((rows, columns), form.block, strict=True))
-        place = slice(begin // step[0], -(-(begin + rows.size) // step[0]))
-        refine = partial(_of_blocks, block=form.block, step=step, parts=(rows, columns))
-    index: slice | tuple[int | slice, ...] = NOWHERE if lead is None else (*lead, place)
-    return Piece(name, parameter, index, shape, kind="scales", refine=refine)
 
 
 def _of_rows(stored: Tensor, rows: Part) -> Tensor:
