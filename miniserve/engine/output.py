@@ -44,10 +44,9 @@ class OutputAssembler:
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         self._include_stop = params.include_stop_str_in_output
-        self._detokenizers: list[Detokenizer | None] = [
+        self._detokenizers: list[Detokenizer | None] = [  # None: the sequence has ended
             Detokenizer(tokenizer, params, prompt_token_ids) for _ in range(params.n)
         ]
-        self._num_unfinished = params.n
         self._awaits_prompt_logprobs = params.prompt_logprobs is not None
         self._lack_prompt_logprobs = set(range(1, params.n)) if self._awaits_prompt_logprobs else set()
         self._prompt_logprobs: list[TokenLogprobs | None] | None = None
@@ -55,7 +54,7 @@ class OutputAssembler:
 
     @property
     def finished(self) -> bool:
-        return self._num_unfinished == 0
+        return all(detokenizer is None for detokenizer in self._detokenizers)
 
     def push(self, index: int, output: RequestOutput) -> tuple[list[Completion], bool]:
         """The deltas that sequence `index`'s output brings, and whether the sequence ended here at a stop string, so
@@ -66,7 +65,7 @@ class OutputAssembler:
         delta = self._decode(index, detokenizer, output)
         met_stop = delta.finish_reason is FinishReason.STOP and isinstance(delta.stop_reason, str)
         if delta.finish_reason is not None:
-            self._finish(index)
+            self._detokenizers[index] = None
         return self._release(delta), met_stop and output.finish_reason is None
 
     def fail(self, error: str) -> list[Completion]:
@@ -76,14 +75,10 @@ class OutputAssembler:
         self._awaits_prompt_logprobs = False
         for index, detokenizer in enumerate(self._detokenizers):
             if detokenizer is not None:
-                self._finish(index)
+                self._detokenizers[index] = None
                 reason = FinishReason.ERROR
                 deltas.append(Completion(index=index, text="", token_ids=[], finish_reason=reason, error=error))
         return deltas
-
-    def _finish(self, index: int) -> None:
-        self._detokenizers[index] = None
-        self._num_unfinished -= 1
 
     def _decode(self, index: int, detokenizer: Detokenizer, output: RequestOutput) -> Completion:
         token_ids, finish_reason = output.new_token_ids, output.finish_reason

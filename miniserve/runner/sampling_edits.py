@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from miniserve.core import MAX_BAD_WORD, RowStart
-from miniserve.runner.sampling_transfer import to_device
+from miniserve.runner.device import to_device
 
 Int64 = npt.NDArray[np.int64]
 _WIDTH_STEP = 64

@@ -16,8 +16,8 @@ import torch
 
 from miniserve.core import RowStart
 from miniserve.kernels.sampling import NUM_COLUMNS, TEMPERATURE, WANTS_LOGITS, RowParams, row_numbers
+from miniserve.runner.device import to_device
 from miniserve.runner.sampling_edits import BatchEdit, make_edits
-from miniserve.runner.sampling_transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)

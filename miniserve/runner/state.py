@@ -10,7 +10,7 @@ import torch
 
 from miniserve.attention.metadata import Int64, QueryRows, StepBatch, chunk_rows, decode_rows, table_width
 from miniserve.core import Chunk, StepPlan
-from miniserve.runner.sampling_transfer import to_device
+from miniserve.runner.device import to_device
 
 
 @dataclass(frozen=True, slots=True)

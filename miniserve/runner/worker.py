@@ -1,5 +1,5 @@
 """A rank's process: `python -m miniserve.runner.worker`, started by rank 0 and nobody else, or by the main process of
-another host (`runner.node`).
+another host (`ranks.run_node`).
 
 It builds its part of the model, then receives and launches steps until it is told to end. It never outlives the process
 that started it or rank 0: the kernel kills it with its parent, and the end of either's connection says the same.
