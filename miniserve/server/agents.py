@@ -23,7 +23,7 @@ from miniserve.server.protocol import (
     Tool,
 )
 from miniserve.server.reading import AnswerReader, Part
-from miniserve.server.reply import Answer, GenerationResponse, Header
+from miniserve.server.reply import Answer, GenerationResponse
 from miniserve.server.service import Service
 
 T = TypeVar("T")
@@ -117,8 +117,8 @@ class PartsAnswer(Answer):
     names_events = True
     end = b""
 
-    def __init__(self, header: Header, tokenizer: Tokenizer, chat: Chat) -> None:
-        super().__init__(header, tokenizer, [chat.token_ids])
+    def __init__(self, model: str, tokenizer: Tokenizer, chat: Chat) -> None:
+        super().__init__(model, tokenizer, [chat.token_ids])
         self._reader = AnswerReader(chat.reading, tokenizer)
         self._begun = False
         self._last: Completion | None = None  # once all has come

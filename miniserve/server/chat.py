@@ -31,7 +31,7 @@ from miniserve.server.protocol import (
     Usage,
 )
 from miniserve.server.reading import AnswerReader, Part, Reading, chosen_tools, forced_calls, reading_of, template_tools
-from miniserve.server.reply import ChoicesAnswer, GenerationResponse, Header, finish_word
+from miniserve.server.reply import ChoicesAnswer, GenerationResponse, finish_word
 from miniserve.server.service import MAX_TEXT, Service
 from miniserve.server.structured import find_grammar
 
@@ -39,10 +39,10 @@ from miniserve.server.structured import find_grammar
 class ChatAnswer(ChoicesAnswer):
     """One choice for each of the n sequences of the one prompt."""
 
-    whole_kind, chunk_kind = "chat.completion", "chat.completion.chunk"
+    id_prefix, whole_kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, header: Header, tokenizer: Tokenizer, chat: Chat, body: ChatCompletionRequest) -> None:
-        super().__init__(header, tokenizer, [chat.token_ids], chat.params, body)
+    def __init__(self, model: str, tokenizer: Tokenizer, chat: Chat, body: ChatCompletionRequest) -> None:
+        super().__init__(model, tokenizer, [chat.token_ids], chat.params, body)
         self._echo = chat.echo
         self._reading = chat.reading
         self._readers: dict[int, AnswerReader] = {}
@@ -198,7 +198,7 @@ def _echoed(body: ChatCompletionRequest) -> str:
 async def respond(service: Service, body: ChatCompletionRequest) -> GenerationResponse:
     """Raises `InvalidRequest` or `APIError` for what cannot be answered."""
     chat = await prepare(service, body)
-    answer = ChatAnswer(service.header("chatcmpl-"), service.engine.tokenizer, chat, body)
+    answer = ChatAnswer(service.model, service.engine.tokenizer, chat, body)
     return await service.respond(answer, chat.params, body)
 
 

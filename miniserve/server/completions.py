@@ -11,7 +11,7 @@ from miniserve.core import Completion, SamplingParams, TokenLogprobs
 from miniserve.engine.detokenizer import TextDecoder, text_decoder
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server.protocol import CompletionChoice, CompletionLogprobs, CompletionRequest, Prompt
-from miniserve.server.reply import ChoicesAnswer, GenerationResponse, Header, finish_word
+from miniserve.server.reply import ChoicesAnswer, GenerationResponse, finish_word
 from miniserve.server.service import MAX_TEXT, Service
 from miniserve.server.structured import find_grammar
 
@@ -96,19 +96,20 @@ def _join(pieces: Sequence[CompletionLogprobs]) -> CompletionLogprobs:
 class CompletionAnswer(ChoicesAnswer):
     """The choices are listed in the order of their prompts."""
 
+    id_prefix = "cmpl-"
     whole_kind = chunk_kind = "text_completion"
     prompt_in_choice = True
 
     def __init__(
         self,
-        header: Header,
+        model: str,
         tokenizer: Tokenizer,
         prompts: Sequence[Prompt],
         token_ids: Sequence[list[int]],
         params: SamplingParams,
         body: CompletionRequest,
     ) -> None:
-        super().__init__(header, tokenizer, token_ids, params, body)
+        super().__init__(model, tokenizer, token_ids, params, body)
         self._prompts = prompts
         self._echo = bool(body.echo)
         self._num_wanted = body.n or 1
@@ -189,5 +190,5 @@ async def respond(service: Service, body: CompletionRequest) -> GenerationRespon
         ids = next(encoded) if isinstance(prompt, str) else prompt
         token_ids.append(service.truncate(ids, body))
         prompts.append(prompt if len(token_ids[-1]) == len(ids) else token_ids[-1])
-    answer = CompletionAnswer(service.header("cmpl-"), service.engine.tokenizer, prompts, token_ids, params, body)
+    answer = CompletionAnswer(service.model, service.engine.tokenizer, prompts, token_ids, params, body)
     return await service.respond(answer, params, body)

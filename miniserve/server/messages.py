@@ -201,6 +201,7 @@ class AnthropicError(TypedDict):
 
 
 class MessagesAnswer(PartsAnswer):
+    id_prefix = "msg_"
     beat = b'event: ping\ndata: {"type": "ping"}\n\n'
 
     def whole(self) -> dict[str, Any]:
@@ -233,10 +234,10 @@ class MessagesAnswer(PartsAnswer):
 
     def _message(self) -> dict[str, Any]:
         return {
-            "id": self.header.id,
+            "id": self.id,
             "type": "message",
             "role": "assistant",
-            "model": self.header.model,
+            "model": self.model,
             "content": [],
             "stop_reason": None,
             "stop_sequence": None,
@@ -291,7 +292,7 @@ async def respond(service: Service, body: MessagesRequest) -> Response:
     chat = translation.chat
     chat.max_tokens, chat.stop, chat.stream = body.max_tokens, body.stop_sequences, body.stream
     chat.temperature, chat.top_p, chat.top_k = body.temperature, body.top_p, body.top_k
-    return await translation.respond(service, lambda chat: MessagesAnswer(service.header("msg_"), tokenizer, chat))
+    return await translation.respond(service, lambda chat: MessagesAnswer(service.model, tokenizer, chat))
 
 
 async def count_tokens(service: Service, body: CountTokensRequest) -> Response:

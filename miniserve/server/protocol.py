@@ -8,6 +8,7 @@ kept and judged by `fields.FieldPolicy`, but for those of messages and tools, wh
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypeVar
 
 from pydantic import (
@@ -460,15 +461,16 @@ class ChatChunkChoice(TypedDict):
     token_ids: NotRequired[list[int]]
 
 
-class Model(TypedDict):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
     id: str
-    object: Literal["model"]
+    object: Literal["model"] = "model"
     created: int
-    owned_by: str
+    owned_by: str = "miniserve"
     root: str
-    parent: None
+    parent: None = None
     max_model_len: int
-    permission: list[str]
+    permission: tuple[str, ...] = ()
 
 
 class ModelList(TypedDict):

@@ -41,7 +41,7 @@ from miniserve.server.protocol import (
     Tool,
 )
 from miniserve.server.reading import Part
-from miniserve.server.reply import GenerationResponse, Header
+from miniserve.server.reply import GenerationResponse
 from miniserve.server.service import Service
 from miniserve.server.structured import JSONSchemaFormat, ResponseFormat
 
@@ -240,8 +240,10 @@ class ResponseOut(TypedDict):
 
 
 class ResponsesAnswer(PartsAnswer):
-    def __init__(self, header: Header, tokenizer: Tokenizer, chat: Chat, body: ResponsesRequest) -> None:
-        super().__init__(header, tokenizer, chat)
+    id_prefix = "resp_"
+
+    def __init__(self, model: str, tokenizer: Tokenizer, chat: Chat, body: ResponsesRequest) -> None:
+        super().__init__(model, tokenizer, chat)
         self._body = body
         self._params = chat.params
         self._serial = -1
@@ -323,13 +325,13 @@ class ResponsesAnswer(PartsAnswer):
         effort = body.reasoning.effort if body.reasoning else None
         choice = body.tool_choice or "auto"
         return {
-            "id": self.header.id,
+            "id": self.id,
             "object": "response",
-            "created_at": self.header.created,
+            "created_at": self.created,
             "status": status,
             "error": error,
             "incomplete_details": incomplete,
-            "model": self.header.model,
+            "model": self.model,
             "output": [] if running else [_item(part, part.text) for part in self._reader.parts],
             "usage": None if running else self._usage(),
             "store": False,
@@ -407,9 +409,7 @@ async def respond(service: Service, body: ResponsesRequest) -> GenerationRespons
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options is only allowed when stream is true.", "stream_options")
     tokenizer = service.engine.tokenizer
-    return await _translated(body).respond(
-        service, lambda chat: ResponsesAnswer(service.header("resp_"), tokenizer, chat, body)
-    )
+    return await _translated(body).respond(service, lambda chat: ResponsesAnswer(service.model, tokenizer, chat, body))
 
 
 def _translated(body: ResponsesRequest) -> Translation:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,7 +19,7 @@ from miniserve.server.fields import Body, FieldPolicy
 from miniserve.server.generation import Generation, Turns
 from miniserve.server.metrics import ServerMetrics
 from miniserve.server.protocol import GenerationBody
-from miniserve.server.reply import Answer, GenerationResponse, Header
+from miniserve.server.reply import Answer, GenerationResponse
 from miniserve.server.sampling import SamplingRules
 
 T = TypeVar("T")
@@ -35,18 +34,16 @@ class Service:
         self.engine = engine
         self.config = config
         self.model_names = config.served_model_names or (engine.info.model,)
+        self.model = self.model_names[0]  # as answers have it
         self.started = int(time.time())
         # As many more than run as keep the engine from ever waiting for the next.
         self.turns = Turns(2 * engine.info.max_num_seqs * len(engine.engines), config.max_queue, config.max_prompts)
-        self.metrics = ServerMetrics(engine, self.turns, self.model_names[0])
+        self.metrics = ServerMetrics(engine, self.turns, self.model)
         self.fields = FieldPolicy(config.strict_fields)
         self.rules = SamplingRules(engine.generation_defaults.sampling, engine.info.vocab_size, engine.tokenizer)
         self._long = ThreadPoolExecutor(2, "long-text")
         self._very_long = ThreadPoolExecutor(1, "very-long-text")
         self._grammars = ThreadPoolExecutor(2, "grammar")
-
-    def header(self, prefix: str) -> Header:
-        return Header(f"{prefix}{uuid.uuid4().hex}", int(time.time()), self.model_names[0])
 
     def admit(self, body: Body) -> None:
         """What is checked of every request. Raises `APIError` 404 for a model that there is not, and `InvalidRequest`
@@ -73,7 +70,7 @@ class Service:
         requests = []
         for number, ids in enumerate(answer.token_ids):
             request = Request(
-                request_id=f"{answer.header.id}-{number}",
+                request_id=f"{answer.id}-{number}",
                 prompt_token_ids=ids,
                 params=params,
                 priority=body.priority or 0,
