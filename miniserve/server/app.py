@@ -30,7 +30,7 @@ from miniserve.server.protocol import (
     TokenizeRequest,
 )
 from miniserve.server.responses import ResponsesRequest
-from miniserve.server.service import MAX_TEXT, Service
+from miniserve.server.service import Service
 
 _MAX_IDS = 262_144
 _OF_CONVERSATIONS = RenderOptions.model_fields.keys() - {"add_special_tokens", "add_generation_prompt"}
@@ -183,10 +183,10 @@ async def _ids(service: Service, body: TokenizeRequest) -> list[int]:
         for name in _OF_CONVERSATIONS:
             if getattr(body, name):
                 raise InvalidRequest(f"{name} goes with messages, not with a prompt.", name)
-        (ids,) = await service.encode([body.prompt], body.add_special_tokens is not False, MAX_TEXT)
+        (ids,) = await service.encode([body.prompt], body.add_special_tokens is not False, any_length=True)
         return ids
     if body.messages is None or body.prompt is not None:
         raise InvalidRequest("Exactly one of prompt and messages is needed.", "prompt")
     text = await render(service, body.messages, body, body.tools or [])
-    (ids,) = await service.encode([text], bool(body.add_special_tokens), MAX_TEXT)
+    (ids,) = await service.encode([text], bool(body.add_special_tokens), any_length=True)
     return ids

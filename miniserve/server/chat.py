@@ -32,7 +32,7 @@ from miniserve.server.protocol import (
 )
 from miniserve.server.reading import AnswerReader, Part, Reading, chosen_tools, forced_calls, reading_of, template_tools
 from miniserve.server.reply import ChoicesAnswer, GenerationResponse, finish_word
-from miniserve.server.service import MAX_TEXT, Service
+from miniserve.server.service import Service
 from miniserve.server.structured import find_grammar
 
 
@@ -163,8 +163,8 @@ async def prepare(service: Service, body: ChatCompletionRequest) -> Chat:
     template = tokenizer.chat_template.source(body.chat_template, template_tools(tools))
     dialect = service.config.tool_dialect(template) if tools else None
     text = await render(service, body.messages, body, tools)
-    max_chars = None if body.truncate_prompt_tokens is None else MAX_TEXT
-    (token_ids,) = await service.encode([text], bool(body.add_special_tokens), max_chars)
+    truncates = body.truncate_prompt_tokens is not None
+    (token_ids,) = await service.encode([text], bool(body.add_special_tokens), any_length=truncates)
     kept = service.truncate(token_ids, body)
     if len(kept) < len(token_ids):
         token_ids, text = kept, tokenizer.decode(kept, False)  # whose end may be another

@@ -257,10 +257,14 @@ class NamedTool(NamedTuple):
 def _tool_choice(value: object) -> str | NamedTool:
     if value in ("none", "auto", "required"):
         return str(value)
-    function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ValueError('must be none, auto, required or {"type": "function", "function": {"name": …}}')
-    return NamedTool(function["name"])
+    if isinstance(value, dict) and value.get("type") == "function":
+        function = value.get("function", value)  # chat has the name one level deeper than responses
+        if isinstance(function, dict) and isinstance(name := function.get("name"), str):
+            return NamedTool(name)
+    raise ValueError('must be none, auto, required or {"type": "function", "function": {"name": …}}')
+
+
+ToolChoice = Annotated[str | NamedTool, PlainValidator(_tool_choice, json_schema_input_type=str | dict[str, Any])]
 
 
 class RenderOptions(Body):
@@ -283,9 +287,7 @@ class ChatCompletionRequest(RenderOptions, GenerationBody):
     max_completion_tokens: Int | None = None
     logprobs: bool | None = None
     top_logprobs: Int | None = None
-    tool_choice: (
-        Annotated[str | NamedTool, PlainValidator(_tool_choice, json_schema_input_type=str | dict[str, Any])] | None
-    ) = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
 

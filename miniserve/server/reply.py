@@ -130,24 +130,20 @@ class ChoicesAnswer(Answer):
         self._begun: set[int] = set()  # choices
 
     @abstractmethod
-    def choices(self) -> Sequence[Mapping[str, Any]]:
-        """What was gathered, in order."""
+    def choices(self) -> Iterable[Mapping[str, Any]]:
+        """What was gathered, in the order in which it is shown."""
 
     @abstractmethod
     def pieces(self, number: int, delta: Completion) -> Iterator[Mapping[str, Any]]:
         """The choices for one delta, each for a separate event; the end comes separately, too, behind the last text.
         `count`s the delta's tokens before the first choice that has some."""
 
-    def select(self, choices: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
-        """Those of the choices that the answer shows."""
-        return choices
-
     def whole(self) -> dict[str, Any]:
         choices = [{**choice, **self._ids_of(choice["index"])} for choice in self.choices()]
         beside = {} if self.prompt_in_choice else self._about_prompt(0)
         return {
             **self._head(self.whole_kind),
-            "choices": self.select(choices),
+            "choices": [{**choice, "index": index} for index, choice in enumerate(choices)],
             "usage": self.usage(),
             **beside,
         }

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import AfterValidator, Field, PlainValidator
+from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict
 
 from miniserve.core import Completion, FinishReason, InvalidRequest, TokenLogprobs
@@ -34,11 +34,11 @@ from miniserve.server.protocol import (
     FunctionName,
     Int,
     ListOf,
-    NamedTool,
     Text,
     TextOrList,
     TokenLogprob,
     Tool,
+    ToolChoice,
 )
 from miniserve.server.reading import Part
 from miniserve.server.reply import GenerationResponse
@@ -124,22 +124,12 @@ class ResponseStreamOptions(Exact):
     include_obfuscation: Literal[False] | None = None
 
 
-def _tool_choice(value: object) -> str | NamedTool:
-    if value in ("none", "auto", "required"):
-        return str(value)
-    if not isinstance(value, dict) or value.get("type") != "function" or not isinstance(value.get("name"), str):
-        raise ValueError('must be none, auto, required or {"type": "function", "name": …}')
-    return NamedTool(value["name"])
-
-
 class ResponsesRequest(Body):
     model: str | None = None
     input: Annotated[ListOf[Item], Field(min_length=1), OR_TEXT]
     instructions: Text | None = None
     tools: ListOf[FunctionTool] | None = None
-    tool_choice: (
-        Annotated[str | NamedTool, PlainValidator(_tool_choice, json_schema_input_type=str | dict[str, Any])] | None
-    ) = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None

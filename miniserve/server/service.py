@@ -25,7 +25,7 @@ from miniserve.server.sampling import SamplingRules
 T = TypeVar("T")
 _LONG_TEXT = 16_384  # characters; beyond, encoding takes milliseconds
 _VERY_LONG_TEXT = 262_144  # characters; beyond, it takes a good part of a second
-MAX_TEXT = 1_048_576  # characters of a text that need not fit into the context
+_MAX_TEXT = 1_048_576  # characters of a text that need not fit into the context
 _CALL = 64  # characters that could be encoded in the time that a call takes
 
 
@@ -120,21 +120,19 @@ class Service:
             return ids
         return ids[:most] if body.truncation_side == "right" else ids[-most:]
 
-    async def encode(
-        self, texts: Sequence[str], add_special_tokens: bool, max_chars: int | None = None
-    ) -> list[list[int]]:
-        """Token ids of each text, which may have as many tokens as the context or, where it says so, `max_chars`.
-        Raises `InvalidRequest`, for a text that no vocabulary could make short enough before it is tokenized."""
+    async def encode(self, texts: Sequence[str], add_special_tokens: bool, *, any_length: bool) -> list[list[int]]:
+        """Token ids of each text, which may have as many tokens as the context or, with `any_length`, as many
+        characters as this server takes. Raises `InvalidRequest`, before it is tokenized, for a text that is longer."""
         limit, longest = self.engine.info.max_model_len, self.engine.tokenizer.longest_token
         for text in texts:
-            if max_chars is None and len(text) > limit * longest:
+            if not any_length and len(text) > limit * longest:
                 raise too_long(
                     limit,
                     f"your prompt has {len(text)} characters, and no token stands for more than {longest}. Please "
                     "shorten the prompt.",
                 )
-            if max_chars is not None and len(text) > max_chars:
-                raise InvalidRequest(f"The text has {len(text)} characters; at most {max_chars} are taken.", "prompt")
+            if any_length and len(text) > _MAX_TEXT:
+                raise InvalidRequest(f"The text has {len(text)} characters; at most {_MAX_TEXT} are taken.", "prompt")
         gone = False
 
         def work() -> list[list[int]]:
