@@ -127,28 +127,25 @@ class MessagesRequest(CountTokensRequest):
     top_k: Int | None = None
 
 
-MessagesRequest.refused = CountTokensRequest.refused = refused_beside(
-    MessagesRequest,
-    "max_tokens",
-    {
-        "container": (), "context_management": ({"edits": []},), "mcp_servers": ([],), "speed": ("standard",),
-        "inference_geo": (), "diagnostics": (), "output_format": (), "betas": ([],),
-    },
-    {
-        "stop": "use stop_sequences",
-        "reasoning_effort": "use output_config.effort",
-        "response_format": "use output_config.format",
-        "output_format": "use output_config.format",
-        "parallel_tool_calls": "use tool_choice.disable_parallel_tool_use",
-        "mcp_servers": "call them from the client",
-    },
-)  # fmt: skip
 _NAMES = {
     "stop": "stop_sequences",
     "reasoning_effort": "output_config.effort",
     "chat_template_kwargs": "thinking",
     "response_format": "output_config.format",
 }
+MessagesRequest.refused = CountTokensRequest.refused = refused_beside(
+    MessagesRequest,
+    _NAMES,
+    {
+        "container": (), "context_management": ({"edits": []},), "mcp_servers": ([],), "speed": ("standard",),
+        "inference_geo": (), "diagnostics": (), "output_format": (), "betas": ([],),
+    },
+    {
+        "output_format": "use output_config.format",
+        "parallel_tool_calls": "use tool_choice.disable_parallel_tool_use",
+        "mcp_servers": "call them from the client",
+    },
+)  # fmt: skip
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------

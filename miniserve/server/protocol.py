@@ -15,10 +15,11 @@ from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    GetCoreSchemaHandler,
     PlainValidator,
     ValidatorFunctionWrapHandler,
-    WrapValidator,
 )
+from pydantic_core import CoreSchema, core_schema
 from typing_extensions import TypedDict  # typing's own will not do for pydantic below Python 3.12
 
 from miniserve.engine.call_reader import FUNCTION_NAME
@@ -177,8 +178,16 @@ def _text_or_list(value: object, parts: ValidatorFunctionWrapHandler) -> Any:
     return _unicode(value) if isinstance(value, str) else parts(value)
 
 
-OR_TEXT = WrapValidator(_text_or_list, json_schema_input_type=str | list[dict[str, Any]])
-TextOrList = Annotated[ListOf[T], OR_TEXT]
+class OrText:
+    """Of a list's type: a text may stand in its place."""
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        parts = handler(source)
+        either = core_schema.union_schema([core_schema.str_schema(), parts])
+        return core_schema.no_info_wrap_validator_function(_text_or_list, parts, json_schema_input_schema=either)
+
+
+TextOrList = Annotated[ListOf[T], OrText()]
 
 
 Arguments = str | dict[str, Any]

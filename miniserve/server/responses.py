@@ -26,7 +26,6 @@ from miniserve.server.chat import Chat, chat_logprobs
 from miniserve.server.errors import APIError, clip
 from miniserve.server.fields import LEAVE_OUT, Body, Exact, refusals
 from miniserve.server.protocol import (
-    OR_TEXT,
     CalledArguments,
     CalledName,
     ChatCompletionRequest,
@@ -34,6 +33,7 @@ from miniserve.server.protocol import (
     FunctionName,
     Int,
     ListOf,
+    OrText,
     Text,
     TextOrList,
     TokenLogprob,
@@ -98,6 +98,9 @@ class FunctionTool(Body):
     parameters: Schema | None = None
     strict: bool | None = None
 
+    def shown(self) -> dict[str, Any]:
+        return self.model_dump(exclude=set(self.extras)) | {"strict": bool(self.strict)}
+
 
 class TextFormat(Exact):
     type: Literal["text", "json_object", "json_schema"]
@@ -126,7 +129,7 @@ class ResponseStreamOptions(Exact):
 
 class ResponsesRequest(Body):
     model: str | None = None
-    input: Annotated[ListOf[Item], Field(min_length=1), OR_TEXT]
+    input: Annotated[ListOf[Item], Field(min_length=1), OrText()]
     instructions: Text | None = None
     tools: ListOf[FunctionTool] | None = None
     tool_choice: ToolChoice | None = None
@@ -145,29 +148,26 @@ class ResponsesRequest(Body):
     metadata: Annotated[dict[Text, Text], Field(max_length=16)] | None = None
 
 
-ResponsesRequest.refused = refused_beside(
-    ResponsesRequest,
-    "max_output_tokens",
-    {
-        "prompt": (), "max_tool_calls": (), "context_management": ([],), "moderation": (),
-        "background_options": (), "access_programs": (), "image": (), "multi_agent": (),
-    },
-    {
-        "messages": "send it as input",
-        "system": "use instructions",
-        "response_format": "use text.format",
-        "reasoning_effort": "use reasoning.effort",
-        "prompt": "no prompts are kept; send input and instructions",
-        "max_tool_calls": "leave it out; there are no built-in tools",
-        "background": "leave it out, and wait for the answer",
-    },
-)  # fmt: skip
 _NAMES = {
     "messages": "input",
     "max_tokens": "max_output_tokens",
     "reasoning_effort": "reasoning.effort",
     "response_format": "text.format",
 }
+ResponsesRequest.refused = refused_beside(
+    ResponsesRequest,
+    _NAMES,
+    {
+        "prompt": (), "max_tool_calls": (), "context_management": ([],), "moderation": (),
+        "background_options": (), "access_programs": (), "image": (), "multi_agent": (),
+    },
+    {
+        "system": "use instructions",
+        "prompt": "no prompts are kept; send input and instructions",
+        "max_tool_calls": "leave it out; there are no built-in tools",
+        "background": "leave it out, and wait for the answer",
+    },
+)  # fmt: skip
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ class ResponsesAnswer(PartsAnswer):
             "store": False,
             "instructions": body.instructions,
             "metadata": body.metadata or {},
-            "tools": [_shown(tool) for tool in body.tools or ()],
+            "tools": [tool.shown() for tool in body.tools or ()],
             "tool_choice": choice if isinstance(choice, str) else {"type": "function", "name": choice.name},
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "text": {"format": given.model_dump(exclude_none=True, by_alias=True) if given else {"type": "text"}},
@@ -379,16 +379,6 @@ def _content(part: Part, text: str) -> dict[str, Any]:
     if part.kind == "thought":
         return {"type": "reasoning_text", "text": text}
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": part.logprobs}
-
-
-def _shown(tool: FunctionTool) -> dict[str, Any]:
-    return {
-        "type": "function",
-        "name": tool.name,
-        "description": tool.description,
-        "parameters": tool.parameters,
-        "strict": bool(tool.strict),
-    }
 
 
 # --- from a request to a chat -----------------------------------------------------------------------------------------
