@@ -31,18 +31,18 @@ from miniserve.server.protocol import (
     Usage,
 )
 from miniserve.server.reading import AnswerReader, Part, Reading, chosen_tools, forced_calls, reading_of, template_tools
-from miniserve.server.reply import ChoicesAnswer, GenerationResponse, Header, finish_word
-from miniserve.server.service import MAX_TEXT, Service
+from miniserve.server.reply import ChoicesAnswer, GenerationResponse, finish_word
+from miniserve.server.service import Service
 from miniserve.server.structured import find_grammar
 
 
 class ChatAnswer(ChoicesAnswer):
     """One choice for each of the n sequences of the one prompt."""
 
-    whole_kind, chunk_kind = "chat.completion", "chat.completion.chunk"
+    id_prefix, whole_kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, header: Header, tokenizer: Tokenizer, chat: Chat, body: ChatCompletionRequest) -> None:
-        super().__init__(header, tokenizer, [chat.token_ids], chat.params, body)
+    def __init__(self, model: str, tokenizer: Tokenizer, chat: Chat, body: ChatCompletionRequest) -> None:
+        super().__init__(model, tokenizer, [chat.token_ids], chat.params, body)
         self._echo = chat.echo
         self._reading = chat.reading
         self._readers: dict[int, AnswerReader] = {}
@@ -163,8 +163,8 @@ async def prepare(service: Service, body: ChatCompletionRequest) -> Chat:
     template = tokenizer.chat_template.source(body.chat_template, template_tools(tools))
     dialect = service.config.tool_dialect(template) if tools else None
     text = await render(service, body.messages, body, tools)
-    max_chars = None if body.truncate_prompt_tokens is None else MAX_TEXT
-    (token_ids,) = await service.encode([text], bool(body.add_special_tokens), max_chars)
+    truncates = body.truncate_prompt_tokens is not None
+    (token_ids,) = await service.encode([text], bool(body.add_special_tokens), any_length=truncates)
     kept = service.truncate(token_ids, body)
     if len(kept) < len(token_ids):
         token_ids, text = kept, tokenizer.decode(kept, False)  # whose end may be another
@@ -198,7 +198,7 @@ def _echoed(body: ChatCompletionRequest) -> str:
 async def respond(service: Service, body: ChatCompletionRequest) -> GenerationResponse:
     """Raises `InvalidRequest` or `APIError` for what cannot be answered."""
     chat = await prepare(service, body)
-    answer = ChatAnswer(service.header("chatcmpl-"), service.engine.tokenizer, chat, body)
+    answer = ChatAnswer(service.model, service.engine.tokenizer, chat, body)
     return await service.respond(answer, chat.params, body)
 
 

@@ -218,15 +218,15 @@ class FieldPolicy:
             logger.warning("Ignoring the unknown request field %.100r (said once per field).", name)
 
 
-def _parts(value: object) -> Iterator[Body]:
+def _parts(body: Body) -> Iterator[Body]:
     """A body and those in it, however deep."""
-    if isinstance(value, Body):
-        yield value
-        for each in vars(value).values():
-            yield from _parts(each)
-    elif isinstance(value, list) and value and isinstance(value[0], Body):
-        for each in value:
-            yield from _parts(each)
+    yield body
+    for value in vars(body).values():
+        if isinstance(value, Body):
+            yield from _parts(value)
+        elif isinstance(value, list) and value and isinstance(value[0], Body):
+            for each in value:
+                yield from _parts(each)
 
 
 def _asks_for_nothing(name: str, value: object, body: Body) -> bool:

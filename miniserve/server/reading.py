@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -86,7 +86,7 @@ class AnswerReader:
     def num_reasoning_tokens(self) -> int:
         return self._num_tokens if self._parser.reasons else 0
 
-    def push(self, delta: Completion) -> Iterator[Step]:
+    def push(self, delta: Completion) -> list[Step]:
         """What a delta brings, and at the last one what was held back."""
         for token_id in delta.token_ids:
             if self._split is None or self._split.over:
@@ -96,36 +96,38 @@ class AnswerReader:
         events = self._parser.push(delta.text)
         if delta.finish_reason is not None:
             events += self._parser.finish()
+        steps: list[Step] = []
         for event in events:
             match event:
-                case Thought(text) if self._reading.shows_reasoning:
-                    yield from self._take("thought", text)
-                case Content(text):
-                    yield from self._take("text", text)
-                case CallBegin(number, name):
-                    yield from self._begin("call", self._reading.call_id(), name, number)
-                case CallArguments(_, text):
-                    yield from self._take("call", text)
+                case Content():
+                    steps += self._take("text", event.text)
+                case Thought():
+                    steps += self._take("thought", event.text) if self._reading.shows_reasoning else ()
+                case CallBegin():
+                    steps += self._begin("call", self._reading.call_id(), event.name, event.index)
+                case CallArguments():
+                    steps += self._take("call", event.text)
                 case CallEnd():
                     self.parts[-1].complete = True
         if delta.finish_reason is not None:
-            yield from self._end(complete=delta.finish_reason is FinishReason.STOP)
+            steps += self._end(complete=delta.finish_reason is FinishReason.STOP)
+        return steps
 
-    def _take(self, kind: Kind, text: str) -> Iterator[Step]:
-        if not self.parts or self.parts[-1].kind != kind:
-            yield from self._begin(kind, uuid.uuid4().hex)
-        yield "text", self.parts[-1], text
+    def _take(self, kind: Kind, text: str) -> list[Step]:
+        begin = [] if self.parts and self.parts[-1].kind == kind else self._begin(kind, uuid.uuid4().hex)
+        return [*begin, ("text", self.parts[-1], text)]
 
-    def _begin(self, kind: Kind, part_id: str, name: str = "", call_number: int = 0) -> Iterator[Step]:
-        yield from self._end(complete=True)
+    def _begin(self, kind: Kind, part_id: str, name: str = "", call_number: int = 0) -> list[Step]:
+        ended = self._end(complete=True)
         self.parts.append(Part(kind, len(self.parts), part_id, name, call_number))
-        yield "begin", self.parts[-1], ""
+        return [*ended, ("begin", self.parts[-1], "")]
 
-    def _end(self, complete: bool) -> Iterator[Step]:
-        if self.parts:
-            part = self.parts[-1]
-            part.complete = part.complete or (complete and part.kind != "call")
-            yield "end", part, ""
+    def _end(self, complete: bool) -> list[Step]:
+        if not self.parts:
+            return []
+        part = self.parts[-1]
+        part.complete = part.complete or (complete and part.kind != "call")
+        return [("end", part, "")]
 
 
 def reading_of(

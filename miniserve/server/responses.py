@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import AfterValidator, Field, PlainValidator
+from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict
 
 from miniserve.core import Completion, FinishReason, InvalidRequest, TokenLogprobs
@@ -26,7 +26,6 @@ from miniserve.server.chat import Chat, chat_logprobs
 from miniserve.server.errors import APIError, clip
 from miniserve.server.fields import LEAVE_OUT, Body, Exact, refusals
 from miniserve.server.protocol import (
-    OR_TEXT,
     CalledArguments,
     CalledName,
     ChatCompletionRequest,
@@ -34,14 +33,15 @@ from miniserve.server.protocol import (
     FunctionName,
     Int,
     ListOf,
-    NamedTool,
+    OrText,
     Text,
     TextOrList,
     TokenLogprob,
     Tool,
+    ToolChoice,
 )
 from miniserve.server.reading import Part
-from miniserve.server.reply import GenerationResponse, Header
+from miniserve.server.reply import GenerationResponse
 from miniserve.server.service import Service
 from miniserve.server.structured import JSONSchemaFormat, ResponseFormat
 
@@ -98,6 +98,9 @@ class FunctionTool(Body):
     parameters: Schema | None = None
     strict: bool | None = None
 
+    def shown(self) -> dict[str, Any]:
+        return self.model_dump(exclude=set(self.extras)) | {"strict": bool(self.strict)}
+
 
 class TextFormat(Exact):
     type: Literal["text", "json_object", "json_schema"]
@@ -124,22 +127,12 @@ class ResponseStreamOptions(Exact):
     include_obfuscation: Literal[False] | None = None
 
 
-def _tool_choice(value: object) -> str | NamedTool:
-    if value in ("none", "auto", "required"):
-        return str(value)
-    if not isinstance(value, dict) or value.get("type") != "function" or not isinstance(value.get("name"), str):
-        raise ValueError('must be none, auto, required or {"type": "function", "name": …}')
-    return NamedTool(value["name"])
-
-
 class ResponsesRequest(Body):
     model: str | None = None
-    input: Annotated[ListOf[Item], Field(min_length=1), OR_TEXT]
+    input: Annotated[ListOf[Item], Field(min_length=1), OrText()]
     instructions: Text | None = None
     tools: ListOf[FunctionTool] | None = None
-    tool_choice: (
-        Annotated[str | NamedTool, PlainValidator(_tool_choice, json_schema_input_type=str | dict[str, Any])] | None
-    ) = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
@@ -155,29 +148,26 @@ class ResponsesRequest(Body):
     metadata: Annotated[dict[Text, Text], Field(max_length=16)] | None = None
 
 
-ResponsesRequest.refused = refused_beside(
-    ResponsesRequest,
-    "max_output_tokens",
-    {
-        "prompt": (), "max_tool_calls": (), "context_management": ([],), "moderation": (),
-        "background_options": (), "access_programs": (), "image": (), "multi_agent": (),
-    },
-    {
-        "messages": "send it as input",
-        "system": "use instructions",
-        "response_format": "use text.format",
-        "reasoning_effort": "use reasoning.effort",
-        "prompt": "no prompts are kept; send input and instructions",
-        "max_tool_calls": "leave it out; there are no built-in tools",
-        "background": "leave it out, and wait for the answer",
-    },
-)  # fmt: skip
 _NAMES = {
     "messages": "input",
     "max_tokens": "max_output_tokens",
     "reasoning_effort": "reasoning.effort",
     "response_format": "text.format",
 }
+ResponsesRequest.refused = refused_beside(
+    ResponsesRequest,
+    _NAMES,
+    {
+        "prompt": (), "max_tool_calls": (), "context_management": ([],), "moderation": (),
+        "background_options": (), "access_programs": (), "image": (), "multi_agent": (),
+    },
+    {
+        "system": "use instructions",
+        "prompt": "no prompts are kept; send input and instructions",
+        "max_tool_calls": "leave it out; there are no built-in tools",
+        "background": "leave it out, and wait for the answer",
+    },
+)  # fmt: skip
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -240,8 +230,10 @@ class ResponseOut(TypedDict):
 
 
 class ResponsesAnswer(PartsAnswer):
-    def __init__(self, header: Header, tokenizer: Tokenizer, chat: Chat, body: ResponsesRequest) -> None:
-        super().__init__(header, tokenizer, chat)
+    id_prefix = "resp_"
+
+    def __init__(self, model: str, tokenizer: Tokenizer, chat: Chat, body: ResponsesRequest) -> None:
+        super().__init__(model, tokenizer, chat)
         self._body = body
         self._params = chat.params
         self._serial = -1
@@ -323,19 +315,19 @@ class ResponsesAnswer(PartsAnswer):
         effort = body.reasoning.effort if body.reasoning else None
         choice = body.tool_choice or "auto"
         return {
-            "id": self.header.id,
+            "id": self.id,
             "object": "response",
-            "created_at": self.header.created,
+            "created_at": self.created,
             "status": status,
             "error": error,
             "incomplete_details": incomplete,
-            "model": self.header.model,
+            "model": self.model,
             "output": [] if running else [_item(part, part.text) for part in self._reader.parts],
             "usage": None if running else self._usage(),
             "store": False,
             "instructions": body.instructions,
             "metadata": body.metadata or {},
-            "tools": [_shown(tool) for tool in body.tools or ()],
+            "tools": [tool.shown() for tool in body.tools or ()],
             "tool_choice": choice if isinstance(choice, str) else {"type": "function", "name": choice.name},
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "text": {"format": given.model_dump(exclude_none=True, by_alias=True) if given else {"type": "text"}},
@@ -389,16 +381,6 @@ def _content(part: Part, text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": part.logprobs}
 
 
-def _shown(tool: FunctionTool) -> dict[str, Any]:
-    return {
-        "type": "function",
-        "name": tool.name,
-        "description": tool.description,
-        "parameters": tool.parameters,
-        "strict": bool(tool.strict),
-    }
-
-
 # --- from a request to a chat -----------------------------------------------------------------------------------------
 
 
@@ -407,9 +389,7 @@ async def respond(service: Service, body: ResponsesRequest) -> GenerationRespons
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options is only allowed when stream is true.", "stream_options")
     tokenizer = service.engine.tokenizer
-    return await _translated(body).respond(
-        service, lambda chat: ResponsesAnswer(service.header("resp_"), tokenizer, chat, body)
-    )
+    return await _translated(body).respond(service, lambda chat: ResponsesAnswer(service.model, tokenizer, chat, body))
 
 
 def _translated(body: ResponsesRequest) -> Translation:

@@ -12,5 +12,6 @@ from miniserve.engine.client import AsyncEngine
 
 @pytest.fixture(scope="session")
 def real_server() -> Iterator[RunningServer]:
-    with running_server(AsyncEngine(REAL, TINY, "tiny-qwen3"), trust_request_chat_template=True) as server:
+    engine = AsyncEngine(REAL, TINY, "tiny-qwen3")
+    with running_server(engine, trust_request_chat_template=True, log_interval=0.5) as server:
         yield server

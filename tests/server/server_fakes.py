@@ -294,7 +294,7 @@ class RunningServer:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         if not isinstance(self.engine, FakeEngine):
             await self.engine.start()
-        return await serve(self.engine, self._config, sock=self._socket, on_ready=self._ready.set, stop=self._stop)
+        return await serve(self.engine, self._config, self._socket, on_ready=self._ready.set, stop=self._stop)
 
     def call(self, work, *args):  # type: ignore[no-untyped-def]
         async def run():  # type: ignore[no-untyped-def]
