@@ -94,12 +94,9 @@ def sweep(
         timeout=timeout,
     )
 
-    def keep(result: sweeping.SweepResult) -> None:
+    for result in sweeping.sweep(config, lambda text: typer.echo(text, err=True)):
         if json is not None:  # after every point: a sweep may take hours
             write_json(json, result.to_json())
-
-    result = sweeping.sweep(config, lambda text: typer.echo(text, err=True), keep)
-    keep(result)
     display.print_sweep(result)
     if plot is not None:
         plotting.plot_sweep(result, plot)

@@ -26,8 +26,9 @@ from miniserve.cli.repl import (
 from miniserve.cli.report import Report
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
+from miniserve.parallel.child import on_signals
 from miniserve.server.config import ServerConfig
-from miniserve.server.process import ServerEnded, ServerProcess, on_signals
+from miniserve.server.process import ServerEnded, ServerProcess
 
 
 def start(engine: EngineConfig, server: ServerConfig, *, prompt: str | None, chat: bool) -> int:

@@ -23,11 +23,12 @@ import uvicorn
 
 from miniserve.core import UserError
 from miniserve.engine.replicas import Engine
+from miniserve.parallel.child import on_signals
 from miniserve.server.app import create_app
 from miniserve.server.config import ServerConfig
 from miniserve.server.connection import Connection, Guard
 from miniserve.server.gate import RequestIdMiddleware
-from miniserve.server.process import exit_at_once, on_signals
+from miniserve.server.process import exit_at_once
 from miniserve.server.steps import ProgressLine
 
 logger = logging.getLogger(__name__)
