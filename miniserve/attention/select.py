@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -120,7 +120,7 @@ _WRONG_KIND = {
 
 def _candidates(
     contracts: Sequence[BackendContract], platform: Platform, layout: str, preferred: Sequence[str]
-) -> dict[tuple[BackendContract, str, bool], None]:
+) -> Iterator[tuple[BackendContract, str, bool]]:
     """Every backend in every layout it reads (or in the one asked for), in the order to try them; True: a measurement
     put it there."""
     pairs = [
@@ -128,10 +128,9 @@ def _candidates(
         for contract in contracts
         for candidate in (platform.order(contract.layouts) if layout == "auto" else (layout,))
     ]
-    measured = dict.fromkeys(
-        pair for name in preferred for pair in pairs if name in (pair[0].name, f"{pair[0].name}:{pair[1]}")
-    )
-    return dict.fromkeys((*((*pair, True) for pair in measured), *((*p, False) for p in pairs if p not in measured)))
+    measured = [p for name in preferred for p in pairs if name in (p[0].name, f"{p[0].name}:{p[1]}")]
+    for contract, candidate in dict.fromkeys((*measured, *pairs)):
+        yield contract, candidate, (contract, candidate) in measured
 
 
 def _reason(backend: str, layout: str, names: list[str], order: tuple[str, ...], measured: bool) -> str:

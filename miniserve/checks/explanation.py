@@ -9,7 +9,7 @@ import torch
 
 from miniserve.attention.backends.build import block_bytes, pool_limit, scratch_bytes
 from miniserve.attention.contracts import CONTRACTS
-from miniserve.attention.platform import NAMED_PLATFORMS, Platform, detect_platform
+from miniserve.attention.platform import DEVICE_MEMORY, NAMED_PLATFORMS, Platform, detect_platform
 from miniserve.attention.select import Choice, select
 from miniserve.attention.spec import AttentionSpec
 from miniserve.attention.terms import LayerRoute
@@ -21,19 +21,6 @@ from miniserve.models.registry import MXFP4, describe_products, described_model,
 from miniserve.parallel.shard import Shard
 from miniserve.runner.device import find_dtype, find_kv_dtype
 from miniserve.runner.tuning import load_preferred
-
-# What each device has, in GiB, as its driver states it.
-DEVICE_MEMORY = {
-    "mi300x": 192.0,
-    "mi300a": 128.0,
-    "mi308x": 192.0,
-    "mi325x": 256.0,
-    "mi350x": 288.0,
-    "mi355x": 288.0,
-    "a100": 80.0,
-    "h100": 79.6,
-    "h200": 140.4,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,8 +120,7 @@ def explain(name: str, model: ModelConfig, config: EngineConfig, device: str, tp
 def _hardware(device: str, dtype: torch.dtype) -> tuple[Platform, int | None]:
     """The platform and its memory in bytes."""
     if device in NAMED_PLATFORMS:
-        memory = DEVICE_MEMORY.get(device)
-        return NAMED_PLATFORMS[device], None if memory is None else int(memory * 2**30)
+        return NAMED_PLATFORMS[device], DEVICE_MEMORY.get(device)
     if device != "auto":
         raise UserError(f"--device {device!r} is not known; choose one of auto, {', '.join(NAMED_PLATFORMS)}.")
     if not torch.cuda.is_available():

@@ -81,17 +81,13 @@ def _time_kind(device: torch.device, choice: Choice, batch: int, context: int) -
     layers = [made_up_layer(spec, device) for _ in range(copies)]
     for index, layer in enumerate(layers):
         layer.layer_index = index
-    rows = _batch(batch, context, choice.block_size, device, captured=_captures(backend))
-    step = _step(backend, layers, caches, rows)
+    captured = backend.graphs and device.type == "cuda"
+    step = _step(backend, layers, caches, _batch(batch, context, choice.block_size, device, captured=captured))
     with torch.inference_mode():
-        found = _measure_gpu(step, captured=_captures(backend)) if device.type == "cuda" else _measure_cpu(step)
+        found = _measure_gpu(step, captured=captured) if device.type == "cuda" else _measure_cpu(step)
     del backend, caches, layers, step
     gc.collect()
     return found / copies
-
-
-def _captures(backend: Backend[Any]) -> bool:
-    return backend.graphs and torch.cuda.is_available()
 
 
 def _batch(rows: int, context: int, block_size: int, device: torch.device, *, captured: bool) -> StepBatch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch.nn import functional
@@ -18,7 +18,6 @@ from miniserve.runner.state import StepState
 
 # Of rows, own token counted: around a block's and a partition's end, and where the ASM kernel's last tile is partial.
 LENGTHS = (240, 241, 248, 255, 256)
-Work = list[tuple["CheckRow", tuple[int, int]]]
 STALE_NAN, STALE_NOISE = "NaN", "noise"  # what the blocks hold before the rows are written
 
 
@@ -44,10 +43,19 @@ class CheckRow:
     in_fp8: torch.Tensor | None
 
 
+class CheckStep(NamedTuple):
+    """A step over some rows, each with those of its tokens, [start, end), that are new. decodes: one a row, not chunks;
+    padded: with a row of padding, as a graph would run it."""
+
+    name: str
+    work: list[tuple[CheckRow, tuple[int, int]]]
+    decodes: bool = False
+    padded: bool = False
+
+
 class Problem:
     """Rows for one layer in its cache: at most `max_seq_len` tokens long, as many of them as the pool has room for.
-    stale: STALE_NAN or STALE_NOISE; fp8_products: the decode kernel multiplies in fp8 over an fp8 cache. Work is a list
-    of rows, each with those of its tokens, [start, end), that are a step's."""
+    stale: STALE_NAN or STALE_NOISE; fp8_products: the decode kernel multiplies in fp8 over an fp8 cache."""
 
     def __init__(
         self,
@@ -85,36 +93,32 @@ class Problem:
                 code = torch.tensor([value]).to(plane.dtype).view(torch.uint8)
                 plane.view(torch.uint8).index_fill_(0, self.used, int(code))
 
-    def tokens(self, work: Work, padded: bool = False) -> tuple[torch.Tensor, ...]:
-        """The step's inputs: as `CheckRow.tokens`, of all of work; padded: with a row more."""
-        padding = [[torch.zeros_like(tokens[:1])] if padded else [] for tokens in self.rows[0].tokens]
+    def tokens(self, step: CheckStep) -> tuple[torch.Tensor, ...]:
+        """The step's inputs: as `CheckRow.tokens`, of all its rows."""
+        padding = [[torch.zeros_like(tokens[:1])] * step.padded for tokens in self.rows[0].tokens]
         return tuple(
-            torch.cat([row.tokens[index][start:end] for row, (start, end) in work] + more)
+            torch.cat([row.tokens[index][start:end] for row, (start, end) in step.work] + more)
             for index, more in enumerate(padding)
         )
 
-    def decode_batch(self, work: Work, padded: bool = False) -> StepBatch:
-        """A token a row, which the first of equal rows writes; padded: as a step captured in a graph has it, and with a
-        row of padding."""
-        runs = [DraftRun(row.index, start, [0]) for row, (start, _) in work]
-        batch = self._lay_out(StepPlan([], [], self._new_blocks, [], [], runs))
-        places = [row.index for row, _ in work]
+    def batch(self, step: CheckStep) -> StepBatch:
+        """As the runner lays it out for a model; ids of tokens are of no account. Of equal decode rows the first
+        writes."""
+        spans = [(row.index, start, [0] * (end - start)) for row, (start, end) in step.work]
+        runs = [DraftRun(*span) for span in spans] if step.decodes else []
+        chunks = [] if step.decodes else [Chunk(*span, samples=False) for span in spans]
+        plan = StepPlan([], [], self._new_blocks, [], chunks, runs)
+        batch = self._state.prepare(plan, last_tokens=self.used).batch
+        if batch.decode is None:
+            return batch
+        places = [place for place, *_ in spans]
         again = torch.tensor([place in places[:at] for at, place in enumerate(places)], device=self.device)
         slots = batch.slot_mapping.masked_fill(again, -1)
-        if not padded or batch.decode is None:
+        if not step.padded:
             return replace(batch, slot_mapping=slots)
         tables = self._state.tables[torch.tensor([*places, 0], device=self.device)]
         decode = decode_rows(tables, functional.pad(batch.decode.seq_lens, (0, 1)), self.max_seq_len)
         return StepBatch(functional.pad(slots, (0, 1), value=-1), decode)
-
-    def chunk_batch(self, work: Work) -> StepBatch:
-        """Chunks, those with context first."""
-        chunks = [Chunk(row.index, start, [0] * (end - start), samples=False) for row, (start, end) in work]
-        return self._lay_out(StepPlan([], [], self._new_blocks, [], chunks))
-
-    def _lay_out(self, plan: StepPlan) -> StepBatch:
-        """As for a model; ids of tokens are of no account."""
-        return self._state.prepare(plan, last_tokens=self.used).batch
 
     def _scribble(self) -> None:
         """Fill the blocks with noise."""

@@ -67,8 +67,8 @@ class PagedBackend(Backend[Metadata]):
         return self._over_cache(layer, self.rope_and_write(layer, qkv, rope, cache, meta), cache, meta)
 
     def rope_and_write(self, layer: AttentionLayer, qkv: Tensor, rope: QKRope, cache: KVCache, meta: Metadata) -> QKV:
-        """qkv as of `StepContext.attend_qkv`. Returns q normed and rotated, and what chunks read of k and v, of the
-        tokens that are written to the cache: k likewise."""
+        """qkv as of `StepContext.attend_qkv`. Returns q normed and rotated; and where they are read k, likewise, of the
+        tokens that are written to the cache, and v."""
         spec, batch = layer.spec, meta.batch
         k = v = qkv
         k_out = None
