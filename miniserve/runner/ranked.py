@@ -287,10 +287,11 @@ class Ranks:
         if not self._serving:
             when = "while the engine started"
         self._failure = f"{what}, {when}"
-        busy = self._collected < self._sent
+        busy = self._collected < self._sent or not self._serving
+        grace = _GRACE if self._serving else _SILENCE_AT_WORK  # while it starts it may load or compile for long
         self._failed.set()
         self._end_all()
-        if busy and not self._seen.wait(_GRACE) and not self._closed.is_set():
+        if busy and not self._seen.wait(grace) and not self._closed.is_set():
             # Rank 0 waits for a rank of another host, or for its own device, in a call that has no end.
             print(f"error: {self._failure}; this process hangs and is ended.", file=sys.stderr, flush=True)
             os._exit(1)
@@ -310,6 +311,7 @@ class Ranks:
         if self._closed.is_set():
             return
         self._closed.set()
+        self._seen.set()
         if self._watch.is_alive():
             self._watch.join()
         if in_order and not self._failed.is_set():

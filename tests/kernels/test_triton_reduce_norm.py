@@ -13,6 +13,7 @@ from triton_support import DEVICE, normal, on_gpu  # before anything imports Tri
 
 from miniserve.kernels.triton.elementwise import add_rms_norm
 from miniserve.kernels.triton.reduce_norm import EMPTY, TURNS, Inboxes
+from miniserve.parallel import peer_memory
 
 EPS = 1e-6
 FEWER = [(3, torch.float32), pytest.param(2, torch.bfloat16, marks=on_gpu)]
@@ -116,3 +117,13 @@ def test_what_is_too_large_or_odd_is_not_taken() -> None:
     assert inboxes.take_gather(torch.empty(1 << 18, dtype=torch.int32))
     assert not inboxes.take_gather(torch.empty((1 << 18) + 1, dtype=torch.int32))
     assert not inboxes.take_gather(torch.empty(0)) and not inboxes.take_gather(torch.empty(2, dtype=torch.int8))
+
+
+def test_a_trial_finds_inboxes_that_nobody_writes_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peer_memory, "_TRIAL_LIMIT", 2)
+    memory, (alone,) = make_inboxes(1, DEVICE, limit=2)
+    peer_memory._try_out(alone, DEVICE)
+    others, (first, _) = make_inboxes(2, DEVICE, limit=2)
+    with pytest.raises(RuntimeError, match="does not arrive"):
+        peer_memory._try_out(first, DEVICE)
+    assert len(memory + others) == 3

@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
 ]
 LIMIT = 2_000_000  # reads, which take a second or two: a test that hangs would hang the GPU
-REPLAY_SECONDS = 15.0
+REPLAY_SECONDS = 5.0
 EPS = 1e-6
 
 
@@ -88,8 +88,9 @@ class Chain:
 
 
 @pytest.mark.usefixtures("no_early_start")
-@pytest.mark.parametrize(("size", "most_rows"), [(2, 64), (4, 16), (8, 2)])
+@pytest.mark.parametrize(("size", "most_rows"), [(2, 64), (4, 16)])
 def test_replays_on_streams_give_the_sum_in_rank_order_each_time(size: int, most_rows: int) -> None:
+    """No more ranks and rows than a GPU holds the programs of all at once."""
     memory, inboxes = make_inboxes(size, cuda(), LIMIT)
     chains = [Chain(rank, inboxes, most_rows, 25) for rank in range(size)]
     torch.cuda.synchronize()
@@ -106,7 +107,7 @@ def test_replays_on_streams_give_the_sum_in_rank_order_each_time(size: int, most
         chain.record()
     torch.cuda.synchronize()
     begin, replays = time.monotonic(), 0
-    while time.monotonic() - begin < REPLAY_SECONDS / 3 and replays < 40_000:
+    while time.monotonic() - begin < REPLAY_SECONDS and replays < 40_000:
         for _ in range(50):
             for chain in chains:
                 with torch.cuda.stream(chain.stream):

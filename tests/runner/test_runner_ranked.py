@@ -18,6 +18,7 @@ from ranked_fakes import BUILDER, PHASES, fake_config, make_rank
 
 from miniserve.config import EngineConfig
 from miniserve.core import Chunk, DraftRun, Request, RowStart, SamplingParams, Step, StepPlan
+from miniserve.runner import ranked as ranked_module
 from miniserve.runner.ranked import PlanReader, RankedRunner, RankFailed, Ranks, RankStart, encode_plan
 
 PLAN = StepPlan([], [], [], [0, 1], [])
@@ -155,5 +156,21 @@ def test_a_rank_that_dies_while_it_builds_is_named(tmp_path: Path) -> None:
             ranks.meet()
             while True:
                 ranks.check()
+    finally:
+        ranks.close()
+
+
+def test_a_start_that_waits_for_a_dead_rank_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, whose kernels wait for their peers while graphs are recorded."""
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(ranked_module, "_SILENCE_AT_WORK", 0.5)
+    ranks = start_ranks(tmp_path / "device", fake_config(at=0, phase="build", signal=int(signal.SIGKILL), rank=1))
+    try:
+        ranks._watch.start()  # and nothing asks what it has found
+        deadline = time.monotonic() + SLACK
+        while not codes and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert codes == [1]
     finally:
         ranks.close()
