@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from miniserve.attention.spec import StepContext
+from miniserve.attention.context import StepContext
 from miniserve.models.description import ModelConfig
 from miniserve.models.layers.attention import SelfAttention
 from miniserve.models.layers.base import Module

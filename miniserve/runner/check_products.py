@@ -16,6 +16,7 @@ from miniserve.models.layers.experts import Experts, GroupedMoE
 from miniserve.models.layers.linear import PLAIN, Linear, LinearMethod, Packing
 from miniserve.models.layers.ops import PendingSum
 from miniserve.models.layers.weights import ScaledWeights
+from miniserve.parallel.settle import all_values
 from miniserve.runner.self_check import TOLERANCE, distance
 
 _FLOAT32 = Packing("float32", lambda weight: weight, lambda x, weight, _: functional.linear(x, weight.float()))
@@ -27,11 +28,9 @@ def product_failure(model: CausalLM, most_tokens: int) -> tuple[str, str] | None
     """The first kernel that gets layers like one of the model's wrong, on any rank: its contract's name, and what is
     wrong, a sentence; in steps of up to `most_tokens`. The weights are made up, and as large as a layer's while it
     runs. Ranks call it together and are told the same."""
-    own = _own_failure(model, most_tokens)
-    for message in model.options.group.exchange(b"" if own is None else "\n".join(own).encode()):
-        if message:
-            name, _, sentence = message.decode().partition("\n")
-            return name, sentence
+    for found in all_values(model.options.group, _own_failure(model, most_tokens) or (), tuple[str, ...]):
+        if found:
+            return found[0], found[1]
     return None
 
 

@@ -177,7 +177,7 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> CausalLM:
 
 
 class DenseContext:
-    """The plainest StepContext: every sequence keeps its keys and values in a list, attention is a full matrix.
+    """A plain `StepContext`: every sequence keeps its keys and values in a list, attention is a full matrix.
 
     `begin` says which sequence each of a step's consecutive chunks belongs to and returns the step's positions.
     """

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from miniserve.attention.spec import AttentionSpec, LatentDims, StepContext
+from miniserve.attention.context import StepContext
+from miniserve.attention.spec import AttentionSpec, LatentDims
 from miniserve.models.description import ModelConfig
 from miniserve.models.layers.base import Module
 from miniserve.models.layers.linear import Linear, LinearMethod

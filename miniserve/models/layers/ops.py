@@ -16,6 +16,7 @@ from miniserve.attention.spec import AttentionSpec, QKRope
 from miniserve.kernels.native import NativeKernels
 from miniserve.models.layers.linear import Linear
 from miniserve.models.layers.routing import Chosen, Router, route
+from miniserve.parallel.group import Group
 
 if TYPE_CHECKING:
     from miniserve.kernels.triton.runtime import TritonKernels
@@ -110,6 +111,13 @@ class Ops:
         """
         residual = residual + x
         return rms_norm(residual, weight, eps), residual
+
+    def reduce_norm(
+        self, x: Tensor | PendingSum, residual: Tensor, weight: Tensor, eps: float, group: Group
+    ) -> tuple[Tensor, Tensor]:
+        """As `add_rms_norm`, of the sum of what the ranks of `group` have for x."""
+        total = group.reduce(x if isinstance(x, Tensor) else x.total(residual))
+        return self.add_rms_norm(total, residual, weight, eps)
 
     def split_norm_rope(self, qkv: Tensor, spec: AttentionSpec, rope: QKRope) -> tuple[Tensor, Tensor, Tensor]:
         """qkv [T, (num_heads + 2 num_kv_heads) * head_dim], contiguous, may be overwritten -> q [T, num_heads,

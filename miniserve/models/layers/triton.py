@@ -12,6 +12,7 @@ from miniserve.models.layers.linear import Linear, LinearMethod
 from miniserve.models.layers.norm import Normed
 from miniserve.models.layers.ops import Ops, PendingSum, split_heads
 from miniserve.models.layers.routing import Chosen, Router, route
+from miniserve.parallel.group import Group
 
 if TYPE_CHECKING:
     from miniserve.kernels.triton.runtime import TritonKernels
@@ -46,6 +47,14 @@ class TritonOps(Ops):
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return self._kernels.add_rms_norm(x, residual, weight, eps), residual
+
+    def reduce_norm(
+        self, x: Tensor | PendingSum, residual: Tensor, weight: Tensor, eps: float, group: Group
+    ) -> tuple[Tensor, Tensor]:
+        if group.inboxes is None or not group.inboxes.take(residual):
+            return super().reduce_norm(x, residual, weight, eps, group)
+        parts, shared = (x, None) if isinstance(x, Tensor) else (x.parts, x.shared)
+        return group.inboxes.reduce_norm(parts, shared, residual, weight, eps), residual
 
     def split_norm_rope(self, qkv: Tensor, spec: AttentionSpec, rope: QKRope) -> tuple[Tensor, Tensor, Tensor]:
         heads = {"num_heads": spec.num_heads, "num_kv_heads": spec.num_kv_heads, "head_dim": spec.head_dim}
