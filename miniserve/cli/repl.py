@@ -141,6 +141,12 @@ class Repl:
         _notice(f"{name} is {value}.")
 
 
+def require_stdout() -> None:
+    """Raises `UserError` where an answer could not be written."""
+    if not sys.stdout:
+        raise UserError("Standard output is closed, so there is nowhere to answer: connect it to a terminal or a file.")
+
+
 def print_answer(
     client: ChatClient, messages: list[Message], settings: ChatSettings, pieces: list[str] | None = None
 ) -> None:
@@ -148,8 +154,7 @@ def print_answer(
 
     Raises `ChatError`, `UserError` (see `ChatClient.answer`) and KeyboardInterrupt, which aborts the request.
     """
-    if not sys.stdout:
-        raise UserError("Standard output is closed, so there is nowhere to answer: connect it to a terminal or a file.")
+    require_stdout()
     table = _CONTROL if sys.stdout.isatty() else {}
     had_template = client.has_chat_template
     last: str = ""

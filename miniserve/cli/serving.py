@@ -80,7 +80,7 @@ def run_server(
             with report.loading() as progress:
                 await client.start(progress)
             report.engine(client.info, len(client.engines))
-            return await serve(client, server, sock=sock, on_ready=answers, stop=stop)
+            return await serve(client, server, sock, on_ready=answers, stop=stop)
 
         try:
             return _run(run)

@@ -13,7 +13,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NoReturn
 
-from miniserve.cli.repl import ChatClient, ChatSettings, Repl, answer_once, can_chat, read_piped_text, read_text
+from miniserve.cli.repl import (
+    ChatClient,
+    ChatSettings,
+    Repl,
+    answer_once,
+    can_chat,
+    read_piped_text,
+    read_text,
+    require_stdout,
+)
 from miniserve.cli.report import Report
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
@@ -38,6 +47,7 @@ def start(engine: EngineConfig, server: ServerConfig, *, prompt: str | None, cha
         raise UserError("There is nothing to answer: the text is empty.")
     quiet = engine.log_level not in ("debug", "info")
     if prompt is not None:
+        require_stdout()  # before a model is loaded for nothing
         # For this process alone: a free port, and a key that nobody else knows.
         private = replace(
             server,

@@ -15,6 +15,7 @@ from miniserve.engine.tool_dialects import ToolDialect, types_of
 Schema = Mapping[str, Any]
 
 _NO_MEANING = frozenset({"$schema", "$id", "$comment", "title", "description", "default", "examples", "deprecated"})
+_ONE_LINE = {**JSON_OPTIONS, "whitespace_pattern": "[ ]?"}  # as calls are written
 _OF_OBJECTS = frozenset({"type", "properties", "required", "additionalProperties", "$defs", "definitions"})
 
 
@@ -26,14 +27,16 @@ def call_grammar(
     must_call: bool,
     once: bool,
     reasoning: Reasoning | None = None,
+    content: Schema | None = None,
 ) -> Grammar:
     """The answer is calls of `functions`, whose arguments follow their schemas (None: any object), or `must_call` is
-    false and it is text that may end with such calls: where a call begins it is one. `once`: one call at most. The
-    answer follows `reasoning`, where there is some. Raises `InvalidRequest` for a schema that the dialect's own form of
+    false and it is text that may end with such calls: where a call begins it is one. `once`: one call at most.
+    `content`: the schema of JSON that comes instead of text and calls behind it. The answer follows `reasoning`, where
+    there is some. Raises `InvalidRequest` for a schema that the dialect's own form of
     arguments cannot be held to."""
     written = dialect.written
     try:
-        check_size(list(functions.values()))
+        check_size([*functions.values(), content])
     except GrammarError as error:
         raise InvalidRequest(f"tools cannot be enforced: {error}.", "tools") from None
 
@@ -60,6 +63,8 @@ def call_grammar(
     thought = "" if reasoning is None or reasoning.is_open else rf" & ~/{_escaped(reasoning.begin)}(.|\n)*/"
     if must_call:
         lines.append(f"start: {literal(trigger)} calls")
+    elif content is not None:
+        lines += [f"content: {_json(content, JSON_OPTIONS)}", f"start: content | {literal(trigger)} calls"]
     elif dialect.bare:
         lines += [rf"WORDS: /\s*([^{{\s](.|\n)*)?/{thought}", f"start: WORDS | {literal(trigger)} calls"]
     else:
@@ -76,8 +81,7 @@ def _arguments(dialect: ToolDialect, name: str, schema: Schema | None) -> str:
     return _xml_parameters(name, schema)
 
 
-def _json(schema: Schema) -> str:
-    options = {**JSON_OPTIONS, "whitespace_pattern": "[ ]?"}  # calls are written on one line
+def _json(schema: Schema, options: Schema = _ONE_LINE) -> str:
     return f"%json {json.dumps({**schema, 'x-guidance': options})}"
 
 
