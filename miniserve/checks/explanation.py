@@ -15,6 +15,7 @@ from miniserve.attention.spec import AttentionSpec
 from miniserve.attention.terms import LayerRoute
 from miniserve.config import EngineConfig, tuning_dir
 from miniserve.core import UserError
+from miniserve.models.decoder import CausalLM
 from miniserve.models.description import ModelConfig
 from miniserve.models.registry import MXFP4, describe_products, described_model, weight_bytes
 from miniserve.parallel.shard import Shard
@@ -110,6 +111,7 @@ def explain(name: str, model: ModelConfig, config: EngineConfig, device: str, tp
         layout=config.kv_layout,
         preferred=load_preferred(tuning_dir(), platform, specs, config.block_size),
     )
+    built = described_model(model, dtype, platform, shard)
     longest = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
     kinds = tuple(
         LayerKind(layers=tuple(index for index, other in enumerate(layers) if other == spec), spec=spec)
@@ -126,8 +128,8 @@ def explain(name: str, model: ModelConfig, config: EngineConfig, device: str, tp
         kinds=kinds,
         choice=choice,
         paths=tuple(_paths(specs, platform, config.block_size)),
-        memory=_memory(model, choice, config, shard, total, longest),
-        products=tuple(describe_products(described_model(model, dtype, platform, shard))),
+        memory=_memory(built, choice, config, total, longest),
+        products=tuple(describe_products(built)),
         notes=tuple(_notes(model, config, device, tp, platform)),
     )
 
@@ -155,18 +157,11 @@ def _paths(specs: Sequence[AttentionSpec], platform: Platform, block_size: int) 
             yield Path(backend=contract.name, layout=layout, routes=kinds, reasons=tuple(reasons))
 
 
-def _memory(
-    model: ModelConfig,
-    choice: Choice,
-    config: EngineConfig,
-    shard: Shard,
-    total: int | None,
-    longest: int,
-) -> Memory:
-    block, platform, dtype = block_bytes(choice), choice.platform, choice.specs[0].dtype
+def _memory(built: CausalLM, choice: Choice, config: EngineConfig, total: int | None, longest: int) -> Memory:
+    model, block, platform, dtype = built.config, block_bytes(choice), choice.platform, choice.specs[0].dtype
     place = "cpu" if platform.arch == "cpu" else "cuda"
     known = model.quantization is None or model.quantization.unknown in (None, MXFP4)
-    weights = weight_bytes(described_model(model, dtype, platform, shard), place) if known else None
+    weights = weight_bytes(built, place) if known else None
     scratch = scratch_bytes(choice, config.max_num_seqs, longest)
     usable = None if total is None else int(total * config.gpu_memory_utilization)
     limit = pool_limit(choice, config.max_num_seqs)
