@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from miniserve.core import Request, RowStart, SamplingParams
-from miniserve.kernels.triton.decode_step import RowState
+from miniserve.kernels.step_tensors import RowState
 from miniserve.kernels.triton.sampling import compile_draw, draw, sample
 from miniserve.runner.logprobs import to_token_logprobs
 from miniserve.runner.sampler import SampleOutput, Sampler
