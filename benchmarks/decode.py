@@ -27,6 +27,7 @@ from miniserve.engine.build import build_engine
 from miniserve.engine.loop import EngineLoop
 from miniserve.engine.roofline import describe
 from miniserve.models.layers.norm import RMSNorm
+from miniserve.models.layers.ops import PendingSum
 from miniserve.models.layers.routing import Routed, Router, RoutingMethod
 from miniserve.models.options import BuildOptions
 
@@ -39,13 +40,13 @@ class UniformRouting:
         self._method = method
         self._drawn: dict[int, torch.Tensor] = {}
 
-    def __call__(self, router: Router, norm: RMSNorm, x: torch.Tensor, residual: torch.Tensor) -> Routed:
-        x, residual, weights, ids = self._method(router, norm, x, residual)
+    def __call__(self, router: Router, norm: RMSNorm, x: torch.Tensor | PendingSum, residual: torch.Tensor) -> Routed:
+        normed, residual, weights, ids = self._method(router, norm, x, residual)
         known = self._drawn.get(id(router))
-        if known is None or len(known) < len(x):
-            scores = torch.rand(max(len(x), 8192), router.moe.num_experts, device=x.device)
+        if known is None or len(known) < len(ids):
+            scores = torch.rand(max(len(ids), 8192), router.moe.num_experts, device=ids.device)
             known = self._drawn[id(router)] = scores.topk(router.moe.top_k, dim=1).indices.to(ids.dtype)
-        return x, residual, weights, known[: len(x)].contiguous()
+        return normed, residual, weights, known[: len(ids)].contiguous()
 
 
 @contextmanager
@@ -57,20 +58,22 @@ def uniform_routing() -> Iterator[None]:
 
 
 def measure(engine: EngineLoop, info: EngineInfo, batch: int, prompt_len: int, output_len: int) -> dict[str, object]:
-    """Median seconds of the steps in which every one of `batch` requests gets a token."""
+    """Median seconds of the steps in which every one of `batch` requests gets a token, and how near the memory's limit
+    those come: not the steps before and after them, which have fewer rows."""
     rng = random.Random(batch)
     params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
     for index in range(batch):
         prompt = [rng.randrange(info.vocab_size) for _ in range(prompt_len)]
         engine.add(Request(request_id=f"{batch}-{index}", prompt_token_ids=prompt, params=params))
-    before, times = copy(engine.log.totals), []
+    times, totals = [], []
     while engine.has_work:
         num_tokens = sum(len(output.new_token_ids) for output in engine.step())
         if num_tokens == batch:
             times.append(time.perf_counter())
+            totals.append(copy(engine.log.totals))
     steps = [later - earlier for earlier, later in itertools.pairwise(times)][2:]
     step = statistics.median(steps)
-    roofline = describe(engine.log.totals.since(before), info.bandwidth)
+    roofline = describe(totals[-1].since(totals[2]), info.bandwidth)
     print(f"{batch:5d} x {prompt_len}: {1e3 * step:8.3f} ms, {batch / step:10,.0f} tokens/s; on average {roofline}")
     return {"batch": batch, "prompt_len": prompt_len, "step_s": step, "num_steps": len(steps), "roofline": roofline}
 

@@ -109,10 +109,12 @@ def _scale(*shape_and_block: Any) -> torch.Tensor:
 def _route(chip: Chip, num_experts: int, top_k: int, groups: int, top_groups: int, sigmoid: bool) -> None:
     bias = tensor(num_experts, dtype=torch.float32) if sigmoid else None
     choice: dict[str, Any] = {"top_k": top_k, "num_groups": groups, "top_groups": top_groups}
-    choice |= {"sigmoid": sigmoid, "normalize": True, "scaling": 2.5, "workspace": small_linear.Workspace(META)}
-    routing.route(tensor(64, num_experts, dtype=torch.float32), None, bias, **choice)
+    choice |= {"sigmoid": sigmoid, "normalize": True, "scaling": 2.5}
+    routing.route(tensor(1, 64, num_experts, dtype=torch.float32), bias, **choice)
+    weight = tensor(num_experts, 2048, dtype=torch.float32)
+    routing.route(routing.logit_parts(tensor(64, 2048), weight), bias, **choice)
     if chip.splits:
-        routing.route(tensor(64, 2048), tensor(num_experts, 2048, dtype=torch.float32), bias, **choice)
+        choice["workspace"] = small_linear.Workspace(META)
         for hidden in (2048, 7168):
             x, weight = tensor(4, hidden), tensor(num_experts, hidden, dtype=torch.float32)
             norm_router.add_norm_route(x, x, tensor(hidden), 1e-6, weight, bias, **choice)

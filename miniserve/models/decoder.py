@@ -37,8 +37,8 @@ class DecoderLayer(Module):
         self, x: Tensor, residual: Tensor, cos_sin: Tensor, ctx: StepContext
     ) -> tuple[Tensor | PendingSum, Tensor]:
         """x: the residual stream after `input_layernorm`. Returns what is still to be added to it, and the stream."""
-        x = self.self_attn(x, cos_sin, ctx)
-        return self.mlp.after(self.post_attention_layernorm, x, residual)
+        attended: Tensor | PendingSum = self.self_attn(x, cos_sin, ctx)
+        return self.mlp.after(self.post_attention_layernorm, attended, residual)
 
 
 def _attention(

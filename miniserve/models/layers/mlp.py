@@ -23,7 +23,7 @@ class MLP(Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.ops.gated_linear(self.gate_up_proj, x))
 
-    def after(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor | PendingSum, Tensor]:
+    def after(self, norm: RMSNorm, x: Tensor | PendingSum, residual: Tensor) -> tuple[Tensor | PendingSum, Tensor]:
         """Adds x to the residual stream, both [T, hidden_size], and takes its norm as input. Returns what is then
         still to be added, and the stream."""
         x, residual = norm.add(x, residual)
@@ -39,7 +39,7 @@ class SparseMLP(Module):
         shared = options.within("shared_experts")
         self.shared_experts = MLP(config, shared, moe.shared_size) if moe.shared_size else None
 
-    def after(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> tuple[Tensor | PendingSum, Tensor]:
+    def after(self, norm: RMSNorm, x: Tensor | PendingSum, residual: Tensor) -> tuple[Tensor | PendingSum, Tensor]:
         """As `MLP.after`."""
         x, residual, topk_weights, topk_ids = self.gate(norm, x, residual)
         out: Tensor | PendingSum = self.experts(x, topk_weights, topk_ids)

@@ -11,6 +11,7 @@ from torch.nn import functional
 from miniserve.models.description import MoEConfig
 from miniserve.models.layers.base import Layer
 from miniserve.models.layers.norm import RMSNorm
+from miniserve.models.layers.ops import PendingSum
 
 # The normed x and the residual stream, then a choice as `route` gives it.
 Routed = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -39,10 +40,10 @@ def route(logits: Tensor, moe: MoEConfig, correction_bias: Tensor | None) -> tup
 
 
 # How `Router` computes its choice and the norm before it; the arguments after it as of `Router.forward`.
-RoutingMethod = Callable[["Router", RMSNorm, Tensor, Tensor], Routed]
+RoutingMethod = Callable[["Router", RMSNorm, "Tensor | PendingSum", Tensor], Routed]
 
 
-def torch_routing(router: Router, norm: RMSNorm, x: Tensor, residual: Tensor) -> Routed:
+def torch_routing(router: Router, norm: RMSNorm, x: Tensor | PendingSum, residual: Tensor) -> Routed:
     """A `RoutingMethod` for any device."""
     x, residual = norm.add(x, residual)
     logits = functional.linear(x.float(), router.weight)
@@ -65,7 +66,7 @@ class Router(Layer):
         else:
             self.register_parameter("e_score_correction_bias", None)
 
-    def forward(self, norm: RMSNorm, x: Tensor, residual: Tensor) -> Routed:
+    def forward(self, norm: RMSNorm, x: Tensor | PendingSum, residual: Tensor) -> Routed:
         """`norm.add`, then the choice for what that gives, so that a method can make both at once. x, residual: [T,
         hidden_size]."""
         return self.method(self, norm, x, residual)

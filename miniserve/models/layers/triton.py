@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.nn import functional
 
 from miniserve.attention.spec import AttentionSpec, QKRope
 from miniserve.models.layers.experts import Experts, MoEMethod
@@ -29,7 +30,7 @@ class TritonMethod(LinearMethod):
 
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
         y = self._kernels.linear(x, layer.weight, layer.bias)
-        return self._kernels.library_linear(x, layer.weight, layer.bias) if y is None else y
+        return functional.linear(x, layer.weight, layer.bias) if y is None else y
 
     def gated(self, layer: Linear, x: Tensor) -> Tensor | None:
         return self._kernels.linear(x, layer.weight, layer.bias, gated=True)
@@ -74,7 +75,7 @@ class TritonOps(Ops):
         return self._kernels.silu_and_mul(layer(x)) if y is None else y
 
     def linear_to_add(self, layer: Linear, x: Tensor) -> Tensor | PendingSum:
-        if layer.bias is not None:
+        if layer.bias is not None or layer.columns.size < layer.columns.count:  # ranks sum whole products
             parts = None
         elif isinstance(layer.method, ScaledMethod) and layer.weight.dtype.itemsize == 1:
             parts = self._kernels.linear_parts_fp8(x, layer.weight, layer.scale, layer.method.step)
@@ -83,7 +84,9 @@ class TritonOps(Ops):
         return layer(x) if parts is None else PendingSum(self._kernels, parts)
 
 
-def triton_routing(kernels: TritonKernels, router: Router, norm: RMSNorm, x: Tensor, residual: Tensor) -> Routed:
+def triton_routing(
+    kernels: TritonKernels, router: Router, norm: RMSNorm, x: Tensor | PendingSum, residual: Tensor
+) -> Routed:
     """With its kernels given a `RoutingMethod`."""
     moe, bias = router.moe, router.e_score_correction_bias
     if not kernels.can_route(moe.num_experts, moe.num_groups, moe.top_groups):
@@ -97,7 +100,7 @@ def triton_routing(kernels: TritonKernels, router: Router, norm: RMSNorm, x: Ten
         "normalize": moe.normalize,
         "scaling": moe.scaling,
     }
-    if norm.group.size > 1:  # the sum over ranks comes before the norm
+    if norm.group.size > 1 or not isinstance(x, Tensor):  # the sum comes before the norm
         x, residual = norm.add(x, residual)
         return x, residual, *kernels.route(x, router.weight, bias, **choice)
     return kernels.add_norm_route(x, residual, norm.weight, norm.eps, router.weight, bias, **choice)
