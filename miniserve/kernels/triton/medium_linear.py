@@ -311,16 +311,18 @@ def choose_medium_tile(m: int, n: int, k: int, itemsize: int, chip: Chip, *, gat
     """
     if not chip.wgmma or itemsize != 2 or not 2 <= m <= MOST_ROWS or k % 8 or n % 8:
         return None
-    if (m <= 16 and gated and k <= 1024) or (m > 128 and not gated and n * k >= 1 << 23):
+    if (m <= 16 and gated and k <= 1024) or (m > 128 and not gated and n * k > 1 << (24 if m <= 192 else 23)):
         return None
     outputs = _GROUP_ROWS // 2 if gated else _GROUP_ROWS
-    few = m <= MAX_ROWS
+    few, large = m <= MAX_ROWS, not gated and n * k > 1 << 24
     if few and n < 32 * outputs:
         return None
     for block_m, groups in [(_rows(m), groups) for groups in (1, 2, 3)] if few else _CUTS:
         row_tiles = triton.cdiv(m, block_m)
         programs = row_tiles * triton.cdiv(n, groups * outputs)
-        if programs <= chip.num_sms and (few or row_tiles * block_m - m < 64 or groups == 3):
+        waste = row_tiles * block_m - m
+        fits = few or waste < (32 if large else 64) or (block_m == 128 and not large and not gated)
+        if programs <= chip.num_sms and fits:
             return _tile(block_m, groups, k, chip, early=_DEEP_STAGES if few else 2)
     if not few:
         return None
