@@ -172,6 +172,12 @@ def _decode_kernel(
     if SETTLED:
         wait(PDL)
     query = tl.load(q + row.to(tl.int64) * q_row + head[:, None] * q_head + d[None, :], mask=mine, other=0.0)
+    # While many keys and values are being read the next product should not fetch its weights yet; a few leave the
+    # memory idle. A separate merge would pass the start on too early.
+    few_keys = (end - begin) * BLOCK_N <= 256
+    if SINGLE or FUSED_MERGE:  # noqa: SIM102 - the outer test is for the compiler, the inner one for the device
+        if few_keys:
+            start(PDL)
     if EARLY:  # noqa: SIM102 - the outer test is for the compiler, the inner one for the device
         if old:
             best, total, acc = _absorb(
@@ -195,7 +201,7 @@ def _decode_kernel(
         v_ids = tl.load(table + v_pos // BLOCK_SIZE, mask=v_pos < seq_len, other=0)
         best, total, acc = _absorb(query, k, v, visible, best, total, acc, qk_scale, softcap, HAS_SOFTCAP, X, PRECISION)
 
-    start(PDL)  # not before: the next product would fetch its weights while keys and values are still being read
+    start(PDL)
     denominator = tl.sum(total, 1)
     if sinks is not None:
         denominator += tl.where(split == 0, tl.exp2(sink - best), 0.0)  # a sink counts once, in the first split
