@@ -26,9 +26,8 @@ from miniserve.core import EngineInfo, Request, SamplingParams
 from miniserve.engine.build import build_engine
 from miniserve.engine.loop import EngineLoop
 from miniserve.engine.roofline import describe
-from miniserve.models.layers.norm import RMSNorm
-from miniserve.models.layers.ops import PendingSum
-from miniserve.models.layers.routing import Routed, Router, RoutingMethod
+from miniserve.models.layers.norm import Normed
+from miniserve.models.layers.routing import Chosen, Router, RoutingMethod
 from miniserve.models.options import BuildOptions
 
 
@@ -40,13 +39,13 @@ class UniformRouting:
         self._method = method
         self._drawn: dict[int, torch.Tensor] = {}
 
-    def __call__(self, router: Router, norm: RMSNorm, x: torch.Tensor | PendingSum, residual: torch.Tensor) -> Routed:
-        normed, residual, weights, ids = self._method(router, norm, x, residual)
+    def __call__(self, router: Router, x: Normed) -> Chosen:
+        weights, ids = self._method(router, x)
         known = self._drawn.get(id(router))
         if known is None or len(known) < len(ids):
             scores = torch.rand(max(len(ids), 8192), router.moe.num_experts, device=ids.device)
             known = self._drawn[id(router)] = scores.topk(router.moe.top_k, dim=1).indices.to(ids.dtype)
-        return normed, residual, weights, known[: len(ids)].contiguous()
+        return weights, known[: len(ids)].contiguous()
 
 
 @contextmanager

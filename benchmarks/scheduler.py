@@ -7,9 +7,9 @@ from collections import deque
 from statistics import median, quantiles
 
 from miniserve.config import SchedulerConfig
-from miniserve.core import DeviceStep, Request, RequestOutput, SamplingParams, StepPlan, StepResult, StepTraffic
-from miniserve.engine.step_log import LaunchedStep, StepLog
-from miniserve.scheduler.scheduler import Scheduler
+from miniserve.core import Request, RequestOutput, SamplingParams, Step, StepPlan, StepTraffic
+from miniserve.engine.step_log import StepLog
+from miniserve.scheduler.scheduler import PlannedStep, Scheduler
 
 BLOCK_SIZE = 16
 PROMPT_LEN = 100
@@ -46,21 +46,21 @@ def measure(num_requests: int, depth: int, num_steps: int, output_len: int | Non
 
     for _ in range(num_requests):
         add()
-    in_flight: deque[StepPlan] = deque()
+    in_flight: deque[PlannedStep] = deque()
     durations: list[float] = []
     while len(durations) < WARMUP_STEPS + num_steps:
         started = time.perf_counter()
-        plan = scheduler.schedule()
+        step = scheduler.schedule()
         scheduled = time.perf_counter()
-        if plan is not None:
-            in_flight.append(plan)
+        if step is not None:
+            in_flight.append(step)
         outputs: list[RequestOutput] = []
         updated = scheduled
-        if len(in_flight) >= depth or plan is None:
+        if len(in_flight) >= depth or step is None:
             done = in_flight.popleft()
-            result = StepResult(list(range(1000, 1000 + len(done.sampling_rows))))
+            done.token_ids = list(range(1000, 1000 + len(done.plan.sampling_rows)))
             collected = time.perf_counter()
-            outputs = scheduler.update(done, result)
+            outputs = scheduler.update(done)
             updated = time.perf_counter() - collected + scheduled
         durations.append(updated - started)
         for output in outputs:
@@ -73,15 +73,20 @@ def measure_log(num_requests: int, num_steps: int) -> list[float]:
     """Seconds of the step log per step of `num_requests` rows, whose set changes every 20 steps."""
     traffic = StepTraffic(weights=10**9, expert=10**6, num_experts=128, top_k=8, kv=[(None, 4096), (1024, 4096)])
     log = StepLog(traffic, num_requests)
-    result = StepResult([], device=DeviceStep(num_requests, 1e-3, 1e-5))
     durations = []
-    for step in range(WARMUP_STEPS + num_steps):
-        plan = StepPlan([], [], [], list(range(num_requests)), [], same_rows=step % 20 > 0)
+    for number in range(WARMUP_STEPS + num_steps):
+        plan = StepPlan([], [], [], list(range(num_requests)), [], same_rows=number % 20 > 0)
         started = time.perf_counter()
-        clock = log.clock
+        step, clock = Step(plan), log.clock
+        record = step.record
         start, scheduled = clock(), clock()
-        opened = log.open(LaunchedStep(plan, None, start, scheduled, clock(), preemptions=0, after_rest=False))
-        log.close(opened, result, wait_start=clock(), collected=clock())
+        record.start, record.schedule, record.launch = start, scheduled - start, clock() - scheduled
+        log.open(step)
+        wait_start, collected = clock(), clock()
+        record.bucket, record.device, record.idle = num_requests, 1e-3, 1e-5
+        record.wait_start, record.wait = wait_start - start, collected - wait_start
+        record.update = clock() - collected
+        log.close(step)
         durations.append(time.perf_counter() - started)
     return durations[WARMUP_STEPS:]
 

@@ -21,7 +21,7 @@ from miniserve.engine.client import AsyncEngine
 from miniserve.models.hub import locate
 from miniserve.server.app import create_app
 from miniserve.server.config import ServerConfig, read_api_keys
-from miniserve.server.connection import RequestIdMiddleware
+from miniserve.server.gate import RequestIdMiddleware
 
 
 class Settings(BaseModel):

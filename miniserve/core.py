@@ -20,6 +20,11 @@ class UserError(Exception):
     """Something the user asked for cannot be done; `str(error)` says so with its remedy. The CLI exits 2 with it."""
 
 
+def summary(error: Exception) -> str:
+    """The error's kind and first line: what a library raises may be pages long."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 class InvalidRequest(ValueError):
     """A request that is refused. The server answers 400 with `str(error)`, `param`, the field at fault, and `code`, a
     word that programs may test for."""
@@ -320,26 +325,50 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True):
         return self.decode_rows + drafted + [chunk.row for chunk in self.chunks if chunk.samples]
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceStep:
-    """What a step was on the device. `bucket`: the rows of the graph that ran it, 0 where none did. `seconds` it ran,
-    and `idle` seconds the device waited for it after the step before; None where no clock of the device says."""
+class StepRecord(msgspec.Struct, array_like=True, gc=False):
+    """What a step was and how long it took, as the host and the device saw it; filled as the step goes. Times in
+    seconds; `start` is of the loop's clock while the step runs, and then Unix time.
 
-    bucket: int = 0
-    seconds: float | None = None
-    idle: float | None = None
+    The host schedules, launches, later waits for the step from `wait_start` (seconds after `start`) on, and takes its
+    results in (`update`).
+    """
+
+    number: int = 0
+    start: float = 0.0
+    kind: str = "decode"  # prefill: chunks alone; mixed: both
+    rows: int = 0  # that decode, with those of guesses
+    chunks: int = 0
+    tokens: int = 0  # of all rows and chunks
+    bucket: int = 0  # rows of the graph that runs it, 0 for none
+    preemptions: int = 0  # requests that had to leave for this step
+    schedule: float = 0.0
+    launch: float = 0.0
+    wait_start: float = 0.0
+    wait: float = 0.0
+    update: float = 0.0
+    device: float | None = None  # how long it ran, None where no clock of the device says
+    idle: float | None = None  # how long the device waited for it after the step before; likewise
+    weight_bytes: int | None = None  # None where no model says
+    kv_bytes: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What the runner found. `token_ids` and `logprobs` align with `StepPlan.sampling_rows` (an entry is None where the
-    request asked for no logprobs; the list where no row asked). `prompt_logprobs` maps a row to the entries of this
-    step's chunk, one per logprob target. `device` is None where launch and collect were all the work, as on a CPU."""
+@dataclass(slots=True, eq=False)
+class Step:
+    """A step in flight, filled as it goes: the scheduler plans it, the runner launches it and collects its result, the
+    loop notes in `record` what each took.
 
-    token_ids: list[int]
+    `token_ids` and `logprobs` align with `StepPlan.sampling_rows` (an entry is None where the request asked for no
+    logprobs; the list where no row asked). `prompt_logprobs` maps a row to the entries of this step's chunk, one per
+    logprob target.
+    """
+
+    plan: StepPlan
+    record: StepRecord = field(default_factory=StepRecord)
+    on_device: Any = None  # the runner's, between launch and collect
+    after_rest: bool = False  # there was nothing to do before it, so the device's idle time says nothing
+    token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs | None] | None = None
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
-    device: DeviceStep | None = None
 
 
 class TokenMasks(msgspec.Struct, frozen=True):
@@ -363,18 +392,17 @@ class Matcher(Protocol):
 
 
 class Runner(Protocol):
-    """Owns the device. `launch` enqueues a step and, on an asynchronous device, returns at once; `collect` waits for
-    its result. Steps are collected in the order they were launched; at most two are in flight.
+    """Owns the device. `launch` enqueues a step and, on an asynchronous device, returns at once; `collect` waits for it
+    and puts its result into the step. Steps are collected in the order they were launched; at most two are in flight.
 
     Of a plan with masked rows `launch` enqueues all but the choice of these rows' tokens, which may depend on results
-    that are still to be collected; `sample` enqueues that. Its result is what `collect` takes. Masked rows without an
-    entry in `masks` get any token."""
+    that are still to be collected; `sample` enqueues that. Masked rows without an entry in `masks` get any token."""
 
-    def launch(self, plan: StepPlan) -> object: ...
+    def launch(self, step: Step) -> None: ...
 
-    def sample(self, handle: object, masks: TokenMasks) -> object: ...
+    def sample(self, step: Step, masks: TokenMasks) -> None: ...
 
-    def collect(self, handle: object) -> StepResult: ...
+    def collect(self, step: Step) -> None: ...
 
     def check(self) -> None:
         """Raises if no further step can run, as far as can be known between two steps."""
@@ -432,34 +460,6 @@ class StepTotals(msgspec.Struct, kw_only=True, array_like=True):
     def since(self, earlier: StepTotals) -> StepTotals:
         """What came after `earlier`."""
         return StepTotals(**{name: getattr(self, name) - getattr(earlier, name) for name in self.__struct_fields__})
-
-
-class StepRecord(msgspec.Struct, array_like=True, gc=False):
-    """One step, as the host and the device saw it. Times in seconds; `start` is of the wall clock (Unix time).
-
-    The host schedules, launches, later waits for the step from `wait_start` (seconds after `start`) on, and takes its
-    results in (`update`). rows: decode rows, with those of guesses; tokens: of all rows and chunks; bucket: see
-    `DeviceStep`; preemptions: requests that had to leave for this step. weight_bytes, kv_bytes: None where no model
-    says.
-    """
-
-    number: int
-    start: float
-    kind: str  # decode; prefill: chunks alone; mixed: both
-    rows: int
-    chunks: int
-    tokens: int
-    bucket: int
-    preemptions: int
-    schedule: float
-    launch: float
-    wait_start: float
-    wait: float
-    update: float
-    device: float | None
-    idle: float | None
-    weight_bytes: int | None
-    kv_bytes: int | None
 
 
 class EngineInfo(msgspec.Struct, kw_only=True, frozen=True):

@@ -14,11 +14,11 @@ from miniserve.server.fields import (
     REFUSED_IN_CHAT,
     REFUSED_IN_COMPLETIONS,
     REFUSED_OF_TOKENIZER,
-    remedy,
-)
-from miniserve.server.messages import MESSAGES_REMEDIES, REFUSED_IN_MESSAGES, CountTokensRequest, MessagesRequest
-from miniserve.server.protocol import (
     Body,
+    Refused,
+)
+from miniserve.server.messages import CountTokensRequest, MessagesRequest
+from miniserve.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -27,7 +27,7 @@ from miniserve.server.protocol import (
     StreamOptions,
     TokenizeRequest,
 )
-from miniserve.server.responses import REFUSED_IN_RESPONSES, RESPONSES_REMEDIES, ResponsesRequest
+from miniserve.server.responses import ResponsesRequest
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "API.md"
 
@@ -259,11 +259,11 @@ def render() -> str:
         "",
         "### In `/v1/messages`",
         "What chat takes or refuses and the table above has not, and:",
-        *_refused(_without(REFUSED_IN_MESSAGES, _CHAT_NAMES), MESSAGES_REMEDIES),
+        *_refused(_without(MessagesRequest.refused, _CHAT_NAMES)),
         "",
         "### In `/v1/responses`",
         "What chat takes or refuses and the table above has not, and:",
-        *_refused(_without(REFUSED_IN_RESPONSES, _CHAT_NAMES), RESPONSES_REMEDIES),
+        *_refused(_without(ResponsesRequest.refused, _CHAT_NAMES)),
         "",
         "### In `/tokenize` and `/detokenize` only",
         *_refused(REFUSED_OF_TOKENIZER),
@@ -298,11 +298,11 @@ def _field_table(fields: Mapping[str, str], meanings: Mapping[str, str] = MEANIN
     return _table(("field", "type", "meaning"), ((f"`{name}`", kind, meanings[name]) for name, kind in fields.items()))
 
 
-def _refused(refused: Mapping[str, Sequence[object]], remedies: Mapping[str, str] | None = None) -> list[str]:
+def _refused(refused: Refused) -> list[str]:
     rows = []
-    for name, neutrals in refused.items():
+    for name, (neutrals, remedy) in refused.items():
         values = " ".join(f"`{msgspec.json.encode(value).decode()}`" for value in neutrals)
-        rows.append((f"`{name}`", values, remedy(name, remedies)))
+        rows.append((f"`{name}`", values, remedy))
     return _table(("field", "asks for nothing", "instead"), rows)
 
 

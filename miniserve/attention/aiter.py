@@ -10,14 +10,16 @@ import importlib
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from miniserve.core import summary
 
 # Older ones let the ASM kernel read other blocks than asked for where a plane is 2 GiB or larger (aiter #3062).
 MINIMUM_VERSION = (0, 1, 17)
@@ -56,13 +58,26 @@ class AiterLatent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AiterProducts:
-    """What linear layers and routed experts call of it. quant_type: the enumeration of the ways in which weights have
+    """What linear layers and routed experts call of it. QuantType: the enumeration of the ways in which weights have
     fewer bits."""
 
     fused_moe: Callable[..., Tensor]
     shuffle_weight: Callable[[Tensor], Tensor]
     gemm_a8w8_blockscale: Callable[..., Tensor]
-    quant_type: Any
+    QuantType: Any
+
+
+# Where these names are; others are in `aiter` itself.
+_MODULES = {
+    "unified_attention": "aiter.ops.triton.attention.unified_attention",
+    "fused_qk_rope_reshape_and_cache": "aiter.ops.triton.fusions.fused_kv_cache",
+    "pa_decode_gluon": "aiter.ops.triton.gluon.pa_decode_gluon",
+    "mla_decode_fwd": "aiter.mla",
+    "fused_moe": "aiter.fused_moe",
+    "shuffle_weight": "aiter.ops.shuffle",
+    "QuantType": "aiter.ops.enum",
+}
+Found = TypeVar("Found", Aiter, AiterLatent, AiterProducts)
 
 
 @functools.cache
@@ -73,91 +88,59 @@ def load() -> Aiter:
         raise Unavailable(f"aiter is not installed; {INSTALL}")
     if not any((Path(place) / "ops").is_dir() for place in spec.submodule_search_locations or ()):
         raise Unavailable(f"the installed `aiter` is an unrelated package of that name; uninstall it: {INSTALL}")
-    try:
-        aiter = importlib.import_module("aiter")
+    with _importing("aiter"):  # without ROCm it raises RuntimeError, and others from deep within
+        importlib.import_module("aiter")
         version = _version()
-        unified = importlib.import_module("aiter.ops.triton.attention.unified_attention")
-        fused = importlib.import_module("aiter.ops.triton.fusions.fused_kv_cache")
         chip = importlib.import_module("aiter.jit.utils.chip_info")
-        arch, compute_units = chip.get_gfx(), chip.get_cu_num()
-    except Unavailable:
-        raise
-    except Exception as error:  # without ROCm it raises RuntimeError, and others from deep within
-        raise Unavailable(f"aiter cannot be imported: {type(error).__name__}: {_first_line(error)}") from error
-    try:
-        return Aiter(
-            version=version,
-            arch=arch,
-            compute_units=compute_units,
-            unified_attention=unified.unified_attention,
-            fused_qk_rope_reshape_and_cache=fused.fused_qk_rope_reshape_and_cache,
-            **{name: getattr(aiter, name) for name in _TOP_LEVEL},
-        )
-    except AttributeError as error:
-        raise Unavailable(f"aiter lacks what it should have ({error}): is AITER_TRITON_ONLY set?") from error
+        known = {"version": version, "arch": chip.get_gfx(), "compute_units": chip.get_cu_num()}
+    return _find(Aiter, known)
 
 
 def load_latent() -> AiterLatent:
     """The same for latent attention. Raises `Unavailable`."""
-    known = load()
-    aiter, mla = _module("aiter"), _module("aiter.mla")
-    return AiterLatent(
-        compute_units=known.compute_units,
-        mla_decode_fwd=mla.mla_decode_fwd,
-        get_mla_metadata_info_v1=aiter.get_mla_metadata_info_v1,
-        get_mla_metadata_v1=aiter.get_mla_metadata_v1,
-        flash_attn_varlen_func=known.flash_attn_varlen_func,
-    )
+    return _find(AiterLatent, {"compute_units": load().compute_units})
 
 
 def load_gluon() -> Callable[..., None]:
     """aiter's `pa_decode_gluon`. Raises `Unavailable`."""
     load()
-    gluon: Callable[..., None] = _module("aiter.ops.triton.gluon.pa_decode_gluon").pa_decode_gluon
+    gluon: Callable[..., None] = _named("pa_decode_gluon")
     return gluon
 
 
 def load_products() -> AiterProducts:
     """The same for linear layers and routed experts. Raises `Unavailable`."""
     load()
-    try:
-        return AiterProducts(
-            fused_moe=_module("aiter.fused_moe").fused_moe,
-            shuffle_weight=_module("aiter.ops.shuffle").shuffle_weight,
-            gemm_a8w8_blockscale=_module("aiter").gemm_a8w8_blockscale,
-            quant_type=_module("aiter.ops.enum").QuantType,
-        )
-    except AttributeError as error:
-        raise Unavailable(f"aiter lacks what it should have ({error})") from error
+    return _find(AiterProducts, {})
 
 
-def _module(name: str) -> ModuleType:
+def _find(kind: type[Found], known: dict[str, Any]) -> Found:
+    """known: fields that are no functions of aiter's."""
+    return kind(**known, **{field.name: _named(field.name) for field in fields(kind) if field.name not in known})
+
+
+def _named(name: str) -> Any:
+    place = _MODULES.get(name, "aiter")
+    with _importing(place):
+        module = importlib.import_module(place)
+    if not hasattr(module, name):
+        raise Unavailable(f"aiter lacks what it should have ({place}.{name}): is AITER_TRITON_ONLY set?")
+    return getattr(module, name)
+
+
+@contextmanager
+def _importing(name: str) -> Iterator[None]:
     try:
-        return importlib.import_module(name)
+        yield
+    except Unavailable:
+        raise
     except Exception as error:
-        raise Unavailable(f"{name} cannot be imported: {type(error).__name__}: {_first_line(error)}") from error
-
-
-_TOP_LEVEL = (
-    "paged_attention_v1",
-    "paged_attention_rocm",
-    "paged_attention_common",
-    "flash_attn_varlen_func",
-)
+        raise Unavailable(f"{name} cannot be imported: {summary(error)}") from error
 
 
 def _version() -> tuple[int, ...]:
-    text = None
-    for source in (
-        lambda: importlib.import_module("aiter._version").__version__,  # what its build writes
-        lambda: importlib.metadata.version("amd-aiter"),
-    ):
-        try:
-            text = source()
-            break
-        except (ImportError, AttributeError):
-            continue
-    match = re.match(r"(\d+)\.(\d+)\.(\d+)(\.?(?:dev|rc))?", text or "")
+    text = _stated_version()
+    match = re.match(r"(\d+)\.(\d+)\.(\d+)(\.?(?:dev|rc))?", text)
     if match is None:
         raise Unavailable(
             f"aiter does not say its version, and those below v{_dotted(MINIMUM_VERSION)} read wrong blocks"
@@ -172,9 +155,13 @@ def _version() -> tuple[int, ...]:
     return version
 
 
+def _stated_version() -> str:
+    with suppress(ImportError, AttributeError):  # what its build writes
+        return str(importlib.import_module("aiter._version").__version__)
+    with suppress(ImportError):
+        return importlib.metadata.version("amd-aiter")
+    return ""
+
+
 def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -76,25 +76,26 @@ def describe_decode(kernel: str, spec: AttentionSpec, platform: Platform) -> str
     )
 
 
-def describe_chunks(route: LayerRoute) -> str:
-    """Which kernels take chunks of prompts, and which writes to the cache, for people."""
+def describe_route(route: LayerRoute, spec: AttentionSpec, platform: Platform) -> str:
+    """Which kernels decode, take chunks of prompts and write to the cache, for people."""
+    told = f"decode by {describe_decode(route.decode, spec, platform)}; prefill by {route.chunks}"
     if not route.write:
-        return f"prefill by {route.chunks}"
+        return told
     what = "rope with cache write" if route.write in ROPE_WRITES else "cache write"
-    return f"prefill by {route.chunks}; {what} by {route.write}"
+    return f"{told}; {what} by {route.write}"
 
 
-def describe_routes(choice: Choice, specs: Sequence[AttentionSpec], platform: Platform) -> list[str]:
+def describe_routes(choice: Choice) -> list[str]:
     """A sentence for each kind of layer: which kernels run, where these are not the backend's only ones."""
-    kinds = Counter(zip(specs, choice.routes, strict=True))
+    kinds = Counter(zip(choice.specs, choice.routes, strict=True))
     lines = []
     for (spec, route), count in kinds.items():
         if route.decode in (choice.backend, "triton paged_decode") and len(kinds) == 1:
             continue
         which = "" if len(kinds) == 1 else f"{count} layer{'s' if count > 1 else ''} {_kind(spec)}: "
-        lines.append(f"{which}decode by {describe_decode(route.decode, spec, platform)}; {describe_chunks(route)}")
-    if any(spec.kv_dtype.itemsize == 1 for spec in specs):
-        lines.append(f"fp8 KV cache: {name_of(specs[0].kv_dtype)}")
+        lines.append(which + describe_route(route, spec, choice.platform))
+    if any(spec.kv_dtype.itemsize == 1 for spec in choice.specs):
+        lines.append(f"fp8 KV cache: {name_of(choice.specs[0].kv_dtype)}")
     return lines
 
 

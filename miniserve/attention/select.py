@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
+from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.contracts import CONTRACTS
-from miniserve.attention.layouts import LAYOUTS
+from miniserve.attention.layouts import LAYOUTS, KVLayout
 from miniserve.attention.platform import Platform
 from miniserve.attention.spec import AttentionSpec
 from miniserve.attention.terms import BackendContract, LayerRoute
@@ -17,14 +20,33 @@ from miniserve.core import UserError
 class Choice:
     """The backend and layout that serve every layer, each layer's kernels, and why each pair preferred to them cannot.
 
-    rejected: (backend, layout, reason), a sentence each; the layout is "" where no layout would help.
+    specs, routes: of each layer. rejected: (backend, layout, reason), a sentence each; the layout is "" where no layout
+    would help.
     """
 
     backend: str
     layout: str
+    block_size: int
+    platform: Platform
+    specs: tuple[AttentionSpec, ...]
     routes: tuple[LayerRoute, ...]
     rejected: tuple[tuple[str, str, str], ...]
     reason: str
+
+    @property
+    def kv_layout(self) -> KVLayout:
+        return LAYOUTS[self.layout](self.block_size)
+
+    def options(self, device: torch.device, max_rows: int, max_seq_len: int) -> BackendOptions:
+        """For a backend there; see `BackendOptions`."""
+        return BackendOptions(
+            specs=self.specs,
+            routes=self.routes,
+            platform=self.platform,
+            device=device,
+            max_rows=max_rows,
+            max_seq_len=max_seq_len,
+        )
 
     def explain(self) -> list[str]:
         """Sentences for people: the choice and why, then the rejections, those with the same reason together."""
@@ -75,7 +97,7 @@ def select(
         if not reasons:
             possible = [name for name in names if not hopeless[name]]
             why = _reason(backend, layout, possible, platform.order(contract.layouts), measured)
-            return Choice(contract.name, candidate, routes, tuple(rejected), why)
+            return Choice(contract.name, candidate, block_size, platform, tuple(specs), routes, tuple(rejected), why)
         rejected += [(contract.name, candidate, reason) for reason in reasons]
     asked = " ".join(
         f"{flag} {value}"

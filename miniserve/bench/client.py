@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, Literal
 
 import msgspec
 
 from miniserve.bench.connections import ConnectionPool, HttpError
-from miniserve.bench.workload import Sample
+from miniserve.bench.workload import Sample, ServeConfig
 
-Endpoint = Literal["completions", "chat"]
 _MAX_ERROR_CHARS = 300
 
 
@@ -87,43 +85,14 @@ class SSELines:
         return [line[5:].strip() for line in lines if line.startswith(b"data:")]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestOptions:
-    """What every request of a run shares."""
-
-    model: str
-    endpoint: Endpoint = "completions"
-    temperature: float = 0.0
-    ignore_eos: bool = False
-
-    @property
-    def path(self) -> str:
-        return "/v1/completions" if self.endpoint == "completions" else "/v1/chat/completions"
-
-    def body(self, sample: Sample) -> dict[str, Any]:
-        prompt: dict[str, Any] = {"prompt": sample.prompt}
-        if self.endpoint == "chat":
-            prompt = {"messages": [{"role": "user", "content": sample.prompt}]}
-        body = {
-            "model": self.model,
-            **prompt,
-            "max_tokens": sample.output_len,
-            "temperature": self.temperature,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        # Not a field of OpenAI's API: strict servers refuse it, so it is sent only if requested.
-        return body | {"ignore_eos": True} if self.ignore_eos else body
-
-
-async def send(pool: ConnectionPool, options: RequestOptions, sample: Sample, run_start: float) -> RequestRecord:
+async def send(pool: ConnectionPool, config: ServeConfig, sample: Sample, run_start: float) -> RequestRecord:
     """Send one request and read its stream to the end. A failure becomes the record's `error`; nothing is retried."""
-    content = msgspec.json.encode(options.body(sample))
+    path, content = _request(config, sample)
     start = time.perf_counter()
     record = RequestRecord(start=start - run_start)
     answer = _Answer(record, start)
     try:
-        status = await pool.post(options.path, content, answer.feed)
+        status = await pool.post(path, content, answer.feed)
         record.error = record.error or answer.close(status)
     except HttpError as error:
         record.error = str(error)
@@ -131,8 +100,25 @@ async def send(pool: ConnectionPool, options: RequestOptions, sample: Sample, ru
         record.error = f"a chunk of the stream does not follow OpenAI's format: {error}"
     record.e2e = time.perf_counter() - start
     if record.error is None:
-        record.error = _shortcoming(record, options, sample)
+        record.error = _shortcoming(record, config, sample)
     return record
+
+
+def _request(config: ServeConfig, sample: Sample) -> tuple[str, bytes]:
+    """Path and body."""
+    body = {
+        "model": config.model,
+        "max_tokens": sample.output_len,
+        "temperature": config.temperature,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if config.ignore_eos:  # not a field of OpenAI's API: strict servers refuse it
+        body["ignore_eos"] = True
+    if config.endpoint == "chat":
+        messages = [{"role": "user", "content": sample.prompt}]
+        return "/v1/chat/completions", msgspec.json.encode(body | {"messages": messages})
+    return "/v1/completions", msgspec.json.encode(body | {"prompt": sample.prompt})
 
 
 class _Answer:
@@ -195,12 +181,12 @@ def _carries_token(choice: _Choice) -> bool:
     return choice.finish_reason is None and (delta is None or delta.role is None)
 
 
-def _shortcoming(record: RequestRecord, options: RequestOptions, sample: Sample) -> str | None:
+def _shortcoming(record: RequestRecord, config: ServeConfig, sample: Sample) -> str | None:
     if record.completion_tokens == 0:
         return "the server reported no completion tokens (it must honour stream_options.include_usage)"
     if record.num_chunks == 0:
         # One chunk with everything, closed at once and empty of text: the time of the end is the only one known.
         record.ttft = record.last
-    if options.ignore_eos and record.completion_tokens != sample.output_len:
+    if config.ignore_eos and record.completion_tokens != sample.output_len:
         return f"the server returned {record.completion_tokens} tokens, but ignore_eos asks for {sample.output_len}"
     return None

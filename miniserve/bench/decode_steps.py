@@ -45,10 +45,10 @@ class DecodeSteps:
         }
 
 
-async def ask_server(client: httpx.AsyncClient, root: str) -> DecodeSteps | None:
+async def ask_server(client: httpx.AsyncClient) -> DecodeSteps | None:
     """What a server has counted since its start; None if it is not a miniserve server, or does not report it."""
     try:
-        answer = (await client.get(f"{root}/debug/steps", params={"limit": 0})).json()
+        answer = (await client.get("/debug/steps", params={"limit": 0})).json()
         return DecodeSteps(StepTotals(**answer["totals"]), (answer["traffic"] or {}).get("bandwidth"))
     except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError):
         return None

@@ -13,6 +13,7 @@ from miniserve.bench.client import RequestRecord
 from miniserve.bench.decode_steps import DecodeSteps
 from miniserve.bench.stats import Summary
 from miniserve.bench.sweep import SweepResult
+from miniserve.bench.workload import ServeConfig
 from miniserve.core import EngineInfo
 from miniserve.engine.roofline import share_of_bandwidth
 
@@ -20,7 +21,7 @@ BUSY_CLIENT = 0.8
 _WIDEST = 200  # characters of a table's line
 
 
-def run_with_progress(config: serve.ServeConfig) -> serve.ServeResult:
+def run_with_progress(config: ServeConfig) -> serve.ServeResult:
     """`serve.run` beneath a progress bar."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from miniserve.bench.decode_steps import DecodeSteps
 from miniserve.bench.report import header
@@ -13,6 +12,9 @@ from miniserve.bench.stats import Summary, rates, summarize
 from miniserve.bench.workload import Shape, token_prompts
 from miniserve.config import EngineConfig
 from miniserve.core import EngineInfo, InvalidRequest, SamplingParams, UserError
+
+if TYPE_CHECKING:
+    from miniserve.llm import LLM
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,12 +40,9 @@ class LatencyResult:
         return self.batch_size / summary.median if summary else None
 
     def to_json(self, info: EngineInfo) -> dict[str, Any]:
-        return {
-            **header("latency"),
-            "engine": _engine(info),
-            **asdict(self),
-            "steps": self.steps.to_json(),
-            "latency_s": {name: summary and asdict(summary) for name, summary in self.summaries().items()},
+        latency = {name: summary and asdict(summary) for name, summary in self.summaries().items()}
+        return _record("latency", info, self) | {
+            "latency_s": latency,
             "decode_tokens_per_s": self.decode_tokens_per_s,
         }
 
@@ -62,43 +61,25 @@ class ThroughputResult:
         return rates(self.duration, self.num_prompts, self.input_tokens, self.output_tokens)
 
     def to_json(self, info: EngineInfo) -> dict[str, Any]:
-        return {
-            **header("throughput"),
-            "engine": _engine(info),
-            **asdict(self),
-            "steps": self.steps.to_json(),
-            "throughput": self.rates(),
-        }
+        return _record("throughput", info, self) | {"throughput": self.rates()}
 
 
-@dataclass(frozen=True, slots=True)
-class OfflineEngine:
-    """An engine in this process, its description, and what it has counted so far. `generate` runs all prompts at once
-    and returns the number of tokens generated for each."""
-
-    generate: Callable[[list[list[int]], list[SamplingParams]], Sequence[int]]
-    info: EngineInfo
-    count_steps: Callable[[], DecodeSteps]
+def _record(kind: str, info: EngineInfo, result: LatencyResult | ThroughputResult) -> dict[str, Any]:
+    fields = ("model", "architecture", "dtype", "device", "max_num_seqs", "max_num_batched_tokens", "block_size")
+    more = ("num_blocks", "kv_layout", "enable_prefix_caching", "async_scheduling", "memory", "attention")
+    engine = {name: getattr(info, name) for name in (*fields, *more)}
+    return {**header(kind), "engine": engine, **asdict(result), "steps": result.steps.to_json()}
 
 
-def open_engine(config: EngineConfig) -> OfflineEngine:
+def open_engine(config: EngineConfig) -> LLM:
     """Raises `UserError` where it cannot start."""
-    from miniserve.llm import LLM
+    from miniserve.llm import LLM  # here and not above: torch would slow down `miniserve bench --help`
 
-    llm = LLM(**asdict(config))
-
-    def generate(prompts: list[list[int]], params: list[SamplingParams]) -> list[int]:
-        try:
-            results = llm.generate(prompts, params, progress=False)
-        except InvalidRequest as error:
-            raise UserError(f"The engine refuses such requests: {error}") from error
-        return [len(result.outputs[0].token_ids) for result in results]
-
-    return OfflineEngine(generate, llm.info, lambda: DecodeSteps(llm.step_totals, llm.info.bandwidth))
+    return LLM(**asdict(config))
 
 
 def measure_latency(
-    engine: OfflineEngine, *, batch_size: int, shape: Shape, warmup: int, repeats: int, seed: int
+    engine: LLM, *, batch_size: int, shape: Shape, warmup: int, repeats: int, seed: int
 ) -> LatencyResult:
     """Time `repeats` batches after `warmup` unmeasured ones. Each batch has new prompts: none is found in the prefix
     cache. Raises `UserError` for a count out of range."""
@@ -107,7 +88,7 @@ def measure_latency(
     whole, first, ids = [], [], range(engine.info.vocab_size)
     for index in range(warmup + repeats):
         if index == warmup:
-            before = engine.count_steps()
+            before = _count_steps(engine)
         # One draw for both runs of a repeat, half of it each.
         prompts = [prompt for prompt, _ in token_prompts(2 * batch_size, shape, ids, seed + index)]
         times = [
@@ -125,11 +106,11 @@ def measure_latency(
         whole=whole,
         first=first,
         step=[(n - one) / decode_steps for n, one in zip(whole, first, strict=True)] if decode_steps else [],
-        steps=engine.count_steps().since(before),
+        steps=_count_steps(engine).since(before),
     )
 
 
-def measure_throughput(engine: OfflineEngine, *, num_prompts: int, shape: Shape, seed: int) -> ThroughputResult:
+def measure_throughput(engine: LLM, *, num_prompts: int, shape: Shape, seed: int) -> ThroughputResult:
     """Time many prompts submitted at once, after one small unmeasured batch. Raises `UserError`."""
     if num_prompts < 1:
         raise UserError("--num-prompts must be 1 or more.")
@@ -138,24 +119,32 @@ def measure_throughput(engine: OfflineEngine, *, num_prompts: int, shape: Shape,
     _timed(engine, [warmup], [2])
     drawn = token_prompts(num_prompts, shape, ids, seed)
     prompts, lengths = [prompt for prompt, _ in drawn], [length for _, length in drawn]
-    before = engine.count_steps()
+    before = _count_steps(engine)
     duration = _timed(engine, prompts, lengths)
     return ThroughputResult(
         num_prompts=num_prompts,
         input_tokens=sum(map(len, prompts)),
         output_tokens=sum(lengths),
         duration=duration,
-        steps=engine.count_steps().since(before),
+        steps=_count_steps(engine).since(before),
     )
 
 
-def _timed(engine: OfflineEngine, prompts: list[list[int]], lengths: list[int]) -> float:
+def _count_steps(engine: LLM) -> DecodeSteps:
+    return DecodeSteps(engine.step_totals, engine.info.bandwidth)
+
+
+def _timed(engine: LLM, prompts: list[list[int]], lengths: list[int]) -> float:
     """Seconds it takes to generate exactly `lengths` tokens, greedily."""
     params = [SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True) for length in lengths]
     start = time.perf_counter()
-    counts = engine.generate(prompts, params)
+    try:
+        results = engine.generate(prompts, params, progress=False)
+    except InvalidRequest as error:
+        raise UserError(f"The engine refuses such requests: {error}") from error
     duration = time.perf_counter() - start
     # A figure over fewer tokens than asked for would be wrong.
+    counts = [len(result.outputs[0].token_ids) for result in results]
     short = [(got, asked) for got, asked in zip(counts, lengths, strict=True) if got != asked]
     if short:
         got, asked = short[0]
@@ -164,9 +153,3 @@ def _timed(engine: OfflineEngine, prompts: list[list[int]], lengths: list[int]) 
             "lower --input-len or --output-len, or raise --max-model-len."
         )
     return duration
-
-
-def _engine(info: EngineInfo) -> dict[str, Any]:
-    fields = ("model", "architecture", "dtype", "device", "max_num_seqs", "max_num_batched_tokens", "block_size")
-    more = ("num_blocks", "kv_layout", "enable_prefix_caching", "async_scheduling", "memory", "attention")
-    return {name: getattr(info, name) for name in (*fields, *more)}

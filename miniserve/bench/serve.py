@@ -4,75 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import httpx
 
-from miniserve.bench.client import Endpoint, RequestOptions, RequestRecord, send
+from miniserve.bench.client import RequestRecord, send
 from miniserve.bench.connections import ConnectionPool
 from miniserve.bench.decode_steps import DecodeSteps, ask_server
 from miniserve.bench.report import header
 from miniserve.bench.stats import Summary, rates, summarize
-from miniserve.bench.workload import WORDS, WORDS_TEXT, Sample, Shape, poisson_arrivals, text_samples, token_samples
+from miniserve.bench.workload import (
+    WORDS,
+    WORDS_TEXT,
+    Sample,
+    ServeConfig,
+    poisson_arrivals,
+    text_samples,
+    token_samples,
+)
 from miniserve.core import UserError
 from miniserve.server.serve import loop_factory
-
-PromptType = Literal["auto", "ids", "text"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServeConfig:
-    """What is to be measured. Either `concurrency` requests are kept in flight, or `request_rate` requests a second
-    arrive as a Poisson process whatever the server does. `timeout` is the most seconds without a byte from the server.
-    Raises `UserError` for settings that conflict.
-    """
-
-    url: str
-    shape: Shape
-    model: str | None = None
-    endpoint: Endpoint = "completions"
-    api_key: str | None = None
-    num_prompts: int = 100
-    concurrency: int | None = None
-    request_rate: float | None = None
-    warmup: int = 1
-    ignore_eos: bool = False
-    temperature: float = 0.0
-    seed: int = 0
-    prompt_type: PromptType = "auto"
-    vocab_size: int | None = None
-    timeout: float = 600.0
-
-    def __post_init__(self) -> None:
-        if self.num_prompts < 1 or self.warmup < 0:
-            raise UserError("--num-prompts must be 1 or more and --warmup 0 or more.")
-        if (self.concurrency is None) == (self.request_rate is None):
-            raise UserError("Choose one of --concurrency (closed loop) and --request-rate (open loop).")
-        if self.concurrency is not None and self.concurrency < 1:
-            raise UserError("--concurrency must be 1 or more.")
-        if self.request_rate is not None and not (self.request_rate > 0 and math.isfinite(self.request_rate)):
-            raise UserError("--request-rate must be a positive number of requests a second.")
-        if self.endpoint == "chat" and self.prompt_type == "ids":
-            raise UserError("The chat endpoint takes text; use --prompt-type text or --endpoint completions.")
-        if self.vocab_size is not None and self.vocab_size < 1:
-            raise UserError("--vocab-size must be 1 or more.")
-        if self.vocab_size is not None and self.sends_text:
-            raise UserError("--vocab-size is for prompts of token ids; leave it out for text prompts.")
-        if not self.timeout > 0:
-            raise UserError("--timeout must be a positive number of seconds.")
-
-    @property
-    def sends_text(self) -> bool:
-        return self.endpoint == "chat" or self.prompt_type == "text"
-
-    @property
-    def root(self) -> str:
-        return self.url.rstrip("/").removesuffix("/v1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,42 +136,36 @@ def run(config: ServeConfig, on_done: Callable[[RequestRecord], None] = lambda r
 
 
 async def _run(config: ServeConfig, on_done: Callable[[RequestRecord], None]) -> ServeResult:
-    pool = ConnectionPool(config.root, config.api_key, config.timeout)
-    async with _client(config) as client:
-        model = config.model or await _first_model(client, config.root)
-        server = await _server_version(client, config.root)
-        samples = await _samples(client, config, model)
-        options = RequestOptions(
-            model=model, endpoint=config.endpoint, temperature=config.temperature, ignore_eos=config.ignore_eos
-        )
-        await _warm_up(pool, options, samples[: config.warmup], config.root)
-        before = await ask_server(client, config.root)
-    # Keep the garbage collector from walking existing objects, which would delay every request's timestamps.
-    gc.collect()
-    gc.freeze()
-    try:
-        cpu, start = time.process_time(), time.perf_counter()
-        records, lag = await _measure(pool, config, options, samples[config.warmup :], start, on_done)
-        duration, cpu = time.perf_counter() - start, time.process_time() - cpu
-    finally:
-        gc.unfreeze()
-        pool.close()
-    async with _client(config) as client:
-        after = await ask_server(client, config.root)
+    headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
+    with closing(ConnectionPool(config.root, config.api_key, config.timeout)) as pool:
+        # For what is asked beside the load: without a proxy, as the load, and without connections that may have ended.
+        unkept = httpx.Limits(max_keepalive_connections=0)
+        async with httpx.AsyncClient(
+            base_url=config.root, headers=headers, timeout=config.timeout, limits=unkept, trust_env=False
+        ) as client:
+            load = replace(config, model=config.model or await _first_model(client, config.root))
+            server = await _server_version(client)
+            samples = await _samples(client, load)
+            await _warm_up(pool, load, samples[: load.warmup])
+            before = await ask_server(client)
+            # Keep the garbage collector from walking existing objects, which would delay every request's timestamps.
+            gc.collect()
+            gc.freeze()
+            try:
+                cpu, start = time.process_time(), time.perf_counter()
+                records, lag = await _measure(pool, load, samples[load.warmup :], start, on_done)
+                duration, cpu = time.perf_counter() - start, time.process_time() - cpu
+            finally:
+                gc.unfreeze()
+            after = await ask_server(client)
     steps = None if before is None or after is None else after.since(before)
     summary = _summary(records, duration, cpu / duration, lag, steps)
-    return ServeResult(config=config, model=model, server=server, records=records, summary=summary)
-
-
-def _client(config: ServeConfig) -> httpx.AsyncClient:
-    headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
-    return httpx.AsyncClient(headers=headers, timeout=config.timeout, trust_env=False)
+    return ServeResult(config=config, model=str(load.model), server=server, records=records, summary=summary)
 
 
 async def _measure(
     pool: ConnectionPool,
     config: ServeConfig,
-    options: RequestOptions,
     samples: list[Sample],
     start: float,
     on_done: Callable[[RequestRecord], None],
@@ -224,7 +174,7 @@ async def _measure(
     records: dict[int, RequestRecord] = {}
 
     async def one(index: int, sample: Sample) -> None:
-        records[index] = await send(pool, options, sample, start)
+        records[index] = await send(pool, config, sample, start)
         on_done(records[index])
 
     async def work(queue: Iterable[tuple[int, Sample]]) -> None:
@@ -232,32 +182,31 @@ async def _measure(
             await one(index, sample)
 
     lag = 0.0
+    queue = iter(enumerate(samples))  # shared: each worker takes the next sample
     async with asyncio.TaskGroup() as group:
         if config.request_rate is None:
-            queue = iter(enumerate(samples))  # shared: each worker takes the next sample
             for _ in range(min(config.concurrency or 1, len(samples))):
                 group.create_task(work(queue))
         else:
-            for index, arrival in zip(
-                range(len(samples)), poisson_arrivals(config.request_rate, config.seed), strict=False
-            ):
+            arrivals = poisson_arrivals(config.request_rate, config.seed)
+            for (index, sample), arrival in zip(queue, arrivals, strict=False):
                 await asyncio.sleep(arrival - (time.perf_counter() - start))
                 lag = max(lag, time.perf_counter() - start - arrival)
-                group.create_task(one(index, samples[index]))
+                group.create_task(one(index, sample))
     return [records[index] for index in range(len(samples))], lag
 
 
-async def _warm_up(pool: ConnectionPool, options: RequestOptions, samples: list[Sample], root: str) -> None:
+async def _warm_up(pool: ConnectionPool, config: ServeConfig, samples: list[Sample]) -> None:
     now = time.perf_counter()
-    for record in await asyncio.gather(*(send(pool, options, sample, now) for sample in samples)):
+    for record in await asyncio.gather(*(send(pool, config, sample, now) for sample in samples)):
         if record.error is not None:
-            raise UserError(f"The warm-up request to {root} failed: {record.error}. Check --url and --model.")
+            raise UserError(f"The warm-up request to {config.root} failed: {record.error}. Check --url and --model.")
 
 
 async def _first_model(client: httpx.AsyncClient, root: str) -> str:
     url = f"{root}/v1/models"
     try:
-        response = await client.get(url)
+        response = await client.get("/v1/models")
     except httpx.HTTPError as error:
         raise UserError(f"Cannot reach {url} ({error or type(error).__name__}); is the server running?") from error
     if response.status_code in (401, 403):
@@ -268,36 +217,36 @@ async def _first_model(client: httpx.AsyncClient, root: str) -> str:
         raise UserError(f"{url} lists no model (HTTP {response.status_code}); pass its name as --model.") from error
 
 
-async def _server_version(client: httpx.AsyncClient, root: str) -> dict[str, Any]:
+async def _server_version(client: httpx.AsyncClient) -> dict[str, Any]:
     """The server's description of itself, for the record; empty if it has none."""
     try:
-        answer = (await client.get(f"{root}/version")).json()
+        answer = (await client.get("/version")).json()
     except (httpx.HTTPError, ValueError):
         return {}
     return answer if isinstance(answer, dict) else {}
 
 
-async def _samples(client: httpx.AsyncClient, config: ServeConfig, model: str) -> list[Sample]:
+async def _samples(client: httpx.AsyncClient, config: ServeConfig) -> list[Sample]:
     """Prompts for the warm-up, then for the measurement. Token ids where the endpoint takes them."""
     count = config.warmup + config.num_prompts
-    text_ids = None if config.vocab_size is not None else await _tokenize(client, config.root, model, WORDS_TEXT)
+    text_ids = None if config.vocab_size is not None else await _tokenize(client, config.model, WORDS_TEXT)
     if config.sends_text:
         tokens_per_word = len(text_ids) / len(WORDS) if text_ids else 1.0
         return text_samples(count, config.shape, tokens_per_word, config.seed)
     ids = range(config.vocab_size) if config.vocab_size is not None else sorted(set(text_ids or ()))
     if not ids:
         raise UserError(
-            f"{config.root}/tokenize returns no token ids for {model}; is that the model's name? If the server has "
-            "no such endpoint, pass --vocab-size, or --prompt-type text."
+            f"{config.root}/tokenize returns no token ids for {config.model}; is that the model's name? If the server "
+            "has no such endpoint, pass --vocab-size, or --prompt-type text."
         )
     return token_samples(count, config.shape, ids, config.seed)
 
 
-async def _tokenize(client: httpx.AsyncClient, root: str, model: str, text: str) -> list[int] | None:
+async def _tokenize(client: httpx.AsyncClient, model: str | None, text: str) -> list[int] | None:
     """Token ids of a text as vLLM and miniserve give them, or None where the server has no such endpoint."""
     try:
         body = {"model": model, "prompt": text, "add_special_tokens": False}
-        response = await client.post(f"{root}/tokenize", json=body)
+        response = await client.post("/tokenize", json=body)
         tokens = response.json()["tokens"] if response.status_code == 200 else None
     except (httpx.HTTPError, ValueError, LookupError, TypeError):
         return None

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from miniserve.bench.report import header
-from miniserve.bench.serve import ServeConfig, ServeSummary, run
-from miniserve.bench.workload import Shape
+from miniserve.bench.serve import ServeSummary, run
+from miniserve.bench.workload import ServeConfig, Shape
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
 from miniserve.models.config import describe_model

@@ -15,9 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from miniserve.attention.backends.build import pool_limit
-from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.contracts import CONTRACTS
-from miniserve.attention.layouts import LAYOUTS
 from miniserve.attention.platform import Platform, detect_platform
 from miniserve.attention.select import Choice, select
 from miniserve.attention.spec import AttentionLayer, AttentionSpec, LatentLayer
@@ -116,26 +114,20 @@ class Machine:
         specs = self.with_kv(path.kv_cache_dtype)
         choice = self.choose(path)
         for spec, route in dict(zip(specs, choice.routes, strict=True)).items():
-            options = BackendOptions(
-                specs=(spec,),
-                routes=(route,),
-                platform=self.platform,
-                device=self.device,
-                max_rows=self.max_num_seqs,
-                max_seq_len=_MAX_SEQ_LEN,
-            )
-            found = self._check(choice, options)
+            found = self._check(dataclasses.replace(choice, specs=(spec,), routes=(route,)))
             checks += [dataclasses.replace(result, layer=specs.index(spec)) for result in found.results]
             asm_lengths += [] if found.asm_lengths is None else [found.asm_lengths]
         return PathResults(checks, all(asm_lengths) if asm_lengths else None)
 
-    def _check(self, choice: Choice, options: BackendOptions) -> Checked:
-        layout, spec = LAYOUTS[choice.layout](self.block_size), options.specs[0]
-        limit = pool_limit(layout, options.specs, options.routes, self.platform, self.max_num_seqs)
+    def _check(self, choice: Choice) -> Checked:
+        """choice: of one layer."""
+        layout, (spec,) = choice.kv_layout, choice.specs
+        limit = pool_limit(choice, self.max_num_seqs)
         num_blocks = _num_blocks(layout.block_bytes(spec), self.device)
         num_blocks = num_blocks if limit is None else min(num_blocks, limit.num_blocks)
         caches = [layout.allocate(spec, num_blocks, self.device)]
-        found = check_backend(choice, self.block_size, options, [made_up_layer(spec, self.device)], caches)
+        options = choice.options(self.device, self.max_num_seqs, _MAX_SEQ_LEN)
+        found = check_backend(choice, options, [made_up_layer(spec, self.device)], caches)
         del caches
         gc.collect()  # the next pool is as large
         return found

@@ -9,7 +9,6 @@ import torch
 
 from miniserve.attention.backends.build import block_bytes, pool_limit, scratch_bytes
 from miniserve.attention.contracts import CONTRACTS
-from miniserve.attention.layouts import LAYOUTS
 from miniserve.attention.platform import NAMED_PLATFORMS, Platform, detect_platform
 from miniserve.attention.select import Choice, select
 from miniserve.attention.spec import AttentionSpec
@@ -127,7 +126,7 @@ def explain(name: str, model: ModelConfig, config: EngineConfig, device: str, tp
         kinds=kinds,
         choice=choice,
         paths=tuple(_paths(specs, platform, config.block_size)),
-        memory=_memory(model, choice, specs, platform, config, shard, total, longest),
+        memory=_memory(model, choice, config, shard, total, longest),
         products=tuple(describe_products(described_model(model, dtype, platform, shard))),
         notes=tuple(_notes(model, config, device, tp, platform)),
     )
@@ -159,21 +158,18 @@ def _paths(specs: Sequence[AttentionSpec], platform: Platform, block_size: int) 
 def _memory(
     model: ModelConfig,
     choice: Choice,
-    specs: Sequence[AttentionSpec],
-    platform: Platform,
     config: EngineConfig,
     shard: Shard,
     total: int | None,
     longest: int,
 ) -> Memory:
-    layout = LAYOUTS[choice.layout](config.block_size)
-    block = block_bytes(choice, layout, specs)
-    dtype, place = specs[0].dtype, "cpu" if platform.arch == "cpu" else "cuda"
+    block, platform, dtype = block_bytes(choice), choice.platform, choice.specs[0].dtype
+    place = "cpu" if platform.arch == "cpu" else "cuda"
     known = model.quantization is None or model.quantization.unknown in (None, MXFP4)
     weights = weight_bytes(described_model(model, dtype, platform, shard), place) if known else None
-    scratch = scratch_bytes(choice, specs, platform, config.max_num_seqs, longest)
+    scratch = scratch_bytes(choice, config.max_num_seqs, longest)
     usable = None if total is None else int(total * config.gpu_memory_utilization)
-    limit = pool_limit(layout, specs, choice.routes, platform, config.max_num_seqs)
+    limit = pool_limit(choice, config.max_num_seqs)
     tokens = bounded = None
     if usable is not None and weights is not None:
         blocks = max(0, usable - weights - scratch) // block

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -16,13 +16,12 @@ import torch
 
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.build import build_backend
-from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.layouts import LAYOUTS, KVCache
+from miniserve.attention.layouts import KVCache
 from miniserve.attention.metadata import StepBatch, decode_rows
 from miniserve.attention.select import Choice
-from miniserve.attention.spec import AttentionLayer, AttentionSpec, LatentLayer
-from miniserve.attention.terms import LayerRoute
+from miniserve.attention.spec import AttentionLayer, LatentLayer
 from miniserve.checks.check_paths import AttentionPath, Machine, made_up_layer
+from miniserve.core import summary
 
 _MEASURE = 0.2  # seconds for each figure
 _CACHED = 512 << 20  # bytes; a run that reads fewer would find them in the GPU's cache
@@ -43,21 +42,21 @@ def fault(machine: Machine, path: AttentionPath) -> str | None:
     try:
         wrong = [result for result in machine.check(path).checks if not result.ok]
     except Exception as error:  # a library may raise anything while the backend is made
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return summary(error)
     return wrong[0].sentence() if wrong else None
 
 
 def time_path(machine: Machine, path: AttentionPath, batches: Sequence[int], context: int) -> Timing:
     """Measure one path."""
-    specs = machine.with_kv(path.kv_cache_dtype)
     choice = machine.choose(path)
-    kinds = Counter(zip(specs, choice.routes, strict=True))
-    seconds = {}
-    for batch in batches:
-        times = [
-            count * _time_kind(machine, choice, spec, route, batch, context) for (spec, route), count in kinds.items()
-        ]
-        seconds[batch] = sum(times)
+    kinds = Counter(zip(choice.specs, choice.routes, strict=True))
+    seconds = {
+        batch: sum(
+            count * _time_kind(machine.device, replace(choice, specs=(spec,), routes=(route,)), batch, context)
+            for (spec, route), count in kinds.items()
+        )
+        for batch in batches
+    }
     return Timing(path, context, seconds)
 
 
@@ -69,28 +68,20 @@ def rank(timings: Sequence[Timing]) -> list[Timing]:
     )
 
 
-def _time_kind(
-    machine: Machine, choice: Choice, spec: AttentionSpec, route: LayerRoute, batch: int, context: int
-) -> float:
-    """Seconds of one layer, measured over the KV caches of so many layers that the GPU's cache holds none of them."""
-    device, block_size = machine.device, machine.block_size
-    layout, width = LAYOUTS[choice.layout](block_size), -(-context // block_size)
+def _time_kind(device: torch.device, choice: Choice, batch: int, context: int) -> float:
+    """Seconds of one layer, choice's only one, measured over the KV caches of so many that the GPU's cache holds none
+    of them."""
+    layout, (spec,), width = choice.kv_layout, choice.specs, -(-context // choice.block_size)
     needed = batch * width * layout.block_bytes(spec)
     copies = 1 if device.type != "cuda" else min(_MOST_LAYERS, max(1, -(-_CACHED // needed)))
-    options = BackendOptions(
-        specs=(spec,) * copies,
-        routes=(route,) * copies,
-        platform=machine.platform,
-        device=device,
-        max_rows=batch,
-        max_seq_len=context,
-    )
-    backend = build_backend(choice, block_size, options)
+    choice = replace(choice, specs=choice.specs * copies, routes=choice.routes * copies)
+    backend = build_backend(choice, choice.options(device, batch, context))
     caches = [layout.allocate(spec, batch * width, device) for _ in range(copies)]
     layers = [made_up_layer(spec, device) for _ in range(copies)]
     for index, layer in enumerate(layers):
         layer.layer_index = index
-    step = _step(backend, layers, caches, _batch(batch, context, block_size, device, captured=_captures(backend)))
+    rows = _batch(batch, context, choice.block_size, device, captured=_captures(backend))
+    step = _step(backend, layers, caches, rows)
     with torch.inference_mode():
         found = _measure_gpu(step, captured=_captures(backend)) if device.type == "cuda" else _measure_cpu(step)
     del backend, caches, layers, step

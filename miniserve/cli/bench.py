@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from miniserve.bench.client import Endpoint
-from miniserve.bench.serve import PromptType, ServeConfig
-from miniserve.bench.workload import Shape
+from miniserve.bench.workload import ServeConfig, Shape
 from miniserve.cli.settings import parse_count, with_settings
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
@@ -38,20 +37,7 @@ PlotPath = Annotated[Path | None, typer.Option("--plot", help="Write a PNG of th
 @with_settings()
 def serve(
     shape: Shape,
-    url: Annotated[str, typer.Option(help="Root URL of an OpenAI-compatible server.")] = "http://127.0.0.1:8000",
-    model: Annotated[str | None, typer.Option(help="Model name; default: the first that the server lists.")] = None,
-    endpoint: Annotated[Endpoint, typer.Option(help="Which API to use.")] = "completions",
-    api_key: Annotated[str | None, typer.Option(help="API key of the server.", callback=check_api_key)] = None,
-    num_prompts: Annotated[int, typer.Option(help="Requests to measure.")] = 100,
-    concurrency: Annotated[int | None, typer.Option(help="Requests kept in flight; default 16.")] = None,
-    request_rate: Annotated[float | None, typer.Option(help="Requests per second (Poisson) instead.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Generate exactly --output-len tokens.")] = False,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    warmup: Annotated[int, typer.Option(help="Unmeasured requests sent at once before the others.")] = 1,
-    prompt_type: Annotated[PromptType, typer.Option(help="auto: token ids for completions, text for chat.")] = "auto",
-    vocab_size: Annotated[int | None, typer.Option(help="Draw token ids below this; default: ask /tokenize.")] = None,
-    timeout: Annotated[float, typer.Option(help="Fail a request after so many seconds without a byte.")] = 600.0,
-    seed: Annotated[int, typer.Option(help="Seed of prompts, lengths and arrival times.")] = 0,
+    load: ServeConfig,
     json: JsonPath = None,
     plot: PlotPath = None,
 ) -> None:
@@ -65,24 +51,7 @@ def serve(
 
     if plot is not None:
         plotting.load_figure_class()
-    config = ServeConfig(
-        url=url,
-        shape=shape,
-        model=model,
-        endpoint=endpoint,
-        api_key=api_key,
-        num_prompts=num_prompts,
-        concurrency=16 if concurrency is None and request_rate is None else concurrency,
-        request_rate=request_rate,
-        warmup=warmup,
-        ignore_eos=ignore_eos,
-        temperature=temperature,
-        seed=seed,
-        prompt_type=prompt_type,
-        vocab_size=vocab_size,
-        timeout=timeout,
-    )
-    result = display.run_with_progress(config)
+    result = display.run_with_progress(replace(load, shape=shape))
     display.print_serve(result)
     if json is not None:
         write_json(json, result.to_json())
@@ -169,13 +138,13 @@ def latency(
     from miniserve.bench import display, offline
     from miniserve.bench.report import write_json
 
-    opened = offline.open_engine(engine)
+    llm = offline.open_engine(engine)
     result = offline.measure_latency(
-        opened, batch_size=batch_size, shape=shape, warmup=warmup, repeats=repeats, seed=engine.seed
+        llm, batch_size=batch_size, shape=shape, warmup=warmup, repeats=repeats, seed=engine.seed
     )
-    display.print_latency(result, opened.info)
+    display.print_latency(result, llm.info)
     if json is not None:
-        write_json(json, result.to_json(opened.info))
+        write_json(json, result.to_json(llm.info))
 
 
 @app.command()
@@ -190,8 +159,8 @@ def throughput(
     from miniserve.bench import display, offline
     from miniserve.bench.report import write_json
 
-    opened = offline.open_engine(engine)
-    result = offline.measure_throughput(opened, num_prompts=num_prompts, shape=shape, seed=engine.seed)
-    display.print_throughput(result, opened.info)
+    llm = offline.open_engine(engine)
+    result = offline.measure_throughput(llm, num_prompts=num_prompts, shape=shape, seed=engine.seed)
+    display.print_throughput(result, llm.info)
     if json is not None:
-        write_json(json, result.to_json(opened.info))
+        write_json(json, result.to_json(llm.info))

@@ -141,15 +141,14 @@ def _chosen(found: Explanation) -> Path:
 
 
 def _kernels(found: Explanation, path: Path) -> list[str]:
-    from miniserve.attention.routes import describe_chunks, describe_decode
+    from miniserve.attention.routes import describe_route
 
     kinds = [kind for kind in found.kinds if kind.spec is not None]
     lines = []
     for kind, route in zip(kinds, path.routes, strict=True):
         if kind.spec is not None:
-            decode = f"decode by {describe_decode(route.decode, kind.spec, found.platform)}"
             which = "" if len(kinds) == 1 else f"{ranges(kind.layers)}: "
-            lines.append(f"  {which}{decode}; {describe_chunks(route)}")
+            lines.append(f"  {which}{describe_route(route, kind.spec, found.platform)}")
     return lines
 
 

@@ -13,12 +13,12 @@ from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 import typer
 
-from miniserve.bench.workload import Shape
+from miniserve.bench.workload import ServeConfig, Shape
 from miniserve.config import LOG_LEVELS, EngineConfig
 from miniserve.core import UserError
 from miniserve.engine.reasoning import REASONING_DIALECTS
 from miniserve.engine.tool_dialects import TOOL_DIALECTS
-from miniserve.server.config import ServerConfig
+from miniserve.server.config import ServerConfig, check_api_key
 
 _COUNTS = {"": 1, "k": 10**3, "K": 2**10, "Ki": 2**10, "m": 10**6, "M": 2**20, "Mi": 2**20}
 _BYTES = {"": 1, "b": 1} | {
@@ -223,17 +223,31 @@ _OPTIONS: dict[type, dict[str, Any]] = {
         "output_len": typer.Option(help="Tokens to generate for each prompt."),
         "range_ratio": typer.Option(help="Draw each length from len*(1-r) to len*(1+r); 0 fixes it."),
     },
+    ServeConfig: {
+        "url": typer.Option(help="Root URL of an OpenAI-compatible server."),
+        "model": typer.Option(help="Model name; default: the first that the server lists."),
+        "endpoint": typer.Option(help="Which API to use."),
+        "api_key": typer.Option(help="API key of the server.", callback=check_api_key, envvar="OPENAI_API_KEY"),
+        "num_prompts": typer.Option(help="Requests to measure."),
+        "concurrency": typer.Option(help="Requests kept in flight; default 16."),
+        "request_rate": typer.Option(help="Requests per second (Poisson) instead."),
+        "ignore_eos": typer.Option("--ignore-eos", help="Generate exactly --output-len tokens."),
+        "temperature": typer.Option(help="0 is greedy."),
+        "warmup": typer.Option(help="Unmeasured requests sent at once before the others."),
+        "prompt_type": typer.Option(help="auto: token ids for completions, text for chat."),
+        "vocab_size": typer.Option(help="Draw token ids below this; default: ask /tokenize."),
+        "timeout": typer.Option(help="Fail a request after so many seconds without a byte."),
+        "seed": typer.Option(help="Seed of prompts, lengths and arrival times."),
+    },
 }
 
 
 Command = Callable[..., None]
 
 
-def with_settings(
-    *, only: tuple[str, ...] = (), without: tuple[str, ...] = (), **defaults: object
-) -> Callable[[Command], Command]:
-    """Give a command options instead of its `EngineConfig`, `ServerConfig` and `Shape`: for all their settings, or
-    `only` for some, or for all `without` some; with other `defaults` than theirs."""
+def with_settings(*, only: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> Callable[[Command], Command]:
+    """Give a command options instead of its `EngineConfig`, `ServerConfig`, `Shape` and `ServeConfig`: for all their
+    settings, or `only` for some, or for all `without` some."""
 
     def decorate(command: Command) -> Command:
         parameters: list[inspect.Parameter] = []
@@ -245,7 +259,7 @@ def with_settings(
                 continue
             names = [name for name in _OPTIONS[config] if (name in only if only else name not in without)]
             configs[parameter.name] = config, names
-            parameters += [_parameter(config, name, defaults) for name in names]
+            parameters += [_parameter(config, name) for name in names]
 
         def wrapper(**given: Any) -> None:
             given = {parameter.name: parameter.default for parameter in parameters} | given
@@ -262,11 +276,12 @@ def with_settings(
     return decorate
 
 
-def _parameter(config: type, name: str, defaults: dict[str, object]) -> inspect.Parameter:
+def _parameter(config: type, name: str) -> inspect.Parameter:
     (field,) = (each for each in fields(config) if each.name == name)
     kind: Any = get_type_hints(config)[name]
-    # The configuration itself refuses, in a sentence, a word that is none of its choices.
-    kind = {Literal: str, tuple: list[str]}.get(get_origin(kind), kind)
-    default = defaults.get(name, field.default)
+    if get_origin(kind) is tuple:
+        kind = list[str]
+    elif get_origin(kind) is Literal and config is EngineConfig:  # which refuses a word in a sentence itself
+        kind = str
     annotation = Annotated[kind, _OPTIONS[config][name]]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)

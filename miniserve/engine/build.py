@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from miniserve.config import EngineConfig, SchedulerConfig
-from miniserve.core import EngineInfo, Request, Runner, SamplingParams, StepPlan
+from miniserve.core import EngineInfo, Request, Runner, SamplingParams, Step, StepPlan
 from miniserve.engine.grammar import Matchers, Words
 from miniserve.engine.loop import EngineLoop
 from miniserve.engine.step_log import StepLog
@@ -103,16 +103,19 @@ def _run(runner: Runner, scheduler: Scheduler, config: SchedulerConfig) -> None:
         scheduler.add(_request(f"row {row}", 1, min(_OUTPUT, longest - 1)))
     taken: set[int] = set()
     number = 0
-    while (plan := scheduler.schedule()) is not None:
-        taken = taken.difference(plan.stops).union(start.row for start in plan.starts)
-        result = runner.collect(runner.launch(plan))
-        scheduler.update(plan, result)
-        if result.device is not None and result.device.seconds is not None:
-            scheduler.note_seconds(result.device.seconds)
+    while (step := scheduler.schedule()) is not None:
+        taken = taken.difference(step.plan.stops).union(start.row for start in step.plan.starts)
+        runner.launch(step)
+        runner.collect(step)
+        scheduler.update(step)
+        if step.record.device is not None:
+            scheduler.observe(step, step.record.device)
         number += 1
         if number == _STEPS_ALONE:
             scheduler.add(_request("prompt", min(_PROMPT, longest - 1), 1))
-    runner.collect(runner.launch(StepPlan(sorted(taken), [], [], [], [])))
+    last = Step(StepPlan(sorted(taken), [], [], [], []))
+    runner.launch(last)
+    runner.collect(last)
 
 
 def _request(name: str, prompt_len: int, max_tokens: int) -> Request:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import socket
 import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, BinaryIO, TypeGuard, cast
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any, TypeGuard, cast
 
 import msgspec
 
 from miniserve.core import InvalidRequest, UserError
-from miniserve.engine.template_process import OVER_LIMITS, Answer, Job, receive, send
+from miniserve.engine.template_process import OVER_LIMITS, Answer, Job
+from miniserve.parallel.child import start_python
 
 _WAIT = 60.0  # seconds; the process ends itself at its limits, unless somebody has stopped it
 # Variables for the template must not have these names: they are, or look like, options of the renderer.
@@ -119,11 +118,13 @@ class _TemplateProcess:
         return self._thread.submit(self._run, job)
 
     def _run(self, job: Job) -> str:
-        if self._end is None or self._popen.poll() is not None:
+        if self._end is None or self._process.poll() is not None:
             self._start()
         try:
-            send(self._stream, job)
-            answer = msgspec.msgpack.decode(receive(self._stream), type=Answer)
+            self._connection.send_bytes(msgspec.msgpack.encode(job))
+            if not self._connection.poll(_WAIT):
+                raise TimeoutError
+            answer = msgspec.msgpack.decode(self._connection.recv_bytes(), type=Answer)
         except (OSError, EOFError):
             self._stop()
             raise InvalidRequest(OVER_LIMITS, "messages") from None
@@ -135,17 +136,10 @@ class _TemplateProcess:
 
     def _start(self) -> None:
         self._stop()
-        ours, theirs = socket.socketpair()
-        with ours, theirs:
-            self._popen = subprocess.Popen(
-                [sys.executable, "-P", "-m", "miniserve.engine.template_process"],
-                stdin=theirs.fileno(),
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-                process_group=0,
-            )
-            ours.settimeout(_WAIT)
-            self._stream = cast(BinaryIO, ours.makefile("rwb"))
-        self._end = weakref.finalize(self, _end, self._popen, self._stream)
+        self._connection, theirs = Pipe()
+        with theirs:
+            self._process = start_python("miniserve.engine.template_process", stdin=theirs.fileno())
+        self._end = weakref.finalize(self, _end, self._process, self._connection)
 
     def _stop(self) -> None:
         if self._end is not None:
@@ -153,11 +147,10 @@ class _TemplateProcess:
             self._end = None
 
 
-def _end(process: subprocess.Popen[bytes], stream: BinaryIO) -> None:
+def _end(process: subprocess.Popen[bytes], connection: Connection) -> None:
     process.kill()
     process.wait()
-    with contextlib.suppress(OSError):  # what was not sent yet has nobody to go to
-        stream.close()
+    connection.close()
 
 
 def _checked(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -40,6 +40,9 @@ _HEARTBEAT = 1.0  # seconds of silence after which the engine is asked for a sig
 _GPU_STEP, _CPU_STEP = 60.0, 600.0
 _FIRST_STEPS = 600.0  # at least, for the first ones: they may compile kernels
 _PERIOD = 1.0  # seconds, at least, that `recent` sums up
+# Outputs of a step passed on before their readers get a turn: with 1,024 streams all of them in one go would keep the
+# event loop for 50 ms.
+_SLICE = 64
 _log = logging.getLogger(__name__)
 
 
@@ -284,8 +287,11 @@ class AsyncEngine:
                 event = self._decode(await process.events.recv())
                 if isinstance(event, messages.Failed):
                     return event.message
-                self._take(event)
-                await asyncio.sleep(0)  # a fast engine's messages never run out: let the readers have their turn
+                outputs = self._take(event)
+                for begin in range(0, max(1, len(outputs)), _SLICE):
+                    for output in outputs[begin : begin + _SLICE]:
+                        self._pass_on(output)
+                    await asyncio.sleep(0)  # the readers' turn; a fast engine's messages never run out
                 continue
             reason = process.exit_reason() or self._look_after(process)
             if reason is not None and not await process.events.poll(0):
@@ -309,12 +315,13 @@ class AsyncEngine:
         limit = self._step_timeout or (_CPU_STEP if self.info.device == "cpu" else _GPU_STEP)
         return limit if self.totals.decode_steps and self.totals.prefill_tokens else max(limit, _FIRST_STEPS)
 
-    def _take(self, event: messages.Event) -> None:
+    def _take(self, event: messages.Event) -> list[RequestOutput]:
+        """What is to be passed on."""
         if isinstance(event, messages.Steps | messages.Pool):
             reader = self._readers.popleft()
             if not reader.done():  # its caller may have left
                 reader.set_result(event.records if isinstance(event, messages.Steps) else event.view)
-            return
+            return []
         if not isinstance(event, messages.StepOutputs):
             raise RuntimeError(f"unexpected {type(event).__name__} from the engine")
         self._last_sign = time.monotonic()
@@ -326,8 +333,7 @@ class AsyncEngine:
         if self._last_sign - begin >= _PERIOD:
             self.recent = event.totals.since(totals)
             self._period = (self._last_sign, event.totals)
-        for output in event.outputs:
-            self._pass_on(output)
+        return event.outputs
 
     def _pass_on(self, output: RequestOutput) -> None:
         entry = self._sequences.get(output.request_id)

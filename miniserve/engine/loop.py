@@ -22,8 +22,8 @@ from miniserve.core import (
     SchedulerStats,
 )
 from miniserve.engine.grammar import GrammarError, Matchers
-from miniserve.engine.step_log import LaunchedStep, StepLog
-from miniserve.scheduler.scheduler import Scheduler
+from miniserve.engine.step_log import StepLog
+from miniserve.scheduler.scheduler import PlannedStep, Scheduler
 
 _PATIENCE = 0.05  # seconds that a step waits for matchers where there is nothing else to do
 
@@ -40,7 +40,7 @@ class EngineLoop:
         self._matched: dict[str, tuple[Request, Future[Matcher]]] = {}  # requests whose matchers are being made
         self._scheduler = scheduler
         self._runner = runner
-        self._in_flight: LaunchedStep | None = None
+        self._in_flight: PlannedStep | None = None
         self._rested = True  # there was nothing to do before the next step
         self._step = self._step_overlapped if overlap else self._step_plain
 
@@ -121,32 +121,34 @@ class EngineLoop:
             self._sample(launched)
         return outputs
 
-    def _launch(self) -> LaunchedStep | None:
-        clock, preemptions = self.log.clock, self._scheduler.num_preemptions
+    def _launch(self) -> PlannedStep | None:
+        clock = self.log.clock
         start = clock()
-        plan = self._scheduler.schedule()
-        if plan is None:
+        step = self._scheduler.schedule()
+        if step is None:
             return None
         scheduled = clock()
-        handle = self._runner.launch(plan)
-        after_rest, self._rested = self._rested, False
-        preemptions = self._scheduler.num_preemptions - preemptions
-        return self.log.open(LaunchedStep(plan, handle, start, scheduled, clock(), preemptions, after_rest))
+        step.after_rest, self._rested = self._rested, False
+        self._runner.launch(step)
+        record = step.record
+        record.start, record.schedule, record.launch = start, scheduled - start, clock() - scheduled
+        self.log.open(step)
+        return step
 
-    def _sample(self, step: LaunchedStep) -> None:
+    def _sample(self, step: PlannedStep) -> None:
         """Launch the choice of tokens by grammars, which depends on all that was collected before."""
         if step.plan.masked and self._matchers is not None:
-            masks = self._matchers.masks(self._scheduler.matchers(step.plan))
-            step.handle = self._runner.sample(step.handle, masks)
+            self._runner.sample(step, self._matchers.masks(step.matchers()))
 
-    def _finish(self, step: LaunchedStep) -> list[RequestOutput]:
-        clock = self.log.clock
+    def _finish(self, step: PlannedStep) -> list[RequestOutput]:
+        clock, record = self.log.clock, step.record
         wait_start = clock()
-        result = self._runner.collect(step.handle)
+        self._runner.collect(step)
         collected = clock()
-        outputs = self._scheduler.update(step.plan, result)
-        took = self.log.close(step, result, wait_start=wait_start, collected=collected)
-        self._scheduler.note_seconds(took)
+        outputs = self._scheduler.update(step)
+        record.wait_start, record.wait = wait_start - record.start, collected - wait_start
+        record.update = clock() - collected
+        self._scheduler.observe(step, self.log.close(step))
         self._rested = not self._scheduler.has_work()
         return outputs
 

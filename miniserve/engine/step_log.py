@@ -8,31 +8,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-from miniserve.core import StepPlan, StepRecord, StepResult, StepTotals, StepTraffic
+from miniserve.core import Step, StepPlan, StepRecord, StepTotals, StepTraffic
 from miniserve.engine.roofline import kv_bytes, weight_bytes
 
 RING_SIZE = 1024
-
-
-@dataclass(slots=True)  # not frozen: that would cost a microsecond of every step
-class LaunchedStep:
-    """A step on its way: what the runner returned for it, and when its parts began and ended (the log's clock)."""
-
-    plan: StepPlan
-    handle: object
-    start: float
-    scheduled: float
-    launched: float
-    preemptions: int
-    after_rest: bool  # the device had nothing to do before it, so its idle time says nothing
-    num_tokens: int = 0  # this and the following are the log's
-    weight_bytes: int | None = None
-    kv_bytes: int | None = None
 
 
 class StepLog:
@@ -48,54 +31,46 @@ class StepLog:
         self._to_wall = time.time() - self.clock()
         self._number = 0
 
-    def open(self, step: LaunchedStep) -> LaunchedStep:
-        step.num_tokens = step.plan.num_tokens
+    def open(self, step: Step) -> None:
+        """Note what the step computes and reads."""
+        plan, record = step.plan, step.record
+        record.rows, record.chunks, record.tokens = plan.num_decode_tokens, len(plan.chunks), plan.num_tokens
+        if plan.chunks:
+            record.kind = "mixed" if record.rows else "prefill"
         if self._context is not None:
-            step.weight_bytes = self._weights(step.num_tokens)
-            step.kv_bytes = self._context.read(step.plan)
-        return step
+            record.weight_bytes = self._weights(record.tokens)
+            record.kv_bytes = self._context.read(plan)
 
-    def close(self, step: LaunchedStep, result: StepResult, *, wait_start: float, collected: float) -> float:
+    def close(self, step: Step) -> float:
         """To be called when the results have been taken in. Returns the seconds that the step took: of the device and
         its wait for the step where it has a clock, else of what the host did and waited."""
-        updated = self.clock()
-        plan, device = step.plan, result.device
-        rows = plan.num_decode_tokens
-        kind = "decode" if not plan.chunks else "mixed" if rows else "prefill"
-        schedule, launch = step.scheduled - step.start, step.launched - step.scheduled
-        wait, update = collected - wait_start, updated - collected
-        bucket, seconds, idle = 0, None, None
-        if device is not None:
-            bucket, seconds = device.bucket, device.seconds
-            idle = None if step.after_rest else device.idle
-        record = StepRecord(
-            self._number, step.start + self._to_wall, kind, rows, len(plan.chunks), step.num_tokens, bucket,
-            step.preemptions, schedule, launch, wait_start - step.start, wait, update, seconds, idle,
-            step.weight_bytes, step.kv_bytes,
-        )  # fmt: skip
+        record, totals = step.record, self.totals
+        record.number = self._number
+        record.start += self._to_wall
+        if step.after_rest:
+            record.idle = None
         self._number += 1
         self._ring.append(record)
-        totals, host = self.totals, schedule + launch + update
-        took = host + wait if seconds is None else seconds + (idle or 0.0)
-        totals.prefill_tokens += step.num_tokens - rows
-        if kind == "mixed":
+        host = record.schedule + record.launch + record.update
+        took = host + record.wait if record.device is None else record.device + (record.idle or 0.0)
+        totals.prefill_tokens += record.tokens - record.rows
+        if record.kind == "mixed":
             totals.mixed_steps += 1
             totals.mixed_seconds += took
-            totals.mixed_rows += rows
-            return took
-        if kind == "prefill":
+            totals.mixed_rows += record.rows
+        elif record.kind == "prefill":
             totals.prefill_steps += 1
             totals.prefill_seconds += took
-            return took
-        totals.decode_steps += 1
-        totals.decode_seconds += took
-        totals.decode_rows += rows
-        totals.padded_rows += max(0, bucket - rows)
-        totals.weight_bytes += step.weight_bytes or 0
-        totals.kv_bytes += step.kv_bytes or 0
-        if idle is not None:
-            totals.timed_host += host
-            totals.timed_idle += idle
+        else:
+            totals.decode_steps += 1
+            totals.decode_seconds += took
+            totals.decode_rows += record.rows
+            totals.padded_rows += max(0, record.bucket - record.rows)
+            totals.weight_bytes += record.weight_bytes or 0
+            totals.kv_bytes += record.kv_bytes or 0
+            if record.idle is not None:
+                totals.timed_host += host
+                totals.timed_idle += record.idle
         return took
 
     def records(self, limit: int = RING_SIZE) -> list[StepRecord]:

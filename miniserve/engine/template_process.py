@@ -8,15 +8,15 @@ this process must start fast, as another takes its place.
 from __future__ import annotations
 
 import json
-import re
 import resource
 import signal
-import socket
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, BinaryIO, cast
+from multiprocessing.connection import Connection
+from typing import Any, Literal
 
 import jinja2
 import msgspec
@@ -26,6 +26,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from miniserve.parallel.child import ignore_signals
+
 _SECONDS = 2.0  # for one conversation
 _MEMORY = 2**29  # bytes, for the whole process
 _TEXT = 2**25  # characters of a rendered conversation
@@ -34,10 +36,9 @@ _ERROR = 1000  # characters of an error
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # the names it is sent under; templates read the first
 _SYSTEM = ("system", "developer")
 _SALT = f"{uuid.uuid4().int:039d}"[-20:]  # digits: whatever a template does to a text, it leaves them as they are
-_CALLS, _TOOLS = 400_000_000, 700_000_000  # numbers of marks
-_MARK = re.compile(rf"{_SALT}(\d{{9}})(?:\\(\d{{9}}))?")
 
 Message = dict[str, Any]
+_Kind = Literal["text", "call", "tool"]
 
 
 class Job(msgspec.Struct):
@@ -65,39 +66,19 @@ class LeftOut(ValueError):
         self.param = param
 
 
-def send(stream: BinaryIO, message: Job | Answer) -> None:
-    """Raises what msgspec does for values that are no plain data, before anything is sent."""
-    packed = msgspec.msgpack.encode(message)
-    stream.write(len(packed).to_bytes(8, "big"))
-    stream.write(packed)
-    stream.flush()
-
-
-def receive(stream: BinaryIO) -> bytes:
-    """Raises `EOFError` where the other side is gone."""
-    size = int.from_bytes(header := stream.read(8), "big")
-    packed = stream.read(size)
-    if len(header) < 8 or len(packed) < size:
-        raise EOFError
-    return packed
-
-
 def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # it ends with the process that started it
+    ignore_signals()
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = _MEMORY if hard == resource.RLIM_INFINITY else min(_MEMORY, hard)
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    stream = cast(BinaryIO, socket.socket(fileno=0).makefile("rwb"))
-    while True:
-        try:
-            packed = receive(stream)
-        except EOFError:
-            return
-        signal.setitimer(signal.ITIMER_REAL, _SECONDS)
-        answer = _answer(packed)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        send(stream, answer)
+    connection: Connection[bytes, bytes] = Connection(0)
+    with suppress(EOFError, OSError):  # the process that started it has ended
+        while True:
+            packed = connection.recv_bytes()
+            signal.setitimer(signal.ITIMER_REAL, _SECONDS)
+            answer = _answer(packed)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            connection.send_bytes(msgspec.msgpack.encode(answer))
 
 
 def _answer(packed: bytes) -> Answer:
@@ -194,10 +175,7 @@ def render(job: Job) -> str:
     refusals = []
     for reading in _readings(messages, "developer" in job.template):
         try:
-            fitted = _fitted(template, job, reading)
-            if job.variables.get("tools"):
-                _check_tools(template, job, fitted)
-            return _text_of(template, job, fitted)
+            return _text_of(template, job, _fitted(template, job, reading))
         except Exception as error:
             refusals.append(error)
     raise refusals[0]
@@ -222,102 +200,99 @@ def _readings(messages: Sequence[Message], knows_developer: bool) -> Iterator[Se
 
 def _fitted(template: jinja2.Template, job: Job, messages: Sequence[Message]) -> Sequence[Message]:
     """The messages with their contents as texts or as lists of parts, and the arguments of calls as objects or as JSON
-    texts, whichever the template does not leave out. Raises `LeftOut` where it leaves one out both ways. Text of the
-    model's own earlier turns it may shorten: reasoning is often left out."""
+    texts, whichever the template does not leave out. Raises `LeftOut` where it leaves one out both ways, or a part of
+    a tool. Text of the model's own earlier turns it may shorten: reasoning is often left out."""
     plain = [{**message, "content": _plain_text(message)} for message in messages]
     forms = [messages, plain]
     if any(message.get("tool_calls") for message in messages):
         forms += [[_with_written_arguments(message) for message in form] for form in forms]
-    lost_calls: int | None = None
+    lost_calls: list[int] = []
     for form in forms:
         try:
-            missing, without_calls = _missing(template, job, form)
+            trial = _Trial(template, job, form)
         except Exception:
             continue  # perhaps it refuses a list, a missing content or arguments of one form only
-        if without_calls:
-            lost_calls = min(without_calls)
-            continue
-        messages = form
-        break
+        if not (calls := trial.missing("call")):
+            break
+        lost_calls = calls
     else:
-        if lost_calls is not None:
-            raise LeftOut(f"it leaves out the tool calls of messages[{lost_calls}], or writes them wrongly")
+        if lost_calls:
+            raise LeftOut(f"it leaves out the tool calls of messages[{lost_calls[0]}], or writes them wrongly")
         return messages  # what it says of them, without marks, is the answer
-    if not missing:
-        return messages
-    others = [_other_form(message) if i in missing else message for i, message in enumerate(messages)]
-    try:
-        lost, _ = _missing(template, job, others)
-    except Exception:
-        lost = missing
-    for i in sorted(lost):
-        if messages[i]["role"] != "assistant":
-            raise LeftOut(f"it leaves out the text of messages[{i}], whose role is {job.messages[i]['role']!r}")
-    return [message if i in lost else other for i, (message, other) in enumerate(zip(messages, others, strict=True))]
+    fitted, lost = list(form), set(trial.missing("text"))
+    if lost:
+        others = [_other_form(message) if i in lost else message for i, message in enumerate(form)]
+        with suppress(Exception):
+            lost = set(_Trial(template, job, others).missing("text"))
+        for i in sorted(lost):
+            if form[i]["role"] != "assistant":
+                raise LeftOut(f"it leaves out the text of messages[{i}], whose role is {job.messages[i]['role']!r}")
+        fitted = [form[i] if i in lost else other for i, other in enumerate(others)]
+    for what in trial.missing("tool"):
+        raise LeftOut(f"it leaves out {what}", "tools")
+    return fitted
 
 
-def _missing(template: jinja2.Template, job: Job, messages: Sequence[Message]) -> tuple[set[int], set[int]]:
-    """The messages whose text, and those whose tool calls the template leaves out, wholly or in part, or prints as
-    Python does (a list's `repr` doubles the backslash). Each gets a mark at its end; texts alone may be found by
-    chance, or trimmed."""
-    marked = list(messages)
-    expected = set()
-    calls: dict[str, int] = {}  # the message of each mark
-    for i, message in enumerate(messages):
-        content = message.get("content")
-        if isinstance(content, str) and content.strip():
-            marked[i] = {**message, "content": f"{content}{_SALT}{i:09d}"}
-            expected.add((f"{i:09d}", ""))
-        elif isinstance(content, list):
-            parts = [{**part, "text": f"{part['text']}{_SALT}{i:09d}\\{j:09d}"} for j, part in enumerate(content)]
-            marked[i] = {**message, "content": parts}
-            expected |= {(f"{i:09d}", f"{j:09d}") for j in range(len(parts))}
-        if is_called := [call for call in message.get("tool_calls") or () if isinstance(call.get("function"), dict)]:
-            first = _CALLS + len(calls)
-            marks = [f"{_SALT}{first + j:09d}" for j in range(2 * len(is_called))]
-            calls |= dict.fromkeys(marks, i)
-            pairs = zip(is_called, marks[::2], marks[1::2], strict=True)
-            marked[i] = {**marked[i], "tool_calls": [_marked_call(*each) for each in pairs]}
-    text = template.render(messages=marked, **job.variables)
-    found = set(_MARK.findall(text))
-    lost = {i for mark, i in calls.items() if mark not in text or f"'{mark}" in text}
-    return {int(i) for i, _ in expected - found}, lost
+class _Trial:
+    """A rendering of texts with marks at their ends, as texts alone may be found by chance, or trimmed."""
+
+    def __init__(self, template: jinja2.Template, job: Job, messages: Sequence[Message]) -> None:
+        self._places: dict[str, tuple[_Kind, Any]] = {}
+        marked = [_marked_message(self, i, message) for i, message in enumerate(messages)]
+        variables = job.variables
+        if tools := variables.get("tools"):
+            variables = {**variables, "tools": [_marked_tool(self, tool) for tool in tools]}
+        self._text = template.render(messages=marked, **variables)
+
+    def mark(self, text: object, kind: _Kind, place: object, joint: str = "") -> str:
+        mark = f"{_SALT}{joint}{len(self._places):09d}"
+        self._places[mark] = kind, place
+        return f"{text}{mark}"
+
+    def missing(self, wanted: _Kind) -> list[Any]:
+        """The places of what is left out, wholly or in part, or is printed as Python does: the indices of messages, or
+        what of the tools it is."""
+        return [
+            place
+            for mark, (kind, place) in self._places.items()
+            if kind == wanted and (mark not in self._text or (kind == "call" and f"'{mark}" in self._text))
+        ]
 
 
-def _marked_call(call: dict[str, Any], name_mark: str, mark: str) -> dict[str, Any]:
-    """A call whose name and arguments end with a mark; as a key it stands in quotes that tell JSON from Python."""
-    function = call["function"]
+def _marked_message(trial: _Trial, i: int, message: Message) -> Message:
+    content, calls = message.get("content"), message.get("tool_calls")
+    if isinstance(content, str) and content.strip():
+        message = {**message, "content": trial.mark(content, "text", i)}
+    elif isinstance(content, list):  # whose `repr` doubles the backslash
+        parts = [{**part, "text": trial.mark(part["text"], "text", i, joint="\\")} for part in content]
+        message = {**message, "content": parts}
+    return {**message, "tool_calls": [_marked_call(trial, i, call) for call in calls]} if calls else message
+
+
+def _marked_call(trial: _Trial, i: int, call: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(function := call.get("function"), dict):
+        return call
+    name = trial.mark(function.get("name"), "call", i)
     arguments = function.get("arguments")
-    arguments = f"{arguments}{mark}" if isinstance(arguments, str) else {**(arguments or {}), mark: 0}
-    return {**call, "function": {**function, "name": f"{function.get('name')}{name_mark}", "arguments": arguments}}
+    if isinstance(arguments, str):
+        arguments = trial.mark(arguments, "call", i)
+    else:  # as a key the mark stands in quotes that tell JSON from Python
+        arguments = {**(arguments or {}), trial.mark("", "call", i): 0}
+    return {**call, "function": {**function, "name": name, "arguments": arguments}}
 
 
-def _check_tools(template: jinja2.Template, job: Job, messages: Sequence[Message]) -> None:
-    """Raises `LeftOut` for a tool whose name, description or parameters' names the template leaves out."""
-    expected: dict[str, str] = {}
-
-    def mark(text: object, what: str) -> str:
-        number = f"{_SALT}{_TOOLS + len(expected):09d}"
-        expected[number] = what
-        return f"{text}{number}"
-
-    marked = []
-    for tool in job.variables["tools"]:
-        function = dict(tool.get("function") or {})
-        name = function.get("name")
-        properties = (function.get("parameters") or {}).get("properties")
-        if function.get("description"):
-            function["description"] = mark(function["description"], f"the description of {name!r}")
-        if isinstance(properties, dict):
-            named = {mark(key, f"the parameter {key!r} of {name!r}"): value for key, value in properties.items()}
-            function["parameters"] = {**function["parameters"], "properties": named}
-        if name:
-            function["name"] = mark(name, repr(name))
-        marked.append({**tool, "function": function})
-    text = template.render(messages=messages, **{**job.variables, "tools": marked})
-    lost = next((what for number, what in expected.items() if number not in text), None)
-    if lost is not None:
-        raise LeftOut(f"it leaves out {lost}", "tools")
+def _marked_tool(trial: _Trial, tool: dict[str, Any]) -> dict[str, Any]:
+    """With marks at its name, its description and its parameters' names."""
+    function = dict(tool.get("function") or {})
+    name = function.get("name")
+    if function.get("description"):
+        function["description"] = trial.mark(function["description"], "tool", f"the description of {name!r}")
+    if isinstance(properties := (function.get("parameters") or {}).get("properties"), dict):
+        named = {trial.mark(key, "tool", f"the parameter {key!r} of {name!r}"): properties[key] for key in properties}
+        function["parameters"] = {**function["parameters"], "properties": named}
+    if name:
+        function["name"] = trial.mark(name, "tool", repr(name))
+    return {**tool, "function": function}
 
 
 def _text_of(template: jinja2.Template, job: Job, messages: Sequence[Message]) -> str:

@@ -9,7 +9,7 @@
 
 namespace {
 
-enum { TEMPERATURE, TOP_K, TOP_P, MIN_P, NUM_COLUMNS = 8 };  // of a row's numbers
+enum { TEMPERATURE, TOP_K, TOP_P, MIN_P, NUM_COLUMNS = 5 };  // of a row's numbers
 
 struct Candidate {
     float logit, weight;

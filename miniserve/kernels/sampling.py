@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 import torch
 
-TEMPERATURE, TOP_K, TOP_P, MIN_P, WANTS_LOGITS, REPETITION, FREQUENCY, PRESENCE = range(8)  # columns of `numbers`
-NUM_COLUMNS = 8
+TEMPERATURE, TOP_K, TOP_P, MIN_P, WANTS_LOGITS = range(5)  # columns of `numbers`
+NUM_COLUMNS = 5
 NUMBERS_PER_POSITION = 32  # of a row's stream; a draw reads the first
 
 _NO_ID = 2**63 - 1  # larger than any
@@ -35,7 +35,7 @@ _MIX_2 = 0x94D049BB133111EB - 2**64
 class RowParams:
     """The sampling parameters of each row. keys: int64 [max_num_seqs], of its stream of random numbers; prompt_lens:
     int64 [max_num_seqs]; numbers: float32 [max_num_seqs, NUM_COLUMNS]: temperature (0: the most likely token), top_k
-    (0: all), top_p (1: all), min_p (0: all), 1 where the sampler needs the row's logits, and the three penalties."""
+    (0: all), top_p (1: all), min_p (0: all), and 1 where the sampler needs the row's logits."""
 
     keys: torch.Tensor
     prompt_lens: torch.Tensor

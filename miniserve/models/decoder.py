@@ -20,7 +20,7 @@ from miniserve.models.layers.latent_attention import LatentSelfAttention
 from miniserve.models.layers.linear import Linear
 from miniserve.models.layers.linear_attention import LinearAttention
 from miniserve.models.layers.mlp import MLP, SparseMLP
-from miniserve.models.layers.ops import PendingSum
+from miniserve.models.layers.norm import Normed, Residual
 from miniserve.models.layers.rotary import RotaryEmbedding
 from miniserve.models.options import BuildOptions
 
@@ -33,12 +33,10 @@ class DecoderLayer(Module):
         self.post_attention_layernorm = options.norm(config.hidden_size, config.rms_norm_eps)
         self.mlp = _mlp(config, options.within("mlp"), layer_index)
 
-    def forward(
-        self, x: Tensor, residual: Tensor, cos_sin: Tensor, ctx: StepContext
-    ) -> tuple[Tensor | PendingSum, Tensor]:
-        """x: the residual stream after `input_layernorm`. Returns what is still to be added to it, and the stream."""
-        attended: Tensor | PendingSum = self.self_attn(x, cos_sin, ctx)
-        return self.mlp.after(self.post_attention_layernorm, attended, residual)
+    def forward(self, x: Residual, cos_sin: Tensor, ctx: StepContext) -> Residual:
+        x += self.self_attn(self.input_layernorm(x), cos_sin, ctx)
+        x += self.mlp(self.post_attention_layernorm(x))
+        return x
 
 
 def _attention(
@@ -68,7 +66,6 @@ class Decoder(Module):
         ]
         self.layers = nn.ModuleList(layers)
         self.norm = options.norm(config.hidden_size, config.rms_norm_eps)
-        self._norms = [*(layer.input_layernorm for layer in layers), self.norm]
         positions = options.max_model_len or config.max_position_embeddings
         self.rotary_emb = RotaryEmbedding(
             config.rope, config.rotary_dim, max_positions=positions, device=options.device, look_up=options.look_up
@@ -76,12 +73,11 @@ class Decoder(Module):
 
     def forward(self, input_ids: Tensor, positions: Tensor, ctx: StepContext) -> Tensor:
         cos_sin = self.rotary_emb(positions)  # first, so that it is settled by the look-up of embeddings (see `pdl.py`)
-        residual: Tensor = self.embed_tokens(input_ids)
-        x: Tensor = self._norms[0](residual)
-        for layer, norm in zip(self.layers, self._norms[1:], strict=True):
-            added, residual = layer(x, residual, cos_sin, ctx)
-            x, residual = norm.add(added, residual)
-        return x
+        x = Residual(self.embed_tokens(input_ids))
+        for layer in self.layers:
+            x = layer(x, cos_sin, ctx)
+        hidden: Normed = self.norm(x)
+        return hidden.read()
 
 
 def _head(config: ModelConfig, options: BuildOptions, embedding: Embedding) -> Linear:

@@ -13,8 +13,6 @@ import torch
 
 from miniserve.attention.backends.build import block_bytes, build_backend, pool_limit, scratch_bytes
 from miniserve.attention.backends.latent_base import CONTEXT_TOKENS
-from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.layouts import LAYOUTS
 from miniserve.attention.platform import Platform, detect_platform
 from miniserve.attention.routes import describe_routes
 from miniserve.attention.select import Choice, select
@@ -107,19 +105,18 @@ def build_runner(
         preferred=first(group, preferred, tuple[str, ...]),
     )
     with together(group):
-        layout = LAYOUTS[choose().layout](config.block_size)
-        traffic = step_traffic(model, layout, measure_bandwidth(device))  # before the weights are packed
+        traffic = step_traffic(model, choose().kv_layout, measure_bandwidth(device))  # before the weights are packed
         scales = _fill(model, config, source_path, partial(report, "weights"))
     room = partial(
         plan_memory, config, weights=weights, available=available - weights, longest_context=longest, device=device
     )
     activations = _activation_bytes(model_config, model.options, tokens, config.max_num_seqs)
-    path = _find_path(config, model, platform, choose, room, activations, longest)
+    path = _find_path(config, model, choose, room, activations, longest)
     plan, choice = path.plan, path.choice
     eos_token_ids = load_generation_defaults(source_path, config.generation_config).eos_token_ids
     replays = path.served.backend.graphs and not config.enforce_eager
     runner = _make_runner(path.served, config, plan, eos_token_ids, replays, report)
-    attention = [*choice.explain(), *describe_routes(choice, model.attention_specs, platform), *scales, *path.notes]
+    attention = [*choice.explain(), *describe_routes(choice), *scales, *path.notes]
     attention += describe_products(model)
     # A CPU runs a step within launch(), and guesses need a step's tokens: nothing would overlap.
     overlaps = device.type != "cpu" and config.speculative is None
@@ -212,43 +209,33 @@ class _Path:
 def _find_path(
     config: EngineConfig,
     model: CausalLM,
-    platform: Platform,
     choose: Callable[..., Choice],
     room: Callable[..., MemoryPlan],
     activations: int,
     longest: int,
 ) -> _Path:
     """The first that `choose` finds and the self-check passes, on all ranks. Raises `UserError` where there is none."""
-    specs, device, rows = model.attention_specs, model.options.device, config.max_num_seqs
-    group = model.options.group
+    group, device, rows = model.options.group, model.options.device, config.max_num_seqs
     failed: dict[tuple[str, str], str] = {}
     while True:
         with together(group):
             choice = choose(failed=failed)
-            layout = LAYOUTS[choice.layout](config.block_size)
-            limit = pool_limit(layout, specs, choice.routes, platform, rows)
+            limit = pool_limit(choice, rows)
             plan = room(
-                activations=activations + scratch_bytes(choice, specs, platform, rows, longest),
-                block_bytes=block_bytes(choice, layout, specs),
+                activations=activations + scratch_bytes(choice, rows, longest),
+                block_bytes=block_bytes(choice),
                 most_blocks=None if limit is None else limit.num_blocks,
             )
         _check_same(group, "attention path", f"{choice.backend} over the {choice.layout} layout", "--attention-backend")
         plan = plan.lowered(least(group, plan.num_blocks), config.block_size)
         notes = [limit.sentence(config.block_size)] if limit and limit.num_blocks == plan.num_blocks else []
-        caches = [layout.allocate(spec, plan.num_blocks, device) for spec in specs]
-        options = BackendOptions(
-            specs=tuple(specs),
-            routes=choice.routes,
-            platform=platform,
-            device=device,
-            max_rows=rows,
-            max_seq_len=plan.max_model_len,
-        )
+        caches = [choice.kv_layout.allocate(spec, plan.num_blocks, device) for spec in choice.specs]
+        options = choice.options(device, rows, plan.max_model_len)
         if not config.self_check:
-            backend = build_backend(choice, config.block_size, options)
+            backend = build_backend(choice, options)
             return _Path(choice, plan, ServedModel(model, backend, caches), [*notes, "self-check: left out"])
         layers = [cast(Any, layer).self_attn.attn for layer in model.model.layers]
-        checked = check_backend(choice, config.block_size, options, layers, caches)
+        checked = check_backend(choice, options, layers, caches)
         failure = first_failure(group, checked.failure)
         if failure is None:
             zero_blocks = block_zeroer(caches, config.block_size) if checked.needs_zeros else None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from miniserve.core import summary
 from miniserve.models.decoder import CausalLM
 from miniserve.models.layers.contracts import ProductContract
 from miniserve.models.layers.experts import Experts, GroupedMoE
@@ -56,7 +57,7 @@ def _own_failure(model: CausalLM, most_tokens: int) -> tuple[str, str] | None:
                 if not error <= tolerance:  # NaN too
                     return kernel.name, f"for {count} tokens it is {error:.2%} off ({tolerance:.0%} allowed)"
         except Exception as error:  # what a kernel raises is a failure, whatever it is
-            return kernel.name, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            return kernel.name, summary(error)
     return None
 
 

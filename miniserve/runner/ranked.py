@@ -23,7 +23,7 @@ from typing import NoReturn, Protocol
 import msgspec
 
 from miniserve.config import EngineConfig
-from miniserve.core import Runner, StepPlan, StepResult, TokenMasks, UserError
+from miniserve.core import Runner, Step, StepPlan, TokenMasks, UserError
 from miniserve.parallel.child import describe_exit, is_busy, is_stopped, start_python
 from miniserve.parallel.link import Link, PeerLost
 
@@ -77,7 +77,7 @@ class Sign(msgspec.Struct, frozen=True, array_like=True):
 class LocalRunner(Runner, Protocol):
     """A rank's own part."""
 
-    def is_done(self, handle: object) -> bool:
+    def is_done(self, step: Step) -> bool:
         """Whether `collect` would not wait."""
         ...
 
@@ -333,33 +333,31 @@ class RankedRunner:
         ranks.serve()
         weakref.finalize(self, ranks.close)  # also at the interpreter's exit
 
-    def launch(self, plan: StepPlan) -> object:
+    def launch(self, step: Step) -> None:
         """See `core.Runner`. Raises `RankFailed` where a rank is gone."""
         try:
-            self._ranks.send(self._write(plan), plan.num_tokens)
-            handle = self._local.launch(plan)
+            self._ranks.send(self._write(step.plan), step.plan.num_tokens)
+            self._local.launch(step)
             self._ranks.launched()
-            return handle
         except Exception as error:
             self._ranks.explain(error)
 
-    def sample(self, handle: object, masks: TokenMasks) -> object:
+    def sample(self, step: Step, masks: TokenMasks) -> None:
         """See `core.Runner`. Raises `RankFailed` where a rank is gone."""
         try:
             self._ranks.add(msgspec.msgpack.encode(masks))
-            return self._local.sample(handle, masks)
+            self._local.sample(step, masks)
         except Exception as error:
             self._ranks.explain(error)
 
-    def collect(self, handle: object) -> StepResult:
+    def collect(self, step: Step) -> None:
         """See `core.Runner`. Raises `RankFailed` where a rank is gone."""
         try:
-            while not self._local.is_done(handle):
+            while not self._local.is_done(step):
                 self._ranks.check()
                 time.sleep(0)
-            result = self._local.collect(handle)
+            self._local.collect(step)
             self._ranks.collected()
-            return result
         except Exception as error:
             self._ranks.explain(error)
 

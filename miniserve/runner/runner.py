@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from miniserve.core import DeviceStep, StepPlan, StepResult, TokenLogprobs, TokenMasks
+from miniserve.core import Step, StepPlan, TokenLogprobs, TokenMasks
 from miniserve.parallel.group import parts_of_all, shard_of
 from miniserve.runner.device_timer import DeviceTimer, StepEvents
 from miniserve.runner.logprobs import LogprobTensors, gather_logprobs, rows_per_chunk, share_logprobs, to_token_logprobs
@@ -51,25 +51,14 @@ class _PromptLogprobs:
     tensors: LogprobTensors
 
 
-@dataclass(frozen=True, slots=True)
-class _Undrawn:
-    """A launched step whose tokens are still to be drawn: `draw(masks=...)` does it."""
+@dataclass(slots=True)
+class _Work:
+    """What the device does for a launched step, in `Step.on_device`. draw: draws its tokens, with `masks`; None where
+    there are none. sampled: with host tensors that are valid once the last of `events` has passed."""
 
-    draw: Callable[..., SampleOutput]
-    prompt_logprobs: list[_PromptLogprobs]
-    bucket: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Launched:
-    """A launched step. On a GPU: host tensors that are valid once the last of `events` has passed. On a CPU, where the
-    step is done already: a list of its tokens. `bucket`: rows of the graph that runs it, 0 for none."""
-
-    token_ids: torch.Tensor | list[int] | None
-    num_logprobs: Sequence[int | None]
-    logprobs: LogprobTensors | None
-    prompt_logprobs: list[_PromptLogprobs]
-    bucket: int = 0
+    draw: Callable[..., SampleOutput] | None = None
+    prompt_logprobs: list[_PromptLogprobs] = field(default_factory=list)
+    sampled: SampleOutput | None = None
     events: StepEvents | None = None
 
 
@@ -96,47 +85,59 @@ class ModelRunner:
         self._prompt_k: dict[int, int] = {}  # row -> alternatives per prompt token, if requested
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan) -> _Launched | _Undrawn:
+    def launch(self, step: Step) -> None:
         """Enqueue a step; see `core.Runner`."""
         if self._timer is not None:
             self._timer.start()
-        for row in plan.stops:
+        for row in step.plan.stops:
             self._sampler.stop_row(row)
             self._prompt_k.pop(row, None)
-        for start in plan.starts:
+        for start in step.plan.starts:
             self._sampler.start_row(start)
             if start.request.params.prompt_logprobs is not None:
                 self._prompt_k[start.row] = start.request.params.prompt_logprobs
-        if not plan.num_tokens:
-            return self._to_host(None, [])
-        bucket = None
-        if self._graphs is not None and not plan.chunks:
-            bucket = self._graphs.bucket(plan.num_decode_tokens)
-        if self._graphs is not None and bucket is not None:
-            step = _Undrawn(self._replay(self._graphs, bucket, plan), [], bucket)
-            return step if plan.masked else self._drawn(step)
+        step.on_device = work = _Work()
+        if step.plan.num_tokens:
+            work.draw = self._run(step, work)
+        if not step.plan.masked:
+            self._draw(step, None)
+
+    @torch.inference_mode()
+    def sample(self, step: Step, masks: TokenMasks) -> None:
+        """Enqueue what `launch` left; see `core.Runner`."""
+        self._draw(step, masks)
+
+    def _run(self, step: Step, work: _Work) -> Callable[..., SampleOutput] | None:
+        """Enqueue the forward pass; returns what draws the step's tokens, if it has any."""
+        plan, graphs = step.plan, self._graphs
+        if graphs is not None and not plan.chunks and (bucket := graphs.bucket(plan.num_decode_tokens)) is not None:
+            if self._timer is not None:
+                step.record.bucket = bucket
+            return self._replay(graphs, bucket, plan)
         inputs = self._state.prepare(plan, self._sampler.last_tokens)
         hidden = None if self._chunk_graphs is None else self._chunk_graphs.run(inputs)
         if hidden is None:
             hidden = self._served.hidden(inputs.input_ids, inputs.positions, inputs.batch)
-        prompt_logprobs = self._prompt_logprobs(plan, inputs.chunk_starts, hidden)
+        work.prompt_logprobs = self._prompt_logprobs(plan, inputs.chunk_starts, hidden)
         rows = plan.sampling_rows
         if not rows:
-            return self._to_host(None, prompt_logprobs)
+            return None
         chosen = hidden if inputs.sample_indices is None else hidden[inputs.sample_indices]
-        draw = partial(self._sampler.sample, self._model.compute_logits(chosen), rows, _positions(plan))
-        step = _Undrawn(draw, prompt_logprobs, 0)
-        return step if plan.masked else self._drawn(step)
+        return partial(self._sampler.sample, self._model.compute_logits(chosen), rows, _positions(plan))
 
-    @torch.inference_mode()
-    def sample(self, handle: object, masks: TokenMasks) -> _Launched:
-        """Enqueue what `launch` left; see `core.Runner`."""
-        if not isinstance(handle, _Undrawn):
-            raise TypeError("sample takes what launch returned for a plan with masked rows")
-        return self._drawn(handle, masks)
-
-    def _drawn(self, step: _Undrawn, masks: TokenMasks | None = None) -> _Launched:
-        return self._to_host(step.draw(masks=masks), step.prompt_logprobs, step.bucket)
+    def _draw(self, step: Step, masks: TokenMasks | None) -> None:
+        """Enqueue the draw of the tokens, and their copy to the host, which on a CPU is done at once."""
+        work: _Work = step.on_device
+        if work.draw is not None:
+            work.sampled = sampled = work.draw(masks=masks)
+            work.draw = None  # frees the logits
+            if self._timer is None:
+                step.token_ids = sampled.token_ids.tolist()
+            else:
+                logprobs = None if sampled.logprobs is None else LogprobTensors(*map(_pinned, sampled.logprobs))
+                work.sampled = SampleOutput(_pinned(sampled.token_ids), logprobs, sampled.num_logprobs)
+        if self._timer is not None:
+            work.events = self._timer.end()
 
     def _replay(self, graphs: StepGraphs, bucket: int, plan: StepPlan) -> Callable[..., SampleOutput]:
         """Replay a step; returns what draws its tokens, or the rest of them."""
@@ -151,31 +152,26 @@ class ModelRunner:
             return partial(self._sampler.sample, logits, rows, positions)
         return partial(self._sampler.complete, tokens, logits, rows, positions)
 
-    def is_done(self, handle: object) -> bool:
+    def is_done(self, step: Step) -> bool:
         """Whether `collect` would not wait."""
-        if not isinstance(handle, _Launched):
-            raise TypeError("is_done takes what launch returned")
-        return handle.events is None or handle.token_ids is None or handle.events.end.query()
+        work: _Work = step.on_device
+        return work.events is None or work.sampled is None or work.events.end.query()
 
     def check(self) -> None:
         """See `core.Runner`: a device's errors show in its next step."""
 
-    def collect(self, handle: object) -> StepResult:
+    def collect(self, step: Step) -> None:
         """Wait for a step's result; see `core.Runner`."""
-        if not isinstance(handle, _Launched):
-            raise TypeError("collect takes what launch returned")
-        device = None
-        if handle.events is not None:
-            device = DeviceStep(handle.bucket)
-            if handle.token_ids is not None:  # a step without a token is not waited for
-                handle.events.end.synchronize()
-                device = DeviceStep(handle.bucket, *handle.events.seconds())
-        token_ids = handle.token_ids.tolist() if isinstance(handle.token_ids, torch.Tensor) else handle.token_ids or []
-        logprobs = None
-        if handle.logprobs is not None:
-            logprobs = to_token_logprobs(token_ids, handle.logprobs, handle.num_logprobs)
-        prompt_logprobs = {chunk.row: _entries(chunk) for chunk in handle.prompt_logprobs}
-        return StepResult(token_ids, logprobs, prompt_logprobs, device)
+        work: _Work = step.on_device
+        step.on_device = None
+        if (sampled := work.sampled) is not None:
+            if work.events is not None:
+                work.events.end.synchronize()
+                step.record.device, step.record.idle = work.events.seconds()
+                step.token_ids = sampled.token_ids.tolist()
+            if sampled.logprobs is not None:
+                step.logprobs = to_token_logprobs(step.token_ids, sampled.logprobs, sampled.num_logprobs)
+        step.prompt_logprobs = {chunk.row: _entries(chunk) for chunk in work.prompt_logprobs}
 
     def _prompt_logprobs(self, plan: StepPlan, starts: list[int], hidden: torch.Tensor) -> list[_PromptLogprobs]:
         """Prompt logprobs of every chunk that has targets, from a few rows of logits at a time: all at once would not
@@ -205,18 +201,6 @@ class ModelRunner:
         found = gather_logprobs(group.rows(logits, self._model.config.vocab_size), token_ids[own], k)
         counts = [part.size for part in parts_of_all(group, len(hidden))]
         return share_logprobs(group, found, counts, found.top_ids.shape[1], hidden.device)
-
-    def _to_host(
-        self, sampled: SampleOutput | None, prompt_logprobs: list[_PromptLogprobs], bucket: int = 0
-    ) -> _Launched:
-        if sampled is None:
-            events = None if self._timer is None else self._timer.end()
-            return _Launched(None, (), None, prompt_logprobs, bucket, events)
-        if self._timer is None:
-            return _Launched(sampled.token_ids.tolist(), sampled.num_logprobs, sampled.logprobs, prompt_logprobs)
-        logprobs = None if sampled.logprobs is None else LogprobTensors(*map(_pinned, sampled.logprobs))
-        token_ids = _pinned(sampled.token_ids)
-        return _Launched(token_ids, sampled.num_logprobs, logprobs, prompt_logprobs, bucket, self._timer.end())
 
 
 def _positions(plan: StepPlan) -> list[int] | None:

@@ -18,9 +18,7 @@ from miniserve.kernels import sampling
 from miniserve.kernels.sampling import Draw, RowParams
 from miniserve.parallel.group import Alone, Group, gather_rows, parts_of_all, shard_of
 from miniserve.runner.logprobs import LogprobTensors, gather_logprobs, share_logprobs
-from miniserve.runner.sampling_bans import LastTokens
 from miniserve.runner.sampling_masks import apply_masks, masks_within
-from miniserve.runner.sampling_penalties import SeenTokens
 from miniserve.runner.sampling_rows import Batch, RowTable
 
 
@@ -40,8 +38,7 @@ class Sampler:
     `last_tokens` and `num_outputs` (int64 [max_num_seqs], on the device) hold each row's last sampled token and its
     number of output tokens; `params`, what its request asks for.
 
-    Until a row has `min_tokens` output tokens, neither an EOS token (ignore_eos or not) nor one of its stop_token_ids
-    is drawn. A row's tokens are a function of its logits, its parameters and its stream of random numbers, which starts
+    A row's tokens are a function of its logits, its parameters and its stream of random numbers, which starts
     from the request's seed or, without one, from `seed` and the request's id. `draw`: the device's way to draw.
 
     Each rank of `group` has the logits of its words. Where all rows are greedy, ranks compare their best words; else
@@ -64,8 +61,6 @@ class Sampler:
         self.num_outputs = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self._draw = draw
         self._table = RowTable(max_num_seqs, vocab_size, device, eos_token_ids, seed)
-        self._seen = SeenTokens(max_num_seqs, vocab_size, device)
-        self._drawn = LastTokens(max_num_seqs, device)
         self._batches: list[tuple[list[int], Batch]] = []  # of the last step: all its rows, and this rank's of them
 
     @property
@@ -74,14 +69,10 @@ class Sampler:
         return self._table.params
 
     def start_row(self, start: RowStart) -> None:
-        """Add a request in a free row. Raises `InvalidRequest` for a logit_bias beyond the vocabulary."""
+        """Add a request in a free row."""
         self._table.start_row(start)
         self._batches = []
         self.num_outputs[start.row].fill_(len(start.output_token_ids))  # item assignment would wait for the device
-        if start.request.params.penalised:
-            self._seen.start_row(start.row, start.request.prompt_token_ids, start.output_token_ids)
-        if start.request.params.bad_words:
-            self._drawn.start_row(start.row, start.output_token_ids)
 
     def stop_row(self, row: int) -> None:
         """The row is free again."""
@@ -112,10 +103,9 @@ class Sampler:
         batch = self._prepare(rows)
         self.last_tokens.index_copy_(0, batch.rows, sampled.token_ids)
         self.num_outputs.index_add_(0, batch.rows, batch.ones)
-        if batch.penalised is not None:
-            self._seen.record(sampled.token_ids, batch.penalised)
-        if batch.bad_words is not None:
-            self._drawn.record(sampled.token_ids, batch.bad_words)
+        for edit in batch.edits:
+            if edit.record is not None:
+                edit.record(sampled.token_ids)
         return sampled
 
     def _choose(
@@ -130,14 +120,15 @@ class Sampler:
         raw = None
         if batch.logprobs is not None:
             raw = logits[batch.logprobs.entries]
-            in_place = masks is not None or (batch.edits_logits and logits.dtype == torch.float32)
+            in_place = masks is not None or (batch.edits and logits.dtype == torch.float32)
             if in_place and isinstance(batch.logprobs.entries, slice):
                 raw = raw.clone()
         if masks is not None:
             apply_masks(logits, masks)
-        if batch.edits_logits:
+        if batch.edits:
             logits = logits.float()
-            self._edit(logits, batch, num_outputs)
+            for edit in batch.edits:
+                edit.apply(logits, num_outputs)
         tokens = self._draw(logits, batch.rows, self.params, num_outputs)
         if raw is None or batch.logprobs is None:
             return SampleOutput(tokens, None, batch.num_logprobs)
@@ -202,22 +193,6 @@ class Sampler:
         batch = self._table.batch(rows)
         self._batches = [(list(rows), batch), *self._batches[:1]]
         return batch
-
-    def _edit(self, logits: torch.Tensor, batch: Batch, num_outputs: torch.Tensor) -> None:
-        """Apply bans, bias, min_tokens and penalties in place."""
-        flat = logits.view(-1)
-        if batch.allowed is not None:
-            batch.allowed.apply(logits)
-        if batch.bad_words is not None:
-            self._drawn.ban(logits, batch.bad_words)
-        if batch.bias is not None:
-            flat.index_add_(0, batch.bias.places, batch.bias.values)
-        if batch.early_stops is not None:
-            stops = batch.early_stops
-            early = num_outputs[stops.entries] < stops.min_tokens
-            flat[stops.places] = flat[stops.places].masked_fill_(early, float("-inf"))
-        if batch.penalised is not None:
-            self._seen.penalise(logits, batch.penalised)
 
 
 def best_of_ranks(group: Group, logits: torch.Tensor, vocab_size: int) -> torch.Tensor:

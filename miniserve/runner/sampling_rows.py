@@ -16,30 +16,12 @@ import torch
 
 from miniserve.core import RowStart
 from miniserve.kernels.sampling import NUM_COLUMNS, WANTS_LOGITS, RowParams
-from miniserve.runner.sampling_bans import AllowedTokens, BadWords, allowed_tokens, bad_words
-from miniserve.runner.sampling_penalties import PenalisedRows
+from miniserve.runner.sampling_edits import AllowedTokens, BadWords, BatchEdit, Biases, EarlyStops, Edit
+from miniserve.runner.sampling_penalties import Penalties
 from miniserve.runner.sampling_transfer import to_device
 
 # Below this temperature a draw practically is the argmax, and dividing by it would lose all precision (vLLM's limit).
 _GREEDY_BELOW = 1e-5
-
-
-@dataclass(frozen=True, slots=True)
-class Bias:
-    """places: int64, indices into the flattened logits; values: float32, to be added."""
-
-    places: torch.Tensor
-    values: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class EarlyStops:
-    """Tokens that would end a row too early. places: int64, indices into the flattened logits; entries: int64, the
-    batch index that each place belongs to; min_tokens: int64, how many outputs that row must have first."""
-
-    places: torch.Tensor
-    entries: torch.Tensor
-    min_tokens: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,23 +36,14 @@ class LogprobRows:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The excerpt for a list of rows. Parameters that no row uses are None."""
+    """The excerpt for a list of rows. edits: those that a row needs, in the order in which they apply; logprobs: None
+    where no row asks for any."""
 
     rows: torch.Tensor  # int64 [num_rows]
     ones: torch.Tensor  # int64 [num_rows]
-    allowed: AllowedTokens | None
-    bad_words: BadWords | None
-    bias: Bias | None
-    early_stops: EarlyStops | None
-    penalised: PenalisedRows | None
+    edits: list[BatchEdit]
     logprobs: LogprobRows | None
     num_logprobs: tuple[int | None, ...]
-
-    @property
-    def edits_logits(self) -> bool:
-        return any(
-            edit is not None for edit in (self.allowed, self.bad_words, self.bias, self.early_stops, self.penalised)
-        )
 
 
 class RowTable:
@@ -82,20 +55,21 @@ class RowTable:
     ) -> None:
         self._vocab_size = vocab_size
         self._device = device
-        self._eos_token_ids = frozenset(eos_token_ids)
         self._seed = seed
+        self._edits: tuple[Edit, ...] = (
+            AllowedTokens(vocab_size, device),
+            BadWords(vocab_size, device, max_num_seqs),
+            Biases(vocab_size, device),
+            EarlyStops(vocab_size, device, eos_token_ids),
+            Penalties(vocab_size, device, max_num_seqs),
+        )
         self._taken = np.zeros(max_num_seqs, dtype=np.bool_)
         self._keys = np.zeros(max_num_seqs, dtype=np.int64)
         self._prompt_lens = np.zeros(max_num_seqs, dtype=np.int64)
         self._numbers = np.zeros((max_num_seqs, NUM_COLUMNS), dtype=np.float32)
         self._num_logprobs = np.full(max_num_seqs, -1, dtype=np.int64)
-        self._penalised = np.zeros(max_num_seqs, dtype=np.bool_)
-        self._takes_argmax = [False] * max_num_seqs  # a list, because reading a few entries is many times as fast
-        self._allowed: dict[int, tuple[int, ...]] = {}
-        self._bad_words: dict[int, tuple[tuple[int, ...], ...]] = {}
         self._asked_ids: dict[int, tuple[int, ...]] = {}
-        self._biases: dict[int, dict[int, float]] = {}
-        self._early_stops: dict[int, tuple[list[int], int]] = {}
+        self._takes_argmax = [False] * max_num_seqs  # a list, because reading a few entries is many times as fast
         self._started: list[int] = []  # rows not yet copied to `params`
         arrays = (self._keys, self._prompt_lens, self._numbers)
         self.params = RowParams(*(torch.from_numpy(array).to(device) for array in arrays))
@@ -107,47 +81,26 @@ class RowTable:
         self._taken[row] = True
         self._started.append(row)
         self._keys[row] = stream_key(params.seed, start.request.request_id, self._seed)
-        self._num_logprobs[row] = -1 if params.logprobs is None else len(params.logprob_token_ids) or params.logprobs
         self._prompt_lens[row] = len(start.request.prompt_token_ids)
-        self._penalised[row] = params.penalised
-        if params.allowed_token_ids is not None:
-            self._allowed[row] = params.allowed_token_ids
-        if params.bad_words:
-            self._bad_words[row] = params.bad_words
+        self._num_logprobs[row] = -1 if params.logprobs is None else len(params.logprob_token_ids) or params.logprobs
         if params.logprob_token_ids:
             self._asked_ids[row] = params.logprob_token_ids
-        if params.logit_bias:
-            self._biases[row] = params.logit_bias
-        if len(start.output_token_ids) < params.min_tokens:
-            # An id beyond the vocabulary cannot be drawn anyhow.
-            stops = [i for i in self._eos_token_ids.union(params.stop_token_ids) if 0 <= i < self._vocab_size]
-            self._early_stops[row] = (stops, params.min_tokens)
-        edits = (self._allowed, self._bad_words, self._biases, self._early_stops)
-        wants_logits = (
-            params.penalised
-            or params.logprobs is not None
-            or params.grammar is not None
-            or any(row in edit for edit in edits)
-        )
+        edits = [edit for edit in self._edits if edit.concerns(start)]
+        for edit in edits:
+            edit.start_row(start)
+        wants_logits = bool(edits) or params.logprobs is not None or params.grammar is not None
         temperature = 0.0 if params.temperature < _GREEDY_BELOW else params.temperature
-        self._numbers[row] = (
-            temperature,
-            params.top_k if 0 < params.top_k < self._vocab_size else 0,
-            params.top_p,
-            params.min_p,
-            wants_logits,
-            params.repetition_penalty,
-            params.frequency_penalty,
-            params.presence_penalty,
-        )
+        top_k = params.top_k if 0 < params.top_k < self._vocab_size else 0
+        self._numbers[row] = (temperature, top_k, params.top_p, params.min_p, wants_logits)
         self._takes_argmax[row] = temperature == 0.0 and not wants_logits
 
     def stop_row(self, row: int) -> None:
         if not self._taken[row]:
             raise ValueError(f"row {row} holds no request")
         self._taken[row] = False
-        for kept in (self._allowed, self._bad_words, self._asked_ids, self._biases, self._early_stops):
-            kept.pop(row, None)
+        self._asked_ids.pop(row, None)
+        for edit in self._edits:
+            edit.rows.pop(row, None)
 
     def upload(self) -> None:
         """Copy rows that have started since to `params`. Nothing waits."""
@@ -177,26 +130,19 @@ class RowTable:
         if not self._taken[host_rows].all():
             raise ValueError(f"row {rows[int(self._taken[host_rows].argmin())]} holds no request")
         counts = self._num_logprobs[host_rows]
-        asking, penalised = np.flatnonzero(counts >= 0), np.flatnonzero(self._penalised[host_rows])
+        asking = np.flatnonzero(counts >= 0)
+        edits = []
+        for edit in self._edits:
+            found = [(entry, edit.rows[row]) for entry, row in enumerate(rows) if row in edit.rows] if edit.rows else []
+            if found:
+                edits.append(edit.lay_out(found))
         return Batch(
             rows=self._to_device(host_rows),
             ones=torch.ones(len(rows), dtype=torch.int64, device=self._device),
-            allowed=self._find_allowed(rows) if self._allowed else None,
-            bad_words=self._find_bad_words(rows) if self._bad_words else None,
-            bias=self._bias(rows) if self._biases else None,
-            early_stops=self._stops(rows) if self._early_stops else None,
-            penalised=self._find_penalised(host_rows, penalised) if len(penalised) else None,
+            edits=edits,
             logprobs=self._logprob_rows(host_rows, asking, int(counts.max())) if len(asking) else None,
             num_logprobs=tuple(None if count < 0 else count for count in counts.tolist()),
         )
-
-    def _find_allowed(self, rows: list[int]) -> AllowedTokens | None:
-        found = [(entry, self._allowed[row]) for entry, row in enumerate(rows) if row in self._allowed]
-        return allowed_tokens(found, self._vocab_size, self._device) if found else None
-
-    def _find_bad_words(self, rows: list[int]) -> BadWords | None:
-        found = [(entry, row, self._bad_words[row]) for entry, row in enumerate(rows) if row in self._bad_words]
-        return bad_words(found, self._vocab_size, self._device) if found else None
 
     def _logprob_rows(self, host_rows: npt.NDArray[np.int64], asking: npt.NDArray[np.int64], most: int) -> LogprobRows:
         asked: torch.Tensor | None = None
@@ -207,31 +153,6 @@ class RowTable:
                 padded[index, : len(some)] = some
             asked = self._to_device(padded)
         return LogprobRows(self.entries(asking), most, asked)
-
-    def _bias(self, rows: list[int]) -> Bias | None:
-        found = [(entry, self._biases[row]) for entry, row in enumerate(rows) if row in self._biases]
-        places = [entry * self._vocab_size + token_id for entry, bias in found for token_id in bias]
-        if not places:
-            return None
-        values = [value for _, bias in found for value in bias.values()]
-        return Bias(self._to_device(np.array(places, np.int64)), self._to_device(np.array(values, np.float32)))
-
-    def _stops(self, rows: list[int]) -> EarlyStops | None:
-        found = [
-            (entry * self._vocab_size + token_id, entry, self._early_stops[row][1])
-            for entry, row in enumerate(rows)
-            if row in self._early_stops
-            for token_id in self._early_stops[row][0]
-        ]
-        if not found:
-            return None
-        places, entries, least = np.array(found, dtype=np.int64).T.copy()
-        return EarlyStops(self._to_device(places), self._to_device(entries), self._to_device(least))
-
-    def _find_penalised(self, host_rows: npt.NDArray[np.int64], entries: npt.NDArray[np.int64]) -> PenalisedRows:
-        rows = host_rows[entries]
-        device_rows = self._to_device(rows)
-        return PenalisedRows(self._to_device(entries), device_rows, rows, self._to_device(self._numbers[rows]))
 
     def entries(self, entries: npt.NDArray[np.int64]) -> slice | torch.Tensor:
         """An index of these batch positions, in ascending order: a slice if they are contiguous, so that indexing

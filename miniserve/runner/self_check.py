@@ -28,6 +28,7 @@ from miniserve.attention.routes import ASM_WRONG_LENGTHS, WRONG_LENGTHS, least_a
 from miniserve.attention.select import Choice
 from miniserve.attention.spec import AttentionLayer, AttentionSpec, LatentLayer, QKRope
 from miniserve.attention.terms import KernelContract
+from miniserve.core import summary
 from miniserve.runner.check_problem import STALE_NAN, STALE_NOISE, CheckRow, Problem, Work
 
 # How far from float32's answer a row may be, relative to its norm; more where a kernel's contract says so.
@@ -89,7 +90,6 @@ class Checked:
 
 def check_backend(
     choice: Choice,
-    block_size: int,
     options: BackendOptions,
     layers: Sequence[AttentionLayer | LatentLayer],
     caches: Sequence[KVCache],
@@ -99,7 +99,7 @@ def check_backend(
 
     def attempt(*, trusting: bool) -> tuple[Backend[Any], list[CheckResult]]:
         way = dataclasses.replace(options, trust_asm_lengths=trusting)
-        backend = build_backend(choice, block_size, way)
+        backend = build_backend(choice, way)
         return backend, self_check(choice.backend, backend, way, layers, caches, stale)
 
     backend, results = attempt(trusting=asm)
@@ -194,7 +194,7 @@ def _attempt(problem: Problem, backend: Backend[Any], case: str, work: Work, pad
         if problem.device.type == "cuda":
             torch.cuda.synchronize(problem.device)
     except Exception as error:  # what a kernel raises is a failed check, whatever it is
-        return math.inf, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        return math.inf, summary(error)
     worst, place, at = 0.0, "no row", 0
     for row, (start, end) in work:
         found = got[at : at + end - start]

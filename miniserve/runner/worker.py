@@ -22,7 +22,7 @@ from collections.abc import Callable
 import msgspec
 
 from miniserve import __version__
-from miniserve.core import Runner, TokenMasks, UserError
+from miniserve.core import Runner, Step, TokenMasks, UserError
 from miniserve.parallel.child import die_with_parent, ignore_signals
 from miniserve.parallel.link import Link, PeerLost
 from miniserve.runner.ranked import SIGN_INTERVAL, Hello, PlanReader, RankStart, Sign
@@ -93,14 +93,14 @@ def _serve(start: RankStart, link: Link, signs: _Signs) -> None:
     gc.collect()
     gc.freeze()
     read = PlanReader().read
-    in_flight: list[object] = []
+    in_flight: list[Step] = []
     while message := link.receive():
-        plan = read(message)
-        handle = runner.launch(plan)
+        step = Step(read(message))
+        runner.launch(step)
         signs.launched += 1
-        if plan.masked:
-            handle = runner.sample(handle, msgspec.msgpack.decode(link.receive() or b"", type=TokenMasks))
-        in_flight.append(handle)
+        if step.plan.masked:
+            runner.sample(step, msgspec.msgpack.decode(link.receive() or b"", type=TokenMasks))
+        in_flight.append(step)
         if len(in_flight) > 1:  # rank 0 has at most two in flight, too
             runner.collect(in_flight.pop(0))
 

@@ -43,6 +43,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import compress, takewhile
 
+import msgspec
+
 from miniserve.config import SchedulerConfig
 from miniserve.core import (
     Chunk,
@@ -54,8 +56,9 @@ from miniserve.core import (
     RequestOutput,
     RowStart,
     SchedulerStats,
+    Step,
     StepPlan,
-    StepResult,
+    StepRecord,
     TokenLogprobs,
 )
 from miniserve.scheduler.block_pool import sample
@@ -68,14 +71,18 @@ from miniserve.scheduler.step_cost import StepCost, StepShape
 _SHARE = 4  # a prompt of several steps leaves 1 / _SHARE of each to prompts that fit into one step
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """A launched step and its sequences: `sampling` aligns with the plan's sampling rows, `chunked` with its chunks."""
+@dataclass(slots=True, eq=False, kw_only=True)
+class PlannedStep(Step):
+    """A step and its sequences: `sampling` aligns with the plan's sampling rows, `chunked` with its chunks."""
 
-    plan: StepPlan
     sampling: list[Sequence]
     chunked: list[Sequence]
     shape: StepShape
+
+    def matchers(self) -> list[tuple[int, Matcher]]:
+        """Of the plan's masked entries, those whose sequences still run, with their matchers."""
+        found = [(entry, self.sampling[entry]) for entry in self.plan.masked]
+        return [(entry, seq.matcher) for entry, seq in found if seq.matcher is not None and not seq.finished]
 
 
 class Scheduler:
@@ -85,7 +92,6 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, cost: StepCost | None = None) -> None:
         self._config = config
         self._cost = cost or StepCost(0.0)
-        self._updated_shape = StepShape(0, 0)  # of the step that `update` saw last
         self._blocks = SequenceBlocks(config)
         self._pool = self._blocks.pool
         self._sequences: dict[str, Sequence] = {}  # all unfinished ones
@@ -98,16 +104,12 @@ class Scheduler:
         self._decoding_changed = False
         self._free_rows = list(range(config.max_num_seqs))[::-1]
         self._stops: list[int] = []  # rows to stop in the next plan
-        self._in_flight: deque[_Step] = deque()
+        self._in_flight: deque[PlannedStep] = deque()
         self._blocks_wanted = 0  # free blocks that the head of the queue needed when last tried
         self._num_arrivals = 0
-        self._num_scheduled = 0
         self._num_updated = 0
-        self._num_preemptions = 0
-        self._num_queried_tokens = 0
-        self._num_hit_tokens = 0
-        self._step_tokens = 0
-        self._speculation = Speculation(config.num_draft_tokens)
+        self._stats = SchedulerStats()  # its totals; `stats` adds the gauges
+        self._speculation = Speculation(config.num_draft_tokens, self._stats)
 
     # --- requests come and go -------------------------------------------------------------------------------------
 
@@ -137,25 +139,12 @@ class Scheduler:
         """Whether requests are unfinished or steps are in flight."""
         return bool(self._sequences or self._in_flight)
 
-    @property
-    def num_preemptions(self) -> int:
-        """Preemptions since the start."""
-        return self._num_preemptions
-
     def stats(self) -> SchedulerStats:
-        num_blocks = self._config.num_blocks
-        return SchedulerStats(
+        return msgspec.structs.replace(
+            self._stats,
             num_running=len(self._running),
             num_waiting=len(self._waiting),
-            kv_cache_usage=1.0 - self._pool.num_free / num_blocks,
-            num_preemptions=self._num_preemptions,
-            prefix_cache_queries=self._num_queried_tokens,
-            prefix_cache_hits=self._num_hit_tokens,
-            num_steps=self._num_scheduled,
-            step_tokens=self._step_tokens,
-            num_drafts=self._speculation.num_drafts,
-            num_draft_tokens=self._speculation.num_draft_tokens,
-            num_accepted_tokens=self._speculation.num_accepted_tokens,
+            kv_cache_usage=1.0 - self._pool.num_free / self._config.num_blocks,
         )
 
     def pool_view(self, max_blocks: int) -> PoolView:
@@ -175,10 +164,11 @@ class Scheduler:
 
     # --- what the next step computes ------------------------------------------------------------------------------
 
-    def schedule(self) -> StepPlan | None:
+    def schedule(self) -> PlannedStep | None:
         """Plan the next step; None if nothing can be computed before a request or a result arrives."""
         if self._config.num_draft_tokens and self._in_flight:
             raise RuntimeError("Speculation allows one step in flight.")
+        preemptions = self._stats.num_preemptions
         self._advance_decoding()
         # At least 0: each of these sequences had a token of the last step's budget.
         budget = self._config.max_num_batched_tokens - len(self._decoding)
@@ -202,9 +192,11 @@ class Scheduler:
         if runs:
             shape.rows, shape.context = len(decoding), sum(plan.run_positions) + len(decoding)
         self._stops = []
-        self._in_flight.append(_Step(plan, sampling, chunked, shape))
-        self._num_scheduled += 1
-        return plan
+        record = StepRecord(preemptions=self._stats.num_preemptions - preemptions)
+        step = PlannedStep(plan, record, sampling=sampling, chunked=chunked, shape=shape)
+        self._in_flight.append(step)
+        self._stats.num_steps += 1
+        return step
 
     def _schedule_chunks(
         self, budget: int, shape: StepShape, starts: list[RowStart]
@@ -326,8 +318,8 @@ class Scheduler:
         seq.first_scheduled_time = time.monotonic()
         if self._blocks.uses_cache(seq):
             seq.num_cached_tokens = seq.num_computed
-            self._num_queried_tokens += seq.prompt_len
-            self._num_hit_tokens += seq.num_cached_tokens
+            self._stats.prefix_cache_queries += seq.prompt_len
+            self._stats.prefix_cache_hits += seq.num_cached_tokens
 
     def _next_chunk(self, seq: Sequence, budget: int) -> Chunk:
         start = seq.num_computed
@@ -344,8 +336,8 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         self._leave(seq)
         seq.num_preemptions += 1
-        self._num_preemptions += 1
-        seq.ready_step = self._num_scheduled
+        self._stats.num_preemptions += 1
+        seq.ready_step = self._stats.num_steps
         passed = list(takewhile(lambda order: order < seq.order, self._waiting))
         self._waiting[seq.order] = seq
         for order in [seq.order, *reversed(passed)]:
@@ -365,30 +357,23 @@ class Scheduler:
 
     # --- results of a step ---------------------------------------------------------------------------------------
 
-    def matchers(self, plan: StepPlan) -> list[tuple[int, Matcher]]:
-        """Of a plan in flight, its masked entries whose sequences still run, with their matchers."""
-        step = next(step for step in self._in_flight if step.plan is plan)
-        found = [(entry, step.sampling[entry]) for entry in plan.masked]
-        return [(entry, seq.matcher) for entry, seq in found if seq.matcher is not None and not seq.finished]
-
-    def update(self, plan: StepPlan, result: StepResult) -> list[RequestOutput]:
+    def update(self, step: PlannedStep) -> list[RequestOutput]:
         """Process the result of the earliest step in flight; returns an output for each request that got a token or
         ended. Raises `RuntimeError` for a result that does not match the step."""
-        if not self._in_flight or self._in_flight[0].plan is not plan:
+        if not self._in_flight or self._in_flight[0] is not step:
             raise RuntimeError("Results must come in the order of their plans.")
-        step = self._in_flight.popleft()
-        if len(result.token_ids) != len(step.sampling):
-            raise RuntimeError(f"A step that samples {len(step.sampling)} tokens returned {len(result.token_ids)}.")
+        self._in_flight.popleft()
+        if len(step.token_ids) != len(step.sampling):
+            raise RuntimeError(f"A step that samples {len(step.sampling)} tokens returned {len(step.token_ids)}.")
         self._num_updated += 1
-        self._updated_shape = step.shape
-        outputs = self._take_chunks(step, result)
-        self._step_tokens = 0
-        logprobs = result.logprobs or [None] * len(step.sampling)
+        outputs = self._take_chunks(step)
+        self._stats.step_tokens = 0
+        logprobs = step.logprobs or [None] * len(step.sampling)
         entries: Iterable[tuple[Sequence, int, TokenLogprobs | None]] = zip(
-            step.sampling, result.token_ids, logprobs, strict=True
+            step.sampling, step.token_ids, logprobs, strict=True
         )
-        if plan.draft_runs:
-            entries = compress(entries, self._speculation.verify(plan.draft_runs, step.sampling, result.token_ids))
+        if runs := step.plan.draft_runs:
+            entries = compress(entries, self._speculation.verify(runs, step.sampling, step.token_ids))
         for seq, token_id, entry in entries:
             if seq.finished:
                 continue
@@ -400,7 +385,7 @@ class Scheduler:
                 continue
             token_ids = seq.token_ids
             token_ids.append(token_id)
-            self._step_tokens += 1 if len(token_ids) > seq.prompt_len + 1 else seq.prompt_len + 1
+            self._stats.step_tokens += 1 if len(token_ids) > seq.prompt_len + 1 else seq.prompt_len + 1
             output = seq.output([token_id])
             outputs.append(output)
             if entry is not None:
@@ -421,18 +406,18 @@ class Scheduler:
                 self._finish(seq, output, FinishReason.LENGTH)
         return outputs
 
-    def note_seconds(self, seconds: float) -> None:
-        """Record how long the last step passed to `update` took, including the device's idle time before it."""
-        self._cost.observe(self._updated_shape, seconds)
+    def observe(self, step: PlannedStep, seconds: float) -> None:
+        """Learn from how long a step took, including the device's idle time before it."""
+        self._cost.observe(step.shape, seconds)
 
-    def _take_chunks(self, step: _Step, result: StepResult) -> list[RequestOutput]:
+    def _take_chunks(self, step: PlannedStep) -> list[RequestOutput]:
         """Append prompt logprobs, and end requests that want no token."""
         outputs = []
         for seq, chunk in zip(step.chunked, step.plan.chunks, strict=True):
             if seq.finished:
                 continue
             if seq.prompt_logprobs is not None:
-                entries = result.prompt_logprobs.get(chunk.row, [])
+                entries = step.prompt_logprobs.get(chunk.row, [])
                 if len(entries) != len(chunk.logprob_targets):
                     raise RuntimeError(
                         f"A chunk with {len(chunk.logprob_targets)} logprob targets returned {len(entries)}."

@@ -9,19 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from miniserve.core import DraftRun
+from miniserve.core import DraftRun, SchedulerStats
 from miniserve.scheduler.sequence import Sequence
 
 
 class Speculation:
-    """Makes runs of at most `num_draft_tokens` guesses, and counts them. A sequence guesses at most one more than twice
-    its last right guesses."""
+    """Makes runs of at most `num_draft_tokens` guesses, and counts them in `stats`. A sequence guesses at most one more
+    than twice its last right guesses."""
 
-    def __init__(self, num_draft_tokens: int) -> None:
-        self._num_draft_tokens = num_draft_tokens
-        self.num_drafts = 0
-        self.num_draft_tokens = 0
-        self.num_accepted_tokens = 0
+    def __init__(self, num_draft_tokens: int, stats: SchedulerStats) -> None:
+        self._num_draft_tokens, self._stats = num_draft_tokens, stats
 
     def draft(
         self, decoding: list[Sequence], spare_rows: int, find_room: Callable[[Sequence, int], int]
@@ -52,9 +49,9 @@ class Speculation:
             seq.num_computed += right
             if guesses:
                 seq.guesses_due = 2 * right + 1
-            self.num_drafts += bool(guesses)
-            self.num_draft_tokens += len(guesses)
-            self.num_accepted_tokens += right
+            self._stats.num_drafts += bool(guesses)
+            self._stats.num_draft_tokens += len(guesses)
+            self._stats.num_accepted_tokens += right
             start = end
         return counts
 

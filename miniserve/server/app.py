@@ -19,9 +19,8 @@ from miniserve.server import chat, completions, errors, messages, page, protocol
 from miniserve.server.body import body_route
 from miniserve.server.chat import render
 from miniserve.server.config import ServerConfig
-from miniserve.server.connection import ApiKeyMiddleware, BodyLimitMiddleware, HostMiddleware, PathMiddleware
 from miniserve.server.errors import json_response
-from miniserve.server.fields import REFUSED_OF_TOKENIZER
+from miniserve.server.gate import Gate, PathMiddleware
 from miniserve.server.messages import CountTokensRequest, MessagesRequest
 from miniserve.server.protocol import (
     ChatCompletionRequest,
@@ -53,7 +52,7 @@ def create_app(engine: Engine, config: ServerConfig, hosts: Collection[str] | No
     """The OpenAI-compatible app over a started engine. `hosts`: the names it may be called by; None: any."""
     service = Service(engine, config)
     app = FastAPI(title="miniserve", version=__version__, responses=_ERRORS, redirect_slashes=False)
-    app.router.route_class = body_route(engine.info.max_model_len)
+    app.router.route_class = body_route(engine.info.max_model_len, service.admit)
     errors.install(app)
     _openai_routes(app, service)
     _anthropic_routes(app, service)
@@ -63,11 +62,7 @@ def create_app(engine: Engine, config: ServerConfig, hosts: Collection[str] | No
     page.install(app, service)
     _check_root_path(app, config.root_path)
     # The last one added is the outermost: browsers need CORS headers on refusals, too.
-    app.add_middleware(BodyLimitMiddleware, max_bytes=config.max_body_bytes)
-    if config.api_keys:
-        app.add_middleware(ApiKeyMiddleware, api_keys=config.api_keys)
-    if hosts is not None:
-        app.add_middleware(HostMiddleware, hosts=hosts)
+    app.add_middleware(Gate, hosts=hosts, api_keys=config.api_keys, max_body_bytes=config.max_body_bytes)
     if config.allowed_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -168,8 +163,6 @@ def _health_routes(app: FastAPI, service: Service) -> None:
 def _tokenizer_routes(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize", response_model=protocol.Tokenized)
     async def tokenize(body: TokenizeRequest) -> Response:
-        service.check_model(body.model)
-        service.fields.check(body, REFUSED_OF_TOKENIZER)
         ids = await _ids(service, body)
         if body.return_token_strs and len(ids) > _MAX_IDS:  # to write more of them as JSON would stop all streams
             raise InvalidRequest(
@@ -187,8 +180,6 @@ def _tokenizer_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/detokenize", response_model=protocol.Detokenized)
     async def detokenize(body: DetokenizeRequest) -> Response:
-        service.check_model(body.model)
-        service.fields.check(body, REFUSED_OF_TOKENIZER)
         if len(body.tokens) > _MAX_IDS:
             raise InvalidRequest(f"tokens holds {len(body.tokens)} ids; at most {_MAX_IDS} are taken.", "tokens")
         check_vocabulary(body.tokens, "tokens", service.engine.info.vocab_size)

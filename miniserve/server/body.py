@@ -12,12 +12,13 @@ from typing import Any, get_type_hints
 import msgspec
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 
 from miniserve.core import InvalidRequest
 from miniserve.server.errors import APIError, from_validation
+from miniserve.server.fields import Body
 from miniserve.server.generation import ClientGone, while_connected
 
 _SMALL = 65_536  # bytes; read in a few milliseconds, whatever they are
@@ -27,15 +28,15 @@ _MAX_CONTAINERS, _MOST_CONTAINERS = 8_192, 32_768
 _MAX_VALUES = 262_144
 
 
-def body_route(max_model_len: int) -> type[APIRoute]:
-    """The class of routes whose endpoints take a parameter `body`, of the type to check it against. FastAPI describes
-    the body in the API's schema and has no other part in it."""
+def body_route(max_model_len: int, admit: Callable[[Body], None]) -> type[APIRoute]:
+    """The class of routes whose endpoints take a parameter `body`, of the type to check it against, which `admit` lets
+    pass or raises. FastAPI describes the body in the API's schema and has no other part in it."""
     # One large body at a time: several threads would keep the interpreter from the event loop in turns.
     thread = ThreadPoolExecutor(1, "large-body")
     # Prompts of a context's length, and messages of a token each, must pass.
     max_values, max_containers = _MAX_VALUES + max_model_len, min(_MAX_CONTAINERS + max_model_len, _MOST_CONTAINERS)
 
-    def parse_large(raw: bytes, model: type[BaseModel]) -> BaseModel:
+    def parse_large(raw: bytes, model: type[Body]) -> Body:
         _check_counts(raw, max_containers, max_values)
         return _parse(raw, model)
 
@@ -46,27 +47,27 @@ def body_route(max_model_len: int) -> type[APIRoute]:
                 return super().get_route_handler()
             endpoint: Callable[[Any], Coroutine[Any, Any, Response]] = self.endpoint
 
+            async def answer(body: Body) -> Response:
+                admit(body)
+                return await endpoint(body)
+
             async def handle(request: Request) -> Response:
                 try:
-                    raw = await _receive(request)
+                    _check_headers(request.headers)
+                    raw = await request.body()
                     if len(raw) <= _SMALL:
-                        return await endpoint(_parse(raw, model))
+                        return await answer(_parse(raw, model))
                     return await while_connected(request.receive, answer_large(raw))
                 except (ClientDisconnect, ClientGone):
                     return Response(status_code=499)  # which nobody reads
 
             async def answer_large(raw: bytes) -> Response:
                 loop = asyncio.get_running_loop()
-                return await endpoint(await loop.run_in_executor(thread, parse_large, raw, model))
+                return await answer(await loop.run_in_executor(thread, parse_large, raw, model))
 
             return handle
 
     return BodyRoute
-
-
-async def _receive(request: Request) -> bytes:
-    _check_headers(request.headers)
-    return await request.body()
 
 
 def _check_headers(headers: Headers) -> None:
@@ -96,7 +97,7 @@ def _check_counts(raw: bytes, max_containers: int, max_values: int) -> None:
         raise InvalidRequest(f"The body holds {num_values} values; this server takes at most {max_values}.")
 
 
-def _parse(raw: bytes, model: type[BaseModel]) -> BaseModel:
+def _parse(raw: bytes, model: type[Body]) -> Body:
     """Raises `APIError` 400 for what is no JSON object, and for the first field that is not as `model` has it."""
     try:
         value = _decode(raw)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,7 @@ from typing import Any
 import msgspec
 
 from miniserve.core import Completion, InvalidRequest, SamplingParams, TokenLogprobs
-from miniserve.engine.call_reader import CallArguments, CallBegin, Content, Event, Thought
 from miniserve.engine.tokenizer import Tokenizer
-from miniserve.server.fields import REFUSED_IN_CHAT
 from miniserve.server.protocol import (
     ChatChoice,
     ChatChunkChoice,
@@ -28,10 +27,11 @@ from miniserve.server.protocol import (
     RenderOptions,
     TokenLogprob,
     Tool,
+    ToolCallOut,
     TopLogprob,
     Usage,
 )
-from miniserve.server.reading import AnswerReader, Reading, chosen_tools, forced_calls, reading_of, template_tools
+from miniserve.server.reading import AnswerReader, Part, Reading, chosen_tools, forced_calls, reading_of, template_tools
 from miniserve.server.reply import ChoicesAnswer, GenerationResponse, Header, finish_word
 from miniserve.server.service import MAX_TEXT, Service
 from miniserve.server.structured import find_grammar
@@ -46,18 +46,20 @@ class ChatAnswer(ChoicesAnswer):
         super().__init__(header, tokenizer, [chat.token_ids], chat.params, body)
         self._echo = chat.echo
         self._reading = chat.reading
-        self._with_logprobs = chat.params.logprobs is not None
-        self._deltas: dict[int, list[Completion]] = {}
-        self._events: dict[int, list[Event]] = {}
         self._readers: dict[int, AnswerReader] = {}
+        self._last: dict[int, Completion] = {}
+        self._entries: defaultdict[int, list[TokenLogprobs]] = defaultdict(list)
 
     def add(self, number: int, delta: Completion) -> None:
-        self._deltas.setdefault(delta.index, []).append(delta)
+        self.count(number, delta)
         # Read as they come: all at the end would hold up other requests.
-        self._events.setdefault(delta.index, []).extend(self._reader(delta.index).push(delta))
+        for _, part, text in self._reader(delta.index).push(delta):
+            part.pieces.append(text)
+        self._entries[delta.index] += delta.logprobs or ()
+        self._last[delta.index] = delta
 
     def choices(self) -> list[ChatChoice]:
-        return [self._choice(index) for index in sorted(self._deltas)]
+        return [self._choice(delta) for _, delta in sorted(self._last.items())]
 
     def pieces(self, number: int, delta: Completion) -> Iterator[ChatChunkChoice]:
         index = delta.index
@@ -66,12 +68,11 @@ class ChatAnswer(ChoicesAnswer):
             yield {"index": index, "delta": opening, "logprobs": None, "finish_reason": None}
             if self._echo:
                 yield {"index": index, "delta": {"content": self._echo}, "logprobs": None, "finish_reason": None}
-        reader = self._reader(index)
         self.count(number, delta)
-        messages = [message for event in reader.push(delta) if (message := _delta(event, self._reading))]
+        messages = [message for step in self._reader(index).push(delta) if (message := _delta(*step))]
         if not messages and (delta.logprobs or (self._reading.is_plain and delta.finish_reason is None)):
             messages = [{"content": ""}]
-        logprobs = self._logprobs([delta]) if delta.logprobs else None
+        logprobs = chat_logprobs(self._tokenizer, delta.logprobs, self.token_name) if delta.logprobs else None
         for message in messages:
             yield {"index": index, "delta": message, "logprobs": logprobs, "finish_reason": None}
             logprobs = None
@@ -95,54 +96,49 @@ class ChatAnswer(ChoicesAnswer):
         reason = finish_word(delta)
         return "tool_calls" if reason == "stop" and self._reader(delta.index).num_calls else reason
 
-    def _choice(self, index: int) -> ChatChoice:
-        deltas = self._deltas[index]
+    def _choice(self, last: Completion) -> ChatChoice:
+        entries = self._entries[last.index]
+        with_logprobs = self._params.logprobs is not None
         return {
-            "index": index,
-            "message": _message_of(self._events[index], self._reading, self._echo),
-            "logprobs": self._logprobs(deltas) if self._with_logprobs else None,
-            "finish_reason": self._finish_word(deltas[-1]),
-            "stop_reason": deltas[-1].stop_reason,
+            "index": last.index,
+            "message": self._message(self._reader(last.index).parts),
+            "logprobs": chat_logprobs(self._tokenizer, entries, self.token_name) if with_logprobs else None,
+            "finish_reason": self._finish_word(last),
+            "stop_reason": last.stop_reason,
         }
 
-    def _logprobs(self, deltas: Sequence[Completion]) -> ChatLogprobs:
-        entries = [entry for delta in deltas for entry in delta.logprobs or ()]
-        return chat_logprobs(self._tokenizer, entries, self.token_name)
-
-
-def _delta(event: Event, reading: Reading) -> ChatDelta:
-    match event:
-        case Content(text):
-            return {"content": text}
-        case Thought(text):
-            return {"reasoning": text, "reasoning_content": text}
-        case CallBegin(index, name):
-            function: FunctionOut = {"name": name, "arguments": ""}
-            return {"tool_calls": [{"index": index, "id": reading.call_id(), "type": "function", "function": function}]}
-        case CallArguments(index, text):
-            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
-    return {}
-
-
-def _message_of(events: Sequence[Event], reading: Reading, echo: str) -> ChatMessageOut:
-    """Content is null where there is only reasoning or calls."""
-    content = echo + "".join(event.text for event in events if isinstance(event, Content))
-    thought = "".join(event.text for event in events if isinstance(event, Thought))
-    calls = [(event.name, list[str]()) for event in events if isinstance(event, CallBegin)]
-    for event in events:
-        if isinstance(event, CallArguments):
-            calls[event.index][1].append(event.text)
-    message: ChatMessageOut = {
-        "role": "assistant", "content": content or (None if thought or calls else ""), "refusal": None
-    }  # fmt: skip
-    if thought:
-        message["reasoning"] = message["reasoning_content"] = thought
-    if calls:
-        message["tool_calls"] = [
-            {"id": reading.call_id(), "type": "function", "function": {"name": name, "arguments": "".join(pieces)}}
-            for name, pieces in calls
+    def _message(self, parts: Sequence[Part]) -> ChatMessageOut:
+        """Content is null where there is only reasoning or calls."""
+        content = self._echo + "".join(part.text for part in parts if part.kind == "text")
+        thought = "".join(part.text for part in parts if part.kind == "thought")
+        calls: list[ToolCallOut] = [
+            {"id": part.id, "type": "function", "function": {"name": part.name, "arguments": part.text}}
+            for part in parts
+            if part.kind == "call"
         ]
-    return message
+        empty = None if thought or calls else ""
+        message: ChatMessageOut = {"role": "assistant", "content": content or empty, "refusal": None}
+        if thought:
+            message["reasoning"] = message["reasoning_content"] = thought
+        if calls:
+            message["tool_calls"] = calls
+        return message
+
+
+def _delta(kind: str, part: Part, text: str) -> ChatDelta:
+    """Empty for a step that a chat's events do not show."""
+    match kind, part.kind:
+        case "text", "text":
+            return {"content": text}
+        case "text", "thought":
+            return {"reasoning": text, "reasoning_content": text}
+        case "text", "call":
+            return {"tool_calls": [{"index": part.call_number, "function": {"arguments": text}}]}
+        case "begin", "call":
+            function: FunctionOut = {"name": part.name, "arguments": ""}
+            call: ToolCallOut = {"index": part.call_number, "id": part.id, "type": "function", "function": function}
+            return {"tool_calls": [call]}
+    return {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,11 +170,16 @@ async def prepare(service: Service, body: ChatCompletionRequest) -> Chat:
     marks = service.config.reasoning_dialect(template)
     continued = _final_text(body.messages[-1]) if body.continue_final_message else None
     reasoning = None if marks is None else marks.after(text, continued)
-    if dialect is not None and (grammar := forced_calls(body, dialect, tools, reasoning, tokenizer)) is not None:
-        await service.check_one_grammar("tools", grammar)
-        params = msgspec.structs.replace(params, grammar=grammar)
     reading = reading_of(body, dialect, tools, reasoning, tokenizer)
-    return Chat(token_ids, reading.params(params, tokenizer), reading, _echoed(body))
+    if (grammar := forced_calls(body, reading, tools, tokenizer)) is not None:
+        await service.check_one_grammar("tools", grammar)
+    params = msgspec.structs.replace(
+        params,
+        grammar=grammar or params.grammar,
+        reasoning=reasoning,
+        shown_special_tokens=tuple(reading.hidden.values()),
+    )
+    return Chat(token_ids, params, reading, _echoed(body))
 
 
 def _echoed(body: ChatCompletionRequest) -> str:
@@ -195,14 +196,9 @@ def _echoed(body: ChatCompletionRequest) -> str:
 
 async def respond(service: Service, body: ChatCompletionRequest) -> GenerationResponse:
     """Raises `InvalidRequest` or `APIError` for what cannot be answered."""
-    service.check_alive()
-    service.check_model(body.model)
-    service.fields.check(body, REFUSED_IN_CHAT)
     chat = await prepare(service, body)
-    header = service.header("chatcmpl-")
-    answer = ChatAnswer(header, service.engine.tokenizer, chat, body)
-    generation = await service.generation([chat.token_ids], chat.params, body, header)
-    return service.reply(generation, answer, bool(body.stream))
+    answer = ChatAnswer(service.header("chatcmpl-"), service.engine.tokenizer, chat, body)
+    return await service.respond(answer, chat.params, body)
 
 
 async def render(

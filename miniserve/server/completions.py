@@ -10,7 +10,6 @@ from typing import Any
 from miniserve.core import Completion, SamplingParams, TokenLogprobs
 from miniserve.engine.detokenizer import TextDecoder, text_decoder
 from miniserve.engine.tokenizer import Tokenizer
-from miniserve.server.fields import REFUSED_IN_COMPLETIONS
 from miniserve.server.protocol import CompletionChoice, CompletionLogprobs, CompletionRequest, Prompt
 from miniserve.server.reply import ChoicesAnswer, GenerationResponse, Header, finish_word
 from miniserve.server.service import MAX_TEXT, Service
@@ -94,7 +93,7 @@ def _join(pieces: Sequence[CompletionLogprobs]) -> CompletionLogprobs:
 
 
 class CompletionAnswer(ChoicesAnswer):
-    """Choices are numbered prompt · n + the sequence's index, and listed in that order."""
+    """The choices are listed in the order of their prompts."""
 
     whole_kind = chunk_kind = "text_completion"
     prompt_in_choice = True
@@ -110,7 +109,6 @@ class CompletionAnswer(ChoicesAnswer):
     ) -> None:
         super().__init__(header, tokenizer, token_ids, params, body)
         self._prompts = prompts
-        self._params = params
         self._echo = bool(body.echo)
         self._num_wanted = body.n or 1
         self._with_logprobs = body.logprobs is not None
@@ -119,12 +117,13 @@ class CompletionAnswer(ChoicesAnswer):
         self._pieces: defaultdict[int, list[CompletionChoice]] = defaultdict(list)
 
     def add(self, number: int, delta: Completion) -> None:
+        self.count(number, delta)
         choice = self._choice(number, delta)
         self._pieces[choice["index"]].append(choice)
         self._sums[choice["index"]] += sum(entry.logprob for entry in delta.logprobs or ())
 
     def choices(self) -> list[CompletionChoice]:
-        return [self._joined(index) for index in sorted(self._pieces)]
+        return [self._joined(pieces) for _, pieces in sorted(self._pieces.items())]
 
     def select(self, choices: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """The n likeliest of each prompt's best_of, the likeliest first."""
@@ -145,48 +144,37 @@ class CompletionAnswer(ChoicesAnswer):
         yield choice
 
     def _choice(self, number: int, delta: Completion) -> CompletionChoice:
-        index = number * self._params.n + delta.index
-        writer = self._writers.get(index)
-        first = writer is None
-        if writer is None:
-            skip_special_tokens, prompt_token_ids = self._params.skip_special_tokens, self._token_ids[number]
-            writer = CompletionLogprobsWriter(self._tokenizer, skip_special_tokens, prompt_token_ids, self.token_name)
-            self._writers[index] = writer
-        text = delta.text
-        pieces: list[CompletionLogprobs] = []
-        if first and self._echo:
+        index, text = self.index(number, delta), delta.text
+        arrays: list[CompletionLogprobs] = []
+        if is_first := index not in self._writers:
+            self._writers[index] = CompletionLogprobsWriter(
+                self._tokenizer, self._params.skip_special_tokens, self.token_ids[number], self.token_name
+            )
+        writer = self._writers[index]
+        if is_first and self._echo:
             prompt = self._prompts[number]
             prompt_text = prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt, False)
             text = prompt_text + text
             if delta.prompt_logprobs is not None and self._with_logprobs:
-                pieces.append(writer.prompt(delta.prompt_logprobs, prompt_text))
+                arrays.append(writer.prompt(delta.prompt_logprobs, prompt_text))
         if delta.logprobs is not None and self._with_logprobs:
-            pieces.append(writer.generated(delta.logprobs))
+            arrays.append(writer.generated(delta.logprobs))
         return {
             "index": index,
             "text": text,
-            "logprobs": _join(pieces) if pieces else None,
+            "logprobs": _join(arrays) if arrays else None,
             "finish_reason": finish_word(delta),
             "stop_reason": delta.stop_reason,
         }
 
-    def _joined(self, index: int) -> CompletionChoice:
-        pieces = self._pieces[index]
+    def _joined(self, pieces: Sequence[CompletionChoice]) -> CompletionChoice:
         arrays = [piece["logprobs"] for piece in pieces if piece["logprobs"] is not None]
-        return {
-            "index": index,
-            "text": "".join(piece["text"] for piece in pieces),
-            "logprobs": _join(arrays) if self._with_logprobs else None,
-            "finish_reason": pieces[-1]["finish_reason"],
-            "stop_reason": pieces[-1]["stop_reason"],
-        }
+        text = "".join(piece["text"] for piece in pieces)
+        return {**pieces[-1], "text": text, "logprobs": _join(arrays) if self._with_logprobs else None}
 
 
 async def respond(service: Service, body: CompletionRequest) -> GenerationResponse:
     """Raises `InvalidRequest` or `APIError` for what cannot be answered."""
-    service.check_alive()
-    service.check_model(body.model)
-    service.fields.check(body, REFUSED_IN_COMPLETIONS)
     params = service.rules.for_completion(body)
     await service.check_grammar(body)
     service.turns.check(len(body.prompt), params.n)
@@ -199,6 +187,5 @@ async def respond(service: Service, body: CompletionRequest) -> GenerationRespon
         ids = next(encoded) if isinstance(prompt, str) else prompt
         token_ids.append(service.truncate(ids, body))
         prompts.append(prompt if len(token_ids[-1]) == len(ids) else token_ids[-1])
-    header = service.header("cmpl-")
-    answer = CompletionAnswer(header, service.engine.tokenizer, prompts, token_ids, params, body)
-    return service.reply(await service.generation(token_ids, params, body, header), answer, bool(body.stream))
+    answer = CompletionAnswer(service.header("cmpl-"), service.engine.tokenizer, prompts, token_ids, params, body)
+    return await service.respond(answer, params, body)

@@ -1,28 +1,19 @@
-"""What stands between clients and the app: a connection with limits of time and room, and plain ASGI middleware for the
-host, the API key and the size of a body. All of it comes before anything is parsed."""
+"""A client's connection, with limits of time and room."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import heapq
-import hmac
 import http
-import ipaddress
 import logging
-import time
-import uuid
-from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import httptools
 import msgspec
-from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from miniserve.server.errors import APIError
+from miniserve.server.gate import ThrottledLog, address, find_request_id
 
 logger = logging.getLogger(__name__)
 
@@ -33,37 +24,7 @@ _BODY_PIECE = 16 * 1024
 _MAX_HEAD = 64 * 1024  # bytes of a request line with its headers; of what stands between pieces of a body
 _LINGER = 2.0  # seconds that what a refused client still sends is read, so that it gets to read the answer
 _MAX_REASON = 200  # characters of the parser's
-_REQUEST_ID = b"x-request-id"
 _SHARE = 16  # of so many idle connections one is closed where room is needed: a look at all costs time
-# Warnings of a kind that are logged, in so many seconds: nobody may fill the log from outside.
-_LINES, _PERIOD = 10, 60.0
-# Paths that need the API key.
-_GUARDED = ("/v1/", "/debug/", "/tokenize/", "/detokenize/", "/tokenizer_info/")
-
-
-class ThrottledLog:
-    """Writes the first warnings of a kind in each period. The next period's first says how many were left out."""
-
-    def __init__(self, logger: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
-        self._logger = logger
-        self._clock = clock
-        self._kinds: dict[str, tuple[float, int]] = {}  # by its text: the period's begin, and how many came in it
-
-    def warning(self, text: str, *args: object) -> None:
-        """`text` is the kind: what differs from one to the next is in `args`."""
-        now = self._clock()
-        begin, count = self._kinds.get(text, (now, 0))
-        missed = 0
-        if now - begin >= _PERIOD:
-            begin, count, missed = now, 0, max(0, count - _LINES)
-        self._kinds[text] = begin, count + 1
-        if count < _LINES:
-            rest = f" ({missed} more like this were left out before.)" if missed else ""
-            self._logger.warning(text + "%s", *args, rest)
-
-
-def _address(client: Sequence[Any] | None) -> str:
-    return f"{client[0]}:{client[1]}" if client else "a client"
 
 
 class Guard:
@@ -121,7 +82,7 @@ class Connection(HttpToolsProtocol):
 
     @property
     def address(self) -> str:
-        return _address(self.client)
+        return address(self.client)
 
     @property
     def answering(self) -> bool:
@@ -245,8 +206,7 @@ class Connection(HttpToolsProtocol):
         if self.cycle is not None and not self.cycle.response_complete:  # the app waits for the rest of a body
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        given = _given_id(self.headers) if self._in_message else None
-        request_id = given if given is not None and _good_id(given) else uuid.uuid4().hex
+        request_id, _ = find_request_id(self.headers if self._in_message else ())
         body = msgspec.json.encode(error.envelope())
         head = (
             f"HTTP/1.1 {error.status} {http.HTTPStatus(error.status).phrase}\r\nContent-Type: application/json\r\n"
@@ -257,160 +217,3 @@ class Connection(HttpToolsProtocol):
 
 def _too_large() -> APIError:
     return APIError(431, f"The request line and headers are larger than {_MAX_HEAD} bytes.")
-
-
-class HostMiddleware:
-    """Refuses a Host header that is neither an address nor one of `hosts`, all in lower case.
-
-    A page in a browser on this machine reaches a local server by a name of its own that resolves here (DNS rebinding),
-    and would pass as the server's own page. It cannot do so by an address.
-    """
-
-    def __init__(self, app: ASGIApp, hosts: Collection[str]) -> None:
-        self._app = app
-        self._hosts = hosts
-        self._log = ThrottledLog(logger)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        for value in Headers(scope=scope).getlist("host") if scope["type"] == "http" else ():
-            if not self._known(value):
-                self._log.warning("%s: request refused for its Host header %r.", _address(scope["client"]), value[:100])
-                error = APIError(
-                    403, f"This server does not go by the name {value[:200]!r}; --allowed-host lets it be used."
-                )
-                await error.response(scope)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-    def _known(self, value: str) -> bool:
-        name = value.partition("]")[0].removeprefix("[") if value.startswith("[") else value.partition(":")[0]
-        if name.lower().removesuffix(".") in self._hosts:
-            return True
-        try:
-            ipaddress.ip_address(name)
-        except ValueError:
-            return False
-        return True
-
-
-class PathMiddleware:
-    """HEAD is GET, whose body the server leaves out; a slash at the end of a path means nothing, nor does `root_path`
-    before it. The others, the check of API keys among them, see what is left."""
-
-    def __init__(self, app: ASGIApp, root_path: str = "") -> None:
-        self._app = app
-        self._root_path = root_path
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            method = "GET" if scope["method"] == "HEAD" else scope["method"]
-            path = scope["path"].rstrip("/")
-            # As often as it is there: the router would leave it out once more, behind the check of keys.
-            while self._root_path and f"{path}/".startswith(f"{self._root_path}/"):
-                path = path[len(self._root_path) :]
-            scope = {**scope, "method": method, "path": path or "/", "root_path": self._root_path}
-        await self._app(scope, receive, send)
-
-
-class RequestIdMiddleware:
-    """Puts x-request-id on every answer: the client's, else a new one. It is also in the scope's state, for the log."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        given = _given_id(scope["headers"])
-        request_id = given if given is not None and _good_id(given) else uuid.uuid4().hex
-        scope["state"] = {**scope.get("state", {}), "request_id": request_id}
-
-        async def marked(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = [*message.get("headers", ()), (_REQUEST_ID, request_id.encode())]
-                message = {**message, "headers": headers}
-            await send(message)
-
-        if given is not None and not _good_id(given):
-            error = APIError(
-                400, "The header x-request-id must be 1 to 128 printable ASCII characters.", "x-request-id"
-            )
-            await error.response(scope)(scope, receive, marked)
-            return
-        await self._app(scope, receive, marked)
-
-
-def _given_id(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
-    return next((value.decode("latin-1") for name, value in headers if name.lower() == _REQUEST_ID), None)
-
-
-def _good_id(value: str) -> bool:
-    return 0 < len(value) <= 128 and value.isascii() and value.isprintable()
-
-
-class ApiKeyMiddleware:
-    """Asks for one of `api_keys` (`Authorization: Bearer …` or `x-api-key`), except for OPTIONS, on `/v1`, `/debug` and
-    the tokenizer's paths, which take long texts. Health checks and metrics stay open."""
-
-    def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
-        self._app = app
-        self._digests = [_digest(key) for key in api_keys]
-        self._log = ThrottledLog(logger)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        asks = scope["type"] == "http" and scope["method"] != "OPTIONS"
-        guarded = asks and f"{scope['path']}/".startswith(_GUARDED)
-        if guarded and not self._allowed(Headers(scope=scope)):
-            self._log.warning("%s: request refused; its API key is missing or wrong.", _address(scope["client"]))
-            error = APIError(
-                401,
-                "The API key is missing or wrong; send it as 'Authorization: Bearer KEY'.",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-            await error.response(scope)(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
-
-    def _allowed(self, headers: Headers) -> bool:
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = [token.strip()] if scheme.lower() == "bearer" else []
-        given.append(headers.get("x-api-key", ""))
-        # Every pair is compared, and by digest, so that the time taken says nothing about the keys.
-        matches = [hmac.compare_digest(_digest(key), digest) for key in given for digest in self._digests]
-        return any(matches)
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
-
-
-class BodyLimitMiddleware:
-    """Refuses a body of more than `max_bytes` with 413: by its Content-Length, or while it is being read."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app = app
-        self._max_bytes = max_bytes
-        self._message = f"The request body is larger than this server's limit of {max_bytes} bytes."
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        declared = Headers(scope=scope).get("content-length", "0")[:19]  # 19 digits are more than any limit
-        if declared.isdecimal() and int(declared) > self._max_bytes:
-            await APIError(413, self._message).response(scope)(scope, receive, send)
-            return
-        received = 0
-
-        async def counted() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max_bytes:
-                # FastAPI passes an HTTPException on where it would turn any other error of reading into a 400.
-                raise HTTPException(413, self._message)
-            return message
-
-        await self._app(scope, counted, send)

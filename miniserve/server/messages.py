@@ -7,29 +7,37 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, NotRequired
 
 from fastapi import Response
-from pydantic import BaseModel, ConfigDict, Field, WrapValidator
+from pydantic import Field
 from typing_extensions import TypedDict
 
-from miniserve.core import Completion, FinishReason, InvalidRequest
-from miniserve.server.agents import Part, PartsAnswer, Translation, Turn, called, needed
+from miniserve.core import FinishReason, InvalidRequest
+from miniserve.server.agents import (
+    PartsAnswer,
+    Translation,
+    Turn,
+    called,
+    function_tool,
+    needed,
+    refused_beside,
+    texts_of,
+)
 from miniserve.server.chat import thinking_switch
 from miniserve.server.errors import APIError, json_response
-from miniserve.server.fields import FieldPolicy, refused_beside, remedies_beside
+from miniserve.server.fields import LEAVE_OUT, Body, Exact, refusals
 from miniserve.server.protocol import (
-    Body,
     CalledName,
     ChatCompletionRequest,
     Float,
-    FunctionDefinition,
     FunctionName,
     Int,
+    ListOf,
     NamedTool,
     Text,
+    TextOrList,
     Texts,
     Tool,
-    text_or_list,
 )
-from miniserve.server.reading import template_tools
+from miniserve.server.reading import Part, template_tools
 from miniserve.server.service import Service
 from miniserve.server.structured import JSONSchemaFormat, ResponseFormat
 
@@ -44,12 +52,7 @@ class Block(Body):
     name: CalledName | None = None
     input: dict[str, Any] | None = None
     tool_use_id: Text | None = None
-    content: (
-        Annotated[
-            list[Block], Field(fail_fast=True), WrapValidator(text_or_list, json_schema_input_type=str | list[Any])
-        ]
-        | None
-    ) = None
+    content: TextOrList[Block] | None = None
     is_error: bool | None = None
     # Without effect.
     signature: str | None = None
@@ -58,17 +61,16 @@ class Block(Body):
     cache_control: Any = None
 
 
-Blocks = Annotated[
-    list[Block], Field(fail_fast=True), WrapValidator(text_or_list, json_schema_input_type=str | list[Block])
-]
-
-
 class Message(Body):
     role: Literal["user", "assistant", "system"]
-    content: Blocks
+    content: TextOrList[Block]
 
 
 class ToolDefinition(Body):
+    refused = refusals({
+        LEAVE_OUT: {"input_examples": ([],), "defer_loading": (False,), "allowed_callers": (["direct"],)}
+    })  # fmt: skip
+
     type: Text | None = None
     name: FunctionName
     description: Text | None = None
@@ -79,17 +81,13 @@ class ToolDefinition(Body):
     eager_input_streaming: bool | None = None
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class ToolChoice(_Strict):
+class ToolChoice(Exact):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
 
 
-class Thinking(_Strict):
+class Thinking(Exact):
     """`budget_tokens` is a target, here as there; `max_tokens` bounds reasoning, too."""
 
     type: Literal["enabled", "disabled", "adaptive"]
@@ -97,12 +95,12 @@ class Thinking(_Strict):
     display: Literal["summarized", "omitted"] | None = None
 
 
-class OutputFormat(_Strict):
+class OutputFormat(Exact):
     type: Literal["json_schema"]
     json_schema: dict[str, Any] = Field(alias="schema")
 
 
-class OutputConfig(_Strict):
+class OutputConfig(Exact):
     effort: Text | None = None
     format: OutputFormat | None = None
 
@@ -111,9 +109,9 @@ class CountTokensRequest(Body):
     """What the prompt is made of."""
 
     model: str | None = None
-    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
-    system: Blocks | None = None
-    tools: Annotated[list[ToolDefinition], Field(fail_fast=True)] | None = None
+    messages: Annotated[ListOf[Message], Field(min_length=1)]
+    system: TextOrList[Block] | None = None
+    tools: ListOf[ToolDefinition] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -129,13 +127,13 @@ class MessagesRequest(CountTokensRequest):
     top_k: Int | None = None
 
 
-_MORE: dict[str, tuple[object, ...]] = {
-    "container": (), "context_management": ({"edits": []},), "mcp_servers": ([],), "speed": ("standard",),
-    "inference_geo": (), "diagnostics": (), "output_format": (), "betas": ([],),
-}  # fmt: skip
-REFUSED_IN_MESSAGES = refused_beside(MessagesRequest, _MORE)
-MESSAGES_REMEDIES = remedies_beside(
+MessagesRequest.refused = CountTokensRequest.refused = refused_beside(
+    MessagesRequest,
     "max_tokens",
+    {
+        "container": (), "context_management": ({"edits": []},), "mcp_servers": ([],), "speed": ("standard",),
+        "inference_geo": (), "diagnostics": (), "output_format": (), "betas": ([],),
+    },
     {
         "stop": "use stop_sequences",
         "reasoning_effort": "use output_config.effort",
@@ -144,16 +142,13 @@ MESSAGES_REMEDIES = remedies_beside(
         "parallel_tool_calls": "use tool_choice.disable_parallel_tool_use",
         "mcp_servers": "call them from the client",
     },
-)
+)  # fmt: skip
 _NAMES = {
     "stop": "stop_sequences",
     "reasoning_effort": "output_config.effort",
     "chat_template_kwargs": "thinking",
     "response_format": "output_config.format",
 }
-_REFUSED_IN_TOOLS: dict[str, tuple[object, ...]] = {
-    "input_examples": ([],), "defer_loading": (False,), "allowed_callers": (["direct"],),
-}  # fmt: skip
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -207,35 +202,29 @@ class AnthropicError(TypedDict):
 
 class MessagesAnswer(PartsAnswer):
     beat = b'event: ping\ndata: {"type": "ping"}\n\n'
-    _last: Completion | None = None
-    _started = False
 
     def whole(self) -> dict[str, Any]:
-        content = [self._block(part, part.text) for part in self._parts]
+        content = [self._block(part, part.text) for part in self._reader.parts]
         return {**self._message(), **self._stop(), "content": content}
 
-    def told(self, delta: Completion) -> Iterator[dict[str, Any]]:
-        if not self._started:  # not before the first token, as only then it is known what was cached
-            self._started = True
-            yield {"type": "message_start", "message": self._message()}
-        yield from super().told(delta)
+    def first(self) -> Iterator[dict[str, Any]]:
+        yield {"type": "message_start", "message": self._message()}
 
-    def begun(self, index: int, part: Part) -> Iterator[dict[str, Any]]:
-        yield {"type": "content_block_start", "index": index, "content_block": self._block(part, "")}
+    def begun(self, part: Part) -> Iterator[dict[str, Any]]:
+        yield {"type": "content_block_start", "index": part.number, "content_block": self._block(part, "")}
 
-    def piece(self, index: int, part: Part, text: str) -> dict[str, Any]:
+    def piece(self, part: Part, text: str) -> dict[str, Any]:
         kind, key = {
             "text": ("text_delta", "text"),
             "thought": ("thinking_delta", "thinking"),
             "call": ("input_json_delta", "partial_json"),
         }[part.kind]
-        return {"type": "content_block_delta", "index": index, "delta": {"type": kind, key: text}}
+        return {"type": "content_block_delta", "index": part.number, "delta": {"type": kind, key: text}}
 
-    def ended(self, index: int, part: Part) -> Iterator[dict[str, Any]]:
-        yield {"type": "content_block_stop", "index": index}
+    def ended(self, part: Part) -> Iterator[dict[str, Any]]:
+        yield {"type": "content_block_stop", "index": part.number}
 
-    def finished(self, delta: Completion) -> Iterator[dict[str, Any]]:
-        self._last = delta
+    def closing(self) -> Iterator[dict[str, Any]]:
         yield {"type": "message_delta", "delta": self._stop(), "usage": self._usage()}
         yield {"type": "message_stop"}
 
@@ -244,10 +233,10 @@ class MessagesAnswer(PartsAnswer):
 
     def _message(self) -> dict[str, Any]:
         return {
-            "id": self._header.id,
+            "id": self.header.id,
             "type": "message",
             "role": "assistant",
-            "model": self._header.model,
+            "model": self.header.model,
             "content": [],
             "stop_reason": None,
             "stop_sequence": None,
@@ -298,14 +287,11 @@ def _input(text: str) -> dict[str, Any]:
 
 async def respond(service: Service, body: MessagesRequest) -> Response:
     """Raises `InvalidRequest` or `APIError` for what cannot be answered."""
-    translation = _translated(service, body)
+    translation, tokenizer = _translated(service, body), service.engine.tokenizer
     chat = translation.chat
-    chat.max_tokens, chat.stop = body.max_tokens, body.stop_sequences
+    chat.max_tokens, chat.stop, chat.stream = body.max_tokens, body.stop_sequences, body.stream
     chat.temperature, chat.top_p, chat.top_k = body.temperature, body.top_p, body.top_k
-    tokenizer = service.engine.tokenizer
-    return await translation.respond(
-        service, "msg_", bool(body.stream), lambda header, chat: MessagesAnswer(header, tokenizer, chat)
-    )
+    return await translation.respond(service, lambda chat: MessagesAnswer(service.header("msg_"), tokenizer, chat))
 
 
 async def count_tokens(service: Service, body: CountTokensRequest) -> Response:
@@ -315,22 +301,16 @@ async def count_tokens(service: Service, body: CountTokensRequest) -> Response:
 
 
 def _translated(service: Service, body: CountTokensRequest) -> Translation:
-    service.check_alive()
-    service.check_model(body.model)
-    service.fields.check(body, REFUSED_IN_MESSAGES, MESSAGES_REMEDIES)
-    turns = list(_turns(service.fields, "system", "system", body.system)) if body.system else []
+    turns = list(_turns("system", "system", body.system)) if body.system else []
     for position, message in enumerate(body.messages):
-        service.fields.check(message, {})
-        turns += _turns(service.fields, f"messages[{position}]", message.role, message.content)
+        turns += _turns(f"messages[{position}]", message.role, message.content)
     chat = ChatCompletionRequest(messages=[turn.message() for turn in turns])
     if turns[-1].role == "assistant":  # the answer goes on with it
         if turns[-1].calls:
             raise InvalidRequest("The last message calls tools, and their results are missing.", "messages")
         chat.continue_final_message, chat.add_generation_prompt = True, False
     if body.tools:
-        chat.tools = [_tool(service.fields, f"tools[{i}]", tool) for i, tool in enumerate(body.tools)]
-        if len({tool.name for tool in body.tools}) < len(body.tools):
-            raise InvalidRequest("tools: two tools have the same name.", "tools")
+        chat.tools = [_tool(f"tools[{index}]", tool) for index, tool in enumerate(body.tools)]
     if (choice := body.tool_choice) is not None:
         if (choice.name is not None) != (choice.type == "tool"):
             raise InvalidRequest("tool_choice: a name goes with the type tool, which needs one.", "tool_choice")
@@ -364,23 +344,18 @@ def _think(service: Service, thinking: Thinking, chat: ChatCompletionRequest) ->
         )
 
 
-def _tool(fields: FieldPolicy, path: str, tool: ToolDefinition) -> Tool:
+def _tool(path: str, tool: ToolDefinition) -> Tool:
     if tool.type not in (None, "custom"):
         raise InvalidRequest(
             f"{path}.type: {tool.type[:50]!r} is a tool that the server would have to know, which it does not; only "
             "tools with an input_schema of their own are supported.",
             f"{path}.type",
         )
-    fields.check(tool, _REFUSED_IN_TOOLS)
-    if tool.input_schema is None:
-        raise InvalidRequest(f"{path}.input_schema is missing.", f"{path}.input_schema")
-    function = FunctionDefinition(
-        name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict
-    )
-    return Tool(type="function", function=function)
+    schema = needed(path, "input_schema", tool.input_schema)
+    return function_tool(tool.name, tool.description, schema, tool.strict)
 
 
-def _turns(fields: FieldPolicy, path: str, role: str, content: str | Sequence[Block]) -> Iterator[Turn]:
+def _turns(path: str, role: str, content: str | Sequence[Block]) -> Iterator[Turn]:
     """Of one message: results of tools are turns of their own. Raises `InvalidRequest` for a block that is not
     supported, or not in such a message."""
     turn = Turn(path, role)
@@ -388,7 +363,6 @@ def _turns(fields: FieldPolicy, path: str, role: str, content: str | Sequence[Bl
         turn.texts, content = [content], []
     for index, block in enumerate(content):
         where = f"{path}[{index}]" if path == "system" else f"{path}.content[{index}]"
-        fields.check(block, {})
         match block.type:
             case "text":
                 turn.texts.append(needed(where, "text", block.text))
@@ -399,7 +373,7 @@ def _turns(fields: FieldPolicy, path: str, role: str, content: str | Sequence[Bl
             case "tool_result" if role == "user":
                 if turn.texts:
                     yield turn
-                yield _result(fields, where, block)
+                yield _result(where, block)
                 turn = Turn(path, role)
             case _:
                 raise InvalidRequest(
@@ -410,15 +384,8 @@ def _turns(fields: FieldPolicy, path: str, role: str, content: str | Sequence[Bl
         yield turn
 
 
-def _result(fields: FieldPolicy, path: str, block: Block) -> Turn:
-    content = block.content or ""
-    texts = [content] if isinstance(content, str) else []
-    for index, part in enumerate(() if isinstance(content, str) else content):
-        where = f"{path}.content[{index}]"
-        fields.check(part, {})
-        if part.type != "text":
-            raise InvalidRequest(f"{where}.type: {part.type[:50]!r} is not supported; only text is.", f"{where}.type")
-        texts.append(needed(where, "text", part.text))
+def _result(path: str, block: Block) -> Turn:
+    texts = texts_of(f"{path}.content", block.content or "")
     # The only way to tell the model of an error.
     text = "Error: " * bool(block.is_error) + "\n".join(texts)
     return Turn(path, "tool", [text], answers=needed(path, "tool_use_id", block.tool_use_id))

@@ -2,19 +2,17 @@
 plain dicts that msgspec encodes.
 
 Every optional field of a request takes an explicit null, which means the same as leaving it out. Unknown fields are
-kept (`extra="allow"`) and judged by `fields.FieldPolicy`.
+kept and judged by `fields.FieldPolicy`, but for those of messages and tools, which the chat template sees.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, NamedTuple, NotRequired
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypeVar
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainValidator,
     ValidatorFunctionWrapHandler,
@@ -23,6 +21,13 @@ from pydantic import (
 from typing_extensions import TypedDict  # typing's own will not do for pydantic below Python 3.12
 
 from miniserve.engine.call_reader import FUNCTION_NAME
+from miniserve.server.fields import (
+    REFUSED_IN_CHAT,
+    REFUSED_IN_COMPLETIONS,
+    REFUSED_OF_TOKENIZER,
+    Body,
+    Lenient,
+)
 from miniserve.server.structured import StructuredFields
 
 Prompt = str | list[int]
@@ -95,17 +100,11 @@ def _bias(value: object) -> object:
     return bias
 
 
+T = TypeVar("T")
+ListOf = Annotated[list[T], Field(fail_fast=True)]
 Int = Annotated[int, BeforeValidator(_not_bool), AfterValidator(_int64)]
 Float = Annotated[float, BeforeValidator(_not_bool)]
-Texts = Annotated[list[Text], Field(fail_fast=True), BeforeValidator(_texts, json_schema_input_type=str | list[str])]
-
-
-class Body(BaseModel):
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
-
-    @property
-    def extras(self) -> dict[str, Any]:
-        return self.model_extra or {}
+Texts = Annotated[ListOf[Text], BeforeValidator(_texts, json_schema_input_type=str | list[str])]
 
 
 class StreamOptions(Body):
@@ -134,14 +133,14 @@ class GenerationBody(StructuredFields, Body):
     )
     seed: Int | None = None
     stop: Texts | None = None
-    stop_token_ids: Annotated[list[Int], Field(fail_fast=True)] | None = None
+    stop_token_ids: ListOf[Int] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
-    allowed_token_ids: Annotated[list[Int], Field(fail_fast=True)] | None = None
+    allowed_token_ids: ListOf[Int] | None = None
     bad_words: Texts | None = None
     prompt_logprobs: Int | None = None
-    logprob_token_ids: Annotated[list[Int], Field(fail_fast=True, min_length=1)] | None = None
+    logprob_token_ids: Annotated[ListOf[Int], Field(min_length=1)] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     truncate_prompt_tokens: Int | None = None
@@ -152,11 +151,12 @@ class GenerationBody(StructuredFields, Body):
 
     @property
     def asked_tokens(self) -> tuple[str, int | None]:
-        """The field that says how long the output may be, and what it says."""
         return "max_tokens", self.max_tokens
 
 
 class CompletionRequest(GenerationBody):
+    refused = REFUSED_IN_COMPLETIONS
+
     prompt: Annotated[
         list[Prompt],
         PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
@@ -166,14 +166,18 @@ class CompletionRequest(GenerationBody):
     add_special_tokens: bool | None = None
 
 
-class ContentPart(Body):
+class ContentPart(Lenient):
     type: str
     text: Text | None = None
 
 
-def text_or_list(value: object, parts: ValidatorFunctionWrapHandler) -> Any:
+def _text_or_list(value: object, parts: ValidatorFunctionWrapHandler) -> Any:
     """By hand, as a union would name its branches in errors."""
     return _unicode(value) if isinstance(value, str) else parts(value)
+
+
+OR_TEXT = WrapValidator(_text_or_list, json_schema_input_type=str | list[dict[str, Any]])
+TextOrList = Annotated[ListOf[T], OR_TEXT]
 
 
 Arguments = str | dict[str, Any]
@@ -196,30 +200,22 @@ CalledName = Annotated[Text, Field(min_length=1)]
 CalledArguments = Annotated[dict[str, Any], PlainValidator(_arguments, json_schema_input_type=Arguments | None)]
 
 
-class CalledFunction(Body):
+class CalledFunction(Lenient):
     name: CalledName
     arguments: CalledArguments = Field(default_factory=dict)
 
 
-class MessageToolCall(Body):
+class MessageToolCall(Lenient):
     """A call that the model made earlier."""
 
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class ChatMessage(Body):
+class ChatMessage(Lenient):
     role: Text = Field(min_length=1, max_length=64)
-    # Or a plain text.
-    content: (
-        Annotated[
-            list[ContentPart],
-            Field(fail_fast=True),
-            WrapValidator(text_or_list, json_schema_input_type=str | list[ContentPart]),
-        ]
-        | None
-    ) = None
-    tool_calls: Annotated[list[MessageToolCall], Field(fail_fast=True)] | None = None
+    content: TextOrList[ContentPart] | None = None
+    tool_calls: ListOf[MessageToolCall] | None = None
     function_call: Any = None
 
 
@@ -239,7 +235,7 @@ def _of_an_object(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-class FunctionDefinition(Body):
+class FunctionDefinition(Lenient):
     """`parameters` is the JSON schema of the arguments; with `strict` it is enforced wherever the model calls it."""
 
     name: FunctionName
@@ -248,16 +244,9 @@ class FunctionDefinition(Body):
     strict: bool | None = None
 
 
-class Tool(Body):
+class Tool(Lenient):
     type: Literal["function"]
     function: FunctionDefinition
-
-
-def _tools(tools: list[Tool]) -> list[Tool]:
-    names = [tool.function.name for tool in tools]
-    if len(set(names)) < len(names):
-        raise ValueError(f"two functions have the name {max(names, key=names.count)!r}")
-    return tools
 
 
 class NamedTool(NamedTuple):
@@ -276,18 +265,20 @@ def _tool_choice(value: object) -> str | NamedTool:
 class RenderOptions(Body):
     """What chat and `/tokenize` share: how a conversation is rendered."""
 
-    tools: Annotated[list[Tool], Field(fail_fast=True), AfterValidator(_tools)] | None = None
+    tools: ListOf[Tool] | None = None
     reasoning_effort: Text | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    documents: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    documents: ListOf[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None
 
 
 class ChatCompletionRequest(RenderOptions, GenerationBody):
-    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)]
+    refused = REFUSED_IN_CHAT
+
+    messages: Annotated[ListOf[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Int | None = None
     logprobs: bool | None = None
     top_logprobs: Int | None = None
@@ -307,15 +298,19 @@ class ChatCompletionRequest(RenderOptions, GenerationBody):
 class TokenizeRequest(RenderOptions):
     """Either `prompt` or `messages`."""
 
+    refused = REFUSED_OF_TOKENIZER
+
     model: str | None = None
     prompt: Text | None = None
-    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)] | None = None
+    messages: Annotated[ListOf[ChatMessage], Field(min_length=1)] | None = None
     return_token_strs: bool | None = None
 
 
 class DetokenizeRequest(Body):
+    refused = REFUSED_OF_TOKENIZER
+
     model: str | None = None
-    tokens: Annotated[list[Int], Field(fail_fast=True)]
+    tokens: ListOf[Int]
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------

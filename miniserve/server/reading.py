@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-import msgspec
-
-from miniserve.core import Completion, Grammar, InvalidRequest, Reasoning, SamplingParams
+from miniserve.core import Completion, FinishReason, Grammar, InvalidRequest, Reasoning
 from miniserve.engine.answer_parser import AnswerParser
-from miniserve.engine.call_reader import Event, Thought
+from miniserve.engine.call_reader import CallArguments, CallBegin, CallEnd, Content, Thought
 from miniserve.engine.detokenizer import text_decoder
 from miniserve.engine.reasoning import ReasoningSplit
 from miniserve.engine.tokenizer import Tokenizer
@@ -20,47 +18,63 @@ from miniserve.engine.tool_grammar import call_grammar
 from miniserve.server.protocol import ChatCompletionRequest, NamedTool, Tool
 
 Functions = Mapping[str, Mapping[str, Any]]
+Kind = Literal["thought", "text", "call"]
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """`functions`: the schema of each function's arguments. `hidden`: see `AnswerParser`."""
+    """`functions`: the schema of each function's arguments. `hidden`: the ids of markers that are special tokens, by
+    their texts; see `AnswerParser`."""
 
     reasoning: Reasoning | None = None
     shows_reasoning: bool = True
     dialect: ToolDialect | None = None
     functions: Functions = field(default_factory=dict)
-    hidden: frozenset[str] = frozenset()
+    hidden: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def is_plain(self) -> bool:
         """All text is content."""
         return self.reasoning is None and self.dialect is None
 
-    def params(self, params: SamplingParams, tokenizer: Tokenizer) -> SamplingParams:
-        """With what the engine must know of it."""
-        return msgspec.structs.replace(
-            params,
-            reasoning=self.reasoning,
-            shown_special_tokens=tuple(
-                token_id for text in sorted(self.hidden) if (token_id := tokenizer.special_token_id(text)) is not None
-            ),
-        )
-
     def call_id(self) -> str:
         name = uuid.uuid4().hex
         return name[:9] if self.dialect is not None and self.dialect.short_ids else f"call_{name[:24]}"
 
 
+@dataclass(slots=True)
+class Part:
+    """One of an answer's parts, which come one behind the other. number: among all parts or, of a call, `call_number`
+    among the calls. id: of a call as the model's template takes it. name: of the called function. complete: the answer
+    went on behind the part, or ended by itself; of a call: its end was read. pieces: of its text, where they are kept;
+    a call's is the JSON text of its arguments as the model wrote it."""
+
+    kind: Kind
+    number: int
+    id: str
+    name: str = ""
+    call_number: int = 0
+    complete: bool = False
+    pieces: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+
+Step = tuple[Literal["begin", "text", "end"], Part, str]  # the text is empty but for further text
+
+
 class AnswerReader:
-    """The events of one sequence, delta by delta, and the tokens that were reasoning."""
+    """The parts of one sequence, delta by delta, and the tokens that were reasoning."""
 
     def __init__(self, reading: Reading, tokenizer: Tokenizer) -> None:
         self._reading = reading
-        self._parser = AnswerParser(reading.reasoning, reading.dialect, reading.functions, reading.hidden)
+        self._parser = AnswerParser(reading.reasoning, reading.dialect, reading.functions, frozenset(reading.hidden))
         self._split = None if reading.reasoning is None else ReasoningSplit(reading.reasoning)
         self._decoder = text_decoder(tokenizer, skip_special_tokens=False)
         self._num_tokens = 0  # as far as reasoning may go
+        self.parts: list[Part] = []
 
     @property
     def num_calls(self) -> int:
@@ -70,7 +84,7 @@ class AnswerReader:
     def num_reasoning_tokens(self) -> int:
         return self._num_tokens if self._parser.reasons else 0
 
-    def push(self, delta: Completion) -> list[Event]:
+    def push(self, delta: Completion) -> Iterator[Step]:
         """What a delta brings, and at the last one what was held back."""
         for token_id in delta.token_ids:
             if self._split is None or self._split.over:
@@ -80,7 +94,36 @@ class AnswerReader:
         events = self._parser.push(delta.text)
         if delta.finish_reason is not None:
             events += self._parser.finish()
-        return [event for event in events if self._reading.shows_reasoning or not isinstance(event, Thought)]
+        for event in events:
+            match event:
+                case Thought(text) if self._reading.shows_reasoning:
+                    yield from self._take("thought", text)
+                case Content(text):
+                    yield from self._take("text", text)
+                case CallBegin(number, name):
+                    yield from self._begin("call", self._reading.call_id(), name, number)
+                case CallArguments(_, text):
+                    yield from self._take("call", text)
+                case CallEnd():
+                    self.parts[-1].complete = True
+        if delta.finish_reason is not None:
+            yield from self._end(complete=delta.finish_reason is FinishReason.STOP)
+
+    def _take(self, kind: Kind, text: str) -> Iterator[Step]:
+        if not self.parts or self.parts[-1].kind != kind:
+            yield from self._begin(kind, uuid.uuid4().hex)
+        yield "text", self.parts[-1], text
+
+    def _begin(self, kind: Kind, part_id: str, name: str = "", call_number: int = 0) -> Iterator[Step]:
+        yield from self._end(complete=True)
+        self.parts.append(Part(kind, len(self.parts), part_id, name, call_number))
+        yield "begin", self.parts[-1], ""
+
+    def _end(self, complete: bool) -> Iterator[Step]:
+        if self.parts:
+            part = self.parts[-1]
+            part.complete = part.complete or (complete and part.kind != "call")
+            yield "end", part, ""
 
 
 def reading_of(
@@ -91,15 +134,15 @@ def reading_of(
     tokenizer: Tokenizer,
 ) -> Reading:
     """Of a request that chose `tools`, which the model calls in `dialect`."""
-    marks = {*(dialect.begins if dialect else ()), *(dialect.marks if dialect else ())}
+    marks = {*dialect.begins, *dialect.marks} if dialect else set()
     marks |= {reasoning.begin, reasoning.end} if reasoning else set()
-    special = frozenset(mark for mark in marks if tokenizer.special_token_id(mark) is not None)
+    hidden = {mark: found for mark in sorted(marks) if (found := tokenizer.special_token_id(mark)) is not None}
     return Reading(
         reasoning=reasoning,
         shows_reasoning=body.include_reasoning is not False,
         dialect=dialect,
-        functions=functions_of(body, tools),
-        hidden=special if body.skip_special_tokens is not False else frozenset(),
+        functions=_functions(body, tools),
+        hidden=hidden if body.skip_special_tokens is not False else {},
     )
 
 
@@ -116,11 +159,7 @@ def chosen_tools(body: ChatCompletionRequest) -> list[Tool]:
 
 
 def forced_calls(
-    body: ChatCompletionRequest,
-    dialect: ToolDialect,
-    tools: Sequence[Tool],
-    reasoning: Reasoning | None,
-    tokenizer: Tokenizer,
+    body: ChatCompletionRequest, reading: Reading, tools: Sequence[Tool], tokenizer: Tokenizer
 ) -> Grammar | None:
     """What holds the model to the request's choice, to one call where not several may come, and to the schemas of all
     functions that it must call and of those that are strict. Raises `InvalidRequest` for a schema that cannot be
@@ -128,13 +167,15 @@ def forced_calls(
     must_call = body.tool_choice not in (None, "auto")
     once = isinstance(body.tool_choice, NamedTool) or body.parallel_tool_calls is False
     strict = {tool.function.name for tool in tools if must_call or tool.function.strict}
-    if not (strict or once):
+    if reading.dialect is None or not (strict or once):
         return None
-    schemas = {name: schema if name in strict else None for name, schema in functions_of(body, tools).items()}
-    return call_grammar(dialect, schemas, tokenizer, must_call=must_call, once=once, reasoning=reasoning)
+    schemas = {name: schema if name in strict else None for name, schema in reading.functions.items()}
+    return call_grammar(
+        reading.dialect, schemas, tokenizer, must_call=must_call, once=once, reasoning=reading.reasoning
+    )
 
 
-def functions_of(body: ChatCompletionRequest, tools: Sequence[Tool]) -> Functions:
+def _functions(body: ChatCompletionRequest, tools: Sequence[Tool]) -> Functions:
     """Those that may be called. Without parameters a function takes none."""
     nothing = {"type": "object", "properties": {}, "additionalProperties": False}
     named = body.tool_choice.name if isinstance(body.tool_choice, NamedTool) else None
@@ -146,7 +187,10 @@ def functions_of(body: ChatCompletionRequest, tools: Sequence[Tool]) -> Function
 
 
 def template_tools(tools: Sequence[Tool]) -> list[dict[str, Any]] | None:
-    """As a template sees them. `strict` is for the server."""
+    """As a template sees them. `strict` is for the server. Raises `InvalidRequest` for two of one name."""
+    names = [tool.function.name for tool in tools]
+    if len(set(names)) < len(names):
+        raise InvalidRequest(f"tools: two functions have the name {max(names, key=names.count)!r}.", "tools")
     shown = []
     for tool in tools:
         function = tool.function

@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from miniserve import __version__
 from miniserve.core import Completion, FinishReason, InvalidRequest, SamplingParams, TokenLogprobs
 from miniserve.engine.tokenizer import Tokenizer
+from miniserve.server.config import ServerConfig
 from miniserve.server.errors import APIError, as_api_error, json_response
 from miniserve.server.generation import ClientGone, Generation, while_connected
 from miniserve.server.metrics import RequestMetrics
@@ -70,16 +71,16 @@ class Answer(ABC):
     end: ClassVar[bytes] = b"data: [DONE]\n\n"
 
     def __init__(self, header: Header, tokenizer: Tokenizer, token_ids: Sequence[list[int]]) -> None:
-        self._header = header
+        self.header = header
+        self.token_ids = token_ids  # of each prompt
         self._tokenizer = tokenizer
-        self._token_ids = token_ids  # of each prompt
         self._prompt_tokens = sum(map(len, token_ids))
         self._cached_tokens = [0] * len(token_ids)
         self._completion_tokens = 0
 
     @abstractmethod
     def add(self, number: int, delta: Completion) -> None:
-        """Gather for `whole`; the delta was `count`ed."""
+        """Gather for `whole`."""
 
     @abstractmethod
     def whole(self) -> dict[str, Any]:
@@ -87,7 +88,7 @@ class Answer(ABC):
 
     @abstractmethod
     def events(self, number: int, delta: Completion) -> Iterator[dict[str, Any]]:
-        """Those of one delta. `count`s its tokens before the first event that has some."""
+        """Those of one delta."""
 
     def opening(self) -> Iterable[dict[str, Any]]:
         """The events before any token."""
@@ -111,13 +112,13 @@ class Answer(ABC):
         """The request's line in the log; see `log_request`."""
         text = None
         if with_prompts:
-            text = " | ".join(self._tokenizer.decode(ids[:_LOGGED_TOKENS], False) for ids in self._token_ids)
+            text = " | ".join(self._tokenizer.decode(ids[:_LOGGED_TOKENS], False) for ids in self.token_ids)
             text = text[:_LOGGED_CHARS]
-        log_request(self._header.id, request_id, self._prompt_tokens, sum(self._cached_tokens), records, text)
+        log_request(self.header.id, request_id, self._prompt_tokens, sum(self._cached_tokens), records, text)
 
 
 class ChoicesAnswer(Answer):
-    """Of completions or of chat: one choice for each sequence."""
+    """Of completions or of chat: one choice for each sequence, numbered prompt · n + the sequence's index."""
 
     whole_kind: ClassVar[str]
     chunk_kind: ClassVar[str]
@@ -132,13 +133,11 @@ class ChoicesAnswer(Answer):
         body: GenerationBody,
     ) -> None:
         super().__init__(header, tokenizer, token_ids)
+        self._params = params
+        self._body = body
         options = body.stream_options or StreamOptions()
         self._usage_at_end = bool(options.include_usage)
         self._usage_in_every_chunk = self._usage_at_end and bool(options.continuous_usage_stats)
-        self._per_prompt = params.n
-        self._shows_ids = bool(body.return_token_ids)
-        self._ids_as_names = bool(body.return_tokens_as_token_ids)
-        self._shows_prompt_logprobs = body.prompt_logprobs is not None
         self._prompt_logprobs: dict[int, PromptLogprobs] = {}  # by the prompt
         self._new_ids: defaultdict[int, list[int]] = defaultdict(list)  # generated and not shown yet, by the choice
         self._begun: set[int] = set()  # choices
@@ -160,7 +159,7 @@ class ChoicesAnswer(Answer):
         choices = [{**choice, **self._ids_of(choice["index"])} for choice in self.choices()]
         beside = {} if self.prompt_in_choice else self._about_prompt(0)
         return {
-            **self._header.body(self.whole_kind),
+            **self.header.body(self.whole_kind),
             "choices": self.select(choices),
             "usage": self.usage(),
             **beside,
@@ -175,42 +174,54 @@ class ChoicesAnswer(Answer):
             self._begun.add(index)
             if "role" not in choice.get("delta", ()):
                 choice = {**choice, **self._ids_of(index, with_prompt=is_first)}
-            event = {**self.chunk(choice), **beside}
+            event = {**self._chunk(choice), **beside}
             if self._usage_at_end:
                 event["usage"] = self.usage() if self._usage_in_every_chunk else None
             yield event
 
     def closing(self) -> Iterator[dict[str, Any]]:
         if self._usage_at_end:
-            yield {**self.chunk(), "usage": self.usage()}
-
-    def _ids_of(self, index: int, with_prompt: bool = True) -> dict[str, Any]:
-        """What a choice says of tokens beside its text, where it was asked for."""
-        prompt = self._about_prompt(index // self._per_prompt) if self.prompt_in_choice and with_prompt else {}
-        return {"token_ids": self._new_ids.pop(index, []), **prompt} if self._shows_ids else prompt
-
-    def _about_prompt(self, number: int) -> dict[str, Any]:
-        about: dict[str, Any] = {}
-        if self._shows_ids:
-            about["prompt_token_ids"] = self._token_ids[number]
-        if self._shows_prompt_logprobs:
-            about["prompt_logprobs"] = self._prompt_logprobs.get(number)
-        return about
-
-    def token_name(self, token_id: int) -> str:
-        """How logprobs call a token: by its text or, on demand, by its id, which no two tokens share."""
-        return f"token_id:{token_id}" if self._ids_as_names else self._tokenizer.token_str(token_id)
-
-    def chunk(self, *choices: Mapping[str, Any]) -> dict[str, Any]:
-        """An event; one without choices is for the usage."""
-        return {**self._header.body(self.chunk_kind), "choices": choices}
+            yield {**self._chunk(), "usage": self.usage()}
 
     def count(self, number: int, delta: Completion) -> None:
         super().count(number, delta)
-        if self._shows_ids:
-            self._new_ids[number * self._per_prompt + delta.index] += delta.token_ids
-        if self._shows_prompt_logprobs and delta.prompt_logprobs is not None and number not in self._prompt_logprobs:
+        if self._body.return_token_ids:
+            self._new_ids[self.index(number, delta)] += delta.token_ids
+        if self._body.prompt_logprobs is not None and delta.prompt_logprobs and number not in self._prompt_logprobs:
             self._prompt_logprobs[number] = [self._prompt_logprob(entry) for entry in delta.prompt_logprobs]
+
+    def index(self, number: int, delta: Completion) -> int:
+        """The choice that a delta is of."""
+        return number * self._params.n + delta.index
+
+    def token_name(self, token_id: int) -> str:
+        """How logprobs call a token: by its text or, on demand, by its id, which no two tokens share."""
+        return f"token_id:{token_id}" if self._body.return_tokens_as_token_ids else self._tokenizer.token_str(token_id)
+
+    def usage(self) -> Usage:
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": self._completion_tokens,
+            "total_tokens": self._prompt_tokens + self._completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens)},
+        }
+
+    def _chunk(self, *choices: Mapping[str, Any]) -> dict[str, Any]:
+        """An event; one without choices is for the usage."""
+        return {**self.header.body(self.chunk_kind), "choices": choices}
+
+    def _ids_of(self, index: int, with_prompt: bool = True) -> dict[str, Any]:
+        """What a choice says of tokens beside its text, where it was asked for."""
+        prompt = self._about_prompt(index // self._params.n) if self.prompt_in_choice and with_prompt else {}
+        return {"token_ids": self._new_ids.pop(index, []), **prompt} if self._body.return_token_ids else prompt
+
+    def _about_prompt(self, number: int) -> dict[str, Any]:
+        about: dict[str, Any] = {}
+        if self._body.return_token_ids:
+            about["prompt_token_ids"] = self.token_ids[number]
+        if self._body.prompt_logprobs is not None:
+            about["prompt_logprobs"] = self._prompt_logprobs.get(number)
+        return about
 
     def _prompt_logprob(self, entry: TokenLogprobs | None) -> dict[str, PromptLogprob] | None:
         """The best tokens at a place of the prompt and the one that stands there, by their ids."""
@@ -222,14 +233,6 @@ class ChoicesAnswer(Answer):
             for token_id, logprob, rank in [(entry.token_id, entry.logprob, entry.rank), *best]
         }
 
-    def usage(self) -> Usage:
-        return {
-            "prompt_tokens": self._prompt_tokens,
-            "completion_tokens": self._completion_tokens,
-            "total_tokens": self._prompt_tokens + self._completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens)},
-        }
-
 
 class GenerationResponse(Response):
     """Runs the generation while the client is there, for one JSON body or a stream of events.
@@ -238,10 +241,9 @@ class GenerationResponse(Response):
     So an error that comes later than at once is an event, too.
     """
 
-    def __init__(self, generation: Generation, answer: Answer, *, stream: bool, logs: bool, logs_prompts: bool) -> None:
+    def __init__(self, generation: Generation, answer: Answer, stream: bool, config: ServerConfig) -> None:
         super().__init__()
-        self._logs = logs
-        self._logs_prompts = logs_prompts
+        self._config = config
         self._generation = generation
         self._answer = answer
         self._stream = stream
@@ -260,14 +262,13 @@ class GenerationResponse(Response):
         except ClientGone:
             return
         finally:
-            if self._logs and self._generation.records:
+            if self._config.log_requests and self._generation.records:
                 request_id = scope.get("state", {}).get("request_id", "")
-                self._answer.log(request_id, self._generation.records, self._logs_prompts)
+                self._answer.log(request_id, self._generation.records, self._config.log_prompts)
 
     async def _whole(self, deltas: Deltas) -> Response:
         async with aclosing(deltas):
             async for number, delta in deltas:
-                self._answer.count(number, delta)
                 self._answer.add(number, delta)
         return json_response(self._answer.whole())
 

@@ -4,32 +4,42 @@ request."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, WrapValidator
+from pydantic import AfterValidator, Field, PlainValidator
 from typing_extensions import TypedDict
 
-from miniserve.core import Completion, FinishReason, InvalidRequest
+from miniserve.core import FinishReason, InvalidRequest
 from miniserve.engine.tokenizer import Tokenizer
-from miniserve.server.agents import Part, PartsAnswer, Translation, Turn, called, needed
+from miniserve.server.agents import (
+    PartsAnswer,
+    Translation,
+    Turn,
+    called,
+    function_tool,
+    needed,
+    refused_beside,
+    texts_of,
+)
 from miniserve.server.chat import Chat
 from miniserve.server.errors import APIError, clip
-from miniserve.server.fields import FieldPolicy, refused_beside, remedies_beside
+from miniserve.server.fields import LEAVE_OUT, Body, Exact, refusals
 from miniserve.server.protocol import (
-    Body,
+    OR_TEXT,
     CalledArguments,
     CalledName,
     ChatCompletionRequest,
     Float,
-    FunctionDefinition,
     FunctionName,
     Int,
+    ListOf,
     NamedTool,
     Text,
+    TextOrList,
     Tool,
-    text_or_list,
 )
+from miniserve.server.reading import Part
 from miniserve.server.reply import GenerationResponse, Header
 from miniserve.server.service import Service
 from miniserve.server.structured import JSONSchemaFormat, ResponseFormat
@@ -48,22 +58,17 @@ class Piece(Body):
     prompt_cache_breakpoint: Any = None
 
 
-Pieces = Annotated[
-    list[Piece], Field(fail_fast=True), WrapValidator(text_or_list, json_schema_input_type=str | list[Piece])
-]
-
-
 class Item(Body):
     """A step of the conversation. The fields that it needs depend on its type."""
 
     type: Text = "message"
     role: Literal["user", "assistant", "system", "developer"] | None = None
-    content: Pieces | None = None
+    content: TextOrList[Piece] | None = None
     call_id: Text | None = None
     name: CalledName | None = None
     arguments: CalledArguments | None = None
-    output: Pieces | None = None
-    summary: Annotated[list[Piece], Field(fail_fast=True)] | None = None
+    output: TextOrList[Piece] | None = None
+    summary: ListOf[Piece] | None = None
     encrypted_content: str | None = None
     # Without effect.
     id: str | None = None
@@ -81,6 +86,10 @@ Schema = Annotated[dict[str, Any], AfterValidator(_writable)]
 
 
 class FunctionTool(Body):
+    refused = refusals({
+        LEAVE_OUT: {"defer_loading": (False,), "allowed_callers": (["direct"],), "output_schema": ()}
+    })  # fmt: skip
+
     type: Text
     name: FunctionName | None = None
     description: Text | None = None
@@ -88,11 +97,7 @@ class FunctionTool(Body):
     strict: bool | None = None
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class TextFormat(_Strict):
+class TextFormat(Exact):
     type: Literal["text", "json_object", "json_schema"]
     name: Text | None = None
     description: Text | None = None
@@ -100,12 +105,12 @@ class TextFormat(_Strict):
     strict: bool | None = None
 
 
-class TextConfig(_Strict):
+class TextConfig(Exact):
     format: TextFormat | None = None
     verbosity: Literal["medium"] | None = None
 
 
-class ReasoningConfig(_Strict):
+class ReasoningConfig(Exact):
     """Reasoning is shown as it is, so the most that `summary` can ask for is there."""
 
     effort: Text | None = None
@@ -113,7 +118,7 @@ class ReasoningConfig(_Strict):
     generate_summary: Literal["auto", "detailed"] | None = None
 
 
-class ResponseStreamOptions(_Strict):
+class ResponseStreamOptions(Exact):
     include_obfuscation: Literal[False] | None = None
 
 
@@ -127,13 +132,9 @@ def _tool_choice(value: object) -> str | NamedTool:
 
 class ResponsesRequest(Body):
     model: str | None = None
-    input: Annotated[
-        list[Item],
-        Field(fail_fast=True, min_length=1),
-        WrapValidator(text_or_list, json_schema_input_type=str | list[Item]),
-    ]
+    input: Annotated[ListOf[Item], Field(min_length=1), OR_TEXT]
     instructions: Text | None = None
-    tools: Annotated[list[FunctionTool], Field(fail_fast=True)] | None = None
+    tools: ListOf[FunctionTool] | None = None
     tool_choice: (
         Annotated[str | NamedTool, PlainValidator(_tool_choice, json_schema_input_type=str | dict[str, Any])] | None
     ) = None
@@ -151,13 +152,13 @@ class ResponsesRequest(Body):
     metadata: Annotated[dict[Text, Text], Field(max_length=16)] | None = None
 
 
-_MORE: dict[str, tuple[object, ...]] = {
-    "prompt": (), "max_tool_calls": (), "context_management": ([],), "moderation": (), "top_logprobs": (0,),
-    "background_options": (), "access_programs": (), "image": (), "multi_agent": (),
-}  # fmt: skip
-REFUSED_IN_RESPONSES = refused_beside(ResponsesRequest, _MORE)
-RESPONSES_REMEDIES = remedies_beside(
+ResponsesRequest.refused = refused_beside(
+    ResponsesRequest,
     "max_output_tokens",
+    {
+        "prompt": (), "max_tool_calls": (), "context_management": ([],), "moderation": (), "top_logprobs": (0,),
+        "background_options": (), "access_programs": (), "image": (), "multi_agent": (),
+    },
     {
         "messages": "send it as input",
         "system": "use instructions",
@@ -167,16 +168,13 @@ RESPONSES_REMEDIES = remedies_beside(
         "max_tool_calls": "leave it out; there are no built-in tools",
         "background": "leave it out, and wait for the answer",
     },
-)
+)  # fmt: skip
 _NAMES = {
     "messages": "input",
     "max_tokens": "max_output_tokens",
     "reasoning_effort": "reasoning.effort",
     "response_format": "text.format",
 }
-_REFUSED_IN_TOOLS: dict[str, tuple[object, ...]] = {
-    "defer_loading": (False,), "allowed_callers": (["direct"],), "output_schema": (),
-}  # fmt: skip
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -243,7 +241,6 @@ class ResponsesAnswer(PartsAnswer):
         self._body = body
         self._params = chat.params
         self._serial = -1
-        self._last: Completion | None = None
 
     def whole(self) -> dict[str, Any]:
         return dict(self._response(*self._outcome()))
@@ -252,25 +249,24 @@ class ResponsesAnswer(PartsAnswer):
         for kind in ("created", "in_progress"):
             yield self._event(f"response.{kind}", response=self._response("in_progress"))
 
-    def begun(self, index: int, part: Part) -> Iterator[dict[str, Any]]:
-        yield self._event("response.output_item.added", output_index=index, item=_item(part, "", "in_progress"))
+    def begun(self, part: Part) -> Iterator[dict[str, Any]]:
+        yield self._event("response.output_item.added", output_index=part.number, item=_item(part, "", "in_progress"))
         if part.kind != "call":
-            yield self._about(index, part, "response.content_part.added", part=_content(part, ""))
+            yield self._about(part, "response.content_part.added", part=_content(part, ""))
 
-    def piece(self, index: int, part: Part, text: str) -> dict[str, Any]:
-        return self._about(index, part, f"response.{_WORDS[part.kind]}.delta", delta=text)
+    def piece(self, part: Part, text: str) -> dict[str, Any]:
+        return self._about(part, f"response.{_WORDS[part.kind]}.delta", delta=text)
 
-    def ended(self, index: int, part: Part) -> Iterator[dict[str, Any]]:
+    def ended(self, part: Part) -> Iterator[dict[str, Any]]:
         text = part.text
-        key = "arguments" if part.kind == "call" else "text"
-        beside = {"name": part.name} if part.kind == "call" else {}
-        yield self._about(index, part, f"response.{_WORDS[part.kind]}.done", **{key: text}, **beside)
-        if part.kind != "call":
-            yield self._about(index, part, "response.content_part.done", part=_content(part, text))
-        yield self._event("response.output_item.done", output_index=index, item=_item(part, text))
+        if part.kind == "call":
+            yield self._about(part, "response.function_call_arguments.done", arguments=text, name=part.name)
+        else:
+            yield self._about(part, f"response.{_WORDS[part.kind]}.done", text=text)
+            yield self._about(part, "response.content_part.done", part=_content(part, text))
+        yield self._event("response.output_item.done", output_index=part.number, item=_item(part, text))
 
-    def finished(self, delta: Completion) -> Iterator[dict[str, Any]]:
-        self._last = delta
+    def closing(self) -> Iterator[dict[str, Any]]:
         status, reason = self._outcome()
         yield self._event(f"response.{status}", response=self._response(status, reason))
 
@@ -282,13 +278,13 @@ class ResponsesAnswer(PartsAnswer):
         self._serial += 1
         return {"type": kind, "sequence_number": self._serial, **fields}
 
-    def _about(self, index: int, part: Part, kind: str, /, **fields: Any) -> dict[str, Any]:
+    def _about(self, part: Part, kind: str, /, **fields: Any) -> dict[str, Any]:
         """An event of a part. Of calls there are no contents, and of texts alone logprobs, of which there are none."""
         if part.kind != "call":
             fields["content_index"] = 0
         if kind.startswith("response.output_text."):
             fields["logprobs"] = []
-        return self._event(kind, item_id=_item_id(part), output_index=index, **fields)
+        return self._event(kind, item_id=_item_id(part), output_index=part.number, **fields)
 
     def _outcome(self) -> tuple[Literal["completed", "incomplete"], dict[str, str] | None]:
         if self._last is not None and self._last.finish_reason is not FinishReason.STOP:
@@ -306,14 +302,14 @@ class ResponsesAnswer(PartsAnswer):
         effort = body.reasoning.effort if body.reasoning else None
         choice = body.tool_choice or "auto"
         return {
-            "id": self._header.id,
+            "id": self.header.id,
             "object": "response",
-            "created_at": self._header.created,
+            "created_at": self.header.created,
             "status": status,
             "error": error,
             "incomplete_details": incomplete,
-            "model": self._header.model,
-            "output": [] if running else [_item(part, part.text) for part in self._parts],
+            "model": self.header.model,
+            "output": [] if running else [_item(part, part.text) for part in self._reader.parts],
             "usage": None if running else self._usage(),
             "store": False,
             "instructions": body.instructions,
@@ -386,32 +382,26 @@ def _shown(tool: FunctionTool) -> dict[str, Any]:
 
 async def respond(service: Service, body: ResponsesRequest) -> GenerationResponse:
     """Raises `InvalidRequest` or `APIError` for what cannot be answered."""
-    service.check_alive()
-    service.check_model(body.model)
-    service.fields.check(body, REFUSED_IN_RESPONSES, RESPONSES_REMEDIES)
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options is only allowed when stream is true.", "stream_options")
     tokenizer = service.engine.tokenizer
-    return await _translated(service.fields, body).respond(
-        service, "resp_", bool(body.stream), lambda header, chat: ResponsesAnswer(header, tokenizer, chat, body)
+    return await _translated(body).respond(
+        service, lambda chat: ResponsesAnswer(service.header("resp_"), tokenizer, chat, body)
     )
 
 
-def _translated(fields: FieldPolicy, body: ResponsesRequest) -> Translation:
+def _translated(body: ResponsesRequest) -> Translation:
     turns = [Turn("instructions", "system", [body.instructions])] if body.instructions else []
     if isinstance(body.input, str):
         turns.append(Turn("input", "user", [body.input]))
     else:
         for index, item in enumerate(body.input):
-            fields.check(item, {})
-            _add(fields, f"input[{index}]", item, turns)
+            _add(f"input[{index}]", item, turns)
     chat = ChatCompletionRequest(messages=[turn.message() for turn in turns])
     chat.max_tokens, chat.temperature, chat.top_p = body.max_output_tokens, body.temperature, body.top_p
-    chat.tool_choice, chat.parallel_tool_calls = body.tool_choice, body.parallel_tool_calls
+    chat.tool_choice, chat.parallel_tool_calls, chat.stream = body.tool_choice, body.parallel_tool_calls, body.stream
     if body.tools:
-        chat.tools = [_tool(fields, f"tools[{index}]", tool) for index, tool in enumerate(body.tools)]
-        if len({tool.name for tool in body.tools}) < len(body.tools):
-            raise InvalidRequest("tools: two functions have the same name.", "tools")
+        chat.tools = [_tool(f"tools[{index}]", tool) for index, tool in enumerate(body.tools)]
     if body.reasoning is not None:
         chat.reasoning_effort = body.reasoning.effort
     if body.text is not None and (given := body.text.format) is not None:
@@ -424,23 +414,16 @@ def _translated(fields: FieldPolicy, body: ResponsesRequest) -> Translation:
     return Translation(chat, _NAMES, turns)
 
 
-def _tool(fields: FieldPolicy, path: str, tool: FunctionTool) -> Tool:
+def _tool(path: str, tool: FunctionTool) -> Tool:
     if tool.type != "function":
         raise InvalidRequest(
             f"{path}.type: there are no built-in tools here, such as {tool.type[:50]!r}; only functions.",
             f"{path}.type",
         )
-    fields.check(tool, _REFUSED_IN_TOOLS)
-    function = FunctionDefinition(
-        name=needed(path, "name", tool.name),
-        description=tool.description,
-        parameters=tool.parameters,
-        strict=tool.strict,
-    )
-    return Tool(type="function", function=function)
+    return function_tool(needed(path, "name", tool.name), tool.description, tool.parameters, tool.strict)
 
 
-def _add(fields: FieldPolicy, path: str, item: Item, turns: list[Turn]) -> None:
+def _add(path: str, item: Item, turns: list[Turn]) -> None:
     """Reasoning, text and calls that the model gave one behind the other are one turn. Raises `InvalidRequest` for an
     item that is not supported."""
     last = turns[-1] if turns and turns[-1].role == "assistant" else None
@@ -449,10 +432,10 @@ def _add(fields: FieldPolicy, path: str, item: Item, turns: list[Turn]) -> None:
             role = needed(path, "role", item.role)
             if role != "assistant" or last is None or (last.texts and not last.calls):
                 turns.append(Turn(path, role))
-            turns[-1].texts += _texts(fields, f"{path}.content", needed(path, "content", item.content))
+            turns[-1].texts += texts_of(f"{path}.content", needed(path, "content", item.content), _TEXTS)
         case "reasoning":
-            texts = _texts(fields, f"{path}.content", item.content or [])
-            texts = texts or _texts(fields, f"{path}.summary", item.summary or [])
+            texts = texts_of(f"{path}.content", item.content or [], _TEXTS)
+            texts = texts or texts_of(f"{path}.summary", item.summary or [], _TEXTS)
             if not texts and item.encrypted_content:
                 raise InvalidRequest(
                     f"{path}.encrypted_content: what another server has encrypted cannot be read here; leave the item "
@@ -466,20 +449,7 @@ def _add(fields: FieldPolicy, path: str, item: Item, turns: list[Turn]) -> None:
             arguments = needed(path, "arguments", item.arguments)
             turns[-1].calls.append(called(path, needed(path, "call_id", item.call_id), item.name, arguments))
         case "function_call_output":
-            text = "\n".join(_texts(fields, f"{path}.output", needed(path, "output", item.output)))
+            text = "\n".join(texts_of(f"{path}.output", needed(path, "output", item.output), _TEXTS))
             turns.append(Turn(path, "tool", [text], answers=needed(path, "call_id", item.call_id)))
         case _:
             raise InvalidRequest(f"{path}.type: an item of type {item.type[:50]!r} is not supported.", f"{path}.type")
-
-
-def _texts(fields: FieldPolicy, path: str, content: str | Sequence[Piece]) -> list[str]:
-    if isinstance(content, str):
-        return [content]
-    texts = []
-    for index, piece in enumerate(content):
-        where = f"{path}[{index}]"
-        fields.check(piece, {})
-        if piece.type not in _TEXTS:
-            raise InvalidRequest(f"{where}.type: {piece.type[:50]!r} is not supported; only text is.", f"{where}.type")
-        texts.append(needed(where, "text", piece.text))
-    return texts

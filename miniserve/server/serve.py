@@ -25,7 +25,8 @@ from miniserve.core import UserError
 from miniserve.engine.replicas import Engine
 from miniserve.server.app import create_app
 from miniserve.server.config import ServerConfig
-from miniserve.server.connection import Connection, Guard, RequestIdMiddleware
+from miniserve.server.connection import Connection, Guard
+from miniserve.server.gate import RequestIdMiddleware
 from miniserve.server.process import exit_at_once, on_signals
 from miniserve.server.steps import ProgressLine
 

@@ -16,11 +16,12 @@ from miniserve.engine.replicas import Engine
 from miniserve.scheduler.limits import check_request, too_long
 from miniserve.server.config import ServerConfig
 from miniserve.server.errors import APIError
-from miniserve.server.fields import FieldPolicy, SamplingRules
+from miniserve.server.fields import Body, FieldPolicy
 from miniserve.server.generation import Generation, Turns
 from miniserve.server.metrics import ServerMetrics
 from miniserve.server.protocol import GenerationBody
 from miniserve.server.reply import Answer, GenerationResponse, Header
+from miniserve.server.sampling import SamplingRules
 from miniserve.server.structured import find_grammar
 
 T = TypeVar("T")
@@ -39,7 +40,7 @@ class Service:
         # As many more than run as keep the engine from ever waiting for the next.
         self.turns = Turns(2 * engine.info.max_num_seqs * len(engine.engines), config.max_queue, config.max_prompts)
         self.metrics = ServerMetrics(engine, self.turns, self.model_names[0])
-        self.fields = FieldPolicy(config.strict_fields)
+        self._fields = FieldPolicy(config.strict_fields)
         self.rules = SamplingRules(engine.generation_defaults.sampling, engine.info.vocab_size, engine.tokenizer)
         self._long = ThreadPoolExecutor(2, "long-text")
         self._very_long = ThreadPoolExecutor(1, "very-long-text")
@@ -47,6 +48,12 @@ class Service:
 
     def header(self, prefix: str) -> Header:
         return Header(f"{prefix}{uuid.uuid4().hex}", int(time.time()), self.model_names[0])
+
+    def admit(self, body: Body) -> None:
+        """What is checked of every request. Raises `APIError` 404 for a model that there is not, and `InvalidRequest`
+        for fields that would be ignored."""
+        self.check_model(getattr(body, "model", None))
+        self._fields.check(body)
 
     def check_model(self, name: str | None) -> None:
         """Raises `APIError` 404. No name means the one model there is."""
@@ -59,16 +66,15 @@ class Service:
                 code="model_not_found",
             )
 
-    async def generation(
-        self, prompts: Sequence[list[int]], params: SamplingParams, body: GenerationBody, header: Header
-    ) -> Generation:
-        """All that can be wrong with the prompts is found before any runs. Raises `InvalidRequest`; also where more
-        output is asked for than the context can hold, which `check_request` would clamp."""
+    async def respond(self, answer: Answer, params: SamplingParams, body: GenerationBody) -> GenerationResponse:
+        """All that can be wrong with the answer's prompts is found before any runs. Raises `InvalidRequest`, also where
+        more output is asked for than the context can hold, which `check_request` would clamp; `APIError` 503."""
+        self.check_alive()
         info, (field, asked) = self.engine.info, body.asked_tokens
         requests = []
-        for number, ids in enumerate(prompts):
+        for number, ids in enumerate(answer.token_ids):
             request = Request(
-                request_id=f"{header.id}-{number}",
+                request_id=f"{answer.header.id}-{number}",
                 prompt_token_ids=ids,
                 params=params,
                 priority=body.priority or 0,
@@ -85,11 +91,8 @@ class Service:
                 )
             if number % 32 == 31:
                 await asyncio.sleep(0)  # other requests' tokens go on flowing
-        return Generation(self.engine, self.metrics, self.turns, requests, params)
-
-    def reply(self, generation: Generation, answer: Answer, stream: bool) -> GenerationResponse:
-        logs, logs_prompts = self.config.log_requests, self.config.log_prompts
-        return GenerationResponse(generation, answer, stream=stream, logs=logs, logs_prompts=logs_prompts)
+        generation = Generation(self.engine, self.metrics, self.turns, requests, params)
+        return GenerationResponse(generation, answer, bool(body.stream), self.config)
 
     async def check_grammar(self, body: GenerationBody) -> None:
         """Raises `InvalidRequest` naming the field for what the output cannot be made to be. Takes a second at most,

@@ -5,15 +5,10 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from miniserve.core import Grammar, InvalidRequest
-
-
-class _Strict(BaseModel):
-    """Any other key is an error: it would be meant to change the output."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+from miniserve.server.fields import Exact
 
 
 def _object(value: object) -> object:
@@ -30,7 +25,7 @@ Schema = Annotated[dict[str, Any], BeforeValidator(_object, json_schema_input_ty
 Choices = Annotated[list[str], Field(min_length=1)]
 
 
-class JSONSchemaFormat(_Strict):
+class JSONSchemaFormat(Exact):
     name: str | None = None
     description: str | None = None
     # Enforced either way, so `strict` is not looked at.
@@ -38,13 +33,13 @@ class JSONSchemaFormat(_Strict):
     json_schema: dict[str, Any] = Field(alias="schema")
 
 
-class TagFormat(_Strict):
+class TagFormat(Exact):
     begin: str
     json_schema: dict[str, Any] = Field(alias="schema")
     end: str
 
 
-class StructuralTagFormat(_Strict):
+class StructuralTagFormat(Exact):
     type: Literal["structural_tag"] = "structural_tag"
     structures: Annotated[list[TagFormat], Field(min_length=1)]
     triggers: Annotated[list[str], Field(min_length=1)]
@@ -53,14 +48,14 @@ class StructuralTagFormat(_Strict):
 TagsOrText = Annotated[StructuralTagFormat, BeforeValidator(_object, json_schema_input_type=StructuralTagFormat | str)]
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Exact):
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JSONSchemaFormat | None = None
     structures: list[TagFormat] | None = None
     triggers: list[str] | None = None
 
 
-class StructuredOutputs(_Strict):
+class StructuredOutputs(Exact):
     """One of them."""
 
     json_schema: Schema | None = Field(None, alias="json")
@@ -68,10 +63,7 @@ class StructuredOutputs(_Strict):
     choice: Choices | None = None
     grammar: str | None = None
     json_object: bool | None = None
-    structural_tag: (
-        Annotated[StructuralTagFormat, BeforeValidator(_object, json_schema_input_type=StructuralTagFormat | str)]
-        | None
-    ) = None
+    structural_tag: TagsOrText | None = None
 
 
 class StructuredFields(BaseModel):
@@ -88,72 +80,57 @@ class StructuredFields(BaseModel):
 
 def find_grammar(body: StructuredFields) -> tuple[str, Grammar] | None:
     """The field and what it says. Raises `InvalidRequest` where several say something."""
-    found = [*_response_format(body.response_format), *_structured_outputs(body.structured_outputs)]
-    guided = StructuredOutputs(
-        json=body.guided_json,
-        regex=body.guided_regex,
-        choice=body.guided_choice,
-        grammar=body.guided_grammar,
-        json_object=body.guided_json_object,
-    )
-    found += [(f"guided_{name}", grammar) for name, grammar in _each(guided)]
+    found = []
+    if body.response_format is not None and (grammar := _response_format(body.response_format)) is not None:
+        found.append(("response_format", grammar))
+    if (outputs := body.structured_outputs) is not None:
+        kinds = {info.alias or name: getattr(outputs, name) for name, info in StructuredOutputs.model_fields.items()}
+        said = [(f"structured_outputs.{kind}", _grammar(kind, value)) for kind, value in kinds.items() if _says(value)]
+        if not said:
+            raise InvalidRequest(
+                "structured_outputs says nothing; leave it out or give it one of json, regex, choice, "
+                "grammar, json_object, structural_tag.",
+                "structured_outputs",
+            )
+        found += said
+    for field in StructuredFields.model_fields:
+        if field.startswith("guided_") and _says(value := getattr(body, field)):
+            found.append((field, _grammar(field.removeprefix("guided_"), value)))
     if len(found) > 1:
         names = " and ".join(name for name, _ in found)
         raise InvalidRequest(f"Only one field may say what the output must be, not {names}.", found[1][0])
     return found[0] if found else None
 
 
-def _response_format(asked: ResponseFormat | None) -> list[tuple[str, Grammar]]:
-    if asked is None:
-        return []
-    param = "response_format"
+def _says(value: object) -> bool:
+    return value is not None and value is not False
+
+
+def _response_format(asked: ResponseFormat) -> Grammar | None:
     tags = asked.structures is not None or asked.triggers is not None
     if (asked.json_schema is not None) != (asked.type == "json_schema") or tags != (asked.type == "structural_tag"):
         raise InvalidRequest(
-            f"{param}: json_schema goes with the type json_schema, and structures and triggers with structural_tag; "
-            f"the type is {asked.type}.",
-            param,
+            "response_format: json_schema goes with the type json_schema, and structures and triggers with "
+            f"structural_tag; the type is {asked.type}.",
+            "response_format",
         )
     if asked.json_schema is not None:
-        return [(param, Grammar("json_schema", json.dumps(asked.json_schema.json_schema)))]
-    if tags:
-        return [(param, _structural(asked.structures or [], asked.triggers or []))]
-    return [] if asked.type == "text" else [(param, _ANY_OBJECT)]
+        return _grammar("json", asked.json_schema.json_schema)
+    return None if asked.type == "text" else _grammar(asked.type, asked)
 
 
-def _structured_outputs(asked: StructuredOutputs | None) -> list[tuple[str, Grammar]]:
-    if asked is None:
-        return []
-    found = [(f"structured_outputs.{name}", grammar) for name, grammar in _each(asked)]
-    if not found:
-        raise InvalidRequest(
-            "structured_outputs says nothing; leave it out or give it one of json, regex, choice, "
-            "grammar, json_object, structural_tag.",
-            "structured_outputs",
-        )
-    return found
-
-
-_ANY_OBJECT = Grammar("json_schema", '{"type": "object"}')
-
-
-def _each(asked: StructuredOutputs) -> list[tuple[str, Grammar]]:
-    found = []
-    if asked.json_schema is not None:
-        found.append(("json", Grammar("json_schema", json.dumps(asked.json_schema))))
-    if asked.regex is not None:
-        found.append(("regex", Grammar("regex", asked.regex)))
-    if asked.choice is not None:
-        found.append(("choice", Grammar("choice", json.dumps(asked.choice))))
-    if asked.grammar is not None:
-        found.append(("grammar", Grammar("grammar", asked.grammar)))
-    if asked.json_object:
-        found.append(("json_object", _ANY_OBJECT))
-    if asked.structural_tag is not None:
-        found.append(("structural_tag", _structural(asked.structural_tag.structures, asked.structural_tag.triggers)))
-    return found
-
-
-def _structural(structures: list[TagFormat], triggers: list[str]) -> Grammar:
-    tags = [{"begin": tag.begin, "schema": tag.json_schema, "end": tag.end} for tag in structures]
-    return Grammar("structural_tag", json.dumps({"tags": tags, "triggers": triggers}))
+def _grammar(kind: str, value: Any) -> Grammar:
+    """`kind`: a field of `StructuredOutputs`, by its name in requests."""
+    match kind:
+        case "json":
+            return Grammar("json_schema", json.dumps(value))
+        case "json_object":
+            return Grammar("json_schema", '{"type": "object"}')
+        case "choice":
+            return Grammar("choice", json.dumps(value))
+        case "structural_tag":
+            tags = [tag.model_dump(by_alias=True) for tag in value.structures or ()]
+            return Grammar("structural_tag", json.dumps({"tags": tags, "triggers": value.triggers or []}))
+        case "regex":
+            return Grammar("regex", value)
+    return Grammar("grammar", value)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from attention_reference import Layer
@@ -19,8 +20,9 @@ from real_aiter import make_importable
 
 from miniserve.attention.aiter import Aiter
 from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.backends.rope_write import RopeWriter
+from miniserve.attention.backends.rocm_unified import UnifiedBackend
 from miniserve.attention.layouts import LAYOUTS, KVCache, KVLayout
+from miniserve.attention.metadata import StepBatch
 from miniserve.attention.platform import NAMED_PLATFORMS
 from miniserve.attention.spec import AttentionSpec, LatentDims, QKRope
 from miniserve.attention.terms import LayerRoute
@@ -119,11 +121,12 @@ def check_call(write: Callable[..., Any], layout_name: str, dtype: torch.dtype, 
         max_seq_len=64,
     )
     aiter = Aiter(**dict.fromkeys(Aiter.__dataclass_fields__) | {"fused_qk_rope_reshape_and_cache": write})
-    writer = RopeWriter(layout, aiter, options)
+    with patch("miniserve.attention.aiter.load", lambda: aiter):
+        backend = UnifiedBackend(layout, options)
     qkv, slots = inputs.tensor(tokens, heads + 2 * kv_heads, head_dim), inputs.slots(tokens, num_blocks, block_size)
     cos_sin = inputs.table(head_dim)[:tokens]
-    q, k, v = writer.rope_and_split(
-        layer, qkv.flatten(1), QKRope(cos_sin, None, None, 0.0), cache, slots, writer.token_ids(slots), keep_k=True
+    q, k, v = backend.rope_and_write(
+        layer, qkv.flatten(1), QKRope(cos_sin, None, None, 0.0), cache, backend.build(StepBatch(slots))
     )
     kept, (raw_q, raw_k, raw_v) = slots >= 0, qkv.split((heads, kv_heads, kv_heads), dim=1)
     assert torch.equal(q, rope(raw_q, cos_sin))

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.build import build_backend
-from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.metadata import QueryRows, StepBatch
 from miniserve.attention.select import Choice, select
 from miniserve.attention.spec import AttentionSpec
@@ -31,16 +30,8 @@ CU_NUM = 4  # from 9 heads in a step on, the ASM kernel's turn would come
 FP8_TOLERANCE = {"gfx942": 8e-2, "gfx950": 15e-2}
 
 
-def build(step: Step, choice: Choice, specs: tuple[AttentionSpec, ...] = (), **changes: Any) -> Backend[Any]:
-    options = BackendOptions(
-        specs=specs or (step.layer.spec,),
-        routes=choice.routes,
-        platform=emulated_platform(),
-        device=torch.device("cpu"),
-        max_rows=64,
-        max_seq_len=600,
-    )
-    backend = build_backend(choice, step.layout.block_size, options)
+def build(choice: Choice, **changes: Any) -> Backend[Any]:
+    backend = build_backend(choice, choice.options(torch.device("cpu"), 64, 600))
     for name, value in changes.items():
         setattr(backend, name, value)
     return backend
@@ -98,7 +89,7 @@ def test_what_is_allowed_is_right(
             return
         step = make_step((spec, block_size, *rest), layout, seed, scales)
         fp8 = spec.kv_dtype.itemsize == 1
-        made = build(step, choice, context_tokens=context_tokens)
+        made = build(choice, context_tokens=context_tokens)
         tolerance = FP8_TOLERANCE[arch] if fp8 else TOLERANCE[spec.dtype]
         step.check(made, tolerance)
         if not step.batch.chunks:
@@ -132,7 +123,7 @@ def test_the_asm_kernel_takes_over_above_the_switch(arch: str, fp8: bool) -> Non
     ):
         with stand_in(arch, cu_num=32) as module:
             step = decode_step(spec, lengths)
-            made = build(step, chosen(spec, "ROCM_AITER_FA", "shuffled"))
+            made = build(chosen(spec, "ROCM_AITER_FA", "shuffled"))
             (step.padded(padding) if padding else step).check(made, FP8_TOLERANCE[arch])
             decodes = [call for call in module._standin.calls if call.function.startswith("pa")]
             assert {call.route for call in decodes} == {route}, lengths
@@ -156,7 +147,7 @@ def test_who_turns_and_writes(backend: str, layout: str, change: dict[str, Any],
         choice = chosen(spec, backend, layout)
         assert choice.routes[0].write == write
         step = make_step((spec, 16, [(20, 1), (60, 20), (0, 9)], 1), layout, 3, (0.5, 0.25))
-        step.check(build(step, choice), FP8_TOLERANCE["gfx942"])
+        step.check(build(choice), FP8_TOLERANCE["gfx942"])
         writers = {call.function for call in module._standin.calls if "cache" in call.function}
         assert writers == {name for name in (choice.routes[0].write,) if not name.startswith("triton")}
 
@@ -180,7 +171,7 @@ def test_gluon_takes_what_hip_and_asm_cannot(arch: str, change: dict[str, Any], 
             assert [route.decode for route in choice.routes] == [decode, "pa_decode_gluon"]
             step = decode_step(specs[0], [1, 16, 17, 34, 300, 256])
             for rows in (step, step.padded()):
-                rows.check(build(step, choice, specs=specs), FP8_TOLERANCE[arch])
+                rows.check(build(choice), FP8_TOLERANCE[arch])
             assert {c.function for c in module._standin.calls if c.function.startswith(("pa", "uni"))} == {decode}
 
 
@@ -202,7 +193,7 @@ def test_every_length_around_a_partition_of_256(arch: str, fp8: bool) -> None:
             for rows, num_decodes in ((decodes, 41), (right, 26), ([(0, 1), *chunks, (0, 1)], 1)):
                 step = make_step((spec, 16, rows, num_decodes), layout, 3, (0.5, 0.25))
                 for each in (step,) if step.batch.chunks else (step, step.padded()):
-                    each.check(build(step, choice), FP8_TOLERANCE[arch] if fp8 else TOLERANCE[BF16])
+                    each.check(build(choice), FP8_TOLERANCE[arch] if fp8 else TOLERANCE[BF16])
             asm = {call.route for call in module._standin.calls} & {"asm"}
             assert bool(asm) == ((backend, layout) == ("ROCM_AITER_FA", "shuffled"))
 
@@ -219,7 +210,7 @@ def test_padding_rows_are_not_written(arch: str, write: dict[str, Any]) -> None:
             except UserError:
                 continue
             step = decode_step(spec, [40, 1, 17, 256, 8], layout)
-            made = build(step, choice)
+            made = build(choice)
             step.run(made)
             before = step.cache.key.clone(), step.cache.value.clone()
             step.padded().check(made, TOLERANCE[BF16])
@@ -240,7 +231,7 @@ def test_what_fp8_cannot_hold_is_limited_by_every_writer(arch: str) -> None:
                 step = decode_step(spec, [3, 1], layout)
                 v = step.v * 1e4
                 qkv = torch.cat([step.qkv[:, : -v[0].numel()], v.flatten(1)], dim=1)
-                replace(step, v=v, qkv=qkv).run(build(step, choice))
+                replace(step, v=v, qkv=qkv).run(build(choice))
                 assert float(step.cache.value.float().abs().max()) == torch.finfo(fp8).max, (backend, layout)
 
 
@@ -256,7 +247,7 @@ def test_every_field_of_the_metadata_is_read(backend: str) -> None:
             choice = select(specs, emulated_platform(), block_size=16, backend=backend, layout=layout)
             step = make_step((spec, 16, [(20, 1), (60, 20), (0, 9)], 1), layout, 3)
             step = replace(step, layer=replace(step.layer, layer_index=index))
-            made = build(step, choice, specs=specs)
+            made = build(choice)
             meta = Watched(made.build(step.batch), read, known)
             step.attend(made, meta)
     assert known

@@ -14,7 +14,7 @@ from miniserve.core import SamplingParams
 from miniserve.llm import LLM
 
 MODEL = str(Path(miniserve.__file__).parent / "assets" / "tiny-deepseek")
-COUNT, CU_NUM = 24, 16
+COUNT, CU_NUM = 8, 6  # more rows than workgroups: a workgroup has several, and some rows are split
 
 
 def generate(calls: list[object], **options: str) -> list[str]:
@@ -41,7 +41,12 @@ def reference() -> list[str]:
 
 @pytest.mark.parametrize(
     ("arch", "kv_cache_dtype", "backend"),
-    [*product(["gfx942", "gfx950"], ["auto", "fp8"], ["auto", "TRITON_MLA"])],
+    [
+        *product(["gfx942", "gfx950"], ["auto", "fp8"], ["auto"]),
+        # The engine's own kernels: to them the GPUs differ in their fp8 alone.
+        ("gfx950", "auto", "TRITON_MLA"),
+        ("gfx942", "fp8", "TRITON_MLA"),
+    ],
 )
 def test_the_problems_are_solved(arch: str, kv_cache_dtype: str, backend: str, reference: list[str]) -> None:
     with stand_in(arch, CU_NUM) as module:

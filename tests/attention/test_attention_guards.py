@@ -22,12 +22,9 @@ from engine_support import stand_in
 
 import miniserve
 from miniserve.attention import aiter as adapter
-from miniserve.attention.backends.aiter_calls import AiterCalls
 from miniserve.attention.backends.build import build_backend
-from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.rocm_aiter_fa import FlashBackend
 from miniserve.attention.contracts import CONTRACTS
-from miniserve.attention.layouts import LAYOUTS
 from miniserve.attention.metadata import StepBatch, decode_rows
 from miniserve.attention.platform import NAMED_PLATFORMS, Platform
 from miniserve.attention.routes import least_asm_rows
@@ -62,18 +59,9 @@ def refused(spec: AttentionSpec, backend: str, layout: str, block_size: int = 16
 
 
 def flash_backend(step: Step, *, trust_asm_lengths: bool = False) -> FlashBackend:
-    platform = emulated_platform()
-    choice = choose(step.layer.spec, "ROCM_AITER_FA", step.layout.name, on=platform)
-    options = BackendOptions(
-        specs=(step.layer.spec,),
-        routes=choice.routes,
-        platform=platform,
-        device=torch.device("cpu"),
-        max_rows=16,
-        max_seq_len=512,
-        trust_asm_lengths=trust_asm_lengths,
-    )
-    return FlashBackend(step.layout, options)
+    choice = choose(step.layer.spec, "ROCM_AITER_FA", step.layout.name, on=emulated_platform())
+    options = choice.options(torch.device("cpu"), 16, 512)
+    return FlashBackend(step.layout, replace(options, trust_asm_lengths=trust_asm_lengths))
 
 
 def decode_step(spec: AttentionSpec, lengths: list[int], layout: str = "shuffled") -> Step:
@@ -216,13 +204,9 @@ def test_19_every_kernel_is_called_before_a_request_is(kv_dtype: torch.dtype) ->
     spec, device = replace(SPEC, kv_dtype=kv_dtype), torch.device("cpu")
     for name, layout in (("ROCM_ATTN", "shuffled"), *product(("ROCM_AITER_FA", "ROCM_AITER_UNIFIED_ATTN"), BOTH)):
         with stand_in("gfx942", 4) as module:
-            platform = emulated_platform()
-            choice = choose(spec, name, layout, on=platform)
-            options = BackendOptions(
-                specs=(spec,), routes=choice.routes, platform=platform, device=device, max_rows=16, max_seq_len=512
-            )
-            cache = LAYOUTS[layout](16).allocate(spec, 200, device)
-            check_backend(choice, 16, options, [made_up_layer(spec, device)], [cache])
+            choice = choose(spec, name, layout, on=emulated_platform())
+            cache = choice.kv_layout.allocate(spec, 200, device)
+            check_backend(choice, choice.options(device, 16, 512), [made_up_layer(spec, device)], [cache])
             called = {call.function for call in module._standin.calls}
             (route,) = choice.routes
             assert {k for k in astuple(route) if not k.startswith("triton")} <= called
@@ -261,7 +245,7 @@ def test_22_slots_are_int64_and_one_a_token(layout: str) -> None:
         real = adapter.load()
         write = watched(real.fused_qk_rope_reshape_and_cache, 5)
         backend = flash_backend(step)
-        backend._writer._calls = AiterCalls(replace(real, fused_qk_rope_reshape_and_cache=write), step.layout)
+        backend._aiter = replace(real, fused_qk_rope_reshape_and_cache=write)
         step.check(backend)
     assert seen == [(torch.int64, 30, 30)]
 
@@ -337,18 +321,10 @@ class TestGuard25:
 
 
 def all_backends(step: Step) -> list[Any]:
-    platform, built = emulated_platform(), []
+    built = []
     for name in ("ROCM_ATTN", "ROCM_AITER_FA", "ROCM_AITER_UNIFIED_ATTN", "ROCM_AITER_GLUON", "TRITON_ATTN"):
-        choice = choose(step.layer.spec, name, step.layout.name, on=platform)
-        options = BackendOptions(
-            specs=(step.layer.spec,),
-            routes=choice.routes,
-            platform=platform,
-            device=torch.device("cpu"),
-            max_rows=16,
-            max_seq_len=512,
-        )
-        built.append(build_backend(choice, 16, options))
+        choice = choose(step.layer.spec, name, step.layout.name, on=emulated_platform())
+        built.append(build_backend(choice, choice.options(torch.device("cpu"), 16, 512)))
     return built
 
 

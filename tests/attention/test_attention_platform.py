@@ -12,7 +12,7 @@ import torch
 from miniserve.attention import aiter
 from miniserve.attention.platform import NAMED_PLATFORMS, detect_platform
 
-INIT = "class dtypes:\n    fp8 = None\n" + "\n".join(f"def {name}(): ..." for name in aiter._TOP_LEVEL)
+INIT = "class dtypes:\n    fp8 = None\n" + "\n".join(f"def {name}(): ..." for name in aiter.Aiter.__dataclass_fields__)
 PACKAGE = {
     "__init__.py": INIT,
     "_version.py": "__version__ = '0.1.20.post1'",

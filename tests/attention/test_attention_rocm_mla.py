@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from latent_steps import LatentStep, make_latent_step
 from test_engine_backends import Watched
 
+from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.build import build_backend
-from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.rocm_aiter_mla import AiterLatentBackend
 from miniserve.attention.metadata import StepBatch, decode_rows
 from miniserve.attention.platform import NAMED_PLATFORMS
@@ -26,18 +26,6 @@ from miniserve.attention.spec import AttentionSpec, LatentDims
 torch.set_num_threads(1)
 FP8 = {"gfx942": torch.float8_e4m3fnuz, "gfx950": torch.float8_e4m3fn}
 MLA = AttentionSpec(16, 1, 576, 0.1, torch.bfloat16, torch.bfloat16, latent=LatentDims(512, 64, 128, 128))
-
-
-def options(step: LatentStep, device: str = "mi300x", **changes: Any) -> BackendOptions:
-    given: dict[str, Any] = {
-        "specs": (step.layer.spec,),
-        "routes": (),
-        "platform": NAMED_PLATFORMS[device],
-        "device": torch.device("cpu"),
-        "max_rows": 8,
-        "max_seq_len": 600,
-    }
-    return BackendOptions(**(given | changes))
 
 
 @pytest.mark.parametrize("device", ["mi300x", "mi355x", "h100", "h200"])
@@ -86,10 +74,13 @@ def aiter_cases(draw: st.DrawFn) -> Case:
     return spec, 16, [*decodes, *sorted(chunks, key=lambda chunk: not chunk[0])], len(decodes)
 
 
-def aiter_backend(step: LatentStep, **changes: Any) -> AiterLatentBackend:
-    given = options(step, **({"platform": emulated_platform()} | changes))
-    choice = select(given.specs, given.platform, block_size=step.layout.block_size, backend="ROCM_AITER_MLA")
-    backend = build_backend(choice, step.layout.block_size, given)
+def make_backend(step: LatentStep, name: str, max_rows: int = 8) -> Backend[Any]:
+    choice = select([step.layer.spec], emulated_platform(), block_size=step.layout.block_size, backend=name)
+    return build_backend(choice, choice.options(torch.device("cpu"), max_rows, 600))
+
+
+def aiter_backend(step: LatentStep) -> AiterLatentBackend:
+    backend = make_backend(step, "ROCM_AITER_MLA")
     assert isinstance(backend, AiterLatentBackend)
     return backend
 
@@ -128,10 +119,8 @@ def test_every_length_around_a_partition_of_256(backend_name: str, fp8: bool) ->
     with stand_in("gfx942", 4):
         for rows, num_decodes in ((decodes, 41), ([(0, 1), *chunks, (0, 1)], 1)):
             step = make_latent_step((spec, 16, rows, num_decodes), 3, 0.5)
-            given = options(step, platform=emulated_platform(), max_rows=64)
-            choice = select(given.specs, given.platform, block_size=16, backend=backend_name)
             for each in (step,) if step.batch.chunks else (step, step.padded()):
-                each.check(build_backend(choice, 16, given), 3e-2)
+                each.check(make_backend(step, backend_name, max_rows=64), 3e-2)
 
 
 @pytest.mark.parametrize("arch", FP8)
@@ -172,9 +161,7 @@ def test_every_field_of_the_metadata_is_read(backend_name: str) -> None:
     known: set[str] = set()
     with stand_in("gfx942", 4):
         step = make_latent_step((MLA, 16, [(20, 1), (60, 20), (0, 9)], 1), 3)
-        given = options(step, platform=emulated_platform())
-        choice = select(given.specs, given.platform, block_size=16, backend=backend_name)
-        backend = build_backend(choice, 16, given)
+        backend = make_backend(step, backend_name)
         meta = Watched(backend.build(step.batch), read, known)
         backend.attend_latent(step.layer, *step.inputs, step.cache, meta)
     assert known

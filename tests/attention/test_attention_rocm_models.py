@@ -96,9 +96,7 @@ def test_plain_models_have_every_path(shape: Shape, fp8: bool, gpu: str) -> None
     ],
 )
 def test_the_switch_is_told_for_each_model(shape: Shape, fp8: bool, gpu: str, told: str) -> None:
-    platform = NAMED_PLATFORMS[gpu]
-    choice = choose(shape, gpu, "ROCM_AITER_FA", "shuffled", fp8)
-    lines = describe_routes(choice, shape.specs(platform.fp8_dtype if fp8 else BF16), platform)
+    lines = describe_routes(choose(shape, gpu, "ROCM_AITER_FA", "shuffled", fp8))
     assert told in lines[0]
     assert "prefill by flash_attn_varlen_func" in lines[0]
 
@@ -125,11 +123,10 @@ def test_windows_with_sinks_go_to_unified_attention(gpu: str) -> None:
 
 @pytest.mark.parametrize("gpu", GPUS)
 def test_layers_with_and_without_a_window_are_told_apart(gpu: str) -> None:
-    platform = NAMED_PLATFORMS[gpu]
     choice = choose(GEMMA3_27B, gpu)
     assert choice.backend == "ROCM_ATTN"
     prefill = "prefill by triton paged_extend; rope with cache write by triton rope_and_write"
-    assert describe_routes(choice, GEMMA3_27B.specs(), platform) == [
+    assert describe_routes(choice) == [
         f"5 layers of 32/16 heads of 128, window 1024: decode by triton paged_decode; {prefill}",
         f"1 layer of 32/16 heads of 128: decode by paged_attention_rocm: HIP at any batch; {prefill}",
     ]

@@ -11,8 +11,8 @@ import torch
 from miniserve.attention.metadata import QueryRows, decode_rows
 from miniserve.attention.platform import NAMED_PLATFORMS
 from miniserve.attention.routes import (
-    describe_chunks,
     describe_decode,
+    describe_route,
     fuses_rope,
     has_wrong_length,
     kv_cache_dtype,
@@ -85,11 +85,12 @@ def test_the_switch_is_told_in_batches() -> None:
 
 
 def test_who_writes_is_told() -> None:
-    routes = [LayerRoute("", "P", write) for write in ("triton rope_and_write", "triton write_kv", "")]
-    assert [describe_chunks(route) for route in routes] == [
-        "prefill by P; rope with cache write by triton rope_and_write",
-        "prefill by P; cache write by triton write_kv",
-        "prefill by P",
+    spec = AttentionSpec(16, 8, 128, 128**-0.5, torch.bfloat16, torch.bfloat16)
+    routes = [LayerRoute("D", "P", write) for write in ("triton rope_and_write", "triton write_kv", "")]
+    assert [describe_route(route, spec, MI300X) for route in routes] == [
+        "decode by D; prefill by P; rope with cache write by triton rope_and_write",
+        "decode by D; prefill by P; cache write by triton write_kv",
+        "decode by D; prefill by P",
     ]
     assert [fuses_rope([routes[0], route]) for route in routes] == [True, False, False]
 

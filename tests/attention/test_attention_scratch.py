@@ -10,12 +10,11 @@ import torch
 from attention_steps import make_step
 from engine_support import stand_in
 
-from miniserve.attention.backends.aiter_calls import AsmScales, PagedScratch
 from miniserve.attention.backends.build import block_bytes, pool_limit, scratch_bytes
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.rocm_attn import RocmBackend
+from miniserve.attention.backends.rocm_base import AsmScales, PagedScratch
 from miniserve.attention.backends.triton_mla import TritonLatentBackend
-from miniserve.attention.layouts import LAYOUTS
 from miniserve.attention.platform import NAMED_PLATFORMS
 from miniserve.attention.select import select
 from miniserve.attention.spec import AttentionSpec, LatentDims
@@ -52,7 +51,7 @@ def test_only_the_backends_that_allocate_are_charged() -> None:
     charged = {}
     for backend in ("ROCM_ATTN", "ROCM_AITER_FA", "ROCM_AITER_UNIFIED_ATTN", "TRITON_ATTN"):
         choice = select([SPEC], MI300X, block_size=16, backend=backend)
-        charged[backend] = scratch_bytes(choice, [SPEC], MI300X, 256, 4096)
+        charged[backend] = scratch_bytes(choice, 256, 4096)
     assert charged["ROCM_ATTN"] == 256 * 16 * 16 * (8 + 2 * 128)
     assert charged["ROCM_AITER_FA"] == charged["ROCM_ATTN"] + 32768 * 2 * 128 * 4
     assert charged["ROCM_AITER_UNIFIED_ATTN"] == charged["TRITON_ATTN"] == 0
@@ -64,26 +63,17 @@ def test_the_splits_of_latent_rows_are_charged(gpu: str, heads: int, max_seq_len
     pytest.importorskip("miniserve.kernels.triton.split_kv")
     spec = AttentionSpec(heads, 1, 576, 0.1, torch.bfloat16, torch.bfloat16, latent=LatentDims(512, 64, 128, 128))
     platform, specs = NAMED_PLATFORMS[gpu], (spec, replace(spec, scale=0.2), spec)
-    options = BackendOptions(
-        specs=specs,
-        routes=(),
-        platform=platform,
-        device=torch.device("cpu"),
-        max_rows=64,
-        max_seq_len=max_seq_len,
-    )
-    backend = TritonLatentBackend(LAYOUTS["latent"](16), options)
+    choice = select(specs, platform, block_size=16, backend="TRITON_MLA")
+    backend = TritonLatentBackend(choice.kv_layout, choice.options(torch.device("cpu"), 64, max_seq_len))
     parts = [(s.partial, s.lse, s.arrivals) for s in backend._scratch.values()]
     assert len(parts) == 2, "layers of a kind share theirs"
-    choice = select(specs, platform, block_size=16, backend="TRITON_MLA")
     allocated = sum(tensor.nbytes for tensors in parts for tensor in tensors)
-    assert scratch_bytes(choice, specs, platform, 64, max_seq_len) == allocated
+    assert scratch_bytes(choice, 64, max_seq_len) == allocated
     assert (allocated > 1 << 20) == (max_seq_len > 1)
 
 
 def test_the_asm_kernel_s_scales_are_charged_by_the_block() -> None:
     spec = replace(SPEC, kv_dtype=MI300X.fp8_dtype)
-    layout = LAYOUTS["shuffled"](16)
     choice = select([spec], MI300X, block_size=16, backend="ROCM_AITER_FA", layout="shuffled")
     with stand_in("gfx942", 4) as module:
         assert module.dtypes.fp8 == spec.kv_dtype
@@ -91,7 +81,7 @@ def test_the_asm_kernel_s_scales_are_charged_by_the_block() -> None:
         tables = AsmScales(16).of(step.layer, step.cache)
     num_blocks = step.cache.key.shape[0]
     taken = sum(table.nbytes for table in tables if table is not None)
-    assert block_bytes(choice, layout, [spec]) * num_blocks == step.cache.key.nbytes + step.cache.value.nbytes + taken
+    assert block_bytes(choice) * num_blocks == step.cache.key.nbytes + step.cache.value.nbytes + taken
 
 
 def test_a_pool_is_as_large_as_its_decode_kernels_reach() -> None:
@@ -110,11 +100,11 @@ def test_a_pool_is_as_large_as_its_decode_kernels_reach() -> None:
             each = replace(spec, kv_dtype=platform.fp8_dtype) if fp8 else spec
             layout_name = "latent" if spec is mla else "shuffled"
             choice = select([each], platform, block_size=16, backend=backend, layout=layout_name)
-            found = pool_limit(LAYOUTS[layout_name](16), [each], choice.routes, platform, 256)
+            found = pool_limit(choice, 256)
             if backend == "ROCM_AITER_MLA" and fp8:  # over which both GPUs' kernels have 32 bits
                 most = (4 << 30) // (16 * 576)
             assert (None if found is None else found.num_blocks) == (
                 None if backend == "ROCM_AITER_FA" and fp8 else most
             )
     choice = select([wide], MI300X, block_size=16, backend="ROCM_AITER_FA", layout="shuffled")
-    assert pool_limit(LAYOUTS["shuffled"](16), [wide], choice.routes, MI300X, 9) is None, "9 rows never reach ASM"
+    assert pool_limit(choice, 9) is None, "9 rows never reach ASM"

@@ -12,7 +12,8 @@ from miniserve.bench import offline
 from miniserve.bench.decode_steps import DecodeSteps
 from miniserve.bench.workload import Shape
 from miniserve.cli.bench import app
-from miniserve.core import EngineInfo, SamplingParams, StepTotals, UserError
+from miniserve.core import Completion, EngineInfo, SamplingParams, StepTotals, UserError
+from miniserve.llm import Generation
 
 INFO = EngineInfo(
     model="fake",
@@ -43,17 +44,21 @@ class FakeEngine:
     limit: int = 10**9
     calls: list[tuple[list[list[int]], list[SamplingParams]]] = field(default_factory=list)
 
-    def generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[int]:
+    info: EngineInfo = INFO
+
+    def generate(self, prompts: list[list[int]], params: list[SamplingParams], progress: bool) -> list[Generation]:
         self.calls.append((prompts, params))
         counts = [min(one.max_tokens or 0, self.limit) for one in params]
         self.now += 1.0 + 0.25 * (max(counts) - 1)
-        return counts
+        answers = [Completion(index=0, text="", token_ids=[0] * count, finish_reason=None) for count in counts]
+        return [
+            Generation(prompt=None, prompt_token_ids=[], outputs=[answer], prompt_logprobs=None, num_cached_tokens=0)
+            for answer in answers
+        ]
 
-    def opened(self) -> offline.OfflineEngine:
-        return offline.OfflineEngine(self.generate, INFO, self.count_steps)
-
-    def count_steps(self) -> DecodeSteps:
-        return DecodeSteps(StepTotals(decode_steps=len(self.calls), decode_seconds=self.now), 1e9)
+    @property
+    def step_totals(self) -> StepTotals:
+        return StepTotals(decode_steps=len(self.calls), decode_seconds=self.now)
 
 
 @pytest.fixture
@@ -65,7 +70,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
 
 def test_latency_separates_prefill_from_decode(engine: FakeEngine) -> None:
     result = offline.measure_latency(
-        engine.opened(),
+        engine,
         batch_size=4,
         shape=Shape(input_len=10, output_len=9),
         warmup=2,
@@ -87,13 +92,13 @@ def test_latency_separates_prefill_from_decode(engine: FakeEngine) -> None:
 
 def test_steps_are_counted_behind_the_warm_up(engine: FakeEngine) -> None:
     load = {"batch_size": 1, "shape": Shape(input_len=10, output_len=9), "seed": 0}
-    result = offline.measure_latency(engine.opened(), **load, warmup=2, repeats=3)
-    assert result.steps == DecodeSteps(StepTotals(decode_steps=6, decode_seconds=12.0), 1e9)
+    result = offline.measure_latency(engine, **load, warmup=2, repeats=3)
+    assert result.steps == DecodeSteps(StepTotals(decode_steps=6, decode_seconds=12.0), None)
 
 
 def test_one_token_has_no_decode_step(engine: FakeEngine) -> None:
     load = {"batch_size": 1, "shape": Shape(input_len=1, output_len=1), "seed": 0}
-    result = offline.measure_latency(engine.opened(), **load, warmup=0, repeats=1)
+    result = offline.measure_latency(engine, **load, warmup=0, repeats=1)
     assert result.step == []
     assert result.decode_tokens_per_s is None
     assert result.summaries()["step"] is None
@@ -101,7 +106,7 @@ def test_one_token_has_no_decode_step(engine: FakeEngine) -> None:
 
 def test_throughput_counts_every_token(engine: FakeEngine) -> None:
     shape = Shape(input_len=20, output_len=8, range_ratio=0.5)
-    result = offline.measure_throughput(engine.opened(), num_prompts=30, shape=shape, seed=1)
+    result = offline.measure_throughput(engine, num_prompts=30, shape=shape, seed=1)
     prompts, params = engine.calls[-1]
     assert result.input_tokens == sum(map(len, prompts))
     assert result.output_tokens == sum(one.max_tokens or 0 for one in params)
@@ -115,7 +120,7 @@ def test_figures_over_fewer_tokens_are_refused(engine: FakeEngine) -> None:
     engine.limit = 5
     with pytest.raises(UserError, match="got 5 tokens instead of 9"):
         offline.measure_latency(
-            engine.opened(),
+            engine,
             batch_size=1,
             shape=Shape(input_len=1, output_len=9),
             warmup=0,
@@ -128,7 +133,7 @@ def test_figures_over_fewer_tokens_are_refused(engine: FakeEngine) -> None:
 def test_counts_out_of_range_are_refused(engine: FakeEngine, wrong: dict[str, int]) -> None:
     counts = {"batch_size": 1, "warmup": 0, "repeats": 1, "seed": 0} | wrong
     with pytest.raises(UserError):
-        offline.measure_latency(engine.opened(), shape=Shape(), **counts)
+        offline.measure_latency(engine, shape=Shape(), **counts)
 
 
 def test_latency_and_throughput_run_the_engine(tmp_path: Path) -> None:

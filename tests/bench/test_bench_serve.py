@@ -11,8 +11,8 @@ from bench_stub_server import Stub
 from typer.testing import CliRunner
 
 from miniserve.bench.client import RequestRecord, SSELines
-from miniserve.bench.serve import ServeConfig, ServeResult, run
-from miniserve.bench.workload import Shape
+from miniserve.bench.serve import ServeResult, run
+from miniserve.bench.workload import ServeConfig, Shape
 from miniserve.cli.bench import app
 from miniserve.core import UserError
 
@@ -137,7 +137,6 @@ def test_the_key_is_sent_and_never_written() -> None:
     "wrong",
     [
         {"concurrency": 1, "request_rate": 1.0},
-        {"concurrency": None},
         {"concurrency": 0},
         {"concurrency": None, "request_rate": 0.0},
         {"num_prompts": 0},

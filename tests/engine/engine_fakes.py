@@ -17,7 +17,7 @@ import msgspec
 
 import miniserve
 from miniserve.config import EngineConfig
-from miniserve.core import EngineInfo, Request, StepPlan, StepResult, TokenLogprobs, UserError
+from miniserve.core import EngineInfo, Request, Step, TokenLogprobs, UserError
 from miniserve.models.generation_config import load_generation_defaults
 
 FACTORY = "engine_fakes:build_fake_runner"
@@ -46,9 +46,10 @@ class FakeRunner:
     num_steps: int = 0
     max_in_flight: int = 0
     _rows: dict[int, _Row] = field(default_factory=dict)
-    _in_flight: list[tuple[int, StepResult]] = field(default_factory=list)
+    _in_flight: list[Step] = field(default_factory=list)
 
-    def launch(self, plan: StepPlan) -> object:
+    def launch(self, step: Step) -> None:
+        plan = step.plan
         self.num_steps += 1
         if self.num_steps == self.fail_at_step:
             raise RuntimeError("the fake device broke")
@@ -80,17 +81,15 @@ class FakeRunner:
         for row in plan.sampling_rows:
             wanted = self._rows[row].request.params.logprobs is not None
             logprobs.append(_logprobs(tokens[len(logprobs)]) if wanted else None)
-        handle = self.num_steps
-        self._in_flight.append((handle, StepResult(tokens, logprobs, prompt_logprobs)))
+        step.on_device = (tokens, logprobs, prompt_logprobs)
+        self._in_flight.append(step)
         self.max_in_flight = max(self.max_in_flight, len(self._in_flight))
         assert len(self._in_flight) <= 2
-        return handle
 
-    def collect(self, handle: object) -> StepResult:
+    def collect(self, step: Step) -> None:
         time.sleep(self.step_seconds)
-        launched, result = self._in_flight.pop(0)
-        assert launched == handle
-        return result
+        assert self._in_flight.pop(0) is step
+        step.token_ids, step.logprobs, step.prompt_logprobs = step.on_device
 
     def check(self) -> None:
         pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,8 +11,15 @@ from models_support import CLASSES, LATENT, VOCAB
 
 from miniserve.core import SamplingParams
 
+NUMBERS = range(20)  # of `random_settings`: every head_dim with every kind of rope
 NEW_TOKENS = 64
 PROMPTS = (23, 9, 40)
+
+
+def configurations(architectures: Sequence[str]) -> list[tuple[str, int]]:
+    """A third of the numbers for each architecture, every head_dim, kind of rope and backend among them; three
+    neighbours have all. `tests/models` compares the logits of every architecture with all numbers."""
+    return [(name, number) for place, name in enumerate(architectures) for number in NUMBERS[place % 3 :: 3]]
 
 
 def check_parity(architecture: str, number: int, path: Path) -> None:

@@ -178,15 +178,15 @@ def test_a_hostile_template_ends_alone(chat: ChatTemplate, template: str) -> Non
 
 def test_one_job_is_answered_after_the_process_was_killed(chat: ChatTemplate) -> None:
     text = chat.render([USER])
-    os.kill(chat._process._popen.pid, signal.SIGKILL)
-    chat._process._popen.wait()
+    os.kill(chat._process._process.pid, signal.SIGKILL)
+    chat._process._process.wait()
     assert chat.render([USER]) == text
 
 
 def test_the_process_ends_with_its_tokenizer() -> None:
     tokenizer = Tokenizer(TINY)
     tokenizer.chat_template.render([USER])
-    process = tokenizer.chat_template._process._popen
+    process = tokenizer.chat_template._process._process
     del tokenizer
     gc.collect()
     assert process.poll() is not None

@@ -11,11 +11,11 @@ import pytest
 from engine_fakes import FACTORY, TINY, FakeRunner
 
 from miniserve.config import EngineConfig, SchedulerConfig
-from miniserve.core import DeviceStep, Request, SamplingParams, StepPlan, StepResult, StepTotals, StepTraffic
+from miniserve.core import Request, SamplingParams, Step, StepPlan, StepTotals, StepTraffic
 from miniserve.engine.client import AsyncEngine, EngineDead
 from miniserve.engine.loop import EngineLoop
 from miniserve.engine.roofline import describe, hidden_share, kv_bytes, share_of_bandwidth, weight_bytes
-from miniserve.engine.step_log import RING_SIZE, LaunchedStep, StepLog
+from miniserve.engine.step_log import RING_SIZE, StepLog
 from miniserve.scheduler.scheduler import Scheduler
 
 WINDOWS = StepTraffic(weights=1000, kv=[(None, 10), (7, 3), (12, 2)], bandwidth=1e6)
@@ -27,13 +27,13 @@ class CountingRunner(FakeRunner):
 
     expected: list[tuple[int, int, int]] = field(default_factory=list)  # decode rows, tokens, bytes of cache
 
-    def launch(self, plan: StepPlan) -> object:
-        handle = super().launch(plan)
+    def launch(self, step: Step) -> None:
+        super().launch(step)
+        plan = step.plan
         rows = [*plan.decode_rows, *(chunk.row for chunk in plan.chunks)]
         read = sum(kv_bytes(WINDOWS, self._rows[row].num_computed) for row in rows)
         read += sum(kv_bytes(WINDOWS, position + 1) for position in plan.run_positions)
         self.expected.append((plan.num_decode_tokens, plan.num_tokens, read))
-        return handle
 
 
 def run(
@@ -85,9 +85,9 @@ def test_every_step_is_logged_with_what_it_read(overlap: bool, drafts: int) -> N
 def test_the_ring_is_bounded_and_the_sums_are_not() -> None:
     log = StepLog(None, 1)
     for _ in range(RING_SIZE + 10):
-        plan = StepPlan([], [], [], [0], [])
-        step = log.open(LaunchedStep(plan, None, 0.0, 0.0, 0.0, preemptions=0, after_rest=False))
-        log.close(step, StepResult([5]), wait_start=0.0, collected=0.0)
+        step = Step(StepPlan([], [], [], [0], []))
+        log.open(step)
+        log.close(step)
     records = log.records()
     assert len(records) == RING_SIZE
     assert (records[0].number, records[-1].number) == (10, RING_SIZE + 9)
@@ -99,9 +99,9 @@ def test_the_ring_is_bounded_and_the_sums_are_not() -> None:
 class TimedRunner(FakeRunner):
     """With a device's clock: each step takes 3 ms, 1 ms after the one before; graphs have four rows."""
 
-    def collect(self, handle: object) -> StepResult:
-        result = super().collect(handle)
-        return StepResult(result.token_ids, result.logprobs, device=DeviceStep(4, 0.003, 0.001))
+    def collect(self, step: Step) -> None:
+        super().collect(step)
+        step.record.bucket, step.record.device, step.record.idle = 4, 0.003, 0.001
 
 
 def test_the_devices_clock_is_believed_where_there_is_one() -> None:

@@ -8,7 +8,7 @@ from engine_fakes import FakeRunner
 from engine_real import CPU, MAX_LEN, Setup, make_backend, small_model
 
 from miniserve.config import SchedulerConfig
-from miniserve.core import DeviceStep, Request, SamplingParams, StepPlan, StepResult
+from miniserve.core import Request, SamplingParams, Step
 from miniserve.engine.build import warm_up
 from miniserve.engine.loop import EngineLoop
 from miniserve.engine.step_log import StepLog
@@ -27,12 +27,9 @@ CONFIG = SchedulerConfig(
 class Timed(FakeRunner):
     """Steps take 4 ms, and 20 µs for each token of a chunk."""
 
-    def launch(self, plan: StepPlan) -> object:
-        self.seconds = 4e-3 + 2e-5 * (plan.num_tokens - len(plan.decode_rows))
-        return super().launch(plan)
-
-    def collect(self, handle: object) -> StepResult:
-        return replace(super().collect(handle), device=DeviceStep(0, self.seconds))
+    def launch(self, step: Step) -> None:
+        step.record.device = 4e-3 + 2e-5 * (step.plan.num_tokens - len(step.plan.decode_rows))
+        super().launch(step)
 
 
 def test_it_tells_what_a_step_costs_and_leaves_no_row_taken() -> None:

@@ -6,14 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_parity import check_parity
+from engine_parity import check_parity, configurations
 from models_support import DENSE
 
 torch.set_num_threads(1)
-CONFIGURATIONS = 20
 
 
-@pytest.mark.parametrize("number", range(CONFIGURATIONS))
-@pytest.mark.parametrize("architecture", DENSE)
+@pytest.mark.parametrize(("architecture", "number"), configurations(DENSE))
 def test_logprobs_and_greedy_tokens_equal_transformers(architecture: str, number: int, tmp_path: Path) -> None:
     check_parity(architecture, number, tmp_path)

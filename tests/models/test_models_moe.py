@@ -12,7 +12,7 @@ from miniserve.kernels import native
 from miniserve.models.description import MoEConfig
 from miniserve.models.layers.experts import Experts, GroupedMoE, MoEMethod, choose_moe_method
 from miniserve.models.layers.linear import PLAIN as PLAIN_WEIGHTS
-from miniserve.models.layers.norm import RMSNorm
+from miniserve.models.layers.norm import Residual, RMSNorm
 from miniserve.models.layers.ops import Ops
 from miniserve.models.layers.routing import Router, route, torch_routing
 from miniserve.parallel.group import Alone
@@ -81,8 +81,9 @@ def test_the_router_multiplies_in_float32_whatever_the_model_computes_in() -> No
     norm = RMSNorm(8, 1e-6, torch.bfloat16, Ops(), Alone())
     norm.allocate(CPU)
     norm.weight.data.fill_(1.0)
-    x, residual, _, ids = router(norm, *torch.ones(2, 1, 8, dtype=torch.bfloat16))
-    assert (x == 1).all() and (residual == 2).all()
+    x = Residual(torch.ones(1, 8, dtype=torch.bfloat16)) + torch.ones(1, 8, dtype=torch.bfloat16)
+    _, ids = router(norm(x))
+    assert (x.stream == 2).all()
     assert ids.tolist() == [[1]]
 
 

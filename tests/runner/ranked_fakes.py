@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import parse_qs
 
 from miniserve.config import EngineConfig
-from miniserve.core import StepPlan, StepResult
+from miniserve.core import Step, StepPlan
 from miniserve.parallel.link import PeerLost
 from miniserve.runner.ranked import RankStart
 
@@ -30,12 +30,13 @@ class FakeRank:
         os.pwrite(self._file, struct.pack("q", os.getpid()), 8 * (size + rank))
         self._fail("build")
 
-    def launch(self, plan: StepPlan) -> int:
+    def launch(self, step: Step) -> None:
         self._step += 1
+        step.on_device = self._step
         self._fail("before")
-        self.plans.append(plan)
+        self.plans.append(step.plan)
         os.pwrite(self._file, struct.pack("q", self._step), 8 * self._rank)
-        while self._options.get("blocking") and not self.is_done(self._step):
+        while self._options.get("blocking") and not self.is_done(step):
             for pid in self._read(self._size):
                 try:
                     os.kill(pid, 0)
@@ -43,14 +44,13 @@ class FakeRank:
                     raise PeerLost("connection closed by peer") from None
             time.sleep(0.001)
         self._fail("after")
-        return self._step
 
-    def is_done(self, handle: object) -> bool:
-        return isinstance(handle, int) and min(self._read(0)) >= handle
+    def is_done(self, step: Step) -> bool:
+        return min(self._read(0)) >= int(step.on_device)
 
-    def collect(self, handle: object) -> StepResult:
-        self._fail("collect", handle)
-        return StepResult([1])
+    def collect(self, step: Step) -> None:
+        self._fail("collect", step.on_device)
+        step.token_ids = [1]
 
     def check(self) -> None:
         pass

@@ -16,7 +16,7 @@ import pytest
 from ranked_fakes import BUILDER, PHASES, fake_config, make_rank
 
 from miniserve.config import EngineConfig
-from miniserve.core import Chunk, DraftRun, Request, RowStart, SamplingParams, StepPlan
+from miniserve.core import Chunk, DraftRun, Request, RowStart, SamplingParams, Step, StepPlan
 from miniserve.runner.ranked import PlanReader, PlanWriter, RankedRunner, RankFailed, Ranks, RankStart
 
 PLAN = StepPlan([], [], [], [0, 1], [])
@@ -70,10 +70,8 @@ def test_plans_come_out_as_they_went_in_and_steady_ones_are_short() -> None:
 
 def test_ranks_follow_every_plan_and_end_in_order(tmp_path: Path) -> None:
     with ranked(tmp_path / "device", fake_config(), size=4) as runner:
-        runner.collect(runner.launch(PLAN))
-        handles = [runner.launch(STEADY), runner.launch(STEADY)]
-        for handle in handles:
-            assert runner.collect(handle).token_ids == [1]
+        _run(runner, PLAN)
+        _run(runner, STEADY, STEADY)
         runner.check()
         ranks = runner._ranks
     assert [peer.process.returncode for peer in ranks._peers if peer.process is not None] == [0, 0, 0]
@@ -115,15 +113,24 @@ def test_a_rank_that_works_in_silence_goes_on(tmp_path: Path) -> None:
     config = fake_config(at=2, phase="before", signal="compute", rank=1)
     with ranked(tmp_path / "device", config, silence=0.5) as runner:
         for _ in range(4):
-            assert runner.collect(runner.launch(PLAN)).token_ids == [1]
+            _run(runner, PLAN)
 
 
 def test_a_long_launch_is_no_hang_of_the_step_before(tmp_path: Path) -> None:
     config = fake_config(at=2, phase="before", signal="sleep", rank=0)
     with ranked(tmp_path / "device", config, silence=0.5) as runner:
-        handles = [runner.launch(PLAN), runner.launch(PLAN)]
-        assert [runner.collect(handle).token_ids for handle in handles] == [[1], [1]]
+        _run(runner, PLAN, PLAN)
         runner.check()
+
+
+def _run(runner: RankedRunner, *plans: StepPlan) -> None:
+    """Launch all, then collect all."""
+    steps = [Step(plan) for plan in plans]
+    for step in steps:
+        runner.launch(step)
+    for step in steps:
+        runner.collect(step)
+        assert step.token_ids == [1]
 
 
 def _fails_with(file: Path, config: EngineConfig, sentence: str, step: int, silence: float) -> None:
@@ -132,7 +139,7 @@ def _fails_with(file: Path, config: EngineConfig, sentence: str, step: int, sile
         begin = time.monotonic()
         for _ in range(step + 3):
             begin = time.monotonic()
-            runner.collect(runner.launch(PLAN))
+            _run(runner, PLAN)
         while time.monotonic() < begin + silence + SLACK:  # at rest
             runner.check()
             time.sleep(0.02)

@@ -20,7 +20,6 @@ from latent_steps import LatentTestLayer
 
 import miniserve
 from miniserve.attention import aiter as adapter
-from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.torch_attn import TorchBackend
 from miniserve.attention.layouts import LAYOUTS, KVCache, LinearLayout
 from miniserve.attention.metadata import StepBatch
@@ -76,20 +75,13 @@ class Case:
 
     def __post_init__(self) -> None:
         self.choice = select(self.specs, self.platform, block_size=16, backend=self.name, layout=self.layout)
-        self.options = BackendOptions(
-            specs=tuple(self.specs),
-            routes=self.choice.routes,
-            platform=self.platform,
-            device=torch.device("cpu"),
-            max_rows=self.max_rows,
-            max_seq_len=self.max_seq_len,
-        )
-        layout = LAYOUTS[self.layout](16)
+        self.options = self.choice.options(torch.device("cpu"), self.max_rows, self.max_seq_len)
+        layout = self.choice.kv_layout
         self.caches = [layout.allocate(spec, self.num_blocks, torch.device("cpu")) for spec in self.specs]
         self.layers = [layer_of(spec, index) for index, spec in enumerate(self.specs)]
 
     def check(self) -> Checked:
-        return check_backend(self.choice, 16, self.options, self.layers, self.caches)
+        return check_backend(self.choice, self.options, self.layers, self.caches)
 
 
 def check(

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from scheduler_integrity import check_integrity
 
 from miniserve.config import SchedulerConfig
-from miniserve.core import FinishReason, Request, RequestOutput, SamplingParams, StepPlan, StepResult, TokenLogprobs
-from miniserve.scheduler.scheduler import Scheduler
+from miniserve.core import FinishReason, Request, RequestOutput, SamplingParams, Step, StepPlan, TokenLogprobs
+from miniserve.scheduler.scheduler import PlannedStep, Scheduler
 from miniserve.scheduler.step_cost import StepCost
 
 VOCAB = 7
@@ -141,7 +141,9 @@ class FakeRunner:
         self.first_starts: list[str] = []
         self.computed_tokens = 0
 
-    def launch(self, plan: StepPlan) -> StepResult:
+    def launch(self, step: Step) -> None:
+        """The step has its result when this returns."""
+        plan = step.plan
         assert 0 < plan.num_tokens <= self.config.max_num_batched_tokens
         self.computed_tokens += plan.num_tokens
         for row in plan.stops:
@@ -156,10 +158,7 @@ class FakeRunner:
         for row, index, blocks in plan.new_blocks:
             self._extend_table(self.rows[row], index, blocks, chunk_starts.get(row))
         self._check_everyone_gets_on(plan)
-        return self._compute(plan)
-
-    def collect(self, handle: StepResult) -> StepResult:
-        return handle
+        self._compute(step, plan)
 
     def _extend_table(self, row: Row, index: int, blocks: list[int], chunk_start: int | None) -> None:
         assert index == len(row.table)
@@ -187,7 +186,7 @@ class FakeRunner:
                 assert (number in decoding) != finished
         assert idle <= (1 if chunk_rows else 0)
 
-    def _compute(self, plan: StepPlan) -> StepResult:
+    def _compute(self, step: Step, plan: StepPlan) -> None:
         work: list[tuple[int, int, list[int]]] = []
         for number in plan.decode_rows:
             row = self.rows[number]
@@ -210,7 +209,7 @@ class FakeRunner:
         self.random.shuffle(work)
         for number, start, tokens in work:
             self._write(number, start, tokens)
-        prompt_logprobs = {
+        step.prompt_logprobs = {
             chunk.row: self._prompt_logprobs(chunk.row, chunk.start, chunk.logprob_targets)
             for chunk in plan.chunks
             if chunk.logprob_targets
@@ -223,10 +222,9 @@ class FakeRunner:
         ends += [(chunk.row, self.rows[chunk.row].seq_len) for chunk in plan.chunks if chunk.samples]
         assert [number for number, _ in ends] == plan.sampling_rows
         sampled = [self._sample(number, length) for number, length in ends]
-        asked = any(entry is not None for _, entry in sampled)
-        return StepResult(
-            [token for token, _ in sampled], [entry for _, entry in sampled] if asked else None, prompt_logprobs
-        )
+        step.token_ids = [token for token, _ in sampled]
+        if any(entry is not None for _, entry in sampled):
+            step.logprobs = [entry for _, entry in sampled]
 
     def _slots(self, row: Row) -> list[int]:
         size = self.config.block_size
@@ -304,7 +302,7 @@ class Driver:
         self.random = random.Random(seed)
         self.scheduler = Scheduler(config, cost)
         self.runner = FakeRunner(config, seed)
-        self.in_flight: deque[tuple[StepPlan, StepResult]] = deque()
+        self.in_flight: deque[PlannedStep] = deque()
         self.outputs: dict[str, list[RequestOutput]] = {}
         self.plans: list[StepPlan] = []
         self.prompt_lens: dict[str, int] = {}
@@ -326,16 +324,17 @@ class Driver:
         check_integrity(self.scheduler)
 
     def launch(self) -> StepPlan | None:
-        plan = self.scheduler.schedule()
+        step = self.scheduler.schedule()
         check_integrity(self.scheduler)
-        if plan is not None:
-            self.plans.append(plan)
-            self.in_flight.append((plan, self.runner.launch(plan)))
-        return plan
+        if step is None:
+            return None
+        self.plans.append(step.plan)
+        self.in_flight.append(step)
+        self.runner.launch(step)
+        return step.plan
 
     def collect(self) -> None:
-        plan, result = self.in_flight.popleft()
-        outputs = self.scheduler.update(plan, result)
+        outputs = self.scheduler.update(self.in_flight.popleft())
         generated = sum(len(output.new_token_ids) for output in outputs)
         firsts = {output.request_id for output in outputs if output.new_token_ids} - self.begun
         self.begun |= firsts

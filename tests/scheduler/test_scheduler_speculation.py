@@ -7,7 +7,7 @@ from scheduler_fakes import make_config, make_request
 from scheduler_integrity import check_integrity
 
 from miniserve.config import SchedulerConfig
-from miniserve.core import DraftRun, FinishReason, RequestOutput, StepPlan, StepResult
+from miniserve.core import DraftRun, FinishReason, RequestOutput, SchedulerStats, StepPlan
 from miniserve.scheduler.scheduler import Scheduler
 from miniserve.scheduler.sequence import Sequence
 from miniserve.scheduler.speculation import Speculation
@@ -25,12 +25,13 @@ class Steps:
         self.scheduler.add(make_request(request_id, prompt, **params))
 
     def step(self, *token_ids: int) -> tuple[StepPlan, list[RequestOutput]]:
-        plan = self.scheduler.schedule()
-        assert plan is not None
+        step = self.scheduler.schedule()
+        assert step is not None
         check_integrity(self.scheduler)
-        outputs = self.scheduler.update(plan, StepResult(list(token_ids)))
+        step.token_ids = list(token_ids)
+        outputs = self.scheduler.update(step)
         check_integrity(self.scheduler)
-        return plan, outputs
+        return step.plan, outputs
 
 
 def new_tokens(outputs: list[RequestOutput], request_id: str = "a") -> list[int]:
@@ -91,7 +92,7 @@ def test_guesses_share_the_rows_that_are_left() -> None:
 
 def test_who_guesses_badly_guesses_less() -> None:
     seq = Sequence(make_request("a", [1, 2, 1, 2]), 1, 1000, frozenset())
-    speculation, lengths = Speculation(7), []
+    speculation, lengths = Speculation(7, SchedulerStats()), []
     for right in (2, 0, 0, 1, 3, 7, 7):
         (run,) = speculation.draft([seq], 99, lambda _, count: count)
         guesses = run.token_ids[1:]

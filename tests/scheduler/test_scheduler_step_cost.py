@@ -118,12 +118,12 @@ class Bounded(Driver):
         super().__init__(config, depth, cost=StepCost(max_ratio))
 
     def collect(self) -> None:
-        plan = self.in_flight[0][0]
-        shape = StepShape(len(plan.decode_rows), 0)
-        for chunk in plan.chunks:
+        step = self.in_flight[0]
+        shape = StepShape(len(step.plan.decode_rows), 0)
+        for chunk in step.plan.chunks:
             shape.add_chunk(chunk.start, len(chunk.token_ids))
         super().collect()
-        self.scheduler.note_seconds(gpu_seconds(shape))
+        self.scheduler.observe(step, gpu_seconds(shape))
 
 
 def chunk_sizes(driver: Driver) -> list[int]:

@@ -7,7 +7,7 @@ import pytest
 from scheduler_fakes import VOCAB, Driver, context_of, expected_of, make_config, make_request, next_token
 from scheduler_integrity import check_integrity
 
-from miniserve.core import FinishReason, InvalidRequest, Request, StepPlan, StepResult, TokenLogprobs
+from miniserve.core import FinishReason, InvalidRequest, Request, StepPlan, TokenLogprobs
 from miniserve.scheduler.block_pool import sample
 from miniserve.scheduler.scheduler import Scheduler
 
@@ -150,7 +150,7 @@ def test_a_preempted_request_returns_to_the_place_of_its_priority() -> None:
     driver.turn()
     driver.add(msgspec.structs.replace(running("c", 3, max_tokens=2), priority=1))
     driver.drain()
-    assert driver.scheduler.num_preemptions
+    assert driver.scheduler.stats().num_preemptions
     assert driver.runner.first_starts == ["a", "b", "c"]
 
 
@@ -395,9 +395,10 @@ def test_a_stop_token_before_min_tokens_does_not_stop() -> None:
     scheduler.add(running("a", 3, max_tokens=10, min_tokens=3, stop_token_ids=(4,)))
     reasons = []
     for token in (0, 4, 0):
-        plan = scheduler.schedule()
-        assert plan is not None
-        reasons += [output.finish_reason for output in scheduler.update(plan, StepResult([token]))]
+        step = scheduler.schedule()
+        assert step is not None
+        step.token_ids = [token]
+        reasons += [output.finish_reason for output in scheduler.update(step)]
     assert reasons == [None, None, FinishReason.STOP]
 
 
@@ -646,19 +647,21 @@ def test_results_out_of_order_or_of_the_wrong_size_are_refused() -> None:
     scheduler.add(running("a", 3))
     first, second = scheduler.schedule(), scheduler.schedule()
     assert first is not None and second is not None
+    first.token_ids, second.token_ids = [1, 2], [1]
     with pytest.raises(RuntimeError, match="order"):
-        scheduler.update(second, StepResult([1]))
+        scheduler.update(second)
     with pytest.raises(RuntimeError, match="samples 1 tokens returned 2"):
-        scheduler.update(first, StepResult([1, 2]))
+        scheduler.update(first)
 
 
 def test_missing_prompt_logprobs_are_noticed() -> None:
     scheduler = Scheduler(make_config())
     scheduler.add(running("a", 3, prompt_logprobs=0))
-    plan = scheduler.schedule()
-    assert plan is not None
+    step = scheduler.schedule()
+    assert step is not None
+    step.token_ids, step.prompt_logprobs = [1], {0: [TokenLogprobs(1, -1.0, 1, [], [])]}
     with pytest.raises(RuntimeError, match="A chunk with 2 logprob targets returned 1"):
-        scheduler.update(plan, StepResult([1], None, {0: [TokenLogprobs(1, -1.0, 1, [], [])]}))
+        scheduler.update(step)
 
 
 def test_the_audit_sees_a_leaked_row_and_a_lost_block() -> None:

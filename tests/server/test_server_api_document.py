@@ -8,10 +8,10 @@ from server_fakes import FakeEngine
 
 from miniserve.server.app import create_app
 from miniserve.server.config import ServerConfig
-from miniserve.server.fields import IGNORED, REFUSED_IN_CHAT, REFUSED_IN_COMPLETIONS
-from miniserve.server.messages import REFUSED_IN_MESSAGES, MessagesRequest
+from miniserve.server.fields import IGNORED
+from miniserve.server.messages import MessagesRequest
 from miniserve.server.protocol import ChatCompletionRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from miniserve.server.responses import REFUSED_IN_RESPONSES, ResponsesRequest
+from miniserve.server.responses import ResponsesRequest
 from tools.api_document import DOCUMENT, ENDPOINTS, MEANINGS, MESSAGES_MEANINGS, RESPONSES_MEANINGS, render
 
 
@@ -30,13 +30,11 @@ def test_every_field_is_listed_once() -> None:
     bodies = (CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest)
     taken = {name for body in bodies for name in body.model_fields}
     assert set(MEANINGS) == taken | {"include_usage", "continuous_usage_stats"}
-    for body, refused in ((CompletionRequest, REFUSED_IN_COMPLETIONS), (ChatCompletionRequest, REFUSED_IN_CHAT)):
-        assert not set(body.model_fields) & (set(refused) | IGNORED)
-        assert not set(refused) & IGNORED
-    agents = ((MessagesRequest, REFUSED_IN_MESSAGES, MESSAGES_MEANINGS),
-              (ResponsesRequest, REFUSED_IN_RESPONSES, RESPONSES_MEANINGS))  # fmt: skip
-    for agent, refused, meanings in agents:
+    for body in (CompletionRequest, ChatCompletionRequest):
+        assert not set(body.model_fields) & (set(body.refused) | IGNORED)
+        assert not set(body.refused) & IGNORED
+    for agent, meanings in ((MessagesRequest, MESSAGES_MEANINGS), (ResponsesRequest, RESPONSES_MEANINGS)):
         assert set(meanings) <= set(agent.model_fields) <= set(MEANINGS) | set(meanings)
-        assert not set(agent.model_fields) & set(refused)
+        assert not set(agent.model_fields) & set(agent.refused)
         # Whatever changes the answer of a chat is taken or refused here, too.
-        assert set(ChatCompletionRequest.model_fields) <= set(agent.model_fields) | set(refused)
+        assert set(ChatCompletionRequest.model_fields) <= set(agent.model_fields) | set(agent.refused)

@@ -15,7 +15,8 @@ import pytest
 from server_fakes import RunningServer, running_server, wait_until
 
 from miniserve.server import connection, serve
-from miniserve.server.connection import Guard, ThrottledLog
+from miniserve.server.connection import Guard
+from miniserve.server.gate import ThrottledLog
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 HALF = HEAD + b"Content-Length: 999999\r\n\r\n{"

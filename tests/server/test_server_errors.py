@@ -14,7 +14,7 @@ import pytest
 from server_fakes import FakeEngine, RunningServer, running_server
 
 from miniserve.server.errors import APIError
-from miniserve.server.fields import IGNORED, REFUSED_IN_CHAT, REFUSED_IN_COMPLETIONS
+from miniserve.server.fields import IGNORED, Body
 from miniserve.server.protocol import ChatCompletionRequest, CompletionRequest, TokenizeRequest
 
 COMPLETION: dict[str, Any] = {"prompt": "Once", "max_tokens": 2}
@@ -225,12 +225,12 @@ def other_value(neutral: tuple[object, ...]) -> object:
 
 
 @pytest.mark.parametrize(
-    ("path", "table"), [("/v1/completions", REFUSED_IN_COMPLETIONS), ("/v1/chat/completions", REFUSED_IN_CHAT)]
+    ("path", "model"), [("/v1/completions", CompletionRequest), ("/v1/chat/completions", ChatCompletionRequest)]
 )
 def test_unsupported_fields_are_refused_unless_they_ask_for_nothing(
-    web: httpx.Client, path: str, table: dict[str, tuple[object, ...]]
+    web: httpx.Client, path: str, model: type[Body]
 ) -> None:
-    for name, neutral in table.items():
+    for name, (neutral, _) in model.refused.items():
         if path == "/v1/chat/completions" and name == "best_of":
             continue  # an integer there
         error = error_of(web.post(path, json={**BODIES[path], name: other_value(neutral)}), 400)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +11,9 @@ import torch
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.contracts import CONTRACTS, KERNELS
-from miniserve.attention.layouts import LAYOUTS, KVLayout
-from miniserve.attention.platform import Platform
 from miniserve.attention.routes import least_asm_rows
 from miniserve.attention.select import Choice
-from miniserve.attention.spec import AttentionSpec
-from miniserve.attention.terms import NARROW_PLANE, LayerRoute
+from miniserve.attention.terms import NARROW_PLANE
 
 _IMPLEMENTATIONS = {contract.name: contract.implementation for contract in CONTRACTS}
 
@@ -29,30 +25,21 @@ def backend_class(name: str) -> type[Backend[Any]]:
     return found
 
 
-def build_backend(choice: Choice, block_size: int, options: BackendOptions) -> Backend[Any]:
-    """The chosen backend with its scratch memory."""
-    return backend_class(choice.backend)(LAYOUTS[choice.layout](block_size), options)
+def build_backend(choice: Choice, options: BackendOptions) -> Backend[Any]:
+    """The chosen backend with its scratch memory. options: of `Choice.options`."""
+    return backend_class(choice.backend)(choice.kv_layout, options)
 
 
-def scratch_bytes(
-    choice: Choice, specs: Sequence[AttentionSpec], platform: Platform, max_rows: int, max_seq_len: int
-) -> int:
+def scratch_bytes(choice: Choice, max_rows: int, max_seq_len: int) -> int:
     """What the backend allocates beside the cache, where that is more than a few megabytes."""
-    options = BackendOptions(
-        specs=tuple(specs),
-        routes=choice.routes,
-        platform=platform,
-        device=torch.device("meta"),
-        max_rows=max_rows,
-        max_seq_len=max_seq_len,
-    )
+    options = choice.options(torch.device("meta"), max_rows, max_seq_len)
     return backend_class(choice.backend).scratch_bytes(choice.layout, options)
 
 
-def block_bytes(choice: Choice, layout: KVLayout, specs: Sequence[AttentionSpec]) -> int:
+def block_bytes(choice: Choice) -> int:
     """Bytes of one block of every layer, with what the backend keeps for each block beside it."""
-    backend = backend_class(choice.backend)
-    layers = zip(specs, choice.routes, strict=True)
+    backend, layout = backend_class(choice.backend), choice.kv_layout
+    layers = zip(choice.specs, choice.routes, strict=True)
     return sum(layout.block_bytes(spec) + backend.extra_block_bytes(layout, spec, route) for spec, route in layers)
 
 
@@ -71,16 +58,14 @@ class PoolLimit:
         )
 
 
-def pool_limit(
-    layout: KVLayout, specs: Sequence[AttentionSpec], routes: Sequence[LayerRoute], platform: Platform, max_rows: int
-) -> PoolLimit | None:
+def pool_limit(choice: Choice, max_rows: int) -> PoolLimit | None:
     """How large a pool may be for steps of up to `max_rows`; None where nothing bounds it."""
     limits = []
-    for spec, route in zip(specs, routes, strict=True):
-        least = least_asm_rows(spec, platform.compute_units)
+    for spec, route in zip(choice.specs, choice.routes, strict=True):
+        least = least_asm_rows(spec, choice.platform.compute_units)
         if route.decode == "paged_attention_common" and (least is None or least > max_rows):
             continue  # its HIP kernel reaches all
-        if KERNELS[route.decode].has_narrow_offsets(spec, platform.arch):
-            plane = layout.block_bytes(spec) // (2 if spec.latent is None else 1)
+        if KERNELS[route.decode].has_narrow_offsets(spec, choice.platform.arch):
+            plane = choice.kv_layout.block_bytes(spec) // (2 if spec.latent is None else 1)
             limits.append(PoolLimit(NARROW_PLANE // plane, route.decode))
     return min(limits, key=lambda limit: limit.num_blocks, default=None)

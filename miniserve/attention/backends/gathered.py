@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from miniserve.attention.merge import merge_lse
 from miniserve.attention.metadata import Int64, QueryRows
 
 
@@ -56,6 +58,22 @@ def windowed_rows(group: QueryRows, block_size: int, window: int) -> GatheredRow
     query = np.array(group.query_lens, dtype=np.int64)
     low = np.maximum(context - (window - 1), 0)
     return _gathered(group, slice(0, len(context)), low, context + query, block_size)
+
+
+def add_context(
+    out: Tensor,
+    lse: Tensor,
+    start: int,
+    pieces: Sequence[GatheredRows],
+    attend: Callable[[GatheredRows], tuple[Tensor, Tensor]],
+) -> Tensor:
+    """out, lse (see `merge_lse`) of the step's tokens from `start` on among themselves, `attend` what it gives for a
+    piece of their context. Returns out with all pieces merged in, float32."""
+    merged = out.float()
+    for piece in pieces:
+        span = slice(piece.start - start, piece.end - start)
+        merged[span], lse[:, span] = merge_lse(merged[span], lse[:, span], *attend(piece))
+    return merged
 
 
 def _gathered(group: QueryRows, rows: slice, low: Int64, high: Int64, block_size: int) -> GatheredRows:

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from miniserve.attention.backends.base import Backend
-from miniserve.attention.backends.gathered import GatheredRows, RaggedLens, context_pieces
+from miniserve.attention.backends.gathered import GatheredRows, RaggedLens, add_context, context_pieces
 from miniserve.attention.layouts import KVCache
-from miniserve.attention.merge import merge_lse
 from miniserve.attention.metadata import QueryRows, StepBatch
 from miniserve.attention.spec import LatentLayer
 
@@ -95,27 +94,16 @@ class LatentBackend(Backend[LatentMetadata[Decode]]):
             q = _joined(q_nope[span], q_pe[span])
             out, lse = self.attend_dense(layer, q, *_expand(layer, kv_c[span], k_pe[span]), lens, causal=True)
             if meta.context:
-                out = self._add_context(layer, q, cache, meta.context, span.start, out.float(), lse).to(q.dtype)
+
+                def attend(piece: GatheredRows) -> tuple[Tensor, Tensor]:
+                    scales = layer.kv_scale, layer.kv_scale
+                    cached = self.layout.read_tokens(cache, piece.slots, layer.spec.dtype, *scales)
+                    queries = q[piece.start - span.start : piece.end - span.start]
+                    return self.attend_dense(layer, queries, *_expand(layer, *cached), piece.lens, causal=False)
+
+                out = add_context(out, lse, span.start, meta.context, attend).to(q.dtype)
             parts.append(out.flatten(1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _add_context(
-        self,
-        layer: LatentLayer,
-        q: Tensor,
-        cache: KVCache,
-        context: tuple[GatheredRows, ...],
-        start: int,
-        out: Tensor,
-        lse: Tensor,
-    ) -> Tensor:
-        """out, lse of the step's tokens from `start` on among themselves; returns out with their context merged in."""
-        for piece in context:
-            span = slice(piece.start - start, piece.end - start)
-            cached = self.layout.read_tokens(cache, piece.slots, layer.spec.dtype, layer.kv_scale, layer.kv_scale)
-            found = self.attend_dense(layer, q[span], *_expand(layer, *cached), piece.lens, causal=False)
-            out[span], lse[:, span] = merge_lse(out[span], lse[:, span], *found)
-        return out
 
 
 def _together(groups: tuple[QueryRows, ...]) -> tuple[slice, RaggedLens]:

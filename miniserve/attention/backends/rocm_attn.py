@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from miniserve.attention import aiter
-from miniserve.attention.backends.aiter_calls import PagedDecode, PagedScratch
 from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.paged import PagedMetadata
+from miniserve.attention.backends.rocm_base import PagedDecode, PagedScratch
 from miniserve.attention.backends.triton_attn import TritonBackend
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import QueryRows
@@ -18,15 +18,16 @@ class RocmBackend(TritonBackend):
     def __init__(self, layout: KVLayout, options: BackendOptions) -> None:
         super().__init__(layout, options)
         self.chunk_graphs = False  # nobody has seen aiter's decode in one
-        self._paged = PagedDecode(aiter.load(), options, layout.block_size)
-        self._routes = options.routes
+        self._paged = PagedDecode(options, layout.block_size)
 
     @classmethod
     def scratch_bytes(cls, layout: str, options: BackendOptions) -> int:
         return PagedScratch.sizes(options)[1]
 
-    def decode(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: QueryRows, out: Tensor) -> None:
+    def decode(
+        self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: QueryRows, meta: PagedMetadata, out: Tensor
+    ) -> None:
         if self._routes[layer.layer_index].decode == "paged_attention_rocm":
             self._paged.rocm(layer, q, cache, rows, out)
         else:
-            super().decode(layer, q, cache, rows, out)
+            super().decode(layer, q, cache, rows, meta, out)

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miniserve.attention.backends.base import CHUNKS_IN_GRAPH, Backend
+from miniserve.attention.backends.base import CHUNKS_IN_GRAPH
 from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.backends.rope_write import CacheWriter, cache_terms
+from miniserve.attention.backends.paged import QKV, PagedBackend, PagedMetadata, cache_terms
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import QueryRows, StepBatch
-from miniserve.attention.routes import fuses_rope
-from miniserve.attention.spec import AttentionLayer, AttentionSpec, QKRope
+from miniserve.attention.spec import AttentionLayer, AttentionSpec
 from miniserve.kernels.triton.launch import Launch, cdiv, choose_splits, decode_launch, extend_launch, extend_splits
 
 LINEARIZE_FROM = 16  # query tokens of a chunk; shorter ones are read in place about as fast (measured on an H100)
@@ -47,8 +46,7 @@ class SplitPlan:
         return choose_splits(rows, self._head_tiles, max_seq_len, self._launch, self._num_sms)
 
 
-class TritonBackend(Backend[StepBatch]):
-    graphs = True
+class TritonBackend(PagedBackend[PagedMetadata]):
     linearize_from = LINEARIZE_FROM
 
     def __init__(self, layout: KVLayout, options: BackendOptions) -> None:
@@ -60,8 +58,6 @@ class TritonBackend(Backend[StepBatch]):
         super().__init__(layout, options)
         self._paged_decode, self._paged_extend, self._linearize = paged_decode, paged_extend, linearize
         self._hopper = gluon_kernels("hopper_extend", options.device, "prefill attention runs slower")
-        self._writer = CacheWriter(layout)
-        self.fuses_rope = fuses_rope(options.routes)
         # Copies and splits of chunks were measured on NVIDIA's GPUs alone.
         on_nvidia = options.platform.vendor == "cuda"
         self._split_over = options.platform.compute_units if on_nvidia else 1
@@ -81,32 +77,12 @@ class TritonBackend(Backend[StepBatch]):
         token = max(2 * spec.num_kv_heads * spec.head_dim * spec.kv_dtype.itemsize for spec in options.specs)
         return min(LINEARIZED_TOKENS, options.max_rows * options.max_seq_len) * token
 
-    def build(self, batch: StepBatch) -> StepBatch:
-        return batch
+    def build(self, batch: StepBatch) -> PagedMetadata:
+        return PagedMetadata(batch)
 
-    def attend(
-        self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, batch: StepBatch
-    ) -> Tensor:
-        self._writer.write(layer, k, v, cache, batch.slot_mapping)
-        return self._over_cache(layer, q, cache, batch)
-
-    def attend_qkv(self, layer: AttentionLayer, qkv: Tensor, rope: QKRope, cache: KVCache, batch: StepBatch) -> Tensor:
-        settled = batch.decode is not None and batch.decode.fresh is not None
-        q = self._writer.rope_and_write(layer, qkv, rope, cache, batch.slot_mapping, settled=settled)
-        return self._over_cache(layer, q, cache, batch)
-
-    def _over_cache(self, layer: AttentionLayer, q: Tensor, cache: KVCache, batch: StepBatch) -> Tensor:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        if (rows := batch.decode) is not None:
-            self.decode(layer, q[: rows.end], cache, rows, out[: rows.end])
-        for chunks in (batch.extend, batch.prefill):
-            if chunks is not None:
-                span = slice(chunks.start, chunks.end)
-                self.extend(layer, q[span], cache, chunks, out[span])
-        return out.flatten(1)
-
-    def decode(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: QueryRows, out: Tensor) -> None:
-        """q, out [rows, num_heads, head_dim]."""
+    def decode(
+        self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: QueryRows, meta: PagedMetadata, out: Tensor
+    ) -> None:
         plan = self._plans[_shape(layer.spec)]
         self._paged_decode(
             q,
@@ -122,8 +98,10 @@ class TritonBackend(Backend[StepBatch]):
             **self._terms(layer),
         )
 
-    def extend(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: QueryRows, out: Tensor) -> None:
-        """q, out [tokens, num_heads, head_dim]."""
+    def chunk(
+        self, layer: AttentionLayer, tokens: QKV, cache: KVCache, rows: QueryRows, meta: PagedMetadata, out: Tensor
+    ) -> None:
+        q = tokens[0][rows.start : rows.end]
         planes, terms = (cache.key, cache.value), self._terms(layer)
         tables, lens = rows.block_tables, (rows.cu_query_lens, rows.seq_lens)
         num_splits = self._extend_splits(layer.spec, rows)

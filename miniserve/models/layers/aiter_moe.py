@@ -73,11 +73,11 @@ class AiterScaledMoE(ScaledMoE):
         middle = _whole_tiles(layer.intermediate_size, _GROUP)
         w1, w2 = layer.w1_scale.data.unflatten(1, (2, -1)), layer.w2_scale.data
         if self.step is None:
-            quant_type = self._aiter.quant_type.per_Token
+            quant_type = self._aiter.QuantType.per_Token
             w1 = functional.pad(w1, (0, middle - layer.intermediate_size)).flatten(1)[..., None]
             w2 = functional.pad(w2, (0, -layer.hidden_size % _GROUP))[..., None]
         else:  # each part begins with a block, so of a block's steps, which are alike, the first is left
-            quant_type = self._aiter.quant_type.per_1x128
+            quant_type = self._aiter.QuantType.per_1x128
             rows, columns = (_GROUP // each for each in self.step)
             w1, w2 = w1[:, :, ::rows, ::columns].flatten(1, 2), w2[:, ::rows, ::columns]
         scales = {"w1_scale": w1.contiguous(), "w2_scale": w2.contiguous(), "quant_type": quant_type}

@@ -10,6 +10,7 @@ from torch import Tensor
 from miniserve.attention.spec import AttentionSpec, QKRope, StepContext
 from miniserve.models.description import ModelConfig
 from miniserve.models.layers.base import Module
+from miniserve.models.layers.norm import Normed
 from miniserve.models.layers.ops import PendingSum
 from miniserve.models.options import BuildOptions
 
@@ -40,8 +41,8 @@ class SelfAttention(Module):
         spec = config.attention_spec(layer_index, options.dtype, options.kv_dtype, options.shard)
         self.attn = Attention(layer_index, spec, one, one)
 
-    def forward(self, x: Tensor, cos_sin: Tensor, ctx: StepContext) -> Tensor | PendingSum:
-        qkv = self.qkv_proj(x)
+    def forward(self, x: Normed, cos_sin: Tensor, ctx: StepContext) -> Tensor | PendingSum:
+        qkv = self.qkv_proj(x.read())
         q_weight = self.q_norm.weight if self.q_norm is not None else None
         k_weight = self.k_norm.weight if self.k_norm is not None else None
         rope = QKRope(cos_sin, q_weight, k_weight, self.eps)

@@ -10,6 +10,7 @@ from miniserve.attention.spec import AttentionSpec, LatentDims, StepContext
 from miniserve.models.description import ModelConfig
 from miniserve.models.layers.base import Module
 from miniserve.models.layers.linear import Linear, LinearMethod
+from miniserve.models.layers.norm import Normed
 from miniserve.models.layers.ops import PendingSum
 from miniserve.models.options import BuildOptions
 from miniserve.parallel.shard import Part, whole
@@ -99,11 +100,11 @@ class LatentSelfAttention(Module):
     def attn(self) -> UpProjection:
         return self.kv_b_proj
 
-    def forward(self, x: Tensor, cos_sin: Tensor, ctx: StepContext) -> Tensor | PendingSum:
+    def forward(self, x: Normed, cos_sin: Tensor, ctx: StepContext) -> Tensor | PendingSum:
         if self.q_lora_rank is None:
-            q, kv = self.q_proj(x), self.kv_a_proj(x)
+            q, kv = self.q_proj(x.read()), self.kv_a_proj(x.read())
         else:
-            q_c, kv = self.qkv_a_proj(x).split((self.q_lora_rank, sum(self.kv_sizes)), dim=-1)
+            q_c, kv = self.qkv_a_proj(x.read()).split((self.q_lora_rank, sum(self.kv_sizes)), dim=-1)
             q = self.q_b_proj(self.q_a_layernorm(q_c))
         kv_c, k_pe = kv.split(self.kv_sizes, dim=-1)
         kv_c = self.kv_a_layernorm(kv_c)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from miniserve.models.description import ModelConfig, MoEConfig
 from miniserve.models.layers.base import Module
-from miniserve.models.layers.norm import RMSNorm
+from miniserve.models.layers.norm import Normed
 from miniserve.models.layers.ops import PendingSum
 from miniserve.models.layers.routing import Router
 from miniserve.models.options import BuildOptions
@@ -20,14 +20,13 @@ class MLP(Module):
         self.gate_up_proj = options.linear(hidden, {"gate_proj": middle, "up_proj": middle}, bias=config.mlp_bias)
         self.down_proj = options.linear(middle, {"down_proj": hidden}, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.ops.gated_linear(self.gate_up_proj, x))
+    def forward(self, x: Normed) -> Tensor | PendingSum:
+        """x: [T, hidden_size] -> what is to be added to the residual stream."""
+        return self.ops.linear_to_add(self.down_proj, self.ops.gated_linear(self.gate_up_proj, x.read()))
 
-    def after(self, norm: RMSNorm, x: Tensor | PendingSum, residual: Tensor) -> tuple[Tensor | PendingSum, Tensor]:
-        """Adds x to the residual stream, both [T, hidden_size], and takes its norm as input. Returns what is then
-        still to be added, and the stream."""
-        x, residual = norm.add(x, residual)
-        return self.ops.linear_to_add(self.down_proj, self.ops.gated_linear(self.gate_up_proj, x)), residual
+    def whole(self, x: Tensor) -> Tensor:
+        """As `forward`, [T, hidden_size], to be added to something else first."""
+        return self.down_proj(self.ops.gated_linear(self.gate_up_proj, x))
 
 
 class SparseMLP(Module):
@@ -39,8 +38,8 @@ class SparseMLP(Module):
         shared = options.within("shared_experts")
         self.shared_experts = MLP(config, shared, moe.shared_size) if moe.shared_size else None
 
-    def after(self, norm: RMSNorm, x: Tensor | PendingSum, residual: Tensor) -> tuple[Tensor | PendingSum, Tensor]:
-        """As `MLP.after`."""
-        x, residual, topk_weights, topk_ids = self.gate(norm, x, residual)
-        out: Tensor | PendingSum = self.experts(x, topk_weights, topk_ids)
-        return out if self.shared_experts is None else out + self.shared_experts(x), residual
+    def forward(self, x: Normed) -> Tensor | PendingSum:
+        """As `MLP.forward`."""
+        topk_weights, topk_ids = self.gate(x)
+        out: Tensor | PendingSum = self.experts(x.read(), topk_weights, topk_ids)
+        return out if self.shared_experts is None else out + self.shared_experts.whole(x.read())

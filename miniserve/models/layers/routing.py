@@ -10,14 +10,12 @@ from torch.nn import functional
 
 from miniserve.models.description import MoEConfig
 from miniserve.models.layers.base import Layer
-from miniserve.models.layers.norm import RMSNorm
-from miniserve.models.layers.ops import PendingSum
+from miniserve.models.layers.norm import Normed
 
-# The normed x and the residual stream, then a choice as `route` gives it.
-Routed = tuple[Tensor, Tensor, Tensor, Tensor]
+Chosen = tuple[Tensor, Tensor]  # as `route` gives it
 
 
-def route(logits: Tensor, moe: MoEConfig, correction_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def route(logits: Tensor, moe: MoEConfig, correction_bias: Tensor | None) -> Chosen:
     """logits: float32 [T, num_experts] -> weights float32 and expert ids int64, both [T, top_k].
 
     Softmax or sigmoid scores; the choice may be limited to the best groups of experts, a group being as good as its
@@ -39,15 +37,14 @@ def route(logits: Tensor, moe: MoEConfig, correction_bias: Tensor | None) -> tup
     return weights * moe.scaling if moe.scaling != 1.0 else weights, ids
 
 
-# How `Router` computes its choice and the norm before it; the arguments after it as of `Router.forward`.
-RoutingMethod = Callable[["Router", RMSNorm, "Tensor | PendingSum", Tensor], Routed]
+# How a `Router` computes its choice for x.
+RoutingMethod = Callable[["Router", Normed], Chosen]
 
 
-def torch_routing(router: Router, norm: RMSNorm, x: Tensor | PendingSum, residual: Tensor) -> Routed:
+def torch_routing(router: Router, x: Normed) -> Chosen:
     """A `RoutingMethod` for any device."""
-    x, residual = norm.add(x, residual)
-    logits = functional.linear(x.float(), router.weight)
-    return x, residual, *route(logits, router.moe, router.e_score_correction_bias)
+    logits = functional.linear(x.read().float(), router.weight)
+    return route(logits, router.moe, router.e_score_correction_bias)
 
 
 class Router(Layer):
@@ -66,7 +63,6 @@ class Router(Layer):
         else:
             self.register_parameter("e_score_correction_bias", None)
 
-    def forward(self, norm: RMSNorm, x: Tensor | PendingSum, residual: Tensor) -> Routed:
-        """`norm.add`, then the choice for what that gives, so that a method can make both at once. x, residual: [T,
-        hidden_size]."""
-        return self.method(self, norm, x, residual)
+    def forward(self, x: Normed) -> Chosen:
+        """x: [T, hidden_size]; a method may compute the norm as well."""
+        return self.method(self, x)

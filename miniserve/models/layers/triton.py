@@ -10,9 +10,9 @@ from torch.nn import functional
 from miniserve.attention.spec import AttentionSpec, QKRope
 from miniserve.models.layers.experts import Experts, MoEMethod
 from miniserve.models.layers.linear import Linear, LinearMethod
-from miniserve.models.layers.norm import RMSNorm
+from miniserve.models.layers.norm import Normed
 from miniserve.models.layers.ops import Ops, PendingSum, split_heads
-from miniserve.models.layers.routing import Routed, Router, route
+from miniserve.models.layers.routing import Chosen, Router, route
 from miniserve.models.layers.scaled import ScaledMethod, ScaledMoE, ScaledProduct
 
 if TYPE_CHECKING:
@@ -84,14 +84,11 @@ class TritonOps(Ops):
         return layer(x) if parts is None else PendingSum(self._kernels, parts)
 
 
-def triton_routing(
-    kernels: TritonKernels, router: Router, norm: RMSNorm, x: Tensor | PendingSum, residual: Tensor
-) -> Routed:
+def triton_routing(kernels: TritonKernels, router: Router, x: Normed) -> Chosen:
     """With its kernels given a `RoutingMethod`."""
     moe, bias = router.moe, router.e_score_correction_bias
     if not kernels.can_route(moe.num_experts, moe.num_groups, moe.top_groups):
-        x, residual = norm.add(x, residual)
-        return x, residual, *route(kernels.logits(x, router.weight), moe, bias)
+        return route(kernels.logits(x.read(), router.weight), moe, bias)
     choice = {
         "top_k": moe.top_k,
         "num_groups": moe.num_groups,
@@ -100,10 +97,12 @@ def triton_routing(
         "normalize": moe.normalize,
         "scaling": moe.scaling,
     }
-    if norm.group.size > 1 or not isinstance(x, Tensor):  # the sum comes before the norm
-        x, residual = norm.add(x, residual)
-        return x, residual, *kernels.route(x, router.weight, bias, **choice)
-    return kernels.add_norm_route(x, residual, norm.weight, norm.eps, router.weight, bias, **choice)
+
+    def with_norm(part: Tensor, stream: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Chosen]:
+        normed, stream, *chosen = kernels.add_norm_route(part, stream, weight, eps, router.weight, bias, **choice)
+        return normed, stream, (chosen[0], chosen[1])
+
+    return x.read_with(with_norm) or kernels.route(x.read(), router.weight, bias, **choice)
 
 
 class TritonMoE(MoEMethod):

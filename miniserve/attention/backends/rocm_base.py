@@ -1,18 +1,20 @@
-"""aiter's kernels as the ROCm backends call them: argument by argument, with the scratch memory they write to."""
+"""What the ROCm backends share: aiter's kernels as they call them, with the scratch memory that these write to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from miniserve.attention.aiter import Aiter
+from miniserve.attention import aiter
 from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.paged import QKV, PagedBackend, PagedMetadata, split_heads
 from miniserve.attention.layouts import KVCache, KVLayout
-from miniserve.attention.metadata import QueryRows
+from miniserve.attention.metadata import QueryRows, StepBatch
 from miniserve.attention.routes import kv_cache_dtype, window_pair
-from miniserve.attention.spec import AttentionLayer, fp8_scales
+from miniserve.attention.spec import AttentionLayer, QKRope, fp8_scales
 
 _PARTITION = 256  # keys that one program of the HIP kernels takes
 
@@ -72,53 +74,63 @@ class AsmScales:
         return self._tables[known]
 
 
-class AiterCalls:
-    """Its kernels that write to or attend over a cache of one layout."""
+@dataclass(frozen=True, slots=True)
+class AiterMetadata(PagedMetadata):
+    """token_ids int64 [num_tokens] 0, 1, 2, …: what aiter's writer takes for positions in the step's own angles."""
 
-    def __init__(self, aiter: Aiter, layout: KVLayout) -> None:
-        self._aiter = aiter
+    token_ids: Tensor
+
+
+Metadata = TypeVar("Metadata", bound=AiterMetadata)
+
+
+class AiterBackend(PagedBackend[Metadata]):
+    """Rope and write by aiter where the layer's route says so (the write alone never: aiter's makes NaN of what an fp8
+    cache cannot hold), and its unified attention."""
+
+    def __init__(self, layout: KVLayout, options: BackendOptions) -> None:
+        super().__init__(layout, options)
+        self._aiter = aiter.load()
         self._linear = layout.name == "linear"
+        self._counting = torch.arange(options.max_rows, dtype=torch.int64, device=options.device)
 
-    def rope_and_write(
-        self,
-        layer: AttentionLayer,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cache: KVCache,
-        slot_mapping: Tensor,
-        token_ids: Tensor,
-        cos_sin: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """Rotate q and k, and store k and v; negative slots are skipped. cos_sin has the step's tokens' own angles, so
-        that token_ids, 0, 1, 2, …, are what aiter takes for positions. Returns q and k rotated; k is not set where the
-        slot is negative."""
-        q_out, k_out, *_ = self._aiter.fused_qk_rope_reshape_and_cache(
+    def token_ids(self, batch: StepBatch) -> Tensor:
+        """As of `AiterMetadata`; of decode rows alone it is always the same memory."""
+        slots = batch.slot_mapping
+        if len(slots) <= len(self._counting):
+            return self._counting[: len(slots)]
+        return torch.arange(len(slots), dtype=torch.int64, device=slots.device)
+
+    def rope_and_write(self, layer: AttentionLayer, qkv: Tensor, rope: QKRope, cache: KVCache, meta: Metadata) -> QKV:
+        if self._routes[layer.layer_index].write != "fused_qk_rope_reshape_and_cache":
+            return super().rope_and_write(layer, qkv, rope, cache, meta)
+        q, k, v = split_heads(layer, qkv)
+        q, k, *_ = self._aiter.fused_qk_rope_reshape_and_cache(
             q,
             k,
             v,
             cache.key,
             cache.value,
-            slot_mapping,
-            token_ids,
-            *cos_sin.chunk(2, dim=-1),
+            meta.batch.slot_mapping,
+            meta.token_ids,
+            *rope.cos_sin.chunk(2, dim=-1),
             *fp8_scales(layer),
             is_neox=True,
             flash_layout=self._linear,
             output_zeros=False,
         )
-        return q_out, k_out
+        return q, k, v
 
     def unified(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: QueryRows, out: Tensor) -> None:
-        """Rows of any number of query tokens, which are in the cache already, over either layout. q, out [num_tokens,
-        num_heads, head_dim] of the whole step, of which it reads and writes the rows' part."""
+        """Rows of any number of query tokens, which are in the cache already, over either layout. q, out [the rows'
+        tokens, num_heads, head_dim]."""
         spec = layer.spec
         k_scale, v_scale = fp8_scales(layer)
         self._aiter.unified_attention(
-            q=q[rows.start : rows.end],
+            q=q,
             k=cache.key,
             v=cache.value,
-            out=out[rows.start : rows.end],
+            out=out,
             cu_seqlens_q=rows.cu_query_lens,
             max_seqlen_q=rows.max_query_len,
             seqused_k=rows.seq_lens,
@@ -139,8 +151,8 @@ class AiterCalls:
 class PagedDecode:
     """Its paged attention: decode rows of one query token, q, out [rows, num_heads, head_dim]."""
 
-    def __init__(self, aiter: Aiter, options: BackendOptions, block_size: int) -> None:
-        self._aiter = aiter
+    def __init__(self, options: BackendOptions, block_size: int) -> None:
+        self._aiter = aiter.load()
         self._scratch = PagedScratch(options)
         self.asm_scales = AsmScales(block_size)
 
@@ -215,32 +227,3 @@ class PagedDecode:
             kv_cache_dtype=kv_cache_dtype(spec.kv_dtype),
             kv_cache_tensor_dtype=spec.kv_dtype,
         )
-
-
-def paged_gluon(
-    gluon: Callable[..., None], layer: AttentionLayer, q: Tensor, cache: KVCache, rows: QueryRows, out: Tensor
-) -> None:
-    """Decode over the shuffled layout by `pa_decode_gluon`.
-
-    One program takes all keys of a row and KV head: what splits leave would be summed by one of three kernels, of which
-    v0.1.20.post1 finds none where neither its C++ one nor FlyDSL is installed. A window of W keys, the query's own
-    among them, is W + 1 to it: it takes the query to stand after the last key.
-    """
-    spec = layer.spec
-    k_scale, v_scale = fp8_scales(layer)
-    gluon(
-        out,
-        q,
-        cache.key,
-        cache.value,
-        rows.seq_lens,
-        rows.block_tables,
-        spec.scale,
-        query_length=1,
-        max_context_partition_num=1,
-        compute_type=spec.dtype,
-        key_scale=k_scale,
-        value_scale=v_scale,
-        sinks=layer.sinks,
-        sliding_window=0 if spec.sliding_window is None else spec.sliding_window + 1,
-    )

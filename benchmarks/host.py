@@ -1,0 +1,191 @@
+"""What the API process does with an engine that costs nothing: `python -m benchmarks.host --streams 256,1024`.
+
+A fake engine gives every running request a token each `--step-ms`; one client process reads all streams and parses
+nothing. Printed: tokens a second as sent and for each CPU second of the API process (its rate on one core that it has
+for itself), tokens an event (above 1 the server was slower than the engine and joined them), and how late its event
+loop was at worst while tokens flowed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import miniserve
+from miniserve.config import EngineConfig
+from miniserve.core import EngineInfo, Step, TokenMasks
+from miniserve.engine.client import AsyncEngine
+from miniserve.server.config import ServerConfig
+from miniserve.server.serve import listening, loop_factory, serve
+
+TINY = Path(miniserve.__file__).parent / "assets" / "tiny-qwen3"
+PROMPT = "The quick brown fox jumps over the lazy dog."
+_PROBE = 0.002  # seconds
+
+
+class FakeRunner:
+    """Each row's tokens count upwards; a step lasts `step_seconds`."""
+
+    def __init__(self, step_seconds: float) -> None:
+        self._step_seconds = step_seconds
+        self._next = 0.0
+        self._num_steps = 0
+
+    def launch(self, step: Step) -> None:
+        self._num_steps += 1
+        step.token_ids = [300 + (row * 7 + self._num_steps) % 1500 for row in step.plan.sampling_rows]
+
+    def sample(self, step: Step, masks: TokenMasks) -> None:
+        pass
+
+    def collect(self, step: Step) -> None:
+        now = time.monotonic()
+        self._next = max(self._next + self._step_seconds, now)
+        time.sleep(self._next - now)
+
+    def check(self) -> None:
+        pass
+
+
+def build_fake(
+    config: EngineConfig, source_path: Path, model_name: str, progress: Callable[[str, int, int], None] | None
+) -> tuple[FakeRunner, EngineInfo]:
+    """A `runner_factory`; the model's name is the milliseconds of a step."""
+    info = EngineInfo(
+        model=model_name,
+        model_path=str(source_path),
+        architecture="Fake",
+        dtype="float32",
+        device="cpu",
+        vocab_size=2048,
+        max_model_len=4096,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=16384,
+        block_size=config.block_size,
+        num_blocks=config.max_num_seqs * 128,
+        kv_layout="linear",
+        enable_prefix_caching=config.enable_prefix_caching,
+        async_scheduling=bool(config.async_scheduling),
+        eos_token_ids=[],
+        memory=[],
+        attention=[],
+    )
+    return FakeRunner(float(model_name) / 1e3), info
+
+
+def run_server(streams: int, step_ms: float) -> None:
+    """Serve until stdin says something; the first line out is the port, the last what it cost."""
+    engine_config, config = EngineConfig(max_num_seqs=streams), ServerConfig(port=0, log_requests=False)
+
+    async def main() -> None:
+        engine = AsyncEngine(engine_config, TINY, f"{step_ms:g}", runner_factory="benchmarks.host:build_fake")
+        await engine.start()
+        stop, lateness = asyncio.Event(), [0.0]
+
+        async def probe() -> None:
+            while not stop.is_set():
+                begin = time.monotonic()
+                await asyncio.sleep(_PROBE)
+                lateness.append(time.monotonic() - begin - _PROBE)
+
+        def at_input() -> None:
+            asked = sys.stdin.readline().strip()
+            usage = resource.getrusage(resource.RUSAGE_SELF)
+            late = sorted(lateness)
+            del lateness[1:]
+            report = {"cpu": usage.ru_utime + usage.ru_stime, "late": late[-1], "late_p99": late[len(late) * 99 // 100]}
+            print(json.dumps(report), flush=True)
+            if asked != "more":
+                asyncio.get_running_loop().remove_reader(0)
+                stop.set()
+
+        with listening(config) as sock:
+            print(sock.getsockname()[1], flush=True)
+            asyncio.get_running_loop().add_reader(0, at_input)
+            probing = asyncio.create_task(probe())
+            await serve(engine, config, sock=sock, stop=stop)
+            probing.cancel()
+
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        runner.run(main())
+
+
+async def _stream(port: int, path: str, body: bytes, counts: list[int]) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**20)
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    writer.write(head.encode() + b"\r\nConnection: close\r\n\r\n" + body)
+    answer = b""
+    while data := await reader.read(65536):
+        counts[0] += data.count(b"data: {")
+        answer = (answer + data)[-400:]
+    if b"[DONE]" not in answer:
+        raise RuntimeError(answer.decode(errors="replace"))
+    writer.close()
+
+
+def measure(streams: int, tokens: int, step_ms: float, chat: bool) -> None:
+    command = [sys.executable, "-m", "benchmarks.host", "--serve", "--streams", str(streams), "--step-ms", str(step_ms)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as server:
+        assert server.stdin is not None and server.stdout is not None
+        port = int(server.stdout.readline())
+        fields = {"max_tokens": tokens, "ignore_eos": True, "stream": True, "temperature": 0}
+        asked = {"messages": [{"role": "user", "content": PROMPT}]} if chat else {"prompt": PROMPT}
+        path = "/v1/chat/completions" if chat else "/v1/completions"
+        body = json.dumps(asked | fields).encode()
+
+        def ask(counts: list[int], num: int) -> None:
+            async def all_streams() -> None:
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(num):
+                        group.create_task(_stream(port, path, body, counts))
+
+            asyncio.run(all_streams())
+
+        while True:  # until it listens
+            try:
+                ask([0], 1)
+                break
+            except ExceptionGroup:
+                time.sleep(0.1)
+        print("more", file=server.stdin, flush=True)
+        before = json.loads(server.stdout.readline())
+        counts, begin = [0], time.monotonic()
+        ask(counts, streams)
+        seconds = time.monotonic() - begin
+        print("end", file=server.stdin, flush=True)
+        after = json.loads(server.stdout.readline())
+    total, cpu = streams * tokens, after["cpu"] - before["cpu"]
+    print(
+        f"{'chat' if chat else 'completions':12} {streams:5} streams: {total / seconds:8,.0f} tokens/s, "
+        f"{total / cpu:8,.0f} a CPU second, {total / counts[0]:5.2f} tokens an event, event loop late by "
+        f"{1e3 * after['late_p99']:.1f} ms (p99), {1e3 * after['late']:.1f} ms (most)",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", default="256", help="one or more numbers, as 256,1024")
+    parser.add_argument("--tokens", type=int, default=400, help="of each stream")
+    parser.add_argument("--step-ms", type=float, default=8.0)
+    parser.add_argument("--chat", action="store_true", help="chat completions")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        run_server(int(args.streams), args.step_ms)
+        return
+    for streams in map(int, args.streams.split(",")):
+        measure(streams, args.tokens, args.step_ms, args.chat)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONPATH", os.getcwd())
+    main()
