@@ -154,13 +154,13 @@ def _draw(vocab_size: int, dtype: torch.dtype, *, in_graph: bool) -> None:
 
 
 def medium_launches(chip: Chip) -> Iterator[Case]:
-    """As `step_launches`, the linear layers of 9 to 256 rows alone."""
+    """As `step_launches`, the linear layers of 2 to 256 rows alone."""
     if chip.wgmma:
         for m, n, k in ((16, 4096, 4096), (128, 1024, 2048), (256, 4096, 1024)):
             yield f"bf16 {m} rows {n} x {k}", partial(_medium_linear, chip, m, n, k, False)
         for m, n, k in ((128, 12288, 4096), (256, 3072, 1024), (256, 12288, 4096)):
             yield f"bf16 {m} rows {n} x {k} gated", partial(_medium_linear, chip, m, n, k, True)
-        yield "bf16 256 rows 4096 x 12288 in parts", partial(_linear_parts, chip, 256, 4096, 12288)
+        yield "bf16 64 rows 4096 x 12288 in parts", partial(_linear_parts, chip, 64, 4096, 12288)
 
 
 def scaled_launches(chip: Chip, codes: torch.dtype) -> Iterator[Case]:

@@ -105,6 +105,18 @@ def triton_routing(kernels: TritonKernels, router: Router, x: Normed) -> Chosen:
     return x.read_with(with_norm) or kernels.route(x.read(), router.weight, bias, **choice)
 
 
+def _multiply_experts(
+    kernels: TritonKernels, layer: Experts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, **scales: Any
+) -> Tensor | PendingSum:
+    """As `MoEMethod.apply`. scales: as of `moe.experts`, for weights in 8 bits."""
+    first = None if layer.num_experts == layer.experts.count else layer.experts.held.start
+    given = x, layer.w1, layer.w2, topk_weights, topk_ids
+    if x.shape[0] == 1:
+        out: Tensor = kernels.token_experts(*given, first=first, **scales)
+        return out
+    return PendingSum(kernels, kernels.experts(*given, first=first, **scales))
+
+
 class TritonMoE(MoEMethod):
     """The weights as they are."""
 
@@ -112,12 +124,7 @@ class TritonMoE(MoEMethod):
         self._kernels = kernels
 
     def apply(self, layer: Experts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor | PendingSum:
-        first = None if layer.num_experts == layer.experts.count else layer.experts.held.start
-        if x.shape[0] == 1:
-            out: Tensor = self._kernels.token_experts(x, layer.w1, layer.w2, topk_weights, topk_ids, first=first)
-            return out
-        parts = self._kernels.experts(x, layer.w1, layer.w2, topk_weights, topk_ids, first=first)
-        return PendingSum(self._kernels, parts)
+        return _multiply_experts(self._kernels, layer, x, topk_weights, topk_ids)
 
 
 class TritonScaledMoE(ScaledMoE):
@@ -128,10 +135,5 @@ class TritonScaledMoE(ScaledMoE):
         self._kernels = kernels
 
     def apply(self, layer: Experts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor | PendingSum:
-        first = None if layer.num_experts == layer.experts.count else layer.experts.held.start
-        scales: dict[str, Any] = {"scales": (layer.w1_scale, layer.w2_scale), "block": self.step, "first": first}
-        if x.shape[0] == 1:
-            out: Tensor = self._kernels.token_experts(x, layer.w1, layer.w2, topk_weights, topk_ids, **scales)
-            return out
-        parts = self._kernels.experts(x, layer.w1, layer.w2, topk_weights, topk_ids, **scales)
-        return PendingSum(self._kernels, parts)
+        scales = layer.w1_scale, layer.w2_scale
+        return _multiply_experts(self._kernels, layer, x, topk_weights, topk_ids, scales=scales, block=self.step)
