@@ -77,7 +77,7 @@ def test_weights_in_8_bits_stay_codes(kind: str, tmp_path: Path, monkeypatch: py
 
 
 def test_output_and_down_projections_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = random_settings("Qwen3ForCausalLM", 0)
+    settings = random_settings("Qwen3ForCausalLM", 0) | {"attention_bias": False}
     reference_model("Qwen3ForCausalLM", settings).save_pretrained(tmp_path)
     monkeypatch.setattr(runtime, "chip_of", lambda device: Chip(132, 1 << 17))
     monkeypatch.setattr(runtime, "choose_tile", lambda *_, **__: None)

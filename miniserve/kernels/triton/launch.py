@@ -95,11 +95,12 @@ def decode_launch(platform: Platform, head_dim: int, kv_itemsize: int, group: in
     if launch == _SAME and platform == "cuda" and pairs_per_sm > 2:
         # Where all run at once, more bytes in flight; else those of which the last round is fullest.
         deep, held = _HELD[1]
-        launch = deep if pairs_per_sm <= held else max(_HELD, key=lambda each: _fullness(pairs_per_sm / each[1]))[0]
+        launch = deep if pairs_per_sm <= held else max(_HELD, key=lambda each: fullness(pairs_per_sm / each[1]))[0]
     return replace(launch, block_m=max(16, min(32, next_power_of_2(group))))
 
 
-def _fullness(rounds: float) -> float:
+def fullness(rounds: float) -> float:
+    """How full a device is on average, in tenths, where its programs take so many rounds."""
     return round(rounds / math.ceil(rounds), 1)
 
 

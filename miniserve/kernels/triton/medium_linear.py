@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from miniserve.kernels.triton.launch import fullness
 from miniserve.kernels.triton.pdl import start, wait
 from miniserve.kernels.triton.small_linear import MAX_ROWS, Chip, scale_sizes
 
@@ -37,6 +38,7 @@ _GROUP_ROWS = 64  # of the weight; half as many outputs where they are gated
 _ROW_BYTES = 128  # of a swizzled tile of the weight
 _MOST_STAGES, _DEEP_STAGES = 8, 16  # the latter where programs have a multiprocessor each
 _PRODUCER_REGISTERS = 24
+_LEAST_COLUMNS = 256  # of a part
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,8 +328,8 @@ def choose_medium_tile(m: int, n: int, k: int, itemsize: int, chip: Chip, *, gat
             return _tile(block_m, groups, k, chip, early=_DEEP_STAGES if few else 2)
     if not few:
         return None
-    rounds = {groups: n / (groups * outputs * chip.num_sms) for groups in (3, 2)}
-    return _tile(_rows(m), max(rounds, key=lambda groups: rounds[groups] / -(-rounds[groups] // 1)), k, chip)
+    groups = max((3, 2), key=lambda groups: fullness(n / (groups * outputs * chip.num_sms)))
+    return _tile(_rows(m), groups, k, chip)
 
 
 @functools.cache
@@ -342,12 +344,13 @@ def choose_parts_tile(m: int, n: int, k: int, itemsize: int, chip: Chip) -> Medi
         block_m = 64
     programs = triton.cdiv(m, block_m) * tiles
     if 3 * programs <= chip.num_sms:
-        return replace(_tile(block_m, 1, k, chip, early=2 if m > MAX_ROWS else _MOST_STAGES), splits=most // programs)
-    long = k >= 2 * n or m <= 8
-    splits = chip.num_sms // triton.cdiv(programs, 2)
-    if not long or m > 128 or splits < 2:
+        groups, splits, early = 1, most // programs, 2 if m > MAX_ROWS else _MOST_STAGES
+    elif m <= 8 or (k >= 2 * n and m <= 128):
+        groups, splits, early = 2, chip.num_sms // triton.cdiv(programs, 2), _MOST_STAGES
+    else:
         return None
-    return replace(_tile(block_m, 2, k, chip), splits=splits)
+    splits = min(splits, k // _LEAST_COLUMNS)
+    return None if splits < 2 else replace(_tile(block_m, groups, k, chip, early), splits=splits)
 
 
 @functools.cache
@@ -382,7 +385,8 @@ def _rows(m: int) -> int:
 
 def _tile(block_m: int, groups: int, k: int, chip: Chip, early: int = _MOST_STAGES) -> MediumTile:
     """early: more than `_MOST_STAGES` makes the ring deep, if rows are long enough to fill it twice."""
-    most = max(_MOST_STAGES, min(early, k // (2 * _ROW_BYTES // 2)))
+    rounds = k // (_ROW_BYTES // 2)
+    most = max(_MOST_STAGES, min(early, rounds // 2))
     stages = min(most, (chip.shared_bytes - 1024) // ((block_m + _GROUP_ROWS * groups) * _ROW_BYTES))
     return MediumTile(block_m, groups, stages, min(early, stages))
 
