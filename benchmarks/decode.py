@@ -13,8 +13,9 @@ import random
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -27,33 +28,35 @@ from miniserve.engine.build import build_engine
 from miniserve.engine.loop import EngineLoop
 from miniserve.engine.roofline import describe
 from miniserve.models.layers.norm import Normed
-from miniserve.models.layers.routing import Chosen, Router, RoutingMethod
-from miniserve.models.options import BuildOptions
-
-
-class UniformRouting:
-    """Replaces the routing: its weights, but experts drawn uniformly for each layer and row. Random router weights may
-    send all tokens to a few experts, and the others' weights would not be read."""
-
-    def __init__(self, method: RoutingMethod) -> None:
-        self._method = method
-        self._drawn: dict[int, torch.Tensor] = {}
-
-    def __call__(self, router: Router, x: Normed) -> Chosen:
-        weights, ids = self._method(router, x)
-        known = self._drawn.get(id(router))
-        if known is None or len(known) < len(ids):
-            scores = torch.rand(max(len(ids), 8192), router.moe.num_experts, device=ids.device)
-            known = self._drawn[id(router)] = scores.topk(router.moe.top_k, dim=1).indices.to(ids.dtype)
-        return weights, known[: len(ids)].contiguous()
+from miniserve.models.layers.routing import Chosen, Router
+from miniserve.parallel.group import Alone
+from miniserve.runner import ranks
+from miniserve.runner.build import build_runner
 
 
 @contextmanager
 def uniform_routing() -> Iterator[None]:
-    """Models built within this block route uniformly."""
-    original = BuildOptions.routing.fget  # type: ignore[attr-defined]
-    with mock.patch.object(BuildOptions, "routing", property(lambda options: UniformRouting(original(options)))):
+    """Within this block routers keep their weights, but experts are drawn uniformly for each layer and row. Random
+    router weights may send all tokens to a few experts, and the others' weights would not be read."""
+    choose = Router.__call__
+    drawn: dict[int, torch.Tensor] = {}
+
+    def uniform(router: Router, x: Normed) -> Chosen:
+        weights, ids = choose(router, x)
+        known = drawn.get(id(router))
+        if known is None or len(known) < len(ids):
+            scores = torch.rand(max(len(ids), 8192), router.moe.num_experts, device=ids.device)
+            known = drawn[id(router)] = scores.topk(router.moe.top_k, dim=1).indices.to(ids.dtype)
+        return weights, known[: len(ids)].contiguous()
+
+    with mock.patch.object(Router, "__call__", uniform):
         yield
+
+
+def one_rank(size: int) -> AbstractContextManager[object]:
+    """Engines built within this block have the shapes of the first of `size` ranks, without the others and the sums
+    over them; what they compute has no meaning."""
+    return mock.patch.object(ranks, "build_ranks", partial(build_runner, group=Alone(0, size)))
 
 
 def measure(engine: EngineLoop, info: EngineInfo, batch: int, prompt_len: int, output_len: int) -> dict[str, object]:
@@ -87,6 +90,9 @@ def main() -> None:
     parser.add_argument("--kv-layout", default="auto")
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--uniform-routing", action="store_true", help="draw experts uniformly")
+    parser.add_argument(
+        "--rank-of", type=int, default=1, metavar="N", help="the first of N ranks, without the others and their sums"
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     batches = [int(size) for size in args.batch.split(",")]
@@ -102,13 +108,15 @@ def main() -> None:
         enforce_eager=args.enforce_eager,
     )
     start = time.perf_counter()
-    with uniform_routing() if args.uniform_routing else nullcontext():
+    with uniform_routing() if args.uniform_routing else nullcontext(), one_rank(args.rank_of):
         engine, info = build_engine(config, args.model, args.model.name)
     started = time.perf_counter() - start
-    print(f"{args.model.name} on {info.device}, started in {started:.1f} s; {info.attention[0]}")
+    part = f", rank 0 of {args.rank_of}" if args.rank_of > 1 else ""
+    print(f"{args.model.name}{part} on {info.device}, started in {started:.1f} s; {info.attention[0]}")
     rows = [measure(engine, info, batch, args.input_len, args.output_len) for batch in batches]
     if args.json:
-        write_json(args.json, {**header("decode"), "model": args.model.name, "start_s": started, "results": rows})
+        found = {"model": args.model.name, "rank_of": args.rank_of, "start_s": started, "results": rows}
+        write_json(args.json, {**header("decode"), **found})
 
 
 if __name__ == "__main__":

@@ -108,10 +108,10 @@ def run_server(streams: int, step_ms: float) -> None:
                 stop.set()
 
         with listening(config) as sock:
-            print(sock.getsockname()[1], flush=True)
             asyncio.get_running_loop().add_reader(0, at_input)
             probing = asyncio.create_task(probe())
-            await serve(engine, config, sock=sock, stop=stop)
+            port = sock.getsockname()[1]
+            await serve(engine, config, sock=sock, on_ready=lambda: print(port, flush=True), stop=stop)
             probing.cancel()
 
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
@@ -149,12 +149,7 @@ def measure(streams: int, tokens: int, step_ms: float, chat: bool) -> None:
 
             asyncio.run(all_streams())
 
-        while True:  # until it listens
-            try:
-                ask([0], 1)
-                break
-            except ExceptionGroup:
-                time.sleep(0.1)
+        ask([0], 1)
         print("more", file=server.stdin, flush=True)
         before = json.loads(server.stdout.readline())
         counts, begin = [0], time.monotonic()

@@ -7,11 +7,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from itertools import count
-from types import FrameType
 from typing import Any, cast
 
 from rich.console import Console
@@ -44,6 +43,7 @@ from miniserve.engine.output import OutputAssembler, fan_out, join
 from miniserve.engine.tokenizer import Tokenizer, load_tokenizer
 from miniserve.models.generation_config import load_generation_defaults
 from miniserve.models.hub import locate
+from miniserve.parallel.child import on_signals
 from miniserve.scheduler.limits import check_request
 
 Message = Mapping[str, Any]
@@ -239,10 +239,9 @@ class LLM:
                 continue  # aborted while its last step was on its way
             job, index = unfinished[output.request_id]
             num_tokens += len(output.new_token_ids)
-            if job.push(index, output):
+            if met_stop := job.push(index, output):
                 self._loop.abort([output.request_id])
-                del unfinished[output.request_id]
-            elif output.finish_reason is not None:
+            if met_stop or output.finish_reason is not None:
                 del unfinished[output.request_id]
         return num_tokens
 
@@ -309,18 +308,11 @@ def _late_interrupts() -> Iterator[Callable[[], None]]:
         if pending:
             raise KeyboardInterrupt
 
-    def keep(number: int, frame: FrameType | None) -> None:
+    def keep(_: int) -> None:
         nonlocal pending
         raise_pending()
         pending = True
 
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    # Ctrl-C reaches the main thread alone, and nothing where it is ignored, as in a shell's background.
-    if not in_main_thread or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    in_main_thread = threading.current_thread() is threading.main_thread()  # alone is reached by Ctrl-C
+    with on_signals(keep, (signal.SIGINT,)) if in_main_thread else nullcontext():
         yield raise_pending
-        return
-    previous = signal.signal(signal.SIGINT, keep)
-    try:
-        yield raise_pending
-    finally:
-        signal.signal(signal.SIGINT, previous)

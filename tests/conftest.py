@@ -6,6 +6,7 @@ import os
 import signal
 import ssl
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 # As many tests run at once as there are cores; the engines that they start inherit this too.
@@ -17,9 +18,29 @@ import httpx
 import pytest
 import torch
 
+TESTS = Path(__file__).parent
+# The files that take longest begin first, or one of them would run alone at the end.
+LONGEST = (
+    "cli/test_cli_run.py",
+    "aiter_contract/test_engine_standin.py",
+    "tools/test_compile_check.py",
+)
+
 if not torch.cuda.is_available():
     # Triton reads it when it is first imported, which libraries do on their own.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_xdist_auto_num_workers() -> int | None:
+    """One more than there are cores: while one waits for a process, another works."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None  # which is xdist's to read
+    return 1 + (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.relative_to(TESTS).as_posix(), len(places)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -109,8 +109,10 @@ MEANINGS = {
     "add_generation_prompt": "End with the beginning of an answer; true by default.",
     "continue_final_message": "Continue the last message instead.",
     "chat_template": "Another template; only with `--trust-request-chat-template`.",
-    "chat_template_kwargs": "Variables of the template, such as `enable_thinking`.",
-    "response_format": "`text`, `json_object`, or `json_schema` with its schema.",
+    "chat_template_kwargs": "Variables of the template, such as `enable_thinking`. One that the template does not name "
+    "is passed over with a warning, as unknown fields are (`--strict-fields` refuses it).",
+    "response_format": "`text`, `json_object`, or `json_schema` with its schema. Beside tools that may be called, the "
+    "answer is calls alone or text by the schema.",
     "structured_outputs": "vLLM's: one of `json`, `regex`, `choice`, `grammar`, `json_object`, `structural_tag`.",
     "guided_json": "`structured_outputs.json` under its older name.",
     "guided_json_object": "`structured_outputs.json_object` under its older name.",
@@ -155,8 +157,10 @@ RESPONSES_MEANINGS = {
     "max_output_tokens": "Default: the model's own or else the rest of the context. More than it holds is a 400.",
     "stream_options": "`include_obfuscation: false`.",
     "store": "Nothing is stored; the answer says `store: false`.",
-    "include": "`reasoning.encrypted_content` is accepted and not needed: `reasoning` items hold their text, and can "
-    "be sent back. Others are refused.",
+    "include": "`message.output_text.logprobs`, unless tools may be called: of the tokens behind the reasoning. "
+    "`reasoning.encrypted_content` is accepted and not needed: `reasoning` items hold their text, and can be sent "
+    "back. Others are refused.",
+    "top_logprobs": "0 to 20 alternatives; needs `include` to have `message.output_text.logprobs`.",
     "truncation": "`disabled`.",
     "metadata": "Up to 16 texts, which come back with the answer.",
 }

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from miniserve.kernels.sampling import NUM_COLUMNS, RowParams
+from miniserve.kernels.step_tensors import RowState, StepTensors
 from miniserve.kernels.triton import (
     decode_step,
     elementwise,
@@ -18,6 +19,7 @@ from miniserve.kernels.triton import (
     moe,
     moe_token,
     norm_router,
+    reduce_norm,
     routing,
     sampling,
     small_linear,
@@ -131,10 +133,17 @@ def _small_operations() -> None:
     elementwise.rope_pair(tensor(64, 16, 192)[:, :, 128:], tensor(64, 576)[:, 512:], rope, interleaved=True)
 
 
+def _reduce_norm(ranks: int, tokens: int, hidden: int, k: int) -> None:
+    inboxes = reduce_norm.Inboxes(tensor(ranks, dtype=torch.int64), int32(4), rank=1)
+    x, parts = tensor(tokens, hidden), tensor(tokens * k, hidden, dtype=torch.float32)
+    inboxes.reduce_norm(x if k == 1 else parts, None if k == 1 else x, x, tensor(hidden), 1e-6)
+    inboxes.gather(int32(2, tokens, 37))
+
+
 def _step_ends() -> None:
     ids, lens, tables = tensor(256, dtype=torch.int64), int32(256), int32(256, 4096)
-    state = decode_step.RowState(tables, ids, ids, ids)
-    step = decode_step.StepTensors(ids, ids, ids, ids, lens, tables)
+    state = RowState(tables, ids, ids, ids)
+    step = StepTensors(ids, ids, ids, ids, lens, tables)
     for explicit in (False, True):
         decode_step.apply_changes(int32(1280), 256, 16, step, tables, explicit=explicit)
         decode_step.advance(state, step, 16, explicit=explicit)
@@ -144,7 +153,7 @@ def _step_ends() -> None:
 
 def _draw(vocab_size: int, dtype: torch.dtype, *, in_graph: bool) -> None:
     rows = tensor(256, dtype=torch.int64)
-    state = decode_step.RowState(rows, rows, rows, rows)
+    state = RowState(rows, rows, rows, rows)
     params = RowParams(rows, rows, tensor(256, NUM_COLUMNS, dtype=torch.float32))
     logits = tensor(256, vocab_size, dtype=dtype)
     if in_graph:
@@ -206,6 +215,11 @@ def step_launches(chip: Chip) -> Iterator[Case]:
     yield "6 of 64 softmax", partial(_route, chip, 64, 6, 1, 1, False)
     yield "8 of 256 sigmoid, 4 of 8 groups", partial(_route, chip, 256, 8, 8, 4, True)
     yield "bf16", _small_operations
+    for ranks, tokens, hidden, k in ((2, 256, 4096, 1), (2, 64, 2048, 6), (8, 64, 4096, 8), (8, 1, 7168, 1)):
+        yield (
+            f"bf16 {tokens} rows of {hidden}, {ranks} ranks, {k} parts",
+            partial(_reduce_norm, ranks, tokens, hidden, k),
+        )
     yield "256 rows", _step_ends
     for vocab_size in (151936, 262144):
         yield f"bf16 of {vocab_size}", partial(_draw, vocab_size, _HALF, in_graph=True)

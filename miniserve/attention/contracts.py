@@ -9,13 +9,15 @@ from functools import partial
 
 import torch
 
-from miniserve.attention.terms import BackendContract, KernelContract
+from miniserve.attention.terms import BackendContract, KernelContract, Sizes
 
 _ALL = (torch.bfloat16, torch.float16, torch.float32)
 _HALF = (torch.bfloat16, torch.float16)
 _BOTH = ("linear", "shuffled")
 _ASM_FP8_TOLERANCE = 6e-2  # assembly may round queries or weights to fp8 too
-_PAGED_DIMS = (64, 128, 256)  # aiter's HIP kernels drop what is left of head_dim / 64, and return garbage below 64
+_PAGED_DIMS = Sizes(
+    only=(64, 128, 256)
+)  # aiter's HIP kernels drop what is left of head_dim / 64, and return garbage below 64
 
 _aiter = partial(KernelContract, dtypes=_HALF, fp8_kv=True)
 # aiter's decode kernels take several query tokens a row, too, but not rightly: see each.
@@ -25,28 +27,28 @@ _plain = partial(_decode, min_window=None, softcap=False, sinks=False)
 _CPU = KernelContract(name="CPU_ATTN", layouts=_BOTH, dtypes=_ALL)
 _TORCH = KernelContract(name="TORCH_ATTN", layouts=_BOTH, dtypes=_ALL, fp8_kv=True, any_kv=True)
 _TORCH_MLA = KernelContract(name="TORCH_MLA", layouts=("latent",), dtypes=_ALL, fp8_kv=True, any_kv=True)
-_TRITON_MLA = KernelContract(name="TRITON_MLA", layouts=("latent",), dtypes=_ALL, fp8_kv=True, max_head_dim=576)
+_TRITON_MLA = KernelContract(name="TRITON_MLA", layouts=("latent",), dtypes=_ALL, fp8_kv=True, head_dim=Sizes(most=576))
 _TRITON_DECODE, _TRITON_EXTEND = (
     KernelContract(
-        name=name, layouts=_BOTH, dtypes=_ALL, fp8_kv=True, min_head_dim=16, max_head_dim=256, one_query=one_query
+        name=name, layouts=_BOTH, dtypes=_ALL, fp8_kv=True, head_dim=Sizes(least=16, most=256), one_query=one_query
     )
     for name, one_query in (("triton paged_decode", True), ("triton paged_extend", False))
 )
 _PAGED_V1 = _decode(  # skips rows of several query tokens
     name="paged_attention_v1",
     layouts=("linear",),
-    head_dims=_PAGED_DIMS,
+    head_dim=_PAGED_DIMS,
     max_group=16,
-    block_sizes=(16, 32),
+    block_size=Sizes(only=(16, 32)),
     sinks=False,
     fp8_products=True,
 )
 _PAGED_ROCM = _plain(
     name="paged_attention_rocm",
     layouts=("shuffled",),
-    head_dims=_PAGED_DIMS,
+    head_dim=_PAGED_DIMS,
     max_group=16,  # above it the kernel's head index is wrong
-    block_multiple=16,
+    block_size=Sizes(multiple=16),
     fp8_products=True,
 )
 # Reaches the ASM kernel from some batch on, so it has that kernel's terms at any batch. Its HIP kernel computes one
@@ -55,9 +57,9 @@ _PAGED_ROCM = _plain(
 _PAGED_COMMON = _plain(
     name="paged_attention_common",
     layouts=("shuffled",),
-    head_dims=(128,),
+    head_dim=Sizes(only=(128,)),
     max_group=16,
-    block_sizes=(16,),
+    block_size=Sizes(only=(16,)),
     any_scale=False,
     fp8_products=True,
     fp8_tolerance=_ASM_FP8_TOLERANCE,
@@ -67,20 +69,17 @@ _PAGED_COMMON = _plain(
 _GLUON = _decode(
     name="pa_decode_gluon",
     layouts=("shuffled",),
-    head_dims=_PAGED_DIMS,
+    head_dim=_PAGED_DIMS,
     max_group=64,
-    block_sizes=(16, 64),
+    block_size=Sizes(only=(16, 64)),
     softcap=False,
 )
 _UNIFIED, _UNIFIED_SHUFFLED = (
     _aiter(
         name="unified_attention",
         layouts=(layout,),
-        min_head_dim=32,
-        max_head_dim=256,
-        pow2_head_dim=pow2,  # shuffled, other sizes give NaN
-        block_multiple=16,
-        pow2_block=True,
+        head_dim=Sizes(least=32, most=256, pow2=pow2),  # shuffled, others than powers of two give NaN
+        block_size=Sizes(multiple=16, pow2=True),
         # AMD's own build of 3.7 aborts over its software pipeline, which no version of aiter leaves out (aiter #4517,
         # not merged); 3.6.0, 3.7.0 and 3.8.0 as on PyPI compile it.
         crashes=(("gfx950", "3.7.*+amd*"),),
@@ -90,7 +89,7 @@ _UNIFIED, _UNIFIED_SHUFFLED = (
 # Keys and values come dense, gathered from the cache where there is context. Sinks: its ASM variant drops them. A
 # window of 1 is told as (0, 0), which it takes for none.
 _FLASH = _aiter(
-    name="flash_attn_varlen_func", layouts=_BOTH, head_dim_multiple=8, max_head_dim=256, min_window=2, sinks=False
+    name="flash_attn_varlen_func", layouts=_BOTH, head_dim=Sizes(multiple=8, most=256), min_window=2, sinks=False
 )
 # Two turn and store in one launch, the engine's own norms, too; rope goes before the third. aiter's stores what it
 # turned unrounded. With each of them what an fp8 cache cannot hold becomes its largest code. With aiter's HIP writers
@@ -100,9 +99,8 @@ _FUSED_ROPE_WRITE = KernelContract(
     layouts=_BOTH,
     dtypes=(torch.bfloat16,),
     fp8_kv=True,
-    pow2_head_dim=True,
-    min_head_dim=16,
-    pow2_block=True,
+    head_dim=Sizes(least=16, pow2=True),
+    block_size=Sizes(pow2=True),
     qk_norm=False,
     partial_rope=False,
 )

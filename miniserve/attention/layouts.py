@@ -13,6 +13,7 @@ slot is `block_id * block_size + offset`. The first two layouts take the same by
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -45,8 +46,8 @@ class KVLayout(ABC):
         """Why this layout cannot hold the layer, as a sentence; None when it can."""
 
     @abstractmethod
-    def shapes(self, spec: AttentionSpec, num_blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of the key and the value plane."""
+    def shapes(self, spec: AttentionSpec, num_blocks: int) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the planes: of keys and of values, or of the one that there is."""
 
     def write(
         self,
@@ -63,30 +64,6 @@ class KVLayout(ABC):
         """
         self.store(cache, _encode(k, cache.key.dtype, k_scale), _encode(v, cache.value.dtype, v_scale), slot_mapping)
 
-    def read(
-        self,
-        cache: KVCache,
-        block_ids: Tensor,
-        dtype: torch.dtype,
-        k_scale: Tensor | None = None,
-        v_scale: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """What `gather` finds, as values of `dtype`: an fp8 cache's codes times their scales."""
-        k, v = self.gather(cache, block_ids)
-        return _decode(k, dtype, k_scale), _decode(v, dtype, v_scale)
-
-    def read_tokens(
-        self,
-        cache: KVCache,
-        slots: Tensor,
-        dtype: torch.dtype,
-        k_scale: Tensor | None = None,
-        v_scale: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """As `read`, of tokens: slots int64 [n] -> k, v [n, num_kv_heads, head_dim]."""
-        k, v = self.gather_tokens(cache, slots)
-        return _decode(k, dtype, k_scale), _decode(v, dtype, v_scale)
-
     @abstractmethod
     def store(self, cache: KVCache, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
         """As `write`, of k and v as the cache holds them."""
@@ -100,15 +77,13 @@ class KVLayout(ABC):
         """Read tokens: slots int64 [n] -> k, v [n, num_kv_heads, head_dim], as the cache holds them."""
 
     def block_bytes(self, spec: AttentionSpec) -> int:
-        """Bytes of one block of one layer, keys and values together."""
-        return 2 * self.block_size * spec.num_kv_heads * spec.head_dim * spec.kv_dtype.itemsize
+        """Bytes of one block of one layer, all planes together."""
+        return sum(map(math.prod, self.shapes(spec, 1))) * spec.kv_dtype.itemsize
 
     def allocate(self, spec: AttentionSpec, num_blocks: int, device: torch.device) -> KVCache:
         """A zeroed cache: a block never written must not hold NaN, which a masked kernel may still multiply by 0."""
-        key, value = self.shapes(spec, num_blocks)
-        return KVCache(
-            torch.zeros(key, dtype=spec.kv_dtype, device=device), torch.zeros(value, dtype=spec.kv_dtype, device=device)
-        )
+        planes = (torch.zeros(shape, dtype=spec.kv_dtype, device=device) for shape in self.shapes(spec, num_blocks))
+        return KVCache(*planes)
 
 
 class LinearLayout(KVLayout):
@@ -118,7 +93,7 @@ class LinearLayout(KVLayout):
     def refusal(spec: AttentionSpec, block_size: int) -> str | None:
         return _NO_LATENT if spec.latent is not None else None
 
-    def shapes(self, spec: AttentionSpec, num_blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def shapes(self, spec: AttentionSpec, num_blocks: int) -> tuple[tuple[int, ...], ...]:
         shape = (num_blocks, self.block_size, spec.num_kv_heads, spec.head_dim)
         return shape, shape
 
@@ -147,7 +122,7 @@ class ShuffledLayout(KVLayout):
             return f"the shuffled layout needs a head_dim that is a multiple of {x}, not {spec.head_dim}"
         return None
 
-    def shapes(self, spec: AttentionSpec, num_blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def shapes(self, spec: AttentionSpec, num_blocks: int) -> tuple[tuple[int, ...], ...]:
         x = _lanes(spec.kv_dtype)
         return (
             (num_blocks, spec.num_kv_heads, spec.head_dim // x, self.block_size, x),
@@ -162,7 +137,9 @@ class ShuffledLayout(KVLayout):
         _bits(cache.value)[block, :, offset // x, :, offset % x] = _bits(v)
 
     def gather(self, cache: KVCache, block_ids: Tensor) -> tuple[Tensor, Tensor]:
-        return unpack_shuffled(_take(cache.key, block_ids), _take(cache.value, block_ids))
+        k = _take(cache.key, block_ids).movedim(-2, -4).flatten(-2)  # [..., BS, KH, D]
+        v = _take(cache.value, block_ids).movedim(-1, -2).flatten(-3, -2).movedim(-3, -2)  # via [..., KH, BS, D]
+        return k.contiguous(), v.contiguous()
 
     def gather_tokens(self, cache: KVCache, slots: Tensor) -> tuple[Tensor, Tensor]:
         block, offset = slots // self.block_size, slots % self.block_size
@@ -170,13 +147,6 @@ class ShuffledLayout(KVLayout):
         k = _bits(cache.key)[block, :, :, offset].flatten(-2)
         v = _bits(cache.value)[block, :, offset // x, :, offset % x]
         return k.view(cache.key.dtype), v.view(cache.value.dtype)
-
-
-def unpack_shuffled(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Shuffled keys and values of some blocks -> the linear ones, [..., block_size, num_kv_heads, head_dim] each."""
-    k = key.movedim(-2, -4).flatten(-2)  # [..., BS, KH, D]
-    v = value.movedim(-1, -2).flatten(-3, -2).movedim(-3, -2)  # via [..., KH, BS, D]
-    return k.contiguous(), v.contiguous()
 
 
 class LatentLayout(KVLayout):
@@ -189,9 +159,8 @@ class LatentLayout(KVLayout):
     def refusal(spec: AttentionSpec, block_size: int) -> str | None:
         return "the latent layout holds latent (MLA) attention only" if spec.latent is None else None
 
-    def shapes(self, spec: AttentionSpec, num_blocks: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        rank = spec.head_dim if spec.latent is None else spec.latent.kv_lora_rank
-        return (num_blocks, self.block_size, spec.head_dim), (num_blocks, self.block_size, rank)
+    def shapes(self, spec: AttentionSpec, num_blocks: int) -> tuple[tuple[int, ...], ...]:
+        return ((num_blocks, self.block_size, spec.head_dim),)
 
     def store(self, cache: KVCache, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
         kept = slot_mapping >= 0
@@ -203,13 +172,10 @@ class LatentLayout(KVLayout):
     def gather_tokens(self, cache: KVCache, slots: Tensor) -> tuple[Tensor, Tensor]:
         return self._split(cache, _take(cache.key.flatten(0, 1), slots))
 
-    def block_bytes(self, spec: AttentionSpec) -> int:
-        return self.block_size * spec.head_dim * spec.kv_dtype.itemsize
-
     def allocate(self, spec: AttentionSpec, num_blocks: int, device: torch.device) -> KVCache:
-        whole, kv_c = self.shapes(spec, num_blocks)
-        plane = torch.zeros(whole, dtype=spec.kv_dtype, device=device)
-        return KVCache(plane, plane[..., : kv_c[-1]])
+        (shape,) = self.shapes(spec, num_blocks)
+        plane = torch.zeros(shape, dtype=spec.kv_dtype, device=device)
+        return KVCache(plane, plane[..., : spec.latent_rank])
 
     @staticmethod
     def _split(cache: KVCache, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,6 +186,17 @@ class LatentLayout(KVLayout):
 LAYOUTS: dict[str, type[KVLayout]] = {"linear": LinearLayout, "shuffled": ShuffledLayout, "latent": LatentLayout}
 
 _NO_LATENT = "it does not hold latent (MLA) attention"
+
+
+def decoded(
+    found: tuple[Tensor, Tensor], dtype: torch.dtype, k_scale: Tensor | None = None, v_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What `gather` or `gather_tokens` found as values of `dtype`: an fp8 cache's codes times their scales."""
+    k, v = (
+        codes.to(dtype) if codes.dtype.itemsize > 1 or scale is None else (codes.float() * scale).to(dtype)
+        for codes, scale in zip(found, (k_scale, v_scale), strict=True)
+    )
+    return k, v
 
 
 def _lanes(dtype: torch.dtype) -> int:
@@ -242,9 +219,3 @@ def _encode(values: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
     limit = torch.finfo(dtype).max
     scaled = values.float() if scale is None else values.float() / scale
     return scaled.clamp(-limit, limit).to(dtype)
-
-
-def _decode(codes: Tensor, dtype: torch.dtype, scale: Tensor | None) -> Tensor:
-    if codes.dtype.itemsize > 1 or scale is None:
-        return codes.to(dtype)
-    return (codes.float() * scale).to(dtype)

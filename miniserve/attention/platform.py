@@ -63,22 +63,30 @@ class Platform:
 ASSUMED_AITER: Version = (0, 1, 20)
 
 
-def _instinct(arch: str, compute_units: int) -> Platform:
-    return Platform(arch, compute_units, ASSUMED_AITER)
-
-
 _NO_AITER = "aiter runs on AMD GPUs only"
-NAMED_PLATFORMS = {
-    "mi300x": _instinct("gfx942", 304),
-    "mi300a": _instinct("gfx942", 228),
-    "mi308x": _instinct("gfx942", 80),
-    "mi325x": _instinct("gfx942", 304),
-    "mi350x": _instinct("gfx950", 256),
-    "mi355x": _instinct("gfx950", 256),
-    "a100": Platform("sm_80", 108, aiter_unavailable=_NO_AITER),
-    "h100": Platform("sm_90", 132, aiter_unavailable=_NO_AITER),
-    "h200": Platform("sm_90", 132, aiter_unavailable=_NO_AITER),
-    "cpu": Platform("cpu", aiter_unavailable=_NO_AITER, triton_unavailable="Triton compiles for GPUs only"),
+# Architecture, compute units, and memory in GiB as the driver states it.
+_GPUS = {
+    "mi300x": ("gfx942", 304, 192.0),
+    "mi300a": ("gfx942", 228, 128.0),
+    "mi308x": ("gfx942", 80, 192.0),
+    "mi325x": ("gfx942", 304, 256.0),
+    "mi350x": ("gfx950", 256, 288.0),
+    "mi355x": ("gfx950", 256, 288.0),
+    "a100": ("sm_80", 108, 80.0),
+    "h100": ("sm_90", 132, 79.6),
+    "h200": ("sm_90", 132, 140.4),
+}
+DEVICE_MEMORY = {name: int(gib * 2**30) for name, (_, _, gib) in _GPUS.items()}  # bytes
+
+
+def _named(arch: str, compute_units: int) -> Platform:
+    if arch.startswith("gfx"):
+        return Platform(arch, compute_units, ASSUMED_AITER)
+    return Platform(arch, compute_units, aiter_unavailable=_NO_AITER)
+
+
+NAMED_PLATFORMS = {name: _named(arch, units) for name, (arch, units, _) in _GPUS.items()} | {
+    "cpu": Platform("cpu", aiter_unavailable=_NO_AITER, triton_unavailable="Triton compiles for GPUs only")
 }
 
 

@@ -34,7 +34,7 @@ def least_asm_rows(spec: AttentionSpec, compute_units: int) -> int | None:
     Over an fp8 cache there are three precisions, of which the lowest loses contexts of a single block, and for more
     than 8 query heads per KV head there is only it.
     """
-    most = 8 if spec.kv_dtype.itemsize == 1 else 16
+    most = 8 if spec.fp8_kv else 16
     if spec.head_dim != 128 or spec.num_heads // spec.num_kv_heads > most:
         return None
     return 2 * compute_units // spec.num_heads + 1
@@ -94,7 +94,7 @@ def describe_routes(choice: Choice) -> list[str]:
             continue
         which = "" if len(kinds) == 1 else f"{count} layer{'s' if count > 1 else ''} {_kind(spec)}: "
         lines.append(which + describe_route(route, spec, choice.platform))
-    if any(spec.kv_dtype.itemsize == 1 for spec in choice.specs):
+    if any(spec.fp8_kv for spec in choice.specs):
         lines.append(f"fp8 KV cache: {name_of(choice.specs[0].kv_dtype)}")
     return lines
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.base import BackendOptions
 from miniserve.attention.contracts import CONTRACTS
 from miniserve.attention.layouts import LAYOUTS, KVLayout
 from miniserve.attention.platform import Platform
@@ -82,7 +82,8 @@ def select(
     if layout != "auto" and layout not in LAYOUTS:
         raise UserError(f"--kv-layout {layout!r} is not known; choose one of auto, {', '.join(LAYOUTS)}.")
     if layout != "auto" and (layout == "latent") != any(spec.latent is not None for spec in specs):
-        raise UserError(_WRONG_KIND[layout == "latent"].format(layout=layout))
+        others = ", ".join(name for name in LAYOUTS if name != "latent")
+        raise UserError(_WRONG_KIND[layout == "latent"].format(layout=layout, others=others))
     rejected: list[tuple[str, str, str]] = []
     hopeless = {contract.name: contract.refusals(specs, platform) for contract in contracts}
     for contract, candidate, measured in _candidates(contracts, platform, layout, preferred or ()):
@@ -111,7 +112,7 @@ def select(
 
 _WRONG_KIND = {
     True: "--kv-layout {layout} holds the latents of MLA models, and this one has keys and values of each KV head; use "
-    "linear, shuffled or auto.",
+    "{others} or auto.",
     False: "--kv-layout {layout} holds keys and values of each KV head, and this MLA model has one latent for all "
     "heads; use latent or auto.",
 }
@@ -119,7 +120,7 @@ _WRONG_KIND = {
 
 def _candidates(
     contracts: Sequence[BackendContract], platform: Platform, layout: str, preferred: Sequence[str]
-) -> dict[tuple[BackendContract, str, bool], None]:
+) -> Iterator[tuple[BackendContract, str, bool]]:
     """Every backend in every layout it reads (or in the one asked for), in the order to try them; True: a measurement
     put it there."""
     pairs = [
@@ -127,10 +128,9 @@ def _candidates(
         for contract in contracts
         for candidate in (platform.order(contract.layouts) if layout == "auto" else (layout,))
     ]
-    measured = dict.fromkeys(
-        pair for name in preferred for pair in pairs if name in (pair[0].name, f"{pair[0].name}:{pair[1]}")
-    )
-    return dict.fromkeys((*((*pair, True) for pair in measured), *((*p, False) for p in pairs if p not in measured)))
+    measured = [p for name in preferred for p in pairs if name in (p[0].name, f"{p[0].name}:{p[1]}")]
+    for contract, candidate in dict.fromkeys((*measured, *pairs)):
+        yield contract, candidate, (contract, candidate) in measured
 
 
 def _reason(backend: str, layout: str, names: list[str], order: tuple[str, ...], measured: bool) -> str:

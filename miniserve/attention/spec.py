@@ -1,4 +1,4 @@
-"""What a layer needs of attention, and how a step's attention reaches a model."""
+"""What a layer needs of attention, and what a backend reads of it."""
 
 from __future__ import annotations
 
@@ -44,6 +44,15 @@ class AttentionSpec:
     qk_norm: bool = False
     rotary_dim: int | None = None
 
+    @property
+    def fp8_kv(self) -> bool:
+        return self.kv_dtype.itemsize == 1
+
+    @property
+    def latent_rank(self) -> int:
+        """Elements of a cached token that are kv_c: all of them but for an MLA layer's k_pe."""
+        return self.head_dim if self.latent is None else self.latent.kv_lora_rank
+
 
 class AttentionLayer(Protocol):
     """The part of a model's attention module that a backend reads.
@@ -60,7 +69,7 @@ class AttentionLayer(Protocol):
 
 def fp8_scales(layer: AttentionLayer) -> tuple[Tensor | None, Tensor | None]:
     """The layer's scales where its cache is fp8, which alone has any."""
-    return (layer.k_scale, layer.v_scale) if layer.spec.kv_dtype.itemsize == 1 else (None, None)
+    return (layer.k_scale, layer.v_scale) if layer.spec.fp8_kv else (None, None)
 
 
 class LatentLayer(Protocol):
@@ -92,29 +101,3 @@ class QKRope:
     q_weight: Tensor | None
     k_weight: Tensor | None
     eps: float
-
-
-class StepContext(Protocol):
-    """The step's state, handed to `model.forward` as an argument and by it to every attention layer."""
-
-    def attend(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write k, v of this step's tokens to the cache, then attend causally over all cached tokens of each sequence.
-
-        q: [num_tokens, num_heads, head_dim], k, v: [num_tokens, num_kv_heads, head_dim], after norm and rope; the last
-        dimension is contiguous, the others may be strided. Returns [num_tokens, num_heads * head_dim], q's dtype.
-        """
-        ...
-
-    @property
-    def fuses_rope(self) -> bool:
-        """Whether `attend_qkv` is there, which turns and writes in one launch."""
-        ...
-
-    def attend_qkv(self, layer: AttentionLayer, qkv: Tensor, rope: QKRope) -> Tensor:
-        """As `attend`, of qkv [num_tokens, (num_heads + 2 num_kv_heads) * head_dim] before norm and rope."""
-        ...
-
-    def attend_latent(self, layer: LatentLayer, q_nope: Tensor, q_pe: Tensor, kv_c: Tensor, k_pe: Tensor) -> Tensor:
-        """As `attend`, for MLA. q_nope [T, num_heads, nope_dim], q_pe [T, num_heads, rope_dim], kv_c [T, kv_lora_rank],
-        k_pe [T, rope_dim], after norms and rope. Returns [T, num_heads * v_head_dim], q_nope's dtype."""
-        ...

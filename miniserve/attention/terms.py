@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,47 +19,54 @@ NARROW_PLANE = 4 << 30  # bytes that offsets of 32 bits reach: of keys or of val
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KernelContract:
-    """One kernel's terms. An empty tuple or None means anything goes.
+class Sizes:
+    """The numbers from `least` to `most` that are multiples of one and, with pow2, powers of two; or, with `only`,
+    these."""
 
-    fp8_kv: it also reads a cache of the platform's fp8; otherwise the cache is of the compute dtype, unless `any_kv`.
-    max_group: query heads per KV head. block_multiple, head_dim_multiple: what sizes must divide by. min_window: the
-    shortest sliding window, None where it has none. any_scale: False where the softmax scale is head_dim ** -0.5
-    whatever it is told. one_query: it is right for rows of one query token alone, so not for chunks. Of kernels that
-    write to the cache: qk_norm: they norm q and k too; partial_rope: rope may turn a part of each head only. crashes:
-    (architecture, version of Triton) patterns for which compiling it kills the process.
-    fp8_products: over an fp8 cache it multiplies in fp8 (`attention_by_formula`'s `fp8`). fp8_tolerance: how far a row
-    may be from float32's there, relative, where its arithmetic is not known; None: as far as over any cache.
-    narrow_offsets: (architecture, bytes of a cached element) for which it misreads planes above `NARROW_PLANE`.
-    Of latent attention: heads: the numbers of query heads it takes, a layer's being padded to the next; latent_parts:
-    kv_lora_rank and rope_dim; max_dense_dim: of a head's key and of its value, expanded.
-    """
+    only: tuple[int, ...] = ()
+    least: int = 1
+    most: int | None = None
+    multiple: int = 1
+    pow2: bool = False
+
+    def __contains__(self, size: int) -> bool:
+        if self.only:
+            return size in self.only
+        large = self.most is not None and size > self.most
+        odd = size % self.multiple or (self.pow2 and size & (size - 1))
+        return size >= self.least and not large and not odd
+
+
+ANY = Sizes()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelContract:
+    """One kernel's terms. An empty tuple or None means anything goes."""
 
     name: str
     layouts: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
-    fp8_kv: bool = False
-    any_kv: bool = False
-    head_dims: tuple[int, ...] = ()
-    head_dim_multiple: int = 1
-    min_head_dim: int = 1
-    max_head_dim: int | None = None
-    pow2_head_dim: bool = False
-    max_group: int | None = None
-    block_sizes: tuple[int, ...] = ()
-    block_multiple: int = 1
-    pow2_block: bool = False
-    min_window: int | None = 1
+    fp8_kv: bool = False  # it reads a cache of the platform's fp8, beside one of the compute dtype
+    any_kv: bool = False  # it reads a cache of any dtype
+    head_dim: Sizes = ANY
+    max_group: int | None = None  # query heads per KV head
+    block_size: Sizes = ANY
+    min_window: int | None = 1  # the shortest sliding window, None where it has none
     softcap: bool = True
     sinks: bool = True
-    any_scale: bool = True
-    one_query: bool = False
-    qk_norm: bool = True
-    partial_rope: bool = True
-    crashes: tuple[tuple[str, str], ...] = ()
-    fp8_products: bool = False
+    any_scale: bool = True  # False: the softmax scale is head_dim ** -0.5 whatever it is told
+    one_query: bool = False  # it is right for rows of one query token alone, so not for chunks
+    qk_norm: bool = True  # of kernels that rotate and write to the cache: they norm q and k, too
+    partial_rope: bool = True  # of the same: they may rotate a part of each head only
+    crashes: tuple[tuple[str, str], ...] = ()  # (arch, version of Triton) where compiling it kills the process
+    fp8_products: bool = False  # over an fp8 cache it multiplies in fp8 (`attention_by_formula`'s `fp8`)
+    # How far a row may be from float32's over an fp8 cache, relative, where its arithmetic is not known; None: as far
+    # as over any cache.
     fp8_tolerance: float | None = None
-    narrow_offsets: tuple[tuple[str, int], ...] = ()
+    narrow_offsets: tuple[tuple[str, int], ...] = ()  # (arch, bytes of an element): misreads above `NARROW_PLANE`
+    # Of latent attention: query heads, a layer's being padded to the next; kv_lora_rank and rope_dim; the largest
+    # head_dim of keys and of values, expanded.
     heads: tuple[int, ...] = ()
     latent_parts: tuple[int, int] | None = None
     max_dense_dim: int | None = None
@@ -95,28 +103,18 @@ class KernelContract:
                 yield f"crashes the compiler of Triton {platform.triton_version} on {platform.arch}"
 
     def _refused_cache(self, spec: AttentionSpec) -> Iterator[str]:
-        if spec.kv_dtype.itemsize == 1 and not (self.fp8_kv or self.any_kv):
+        if spec.fp8_kv and not (self.fp8_kv or self.any_kv):
             yield "does not read an fp8 KV cache"
-        elif spec.kv_dtype.itemsize > 1 and spec.kv_dtype != spec.dtype and not self.any_kv:
+        elif not spec.fp8_kv and spec.kv_dtype != spec.dtype and not self.any_kv:
             yield f"needs the KV cache in {name_of(spec.dtype)}, not {name_of(spec.kv_dtype)}"
 
     def _refused_sizes(self, spec: AttentionSpec, block_size: int) -> Iterator[str]:
-        dim, group = spec.head_dim, spec.num_heads // spec.num_kv_heads
-        if (
-            (self.head_dims and dim not in self.head_dims)
-            or dim % self.head_dim_multiple
-            or dim < self.min_head_dim
-            or (self.max_head_dim is not None and dim > self.max_head_dim)
-            or (self.pow2_head_dim and not _is_pow2(dim))
-        ):
-            yield f"does not take head_dim {dim}"
+        if spec.head_dim not in self.head_dim:
+            yield f"does not take head_dim {spec.head_dim}"
+        group = spec.num_heads // spec.num_kv_heads
         if self.max_group is not None and group > self.max_group:
             yield f"takes at most {self.max_group} query heads per KV head, not {group}"
-        if (
-            (self.block_sizes and block_size not in self.block_sizes)
-            or block_size % self.block_multiple
-            or (self.pow2_block and not _is_pow2(block_size))
-        ):
+        if block_size not in self.block_size:
             yield f"does not take block size {block_size}"
 
     def _refused_latent(self, spec: AttentionSpec) -> Iterator[str]:
@@ -200,34 +198,30 @@ class BackendContract:
         """Each layer's route, or the reasons (sentences, each once) why some layer has none."""
         if layout not in self.layouts:
             return (), [f"it does not read the {layout} layout"]
-        reasons: dict[str, None] = {}
-        refused: dict[str, None] = {}
-        routes: dict[AttentionSpec, LayerRoute] = {}
-        own = False
         decode = (*self.decode, *self.rerouted_decode)
         roles = [options for options in (decode, self.chunks, self.write) if options]
+        routes: dict[AttentionSpec, LayerRoute] = {}
+        reasons: dict[str, None] = {}
+        passed_over: dict[str, None] = {}  # why kernels of `decode` were
+        own = False
         for spec in dict.fromkeys(specs):
-            if found := self._cache_refusal(spec, platform, layout, block_size):
-                reasons[found] = None
+            if refusal := self._cache_refusal(spec, platform, layout, block_size):
+                reasons[refusal] = None
                 continue
-            kernels: list[str] = []
-            for options in roles:
-                kernel, why = self._first(options, spec, platform, layout, block_size)
-                if kernel is None:
-                    reasons |= dict.fromkeys(why)
-                    continue
-                kernels.append(kernel.name)
-                if options is decode:
-                    own = own or kernel in self.decode
-                    refused |= dict.fromkeys(why)
-            if len(kernels) == len(roles):
-                routes[spec] = LayerRoute(*kernels)
-        if not reasons and not own:
-            reasons = refused
+            found = [self._first(options, spec, platform, layout, block_size) for options in roles]
+            if missing := [why for kernel, why in found if kernel is None]:
+                reasons |= dict.fromkeys(itertools.chain(*missing))
+                continue
+            kernels = [kernel for kernel, _ in found if kernel is not None]
+            routes[spec] = LayerRoute(*(kernel.name for kernel in kernels))
+            own = own or kernels[0] in self.decode
+            passed_over |= dict.fromkeys(found[0][1])
+        if not own:
+            reasons = reasons or passed_over
         return ((), list(reasons)) if reasons else (tuple(routes[spec] for spec in specs), [])
 
     def _cache_refusal(self, spec: AttentionSpec, platform: Platform, layout: str, block_size: int) -> str | None:
-        if spec.kv_dtype.itemsize == 1:
+        if spec.fp8_kv:
             if spec.kv_dtype != platform.fp8_dtype:
                 return f"fp8 on {platform.arch} is {name_of(platform.fp8_dtype)}, not {name_of(spec.kv_dtype)}"
             if self.fp8_archs and not any(is_arch(platform.arch, pattern) for pattern in self.fp8_archs):
@@ -260,10 +254,6 @@ class BackendContract:
 def name_of(dtype: torch.dtype) -> str:
     """The dtype's name as flags and configs have it."""
     return str(dtype).removeprefix("torch.")
-
-
-def _is_pow2(number: int) -> bool:
-    return number & (number - 1) == 0
 
 
 def is_arch(arch: str, pattern: str) -> bool:

@@ -9,7 +9,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from miniserve.bench import offline, serve
-from miniserve.bench.client import RequestRecord
 from miniserve.bench.decode_steps import DecodeSteps
 from miniserve.bench.stats import Summary
 from miniserve.bench.sweep import SweepResult
@@ -28,10 +27,7 @@ def run_with_progress(config: ServeConfig) -> serve.ServeResult:
     with Progress(*columns, console=console, disable=not sys.stderr.isatty(), refresh_per_second=2) as progress:
         task = progress.add_task("requests", total=config.num_prompts)
 
-        def on_done(record: RequestRecord) -> None:
-            progress.advance(task)
-
-        return serve.run(config, on_done)
+        return serve.run(config, lambda _: progress.advance(task))
 
 
 def _console() -> Console:
@@ -53,12 +49,9 @@ def _latency_table(title: str, summaries: dict[str, Summary | None], labels: dic
 
 def print_serve(result: serve.ServeResult) -> None:
     console, summary = _console(), result.summary
-    throughput = summary.throughput
     console.print(
         f"{result.model} at {result.config.root}: {summary.completed} of {len(result.records)} requests completed "
-        f"in {summary.duration:.2f} s\n"
-        f"{throughput['requests_per_s']:,.2f} requests/s · {throughput['input_tokens_per_s']:,.0f} input tokens/s · "
-        f"{throughput['output_tokens_per_s']:,.0f} output tokens/s"
+        f"in {summary.duration:.2f} s\n{_rates(summary.throughput)}"
     )
     labels = {
         "ttft": "TTFT (first token)",
@@ -83,25 +76,13 @@ def print_sweep(result: SweepResult) -> None:
     share of the memory's bandwidth that decode reached."""
     console = _console()
     table = Table(title=result.model, title_justify="left", title_style="bold")
-    columns = (
-        "in/out",
-        "at once",
-        "layout",
-        "tokens/s",
-        "TPOT ms",
-        "p99",
-        "TTFT ms",
-        "decode",
-        "mixed",
-        "prefill",
-        "bandwidth",
-    )
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index in (0, 2) else "right", no_wrap=True)
+    measured = ("tokens/s", "TPOT ms", "p99", "TTFT ms", "decode", "mixed", "prefill", "bandwidth")
+    for column in ("in/out", "at once", "layout", *measured):
+        table.add_column(column, justify="left" if column in ("in/out", "layout") else "right", no_wrap=True)
     order = sorted(result.points, key=lambda p: (p.shape.input_len, p.shape.output_len, p.concurrency))
     for point in order:
         steps, tpot, ttft = point.summary.steps, point.summary.latency["tpot"], point.summary.latency["ttft"]
-        share = None if steps is None else share_of_bandwidth(steps.totals, steps.bandwidth)
+        share = steps and share_of_bandwidth(steps.totals, steps.bandwidth)
         shares = {} if steps is None else steps.shares(point.summary.duration)
         table.add_row(
             f"{point.shape.input_len:,}/{point.shape.output_len:,}",
@@ -140,14 +121,19 @@ def print_latency(result: offline.LatencyResult, info: EngineInfo) -> None:
 
 
 def print_throughput(result: offline.ThroughputResult, info: EngineInfo) -> None:
-    rates = result.rates()
-    console = _console()
+    console, rates = _console(), result.rates()
     console.print(
         f"{info.model} ({info.dtype}, {info.device}): {result.num_prompts} prompts in {result.duration:.2f} s\n"
-        f"{rates['requests_per_s']:,.2f} requests/s · {rates['input_tokens_per_s']:,.0f} input tokens/s · "
-        f"{rates['output_tokens_per_s']:,.0f} output tokens/s · {rates['total_tokens_per_s']:,.0f} tokens/s in total"
+        f"{_rates(rates)} · {rates['total_tokens_per_s']:,.0f} tokens/s in total"
     )
     _print_steps(console, result.steps, result.duration)
+
+
+def _rates(throughput: dict[str, float]) -> str:
+    return (
+        f"{throughput['requests_per_s']:,.2f} requests/s · {throughput['input_tokens_per_s']:,.0f} input tokens/s · "
+        f"{throughput['output_tokens_per_s']:,.0f} output tokens/s"
+    )
 
 
 def _print_steps(console: Console, steps: DecodeSteps | None, duration: float | None = None) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from miniserve.bench.serve import ServeResult, ServeSummary
+from miniserve.bench.serve import ServeResult
+from miniserve.bench.stats import Summary
 from miniserve.bench.sweep import SweepResult
 from miniserve.core import UserError
 
@@ -17,11 +18,6 @@ if TYPE_CHECKING:
 
 _COLORS = ("#4878a8", "#d07030")
 _MARKS = ((50, "median", "#222222", "-"), (99, "p99", "#c03030", "--"))
-_PANELS = (
-    ("TTFT", "time to first token"),
-    ("TPOT", "time per output token"),
-    ("ITL", "inter-token latency"),
-)
 
 
 def load_figure_class() -> Any:
@@ -41,17 +37,15 @@ def plot_serve(result: ServeResult, path: Path) -> None:
     # A Figure draws without pyplot, whose backends and global state are not needed here.
     figure = load_figure_class()(figsize=(14, 4.6), dpi=120, layout="constrained")
     completed = result.completed
-    samples = (
-        [record.ttft for record in completed],
-        [record.tpot for record in completed if record.tpot is not None],
-        [gap for record in completed for gap in record.itl],
+    panels = (
+        ("TTFT (time to first token)", "requests", [record.ttft for record in completed]),
+        ("TPOT (time per output token)", "requests", [record.tpot for record in completed if record.tpot is not None]),
+        ("ITL (inter-token latency)", "gaps between chunks", [gap for record in completed for gap in record.itl]),
     )
-    for axes, (name, meaning), seconds in zip(figure.subplots(1, 3), _PANELS, samples, strict=True):
+    for axes, (title, counted, seconds) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         _histogram(axes, [1000 * value for value in seconds])
-        axes.set_title(f"{name} ({meaning})", fontsize=11)
-    figure.axes[0].set_ylabel("requests")
-    figure.axes[1].set_ylabel("requests")
-    figure.axes[2].set_ylabel("gaps between chunks")
+        axes.set_title(title, fontsize=11)
+        axes.set_ylabel(counted)
     figure.suptitle(_title(result), fontsize=11)
     _save(figure, path)
 
@@ -64,15 +58,20 @@ def plot_sweep(result: SweepResult, path: Path) -> None:
     shapes = list(dict.fromkeys(point.shape for point in result.points))
     layouts = list(dict.fromkeys(point.layout for point in result.points))
     figure = load_figure_class()(figsize=(1 + 4.2 * len(shapes), 7.5), dpi=120, layout="constrained")
-    rows = (("output tokens/s", _output_rate), ("median TPOT, ms", _median_tpot))
+    rows: tuple[tuple[str, list[float | None]], ...] = (
+        ("output tokens/s", [point.summary.throughput["output_tokens_per_s"] for point in result.points]),
+        ("median TPOT, ms", [_milliseconds(point.summary.latency["tpot"]) for point in result.points]),
+    )
     grid = figure.subplots(len(rows), len(shapes), squeeze=False)
-    for (label, figure_of), line_of_axes in zip(rows, grid, strict=True):
+    for (label, values), line_of_axes in zip(rows, grid, strict=True):
         for shape, axes in zip(shapes, line_of_axes, strict=True):
             for layout, color in zip(layouts, _COLORS, strict=False):
-                here = [point for point in result.points if (point.layout, point.shape) == (layout, shape)]
-                values = [(point.concurrency, figure_of(point.summary)) for point in here]
-                shown = [(x, y) for x, y in values if y is not None]
-                axes.plot([x for x, _ in shown], [y for _, y in shown], marker="o", color=color, label=layout)
+                line = [
+                    (point.concurrency, value)
+                    for point, value in zip(result.points, values, strict=True)
+                    if (point.layout, point.shape) == (layout, shape) and value is not None
+                ]
+                axes.plot([x for x, _ in line], [y for _, y in line], marker="o", color=color, label=layout)
             axes.set_xscale("log", base=2)
             ticks = sorted({point.concurrency for point in result.points})
             axes.set_xticks(ticks, [f"{tick}" for tick in ticks])
@@ -88,13 +87,8 @@ def plot_sweep(result: SweepResult, path: Path) -> None:
     _save(figure, path)
 
 
-def _output_rate(summary: ServeSummary) -> float | None:
-    return summary.throughput["output_tokens_per_s"]
-
-
-def _median_tpot(summary: ServeSummary) -> float | None:
-    tpot = summary.latency["tpot"]
-    return None if tpot is None else 1000 * tpot.median
+def _milliseconds(summary: Summary | None) -> float | None:
+    return None if summary is None else 1000 * summary.median
 
 
 def _save(figure: Any, path: Path) -> None:

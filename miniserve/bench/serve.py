@@ -42,9 +42,9 @@ class ServeSummary:
     miniserve server counted meanwhile. Times in seconds.
     """
 
+    duration: float
     completed: int
     failures: dict[str, int]
-    duration: float
     input_tokens: int
     output_tokens: int
     tokens_per_chunk: float | None

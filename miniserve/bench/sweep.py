@@ -99,9 +99,9 @@ class SweepResult:
         }
 
 
-def sweep(config: SweepConfig, on_start: Callable[[str], None], on_point: Callable[[SweepResult], None]) -> SweepResult:
-    """Measure everything. `on_start` is called with what comes next, `on_point` with the result so far after each
-    point.
+def sweep(config: SweepConfig, on_start: Callable[[str], None]) -> Iterator[SweepResult]:
+    """Measure everything: the result so far after each point, and all of it at the end. `on_start` is called with what
+    comes next.
 
     A layout whose server does not start is skipped, and the reason recorded. Raises `UserError` if nothing can be
     measured.
@@ -112,13 +112,49 @@ def sweep(config: SweepConfig, on_start: Callable[[str], None], on_point: Callab
         on_start(f"starting a server with the {layout} layout" if config.url is None else f"asking {config.url}")
         try:
             with _server(config, layout) as url:
-                _measure(config, layout, url, result, on_start, on_point)
+                on_start(f"{layout}: warming up")
+                warm_up = _warm_up(config, url)
+                run(warm_up)
+                for number, (shape, concurrency) in enumerate(
+                    itertools.product(config.shapes, config.concurrencies), 1
+                ):
+                    on_start(f"{layout}: {shape.input_len} in, {shape.output_len} out, {concurrency} at a time")
+                    load = dataclasses.replace(
+                        warm_up,
+                        shape=shape,
+                        concurrency=concurrency,
+                        num_prompts=config.rounds * concurrency,
+                        seed=warm_up.seed + number,  # new prompts: none is found in the prefix cache
+                    )
+                    measured = run(load)
+                    result.model = measured.model
+                    result.points.append(
+                        Point(layout=layout, shape=shape, concurrency=concurrency, summary=measured.summary)
+                    )
+                    yield result
         except UserError as error:
-            if result.points or layout != layouts[-1]:
-                result.refused[layout] = str(error)
-                continue
-            raise
-    return result
+            if not result.points and layout == layouts[-1]:
+                raise
+            result.refused[layout] = str(error)
+    yield result
+
+
+def _warm_up(config: SweepConfig, url: str) -> ServeConfig:
+    """As wide as the widest point."""
+    most = max(config.concurrencies)
+    shortest = min(config.shapes, key=lambda shape: shape.input_len)
+    return ServeConfig(
+        url=url,
+        shape=Shape(input_len=shortest.input_len, output_len=min(shortest.output_len, _WARMUP_OUTPUT)),
+        model=config.model,
+        api_key=config.api_key,
+        num_prompts=most,
+        concurrency=most,
+        warmup=0,
+        ignore_eos=True,
+        seed=config.engine.seed,
+        timeout=config.timeout,
+    )
 
 
 def layouts_of(config: SweepConfig) -> tuple[str, ...]:
@@ -151,44 +187,3 @@ def running_server(engine: EngineConfig) -> Iterator[str]:
             log.seek(0)
             lines = log.read().decode(errors="replace").strip().splitlines()[-_SHOWN_LINES:]
             raise UserError(f"The server did not start (exit code {server.exit_code}): " + "\n".join(lines)) from None
-
-
-def _measure(
-    config: SweepConfig,
-    layout: str,
-    url: str,
-    result: SweepResult,
-    on_start: Callable[[str], None],
-    on_point: Callable[[SweepResult], None],
-) -> None:
-    most = max(config.concurrencies)
-    shortest = min(config.shapes, key=lambda shape: shape.input_len)
-    brief = Shape(input_len=shortest.input_len, output_len=min(shortest.output_len, _WARMUP_OUTPUT))
-    on_start(f"{layout}: warming up")
-    load = ServeConfig(
-        url=url,
-        shape=brief,
-        model=config.model,
-        api_key=config.api_key,
-        num_prompts=most,
-        concurrency=most,
-        warmup=0,
-        ignore_eos=True,
-        seed=config.engine.seed,
-        timeout=config.timeout,
-    )
-    run(load)
-    for shape, concurrency in itertools.product(config.shapes, config.concurrencies):
-        on_start(f"{layout}: {shape.input_len} in, {shape.output_len} out, {concurrency} at a time")
-        load = dataclasses.replace(
-            load,
-            shape=shape,
-            concurrency=concurrency,
-            num_prompts=config.rounds * concurrency,
-            seed=load.seed + 1,  # new prompts: none is found in the prefix cache
-        )
-        measured = run(load)
-        result.model = measured.model
-        point = Point(layout=layout, shape=shape, concurrency=concurrency, summary=measured.summary)
-        result.points.append(point)
-        on_point(result)

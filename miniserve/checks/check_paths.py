@@ -25,7 +25,6 @@ from miniserve.models.config import describe_model
 from miniserve.models.hub import locate_config
 from miniserve.models.layers.attention import Attention
 from miniserve.models.layers.latent_attention import UpProjection
-from miniserve.models.layers.linear import LinearMethod
 from miniserve.runner.device import find_device, find_dtype, find_kv_dtype
 from miniserve.runner.self_check import Checked, CheckResult, check_backend
 
@@ -66,7 +65,7 @@ def made_up_layer(spec: AttentionSpec, device: torch.device) -> AttentionLayer |
     if (dims := spec.latent) is None:
         sinks = torch.randn(spec.num_heads, generator=generator).to(device) if spec.sinks else None
         return Attention(0, spec, k_scale, v_scale, sinks)
-    layer = UpProjection(0, spec, dims, device, method=LinearMethod())
+    layer = UpProjection(0, spec, dims, device)
     layer.allocate(torch.device("cpu"))
     layer.weight.normal_(0.0, dims.kv_lora_rank**-0.5, generator=generator)
     layer.to(device).finish()
@@ -84,16 +83,12 @@ class Machine:
     block_size: int
     max_num_seqs: int = 256  # enough rows to reach every route
 
-    def with_kv(self, kv_cache_dtype: str) -> list[AttentionSpec]:
-        """The layers, with the cache dtype that --kv-cache-dtype names."""
-        return [
-            dataclasses.replace(spec, kv_dtype=find_kv_dtype(kv_cache_dtype, spec.dtype, self.platform))
-            for spec in self.specs
-        ]
-
     def choose(self, path: AttentionPath) -> Choice:
         """Raises `UserError` where there is no such path."""
-        specs = self.with_kv(path.kv_cache_dtype)
+        specs = [
+            dataclasses.replace(spec, kv_dtype=find_kv_dtype(path.kv_cache_dtype, spec.dtype, self.platform))
+            for spec in self.specs
+        ]
         return select(specs, self.platform, block_size=self.block_size, backend=path.backend, layout=path.layout)
 
     def paths(self, kv_cache_dtypes: Sequence[str] = ("auto", "fp8")) -> Iterator[AttentionPath]:
@@ -111,11 +106,10 @@ class Machine:
         """Run the self-check for each kind of layer; a result's `layer` is the first layer of that kind."""
         checks: list[CheckResult] = []
         asm_lengths: list[bool] = []
-        specs = self.with_kv(path.kv_cache_dtype)
         choice = self.choose(path)
-        for spec, route in dict(zip(specs, choice.routes, strict=True)).items():
+        for spec, route in dict(zip(choice.specs, choice.routes, strict=True)).items():
             found = self._check(dataclasses.replace(choice, specs=(spec,), routes=(route,)))
-            checks += [dataclasses.replace(result, layer=specs.index(spec)) for result in found.results]
+            checks += [dataclasses.replace(result, layer=choice.specs.index(spec)) for result in found.results]
             asm_lengths += [] if found.asm_lengths is None else [found.asm_lengths]
         return PathResults(checks, all(asm_lengths) if asm_lengths else None)
 

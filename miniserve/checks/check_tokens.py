@@ -6,12 +6,11 @@ rounding, look at how far the chosen token's logit is below transformers' best o
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import gc
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,61 +74,57 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What the engine generated: (prompt, answer) in token ids."""
+    """What the engine generated over a path: (prompt, answer) in token ids, by which model in which dtype."""
 
-    path: str
-    kv_cache_dtype: str
+    path: AttentionPath
     pairs: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    model_path: str
+    dtype: str
 
 
 def compare_paths(
     config: EngineConfig, paths: Sequence[AttentionPath], device: torch.device, max_tokens: int
 ) -> list[Comparison]:
     """Compare the engine's greedy answers to `PROMPTS` over each path, of `max_tokens` each, with transformers."""
-    answers = []
-    for path in paths:
-        print(f"generating over {path}", file=sys.stderr)
-        chosen = dataclasses.replace(
-            config, attention_backend=path.backend, kv_layout=path.layout, kv_cache_dtype=path.kv_cache_dtype
-        )
-        found, dtype, place = _generate(chosen, path, max_tokens)
-        answers.append(found)
-    return compare(answers, place, dtype, device) if answers else []
+    answers = [_generate(config, path, max_tokens) for path in paths]
+    return compare(answers, device) if answers else []
 
 
-def _generate(config: EngineConfig, path: AttentionPath, max_tokens: int) -> tuple[Answers, str, Path]:
-    """The answers, the engine's dtype, and the model's directory. The engine and its memory are freed by then."""
-    engine = LLM(progress=False, **asdict(config))
+def _generate(config: EngineConfig, path: AttentionPath, max_tokens: int) -> Answers:
+    """The engine and its memory are freed when this returns."""
+    print(f"generating over {path}", file=sys.stderr)
+    chosen = {"attention_backend": path.backend, "kv_layout": path.layout, "kv_cache_dtype": path.kv_cache_dtype}
+    engine = LLM(progress=False, **asdict(config) | chosen)
     longest = engine.info.max_model_len - max_tokens
     prompts = [engine.tokenizer.encode(prompt)[:longest] for prompt in PROMPTS]
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
     found = engine.generate(prompts, params, progress=False)
     pairs = tuple((tuple(each.prompt_token_ids), tuple(each.outputs[0].token_ids)) for each in found)
-    dtype, place = engine.info.dtype, Path(engine.info.model_path)
+    answers = Answers(path, pairs, engine.info.model_path, engine.info.dtype)
     del engine
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return Answers(str(path), path.kv_cache_dtype, pairs), dtype, place
+    return answers
 
 
-def compare(answers: Sequence[Answers], place: Path, dtype: str, device: torch.device) -> list[Comparison]:
-    """Compare each answer, token by token, with transformers' model at `place`. Equal answers are compared once."""
+def compare(answers: Sequence[Answers], device: torch.device) -> list[Comparison]:
+    """Compare each answer, token by token, with transformers' model. Equal answers are compared once."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    model: Any = AutoModelForCausalLM.from_pretrained(str(place), dtype=getattr(torch, dtype), local_files_only=True)
+    place, dtype = answers[0].model_path, answers[0].dtype
+    model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype), local_files_only=True)
     model.to(device).eval()
-    known: dict[tuple[tuple[int, ...], tuple[int, ...]], Verdict] = {}
+    judged = functools.cache(lambda prompt, answer: judge(model, prompt, answer, device))
     comparisons = []
     with torch.inference_mode():
-        for answer in answers:
-            tolerance = FP8_TOLERANCE if answer.kv_cache_dtype == "fp8" else TOLERANCE[dtype]
-            for pair in answer.pairs:
-                if pair not in known:
-                    known[pair] = judge(model, *pair, device)
-                comparisons.append(Comparison(answer.path, len(pair[0]), len(pair[1]), known[pair], tolerance))
+        for each in answers:
+            tolerance = FP8_TOLERANCE if each.path.kv_cache_dtype == "fp8" else TOLERANCE[dtype]
+            for prompt, answer in each.pairs:
+                verdict = judged(prompt, answer)
+                comparisons.append(Comparison(str(each.path), len(prompt), len(answer), verdict, tolerance))
     return comparisons
 
 

@@ -132,11 +132,9 @@ def _system() -> Iterator[Finding]:
         yield Finding(
             "note", f"{folder} has {free / 2**20:.0f} MiB left, too little for most models", "make room there"
         )
-    for module, what in (("matplotlib", "plots of `miniserve bench`"),):
-        if find_spec(module) is None:
-            yield Finding(
-                "note", f"{module}, for {what}, is not installed", f"{sys.executable} -m pip install {module}"
-            )
+    if find_spec("matplotlib") is None:
+        remedy = f"{sys.executable} -m pip install matplotlib"
+        yield Finding("note", "matplotlib, for plots of `miniserve bench`, is not installed", remedy)
 
 
 def _fits(memory: int) -> str:

@@ -9,30 +9,18 @@ import torch
 
 from miniserve.attention.backends.build import block_bytes, pool_limit, scratch_bytes
 from miniserve.attention.contracts import CONTRACTS
-from miniserve.attention.platform import NAMED_PLATFORMS, Platform, detect_platform
+from miniserve.attention.platform import DEVICE_MEMORY, NAMED_PLATFORMS, Platform, detect_platform
 from miniserve.attention.select import Choice, select
 from miniserve.attention.spec import AttentionSpec
 from miniserve.attention.terms import LayerRoute
 from miniserve.config import EngineConfig, tuning_dir
 from miniserve.core import UserError
+from miniserve.models.decoder import CausalLM
 from miniserve.models.description import ModelConfig
 from miniserve.models.registry import MXFP4, describe_products, described_model, weight_bytes
 from miniserve.parallel.shard import Shard
 from miniserve.runner.device import find_dtype, find_kv_dtype
 from miniserve.runner.tuning import load_preferred
-
-# What each device has, in GiB, as its driver states it.
-DEVICE_MEMORY = {
-    "mi300x": 192.0,
-    "mi300a": 128.0,
-    "mi308x": 192.0,
-    "mi325x": 256.0,
-    "mi350x": 288.0,
-    "mi355x": 288.0,
-    "a100": 80.0,
-    "h100": 79.6,
-    "h200": 140.4,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,9 +66,7 @@ class Explanation:
     model: str
     config: ModelConfig
     device: str
-    platform: Platform
     tp: int
-    block_size: int
     max_model_len: int
     kinds: tuple[LayerKind, ...]
     choice: Choice
@@ -110,6 +96,7 @@ def explain(name: str, model: ModelConfig, config: EngineConfig, device: str, tp
         layout=config.kv_layout,
         preferred=load_preferred(tuning_dir(), platform, specs, config.block_size),
     )
+    built = described_model(model, dtype, platform, shard)
     longest = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
     kinds = tuple(
         LayerKind(layers=tuple(index for index, other in enumerate(layers) if other == spec), spec=spec)
@@ -119,15 +106,13 @@ def explain(name: str, model: ModelConfig, config: EngineConfig, device: str, tp
         model=name,
         config=model,
         device=device,
-        platform=platform,
         tp=tp,
-        block_size=config.block_size,
         max_model_len=longest,
         kinds=kinds,
         choice=choice,
         paths=tuple(_paths(specs, platform, config.block_size)),
-        memory=_memory(model, choice, config, shard, total, longest),
-        products=tuple(describe_products(described_model(model, dtype, platform, shard))),
+        memory=_memory(built, choice, config, total, longest),
+        products=tuple(describe_products(built)),
         notes=tuple(_notes(model, config, device, tp, platform)),
     )
 
@@ -135,8 +120,7 @@ def explain(name: str, model: ModelConfig, config: EngineConfig, device: str, tp
 def _hardware(device: str, dtype: torch.dtype) -> tuple[Platform, int | None]:
     """The platform and its memory in bytes."""
     if device in NAMED_PLATFORMS:
-        memory = DEVICE_MEMORY.get(device)
-        return NAMED_PLATFORMS[device], None if memory is None else int(memory * 2**30)
+        return NAMED_PLATFORMS[device], DEVICE_MEMORY.get(device)
     if device != "auto":
         raise UserError(f"--device {device!r} is not known; choose one of auto, {', '.join(NAMED_PLATFORMS)}.")
     if not torch.cuda.is_available():
@@ -155,18 +139,10 @@ def _paths(specs: Sequence[AttentionSpec], platform: Platform, block_size: int) 
             yield Path(backend=contract.name, layout=layout, routes=kinds, reasons=tuple(reasons))
 
 
-def _memory(
-    model: ModelConfig,
-    choice: Choice,
-    config: EngineConfig,
-    shard: Shard,
-    total: int | None,
-    longest: int,
-) -> Memory:
-    block, platform, dtype = block_bytes(choice), choice.platform, choice.specs[0].dtype
-    place = "cpu" if platform.arch == "cpu" else "cuda"
+def _memory(built: CausalLM, choice: Choice, config: EngineConfig, total: int | None, longest: int) -> Memory:
+    block, platform, model = block_bytes(choice), choice.platform, built.config
     known = model.quantization is None or model.quantization.unknown in (None, MXFP4)
-    weights = weight_bytes(described_model(model, dtype, platform, shard), place) if known else None
+    weights = weight_bytes(built, "cpu" if platform.arch == "cpu" else "cuda") if known else None
     scratch = scratch_bytes(choice, config.max_num_seqs, longest)
     usable = None if total is None else int(total * config.gpu_memory_utilization)
     limit = pool_limit(choice, config.max_num_seqs)
@@ -183,16 +159,16 @@ def _memory(
         scratch=scratch,
         kv_bytes_per_token=block // config.block_size,
         tokens=tokens,
-        least_tp=_least_tp(model, dtype, platform, usable) if tokens == 0 and usable is not None else None,
+        least_tp=_least_tp(built, platform, usable) if tokens == 0 and usable is not None else None,
         bounded=bounded,
     )
 
 
-def _least_tp(model: ModelConfig, dtype: torch.dtype, platform: Platform, usable: int) -> int | None:
+def _least_tp(built: CausalLM, platform: Platform, usable: int) -> int | None:
     for tp in (2, 4, 8, 16, 32, 64):
-        if tp > model.num_heads:
+        if tp > built.config.num_heads:
             return None
-        if weight_bytes(described_model(model, dtype, platform, Shard(0, tp)), "cuda") < usable:
+        if weight_bytes(described_model(built.config, built.options.dtype, platform, Shard(0, tp)), "cuda") < usable:
             return tp
     return None
 

@@ -22,6 +22,7 @@ from miniserve.attention.select import Choice
 from miniserve.attention.spec import AttentionLayer, LatentLayer
 from miniserve.checks.check_paths import AttentionPath, Machine, made_up_layer
 from miniserve.core import summary
+from miniserve.runner.check_problem import token_shapes
 
 _MEASURE = 0.2  # seconds for each figure
 _CACHED = 512 << 20  # bytes; a run that reads fewer would find them in the GPU's cache
@@ -80,17 +81,13 @@ def _time_kind(device: torch.device, choice: Choice, batch: int, context: int) -
     layers = [made_up_layer(spec, device) for _ in range(copies)]
     for index, layer in enumerate(layers):
         layer.layer_index = index
-    rows = _batch(batch, context, choice.block_size, device, captured=_captures(backend))
-    step = _step(backend, layers, caches, rows)
+    captured = backend.graphs and device.type == "cuda"
+    step = _step(backend, layers, caches, _batch(batch, context, choice.block_size, device, captured=captured))
     with torch.inference_mode():
-        found = _measure_gpu(step, captured=_captures(backend)) if device.type == "cuda" else _measure_cpu(step)
+        found = _measure_gpu(step, captured=captured) if device.type == "cuda" else _measure_cpu(step)
     del backend, caches, layers, step
     gc.collect()
     return found / copies
-
-
-def _captures(backend: Backend[Any]) -> bool:
-    return backend.graphs and torch.cuda.is_available()
 
 
 def _batch(rows: int, context: int, block_size: int, device: torch.device, *, captured: bool) -> StepBatch:
@@ -110,29 +107,15 @@ def _step(
     batch: StepBatch,
 ) -> Callable[[], None]:
     """One decode step through the layers, all with the same inputs."""
-    spec, device = layers[0].spec, batch.slot_mapping.device
-    rows = len(batch.slot_mapping)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(rows, *shape, dtype=spec.dtype, device=device)
-
-    if (dims := spec.latent) is not None:
-        inputs = (
-            draw(spec.num_heads, dims.nope_dim),
-            draw(spec.num_heads, dims.rope_dim),
-            draw(dims.kv_lora_rank),
-            draw(dims.rope_dim),
-        )
-        attend = cast(Callable[..., torch.Tensor], backend.attend_latent)
-    else:
-        shape = (spec.num_kv_heads, spec.head_dim)
-        inputs = (draw(spec.num_heads, spec.head_dim), draw(*shape), draw(*shape))  # type: ignore[assignment]
-        attend = backend.attend
+    spec, slots = layers[0].spec, batch.slot_mapping
+    shapes = ((len(slots), *shape) for shape in token_shapes(spec))
+    inputs = tuple(torch.randn(shape, dtype=spec.dtype, device=slots.device) for shape in shapes)
+    attend = cast(Callable[..., torch.Tensor], backend.attend if spec.latent is None else backend.attend_latent)
 
     def run() -> None:
         meta = backend.build(batch)
         for layer, cache in zip(layers, caches, strict=True):
-            attend(layer, *inputs, cache, meta)
+            attend(layer, inputs, cache, meta)
 
     return run
 

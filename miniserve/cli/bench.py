@@ -35,12 +35,7 @@ PlotPath = Annotated[Path | None, typer.Option("--plot", help="Write a PNG of th
 
 @app.command()
 @with_settings()
-def serve(
-    shape: Shape,
-    load: ServeConfig,
-    json: JsonPath = None,
-    plot: PlotPath = None,
-) -> None:
+def serve(shape: Shape, load: ServeConfig, json: JsonPath = None, plot: PlotPath = None) -> None:
     """Send random prompts to any OpenAI-compatible server; measure TTFT, TPOT, ITL and throughput as its clients do.
 
     Exits 1 if a request fails.
@@ -99,12 +94,9 @@ def sweep(
         timeout=timeout,
     )
 
-    def keep(result: sweeping.SweepResult) -> None:
+    for result in sweeping.sweep(config, lambda text: typer.echo(text, err=True)):
         if json is not None:  # after every point: a sweep may take hours
             write_json(json, result.to_json())
-
-    result = sweeping.sweep(config, lambda text: typer.echo(text, err=True), keep)
-    keep(result)
     display.print_sweep(result)
     if plot is not None:
         plotting.plot_sweep(result, plot)

@@ -30,7 +30,7 @@ def chat(
 ) -> None:
     """Chat with a running server: a prompt at a terminal, or one answer with -m or piped text."""
     # Here and not above: the HTTP library would slow down `miniserve --help`.
-    from miniserve.cli.repl import ChatClient, ChatError, ChatSettings, Message, Repl, print_answer, read_text
+    from miniserve.cli.repl import ChatClient, ChatSettings, Repl, answer_once, read_text
 
     key = api_key if api_key is not None else check_api_key(api_key_from_environment())
     client = ChatClient(url, model=model, api_key=key)
@@ -42,8 +42,4 @@ def chat(
     text = read_text().strip() if message in (None, "-") else message
     if not text:
         raise UserError("There is no message: pass -m TEXT, or pipe text in.")
-    try:
-        print_answer(client, [Message("user", text)], settings)
-    except ChatError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
+    raise typer.Exit(answer_once(client, text, settings))

@@ -44,7 +44,7 @@ def explain(
 
 def to_text(found: Explanation) -> str:
     """For people; lines are not wrapped."""
-    platform, choice = found.platform, found.choice
+    choice, platform = found.choice, found.choice.platform
     units = f", {platform.compute_units} compute units" if platform.compute_units else ""
     memory = f", {_gib(found.memory.total)}" if found.memory.total else ""
     lines = [
@@ -76,7 +76,7 @@ def to_json(found: Explanation) -> dict[str, Any]:
         "model": found.model,
         "architecture": found.config.architecture,
         "device": found.device,
-        "arch": found.platform.arch,
+        "arch": found.choice.platform.arch,
         "tp": found.tp,
         "notes": list(found.notes),
         "layers": [{"layers": list(kind.layers), "attention": kind_text(kind.spec)} for kind in found.kinds],
@@ -102,7 +102,7 @@ def to_json(found: Explanation) -> dict[str, Any]:
         },
         "kv_tokens": found.memory.tokens,
         "kv_tokens_bounded": found.memory.bounded,
-        "block_size": found.block_size,
+        "block_size": found.choice.block_size,
         "max_model_len": found.max_model_len,
     }
 
@@ -148,7 +148,7 @@ def _kernels(found: Explanation, path: Path) -> list[str]:
     for kind, route in zip(kinds, path.routes, strict=True):
         if kind.spec is not None:
             which = "" if len(kinds) == 1 else f"{ranges(kind.layers)}: "
-            lines.append(f"  {which}{describe_route(route, kind.spec, found.platform)}")
+            lines.append(f"  {which}{describe_route(route, kind.spec, found.choice.platform)}")
     return lines
 
 
@@ -169,14 +169,12 @@ def _where(path: Path) -> str:
 
 
 def _memory(found: Explanation) -> list[str]:
-    from miniserve.attention.layouts import LAYOUTS
-
-    memory, layout = found.memory, LAYOUTS[found.choice.layout](found.block_size)
-    lines = [f"KV cache: {found.choice.layout}, blocks of {found.block_size} tokens"]
+    memory, layout = found.memory, found.choice.kv_layout
+    lines = [f"KV cache: {layout.name}, blocks of {layout.block_size} tokens"]
     for kind in found.kinds:
         if kind.spec is not None:
-            key, value = (" × ".join(map(str, shape[1:])) for shape in layout.shapes(kind.spec, 1))
-            planes = f"one plane of [{key}]" if kind.spec.latent else f"keys [{key}], values [{value}]"
+            shapes = [" × ".join(map(str, shape[1:])) for shape in layout.shapes(kind.spec, 1)]
+            planes = ("one plane of [{}]" if len(shapes) == 1 else "keys [{}], values [{}]").format(*shapes)
             lines.append(f"  {ranges(kind.layers)}: a block is {layout.block_bytes(kind.spec):,} bytes: {planes}")
     lines.append(f"memory{' of each GPU' if found.tp > 1 else ''}")
     weights = "unknown for this quantisation" if memory.weights is None else _gib(memory.weights)

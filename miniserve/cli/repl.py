@@ -16,7 +16,10 @@ from typing import Any
 
 import httpx
 
+from miniserve.cli import EXIT_FAILURE
 from miniserve.core import UserError
+
+Message = dict[str, str]  # role and content
 
 PROMPT = ">>> "
 CONTINUATION = "... "
@@ -93,7 +96,7 @@ class Repl:
         return text.rstrip().removesuffix(QUOTES).strip("\n")
 
     def _ask(self, text: str) -> None:
-        self._history.append(Message("user", text))
+        self._history.append({"role": "user", "content": text})
         pieces: list[str] = []
         try:
             print_answer(self._client, self._history, self._settings, pieces)
@@ -105,7 +108,7 @@ class Repl:
             _notice(f"error: {error}")
         answer = "".join(pieces)
         if answer:
-            self._history.append(Message("assistant", answer))
+            self._history.append({"role": "assistant", "content": answer})
         else:
             self._history.pop()  # unanswered: a template may refuse two user messages in a row
 
@@ -138,6 +141,12 @@ class Repl:
         _notice(f"{name} is {value}.")
 
 
+def require_stdout() -> None:
+    """Raises `UserError` where an answer could not be written."""
+    if not sys.stdout:
+        raise UserError("Standard output is closed, so there is nowhere to answer: connect it to a terminal or a file.")
+
+
 def print_answer(
     client: ChatClient, messages: list[Message], settings: ChatSettings, pieces: list[str] | None = None
 ) -> None:
@@ -145,8 +154,7 @@ def print_answer(
 
     Raises `ChatError`, `UserError` (see `ChatClient.answer`) and KeyboardInterrupt, which aborts the request.
     """
-    if not sys.stdout:
-        raise UserError("Standard output is closed, so there is nowhere to answer: connect it to a terminal or a file.")
+    require_stdout()
     table = _CONTROL if sys.stdout.isatty() else {}
     had_template = client.has_chat_template
     last: str = ""
@@ -170,6 +178,16 @@ def print_answer(
         _notice("(the model has no chat template: it continues each message alone, as plain text)")
     if client.finish_reason == "length":
         _notice("(the answer was cut off at the token limit)")
+
+
+def answer_once(client: ChatClient, question: str, settings: ChatSettings) -> int:
+    """Answer one question on stdout; the exit code. Raises `UserError` and KeyboardInterrupt as `print_answer` does."""
+    try:
+        print_answer(client, [{"role": "user", "content": question}], settings)
+    except ChatError as error:
+        _notice(f"error: {error}")
+        return EXIT_FAILURE
+    return 0
 
 
 def _notice(text: str) -> None:
@@ -196,12 +214,6 @@ class ChatSettings:
     max_tokens: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
-    role: str
-    content: str
-
-
 class ChatClient:
     """Talks to an OpenAI-compatible server at `url` (with or without `/v1`).
 
@@ -226,7 +238,15 @@ class ChatClient:
     def model(self) -> str:
         """The model asked for, else the first that the server has. Raises `UserError` where no server answers."""
         if self._model is None:
-            self._model = self._first_model()
+            with self._reach_server():
+                response = self._http.get("/v1/models")
+            if response.status_code != 200:
+                why = _error_message(response)
+                raise UserError(f"{self.url} does not list its models ({why}): check --url and --api-key.")
+            try:
+                self._model = str(response.json()["data"][0]["id"])
+            except (ValueError, LookupError, TypeError):
+                raise UserError(f"{self.url} does not list its models: is --url an OpenAI-compatible server?") from None
         return self._model
 
     def answer(self, messages: Sequence[Message], settings: ChatSettings) -> Generator[str, None, None]:
@@ -237,8 +257,9 @@ class ChatClient:
         """
         self.finish_reason = None
         if self.has_chat_template:
+            system = [] if settings.system is None else [{"role": "system", "content": settings.system}]
             try:
-                yield from self._stream("/v1/chat/completions", self._chat_body(messages, settings))
+                yield from self._stream("/v1/chat/completions", {"messages": [*system, *messages]}, settings)
             except ChatError as error:
                 if "no chat template" not in str(error):
                     raise
@@ -246,27 +267,28 @@ class ChatClient:
         if not self.has_chat_template:
             if settings.system is not None:
                 raise ChatError("the model has no chat template, so it takes no system prompt")
-            yield from self._stream("/v1/completions", self._completion_body(messages[-1].content, settings))
+            prompt = {"prompt": messages[-1]["content"], "max_tokens": _COMPLETION_TOKENS}
+            yield from self._stream("/v1/completions", prompt, settings)
 
-    def _chat_body(self, messages: Sequence[Message], settings: ChatSettings) -> dict[str, Any]:
-        system = [Message("system", settings.system)] if settings.system is not None else []
-        history = [{"role": message.role, "content": message.content} for message in (*system, *messages)]
-        return {"model": self.model, "messages": history, "stream": True} | _sampling(settings)
-
-    def _completion_body(self, prompt: str, settings: ChatSettings) -> dict[str, Any]:
-        body = {"model": self.model, "prompt": prompt, "stream": True, "max_tokens": _COMPLETION_TOKENS}
-        return body | _sampling(settings)
-
-    def _stream(self, path: str, body: dict[str, Any]) -> Iterator[str]:
+    def _stream(self, path: str, question: dict[str, Any], settings: ChatSettings) -> Iterator[str]:
+        chosen = {"temperature": settings.temperature, "max_tokens": settings.max_tokens}
+        sampling = {name: value for name, value in chosen.items() if value is not None}
+        body = {"model": self.model, "stream": True, **question, **sampling}
         with self._reach_server(), self._http.stream("POST", path, json=body) as response:
             if response.status_code != 200:
                 response.read()
                 raise ChatError(_error_message(response))
             for line in response.iter_lines():
                 if line.startswith("data:") and line != "data: [DONE]":
-                    yield from self._pieces(_parse(line.removeprefix("data:")))
+                    yield from self._pieces(line.removeprefix("data:"))
 
-    def _pieces(self, event: dict[str, Any]) -> Iterator[str]:
+    def _pieces(self, data: str) -> Iterator[str]:
+        try:
+            event = json.loads(data)
+        except ValueError:
+            event = None
+        if not isinstance(event, dict):
+            raise ChatError("the server sent an event that is not a JSON object")
         if "error" in event:
             raise ChatError(str(event["error"].get("message", event["error"])))
         for choice in event.get("choices", []):
@@ -276,17 +298,6 @@ class ChatClient:
                 yield Thought(thought)
             if piece:
                 yield piece
-
-    def _first_model(self) -> str:
-        with self._reach_server():
-            response = self._http.get("/v1/models")
-        if response.status_code != 200:
-            why = _error_message(response)
-            raise UserError(f"{self.url} does not list its models ({why}): check --url and --api-key.")
-        try:
-            return str(response.json()["data"][0]["id"])
-        except (ValueError, LookupError, TypeError):
-            raise UserError(f"{self.url} does not list its models: is --url an OpenAI-compatible server?") from None
 
     @contextmanager
     def _reach_server(self) -> Iterator[None]:
@@ -302,21 +313,6 @@ class ChatClient:
             raise ChatError("the text is not valid UTF-8") from None
         except httpx.HTTPError as error:
             raise ChatError(f"the connection to {self.url} broke ({type(error).__name__})") from error
-
-
-def _parse(data: str) -> dict[str, Any]:
-    try:
-        event = json.loads(data)
-    except ValueError:
-        event = None
-    if not isinstance(event, dict):
-        raise ChatError("the server sent an event that is not a JSON object")
-    return event
-
-
-def _sampling(settings: ChatSettings) -> dict[str, Any]:
-    chosen = {"temperature": settings.temperature, "max_tokens": settings.max_tokens}
-    return {name: value for name, value in chosen.items() if value is not None}
 
 
 def _error_message(response: httpx.Response) -> str:

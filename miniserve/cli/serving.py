@@ -20,9 +20,9 @@ from miniserve.engine.client import EngineDead
 from miniserve.engine.launch import set_up_logging
 from miniserve.engine.replicas import make_engine
 from miniserve.models.hub import locate
-from miniserve.parallel.child import die_with_parent
+from miniserve.parallel.child import die_with_parent, on_signals
 from miniserve.server.config import ServerConfig
-from miniserve.server.process import ServerStart, on_signals
+from miniserve.server.process import ServerStart
 from miniserve.server.serve import check_tls, is_local, listening, loop_factory, serve
 
 
@@ -80,7 +80,7 @@ def run_server(
             with report.loading() as progress:
                 await client.start(progress)
             report.engine(client.info, len(client.engines))
-            return await serve(client, server, sock=sock, on_ready=answers, stop=stop)
+            return await serve(client, server, sock, on_ready=answers, stop=stop)
 
         try:
             return _run(run)

@@ -8,29 +8,27 @@ from __future__ import annotations
 import os
 import secrets
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NoReturn
 
-from miniserve.cli import EXIT_FAILURE
 from miniserve.cli.repl import (
     ChatClient,
-    ChatError,
     ChatSettings,
-    Message,
     Repl,
+    answer_once,
     can_chat,
-    print_answer,
     read_piped_text,
     read_text,
+    require_stdout,
 )
 from miniserve.cli.report import Report
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
+from miniserve.parallel.child import on_signals
 from miniserve.server.config import ServerConfig
-from miniserve.server.process import ServerEnded, ServerProcess, on_signals
+from miniserve.server.process import ServerEnded, ServerProcess
 
 
 def start(engine: EngineConfig, server: ServerConfig, *, prompt: str | None, chat: bool) -> int:
@@ -49,6 +47,7 @@ def start(engine: EngineConfig, server: ServerConfig, *, prompt: str | None, cha
         raise UserError("There is nothing to answer: the text is empty.")
     quiet = engine.log_level not in ("debug", "info")
     if prompt is not None:
+        require_stdout()  # before a model is loaded for nothing
         # For this process alone: a free port, and a key that nobody else knows.
         private = replace(
             server,
@@ -119,10 +118,6 @@ def _chat(client: ChatClient, report: Report) -> None:
 
 def _answer_once(client: ChatClient, prompt: str) -> int:
     try:
-        print_answer(client, [Message("user", prompt)], ChatSettings())
-    except ChatError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_FAILURE
+        return answer_once(client, prompt, ChatSettings())
     except _Terminated as end:
         return end.exit_code
-    return 0

@@ -47,7 +47,8 @@ def tune(
     for timing in best:
         figures = ", ".join(f"{1e3 * seconds:.3f} ms at batch {size}" for size, seconds in timing.seconds.items())
         print(f"{timing.path.backend} over {timing.path.layout}: {figures}")
-    table = table_path(tuning_dir(), machine.platform, machine.with_kv(engine.kv_cache_dtype), engine.block_size)
+    choice = machine.choose(best[0].path)
+    table = table_path(tuning_dir(), choice.platform, choice.specs, choice.block_size)
     save_table(
         table,
         [f"{timing.path.backend}:{timing.path.layout}" for timing in best],

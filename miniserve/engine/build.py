@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 
 from miniserve.config import EngineConfig, SchedulerConfig
 from miniserve.core import EngineInfo, Request, Runner, SamplingParams, Step, StepPlan
@@ -40,8 +40,7 @@ def build_engine(
 
     `runner_factory` is "module:function". Raises `UserError` for what the user can mend (no memory, wrong device, …).
     """
-    module_name, _, function_name = runner_factory.partition(":")
-    factory: RunnerFactory = getattr(importlib.import_module(module_name), function_name)
+    factory: RunnerFactory = resolve_name(runner_factory)
     matchers = Matchers(partial(_words, config, source_path))
     preparing: list[Future[object]] = []
 

@@ -40,6 +40,7 @@ _HEARTBEAT = 1.0  # seconds of silence after which the engine is asked for a sig
 _GPU_STEP, _CPU_STEP = 60.0, 600.0
 _FIRST_STEPS = 600.0  # at least, for the first ones: they may compile kernels
 _PERIOD = 1.0  # seconds, at least, that `recent` sums up
+_SHUT_DOWN = "The engine was shut down."
 # Outputs of a step passed on before their readers get a turn: with 1,024 streams all of them in one go would keep the
 # event loop for 50 ms.
 _SLICE = 64
@@ -96,7 +97,6 @@ class AsyncEngine:
         self._serial = count()
         self._last_sign: float | None = None
         self._asked: float | None = None  # since when a heartbeat is unanswered
-        self.died = False  # which `shutdown` does not make it
         self.engines = (self,)  # see `Replicas`
         self.info: EngineInfo
         self.tokenizer: Tokenizer
@@ -108,7 +108,12 @@ class AsyncEngine:
         self._period = (0.0, self.totals)  # the current one's begin and what there was then
         # Who waits for the answer to a question; the engine answers in their order.
         self._readers: deque[asyncio.Future[Any]] = deque()
-        self.dead: str | None = None
+        self.dead: str | None = None  # why nothing can be asked of it any more
+
+    @property
+    def died(self) -> bool:
+        """Whether it ended otherwise than by `shutdown`."""
+        return self.dead not in (None, _SHUT_DOWN)
 
     # --- life -----------------------------------------------------------------------------------------------------
 
@@ -262,12 +267,8 @@ class AsyncEngine:
         finally:
             if reason is None and process.is_stopped:
                 reason = "the engine process was stopped (SIGSTOP)"
-            self.died = reason is not None or not self._shutting_down
-            self.dead = (
-                f"The engine died: {reason or 'its client was cancelled'}."
-                if self.died
-                else "The engine was shut down."
-            )
+            in_order = reason is None and self._shutting_down
+            self.dead = _SHUT_DOWN if in_order else f"The engine died: {reason or 'its client was cancelled'}."
             running, self._running = self._running, {}
             self._sequences.clear()
             for request in running.values():
@@ -317,10 +318,10 @@ class AsyncEngine:
 
     def _take(self, event: messages.Event) -> list[RequestOutput]:
         """What is to be passed on."""
-        if isinstance(event, messages.Steps | messages.Pool):
+        if isinstance(event, messages.Answer):
             reader = self._readers.popleft()
             if not reader.done():  # its caller may have left
-                reader.set_result(event.records if isinstance(event, messages.Steps) else event.view)
+                reader.set_result(event.found)
             return []
         if not isinstance(event, messages.StepOutputs):
             raise RuntimeError(f"unexpected {type(event).__name__} from the engine")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import codecs
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from miniserve.core import SamplingParams
 from miniserve.engine.reasoning import ReasoningSplit
@@ -37,16 +37,16 @@ class Detokenizer:
         self._decoder = text_decoder(
             tokenizer, params.skip_special_tokens, prompt_token_ids, params.shown_special_tokens
         )
+        # A prompt may end within a character: its own text has U+FFFD for what is there. Where the answer does not
+        # complete the character, they are not repeated.
+        self._begun = _REPLACEMENT * self._decoder.num_begun
         self._reasoning = ReasoningSplit(params.reasoning) if params.reasoning and params.stop else None
         self._stops = StopStrings(params.stop, params.include_stop_str_in_output) if params.stop else None
         # Special tokens that the text hides, but whose text is a stop string.
-        self._stop_tokens: dict[int, str] = {}
-        if params.skip_special_tokens:
-            for stop in params.stop:
-                if (token_id := tokenizer.special_token_id(stop)) is not None:
-                    self._stop_tokens[token_id] = stop
-        self._include_stop = params.include_stop_str_in_output
-        self._min_tokens = params.min_tokens
+        hidden = params.stop if params.skip_special_tokens else ()
+        stop_tokens = {tokenizer.special_token_id(stop): stop for stop in hidden}
+        self._stop_tokens = {token_id: stop for token_id, stop in stop_tokens.items() if token_id is not None}
+        self._params = params
         self._num_tokens = 0
 
     def push(self, token_ids: Sequence[int]) -> Decoded:
@@ -58,7 +58,7 @@ class Detokenizer:
         pieces = []
         for index, token_id in enumerate(token_ids):
             self._num_tokens += 1
-            piece = self._decoder.push(token_id)
+            piece = self._without_begun(self._decoder.push(token_id))
             if self._stops is not None:
                 piece, stop = self._match(self._stops, token_id, piece)
                 if stop is not None:
@@ -69,16 +69,21 @@ class Detokenizer:
 
     def finish(self) -> Decoded:
         """What was held back; the bytes of a character that never came whole as U+FFFD."""
-        text, stop = self._decoder.flush(), None
+        text, stop = self._without_begun(self._decoder.flush()), None
         if self._stops is not None:
             text, stop = self._until_stop(self._stops, text, is_last=True)
             if stop is None:
                 text += self._stops.flush()
         return Decoded(text, 0, stop)
 
+    def _without_begun(self, text: str) -> str:
+        if text and self._begun:
+            text, self._begun = text.removeprefix(self._begun), ""
+        return text
+
     @property
     def _armed(self) -> bool:
-        return self._num_tokens > self._min_tokens
+        return self._num_tokens > self._params.min_tokens
 
     def _match(self, stops: StopStrings, token_id: int, piece: str) -> tuple[str, str | None]:
         if piece:
@@ -89,7 +94,7 @@ class Detokenizer:
         held = self.finish()
         if held.stop is not None:
             return held.text, held.stop
-        return held.text + (stop if self._include_stop else ""), stop
+        return held.text + (stop if self._params.include_stop_str_in_output else ""), stop
 
     def _until_stop(self, stops: StopStrings, text: str, *, is_last: bool = False) -> tuple[str, str | None]:
         thought = ""
@@ -184,24 +189,13 @@ class StopStrings:
         return len(self._depth) - 1
 
 
-class TextDecoder(Protocol):
-    """Token ids of one sequence to its text, without regard to stop strings."""
-
-    def push(self, token_id: int) -> str:
-        """The characters that are whole with this token."""
-
-    def flush(self) -> str:
-        """The bytes at the end that are no character, as U+FFFD."""
-
-
 def text_decoder(
     tokenizer: Tokenizer, skip_special_tokens: bool, prompt_token_ids: Sequence[int] = (), shown: Sequence[int] = ()
 ) -> TextDecoder:
-    """For the text that follows a prompt; for a text of its own without one. `shown`: not skipped nevertheless."""
+    """Token ids of one sequence to its text, without regard to stop strings: of the text that follows a prompt, or of a
+    text of its own without one. `shown`: not skipped nevertheless."""
     skipped = tokenizer.special_token_ids.difference(shown) if skip_special_tokens else frozenset()
-    decoder: _ByteLevelDecoder | _WindowDecoder
-    decoder = (_ByteLevelDecoder if tokenizer.byte_level else _WindowDecoder)(tokenizer, skipped, prompt_token_ids)
-    return _AfterHalfCharacter(decoder, decoder.num_begun) if decoder.num_begun else decoder
+    return (_ByteLevelDecoder if tokenizer.byte_level else _WindowDecoder)(tokenizer, skipped, prompt_token_ids)
 
 
 class _ByteLevelDecoder:
@@ -222,9 +216,11 @@ class _ByteLevelDecoder:
         self.num_begun = len(begun.decode(errors="replace"))  # the prompt's text ends with so many U+FFFD for it
 
     def push(self, token_id: int) -> str:
+        """The characters that are whole with this token."""
         return "" if token_id in self._skipped else self._utf8.decode(self._tokenizer.token_bytes(token_id))
 
     def flush(self) -> str:
+        """The bytes at the end that are no character, as U+FFFD."""
         return self._utf8.decode(b"", final=True)
 
 
@@ -304,21 +300,4 @@ def _num_whole(run: bytes) -> int:
     return len(run)
 
 
-class _AfterHalfCharacter:
-    """A prompt may end within a character: its own text has U+FFFD for what is there. Where the answer does not
-    complete the character, they are not repeated."""
-
-    def __init__(self, decoder: TextDecoder, num_begun: int) -> None:
-        self._decoder = decoder
-        self._begun = _REPLACEMENT * num_begun
-
-    def push(self, token_id: int) -> str:
-        return self._without_begun(self._decoder.push(token_id))
-
-    def flush(self) -> str:
-        return self._without_begun(self._decoder.flush())
-
-    def _without_begun(self, text: str) -> str:
-        if text:
-            text, self._begun = text.removeprefix(self._begun), ""
-        return text
+TextDecoder = _ByteLevelDecoder | _WindowDecoder

@@ -271,12 +271,11 @@ def _to_llguidance(grammar: Grammar, tokenizer: Tokenizer) -> str:
 
 def _behind_reasoning(grammar: str, reasoning: Reasoning, tokenizer: Tokenizer) -> str:
     """A grammar of llguidance's, for what follows the reasoning and line breaks."""
-    begin, end = (lark_literal(marker, tokenizer) for marker in (reasoning.begin, reasoning.end))
-    is_special = tokenizer.special_token_id(reasoning.end) is not None
+    begin = lark_literal(reasoning.begin, tokenizer)
     lines = [
         "%llguidance {}",
         r"TEXT: /(.|\n)*/",
-        f"thought: TEXT {end}" if is_special else f"thought[lazy]: TEXT {end}",
+        rule_up_to("thought", "TEXT", lark_literal(reasoning.end, tokenizer)),
         r"answer: /\n{0,2}/ @answer",
         "start: thought answer" if reasoning.is_open else f"start: @answer | {begin} thought answer",
     ]
@@ -316,7 +315,7 @@ class _Tags(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def _tags_to_lark(spec: _Tags, tokenizer: Tokenizer) -> str:
-    """In llguidance's Lark, a `lazy` rule ends as soon as it matches: free text up to and with the first trigger."""
+    """In llguidance's Lark: free text up to and with the first trigger, then what its tags ask for."""
     if not 1 <= len(spec.tags) <= _MAX_TAGS:
         raise GrammarError(f"it has {len(spec.tags)} tags, and from 1 to {_MAX_TAGS} are taken")
     check_size([tag.schema for tag in spec.tags])
@@ -334,22 +333,13 @@ def _tags_to_lark(spec: _Tags, tokenizer: Tokenizer) -> str:
         first, *others = _pieces(trigger, tokenizer)
         lines.append(f"body_{number}: {' '.join(others)} ({' | '.join(bodies)})")
         lines.append(f"forced_{number}: {first} body_{number}")
-        if first.startswith("<"):
-            lines.append(f"tag_{number}: TEXT {first} body_{number}")
-        else:
-            lines.append(f"text_{number}[lazy]: TEXT {first}")
-            lines.append(f"tag_{number}: text_{number} body_{number}")
+        lines.append(rule_up_to(f"text_{number}", "TEXT", first))
+        lines.append(f"tag_{number}: text_{number} body_{number}")
     forced, free = ("(" + " | ".join(f"{kind}_{name}" for name in names) + ")" for kind in ("forced", "tag"))
-    more = f"{free}* TEXT"
-    match spec.at_least_one, spec.stop_after_first:
-        case True, True:
-            start = forced
-        case True, False:
-            start = f"{forced} {more}"
-        case False, True:
-            start = f"{free} | TEXT"
-        case _:
-            start = more
+    if spec.stop_after_first:
+        start = forced if spec.at_least_one else f"{free} | TEXT"
+    else:
+        start = f"{forced if spec.at_least_one else ''} {free}* TEXT"
     return LLMatcher.grammar_from_lark("\n".join([*lines, r"TEXT: /(.|\n)*/", f"start: {start}", ""]))
 
 
@@ -358,6 +348,12 @@ def _trigger(tag: _Tag, triggers: list[str]) -> str:
     if not found:
         raise GrammarError(f"no trigger begins the tag {tag.begin[:100]!r}" if triggers else "a tag's begin is empty")
     return found
+
+
+def rule_up_to(name: str, words: str, literal: str) -> str:
+    """A rule of llguidance's Lark: `words` up to and with the first `literal`. What is lazy ends as soon as it matches;
+    with a special token, which words cannot hold, that goes without saying."""
+    return f"{name}{'' if literal.startswith('<') else '[lazy]'}: {words} {literal}"
 
 
 def lark_literal(text: str, tokenizer: Tokenizer) -> str:

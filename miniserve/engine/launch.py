@@ -64,9 +64,15 @@ class EngineProcess:
     def exit_reason(self) -> str | None:
         """How the process ended, or None while it runs. One that stays stopped has ended, too: `close` kills it."""
         code = self._process.poll()
-        if code is None:
-            return self._stop_reason()
-        return describe_exit(code, "the engine process")
+        if code is not None:
+            return describe_exit(code, "the engine process")
+        if not self.is_stopped:
+            self._stopped_since = None
+            return None
+        self._stopped_since = self._stopped_since or time.monotonic()
+        if time.monotonic() - self._stopped_since < _STOPPED:
+            return None
+        return f"the engine process was stopped (SIGSTOP) and did not go on for {_STOPPED:.0f} s"
 
     @property
     def ended_in_order(self) -> bool:
@@ -75,17 +81,6 @@ class EngineProcess:
     @property
     def is_stopped(self) -> bool:
         return is_stopped(self._process)
-
-    def _stop_reason(self) -> str | None:
-        if not self.is_stopped:
-            self._stopped_since = None
-            return None
-        now = time.monotonic()
-        if self._stopped_since is None:
-            self._stopped_since = now
-        if now - self._stopped_since < _STOPPED:
-            return None
-        return f"the engine process was stopped (SIGSTOP) and did not go on for {_STOPPED:.0f} s"
 
     def close(self) -> None:
         """Kill the process if it still runs, wait for it, and remove what was made for it. May be called again."""

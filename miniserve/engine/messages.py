@@ -47,13 +47,13 @@ class AskStats(msgspec.Struct, tag=True, frozen=True):
 
 
 class AskSteps(msgspec.Struct, tag=True, frozen=True):
-    """For the last `limit` steps; each is answered by one `Steps`, in order."""
+    """For the last `limit` steps; each is answered by one `Answer`, in order."""
 
     limit: int
 
 
 class AskPool(msgspec.Struct, tag=True, frozen=True):
-    """For at most `max_blocks` of the KV cache's blocks; each is answered by one `Pool`, in order."""
+    """For at most `max_blocks` of the KV cache's blocks; each is answered by one `Answer`, in order."""
 
     max_blocks: int
 
@@ -95,14 +95,10 @@ class StepOutputs(msgspec.Struct, tag=True, frozen=True, kw_only=True):
     totals: StepTotals
 
 
-class Steps(msgspec.Struct, tag=True, frozen=True):
-    """The oldest first."""
+class Answer(msgspec.Struct, tag=True, frozen=True):
+    """Of steps the oldest first."""
 
-    records: list[StepRecord]
-
-
-class Pool(msgspec.Struct, tag=True, frozen=True):
-    view: PoolView
+    found: list[StepRecord] | PoolView
 
 
-Event = Progress | Ready | Failed | StepOutputs | Steps | Pool
+Event = Progress | Ready | Failed | StepOutputs | Answer

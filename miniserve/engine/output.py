@@ -20,28 +20,19 @@ def fan_out(request_id: str, request: Request) -> list[Request]:
 
     Sequence i draws with seed + i where a seed is given. Only the first computes the prompt's logprobs.
     """
-    params, replace_fields = request.params, msgspec.structs.replace
+    params = request.params
     if params.n == 1:
-        return [replace_fields(request, request_id=request_id)]
-    return [
-        replace_fields(request, request_id=f"{request_id}#{index}", params=_child(params, index))
-        for index in range(params.n)
-    ]
-
-
-def _child(params: SamplingParams, index: int) -> SamplingParams:
-    child = copy(params)  # which, unlike `replace`, does not check them again
-    for name, value in (
-        ("n", 1),
-        ("seed", _child_seed(params.seed, index)),
-        ("prompt_logprobs", params.prompt_logprobs if index == 0 else None),
-    ):
-        msgspec.structs.force_setattr(child, name, value)
-    return child
-
-
-def _child_seed(seed: int | None, index: int) -> int | None:
-    return None if seed is None else (seed + index + 2**63) % 2**64 - 2**63  # stays a 64-bit integer
+        return [msgspec.structs.replace(request, request_id=request_id)]
+    requests = []
+    for index in range(params.n):
+        child = copy(params)  # which, unlike `replace`, does not check them again
+        msgspec.structs.force_setattr(child, "n", 1)
+        if params.seed is not None:  # stays a 64-bit integer
+            msgspec.structs.force_setattr(child, "seed", (params.seed + index + 2**63) % 2**64 - 2**63)
+        if index:
+            msgspec.structs.force_setattr(child, "prompt_logprobs", None)
+        requests.append(msgspec.structs.replace(request, request_id=f"{request_id}#{index}", params=child))
+    return requests
 
 
 class OutputAssembler:
@@ -53,10 +44,9 @@ class OutputAssembler:
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         self._include_stop = params.include_stop_str_in_output
-        self._detokenizers: list[Detokenizer | None] = [
+        self._detokenizers: list[Detokenizer | None] = [  # None: the sequence has ended
             Detokenizer(tokenizer, params, prompt_token_ids) for _ in range(params.n)
         ]
-        self._num_unfinished = params.n
         self._awaits_prompt_logprobs = params.prompt_logprobs is not None
         self._lack_prompt_logprobs = set(range(1, params.n)) if self._awaits_prompt_logprobs else set()
         self._prompt_logprobs: list[TokenLogprobs | None] | None = None
@@ -64,7 +54,7 @@ class OutputAssembler:
 
     @property
     def finished(self) -> bool:
-        return self._num_unfinished == 0
+        return all(detokenizer is None for detokenizer in self._detokenizers)
 
     def push(self, index: int, output: RequestOutput) -> tuple[list[Completion], bool]:
         """The deltas that sequence `index`'s output brings, and whether the sequence ended here at a stop string, so
@@ -75,7 +65,7 @@ class OutputAssembler:
         delta = self._decode(index, detokenizer, output)
         met_stop = delta.finish_reason is FinishReason.STOP and isinstance(delta.stop_reason, str)
         if delta.finish_reason is not None:
-            self._finish(index)
+            self._detokenizers[index] = None
         return self._release(delta), met_stop and output.finish_reason is None
 
     def fail(self, error: str) -> list[Completion]:
@@ -85,14 +75,10 @@ class OutputAssembler:
         self._awaits_prompt_logprobs = False
         for index, detokenizer in enumerate(self._detokenizers):
             if detokenizer is not None:
-                self._finish(index)
+                self._detokenizers[index] = None
                 reason = FinishReason.ERROR
                 deltas.append(Completion(index=index, text="", token_ids=[], finish_reason=reason, error=error))
         return deltas
-
-    def _finish(self, index: int) -> None:
-        self._detokenizers[index] = None
-        self._num_unfinished -= 1
 
     def _decode(self, index: int, detokenizer: Detokenizer, output: RequestOutput) -> Completion:
         token_ids, finish_reason = output.new_token_ids, output.finish_reason

@@ -71,9 +71,9 @@ class _Server:
             case messages.AskStats():
                 self._loop.check()  # every batch of commands is answered with the stats
             case messages.AskSteps(limit):
-                self._events.send(self._encode(messages.Steps(self._loop.log.records(limit))))
+                self._events.send(self._encode(messages.Answer(self._loop.log.records(limit))))
             case messages.AskPool(max_blocks):
-                self._events.send(self._encode(messages.Pool(self._loop.pool_view(max_blocks))))
+                self._events.send(self._encode(messages.Answer(self._loop.pool_view(max_blocks))))
 
     def _send(self, outputs: list[RequestOutput]) -> None:
         event = messages.StepOutputs(outputs=outputs, stats=self._loop.stats, totals=self._loop.log.totals)

@@ -44,10 +44,16 @@ class Replicas:
 
     async def start(self, progress: ProgressCallback | None = None) -> None:
         """As `AsyncEngine.start`: of all of them, or of none. `progress` is told of all together."""
-        first, shares = self.engines[0], _Shares(progress, len(self.engines))
+        first, shares = self.engines[0], dict[str, dict[int, int]]()
+
+        def report(number: int, stage: str, done: int, total: int) -> None:
+            shares.setdefault(stage, {})[number] = done
+            if progress is not None:  # all start with the same work
+                progress(stage, sum(shares[stage].values()), total * len(self.engines))
+
         tokenizer = asyncio.create_task(asyncio.to_thread(load_tokenizer, first.source_path, first.config.load_format))
         starts = [
-            asyncio.create_task(engine.start(partial(shares.report, number), tokenizer))
+            asyncio.create_task(engine.start(partial(report, number), tokenizer))
             for number, engine in enumerate(self.engines)
         ]
         try:
@@ -116,21 +122,6 @@ def make_engine(config: EngineConfig, source_path: Path, model_name: str, step_t
         for rank in range(config.data_parallel_size)
     ]
     return engines[0] if len(engines) == 1 else Replicas(engines)
-
-
-class _Shares:
-    """Makes one progress of that of several starts, which are of the same size."""
-
-    def __init__(self, progress: ProgressCallback | None, count: int) -> None:
-        self._progress = progress
-        self._count = count
-        self._done: dict[str, dict[int, int]] = {}
-
-    def report(self, number: int, stage: str, done: int, total: int) -> None:
-        shares = self._done.setdefault(stage, {})
-        shares[number] = done
-        if self._progress is not None:
-            self._progress(stage, sum(shares.values()), total * self._count)
 
 
 def _beginnings(request: Request) -> Iterator[int]:

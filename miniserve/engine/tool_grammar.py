@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from miniserve.core import Grammar, InvalidRequest, Reasoning
-from miniserve.engine.grammar import JSON_OPTIONS, GrammarError, check_size, lark_literal
+from miniserve.engine.grammar import JSON_OPTIONS, GrammarError, check_size, lark_literal, rule_up_to
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.engine.tool_dialects import ToolDialect, types_of
 
 Schema = Mapping[str, Any]
 
 _NO_MEANING = frozenset({"$schema", "$id", "$comment", "title", "description", "default", "examples", "deprecated"})
+_ONE_LINE = {**JSON_OPTIONS, "whitespace_pattern": "[ ]?"}  # as calls are written
 _OF_OBJECTS = frozenset({"type", "properties", "required", "additionalProperties", "$defs", "definitions"})
 
 
@@ -26,14 +27,16 @@ def call_grammar(
     must_call: bool,
     once: bool,
     reasoning: Reasoning | None = None,
+    content: Schema | None = None,
 ) -> Grammar:
     """The answer is calls of `functions`, whose arguments follow their schemas (None: any object), or `must_call` is
-    false and it is text that may end with such calls: where a call begins it is one. `once`: one call at most. The
-    answer follows `reasoning`, where there is some. Raises `InvalidRequest` for a schema that the dialect's own form of
+    false and it is text that may end with such calls: where a call begins it is one. `once`: one call at most.
+    `content`: the schema of JSON that comes instead of text and calls behind it. The answer follows `reasoning`, where
+    there is some. Raises `InvalidRequest` for a schema that the dialect's own form of
     arguments cannot be held to."""
     written = dialect.written
     try:
-        check_size(list(functions.values()))
+        check_size([*functions.values(), content])
     except GrammarError as error:
         raise InvalidRequest(f"tools cannot be enforced: {error}.", "tools") from None
 
@@ -60,14 +63,13 @@ def call_grammar(
     thought = "" if reasoning is None or reasoning.is_open else rf" & ~/{_escaped(reasoning.begin)}(.|\n)*/"
     if must_call:
         lines.append(f"start: {literal(trigger)} calls")
+    elif content is not None:
+        lines += [f"content: {_json(content, JSON_OPTIONS)}", f"start: content | {literal(trigger)} calls"]
     elif dialect.bare:
         lines += [rf"WORDS: /\s*([^{{\s](.|\n)*)?/{thought}", f"start: WORDS | {literal(trigger)} calls"]
     else:
-        lines += [rf"WORDS: /(.|\n)*/{thought}", "start: WORDS | called"]
-        if tokenizer.special_token_id(trigger) is not None:
-            lines.append(f"called: WORDS {literal(trigger)} calls")
-        else:
-            lines += [f"until_call[lazy]: WORDS {literal(trigger)}", "called: until_call calls"]
+        lines += [rf"WORDS: /(.|\n)*/{thought}", rule_up_to("called", "WORDS", literal(trigger))]
+        lines.append("start: WORDS | called calls")
     return Grammar("calls", "\n".join([*lines, ""]))
 
 
@@ -79,8 +81,7 @@ def _arguments(dialect: ToolDialect, name: str, schema: Schema | None) -> str:
     return _xml_parameters(name, schema)
 
 
-def _json(schema: Schema) -> str:
-    options = {**JSON_OPTIONS, "whitespace_pattern": "[ ]?"}  # calls are written on one line
+def _json(schema: Schema, options: Schema = _ONE_LINE) -> str:
     return f"%json {json.dumps({**schema, 'x-guidance': options})}"
 
 

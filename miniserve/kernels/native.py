@@ -3,28 +3,15 @@ on PyTorch alone, slower; `unavailable_reason()` says why."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from miniserve.kernels.native_build import Unavailable
 from miniserve.kernels.native_calls import call, library
 from miniserve.kernels.sampling import RowParams
+from miniserve.kernels.step_tensors import RowState, StepTensors
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PANEL = 16  # output rows of a packed panel, as in cpu_linear.h
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeStep:
-    """One step's inputs, contiguous. input_ids, positions, slots int64 [batch]; seq_lens int32 [batch]; block_tables
-    int32 [batch, width]."""
-
-    input_ids: torch.Tensor
-    positions: torch.Tensor
-    slots: torch.Tensor
-    seq_lens: torch.Tensor
-    block_tables: torch.Tensor
 
 
 class NativeKernels:
@@ -146,23 +133,13 @@ class NativeKernels:
         )  # fmt: skip
         return out
 
-    def advance(
-        self,
-        rows: torch.Tensor,
-        tables: torch.Tensor,
-        lens: torch.Tensor,
-        last_tokens: torch.Tensor,
-        step: DecodeStep,
-        block_size: int,
-        *,
-        explicit: bool,
-    ) -> None:
-        """Fill `step` for rows int64 [batch]. tables int32 [max_num_seqs, width], lens and last_tokens int64
-        [max_num_seqs] are those of all rows. Each row gets longer by its last token; if `explicit`, the host has set
-        positions and input_ids, and lens do not change."""
+    def advance(self, state: RowState, step: StepTensors, block_size: int, *, explicit: bool) -> None:
+        """Fill `step` for its rows, of which each gets longer by its last token; if `explicit`, the host has set
+        positions and input_ids, too, and lens do not change."""
         call(
-            "ms_advance", int(explicit), rows, tables, lens, last_tokens, step.input_ids, step.positions, step.slots,
-            step.seq_lens, step.block_tables, rows.shape[0], tables.shape[1], block_size,
+            "ms_advance", int(explicit), step.rows, state.tables, state.lens, state.last_tokens, step.input_ids,
+            step.positions, step.slots, step.seq_lens, step.block_tables, len(step.rows), state.tables.shape[1],
+            block_size,
         )  # fmt: skip
 
     def draw(
@@ -174,17 +151,10 @@ class NativeKernels:
         return tokens
 
     def draw_next(
-        self,
-        logits: torch.Tensor,
-        rows: torch.Tensor,
-        params: RowParams,
-        num_outputs: torch.Tensor,
-        tokens: torch.Tensor,
-        last_tokens: torch.Tensor,
+        self, logits: torch.Tensor, rows: torch.Tensor, params: RowParams, state: RowState, tokens: torch.Tensor
     ) -> None:
-        """As `draw`, into `tokens` int64 [batch] and last_tokens int64 [max_num_seqs] of `rows`; counts one more output
-        for them in num_outputs int64 [max_num_seqs]."""
-        self._draw(logits, rows, params, num_outputs, tokens, last_tokens)
+        """As `draw`, into `tokens` int64 [batch] and the rows' last tokens; counts one more output for them."""
+        self._draw(logits, rows, params, state.num_outputs, tokens, state.last_tokens)
 
     def _draw(
         self,

@@ -21,8 +21,12 @@ from dataclasses import dataclass
 
 import torch
 
+from miniserve.core import SamplingParams
+
 TEMPERATURE, TOP_K, TOP_P, MIN_P, WANTS_LOGITS = range(5)  # columns of `numbers`
 NUM_COLUMNS = 5
+# Below this temperature a draw practically is the argmax, and dividing by it would lose all precision (vLLM's limit).
+_GREEDY_BELOW = 1e-5
 NUMBERS_PER_POSITION = 32  # of a row's stream; a draw reads the first
 
 _NO_ID = 2**63 - 1  # larger than any
@@ -40,6 +44,13 @@ class RowParams:
     keys: torch.Tensor
     prompt_lens: torch.Tensor
     numbers: torch.Tensor
+
+
+def row_numbers(params: SamplingParams, vocab_size: int, *, wants_logits: bool) -> tuple[float, ...]:
+    """A row of `RowParams.numbers`."""
+    temperature = 0.0 if params.temperature < _GREEDY_BELOW else params.temperature
+    top_k = params.top_k if 0 < params.top_k < vocab_size else 0
+    return temperature, top_k, params.top_p, params.min_p, wants_logits
 
 
 # draw(logits, rows, params, num_outputs) -> token ids int64 [batch]. logits: contiguous [batch, vocab_size] of any

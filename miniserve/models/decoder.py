@@ -10,12 +10,11 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from miniserve.attention.spec import StepContext
+from miniserve.attention.context import StepContext
 from miniserve.models.description import ModelConfig
 from miniserve.models.layers.attention import SelfAttention
 from miniserve.models.layers.base import Module
 from miniserve.models.layers.embedding import Embedding, TiedLMHead
-from miniserve.models.layers.experts import Experts, MoEMethod
 from miniserve.models.layers.latent_attention import LatentSelfAttention
 from miniserve.models.layers.linear import Linear
 from miniserve.models.layers.linear_attention import LinearAttention
@@ -58,17 +57,13 @@ def _mlp(config: ModelConfig, options: BuildOptions, layer_index: int) -> MLP | 
 class Decoder(Module):
     def __init__(self, config: ModelConfig, options: BuildOptions) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, options.dtype, options.look_up)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, options.dtype, options.ops)
         layers = [DecoderLayer(config, options.within(f"layers.{index}"), index) for index in range(config.num_layers)]
-        self.attention_specs = [
-            config.attention_spec(layer, options.dtype, options.kv_dtype, options.shard)
-            for layer in range(config.num_layers)
-        ]
         self.layers = nn.ModuleList(layers)
         self.norm = options.norm(config.hidden_size, config.rms_norm_eps)
         positions = options.max_model_len or config.max_position_embeddings
         self.rotary_emb = RotaryEmbedding(
-            config.rope, config.rotary_dim, max_positions=positions, device=options.device, look_up=options.look_up
+            config.rope, config.rotary_dim, max_positions=positions, device=options.device, ops=options.ops
         )
 
     def forward(self, input_ids: Tensor, positions: Tensor, ctx: StepContext) -> Tensor:
@@ -96,7 +91,10 @@ class CausalLM(Module):
         self.config = config
         self.options = options = replace(options, quantization=config.quantization)
         self.model = Decoder(config, options.within("model"))
-        self.attention_specs = self.model.attention_specs
+        self.attention_specs = [
+            config.attention_spec(layer, options.dtype, options.kv_dtype, options.shard)
+            for layer in range(config.num_layers)
+        ]
         self.lm_head = _head(config, options, self.model.embed_tokens)
 
     def forward(self, input_ids: Tensor, positions: Tensor, ctx: StepContext) -> Tensor:
@@ -108,8 +106,3 @@ class CausalLM(Module):
         """hidden: [R, hidden_size] -> [R, vocab_size] in the model's dtype; of these this rank's part
         of the columns."""
         return self.lm_head(hidden)
-
-    @property
-    def moe_method(self) -> MoEMethod | None:
-        """How routed experts are multiplied, None where there are none."""
-        return next((module.method for module in self.modules() if isinstance(module, Experts)), None)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from miniserve.core import InvalidRequest, SamplingParams, UserError
+from miniserve.models.checkpoint import read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
@@ -46,8 +46,6 @@ def _sampling(generation: Mapping[str, Any], path: Path) -> dict[str, float | in
         value = generation.get(name)
         if value is None:
             continue
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)  # some files have "top_k": 50.0
         given: dict[str, Any] = {"max_tokens" if name == "max_new_tokens" else name: value}
         try:
             SamplingParams(**given)
@@ -107,12 +105,4 @@ def _ids(value: Any, path: Path) -> set[int]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); download the model again.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold a JSON object; download the model again.")
-    return content
+    return read_json(path) if path.is_file() else {}

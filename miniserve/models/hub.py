@@ -57,9 +57,7 @@ def locate(
     path = Path(os.path.expanduser(model))
     if model and os.path.isdir(path):
         _refuse_revision(revision, f"the local directory {model}")
-        require_files(path, model, weights=weights)
-        check_config(read_json(path / "config.json"), model)
-        return ModelSource(model, path.resolve(), f"local directory {path.resolve()}")
+        return _checked(model, path.resolve(), f"local directory {path.resolve()}", weights=weights)
     return _locate_on_hub(_hub_id(model, path, notify), revision, weights, notify)
 
 
@@ -97,6 +95,12 @@ def require_files(path: Path, name: str, *, weights: bool) -> None:
         require_weights(path, name)
 
 
+def _checked(name: str, path: Path, origin: str, *, weights: bool) -> ModelSource:
+    require_files(path, name, weights=weights)
+    check_config(read_json(path / "config.json"), name)
+    return ModelSource(name, path, origin)
+
+
 def _refuse_revision(revision: str | None, what: str) -> None:
     if revision is not None:
         raise UserError(f"--revision {revision} means nothing for {what}: leave it out, or name a hub repository.")
@@ -128,9 +132,7 @@ def _locate_on_hub(model: str, revision: str | None, weights: bool, notify: Call
         path = _find_in_cache(model, revision, patterns)
         if path is None:
             raise
-        require_files(path, model, weights=weights)
-        check_config(read_json(path / "config.json"), model)
-        return ModelSource(model, path, f"Hugging Face cache ({path})")
+        return _checked(model, path, f"Hugging Face cache ({path})", weights=weights)
     with _hub_errors(model, revision):
         # config.json first: it is small, and a model that cannot be had or served is told before its weights move.
         check_config(read_json(Path(hf_hub_download(model, "config.json", revision=revision))), model)
@@ -142,9 +144,8 @@ def _locate_on_hub(model: str, revision: str | None, weights: bool, notify: Call
             _require_space(model, size)
             notify(f"Downloading {model}: {_human_bytes(size)} to {_cache_dir()}.")
         path = Path(_snapshot(model, revision, patterns))
-    require_files(path, model, weights=weights)
     origin = "downloaded from the Hugging Face hub" if missing else "Hugging Face cache"
-    return ModelSource(model, path, f"{origin} ({path})")
+    return _checked(model, path, f"{origin} ({path})", weights=weights)
 
 
 def _list_files(model: str, revision: str | None) -> list[str]:
@@ -175,66 +176,54 @@ def _snapshot(model: str, revision: str | None, patterns: list[str], **how: Any)
 @contextmanager
 def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
     """Each failure of huggingface_hub becomes a `UserError`."""
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    guess = suggest(model)
-    did_you_mean = (
-        f"; did you mean {guess}?" if guess else "; look for its exact name at https://huggingface.co/models."
-    )
     try:
         yield
     except UserError:
         raise
-    except GatedRepoError:  # a subclass of RepositoryNotFoundError, therefore first
-        raise UserError(
-            f"{model} is gated: accept its licence at {_url(model)}, then run `hf auth login` or set HF_TOKEN."
-        ) from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"There is no repository {model} on the Hugging Face hub "
-            f"(or it is private and needs `hf auth login`){did_you_mean}"
-        ) from None
-    except RevisionNotFoundError:
-        raise UserError(
-            f"{model} has no revision {revision!r}: see {_url(model)}/commits/main, or leave --revision out."
-        ) from None
-    except EntryNotFoundError as error:
-        if isinstance(error, FileNotFoundError):  # LocalEntryNotFoundError: the connection broke
-            raise UserError(_unreachable(model, error.__cause__ or error, guess)) from error
-        raise UserError(
-            f"{model} has no config.json, so it is no checkpoint in Hugging Face format (GGUF files are not supported)"
-            f"{did_you_mean}"
-        ) from None
-    except OfflineModeIsEnabled:
-        raise UserError(
-            f"{model} is not (or not completely) in the Hugging Face cache ({_cache_dir()}): "
-            "unset HF_HUB_OFFLINE to download it." + (f" Did you mean {guess}?" if guess else "")
-        ) from None
-    except HFValidationError:
-        raise UserError(f"{model!r} is neither a local directory nor a hub id such as owner/name.") from None
-    except HfHubHTTPError as error:
-        if error.response.status_code == 401:
-            raise UserError(
-                "The Hugging Face hub does not accept your token: run `hf auth login`, or correct or unset HF_TOKEN."
-            ) from None
-        raise UserError(f"The Hugging Face hub refused {model} ({_first_line(error)}): try again later.") from error
-    except Exception as error:  # of the HTTP library, which is another one in other versions of huggingface_hub
-        raise UserError(_unreachable(model, error, guess)) from error
+    except Exception as error:
+        raise UserError(_sentence(error, model, revision)) from error
 
 
-def _unreachable(model: str, error: BaseException, guess: str | None) -> str:
+def _sentence(error: BaseException, model: str, revision: str | None) -> str:
+    """What went wrong on the hub, and the remedy."""
+    from huggingface_hub import errors
+
+    guess = suggest(model)
+    look = f"; did you mean {guess}?" if guess else "; look for its exact name at https://huggingface.co/models."
+    did_you_mean = f" Did you mean {guess}?" if guess else ""
+    match error:
+        case errors.LocalEntryNotFoundError():  # the connection broke
+            error = error.__cause__ or error
+        case errors.GatedRepoError():  # a subclass of RepositoryNotFoundError, therefore first
+            return f"{model} is gated: accept its licence at {_url(model)}, then run `hf auth login` or set HF_TOKEN."
+        case errors.RepositoryNotFoundError():
+            return (
+                f"There is no repository {model} on the Hugging Face hub (or it is private and needs "
+                f"`hf auth login`){look}"
+            )
+        case errors.RevisionNotFoundError():
+            return f"{model} has no revision {revision!r}: see {_url(model)}/commits/main, or leave --revision out."
+        case errors.EntryNotFoundError():
+            return (
+                f"{model} has no config.json, so it is no checkpoint in Hugging Face format (GGUF files are not "
+                f"supported){look}"
+            )
+        case errors.OfflineModeIsEnabled():
+            return (
+                f"{model} is not (or not completely) in the Hugging Face cache ({_cache_dir()}): "
+                f"unset HF_HUB_OFFLINE to download it.{did_you_mean}"
+            )
+        case errors.HFValidationError():
+            return f"{model!r} is neither a local directory nor a hub id such as owner/name."
+        case errors.HfHubHTTPError() if error.response.status_code == 401:
+            return "The Hugging Face hub does not accept your token: run `hf auth login`, or correct or unset HF_TOKEN."
+        case errors.HfHubHTTPError():
+            return f"The Hugging Face hub refused {model} ({_first_line(error)}): try again later."
+    # Errors of the HTTP library come here too; it is another one in other versions of huggingface_hub.
     return (
         f"{model} is not (or not completely) in the Hugging Face cache and the hub cannot be reached "
         f"({type(error).__name__}: {_first_line(error)}): check the network or HF_ENDPOINT, or give a local directory."
-        + (f" Did you mean {guess}?" if guess else "")
+        f"{did_you_mean}"
     )
 
 

@@ -40,7 +40,7 @@ def set_kv_scales(model: CausalLM, tensors: Mapping[str, torch.Tensor]) -> list[
     layers = [cast(Any, layer).self_attn.attn for layer in model.model.layers]
     spec: AttentionSpec = layers[0].spec
     dtype = str(spec.kv_dtype).removeprefix("torch.")
-    if spec.kv_dtype.itemsize > 1:
+    if not spec.fp8_kv:
         return [f"KV scales: those of the checkpoint are not used, as the KV cache is {dtype}"] if tensors else []
     if not tensors:
         return ["KV scales: 1, as the checkpoint states none"]

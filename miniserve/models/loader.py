@@ -44,9 +44,10 @@ def load_weights(model: CausalLM, path: str | Path, *, progress: Progress = lamb
     which large ones end in float16.
     """
     files = tensor_files(require_weights(Path(path), str(path)).loaded)
-    _check(model, files, Path(path))
+    wanted = {name: _pieces(model, name, layer, files) for name, layer in _layers(model)}
+    _check(model, wanted, files, Path(path))
     for name, layer in _in_order(model, progress):
-        pieces = _pieces(model, name, layer, files)
+        pieces = wanted.pop(name)
         for file, within in by_file(pieces, files):
             # Opened anew for each layer: pages that stay mapped would count as this process's memory.
             with opened(file) as tensors:
@@ -122,25 +123,20 @@ def _bytes(layer: Layer) -> int:
     return sum(parameter.nbytes for parameter in layer.parameters(recurse=False))
 
 
-def _check(model: CausalLM, files: dict[str, list[Path]], path: Path) -> None:
-    """Compare names, shapes and dtypes, which the files' headers tell."""
-    wanted: dict[str, list[Piece]] = {}
-    for layer_name, layer in _layers(model):
-        wanted |= _pieces(model, layer_name, layer, files)
+def _check(
+    model: CausalLM, layers: dict[str, dict[str, list[Piece]]], files: dict[str, list[Path]], path: Path
+) -> None:
+    """Compare names, shapes and dtypes, which the files' headers tell. layers: what each wants, by tensor."""
+    wanted = {tensor: pieces[0] for layer in layers.values() for tensor, pieces in layer.items()}
+    missing = [name for name in wanted if name not in files]
     surplus = [name for name in files if name not in wanted and not _ignored(name, model)]
-    problems = []
-    if missing := [name for name in wanted if name not in files]:
-        problems.append(f"missing: {some(missing)}")
-    if surplus:
-        problems.append(f"not part of this architecture: {some(surplus)}")
     wrong = []
     for file, names in by_file([name for name in wanted if name in files], files):
         with opened(file) as tensors:
             for name in names:
-                wrong += _wrong(wanted[name][0], tensors.get_slice(name))
-    if wrong:
-        problems.append(some(wrong))
-    if problems:
+                wrong += _wrong(wanted[name], tensors.get_slice(name))
+    found = {"missing: ": missing, "not part of this architecture: ": surplus, "": wrong}
+    if problems := [what + some(names) for what, names in found.items() if names]:
         raise UserError(f"The weights in {path} do not fit {model.config.architecture}: {'; '.join(problems)}.")
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch.nn import functional
 
 from miniserve.attention.aiter import AiterProducts
 from miniserve.attention.platform import Platform
@@ -16,7 +14,7 @@ from miniserve.core import UserError
 from miniserve.kernels.native import NativeKernels
 from miniserve.models.description import MoEConfig
 from miniserve.models.layers.aiter_linear import aiter_blockscale
-from miniserve.models.layers.aiter_moe import AiterMoE, AiterScaledMoE
+from miniserve.models.layers.aiter_moe import AiterMoE
 from miniserve.models.layers.contracts import (
     AITER_BLOCKSCALE,
     AITER_MOE,
@@ -27,31 +25,21 @@ from miniserve.models.layers.contracts import (
     Route,
     find_route,
 )
-from miniserve.models.layers.embedding import LookUp
-from miniserve.models.layers.experts import EXPERT_MODULES, Experts, MoEMethod, choose_moe_method
-from miniserve.models.layers.linear import PLAIN, Linear, LinearMethod, PackedMethod, choose_packing, placed
-from miniserve.models.layers.norm import RMSNorm
-from miniserve.models.layers.ops import NativeOps, Ops
-from miniserve.models.layers.routing import RoutingMethod, torch_routing
-from miniserve.models.layers.scaled import (
-    CODES,
-    LEAST_STEP,
+from miniserve.models.layers.experts import Experts, choose_moe_method, expert_matrices
+from miniserve.models.layers.linear import (
+    PLAIN,
+    Linear,
+    LinearMethod,
+    PackedMethod,
     ScaledMethod,
     ScaledProduct,
-    WidenedMethod,
-    WidenedMoE,
-    experts_step,
-    step_of,
+    choose_packing,
     widened_product,
 )
-from miniserve.models.layers.triton import (
-    TritonMethod,
-    TritonMoE,
-    TritonOps,
-    TritonScaledMoE,
-    triton_routing,
-    triton_scaled,
-)
+from miniserve.models.layers.norm import RMSNorm
+from miniserve.models.layers.ops import NativeOps, Ops
+from miniserve.models.layers.triton import TritonMethod, TritonMoE, TritonOps
+from miniserve.models.layers.weights import CODES, LEAST_STEP, ScaledWeights, Weights, placed, step_of
 from miniserve.models.quantization import Quantization, WeightFormat
 from miniserve.parallel.group import Alone, Group, shard_of
 from miniserve.parallel.shard import Part, Shard, whole
@@ -107,10 +95,6 @@ class BuildOptions:
             return TritonOps(self.triton)
         return Ops() if self.native is None else NativeOps(self.native)
 
-    @property
-    def look_up(self) -> LookUp:
-        return functional.embedding if self.native is None else self.native.gather_rows
-
     def method(self, in_features: int, out_features: int) -> LinearMethod:
         """The fastest there is for a plain weight [out_features, in_features]."""
         if self.triton is not None:
@@ -124,19 +108,24 @@ class BuildOptions:
         size = whole(columns).size
         product = Product(self.dtype, columns=size)
         if form is not None:
-            step = step_of(form, parts)
+            step = step_of(form, parts.values())
             product = replace(product, grain=form.grain, step=step, cut=step)
         route = self._route(LINEAR, product)
-        if form is not None and route.kernels:
-            products = [*map(self._scaled_product, route.kernels), ScaledProduct(widened_product)]
-            method: LinearMethod = ScaledMethod(form, products, self.fp8_dtype)
+        widened = form is not None and not route.kernels
+        if form is None or widened:
+            method = self.method(size, sum(rows.size for rows, _, _ in parts.values()))
         else:
-            method = self.method(size, sum(rows.size for rows, _, _ in parts))
-            if form is not None:
-                plain = self._route(LINEAR, Product(self.dtype))
-                method = WidenedMethod(form, method, plain.sentence(method.name))
+            products = [*map(self._scaled_product, route.kernels), ScaledProduct(widened_product)]
+            method = ScaledMethod(products)
         method.route = route
-        return Linear(columns, outputs, bias=bias, dtype=self.dtype, method=method)
+        if widened:
+            plain = self._route(LINEAR, Product(self.dtype))
+            method.name = f"{plain.sentence(method.name)}, widened from 8 bits"
+        weights = self._weights(form, widened=widened)
+        return Linear(columns, outputs, bias=bias, dtype=self.dtype, method=method, weights=weights)
+
+    def _weights(self, form: WeightFormat | None, *, widened: bool) -> Weights:
+        return Weights() if form is None else ScaledWeights(form, self.fp8_dtype, widened=widened)
 
     def _route(self, table: Sequence[ProductContract], product: Product) -> Route:
         """Of a model that is only described its platform says what there is. Why a known platform's aiter is not there
@@ -148,12 +137,13 @@ class BuildOptions:
     def _scaled_product(self, contract: ProductContract) -> ScaledProduct:
         if contract.name == AITER_BLOCKSCALE:
             return aiter_blockscale(cast(AiterProducts, self.aiter), contract.first_row)
-        return triton_scaled(cast("TritonKernels", self.triton))
+        if self.triton is None:  # of a model that is only described
+            return ScaledProduct(widened_product)
+        return ScaledProduct(self.triton.linear_fp8, gates=True)
 
-    def widened(self, modules: Iterable[str], then: LinearMethod) -> LinearMethod:
-        """`then`, also where the checkpoint has these modules' matrices in 8 bits."""
-        form = self._format(modules)
-        return then if form is None else WidenedMethod(form, then)
+    def widened(self, modules: Iterable[str]) -> Weights:
+        """Plain weights in the end, also where the checkpoint has these modules' matrices in 8 bits."""
+        return self._weights(self._format(modules), widened=True)
 
     def _format(self, modules: Iterable[str]) -> WeightFormat | None:
         if self.quantization is None:
@@ -170,35 +160,28 @@ class BuildOptions:
     def norm(self, size: int, eps: float) -> RMSNorm:
         return RMSNorm(size, eps, self.dtype, self.ops, self.group)
 
-    @property
-    def routing(self) -> RoutingMethod:
-        return torch_routing if self.triton is None else partial(triton_routing, self.triton)
-
     def experts_of(self, moe: MoEConfig, hidden_size: int) -> Experts:
         """A layer's: all of this rank's experts, or this rank's part of each. Raises `UserError` as `linear` does."""
         if self.expert_parallel:
             experts, width = self.shard.part(moe.num_experts), whole(moe.intermediate_size)
         else:
             experts, width = whole(moe.num_experts), self.width(moe.intermediate_size)
-        method = self._moe_method(hidden_size, width, self._format(f"0.{name}" for name in EXPERT_MODULES))
-        return Experts(experts, hidden_size, width, dtype=self.dtype, method=method)
-
-    def _moe_method(self, hidden_size: int, width: Part, form: WeightFormat | None) -> MoEMethod:
-        product = Product(self.dtype)
+        w1, w2 = expert_matrices(hidden_size, width).values()
+        form, product = self._format(f"0.{name}" for name in (*w1, *w2)), Product(self.dtype)
         if form is not None:
-            cut = step_of(form, [(width, whole(hidden_size), 0)])
-            product = Product(self.dtype, form.grain, experts_step(form, hidden_size, width), cut)
+            step = step_of(form, w1.values(), w2.values())
+            product = Product(self.dtype, form.grain, step, cut=step_of(form, [w1["gate_proj"]]))
         route = self._route(EXPERTS, product)
-        aiter, triton = cast(AiterProducts, self.aiter), cast("TritonKernels", self.triton)
-        if form is not None and not route.kernels:
-            then = self._moe_method(hidden_size, width, None)
-            told = then.name if then.route is None else then.route.sentence(then.name)
-            method: MoEMethod = WidenedMoE(form, then, told)
-        elif not route.kernels:
+        widened = form is not None and not route.kernels
+        plain = self._route(EXPERTS, Product(self.dtype)) if widened else route
+        if not plain.kernels:
             method = choose_moe_method(self.dtype, self.device, hidden_size, width.size, self.native)
-        elif route.kernels[0].name == AITER_MOE:
-            method = AiterMoE(aiter) if form is None else AiterScaledMoE(form, aiter, self.fp8_dtype)
+        elif plain.kernels[0].name == AITER_MOE:
+            method = AiterMoE(cast(AiterProducts, self.aiter))
         else:
-            method = TritonMoE(triton) if form is None else TritonScaledMoE(form, triton, self.fp8_dtype)
+            method = TritonMoE(cast("TritonKernels", self.triton))
         method.route = route
-        return method
+        if widened:
+            method.name = f"{plain.sentence(method.name)}, widened from 8 bits"
+        weights = self._weights(form, widened=widened)
+        return Experts(experts, hidden_size, width, dtype=self.dtype, method=method, weights=weights)

@@ -1,4 +1,4 @@
-"""Processes that belong to this one and end with it. No torch."""
+"""Processes that belong to this one and end with it, and what signals do to this one. No torch."""
 
 from __future__ import annotations
 
@@ -7,19 +7,30 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 _PR_SET_PDEATHSIG = 1
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def start_python(module: str, *arguments: str, stdin: int | IO[bytes]) -> subprocess.Popen[bytes]:
+def start_python(
+    module: str,
+    *arguments: str,
+    stdin: int | IO[bytes],
+    stdout: int | None = None,
+    stderr: IO[bytes] | None = None,
+) -> subprocess.Popen[bytes]:
     """Run a module of this program. The process has a process group of its own, so that a Ctrl-C in the terminal
     reaches this one alone. stdin: something whose end tells the process that this one is gone."""
     return subprocess.Popen(
         # -P: a file called torch.py in the working directory is not to be imported.
         [sys.executable, "-P", "-m", module, *arguments],
         stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
         # Threads wait for each other some 30 us, then sleep: where another process wants the core too, as this one
         # does, the default of milliseconds of spinning was measured to make a decode step 30 times as long.
         env={"GOMP_SPINCOUNT": "3000", **os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
@@ -29,8 +40,27 @@ def start_python(module: str, *arguments: str, stdin: int | IO[bytes]) -> subpro
 
 def ignore_signals() -> None:
     """The parent decides when this process ends: a Ctrl-C or a service manager signals both at once."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def on_signals(handler: Callable[[int], None], numbers: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
+    """Have `handler` called, in the main thread and between any two of its instructions, for each of these signals.
+
+    SIGINT and SIGHUP that were ignored when the process started stay ignored, as everywhere: by that a shell's script
+    keeps Ctrl-C from what it runs in the background, and `nohup` the end of the terminal.
+    """
+    before = {number: signal.getsignal(number) for number in numbers}
+    ignored = [number for number in before if before[number] is signal.SIG_IGN and number != signal.SIGTERM]
+    taken = [number for number in numbers if number not in ignored]
+    for number in taken:
+        signal.signal(number, lambda number, _: handler(number))
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, before[number])
 
 
 def die_with_parent(parent_pid: int) -> None:

@@ -6,18 +6,24 @@ whoever else is in the process.
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
 
 from miniserve.parallel.link import PeerLost
+from miniserve.parallel.peer_memory import open_inboxes
 from miniserve.parallel.shard import Shard
 
+if TYPE_CHECKING:
+    from miniserve.kernels.triton.reduce_norm import Inboxes
+
+_logger = logging.getLogger(__name__)
 _dist: Any = distributed  # most of what it has from C++ is unknown to a type checker
 # The ranks' supervisor notices far earlier whatever is wrong; a first step may compile kernels.
 _TIMEOUT = timedelta(minutes=30)
@@ -73,6 +79,20 @@ class DistributedGroup:
                 on_device._timeout = _TIMEOUT
                 self._tensors = _dist.ProcessGroupNCCL(_dist.PrefixStore("device", store), rank, size, on_device)
         self._store = store  # rank 0's serves it for as long as it lives
+        self.inboxes = self._open_inboxes() if device.type == "cuda" else None
+
+    def _open_inboxes(self) -> Inboxes | None:
+        try:
+            return open_inboxes(self, self.rank, self._device)
+        except PeerLost:
+            raise
+        except Exception as error:  # the same on all ranks
+            _logger.warning(
+                "GPUs cannot write to each other's memory, so sums over ranks are slower and decode steps run without "
+                "graphs: %s",
+                error,
+            )
+            return None
 
     def reduce(self, x: Tensor) -> Tensor:
         if x.dim() < 2 or x.numel() * x.element_size() < _OWNED_FROM:
@@ -87,6 +107,8 @@ class DistributedGroup:
         return torch.cat([part[:count] for part, count in zip(whole, counts, strict=True)]).view(x.shape)
 
     def gather(self, x: Tensor) -> Tensor:
+        if self.inboxes is not None and self.inboxes.take_gather(x):
+            return self.inboxes.gather(x)
         out = torch.empty(self.size, *x.shape, dtype=x.dtype, device=x.device)
         with _losing_peers():
             self._tensors._allgather_base(_bytes(out), _bytes(x)).wait()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from miniserve.parallel.shard import Part, Shard
+
+if TYPE_CHECKING:
+    from miniserve.kernels.triton.reduce_norm import Inboxes
 
 
 class Group(Protocol):
@@ -24,6 +27,11 @@ class Group(Protocol):
 
     @property
     def size(self) -> int: ...
+
+    @property
+    def inboxes(self) -> Inboxes | None:
+        """Through which kernels of the ranks exchange rows themselves; None where their devices cannot."""
+        ...
 
     def reduce(self, x: Tensor) -> Tensor:
         """The sum of all ranks' x, of the same shape and dtype: added in float32 in the order of the ranks, whatever
@@ -47,6 +55,8 @@ class Group(Protocol):
 class Alone:
     """A rank without others. With a size beyond 1 it has the shapes of one rank of many, to be measured or counted;
     what it computes has no meaning then."""
+
+    inboxes: Inboxes | None = None
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size

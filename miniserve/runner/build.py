@@ -20,6 +20,7 @@ from miniserve.attention.terms import name_of
 from miniserve.config import EngineConfig, tuning_dir
 from miniserve.core import EngineInfo, UserError
 from miniserve.kernels import native, sampling
+from miniserve.kernels.step_tensors import RowState
 from miniserve.models.config import load_model_config
 from miniserve.models.decoder import CausalLM
 from miniserve.models.description import ModelConfig
@@ -76,24 +77,14 @@ def build_runner(
         available = available_bytes(device, config.gpu_memory_utilization)
         if device.type == "cpu":
             available //= config.processes_here
-        longest = model_config.max_position_embeddings
-        longest = min(config.max_model_len or longest, longest)
         tokens = config.max_num_batched_tokens or _STEP_TOKENS[device.type]
         platform = detect_platform(device, dtype)
         platform = platform if config.aiter else platform.without_aiter()
     _check_ranks_agree(group, model_config, device, platform)
-    with together(group):
-        model = build_model(model_config, _build_options(config, dtype, device, platform, group))
-        weights = weight_bytes(model, device)
-        check_weights_fit(weights, available, model)
-        if device.type == "cpu":
-            torch.set_num_threads(_num_threads(weights, config.processes_here))
-    while config.self_check and (failure := product_failure(model, tokens)) is not None:
-        failed = {**model.options.failed, failure[0]: f"the self-check failed: {failure[1]}"}
-        with together(group):
-            model = build_model(model_config, replace(model.options, failed=failed))
-            weights = weight_bytes(model, device)
-            check_weights_fit(weights, available, model)
+    options = _build_options(config, dtype, device, platform, group)
+    model, weights = _build_checked(config, model_config, options, available, tokens)
+    if device.type == "cpu":
+        torch.set_num_threads(_num_threads(weights, config.processes_here))
     preferred = load_preferred(tuning_dir(), platform, model.attention_specs, config.block_size)
     choose = partial(
         select,
@@ -107,15 +98,10 @@ def build_runner(
     with together(group):
         traffic = step_traffic(model, choose().kv_layout, measure_bandwidth(device))  # before the weights are packed
         scales = _fill(model, config, source_path, partial(report, "weights"))
-    room = partial(
-        plan_memory, config, weights=weights, available=available - weights, longest_context=longest, device=device
-    )
-    activations = _activation_bytes(model_config, model.options, tokens, config.max_num_seqs)
-    path = _find_path(config, model, choose, room, activations, longest)
+    path = _find_path(config, model, choose, weights, available - weights, tokens)
     plan, choice = path.plan, path.choice
     eos_token_ids = load_generation_defaults(source_path, config.generation_config).eos_token_ids
-    replays = path.served.backend.graphs and not config.enforce_eager
-    runner = _make_runner(path.served, config, plan, eos_token_ids, replays, report)
+    runner = _make_runner(path.served, config, plan.max_model_len, eos_token_ids, report)
     attention = [*choice.explain(), *describe_routes(choice), *scales, *path.notes]
     attention += describe_products(model)
     # A CPU runs a step within launch(), and guesses need a step's tokens: nothing would overlap.
@@ -152,6 +138,22 @@ def _check_ranks_agree(group: Group, model: ModelConfig, device: torch.device, p
     _check_same(group, "version of PyTorch", str(torch.__version__), "the same on all hosts")
     _check_same(group, "device", f"{kind}, {platform}", "hosts and GPUs of one kind")
     _check_same(group, "model", repr(model), "the same files on all hosts")
+
+
+def _build_checked(
+    config: EngineConfig, model_config: ModelConfig, options: BuildOptions, available: int, tokens: int
+) -> tuple[CausalLM, int]:
+    """The model, of kernels that pass the self-check on all ranks, and the bytes of its weights."""
+    while True:
+        with together(options.group):
+            model = build_model(model_config, options)
+            weights = weight_bytes(model, options.device)
+            check_weights_fit(weights, available, model)
+        failure = product_failure(model, tokens) if config.self_check else None
+        if failure is None:
+            return model, weights
+        name, sentence = failure
+        options = replace(options, failed={**options.failed, name: f"the self-check failed: {sentence}"})
 
 
 def _check_same(group: Group, what: str, value: str, remedy: str) -> None:
@@ -210,20 +212,28 @@ def _find_path(
     config: EngineConfig,
     model: CausalLM,
     choose: Callable[..., Choice],
-    room: Callable[..., MemoryPlan],
-    activations: int,
-    longest: int,
+    weights: int,
+    available: int,
+    tokens: int,
 ) -> _Path:
     """The first that `choose` finds and the self-check passes, on all ranks. Raises `UserError` where there is none."""
     group, device, rows = model.options.group, model.options.device, config.max_num_seqs
+    longest = model.config.max_position_embeddings
+    longest = min(config.max_model_len or longest, longest)
+    activations = _activation_bytes(model, tokens, rows)
     failed: dict[tuple[str, str], str] = {}
     while True:
         with together(group):
             choice = choose(failed=failed)
             limit = pool_limit(choice, rows)
-            plan = room(
+            plan = plan_memory(
+                config,
+                weights=weights,
                 activations=activations + scratch_bytes(choice, rows, longest),
+                available=available,
                 block_bytes=block_bytes(choice),
+                longest_context=longest,
+                device=device,
                 most_blocks=None if limit is None else limit.num_blocks,
             )
         _check_same(group, "attention path", f"{choice.backend} over the {choice.layout} layout", "--attention-backend")
@@ -248,43 +258,48 @@ def _find_path(
 def _make_runner(
     served: ServedModel,
     config: EngineConfig,
-    plan: MemoryPlan,
+    max_model_len: int,
     eos_token_ids: frozenset[int],
-    replays: bool,
     report: Progress,
 ) -> ModelRunner:
-    """replays: steps are to be recorded and replayed, where they can be."""
     model, options, rows = served.model, served.model.options, config.max_num_seqs
     vocab_size, device = model.config.vocab_size, options.device
-    state = StepState(rows, plan.max_model_len, config.block_size, device)
+    state = StepState(rows, max_model_len, config.block_size, device)
+    sampler = Sampler(rows, vocab_size, device, eos_token_ids, config.seed, _find_draw(options), options.group)
+    row_state = RowState(state.tables, state.lens, sampler.last_tokens, sampler.num_outputs)
+    # Sums over ranks work in graphs where they are kernels of the graph.
+    alone = isinstance(options.group, Alone)
+    replays = served.backend.graphs and not config.enforce_eager and (alone or options.group.inboxes is not None)
     if options.triton is None:
-        draw = sampling.draw if options.native is None else options.native.draw
-        sampler = Sampler(rows, vocab_size, device, eos_token_ids, config.seed, draw, options.group)
         native_graphs = None
-        # Ranks talk between kernels, which a replay cannot.
         if replays and options.group.size == 1 and options.native is not None and served.zero_blocks is None:
-            native_graphs = NativeGraphs(served, options.native, state, sampler)
+            native_graphs = NativeGraphs(served, options.native, row_state, sampler.params)
         return ModelRunner(served, state, sampler, native_graphs)
-    from miniserve.kernels.triton.decode_step import RowState
     from miniserve.kernels.triton.sampling import compile_draw
-    from miniserve.kernels.triton.sampling import draw as device_draw
     from miniserve.runner.decode_graph import DecodeGraphs, decode_buckets
 
-    sampler = Sampler(rows, vocab_size, device, eos_token_ids, config.seed, device_draw, options.group)
     compile_draw(vocab_size, options.dtype, sampler.params)
-    if not replays or not isinstance(options.group, Alone):  # no group's calls are known to work in graphs yet
+    if not replays:
         return ModelRunner(served, state, sampler)
-    sizes = {"block_size": config.block_size, "max_seq_len": plan.max_model_len}
-    row_state = RowState(state.tables, state.lens, sampler.last_tokens, sampler.num_outputs)
+    sizes = {"block_size": config.block_size, "max_seq_len": max_model_len}
     buckets, guesses = decode_buckets(rows), config.num_draft_tokens
     graphs = DecodeGraphs(served, row_state, sampler.params, **sizes, buckets=buckets, num_draft_tokens=guesses)
     graphs.capture(partial(report, "decode graphs"))
     chunk_graphs = None
-    # What padding holds is anything, also NaN, for which experts cannot be chosen.
-    if served.backend.chunk_graphs and model.config.moe is None:
+    # What padding holds is anything, also NaN, for which experts cannot be chosen. Sums over ranks of so many rows are
+    # the library's, which is not known to work in graphs.
+    if served.backend.chunk_graphs and model.config.moe is None and alone:
         chunk_graphs = ChunkGraphs(served, **sizes, max_num_seqs=rows)
         chunk_graphs.capture(partial(report, "chunk graphs"))
     return ModelRunner(served, state, sampler, graphs, chunk_graphs)
+
+
+def _find_draw(options: BuildOptions) -> sampling.Draw:
+    if options.triton is not None:
+        from miniserve.kernels.triton import sampling as triton_sampling
+
+        return triton_sampling.draw
+    return sampling.draw if options.native is None else options.native.draw
 
 
 def _num_threads(weights: int, ranks: int) -> int:
@@ -302,16 +317,17 @@ def _fill(model: CausalLM, config: EngineConfig, path: Path, progress: Callable[
     return [*model.config.notes, *set_kv_scales(model, read_kv_scales(model, path))]
 
 
-def _activation_bytes(model: ModelConfig, options: BuildOptions, tokens: int, rows: int) -> int:
+def _activation_bytes(model: CausalLM, tokens: int, rows: int) -> int:
     """The largest that is alive at once, roughly: one layer's wide tensors for a full step, or the logits of all rows
     (with ranks: of this one's) with the sampler's copies of them."""
+    config, options = model.config, model.options
     shard, itemsize = options.shard, options.dtype.itemsize
-    q_heads, kv_heads = (part.size for part in shard.heads(model.num_heads, model.num_kv_heads))
-    heads = (q_heads + 2 * kv_heads) * model.head_dim
-    widest = model.widest_mlp(shard, expert_parallel=options.expert_parallel)
-    copies = 3 + (model.moe.top_k if model.moe is not None else 0)  # each of a token's experts is given its own
-    layer = tokens * (3 * widest + copies * model.hidden_size + 2 * heads) * itemsize
-    if model.latent is not None:  # keys and values expanded from a piece of cached context
-        layer += CONTEXT_TOKENS * q_heads * 2 * (model.head_dim + model.latent.v_head_dim) * itemsize
-    logits = 3 * -(-min(rows, tokens) // shard.size) * model.vocab_size * 4
+    q_heads, kv_heads = (part.size for part in shard.heads(config.num_heads, config.num_kv_heads))
+    heads = (q_heads + 2 * kv_heads) * config.head_dim
+    widest = config.widest_mlp(shard, expert_parallel=options.expert_parallel)
+    copies = 3 + (config.moe.top_k if config.moe is not None else 0)  # each of a token's experts is given its own
+    layer = tokens * (3 * widest + copies * config.hidden_size + 2 * heads) * itemsize
+    if config.latent is not None:  # keys and values expanded from a piece of cached context
+        layer += CONTEXT_TOKENS * q_heads * 2 * (config.head_dim + config.latent.v_head_dim) * itemsize
+    logits = 3 * -(-min(rows, tokens) // shard.size) * config.vocab_size * 4
     return max(layer, logits)

@@ -15,7 +15,8 @@ from miniserve.models.layers.contracts import ProductContract
 from miniserve.models.layers.experts import Experts, GroupedMoE
 from miniserve.models.layers.linear import PLAIN, Linear, LinearMethod, Packing
 from miniserve.models.layers.ops import PendingSum
-from miniserve.models.layers.scaled import ScaledMethod, ScaledMoE, WidenedMethod, WidenedMoE
+from miniserve.models.layers.weights import ScaledWeights
+from miniserve.parallel.settle import all_values
 from miniserve.runner.self_check import TOLERANCE, distance
 
 _FLOAT32 = Packing("float32", lambda weight: weight, lambda x, weight, _: functional.linear(x, weight.float()))
@@ -27,11 +28,9 @@ def product_failure(model: CausalLM, most_tokens: int) -> tuple[str, str] | None
     """The first kernel that gets layers like one of the model's wrong, on any rank: its contract's name, and what is
     wrong, a sentence; in steps of up to `most_tokens`. The weights are made up, and as large as a layer's while it
     runs. Ranks call it together and are told the same."""
-    own = _own_failure(model, most_tokens)
-    for message in model.options.group.exchange(b"" if own is None else "\n".join(own).encode()):
-        if message:
-            name, _, sentence = message.decode().partition("\n")
-            return name, sentence
+    for found in all_values(model.options.group, _own_failure(model, most_tokens) or (), tuple[str, ...]):
+        if found:
+            return found[0], found[1]
     return None
 
 
@@ -93,10 +92,10 @@ def _both(model: CausalLM, name: str, layer: Linear | Experts) -> Callable[[int]
 
 def _linears(model: CausalLM, name: str, layer: Linear) -> tuple[Linear, Linear]:
     tried = model.options.within(name.rpartition(".")[0]).linear(layer.columns, layer.outputs, bias=False)
-    exact: LinearMethod = LinearMethod()
-    if isinstance(tried.method, ScaledMethod):
-        exact = WidenedMethod(tried.method.form, exact)
-    return tried, Linear(layer.columns, layer.outputs, bias=False, dtype=torch.float32, method=exact)
+    form = tried.weights.form
+    weights = None if form is None else ScaledWeights(form, widened=True)
+    exact = LinearMethod()
+    return tried, Linear(layer.columns, layer.outputs, bias=False, dtype=torch.float32, method=exact, weights=weights)
 
 
 def _experts(model: CausalLM, name: str, layer: Experts) -> tuple[Experts, Experts]:
@@ -104,6 +103,7 @@ def _experts(model: CausalLM, name: str, layer: Experts) -> tuple[Experts, Exper
         raise ValueError("a model without experts has none to try")
     tried = model.options.within(name).experts_of(model.config.moe, layer.hidden_size)
     sizes = layer.experts, layer.hidden_size, layer.width
-    if isinstance(tried.method, ScaledMoE):
-        return tried, Experts(*sizes, dtype=torch.float32, method=WidenedMoE(tried.method.form, GroupedMoE(PLAIN)))
+    if tried.weights.form is not None:
+        weights = ScaledWeights(tried.weights.form, widened=True)
+        return tried, Experts(*sizes, dtype=torch.float32, method=GroupedMoE(PLAIN), weights=weights)
     return tried, Experts(*sizes, dtype=layer.dtype, method=GroupedMoE(_FLOAT32))

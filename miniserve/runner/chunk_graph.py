@@ -19,7 +19,7 @@ import torch
 
 from miniserve.attention.backends.base import CHUNKS_IN_GRAPH
 from miniserve.attention.metadata import QueryRows, StepBatch, chunk_rows, decode_rows, table_width
-from miniserve.runner.sampling_transfer import to_device
+from miniserve.runner.device import to_device
 from miniserve.runner.served import ServedModel
 from miniserve.runner.state import StepInputs
 

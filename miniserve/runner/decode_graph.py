@@ -10,14 +10,14 @@ graphs share one memory pool, as only one of them runs at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
 
 from miniserve.attention.metadata import StepBatch, decode_rows
 from miniserve.kernels.sampling import WANTS_LOGITS, RowParams
-from miniserve.kernels.triton.decode_step import RowState, StepTensors, advance, apply_changes, best_words, hand_over
+from miniserve.kernels.step_tensors import RowState, StepTensors
+from miniserve.kernels.triton.decode_step import advance, apply_changes, best_words, hand_over
 from miniserve.kernels.triton.sampling import sample
 from miniserve.parallel.group import gather_rows, parts_of_all
 from miniserve.parallel.shard import Shard
@@ -56,19 +56,8 @@ class DecodeGraphs:
         self._buckets = sorted(buckets)
         self._device = state.lens.device
         most = self._buckets[-1]
-
-        def integers(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=self._device)
-
-        self._step = StepTensors(
-            rows=integers(most) - 1,
-            input_ids=integers(most),
-            positions=integers(most),
-            slots=integers(most),
-            seq_lens=integers(most, dtype=torch.int32),
-            block_tables=integers(most, state.tables.shape[1], dtype=torch.int32),
-        )
-        self._tokens = integers(most)
+        self._step = StepTensors.allocate(most, state.tables.shape[1], self._device)
+        self._tokens = torch.zeros(most, dtype=torch.int64, device=self._device)
         self._query_starts = torch.arange(most + 1, dtype=torch.int32, device=self._device)
         model = served.model
         self._group, self._vocab_size = model.options.group, model.config.vocab_size
@@ -114,10 +103,10 @@ class DecodeGraphs:
         return self._tokens[: len(inputs.rows)], self._logits[: len(inputs.rows)]
 
     def _stage(self, bucket: int, inputs: GraphInputs) -> None:
-        rows, blocks = inputs.rows, inputs.blocks
+        rows, num_blocks = inputs.rows, len(inputs.places)
         known_bucket, known = self._rows
         num_rows = 0 if known is rows and known_bucket == bucket else bucket
-        if not num_rows and not len(blocks.places):
+        if not num_rows and not num_blocks:
             return
         self._rows = (bucket, rows)
         staged = self._staging[self._num_staged % _RING]
@@ -131,10 +120,10 @@ class DecodeGraphs:
             host[bucket : bucket + len(rows)] = inputs.positions
             host[2 * bucket : 2 * bucket + len(rows)] = inputs.token_ids
             start = 3 * bucket
-        end = start + len(blocks.places)
-        host[start:end] = blocks.places
-        host[end : end + len(blocks.places)] = blocks.block_ids
-        apply_changes(staged, num_rows, len(blocks.places), self._step, self._state.tables, explicit=self._explicit)
+        end = start + num_blocks
+        host[start:end] = inputs.places
+        host[end : end + num_blocks] = inputs.block_ids
+        apply_changes(staged, num_rows, num_blocks, self._step, self._state.tables, explicit=self._explicit)
 
     def _record(self, bucket: int, end: Callable[[torch.Tensor], None], pool: Any) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
@@ -183,7 +172,7 @@ class DecodeGraphs:
 
     def _run(self, bucket: int) -> torch.Tensor:
         """The logits [bucket, words of this rank] to choose the next tokens from."""
-        step = StepTensors(*(getattr(self._step, field.name)[:bucket] for field in fields(StepTensors)))
+        step = self._step.first(bucket)
         advance(self._state, step, self._block_size, explicit=self._explicit)
         # The look-up of embeddings, an ordinary kernel, lies between `advance` and those that are launched dependently.
         starts = self._query_starts[: bucket + 1]

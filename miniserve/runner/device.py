@@ -1,7 +1,10 @@
-"""Find the device and dtypes for the user's settings."""
+"""The device: which one and which dtypes the user's settings mean, and copies to it that do not wait."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy.typing as npt
 import torch
 
 from miniserve.attention.platform import Platform
@@ -41,3 +44,12 @@ def find_kv_dtype(name: str, dtype: torch.dtype, platform: Platform) -> torch.dt
         return platform.fp8_dtype
     kv_dtype: torch.dtype = dtype if name == "auto" else getattr(torch, name)
     return kv_dtype
+
+
+def to_device(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """A copy of the array on the device (on a CPU it shares the array's memory). Uses pinned memory: a copy from other
+    memory makes the host wait for all earlier work of the device."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -11,7 +11,6 @@ from miniserve.config import EngineConfig
 from miniserve.core import UserError
 from miniserve.models.decoder import CausalLM
 from miniserve.models.layers.linear import Linear
-from miniserve.models.layers.scaled import WidenedMethod
 
 # Limit of the KV cache on a CPU without --kv-cache-memory: other programs share the memory.
 _CPU_KV_LIMIT = 4 << 30
@@ -53,8 +52,8 @@ def check_weights_fit(weights: int, available: int, model: CausalLM) -> None:
     """Raise `UserError` with both numbers, before anything is loaded."""
     if weights > available:
         device, wide = model.options.device, ""
-        methods = [module.method for module in model.modules() if isinstance(module, Linear)]
-        if any(isinstance(method, WidenedMethod) and method.route is not None for method in methods):  # not kv_b_proj
+        layers = [module for module in model.modules() if isinstance(module, Linear)]
+        if any(layer.weights.widened and layer.method.route is not None for layer in layers):  # not kv_b_proj
             wide = " (its 8 bits are widened to those of --dtype on this device)"
         gpu = "stop other programs on the GPU, raise --gpu-memory-utilization, or " if device.type == "cuda" else ""
         raise UserError(

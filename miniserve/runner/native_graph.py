@@ -15,12 +15,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from miniserve.attention.metadata import StepBatch, decode_rows
-from miniserve.kernels.native import DecodeStep, NativeKernels
+from miniserve.kernels.native import NativeKernels
 from miniserve.kernels.native_calls import Call, encode, record, replay
+from miniserve.kernels.sampling import RowParams
+from miniserve.kernels.step_tensors import RowState, StepTensors
 from miniserve.runner.native_arena import plan_arena
-from miniserve.runner.sampler import Sampler
 from miniserve.runner.served import ServedModel
-from miniserve.runner.state import GraphInputs, StepState
+from miniserve.runner.state import GraphInputs
 
 MOST_ROWS = 16  # with more rows the Python around the kernels hardly counts
 _ALLOCATIONS = frozenset({"aten::empty", "aten::empty_like", "aten::new_empty"})
@@ -38,31 +39,15 @@ class _Graph:
 
 
 class NativeGraphs:
-    """served: over a backend whose `graphs` is true. state, sampler: those of the runner's rows."""
+    """served: over a backend whose `graphs` is true. state, params: those of the runner's rows."""
 
-    def __init__(
-        self,
-        served: ServedModel,
-        kernels: NativeKernels,
-        state: StepState,
-        sampler: Sampler,
-    ) -> None:
-        self._served, self._kernels, self._state, self._sampler = served, kernels, state, sampler
+    def __init__(self, served: ServedModel, kernels: NativeKernels, state: RowState, params: RowParams) -> None:
+        self._served, self._kernels, self._state, self._params = served, kernels, state, params
         max_num_seqs, width = state.tables.shape
         self._num_rows = most = min(MOST_ROWS, max_num_seqs)
-
-        def integers(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-            return torch.zeros(*shape, dtype=dtype)
-
-        self._rows, tokens = integers(most), integers(most)
+        tokens = torch.zeros(most, dtype=torch.int64)
         self._tokens = [tokens[:count] for count in range(most + 1)]
-        self._step = DecodeStep(
-            input_ids=integers(most),
-            positions=integers(most),
-            slots=integers(most),
-            seq_lens=integers(most, dtype=torch.int32),
-            block_tables=integers(most, width, dtype=torch.int32),
-        )
+        self._step = StepTensors.allocate(most, width, state.tables.device)
         self._query_starts = torch.arange(most + 1, dtype=torch.int32)
         self._known_rows: list[int] = []
         self._arena = torch.empty(0, dtype=torch.uint8)  # of all graphs, as only one of them runs at a time
@@ -85,7 +70,7 @@ class NativeGraphs:
         """The step's logits [bucket, vocab_size], which the next step overwrites."""
         if inputs.rows is not self._known_rows:
             self._known_rows = inputs.rows
-            self._rows[:bucket] = torch.tensor(inputs.rows)
+            self._step.rows[:bucket] = torch.tensor(inputs.rows)
         explicit = inputs.positions is not None
         if explicit:
             self._step.positions[:bucket] = torch.tensor(inputs.positions)
@@ -98,43 +83,26 @@ class NativeGraphs:
 
     def _record(self, rows: int, explicit: bool, greedy: bool) -> torch.Tensor:
         """Run the step from Python, and record it if it can be replayed."""
+        step, block_size = self._step.first(rows), self._served.backend.layout.block_size
         with record(execute=True) as before:
-            self._advance(rows, explicit)
+            self._kernels.advance(self._state, step, block_size, explicit=explicit)
         with _Watch() as watch, record(execute=True) as calls:
-            logits = self._forward(rows)
+            longest, starts = step.block_tables.shape[1] * block_size, self._query_starts[: rows + 1]
+            decode = decode_rows(step.block_tables, step.seq_lens, longest, cu_query_lens=starts)
+            logits = self._served.logits(step.input_ids, step.positions, StepBatch(step.slots, decode))
         with record(execute=greedy) as after:
-            self._take_argmax(logits)
+            self._kernels.draw_next(logits, step.rows, self._params, self._state, self._tokens[rows])
         if watch.foreign:
             self._num_rows = 0
         else:
             self._graphs[rows, explicit] = self._make([*before, *calls, *after], watch.allocated, logits)
         return logits
 
-    def _advance(self, rows: int, explicit: bool) -> None:
-        state, sampler = self._state, self._sampler
-        step, block_size = self._step, self._served.backend.layout.block_size
-        self._kernels.advance(
-            self._rows[:rows], state.tables, state.lens, sampler.last_tokens, step, block_size, explicit=explicit
-        )
-
-    def _forward(self, rows: int) -> torch.Tensor:
-        step = self._step
-        longest = step.block_tables.shape[1] * self._served.backend.layout.block_size
-        starts = self._query_starts[: rows + 1]
-        decode = decode_rows(step.block_tables[:rows], step.seq_lens[:rows], longest, cu_query_lens=starts)
-        return self._served.logits(step.input_ids[:rows], step.positions[:rows], StepBatch(step.slots[:rows], decode))
-
-    def _take_argmax(self, logits: torch.Tensor) -> None:
-        rows, sampler = len(logits), self._sampler
-        self._kernels.draw_next(
-            logits, self._rows[:rows], sampler.params, sampler.num_outputs, self._tokens[rows], sampler.last_tokens
-        )
-
     def _make(self, calls: list[Call], allocated: list[torch.Tensor], logits: torch.Tensor) -> _Graph:
         words, pointers = encode(calls)
         offsets, size = plan_arena([(words[place], number) for place, number in pointers], allocated, logits)
         if len(self._arena) < size:  # existing graphs keep theirs
-            self._arena = torch.empty(-(-size // len(logits)) * len(self._rows), dtype=torch.uint8)
+            self._arena = torch.empty(-(-size // len(logits)) * len(self._step.rows), dtype=torch.uint8)
         for place, _ in pointers:
             if words[place] in offsets:
                 words[place] = self._arena.data_ptr() + offsets[words[place]]

@@ -15,10 +15,10 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import NoReturn, Protocol
+from typing import Protocol
 
 import msgspec
 
@@ -35,6 +35,7 @@ _COUNSEL = 0.3  # seconds in which other ranks may show who of them failed first
 _GRACE = 2.0  # seconds for rank 0 to see a failure; then it hangs in a call that nothing can end
 _TOKENS = 4096  # of a step that must finish within _SILENCE; more tokens may take more
 _END_TIMEOUT = 5.0
+_encode = msgspec.msgpack.Encoder().encode
 
 
 class RankFailed(RuntimeError):
@@ -42,14 +43,13 @@ class RankFailed(RuntimeError):
 
 
 class RankStart(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rank's process is told first, through its stdin. builder: "module:function", called with this, returns the
-    rank's `Runner`. meeting: address and port of rank 0's store. plans: where rank 0 of another host listens for this
-    rank, None where stdin carries the plans too."""
+    """What a rank's process is told first, through its stdin. config: with the number of ranks. builder:
+    "module:function", called with this, returns the rank's `Runner`. meeting: address and port of rank 0's store.
+    plans: where rank 0 of another host listens for this rank, None where stdin carries the plans too."""
 
     config: EngineConfig
     source_path: str
     rank: int
-    size: int
     builder: str
     parent_pid: int
     meeting: tuple[str, int] = ("", 0)
@@ -82,14 +82,9 @@ class LocalRunner(Runner, Protocol):
         ...
 
 
-class PlanWriter:
-    """Plans as bytes, which a `PlanReader` reads in the same order: rows that stay the same are not repeated."""
-
-    def __init__(self) -> None:
-        self._encode = msgspec.msgpack.Encoder().encode
-
-    def write(self, plan: StepPlan) -> bytes:
-        return self._encode(msgspec.structs.replace(plan, decode_rows=[]) if plan.same_rows else plan)
+def encode_plan(plan: StepPlan) -> bytes:
+    """For a `PlanReader` that has read the plans before: rows that stay the same are not repeated."""
+    return _encode(msgspec.structs.replace(plan, decode_rows=[]) if plan.same_rows else plan)
 
 
 class PlanReader:
@@ -231,17 +226,21 @@ class Ranks:
             self._seen.set()
             raise RankFailed(self._failure) from None  # what rank 0 saw of it says less
 
-    def explain(self, error: Exception) -> NoReturn:
-        """Raise what led to an error of rank 0's own part: the failure of another rank, or else the error itself. All
-        ranks are ended."""
-        if isinstance(error, PeerLost):
-            self._failed.wait(self._limit + _GRACE)
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Of an error of rank 0's own part within this block raises what led to it: the failure of another rank, or
+        else the error itself. All ranks are ended then."""
         try:
-            if not isinstance(error, UserError):
-                self.check()
-            raise error
-        finally:
-            self.close(in_order=False)
+            yield
+        except Exception as error:
+            if isinstance(error, PeerLost):
+                self._failed.wait(self._limit + _GRACE)
+            try:
+                if not isinstance(error, UserError):
+                    self.check()
+                raise
+            finally:
+                self.close(in_order=False)
 
     # --- the watch ------------------------------------------------------------------------------------------------
 
@@ -288,10 +287,11 @@ class Ranks:
         if not self._serving:
             when = "while the engine started"
         self._failure = f"{what}, {when}"
-        busy = self._collected < self._sent
+        busy = self._collected < self._sent or not self._serving
+        grace = _GRACE if self._serving else _SILENCE_AT_WORK  # while it starts it may load or compile for long
         self._failed.set()
         self._end_all()
-        if busy and not self._seen.wait(_GRACE) and not self._closed.is_set():
+        if busy and not self._seen.wait(grace) and not self._closed.is_set():
             # Rank 0 waits for a rank of another host, or for its own device, in a call that has no end.
             print(f"error: {self._failure}; this process hangs and is ended.", file=sys.stderr, flush=True)
             os._exit(1)
@@ -311,6 +311,7 @@ class Ranks:
         if self._closed.is_set():
             return
         self._closed.set()
+        self._seen.set()
         if self._watch.is_alive():
             self._watch.join()
         if in_order and not self._failed.is_set():
@@ -329,37 +330,30 @@ class RankedRunner:
 
     def __init__(self, local: LocalRunner, ranks: Ranks) -> None:
         self._local, self._ranks = local, ranks
-        self._write = PlanWriter().write
         ranks.serve()
         weakref.finalize(self, ranks.close)  # also at the interpreter's exit
 
     def launch(self, step: Step) -> None:
         """See `core.Runner`. Raises `RankFailed` where a rank is gone."""
-        try:
-            self._ranks.send(self._write(step.plan), step.plan.num_tokens)
+        with self._ranks.guard():
+            self._ranks.send(encode_plan(step.plan), step.plan.num_tokens)
             self._local.launch(step)
             self._ranks.launched()
-        except Exception as error:
-            self._ranks.explain(error)
 
     def sample(self, step: Step, masks: TokenMasks) -> None:
         """See `core.Runner`. Raises `RankFailed` where a rank is gone."""
-        try:
-            self._ranks.add(msgspec.msgpack.encode(masks))
+        with self._ranks.guard():
+            self._ranks.add(_encode(masks))
             self._local.sample(step, masks)
-        except Exception as error:
-            self._ranks.explain(error)
 
     def collect(self, step: Step) -> None:
         """See `core.Runner`. Raises `RankFailed` where a rank is gone."""
-        try:
+        with self._ranks.guard():
             while not self._local.is_done(step):
                 self._ranks.check()
                 time.sleep(0)
             self._local.collect(step)
             self._ranks.collected()
-        except Exception as error:
-            self._ranks.explain(error)
 
     def check(self) -> None:
         """See `core.Runner`."""
@@ -372,5 +366,5 @@ def start_rank(start: RankStart) -> tuple[Link, subprocess.Popen[bytes]]:
     with theirs:
         process = start_python("miniserve.runner.worker", stdin=theirs.fileno())
     link = Link(ours)
-    link.send(msgspec.msgpack.encode(start))
+    link.send(_encode(start))
     return link, process

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,39 +46,29 @@ def build_ranks(
     if size == 1:
         return build_runner(config, source_path, model_name, progress)
     config = replace(config, tensor_parallel_size=size)
-    ranks = Ranks()
-    try:
-        return _build_with(ranks, config, source_path, model_name, progress)
-    except Exception as error:
-        ranks.explain(error)
-
-
-def _build_with(
-    ranks: Ranks, config: EngineConfig, source_path: Path, model_name: str, progress: Progress | None
-) -> tuple[Runner, EngineInfo]:
-    size = config.tensor_parallel_size or 1
     here = config.ranks_here
     address, port = config.master if config.nnodes > 1 else ("127.0.0.1", 0)
-    try:
-        store = open_store(address, port)
-    except OSError as error:
-        raise UserError(
-            f"--master-addr {address} --master-port {port} cannot be listened at ({error.strerror}); give an address "
-            "of this host and a free port."
-        ) from error
-    with socket.create_server((address, 0)) as listener:
-        store.set(_PLANS, f"{listener.getsockname()[1]}")
-        start = partial(_start, config, source_path, meeting=(address, store.port))
-        ranks.start([start(rank) for rank in range(1, here)])
-        ranks.meet(listener, Hello(0, __version__, config), size - here)
-    group = DistributedGroup(store, 0, size, rank_device(config, 0), address)
+    ranks = Ranks()
+    with ranks.guard():
+        try:
+            store = open_store(address, port)
+        except OSError as error:
+            raise UserError(
+                f"--master-addr {address} --master-port {port} cannot be listened at ({error.strerror}); give an "
+                "address of this host and a free port."
+            ) from error
+        with socket.create_server((address, 0)) as listener:
+            store.set(_PLANS, f"{listener.getsockname()[1]}")
+            ranks.start(_starts(config, source_path, range(1, here), (address, store.port)))
+            ranks.meet(listener, Hello(0, __version__, config), size - here)
+        group = DistributedGroup(store, 0, size, rank_device(config, 0), address)
 
-    def report(what: str, done: int, total: int) -> None:
-        ranks.check()
-        if progress is not None:
-            progress(what, done, total)
+        def report(what: str, done: int, total: int) -> None:
+            ranks.check()
+            if progress is not None:
+                progress(what, done, total)
 
-    runner, info = build_runner(config, source_path, model_name, report, group)
+        runner, info = build_runner(config, source_path, model_name, report, group)
     return RankedRunner(runner, ranks), info
 
 
@@ -88,7 +77,8 @@ def build_rank(start: RankStart) -> Runner:
     config = start.config
     device = rank_device(config, start.rank)
     store = find_store(*start.meeting, _MEETING)
-    group = DistributedGroup(store, start.rank, start.size, device, own_address(*start.meeting))
+    size = config.tensor_parallel_size or 1
+    group = DistributedGroup(store, start.rank, size, device, own_address(*start.meeting))
     return build_runner(config, Path(start.source_path), start.source_path, None, group)[0]
 
 
@@ -104,8 +94,8 @@ def run_node(config: EngineConfig, source_path: Path, report: Callable[[str], No
     store = find_store(address, port, _MEETING)
     plans = (address, int(store.get(_PLANS)))
     first = config.node_rank * here
-    start = partial(_start, config, source_path, meeting=(address, port), plans=plans)
-    started = {rank: start_rank(start(rank)) for rank in range(first, first + here)}
+    starts = _starts(config, source_path, range(first, first + here), (address, port), plans)
+    started = {start.rank: start_rank(start) for start in starts}
     report(f"Running rank {', '.join(map(str, started))} of {size}, until host 0 ends.")
     try:
         while all(process.poll() is None for _, process in started.values()):
@@ -130,24 +120,25 @@ def _answers(address: str, port: int) -> bool:
     return True
 
 
-def _start(
+def _starts(
     config: EngineConfig,
     source_path: Path,
-    rank: int,
-    *,
+    numbers: Iterable[int],
     meeting: tuple[str, int],
     plans: tuple[str, int] | None = None,
-) -> RankStart:
-    return RankStart(
-        config=config,
-        source_path=str(source_path),
-        rank=rank,
-        size=config.tensor_parallel_size or 1,
-        builder=_BUILDER,
-        parent_pid=os.getpid(),
-        meeting=meeting,
-        plans=plans,
-    )
+) -> list[RankStart]:
+    return [
+        RankStart(
+            config=config,
+            source_path=str(source_path),
+            rank=rank,
+            builder=_BUILDER,
+            parent_pid=os.getpid(),
+            meeting=meeting,
+            plans=plans,
+        )
+        for rank in numbers
+    ]
 
 
 def _find_size(config: EngineConfig, source_path: Path) -> int:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from miniserve.runner.chunk_graph import ChunkGraphs
 
 
+WaitForLogprobs = Callable[[], list[TokenLogprobs]]
+
+
 class StepGraphs(Protocol):
     """Steps of decode rows alone that run without Python around their kernels."""
 
@@ -40,24 +43,14 @@ class StepGraphs(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class _PromptLogprobs:
-    """One chunk's prompt logprobs: the row, the tokens that follow each of its positions, and the number of
-    alternatives."""
-
-    row: int
-    targets: list[int]
-    num_logprobs: int
-    tensors: LogprobTensors
-
-
 @dataclass(slots=True)
 class _Work:
     """What the device does for a launched step, in `Step.on_device`. draw: draws its tokens, with `masks`; None where
-    there are none. sampled: with host tensors that are valid once the last of `events` has passed."""
+    there are none. prompt_logprobs: waits for those of a row's chunk. sampled: with host tensors that are valid once
+    the last of `events` has passed."""
 
     draw: Callable[..., SampleOutput] | None = None
-    prompt_logprobs: list[_PromptLogprobs] = field(default_factory=list)
+    prompt_logprobs: dict[int, WaitForLogprobs] = field(default_factory=dict)
     sampled: SampleOutput | None = None
     events: StepEvents | None = None
 
@@ -171,12 +164,12 @@ class ModelRunner:
                 step.token_ids = sampled.token_ids.tolist()
             if sampled.logprobs is not None:
                 step.logprobs = to_token_logprobs(step.token_ids, sampled.logprobs, sampled.num_logprobs)
-        step.prompt_logprobs = {chunk.row: _entries(chunk) for chunk in work.prompt_logprobs}
+        step.prompt_logprobs = {row: wait() for row, wait in work.prompt_logprobs.items()}
 
-    def _prompt_logprobs(self, plan: StepPlan, starts: list[int], hidden: torch.Tensor) -> list[_PromptLogprobs]:
+    def _prompt_logprobs(self, plan: StepPlan, starts: list[int], hidden: torch.Tensor) -> dict[int, WaitForLogprobs]:
         """Prompt logprobs of every chunk that has targets, from a few rows of logits at a time: all at once would not
         fit."""
-        found: list[_PromptLogprobs] = []
+        found: dict[int, WaitForLogprobs] = {}
         for chunk, query_start in zip(plan.chunks, starts, strict=True):
             if targets := chunk.logprob_targets:
                 k = self._prompt_k[chunk.row]
@@ -189,7 +182,7 @@ class ModelRunner:
                     for i in range(0, len(targets), step)
                 ]
                 tensors = LogprobTensors(*(torch.cat(pieces) for pieces in zip(*parts, strict=True)))
-                found.append(_PromptLogprobs(chunk.row, targets, k, tensors))
+                found[chunk.row] = partial(_entries, targets, tensors, k)
         return found
 
     def _gather_logprobs(self, hidden: torch.Tensor, token_ids: torch.Tensor, k: int) -> LogprobTensors:
@@ -210,8 +203,8 @@ def _positions(plan: StepPlan) -> list[int] | None:
     return plan.run_positions + [chunk.start + len(chunk.token_ids) - 1 for chunk in plan.chunks if chunk.samples]
 
 
-def _entries(chunk: _PromptLogprobs) -> list[TokenLogprobs]:
-    found = to_token_logprobs(chunk.targets, chunk.tensors, [chunk.num_logprobs] * len(chunk.targets))
+def _entries(token_ids: list[int], tensors: LogprobTensors, k: int) -> list[TokenLogprobs]:
+    found = to_token_logprobs(token_ids, tensors, [k] * len(token_ids))
     return [entry for entry in found if entry is not None]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from miniserve.core import TokenMasks
-from miniserve.runner.sampling_transfer import to_device
+from miniserve.runner.device import to_device
 
 
 def apply_masks(logits: torch.Tensor, masks: TokenMasks) -> None:

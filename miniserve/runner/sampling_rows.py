@@ -15,13 +15,9 @@ import numpy.typing as npt
 import torch
 
 from miniserve.core import RowStart
-from miniserve.kernels.sampling import NUM_COLUMNS, WANTS_LOGITS, RowParams
-from miniserve.runner.sampling_edits import AllowedTokens, BadWords, BatchEdit, Biases, EarlyStops, Edit
-from miniserve.runner.sampling_penalties import Penalties
-from miniserve.runner.sampling_transfer import to_device
-
-# Below this temperature a draw practically is the argmax, and dividing by it would lose all precision (vLLM's limit).
-_GREEDY_BELOW = 1e-5
+from miniserve.kernels.sampling import NUM_COLUMNS, TEMPERATURE, WANTS_LOGITS, RowParams, row_numbers
+from miniserve.runner.device import to_device
+from miniserve.runner.sampling_edits import BatchEdit, make_edits
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +52,7 @@ class RowTable:
         self._vocab_size = vocab_size
         self._device = device
         self._seed = seed
-        self._edits: tuple[Edit, ...] = (
-            AllowedTokens(vocab_size, device),
-            BadWords(vocab_size, device, max_num_seqs),
-            Biases(vocab_size, device),
-            EarlyStops(vocab_size, device, eos_token_ids),
-            Penalties(vocab_size, device, max_num_seqs),
-        )
+        self._edits = make_edits(max_num_seqs, vocab_size, device, eos_token_ids)
         self._taken = np.zeros(max_num_seqs, dtype=np.bool_)
         self._keys = np.zeros(max_num_seqs, dtype=np.int64)
         self._prompt_lens = np.zeros(max_num_seqs, dtype=np.int64)
@@ -89,10 +79,8 @@ class RowTable:
         for edit in edits:
             edit.start_row(start)
         wants_logits = bool(edits) or params.logprobs is not None or params.grammar is not None
-        temperature = 0.0 if params.temperature < _GREEDY_BELOW else params.temperature
-        top_k = params.top_k if 0 < params.top_k < self._vocab_size else 0
-        self._numbers[row] = (temperature, top_k, params.top_p, params.min_p, wants_logits)
-        self._takes_argmax[row] = temperature == 0.0 and not wants_logits
+        self._numbers[row] = row_numbers(params, self._vocab_size, wants_logits=wants_logits)
+        self._takes_argmax[row] = bool(self._numbers[row, TEMPERATURE] == 0.0) and not wants_logits
 
     def stop_row(self, row: int) -> None:
         if not self._taken[row]:

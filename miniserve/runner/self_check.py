@@ -18,9 +18,8 @@ from typing import Any, cast
 
 import torch
 
-from miniserve.attention.backends.base import Backend
+from miniserve.attention.backends.base import QKV, Backend, BackendOptions, LatentTokens
 from miniserve.attention.backends.build import build_backend
-from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.contracts import KERNELS
 from miniserve.attention.layouts import KVCache
 from miniserve.attention.metadata import StepBatch
@@ -29,7 +28,7 @@ from miniserve.attention.select import Choice
 from miniserve.attention.spec import AttentionLayer, AttentionSpec, LatentLayer, QKRope
 from miniserve.attention.terms import KernelContract
 from miniserve.core import summary
-from miniserve.runner.check_problem import STALE_NAN, STALE_NOISE, CheckRow, Problem, Work
+from miniserve.runner.check_problem import STALE_NAN, STALE_NOISE, CheckRow, CheckStep, Problem
 
 # How far from float32's answer a row may be, relative to its norm; more where a kernel's contract says so.
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 2e-2}
@@ -134,18 +133,18 @@ def self_check(
             layer, layout, route = layers[index], backend.layout, options.routes[index]
             decode, chunks = KERNELS[route.decode], KERNELS[route.chunks]
             problem = Problem(layout, layer, caches[index], options.max_seq_len, stale, decode.fp8_products)
-            for case, work, padded in _cases(problem, backend, options):
-                if not work:  # rows too short for it
+            for step in _steps(problem, backend, options):
+                if not step.work:  # rows too short for it
                     continue
-                error, detail = _attempt(problem, backend, case, work, padded)
-                tolerance = _tolerance(decode if case.startswith("decode") else chunks, layer.spec)
-                results.append(CheckResult(name, layout.name, index, case, error, tolerance, detail))
+                error, detail = _attempt(problem, backend, step)
+                tolerance = _tolerance(decode if step.decodes else chunks, layer.spec)
+                results.append(CheckResult(name, layout.name, index, step.name, error, tolerance, detail))
             problem.clear()
     return results
 
 
 def _tolerance(kernel: KernelContract, spec: AttentionSpec) -> float:
-    if spec.kv_dtype.itemsize == 1 and kernel.fp8_tolerance is not None:
+    if spec.fp8_kv and kernel.fp8_tolerance is not None:
         return kernel.fp8_tolerance
     return TOLERANCE[spec.dtype]
 
@@ -160,46 +159,44 @@ def asm_is_reached(options: BackendOptions) -> bool:
     return bool(rows) and all(least is not None and least <= options.max_rows for least in rows)
 
 
-def _cases(problem: Problem, backend: Backend[Any], options: BackendOptions) -> Iterator[tuple[str, Work, bool]]:
-    """The steps, each of which needs those before it; padded: with a row of padding, as a graph would run it.
-
-    So many rows that the ASM kernel takes them, where it can, have no length that it is not trusted with.
-    """
+def _steps(problem: Problem, backend: Backend[Any], options: BackendOptions) -> Iterator[CheckStep]:
+    """Each needs those before it. So many rows that the ASM kernel takes them, where it can, have no length that it is
+    not trusted with."""
     groups = [problem.rows[at : at + options.max_rows] for at in range(0, len(problem.rows), options.max_rows)]
     for group in groups:
         halves = [(row, (row.length - 1) // 2, row.length - 1) for row in group]  # the last token is left to decode
-        yield "prefill", [(row, (0, half)) for row, half, _ in halves if half], False
-        yield "extend", [(row, (half, end)) for row, half, end in halves if half < end], False
-        yield "decode", _last(group), False
+        yield CheckStep("prefill", [(row, (0, half)) for row, half, _ in halves if half])
+        # In a step chunks with context come first.
+        extends = [(row, (half, end)) for row, half, end in halves if half < end]
+        yield CheckStep("extend", sorted(extends, key=lambda item: item[1][0] == 0))
+        yield _decodes("decode", group)
         if backend.graphs and len(group) < options.max_rows:
-            yield "decode with padding", _last(group), True
+            yield _decodes("decode with padding", group, padded=True)
     least = least_asm_rows(problem.layer.spec, options.platform.compute_units)
     if options.routes[problem.layer.layer_index].decode == "paged_attention_common" and least is not None:
         low, high = ASM_WRONG_LENGTHS
         fit = [row for row in problem.rows if options.trust_asm_lengths or not low <= row.length <= high]
         if least <= options.max_rows:
-            yield f"decode of {least} rows", _last([fit[index % len(fit)] for index in range(least)]), False
+            yield _decodes(f"decode of {least} rows", [fit[index % len(fit)] for index in range(least)])
 
 
-def _last(rows: Sequence[CheckRow]) -> Work:
-    return [(row, (row.length - 1, row.length)) for row in rows]
+def _decodes(name: str, rows: Sequence[CheckRow], *, padded: bool = False) -> CheckStep:
+    return CheckStep(name, [(row, (row.length - 1, row.length)) for row in rows], decodes=True, padded=padded)
 
 
-def _attempt(problem: Problem, backend: Backend[Any], case: str, work: Work, padded: bool) -> tuple[float, str]:
+def _attempt(problem: Problem, backend: Backend[Any], step: CheckStep) -> tuple[float, str]:
     """The worst row's relative error, and which that is."""
-    work = sorted(work, key=lambda item: item[1][0] == 0)  # in a step chunks with context come first
     try:
-        batch = problem.decode_batch(work, padded) if case.startswith("decode") else problem.chunk_batch(work)
-        got = _attend(problem, backend, problem.tokens(work, padded), batch).float()
+        got = _attend(problem, backend, problem.tokens(step), problem.batch(step)).float()
         if problem.device.type == "cuda":
             torch.cuda.synchronize(problem.device)
     except Exception as error:  # what a kernel raises is a failed check, whatever it is
         return math.inf, summary(error)
     worst, place, at = 0.0, "no row", 0
-    for row, (start, end) in work:
+    for row, (start, end) in step.work:
         found = got[at : at + end - start]
         off = distance(found, row.want[start:end])
-        if case.startswith("decode") and row.in_fp8 is not None:
+        if step.decodes and row.in_fp8 is not None:
             off = min(off, distance(found, row.in_fp8))
         at += end - start
         if math.isnan(off):
@@ -214,15 +211,16 @@ def distance(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).norm() / want.norm())
 
 
-def _attend(problem: Problem, backend: Backend[Any], tokens: list[torch.Tensor], batch: StepBatch) -> torch.Tensor:
+def _attend(
+    problem: Problem, backend: Backend[Any], tokens: tuple[torch.Tensor, ...], batch: StepBatch
+) -> torch.Tensor:
     """As the model calls the backend: with rope, where the backend does it, that turns nothing."""
     meta, cache = backend.build(batch), problem.cache
     if problem.layer.spec.latent is not None:
-        q_nope, q_pe, kv_c, k_pe = tokens
-        return backend.attend_latent(cast(LatentLayer, problem.layer), q_nope, q_pe, kv_c, k_pe, cache, meta)
-    layer, (q, k, v) = cast(AttentionLayer, problem.layer), tokens
+        return backend.attend_latent(cast(LatentLayer, problem.layer), cast(LatentTokens, tokens), cache, meta)
+    layer = cast(AttentionLayer, problem.layer)
     if not backend.fuses_rope:
-        return backend.attend(layer, q, k, v, cache, meta)
-    cosines = torch.ones(len(q), layer.spec.head_dim // 2, device=problem.device)
+        return backend.attend(layer, cast(QKV, tokens), cache, meta)
+    cosines = torch.ones(len(tokens[0]), layer.spec.head_dim // 2, device=problem.device)
     rope = QKRope(torch.cat([cosines, torch.zeros_like(cosines)], dim=1), None, None, 0.0)
-    return backend.attend_qkv(layer, torch.cat([q, k, v], dim=1).flatten(1), rope, cache, meta)
+    return backend.attend_qkv(layer, torch.cat(tokens, dim=1).flatten(1), rope, cache, meta)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from miniserve.attention.backends.base import Backend
-from miniserve.attention.context import PagedStepContext
+from miniserve.attention.context import StepContext
 from miniserve.attention.layouts import KVCache
 from miniserve.attention.metadata import StepBatch
 from miniserve.models.decoder import CausalLM
@@ -29,7 +29,7 @@ class ServedModel:
         """input_ids, positions: int64 [num_tokens] -> [num_tokens, hidden_size]."""
         if self.zero_blocks is not None:
             self.zero_blocks(batch.slot_mapping)
-        context = PagedStepContext(self.backend, self.caches, self.backend.build(batch))
+        context = StepContext(self.backend, self.caches, self.backend.build(batch))
         hidden: torch.Tensor = self.model(input_ids, positions, context)
         return hidden
 

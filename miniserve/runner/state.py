@@ -10,7 +10,7 @@ import torch
 
 from miniserve.attention.metadata import Int64, QueryRows, StepBatch, chunk_rows, decode_rows, table_width
 from miniserve.core import Chunk, StepPlan
-from miniserve.runner.sampling_transfer import to_device
+from miniserve.runner.device import to_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,25 +28,19 @@ class StepInputs:
     sample_indices: torch.Tensor | None
 
 
-@dataclass(frozen=True, slots=True)
-class BlockChanges:
-    """New blocks of block tables: indices into the flattened tables, int64, and block ids, int32."""
-
-    places: Int64
-    block_ids: np.ndarray[tuple[int], np.dtype[np.int32]]
-
-
-_NO_CHANGES = BlockChanges(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int32))
+Int32 = np.ndarray[tuple[int], np.dtype[np.int32]]
+_NO_CHANGES = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int32)
 
 
 @dataclass(frozen=True, slots=True)
 class GraphInputs:
     """What a graph's step needs from the host: the row of each token, in the same list for as long as the rows are the
-    same, and new blocks of the tables; for draft runs also each token's position and id, which the device knows
-    otherwise."""
+    same, and new blocks: indices into the flattened block tables, and block ids. For draft runs also each token's
+    position and id, which the device knows otherwise."""
 
     rows: list[int]
-    blocks: BlockChanges
+    places: Int64
+    block_ids: Int32
     positions: list[int] | None = None
     token_ids: list[int] | None = None
 
@@ -67,7 +61,6 @@ class StepState:
         self._host_rows = np.zeros(0, dtype=np.int64)
         self._device_rows: torch.Tensor | None = None
         self._counting = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device)
-        self._query_starts = self._counting[:0]  # of the decode rows
 
     @property
     def tables(self) -> torch.Tensor:
@@ -81,19 +74,21 @@ class StepState:
 
     def prepare_graph(self, plan: StepPlan) -> GraphInputs:
         """As `prepare`, for a step without chunks, which a graph runs."""
-        blocks = self._note_blocks(plan.new_blocks)
+        places, block_ids = self._note_blocks(plan.new_blocks)
         if plan.draft_runs:
-            return GraphInputs(plan.sampling_rows, blocks, plan.run_positions, _run_tokens(plan))
+            return GraphInputs(plan.sampling_rows, places, block_ids, plan.run_positions, _run_tokens(plan))
         self._count(plan)
-        return GraphInputs(self._decode_rows, blocks)
+        return GraphInputs(self._decode_rows, places, block_ids)
 
     def prepare(self, plan: StepPlan, last_tokens: torch.Tensor) -> StepInputs:
         """Apply the plan's changes and lay out its tokens. last_tokens int64 [max_num_seqs], on the device."""
-        self._append_blocks(plan.new_blocks)
+        places, block_ids = self._note_blocks(plan.new_blocks)
+        if len(places) and self._device.type != "cpu":
+            self._device_tables.view(-1)[to_device(places, self._device)] = to_device(block_ids, self._device)
         ids, positions, slots = [], [], []
         decode = None
         if plan.num_decode_tokens:
-            rows, lens, decode = self._place(plan) if plan.draft_runs else self._advance(plan)
+            rows, lens, decode = self._decode(plan)
             ids.append(self._to_device(_run_tokens(plan)) if plan.draft_runs else last_tokens[rows])
             positions.append(lens)
             slots.append(self._slots(rows, lens))
@@ -117,7 +112,8 @@ class StepState:
         starts = [start_of[chunk.row] for chunk in plan.chunks]
         return StepInputs(_join(ids), _join(positions), batch, starts, self._sample_indices(plan, starts))
 
-    def _note_blocks(self, new_blocks: list[tuple[int, int, list[int]]]) -> BlockChanges:
+    def _note_blocks(self, new_blocks: list[tuple[int, int, list[int]]]) -> tuple[Int64, Int32]:
+        """In the host's tables; returns them as in `GraphInputs`."""
         if not new_blocks:
             return _NO_CHANGES
         places: list[int] = []
@@ -127,38 +123,28 @@ class StepState:
             first = row * self._tables.shape[1] + index
             places += range(first, first + len(block_ids))
             found += block_ids
-        return BlockChanges(np.array(places, dtype=np.int64), np.array(found, dtype=np.int32))
+        return np.array(places, dtype=np.int64), np.array(found, dtype=np.int32)
 
-    def _append_blocks(self, new_blocks: list[tuple[int, int, list[int]]]) -> None:
-        changes = self._note_blocks(new_blocks)
-        if new_blocks and self._device.type != "cpu":
-            places = to_device(changes.places, self._device)
-            self._device_tables.view(-1)[places] = to_device(changes.block_ids, self._device)
-
-    def _advance(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor, QueryRows]:
-        """The rows, their positions (lengths before this step), and what attention reads (lengths after it)."""
-        host_lens = self._count(plan)
-        if self._device_rows is None:
-            self._device_rows = to_device(self._host_rows, self._device)
-            self._query_starts = self._counting[: len(host_lens) + 1]
-        rows = self._device_rows
+    def _decode(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor, QueryRows]:
+        """The rows, their positions (lengths before this step), and what attention reads (lengths after it). Of a draft
+        run each token is a row that sees those before it."""
+        if plan.draft_runs:
+            rows = self._to_device([run.row for run in plan.draft_runs for _ in run.token_ids])
+            host_lens = np.array(plan.run_positions, dtype=np.int64) + 1
+            seq_lens = to_device(host_lens, self._device)
+            positions = seq_lens - 1
+        else:
+            host_lens = self._count(plan)
+            if self._device_rows is None:
+                self._device_rows = to_device(self._host_rows, self._device)
+            rows = self._device_rows
+            positions = self._device_lens[rows]
+            seq_lens = positions + 1
+            self._device_lens[rows] = seq_lens
         longest = int(host_lens.max())
-        positions = self._device_lens[rows]
-        seq_lens = positions + 1
-        self._device_lens[rows] = seq_lens
         tables = self._device_tables[rows, : table_width(longest, self._block_size)]
-        lens, starts = seq_lens.to(torch.int32), self._query_starts
-        return rows, positions, decode_rows(tables, lens, longest, host_lens, cu_query_lens=starts)
-
-    def _place(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor, QueryRows]:
-        """As `_advance`, for draft runs: each of their tokens is a row that sees those before it."""
-        rows = self._to_device([run.row for run in plan.draft_runs for _ in run.token_ids])
-        host_lens = np.array(plan.run_positions, dtype=np.int64) + 1
-        longest = int(host_lens.max())
-        seq_lens = to_device(host_lens, self._device)
-        tables = self._device_tables[rows, : table_width(longest, self._block_size)]
-        lens, starts = seq_lens.to(torch.int32), self._counting[: len(host_lens) + 1]
-        return rows, seq_lens - 1, decode_rows(tables, lens, longest, host_lens, cu_query_lens=starts)
+        starts = self._counting[: len(host_lens) + 1]
+        return rows, positions, decode_rows(tables, seq_lens.to(torch.int32), longest, host_lens, cu_query_lens=starts)
 
     def _count(self, plan: StepPlan) -> Int64:
         """Count one more token in each of the decode rows, on the host; returns their lengths."""

@@ -1,5 +1,5 @@
 """A rank's process: `python -m miniserve.runner.worker`, started by rank 0 and nobody else, or by the main process of
-another host (`runner.node`).
+another host (`ranks.run_node`).
 
 It builds its part of the model, then receives and launches steps until it is told to end. It never outlives the process
 that started it or rank 0: the kernel kills it with its parent, and the end of either's connection says the same.
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
 import os
 import select
 import socket
@@ -18,6 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from pkgutil import resolve_name
 
 import msgspec
 
@@ -84,8 +84,7 @@ def main() -> int:
 
 
 def _serve(start: RankStart, link: Link, signs: _Signs) -> None:
-    module_name, _, function_name = start.builder.partition(":")
-    build: Callable[[RankStart], Runner] = getattr(importlib.import_module(module_name), function_name)
+    build: Callable[[RankStart], Runner] = resolve_name(start.builder)
     signs.present = True
     signs.send()
     runner = build(start)

@@ -20,10 +20,8 @@ def check_request(request: Request, info: EngineInfo) -> Request:
     params, prompt_len = request.params, len(request.prompt_token_ids)
     max_tokens = check_lengths(prompt_len, params.max_tokens, info)
     check_vocabulary(request.prompt_token_ids, "prompt", info.vocab_size)
-    check_vocabulary(params.stop_token_ids, "stop_token_ids", info.vocab_size)
-    check_vocabulary(tuple(params.logit_bias or ()), "logit_bias", info.vocab_size)
-    check_vocabulary(params.logprob_token_ids, "logprob_token_ids", info.vocab_size)
-    check_vocabulary(params.allowed_token_ids or (), "allowed_token_ids", info.vocab_size)
+    for name in ("stop_token_ids", "logit_bias", "logprob_token_ids", "allowed_token_ids"):
+        check_vocabulary(tuple(getattr(params, name) or ()), name, info.vocab_size)
     for word in params.bad_words:
         check_vocabulary(word, "bad_words", info.vocab_size)
     _check_choice(params, info)

@@ -310,16 +310,14 @@ class Scheduler:
         starts.append(RowStart(seq.row, seq.request, seq.token_ids[seq.prompt_len :]))
         seq.prefill_len = len(seq.token_ids)
         self._blocks.start(seq, hits)
-        if not seq.num_preemptions:
-            self._note_first_admission(seq)
-        return seq
-
-    def _note_first_admission(self, seq: Sequence) -> None:
+        if seq.num_preemptions:
+            return seq
         seq.first_scheduled_time = time.monotonic()
         if self._blocks.uses_cache(seq):
             seq.num_cached_tokens = seq.num_computed
             self._stats.prefix_cache_queries += seq.prompt_len
             self._stats.prefix_cache_hits += seq.num_cached_tokens
+        return seq
 
     def _next_chunk(self, seq: Sequence, budget: int) -> Chunk:
         start = seq.num_computed
@@ -367,7 +365,7 @@ class Scheduler:
             raise RuntimeError(f"A step that samples {len(step.sampling)} tokens returned {len(step.token_ids)}.")
         self._num_updated += 1
         outputs = self._take_chunks(step)
-        self._stats.step_tokens = 0
+        step_tokens = 0
         logprobs = step.logprobs or [None] * len(step.sampling)
         entries: Iterable[tuple[Sequence, int, TokenLogprobs | None]] = zip(
             step.sampling, step.token_ids, logprobs, strict=True
@@ -385,7 +383,7 @@ class Scheduler:
                 continue
             token_ids = seq.token_ids
             token_ids.append(token_id)
-            self._stats.step_tokens += 1 if len(token_ids) > seq.prompt_len + 1 else seq.prompt_len + 1
+            step_tokens += 1 if len(token_ids) > seq.prompt_len + 1 else seq.prompt_len + 1
             output = seq.output([token_id])
             outputs.append(output)
             if entry is not None:
@@ -404,6 +402,7 @@ class Scheduler:
                     continue
             if len(token_ids) == seq.max_len:
                 self._finish(seq, output, FinishReason.LENGTH)
+        self._stats.step_tokens = step_tokens
         return outputs
 
     def observe(self, step: PlannedStep, seconds: float) -> None:

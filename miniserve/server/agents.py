@@ -23,7 +23,7 @@ from miniserve.server.protocol import (
     Tool,
 )
 from miniserve.server.reading import AnswerReader, Part
-from miniserve.server.reply import Answer, GenerationResponse, Header
+from miniserve.server.reply import Answer, GenerationResponse
 from miniserve.server.service import Service
 
 T = TypeVar("T")
@@ -32,14 +32,19 @@ _SAME_REMEDY = ("previous_response_id", "conversation", "context", "verbosity") 
 
 
 def refused_beside(
-    body: type[Body], length: str, more: Mapping[str, tuple[object, ...]], remedies: Mapping[str, str]
+    body: type[Body],
+    names: Mapping[str, str],
+    more: Mapping[str, tuple[object, ...]],
+    remedies: Mapping[str, str],
 ) -> Refused:
     """Of a request that is a chat's under other names: what chat takes or refuses and `body` has not, and `more`, by
-    their neutral values. `length`: what it calls max_tokens."""
+    their neutral values. `names`: see `Translation`."""
     instead = dict.fromkeys(ChatCompletionRequest.model_fields, ASK_CHAT)
     for name, refusal in REFUSED.items():
         instead[name] = refusal.remedy if name in _SAME_REMEDY or refusal.remedy == LEAVE_OUT else ASK_CHAT
-    instead |= dict.fromkeys((*OTHER_LENGTHS, "max_tokens", "max_completion_tokens"), f"use {length}")
+    length = names.get("max_tokens", "max_tokens")
+    instead |= dict.fromkeys((*OTHER_LENGTHS, "max_completion_tokens"), f"use {length}")
+    instead |= {name: f"use {own}" for name, own in names.items()}
     neutrals: dict[str, tuple[object, ...]] = dict.fromkeys(ChatCompletionRequest.model_fields, ())
     neutrals |= {"n": (1,), "logprobs": (False,), "do_sample": ()}
     neutrals |= {name: refusal.neutrals for name, refusal in REFUSED.items()}
@@ -117,8 +122,8 @@ class PartsAnswer(Answer):
     names_events = True
     end = b""
 
-    def __init__(self, header: Header, tokenizer: Tokenizer, chat: Chat) -> None:
-        super().__init__(header, tokenizer, [chat.token_ids])
+    def __init__(self, model: str, tokenizer: Tokenizer, chat: Chat) -> None:
+        super().__init__(model, tokenizer, [chat.token_ids])
         self._reader = AnswerReader(chat.reading, tokenizer)
         self._begun = False
         self._last: Completion | None = None  # once all has come

@@ -30,22 +30,15 @@ from miniserve.server.protocol import (
     TokenizeRequest,
 )
 from miniserve.server.responses import ResponsesRequest
-from miniserve.server.service import MAX_TEXT, Service
+from miniserve.server.service import Service
 
 _MAX_IDS = 262_144
 _OF_CONVERSATIONS = RenderOptions.model_fields.keys() - {"add_special_tokens", "add_generation_prompt"}
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": protocol.ErrorEnvelope},
-    "5XX": {"model": protocol.ErrorEnvelope},
-}
-
-_ANTHROPIC_ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": messages.AnthropicError},
-    "5XX": {"model": messages.AnthropicError},
-}
-
+_Responses = dict[int | str, dict[str, Any]]
+_ERRORS: _Responses = {key: {"model": protocol.ErrorEnvelope} for key in ("4XX", "5XX")}
+_ANTHROPIC_ERRORS: _Responses = {key: {"model": messages.AnthropicError} for key in ("4XX", "5XX")}
 _EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
-_EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
+_EVENTS: _Responses = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
 
 
 def create_app(engine: Engine, config: ServerConfig, hosts: Collection[str] | None = None) -> FastAPI:
@@ -118,16 +111,7 @@ def _anthropic_routes(app: FastAPI, service: Service) -> None:
 
 def _model(service: Service, name: str) -> protocol.Model:
     info = service.engine.info
-    return {
-        "id": name,
-        "object": "model",
-        "created": service.started,
-        "owned_by": "miniserve",
-        "root": info.model,
-        "parent": None,
-        "max_model_len": info.max_model_len,
-        "permission": [],
-    }
+    return protocol.Model(id=name, created=service.started, root=info.model, max_model_len=info.max_model_len)
 
 
 def _health_routes(app: FastAPI, service: Service) -> None:
@@ -199,8 +183,10 @@ async def _ids(service: Service, body: TokenizeRequest) -> list[int]:
         for name in _OF_CONVERSATIONS:
             if getattr(body, name):
                 raise InvalidRequest(f"{name} goes with messages, not with a prompt.", name)
-        (ids,) = await service.encode([body.prompt], body.add_special_tokens is not False, MAX_TEXT)
+        (ids,) = await service.encode([body.prompt], body.add_special_tokens is not False, any_length=True)
         return ids
     if body.messages is None or body.prompt is not None:
         raise InvalidRequest("Exactly one of prompt and messages is needed.", "prompt")
-    return await render(service, body.messages, body, MAX_TEXT)
+    text = await render(service, body.messages, body, body.tools or [])
+    (ids,) = await service.encode([text], bool(body.add_special_tokens), any_length=True)
+    return ids

@@ -23,7 +23,6 @@ from miniserve.server.protocol import (
     ChatMessageOut,
     FinishWord,
     FunctionOut,
-    MessageToolCall,
     RenderOptions,
     TokenLogprob,
     Tool,
@@ -32,18 +31,18 @@ from miniserve.server.protocol import (
     Usage,
 )
 from miniserve.server.reading import AnswerReader, Part, Reading, chosen_tools, forced_calls, reading_of, template_tools
-from miniserve.server.reply import ChoicesAnswer, GenerationResponse, Header, finish_word
-from miniserve.server.service import MAX_TEXT, Service
+from miniserve.server.reply import ChoicesAnswer, GenerationResponse, finish_word
+from miniserve.server.service import Service
 from miniserve.server.structured import find_grammar
 
 
 class ChatAnswer(ChoicesAnswer):
     """One choice for each of the n sequences of the one prompt."""
 
-    whole_kind, chunk_kind = "chat.completion", "chat.completion.chunk"
+    id_prefix, whole_kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, header: Header, tokenizer: Tokenizer, chat: Chat, body: ChatCompletionRequest) -> None:
-        super().__init__(header, tokenizer, [chat.token_ids], chat.params, body)
+    def __init__(self, model: str, tokenizer: Tokenizer, chat: Chat, body: ChatCompletionRequest) -> None:
+        super().__init__(model, tokenizer, [chat.token_ids], chat.params, body)
         self._echo = chat.echo
         self._reading = chat.reading
         self._readers: dict[int, AnswerReader] = {}
@@ -154,16 +153,18 @@ class Chat:
 async def prepare(service: Service, body: ChatCompletionRequest) -> Chat:
     """Raises `InvalidRequest` or `APIError` for what cannot be answered."""
     params = service.rules.for_chat(body)
-    await service.check_grammar(body)
-    service.turns.check(1, params.n)
     tokenizer, tools = service.engine.tokenizer, chosen_tools(body)
-    if tools and (found := find_grammar(body)) is not None:
-        raise InvalidRequest(f"{found[0]} goes with tools only where tool_choice is none.", found[0])
+    if (found := find_grammar(body)) is not None:
+        if tools and found[1].kind != "json_schema":
+            only = "where it is a JSON schema or tool_choice is none"
+            raise InvalidRequest(f"{found[0]} goes with tools only {only}.", found[0])
+        await service.check_grammar(*found)
+    service.turns.check(1, params.n)
     template = tokenizer.chat_template.source(body.chat_template, template_tools(tools))
     dialect = service.config.tool_dialect(template) if tools else None
-    text = await _rendered(service, body.messages, body, tools)
-    max_chars = None if body.truncate_prompt_tokens is None else MAX_TEXT
-    (token_ids,) = await service.encode([text], bool(body.add_special_tokens), max_chars)
+    text = await render(service, body.messages, body, tools)
+    truncates = body.truncate_prompt_tokens is not None
+    (token_ids,) = await service.encode([text], bool(body.add_special_tokens), any_length=truncates)
     kept = service.truncate(token_ids, body)
     if len(kept) < len(token_ids):
         token_ids, text = kept, tokenizer.decode(kept, False)  # whose end may be another
@@ -171,8 +172,8 @@ async def prepare(service: Service, body: ChatCompletionRequest) -> Chat:
     continued = _final_text(body.messages[-1]) if body.continue_final_message else None
     reasoning = None if marks is None else marks.after(text, continued)
     reading = reading_of(body, dialect, tools, reasoning, tokenizer)
-    if (grammar := forced_calls(body, reading, tools, tokenizer)) is not None:
-        await service.check_one_grammar("tools", grammar)
+    if (grammar := forced_calls(body, reading, tools, tokenizer, params.grammar)) is not None:
+        await service.check_grammar("tools", grammar)
     params = msgspec.structs.replace(
         params,
         grammar=grammar or params.grammar,
@@ -197,22 +198,12 @@ def _echoed(body: ChatCompletionRequest) -> str:
 async def respond(service: Service, body: ChatCompletionRequest) -> GenerationResponse:
     """Raises `InvalidRequest` or `APIError` for what cannot be answered."""
     chat = await prepare(service, body)
-    answer = ChatAnswer(service.header("chatcmpl-"), service.engine.tokenizer, chat, body)
+    answer = ChatAnswer(service.model, service.engine.tokenizer, chat, body)
     return await service.respond(answer, chat.params, body)
 
 
-async def render(
-    service: Service, messages: Sequence[ChatMessage], body: RenderOptions, max_chars: int | None = None
-) -> list[int]:
-    """The ids of a conversation, whose text is bounded as in `Service.encode`. Raises `InvalidRequest`."""
-    text = await _rendered(service, messages, body, body.tools or [])
-    (ids,) = await service.encode([text], bool(body.add_special_tokens), max_chars)
-    return ids
-
-
-async def _rendered(
-    service: Service, messages: Sequence[ChatMessage], body: RenderOptions, tools: Sequence[Tool]
-) -> str:
+async def render(service: Service, messages: Sequence[ChatMessage], body: RenderOptions, tools: Sequence[Tool]) -> str:
+    """The text of a conversation. Raises `InvalidRequest`."""
     if body.chat_template is not None and not service.config.trust_request_chat_template:
         raise InvalidRequest(
             "chat_template is not accepted from requests, as a template is a program; the server's operator may allow "
@@ -228,14 +219,18 @@ async def _rendered(
         tools=shown,
         documents=body.documents,
         chat_template=body.chat_template,
-        variables=_variables(body, service.engine.tokenizer.chat_template.source(body.chat_template, shown)),
+        variables=_variables(service, body, service.engine.tokenizer.chat_template.source(body.chat_template, shown)),
     )
     return await asyncio.wrap_future(rendered)
 
 
-def _variables(body: RenderOptions, template: str) -> dict[str, Any]:
-    """What the template is told beside the messages. Raises `InvalidRequest` for an effort that it cannot take."""
+def _variables(service: Service, body: RenderOptions, template: str) -> dict[str, Any]:
+    """What the template is told beside the messages. Raises `InvalidRequest` for an effort that it cannot take, and as
+    `FieldPolicy.pass_over` for a variable that it does not name."""
     effort, variables = body.reasoning_effort, body.chat_template_kwargs or {}
+    for name in variables:
+        if not _names(template, name):
+            service.fields.pass_over(type(body), f"chat_template_kwargs.{name}")
     if effort is None:
         return variables
     if "reasoning_effort" in template:
@@ -251,8 +246,11 @@ def _variables(body: RenderOptions, template: str) -> dict[str, Any]:
 
 def thinking_switch(template: str) -> str | None:
     """The template's variable that turns reasoning on and off."""
-    names = ("enable_thinking", "thinking")
-    return next((name for name in names if re.search(rf"\b{name}\b", template)), None)
+    return next((name for name in ("enable_thinking", "thinking") if _names(template, name)), None)
+
+
+def _names(template: str, variable: str) -> bool:
+    return re.search(rf"\b{re.escape(variable)}\b", template) is not None
 
 
 def _final_text(message: ChatMessage) -> str:
@@ -263,18 +261,8 @@ def _final_text(message: ChatMessage) -> str:
 def _message(path: str, message: ChatMessage) -> dict[str, Any]:
     if message.function_call:
         raise InvalidRequest(f"{path}.function_call is not supported here; use tool_calls.", f"{path}.function_call")
-    content: Any = message.content
-    if isinstance(content, list):
-        content = [{**part.extras, "type": part.type, "text": part.text} for part in content]
-    shown = {**message.extras, "role": message.role, "content": content}
-    if message.tool_calls:
-        shown["tool_calls"] = [_call(call) for call in message.tool_calls]
-    return shown
-
-
-def _call(call: MessageToolCall) -> dict[str, Any]:
-    function = {"name": call.function.name, "arguments": call.function.arguments, **call.function.extras}
-    return {**call.extras, "type": call.type, "function": function}
+    without = {"function_call"} if message.tool_calls else {"function_call", "tool_calls"}
+    return message.model_dump(exclude=without, warnings=False)  # the content may be a text
 
 
 def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs], name: Callable[[int], str]) -> ChatLogprobs:

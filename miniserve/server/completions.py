@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Any
 
 from miniserve.core import Completion, SamplingParams, TokenLogprobs
 from miniserve.engine.detokenizer import TextDecoder, text_decoder
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server.protocol import CompletionChoice, CompletionLogprobs, CompletionRequest, Prompt
-from miniserve.server.reply import ChoicesAnswer, GenerationResponse, Header, finish_word
-from miniserve.server.service import MAX_TEXT, Service
+from miniserve.server.reply import ChoicesAnswer, GenerationResponse, finish_word
+from miniserve.server.service import Service
+from miniserve.server.structured import find_grammar
 
 
 class CompletionLogprobsWriter:
@@ -95,19 +95,20 @@ def _join(pieces: Sequence[CompletionLogprobs]) -> CompletionLogprobs:
 class CompletionAnswer(ChoicesAnswer):
     """The choices are listed in the order of their prompts."""
 
+    id_prefix = "cmpl-"
     whole_kind = chunk_kind = "text_completion"
     prompt_in_choice = True
 
     def __init__(
         self,
-        header: Header,
+        model: str,
         tokenizer: Tokenizer,
         prompts: Sequence[Prompt],
         token_ids: Sequence[list[int]],
         params: SamplingParams,
         body: CompletionRequest,
     ) -> None:
-        super().__init__(header, tokenizer, token_ids, params, body)
+        super().__init__(model, tokenizer, token_ids, params, body)
         self._prompts = prompts
         self._echo = bool(body.echo)
         self._num_wanted = body.n or 1
@@ -122,18 +123,14 @@ class CompletionAnswer(ChoicesAnswer):
         self._pieces[choice["index"]].append(choice)
         self._sums[choice["index"]] += sum(entry.logprob for entry in delta.logprobs or ())
 
-    def choices(self) -> list[CompletionChoice]:
-        return [self._joined(pieces) for _, pieces in sorted(self._pieces.items())]
-
-    def select(self, choices: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The n likeliest of each prompt's best_of, the likeliest first."""
-        if self._params.n == self._num_wanted:
-            return list(choices)
-        best: list[dict[str, Any]] = []
-        for first in range(0, len(choices), self._params.n):
-            ranked = sorted(choices[first : first + self._params.n], key=lambda choice: -self._sums[choice["index"]])
-            best += ranked[: self._num_wanted]
-        return [{**choice, "index": index} for index, choice in enumerate(best)]
+    def choices(self) -> Iterator[CompletionChoice]:
+        """Of a prompt's best_of the n likeliest, the likeliest first."""
+        indexes, best_of = sorted(self._pieces), self._params.n
+        for first in range(0, len(indexes), best_of):
+            group = indexes[first : first + best_of]
+            if self._num_wanted < best_of:
+                group = sorted(group, key=lambda index: -self._sums[index])[: self._num_wanted]
+            yield from (self._joined(self._pieces[index]) for index in group)
 
     def pieces(self, number: int, delta: Completion) -> Iterator[CompletionChoice]:
         self.count(number, delta)
@@ -176,16 +173,17 @@ class CompletionAnswer(ChoicesAnswer):
 async def respond(service: Service, body: CompletionRequest) -> GenerationResponse:
     """Raises `InvalidRequest` or `APIError` for what cannot be answered."""
     params = service.rules.for_completion(body)
-    await service.check_grammar(body)
+    if (found := find_grammar(body)) is not None:
+        await service.check_grammar(*found)
     service.turns.check(len(body.prompt), params.n)
     texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
-    max_chars = None if body.truncate_prompt_tokens is None else MAX_TEXT
-    encoded = iter(await service.encode(texts, body.add_special_tokens is not False, max_chars))
+    truncates = body.truncate_prompt_tokens is not None
+    encoded = iter(await service.encode(texts, body.add_special_tokens is not False, any_length=truncates))
     prompts: list[Prompt] = []
     token_ids = []
     for prompt in body.prompt:
         ids = next(encoded) if isinstance(prompt, str) else prompt
         token_ids.append(service.truncate(ids, body))
         prompts.append(prompt if len(token_ids[-1]) == len(ids) else token_ids[-1])
-    answer = CompletionAnswer(service.header("cmpl-"), service.engine.tokenizer, prompts, token_ids, params, body)
+    answer = CompletionAnswer(service.model, service.engine.tokenizer, prompts, token_ids, params, body)
     return await service.respond(answer, params, body)

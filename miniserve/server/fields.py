@@ -207,22 +207,26 @@ class FieldPolicy:
                 )
             if meant is not None:
                 raise InvalidRequest(f"The field {name!r} is not known; did you mean {meant}?", name)
-            if self._strict:
-                raise InvalidRequest(f"The field {name!r} is not known, and this server takes no unknown ones.", name)
-            if len(self._warned) < _MAX_WARNINGS:
-                self._warned.add((type(body), name))
-                logger.warning("Ignoring the unknown request field %.100r (said once per field).", name)
+            self.pass_over(type(body), name)
+
+    def pass_over(self, kind: type[Body], name: str) -> None:
+        """Warn once of a field without effect in such a body. Raises `InvalidRequest` where the server is strict."""
+        if self._strict:
+            raise InvalidRequest(f"The field {name!r} is not known, and this server takes no unknown ones.", name)
+        if (kind, name) not in self._warned and len(self._warned) < _MAX_WARNINGS:
+            self._warned.add((kind, name))
+            logger.warning("Ignoring the unknown request field %.100r (said once per field).", name)
 
 
-def _parts(value: object) -> Iterator[Body]:
+def _parts(body: Body) -> Iterator[Body]:
     """A body and those in it, however deep."""
-    if isinstance(value, Body):
-        yield value
-        for each in vars(value).values():
-            yield from _parts(each)
-    elif isinstance(value, list) and value and isinstance(value[0], Body):
-        for each in value:
-            yield from _parts(each)
+    yield body
+    for value in vars(body).values():
+        if isinstance(value, Body):
+            yield from _parts(value)
+        elif isinstance(value, list) and value and isinstance(value[0], Body):
+            for each in value:
+                yield from _parts(each)
 
 
 def _asks_for_nothing(name: str, value: object, body: Body) -> bool:

@@ -127,28 +127,25 @@ class MessagesRequest(CountTokensRequest):
     top_k: Int | None = None
 
 
-MessagesRequest.refused = CountTokensRequest.refused = refused_beside(
-    MessagesRequest,
-    "max_tokens",
-    {
-        "container": (), "context_management": ({"edits": []},), "mcp_servers": ([],), "speed": ("standard",),
-        "inference_geo": (), "diagnostics": (), "output_format": (), "betas": ([],),
-    },
-    {
-        "stop": "use stop_sequences",
-        "reasoning_effort": "use output_config.effort",
-        "response_format": "use output_config.format",
-        "output_format": "use output_config.format",
-        "parallel_tool_calls": "use tool_choice.disable_parallel_tool_use",
-        "mcp_servers": "call them from the client",
-    },
-)  # fmt: skip
 _NAMES = {
     "stop": "stop_sequences",
     "reasoning_effort": "output_config.effort",
     "chat_template_kwargs": "thinking",
     "response_format": "output_config.format",
 }
+MessagesRequest.refused = CountTokensRequest.refused = refused_beside(
+    MessagesRequest,
+    _NAMES,
+    {
+        "container": (), "context_management": ({"edits": []},), "mcp_servers": ([],), "speed": ("standard",),
+        "inference_geo": (), "diagnostics": (), "output_format": (), "betas": ([],),
+    },
+    {
+        "output_format": "use output_config.format",
+        "parallel_tool_calls": "use tool_choice.disable_parallel_tool_use",
+        "mcp_servers": "call them from the client",
+    },
+)  # fmt: skip
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -201,6 +198,7 @@ class AnthropicError(TypedDict):
 
 
 class MessagesAnswer(PartsAnswer):
+    id_prefix = "msg_"
     beat = b'event: ping\ndata: {"type": "ping"}\n\n'
 
     def whole(self) -> dict[str, Any]:
@@ -233,10 +231,10 @@ class MessagesAnswer(PartsAnswer):
 
     def _message(self) -> dict[str, Any]:
         return {
-            "id": self.header.id,
+            "id": self.id,
             "type": "message",
             "role": "assistant",
-            "model": self.header.model,
+            "model": self.model,
             "content": [],
             "stop_reason": None,
             "stop_sequence": None,
@@ -291,7 +289,7 @@ async def respond(service: Service, body: MessagesRequest) -> Response:
     chat = translation.chat
     chat.max_tokens, chat.stop, chat.stream = body.max_tokens, body.stop_sequences, body.stream
     chat.temperature, chat.top_p, chat.top_k = body.temperature, body.top_p, body.top_k
-    return await translation.respond(service, lambda chat: MessagesAnswer(service.header("msg_"), tokenizer, chat))
+    return await translation.respond(service, lambda chat: MessagesAnswer(service.model, tokenizer, chat))
 
 
 async def count_tokens(service: Service, body: CountTokensRequest) -> Response:

@@ -1,41 +1,17 @@
-"""A server in a process of its own, beneath a chat prompt or a benchmark: it shares no interpreter with its clients.
-And what signals do to a process of a server."""
+"""A server in a process of its own, beneath a chat prompt or a benchmark: it shares no interpreter with its clients."""
 
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import IO, NoReturn
 
 import msgspec
 
 from miniserve.config import EngineConfig
+from miniserve.parallel.child import on_signals, start_python
 from miniserve.server.config import ServerConfig
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-@contextmanager
-def on_signals(handler: Callable[[int], None], numbers: Sequence[signal.Signals] = SIGNALS) -> Iterator[None]:
-    """Have `handler` called, in the main thread and between any two of its instructions, for each of these signals.
-
-    SIGINT and SIGHUP that were ignored when the process started stay ignored, as everywhere: by that a shell's script
-    keeps Ctrl-C from what it runs in the background, and `nohup` the end of the terminal.
-    """
-    before = {number: signal.getsignal(number) for number in numbers}
-    ignored = [number for number in before if before[number] is signal.SIG_IGN and number != signal.SIGTERM]
-    taken = [number for number in numbers if number not in ignored]
-    for number in taken:
-        signal.signal(number, lambda number, _: handler(number))
-    try:
-        yield
-    finally:
-        for number in taken:
-            signal.signal(number, before[number])
 
 
 def exit_at_once(number: int) -> NoReturn:
@@ -74,15 +50,8 @@ class ServerProcess:
         self.leaving = False
 
     def __enter__(self) -> ServerProcess:
-        self._process = subprocess.Popen(
-            # -P: a file called torch.py in the working directory is not to be imported.
-            [sys.executable, "-P", "-m", "miniserve", "serve-for-parent"],
-            stdin=subprocess.PIPE,  # held open: its end tells to drain
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-            process_group=0,  # the terminal's Ctrl-C is for this process alone
-        )
+        pipe = subprocess.PIPE  # stdin is held open: its end tells to drain
+        self._process = start_python("miniserve", "serve-for-parent", stdin=pipe, stdout=pipe, stderr=self._log)
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             with suppress(BrokenPipeError):

@@ -8,16 +8,18 @@ kept and judged by `fields.FieldPolicy`, but for those of messages and tools, wh
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypeVar
 
 from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
+    GetCoreSchemaHandler,
     PlainValidator,
     ValidatorFunctionWrapHandler,
-    WrapValidator,
 )
+from pydantic_core import CoreSchema, core_schema
 from typing_extensions import TypedDict  # typing's own will not do for pydantic below Python 3.12
 
 from miniserve.engine.call_reader import FUNCTION_NAME
@@ -176,8 +178,16 @@ def _text_or_list(value: object, parts: ValidatorFunctionWrapHandler) -> Any:
     return _unicode(value) if isinstance(value, str) else parts(value)
 
 
-OR_TEXT = WrapValidator(_text_or_list, json_schema_input_type=str | list[dict[str, Any]])
-TextOrList = Annotated[ListOf[T], OR_TEXT]
+class OrText:
+    """Of a list's type: a text may stand in its place."""
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        parts = handler(source)
+        either = core_schema.union_schema([core_schema.str_schema(), parts])
+        return core_schema.no_info_wrap_validator_function(_text_or_list, parts, json_schema_input_schema=either)
+
+
+TextOrList = Annotated[ListOf[T], OrText()]
 
 
 Arguments = str | dict[str, Any]
@@ -256,10 +266,14 @@ class NamedTool(NamedTuple):
 def _tool_choice(value: object) -> str | NamedTool:
     if value in ("none", "auto", "required"):
         return str(value)
-    function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ValueError('must be none, auto, required or {"type": "function", "function": {"name": …}}')
-    return NamedTool(function["name"])
+    if isinstance(value, dict) and value.get("type") == "function":
+        function = value.get("function", value)  # chat has the name one level deeper than responses
+        if isinstance(function, dict) and isinstance(name := function.get("name"), str):
+            return NamedTool(name)
+    raise ValueError('must be none, auto, required or {"type": "function", "function": {"name": …}}')
+
+
+ToolChoice = Annotated[str | NamedTool, PlainValidator(_tool_choice, json_schema_input_type=str | dict[str, Any])]
 
 
 class RenderOptions(Body):
@@ -282,9 +296,7 @@ class ChatCompletionRequest(RenderOptions, GenerationBody):
     max_completion_tokens: Int | None = None
     logprobs: bool | None = None
     top_logprobs: Int | None = None
-    tool_choice: (
-        Annotated[str | NamedTool, PlainValidator(_tool_choice, json_schema_input_type=str | dict[str, Any])] | None
-    ) = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
 
@@ -460,15 +472,16 @@ class ChatChunkChoice(TypedDict):
     token_ids: NotRequired[list[int]]
 
 
-class Model(TypedDict):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
     id: str
-    object: Literal["model"]
+    object: Literal["model"] = "model"
     created: int
-    owned_by: str
+    owned_by: str = "miniserve"
     root: str
-    parent: None
+    parent: None = None
     max_model_len: int
-    permission: list[str]
+    permission: tuple[str, ...] = ()
 
 
 class ModelList(TypedDict):

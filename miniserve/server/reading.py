@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from miniserve.engine.reasoning import ReasoningSplit
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.engine.tool_dialects import ToolDialect
 from miniserve.engine.tool_grammar import call_grammar
-from miniserve.server.protocol import ChatCompletionRequest, NamedTool, Tool
+from miniserve.server.protocol import ChatCompletionRequest, NamedTool, TokenLogprob, Tool
 
 Functions = Mapping[str, Mapping[str, Any]]
 Kind = Literal["thought", "text", "call"]
@@ -47,7 +48,7 @@ class Part:
     """One of an answer's parts, which come one behind the other. number: among all parts or, of a call, `call_number`
     among the calls. id: of a call as the model's template takes it. name: of the called function. complete: the answer
     went on behind the part, or ended by itself; of a call: its end was read. pieces: of its text, where they are kept;
-    a call's is the JSON text of its arguments as the model wrote it."""
+    a call's is the JSON text of its arguments as the model wrote it. logprobs: of its tokens, where they are kept."""
 
     kind: Kind
     number: int
@@ -56,6 +57,7 @@ class Part:
     call_number: int = 0
     complete: bool = False
     pieces: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -84,7 +86,7 @@ class AnswerReader:
     def num_reasoning_tokens(self) -> int:
         return self._num_tokens if self._parser.reasons else 0
 
-    def push(self, delta: Completion) -> Iterator[Step]:
+    def push(self, delta: Completion) -> list[Step]:
         """What a delta brings, and at the last one what was held back."""
         for token_id in delta.token_ids:
             if self._split is None or self._split.over:
@@ -94,36 +96,38 @@ class AnswerReader:
         events = self._parser.push(delta.text)
         if delta.finish_reason is not None:
             events += self._parser.finish()
+        steps: list[Step] = []
         for event in events:
             match event:
-                case Thought(text) if self._reading.shows_reasoning:
-                    yield from self._take("thought", text)
-                case Content(text):
-                    yield from self._take("text", text)
-                case CallBegin(number, name):
-                    yield from self._begin("call", self._reading.call_id(), name, number)
-                case CallArguments(_, text):
-                    yield from self._take("call", text)
+                case Content():
+                    steps += self._take("text", event.text)
+                case Thought():
+                    steps += self._take("thought", event.text) if self._reading.shows_reasoning else ()
+                case CallBegin():
+                    steps += self._begin("call", self._reading.call_id(), event.name, event.index)
+                case CallArguments():
+                    steps += self._take("call", event.text)
                 case CallEnd():
                     self.parts[-1].complete = True
         if delta.finish_reason is not None:
-            yield from self._end(complete=delta.finish_reason is FinishReason.STOP)
+            steps += self._end(complete=delta.finish_reason is FinishReason.STOP)
+        return steps
 
-    def _take(self, kind: Kind, text: str) -> Iterator[Step]:
-        if not self.parts or self.parts[-1].kind != kind:
-            yield from self._begin(kind, uuid.uuid4().hex)
-        yield "text", self.parts[-1], text
+    def _take(self, kind: Kind, text: str) -> list[Step]:
+        begin = [] if self.parts and self.parts[-1].kind == kind else self._begin(kind, uuid.uuid4().hex)
+        return [*begin, ("text", self.parts[-1], text)]
 
-    def _begin(self, kind: Kind, part_id: str, name: str = "", call_number: int = 0) -> Iterator[Step]:
-        yield from self._end(complete=True)
+    def _begin(self, kind: Kind, part_id: str, name: str = "", call_number: int = 0) -> list[Step]:
+        ended = self._end(complete=True)
         self.parts.append(Part(kind, len(self.parts), part_id, name, call_number))
-        yield "begin", self.parts[-1], ""
+        return [*ended, ("begin", self.parts[-1], "")]
 
-    def _end(self, complete: bool) -> Iterator[Step]:
-        if self.parts:
-            part = self.parts[-1]
-            part.complete = part.complete or (complete and part.kind != "call")
-            yield "end", part, ""
+    def _end(self, complete: bool) -> list[Step]:
+        if not self.parts:
+            return []
+        part = self.parts[-1]
+        part.complete = part.complete or (complete and part.kind != "call")
+        return [("end", part, "")]
 
 
 def reading_of(
@@ -159,19 +163,29 @@ def chosen_tools(body: ChatCompletionRequest) -> list[Tool]:
 
 
 def forced_calls(
-    body: ChatCompletionRequest, reading: Reading, tools: Sequence[Tool], tokenizer: Tokenizer
+    body: ChatCompletionRequest,
+    reading: Reading,
+    tools: Sequence[Tool],
+    tokenizer: Tokenizer,
+    content: Grammar | None,
 ) -> Grammar | None:
     """What holds the model to the request's choice, to one call where not several may come, and to the schemas of all
-    functions that it must call and of those that are strict. Raises `InvalidRequest` for a schema that cannot be
-    enforced."""
+    functions that it must call and of those that are strict. `content`: the JSON schema of a text instead of calls, if
+    there is one. Raises `InvalidRequest` for a schema that cannot be enforced."""
     must_call = body.tool_choice not in (None, "auto")
     once = isinstance(body.tool_choice, NamedTool) or body.parallel_tool_calls is False
     strict = {tool.function.name for tool in tools if must_call or tool.function.strict}
-    if reading.dialect is None or not (strict or once):
+    if reading.dialect is None or not (strict or once or content):
         return None
     schemas = {name: schema if name in strict else None for name, schema in reading.functions.items()}
     return call_grammar(
-        reading.dialect, schemas, tokenizer, must_call=must_call, once=once, reasoning=reading.reasoning
+        reading.dialect,
+        schemas,
+        tokenizer,
+        must_call=must_call,
+        once=once,
+        reasoning=reading.reasoning,
+        content=None if content is None else json.loads(content.text),
     )
 
 

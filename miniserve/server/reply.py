@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import time
+import uuid
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import msgspec
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 KEEP_ALIVE = 15.0  # seconds without an event after which a comment says that the stream lives
 _LOGGED_TOKENS, _LOGGED_CHARS = 1000, 2000  # of prompts in the log
+_FINGERPRINT = f"miniserve-{__version__}"
 _encoder = msgspec.json.Encoder()
 _EVENT_STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -44,34 +46,19 @@ _EVENT_STREAM_HEADERS = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
-    """The first fields of every answer of one request."""
-
-    id: str
-    created: int
-    model: str
-
-    def body(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": f"miniserve-{__version__}",
-        }
-
-
 class Answer(ABC):
     """The shape of an answer, as a whole or as events. `number` is that of the prompt. Every prompt's tokens count
     once, and the output of every sequence."""
 
+    id_prefix: ClassVar[str]
     names_events: ClassVar[bool] = False  # by their `type`, in a line before the data
     beat: ClassVar[bytes] = b": keep-alive\n\n"
     end: ClassVar[bytes] = b"data: [DONE]\n\n"
 
-    def __init__(self, header: Header, tokenizer: Tokenizer, token_ids: Sequence[list[int]]) -> None:
-        self.header = header
+    def __init__(self, model: str, tokenizer: Tokenizer, token_ids: Sequence[list[int]]) -> None:
+        self.id = f"{self.id_prefix}{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.model = model
         self.token_ids = token_ids  # of each prompt
         self._tokenizer = tokenizer
         self._prompt_tokens = sum(map(len, token_ids))
@@ -114,7 +101,7 @@ class Answer(ABC):
         if with_prompts:
             text = " | ".join(self._tokenizer.decode(ids[:_LOGGED_TOKENS], False) for ids in self.token_ids)
             text = text[:_LOGGED_CHARS]
-        log_request(self.header.id, request_id, self._prompt_tokens, sum(self._cached_tokens), records, text)
+        log_request(self.id, request_id, self._prompt_tokens, sum(self._cached_tokens), records, text)
 
 
 class ChoicesAnswer(Answer):
@@ -126,13 +113,13 @@ class ChoicesAnswer(Answer):
 
     def __init__(
         self,
-        header: Header,
+        model: str,
         tokenizer: Tokenizer,
         token_ids: Sequence[list[int]],
         params: SamplingParams,
         body: GenerationBody,
     ) -> None:
-        super().__init__(header, tokenizer, token_ids)
+        super().__init__(model, tokenizer, token_ids)
         self._params = params
         self._body = body
         options = body.stream_options or StreamOptions()
@@ -143,24 +130,20 @@ class ChoicesAnswer(Answer):
         self._begun: set[int] = set()  # choices
 
     @abstractmethod
-    def choices(self) -> Sequence[Mapping[str, Any]]:
-        """What was gathered, in order."""
+    def choices(self) -> Iterable[Mapping[str, Any]]:
+        """What was gathered, in the order in which it is shown."""
 
     @abstractmethod
     def pieces(self, number: int, delta: Completion) -> Iterator[Mapping[str, Any]]:
         """The choices for one delta, each for a separate event; the end comes separately, too, behind the last text.
         `count`s the delta's tokens before the first choice that has some."""
 
-    def select(self, choices: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
-        """Those of the choices that the answer shows."""
-        return choices
-
     def whole(self) -> dict[str, Any]:
         choices = [{**choice, **self._ids_of(choice["index"])} for choice in self.choices()]
         beside = {} if self.prompt_in_choice else self._about_prompt(0)
         return {
-            **self.header.body(self.whole_kind),
-            "choices": self.select(choices),
+            **self._head(self.whole_kind),
+            "choices": [{**choice, "index": index} for index, choice in enumerate(choices)],
             "usage": self.usage(),
             **beside,
         }
@@ -206,9 +189,13 @@ class ChoicesAnswer(Answer):
             "prompt_tokens_details": {"cached_tokens": sum(self._cached_tokens)},
         }
 
+    def _head(self, kind: str) -> dict[str, Any]:
+        head = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return {**head, "system_fingerprint": _FINGERPRINT}
+
     def _chunk(self, *choices: Mapping[str, Any]) -> dict[str, Any]:
         """An event; one without choices is for the usage."""
-        return {**self.header.body(self.chunk_kind), "choices": choices}
+        return {**self._head(self.chunk_kind), "choices": choices}
 
     def _ids_of(self, index: int, with_prompt: bool = True) -> dict[str, Any]:
         """What a choice says of tokens beside its text, where it was asked for."""

@@ -7,10 +7,10 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NotRequired
 
-from pydantic import AfterValidator, Field, PlainValidator
+from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict
 
-from miniserve.core import FinishReason, InvalidRequest
+from miniserve.core import Completion, FinishReason, InvalidRequest, TokenLogprobs
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server.agents import (
     PartsAnswer,
@@ -22,11 +22,10 @@ from miniserve.server.agents import (
     refused_beside,
     texts_of,
 )
-from miniserve.server.chat import Chat
+from miniserve.server.chat import Chat, chat_logprobs
 from miniserve.server.errors import APIError, clip
 from miniserve.server.fields import LEAVE_OUT, Body, Exact, refusals
 from miniserve.server.protocol import (
-    OR_TEXT,
     CalledArguments,
     CalledName,
     ChatCompletionRequest,
@@ -34,16 +33,19 @@ from miniserve.server.protocol import (
     FunctionName,
     Int,
     ListOf,
-    NamedTool,
+    OrText,
     Text,
     TextOrList,
+    TokenLogprob,
     Tool,
+    ToolChoice,
 )
 from miniserve.server.reading import Part
-from miniserve.server.reply import GenerationResponse, Header
+from miniserve.server.reply import GenerationResponse
 from miniserve.server.service import Service
 from miniserve.server.structured import JSONSchemaFormat, ResponseFormat
 
+_LOGPROBS = "message.output_text.logprobs"
 _TEXTS = ("input_text", "output_text", "reasoning_text", "summary_text", "text")
 
 
@@ -96,6 +98,9 @@ class FunctionTool(Body):
     parameters: Schema | None = None
     strict: bool | None = None
 
+    def shown(self) -> dict[str, Any]:
+        return self.model_dump(exclude=set(self.extras)) | {"strict": bool(self.strict)}
+
 
 class TextFormat(Exact):
     type: Literal["text", "json_object", "json_schema"]
@@ -122,22 +127,12 @@ class ResponseStreamOptions(Exact):
     include_obfuscation: Literal[False] | None = None
 
 
-def _tool_choice(value: object) -> str | NamedTool:
-    if value in ("none", "auto", "required"):
-        return str(value)
-    if not isinstance(value, dict) or value.get("type") != "function" or not isinstance(value.get("name"), str):
-        raise ValueError('must be none, auto, required or {"type": "function", "name": …}')
-    return NamedTool(value["name"])
-
-
 class ResponsesRequest(Body):
     model: str | None = None
-    input: Annotated[ListOf[Item], Field(min_length=1), OR_TEXT]
+    input: Annotated[ListOf[Item], Field(min_length=1), OrText()]
     instructions: Text | None = None
     tools: ListOf[FunctionTool] | None = None
-    tool_choice: (
-        Annotated[str | NamedTool, PlainValidator(_tool_choice, json_schema_input_type=str | dict[str, Any])] | None
-    ) = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
@@ -147,34 +142,32 @@ class ResponsesRequest(Body):
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
     store: bool | None = None
-    include: list[Literal["reasoning.encrypted_content"]] | None = None
+    include: list[Literal["reasoning.encrypted_content", "message.output_text.logprobs"]] | None = None
+    top_logprobs: Int | None = None
     truncation: Literal["disabled"] | None = None
     metadata: Annotated[dict[Text, Text], Field(max_length=16)] | None = None
 
 
-ResponsesRequest.refused = refused_beside(
-    ResponsesRequest,
-    "max_output_tokens",
-    {
-        "prompt": (), "max_tool_calls": (), "context_management": ([],), "moderation": (), "top_logprobs": (0,),
-        "background_options": (), "access_programs": (), "image": (), "multi_agent": (),
-    },
-    {
-        "messages": "send it as input",
-        "system": "use instructions",
-        "response_format": "use text.format",
-        "reasoning_effort": "use reasoning.effort",
-        "prompt": "no prompts are kept; send input and instructions",
-        "max_tool_calls": "leave it out; there are no built-in tools",
-        "background": "leave it out, and wait for the answer",
-    },
-)  # fmt: skip
 _NAMES = {
     "messages": "input",
     "max_tokens": "max_output_tokens",
     "reasoning_effort": "reasoning.effort",
     "response_format": "text.format",
 }
+ResponsesRequest.refused = refused_beside(
+    ResponsesRequest,
+    _NAMES,
+    {
+        "prompt": (), "max_tool_calls": (), "context_management": ([],), "moderation": (),
+        "background_options": (), "access_programs": (), "image": (), "multi_agent": (),
+    },
+    {
+        "system": "use instructions",
+        "prompt": "no prompts are kept; send input and instructions",
+        "max_tool_calls": "leave it out; there are no built-in tools",
+        "background": "leave it out, and wait for the answer",
+    },
+)  # fmt: skip
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -227,6 +220,7 @@ class ResponseOut(TypedDict):
     parallel_tool_calls: bool
     text: dict[str, Any]
     reasoning: dict[str, Any]
+    top_logprobs: int
     max_output_tokens: int | None
     temperature: float
     top_p: float
@@ -236,11 +230,15 @@ class ResponseOut(TypedDict):
 
 
 class ResponsesAnswer(PartsAnswer):
-    def __init__(self, header: Header, tokenizer: Tokenizer, chat: Chat, body: ResponsesRequest) -> None:
-        super().__init__(header, tokenizer, chat)
+    id_prefix = "resp_"
+
+    def __init__(self, model: str, tokenizer: Tokenizer, chat: Chat, body: ResponsesRequest) -> None:
+        super().__init__(model, tokenizer, chat)
         self._body = body
         self._params = chat.params
         self._serial = -1
+        self._entries: list[TokenLogprobs] = []
+        self._num_shown = 0  # of the entries
 
     def whole(self) -> dict[str, Any]:
         return dict(self._response(*self._outcome()))
@@ -254,15 +252,23 @@ class ResponsesAnswer(PartsAnswer):
         if part.kind != "call":
             yield self._about(part, "response.content_part.added", part=_content(part, ""))
 
+    def count(self, number: int, delta: Completion) -> None:
+        super().count(number, delta)
+        self._entries += delta.logprobs or ()
+
     def piece(self, part: Part, text: str) -> dict[str, Any]:
-        return self._about(part, f"response.{_WORDS[part.kind]}.delta", delta=text)
+        beside = {"logprobs": self._new_logprobs(part)} if part.kind == "text" else {}
+        return self._about(part, f"response.{_WORDS[part.kind]}.delta", delta=text, **beside)
 
     def ended(self, part: Part) -> Iterator[dict[str, Any]]:
         text = part.text
         if part.kind == "call":
             yield self._about(part, "response.function_call_arguments.done", arguments=text, name=part.name)
         else:
-            yield self._about(part, f"response.{_WORDS[part.kind]}.done", text=text)
+            if part.kind == "text":
+                self._new_logprobs(part)
+            beside = {"logprobs": part.logprobs} if part.kind == "text" else {}
+            yield self._about(part, f"response.{_WORDS[part.kind]}.done", text=text, **beside)
             yield self._about(part, "response.content_part.done", part=_content(part, text))
         yield self._event("response.output_item.done", output_index=part.number, item=_item(part, text))
 
@@ -279,12 +285,19 @@ class ResponsesAnswer(PartsAnswer):
         return {"type": kind, "sequence_number": self._serial, **fields}
 
     def _about(self, part: Part, kind: str, /, **fields: Any) -> dict[str, Any]:
-        """An event of a part. Of calls there are no contents, and of texts alone logprobs, of which there are none."""
+        """An event of a part. Of calls there are no contents."""
         if part.kind != "call":
             fields["content_index"] = 0
-        if kind.startswith("response.output_text."):
-            fields["logprobs"] = []
         return self._event(kind, item_id=_item_id(part), output_index=part.number, **fields)
+
+    def _new_logprobs(self, part: Part) -> list[TokenLogprob]:
+        """Of a text's tokens since the last call, added to the part's; those of reasoning and special ones are none."""
+        entries = self._entries[max(self._num_shown, self._reader.num_reasoning_tokens) :]
+        self._num_shown = len(self._entries)
+        shown = [entry for entry in entries if entry.token_id not in self._tokenizer.special_token_ids]
+        new = chat_logprobs(self._tokenizer, shown, self._tokenizer.token_str)["content"]
+        part.logprobs += new
+        return new
 
     def _outcome(self) -> tuple[Literal["completed", "incomplete"], dict[str, str] | None]:
         if self._last is not None and self._last.finish_reason is not FinishReason.STOP:
@@ -302,23 +315,24 @@ class ResponsesAnswer(PartsAnswer):
         effort = body.reasoning.effort if body.reasoning else None
         choice = body.tool_choice or "auto"
         return {
-            "id": self.header.id,
+            "id": self.id,
             "object": "response",
-            "created_at": self.header.created,
+            "created_at": self.created,
             "status": status,
             "error": error,
             "incomplete_details": incomplete,
-            "model": self.header.model,
+            "model": self.model,
             "output": [] if running else [_item(part, part.text) for part in self._reader.parts],
             "usage": None if running else self._usage(),
             "store": False,
             "instructions": body.instructions,
             "metadata": body.metadata or {},
-            "tools": [_shown(tool) for tool in body.tools or ()],
+            "tools": [tool.shown() for tool in body.tools or ()],
             "tool_choice": choice if isinstance(choice, str) else {"type": "function", "name": choice.name},
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "text": {"format": given.model_dump(exclude_none=True, by_alias=True) if given else {"type": "text"}},
             "reasoning": {"effort": effort, "summary": None},
+            "top_logprobs": body.top_logprobs or 0,
             "max_output_tokens": body.max_output_tokens,
             "temperature": self._params.temperature,
             "top_p": self._params.top_p,
@@ -364,17 +378,7 @@ def _item(part: Part, text: str, status: Literal["in_progress"] | None = None) -
 def _content(part: Part, text: str) -> dict[str, Any]:
     if part.kind == "thought":
         return {"type": "reasoning_text", "text": text}
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-
-def _shown(tool: FunctionTool) -> dict[str, Any]:
-    return {
-        "type": "function",
-        "name": tool.name,
-        "description": tool.description,
-        "parameters": tool.parameters,
-        "strict": bool(tool.strict),
-    }
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": part.logprobs}
 
 
 # --- from a request to a chat -----------------------------------------------------------------------------------------
@@ -385,9 +389,7 @@ async def respond(service: Service, body: ResponsesRequest) -> GenerationRespons
     if body.stream_options is not None and not body.stream:
         raise InvalidRequest("stream_options is only allowed when stream is true.", "stream_options")
     tokenizer = service.engine.tokenizer
-    return await _translated(body).respond(
-        service, lambda chat: ResponsesAnswer(service.header("resp_"), tokenizer, chat, body)
-    )
+    return await _translated(body).respond(service, lambda chat: ResponsesAnswer(service.model, tokenizer, chat, body))
 
 
 def _translated(body: ResponsesRequest) -> Translation:
@@ -402,6 +404,11 @@ def _translated(body: ResponsesRequest) -> Translation:
     chat.tool_choice, chat.parallel_tool_calls, chat.stream = body.tool_choice, body.parallel_tool_calls, body.stream
     if body.tools:
         chat.tools = [_tool(f"tools[{index}]", tool) for index, tool in enumerate(body.tools)]
+    chat.logprobs, chat.top_logprobs = _LOGPROBS in (body.include or ()) or None, body.top_logprobs
+    if chat.top_logprobs and not chat.logprobs:
+        raise InvalidRequest(f"top_logprobs needs include to have {_LOGPROBS}.", "top_logprobs")
+    if chat.logprobs and body.tools and body.tool_choice != "none":
+        raise InvalidRequest(f"include: {_LOGPROBS} goes with tools only where tool_choice is none.", "include")
     if body.reasoning is not None:
         chat.reasoning_effort = body.reasoning.effort
     if body.text is not None and (given := body.text.format) is not None:

@@ -23,11 +23,12 @@ import uvicorn
 
 from miniserve.core import UserError
 from miniserve.engine.replicas import Engine
+from miniserve.parallel.child import on_signals
 from miniserve.server.app import create_app
 from miniserve.server.config import ServerConfig
 from miniserve.server.connection import Connection, Guard
 from miniserve.server.gate import RequestIdMiddleware
-from miniserve.server.process import exit_at_once, on_signals
+from miniserve.server.process import exit_at_once
 from miniserve.server.steps import ProgressLine
 
 logger = logging.getLogger(__name__)
@@ -160,21 +161,16 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 async def serve(
-    engine: Engine,
-    config: ServerConfig,
-    *,
-    sock: socket.socket | None = None,
-    on_ready: Callable[[], None] | None = None,
-    stop: asyncio.Event | None = None,
+    engine: Engine, config: ServerConfig, sock: socket.socket, *, on_ready: Callable[[], None], stop: asyncio.Event
 ) -> int:
-    """Serve a started engine until it is over, end the engine, and return the exit code of the process.
+    """Serve a started engine on a socket of `listening` until it is over, end the engine, and return the exit code of
+    the process.
 
     The first of `SIGNALS` (or `stop` being set) closes the port, lets running requests finish within `drain_timeout`,
     and gives 0; a second signal ends the process at once. If the engine dies, running requests are answered with an
-    error, those that come within `_LAST_WORDS` with 503, and the code is 1. `sock` comes from `bind`; without it this
-    binds, raising `UserError`.
+    error, those that come within `_LAST_WORDS` with 503, and the code is 1. Raises `UserError` where another program
+    took the port meanwhile.
     """
-    sock = sock if sock is not None else bind(config.host, config.port)
     guard = Guard(_max_connections(), max(_BODY_MEMORY, 2 * config.max_body_bytes))
     server = _Server(
         uvicorn.Config(
@@ -196,7 +192,7 @@ async def serve(
     )
     gc.collect()
     gc.freeze()  # what is there now stays: looking through all of it again would hold up streams for 0.1 s
-    supervisor = asyncio.create_task(_supervise(engine, server, guard, config, stop or asyncio.Event()))
+    supervisor = asyncio.create_task(_supervise(engine, server, guard, config, stop))
     try:
         _listen(sock, config)
         await server.serve(sockets=[sock])
@@ -232,7 +228,7 @@ def _known_hosts(config: ServerConfig, sock: socket.socket) -> frozenset[str] | 
 class _Server(uvicorn.Server):
     """uvicorn's server with our signals: it would raise a signal again after the shutdown that the signal asked for."""
 
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None] | None) -> None:
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
         super().__init__(config)
         self.death_reported = False
         self._signalled = False
@@ -240,8 +236,7 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self._on_ready is not None:
-            self._on_ready()
+        self._on_ready()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,14 +19,13 @@ from miniserve.server.fields import Body, FieldPolicy
 from miniserve.server.generation import Generation, Turns
 from miniserve.server.metrics import ServerMetrics
 from miniserve.server.protocol import GenerationBody
-from miniserve.server.reply import Answer, GenerationResponse, Header
+from miniserve.server.reply import Answer, GenerationResponse
 from miniserve.server.sampling import SamplingRules
-from miniserve.server.structured import find_grammar
 
 T = TypeVar("T")
 _LONG_TEXT = 16_384  # characters; beyond, encoding takes milliseconds
 _VERY_LONG_TEXT = 262_144  # characters; beyond, it takes a good part of a second
-MAX_TEXT = 1_048_576  # characters of a text that need not fit into the context
+_MAX_TEXT = 1_048_576  # characters of a text that need not fit into the context
 _CALL = 64  # characters that could be encoded in the time that a call takes
 
 
@@ -36,24 +34,22 @@ class Service:
         self.engine = engine
         self.config = config
         self.model_names = config.served_model_names or (engine.info.model,)
+        self.model = self.model_names[0]  # as answers have it
         self.started = int(time.time())
         # As many more than run as keep the engine from ever waiting for the next.
         self.turns = Turns(2 * engine.info.max_num_seqs * len(engine.engines), config.max_queue, config.max_prompts)
-        self.metrics = ServerMetrics(engine, self.turns, self.model_names[0])
-        self._fields = FieldPolicy(config.strict_fields)
+        self.metrics = ServerMetrics(engine, self.turns, self.model)
+        self.fields = FieldPolicy(config.strict_fields)
         self.rules = SamplingRules(engine.generation_defaults.sampling, engine.info.vocab_size, engine.tokenizer)
         self._long = ThreadPoolExecutor(2, "long-text")
         self._very_long = ThreadPoolExecutor(1, "very-long-text")
         self._grammars = ThreadPoolExecutor(2, "grammar")
 
-    def header(self, prefix: str) -> Header:
-        return Header(f"{prefix}{uuid.uuid4().hex}", int(time.time()), self.model_names[0])
-
     def admit(self, body: Body) -> None:
         """What is checked of every request. Raises `APIError` 404 for a model that there is not, and `InvalidRequest`
         for fields that would be ignored."""
         self.check_model(getattr(body, "model", None))
-        self._fields.check(body)
+        self.fields.check(body)
 
     def check_model(self, name: str | None) -> None:
         """Raises `APIError` 404. No name means the one model there is."""
@@ -74,7 +70,7 @@ class Service:
         requests = []
         for number, ids in enumerate(answer.token_ids):
             request = Request(
-                request_id=f"{answer.header.id}-{number}",
+                request_id=f"{answer.id}-{number}",
                 prompt_token_ids=ids,
                 params=params,
                 priority=body.priority or 0,
@@ -94,15 +90,9 @@ class Service:
         generation = Generation(self.engine, self.metrics, self.turns, requests, params)
         return GenerationResponse(generation, answer, bool(body.stream), self.config)
 
-    async def check_grammar(self, body: GenerationBody) -> None:
-        """Raises `InvalidRequest` naming the field for what the output cannot be made to be. Takes a second at most,
-        in a thread."""
-        found = find_grammar(body)
-        if found is not None:
-            await self.check_one_grammar(*found)
-
-    async def check_one_grammar(self, param: str, grammar: Grammar) -> None:
-        """As `check_grammar`, of a grammar that comes of the field `param`."""
+    async def check_grammar(self, param: str, grammar: Grammar) -> None:
+        """Raises `InvalidRequest` naming the field `param` for what the output cannot be made to be. Takes a second at
+        most, in a thread."""
         check = partial(check_grammar, grammar, self.engine.tokenizer, param)
         await asyncio.get_running_loop().run_in_executor(self._grammars, check)
 
@@ -130,21 +120,19 @@ class Service:
             return ids
         return ids[:most] if body.truncation_side == "right" else ids[-most:]
 
-    async def encode(
-        self, texts: Sequence[str], add_special_tokens: bool, max_chars: int | None = None
-    ) -> list[list[int]]:
-        """Token ids of each text, which may have as many tokens as the context or, where it says so, `max_chars`.
-        Raises `InvalidRequest`, for a text that no vocabulary could make short enough before it is tokenized."""
+    async def encode(self, texts: Sequence[str], add_special_tokens: bool, *, any_length: bool) -> list[list[int]]:
+        """Token ids of each text, which may have as many tokens as the context or, with `any_length`, as many
+        characters as this server takes. Raises `InvalidRequest`, before it is tokenized, for a text that is longer."""
         limit, longest = self.engine.info.max_model_len, self.engine.tokenizer.longest_token
         for text in texts:
-            if max_chars is None and len(text) > limit * longest:
+            if not any_length and len(text) > limit * longest:
                 raise too_long(
                     limit,
                     f"your prompt has {len(text)} characters, and no token stands for more than {longest}. Please "
                     "shorten the prompt.",
                 )
-            if max_chars is not None and len(text) > max_chars:
-                raise InvalidRequest(f"The text has {len(text)} characters; at most {max_chars} are taken.", "prompt")
+            if any_length and len(text) > _MAX_TEXT:
+                raise InvalidRequest(f"The text has {len(text)} characters; at most {_MAX_TEXT} are taken.", "prompt")
         gone = False
 
         def work() -> list[list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -32,22 +33,28 @@ def view_shape(layout: str, num_blocks: int, shape: tuple[int, int, int], x: int
     }[layout]
 
 
+@cache
+def offsets(layout: str, num_blocks: int, shape: tuple[int, int, int], x: int) -> torch.Tensor:
+    """Where each element of [num_blocks, *shape], taken in order, lies in a dense plane."""
+    block_size, kv_heads, dim = shape
+    return torch.tensor(
+        [
+            key_offset(layout, b, o, h, d, shape, x)
+            for b in range(num_blocks)
+            for o in range(block_size)
+            for h in range(kv_heads)
+            for d in range(dim)
+        ]
+    )
+
+
 def plane(layout: str, tokens: torch.Tensor) -> torch.Tensor:
     """tokens [num_blocks, block_size, kv_heads, head_dim] laid out."""
     num_blocks, *rest = tokens.shape
     shape, x = (rest[0], rest[1], rest[2]), 16 // tokens.element_size()
     raw = tokens.view(torch.uint8) if x == 16 else tokens
     flat = torch.empty_like(raw).view(-1)
-    where = torch.tensor(
-        [
-            key_offset(layout, b, o, h, d, shape, x)
-            for b in range(num_blocks)
-            for o in range(rest[0])
-            for h in range(rest[1])
-            for d in range(rest[2])
-        ]
-    )
-    flat[where] = raw.reshape(-1)
+    flat[offsets(layout, num_blocks, shape, x)] = raw.reshape(-1)
     return flat.view(tokens.dtype).view(view_shape(layout, num_blocks, shape, x))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from miniserve.attention import aiter
 from miniserve.attention.formula import attention_by_formula, visible_keys
-from miniserve.attention.layouts import LAYOUTS, KVCache, LatentLayout, ShuffledLayout
+from miniserve.attention.layouts import LAYOUTS, KVCache, LatentLayout, ShuffledLayout, decoded
 from miniserve.attention.platform import Platform
 from miniserve.config import EngineConfig
 from miniserve.core import EngineInfo, Runner
@@ -104,7 +104,7 @@ def torch_extend(
             out[span] = 0
             continue
         blocks = block_tables[row, : cdiv(length, block_size)].long()
-        k, v = layout.read(KVCache(key_cache, value_cache), blocks, torch.float32, k_scale, v_scale)
+        k, v = decoded(layout.gather(KVCache(key_cache, value_cache), blocks), torch.float32, k_scale, v_scale)
         k, v = k.flatten(0, 1)[:length], v.flatten(0, 1)[:length]
         position = torch.arange(length)
         visible = visible_keys(position[length - (span.stop - span.start) :, None] - position, window)
@@ -215,7 +215,7 @@ def torch_mla_decode(
     out = torch.zeros_like(q)
     for row, length in enumerate(seq_lens.tolist()):
         blocks = block_tables[row, : cdiv(length, layout.block_size)].long()
-        kv_c, k_pe = layout.read(cache, blocks, torch.float32, kv_scale, kv_scale)
+        kv_c, k_pe = decoded(layout.gather(cache, blocks), torch.float32, kv_scale, kv_scale)
         kv_c, k_pe = kv_c.flatten(0, 1)[:length], k_pe.flatten(0, 1)[:length]
         weights = ((q[row].float() @ kv_c.T + q_pe[row].float() @ k_pe.T) * scale).softmax(-1)
         out[row] = weights @ kv_c

@@ -19,7 +19,7 @@ from attention_reference import Layer
 from real_aiter import make_importable
 
 from miniserve.attention.aiter import Aiter
-from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.base import BackendOptions
 from miniserve.attention.backends.rocm_unified import UnifiedBackend
 from miniserve.attention.layouts import LAYOUTS, KVCache, KVLayout
 from miniserve.attention.metadata import StepBatch

@@ -12,7 +12,7 @@ from emulation import torch_kernels
 from real_aiter import make_importable
 
 from miniserve.attention.aiter import Aiter
-from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.base import BackendOptions
 from miniserve.attention.backends.rocm_unified import UnifiedBackend
 from miniserve.attention.platform import NAMED_PLATFORMS
 from miniserve.attention.spec import AttentionSpec

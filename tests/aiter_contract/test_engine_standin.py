@@ -93,19 +93,19 @@ def test_every_path_verifies_guesses(backend: str, layout: str, reference: list[
     """In its own decode kernel: a guess is a row like any other."""
     with stand_in("gfx942", CU_NUM) as module:
         calls = module._standin.calls
-        texts = generate(6, calls, device="cpu", attention_backend=backend, kv_layout=layout, speculative="ngram:4")
+        texts = generate(4, calls, device="cpu", attention_backend=backend, kv_layout=layout, speculative="ngram:4")
         decodes = {" ".join(call) for call in calls if call[0].startswith(("pa", "unified"))}
-    assert sum(text == expected for text, expected in zip(texts, reference[:6], strict=True)) >= 5
+    assert sum(text == expected for text, expected in zip(texts, reference[:4], strict=True)) >= 3
     assert decodes == DECODE.get((backend, layout), set())
 
 
-@pytest.mark.parametrize("arch", ["gfx942", "gfx950"])
 @pytest.mark.parametrize(
-    ("kind", "source", "kv_cache_dtype", "called"),
+    ("arch", "kind", "source", "kv_cache_dtype", "called"),
     [
-        ("fp8-block", "tiny-qwen3", "auto", ("gemm_a8w8_blockscale", "")),
-        ("quark-kv", "tiny-qwen3", "fp8", ("paged_attention_rocm", "hip")),
-        ("fp8-block", "tiny-deepseek", "auto", ("fused_moe", "per_1x128")),
+        ("gfx942", "fp8-block", "tiny-qwen3", "auto", ("gemm_a8w8_blockscale", "")),
+        ("gfx950", "fp8-block", "tiny-qwen3", "auto", ("gemm_a8w8_blockscale", "")),
+        ("gfx942", "quark-kv", "tiny-qwen3", "fp8", ("paged_attention_rocm", "hip")),
+        ("gfx950", "fp8-block", "tiny-deepseek", "auto", ("fused_moe", "per_1x128")),
     ],
 )
 def test_checkpoints_in_8_bits_solve_the_problems(

@@ -69,7 +69,7 @@ class Step:
         """As a model calls it."""
         if backend.fuses_rope:
             return backend.attend_qkv(self.layer, self.qkv, self.rope, self.cache, meta)
-        return backend.attend(self.layer, self.q, self.k, self.v, self.cache, meta)
+        return backend.attend(self.layer, (self.q, self.k, self.v), self.cache, meta)
 
     def check(self, backend: Backend[Any], tolerance: float | None = None) -> None:
         out = self.run(backend)

@@ -84,7 +84,7 @@ class LatentStep:
     want: torch.Tensor
 
     def run(self, backend: Backend[Any]) -> torch.Tensor:
-        return backend.attend_latent(self.layer, *self.inputs, self.cache, backend.build(self.batch))
+        return backend.attend_latent(self.layer, self.inputs, self.cache, backend.build(self.batch))
 
     def check(self, backend: Backend[Any], tolerance: float | None = None) -> None:
         out = self.run(backend)

@@ -14,10 +14,9 @@ from emulation import TWINS, torch_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miniserve.attention.backends.base import Backend
+from miniserve.attention.backends.base import Backend, BackendOptions
 from miniserve.attention.backends.build import backend_class
 from miniserve.attention.backends.cpu_attn import CpuBackend
-from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.torch_attn import TorchBackend
 from miniserve.attention.backends.triton_attn import TritonBackend
 from miniserve.attention.contracts import CONTRACTS

@@ -12,17 +12,17 @@ import torch
 from miniserve.attention.contracts import CONTRACTS
 from miniserve.attention.platform import NAMED_PLATFORMS, Platform
 from miniserve.attention.spec import AttentionSpec
-from miniserve.attention.terms import BackendContract, KernelContract
+from miniserve.attention.terms import BackendContract, KernelContract, Sizes
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 SPEC = AttentionSpec(32, 8, 128, 128**-0.5, BF16, BF16, sliding_window=64)
 MI300X, MI355X = NAMED_PLATFORMS["mi300x"], NAMED_PLATFORMS["mi355x"]
 
 
-def refusals(spec: AttentionSpec, block_size: int = 16, **terms: Any) -> list[str]:
+def refusals(spec: AttentionSpec, tokens_a_block: int = 16, **terms: Any) -> list[str]:
     terms = {"dtypes": (BF16,)} | terms
     contract = KernelContract(name="KERNEL", layouts=("linear",), **terms)
-    return list(contract.refusals(spec, block_size))
+    return list(contract.refusals(spec, tokens_a_block))
 
 
 def test_open_terms_refuse_nothing() -> None:
@@ -35,14 +35,14 @@ def test_open_terms_refuse_nothing() -> None:
         ({"dtypes": (torch.float16,)}, {}, "does not compute in bfloat16"),
         ({}, {"kv_dtype": FP8}, "does not read an fp8 KV cache"),
         ({}, {"kv_dtype": torch.float32}, "needs the KV cache in bfloat16, not float32"),
-        ({"head_dims": (64, 256)}, {}, "does not take head_dim 128"),
-        ({"head_dim_multiple": 8}, {"head_dim": 100}, "does not take head_dim 100"),
-        ({"min_head_dim": 32}, {"head_dim": 16}, "does not take head_dim 16"),
-        ({"max_head_dim": 64}, {}, "does not take head_dim 128"),
-        ({"pow2_head_dim": True}, {"head_dim": 96}, "does not take head_dim 96"),
+        ({"head_dim": Sizes(only=(64, 256))}, {}, "does not take head_dim 128"),
+        ({"head_dim": Sizes(multiple=8)}, {"head_dim": 100}, "does not take head_dim 100"),
+        ({"head_dim": Sizes(least=32)}, {"head_dim": 16}, "does not take head_dim 16"),
+        ({"head_dim": Sizes(most=64)}, {}, "does not take head_dim 128"),
+        ({"head_dim": Sizes(pow2=True)}, {"head_dim": 96}, "does not take head_dim 96"),
         ({"max_group": 3}, {}, "takes at most 3 query heads per KV head, not 4"),
-        ({"block_sizes": (32,)}, {}, "does not take block size 16"),
-        ({"block_multiple": 32}, {}, "does not take block size 16"),
+        ({"block_size": Sizes(only=(32,))}, {}, "does not take block size 16"),
+        ({"block_size": Sizes(multiple=32)}, {}, "does not take block size 16"),
         ({"min_window": None}, {}, "has no sliding window"),
         ({"min_window": 65}, {}, "has no sliding window of 64"),
         ({"softcap": False}, {"softcap": 1.0}, "has no softcap"),
@@ -57,7 +57,7 @@ def test_a_broken_term_is_told(terms: Mapping[str, Any], change: Mapping[str, An
 
 
 def test_terms_of_blocks_and_caches() -> None:
-    assert refusals(SPEC, 48, pow2_block=True) == ["does not take block size 48"]
+    assert refusals(SPEC, 48, block_size=Sizes(pow2=True)) == ["does not take block size 48"]
     assert refusals(replace(SPEC, kv_dtype=FP8), fp8_kv=True) == []
     assert refusals(replace(SPEC, kv_dtype=torch.float32), any_kv=True) == []
 

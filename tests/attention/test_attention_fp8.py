@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_attention_backends import make_backend
 
-from miniserve.attention.layouts import LAYOUTS
+from miniserve.attention.layouts import LAYOUTS, decoded
 from miniserve.attention.spec import AttentionSpec
 
 FORMATS = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
@@ -31,11 +31,12 @@ def test_reading_undoes_writing(name: str, dtype: torch.dtype) -> None:
     layout.write(cache, k, v, slots, k_scale, v_scale)
     limit = torch.finfo(dtype).max
     want = [(values / scale).clamp(-limit, limit).to(dtype).float() * scale for values, scale in ((k, 0.5), (v, 2.0))]
-    for got, expected in zip(layout.read_tokens(cache, slots, torch.float32, k_scale, v_scale), want, strict=True):
+    tokens = decoded(layout.gather_tokens(cache, slots), torch.float32, k_scale, v_scale)
+    for got, expected in zip(tokens, want, strict=True):
         assert torch.equal(got, expected)
         assert float(got.abs().max()) in (limit * 0.5, limit * 2.0)
-    blocks = torch.arange(3)
-    for got, expected in zip(layout.read(cache, blocks, torch.float32, k_scale, v_scale), want, strict=True):
+    blocks = decoded(layout.gather(cache, torch.arange(3)), torch.float32, k_scale, v_scale)
+    for got, expected in zip(blocks, want, strict=True):
         assert torch.equal(got.flatten(0, 1)[slots], expected)
 
 

@@ -16,7 +16,7 @@ from latent_steps import LatentStep, make_latent_step
 
 import miniserve
 from miniserve.attention import aiter as adapter
-from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.base import BackendOptions
 from miniserve.attention.backends.rocm_aiter_mla import AiterLatentBackend
 from miniserve.attention.contracts import MLA_HEADS
 from miniserve.attention.platform import NAMED_PLATFORMS

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from latent_steps import latent_cases, make_latent_step
 
 from miniserve.attention.backends import torch_mla
+from miniserve.attention.backends.gathered import merge_lse
 from miniserve.attention.backends.torch_mla import TorchLatentBackend, dense_attention
-from miniserve.attention.layouts import LAYOUTS, LatentLayout
-from miniserve.attention.merge import merge_lse
+from miniserve.attention.layouts import LAYOUTS, LatentLayout, decoded
 from miniserve.attention.platform import Platform
 from miniserve.attention.select import select
 from miniserve.attention.spec import AttentionSpec, LatentDims
@@ -94,9 +94,9 @@ def test_the_layout_holds_each_token_in_one_run(dtype: torch.dtype) -> None:
     want = torch.cat([kv_c, k_pe], -1)[kept].to(dtype).float()
     assert torch.equal(cache.key.float().flatten(0, 1)[slots[kept]], want)
     assert int((cache.key.float() != 0).any(-1).sum()) == int(kept.sum())
-    tokens = torch.cat(layout.read_tokens(cache, slots[kept], torch.float32), -1)
+    tokens = torch.cat(decoded(layout.gather_tokens(cache, slots[kept]), torch.float32), -1)
     assert torch.equal(tokens, want)
-    blocks = torch.cat(layout.read(cache, torch.tensor([[4, 0]]), torch.float32), -1)
+    blocks = torch.cat(decoded(layout.gather(cache, torch.tensor([[4, 0]])), torch.float32), -1)
     assert torch.equal(blocks, cache.key.float()[[4, 0]][None])
 
 
@@ -106,7 +106,7 @@ def test_fp8_codes_end_at_the_largest() -> None:
     cache = layout.allocate(spec, 1, CPU)
     scale = torch.tensor([0.5])
     layout.write(cache, torch.full((1, 512), 1e6), torch.full((1, 64), -1e6), torch.tensor([0]), scale, scale)
-    kv_c, k_pe = layout.read(cache, torch.tensor([0]), torch.float32, scale, scale)
+    kv_c, k_pe = decoded(layout.gather(cache, torch.tensor([0])), torch.float32, scale, scale)
     assert (kv_c == 224).all()
     assert (k_pe == -224).all()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from miniserve.attention.merge import merge_lse
+from miniserve.attention.backends.gathered import merge_lse
 
 
 def part(scores: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -163,6 +163,6 @@ def test_every_field_of_the_metadata_is_read(backend_name: str) -> None:
         step = make_latent_step((MLA, 16, [(20, 1), (60, 20), (0, 9)], 1), 3)
         backend = make_backend(step, backend_name)
         meta = Watched(backend.build(step.batch), read, known)
-        backend.attend_latent(step.layer, *step.inputs, step.cache, meta)
+        backend.attend_latent(step.layer, step.inputs, step.cache, meta)
     assert known
     assert read == known

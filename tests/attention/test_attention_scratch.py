@@ -10,8 +10,8 @@ import torch
 from attention_steps import make_step
 from engine_support import stand_in
 
+from miniserve.attention.backends.base import BackendOptions
 from miniserve.attention.backends.build import block_bytes, pool_limit, scratch_bytes
-from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.rocm_attn import RocmBackend
 from miniserve.attention.backends.rocm_base import AsmScales, PagedScratch
 from miniserve.attention.backends.triton_mla import TritonLatentBackend

@@ -10,7 +10,7 @@ import torch
 from miniserve.attention.platform import NAMED_PLATFORMS, Platform
 from miniserve.attention.select import Choice, select
 from miniserve.attention.spec import AttentionSpec, LatentDims
-from miniserve.attention.terms import BackendContract, KernelContract
+from miniserve.attention.terms import BackendContract, KernelContract, Sizes
 from miniserve.core import UserError
 
 BF16 = torch.bfloat16
@@ -117,7 +117,7 @@ def test_unknown_names_are_refused_with_the_known_ones(field: str) -> None:
 
 
 def test_a_path_must_serve_every_layer() -> None:
-    narrow = contract("NARROW", head_dims=(128,), min_window=None, sinks=False)
+    narrow = contract("NARROW", head_dim=Sizes(only=(128,)), min_window=None, sinks=False)
     windowed = replace(SPEC, sliding_window=64)
     sunk = AttentionSpec(16, 8, 64, 1.0, BF16, BF16, sinks=True, softcap=3.0)
     table = (narrow, contract("WIDE"))
@@ -132,7 +132,7 @@ def test_a_path_must_serve_every_layer() -> None:
 
 
 def test_nothing_serves_is_an_error_not_a_fallback() -> None:
-    only = contract("ONLY", block_sizes=(32,), softcap=False)
+    only = contract("ONLY", block_size=Sizes(only=(32,)), softcap=False)
     with pytest.raises(UserError) as error:
         select([replace(SPEC, dtype=torch.float32)], CPU, block_size=16, contracts=(only,))
     assert "it does not compute in float32" in str(error.value)

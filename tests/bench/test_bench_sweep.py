@@ -78,12 +78,12 @@ def test_a_layout_that_cannot_be_had_is_left_out(monkeypatch: pytest.MonkeyPatch
             yield url
 
     monkeypatch.setattr(sweeping, "running_server", server)
-    result = sweep(config(rounds=1), lambda text: None, lambda result: None)
+    *_, result = sweep(config(rounds=1), lambda text: None)
     assert [(engine.kv_layout, engine.max_model_len) for engine in started] == [("linear", 11), ("shuffled", 11)]
     assert result.refused == {"shuffled": "The server did not start: no such blocks."}
     assert {point.layout for point in result.points} == {"linear"}
     with pytest.raises(UserError, match="no such blocks"):
-        sweep(config(engine=EngineConfig(kv_layout="shuffled")), lambda text: None, lambda result: None)
+        list(sweep(config(engine=EngineConfig(kv_layout="shuffled")), lambda text: None))
 
 
 OTHER_SETTINGS: dict[str, Any] = {
@@ -129,13 +129,12 @@ def test_a_server_that_runs_already_is_measured_as_it_is() -> None:
     stub = Stub()
     points: list[int] = []
     with stub.running() as url:
-        result = sweep(
-            config(url=url, rounds=2, api_key="k"), lambda text: None, lambda r: points.append(len(r.points))
-        )
+        for result in sweep(config(url=url, rounds=2, api_key="k"), lambda text: None):
+            points.append(len(result.points))
     assert [(p.layout, p.shape.input_len, p.shape.output_len, p.concurrency) for p in result.points] == [
         (AS_SERVED, 6, 5, 1), (AS_SERVED, 6, 5, 3), (AS_SERVED, 3, 4, 1), (AS_SERVED, 3, 4, 3),
     ]  # fmt: skip
-    assert points == [1, 2, 3, 4]
+    assert points == [1, 2, 3, 4, 4]
     assert len(stub.bodies) == 3 + 2 * (1 + 3 + 1 + 3)  # the warm-up is as wide as the widest point
     assert len({tuple(body["prompt"]) for body in stub.bodies}) == len(stub.bodies)
     assert all(point.summary.steps is None for point in result.points)

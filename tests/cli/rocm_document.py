@@ -77,22 +77,20 @@ def _kernel_row(kernel: KernelContract) -> str:
 def _head_dims(kernel: KernelContract) -> str:
     if kernel.latent_parts:
         return " + ".join(map(str, kernel.latent_parts))
-    if kernel.head_dims:
-        return ", ".join(map(str, kernel.head_dims))
+    if (sizes := kernel.head_dim).only:
+        return ", ".join(map(str, sizes.only))
     if kernel.max_dense_dim is not None:
         return f"≤ {kernel.max_dense_dim}, keys and values expanded"
-    if kernel.max_head_dim is None:
-        return f"≥ {kernel.min_head_dim}, powers of 2" if kernel.pow2_head_dim else "any"
-    least = max(kernel.min_head_dim, kernel.head_dim_multiple)
-    more = f", × {kernel.head_dim_multiple}" if kernel.head_dim_multiple > 1 else ""
-    return f"{least}-{kernel.max_head_dim}{more}{', powers of 2' if kernel.pow2_head_dim else ''}"
+    if sizes.most is None:
+        return f"≥ {sizes.least}, powers of 2" if sizes.pow2 else "any"
+    more = f", × {sizes.multiple}" if sizes.multiple > 1 else ""
+    return f"{max(sizes.least, sizes.multiple)}-{sizes.most}{more}{', powers of 2' if sizes.pow2 else ''}"
 
 
 def _blocks(kernel: KernelContract) -> str:
-    if kernel.block_sizes:
-        return ", ".join(map(str, kernel.block_sizes))
-    multiple = f"× {kernel.block_multiple}" if kernel.block_multiple > 1 else "any"
-    return f"{multiple}{', powers of 2' if kernel.pow2_block else ''}"
+    if (sizes := kernel.block_size).only:
+        return ", ".join(map(str, sizes.only))
+    return f"{f'× {sizes.multiple}' if sizes.multiple > 1 else 'any'}{', powers of 2' if sizes.pow2 else ''}"
 
 
 def _lacks(kernel: KernelContract) -> str:

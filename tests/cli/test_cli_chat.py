@@ -13,7 +13,7 @@ from typing import Any
 import cli_terminal as cli
 import pytest
 
-from miniserve.cli.repl import ChatClient, ChatError, ChatSettings, Message
+from miniserve.cli.repl import ChatClient, ChatError, ChatSettings
 
 
 @dataclass
@@ -187,7 +187,7 @@ def test_a_system_prompt_without_a_chat_template_is_refused(echo: EchoServer) ->
 
 def test_closing_the_answer_closes_the_connection(echo: EchoServer) -> None:
     client = ChatClient(echo.url)
-    answer = client.answer([Message("user", "forever")], ChatSettings())
+    answer = client.answer([{"role": "user", "content": "forever"}], ChatSettings())
     assert [next(answer), next(answer)] == ["1:", " forever"]
     answer.close()
     assert echo.hung_up.wait(30)
@@ -196,8 +196,8 @@ def test_closing_the_answer_closes_the_connection(echo: EchoServer) -> None:
 def test_a_server_that_goes_away_is_an_error(echo: EchoServer) -> None:
     client = ChatClient(echo.url, model="echo-1")
     with pytest.raises(ChatError, match="the engine died"):
-        list(client.answer([Message("user", "boom")], ChatSettings()))
-    assert list(client.answer([Message("user", "hi")], ChatSettings())) == ["1:", " hi"]
+        list(client.answer([{"role": "user", "content": "boom"}], ChatSettings()))
+    assert list(client.answer([{"role": "user", "content": "hi"}], ChatSettings())) == ["1:", " hi"]
 
 
 # --- at a terminal ------------------------------------------------------------------------------------------------

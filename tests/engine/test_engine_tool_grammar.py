@@ -149,6 +149,21 @@ def test_what_is_free_and_what_is_not(dialect: str, tokenizer: Tokenizer, matche
         assert not follows(matchers, tokenizer, once, WRITERS[dialect](GOOD), None)
 
 
+@pytest.mark.parametrize("dialect", WRITERS)
+def test_calls_or_json_by_a_schema(dialect: str, tokenizer: Tokenizer, matchers: Matchers) -> None:
+    schema = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+    tools, call, said = TOOL_DIALECTS[dialect], WRITERS[dialect](GOOD[:1]), '{\n  "age": 3\n}'
+    texts = {call: True, WRITERS[dialect](BAD): False, said: True, '{"age": "3"}': False, "Hello.": False,
+             f"{said} {call}": False, f"Hello. {call}": False, "": False}  # fmt: skip
+    for reasoning, thought in ((None, ""), (OPEN, "Hm.</think>\n\n")):
+        grammar = call_grammar(
+            tools, FUNCTIONS, tokenizer, must_call=False, once=False, reasoning=reasoning, content=schema
+        )
+        check_grammar(grammar, tokenizer)
+        for text, good in texts.items():
+            assert follows(matchers, tokenizer, grammar, thought + text, reasoning) == good, text
+
+
 def test_functions_that_are_not_strict_take_any_object(tokenizer: Tokenizer, matchers: Matchers) -> None:
     for dialect in ("hermes", "qwen3_coder"):
         grammar = call_grammar(

@@ -101,7 +101,7 @@ def workloads(draw: st.DrawFn) -> tuple[Setup, str, list[tuple[list[int], Sampli
     return setup, draw(st.sampled_from(list(MODELS))), requests, arrivals
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(workloads())
 def test_every_request_gets_the_tokens_it_gets_alone(
     workload: tuple[Setup, str, list[tuple[list[int], SamplingParams]], list[int]],

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from miniserve.attention.spec import AttentionSpec, QKRope
 from miniserve.kernels import native, native_build
-from miniserve.kernels.native import DecodeStep
 from miniserve.kernels.sampling import NUM_COLUMNS, RowParams, draw
+from miniserve.kernels.step_tensors import RowState, StepTensors
 from miniserve.models.layers.ops import NativeOps, Ops
 
 pytestmark = pytest.mark.skipif(
@@ -118,8 +118,10 @@ def test_greedy(dtype: torch.dtype, rows: int, size: int, levels: int, odd: floa
     taken = torch.randperm(6, generator=torch.Generator().manual_seed(seed))[:rows]
     tokens, last_tokens, num_outputs = torch.zeros(rows).long(), torch.full((6,), -1), torch.arange(6)
     params = RowParams(torch.zeros(6).long(), torch.zeros(6).long(), torch.zeros(6, NUM_COLUMNS))
-    native.NativeKernels().draw_next(logits, taken, params, num_outputs, tokens, last_tokens)
-    assert torch.equal(tokens, draw(logits, taken, params, num_outputs))
+    want = draw(logits, taken, params, num_outputs)
+    state = RowState(torch.zeros(6, 1).int(), torch.zeros(6).long(), last_tokens, num_outputs)
+    native.NativeKernels().draw_next(logits, taken, params, state, tokens)
+    assert torch.equal(tokens, want)
     assert torch.equal(tokens, torch.from_numpy(np.argmax(logits.float().numpy(), -1)))
     assert torch.equal(last_tokens[taken], tokens)
     assert (last_tokens == -1).sum() == 6 - rows
@@ -134,10 +136,11 @@ def test_advance(explicit: bool) -> None:
     want_ids = ids if explicit else last_tokens[rows]
     want = positions if explicit else lens[rows]
     want_lens = lens.clone() if explicit else lens + 1
-    step = DecodeStep(
-        ids.clone(), positions.clone(), torch.zeros(3).long(), torch.zeros(3).int(), torch.zeros(3, 5).int()
-    )
-    native.NativeKernels().advance(rows, tables, lens, last_tokens, step, 8, explicit=explicit)
+    step = StepTensors.allocate(3, 5, torch.device("cpu"))
+    for fixed, values in ((step.rows, rows), (step.input_ids, ids), (step.positions, positions)):
+        fixed.copy_(values)
+    state = RowState(tables, lens, last_tokens, torch.zeros(3).long())
+    native.NativeKernels().advance(state, step, 8, explicit=explicit)
     assert torch.equal(step.input_ids, want_ids)
     assert torch.equal(step.positions, want)
     assert torch.equal(lens, want_lens)

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from triton_support import DEVICE, NATIVE, on_gpu
 
 import miniserve
-from miniserve.attention.backends.base import Backend
-from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.base import Backend, BackendOptions
 from miniserve.attention.backends.torch_attn import TorchBackend
 from miniserve.attention.backends.triton_attn import TritonBackend
 from miniserve.attention.layouts import LAYOUTS

@@ -21,6 +21,7 @@ from triton_support import (
     cached,
     close,
     end_of_a_pool_above_4_gib,
+    every_other,
     int32,
     normal,
     random_cache,
@@ -61,10 +62,9 @@ def check(
     assert not scratch.arrivals.any()
 
 
-@LAYOUTS
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("num_splits", "fused"), [(1, None), (3, True), (3, False)])
-def test_ragged_rows(num_splits: int, fused: bool | None, dtype: torch.dtype, shuffled: bool) -> None:
+@every_other("splits,dtype,shuffled", [(1, None), (3, True), (3, False)], DTYPES, [False, True])
+def test_ragged_rows(splits: tuple[int, bool | None], dtype: torch.dtype, shuffled: bool) -> None:
+    num_splits, fused = splits
     heads = 2 if NATIVE or dtype == torch.float32 else 1  # the interpreter takes its time for each
     cache = random_cache(24, 16, heads, 64, dtype=dtype, shuffled=shuffled)
     again = NATIVE or dtype == torch.float16
@@ -90,8 +90,7 @@ def test_a_head_dim_that_only_the_linear_layout_takes_in_float32() -> None:
     check(random_cache(8, 16, 2, 36, dtype=torch.float32, shuffled=False), 4, [50, 3], torch.float32)
 
 
-@LAYOUTS
-@pytest.mark.parametrize("group", [1, 2, 3, 5, 8, 12, 16, 71])
+@every_other("group,shuffled", [1, 2, 3, 5, 8, 12, 16, 71], [False, True])
 def test_group_sizes(group: int, shuffled: bool) -> None:
     cache = random_cache(8, 16, 2, 32, dtype=torch.float16, shuffled=shuffled)
     check(cache, 2 * group, [70, 1], torch.float16, num_splits=2)
@@ -104,16 +103,13 @@ def test_block_sizes(block_size: int, shuffled: bool) -> None:
     check(cache, 4, [block_size - 1, block_size, block_size + 1, 5 * block_size + 7], torch.float16, launch=SMALL)
 
 
-@LAYOUTS
-@pytest.mark.parametrize("window", [1, 33, 100])
-@pytest.mark.parametrize("num_splits", [1, 3])
+@every_other("window,num_splits,shuffled", [1, 33, 100], [1, 3], [False, True])
 def test_windows(window: int, num_splits: int, shuffled: bool) -> None:
     cache = random_cache(24, 16, 1, 32, dtype=torch.float16, shuffled=shuffled)
     check(cache, 2, LENGTHS, torch.float16, window=window, num_splits=num_splits, launch=SMALL)
 
 
-@LAYOUTS
-@pytest.mark.parametrize("num_splits", [1, 3])
+@every_other("num_splits,shuffled", [1, 3], [False, True])
 def test_softcap_sinks_and_scale(num_splits: int, shuffled: bool) -> None:
     cache = random_cache(24, 16, 2, 32, dtype=torch.float32, shuffled=shuffled)
     options: dict[str, Any] = {"num_splits": num_splits, "launch": SMALL, "scale": 0.7}

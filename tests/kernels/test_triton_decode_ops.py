@@ -7,6 +7,7 @@ import torch
 from triton_support import DEVICE, DTYPES, NATIVE, normal, relative_error
 
 from miniserve.attention.spec import AttentionSpec, QKRope
+from miniserve.kernels.step_tensors import RowState, StepTensors
 from miniserve.kernels.triton import decode_step, elementwise, moe, moe_token, small_linear
 from miniserve.kernels.triton.small_linear import Chip, LinearTile, Workspace, chip_of, choose_tile
 from miniserve.models.layers import ops
@@ -195,9 +196,9 @@ def test_experts_of_many_rows(
         assert relative_error(got[where], want) < TOLERANCE[dtype] or not len(want)
 
 
-def step_tensors(rows: list[int], width: int) -> decode_step.StepTensors:
+def step_tensors(rows: list[int], width: int) -> StepTensors:
     size = len(rows)
-    return decode_step.StepTensors(
+    return StepTensors(
         integers(rows),
         *(integers([77] * size) for _ in range(3)),
         integers([77] * size, torch.int32),
@@ -211,7 +212,7 @@ def host_memory(staged: torch.Tensor) -> torch.Tensor:
 
 def test_the_start_of_a_step() -> None:
     tables = torch.arange(5 * 7, dtype=torch.int32, device=DEVICE).view(5, 7)
-    state = decode_step.RowState(tables, integers([0, 16, 5, 47, 3]), integers([9, 8, 7, 6, 5]), integers([0] * 5))
+    state = RowState(tables, integers([0, 16, 5, 47, 3]), integers([9, 8, 7, 6, 5]), integers([0] * 5))
     step = step_tensors([3, -1, 1], 7)
     decode_step.advance(state, step, 16, explicit=False)
     assert step.input_ids.tolist() == [6, 0, 8]
@@ -225,7 +226,7 @@ def test_the_start_of_a_step() -> None:
 def test_the_end_of_a_step() -> None:
     logits = normal(0, 3, 9001)
     logits[0, 100] = logits[0, 8000] = 50.0  # the lowest id among equals
-    state = decode_step.RowState(integers([0]), integers([0] * 5), integers([9, 8, 7, 6, 5]), integers([0] * 5))
+    state = RowState(integers([0]), integers([0] * 5), integers([9, 8, 7, 6, 5]), integers([0] * 5))
     tokens = integers([0] * 3)
     # Of three ranks, the second without words of a second part.
     parts = [(logits[:, :4500], 0), (logits[:, 4500:6000], 4500), (logits[:, 6000:], 6000)]
@@ -252,7 +253,7 @@ def test_what_the_host_staged() -> None:
 
 def test_a_step_whose_entries_the_host_states() -> None:
     tables = torch.arange(5 * 7, dtype=torch.int32, device=DEVICE).view(5, 7)
-    state = decode_step.RowState(tables, integers([3] * 5), integers([9] * 5), integers([0] * 5))
+    state = RowState(tables, integers([3] * 5), integers([9] * 5), integers([0] * 5))
     step = step_tensors([0] * 5, 7)
     # Row 3 from position 15 into a new block, row 1 alone, padding; then block 90 comes to row 3, place 1.
     staged = [3, 3, 3, 1, -1, 15, 16, 17, 0, 99, 40, 41, 42, 43, 99, 3 * 7 + 1, 90]

@@ -22,6 +22,7 @@ from triton_support import (
     cached,
     close,
     end_of_a_pool_above_4_gib,
+    every_other,
     int32,
     normal,
     random_cache,
@@ -96,11 +97,9 @@ def test_softcap_sinks_and_scale(shuffled: bool) -> None:
     check(cache, 4, requests, torch.float32, sinks=3 * normal(9, 4), softcap=20.0, window=17, **options)
 
 
-@LAYOUTS
-@pytest.mark.parametrize(
-    ("num_splits", "options"), [(2, {}), (5, {}), (5, {"window": 20}), (5, {"softcap": 3.0})], ids=str
-)
-def test_programs_that_share_a_tiles_keys(num_splits: int, options: dict[str, Any], shuffled: bool) -> None:
+@every_other("terms,shuffled", [(2, {}), (5, {}), (5, {"softcap": 3.0}), (5, {"window": 20})], [False, True])
+def test_programs_that_share_a_tiles_keys(terms: tuple[int, dict[str, Any]], shuffled: bool) -> None:
+    num_splits, options = terms
     heads = 2 if NATIVE else 1
     cache = random_cache(24, 16, heads, 80, dtype=torch.float16, shuffled=shuffled)
     sinks = 3 * normal(9, 3 * heads)

@@ -10,7 +10,7 @@ import torch
 from latent_steps import TOLERANCE, LatentStep, make_latent_step
 from triton_support import DEVICE, DTYPES, HALVES, NATIVE
 
-from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.base import BackendOptions
 from miniserve.attention.backends.triton_mla import TritonLatentBackend
 from miniserve.attention.metadata import StepBatch, decode_rows
 from miniserve.attention.platform import NAMED_PLATFORMS, detect_platform
@@ -118,7 +118,7 @@ def test_a_captured_decode_reads_what_lies_in_its_tensors_when_it_is_replayed() 
 
     def run(of: LatentStep) -> torch.Tensor:
         batch = StepBatch(slots, decode_rows(tables, lens, 128, None))
-        return made_for.attend_latent(of.layer, *inputs, cache, made_for.build(batch))
+        return made_for.attend_latent(of.layer, inputs, cache, made_for.build(batch))
 
     fill(step)
     run(step)

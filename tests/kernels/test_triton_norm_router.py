@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from triton_support import DEVICE, DTYPES, NATIVE, normal, relative_error
+from triton_support import DEVICE, DTYPES, NATIVE, every_other, normal, relative_error
 
 from miniserve.kernels.triton import elementwise, norm_router, routing
 from miniserve.kernels.triton.small_linear import Workspace
@@ -42,8 +42,7 @@ def assert_as_apart(
     assert not workspace.counts.any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", norm_router.FUSED_TOKENS)
+@every_other("tokens,dtype", norm_router.FUSED_TOKENS, DTYPES)
 def test_every_number_of_tokens(tokens: int, dtype: torch.dtype) -> None:
     experts, hidden = (128, 2048) if NATIVE else (20, 264)  # the interpreter takes seconds for what is large
     again = NATIVE or dtype == torch.float32
@@ -59,10 +58,9 @@ def test_every_size(experts: int, hidden: int) -> None:
     assert_as_apart(2, experts, hidden, torch.float16, top_k=6, biased=False, **SOFTMAX | {"normalize": False})
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize(("experts", "hidden"), [(16, 96), (256, 1000 if NATIVE else 72)])
-def test_groups_and_corrected_scores(experts: int, hidden: int, biased: bool, dtype: torch.dtype) -> None:
+@every_other("size,biased,dtype", [(16, 96), (256, 1000 if NATIVE else 72)], [False, True], DTYPES)
+def test_groups_and_corrected_scores(size: tuple[int, int], biased: bool, dtype: torch.dtype) -> None:
+    experts, hidden = size
     tokens = 3 if NATIVE or experts == 16 else 1
     assert_as_apart(tokens, experts, hidden, dtype, top_k=8, biased=biased, **GROUPED)
 

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from triton_support import DEVICE, DTYPES, normal, relative_error
+from triton_support import DEVICE, DTYPES, every_other, normal, relative_error
 
 from miniserve.kernels.triton import routing as triton_routing
 from miniserve.models.description import MoEConfig
 from miniserve.models.layers import routing
 
-CASES = [
+Case = tuple[str, int, int, bool, int, int]
+CASES: list[Case] = [
     ("softmax", 1, 1, False, 12, 4),
     ("softmax", 4, 2, False, 16, 4),
     ("sigmoid", 4, 2, True, 16, 4),
@@ -55,21 +56,10 @@ def test_from_logits(
     assert_same(got, routing.route(logits, config, correction), experts)
 
 
-@cases
-@pytest.mark.parametrize(("tokens", "hidden"), [(1, 300), (16, 300), (37, 300), (37, 2112)])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_from_hidden_states(
-    scoring: str,
-    groups: int,
-    top_groups: int,
-    bias: bool,
-    experts: int,
-    k: int,
-    tokens: int,
-    hidden: int,
-    dtype: torch.dtype,
-) -> None:
-    config, correction, choice = setting(scoring, groups, top_groups, bias, experts, k, True)
+@every_other("case,size,dtype", CASES, [(1, 300), (16, 300), (37, 300), (37, 2112)], DTYPES)
+def test_from_hidden_states(case: Case, size: tuple[int, int], dtype: torch.dtype) -> None:
+    config, correction, choice = setting(*case, normalize=True)
+    (tokens, hidden), experts = size, config.num_experts
     x, weight = normal(0, tokens, hidden, dtype=dtype), normal(1, experts, hidden) / 17
     want = routing.route(x.double() @ weight.double().T, config, correction)
     got = triton_routing.route(triton_routing.logit_parts(x, weight), correction, **choice)

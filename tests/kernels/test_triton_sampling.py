@@ -13,7 +13,7 @@ from sampling_reference import check_counts, check_inverse_cdf, reference_distri
 from triton_support import DEVICE, DTYPES, NATIVE, on_gpu
 
 from miniserve.kernels.sampling import NUM_COLUMNS, RowParams, draw, uniform
-from miniserve.kernels.triton.decode_step import RowState
+from miniserve.kernels.step_tensors import RowState
 from miniserve.kernels.triton.sampling import sample
 
 Options = dict[str, Any]

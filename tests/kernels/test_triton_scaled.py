@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from triton_support import DEVICE, FP8, HALVES, NATIVE, normal, relative_error
+from triton_support import DEVICE, FP8, HALVES, NATIVE, every_other, normal, relative_error
 
 from miniserve.kernels.triton import medium_linear, moe, moe_token, runtime, small_linear, widen
 from miniserve.kernels.triton.medium_linear import MediumTile
@@ -12,7 +12,8 @@ from miniserve.kernels.triton.small_linear import Chip, LinearTile, Workspace, c
 from miniserve.models.layers import ops
 
 Block = tuple[int, int] | None
-BLOCKS = pytest.mark.parametrize("block", [None, (32, 32), (64, 96)], ids=str)
+BLOCK_SHAPES: list[Block] = [None, (32, 32), (64, 96)]
+BLOCKS = pytest.mark.parametrize("block", BLOCK_SHAPES, ids=str)
 H200 = Chip(132, 232_448, wgmma=True)
 CHIPS = [H200, Chip(132, 232_448), Chip(304, 64 << 10, splits=False)]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -45,10 +46,11 @@ def experts_sum(
     return out
 
 
-@pytest.mark.parametrize("gated", [False, True])
-@BLOCKS
-@pytest.mark.parametrize(
-    "tile", [LinearTile(16, 32, 1, 4, 2), LinearTile(32, 32, 1, 4, 2, True), LinearTile(16, 32, 3, 4, 2)]
+@every_other(
+    "tile,block,gated",
+    [LinearTile(16, 32, 1, 4, 2), LinearTile(32, 32, 1, 4, 2, True), LinearTile(16, 32, 3, 4, 2)],
+    BLOCK_SHAPES,
+    [False, True],
 )
 def test_few_rows(tile: LinearTile, block: Block, gated: bool) -> None:
     """In float32, so that an activation rounded to 8 bits would show."""

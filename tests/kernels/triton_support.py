@@ -5,11 +5,13 @@ Import this before anything that imports Triton: the interpreter must be chosen 
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,27 @@ if not NATIVE and os.environ.get("TRITON_INTERPRET") != "1":
 
 from miniserve.kernels.triton.launch import Launch  # noqa: E402  (may import Triton)
 
+
+def remember_builtins() -> None:
+    """Let the interpreter search a module for what it replaces once, not at each call of a function: a third of its
+    time goes there. It searches a module for the first time before it replaces anything in it."""
+    from triton.runtime import interpreter
+
+    is_builtin, patch = interpreter.tl.core.is_builtin, interpreter._patch_attr
+    found: dict[Any, list[str]] = {}
+
+    def patch_builtin(pkg: Any, builder: object, scope: object) -> None:
+        if pkg not in found:
+            found[pkg] = [name for name, member in inspect.getmembers(pkg) if is_builtin(member)]
+        for name in found[pkg]:
+            if is_builtin(member := getattr(pkg, name)):
+                patch(pkg, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch_builtin
+
+
+if not NATIVE:
+    remember_builtins()
 DEVICE = torch.device("cuda" if NATIVE else "cpu")
 on_gpu = (
     pytest.mark.gpu,
@@ -32,6 +55,21 @@ HALVES = [torch.float16, pytest.param(torch.bfloat16, marks=on_gpu)]
 DTYPES = [torch.float32, *HALVES]
 LAYOUTS = pytest.mark.parametrize("shuffled", [False, True], ids=["linear", "shuffled"])
 FP8 = torch.float8_e4m3fnuz if torch.version.hip and "gfx94" in torch.cuda.get_device_name() else torch.float8_e4m3fn
+
+
+def every_other(names: str, *axes: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrize with all combinations on a GPU; in the interpreter, which takes its time, with every other one. Of
+    three axes these still have every pair of values."""
+    chosen = []
+    for places in itertools.product(*(range(len(axis)) for axis in axes)):
+        if NATIVE or sum(places) % 2 == 0:
+            given = [axis[place] for axis, place in zip(axes, places, strict=True)]
+            sets = [each if isinstance(each, type(pytest.param())) else pytest.param(each) for each in given]
+            values = [value for each in sets for value in each.values]
+            chosen.append(pytest.param(*values, marks=[mark for each in sets for mark in each.marks]))
+    return pytest.mark.parametrize(names, chosen)
+
+
 SMALL = Launch(block_m=16, block_n=32, num_warps=4, num_stages=2)
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
 from miniserve.attention.spec import AttentionLayer, LatentLayer
+from miniserve.core import UserError
 from miniserve.models.config import load_model_config
 from miniserve.models.decoder import CausalLM
+from miniserve.models.description import ModelConfig
 from miniserve.models.loader import load_weights
 from miniserve.models.options import BuildOptions
 from miniserve.models.registry import build_model
@@ -154,6 +158,17 @@ def reference_model(architecture: str, settings: dict[str, Any], seed: int = 0) 
     return model
 
 
+def read(path: Path, content: dict[str, Any]) -> ModelConfig:
+    (path / "config.json").write_text(json.dumps(content))
+    return load_model_config(path)
+
+
+def refusal(path: Path, content: dict[str, Any]) -> str:
+    with pytest.raises(UserError) as caught:
+        read(path, content)
+    return str(caught.value)
+
+
 def load(path: Path, dtype: torch.dtype = torch.float32) -> CausalLM:
     """Our model of a checkpoint, through the whole way: config.json, meta device, safetensors."""
     model = build_model(load_model_config(path), BuildOptions(dtype=dtype, kv_dtype=dtype, device=torch.device("cpu")))
@@ -162,7 +177,7 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> CausalLM:
 
 
 class DenseContext:
-    """The plainest StepContext: every sequence keeps its keys and values in a list, attention is a full matrix.
+    """A plain `StepContext`: every sequence keeps its keys and values in a list, attention is a full matrix.
 
     `begin` says which sequence each of a step's consecutive chunks belongs to and returns the step's positions.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from models_support import read, refusal
 from safetensors.torch import save_file
 
 from miniserve.core import UserError
@@ -47,17 +47,6 @@ PLAIN = LLAMA | {"rope_scaling": None, "max_position_embeddings": 4096}
 QWEN3 = PLAIN | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 4, "head_dim": 128}
 QWEN2 = QWEN3 | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 MISTRAL = PLAIN | {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
-
-
-def read(path: Path, content: dict[str, Any]) -> ModelConfig:
-    (path / "config.json").write_text(json.dumps(content))
-    return load_model_config(path)
-
-
-def refusal(path: Path, content: dict[str, Any]) -> str:
-    with pytest.raises(UserError) as caught:
-        read(path, content)
-    return str(caught.value)
 
 
 def test_a_real_llama_is_read_from_its_older_form(tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from models_support import VOCAB, DenseContext, load, random_settings, reference_model, run
+from models_support import VOCAB, DenseContext, load, random_settings, read, reference_model, refusal, run
 from safetensors.torch import load_file, save_file
 
 from miniserve.attention.spec import LatentDims
 from miniserve.core import UserError
 from miniserve.models.config import load_model_config
-from miniserve.models.description import ModelConfig, MoEConfig
+from miniserve.models.description import MoEConfig
 from miniserve.models.loader import dummy_weights
 from miniserve.models.options import BuildOptions
 from miniserve.models.registry import build_model, described_model, weight_bytes
@@ -89,17 +89,6 @@ V3: dict[str, Any] = V2_LITE | {
     "num_nextn_predict_layers": 1,
     "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
 }
-
-
-def read(path: Path, content: dict[str, Any]) -> ModelConfig:
-    (path / "config.json").write_text(json.dumps(content))
-    return load_model_config(path)
-
-
-def refusal(path: Path, content: dict[str, Any]) -> str:
-    with pytest.raises(UserError) as caught:
-        read(path, content)
-    return str(caught.value)
 
 
 def test_deepseek_v3_is_read(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from miniserve.models.layers.linear import (
     can_pack,
     choose_packing,
 )
+from miniserve.models.layers.ops import Ops
 from miniserve.parallel.shard import Part, Shard
 
 torch.set_num_threads(1)
@@ -58,7 +59,7 @@ def test_plain_method_keeps_the_weight() -> None:
 
 @pytest.mark.parametrize("method", [LinearMethod(), PackedMethod(ONEDNN)] if packable else [LinearMethod()])
 def test_a_tied_head_multiplies_with_the_embedding_and_leaves_it_there(method: LinearMethod) -> None:
-    embedding = Embedding(50, 16, torch.float32, functional.embedding)
+    embedding = Embedding(50, 16, torch.float32, Ops())
     head = TiedLMHead(embedding, 50, dtype=torch.float32, method=method)
     assert list(head.pieces("lm_head")) == []
     embedding.allocate(CPU)

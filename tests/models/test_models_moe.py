@@ -14,7 +14,7 @@ from miniserve.models.layers.experts import Experts, GroupedMoE, MoEMethod, choo
 from miniserve.models.layers.linear import PLAIN as PLAIN_WEIGHTS
 from miniserve.models.layers.norm import Residual, RMSNorm
 from miniserve.models.layers.ops import Ops
-from miniserve.models.layers.routing import Router, route, torch_routing
+from miniserve.models.layers.routing import Router, route
 from miniserve.parallel.group import Alone
 
 torch.set_num_threads(1)
@@ -74,7 +74,7 @@ def test_experts_that_all_score_nothing_get_finite_weights() -> None:
 
 
 def test_the_router_multiplies_in_float32_whatever_the_model_computes_in() -> None:
-    router = Router(8, dataclasses.replace(PLAIN, num_experts=2, top_k=1), torch_routing)
+    router = Router(8, dataclasses.replace(PLAIN, num_experts=2, top_k=1), Ops())
     router.allocate(CPU)
     # The experts differ in the ninth bit, which bfloat16 does not have.
     router.weight.data.copy_(torch.stack([torch.full((8,), 1.0), torch.full((8,), 1.0 + 2**-9)]))

@@ -12,9 +12,8 @@ from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from miniserve.models.description import RopeConfig
-from miniserve.models.layers.ops import rope
+from miniserve.models.layers.ops import Ops, rope
 from miniserve.models.layers.rotary import RotaryEmbedding
-from miniserve.models.options import BuildOptions
 
 torch.set_num_threads(1)
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
@@ -84,7 +83,7 @@ def test_angles_are_looked_up_before_embeddings(
         tables.append(table)
         return functional.embedding(ids, table)
 
-    monkeypatch.setattr(BuildOptions, "look_up", property(lambda options: look_up))
+    monkeypatch.setattr(Ops, "look_up", staticmethod(look_up))
     model = load(tmp_path)
     run(model, DenseContext(), [(0, torch.tensor([1, 2]))])
     assert [table is model.model.rotary_emb.table for table in tables] == [True, False]

@@ -18,20 +18,9 @@ from miniserve.attention.platform import NAMED_PLATFORMS
 from miniserve.core import UserError
 from miniserve.models.config import load_model_config
 from miniserve.models.description import MoEConfig
-from miniserve.models.layers.experts import Experts, GroupedMoE
-from miniserve.models.layers.linear import PLAIN, Linear, LinearMethod
-from miniserve.models.layers.scaled import (
-    LEAST_STEP,
-    ScaledMethod,
-    ScaledProduct,
-    WidenedMethod,
-    WidenedMoE,
-    as_fnuz,
-    experts_step,
-    spread,
-    widen_,
-    widened_product,
-)
+from miniserve.models.layers.experts import Experts, GroupedMoE, expert_matrices
+from miniserve.models.layers.linear import PLAIN, Linear, LinearMethod, ScaledMethod
+from miniserve.models.layers.weights import LEAST_STEP, ScaledWeights, as_fnuz, spread, step_of, widen_
 from miniserve.models.loader import dummy_weights
 from miniserve.models.options import BuildOptions
 from miniserve.models.quantization import Quantization, Rule, WeightFormat
@@ -41,7 +30,6 @@ from miniserve.runner.memory import check_weights_fit
 from tools.quantise import KINDS, quantise, quantised
 
 CPU, CODES = torch.device("cpu"), torch.float8_e4m3fn
-TORCH = ScaledProduct(widened_product)
 FORMATS = {
     "tensor": WeightFormat("tensor"),
     "rows": WeightFormat("rows"),
@@ -97,13 +85,14 @@ def test_every_cut_of_a_linear_layers_scales_is_a_slice_of_the_whole(data: Any, 
     outputs = {f"p{number}": part for number, part in enumerate(parts)}
     across = slice(None) if isinstance(width, int) else width.held
     want = torch.cat([stored.wide[f"m.p{number}"][part.held, across] for number, part in enumerate(parts)])
-    for method in (ScaledMethod(form, [TORCH]), WidenedMethod(form, LinearMethod())):
-        layer = Linear(width, outputs, bias=False, dtype=torch.float32, method=method)
+    for widened in (False, True):
+        weights = ScaledWeights(form, widened=widened)
+        layer = Linear(width, outputs, bias=False, dtype=torch.float32, method=LinearMethod(), weights=weights)
         stored.fill(layer, "m.l")
         weight = layer.weight.float()
-        if not isinstance(method, WidenedMethod):
+        if not widened:
             assert layer.weight.dtype == CODES
-            weight = weight * spread(layer.scale, method.step, *weight.shape)
+            weight = weight * spread(layer.weight_scale, weights.step, *weight.shape)
         assert torch.equal(weight, want)
 
 
@@ -128,8 +117,8 @@ def test_every_cut_of_experts_scales_is_a_slice_of_the_whole(
         stored.add(f"e.{expert}.down_proj", hidden, middle)
     experts = shard.part(count) if whole else Part(count, slice(0, count))
     width = Part(middle, slice(0, middle)) if whole else shard.part(middle)
-    method = WidenedMoE(form, _Kept())
-    layer = Experts(experts, hidden, width, dtype=torch.float32, method=method)
+    weights = ScaledWeights(form, widened=True)
+    layer = Experts(experts, hidden, width, dtype=torch.float32, method=_Kept(), weights=weights)
     stored.fill(layer, "e")
     for place, expert in enumerate(range(count)[experts.held]):
         gate, up, down = (stored.wide[f"e.{expert}.{name}"] for name in ("gate_proj", "up_proj", "down_proj"))
@@ -155,7 +144,7 @@ def test_the_shards_of_known_models_are_fine_enough_for_the_kernels(
     """Qwen3-235B on 8 GPUs, where engines stop at `192 is not divisible by weight quantization block_n`."""
     for rank in range(ranks):
         width = Shard(rank, ranks).part(middle)
-        found = experts_step(FORMATS["blocks"], 4096, width)
+        found = step_of(FORMATS["blocks"], *(parts.values() for parts in expert_matrices(4096, width).values()))
         assert found is not None and min(found) >= LEAST_STEP
         assert all(math.gcd(a, b) == b for a, b in zip(found, step, strict=True))
 
@@ -170,10 +159,11 @@ def test_where_a_step_is_finer_than_kernels_take_the_weight_is_widened() -> None
         )
         layer = options.linear(Part(256, slice(begin, begin + 64)), {"a": 128}, bias=False)
         assert (layer.weight.dtype == CODES) == kept
-        assert isinstance(layer.method, ScaledMethod) and isinstance(layer.method, WidenedMethod) != kept
+        assert isinstance(layer.method, ScaledMethod) == kept
+        assert layer.weights.widened != kept
         moe = MoEConfig(num_experts=2, top_k=1, intermediate_size=begin + 32, sparse_layers=(True,))
         experts = options.experts_of(moe, 256)
-        assert (experts.w1.dtype == CODES, isinstance(experts.method, WidenedMoE)) == (kept, not kept)
+        assert (experts.w1.dtype == CODES, experts.weights.widened) == (kept, not kept)
         assert experts.method.route is not None
         told = experts.method.route.sentence(experts.method.name)
         wide = "the engine's Triton kernels, widened from 8 bits; not by triton experts_fp8: scales of 8 × 128"
@@ -284,8 +274,8 @@ def test_a_code_that_is_no_number_is_named_where_codes_are_kept(tmp_path: Path) 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_dummy_weights_in_8_bits_are_as_large_as_others(name: str) -> None:
-    method = WidenedMethod(FORMATS[name], LinearMethod())
-    layer = Linear(256, {"a": 300, "b": 100}, bias=False, dtype=torch.bfloat16, method=method)
+    weights, outputs = ScaledWeights(FORMATS[name], widened=True), {"a": 300, "b": 100}
+    layer = Linear(256, outputs, bias=False, dtype=torch.bfloat16, method=LinearMethod(), weights=weights)
     layer.allocate(CPU)
     layer.fill_dummy("m.l", 1)
     layer.finish()

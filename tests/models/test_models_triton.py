@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -9,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from models_support import VOCAB, DenseContext, load, random_settings, reference_model, run
-from thread_ranks import ThreadGroup, one_kernel_at_a_time, run_ranks
+from thread_ranks import TIMEOUT, InterpretedInboxes, ThreadGroup, make_inboxes, one_kernel_at_a_time, run_ranks
 
 from miniserve.models.config import load_model_config
 from miniserve.models.decoder import CausalLM
@@ -97,7 +98,8 @@ def test_output_and_down_projections_in_parts(tmp_path: Path, monkeypatch: pytes
     assert in_parts.call_count == 2 * settings["num_hidden_layers"]
 
 
-def test_ranks_sum_before_the_norm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by_inbox", [False, True])
+def test_ranks_sum_before_the_norm(by_inbox: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums that are still in parts on each rank, and a router behind a norm that first sums over ranks."""
     settings = random_settings("DeepseekV3ForCausalLM", 0) | {"num_hidden_layers": 1, "n_group": 1}
     settings |= {"num_attention_heads": 2, "num_key_value_heads": 2, "hidden_size": 24, "first_k_dense_replace": 0}
@@ -107,8 +109,12 @@ def test_ranks_sum_before_the_norm(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     kernels = runtime.TritonKernels(torch.device("cpu"))
     one_kernel_at_a_time(monkeypatch)
     steps = [[(0, torch.arange(3)), (1, torch.arange(2))], [(1, torch.tensor([9]))]]
+    memory, inboxes = make_inboxes(2, torch.device("cpu"), limit=2)
+    barrier = threading.Barrier(2, timeout=TIMEOUT)
+    staged = [InterpretedInboxes(each, barrier) for each in inboxes]
 
     def logits(group: ThreadGroup) -> list[torch.Tensor]:
+        group.inboxes = staged[group.rank] if by_inbox else None
         model = _through(kernels, tmp_path, group=group, expert_parallel=True)
         context = DenseContext()
         return [run(model, context, chunks) for chunks in steps]
@@ -117,3 +123,6 @@ def test_ranks_sum_before_the_norm(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for got, chunks in zip(zip(*run_ranks(2, logits), strict=True), steps, strict=True):
         want = run(plain, context, chunks)
         assert (torch.cat(got, 1) - want).abs().max() < 1e-4 * want.abs().max()
+    sums = 2 * settings["num_hidden_layers"] * len(steps) if by_inbox else 0
+    assert [each.calls for each in staged] == [sums] * 2 and not any(int(each.state[3]) for each in inboxes)
+    del memory  # until here

@@ -24,9 +24,9 @@ ASSETS = Path(miniserve.__file__).parent / "assets"
 BLOCKS = 64
 
 
-def answers(name: str, expert_parallel: bool, group: Group) -> tuple[list[list[int]], EngineInfo]:
+def answers(name: str, expert_parallel: bool, group: Group, device: str = "cpu") -> tuple[list[list[int]], EngineInfo]:
     config = EngineConfig(
-        device="cpu",
+        device=device,
         dtype="float32",
         max_num_seqs=4,
         max_model_len=256,

@@ -12,6 +12,7 @@ import torch
 from test_parallel_group import contract
 from thread_ranks import run_ranks
 
+from miniserve.parallel import distributed
 from miniserve.parallel.distributed import DistributedGroup, find_store, open_store, own_address
 from miniserve.parallel.group import Group
 from miniserve.parallel.link import PeerLost
@@ -60,3 +61,19 @@ def test_nobody_at_the_meeting_place_is_an_error() -> None:
     port = open_store(HOST, 0).port  # gone at once
     with pytest.raises(PeerLost, match=f"no main rank answers at {HOST}:{port}"):
         find_store(HOST, port, 0.5)
+
+
+def test_gpus_that_share_no_memory_do_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    group = DistributedGroup(open_store(HOST, 0), 0, 1, torch.device("cpu"), HOST)
+    errors: list[Exception] = [RuntimeError("no peer access"), PeerLost("gone")]
+
+    def fail(*_: object) -> None:
+        raise errors.pop(0)
+
+    monkeypatch.setattr(distributed, "open_inboxes", fail)
+    assert group._open_inboxes() is None
+    assert "no peer access" in caplog.text and "without graphs" in caplog.text
+    with pytest.raises(PeerLost):
+        group._open_inboxes()

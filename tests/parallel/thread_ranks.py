@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest
@@ -25,6 +26,8 @@ class _Meeting:
 
 class ThreadGroup:
     """A `Group`. Ranks that call different things, or with different shapes, fail."""
+
+    inboxes: Any = None
 
     def __init__(self, rank: int, meeting: _Meeting) -> None:
         self.rank, self.size = rank, len(meeting.brought)
@@ -78,6 +81,33 @@ def run_ranks(size: int, work: Callable[[ThreadGroup], T]) -> list[T]:
     for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
         raise error
     return [future.result() for future in futures]
+
+
+def make_inboxes(size: int, device: torch.device, limit: int) -> tuple[list[Tensor], list[Any]]:
+    """The `Inboxes` of ranks on one device, and their memory, which the caller keeps."""
+    from miniserve.kernels.triton.reduce_norm import EMPTY, INBOX_BYTES, TURNS, Inboxes
+
+    words = TURNS * INBOX_BYTES // 4
+    memory = [torch.full((words,), EMPTY, dtype=torch.int32, device=device) for _ in range(size)]
+    addresses = torch.tensor([each.data_ptr() for each in memory], device=device)
+    states = [torch.zeros(4, dtype=torch.int32, device=device) for _ in range(size)]
+    return memory, [Inboxes(addresses, state, rank, limit=limit) for rank, state in enumerate(states)]
+
+
+class InterpretedInboxes:
+    """An `Inboxes` whose programs run one after the other: all ranks push, then all pull. calls: how many sums."""
+
+    def __init__(self, inboxes: Any, barrier: threading.Barrier) -> None:
+        self.take, self._barrier, self.calls = inboxes.take, barrier, 0
+        self._push, self._pull = (replace(inboxes, phases=phases) for phases in ((True, False), (False, True)))
+
+    def reduce_norm(self, *arguments: Any) -> Tensor:
+        self.calls += 1
+        self._push.reduce_norm(*arguments)
+        self._barrier.wait()
+        found: Tensor = self._pull.reduce_norm(*arguments)
+        self._barrier.wait()
+        return found
 
 
 def one_kernel_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,4 +84,4 @@ def make_rank(file: Path, rank: int, size: int, config: EngineConfig) -> FakeRan
 
 
 def build_rank(start: RankStart) -> FakeRank:
-    return make_rank(Path(start.source_path), start.rank, start.size, start.config)
+    return make_rank(Path(start.source_path), start.rank, start.config.tensor_parallel_size or 1, start.config)

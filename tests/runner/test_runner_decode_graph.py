@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,7 @@ from miniserve.config import SchedulerConfig
 from miniserve.core import Grammar, SamplingParams, StepPlan
 from miniserve.engine.loop import EngineLoop
 from miniserve.engine.step_log import StepLog
-from miniserve.kernels.triton.decode_step import RowState
+from miniserve.kernels.step_tensors import RowState
 from miniserve.kernels.triton.sampling import draw
 from miniserve.models.decoder import CausalLM
 from miniserve.parallel.group import Alone, Group
@@ -178,7 +179,8 @@ def test_padding_rows_come_last(model: CausalLM, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ServedModel, "logits", watched)
     state.lens.copy_(torch.arange(10, 10 + ROWS))
     for bucket, active in ((4, [3, 0]), (4, [5]), (ROWS, [7, 1, 2, 6, 4]), (4, [0, 1, 2, 3])):
-        graphs.greedy(bucket, GraphInputs(active, state.prepare_graph(StepPlan([], [], [], [], [])).blocks))
+        nothing = state.prepare_graph(StepPlan([], [], [], [], []))
+        graphs.greedy(bucket, replace(nothing, rows=active))
     assert [[length > 0 for length in each] for each in lens] == [
         [True, True, False, False],
         [True, False, False, False],

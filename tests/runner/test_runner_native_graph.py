@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import miniserve
 from miniserve import LLM
 from miniserve.attention.backends.cpu_attn import CpuBackend
-from miniserve.attention.context import PagedStepContext
+from miniserve.attention.context import StepContext
 from miniserve.attention.layouts import LAYOUTS
 from miniserve.attention.metadata import StepBatch, decode_rows
 from miniserve.config import SchedulerConfig
@@ -26,6 +26,7 @@ from miniserve.engine.loop import EngineLoop
 from miniserve.engine.step_log import StepLog
 from miniserve.kernels.native import NativeKernels
 from miniserve.kernels.native_calls import replay
+from miniserve.kernels.step_tensors import RowState
 from miniserve.models.config import load_model_config
 from miniserve.models.decoder import CausalLM
 from miniserve.models.loader import dummy_weights
@@ -37,7 +38,7 @@ from miniserve.runner.native_graph import NativeGraphs
 from miniserve.runner.runner import ModelRunner
 from miniserve.runner.sampler import Sampler
 from miniserve.runner.served import ServedModel
-from miniserve.runner.state import BlockChanges, GraphInputs, StepState
+from miniserve.runner.state import GraphInputs, StepState
 from miniserve.scheduler.scheduler import Scheduler
 
 pytestmark = pytest.mark.skipif(
@@ -93,7 +94,7 @@ def make_engine(
     served = ServedModel(model, backend, caches)
     state = StepState(ROWS, MAX_LEN, 16, CPU)
     sampler = Sampler(ROWS, model.config.vocab_size, CPU, frozenset({7}))
-    noted = NativeGraphs(served, KERNELS, state, sampler) if graphs else None
+    noted = NativeGraphs(served, KERNELS, rows_of(state, sampler), sampler.params) if graphs else None
     config = SchedulerConfig(
         num_blocks=num_blocks,
         block_size=16,
@@ -105,6 +106,10 @@ def make_engine(
     )
     runner = ModelRunner(served, state, sampler, noted)
     return EngineLoop(Scheduler(config), runner, StepLog(None, ROWS), overlap=False)
+
+
+def rows_of(state: StepState, sampler: Sampler) -> RowState:
+    return RowState(state.tables, state.lens, sampler.last_tokens, sampler.num_outputs)
 
 
 @pytest.fixture
@@ -121,8 +126,10 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 STEM = [3, 9, 4, 17, 5, 3, 9, 4, 17, 6, 3, 9, 4]
+# Of equal lengths on all machines: which token a row of random weights comes to depends on how theirs round.
+DRAWN = {"max_tokens": 40, "ignore_eos": True}
 REQUESTS = [
-    ([*STEM, n], SamplingParams(temperature=temperature, seed=n, max_tokens=40, min_tokens=n, logprobs=logprobs))
+    ([*STEM, n], SamplingParams(temperature=temperature, seed=n, min_tokens=n, logprobs=logprobs, **DRAWN))
     for n, (temperature, logprobs) in enumerate([(0.0, None), (0.0, 2), (0.8, 1), (0.0, 0), (0.0, None)])
 ]
 ARRIVALS = [0, 3, 9, 30, 31]
@@ -194,7 +201,7 @@ def test_every_attention_that_the_kernels_have(layout: str, threads: int, tmp_pa
         cache.value.normal_(generator=generator)
     state = StepState(ROWS, MAX_LEN, 16, CPU)
     sampler = Sampler(ROWS, model.config.vocab_size, CPU, frozenset())
-    graphs = NativeGraphs(ServedModel(model, backend, caches), kernels, state, sampler)
+    graphs = NativeGraphs(ServedModel(model, backend, caches), kernels, rows_of(state, sampler), sampler.params)
     with torch.inference_mode():
         for step in range(24):
             rows = torch.randperm(ROWS, generator=generator)[: int(integers(generator, 1, ROWS + 1, 1))]
@@ -205,7 +212,7 @@ def test_every_attention_that_the_kernels_have(layout: str, threads: int, tmp_pa
             positions = state.lens[rows]
             slots = state.tables[rows, positions // 16].long() * 16 + positions % 16
             decode = decode_rows(state.tables[rows], positions.int() + 1, MAX_LEN, None)
-            context = PagedStepContext(backend, caches, backend.build(StepBatch(slots, decode)))
+            context = StepContext(backend, caches, backend.build(StepBatch(slots, decode)))
             want = model.compute_logits(model(sampler.last_tokens[rows], positions, context))
             if step % 2:
                 assert torch.equal(graphs.drawn(len(rows), inputs_of(rows))[1], want)
@@ -219,7 +226,7 @@ def test_every_attention_that_the_kernels_have(layout: str, threads: int, tmp_pa
 
 
 def inputs_of(rows: torch.Tensor) -> GraphInputs:
-    return GraphInputs(rows.tolist(), BlockChanges(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int32)))
+    return GraphInputs(rows.tolist(), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int32))
 
 
 def integers(generator: torch.Generator, low: int, high: int, *shape: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from ranked_fakes import BUILDER, PHASES, fake_config, make_rank
 
 from miniserve.config import EngineConfig
 from miniserve.core import Chunk, DraftRun, Request, RowStart, SamplingParams, Step, StepPlan
-from miniserve.runner.ranked import PlanReader, PlanWriter, RankedRunner, RankFailed, Ranks, RankStart
+from miniserve.runner import ranked as ranked_module
+from miniserve.runner.ranked import PlanReader, RankedRunner, RankFailed, Ranks, RankStart, encode_plan
 
 PLAN = StepPlan([], [], [], [0, 1], [])
 STEADY = msgspec.structs.replace(PLAN, same_rows=True)
@@ -27,12 +29,10 @@ SLACK = 60.0  # seconds, for a busy machine
 
 def start_ranks(file: Path, config: EngineConfig, size: int = 3, silence: float = 10.0) -> Ranks:
     file.write_bytes(bytes(16 * size))
-    ranks = Ranks(silence)
+    config, ranks = replace(config, tensor_parallel_size=size), Ranks(silence)
     ranks.start(
         [
-            RankStart(
-                config=config, source_path=str(file), rank=rank, size=size, builder=BUILDER, parent_pid=os.getpid()
-            )
+            RankStart(config=config, source_path=str(file), rank=rank, builder=BUILDER, parent_pid=os.getpid())
             for rank in range(1, size)
         ]
     )
@@ -62,8 +62,8 @@ def test_plans_come_out_as_they_went_in_and_steady_ones_are_short() -> None:
         StepPlan([], [], [], [2], []),
         StepPlan([2], [], [], [2], [], same_rows=True),
     ]
-    write, read = PlanWriter().write, PlanReader().read
-    messages = [write(plan) for plan in plans]
+    read = PlanReader().read
+    messages = [encode_plan(plan) for plan in plans]
     assert [read(message) for message in messages] == plans
     assert [len(messages[index]) for index in (1, 2, 4, 5)] == [395, 14, 10, 10]
 
@@ -156,5 +156,21 @@ def test_a_rank_that_dies_while_it_builds_is_named(tmp_path: Path) -> None:
             ranks.meet()
             while True:
                 ranks.check()
+    finally:
+        ranks.close()
+
+
+def test_a_start_that_waits_for_a_dead_rank_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, whose kernels wait for their peers while graphs are recorded."""
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(ranked_module, "_SILENCE_AT_WORK", 0.5)
+    ranks = start_ranks(tmp_path / "device", fake_config(at=0, phase="build", signal=int(signal.SIGKILL), rank=1))
+    try:
+        ranks._watch.start()  # and nothing asks what it has found
+        deadline = time.monotonic() + SLACK
+        while not codes and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert codes == [1]
     finally:
         ranks.close()

@@ -152,7 +152,7 @@ def check_order(driver: Driver, accepted: list[Request]) -> None:
                 assert lens[name] <= driver.config.max_num_batched_tokens < lens[later]
 
 
-@settings(max_examples=800, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=500, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(workloads())
 def test_tokens_do_not_depend_on_the_schedule(load: Workload) -> None:
     driver, accepted = run(load)

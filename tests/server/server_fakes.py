@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 import miniserve
+from miniserve.config import EngineConfig
 from miniserve.core import (
     EngineInfo,
     FinishReason,
@@ -46,6 +47,7 @@ TINY = Path(miniserve.__file__).parent / "assets" / "tiny-qwen3"
 VOCAB_SIZE = 2048
 EOS = 2047
 MAX_MODEL_LEN = 256
+REAL = EngineConfig(device="cpu", dtype="float32", kv_cache_memory=16 * 2**20, max_model_len=512, max_num_seqs=16)
 
 
 @cache
@@ -292,7 +294,7 @@ class RunningServer:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         if not isinstance(self.engine, FakeEngine):
             await self.engine.start()
-        return await serve(self.engine, self._config, sock=self._socket, on_ready=self._ready.set, stop=self._stop)
+        return await serve(self.engine, self._config, self._socket, on_ready=self._ready.set, stop=self._stop)
 
     def call(self, work, *args):  # type: ignore[no-untyped-def]
         async def run():  # type: ignore[no-untyped-def]

@@ -207,6 +207,23 @@ def test_events_of_responses_are_openais(model: Scripted) -> None:
         assert deltas == (item["arguments"] if "arguments" in item else item["content"][0]["text"])
 
 
+def test_logprobs_of_responses_are_those_of_the_text(model: Scripted) -> None:
+    model.says(THOUGHT + "Two and two is four.")
+    options: Any = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    whole = response(model, False, **options)
+    assert whole.top_logprobs == 2
+    thought, said = whole.output
+    assert "logprobs" not in thought.content[0].to_dict()
+    entries = said.content[0].logprobs
+    assert "".join(entry.token for entry in entries).lstrip("\n") == said.content[0].text == "Two and two is four."
+    assert {len(entry.top_logprobs) for entry in entries} == {2}
+    events = events_of(model, "responses", {"input": "Hi", **options})
+    pieces = [entry for event in events if event["type"].endswith("output_text.delta") for entry in event["logprobs"]]
+    (done,) = [event["logprobs"] for event in events if event["type"].endswith("output_text.done")]
+    assert pieces == done == [entry.to_dict() for entry in entries]
+    assert response(model, False).output[1].content[0].logprobs == []
+
+
 def test_an_answer_says_why_it_ended(model: Scripted, claude: Anthropic) -> None:
     written = WRITERS["hermes"](CALLS[:1])
     model.says(written)
@@ -315,7 +332,7 @@ def said(*blocks: Any, role: str = "user") -> dict[str, Any]:
         ({"tool_choice": {"type": "any"}, "tools": []}, "tool_choice"),
         ({"thinking": {"type": "between_tools"}}, "thinking.type"),
         ({"output_config": {"effort": "high"}}, "output_config.effort"),
-        ({"output_config": {"format": {"type": "json_schema", "schema": {}}}}, "output_config.format"),
+        ({"output_config": {"format": {"type": "json_schema", "schema": {"not": {}}}}}, "output_config.format"),
         ({"stop_sequences": [""]}, "stop_sequences"),
         ({"temperature": -1}, "temperature"),
         ({"seed": 1}, "seed"),
@@ -359,7 +376,6 @@ CALL = {"type": "function_call", "call_id": "1", "name": "now", "arguments": "{}
         ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
         ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
         ({"reasoning": {"summary": "concise"}}, "reasoning.summary"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format"),
         ({"text": {"format": {"type": "json_schema"}}, "tools": []}, "text.format"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
@@ -367,7 +383,8 @@ CALL = {"type": "function_call", "call_id": "1", "name": "now", "arguments": "{}
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"background": True}, "background"),
-        ({"include": ["message.output_text.logprobs"]}, "include[0]"),
+        ({"include": ["file_search_call.results"]}, "include[0]"),
+        ({"include": ["message.output_text.logprobs"]}, "include"),
         ({"truncation": "auto"}, "truncation"),
         ({"prompt": {"id": "x"}}, "prompt"),
         ({"top_logprobs": 1}, "top_logprobs"),

@@ -5,16 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
-from server_fakes import TINY, FakeEngine, RunningServer, running_server, wait_until
+from server_fakes import FakeEngine, RunningServer, running_server, wait_until
 
-from miniserve.config import EngineConfig
 from miniserve.core import StepRecord, StepTotals
-from miniserve.engine.client import AsyncEngine
 from miniserve.server import steps as steps_module
 from miniserve.server.steps import ProgressLine, chrome_trace
 
@@ -27,23 +24,18 @@ SECOND = StepRecord(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def real() -> Iterator[RunningServer]:
-    config = EngineConfig(device="cpu", kv_cache_memory=16 * 2**20, max_model_len=512, max_num_seqs=16)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        with running_server(AsyncEngine(config, TINY, "tiny-qwen3"), api_keys=("k",), log_interval=0.5) as server:
-            yield server
+@pytest.fixture
+def real(real_server: RunningServer) -> RunningServer:
+    return real_server
 
 
 def complete(server: RunningServer, **body: Any) -> None:
-    headers = {"Authorization": "Bearer k"}
     body = {"prompt": "Once upon a time", "ignore_eos": True, **body}
-    assert httpx.post(f"{server.url}/completions", json=body, headers=headers, timeout=120).status_code == 200
+    assert httpx.post(f"{server.url}/completions", json=body, timeout=120).status_code == 200
 
 
 def steps(server: RunningServer, **query: Any) -> dict[str, Any]:
-    response = httpx.get(f"{server.root}/debug/steps", params=query, headers={"x-api-key": "k"}, timeout=60)
+    response = httpx.get(f"{server.root}/debug/steps", params=query, timeout=60)
     assert response.status_code == 200, response.text
     answer: dict[str, Any] = response.json()
     return answer
@@ -79,7 +71,7 @@ def test_steps_can_be_read_while_others_run(real: RunningServer) -> None:
 
 def test_the_pool_is_seen_while_requests_run(real: RunningServer) -> None:
     def look() -> dict[str, Any]:
-        answer: dict[str, Any] = httpx.get(f"{real.root}/debug/engine", headers={"x-api-key": "k"}, timeout=60).json()
+        answer: dict[str, Any] = httpx.get(f"{real.root}/debug/engine", timeout=60).json()
         return answer
 
     seen: list[dict[str, Any]] = []
@@ -97,9 +89,11 @@ def test_the_pool_is_seen_while_requests_run(real: RunningServer) -> None:
     wait_until(lambda: set(look()["pool"]["owners"]) == {-1, -2})  # a look serves for half a second
 
 
-def test_the_key_is_asked_for(real: RunningServer) -> None:
-    assert httpx.get(f"{real.root}/debug/steps").status_code == 401
-    assert httpx.get(f"{real.root}/metrics").status_code == 200
+def test_the_key_is_asked_for() -> None:
+    with running_server(api_keys=("k",)) as server:
+        assert httpx.get(f"{server.root}/debug/steps").status_code == 401
+        assert httpx.get(f"{server.root}/debug/steps", headers={"x-api-key": "k"}).status_code == 200
+        assert httpx.get(f"{server.root}/metrics").status_code == 200
 
 
 def test_the_roofline_is_among_the_metrics(real: RunningServer) -> None:

@@ -281,9 +281,13 @@ def test_fields_without_effect_are_accepted_and_unknown_ones_warned_about_once(
             assert httpx.post(f"{server.url}/completions", json=body).is_success
         for name in ("x" * 5000, "two\nlines"):
             assert httpx.post(f"{server.url}/completions", json={**COMPLETION, name: 1}).is_success
+        for _ in range(2):
+            unused = CHAT | {"chat_template_kwargs": {"made_up": 1}}
+            assert httpx.post(f"{server.url}/chat/completions", json=unused).is_success
     messages = [record.getMessage() for record in caplog.records if record.name == "miniserve.server.fields"]
-    assert len(messages) == 4
+    assert len(messages) == 5
     assert "made_up_field" in messages[0]
+    assert "chat_template_kwargs.made_up" in messages[-1]
     assert all(len(message) < 300 and "\n" not in message for message in messages)
 
 
@@ -413,6 +417,9 @@ def test_a_strict_server_takes_no_unknown_field() -> None:
                 error = error_of(httpx.post(server.root + path, json={**body, "made_up_id": 9}), 400)
                 assert error["param"] == "made_up_id"
             assert httpx.post(server.root + path, json={**body, "user": "me", "suffix": None}).is_success
+        unused = CHAT | {"chat_template_kwargs": {"made_up": 1}}
+        error = error_of(httpx.post(f"{server.url}/chat/completions", json=unused), 400)
+        assert error["param"] == "chat_template_kwargs.made_up"
 
 
 def test_misspelt_fields_of_other_bodies_are_named(web: httpx.Client) -> None:

@@ -13,7 +13,6 @@ from server_fakes import EOS, FakeEngine, RunningServer, greedy, running_server,
 from miniserve.core import Completion, SamplingParams
 from miniserve.server.completions import CompletionAnswer
 from miniserve.server.protocol import CompletionRequest
-from miniserve.server.reply import Header
 
 PROMPT = "Once upon a time"
 MESSAGES = [{"role": "user", "content": "Tell me a story."}]
@@ -77,7 +76,7 @@ def test_choices_are_ordered_prompt_by_prompt(client: OpenAI, num_prompts: int) 
 
 def test_choices_are_ordered_whatever_comes_first() -> None:
     body = CompletionRequest(prompt=["a", "b"], n=2)
-    answer = CompletionAnswer(Header("id", 0, "m"), tokenizer(), body.prompt, [[1], [2]], SamplingParams(n=2), body)
+    answer = CompletionAnswer("m", tokenizer(), body.prompt, [[1], [2]], SamplingParams(n=2), body)
     for number, index in ((1, 1), (0, 1), (1, 0), (0, 0)):
         answer.add(number, Completion(index=index, text=f"{number}{index}", token_ids=[1]))
     assert [choice["text"] for choice in answer.whole()["choices"]] == ["00", "01", "10", "11"]

@@ -8,36 +8,21 @@ import re
 import signal
 import socket
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 from dialect_texts import TEMPLATES
-from server_fakes import TINY, RunningServer, running_server, tokenizer, wait_until
+from server_fakes import REAL, TINY, RunningServer, running_server, tokenizer, wait_until
 
-from miniserve.config import EngineConfig
 from miniserve.engine.client import AsyncEngine
 
-CONFIG = EngineConfig(device="cpu", dtype="float32", kv_cache_memory=16 * 2**20, max_model_len=512, max_num_seqs=16)
 PROMPTS = ["Once upon a time", "Tom has 3 apples and buys 4 more.", "The"]
 
 
-def start() -> AsyncEngine:
-    return AsyncEngine(CONFIG, TINY, "tiny-qwen3")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-
-
-@pytest.fixture(scope="module")
-def server(one_thread: None) -> Iterator[RunningServer]:
-    with running_server(start(), trust_request_chat_template=True) as server:
-        yield server
+@pytest.fixture
+def server(real_server: RunningServer) -> RunningServer:
+    return real_server
 
 
 def complete(server: RunningServer, **body: Any) -> list[dict[str, Any]]:
@@ -102,7 +87,7 @@ def test_a_long_prompt_is_found_in_the_cache_again(server: RunningServer) -> Non
     assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
     cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
     assert cached > 0
-    assert cached % CONFIG.block_size == 0
+    assert cached % REAL.block_size == 0
 
 
 def test_leaving_frees_the_blocks(server: RunningServer) -> None:
@@ -122,7 +107,7 @@ def test_leaving_frees_the_blocks(server: RunningServer) -> None:
 
 
 def test_a_killed_engine_answers_its_clients_and_ends_the_server() -> None:
-    with running_server(start()) as server:
+    with running_server(AsyncEngine(REAL, TINY, "tiny-qwen3")) as server:
         answers: list[httpx.Response] = []
 
         def ask() -> None:
@@ -193,3 +178,9 @@ def test_a_model_that_knows_no_tools_calls_one_where_it_must(server: RunningServ
     assert arguments["city"] in ("Bonn", "Bad Ems")
     assert arguments["rain"] in (True, False)
     assert len(arguments) == 2
+    form = {"type": "json_schema", "json_schema": {"name": "weather", "schema": schema}}
+    body |= {"tool_choice": "auto", "response_format": form}
+    (choice,) = httpx.post(f"{server.url}/chat/completions", json=body, timeout=120).json()["choices"]
+    message = choice["message"]
+    texts = [message["content"]] if message["content"] else [c["function"]["arguments"] for c in message["tool_calls"]]
+    assert all(set(json.loads(text)) == {"city", "rain"} for text in texts)

@@ -17,11 +17,11 @@ from typing import Any
 
 import httpx
 import pytest
-from server_fakes import FakeEngine, running_server, wait_until
+from server_fakes import FakeEngine, RunningServer, running_server, wait_until
 
 from miniserve.core import UserError
 from miniserve.server.config import ServerConfig
-from miniserve.server.serve import bind, loop_factory, serve
+from miniserve.server.serve import bind, listening, loop_factory, serve
 
 
 def test_a_port_in_use_is_told_before_anything_else() -> None:
@@ -78,24 +78,31 @@ def test_a_port_that_was_lost_while_the_model_loaded(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(socket.socket, "listen", refuse)
     engine: Any = FakeEngine()
-    with pytest.raises(UserError, match="already in use"):
-        asyncio.run(serve(engine, ServerConfig(port=0)))
+    config = ServerConfig(port=0)
+    with listening(config) as sock, pytest.raises(UserError, match="already in use"):
+        asyncio.run(serve(engine, config, sock, on_ready=lambda: None, stop=asyncio.Event()))
     assert engine.shutdowns == [False]
+
+
+def ask_twice(server: RunningServer) -> tuple[list[httpx.Response], list[threading.Thread]]:
+    """Whole and as a stream, by clients whose requests run then; the answers are there when they have ended."""
+    answers: list[httpx.Response] = []
+
+    def ask(streams: bool) -> None:
+        body = {"prompt": "x", "max_tokens": 20, "stream": streams}
+        answers.append(httpx.post(f"{server.url}/completions", json=body, timeout=60))
+
+    clients = [threading.Thread(target=ask, args=(streams,)) for streams in (False, True)]
+    for client in clients:
+        client.start()
+    wait_until(lambda: server.engine.num_running == 2)
+    return answers, clients
 
 
 def test_a_stop_lets_running_requests_finish() -> None:
     engine = FakeEngine(step_seconds=0.02, hold_at=3)
     with running_server(engine) as server:
-        answers: list[httpx.Response] = []
-
-        def ask(streams: bool) -> None:
-            body = {"prompt": "x", "max_tokens": 20, "stream": streams}
-            answers.append(httpx.post(f"{server.url}/completions", json=body, timeout=60))
-
-        clients = [threading.Thread(target=ask, args=(streams,)) for streams in (False, True)]
-        for client in clients:
-            client.start()
-        wait_until(lambda: engine.num_running == 2)
+        answers, clients = ask_twice(server)
         stopper = threading.Thread(target=server.stop)
         stopper.start()
         wait_until(lambda: engine.shutdowns == [True])
@@ -115,16 +122,7 @@ def test_a_stop_lets_running_requests_finish() -> None:
 def test_what_does_not_finish_in_time_is_answered_with_an_error() -> None:
     engine = FakeEngine(hold_at=1)
     with running_server(engine, drain_timeout=0.3) as server:
-        answers: list[httpx.Response] = []
-
-        def ask(streams: bool) -> None:
-            body = {"prompt": "x", "max_tokens": 20, "stream": streams}
-            answers.append(httpx.post(f"{server.url}/completions", json=body, timeout=60))
-
-        clients = [threading.Thread(target=ask, args=(streams,)) for streams in (False, True)]
-        for client in clients:
-            client.start()
-        wait_until(lambda: engine.num_running == 2)
+        answers, clients = ask_twice(server)
         assert server.stop() == 0
         for client in clients:
             client.join(60)
@@ -212,7 +210,7 @@ async def main():
     engine = FakeEngine(hold_at=1)
     def ready():
         print(sock.getsockname()[1], flush=True)
-    return await serve(engine, ServerConfig(), sock=sock, on_ready=ready)
+    return await serve(engine, ServerConfig(), sock, on_ready=ready, stop=asyncio.Event())
 
 with asyncio.Runner(loop_factory=loop_factory()) as runner:
     sys.exit(runner.run(main()))

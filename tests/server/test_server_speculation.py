@@ -10,12 +10,10 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from server_fakes import TINY, RunningServer, running_server
+from server_fakes import REAL, TINY, RunningServer, running_server
 
-from miniserve.config import EngineConfig
 from miniserve.engine.client import AsyncEngine
 
-CONFIG = EngineConfig(device="cpu", dtype="float32", kv_cache_memory=16 * 2**20, max_model_len=512, max_num_seqs=16)
 QUESTION = "Question: Tom has 3 apples and buys 4 more. How many apples does he have?\nAnswer:"
 PROMPT = f"{QUESTION} He starts with 3 apples. 3 + 4 = 7 apples.\n#### 7\n\n{QUESTION}"
 BODIES: list[dict[str, Any]] = [
@@ -30,15 +28,9 @@ BODIES: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def servers() -> Iterator[tuple[RunningServer, RunningServer]]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        guessing = AsyncEngine(replace(CONFIG, speculative="ngram:4"), TINY, "tiny-qwen3")
-        with (
-            running_server(AsyncEngine(CONFIG, TINY, "tiny-qwen3")) as plain_server,
-            running_server(guessing) as guessing_server,
-        ):
-            yield plain_server, guessing_server
+def servers(real_server: RunningServer) -> Iterator[tuple[RunningServer, RunningServer]]:
+    with running_server(AsyncEngine(replace(REAL, speculative="ngram:4"), TINY, "tiny-qwen3")) as guessing:
+        yield real_server, guessing
 
 
 def complete(server: RunningServer, body: dict[str, Any]) -> dict[str, Any]:

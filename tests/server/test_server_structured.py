@@ -12,12 +12,8 @@ import httpx
 import jsonschema
 import openai
 import pytest
-from server_fakes import TINY, FakeEngine, RunningServer, running_server, tokenizer
+from server_fakes import FakeEngine, RunningServer, running_server, tokenizer
 
-from miniserve.config import EngineConfig
-from miniserve.engine.client import AsyncEngine
-
-CONFIG = EngineConfig(device="cpu", dtype="float32", kv_cache_memory=16 * 2**20, max_model_len=512, max_num_seqs=16)
 SCHEMA = {
     "type": "object",
     "properties": {"age": {"type": "integer", "minimum": 0, "maximum": 99}, "name": {"enum": ["Ann", "Bö"]}},
@@ -35,12 +31,9 @@ def fake() -> Iterator[RunningServer]:
         yield server
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[RunningServer]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        with running_server(AsyncEngine(CONFIG, TINY, "tiny-qwen3")) as server:
-            yield server
+@pytest.fixture
+def server(real_server: RunningServer) -> RunningServer:
+    return real_server
 
 
 @pytest.mark.parametrize(

@@ -337,6 +337,14 @@ def test_a_schema_that_cannot_be_enforced_is_named_where_it_would_have_to_be(
 
 def test_an_output_has_a_form_or_calls(qwen: Scripted) -> None:
     form = {"type": "json_object"}
-    assert qwen.refused([ASKED], tools=TOOLS, response_format=form) == "response_format"
+    for regex in ({"guided_regex": "a+"}, {"structured_outputs": {"choice": ["a"]}}):
+        (field,) = regex
+        assert qwen.refused([ASKED], tools=TOOLS, extra_body=regex).partition(".")[0] == field
+    qwen.says("{}")
+    assert qwen.ask([ASKED], tools=TOOLS, response_format=form).choices[0].message.content == "{}"
+    assert qwen.server.engine.seen[-1][1].grammar.kind == "calls"
+    qwen.says(WRITERS["hermes"](CALLS))
+    answer = qwen.ask([ASKED], tools=TOOLS, response_format=form).choices[0]
+    assert (answer.finish_reason, answer.message.content) == ("tool_calls", None)
     qwen.says("{}")
     assert qwen.ask([ASKED], tools=TOOLS, tool_choice="none", response_format=form).choices[0].message.content == "{}"

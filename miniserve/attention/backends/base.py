@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor
 
-from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import StepBatch
+from miniserve.attention.platform import Platform
 from miniserve.attention.spec import AttentionLayer, AttentionSpec, LatentLayer, QKRope
 from miniserve.attention.terms import LayerRoute
 
 Metadata = TypeVar("Metadata")
+QKV = tuple[Tensor, Tensor, Tensor]  # of a step's tokens: see `StepContext.attend`
+LatentTokens = tuple[Tensor, Tensor, Tensor, Tensor]  # q_nope, q_pe, kv_c, k_pe: see `StepContext.attend_latent`
 CHUNKS_IN_GRAPH = 2  # the end of one prompt and the start of the next
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendOptions:
+    """What a backend sizes its scratch memory by, once, and chooses its kernels by.
+
+    specs, routes: of each layer. max_rows: most sequences in a step; max_seq_len: in tokens. trust_asm_lengths: lifts
+    the guard of `routes.ASM_WRONG_LENGTHS`, for a GPU on which the ASM kernel was seen to get these lengths right.
+    """
+
+    specs: tuple[AttentionSpec, ...]
+    routes: tuple[LayerRoute, ...]
+    platform: Platform
+    device: torch.device
+    max_rows: int
+    max_seq_len: int
+    trust_asm_lengths: bool = False
 
 
 class Backend(ABC, Generic[Metadata]):
@@ -50,7 +71,7 @@ class Backend(ABC, Generic[Metadata]):
     def build(self, batch: StepBatch) -> Metadata:
         """The step's metadata, once for all layers."""
 
-    def attend(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, meta: Metadata) -> Tensor:
+    def attend(self, layer: AttentionLayer, tokens: QKV, cache: KVCache, meta: Metadata) -> Tensor:
         """The whole step for one layer: see `StepContext.attend`."""
         raise NotImplementedError(f"{type(self).__name__} has no multi-head attention")
 
@@ -58,15 +79,6 @@ class Backend(ABC, Generic[Metadata]):
         """See `StepContext.attend_qkv`."""
         raise NotImplementedError(f"{type(self).__name__} does not rotate")
 
-    def attend_latent(
-        self,
-        layer: LatentLayer,
-        q_nope: Tensor,
-        q_pe: Tensor,
-        kv_c: Tensor,
-        k_pe: Tensor,
-        cache: KVCache,
-        meta: Metadata,
-    ) -> Tensor:
+    def attend_latent(self, layer: LatentLayer, tokens: LatentTokens, cache: KVCache, meta: Metadata) -> Tensor:
         """The whole step for one MLA layer: see `StepContext.attend_latent`. The latent is `cache.key`."""
         raise NotImplementedError(f"{type(self).__name__} has no latent attention")

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from miniserve.attention.backends.base import Backend
-from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.base import Backend, BackendOptions
 from miniserve.attention.contracts import CONTRACTS, KERNELS
 from miniserve.attention.routes import least_asm_rows
 from miniserve.attention.select import Choice
@@ -60,12 +59,12 @@ class PoolLimit:
 
 def pool_limit(choice: Choice, max_rows: int) -> PoolLimit | None:
     """How large a pool may be for steps of up to `max_rows`; None where nothing bounds it."""
-    limits = []
+    layout, limits = choice.kv_layout, []
     for spec, route in zip(choice.specs, choice.routes, strict=True):
         least = least_asm_rows(spec, choice.platform.compute_units)
         if route.decode == "paged_attention_common" and (least is None or least > max_rows):
             continue  # its HIP kernel reaches all
         if KERNELS[route.decode].has_narrow_offsets(spec, choice.platform.arch):
-            plane = choice.kv_layout.block_bytes(spec) // (2 if spec.latent is None else 1)
+            plane = layout.block_bytes(spec) // len(layout.shapes(spec, 1))
             limits.append(PoolLimit(NARROW_PLANE // plane, route.decode))
     return min(limits, key=lambda limit: limit.num_blocks, default=None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.base import BackendOptions
 from miniserve.attention.backends.torch_attn import TorchBackend
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import QueryRows

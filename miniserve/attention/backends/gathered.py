@@ -1,4 +1,5 @@
-"""Cached context for kernels that take dense keys and values: what to gather, a bounded piece at a time."""
+"""Cached context for kernels that take dense keys and values: what to gather, a bounded piece at a time, and how the
+parts of a sequence are put together by their log-sum-exps."""
 
 from __future__ import annotations
 
@@ -10,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from miniserve.attention.merge import merge_lse
 from miniserve.attention.metadata import Int64, QueryRows
 
 
@@ -58,6 +58,20 @@ def windowed_rows(group: QueryRows, block_size: int, window: int) -> GatheredRow
     query = np.array(group.query_lens, dtype=np.int64)
     low = np.maximum(context - (window - 1), 0)
     return _gathered(group, slice(0, len(context)), low, context + query, block_size)
+
+
+def merge_lse(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two parts' results as those of their union (Flash-Decoding, Dao et al. 2023).
+
+    out [tokens, num_heads, head_dim]; lse float32 [num_heads, tokens], the natural logarithm of the softmax's sum, -inf
+    where a part has no keys (what its out holds there does not count). Returns both, in float32.
+    """
+    lse = torch.logaddexp(lse_a, lse_b)
+    total = torch.zeros(out_a.shape, dtype=torch.float32, device=out_a.device)
+    for out, part in ((out_a, lse_a), (out_b, lse_b)):
+        weight = torch.exp(part - lse).nan_to_num_(0.0).T[..., None]  # NaN: -inf - -inf
+        total += torch.where(weight > 0, out.float() * weight, 0.0)
+    return total, lse
 
 
 def add_context(

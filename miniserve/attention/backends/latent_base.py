@@ -15,9 +15,9 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from miniserve.attention.backends.base import Backend
+from miniserve.attention.backends.base import Backend, LatentTokens
 from miniserve.attention.backends.gathered import GatheredRows, RaggedLens, add_context, context_pieces
-from miniserve.attention.layouts import KVCache
+from miniserve.attention.layouts import KVCache, decoded
 from miniserve.attention.metadata import QueryRows, StepBatch
 from miniserve.attention.spec import LatentLayer
 
@@ -74,15 +74,9 @@ class LatentBackend(Backend[LatentMetadata[Decode]]):
         )
 
     def attend_latent(
-        self,
-        layer: LatentLayer,
-        q_nope: Tensor,
-        q_pe: Tensor,
-        kv_c: Tensor,
-        k_pe: Tensor,
-        cache: KVCache,
-        meta: LatentMetadata[Decode],
+        self, layer: LatentLayer, tokens: LatentTokens, cache: KVCache, meta: LatentMetadata[Decode]
     ) -> Tensor:
+        q_nope, q_pe, kv_c, k_pe = tokens
         self.write(layer, cache, kv_c, k_pe, meta.batch.slot_mapping)
         parts: list[Tensor] = []
         if meta.batch.decode is not None and meta.decode is not None:
@@ -96,8 +90,8 @@ class LatentBackend(Backend[LatentMetadata[Decode]]):
             if meta.context:
 
                 def attend(piece: GatheredRows) -> tuple[Tensor, Tensor]:
-                    scales = layer.kv_scale, layer.kv_scale
-                    cached = self.layout.read_tokens(cache, piece.slots, layer.spec.dtype, *scales)
+                    found = self.layout.gather_tokens(cache, piece.slots)
+                    cached = decoded(found, layer.spec.dtype, layer.kv_scale, layer.kv_scale)
                     queries = q[piece.start - span.start : piece.end - span.start]
                     return self.attend_dense(layer, queries, *_expand(layer, *cached), piece.lens, causal=False)
 

@@ -10,14 +10,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from miniserve.attention.backends.base import Backend
-from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.base import QKV, Backend, BackendOptions
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import QueryRows, StepBatch
 from miniserve.attention.routes import fuses_rope
 from miniserve.attention.spec import AttentionLayer, QKRope, fp8_scales
-
-QKV = tuple[Tensor, Tensor, Tensor]  # [num_tokens, heads, head_dim] each, of the whole step
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +36,7 @@ class PagedBackend(Backend[Metadata]):
     """`decode` and `chunk` write to out [tokens, num_heads, head_dim], the rows' part of it."""
 
     graphs = True
-    reads_new_keys = False  # of chunks; otherwise `chunk` gets any k where rope and write are one launch
+    reads_new_keys = False  # False: `chunk` may get anything for k and v, which it reads from the cache
 
     def __init__(self, layout: KVLayout, options: BackendOptions) -> None:
         from miniserve.kernels.triton.cache_write import rope_and_write, write_kv
@@ -59,21 +56,25 @@ class PagedBackend(Backend[Metadata]):
     def chunk(
         self, layer: AttentionLayer, tokens: QKV, cache: KVCache, rows: QueryRows, meta: Metadata, out: Tensor
     ) -> None:
-        """`StepBatch.extend` or `StepBatch.prefill`."""
+        """`StepBatch.extend` or `StepBatch.prefill`; tokens: the whole step's."""
 
-    def attend(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, meta: Metadata) -> Tensor:
+    def attend(self, layer: AttentionLayer, tokens: QKV, cache: KVCache, meta: Metadata) -> Tensor:
+        _, k, v = tokens
         self._write_kv(k, v, cache.key, cache.value, meta.batch.slot_mapping, **cache_terms(self.layout, layer))
-        return self._over_cache(layer, (q, k, v), cache, meta)
+        return self._over_cache(layer, tokens, cache, meta)
 
     def attend_qkv(self, layer: AttentionLayer, qkv: Tensor, rope: QKRope, cache: KVCache, meta: Metadata) -> Tensor:
         return self._over_cache(layer, self.rope_and_write(layer, qkv, rope, cache, meta), cache, meta)
 
     def rope_and_write(self, layer: AttentionLayer, qkv: Tensor, rope: QKRope, cache: KVCache, meta: Metadata) -> QKV:
-        """qkv as of `StepContext.attend_qkv`. Returns q normed and rotated; so is k, where it is read, of the tokens
-        that are written to the cache."""
+        """qkv as of `StepContext.attend_qkv`. Returns q normed and rotated; and where they are read k, likewise, of the
+        tokens that are written to the cache, and v."""
         spec, batch = layer.spec, meta.batch
-        _, k, v = split_heads(layer, qkv)
-        k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device) if self.reads_new_keys and batch.chunks else None
+        k = v = qkv
+        k_out = None
+        if self.reads_new_keys and batch.chunks:
+            _, k, v = split_heads(layer, qkv)
+            k = k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
         q = self._rope_and_write(
             qkv,
             rope.cos_sin,
@@ -90,7 +91,7 @@ class PagedBackend(Backend[Metadata]):
             k_out=k_out,
             **cache_terms(self.layout, layer),
         )
-        return q, k if k_out is None else k_out, v
+        return q, k, v
 
     def _over_cache(self, layer: AttentionLayer, tokens: QKV, cache: KVCache, meta: Metadata) -> Tensor:
         q, batch = tokens[0], meta.batch

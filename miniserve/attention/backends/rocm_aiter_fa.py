@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from miniserve.attention.backends.base import QKV, BackendOptions
 from miniserve.attention.backends.gathered import GatheredRows, RaggedLens, add_context, context_pieces, windowed_rows
-from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.backends.paged import QKV
 from miniserve.attention.backends.rocm_base import AiterBackend, AiterMetadata, PagedDecode, PagedScratch
-from miniserve.attention.layouts import KVCache, KVLayout
+from miniserve.attention.layouts import KVCache, KVLayout, decoded
 from miniserve.attention.metadata import QueryRows, StepBatch
 from miniserve.attention.routes import has_wrong_length, least_asm_rows, window_pair
 from miniserve.attention.spec import AttentionLayer, AttentionSpec
@@ -54,7 +53,7 @@ class FlashBackend(AiterBackend[FlashMetadata]):
         before they are rounded."""
         tokens = min(CONTEXT_TOKENS, options.max_rows * options.max_seq_len)
         gathered = max(
-            spec.num_kv_heads * spec.head_dim * (2 * spec.dtype.itemsize + (6 if spec.kv_dtype.itemsize == 1 else 0))
+            spec.num_kv_heads * spec.head_dim * (2 * spec.dtype.itemsize + (6 if spec.fp8_kv else 0))
             for spec in options.specs
         )
         return PagedScratch.sizes(options)[1] + tokens * gathered
@@ -62,7 +61,7 @@ class FlashBackend(AiterBackend[FlashMetadata]):
     @classmethod
     def extra_block_bytes(cls, layout: KVLayout, spec: AttentionSpec, route: LayerRoute) -> int:
         """`AsmScales`, at most: layers of the same scale share tables."""
-        asm = route.decode == "paged_attention_common" and spec.kv_dtype.itemsize == 1
+        asm = route.decode == "paged_attention_common" and spec.fp8_kv
         return 2 * 4 * layout.block_size * spec.num_kv_heads if asm else 0
 
     def build(self, batch: StepBatch) -> FlashMetadata:
@@ -101,9 +100,10 @@ class FlashBackend(AiterBackend[FlashMetadata]):
 
         def attend(gathered: GatheredRows, *, causal: bool = False, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
             """causal: the last of the keys are the query tokens' own."""
-            keys = self.layout.read_tokens(cache, gathered.slots, layer.spec.dtype, layer.k_scale, layer.v_scale)
+            found = self.layout.gather_tokens(cache, gathered.slots)
+            keys, values = decoded(found, layer.spec.dtype, layer.k_scale, layer.v_scale)
             queries = tokens[0][gathered.start : gathered.end]
-            return self._flash(layer, queries, *keys, gathered.lens, causal=causal, out=out)
+            return self._flash(layer, queries, keys, values, gathered.lens, causal=causal, out=out)
 
         if self._routes[layer.layer_index].chunks != FLASH:
             self.unified(layer, q, cache, rows, out)

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from miniserve.attention import aiter
+from miniserve.attention.backends.base import BackendOptions
 from miniserve.attention.backends.gathered import RaggedLens
 from miniserve.attention.backends.latent_base import LatentBackend, whole
-from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.triton_mla import dense_dim, latent_scale, padded
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import QueryRows
@@ -112,7 +112,7 @@ class AiterLatentBackend(LatentBackend[tuple[Tensor, ...]]):
         if (missing := padded_heads(heads) - heads) > 0:
             q = functional.pad(q, (0, 0, 0, missing))
         out = torch.empty((*q.shape[:2], _RANK), dtype=q.dtype, device=q.device)
-        work_metadata_ptrs, *others = (self._plans[spec][name] for name in _BUFFERS)
+        plan = dict(self._plans[spec])
         self._aiter.mla_decode_fwd(
             q,
             cache.key.view(-1, 1, 1, spec.head_dim),
@@ -124,8 +124,8 @@ class AiterLatentBackend(LatentBackend[tuple[Tensor, ...]]):
             # Told, aiter keeps to the plan; otherwise it may drop it from 32 rows on for kernels whose own splits lie
             # in a cache of tensors, from which one that a graph reads may be evicted.
             num_kv_splits=self._aiter.compute_units,
-            work_meta_data=work_metadata_ptrs,
-            **dict(zip(_BUFFERS[1:], others, strict=True)),
+            work_meta_data=plan.pop("work_metadata_ptrs"),
+            **plan,
             kv_scale=latent_scale(layer),
         )
         return out[:, :heads]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.base import BackendOptions
 from miniserve.attention.backends.paged import PagedMetadata
 from miniserve.attention.backends.rocm_base import PagedDecode, PagedScratch
 from miniserve.attention.backends.triton_attn import TritonBackend

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from miniserve.attention import aiter
-from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.backends.paged import QKV, PagedBackend, PagedMetadata, split_heads
+from miniserve.attention.backends.base import QKV, BackendOptions
+from miniserve.attention.backends.paged import PagedBackend, PagedMetadata, split_heads
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import QueryRows, StepBatch
 from miniserve.attention.routes import kv_cache_dtype, window_pair
@@ -58,7 +58,7 @@ class AsmScales:
     def of(self, layer: AttentionLayer, cache: KVCache) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """The layer's tables, made when it is first asked for them, which reads its scales on the host; None where its
         cache is not fp8."""
-        if layer.spec.kv_dtype.itemsize > 1:
+        if not layer.spec.fp8_kv:
             return None, None
         if layer.layer_index not in self._layers:
             k, v = (self._table(float(scale), cache.key) for scale in (layer.k_scale, layer.v_scale))
@@ -223,7 +223,7 @@ class PagedDecode:
             V_QScale_asm=v_table,
             out_=out,
             # 2 names the one kernel that is right over an fp8 cache, and forces it; 1 leaves the route to aiter's rule.
-            high_precision=2 if spec.kv_dtype.itemsize == 1 else 1,
+            high_precision=2 if spec.fp8_kv else 1,
             kv_cache_dtype=kv_cache_dtype(spec.kv_dtype),
             kv_cache_tensor_dtype=spec.kv_dtype,
         )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from miniserve.attention import aiter
-from miniserve.attention.backends.options import BackendOptions
+from miniserve.attention.backends.base import BackendOptions
 from miniserve.attention.backends.rocm_base import AiterMetadata
 from miniserve.attention.backends.rocm_unified import UnifiedBackend
 from miniserve.attention.layouts import KVCache, KVLayout

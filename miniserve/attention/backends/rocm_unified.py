@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from miniserve.attention.backends.paged import QKV
+from miniserve.attention.backends.base import QKV
 from miniserve.attention.backends.rocm_base import AiterBackend, AiterMetadata
 from miniserve.attention.layouts import KVCache
 from miniserve.attention.metadata import QueryRows, StepBatch

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from miniserve.attention.backends.base import Backend
+from miniserve.attention.backends.base import QKV, Backend
 from miniserve.attention.formula import attention_by_formula, visible_keys
-from miniserve.attention.layouts import KVCache
+from miniserve.attention.layouts import KVCache, decoded
 from miniserve.attention.metadata import QueryRows, StepBatch
 from miniserve.attention.spec import AttentionLayer, AttentionSpec
 
@@ -38,9 +38,8 @@ class TorchBackend(Backend[TorchMetadata]):
             yield slice(start, start + query_len), context_len, blocks
             start += query_len
 
-    def attend(
-        self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, meta: TorchMetadata
-    ) -> Tensor:
+    def attend(self, layer: AttentionLayer, tokens: QKV, cache: KVCache, meta: TorchMetadata) -> Tensor:
+        q, k, v = tokens
         self.write(layer, cache, k, v, meta.batch.slot_mapping)
         parts: list[Tensor] = []
         if (rows := meta.batch.decode) is not None:
@@ -54,7 +53,7 @@ class TorchBackend(Backend[TorchMetadata]):
 
     def read(self, layer: AttentionLayer, cache: KVCache, block_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The blocks' keys and values in the dtype the layer computes in."""
-        return self.layout.read(cache, block_ids, layer.spec.dtype, layer.k_scale, layer.v_scale)
+        return decoded(self.layout.gather(cache, block_ids), layer.spec.dtype, layer.k_scale, layer.v_scale)
 
     def decode(self, layer: AttentionLayer, q: Tensor, cache: KVCache, rows: QueryRows) -> Tensor:
         """q [rows, num_heads, head_dim] -> [rows, num_heads * head_dim]. All rows at once over their gathered blocks,

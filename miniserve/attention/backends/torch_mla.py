@@ -7,7 +7,7 @@ from torch import Tensor
 
 from miniserve.attention.backends.gathered import RaggedLens
 from miniserve.attention.backends.latent_base import LatentBackend, whole
-from miniserve.attention.layouts import KVCache
+from miniserve.attention.layouts import KVCache, decoded
 from miniserve.attention.metadata import QueryRows
 from miniserve.attention.spec import LatentLayer
 
@@ -30,7 +30,8 @@ class TorchLatentBackend(LatentBackend[QueryRows]):
         self, layer: LatentLayer, q: Tensor, q_pe: Tensor, cache: KVCache, meta: QueryRows, rows: slice
     ) -> Tensor:
         blocks = meta.block_tables[rows].long()
-        kv_c, k_pe = self.layout.read(cache, blocks, torch.float32, layer.kv_scale, layer.kv_scale)
+        found = self.layout.gather(cache, blocks)
+        kv_c, k_pe = decoded(found, torch.float32, layer.kv_scale, layer.kv_scale)
         kv_c, k_pe = kv_c.flatten(1, 2), k_pe.flatten(1, 2)  # [rows, width * block_size, …]
         scores = (torch.bmm(q.float(), kv_c.mT) + torch.bmm(q_pe.float(), k_pe.mT)) * layer.spec.scale
         # A padding row, of length 0, reads whatever its first slot has rather than nothing, which would be NaN.

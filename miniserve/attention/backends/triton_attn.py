@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miniserve.attention.backends.base import CHUNKS_IN_GRAPH
-from miniserve.attention.backends.options import BackendOptions
-from miniserve.attention.backends.paged import QKV, PagedBackend, PagedMetadata, cache_terms
+from miniserve.attention.backends.base import CHUNKS_IN_GRAPH, QKV, BackendOptions
+from miniserve.attention.backends.paged import PagedBackend, PagedMetadata, cache_terms
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import QueryRows, StepBatch
 from miniserve.attention.spec import AttentionLayer, AttentionSpec

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from miniserve.attention.backends.base import BackendOptions
 from miniserve.attention.backends.gathered import RaggedLens
 from miniserve.attention.backends.latent_base import whole
-from miniserve.attention.backends.options import BackendOptions
 from miniserve.attention.backends.torch_mla import TorchLatentBackend
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import QueryRows
@@ -49,7 +49,7 @@ class TritonLatentBackend(TorchLatentBackend):
         self._hopper = gluon_kernels("hopper_extend", options.device, "prefill attention runs slower")
         self._max_seq_len, self._platform = options.max_seq_len, options.platform
         self._scratch = {
-            spec: DecodeScratch.allocate(_launches(spec, options), spec.num_heads, _rank(spec), options.device)
+            spec: DecodeScratch.allocate(_launches(spec, options), spec.num_heads, spec.latent_rank, options.device)
             for spec in dict.fromkeys(options.specs)
         }
 
@@ -59,7 +59,7 @@ class TritonLatentBackend(TorchLatentBackend):
         total = 0
         for spec in dict.fromkeys(options.specs):
             entries, counters = scratch_sizes(_launches(spec, options), spec.num_heads)
-            total += 4 * (entries * (_rank(spec) + 1) + counters)
+            total += 4 * (entries * (spec.latent_rank + 1) + counters)
         return total
 
     def decode(self, layer: LatentLayer, q: Tensor, q_pe: Tensor, cache: KVCache, meta: QueryRows) -> Tensor:
@@ -108,10 +108,6 @@ def padded(tensor: Tensor, dim: int) -> Tensor:
     return tensor if tensor.shape[-1] == dim else functional.pad(tensor, (0, dim - tensor.shape[-1]))
 
 
-def _rank(spec: AttentionSpec) -> int:
-    return spec.head_dim if spec.latent is None else spec.latent.kv_lora_rank
-
-
 def latent_scale(layer: LatentLayer) -> Tensor | None:
     """The layer's scale where its cache is fp8, which alone has one."""
-    return layer.kv_scale if layer.spec.kv_dtype.itemsize == 1 else None
+    return layer.kv_scale if layer.spec.fp8_kv else None

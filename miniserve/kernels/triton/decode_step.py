@@ -6,38 +6,14 @@ the host sets the row, position and token of each entry, and a row may have seve
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
+from miniserve.kernels.step_tensors import RowState, StepTensors
 from miniserve.kernels.triton.pdl import launch_options, start, wait
 
 _VOCAB_BLOCK = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class RowState:
-    """State of all rows: tables int32 [max_num_seqs, width]; lens, last_tokens, num_outputs int64 [max_num_seqs]."""
-
-    tables: torch.Tensor
-    lens: torch.Tensor
-    last_tokens: torch.Tensor
-    num_outputs: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class StepTensors:
-    """One step's inputs, [batch] or [batch, width]. rows int64, negative in padding; input_ids, positions, slots int64;
-    seq_lens, block_tables int32. Padding rows get length 0 and slot -1."""
-
-    rows: torch.Tensor
-    input_ids: torch.Tensor
-    positions: torch.Tensor
-    slots: torch.Tensor
-    seq_lens: torch.Tensor
-    block_tables: torch.Tensor
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_blocks"])

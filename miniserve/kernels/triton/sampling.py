@@ -21,7 +21,7 @@ import triton.language as tl
 
 from miniserve.kernels import sampling
 from miniserve.kernels.sampling import RowParams
-from miniserve.kernels.triton.decode_step import RowState
+from miniserve.kernels.step_tensors import RowState
 from miniserve.kernels.triton.pdl import launch_options, start, wait
 
 _BLOCK = 64

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from miniserve.attention.aiter import AiterProducts
-from miniserve.models.layers.scaled import ScaledProduct, Step
+from miniserve.models.layers.linear import ScaledProduct
+from miniserve.models.layers.weights import Step
 
 _GROUP = 128  # values of a token that share a scale
 # gfx942's format goes to 240; that near its end less is lost is vLLM's finding.

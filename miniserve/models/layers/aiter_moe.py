@@ -10,83 +10,59 @@ from torch.nn import functional
 
 from miniserve.attention.aiter import AiterProducts
 from miniserve.models.layers.experts import Experts, MoEMethod
-from miniserve.models.layers.scaled import ScaledMoE
-from miniserve.models.quantization import WeightFormat
 
 _GROUP = 128  # rows and columns of a block, values of a token, that share a scale
 
 
-class _FusedMoE:
+class AiterMoE(MoEMethod):
     """Weights in the order that the kernels read them in, padded with zeros to the kernels' tiles where a model's sizes
-    are not multiples of these (aiter's CK kernels pad nothing themselves)."""
+    are not multiples of these (aiter's CK kernels pad nothing themselves). Where they are codes aiter rounds what it
+    multiplies them with to 8 bits too, by groups of 128 values of a token (scales of blocks) or all of a token's
+    (scales of rows)."""
 
-    def __init__(self, aiter: AiterProducts, layer: Experts, middle: int, **scales: Any) -> None:
-        """Drops the layer's weights. middle: its padded size. scales: of the padded weights, with how to read them."""
-        hidden = _whole_tiles(layer.hidden_size, _GROUP)
-        more, wider = hidden - layer.hidden_size, middle - layer.intermediate_size
-        self._fused_moe, self._more, self._arguments = aiter.fused_moe, more, scales
-        w1 = _padded(layer.w1.data.unflatten(1, (2, layer.intermediate_size)), (0, more, 0, wider)).flatten(1, 2)
+    def __init__(self, aiter: AiterProducts) -> None:
+        self._aiter = aiter
+        self._more = 0  # columns of zeros that x needs
+        self._arguments: dict[str, Any] = {}
+
+    def finish(self, layer: Experts) -> None:
+        scaled, middle = layer.w1.dtype.itemsize == 1, layer.intermediate_size
+        wider = -middle % (64 if middle <= 192 and not scaled else _GROUP)
+        self._more = more = -layer.hidden_size % _GROUP
+        if scaled:
+            self._arguments = self._scales(layer, wider, more)
+        w1 = _padded(layer.w1.data.unflatten(1, (2, middle)), (0, more, 0, wider)).flatten(1, 2)
         # Not parameters: these lose the mark by which aiter knows that the order is its own.
-        self._arguments["w1"] = aiter.shuffle_weight(w1)
+        self._arguments["w1"] = self._aiter.shuffle_weight(w1)
         layer.register_parameter("w1", None)
-        self._arguments["w2"] = aiter.shuffle_weight(_padded(layer.w2.data, (0, wider, 0, more)))
+        self._arguments["w2"] = self._aiter.shuffle_weight(_padded(layer.w2.data, (0, wider, 0, more)))
         layer.register_parameter("w2", None)
         if layer.num_experts < layer.experts.count:  # int32 [experts of the model], 1 for those of this rank
             here = torch.zeros(layer.experts.count, dtype=torch.int32, device=w1.device)
             here[layer.experts.held] = 1
             self._arguments["expert_mask"] = here
 
-    def __call__(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+    def _scales(self, layer: Experts, wider: int, more: int) -> dict[str, Any]:
+        """Of the padded weights, and how to read them. Drops the layer's."""
+        w1, w2 = layer.w1_scale.data.unflatten(1, (2, -1)), layer.w2_scale.data
+        if layer.weights.step is None:
+            quant_type = self._aiter.QuantType.per_Token
+            w1 = functional.pad(w1, (0, wider)).flatten(1)[..., None]
+            w2 = functional.pad(w2, (0, more))[..., None]
+        else:  # each part begins with a block, so of a block's steps, which are alike, the first is taken
+            quant_type = self._aiter.QuantType.per_1x128
+            rows, columns = (_GROUP // each for each in layer.weights.step)
+            w1, w2 = w1[:, :, ::rows, ::columns].flatten(1, 2), w2[:, ::rows, ::columns]
+        layer.register_parameter("w1_scale", None)
+        layer.register_parameter("w2_scale", None)
+        return {"w1_scale": w1.contiguous(), "w2_scale": w2.contiguous(), "quant_type": quant_type}
+
+    def apply(self, layer: Experts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
         size = x.shape[1]
         if self._more:
             x = functional.pad(x, (0, self._more))
         choice = {"topk_weight": topk_weights.contiguous(), "topk_ids": topk_ids.int()}
-        return self._fused_moe(x.contiguous(), **choice, **self._arguments)[:, :size]
-
-
-class AiterMoE(MoEMethod):
-    """Plain weights."""
-
-    def __init__(self, aiter: AiterProducts) -> None:
-        self._aiter = aiter
-        self._fused: _FusedMoE
-
-    def finish(self, layer: Experts) -> None:
-        middle = layer.intermediate_size
-        self._fused = _FusedMoE(self._aiter, layer, _whole_tiles(middle, 64 if middle <= 192 else _GROUP))
-
-    def apply(self, layer: Experts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        return self._fused(x, topk_weights, topk_ids)
-
-
-class AiterScaledMoE(ScaledMoE):
-    """Codes and their scales. aiter rounds what it multiplies them with to 8 bits too, by groups of 128 values of a
-    token (scales of blocks) or all of a token's (scales of rows)."""
-
-    def __init__(self, form: WeightFormat, aiter: AiterProducts, dtype: torch.dtype) -> None:
-        super().__init__(form, dtype)
-        self._aiter = aiter
-        self._fused: _FusedMoE
-
-    def finish(self, layer: Experts) -> None:
-        super().finish(layer)
-        middle = _whole_tiles(layer.intermediate_size, _GROUP)
-        w1, w2 = layer.w1_scale.data.unflatten(1, (2, -1)), layer.w2_scale.data
-        if self.step is None:
-            quant_type = self._aiter.QuantType.per_Token
-            w1 = functional.pad(w1, (0, middle - layer.intermediate_size)).flatten(1)[..., None]
-            w2 = functional.pad(w2, (0, -layer.hidden_size % _GROUP))[..., None]
-        else:  # each part begins with a block, so of a block's steps, which are alike, the first is left
-            quant_type = self._aiter.QuantType.per_1x128
-            rows, columns = (_GROUP // each for each in self.step)
-            w1, w2 = w1[:, :, ::rows, ::columns].flatten(1, 2), w2[:, ::rows, ::columns]
-        scales = {"w1_scale": w1.contiguous(), "w2_scale": w2.contiguous(), "quant_type": quant_type}
-        self._fused = _FusedMoE(self._aiter, layer, middle, **scales)
-        layer.register_parameter("w1_scale", None)
-        layer.register_parameter("w2_scale", None)
-
-    def apply(self, layer: Experts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
-        return self._fused(x, topk_weights, topk_ids)
+        return self._aiter.fused_moe(x.contiguous(), **choice, **self._arguments)[:, :size]
 
 
 def _padded(weight: Tensor, more: tuple[int, ...]) -> Tensor:
@@ -94,7 +70,3 @@ def _padded(weight: Tensor, more: tuple[int, ...]) -> Tensor:
     if weight.dtype.itemsize > 1:
         return functional.pad(weight, more)
     return functional.pad(weight.view(torch.uint8), more).view(weight.dtype)
-
-
-def _whole_tiles(size: int, tile: int) -> int:
-    return -(-size // tile) * tile

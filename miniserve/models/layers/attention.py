@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from miniserve.attention.spec import AttentionSpec, QKRope, StepContext
+from miniserve.attention.context import StepContext
+from miniserve.attention.spec import AttentionSpec, QKRope
 from miniserve.models.description import ModelConfig
 from miniserve.models.layers.base import Module
 from miniserve.models.layers.norm import Normed

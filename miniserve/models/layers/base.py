@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+Index = slice | tuple[int | slice, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -22,7 +24,7 @@ class Piece:
 
     name: str
     parameter: str
-    index: slice | tuple[int | slice, ...]
+    index: Index
     shape: tuple[int, ...]
     source: tuple[slice, ...] = ()
     kind: str = "values"
@@ -54,7 +56,7 @@ class Layer(Module):
     """
 
     def declare(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False))
+        self.replace(name, torch.empty(shape, dtype=dtype, device="meta"))
 
     def pieces(self, prefix: str) -> Iterator[Piece]:
         """What this layer wants of a checkpoint; `prefix` is the layer's own name in the model."""
@@ -64,8 +66,7 @@ class Layer(Module):
     def allocate(self, device: torch.device) -> None:
         for name, parameter in list(self.named_parameters(recurse=False)):
             # Not `empty_like`, which for a meta tensor imports sympy and more: most of a second.
-            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+            self.replace(name, torch.empty(parameter.shape, dtype=parameter.dtype, device=device))
 
     def target(self, piece: Piece) -> Tensor:
         return self.get_parameter(piece.parameter).data[piece.index]

@@ -14,7 +14,7 @@ import torch
 from miniserve.attention.aiter import AiterProducts, Unavailable, load_products
 from miniserve.attention.platform import Platform, Version
 from miniserve.attention.terms import is_arch, name_of
-from miniserve.models.layers.scaled import LEAST_STEP, Step
+from miniserve.models.layers.weights import LEAST_STEP, Step
 
 
 @dataclass(frozen=True, slots=True)

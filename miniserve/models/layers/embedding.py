@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from miniserve.models.layers.base import Layer, Piece
 from miniserve.models.layers.linear import Linear, LinearMethod
+from miniserve.models.layers.ops import Ops
 from miniserve.parallel.shard import Part
-
-LookUp = Callable[[Tensor, Tensor], Tensor]  # (ids int64 [T], table [n, dim]) -> [T, dim]
 
 
 class Embedding(Layer):
     weight: Tensor
 
-    def __init__(self, vocab_size: int, hidden_size: int, dtype: torch.dtype, look_up: LookUp) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, dtype: torch.dtype, ops: Ops) -> None:
         super().__init__()
-        self._look_up = look_up
+        self.ops = ops
         self.declare("weight", (vocab_size, hidden_size), dtype)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """input_ids: int64 [T] -> [T, hidden_size]."""
-        return self._look_up(input_ids, self.weight)
+        return self.ops.look_up(input_ids, self.weight)
 
 
 class TiedLMHead(Linear):
@@ -41,6 +40,5 @@ class TiedLMHead(Linear):
 
     def finish(self) -> None:
         # The embedding has its memory by now: a model's layers are loaded in order.
-        rows = self._embedding[0].weight.data[self.outputs["lm_head"].held]
-        self.register_parameter("weight", nn.Parameter(rows, requires_grad=False))
+        self.replace("weight", self._embedding[0].weight.data[self.outputs["lm_head"].held])
         super().finish()

@@ -9,57 +9,27 @@ import torch
 from torch import Tensor
 
 from miniserve.kernels.native import NativeKernels
-from miniserve.models.layers.base import NOWHERE, Layer, Piece
+from miniserve.models.layers.base import Layer, Piece
 from miniserve.models.layers.linear import Packing, choose_packing
 from miniserve.models.layers.ops import PendingSum, silu_and_mul
+from miniserve.models.layers.weights import Placed, Weights, placed
 from miniserve.parallel.shard import Part, whole
 
 if TYPE_CHECKING:
     from miniserve.models.layers.contracts import Route
 
-EXPERT_MODULES = ("gate_proj", "up_proj", "down_proj")
+
+def expert_matrices(hidden_size: int, width: int | Part) -> dict[str, dict[str, Placed]]:
+    """An expert's matrices, in the parameters w1, gates before ups, and w2."""
+    gate_up = placed(hidden_size, {"gate_proj": width, "up_proj": width})
+    return {"w1": gate_up, "w2": placed(width, {"down_proj": hidden_size})}
 
 
 class MoEMethod:
-    """The format of `Experts`: their parameters, the tensors of a checkpoint that fill them, and how tokens are
-    multiplied with them; one object per layer. name: for people. Here: two tensors, w1 [num_experts, 2 *
-    intermediate_size, hidden_size], gates before ups, and w2 [num_experts, hidden_size, intermediate_size]."""
+    """How tokens are multiplied with `Experts`; one object per layer. name: for people."""
 
     route: Route | None = None
     name: str = ""
-
-    def declare(self, layer: Experts) -> None:
-        """Declare the layer's parameters, once it knows its sizes."""
-        experts, hidden, middle = layer.num_experts, layer.hidden_size, layer.intermediate_size
-        layer.declare("w1", (experts, 2 * middle, hidden), layer.dtype)
-        layer.declare("w2", (experts, hidden, middle), layer.dtype)
-
-    def pieces(self, layer: Experts, prefix: str) -> Iterator[Piece]:
-        """As `Layer.pieces`, of a checkpoint with three matrices of each expert."""
-        hidden, width, middle = whole(layer.hidden_size), layer.width, layer.intermediate_size
-        both = {"gate_proj": slice(0, middle), "up_proj": slice(middle, 2 * middle)}
-        for expert in range(layer.experts.count):
-            held = layer.experts.held.start <= expert < layer.experts.held.stop
-            place = expert - layer.experts.held.start
-            for name, rows in both.items():
-                shape, source = (width.count, hidden.count), (width.held, hidden.held)
-                yield Piece(f"{prefix}.{expert}.{name}.weight", "w1", (place, rows) if held else NOWHERE, shape, source)
-            shape, source = (hidden.count, width.count), (hidden.held, width.held)
-            index = (place, hidden.held) if held else NOWHERE
-            yield Piece(f"{prefix}.{expert}.down_proj.weight", "w2", index, shape, source)
-
-    def stacked_pieces(self, layer: Experts, prefix: str) -> Iterator[Piece]:
-        """The same, of a checkpoint under transformers' own names: both tensors of all experts, which it stores by
-        `save_original_format=False`."""
-        experts, hidden, width, middle = layer.experts, whole(layer.hidden_size), layer.width, layer.intermediate_size
-        shape = (experts.count, 2 * width.count, hidden.count)
-        for ups in (0, 1):
-            rows = slice(ups * middle, (ups + 1) * middle)
-            source = slice(ups * width.count + width.held.start, ups * width.count + width.held.stop)
-            index = (slice(None), rows)
-            yield Piece(f"{prefix}.gate_up_proj", "w1", index, shape, (experts.held, source, hidden.held))
-        shape, parts = (experts.count, hidden.count, width.count), (experts.held, hidden.held, width.held)
-        yield Piece(f"{prefix}.down_proj", "w2", slice(None), shape, parts)
 
     def finish(self, layer: Experts) -> None:
         """The weights are loaded: put them into the form that `apply` wants, and free what is not needed any more."""
@@ -119,7 +89,10 @@ def choose_moe_method(
 
 class Experts(Layer):
     """SwiGLU experts. experts, width: how many there are and the size of each one's middle, all or the part that this
-    rank has; then the output is a part of a sum over ranks. num_experts, intermediate_size: of this rank."""
+    rank has; then the output is a part of a sum over ranks. num_experts, intermediate_size: of this rank.
+
+    Two parameters: w1 [num_experts, 2 * intermediate_size, hidden_size], gates before ups, and w2 [num_experts,
+    hidden_size, intermediate_size]."""
 
     w1: Tensor
     w2: Tensor
@@ -127,24 +100,51 @@ class Experts(Layer):
     w2_scale: Tensor
 
     def __init__(
-        self, experts: int | Part, hidden_size: int, width: int | Part, *, dtype: torch.dtype, method: MoEMethod
+        self,
+        experts: int | Part,
+        hidden_size: int,
+        width: int | Part,
+        *,
+        dtype: torch.dtype,
+        method: MoEMethod,
+        weights: Weights | None = None,
     ) -> None:
+        """weights: how they are stored, None for plain ones."""
         super().__init__()
         self.experts, self.hidden_size, self.width = whole(experts), hidden_size, whole(width)
         self.num_experts, self.intermediate_size = self.experts.size, self.width.size
         self.dtype = dtype
-        self.method = method
-        method.declare(self)
+        self.method, self.weights = method, weights or Weights()
+        self._matrices = expert_matrices(hidden_size, width)
+        self.weights.declare(self, self._matrices, dtype, lead=(self.num_experts,))
 
     def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor | PendingSum:
         """As `MoEMethod.apply`."""
         return self.method.apply(self, x, topk_weights, topk_ids)
 
     def pieces(self, prefix: str) -> Iterator[Piece]:
-        return self.method.pieces(self, prefix)
+        for expert in range(self.experts.count):
+            place = expert - self.experts.held.start
+            lead = (place,) if 0 <= place < self.num_experts else None
+            for parameter, parts in self._matrices.items():
+                for module, part in parts.items():
+                    yield from self.weights.pieces(f"{prefix}.{expert}.{module}", parameter, part, lead)
 
     def stacked_pieces(self, prefix: str) -> Iterator[Piece]:
-        return self.method.stacked_pieces(self, prefix)
+        """The same of a checkpoint under transformers' own names, which has plain weights: both tensors of all experts,
+        as it stores them by `save_original_format=False`."""
+        if self.weights.form is not None:
+            return
+        experts, hidden, width, middle = self.experts, whole(self.hidden_size), self.width, self.intermediate_size
+        shape = (experts.count, 2 * width.count, hidden.count)
+        for ups in (0, 1):
+            rows = slice(ups * middle, (ups + 1) * middle)
+            source = slice(ups * width.count + width.held.start, ups * width.count + width.held.stop)
+            index = (slice(None), rows)
+            yield Piece(f"{prefix}.gate_up_proj", "w1", index, shape, (experts.held, source, hidden.held))
+        shape, parts = (experts.count, hidden.count, width.count), (experts.held, hidden.held, width.held)
+        yield Piece(f"{prefix}.down_proj", "w2", slice(None), shape, parts)
 
     def finish(self) -> None:
+        self.weights.finish(self, self._matrices)
         self.method.finish(self)

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from miniserve.attention.spec import AttentionSpec, LatentDims, StepContext
+from miniserve.attention.context import StepContext
+from miniserve.attention.spec import AttentionSpec, LatentDims
 from miniserve.models.description import ModelConfig
 from miniserve.models.layers.base import Module
 from miniserve.models.layers.linear import Linear, LinearMethod
 from miniserve.models.layers.norm import Normed
 from miniserve.models.layers.ops import PendingSum
+from miniserve.models.layers.weights import Weights
 from miniserve.models.options import BuildOptions
 from miniserve.parallel.shard import Part, whole
 
@@ -34,13 +36,14 @@ class UpProjection(Linear):
         device: torch.device,
         heads: Part | None = None,
         *,
-        method: LinearMethod,
+        weights: Weights | None = None,
     ) -> None:
-        """heads: those of the checkpoint that are here, None for all. method: one that ends with a plain weight, as
-        both uses of it are products of many matrices."""
+        """heads: those of the checkpoint that are here, None for all. weights: plain or widened, as both uses of it are
+        products of many matrices."""
         self._sizes = (latent.nope_dim, latent.v_head_dim)
         rows = (heads or whole(spec.num_heads)).times(sum(self._sizes))
-        super().__init__(latent.kv_lora_rank, {"kv_b_proj": rows}, bias=False, dtype=spec.dtype, method=method)
+        outputs, method = {"kv_b_proj": rows}, LinearMethod()
+        super().__init__(latent.kv_lora_rank, outputs, bias=False, dtype=spec.dtype, method=method, weights=weights)
         self.layer_index, self.spec = layer_index, spec
         self.kv_scale = torch.ones(1, device=device)
         self._shape = (spec.num_heads, sum(self._sizes), latent.kv_lora_rank)
@@ -91,8 +94,8 @@ class LatentSelfAttention(Module):
             self.q_b_proj = options.linear(config.q_lora_rank, {"q_b_proj": q_size}, bias=False)
         self.kv_a_layernorm = options.norm(latent.kv_lora_rank, _LATENT_NORM_EPS)
         spec = config.attention_spec(layer_index, options.dtype, options.kv_dtype, options.shard)
-        method = options.widened(["kv_b_proj"], LinearMethod())
-        self.kv_b_proj = UpProjection(layer_index, spec, latent, options.device, heads, method=method)
+        weights = options.widened(["kv_b_proj"])
+        self.kv_b_proj = UpProjection(layer_index, spec, latent, options.device, heads, weights=weights)
         self.o_proj = options.linear(heads.times(latent.v_head_dim), {"o_proj": hidden}, bias=config.o_bias)
         self.ops, self.interleaved = options.ops, config.rope_interleaved
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from torch.nn import functional
 
 from miniserve.kernels.native import NativeKernels
 from miniserve.models.layers.base import NOWHERE, Layer, Piece
+from miniserve.models.layers.weights import Step, Weights, placed, spread
 from miniserve.parallel.shard import Part, whole
 
 if TYPE_CHECKING:
@@ -69,49 +69,13 @@ def choose_packing(
     return ONEDNN if can_pack(dtype) else PLAIN
 
 
-# A part of a matrix in a parameter: the rows and the columns of it that are held, and where its rows begin there.
-Placed = tuple[Part, Part, int]
-
-
-def placed(columns: int | Part, outputs: Mapping[str, int | Part]) -> list[Placed]:
-    """Where `Linear` has the parts of its matrices."""
-    rows = [whole(each) for each in outputs.values()]
-    begins = itertools.accumulate((part.size for part in rows), initial=0)
-    return [(part, whole(columns), begin) for part, begin in zip(rows, begins, strict=False)]
-
-
 class LinearMethod:
-    """A `Linear`'s format: its parameters, the tensors of a checkpoint that fill them, and how it multiplies; one
-    object per layer. This one: the weight as it is, [out_features, in_features], and perhaps a bias.
+    """How a `Linear` multiplies; one object per layer. This one: its weight as it is, [out_features, in_features].
 
     route: the kernels of `contracts.py` that it multiplies with; name: of what multiplies where these do not."""
 
     route: Route | None = None
     name: str = PLAIN.name
-
-    def declare(self, layer: Linear) -> None:
-        """Declare the layer's parameters, once it knows its sizes."""
-        layer.declare("weight", (layer.out_features, layer.in_features), layer.dtype)
-        self.declare_bias(layer)
-
-    def pieces(self, layer: Linear, prefix: str) -> Iterator[Piece]:
-        """As `Layer.pieces`. A method with other parameters yields one piece for each of them and each module."""
-        for name, rows, place in layer.stored_modules(prefix):
-            shape, source = (rows.count, layer.columns.count), (rows.held, layer.columns.held)
-            yield Piece(f"{name}.weight", "weight", place, shape, source)
-            yield from self.bias_pieces(layer, name, rows, place)
-
-    def declare_bias(self, layer: Linear) -> None:
-        if layer.has_bias and layer.adds_bias:
-            layer.declare("bias", (layer.out_features,), layer.dtype)
-        else:
-            layer.register_parameter("bias", None)
-
-    def bias_pieces(self, layer: Linear, name: str, rows: Part, place: slice) -> Iterator[Piece]:
-        if layer.has_bias and layer.adds_bias:
-            yield Piece(f"{name}.bias", "bias", place, (rows.count,), (rows.held,))
-        elif layer.has_bias:
-            yield Piece(f"{name}.bias", "weight", NOWHERE, (rows.count,))
 
     def finish(self, layer: Linear) -> None:
         """The weight is loaded: put it into the form that `apply` wants, and free what is not needed any more."""
@@ -140,6 +104,41 @@ class PackedMethod(LinearMethod):
         return self._multiply(x, self._packed, layer.bias)
 
 
+@dataclass(frozen=True, slots=True)
+class ScaledProduct:
+    """What multiplies steps of `first_row` rows or more: `multiply(x, weight, scale, step, bias)`. gates: with
+    `gated=True` it gives silu(gates) * ups of that."""
+
+    multiply: Callable[..., Tensor]
+    first_row: int = 1
+    gates: bool = False
+
+
+def widened_product(x: Tensor, weight: Tensor, scale: Tensor, step: Step, bias: Tensor | None) -> Tensor:
+    """For any device, and slow."""
+    wide = weight.float() * spread(scale, step, *weight.shape)
+    return functional.linear(x, wide.to(x.dtype), bias)
+
+
+class ScaledMethod(LinearMethod):
+    """By the weight's codes. products: the first whose rows a step has multiplies it."""
+
+    def __init__(self, products: Sequence[ScaledProduct]) -> None:
+        self._products = products
+
+    def apply(self, layer: Linear, x: Tensor) -> Tensor:
+        return self._product(x).multiply(x, layer.weight, layer.weight_scale, layer.weights.step, layer.bias)
+
+    def gated(self, layer: Linear, x: Tensor) -> Tensor | None:
+        product = self._product(x)
+        if not product.gates:
+            return None
+        return product.multiply(x, layer.weight, layer.weight_scale, layer.weights.step, layer.bias, gated=True)
+
+    def _product(self, x: Tensor) -> ScaledProduct:
+        return next(product for product in self._products if product.first_row <= x.shape[0])
+
+
 class Linear(Layer):
     """y = x Wᵀ + b, where W may be several checkpoint matrices stacked by rows, or this rank's parts of them.
 
@@ -150,7 +149,7 @@ class Linear(Layer):
     """
 
     weight: Tensor
-    scale: Tensor
+    weight_scale: Tensor
     bias: Tensor | None
     __call__: Callable[..., Tensor]
 
@@ -162,29 +161,37 @@ class Linear(Layer):
         bias: bool,
         dtype: torch.dtype,
         method: LinearMethod,
+        weights: Weights | None = None,
     ) -> None:
+        """weights: how they are stored, None for plain ones."""
         super().__init__()
         self.columns = whole(columns)
         self.outputs = {name: whole(rows) for name, rows in outputs.items()}
         self.in_features = self.columns.size
         self.out_features = sum(rows.size for rows in self.outputs.values())
-        self.has_bias, self.adds_bias = bias, self.columns.held.start == 0
-        self.dtype = dtype
-        self.method = method
-        method.declare(self)
+        self.method, self.weights = method, weights or Weights()
+        self._parts = placed(columns, outputs)
+        self.weights.declare(self, {"weight": self._parts}, dtype)
+        self._has_bias, adds_bias = bias, self.columns.held.start == 0
+        if bias and adds_bias:
+            self.declare("bias", (self.out_features,), dtype)
+        else:
+            self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, in_features] -> [T, out_features]."""
         return self.method.apply(self, x)
 
-    def stored_modules(self, prefix: str) -> Iterator[tuple[str, Part, slice]]:
-        """The checkpoint's modules: name, which of its rows this rank has, and which rows of the layer they are."""
-        parent = prefix.rpartition(".")[0]
-        for module, (rows, _, begin) in zip(self.outputs, placed(self.columns, self.outputs), strict=True):
-            yield f"{parent}.{module}" if parent else module, rows, slice(begin, begin + rows.size)
-
     def pieces(self, prefix: str) -> Iterator[Piece]:
-        return self.method.pieces(self, prefix)
+        parent = prefix.rpartition(".")[0]
+        for module, part in self._parts.items():
+            name, (rows, _, begin) = f"{parent}.{module}" if parent else module, part
+            yield from self.weights.pieces(name, "weight", part)
+            if self.bias is not None:
+                yield Piece(f"{name}.bias", "bias", slice(begin, begin + rows.size), (rows.count,), (rows.held,))
+            elif self._has_bias:
+                yield Piece(f"{name}.bias", "weight", NOWHERE, (rows.count,))
 
     def finish(self) -> None:
+        self.weights.finish(self, ["weight"])
         self.method.finish(self)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from miniserve.models.layers.base import Layer, Piece
 from miniserve.models.layers.ops import Ops, PendingSum
-from miniserve.parallel.group import Group
+from miniserve.parallel.group import Alone, Group
 
 T = TypeVar("T")
 
@@ -36,8 +36,8 @@ class RMSNorm(Layer):
     def add(self, x: Tensor | PendingSum, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (norm(residual + x), residual + x); all [T, size]. Of x this rank has a part, which is summed with
         those of the others on the way."""
-        if self.group.size > 1:
-            x = self.group.reduce(x if isinstance(x, Tensor) else x.total(residual))
+        if not isinstance(self.group, Alone):
+            return self.ops.reduce_norm(x, residual, self.weight, self.eps, self.group)
         if not isinstance(x, Tensor):
             return x.add_rms_norm(residual, self.weight, self.eps)
         return self.ops.add_rms_norm(x, residual, self.weight, self.eps)

@@ -15,9 +15,12 @@ from torch.nn import functional
 from miniserve.attention.spec import AttentionSpec, QKRope
 from miniserve.kernels.native import NativeKernels
 from miniserve.models.layers.linear import Linear
+from miniserve.models.layers.routing import Chosen, Router, route
+from miniserve.parallel.group import Group
 
 if TYPE_CHECKING:
     from miniserve.kernels.triton.runtime import TritonKernels
+    from miniserve.models.layers.norm import Normed
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,10 @@ class Ops:
     """What a decoder computes between its matrix products, in PyTorch for any device; others override what they do
     faster. x, residual: [T, size], contiguous."""
 
+    def look_up(self, ids: Tensor, table: Tensor) -> Tensor:
+        """Rows of table [n, dim] at ids int64 [T] -> [T, dim]."""
+        return functional.embedding(ids, table)
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """As the function `rms_norm`."""
         return rms_norm(x, weight, eps)
@@ -104,6 +111,13 @@ class Ops:
         """
         residual = residual + x
         return rms_norm(residual, weight, eps), residual
+
+    def reduce_norm(
+        self, x: Tensor | PendingSum, residual: Tensor, weight: Tensor, eps: float, group: Group
+    ) -> tuple[Tensor, Tensor]:
+        """As `add_rms_norm`, of the sum of what the ranks of `group` have for x."""
+        total = group.reduce(x if isinstance(x, Tensor) else x.total(residual))
+        return self.add_rms_norm(total, residual, weight, eps)
 
     def split_norm_rope(self, qkv: Tensor, spec: AttentionSpec, rope: QKRope) -> tuple[Tensor, Tensor, Tensor]:
         """qkv [T, (num_heads + 2 num_kv_heads) * head_dim], contiguous, may be overwritten -> q [T, num_heads,
@@ -129,12 +143,20 @@ class Ops:
         """What the layer makes of x [T, in_features], which a norm then adds to the residual stream."""
         return layer(x)
 
+    def choose_experts(self, router: Router, x: Normed) -> Chosen:
+        """What `route` gives for the router's logits of x [T, hidden_size]; the norm may be computed on the way."""
+        logits = functional.linear(x.read().float(), router.weight)
+        return route(logits, router.moe, router.e_score_correction_bias)
+
 
 class NativeOps(Ops):
     """Through the C++ kernels: on a CPU."""
 
     def __init__(self, kernels: NativeKernels) -> None:
         self._kernels = kernels
+
+    def look_up(self, ids: Tensor, table: Tensor) -> Tensor:
+        return self._kernels.gather_rows(ids, table)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self._kernels.rms_norm(x.contiguous(), weight, eps)

@@ -6,12 +6,11 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from miniserve.core import UserError
 from miniserve.models.description import RopeConfig, yarn_magnitude
 from miniserve.models.layers.base import Module
-from miniserve.models.layers.embedding import LookUp
+from miniserve.models.layers.ops import Ops
 
 
 class RotaryEmbedding(Module):
@@ -30,10 +29,10 @@ class RotaryEmbedding(Module):
         *,
         max_positions: int,
         device: torch.device,
-        look_up: LookUp = functional.embedding,
+        ops: Ops | None = None,
     ) -> None:
         super().__init__()
-        self._look_up = look_up
+        self.ops = ops or Ops()
         table = torch.empty(max_positions, head_dim, device=device)
         if device.type != "meta":  # where arithmetic would make torch import its compiler, for seconds
             inv_freq, attention_factor = inverse_frequencies(rope, head_dim)
@@ -44,7 +43,7 @@ class RotaryEmbedding(Module):
 
     def forward(self, positions: Tensor) -> Tensor:
         """positions: int64 [T] -> float32 [T, head_dim]."""
-        return self._look_up(positions, self.table)
+        return self.ops.look_up(positions, self.table)
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:

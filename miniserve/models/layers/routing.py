@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from miniserve.models.description import MoEConfig
 from miniserve.models.layers.base import Layer
-from miniserve.models.layers.norm import Normed
+
+if TYPE_CHECKING:
+    from miniserve.models.layers.norm import Normed
+    from miniserve.models.layers.ops import Ops
 
 Chosen = tuple[Tensor, Tensor]  # as `route` gives it
 
@@ -37,26 +39,16 @@ def route(logits: Tensor, moe: MoEConfig, correction_bias: Tensor | None) -> Cho
     return weights * moe.scaling if moe.scaling != 1.0 else weights, ids
 
 
-# How a `Router` computes its choice for x.
-RoutingMethod = Callable[["Router", Normed], Chosen]
-
-
-def torch_routing(router: Router, x: Normed) -> Chosen:
-    """A `RoutingMethod` for any device."""
-    logits = functional.linear(x.read().float(), router.weight)
-    return route(logits, router.moe, router.e_score_correction_bias)
-
-
 class Router(Layer):
     """The gate of a layer with routed experts. Its weights are float32: a rounded logit may choose another expert."""
 
     weight: Tensor
     e_score_correction_bias: Tensor | None
 
-    def __init__(self, hidden_size: int, moe: MoEConfig, method: RoutingMethod) -> None:
+    def __init__(self, hidden_size: int, moe: MoEConfig, ops: Ops) -> None:
         super().__init__()
         self.moe = moe
-        self.method = method
+        self.ops = ops
         self.declare("weight", (moe.num_experts, hidden_size), torch.float32)
         if moe.correction_bias:
             self.declare("e_score_correction_bias", (moe.num_experts,), torch.float32)
@@ -64,5 +56,5 @@ class Router(Layer):
             self.register_parameter("e_score_correction_bias", None)
 
     def forward(self, x: Normed) -> Chosen:
-        """x: [T, hidden_size]; a method may compute the norm as well."""
-        return self.method(self, x)
+        """x: [T, hidden_size]."""
+        return self.ops.choose_experts(self, x)

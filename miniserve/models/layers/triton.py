@@ -13,13 +13,10 @@ from miniserve.models.layers.linear import Linear, LinearMethod
 from miniserve.models.layers.norm import Normed
 from miniserve.models.layers.ops import Ops, PendingSum, split_heads
 from miniserve.models.layers.routing import Chosen, Router, route
-from miniserve.models.layers.scaled import ScaledMethod, ScaledMoE, ScaledProduct
+from miniserve.parallel.group import Group
 
 if TYPE_CHECKING:
-    import torch
-
     from miniserve.kernels.triton.runtime import TritonKernels
-    from miniserve.models.quantization import WeightFormat
 
 
 class TritonMethod(LinearMethod):
@@ -34,16 +31,6 @@ class TritonMethod(LinearMethod):
 
     def gated(self, layer: Linear, x: Tensor) -> Tensor | None:
         return self._kernels.linear(x, layer.weight, layer.bias, gated=True)
-
-
-def triton_scaled(kernels: TritonKernels) -> ScaledProduct:
-    """Weights in 8 bits, for any number of rows."""
-
-    def multiply(*given: Any, gated: bool = False) -> Tensor:
-        product: Tensor = kernels.linear_fp8(*given, gated=gated)
-        return product
-
-    return ScaledProduct(multiply, gates=True)
 
 
 class TritonOps(Ops):
@@ -62,6 +49,14 @@ class TritonOps(Ops):
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return self._kernels.add_rms_norm(x, residual, weight, eps), residual
 
+    def reduce_norm(
+        self, x: Tensor | PendingSum, residual: Tensor, weight: Tensor, eps: float, group: Group
+    ) -> tuple[Tensor, Tensor]:
+        if group.inboxes is None or not group.inboxes.take(residual):
+            return super().reduce_norm(x, residual, weight, eps, group)
+        parts, shared = (x, None) if isinstance(x, Tensor) else (x.parts, x.shared)
+        return group.inboxes.reduce_norm(parts, shared, residual, weight, eps), residual
+
     def split_norm_rope(self, qkv: Tensor, spec: AttentionSpec, rope: QKRope) -> tuple[Tensor, Tensor, Tensor]:
         heads = {"num_heads": spec.num_heads, "num_kv_heads": spec.num_kv_heads, "head_dim": spec.head_dim}
         self._kernels.norm_rope(qkv, rope.cos_sin, rope.q_weight, rope.k_weight, rope.eps, **heads)
@@ -75,65 +70,47 @@ class TritonOps(Ops):
         return self._kernels.silu_and_mul(layer(x)) if y is None else y
 
     def linear_to_add(self, layer: Linear, x: Tensor) -> Tensor | PendingSum:
-        if layer.bias is not None or layer.columns.size < layer.columns.count:  # ranks sum whole products
+        if layer.bias is not None:
             parts = None
-        elif isinstance(layer.method, ScaledMethod) and layer.weight.dtype.itemsize == 1:
-            parts = self._kernels.linear_parts_fp8(x, layer.weight, layer.scale, layer.method.step)
+        elif layer.weight.dtype.itemsize == 1:
+            parts = self._kernels.linear_parts_fp8(x, layer.weight, layer.weight_scale, layer.weights.step)
         else:
             parts = self._kernels.linear_parts(x, layer.weight)
         return layer(x) if parts is None else PendingSum(self._kernels, parts)
 
+    def choose_experts(self, router: Router, x: Normed) -> Chosen:
+        moe, bias, kernels = router.moe, router.e_score_correction_bias, self._kernels
+        if not kernels.can_route(moe.num_experts, moe.num_groups, moe.top_groups):
+            return route(kernels.logits(x.read(), router.weight), moe, bias)
+        choice = {
+            "top_k": moe.top_k,
+            "num_groups": moe.num_groups,
+            "top_groups": moe.top_groups,
+            "sigmoid": moe.scoring == "sigmoid",
+            "normalize": moe.normalize,
+            "scaling": moe.scaling,
+        }
 
-def triton_routing(kernels: TritonKernels, router: Router, x: Normed) -> Chosen:
-    """With its kernels given a `RoutingMethod`."""
-    moe, bias = router.moe, router.e_score_correction_bias
-    if not kernels.can_route(moe.num_experts, moe.num_groups, moe.top_groups):
-        return route(kernels.logits(x.read(), router.weight), moe, bias)
-    choice = {
-        "top_k": moe.top_k,
-        "num_groups": moe.num_groups,
-        "top_groups": moe.top_groups,
-        "sigmoid": moe.scoring == "sigmoid",
-        "normalize": moe.normalize,
-        "scaling": moe.scaling,
-    }
+        def with_norm(part: Tensor, stream: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Chosen]:
+            normed, stream, *chosen = kernels.add_norm_route(part, stream, weight, eps, router.weight, bias, **choice)
+            return normed, stream, (chosen[0], chosen[1])
 
-    def with_norm(part: Tensor, stream: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Chosen]:
-        normed, stream, *chosen = kernels.add_norm_route(part, stream, weight, eps, router.weight, bias, **choice)
-        return normed, stream, (chosen[0], chosen[1])
-
-    return x.read_with(with_norm) or kernels.route(x.read(), router.weight, bias, **choice)
-
-
-def _multiply_experts(
-    kernels: TritonKernels, layer: Experts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, **scales: Any
-) -> Tensor | PendingSum:
-    """As `MoEMethod.apply`. scales: as of `moe.experts`, for weights in 8 bits."""
-    first = None if layer.num_experts == layer.experts.count else layer.experts.held.start
-    given = x, layer.w1, layer.w2, topk_weights, topk_ids
-    if x.shape[0] == 1:
-        out: Tensor = kernels.token_experts(*given, first=first, **scales)
-        return out
-    return PendingSum(kernels, kernels.experts(*given, first=first, **scales))
+        return x.read_with(with_norm) or kernels.route(x.read(), router.weight, bias, **choice)
 
 
 class TritonMoE(MoEMethod):
-    """The weights as they are."""
+    """The weights as they are, codes widened as they are read."""
 
     def __init__(self, kernels: TritonKernels) -> None:
         self._kernels = kernels
 
     def apply(self, layer: Experts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor | PendingSum:
-        return _multiply_experts(self._kernels, layer, x, topk_weights, topk_ids)
-
-
-class TritonScaledMoE(ScaledMoE):
-    """The codes as they are, widened as they are read."""
-
-    def __init__(self, form: WeightFormat, kernels: TritonKernels, dtype: torch.dtype) -> None:
-        super().__init__(form, dtype)
-        self._kernels = kernels
-
-    def apply(self, layer: Experts, x: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor | PendingSum:
-        scales = layer.w1_scale, layer.w2_scale
-        return _multiply_experts(self._kernels, layer, x, topk_weights, topk_ids, scales=scales, block=self.step)
+        given: dict[str, Any] = {}
+        if layer.num_experts < layer.experts.count:
+            given["first"] = layer.experts.held.start
+        if layer.w1.dtype.itemsize == 1:
+            given |= {"scales": (layer.w1_scale, layer.w2_scale), "block": layer.weights.step}
+        if x.shape[0] == 1:
+            out: Tensor = self._kernels.token_experts(x, layer.w1, layer.w2, topk_weights, topk_ids, **given)
+            return out
+        return PendingSum(self._kernels, self._kernels.experts(x, layer.w1, layer.w2, topk_weights, topk_ids, **given))

@@ -1,0 +1,172 @@
+"""How the weights of linear layers and experts are stored: plain, or in 8 bits, float8_e4m3fn codes and the float32
+scales that multiply them, a row's or a block's.
+
+A parameter may be made of parts of several matrices, and a part may begin inside a block. Then its scales lie on a
+finer grid: each number is repeated for all steps of its block, the step being a divisor of the block and every begin.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from miniserve.models.layers.base import NOWHERE, Index, Layer, Piece
+from miniserve.models.quantization import WeightFormat
+from miniserve.parallel.shard import Part, whole
+
+CODES = torch.float8_e4m3fn
+LEAST_STEP = 32  # kernels take no finer scales
+_NAN_ELSEWHERE = 0x80  # minus zero, which float8_e4m3fnuz reads as NaN
+_ROWS_AT_ONCE = 1024
+
+# Rows and columns that share a number; None: scales of rows.
+Step = tuple[int, int] | None
+
+# A part of a matrix in a parameter: the rows and the columns of it that are held, and where its rows begin there.
+Placed = tuple[Part, Part, int]
+
+
+def placed(columns: int | Part, outputs: Mapping[str, int | Part]) -> dict[str, Placed]:
+    """Where a parameter has the parts of its matrices, by the names of these: one below the other."""
+    rows = {name: whole(each) for name, each in outputs.items()}
+    begins = itertools.accumulate((part.size for part in rows.values()), initial=0)
+    return {name: (part, whole(columns), begin) for (name, part), begin in zip(rows.items(), begins, strict=False)}
+
+
+class Weights:
+    """Of one layer: its parameters [*lead, rows, columns], and the tensors of a checkpoint that fill them. Here: plain,
+    in the layer's dtype.
+
+    form: None for plain ones; step: of its scales; widened: they are put into the layer's dtype once they are
+    loaded."""
+
+    form: WeightFormat | None = None
+    step: Step = None
+    widened: bool = False
+
+    def declare(
+        self, layer: Layer, matrices: Mapping[str, Mapping[str, Placed]], dtype: torch.dtype, lead: tuple[int, ...] = ()
+    ) -> None:
+        """matrices: the layer's, by the parameter they are in, then by name. dtype: the layer's."""
+        for parameter, parts in matrices.items():
+            layer.declare(parameter, (*lead, *_shape(parts)), dtype)
+
+    def pieces(self, name: str, parameter: str, part: Placed, lead: tuple[int, ...] | None = ()) -> Iterator[Piece]:
+        """What fills one part. name: the module's in the checkpoint. lead: what comes before the rows in the
+        parameter's index, None for a part that other ranks alone hold."""
+        yield self._values(name, parameter, part, lead, "values")
+
+    def finish(self, layer: Layer, parameters: Iterable[str]) -> None:
+        """All pieces are there."""
+
+    def _values(self, name: str, parameter: str, part: Placed, lead: tuple[int, ...] | None, kind: str) -> Piece:
+        rows, columns, begin = part
+        index: Index = NOWHERE if lead is None else (*lead, slice(begin, begin + rows.size))
+        shape, source = (rows.count, columns.count), (rows.held, columns.held)
+        return Piece(f"{name}.weight", parameter, index, shape, source, kind)
+
+
+class ScaledWeights(Weights):
+    """Each parameter has its scales in another, <parameter>_scale, beside it; all are on the same grid. dtype: the
+    hardware's 8 bits, as which codes are kept."""
+
+    def __init__(self, form: WeightFormat, dtype: torch.dtype = CODES, *, widened: bool = False) -> None:
+        self.form: WeightFormat = form
+        self.widened, self._dtype = widened, dtype
+
+    def declare(
+        self, layer: Layer, matrices: Mapping[str, Mapping[str, Placed]], dtype: torch.dtype, lead: tuple[int, ...] = ()
+    ) -> None:
+        super().declare(layer, matrices, dtype if self.widened else CODES, lead)
+        self.step = step_of(self.form, *(parts.values() for parts in matrices.values()))
+        for parameter, parts in matrices.items():
+            rows, columns = _shape(parts)
+            grid = (rows,) if self.step is None else (-(-rows // self.step[0]), -(-columns // self.step[1]))
+            layer.declare(f"{parameter}_scale", (*lead, *grid), torch.float32)
+
+    def pieces(self, name: str, parameter: str, part: Placed, lead: tuple[int, ...] | None = ()) -> Iterator[Piece]:
+        yield self._values(name, parameter, part, lead, "codes")
+        rows, columns, begin = part
+        refine: Callable[[Tensor], Tensor]
+        if self.step is None:
+            shape: tuple[int, ...] = () if self.form.grain == "tensor" else (rows.count,)
+            place, refine = slice(begin, begin + rows.size), partial(_of_rows, rows=rows)
+        else:
+            block, step = self.form.block, self.step
+            shape = (-(-rows.count // block[0]), -(-columns.count // block[1]))
+            place = slice(begin // step[0], -(-(begin + rows.size) // step[0]))
+            refine = partial(_of_blocks, block=block, step=step, parts=(rows, columns))
+        index: Index = NOWHERE if lead is None else (*lead, place)
+        scale = f"{name}.{self.form.scale}"
+        yield Piece(scale, f"{parameter}_scale", index, shape, kind="scales", refine=refine)
+
+    def finish(self, layer: Layer, parameters: Iterable[str]) -> None:
+        for parameter in parameters:
+            weight, scale = layer.get_parameter(parameter).data, layer.get_parameter(f"{parameter}_scale").data
+            if self.widened:
+                for one, its_scale in zip(weight, scale, strict=True) if weight.dim() == 3 else [(weight, scale)]:
+                    widen_(one, its_scale, self.step)
+                layer.register_parameter(f"{parameter}_scale", None)
+            elif self._dtype != CODES:
+                layer.replace(parameter, as_fnuz(weight, scale))
+
+
+def _shape(parts: Mapping[str, Placed]) -> tuple[int, int]:
+    """Of a parameter that is made of these."""
+    *_, (rows, columns, begin) = parts.values()
+    return begin + rows.size, columns.size
+
+
+def step_of(form: WeightFormat, *parameters: Iterable[Placed]) -> Step:
+    """The step of the scales of parameters that are made of these parts: the same on all ranks, which so take the same
+    kernels."""
+    if form.grain != "blocks":
+        return None
+    rows, columns = form.block
+    for part, across, begin in itertools.chain(*parameters):
+        rows = math.gcd(rows, part.held.start, part.begins, begin)
+        columns = math.gcd(columns, across.held.start, across.begins)
+    return rows, columns
+
+
+def _of_rows(stored: Tensor, rows: Part) -> Tensor:
+    """stored: of each of the matrix's rows, or one for all -> of the rows that are held, [size] or []."""
+    return stored if not stored.dim() else stored[rows.held]
+
+
+def _of_blocks(stored: Tensor, block: tuple[int, int], step: tuple[int, int], parts: Sequence[Part]) -> Tensor:
+    """stored: of each of the matrix's blocks -> of each step of what is held."""
+    for dim, (size, each, part) in enumerate(zip(block, step, parts, strict=True)):
+        begins = torch.arange(part.held.start, part.held.stop, each, device=stored.device)
+        stored = stored.index_select(dim, begins // size)
+    return stored
+
+
+def spread(scale: Tensor, step: Step, rows: int, columns: int) -> Tensor:
+    """A parameter's scales -> the number of each of its elements, [rows, columns] or to be broadcast to that."""
+    if step is None:
+        return scale[:, None]
+    return scale.repeat_interleave(step[0], 0)[:rows].repeat_interleave(step[1], 1)[:, :columns]
+
+
+def widen_(weight: Tensor, scale: Tensor, step: Step) -> None:
+    """Multiply codes [rows, columns], in a wide dtype, by their scales, in place, rounding once."""
+    at_once = _ROWS_AT_ONCE if step is None else step[0] * -(-_ROWS_AT_ONCE // step[0])
+    for start in range(0, weight.shape[0], at_once):
+        part = weight[start : start + at_once]
+        own = scale[start : start + at_once] if step is None else scale[start // step[0] :]
+        part.copy_(part.float() * spread(own[: len(part)], step, *part.shape))
+
+
+def as_fnuz(codes: Tensor, scale: Tensor) -> Tensor:
+    """float8_e4m3fn codes as float8_e4m3fnuz, the format of gfx942, which takes the same bits for half as much: `scale`
+    is doubled in place. Returns a view of the same memory."""
+    bits = codes.view(torch.uint8)
+    bits.masked_fill_(bits == _NAN_ELSEWHERE, 0)
+    scale.mul_(2.0)
+    return bits.view(torch.float8_e4m3fnuz)
