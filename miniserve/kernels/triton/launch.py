@@ -56,7 +56,7 @@ _DECODE: tuple[_Row, ...] = (  # block_m stands for any: it follows from the gro
 # and shared memory, seen in the compiled code): programs that wait for a second round leave most of the device idle in
 # it. Up to two programs a multiprocessor share rows anyway, see `choose_splits`.
 _SAME = Launch(0, 32, 2, 2)
-_HELD = ((_SAME, 8), (Launch(0, 32, 2, 3), 6), (Launch(0, 64, 4, 2), 5), (Launch(0, 32, 2, 4), 4))
+_HELD = ((_SAME, 8), (Launch(0, 32, 2, 3), 6), (Launch(0, 64, 4, 2), 5))
 _EXTEND: tuple[_Row, ...] = (
     ("cuda", 128, 2, Launch(128, 64, 8, 3)),
     ("cuda", 256, 2, Launch(64, 32, 8, 2)),
