@@ -418,7 +418,9 @@ class StepTraffic(msgspec.Struct, kw_only=True, frozen=True):
     weights: read in every step. expert: one routed expert's weights, over all layers that have them, of `num_experts`
     of which a token takes `top_k` (all three 0 without experts). kv: pairs of a window in tokens (None: all of the
     context) and the bytes of one cached token in all layers with that window. bandwidth: bytes a second that the device
-    was measured to move when the engine started, None where it could not be.
+    was measured to move when the engine started, None where it could not be. sums: seconds that a step's sums over
+    ranks take at least, by the time that one of a single row was measured to take; 0 where there are none or their time
+    is not known.
     """
 
     weights: int
@@ -427,6 +429,7 @@ class StepTraffic(msgspec.Struct, kw_only=True, frozen=True):
     top_k: int = 0
     kv: list[tuple[int | None, int]]
     bandwidth: float | None = None
+    sums: float = 0.0
 
 
 class StepTotals(msgspec.Struct, kw_only=True, array_like=True):
@@ -444,6 +447,7 @@ class StepTotals(msgspec.Struct, kw_only=True, array_like=True):
     padded_rows: int = 0
     weight_bytes: int = 0
     kv_bytes: int = 0
+    sum_seconds: float = 0.0
     timed_host: float = 0.0
     timed_idle: float = 0.0
     mixed_steps: int = 0

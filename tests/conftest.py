@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# As many tests run at once as there are cores; the engines that they start inherit this too.
+# Tests keep all cores busy as it is; the engines that they start inherit this too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The many processes that tests start keep the package compiled: anew it takes each of them most of a second.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -24,6 +24,10 @@ LONGEST = (
     "cli/test_cli_run.py",
     "aiter_contract/test_engine_standin.py",
     "tools/test_compile_check.py",
+    "parallel/test_parallel_processes.py",
+    "examples/test_lm_eval_tasks.py",
+    "bench/test_bench_sweep.py",
+    "engine/test_engine_client.py",
 )
 
 if not torch.cuda.is_available():
@@ -39,8 +43,10 @@ def pytest_xdist_auto_num_workers() -> int | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    places = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.relative_to(TESTS).as_posix(), len(places)))
+    places = {TESTS / name: place for place, name in enumerate(LONGEST)}
+    if missing := [str(path) for path in places if not path.exists()]:
+        raise pytest.UsageError(f"{missing[0]} does not exist: correct LONGEST in tests/conftest.py.")
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session", autouse=True)

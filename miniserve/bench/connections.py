@@ -35,9 +35,9 @@ class _Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self.closed = False
         self.last_data = 0.0
-        self._transport: asyncio.Transport | None = None
+        self._transport: asyncio.Transport
         self._parser = httptools.HttpResponseParser(self)
-        self._on_body: OnBody | None = None
+        self._on_body: OnBody = lambda status, body, arrived: None
         self._done: asyncio.Future[None] | None = None
         self._answered = False  # a byte of the answer has come
         self._status = 0
@@ -68,8 +68,7 @@ class _Connection(asyncio.Protocol):
         self._status = self._parser.get_status_code()
 
     def on_body(self, body: bytes) -> None:
-        if self._on_body is not None:
-            self._on_body(self._status, body, self.last_data)
+        self._on_body(self._status, body, self.last_data)
 
     def on_message_complete(self) -> None:
         if not self._parser.should_keep_alive():
@@ -77,15 +76,16 @@ class _Connection(asyncio.Protocol):
         self._settle(None)
 
     def _settle(self, error: BaseException | None) -> None:
-        if self._done is not None and not self._done.done():
-            if error is None:
-                self._done.set_result(None)
-            else:
-                self._done.set_exception(error)
+        if self._done is None or self._done.done():
+            return
+        if error is None:
+            self._done.set_result(None)
+        else:
+            self._done.set_exception(error)
 
     async def exchange(self, request: bytes, on_body: OnBody, timeout: float) -> int:
         """Write a request, wait until its answer is over, return its status."""
-        if self._transport is None or self.closed:
+        if self.closed:
             raise HttpError("the connection is closed")
         self._on_body, self._status, self._answered = on_body, 0, False
         self._done = asyncio.get_running_loop().create_future()
@@ -105,8 +105,7 @@ class _Connection(asyncio.Protocol):
 
     def close(self) -> None:
         self.closed = True
-        if self._transport is not None:
-            self._transport.abort()
+        self._transport.abort()
 
 
 class ConnectionPool:
@@ -142,12 +141,12 @@ class ConnectionPool:
         comes; return the status when it is over. Raises `HttpError`, and what `on_body` raises."""
         head = f"POST {self._prefix}{path} HTTP/1.1\r\n{self._headers}Content-Length: {len(body)}\r\n\r\n"
         request = head.encode() + body
-        connection = self._take_idle()
-        if connection is not None:
+        self._idle = [connection for connection in self._idle if not connection.closed]
+        if self._idle:
             # A server may close an idle connection while a request is on its way to it. Without a byte of an answer
             # the request goes out once more, over a new connection (RFC 9112, 9.3.1).
             with contextlib.suppress(_Unanswered):
-                return await self._exchange(connection, request, on_body)
+                return await self._exchange(self._idle.pop(), request, on_body)
         return await self._exchange(await self._connect(), request, on_body)
 
     async def _exchange(self, connection: _Connection, request: bytes, on_body: OnBody) -> int:
@@ -155,13 +154,6 @@ class ConnectionPool:
         if not connection.closed:
             self._idle.append(connection)
         return status
-
-    def _take_idle(self) -> _Connection | None:
-        while self._idle:
-            connection = self._idle.pop()
-            if not connection.closed:
-                return connection
-        return None
 
     async def _connect(self) -> _Connection:
         loop = asyncio.get_running_loop()

@@ -81,10 +81,10 @@ def _value(where: str, value: Any, parameter: Any, negated: bool) -> Any:
         if not isinstance(value, bool):
             raise UserError(f"{where} must be true or false.")
         return value != negated
-    many = isinstance(value, list)
-    if many and not parameter.multiple:
+    if isinstance(value, list) and not parameter.multiple:
         raise UserError(f"{where} takes one value, not a list.")
-    texts = [each if isinstance(each, str) else str(each) for each in (value if many else [value])]
-    if any(isinstance(each, bool | dict | list) or each is None for each in (value if many else [value])):
+    values = value if isinstance(value, list) else [value]
+    if any(isinstance(each, bool | dict | list) or each is None for each in values):
         raise UserError(f"{where} must be a text or a number.")
+    texts = [str(each) for each in values]
     return texts if parameter.multiple else texts[0]

@@ -44,7 +44,11 @@ def explain(
 
 def to_text(found: Explanation) -> str:
     """For people; lines are not wrapped."""
-    choice, platform = found.choice, found.choice.platform
+    facts, platform = to_json(found), found.choice.platform
+    chosen, others = facts["chosen"], []
+    for path in facts["possible"]:
+        if (path["backend"], path["layout"]) != (chosen["backend"], chosen["layout"]):
+            others += [f"  {_where(path)}", *(f"    {line}" for line in path["kernels"])]
     units = f", {platform.compute_units} compute units" if platform.compute_units else ""
     memory = f", {_gib(found.memory.total)}" if found.memory.total else ""
     lines = [
@@ -55,15 +59,14 @@ def to_text(found: Explanation) -> str:
         f"attention layers{f', on each of {found.tp} GPUs' if found.tp > 1 else ''}",
         *(f"  {ranges(kind.layers)}: {kind_text(kind.spec)}" for kind in found.kinds),
         "",
-        f"chosen: {choice.backend} over the {choice.layout} KV layout: {choice.reason}",
-        *_kernels(found, _chosen(found)),
-        *(f"  {sentence}" for sentence in found.products),
+        f"chosen: {chosen['backend']} over the {chosen['layout']} KV layout: {chosen['reason']}",
+        *(f"  {line}" for line in (*chosen["kernels"], *chosen["products"])),
         "",
         "also possible",
-        *_others(found),
+        *(others or ["  nothing else"]),
         "",
         "not possible",
-        *(f"  {_where(path)}: {reason}" for path in found.paths for reason in path.reasons),
+        *(f"  {_where(path)}: {reason}" for path in facts["impossible"] for reason in path["reasons"]),
         "",
         *_memory(found),
     ]
@@ -72,37 +75,36 @@ def to_text(found: Explanation) -> str:
 
 def to_json(found: Explanation) -> dict[str, Any]:
     """The same as data."""
+    choice, memory = found.choice, found.memory
+    places = [(path, {"backend": path.backend, "layout": path.layout or None}) for path in found.paths]
+    possible = [place | {"kernels": _kernels(found, path)} for path, place in places if not path.reasons]
+    chosen = {"backend": choice.backend, "layout": choice.layout}
     return {
         "model": found.model,
         "architecture": found.config.architecture,
         "device": found.device,
-        "arch": found.choice.platform.arch,
+        "arch": choice.platform.arch,
         "tp": found.tp,
         "notes": list(found.notes),
         "layers": [{"layers": list(kind.layers), "attention": kind_text(kind.spec)} for kind in found.kinds],
         "chosen": {
-            "backend": found.choice.backend,
-            "layout": found.choice.layout,
-            "reason": found.choice.reason,
-            "kernels": [line.strip() for line in _kernels(found, _chosen(found))],
+            **chosen,
+            "reason": choice.reason,
+            "kernels": next(path["kernels"] for path in possible if chosen.items() <= path.items()),
             "products": list(found.products),
         },
-        "possible": [
-            _place(path) | {"kernels": [line.strip() for line in _kernels(found, path)]}
-            for path in found.paths
-            if not path.reasons
-        ],
-        "impossible": [_place(path) | {"reasons": list(path.reasons)} for path in found.paths if path.reasons],
+        "possible": possible,
+        "impossible": [place | {"reasons": list(path.reasons)} for path, place in places if path.reasons],
         "memory_bytes": {
-            "total": found.memory.total,
-            "usable": found.memory.usable,
-            "weights": found.memory.weights,
-            "scratch": found.memory.scratch,
-            "kv_per_token": found.memory.kv_bytes_per_token,
+            "total": memory.total,
+            "usable": memory.usable,
+            "weights": memory.weights,
+            "scratch": memory.scratch,
+            "kv_per_token": memory.kv_bytes_per_token,
         },
-        "kv_tokens": found.memory.tokens,
-        "kv_tokens_bounded": found.memory.bounded,
-        "block_size": found.choice.block_size,
+        "kv_tokens": memory.tokens,
+        "kv_tokens_bounded": memory.bounded,
+        "block_size": choice.block_size,
         "max_model_len": found.max_model_len,
     }
 
@@ -135,11 +137,6 @@ def ranges(layers: tuple[int, ...]) -> str:
     return f"layers {shown}" if len(layers) <= 3 else f"layers {shown}, … {layers[-1]} ({len(layers)})"
 
 
-def _chosen(found: Explanation) -> Path:
-    wanted = (found.choice.backend, found.choice.layout)
-    return next(path for path in found.paths if (path.backend, path.layout) == wanted)
-
-
 def _kernels(found: Explanation, path: Path) -> list[str]:
     from miniserve.attention.routes import describe_route
 
@@ -148,24 +145,13 @@ def _kernels(found: Explanation, path: Path) -> list[str]:
     for kind, route in zip(kinds, path.routes, strict=True):
         if kind.spec is not None:
             which = "" if len(kinds) == 1 else f"{ranges(kind.layers)}: "
-            lines.append(f"  {which}{describe_route(route, kind.spec, found.choice.platform)}")
+            lines.append(f"{which}{describe_route(route, kind.spec, found.choice.platform)}")
     return lines
 
 
-def _others(found: Explanation) -> list[str]:
-    chosen, lines = _chosen(found), []
-    for path in found.paths:
-        if path is not chosen and not path.reasons:
-            lines += [f"  {_where(path)}", *(f"  {line}" for line in _kernels(found, path))]
-    return lines or ["  nothing else"]
-
-
-def _place(path: Path) -> dict[str, Any]:
-    return {"backend": path.backend, "layout": path.layout or None}
-
-
-def _where(path: Path) -> str:
-    return f"{path.backend}{f' over {path.layout}' if path.layout else ''}"
+def _where(path: dict[str, Any]) -> str:
+    layout = f" over {path['layout']}" if path["layout"] else ""
+    return f"{path['backend']}{layout}"
 
 
 def _memory(found: Explanation) -> list[str]:

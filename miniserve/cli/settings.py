@@ -7,9 +7,8 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import fields
 from fractions import Fraction
-from typing import Annotated, Any, Literal, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_origin
 
 import typer
 
@@ -259,7 +258,8 @@ def with_settings(*, only: tuple[str, ...] = (), without: tuple[str, ...] = ()) 
                 continue
             names = [name for name in _OPTIONS[config] if (name in only if only else name not in without)]
             configs[parameter.name] = config, names
-            parameters += [_parameter(config, name) for name in names]
+            settings = inspect.signature(config, eval_str=True).parameters
+            parameters += [_with_option(settings[name], config) for name in names]
 
         def wrapper(**given: Any) -> None:
             given = {parameter.name: parameter.default for parameter in parameters} | given
@@ -276,12 +276,10 @@ def with_settings(*, only: tuple[str, ...] = (), without: tuple[str, ...] = ()) 
     return decorate
 
 
-def _parameter(config: type, name: str) -> inspect.Parameter:
-    (field,) = (each for each in fields(config) if each.name == name)
-    kind: Any = get_type_hints(config)[name]
+def _with_option(setting: inspect.Parameter, config: type) -> inspect.Parameter:
+    kind = setting.annotation
     if get_origin(kind) is tuple:
         kind = list[str]
     elif get_origin(kind) is Literal and config is EngineConfig:  # which refuses a word in a sentence itself
         kind = str
-    annotation = Annotated[kind, _OPTIONS[config][name]]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
+    return setting.replace(annotation=Annotated[kind, _OPTIONS[config][setting.name]])

@@ -12,6 +12,7 @@ from typing import Any
 
 from miniserve.core import Reasoning
 from miniserve.engine.call_reader import CallArguments, CallReader, Content, Event, NoCall, Steps, Thought
+from miniserve.engine.reasoning import ReasoningSplit
 from miniserve.engine.tool_dialects import ToolDialect
 
 
@@ -26,11 +27,16 @@ class AnswerParser:
         functions: Mapping[str, Mapping[str, Any]] | None = None,
         hidden: frozenset[str] = frozenset(),
     ) -> None:
+        self._reasoning = reasoning
+        self._split = None if reasoning is None else ReasoningSplit(reasoning)
         self.reasons = reasoning is not None and reasoning.is_open  # whether the text began with reasoning
+        self._thought_shown = False
+        self._line_breaks = ""  # not shown yet: at the reasoning's end they are layout
+        self._trims = False  # the content's first line breaks, which come from the reasoning's end
         self._hidden = hidden
         self._reader = CallReader(functions or {})
-        self._held = ""  # space at the end of what is shown: before and behind a call or reasoning it is layout
-        self._steps = self._read(reasoning, dialect)
+        self._steps = None if dialect is None else self._read(dialect)
+        self._space = ""  # content not shown yet: before and behind a call it is layout
 
     @property
     def num_calls(self) -> int:
@@ -38,41 +44,56 @@ class AnswerParser:
 
     def push(self, text: str) -> list[Event]:
         """What further text brings."""
-        self._reader.feed(text)
-        next(self._steps, None)
-        events, self._reader.events = self._reader.events, []
-        return _joined(events)
+        return self._take(*(("", text) if self._split is None else self._split.push(text)))
 
     def finish(self) -> list[Event]:
         """What was held back."""
         self._reader.closed = True
-        events = self.push("")
-        return _joined([*events, Content(self._held)]) if self._held and not self.num_calls else events
+        events = self._take(*(("", "") if self._split is None else self._split.flush()))
+        if self._space and not self.num_calls:
+            events = _joined([*events, Content(self._space)])
+        return events
 
-    def _read(self, reasoning: Reasoning | None, dialect: ToolDialect | None) -> Steps[None]:
+    def _take(self, thought: str, said: str) -> list[Event]:
+        if thought and self._reasoning is not None and self._split is not None:
+            self._think(thought, self._reasoning, self._split.over)
+        if self._trims:
+            said = said.lstrip("\n")
+            self._trims = not said
+        if self._steps is None:
+            self._reader.events += [Content(said)] if said else []
+        elif said or self._reader.closed:
+            self._reader.feed(said)
+            next(self._steps, None)
+        events, self._reader.events = self._reader.events, []
+        return _joined(events) if len(events) > 1 else events
+
+    def _think(self, text: str, markers: Reasoning, is_over: bool) -> None:
+        if not self._trims:
+            text = text.removeprefix(markers.begin)
+        if is_over:
+            text = text.removesuffix(markers.end)
+        self.reasons = self._trims = True
+        text = self._line_breaks + text
+        if not self._thought_shown:
+            text = text.lstrip("\n")
+        shown = text.rstrip("\n")
+        self._line_breaks = text[len(shown) :]
+        if shown:
+            self._thought_shown = True
+            self._reader.events.append(Thought(shown))
+
+    def _read(self, dialect: ToolDialect) -> Steps[None]:
         reader = self._reader
-        if reasoning is not None:
-            yield from self._read_thought(reasoning)
-        if dialect is not None and dialect.bare:
+        if dialect.bare:
             reader.attempt()
-            yield from self._read_call(dialect, "")
-        begins = () if dialect is None else dialect.begins
-        while marker := (yield from reader.until((*begins, *self._hidden), self._say)):
-            if dialect is not None and marker in begins:
+            yield from self._call(dialect, "")
+        while marker := (yield from reader.until((*dialect.begins, *self._hidden), self._say)):
+            if marker in dialect.begins:
                 reader.attempt(marker)
-                yield from self._read_call(dialect, marker)
+                yield from self._call(dialect, marker)
 
-    def _read_thought(self, reasoning: Reasoning) -> Steps[None]:
-        """Line breaks around it are layout."""
-        reader = self._reader
-        self.reasons = (yield from reader.take(reasoning.begin)) or reasoning.is_open
-        if self.reasons:
-            yield from reader.space("\n")
-            yield from reader.until((reasoning.end,), self._think)
-            self._held = ""
-            yield from reader.space("\n")
-
-    def _read_call(self, dialect: ToolDialect, marker: str) -> Steps[None]:
+    def _call(self, dialect: ToolDialect, marker: str) -> Steps[None]:
         try:
             yield from dialect.read(self._reader, marker)
             self._reader.settle()
@@ -81,19 +102,11 @@ class AnswerParser:
             self._say("" if text in self._hidden else text)
 
     def _say(self, text: str) -> None:
-        if shown := self._without_end(text, None):
+        text = self._space + text
+        shown = text.rstrip()
+        self._space = text[len(shown) :]
+        if shown:
             self._reader.events.append(Content(shown))
-
-    def _think(self, text: str) -> None:
-        if shown := self._without_end(text, "\n"):
-            self._reader.events.append(Thought(shown))
-
-    def _without_end(self, text: str, layout: str | None) -> str:
-        """With what was held back, and without what may be layout: white space, or these characters."""
-        text = self._held + text
-        shown = text.rstrip(layout)
-        self._held = text[len(shown) :]
-        return shown
 
 
 def _joined(events: list[Event]) -> list[Event]:

@@ -1,4 +1,4 @@
-"""Reads a model's output as its text comes, in whatever pieces, and the calls of functions in it.
+"""Reads the calls of functions in a model's output as its text comes, in whatever pieces.
 
 A dialect's reader is a generator that asks for characters through `CallReader` and is suspended where they have not
 come yet, so what it finds cannot depend on how the text is cut.
@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from miniserve.engine.reasoning import num_begun
 
 T = TypeVar("T")
 Steps = Generator[None, None, T]  # suspended while text is missing
@@ -91,8 +93,8 @@ class CallReader:
             yield
         return self._text[self._at]
 
-    def space(self, characters: str = _SPACE) -> Steps[None]:
-        while (char := (yield from self.char())) and char in characters:
+    def space(self) -> Steps[None]:
+        while (char := (yield from self.char())) and char in _SPACE:
             self._move(self._at + 1)
 
     def take(self, literal: str) -> Steps[bool]:
@@ -119,8 +121,8 @@ class CallReader:
                 self._emit(first, emit)
                 self._at += len(end)
                 return end
-            last = self._text[max(self._at, len(self._text) - max(map(len, ends), default=0)) :]
-            self._emit(len(self._text) - max((_num_begun(last, end) for end in ends), default=0), emit)
+            last = self._text[max(self._at, len(self._text) - max(map(len, ends))) :]
+            self._emit(len(self._text) - max(num_begun(last, end) for end in ends), emit)
             yield
 
     def name(self) -> Steps[str]:
@@ -263,9 +265,3 @@ class CallReader:
     def after_space(self, literal: str) -> Steps[bool]:
         yield from self.space()
         return (yield from self.take(literal))
-
-
-def _num_begun(text: str, marker: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `marker`."""
-    lengths = range(min(len(marker) - 1, len(text)), 0, -1)
-    return next((length for length in lengths if text.endswith(marker[:length])), 0)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from miniserve.core import Reasoning
-from miniserve.engine.call_reader import CallReader, Steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,32 +45,45 @@ class ReasoningSplit:
     """Text in pieces, to the reasoning with its markers and what follows it."""
 
     def __init__(self, reasoning: Reasoning) -> None:
-        self.inside = reasoning.is_open
+        self._reasoning = reasoning
+        self._began: bool | None = None  # None: not known yet
+        self._held = ""
         self.over = False
-        self._thought: list[str] = []
-        self._said: list[str] = []
-        self._reader = CallReader({})
-        self._steps = self._read(reasoning)
+
+    @property
+    def inside(self) -> bool:
+        return not self.over and (self._reasoning.is_open or self._began is True)
 
     def push(self, text: str) -> tuple[str, str]:
         """What came of each. Text that may be the beginning of a marker is held back."""
-        self._reader.feed(text)
-        next(self._steps, None)
-        parts = "".join(self._thought), "".join(self._said)
-        self._thought.clear()
-        self._said.clear()
-        return parts
+        if self.over:
+            return "", text
+        text, self._held = self._held + text, ""
+        begin, end = self._reasoning.begin, self._reasoning.end
+        if self._began is None:
+            if text != begin and begin.startswith(text):
+                self._held = text
+                return "", ""
+            self._began = self._reasoning.is_open or text.startswith(begin)
+            if not self._began:
+                self.over = True
+                return "", text
+        at = text.find(end)
+        if at >= 0:
+            self.over = True
+            return text[: at + len(end)], text[at + len(end) :]
+        num_held = num_begun(text, end)
+        self._held = text[len(text) - num_held :]
+        return text[: len(text) - num_held], ""
 
     def flush(self) -> tuple[str, str]:
-        self._reader.closed = True
-        return self.push("")
+        held, self._held = self._held, ""
+        return (held, "") if self.inside else ("", held)
 
-    def _read(self, reasoning: Reasoning) -> Steps[None]:
-        if (yield from self._reader.take(reasoning.begin)):
-            self._thought.append(reasoning.begin)
-            self.inside = True
-        if self.inside:
-            end = yield from self._reader.until((reasoning.end,), self._thought.append)
-            self._thought.append(end)
-        self.inside, self.over = False, True
-        yield from self._reader.until((), self._said.append)
+
+def num_begun(text: str, marker: str) -> int:
+    """How many characters at the end of `text` may be the beginning of `marker`."""
+    for length in range(min(len(marker) - 1, len(text)), 0, -1):
+        if text.endswith(marker[:length]):
+            return length
+    return 0

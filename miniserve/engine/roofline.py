@@ -1,4 +1,5 @@
-"""How near decode steps come to the memory's limit: what a step must read, over what the memory can deliver.
+"""How near decode steps come to the memory's limit: what a step must read, over what the memory can deliver. With ranks
+the sums over them are the other part of a step's floor.
 
 A decode step multiplies every weight with a few vectors and reads each row's cached context once, so the time to read
 those bytes at the memory's own speed is its floor (Williams et al., "Roofline", 2009).
@@ -41,7 +42,8 @@ def hidden_share(totals: StepTotals) -> float | None:
 
 def describe(totals: StepTotals, bandwidth: float | None) -> str | None:
     """The decode steps of a period in a line, None where there were none:
-    "step 6.1 ms · 71 % of 3.0 TB/s · weights 82 % KV 18 % · CPU hidden 98 %"."""
+    "step 6.1 ms · 71 % of 3.0 TB/s · weights 82 % KV 18 % · CPU hidden 98 %". Weights, KV cache and sums over ranks
+    have their shares of the floor."""
     if not totals.decode_steps:
         return None
     parts = [f"step {_milliseconds(totals.decode_seconds / totals.decode_steps)}"]
@@ -52,8 +54,11 @@ def describe(totals: StepTotals, bandwidth: float | None) -> str | None:
     elif read and totals.decode_seconds:
         parts.append(f"{_rate(read / totals.decode_seconds)} read")
     if read:
-        weights = totals.weight_bytes / read
-        parts.append(f"weights {100 * weights:.0f} % KV {100 * (1 - weights):.0f} %")
+        floor = {"weights": float(totals.weight_bytes), "KV": float(totals.kv_bytes)}
+        if bandwidth and totals.sum_seconds:
+            floor["sums"] = totals.sum_seconds * bandwidth
+        whole = sum(floor.values())
+        parts.append(" ".join(f"{name} {100 * part / whole:.0f} %" for name, part in floor.items()))
     hidden = hidden_share(totals)
     if hidden is not None:
         parts.append(f"CPU hidden {100 * hidden:.0f} %")

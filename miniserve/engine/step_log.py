@@ -27,6 +27,7 @@ class StepLog:
         self.totals = StepTotals()
         self._context = None if traffic is None else _Context(traffic, max_num_seqs)
         self._weights = lru_cache(maxsize=max_num_seqs)(lambda n: 0 if traffic is None else weight_bytes(traffic, n))
+        self._sums = 0.0 if traffic is None else traffic.sums
         self._ring: deque[StepRecord] = deque(maxlen=RING_SIZE)
         self._to_wall = time.time() - self.clock()
         self._number = 0
@@ -68,6 +69,7 @@ class StepLog:
             totals.padded_rows += max(0, record.bucket - record.rows)
             totals.weight_bytes += record.weight_bytes or 0
             totals.kv_bytes += record.kv_bytes or 0
+            totals.sum_seconds += self._sums
             if record.idle is not None:
                 totals.timed_host += host
                 totals.timed_idle += record.idle

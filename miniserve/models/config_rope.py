@@ -61,9 +61,9 @@ def _check_rope_values(rope_type: str, given: dict[str, Any]) -> None:
 
 def longest_context(rope: RopeConfig, max_position_embeddings: int) -> int:
     """Linear and YaRN stretch the trained length by `factor`; llama3 configs already state the stretched one."""
-    if rope.rope_type == "linear" and rope.factor is not None:
+    if rope.rope_type == "linear":
         return int(max_position_embeddings * rope.factor)
-    if rope.rope_type == "yarn" and rope.factor is not None and rope.original_max_position_embeddings is not None:
+    if rope.rope_type == "yarn":
         return int(rope.original_max_position_embeddings * rope.factor)
     return max_position_embeddings
 

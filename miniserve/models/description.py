@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeConfig:
     """Rotary position embedding over the whole head, or over the part that `LatentDims` sets aside for it. Lengths in
-    tokens; fields that a type does not read stay None. mscale, mscale_all_dim: YaRN's, of which the second also scales
-    the scores of latent attention.
+    tokens; what `config_rope.ROPE_KEYS` names for a type is read, the rest keeps its default. mscale, mscale_all_dim:
+    YaRN's, of which the second also scales the scores of latent attention.
 
     dynamic: transformers derives the frequencies from the longest sequence of the call, which has no meaning where
     sequences of different lengths share a step. Up to the model's max_position_embeddings they are the plain ones; that
@@ -27,21 +27,21 @@ class RopeConfig:
 
     rope_type: str = "default"
     theta: float = 10000.0
-    factor: float | None = None
-    original_max_position_embeddings: int | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
     attention_factor: float | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+    truncate: bool = True
 
 
-def yarn_magnitude(factor: float | None, mscale: float | None) -> float:
+def yarn_magnitude(factor: float, mscale: float) -> float:
     """By which YaRN (Peng et al. 2023) raises queries and keys; 1 where it does not stretch."""
-    return 1.0 if factor is None or factor <= 1 or not mscale else 0.1 * mscale * math.log(factor) + 1.0
+    return 1.0 if factor <= 1 or not mscale else 0.1 * mscale * math.log(factor) + 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

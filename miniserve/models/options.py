@@ -113,7 +113,7 @@ class BuildOptions:
         route = self._route(LINEAR, product)
         widened = form is not None and not route.kernels
         if form is None or widened:
-            method = self.method(size, sum(rows.size for rows, _, _ in parts.values()))
+            method = self.method(size, sum(part.rows.size for part in parts.values()))
         else:
             products = [*map(self._scaled_product, route.kernels), ScaledProduct(widened_product)]
             method = ScaledMethod(products)

@@ -42,7 +42,7 @@ from miniserve.runner.sampler import Sampler
 from miniserve.runner.self_check import check_backend
 from miniserve.runner.served import ServedModel, block_zeroer
 from miniserve.runner.state import StepState
-from miniserve.runner.traffic import measure_bandwidth, step_traffic
+from miniserve.runner.traffic import measure_bandwidth, measure_sums, step_traffic
 from miniserve.runner.tuning import load_preferred
 
 if TYPE_CHECKING:
@@ -95,8 +95,10 @@ def build_runner(
         layout=config.kv_layout,
         preferred=first(group, preferred, tuple[str, ...]),
     )
+    sums = measure_sums(model)
     with together(group):
-        traffic = step_traffic(model, choose().kv_layout, measure_bandwidth(device))  # before the weights are packed
+        # Before the weights are packed.
+        traffic = step_traffic(model, choose().kv_layout, measure_bandwidth(device), sums)
         scales = _fill(model, config, source_path, partial(report, "weights"))
     path = _find_path(config, model, choose, weights, available - weights, tokens)
     plan, choice = path.plan, path.choice

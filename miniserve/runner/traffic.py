@@ -1,4 +1,5 @@
-"""The bytes a decode step must read, and the device's memory bandwidth: the two sides of the roofline."""
+"""The bytes a decode step must read, the device's memory bandwidth, and what sums over ranks take: all of the
+roofline."""
 
 from __future__ import annotations
 
@@ -17,9 +18,10 @@ from miniserve.models.layers.experts import Experts
 # Beyond any cache but the last level of large servers; there a small model reads from that cache as well.
 _CPU_BYTES = 96 << 20
 _GPU_BYTES = 512 << 20
+_SUMS = 16  # that are timed
 
 
-def step_traffic(model: CausalLM, layout: KVLayout, bandwidth: float | None) -> StepTraffic:
+def step_traffic(model: CausalLM, layout: KVLayout, bandwidth: float | None, sums: float = 0.0) -> StepTraffic:
     """`model` must have its parameters as declared: before they are packed, best on the meta device. The embedding
     counts only if it is tied to the head: a look-up reads one row, the logits read all rows of the head. Experts of
     which a rank has some are counted as if it had a share of each."""
@@ -43,7 +45,23 @@ def step_traffic(model: CausalLM, layout: KVLayout, bandwidth: float | None) -> 
         top_k=0 if moe is None or not num_experts else moe.top_k,
         kv=list(kv.items()),
         bandwidth=bandwidth,
+        sums=sums,
     )
+
+
+def measure_sums(model: CausalLM) -> float:
+    """Seconds that the sums over ranks take at least in a step of one row: by the fastest of some single ones. 0 for a
+    rank alone, and where the norm's kernel sums, whose time is not told from the norm's. Ranks call it together."""
+    options, config = model.options, model.config
+    if options.group.size == 1 or options.group.inboxes is not None:
+        return 0.0
+    times = []
+    for _ in range(_SUMS):
+        row = torch.zeros(1, config.hidden_size, dtype=options.dtype, device=options.device)
+        start = time.perf_counter()
+        options.group.reduce(row).cpu()
+        times.append(time.perf_counter() - start)
+    return 2 * config.num_layers * min(times)
 
 
 def measure_bandwidth(device: torch.device) -> float | None:

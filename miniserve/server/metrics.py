@@ -48,6 +48,7 @@ _ROOFLINE = (  # names, fields of `StepTotals`
     ("decode_padded_rows", "padded_rows", "Rows that filled graphs up."),
     ("decode_weight_bytes", "weight_bytes", "Weights these steps had to read."),
     ("decode_kv_bytes", "kv_bytes", "Cached keys and values they had to read."),
+    ("decode_sum_seconds", "sum_seconds", "Time that their sums over ranks take at least."),
     ("mixed_steps", "mixed_steps", "Steps of decode rows and prefill."),
     ("mixed_step_seconds", "mixed_seconds", "Time of these steps."),
     ("prefill_steps", "prefill_steps", "Steps of prefill alone."),

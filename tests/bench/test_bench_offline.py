@@ -6,34 +6,18 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from engine_fakes import fake_info
 from typer.testing import CliRunner
 
 from miniserve.bench import offline
 from miniserve.bench.decode_steps import DecodeSteps
 from miniserve.bench.workload import Shape
 from miniserve.cli.bench import app
+from miniserve.config import EngineConfig
 from miniserve.core import Completion, EngineInfo, SamplingParams, StepTotals, UserError
 from miniserve.llm import Generation
 
-INFO = EngineInfo(
-    model="fake",
-    model_path="",
-    architecture="Fake",
-    dtype="float32",
-    device="cpu",
-    vocab_size=50,
-    max_model_len=64,
-    max_num_seqs=8,
-    max_num_batched_tokens=64,
-    block_size=16,
-    num_blocks=10,
-    kv_layout="linear",
-    enable_prefix_caching=True,
-    async_scheduling=False,
-    eos_token_ids=[],
-    memory=[],
-    attention=[],
-)
+INFO = msgspec.structs.replace(fake_info(EngineConfig()), vocab_size=50)
 
 
 @dataclass

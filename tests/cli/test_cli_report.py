@@ -7,26 +7,15 @@ import shlex
 
 import msgspec
 import pytest
+from engine_fakes import fake_info
 
 from miniserve.cli.report import Report, client_url, curl_line, human_bytes
-from miniserve.core import EngineInfo
+from miniserve.config import EngineConfig
 
-INFO = EngineInfo(
-    model="m",
-    model_path="/m",
+INFO = msgspec.structs.replace(
+    fake_info(EngineConfig(max_model_len=4096), num_blocks=1024),
     architecture="Qwen3ForCausalLM",
     dtype="bfloat16",
-    device="cpu",
-    vocab_size=10,
-    max_model_len=4096,
-    max_num_seqs=8,
-    max_num_batched_tokens=2048,
-    block_size=16,
-    num_blocks=1024,
-    kv_layout="linear",
-    enable_prefix_caching=True,
-    async_scheduling=False,
-    eos_token_ids=[1],
     memory=[("weights", 3 << 30), ("KV cache", 512 << 20)],
     attention=["CPU_ATTN, because the device is a CPU", "TORCH_ATTN: slower"],
 )

@@ -146,6 +146,9 @@ def test_the_line_says_how_near_the_limit_it_is() -> None:
     assert describe(totals, None) == "step 6.1 ms · 2.1 TB/s read · weights 82 % KV 18 % · CPU hidden 98 %"
     slow = StepTotals(decode_steps=2, decode_seconds=0.6, weight_bytes=2 * 10**9)
     assert describe(slow, 1.5e10) == "step 300 ms · 22 % of 15.0 GB/s · weights 100 % KV 0 %"
+    ranks = StepTotals(decode_steps=1, decode_seconds=0.02, weight_bytes=6 * 10**9, kv_bytes=10**9, sum_seconds=0.003)
+    assert describe(ranks, 1.0e12) == "step 20 ms · 35 % of 1.0 TB/s · weights 60 % KV 10 % sums 30 %"
+    assert describe(ranks, None) == "step 20 ms · 350.0 GB/s read · weights 86 % KV 14 %"
     assert describe(StepTotals(mixed_steps=3), 3.0e12) is None
     assert describe(StepTotals(decode_steps=1, decode_seconds=0.002), None) == "step 2 ms"
     assert share_of_bandwidth(StepTotals(), 1.0) is None and hidden_share(StepTotals()) is None

@@ -185,10 +185,10 @@ class Linear(Layer):
     def pieces(self, prefix: str) -> Iterator[Piece]:
         parent = prefix.rpartition(".")[0]
         for module, part in self._parts.items():
-            name, (rows, _, begin) = f"{parent}.{module}" if parent else module, part
+            name, rows = f"{parent}.{module}" if parent else module, part.rows
             yield from self.weights.pieces(name, "weight", part)
             if self.bias is not None:
-                yield Piece(f"{name}.bias", "bias", slice(begin, begin + rows.size), (rows.count,), (rows.held,))
+                yield Piece(f"{name}.bias", "bias", part.place, (rows.count,), (rows.held,))
             elif self._has_bias:
                 yield Piece(f"{name}.bias", "weight", NOWHERE, (rows.count,))
 

@@ -56,7 +56,8 @@ class Residual:
         self.stream, self.part = stream, part
 
     def __add__(self, part: Tensor | PendingSum) -> Residual:
-        """A norm must have been read since the last addition. Both may share memory from then on."""
+        """The new stream; a norm of it adds `part` in place, so the old one is not used any more. Raises `RuntimeError`
+        where the last part is still to be added."""
         if self.part is not None:
             raise RuntimeError("two parts were added to the residual stream without a norm between them")
         return Residual(self.stream, part)

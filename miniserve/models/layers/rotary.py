@@ -54,7 +54,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]
         case "default" | "dynamic":  # dynamic: up to the trained length, see RopeConfig
             return inv_freq, 1.0
         case "linear":
-            return inv_freq / _given(rope.factor), 1.0
+            return inv_freq / rope.factor, 1.0
         case "llama3":
             return _llama3(rope, inv_freq), 1.0
         case "yarn":
@@ -64,8 +64,8 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]
 
 def _llama3(rope: RopeConfig, inv_freq: Tensor) -> Tensor:
     """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, and a linear blend lies between."""
-    factor, original = _given(rope.factor), _given(rope.original_max_position_embeddings)
-    low, high = _given(rope.low_freq_factor), _given(rope.high_freq_factor)
+    factor, original = rope.factor, rope.original_max_position_embeddings
+    low, high = rope.low_freq_factor, rope.high_freq_factor
     wavelength = 2 * math.pi / inv_freq
     kept = (original / wavelength - low) / (high - low)
     blend = (1 - kept) * inv_freq / factor + kept * inv_freq
@@ -75,14 +75,14 @@ def _llama3(rope: RopeConfig, inv_freq: Tensor) -> Tensor:
 
 def _yarn(rope: RopeConfig, powers: Tensor, head_dim: int) -> tuple[Tensor, float]:
     """YaRN (Peng et al. 2023): interpolate the slow dimensions, keep the fast ones, ramp between the two bounds."""
-    factor, original = _given(rope.factor), _given(rope.original_max_position_embeddings)
+    factor, original = rope.factor, rope.original_max_position_embeddings
 
     def bound(rotations: float) -> float:
         """The dimension that turns `rotations` times over the original length."""
         return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
-    low, high = bound(rope.beta_fast or 32.0), bound(rope.beta_slow or 1.0)
-    if rope.truncate is None or rope.truncate:
+    low, high = bound(rope.beta_fast), bound(rope.beta_slow)
+    if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     if low == high:
@@ -90,19 +90,12 @@ def _yarn(rope: RopeConfig, powers: Tensor, head_dim: int) -> tuple[Tensor, floa
     interpolated = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     kept = 1 - interpolated
     inv_freq = 1.0 / (factor * powers) * (1 - kept) + 1.0 / powers * kept
-    return inv_freq, _yarn_attention_factor(rope, factor)
+    return inv_freq, _yarn_attention_factor(rope)
 
 
-def _yarn_attention_factor(rope: RopeConfig, factor: float) -> float:
+def _yarn_attention_factor(rope: RopeConfig) -> float:
     if rope.attention_factor is not None:
         return rope.attention_factor
     if rope.mscale and rope.mscale_all_dim:
-        return yarn_magnitude(factor, rope.mscale) / yarn_magnitude(factor, rope.mscale_all_dim)
-    return yarn_magnitude(factor, 1.0)
-
-
-def _given(value: float | None) -> float:
-    """A value that `load_model_config` has checked to be there."""
-    if value is None:
-        raise ValueError("a RopeConfig lacks a value that its type needs")
-    return value
+        return yarn_magnitude(rope.factor, rope.mscale) / yarn_magnitude(rope.factor, rope.mscale_all_dim)
+    return yarn_magnitude(rope.factor, 1.0)

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,15 +28,28 @@ _ROWS_AT_ONCE = 1024
 # Rows and columns that share a number; None: scales of rows.
 Step = tuple[int, int] | None
 
-# A part of a matrix in a parameter: the rows and the columns of it that are held, and where its rows begin there.
-Placed = tuple[Part, Part, int]
+
+class Placed(NamedTuple):
+    """A part of a matrix in a parameter: the rows and columns of it that are held, and where its rows begin there."""
+
+    rows: Part
+    columns: Part
+    begin: int
+
+    @property
+    def place(self) -> slice:
+        """Its rows in the parameter."""
+        return slice(self.begin, self.begin + self.rows.size)
 
 
 def placed(columns: int | Part, outputs: Mapping[str, int | Part]) -> dict[str, Placed]:
     """Where a parameter has the parts of its matrices, by the names of these: one below the other."""
-    rows = {name: whole(each) for name, each in outputs.items()}
-    begins = itertools.accumulate((part.size for part in rows.values()), initial=0)
-    return {name: (part, whole(columns), begin) for (name, part), begin in zip(rows.items(), begins, strict=False)}
+    found: dict[str, Placed] = {}
+    begin = 0
+    for name, rows in outputs.items():
+        found[name] = Placed(whole(rows), whole(columns), begin)
+        begin = found[name].place.stop
+    return found
 
 
 class Weights:
@@ -65,9 +79,8 @@ class Weights:
         """All pieces are there."""
 
     def _values(self, name: str, parameter: str, part: Placed, lead: tuple[int, ...] | None, kind: str) -> Piece:
-        rows, columns, begin = part
-        index: Index = NOWHERE if lead is None else (*lead, slice(begin, begin + rows.size))
-        shape, source = (rows.count, columns.count), (rows.held, columns.held)
+        index: Index = NOWHERE if lead is None else (*lead, part.place)
+        shape, source = (part.rows.count, part.columns.count), (part.rows.held, part.columns.held)
         return Piece(f"{name}.weight", parameter, index, shape, source, kind)
 
 
@@ -95,11 +108,11 @@ class ScaledWeights(Weights):
         refine: Callable[[Tensor], Tensor]
         if self.step is None:
             shape: tuple[int, ...] = () if self.form.grain == "tensor" else (rows.count,)
-            place, refine = slice(begin, begin + rows.size), partial(_of_rows, rows=rows)
+            place, refine = part.place, partial(_of_rows, rows=rows)
         else:
             block, step = self.form.block, self.step
             shape = (-(-rows.count // block[0]), -(-columns.count // block[1]))
-            place = slice(begin // step[0], -(-(begin + rows.size) // step[0]))
+            place = slice(begin // step[0], -(-part.place.stop // step[0]))
             refine = partial(_of_blocks, block=block, step=step, parts=(rows, columns))
         index: Index = NOWHERE if lead is None else (*lead, place)
         scale = f"{name}.{self.form.scale}"
@@ -109,7 +122,7 @@ class ScaledWeights(Weights):
         for parameter in parameters:
             weight, scale = layer.get_parameter(parameter).data, layer.get_parameter(f"{parameter}_scale").data
             if self.widened:
-                for one, its_scale in zip(weight, scale, strict=True) if weight.dim() == 3 else [(weight, scale)]:
+                for one, its_scale in [(weight, scale)] if weight.dim() == 2 else zip(weight, scale, strict=True):
                     widen_(one, its_scale, self.step)
                 layer.register_parameter(f"{parameter}_scale", None)
             elif self._dtype != CODES:
@@ -118,8 +131,8 @@ class ScaledWeights(Weights):
 
 def _shape(parts: Mapping[str, Placed]) -> tuple[int, int]:
     """Of a parameter that is made of these."""
-    *_, (rows, columns, begin) = parts.values()
-    return begin + rows.size, columns.size
+    *_, last = parts.values()
+    return last.place.stop, last.columns.size
 
 
 def step_of(form: WeightFormat, *parameters: Iterable[Placed]) -> Step:
@@ -128,9 +141,9 @@ def step_of(form: WeightFormat, *parameters: Iterable[Placed]) -> Step:
     if form.grain != "blocks":
         return None
     rows, columns = form.block
-    for part, across, begin in itertools.chain(*parameters):
-        rows = math.gcd(rows, part.held.start, part.begins, begin)
-        columns = math.gcd(columns, across.held.start, across.begins)
+    for part in itertools.chain(*parameters):
+        rows = math.gcd(rows, part.rows.held.start, part.rows.begins, part.begin)
+        columns = math.gcd(columns, part.columns.held.start, part.columns.begins)
     return rows, columns
 
 
