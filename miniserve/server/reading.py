@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from miniserve.core import Completion, FinishReason, Grammar, InvalidRequest, Reasoning
 from miniserve.engine.answer_parser import AnswerParser
-from miniserve.engine.call_reader import CallArguments, CallBegin, CallEnd, Content, Event, Thought
+from miniserve.engine.call_reader import CallArguments, CallBegin, CallEnd, Content, Thought
 from miniserve.engine.detokenizer import text_decoder
 from miniserve.engine.reasoning import ReasoningSplit
 from miniserve.engine.tokenizer import Tokenizer
@@ -72,7 +72,6 @@ class AnswerReader:
 
     def __init__(self, reading: Reading, tokenizer: Tokenizer) -> None:
         self._reading = reading
-        self._is_plain = reading.is_plain
         self._parser = AnswerParser(reading.reasoning, reading.dialect, reading.functions, frozenset(reading.hidden))
         self._split = None if reading.reasoning is None else ReasoningSplit(reading.reasoning)
         self._decoder = text_decoder(tokenizer, skip_special_tokens=False)
@@ -94,12 +93,9 @@ class AnswerReader:
                 break
             self._split.push(self._decoder.push(token_id))
             self._num_tokens += 1
-        if self._is_plain:  # nothing is held back
-            events: list[Event] = [Content(delta.text)] if delta.text else []
-        else:
-            events = self._parser.push(delta.text)
-            if delta.finish_reason is not None:
-                events += self._parser.finish()
+        events = self._parser.push(delta.text)
+        if delta.finish_reason is not None:
+            events += self._parser.finish()
         steps: list[Step] = []
         for event in events:
             match event:
