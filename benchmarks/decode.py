@@ -13,7 +13,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 
 from miniserve.bench.report import header, write_json
 from miniserve.config import EngineConfig
-from miniserve.core import EngineInfo, Request, SamplingParams
+from miniserve.core import EngineInfo, Request, Runner, SamplingParams
 from miniserve.engine.build import build_engine
 from miniserve.engine.loop import EngineLoop
 from miniserve.engine.roofline import describe
@@ -32,12 +32,16 @@ from miniserve.models.layers.routing import Chosen, Router
 from miniserve.parallel.group import Alone
 from miniserve.runner import ranks
 from miniserve.runner.build import build_runner
+from miniserve.runner.ranked import RankStart
+
+_UNIFORM_RANK = "benchmarks.decode:build_uniform_rank"
+_patches = ExitStack()
 
 
 @contextmanager
 def uniform_routing() -> Iterator[None]:
     """Within this block routers keep their weights, but experts are drawn uniformly for each layer and row. Random
-    router weights may send all tokens to a few experts, and the others' weights would not be read."""
+    router weights may send all tokens to a few experts, and the others' weights would not be read. Ranks draw alike."""
     choose = Router.__call__
     drawn: dict[int, torch.Tensor] = {}
 
@@ -45,12 +49,19 @@ def uniform_routing() -> Iterator[None]:
         weights, ids = choose(router, x)
         known = drawn.get(id(router))
         if known is None or len(known) < len(ids):
-            scores = torch.rand(max(len(ids), 8192), router.moe.num_experts, device=ids.device)
+            seed = torch.Generator(ids.device).manual_seed(len(drawn))
+            scores = torch.rand(max(len(ids), 8192), router.moe.num_experts, device=ids.device, generator=seed)
             known = drawn[id(router)] = scores.topk(router.moe.top_k, dim=1).indices.to(ids.dtype)
         return weights, known[: len(ids)].contiguous()
 
-    with mock.patch.object(Router, "__call__", uniform):
+    with mock.patch.object(Router, "__call__", uniform), mock.patch.object(ranks, "_BUILDER", _UNIFORM_RANK):
         yield
+
+
+def build_uniform_rank(start: RankStart) -> Runner:
+    """Another rank, in a process of its own that routes uniformly to its end."""
+    _patches.enter_context(uniform_routing())
+    return ranks.build_rank(start)
 
 
 def one_rank(size: int) -> AbstractContextManager[object]:
@@ -75,9 +86,18 @@ def measure(engine: EngineLoop, info: EngineInfo, batch: int, prompt_len: int, o
             totals.append(copy(engine.log.totals))
     steps = [later - earlier for earlier, later in itertools.pairwise(times)][2:]
     step = statistics.median(steps)
-    roofline = describe(totals[-1].since(totals[2]), info.bandwidth)
+    period = totals[-1].since(totals[2])
+    roofline = describe(period, info.bandwidth)
+    read = (period.weight_bytes + period.kv_bytes) / max(1, period.decode_steps)
     print(f"{batch:5d} x {prompt_len}: {1e3 * step:8.3f} ms, {batch / step:10,.0f} tokens/s; on average {roofline}")
-    return {"batch": batch, "prompt_len": prompt_len, "step_s": step, "num_steps": len(steps), "roofline": roofline}
+    return {
+        "batch": batch,
+        "prompt_len": prompt_len,
+        "step_s": step,
+        "floor_s": read / info.bandwidth if info.bandwidth else None,
+        "num_steps": len(steps),
+        "roofline": roofline,
+    }
 
 
 def main() -> None:
@@ -93,6 +113,8 @@ def main() -> None:
     parser.add_argument(
         "--rank-of", type=int, default=1, metavar="N", help="the first of N ranks, without the others and their sums"
     )
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks, each on its device")
+    parser.add_argument("--enable-expert-parallel", action="store_true")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     batches = [int(size) for size in args.batch.split(",")]
@@ -106,16 +128,26 @@ def main() -> None:
         max_model_len=args.input_len + args.output_len,
         enable_prefix_caching=False,
         enforce_eager=args.enforce_eager,
+        tensor_parallel_size=args.tensor_parallel_size,
+        enable_expert_parallel=args.enable_expert_parallel,
     )
     start = time.perf_counter()
-    with uniform_routing() if args.uniform_routing else nullcontext(), one_rank(args.rank_of):
+    rank = one_rank(args.rank_of) if args.rank_of > 1 else nullcontext()
+    with uniform_routing() if args.uniform_routing else nullcontext(), rank:
         engine, info = build_engine(config, args.model, args.model.name)
     started = time.perf_counter() - start
     part = f", rank 0 of {args.rank_of}" if args.rank_of > 1 else ""
     print(f"{args.model.name}{part} on {info.device}, started in {started:.1f} s; {info.attention[0]}")
     rows = [measure(engine, info, batch, args.input_len, args.output_len) for batch in batches]
     if args.json:
-        found = {"model": args.model.name, "rank_of": args.rank_of, "start_s": started, "results": rows}
+        found = {
+            "model": args.model.name,
+            "rank_of": args.rank_of,
+            "tensor_parallel_size": info.tensor_parallel_size,
+            "enable_expert_parallel": info.enable_expert_parallel,
+            "start_s": started,
+            "results": rows,
+        }
         write_json(args.json, {**header("decode"), **found})
 
 
