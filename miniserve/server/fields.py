@@ -249,8 +249,9 @@ def _closest(name: str, known: Mapping[str, str]) -> str | None:
         return known[plain]
     if len(plain) < 5:
         return None
-    near = [each for each in known if abs(len(each) - len(plain)) <= len(plain) // 5]
-    found = get_close_matches(plain, near, 1, cutoff=0.8 if len(plain) == 5 else 0.85)
+    near = [each for each in known if len(each) >= 5 and abs(len(each) - len(plain)) <= len(plain) // 5]
+    # One of six letters leaves 10 of 12 alike; 9 letters with two others would make max_tokens a slip of min_tokens.
+    found = get_close_matches(plain, near, 1, cutoff=0.8 if len(plain) <= 6 else 0.85)
     return known[found[0]] if found else None
 
 

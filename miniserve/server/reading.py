@@ -202,12 +202,13 @@ def _functions(body: ChatCompletionRequest, tools: Sequence[Tool]) -> Functions:
 
 def template_tools(tools: Sequence[Tool]) -> list[dict[str, Any]] | None:
     """As a template sees them. `strict` is for the server. Raises `InvalidRequest` for two of one name."""
-    names = [tool.function.name for tool in tools]
-    if len(set(names)) < len(names):
-        raise InvalidRequest(f"tools: two functions have the name {max(names, key=names.count)!r}.", "tools")
-    shown = []
+    shown: list[dict[str, Any]] = []
+    names: set[str] = set()
     for tool in tools:
         function = tool.function
+        if function.name in names:
+            raise InvalidRequest(f"tools: two functions have the name {function.name!r}.", "tools")
+        names.add(function.name)
         optional = {"description": function.description, "parameters": function.parameters}
         given = {name: value for name, value in optional.items() if value is not None}
         shown.append(

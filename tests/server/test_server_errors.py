@@ -299,8 +299,9 @@ CLIENT_FIELDS = frozenset({
     "metadata", "modalities", "mode", "model", "moderation", "n", "num_ctx", "parallel_tool_calls", "prediction",
     "preset", "previous_response_id", "presence_penalty", "prompt_cache_key", "prompt_cache_retention", "provider",
     "raw", "reasoning", "response_format", "rid", "route", "safety_identifier", "seed", "service_tier", "session",
-    "step", "stop", "store", "stream", "stream_options", "suffix", "system", "tags", "temperature", "text", "timeout",
-    "tool_choice", "tools", "top_logprobs", "top_p", "transforms", "user", "user_id", "verbosity", "web_search_options",
+    "speed", "step", "stop", "store", "stream", "stream_options", "suffix", "system", "tags", "temperature", "text",
+    "timeout", "tool_choice", "tools", "top_logprobs", "top_p", "transforms", "user", "user_id", "verbosity",
+    "web_search_options",
 })  # fmt: skip
 
 
@@ -356,6 +357,8 @@ def test_a_name_that_passed_elsewhere_is_still_misspelt_here(web: httpx.Client) 
         ("minTokens", 1, "min_tokens"),
         ("temprature", 0.5, "temperature"),
         ("tempreture", 0.5, "temperature"),
+        ("tsream", True, "stream"),
+        ("strean", True, "stream"),
         ("presense_penalti", 0.5, "presence_penalty"),
         ("top-p", 0.5, "top_p"),
         ("reponse_format", {"type": "json_object"}, "response_format"),

@@ -18,10 +18,12 @@ from dialect_texts import TEMPLATES, WRITERS
 from openai import OpenAI
 from server_fakes import EOS, TINY, FakeEngine, RunningServer, running_server, tokenizer
 
-from miniserve.core import UserError
+from miniserve.core import InvalidRequest, UserError
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.engine.tool_dialects import TOOL_DIALECTS
 from miniserve.server.config import ServerConfig
+from miniserve.server.protocol import FunctionDefinition, Tool
+from miniserve.server.reading import template_tools
 
 WEATHER = {
     "type": "function",
@@ -348,3 +350,21 @@ def test_an_output_has_a_form_or_calls(qwen: Scripted) -> None:
     assert (answer.finish_reason, answer.message.content) == ("tool_calls", None)
     qwen.says("{}")
     assert qwen.ask([ASKED], tools=TOOLS, tool_choice="none", response_format=form).choices[0].message.content == "{}"
+
+
+def test_one_name_twice_is_found_in_one_pass(qwen: Scripted) -> None:
+    assert qwen.refused([ASKED], tools=[*TOOLS, TOOLS[0]]) == "tools"
+
+    class Name(str):
+        compared = 0
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            Name.compared += 1
+            return str.__eq__(self, other)
+
+    names = [Name(f"f{number}") for number in range(300)]
+    functions = [FunctionDefinition.model_construct(name=name) for name in (*names, Name("f299"))]
+    with pytest.raises(InvalidRequest, match="'f299'"):
+        template_tools([Tool.model_construct(type="function", function=function) for function in functions])
+    assert Name.compared < 3000
