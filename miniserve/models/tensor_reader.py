@@ -10,6 +10,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -27,6 +28,9 @@ DTYPES = {
     "F8_E8M0": torch.float8_e8m0fnu,
 }
 BUFFER_BYTES = 16 << 20
+# Threads that fill a buffer: one read at a time leaves a disk idle for much of the time.
+_READERS = 4
+_LEAST_BYTES = 1 << 20  # of one read
 
 
 class TensorReader:
@@ -38,6 +42,7 @@ class TensorReader:
         self._buffers = [torch.empty(buffer_bytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(1 + pinned)]
         self._copied: list[torch.cuda.Event] = []  # of each buffer, the one filled last at the end
         self._file, self._path = -1, Path()
+        self._threads = ThreadPoolExecutor(_READERS)
 
     @contextlib.contextmanager
     def opened(self, path: Path) -> Iterator[None]:
@@ -50,10 +55,10 @@ class TensorReader:
             yield
 
     def copy(self, tensor: StoredTensor, source: tuple[slice, ...], target: Tensor) -> None:
-        """Copy `source` of a tensor of the opened file (both ends of each slice; further dimensions whole) to `target`,
-        in its dtype. Reads what lies between the first and the last row of `source`: of columns, whole rows.
+        """Copy `source` of a tensor of the opened file to `target`, converting to its dtype. Rows and whole matrices are
+        read alone; of columns, whole rows are read. source: slices with both ends, of the first dimensions or of all.
 
-        Raises `UserError` where the file ends before that."""
+        Raises `UserError` where the file ends within that."""
         dtype = DTYPES[tensor.dtype]
         parts = source + tuple(slice(0, count) for count in tensor.shape[len(source) :])
         if not tensor.shape:
@@ -86,11 +91,15 @@ class TensorReader:
             self._copied.pop(0).synchronize()
         self._buffers.append(self._buffers.pop(0))
         buffer = self._buffers[-1][:count]
-        view = buffer.numpy().data
-        done = 0
-        while done < count:
+        each = max(-(-count // _READERS), _LEAST_BYTES)
+        list(self._threads.map(self._read, buffer.split(each), range(begin, begin + count, each)))
+        return buffer
+
+    def _read(self, target: Tensor, begin: int) -> None:
+        """Fill target, bytes, with the file's from `begin` on."""
+        view, done = target.numpy().data, 0
+        while done < len(view):
             read = os.preadv(self._file, [view[done:]], begin + done)
             if not read:
                 raise UserError(f"{self._path} ends at byte {begin + done}, within a tensor; download it again.")
             done += read
-        return buffer
