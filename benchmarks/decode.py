@@ -60,20 +60,22 @@ def one_rank(size: int) -> AbstractContextManager[object]:
 
 
 def measure(engine: EngineLoop, info: EngineInfo, batch: int, prompt_len: int, output_len: int) -> dict[str, object]:
-    """Median seconds of the steps in which every one of `batch` requests gets a token."""
+    """Median seconds of the steps in which every one of `batch` requests gets a token, and how near the memory's limit
+    those come: not the steps before and after them, which have fewer rows."""
     rng = random.Random(batch)
     params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
     for index in range(batch):
         prompt = [rng.randrange(info.vocab_size) for _ in range(prompt_len)]
         engine.add(Request(request_id=f"{batch}-{index}", prompt_token_ids=prompt, params=params))
-    before, times = copy(engine.log.totals), []
+    times, totals = [], []
     while engine.has_work:
         num_tokens = sum(len(output.new_token_ids) for output in engine.step())
         if num_tokens == batch:
             times.append(time.perf_counter())
+            totals.append(copy(engine.log.totals))
     steps = [later - earlier for earlier, later in itertools.pairwise(times)][2:]
     step = statistics.median(steps)
-    roofline = describe(engine.log.totals.since(before), info.bandwidth)
+    roofline = describe(totals[-1].since(totals[2]), info.bandwidth)
     print(f"{batch:5d} x {prompt_len}: {1e3 * step:8.3f} ms, {batch / step:10,.0f} tokens/s; on average {roofline}")
     return {"batch": batch, "prompt_len": prompt_len, "step_s": step, "num_steps": len(steps), "roofline": roofline}
 

@@ -160,7 +160,8 @@ def decode(
     q = torch.randn(batch, heads, HEAD_DIM, dtype=torch.bfloat16, device=bench.device)
     out, one = torch.empty_like(q), torch.ones(1, device=bench.device)
     if splits is None:
-        launch = decode_launch(platform(), HEAD_DIM, dtype.itemsize, heads // kv_heads, batch * kv_heads)
+        pairs = batch * kv_heads / bench.sms
+        launch = decode_launch(platform(), HEAD_DIM, dtype.itemsize, heads // kv_heads, pairs)
         splits = [Split(launch, choose_splits(batch, kv_heads, context, launch, bench.sms))]
     layers = bench.planes(kv_shapes(tables.numel(), kv_heads, dtype, shuffled), dtype)
     name = f"decode {'shuffled' if shuffled else 'linear'} {'fp8' if dtype.itemsize == 1 else 'bf16'}"

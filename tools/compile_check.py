@@ -36,6 +36,7 @@ from miniserve.kernels.triton import (
     paged_extend,
     token_indices,
 )
+from miniserve.kernels.triton.launch import Launch, decode_launch
 from miniserve.kernels.triton.small_linear import Chip
 from miniserve.kernels.triton.split_kv import DecodeScratch
 from tools.compile_step import (
@@ -111,6 +112,7 @@ def _scale(kv_dtype: torch.dtype) -> torch.Tensor | None:
 def _attention(
     kv: torch.dtype, head_dim: int, shuffled: bool, *, dtype: torch.dtype = torch.bfloat16, group: int = 4,
     block_size: int = 16, num_splits: int = 1, special: bool = False, query_len: int = 0, rows: int = ROWS,
+    tile: Launch | None = None,
 ) -> Case:  # fmt: skip
     """query_len: of prefill; else decode."""
     heads = group * KV_HEADS
@@ -126,7 +128,7 @@ def _attention(
             paged_extend.paged_extend(*common, int32(rows + 1), int32(rows), max_query_len=query_len, **terms)
         else:
             scratch = DecodeScratch.allocate([(rows, num_splits)], heads, head_dim, META)
-            paged_decode.paged_decode(*common, int32(rows), fresh=1, scratch=scratch, **terms)
+            paged_decode.paged_decode(*common, int32(rows), fresh=1, scratch=scratch, launch=tile, **terms)
 
     what = f"{_what(dtype, kv, shuffled, block_size)} d{head_dim} gqa{group}" + (f" q{query_len}" if query_len else "")
     what += f" {rows} rows" if rows != ROWS else ""
@@ -244,7 +246,9 @@ def cases(arch: Arch) -> Iterator[Case]:
                 yield _prefill(dtype, head_dim, shuffled, dtype=dtype)
     yield _token_indices()
     if arch.target.backend == "cuda":  # elsewhere many rows use the same tiles as few
-        yield from (_attention(half, 128, shuffled, rows=256) for shuffled in (False, True))
+        for rows, shuffled in itertools.product((64, 128, 160), (False, True)):
+            tile = decode_launch("cuda", 128, half.itemsize, 4, rows * KV_HEADS / arch.chip.num_sms)
+            yield _attention(half, 128, shuffled, rows=rows, tile=tile)
     if arch.chip.wgmma:
         dtypes = half, torch.float16
         for dtype, head_dim, group, block_size in itertools.product(dtypes, (64, 128), (1, 5), (16, 256)):

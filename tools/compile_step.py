@@ -111,10 +111,12 @@ def _scale(*shape_and_block: Any) -> torch.Tensor:
 def _route(chip: Chip, num_experts: int, top_k: int, groups: int, top_groups: int, sigmoid: bool) -> None:
     bias = tensor(num_experts, dtype=torch.float32) if sigmoid else None
     choice: dict[str, Any] = {"top_k": top_k, "num_groups": groups, "top_groups": top_groups}
-    choice |= {"sigmoid": sigmoid, "normalize": True, "scaling": 2.5, "workspace": small_linear.Workspace(META)}
-    routing.route(tensor(64, num_experts, dtype=torch.float32), None, bias, **choice)
+    choice |= {"sigmoid": sigmoid, "normalize": True, "scaling": 2.5}
+    routing.route(tensor(1, 64, num_experts, dtype=torch.float32), bias, **choice)
+    weight = tensor(num_experts, 2048, dtype=torch.float32)
+    routing.route(routing.logit_parts(tensor(64, 2048), weight), bias, **choice)
     if chip.splits:
-        routing.route(tensor(64, 2048), tensor(num_experts, 2048, dtype=torch.float32), bias, **choice)
+        choice["workspace"] = small_linear.Workspace(META)
         for hidden in (2048, 7168):
             x, weight = tensor(4, hidden), tensor(num_experts, hidden, dtype=torch.float32)
             norm_router.add_norm_route(x, x, tensor(hidden), 1e-6, weight, bias, **choice)
@@ -161,13 +163,13 @@ def _draw(vocab_size: int, dtype: torch.dtype, *, in_graph: bool) -> None:
 
 
 def medium_launches(chip: Chip) -> Iterator[Case]:
-    """As `step_launches`, the linear layers of 9 to 256 rows alone."""
+    """As `step_launches`, the linear layers of 2 to 256 rows alone."""
     if chip.wgmma:
         for m, n, k in ((16, 4096, 4096), (128, 1024, 2048), (256, 4096, 1024)):
             yield f"bf16 {m} rows {n} x {k}", partial(_medium_linear, chip, m, n, k, False)
         for m, n, k in ((128, 12288, 4096), (256, 3072, 1024), (256, 12288, 4096)):
             yield f"bf16 {m} rows {n} x {k} gated", partial(_medium_linear, chip, m, n, k, True)
-        yield "bf16 256 rows 4096 x 12288 in parts", partial(_linear_parts, chip, 256, 4096, 12288)
+        yield "bf16 64 rows 4096 x 12288 in parts", partial(_linear_parts, chip, 64, 4096, 12288)
 
 
 def scaled_launches(chip: Chip, codes: torch.dtype) -> Iterator[Case]:

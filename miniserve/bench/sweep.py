@@ -115,9 +115,8 @@ def sweep(config: SweepConfig, on_start: Callable[[str], None]) -> Iterator[Swee
                 on_start(f"{layout}: warming up")
                 warm_up = _warm_up(config, url)
                 run(warm_up)
-                for number, (shape, concurrency) in enumerate(
-                    itertools.product(config.shapes, config.concurrencies), 1
-                ):
+                pairs = itertools.product(config.shapes, config.concurrencies)
+                for number, (shape, concurrency) in enumerate(pairs, 1):
                     on_start(f"{layout}: {shape.input_len} in, {shape.output_len} out, {concurrency} at a time")
                     load = dataclasses.replace(
                         warm_up,
@@ -127,10 +126,9 @@ def sweep(config: SweepConfig, on_start: Callable[[str], None]) -> Iterator[Swee
                         seed=warm_up.seed + number,  # new prompts: none is found in the prefix cache
                     )
                     measured = run(load)
+                    point = Point(layout=layout, shape=shape, concurrency=concurrency, summary=measured.summary)
+                    result.points.append(point)
                     result.model = measured.model
-                    result.points.append(
-                        Point(layout=layout, shape=shape, concurrency=concurrency, summary=measured.summary)
-                    )
                     yield result
         except UserError as error:
             if not result.points and layout == layouts[-1]:

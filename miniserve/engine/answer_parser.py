@@ -111,6 +111,8 @@ class AnswerParser:
 
 def _joined(events: list[Event]) -> list[Event]:
     """Neighbours of a kind as one."""
+    if len(events) < 2:  # mostly
+        return events
     joined: list[Event] = []
     for event in events:
         last = joined[-1] if joined else None

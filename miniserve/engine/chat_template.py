@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
+import struct
 import subprocess
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -137,6 +140,10 @@ class _TemplateProcess:
     def _start(self) -> None:
         self._stop()
         self._connection, theirs = Pipe()
+        # Neither side's half of a message is waited for longer: what has stopped would hold up all renderings.
+        with socket.socket(fileno=os.dup(self._connection.fileno())) as ours:
+            for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+                ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", int(_WAIT), 0))
         with theirs:
             self._process = start_python("miniserve.engine.template_process", stdin=theirs.fileno())
         self._end = weakref.finalize(self, _end, self._process, self._connection)

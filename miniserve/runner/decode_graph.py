@@ -77,8 +77,7 @@ class DecodeGraphs:
         pool = torch.cuda.graph_pool_handle()
         for done, bucket in enumerate(reversed(self._buckets)):
             progress(done, len(self._buckets))
-            with self._served.tuning():  # the first run compiles, times and allocates, which a capture must not
-                logits = self._run(bucket)
+            logits = self._run(bucket)  # compiles and allocates, which a capture must not
             self._take_argmax(logits)
             self._draw(logits)
             del logits

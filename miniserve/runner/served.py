@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,14 +24,6 @@ class ServedModel:
     backend: Backend[Any]
     caches: Sequence[KVCache]
     zero_blocks: Callable[[torch.Tensor], None] | None = None
-
-    def tuning(self) -> AbstractContextManager[None]:
-        """Within it linear layers of new sizes are timed; see `LibraryLinear.tuning`. Not with ranks: each would choose
-        by its own clock, and a layer that all have whole must give the same bits on all."""
-        options = self.model.options
-        if options.triton is None or options.group.size > 1:
-            return nullcontext()
-        return options.triton.library_linear.tuning()
 
     def hidden(self, input_ids: torch.Tensor, positions: torch.Tensor, batch: StepBatch) -> torch.Tensor:
         """input_ids, positions: int64 [num_tokens] -> [num_tokens, hidden_size]."""

@@ -64,6 +64,7 @@ def torch_decode(
     *,
     out: Tensor,
     num_splits: int,
+    launch: object,
     fresh: int | None,
     scratch: object,
     **terms: Any,

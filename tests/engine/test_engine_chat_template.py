@@ -16,6 +16,7 @@ from engine_fakes import TINY
 from transformers import PreTrainedTokenizerFast
 
 from miniserve.core import InvalidRequest, UserError
+from miniserve.engine import chat_template
 from miniserve.engine.chat_template import ChatTemplate
 from miniserve.engine.tokenizer import Tokenizer, load_tokenizer
 
@@ -180,6 +181,17 @@ def test_one_job_is_answered_after_the_process_was_killed(chat: ChatTemplate) ->
     text = chat.render([USER])
     os.kill(chat._process._process.pid, signal.SIGKILL)
     chat._process._process.wait()
+    assert chat.render([USER]) == text
+
+
+@pytest.mark.parametrize("size", [10, 2_000_000])  # what a socket holds, and more than that
+def test_a_stopped_process_holds_nobody_up(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "_WAIT", 1.0)
+    chat = Tokenizer(TINY).chat_template
+    text = chat.render([USER])
+    os.kill(chat._process._process.pid, signal.SIGSTOP)
+    with pytest.raises(InvalidRequest, match="takes more time"):
+        chat.render([{"role": "user", "content": "a" * size}])
     assert chat.render([USER]) == text
 
 

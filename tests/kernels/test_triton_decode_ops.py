@@ -101,8 +101,8 @@ def test_every_cut_fits_the_shared_memory(m: int, shared_bytes: int) -> None:
 def fewer_programs(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """The interpreter runs them one by one."""
     if not NATIVE:
-        monkeypatch.setattr(moe_token, "_MIDDLE_ROWS", rows)
-        monkeypatch.setattr(moe_token, "_OUT_ROWS", rows)
+        for name in ("_MIDDLE", "_OUT"):
+            monkeypatch.setattr(moe_token, name, (rows, *getattr(moe_token, name)[1:]))
 
 
 @pytest.mark.parametrize(("hidden", "middle"), [(2200, 16), (16, 1100)])

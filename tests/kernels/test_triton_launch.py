@@ -51,11 +51,22 @@ def test_there_is_a_launch_for_every_shape(head_dim: int, itemsize: int, platfor
         assert cdiv(heads, launch.block_m) <= 8
 
 
-def test_many_programs_take_larger_tiles_where_that_was_measured_to_be_faster() -> None:
-    few, many = (decode_launch("cuda", 128, 2, 4, pairs) for pairs in (2047, 2048))
-    assert (few.block_n, many.block_n) == (32, 64)
-    assert decode_launch("cuda", 128, 1, 4, 1 << 20) == decode_launch("cuda", 128, 1, 4)
-    assert decode_launch("hip", 128, 2, 4, 1 << 20) == decode_launch("hip", 128, 2, 4)
+@pytest.mark.parametrize(
+    ("pairs", "tile"),
+    [
+        (264, (32, 2)),  # rows are shared
+        (512, (32, 3)),  # all at once, six a multiprocessor at most
+        (1024, (32, 2)),  # one round of eight
+        (1280, (64, 2)),  # two of five
+        (1536, (32, 3)),  # two of six
+        (2048, (32, 2)),
+    ],
+)
+def test_programs_of_a_decode_fill_their_last_round(pairs: int, tile: tuple[int, int]) -> None:
+    launch = decode_launch("cuda", 128, 2, 4, pairs / 132)
+    assert (launch.block_n, launch.num_stages) == tile
+    assert decode_launch("cuda", 128, 1, 4, pairs) == decode_launch("cuda", 128, 1, 4)
+    assert decode_launch("hip", 128, 2, 4, pairs) == decode_launch("hip", 128, 2, 4)
 
 
 def test_an_unknown_shape_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Linear layers for 9 to 256 rows: how they are cut, and what they give on a Hopper GPU (Gluon has no interpreter)."""
+"""Linear layers for 2 to 256 rows: how they are cut, and what they give on a Hopper GPU (Gluon has no interpreter)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from miniserve.kernels.triton.medium_linear import _CUTS, MediumTile, choose_med
 from miniserve.kernels.triton.small_linear import Chip, chip_of
 from miniserve.models.layers import ops
 
-H100 = Chip(132, 232_448, wgmma=True)
+HOPPER = Chip(132, 232_448, wgmma=True)
 SHAPES = [(3072, 1024), (1024, 2048), (2816, 2048), (12288, 4096), (4096, 12288), (151936, 4096), (1000, 1020)]
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
@@ -27,7 +27,7 @@ TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
 def test_products(m: int, n: int, k: int, block_m: int, groups: int, gated: bool, dtype: torch.dtype) -> None:
     x, weight = normal(0, m, k + 8, dtype=dtype)[:, :k], normal(1, n * (2 if gated else 1), k, dtype=dtype)
     bias = normal(2, len(weight), dtype=dtype)
-    tile = MediumTile(block_m, groups, 4, stagger=block_m // 256, early=block_m // 64)
+    tile = MediumTile(block_m, groups, 4, early=block_m // 64)
     for given in (bias, None):
         got = medium_linear.medium_linear(x, weight, given, tile, gated=gated)
         want = torch.nn.functional.linear(x.float(), weight.float(), None if given is None else given.float())
@@ -50,33 +50,46 @@ def test_parts(m: int, n: int, k: int, splits: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-@pytest.mark.parametrize("m", [8, 9, 32, 48, 64, 65, 96, 128, 129, 192, 256, 257])
-def test_every_cut_of_many_rows_runs_in_one_round_and_fits(m: int, n: int, k: int, gated: bool) -> None:
+@pytest.mark.parametrize("m", [1, 2, 8, 32, 48, 64, 65, 96, 128, 129, 192, 256, 257])
+def test_every_cut_fits_and_of_many_rows_runs_in_one_round(m: int, n: int, k: int, gated: bool) -> None:
     assert choose_medium_tile(m, n, k, 2, Chip(304, 65536), gated=gated) is None
-    assert choose_medium_tile(m, n, k, 4, H100, gated=gated) is None
-    tile = choose_medium_tile(m, n, k, 2, H100, gated=gated)
+    assert choose_medium_tile(m, n, k, 4, HOPPER, gated=gated) is None
+    tile = choose_medium_tile(m, n, k, 2, HOPPER, gated=gated)
     if tile is None:
         return
-    assert 8 < m <= 256
+    assert 1 < m <= 256
     assert k % 8 == 0
     outputs = tile.groups * (32 if gated else 64)
-    assert m <= 32 or -(-m // tile.block_m) * -(-n // outputs) <= 132
+    assert m <= 64 or -(-m // tile.block_m) * -(-n // outputs) <= 132
     assert tile.num_stages >= 3
     assert (tile.block_m + 64 * tile.groups) * 64 * 2 * tile.num_stages < 232_448
 
 
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+@pytest.mark.parametrize("m", [1, 2, 8, 16, 32, 64, 96, 128, 192, 256, 257])
+def test_parts_run_in_one_round_and_are_rows_of_a_tile_at_least(m: int, n: int, k: int) -> None:
+    assert choose_parts_tile(m, n, k, 4, HOPPER) is None
+    assert choose_parts_tile(m, n, k, 2, Chip(132, 232_448)) is None
+    tile = choose_parts_tile(m, n, k, 2, HOPPER)
+    if tile is not None:
+        assert 1 < m <= 256
+        assert tile.splits > 1
+        assert k // tile.splits >= 64
+        assert -(-m // tile.block_m) * -(-n // (64 * tile.groups)) * tile.splits <= 132
+
+
 def test_shapes_of_an_8b_model() -> None:
-    assert choose_medium_tile(256, 12288, 4096, 2, H100, gated=True) == MediumTile(256, 3, 4, stagger=5, early=2)
-    assert choose_medium_tile(256, 4096, 4096, 2, H100, gated=False) == MediumTile(128, 1, 8, early=2)
-    assert choose_medium_tile(256, 6144, 4096, 2, H100, gated=False) == MediumTile(128, 2, 7, early=2)
-    assert choose_medium_tile(192, 6144, 4096, 2, H100, gated=False) is None, "the vendor's library is faster"
-    assert choose_medium_tile(256, 4096, 12288, 2, H100, gated=False) is None, "it goes in parts"
-    assert choose_parts_tile(256, 4096, 12288, 2, H100) == MediumTile(256, 1, 5, splits=2)
-    for m, n, k in ((224, 4096, 12288), (256, 4096, 4096), (256, 1024, 65536), (256, 8192, 8192), (256, 4096, 12284)):
-        assert choose_parts_tile(m, n, k, 2, H100) is None
-    assert choose_parts_tile(256, 4096, 12288, 4, H100) is None
-    assert choose_parts_tile(256, 4096, 12288, 2, Chip(132, 232_448)) is None
-    assert choose_medium_tile(16, 4096, 12288, 2, H100, gated=False) is None, "small_linear is faster"
+    assert choose_medium_tile(8, 12288, 4096, 2, HOPPER, gated=True) == MediumTile(16, 3, 8, early=8)
+    assert choose_medium_tile(256, 12288, 4096, 2, HOPPER, gated=True) == MediumTile(256, 3, 4, early=2)
+    assert choose_medium_tile(8, 6144, 4096, 2, HOPPER, gated=False) == MediumTile(16, 1, 16, early=16)
+    assert choose_medium_tile(128, 6144, 4096, 2, HOPPER, gated=False) == MediumTile(128, 1, 8, early=2)
+    assert choose_medium_tile(256, 6144, 4096, 2, HOPPER, gated=False) is None, "the vendor's library is faster"
+    assert choose_medium_tile(64, 151936, 4096, 2, HOPPER, gated=False) == MediumTile(64, 3, 7, early=7)
+    assert choose_parts_tile(8, 4096, 4096, 2, HOPPER) == MediumTile(16, 2, 8, splits=4)
+    assert choose_parts_tile(64, 4096, 4096, 2, HOPPER) is None, "reading the parts would take longer"
+    assert choose_parts_tile(64, 4096, 12288, 2, HOPPER) == MediumTile(64, 2, 8, splits=4)
+    assert choose_parts_tile(256, 4096, 12288, 2, HOPPER) is None
+    assert choose_parts_tile(32, 1024, 2048, 2, HOPPER) == MediumTile(32, 1, 8, splits=6)
 
 
 @pytest.mark.parametrize("module", [medium_linear, large_linear, hopper_extend])
@@ -88,7 +101,7 @@ def test_a_gluon_that_does_not_work_leaves_its_work_to_others(
 
     name, gpu = module.__name__.rpartition(".")[2], torch.device("cuda")
     monkeypatch.setattr(module, "try_out", fail)
-    monkeypatch.setattr(runtime, "chip_of", lambda device: H100)
+    monkeypatch.setattr(runtime, "chip_of", lambda device: HOPPER)
     assert runtime.gluon_kernels(name, gpu, "it runs slower") is None
     assert "so it runs slower: AttributeError('mbarrier has no expect')" in caplog.text
     monkeypatch.setattr(module, "try_out", lambda device: None)
@@ -104,6 +117,6 @@ def test_a_gluon_that_does_not_work_leaves_its_work_to_others(
 ])  # fmt: skip
 def test_swiglu_of_many_rows_is_taken_where_the_last_round_is_full(rows: int, middle: int, takes: bool) -> None:
     x, weight = torch.empty(rows, 64, dtype=torch.bfloat16), torch.empty(2 * middle, 64, dtype=torch.bfloat16)
-    assert large_linear.can_gate(x, weight, H100) is takes
-    assert not large_linear.can_gate(x, weight.float(), H100)
-    assert not large_linear.can_gate(x[:, 1:], weight[:, 1:], H100)
+    assert large_linear.can_gate(x, weight, HOPPER) is takes
+    assert not large_linear.can_gate(x, weight.float(), HOPPER)
+    assert not large_linear.can_gate(x[:, 1:], weight[:, 1:], HOPPER)

@@ -36,7 +36,7 @@ def assert_as_apart(
         assert torch.equal(residual, before)
         assert relative_error(normed, want) < NORMED[dtype]
         logits = (normed.double() @ weight.double().T).float()
-        expected = routing.route(logits, None, bias, workspace=workspace, top_k=top_k, **choice)
+        expected = routing.route(logits[None], bias, top_k=top_k, **choice)
         assert torch.equal(ids, expected[1])
         torch.testing.assert_close(weights, expected[0], rtol=1e-4, atol=0)
     assert not workspace.counts.any()

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from triton_support import DEVICE, DTYPES, NATIVE, every_other, normal, relative_error
+from triton_support import DEVICE, DTYPES, every_other, normal, relative_error
 
 from miniserve.kernels.triton import routing as triton_routing
-from miniserve.kernels.triton.small_linear import Workspace
 from miniserve.models.description import MoEConfig
 from miniserve.models.layers import routing
 
@@ -53,7 +52,7 @@ def test_from_logits(
 ) -> None:
     config, correction, choice = setting(scoring, groups, top_groups, bias, experts, k, normalize)
     logits = normal(0, 9, experts)
-    got = triton_routing.route(logits, None, correction, workspace=Workspace(DEVICE), **choice)
+    got = triton_routing.route(logits[None], correction, **choice)
     assert_same(got, routing.route(logits, config, correction), experts)
 
 
@@ -61,12 +60,10 @@ def test_from_logits(
 def test_from_hidden_states(case: Case, size: tuple[int, int], dtype: torch.dtype) -> None:
     config, correction, choice = setting(*case, normalize=True)
     (tokens, hidden), experts = size, config.num_experts
-    x, weight, workspace = normal(0, tokens, hidden, dtype=dtype), normal(1, experts, hidden) / 17, Workspace(DEVICE)
+    x, weight = normal(0, tokens, hidden, dtype=dtype), normal(1, experts, hidden) / 17
     want = routing.route(x.double() @ weight.double().T, config, correction)
-    for _ in range(2 if NATIVE or tokens == 16 else 1):  # the second finds the counters as the first left them
-        got = triton_routing.route(x, weight, correction, workspace=workspace, **choice)
-        assert_same(got, (want[0].float(), want[1]), experts)
-    assert not workspace.counts.any()
+    got = triton_routing.route(triton_routing.logit_parts(x, weight), correction, **choice)
+    assert_same(got, (want[0].float(), want[1]), experts)
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -75,12 +72,6 @@ def test_a_token_that_is_not_a_number_still_gets_different_experts_that_exist(bi
     _, _, choice = setting("sigmoid" if biased else "softmax", 1, 1, biased, 12, 4, True)
     bias = torch.full((12,), -1, dtype=torch.int32, device=DEVICE).view(torch.float32) if biased else None
     logits = torch.full((2, 12), 0.0 if biased else torch.nan, device=DEVICE)
-    _, ids = triton_routing.route(logits, None, bias, workspace=Workspace(DEVICE), **choice)
+    _, ids = triton_routing.route(logits[None], bias, **choice)
     assert ((ids >= 0) & (ids < 12)).all()
     assert all(len(row.unique()) == 4 for row in ids)
-
-
-def test_too_many_tokens_are_refused() -> None:
-    _, _, choice = setting("softmax", 1, 1, False, 12, 4, True)
-    with pytest.raises(ValueError, match="up to 64 tokens, not 65"):
-        triton_routing.route(normal(0, 65, 32), normal(1, 12, 32), None, workspace=Workspace(DEVICE), **choice)

@@ -77,8 +77,8 @@ def test_weights_in_8_bits_stay_codes(kind: str, tmp_path: Path, monkeypatch: py
         assert (got - want).abs().max() < 1e-4 * want.abs().max()
 
 
-def test_down_projections_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = random_settings("Qwen3ForCausalLM", 0)
+def test_output_and_down_projections_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = random_settings("Qwen3ForCausalLM", 0) | {"attention_bias": False}
     reference_model("Qwen3ForCausalLM", settings).save_pretrained(tmp_path)
     monkeypatch.setattr(runtime, "chip_of", lambda device: Chip(132, 1 << 17))
     monkeypatch.setattr(runtime, "choose_tile", lambda *_, **__: None)
@@ -95,7 +95,7 @@ def test_down_projections_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             run(load(tmp_path), DenseContext(), chunks),
         )
     assert (got - want).abs().max() < 1e-4 * want.abs().max()
-    assert in_parts.call_count == settings["num_hidden_layers"]
+    assert in_parts.call_count == 2 * settings["num_hidden_layers"]
 
 
 @pytest.mark.parametrize("by_inbox", [False, True])

@@ -7,6 +7,7 @@ cut.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from miniserve.attention.backends.paged import PagedBackend, PagedMetadata, cach
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import QueryRows, StepBatch
 from miniserve.attention.spec import AttentionLayer, AttentionSpec
-from miniserve.kernels.triton.launch import cdiv, choose_splits, decode_launch, extend_launch, extend_splits
+from miniserve.kernels.triton.launch import Launch, cdiv, choose_splits, decode_launch, extend_launch, extend_splits
 
 LINEARIZE_FROM = 16  # query tokens of a chunk; shorter ones are read in place about as fast (measured on an H100)
 LINEARIZED_TOKENS = 32768  # cached tokens that are copied at most, for all of a step's chunks; more are read in place
@@ -29,12 +30,16 @@ class SplitPlan:
     def __init__(self, spec: AttentionSpec, options: BackendOptions) -> None:
         from miniserve.kernels.triton.split_kv import DecodeScratch
 
-        self._num_sms = options.platform.compute_units
+        self._num_sms, self._kv_heads = options.platform.compute_units, spec.num_kv_heads
         group = spec.num_heads // spec.num_kv_heads
-        self._launch = decode_launch(options.platform.vendor, spec.head_dim, spec.kv_dtype.itemsize, group)
+        self._choose = partial(decode_launch, options.platform.vendor, spec.head_dim, spec.kv_dtype.itemsize, group)
+        self._launch = self._choose()
         self._head_tiles = spec.num_kv_heads * cdiv(group, self._launch.block_m)
         launches = [(rows, self.splits(rows, options.max_seq_len)) for rows in range(1, options.max_rows + 1)]
         self.scratch = DecodeScratch.allocate(launches, spec.num_heads, spec.head_dim, options.device)
+
+    def launch(self, rows: int) -> Launch:
+        return self._choose(rows * self._kv_heads / self._num_sms)
 
     def splits(self, rows: int, max_seq_len: int) -> int:
         return choose_splits(rows, self._head_tiles, max_seq_len, self._launch, self._num_sms)
@@ -85,6 +90,7 @@ class TritonBackend(PagedBackend[PagedMetadata]):
             rows.block_tables,
             rows.seq_lens,
             num_splits=plan.splits(q.shape[0], rows.max_seq_len),
+            launch=plan.launch(q.shape[0]),
             fresh=rows.fresh,
             scratch=plan.scratch,
             out=out,

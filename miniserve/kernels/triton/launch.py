@@ -5,6 +5,7 @@ Pure data and arithmetic, importable without Triton, so that a table of every la
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -51,8 +52,11 @@ _DECODE: tuple[_Row, ...] = (  # block_m stands for any: it follows from the gro
     ("hip", 256, 1, Launch(0, 32, 4, 2)),  # a tile holds two of the shuffled layout's groups at least
     ("hip", 256, 4, Launch(0, 16, 4, 2)),
 )
-# Fewer and larger programs at a time: 0.5 % of a step faster at 256 rows of 8 kv heads (H100), slower below 200.
-_MANY_PAIRS, _FOR_MANY = 2048, {Launch(0, 32, 2, 2): Launch(0, 64, 4, 2)}
+# For one tile of the table others that are as fast, and how many programs of each a multiprocessor holds (by registers
+# and shared memory, seen in the compiled code): programs that wait for a second round leave most of the device idle in
+# it. Up to two programs a multiprocessor share rows anyway, see `choose_splits`.
+_SAME = Launch(0, 32, 2, 2)
+_HELD = ((_SAME, 8), (Launch(0, 32, 2, 3), 6), (Launch(0, 64, 4, 2), 5))
 _EXTEND: tuple[_Row, ...] = (
     ("cuda", 128, 2, Launch(128, 64, 8, 3)),
     ("cuda", 256, 2, Launch(64, 32, 8, 2)),
@@ -83,13 +87,21 @@ def _first(rows: tuple[_Row, ...], platform: Platform, size: int, itemsize: int)
     raise ValueError(f"no launch on {platform} for {size} at {itemsize} bytes an element")
 
 
-def decode_launch(platform: Platform, head_dim: int, kv_itemsize: int, group: int, pairs: int = 1) -> Launch:
+def decode_launch(platform: Platform, head_dim: int, kv_itemsize: int, group: int, pairs_per_sm: float = 0.0) -> Launch:
     """The launch of `paged_decode`; group: query heads per kv head, 16 or 32 of which share a tile. (Over the shuffled
-    layout Triton 3.6 gives wrong results with 64, seen on an H100.) pairs: rows times kv heads."""
+    layout Triton 3.6 gives wrong results with 64, seen on an H100.) pairs_per_sm: rows times kv heads, for each
+    multiprocessor. Measured on an H200 (docs/LAB.md)."""
     launch = _first(_DECODE, platform, next_power_of_2(head_dim), kv_itemsize)
-    if pairs >= _MANY_PAIRS:
-        launch = _FOR_MANY.get(launch, launch)
+    if launch == _SAME and platform == "cuda" and pairs_per_sm > 2:
+        # Where all run at once, more bytes in flight; else those of which the last round is fullest.
+        deep, held = _HELD[1]
+        launch = deep if pairs_per_sm <= held else max(_HELD, key=lambda each: fullness(pairs_per_sm / each[1]))[0]
     return replace(launch, block_m=max(16, min(32, next_power_of_2(group))))
+
+
+def fullness(rounds: float) -> float:
+    """How full a device is on average, in tenths, where its programs take so many rounds."""
+    return round(rounds / math.ceil(rounds), 1)
 
 
 def extend_launch(platform: Platform, head_dim: int, kv_itemsize: int, rows: int) -> Launch:

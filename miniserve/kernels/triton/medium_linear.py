@@ -1,5 +1,5 @@
 # mypy: disable-error-code="assignment, misc"
-"""Linear layers for 9 to 256 rows, y = x Wᵀ + b, optionally with SwiGLU's activation, by Hopper's matrix units.
+"""Linear layers for 2 to 256 rows, y = x Wᵀ + b, optionally with SwiGLU's activation, by Hopper's matrix units.
 
 A program has up to three warpgroups that multiply, each with 64 rows of the weight as the left operand and the tile's
 rows of x as the right one, and one warp that keeps a ring of tiles filled (TMA: copies by descriptor). This way one
@@ -29,28 +29,29 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from miniserve.kernels.triton.launch import fullness
 from miniserve.kernels.triton.pdl import start, wait
 from miniserve.kernels.triton.small_linear import MAX_ROWS, Chip, scale_sizes
 
-_FEWEST_ROWS, MOST_ROWS = 9, 256
+MOST_ROWS = 256
 _GROUP_ROWS = 64  # of the weight; half as many outputs where they are gated
 _ROW_BYTES = 128  # of a swizzled tile of the weight
-_MOST_STAGES = 8
+_MOST_STAGES, _DEEP_STAGES = 8, 16  # the latter where programs have a multiprocessor each
 _PRODUCER_REGISTERS = 24
+_LEAST_COLUMNS = 256  # of a part
 
 
 @dataclass(frozen=True, slots=True)
 class MediumTile:
     """How a medium linear is cut: block_m rows of x, 64 rows of the weight for each of 1 to 3 warpgroups, num_stages
-    tiles of 64 columns (in 8 bits 128) in the ring. stagger: tiles by which neighbouring programs' first columns differ
-    (16 bits only). early: tiles of the weight to fetch before x is there, whose traffic slows the kernel that computes
-    x. splits: programs along the columns. share: the warpgroups have the same 64 rows and take tiles of columns in turn
-    (8 bits only), num_stages being a multiple of groups: a barrier tells apart no more than two fillings of a stage."""
+    tiles of 64 columns (in 8 bits 128) in the ring. early: tiles of the weight to fetch before x is there, whose
+    traffic slows the kernel that computes x. splits: programs along the columns. share: the warpgroups have the same
+    64 rows and take tiles of columns in turn (8 bits only), num_stages being a multiple of groups: a barrier tells
+    apart no more than two fillings of a stage."""
 
     block_m: int
     groups: int
     num_stages: int
-    stagger: int = 0
     early: int = _MOST_STAGES
     splits: int = 1
     share: bool = False
@@ -71,7 +72,7 @@ def _fetch_weights(w_desc, ws, ready, stage, first_n, k):
 
 
 @gluon.jit
-def _produce(x_desc, w_desc, xs, ws, ready, free, first_m, first_n, rounds, first_k, offset, EARLY: gl.constexpr):
+def _produce(x_desc, w_desc, xs, ws, ready, free, first_m, first_n, rounds, first_k, EARLY: gl.constexpr):
     """Keeps the ring filled; fetches the weights of its first EARLY tiles before x can be read."""
     STAGES: gl.constexpr = xs.type.shape[0]
     BLOCK_K: gl.constexpr = xs.type.shape[2]
@@ -80,10 +81,10 @@ def _produce(x_desc, w_desc, xs, ws, ready, free, first_m, first_n, rounds, firs
     turn = gl.minimum(STAGES, rounds)
     for i in range(gl.minimum(EARLY, turn)):
         mbarrier.expect(ready.index(i), BYTES)
-        _fetch_weights(w_desc, ws, ready.index(i), i, first_n, first_k + (i + offset) % rounds * BLOCK_K)
+        _fetch_weights(w_desc, ws, ready.index(i), i, first_n, first_k + i * BLOCK_K)
     wait(True)
     for i in range(turn):
-        k = first_k + (i + offset) % rounds * BLOCK_K
+        k = first_k + i * BLOCK_K
         if i >= EARLY:
             mbarrier.expect(ready.index(i), BYTES)
             _fetch_weights(w_desc, ws, ready.index(i), i, first_n, k)
@@ -92,7 +93,7 @@ def _produce(x_desc, w_desc, xs, ws, ready, free, first_m, first_n, rounds, firs
         stage = i % STAGES
         mbarrier.wait(free.index(stage), (i // STAGES - 1) & 1)
         mbarrier.expect(ready.index(stage), BYTES)
-        k = first_k + (i + offset) % rounds * BLOCK_K
+        k = first_k + i * BLOCK_K
         _fetch_weights(w_desc, ws, ready.index(stage), stage, first_n, k)
         tma.async_copy_global_to_shared(x_desc, [first_m, k], ready.index(stage), xs.index(stage))
 
@@ -224,7 +225,6 @@ def _medium_linear_kernel(
     GROUPS: gl.constexpr,
     SHARE: gl.constexpr,
     STAGES: gl.constexpr,
-    STAGGER: gl.constexpr,
     EARLY: gl.constexpr,
     REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
@@ -258,8 +258,7 @@ def _medium_linear_kernel(
     n0 = gl.program_id(1) * len(ws) * OUTPUTS
     rounds = (K + BLOCK_K * gl.num_programs(2) - 1) // (BLOCK_K * gl.num_programs(2))
     first_k = gl.program_id(2) * rounds * BLOCK_K
-    offset = gl.program_id(1) * STAGGER
-    produced = (x_desc, w_desc, xs, ws, ready, free, first_m, n0, rounds, first_k, offset, EARLY)
+    produced = (x_desc, w_desc, xs, ws, ready, free, first_m, n0, rounds, first_k, EARLY)
     given = (xs, ready, free, sums, done, y_desc, b_ptr, s_ptr, parts_ptr, first_m, rounds, first_k, M, N, K)
     # Tuples within the calls: in a variable's, constants would become values.
     if GROUPS == 1:
@@ -306,43 +305,52 @@ _CUTS = ((64, 1), (128, 1), (64, 2), (128, 2), (64, 3), (128, 3), (256, 3))
 
 @functools.cache
 def choose_medium_tile(m: int, n: int, k: int, itemsize: int, chip: Chip, *, gated: bool) -> MediumTile | None:
-    """The smallest cut whose programs for m rows, n outputs and k inputs all run at once; None if there is none, or if
-    `small_linear` or the vendor's library is as fast.
+    """The smallest cut whose programs for m rows, n outputs and k inputs all run at once, or for up to 64 rows, where
+    all is reading the weight, the one of which the last round is fullest; None if there is none, or if `small_linear`
+    or the vendor's library is as fast.
 
-    Measured on an H100 over the shapes of Qwen3-0.6B, 8B, 30B-A3B and DeepSeek-V2-Lite (docs/LAB.md).
+    Measured on an H200 over the shapes of Qwen3-0.6B, 8B, 30B-A3B and DeepSeek-V2-Lite (docs/LAB.md).
     """
-    if not chip.wgmma or itemsize != 2 or not _FEWEST_ROWS <= m <= MOST_ROWS or k % 8 or n % 8:
+    if not chip.wgmma or itemsize != 2 or not 2 <= m <= MOST_ROWS or k % 8 or n % 8:
         return None
-    if not gated and n * k > 1 << 25:
+    if (m <= 16 and gated and k <= 1024) or (m > 128 and not gated and n * k > 1 << (24 if m <= 192 else 23)):
         return None
-    large = not gated and n * k > 1 << 24
     outputs = _GROUP_ROWS // 2 if gated else _GROUP_ROWS
-    if m <= MAX_ROWS and n < 32 * outputs:
+    few, large = m <= MAX_ROWS, not gated and n * k > 1 << 24
+    if few and n < 32 * outputs:
         return None
-    if m <= 32:  # all of it is reading the weight, in however many rounds
-        return _tile(max(16, triton.next_power_of_2(m)), 1, chip)
-    for block_m, groups in _CUTS:
+    for block_m, groups in [(_rows(m), groups) for groups in (1, 2, 3)] if few else _CUTS:
         row_tiles = triton.cdiv(m, block_m)
-        one_round = row_tiles * triton.cdiv(n, groups * outputs) <= chip.num_sms
+        programs = row_tiles * triton.cdiv(n, groups * outputs)
         waste = row_tiles * block_m - m
-        # More tiles of rows would fetch too much of a large weight too often.
-        fits = row_tiles <= 2 and waste < 64 if large else waste < 64 or groups == 3
-        if one_round and fits:
-            stagger, early = 5 if m == block_m == 256 else 0, 2 if m > MAX_ROWS else _MOST_STAGES
-            return _tile(block_m, groups, chip, stagger, early)
-    return None
+        fits = few or waste < (32 if large else 64) or (block_m == 128 and not large and not gated)
+        if programs <= chip.num_sms and fits:
+            return _tile(block_m, groups, k, chip, early=_DEEP_STAGES if few else 2)
+    if not few:
+        return None
+    groups = max((3, 2), key=lambda groups: fullness(n / (groups * outputs * chip.num_sms)))
+    return _tile(_rows(m), groups, k, chip)
 
 
 @functools.cache
 def choose_parts_tile(m: int, n: int, k: int, itemsize: int, chip: Chip) -> MediumTile | None:
-    """The cut for a product that a norm then adds to the residual stream: two parts (`linear_parts`) if rows are long
-    and tiles of 256 rows full; else None. Measured on an H100 at 64 to 256 rows of 4096 x 12288."""
-    splits = 2
-    programs = splits * triton.cdiv(n, _GROUP_ROWS)
-    fits = chip.num_sms // 2 < programs <= chip.num_sms
-    if not chip.wgmma or itemsize != 2 or m != MOST_ROWS or k % 8 or n % 8 or n * k <= 1 << 25 or not fits:
+    """The cut for a product that a norm then adds to the residual stream: in parts (`linear_parts`) if whole ones would
+    use few of the multiprocessors, or half of them for long; else None. Measured as `choose_medium_tile`."""
+    if not chip.wgmma or itemsize != 2 or not 2 <= m <= MOST_ROWS or k % 8 or n % 8:
         return None
-    return replace(_tile(MOST_ROWS, 1, chip), splits=splits)
+    tiles, most = triton.cdiv(n, _GROUP_ROWS), 3 * chip.num_sms // 4  # more would be more for the norm to read
+    block_m = min(128, _rows(m))
+    if block_m == 128 and 6 * tiles <= chip.num_sms:
+        block_m = 64
+    programs = triton.cdiv(m, block_m) * tiles
+    if 3 * programs <= chip.num_sms:
+        groups, splits, early = 1, most // programs, 2 if m > MAX_ROWS else _MOST_STAGES
+    elif m <= 8 or (k >= 2 * n and m <= 128):
+        groups, splits, early = 2, chip.num_sms // triton.cdiv(programs, 2), _MOST_STAGES
+    else:
+        return None
+    splits = min(splits, k // _LEAST_COLUMNS)
+    return None if splits < 2 else replace(_tile(block_m, groups, k, chip, early), splits=splits)
 
 
 @functools.cache
@@ -353,7 +361,7 @@ def choose_scaled_tile(
     parts: if it is cut in two parts (`linear_parts`), else None. Measured on an H200 over the shapes of Qwen3-8B."""
     if not chip.wgmma or not 2 <= m <= MOST_ROWS or k % 16 or n % 8 or (block is not None and block[1] % _ROW_BYTES):
         return None
-    block_m = min(128, max(16, triton.next_power_of_2(m)))
+    block_m = min(128, _rows(m))
     rows = triton.cdiv(m, block_m)
     tiles, groups = rows * triton.cdiv(n, 32 if gated else _GROUP_ROWS), 3 if block_m < 128 else 2
     share = not gated and tiles <= chip.num_sms
@@ -370,9 +378,17 @@ def choose_scaled_tile(
     return MediumTile(block_m, groups, stages, early=2, splits=splits, share=share)
 
 
-def _tile(block_m: int, groups: int, chip: Chip, stagger: int = 0, early: int = _MOST_STAGES) -> MediumTile:
-    stages = (chip.shared_bytes - 1024) // ((block_m + _GROUP_ROWS * groups) * _ROW_BYTES)
-    return MediumTile(block_m, groups, min(_MOST_STAGES, stages), stagger, early)
+def _rows(m: int) -> int:
+    """Rows of x in a tile for m of them."""
+    return max(16, int(triton.next_power_of_2(m)))
+
+
+def _tile(block_m: int, groups: int, k: int, chip: Chip, early: int = _MOST_STAGES) -> MediumTile:
+    """early: more than `_MOST_STAGES` makes the ring deep, if rows are long enough to fill it twice."""
+    rounds = k // (_ROW_BYTES // 2)
+    most = max(_MOST_STAGES, min(early, rounds // 2))
+    stages = min(most, (chip.shared_bytes - 1024) // ((block_m + _GROUP_ROWS * groups) * _ROW_BYTES))
+    return MediumTile(block_m, groups, stages, min(early, stages))
 
 
 def can_describe(x: torch.Tensor) -> bool:
@@ -452,7 +468,6 @@ def _launch(
         GROUPS=tile.groups,
         SHARE=tile.share,
         STAGES=tile.num_stages,
-        STAGGER=tile.stagger if scale is None else 0,
         EARLY=min(tile.early, tile.num_stages),
         REGISTERS=160 if tile.groups == 3 else 232,
         PRODUCER_REGISTERS=_PRODUCER_REGISTERS,

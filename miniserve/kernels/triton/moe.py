@@ -184,7 +184,7 @@ def choose_tiles(num_pairs: int, num_experts: int) -> tuple[MoETile, MoETile]:
     if rows <= 12:
         return MoETile(16, 32, 128, 4, 5), MoETile(16, 64, 128, 4, 4, swap=True)
     if rows <= 40:
-        return MoETile(32, 32, 128, 4, 4), MoETile(32, 64, 128, 4, 4)
+        return MoETile(32, 64, 64, 4, 5, swap=True), MoETile(32, 64, 128, 4, 4, swap=True)
     if rows <= 100:
         return MoETile(64, 64, 64, 4, 4), MoETile(64, 64, 64, 4, 4)
     return MoETile(128, 64, 64, 8, 3), MoETile(128, 128, 64, 8, 3)

@@ -9,10 +9,11 @@ import triton.language as tl
 from miniserve.kernels.triton.pdl import launch_options, start, wait
 from miniserve.kernels.triton.small_linear import CHUNK, columns, load_scale, product, scale_sizes
 
-# Of a weight, that a program reads; measured on an H100 for Qwen3-30B-A3B and DeepSeek-V2-Lite.
-_MIDDLE_ROWS, _OUT_ROWS, _OUT_COLUMNS = 2, 2, 512
-# The same in 8 bits, measured on an H200 for Qwen3-235B-A22B: of the first weight rows, columns and warps for at most
-# 512 rows and for more, of the second rows, columns and warps likewise.
+# The rows and columns of a weight that a program takes at a time, and its warps; of the first and the second product.
+# Measured on an H200 for Qwen3-30B-A3B and DeepSeek-V2-Lite.
+_MIDDLE, _OUT = (2, 1024, 2), (2, 512, 2)
+# The same in 8 bits, measured for Qwen3-235B-A22B: of the first product for at most 512 rows and for more, of the
+# second likewise.
 _SCALED_MIDDLE, _SCALED_OUT = ((2, 1024, 4), (2, 1024, 1)), ((2, 256, 1), (8, 512, 4))
 
 
@@ -131,7 +132,7 @@ def token_experts(
     """The weighted sum of one token's SwiGLU experts, in float32. x [1, D]; the rest as `moe.experts`. Returns [1, D],
     x's dtype."""
     w1_scale, w2_scale = scales or (None, None)
-    middle_tile, out_tile = (_MIDDLE_ROWS, 2048, 4), (_OUT_ROWS, _OUT_COLUMNS, 2)
+    middle_tile, out_tile = _MIDDLE, _OUT
     if scales is not None:
         large = w2.shape[2] > 512
         middle_tile, out_tile = _SCALED_MIDDLE[large], _SCALED_OUT[large]

@@ -32,6 +32,7 @@ from miniserve.kernels.triton.split_kv import (
 
 # Measured on an H100. With more programs, holding a tile in registers lets too few of them run at a time.
 _FUSED_MERGE_VALUES, _EARLY_PROGRAMS = 16384, 768
+_REGISTERS = 128  # of a thread, with two warps: a multiprocessor then holds eight programs, with a few more seven
 
 
 def paged_decode(
@@ -65,8 +66,8 @@ def paged_decode(
     logit per head that joins the softmax's sum. k_scale, v_scale float32 [1]: factors of an fp8 cache's codes.
     num_splits > 1 needs `scratch`. fresh: how many of a row's last tokens this step computes, at most; older ones,
     block_tables and seq_lens may then be read before earlier kernels are done (see `pdl.py`). None: nothing may.
-    `launch` and `fused_merge` override the default (for measurements). Returns out [rows, num_heads, head_dim], q's
-    dtype.
+    launch: by default one for few rows. `fused_merge` overrides the default (for measurements). Returns out [rows,
+    num_heads, head_dim], q's dtype.
     """
     rows, num_heads, head_dim = q.shape
     if out is None:
@@ -75,7 +76,7 @@ def paged_decode(
         return out
     arrays = scratch_arrays(scratch, num_splits)
     group, on = num_heads // num_kv_heads, platform()
-    launch = launch or decode_launch(on, head_dim, key_cache.element_size(), group, rows * num_kv_heads)
+    launch = launch or decode_launch(on, head_dim, key_cache.element_size(), group)
     single, settled = num_splits == 1, fresh is not None and on == "cuda"
     if fused_merge is None:
         fused_merge = fuses_merge(on, min(launch.block_m, group), head_dim, num_splits, _FUSED_MERGE_VALUES)
@@ -85,10 +86,12 @@ def paged_decode(
     )  # fmt: skip
     grid = (num_kv_heads * cdiv(group, launch.block_m), num_splits, rows)
     early = settled and math.prod(grid) <= _EARLY_PROGRAMS
+    limit = {"maxnreg": _REGISTERS} if on == "cuda" and launch.num_warps == 2 and not early else {}
     _decode_kernel[grid](
         q, key_cache, value_cache, block_tables, seq_lens, sinks, k_scale, v_scale, out, *arrays, *values,
         fresh or 0, KV_HEADS=num_kv_heads, SINGLE=single, MERGE_M=next_power_of_2(min(group, launch.block_m)),
-        FUSED_MERGE=fused_merge and not single, SETTLED=settled, EARLY=early, **constants, **launch_options(q.device),
+        FUSED_MERGE=fused_merge and not single, SETTLED=settled, EARLY=early, **constants, **limit,
+        **launch_options(q.device),
     )  # fmt: skip
     if not single and not fused_merge and scratch is not None:
         merge_splits(
@@ -169,6 +172,12 @@ def _decode_kernel(
     if SETTLED:
         wait(PDL)
     query = tl.load(q + row.to(tl.int64) * q_row + head[:, None] * q_head + d[None, :], mask=mine, other=0.0)
+    # While many keys and values are being read the next product should not fetch its weights yet; a few leave the
+    # memory idle. A separate merge would pass the start on too early.
+    few_keys = (end - begin) * BLOCK_N <= 256
+    if SINGLE or FUSED_MERGE:  # noqa: SIM102 - the outer test is for the compiler, the inner one for the device
+        if few_keys:
+            start(PDL)
     if EARLY:  # noqa: SIM102 - the outer test is for the compiler, the inner one for the device
         if old:
             best, total, acc = _absorb(
@@ -192,7 +201,7 @@ def _decode_kernel(
         v_ids = tl.load(table + v_pos // BLOCK_SIZE, mask=v_pos < seq_len, other=0)
         best, total, acc = _absorb(query, k, v, visible, best, total, acc, qk_scale, softcap, HAS_SOFTCAP, X, PRECISION)
 
-    start(PDL)  # not before: the next product would fetch its weights while keys and values are still being read
+    start(PDL)
     denominator = tl.sum(total, 1)
     if sinks is not None:
         denominator += tl.where(split == 0, tl.exp2(sink - best), 0.0)  # a sink counts once, in the first split

@@ -1,4 +1,4 @@
-"""The choice of experts on a GPU: from logits, or for tens of tokens from the hidden states in one kernel."""
+"""The choice of experts on a GPU, and the router's product for tens and hundreds of tokens."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ import triton
 import triton.language as tl
 
 from miniserve.kernels.triton.pdl import launch_options, start, wait
-from miniserve.kernels.triton.small_linear import MAX_ROWS, Workspace
 
-# Tokens for which the router's product and the choice are one launch: for fewer, a linear and `route` are faster
-# (measured on an H100), for more the vendor's library is.
-FUSED_TOKENS = range(17, MAX_ROWS + 1)
-_MOST_SPLITS = 16
+MEDIUM_TOKENS = range(17, 257)  # for which `logit_parts` multiplies; for fewer a small linear is faster
+_MOST_SPLITS, _PROGRAMS = 16, 256
 
 
 class Choice(NamedTuple):
@@ -104,16 +101,20 @@ def _close_groups(choice, CHOICE: tl.constexpr):
 
 @triton.jit
 def _route_kernel(
-    logits_ptr, bias_ptr, weights_ptr, ids_ptr, scaling,
-    CHOICE: tl.constexpr, PDL: tl.constexpr,
+    parts_ptr, bias_ptr, weights_ptr, ids_ptr, num_tokens, scaling,
+    SPLITS: tl.constexpr, CHOICE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """One program: one token."""
     E: tl.constexpr = CHOICE.num_experts
-    BLOCK_E: tl.constexpr = CHOICE.block
     start(PDL)
     wait(PDL)
     tokens = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    experts = tl.arange(0, BLOCK_E)[None, :]
-    logits = tl.load(logits_ptr + tokens[:, None] * E + experts, mask=experts < E, other=0.0).to(tl.float32)
+    experts = tl.arange(0, CHOICE.block)[None, :]
+    at = tokens[:, None] * E + experts
+    plane = tl.cast(num_tokens, tl.int64) * E
+    logits = tl.zeros(experts.shape, tl.float32)
+    for part in tl.static_range(SPLITS):
+        logits += tl.load(parts_ptr + part * plane + at, mask=experts < E, other=0.0).to(tl.float32)
     choose(logits, tokens, tokens >= 0, bias_ptr, weights_ptr, ids_ptr, scaling, CHOICE)
 
 
@@ -133,20 +134,18 @@ def _add_product(acc, x, w):
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def _router_kernel(
-    x_ptr, w_ptr, bias_ptr, weights_ptr, ids_ptr, parts_ptr, counts_ptr, num_tokens, size, x_row, scaling,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr, CHOICE: tl.constexpr, PDL: tl.constexpr,
+def _logits_kernel(
+    x_ptr, w_ptr, parts_ptr, num_tokens, size, x_row,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_M tokens and one of SPLITS parts of the hidden size; the last to arrive sums and chooses."""
-    E: tl.constexpr = CHOICE.num_experts
-    BLOCK_E: tl.constexpr = CHOICE.block
+    """One program: BLOCK_M tokens, BLOCK_E of E experts and one part of the hidden size."""
     start(PDL)
-    block, split = tl.program_id(0), tl.program_id(1)
-    tokens = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    tokens = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    experts = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    split = tl.program_id(2)
     valid = tokens < num_tokens
-    experts = tl.arange(0, BLOCK_E)
     cols = tl.arange(0, BLOCK_D)
-    share = tl.cdiv(tl.cdiv(size, BLOCK_D), SPLITS) * BLOCK_D
+    share = tl.cdiv(tl.cdiv(size, BLOCK_D), tl.num_programs(2)) * BLOCK_D
     first = split * share
     end = tl.minimum(first + share, size)
     inside = (experts < E)[:, None]
@@ -160,18 +159,8 @@ def _router_kernel(
         acc = _add_product(acc, x, w)
         following = at + BLOCK_D
         w = tl.load(w_ptrs + following, mask=inside & (following + cols < end)[None, :], other=0.0)
-    mask = valid[:, None] & (experts < E)[None, :]
-    places = tokens[:, None] * E + experts[None, :]
-    plane = tl.cast(num_tokens, tl.int64) * E
-    tl.store(parts_ptr + split * plane + places, acc, mask=mask)
-    tl.debug_barrier()
-    if tl.atomic_add(counts_ptr + block, 1, sem="acq_rel") < SPLITS - 1:
-        return
-    tl.store(counts_ptr + block, 0)
-    logits = tl.zeros_like(acc)
-    for part in tl.static_range(SPLITS):
-        logits += tl.load(parts_ptr + part * plane + places, mask=mask, other=0.0, cache_modifier=".cg")
-    choose(logits, tokens, valid, bias_ptr, weights_ptr, ids_ptr, scaling, CHOICE)
+    places = (split * num_tokens + tokens[:, None]) * E + experts[None, :]
+    tl.store(parts_ptr + places, acc, mask=valid[:, None] & (experts < E)[None, :])
 
 
 def can_route(num_experts: int, num_groups: int, top_groups: int) -> bool:
@@ -182,38 +171,32 @@ def can_route(num_experts: int, num_groups: int, top_groups: int) -> bool:
     )
 
 
-def route(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    *,
-    workspace: Workspace,
-    top_k: int,
-    scaling: float,
-    **asked: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `models/layers/routing.route`: x are float32 logits [T, E] or, with the router's weight float32 [E, hidden],
-    hidden states [T, hidden] of at most MAX_ROWS tokens -> weights float32 and expert ids int32, [T, top_k]. asked: the
-    rest of a `Choice`.
+def logit_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A router's logits for hidden states x [T, hidden], of its weight float32 [E, hidden], in parts to be summed:
+    float32 [parts, T, E]."""
+    (tokens, size), num_experts = x.shape, weight.shape[0]
+    block_m, block_e, block_d = 16, max(16, min(64, triton.next_power_of_2(num_experts))), 64
+    blocks = triton.cdiv(tokens, block_m), triton.cdiv(num_experts, block_e)
+    splits = min(_MOST_SPLITS, triton.cdiv(size, block_d), max(1, _PROGRAMS // (blocks[0] * blocks[1])))
+    parts = torch.empty(splits, tokens, num_experts, dtype=torch.float32, device=x.device)
+    _logits_kernel[(*blocks, splits)](
+        x, weight, parts, tokens, size, x.stride(0),
+        E=num_experts, BLOCK_E=block_e, BLOCK_M=block_m, BLOCK_D=block_d, **launch_options(x.device),
+    )  # fmt: skip
+    return parts
 
-    With a weight, programs read what others of the launch wrote: not for GPUs whose `Chip.splits` is false.
-    """
-    tokens = x.shape[0]
-    num_experts = x.shape[1] if weight is None else weight.shape[0]
-    weights = torch.empty(tokens, top_k, dtype=torch.float32, device=x.device)
-    ids = torch.empty(tokens, top_k, dtype=torch.int32, device=x.device)
-    compiled = {"CHOICE": Choice.of(num_experts, bias, top_k=top_k, **asked), **launch_options(x.device)}
-    given_bias = x if bias is None else bias
-    if weight is None:
-        _route_kernel[(tokens,)](x, given_bias, weights, ids, scaling, num_warps=1, **compiled)
-        return weights, ids
-    if tokens > MAX_ROWS:
-        raise ValueError(f"a router takes up to {MAX_ROWS} tokens, not {tokens}")
-    size = weight.shape[1]
-    block_m, block_d = 16, 64
-    splits = min(_MOST_SPLITS, triton.cdiv(size, block_d))
-    _router_kernel[(triton.cdiv(tokens, block_m), splits)](
-        x, weight, given_bias, weights, ids, workspace.parts, workspace.counts, tokens, size, x.stride(0), scaling,
-        BLOCK_M=block_m, BLOCK_D=block_d, SPLITS=splits, num_warps=8 if num_experts > 128 else 4, **compiled,
+
+def route(
+    parts: torch.Tensor, bias: torch.Tensor | None, *, top_k: int, scaling: float, **asked: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `models/layers/routing.route`: the sum of parts float32 [parts, T, E] are the logits -> weights float32 and
+    expert ids int32, [T, top_k]. asked: the rest of a `Choice`."""
+    splits, tokens, num_experts = parts.shape
+    weights = torch.empty(tokens, top_k, dtype=torch.float32, device=parts.device)
+    ids = torch.empty(tokens, top_k, dtype=torch.int32, device=parts.device)
+    _route_kernel[(tokens,)](
+        parts, parts if bias is None else bias, weights, ids, tokens, scaling,
+        SPLITS=splits, CHOICE=Choice.of(num_experts, bias, top_k=top_k, **asked), num_warps=1,
+        **launch_options(parts.device),
     )  # fmt: skip
     return weights, ids

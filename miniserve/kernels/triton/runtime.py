@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from miniserve.kernels.library_linear import LibraryLinear
 from miniserve.kernels.triton import elementwise, moe, moe_token, norm_router, routing
 from miniserve.kernels.triton.small_linear import Workspace, chip_of, choose_scaled_tile, choose_tile, small_linear
 from miniserve.kernels.triton.widen import widen
@@ -50,13 +49,11 @@ class TritonKernels:
         chip = chip_of(device)
         # On a GPU whose programs may not share a row the norm, the router's logits and the choice are separate
         # launches.
-        self._fused_tokens = routing.FUSED_TOKENS if chip.splits else ()
         self._norm_fused_tokens = norm_router.FUSED_TOKENS if chip.splits else ()
         self._tile = functools.cache(functools.partial(choose_tile, chip=chip))
         self._chip = chip
-        self._medium = gluon_kernels("medium_linear", device, "linear layers of 9 to 256 rows run slower")
+        self._medium = gluon_kernels("medium_linear", device, "linear layers of 2 to 256 rows run slower")
         self._large = gluon_kernels("large_linear", device, "SwiGLU and experts of many rows run slower")
-        self.library_linear = LibraryLinear(device)
 
     def linear(
         self,
@@ -67,7 +64,7 @@ class TritonKernels:
         gated: bool = False,
         out_dtype: torch.dtype | None = None,
     ) -> torch.Tensor | None:
-        """See `small_linear`, `medium_linear`, `large_linear`; None if `library_linear` is faster for these shapes."""
+        """See `small_linear`, `medium_linear`, `large_linear`; None if the vendor's library is as fast."""
         plain = bias is None and out_dtype is None
         if gated and plain and self._large is not None and self._large.can_gate(x, weight, self._chip):
             found: torch.Tensor = self._large.large_gated(x, weight, self._chip)
@@ -165,9 +162,9 @@ class TritonKernels:
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **choice: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `routing.route`: the choice of experts for any number of tokens."""
-        if x.shape[0] in self._fused_tokens:
-            return routing.route(x, weight, bias, workspace=self._workspace, **choice)
-        return routing.route(self.logits(x, weight), None, bias, workspace=self._workspace, **choice)
+        if x.shape[0] in routing.MEDIUM_TOKENS:
+            return routing.route(routing.logit_parts(x, weight), bias, **choice)
+        return routing.route(self.logits(x, weight)[None], bias, **choice)
 
     def logits(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """A router's, float32, of its float32 weight."""

@@ -248,10 +248,13 @@ class Chip:
 def choose_tile(m: int, n: int, k: int, itemsize: int, chip: Chip, *, gated: bool) -> LinearTile | None:
     """The cut for m rows, n outputs and k inputs; None if the vendor's library is at least as fast.
 
-    Measured on an H100 over the shapes of Qwen3-0.6B and 8B (docs/LAB.md).
+    Measured over the shapes of Qwen3-0.6B and 8B (docs/LAB.md), one row on an H200, more on an H100.
     """
     if m > MAX_ROWS or k % 16:
         return None
+    if m == 1 and gated and itemsize == 2:  # whole rows, but for short ones, of which one would be too little to do
+        block_n, block_k, warps = (4, 512, 4) if k <= 1024 else (1, min(4096, triton.next_power_of_2(k)), 2)
+        return LinearTile(block_n, block_k, 1, warps, 3)
     if m == 1 or itemsize == 4:
         # float32, which only routers use on a GPU, gains nothing from the matrix units.
         return LinearTile(1 if gated else 4, min(2048, triton.next_power_of_2(k)), 1, 4, 3) if m <= 16 else None

@@ -12,6 +12,7 @@ from miniserve.attention.spec import AttentionSpec, QKRope
 from miniserve.models.description import ModelConfig
 from miniserve.models.layers.base import Module
 from miniserve.models.layers.norm import Normed
+from miniserve.models.layers.ops import PendingSum
 from miniserve.models.options import BuildOptions
 
 
@@ -41,11 +42,13 @@ class SelfAttention(Module):
         spec = config.attention_spec(layer_index, options.dtype, options.kv_dtype, options.shard)
         self.attn = Attention(layer_index, spec, one, one)
 
-    def forward(self, x: Normed, cos_sin: Tensor, ctx: StepContext) -> Tensor:
+    def forward(self, x: Normed, cos_sin: Tensor, ctx: StepContext) -> Tensor | PendingSum:
         qkv = self.qkv_proj(x.read())
         q_weight = self.q_norm.weight if self.q_norm is not None else None
         k_weight = self.k_norm.weight if self.k_norm is not None else None
         rope = QKRope(cos_sin, q_weight, k_weight, self.eps)
         if ctx.fuses_rope:
-            return self.o_proj(ctx.attend_qkv(self.attn, qkv, rope))
-        return self.o_proj(ctx.attend(self.attn, *self.ops.split_norm_rope(qkv, self.attn.spec, rope)))
+            out = ctx.attend_qkv(self.attn, qkv, rope)
+        else:
+            out = ctx.attend(self.attn, *self.ops.split_norm_rope(qkv, self.attn.spec, rope))
+        return self.ops.linear_to_add(self.o_proj, out)

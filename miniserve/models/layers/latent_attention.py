@@ -12,6 +12,7 @@ from miniserve.models.description import ModelConfig
 from miniserve.models.layers.base import Module
 from miniserve.models.layers.linear import Linear, LinearMethod
 from miniserve.models.layers.norm import Normed
+from miniserve.models.layers.ops import PendingSum
 from miniserve.models.layers.weights import Weights
 from miniserve.models.options import BuildOptions
 from miniserve.parallel.shard import Part, whole
@@ -102,7 +103,7 @@ class LatentSelfAttention(Module):
     def attn(self) -> UpProjection:
         return self.kv_b_proj
 
-    def forward(self, x: Normed, cos_sin: Tensor, ctx: StepContext) -> Tensor:
+    def forward(self, x: Normed, cos_sin: Tensor, ctx: StepContext) -> Tensor | PendingSum:
         if self.q_lora_rank is None:
             q, kv = self.q_proj(x.read()), self.kv_a_proj(x.read())
         else:
@@ -112,4 +113,4 @@ class LatentSelfAttention(Module):
         kv_c = self.kv_a_layernorm(kv_c)
         q_nope, q_pe = q.unflatten(-1, (-1, sum(self.q_sizes))).split(self.q_sizes, dim=-1)
         q_pe, k_pe = self.ops.rope_pair(q_pe, k_pe, cos_sin, interleaved=self.interleaved)
-        return self.o_proj(ctx.attend_latent(self.attn, q_nope, q_pe, kv_c, k_pe))
+        return self.ops.linear_to_add(self.o_proj, ctx.attend_latent(self.attn, q_nope, q_pe, kv_c, k_pe))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.nn import functional
 
 from miniserve.attention.spec import AttentionSpec, QKRope
 from miniserve.models.layers.experts import Experts, MoEMethod
@@ -26,7 +27,7 @@ class TritonMethod(LinearMethod):
 
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
         y = self._kernels.linear(x, layer.weight, layer.bias)
-        return self._kernels.library_linear(x, layer.weight, layer.bias) if y is None else y
+        return functional.linear(x, layer.weight, layer.bias) if y is None else y
 
     def gated(self, layer: Linear, x: Tensor) -> Tensor | None:
         return self._kernels.linear(x, layer.weight, layer.bias, gated=True)
