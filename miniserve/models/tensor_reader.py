@@ -40,7 +40,7 @@ class TensorReader:
         pinned = device.type == "cuda"
         self._device, self._bytes = device, buffer_bytes
         self._buffers = [torch.empty(buffer_bytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(1 + pinned)]
-        self._copied: list[torch.cuda.Event] = []  # of each buffer, the one filled last at the end
+        self._copied: list[torch.cuda.Event] = []  # copies from the buffers, the oldest first
         self._file, self._path = -1, Path()
         self._threads = ThreadPoolExecutor(_READERS)
 
@@ -55,8 +55,8 @@ class TensorReader:
             yield
 
     def copy(self, tensor: StoredTensor, source: tuple[slice, ...], target: Tensor) -> None:
-        """Copy `source` of a tensor of the opened file to `target`, converting to its dtype. Rows and whole matrices are
-        read alone; of columns, whole rows are read. source: slices with both ends, of the first dimensions or of all.
+        """Copy `source` of a tensor of the opened file to `target`, converting to its dtype. Rows and whole matrices
+        are read alone; of columns, whole rows are read. source: slices with both ends, of the first dimensions or all.
 
         Raises `UserError` where the file ends within that."""
         dtype = DTYPES[tensor.dtype]
@@ -89,7 +89,7 @@ class TensorReader:
         """The file's bytes from `begin` on, in the next buffer, once that is free."""
         if len(self._copied) == len(self._buffers):
             self._copied.pop(0).synchronize()
-        self._buffers.append(self._buffers.pop(0))
+        self._buffers.append(self._buffers.pop(0))  # the one that was filled first
         buffer = self._buffers[-1][:count]
         each = max(-(-count // _READERS), _LEAST_BYTES)
         list(self._threads.map(self._read, buffer.split(each), range(begin, begin + count, each)))

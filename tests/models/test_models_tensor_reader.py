@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -79,7 +81,7 @@ def test_parts_are_those_that_safetensors_reads(
         expected = tensors.get_tensor("wanted")[source].to(target or stored)
     found = torch.zeros(expected.shape, dtype=expected.dtype)
     read(TensorReader(CPU, buffer_bytes), file, "wanted", source, found)
-    assert torch.equal(found.reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8))
+    assert torch.equal(found.float(), expected.float())
 
 
 @pytest.mark.parametrize("shape", [(1024, 2048), (16, 64, 2048)], ids=["rows", "experts"])
@@ -128,6 +130,66 @@ def test_a_file_that_is_cut_while_it_is_read_is_an_error(tmp_path: Path) -> None
         reader.opened(file),
     ):
         pass
+
+
+class LateTarget:
+    """A GPU's tensor, the copies to which are carried out when their events are waited for: as late as can be."""
+
+    def __init__(self, target: torch.Tensor, copies: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self._target, self._copies = target, copies
+
+    def __getitem__(self, rows: slice) -> LateTarget:
+        return LateTarget(self._target[rows], self._copies)
+
+    def copy_(self, source: torch.Tensor, non_blocking: bool) -> None:
+        assert non_blocking
+        self._copies.append((self._target, source))
+
+
+def test_a_gpus_buffers_are_not_filled_before_they_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And are two: one is filled while the copy of the other is under way."""
+    copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+    waiting = []
+
+    class Event:
+        def __init__(self) -> None:
+            self.target, self.source = copies[-1]
+
+        def synchronize(self) -> None:
+            waiting.append(len(copies))
+            self.target.copy_(self.source)
+            del copies[0]
+
+    empty = torch.empty
+
+    def unpinned(count: int, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        assert pin_memory
+        return empty(count, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", unpinned)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(record_event=Event))
+    file, whole = tmp_path / "model.safetensors", torch.randn(100, 16)
+    save_file({"wanted": whole}, file)
+    found = torch.zeros(100, 16)
+    reader = TensorReader(torch.device("cuda"), 640)
+    read(reader, file, "wanted", (slice(0, 100),), cast(torch.Tensor, LateTarget(found, copies)))
+    assert waiting == [2] * 8, "ten fillings of two buffers"
+    for target, source in copies:
+        target.copy_(source)
+    assert torch.equal(found, whole)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.parametrize("columns", [slice(0, 1024), slice(128, 256)], ids=["rows", "columns"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_gpu_gets_the_same_values(columns: slice, dtype: torch.dtype, tmp_path: Path) -> None:
+    file, whole = tmp_path / "model.safetensors", torch.randn(16384, 1024).bfloat16()
+    save_file({"wanted": whole}, file)
+    source = (slice(100, 16000), columns)
+    target = torch.zeros(whole[source].shape, dtype=dtype, device="cuda")
+    read(TensorReader(target.device, 1 << 20), file, "wanted", source, target)
+    assert torch.equal(target.cpu(), whole[source].to(dtype))
 
 
 MEASURE = """
