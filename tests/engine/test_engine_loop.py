@@ -193,7 +193,7 @@ def test_a_model_that_says_nothing_has_no_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("{", "not valid JSON"),
+        ("{", "cannot be read as JSON"),
         ("[]", "JSON object"),
         ({"temperature": "hot"}, "temperature"),
         ({"eos_token_id": "x"}, "eos_token_id"),

@@ -147,7 +147,7 @@ def test_rows_that_come_and_go(name: str, layout: str, tmp_path: Path, replays: 
     assert not replays
     got = generate(make_engine(model, layout, graphs=True), REQUESTS, ARRIVALS)
     assert told(got) == told(want)
-    assert replays
+    assert len(replays) > 60
     assert len(set(replays)) == 2, "as many calls for any number of rows, and one less where the sampler draws"
 
 
