@@ -1,4 +1,5 @@
-"""Copy parts of the tensors of safetensors files to a device through a buffer in host memory.
+"""Copy parts of the tensors of safetensors files to a device: through a buffer in host memory, or on a CPU into place
+where they are stored as they are wanted.
 
 The files are not mapped: mapped pages count as the process's memory, and of a mapped tensor the system reads far more
 than the rows that a rank wants.
@@ -76,27 +77,33 @@ class TensorReader:
             for row, part in zip(range(rows.start, rows.stop), target, strict=True):
                 self._copy(dtype, begin + row * row_bytes, shape[1:], tuple(inner), part)
             return
+        if self._device.type == "cpu" and target.dtype == dtype and whole and target.is_contiguous():
+            self._fill(target.view(-1).view(torch.uint8), begin + rows.start * row_bytes)
+            return
         at_once = self._bytes // max(row_bytes, 1)
         for first in range(rows.start, rows.stop, at_once):
             stop = min(first + at_once, rows.stop)
-            found = self._fill(begin + first * row_bytes, (stop - first) * row_bytes)
+            found = self._next_buffer()[: (stop - first) * row_bytes]
+            self._fill(found, begin + first * row_bytes)
             part = found.view(dtype).view(stop - first, *shape[1:])[(slice(None), *inner)]
             target[first - rows.start : stop - rows.start].copy_(part, non_blocking=True)
             if self._device.type == "cuda":
                 self._copied.append(torch.cuda.current_stream(self._device).record_event())
 
-    def _fill(self, begin: int, count: int) -> Tensor:
-        """The file's bytes from `begin` on, in the next buffer, once that is free."""
+    def _next_buffer(self) -> Tensor:
+        """Once it is free."""
         if len(self._copied) == len(self._buffers):
             self._copied.pop(0).synchronize()
         self._buffers.append(self._buffers.pop(0))  # the one that was filled first
-        buffer = self._buffers[-1][:count]
-        each = max(-(-count // _READERS), _LEAST_BYTES)
-        list(self._threads.map(self._read, buffer.split(each), range(begin, begin + count, each)))
-        return buffer
+        return self._buffers[-1]
+
+    def _fill(self, target: Tensor, begin: int) -> None:
+        """Fill target, bytes, with the file's from `begin` on, by several reads at once."""
+        each = max(-(-len(target) // _READERS), _LEAST_BYTES)
+        list(self._threads.map(self._read, target.split(each), range(begin, begin + max(len(target), 1), each)))
 
     def _read(self, target: Tensor, begin: int) -> None:
-        """Fill target, bytes, with the file's from `begin` on."""
+        """One of the reads of `_fill`."""
         view, done = target.numpy().data, 0
         while done < len(view):
             read = os.preadv(self._file, [view[done:]], begin + done)
