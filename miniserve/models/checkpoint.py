@@ -18,6 +18,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # tensors that may be tied
 _SHOWN = 5
 _ROWS = 4096
+_SIZE_BYTES = 8  # a safetensors file begins with its header's size
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,16 @@ class WeightFiles:
     loaded: tuple[Path, ...]
     absent: tuple[str, ...]
     passed_over: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies, row-major. dtype: as safetensors names it. begin: its first byte in the file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -81,52 +92,64 @@ def other_formats(path: Path) -> str:
     return ""
 
 
-def tensor_files(files: Iterable[Path]) -> dict[str, list[Path]]:
-    """The files that have each tensor. The last one's is loaded, as transformers does."""
-    found: dict[str, list[Path]] = defaultdict(list)
+def find_tensors(files: Iterable[Path]) -> dict[str, list[StoredTensor]]:
+    """Each tensor of the files, by name, as their headers describe it. Of several the last is loaded, as transformers
+    does. Raises `UserError` for a file that is shorter or longer than its header says."""
+    found: dict[str, list[StoredTensor]] = defaultdict(list)
     for file in files:
-        with opened(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118, it is no dict
-                found[name].append(file)
+        with opened(file), file.open("rb") as content:  # `opened` checks the header
+            size = int.from_bytes(content.read(_SIZE_BYTES), "little")
+            header = json.loads(content.read(size))
+        header.pop("__metadata__", None)
+        for name, each in header.items():
+            begin = _SIZE_BYTES + size + each["data_offsets"][0]
+            found[name].append(StoredTensor(file, each["dtype"], tuple(each["shape"]), begin))
     return dict(found)
 
 
-def by_file(names: Iterable[str], files: dict[str, list[Path]]) -> list[tuple[Path, list[str]]]:
-    """files: as of `tensor_files`."""
+def by_file(names: Iterable[str], tensors: dict[str, list[StoredTensor]]) -> list[tuple[Path, list[str]]]:
+    """tensors: as of `find_tensors`."""
     found: dict[Path, list[str]] = defaultdict(list)
     for name in names:
-        found[files[name][-1]].append(name)
+        found[tensors[name][-1].file].append(name)
     return sorted(found.items())
 
 
-def differ(first: str, second: str, files: dict[str, list[Path]]) -> bool:
-    """Whether two tensors have another shape or other values, however they are stored. files: as of `tensor_files`."""
-    with opened(files[first][-1]) as some_file, opened(files[second][-1]) as other_file:
+def differ(first: str, second: str, tensors: dict[str, list[StoredTensor]]) -> bool:
+    """Whether two tensors have another shape or other values, however stored. tensors: as of `find_tensors`."""
+    shape = tensors[first][-1].shape
+    if shape != tensors[second][-1].shape:
+        return True
+    with opened(tensors[first][-1].file) as some_file, opened(tensors[second][-1].file) as other_file:
         one, other = some_file.get_slice(first), other_file.get_slice(second)
-        shape = one.get_shape()
-        if shape != other.get_shape():
-            return True
         # Some rows after the other, so that neither is in memory as a whole.
         starts = range(0, [*shape, 0][0], _ROWS)
         return any(not one[at : at + _ROWS].float().equal(other[at : at + _ROWS].float()) for at in starts)
 
 
-def describe_weights(found: WeightFiles, files: dict[str, list[Path]]) -> list[str]:
-    """What users should know of the choice, a sentence each, where there was one. files: as of `tensor_files`."""
+def describe_weights(found: WeightFiles, tensors: dict[str, list[StoredTensor]]) -> list[str]:
+    """What users should know of the choice, a sentence each, where there was one. tensors: as of `find_tensors`."""
     notes = []
     if found.passed_over:
         chosen = SINGLE if found.loaded[0].name == SINGLE else f"the files that {INDEX} names"
         notes.append(f"weights: {chosen}; passed over: {some(found.passed_over)}")
-    if repeated := [name for name, where in files.items() if len(where) > 1]:
+    if repeated := [name for name, where in tensors.items() if len(where) > 1]:
         notes.append(f"weights: of tensors that several files have the last file's is loaded: {some(repeated)}")
     return notes
 
 
 @contextlib.contextmanager
 def opened(file: Path) -> Iterator[Any]:
+    """The file, mapped."""
+    with readable(file), safe_open(str(file), framework="pt") as tensors:
+        yield tensors
+
+
+@contextlib.contextmanager
+def readable(file: Path) -> Iterator[None]:
+    """Turns errors of reading the file into `UserError`."""
     try:
-        with safe_open(str(file), framework="pt") as tensors:
-            yield tensors
+        yield
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is not a readable safetensors file ({error}); download it again.") from error
 

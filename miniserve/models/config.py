@@ -19,10 +19,9 @@ from miniserve.models.checkpoint import (
     HEAD,
     describe_weights,
     differ,
+    find_tensors,
     find_weights,
-    opened,
     read_json,
-    tensor_files,
 )
 from miniserve.models.config_families import ARCHITECTURES, FAMILIES
 from miniserve.models.config_rope import listed, longest_context, read_rope
@@ -212,8 +211,7 @@ def _stored_dtype(hf: Any, path: Path) -> str:
             raise UserError(f"dtype {name} in config.json is not supported; supported: {listed(SUPPORTED_DTYPES)}.")
         return name
     for file in filter(Path.is_file, find_weights(path).loaded[:1]):
-        with opened(file) as tensors:
-            tags = [tensors.get_slice(name).get_dtype() for name in tensors.keys()]  # noqa: SIM118, it is no dict
+        tags = [tensor.dtype for _, (tensor,) in sorted(find_tensors([file]).items())]
         return next((_FLOAT_TAGS[tag] for tag in tags if tag in _FLOAT_TAGS), "bfloat16")
     return "bfloat16"
 
@@ -223,9 +221,9 @@ def _as_stored(config: ModelConfig, path: Path) -> ModelConfig:
     found = find_weights(path)
     if not found.loaded or found.absent:
         return config
-    files = tensor_files(found.loaded)
-    notes = describe_weights(found, files)
-    if config.tie_word_embeddings and {EMBEDDING, HEAD} <= files.keys() and differ(EMBEDDING, HEAD, files):
+    tensors = find_tensors(found.loaded)
+    notes = describe_weights(found, tensors)
+    if config.tie_word_embeddings and {EMBEDDING, HEAD} <= tensors.keys() and differ(EMBEDDING, HEAD, tensors):
         notes.append(f"weights: {HEAD} differs from the embeddings, so it is used, though config.json ties them")
         config = dataclasses.replace(config, tie_word_embeddings=False)
     return dataclasses.replace(config, notes=tuple(notes))

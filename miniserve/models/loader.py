@@ -9,17 +9,26 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from miniserve.core import UserError
-from miniserve.models.checkpoint import EMBEDDING, HEAD, by_file, opened, require_weights, some, tensor_files
+from miniserve.models.checkpoint import (
+    EMBEDDING,
+    HEAD,
+    StoredTensor,
+    by_file,
+    find_tensors,
+    opened,
+    require_weights,
+    some,
+)
 from miniserve.models.decoder import CausalLM
 from miniserve.models.kv_scales import is_kv_scale
 from miniserve.models.layers.base import Layer, Piece
 from miniserve.models.layers.experts import Experts
+from miniserve.models.tensor_reader import TensorReader
 
 Progress = Callable[[int, int], None]
 
@@ -43,25 +52,25 @@ def load_weights(model: CausalLM, path: str | Path, *, progress: Progress = lamb
     (bfloat16, float16 or float32 where it asks for none), before anything is read, and for NaN and infinite values, as
     which large ones end in float16.
     """
-    files = tensor_files(require_weights(Path(path), str(path)).loaded)
-    wanted = {name: _pieces(model, name, layer, files) for name, layer in _layers(model)}
-    _check(model, wanted, files, Path(path))
+    stored = find_tensors(require_weights(Path(path), str(path)).loaded)
+    wanted = {name: _pieces(model, name, layer, stored) for name, layer in _layers(model)}
+    _check(model, wanted, stored, Path(path))
+    reader = TensorReader(model.options.device)
     for name, layer in _in_order(model, progress):
         pieces = wanted.pop(name)
-        for file, within in by_file(pieces, files):
-            # Opened anew for each layer: pages that stay mapped would count as this process's memory.
-            with opened(file) as tensors:
+        for file, within in by_file(pieces, stored):
+            with reader.opened(file):
                 for tensor in within:
                     for piece in pieces[tensor]:
-                        _read(tensors, piece, layer.target(piece))
+                        _read(reader, stored[tensor][-1], piece, layer.target(piece))
         _check_values(layer, pieces, Path(path))
 
 
 def read_kv_scales(model: CausalLM, path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of `path`'s weight files that are scales for an fp8 KV cache, by name."""
     scales: dict[str, torch.Tensor] = {}
-    files = tensor_files(require_weights(Path(path), str(path)).loaded)
-    for file, names in by_file([name for name in files if is_kv_scale(name, model.config.num_layers)], files):
+    stored = find_tensors(require_weights(Path(path), str(path)).loaded)
+    for file, names in by_file([name for name in stored if is_kv_scale(name, model.config.num_layers)], stored):
         with opened(file) as tensors:
             scales |= {name: tensors.get_tensor(name) for name in names}
     return scales
@@ -74,15 +83,16 @@ def dummy_weights(model: CausalLM, seed: int, *, progress: Progress = lambda don
         layer.fill_dummy(name, seed)
 
 
-def _read(tensors: Any, piece: Piece, target: torch.Tensor) -> None:
+def _read(reader: TensorReader, stored: StoredTensor, piece: Piece, target: torch.Tensor) -> None:
     """Copy what is wanted of a tensor, and read no more of its file than that."""
     if not target.numel():
         return
-    if piece.refine is not None:
-        target.copy_(piece.refine(tensors.get_tensor(piece.name).float().reshape(piece.shape)))
-    else:
-        found = tensors.get_tensor(piece.name) if piece.whole else tensors.get_slice(piece.name)[piece.source]
-        target.copy_(found)
+    if piece.refine is None:
+        reader.copy(stored, piece.source, target)
+        return
+    scales = torch.empty(stored.shape)
+    reader.copy(stored, (), scales)
+    target.copy_(piece.refine(scales.reshape(piece.shape)))
 
 
 def _in_order(model: CausalLM, progress: Progress) -> Iterator[tuple[str, Layer]]:
@@ -124,24 +134,20 @@ def _bytes(layer: Layer) -> int:
 
 
 def _check(
-    model: CausalLM, layers: dict[str, dict[str, list[Piece]]], files: dict[str, list[Path]], path: Path
+    model: CausalLM, layers: dict[str, dict[str, list[Piece]]], stored: dict[str, list[StoredTensor]], path: Path
 ) -> None:
     """Compare names, shapes and dtypes, which the files' headers tell. layers: what each wants, by tensor."""
     wanted = {tensor: pieces[0] for layer in layers.values() for tensor, pieces in layer.items()}
-    missing = [name for name in wanted if name not in files]
-    surplus = [name for name in files if name not in wanted and not _ignored(name, model)]
-    wrong = []
-    for file, names in by_file([name for name in wanted if name in files], files):
-        with opened(file) as tensors:
-            for name in names:
-                wrong += _wrong(wanted[name], tensors.get_slice(name))
+    missing = [name for name in wanted if name not in stored]
+    surplus = [name for name in stored if name not in wanted and not _ignored(name, model)]
+    wrong = [what for name in wanted if name in stored for what in _wrong(wanted[name], stored[name][-1])]
     found = {"missing: ": missing, "not part of this architecture: ": surplus, "": wrong}
     if problems := [what + some(names) for what, names in found.items() if names]:
         raise UserError(f"The weights in {path} do not fit {model.config.architecture}: {'; '.join(problems)}.")
 
 
-def _wrong(piece: Piece, header: Any) -> list[str]:
-    shape, dtype = list(header.get_shape()), header.get_dtype()
+def _wrong(piece: Piece, found: StoredTensor) -> list[str]:
+    shape, dtype = list(found.shape), found.dtype
     if shape != list(piece.shape) and not (piece.kind == "scales" and shape == [*piece.shape, 1]):
         return [f"{piece.name} has shape {shape}, config.json asks for {list(piece.shape)}"]
     if dtype not in (stored := _STORED[piece.kind]):

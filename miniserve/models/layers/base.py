@@ -30,10 +30,6 @@ class Piece:
     kind: str = "values"
     refine: Callable[[Tensor], Tensor] | None = None
 
-    @property
-    def whole(self) -> bool:
-        return all(part == slice(0, count) for part, count in zip(self.source, self.shape, strict=False))
-
 
 NOWHERE = slice(0, 0)
 _DUMMY_CODES = 100.0  # standard deviation: few are beyond the largest code, 448
