@@ -52,7 +52,8 @@ class TensorReader:
             self._file, self._path = file.fileno(), path
             # No read-ahead: what follows a rank's rows is another's. Pages that were read stay in the system's cache
             # for the ranks that read the same tensors, and for the next start.
-            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
+            if hasattr(os, "posix_fadvise"):  # macOS has none
+                os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
             yield
 
     def copy(self, tensor: StoredTensor, source: tuple[slice, ...], target: Tensor) -> None:
