@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from typing import Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
@@ -242,17 +241,32 @@ def _same(value: object, neutral: object) -> bool:
 
 
 def _closest(name: str, known: Mapping[str, str]) -> str | None:
-    """The known name that `name` is in another spelling (maxTokens) or with a slip of a letter, or two in a long name;
-    short names have neighbours by chance. `known`: names by their `_plain` spelling."""
+    """The known name that `name` is in another spelling (maxTokens) or with a slip: of one letter, or of two in a long
+    name; short names have neighbours by chance. `known`: names by their `_plain` spelling."""
     plain = _plain(name[:100])
     if plain in known:
         return known[plain]
-    if len(plain) < 5:
-        return None
-    near = [each for each in known if len(each) >= 5 and abs(len(each) - len(plain)) <= len(plain) // 5]
-    # One of six letters leaves 10 of 12 alike; 9 letters with two others would make max_tokens a slip of min_tokens.
-    found = get_close_matches(plain, near, 1, cutoff=0.8 if len(plain) <= 6 else 0.85)
-    return known[found[0]] if found else None
+    for slips, shortest in ((1, 5), (2, 8)):
+        for each, meant in known.items():
+            if min(len(plain), len(each)) >= shortest and _within(plain, each, slips):
+                return meant
+    return None
+
+
+def _within(a: str, b: str, slips: int) -> bool:
+    """Whether `slips` letters at most are to be changed, added, left out or swapped with the next to turn a into b."""
+    if abs(len(a) - len(b)) > slips or len(set(a) ^ set(b)) > 2 * slips:  # which rules out most at once
+        return False
+    same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    a, b = a[same:], b[same:]
+    if not a or not b or not slips:
+        return len(a) + len(b) <= slips
+    return (
+        _within(a[1:], b[1:], slips - 1)
+        or _within(a[1:], b, slips - 1)
+        or _within(a, b[1:], slips - 1)
+        or (a[:2] == b[1::-1] and _within(a[2:], b[2:], slips - 1))
+    )
 
 
 def _plain(name: str) -> str:

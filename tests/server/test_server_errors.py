@@ -357,6 +357,7 @@ def test_a_name_that_passed_elsewhere_is_still_misspelt_here(web: httpx.Client) 
         ("minTokens", 1, "min_tokens"),
         ("temprature", 0.5, "temperature"),
         ("tempreture", 0.5, "temperature"),
+        ("tempareture", 0.5, "temperature"),
         ("tsream", True, "stream"),
         ("strean", True, "stream"),
         ("presense_penalti", 0.5, "presence_penalty"),
