@@ -42,7 +42,7 @@ _FIRST_STEPS = 600.0  # at least, for the first ones: they may compile kernels
 _PERIOD = 1.0  # seconds, at least, that `recent` sums up
 _SHUT_DOWN = "The engine was shut down."
 # Outputs of a step passed on before their readers get a turn: with 1,024 streams all of them in one go would keep the
-# event loop for 50 ms.
+# event loop for 0.1 s.
 _SLICE = 64
 _log = logging.getLogger(__name__)
 
