@@ -83,13 +83,11 @@ def _has_many_words(source_path: Path) -> bool:
 
 
 def warm_up(runner: Runner, config: SchedulerConfig, max_ratio: float) -> StepCost:
-    """Run a few made-up requests: they compile the kernels of steps with chunks, and show what such steps cost on this
-    device. Well under a second on a GPU, and a few more where kernels are compiled for the first time."""
+    """Run a few made-up requests, which show what steps cost on this device: well under a second on a GPU."""
     drafts = min(config.num_draft_tokens, 1)  # with more the rows might be done before the prompt comes
     config = replace(config, enable_prefix_caching=False, eos_token_ids=frozenset(), num_draft_tokens=drafts)
-    for _ in range(2):  # in the first round times are those of the compiler
-        cost = StepCost(max_ratio)
-        _run(runner, Scheduler(config, cost), config)
+    cost = StepCost(max_ratio)
+    _run(runner, Scheduler(config, cost), config)
     return cost
 
 

@@ -37,6 +37,7 @@ from miniserve.runner.chunk_graph import ChunkGraphs
 from miniserve.runner.device import find_dtype, find_kv_dtype, rank_device
 from miniserve.runner.memory import MemoryPlan, available_bytes, check_weights_fit, plan_memory
 from miniserve.runner.native_graph import NativeGraphs
+from miniserve.runner.rehearsal import rehearse
 from miniserve.runner.runner import ModelRunner
 from miniserve.runner.sampler import Sampler
 from miniserve.runner.self_check import check_backend
@@ -103,7 +104,7 @@ def build_runner(
     path = _find_path(config, model, choose, weights, available - weights, tokens)
     plan, choice = path.plan, path.choice
     eos_token_ids = load_generation_defaults(source_path, config.generation_config).eos_token_ids
-    runner = _make_runner(path.served, config, plan.max_model_len, eos_token_ids, report)
+    runner = _make_runner(path.served, config, plan.max_model_len, tokens, eos_token_ids, report)
     attention = [*choice.explain(), *describe_routes(choice), *scales, *path.notes]
     attention += describe_products(model)
     # A CPU runs a step within launch(), and guesses need a step's tokens: nothing would overlap.
@@ -261,6 +262,7 @@ def _make_runner(
     served: ServedModel,
     config: EngineConfig,
     max_model_len: int,
+    tokens: int,
     eos_token_ids: frozenset[int],
     report: Progress,
 ) -> ModelRunner:
@@ -281,9 +283,10 @@ def _make_runner(
     from miniserve.runner.decode_graph import DecodeGraphs, decode_buckets
 
     compile_draw(vocab_size, options.dtype, sampler.params)
+    sizes = {"block_size": config.block_size, "max_seq_len": max_model_len}
+    rehearse(served, **sizes, max_num_seqs=rows, max_tokens=tokens)
     if not replays:
         return ModelRunner(served, state, sampler)
-    sizes = {"block_size": config.block_size, "max_seq_len": max_model_len}
     buckets, guesses = decode_buckets(rows), config.num_draft_tokens
     graphs = DecodeGraphs(served, row_state, sampler.params, **sizes, buckets=buckets, num_draft_tokens=guesses)
     graphs.capture(partial(report, "decode graphs"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -99,3 +101,81 @@ def test_a_gpu_gives_the_tokens_a_cpu_gives(layout: str, overlap: bool) -> None:
 def test_a_gpu_that_guesses_gives_the_tokens_of_a_cpu_that_does_not(layout: str) -> None:
     on_gpu = run("cuda", layout, False, 12 << 20, "ngram:4")
     assert on_gpu == run("cpu", "linear", False, 512 << 20, "ngram:4")
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "dense": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "intermediate_size": 3072},
+    "experts": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_key_value_heads": 4,
+    },
+    "latent": {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "intermediate_size": 2048,
+        "kv_lora_rank": 512,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "n_routed_experts": 64,
+        "num_experts_per_tok": 6,
+        "n_shared_experts": 2,
+        "moe_intermediate_size": 512,
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": 16,
+        "num_attention_heads": 16,
+    },
+}
+COMMON = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 8192,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6,
+    "torch_dtype": "bfloat16",
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.parametrize("layout", ["linear", "shuffled"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_request_waits_for_a_kernel_to_be_compiled(shape: str, layout: str, tmp_path: Path) -> None:
+    if shape == "latent" and layout == "shuffled":
+        pytest.skip("latent attention has one layout")
+    triton = pytest.importorskip("triton")
+    (tmp_path / "config.json").write_text(json.dumps(COMMON | SHAPES[shape]))
+    config = EngineConfig(device="cuda", load_format="dummy", kv_layout="auto" if shape == "latent" else layout)
+    engine, _ = build_engine(config, tmp_path, shape)
+    compiled: list[str] = []
+
+    def note(**found: Any) -> None:
+        compiled.append(found["repr"])
+
+    triton.knobs.runtime.jit_post_compile_hook = note
+    try:
+        rng = random.Random(0)
+        requests = []
+        for i in range(300):
+            # The first ones decode alone; then prompts of all lengths come beside some to 256 rows.
+            length = rng.choice([1, 5, 16, 40, 100, 500, 1024, 3000, 7000])
+            params = SamplingParams(
+                temperature=0.0 if i % 2 else 0.8,
+                top_p=0.9 if i % 3 else 1.0,
+                seed=i,
+                max_tokens=rng.choice([8, 60, 200]),
+                ignore_eos=True,
+            )
+            requests.append(([rng.randrange(8192) for _ in range(length)], params))
+        generate(engine, requests, [i // 2 for i in range(300)])
+    finally:
+        triton.knobs.runtime.jit_post_compile_hook = None
+    assert not compiled

@@ -74,7 +74,7 @@ def mla_decode(
     return out
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@triton.jit(do_not_specialize=["table_row", "num_splits"])
 def _mla_kernel(
     q, q_pe, kv_cache, block_tables, seq_lens, kv_scale, out, partial, lse, arrivals,
     q_row, q_head, pe_row, pe_head, block_stride, token_stride, table_row, out_row, out_head, qk_scale, num_splits,

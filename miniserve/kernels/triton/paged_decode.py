@@ -100,7 +100,7 @@ def paged_decode(
     return out
 
 
-@triton.jit(do_not_specialize=["window", "num_splits", "fresh"])
+@triton.jit(do_not_specialize=["table_row", "window", "num_splits", "fresh"])
 def _decode_kernel(
     q, key_cache, value_cache, block_tables, seq_lens, sinks, k_scale, v_scale, out, partial, lse, arrivals,
     q_row, q_head, k_block, k_token, k_head, v_block, v_token, v_head, table_row, out_row, out_head,

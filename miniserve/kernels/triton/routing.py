@@ -99,7 +99,7 @@ def _close_groups(choice, CHOICE: tl.constexpr):
     return tl.reshape(closed, (M, E))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _route_kernel(
     parts_ptr, bias_ptr, weights_ptr, ids_ptr, num_tokens, scaling,
     SPLITS: tl.constexpr, CHOICE: tl.constexpr, PDL: tl.constexpr,

@@ -35,7 +35,7 @@ def token_indices(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_row"])
 def _token_indices_kernel(
     block_tables, seq_lens, starts, out, table_row, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
