@@ -19,9 +19,10 @@ export function backOff(failures) {
 
 /**
  * The answer to a request. `askForKey(refused)` is awaited where the server wants a key, or another one.
- * Throws `Lost`, an AbortError, or an Error with the server's own sentence.
+ * Throws `Lost`, also where all of the answer is not there in `patience` ms, an AbortError, or an Error with the
+ * server's own sentence.
  */
-export async function call(path, { askForKey, body, signal } = {}) {
+export async function call(path, { askForKey, body, signal, patience } = {}) {
   for (;;) {
     const key = savedKey();
     const headers = key ? { Authorization: `Bearer ${key}` } : {};
@@ -32,7 +33,7 @@ export async function call(path, { askForKey, body, signal } = {}) {
         method: body ? "POST" : "GET",
         headers,
         body: body && JSON.stringify(body),
-        signal,
+        signal: patience ? AbortSignal.timeout(patience) : signal,
         cache: "no-store",
       });
     } catch (error) {
@@ -40,6 +41,7 @@ export async function call(path, { askForKey, body, signal } = {}) {
       throw new Lost("The server does not answer.");
     }
     if (response.ok) return response;
+    if (response.status === 401 && savedKey() !== key) continue; // it was given in the meantime
     if (response.status === 401 && askForKey) {
       await Promise.race([askForKey(key !== null), aborted(signal)]);
       continue;

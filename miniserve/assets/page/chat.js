@@ -11,10 +11,21 @@ export function make(tag, properties = {}, ...children) {
   return element;
 }
 
-/** Text with its ```fenced``` parts as blocks of code. */
+/** Text as blocks: paragraphs, and its ```fenced``` parts as code. As it grows only the last one changes. */
 function prose(text) {
-  return text.split(/^```[^\n]*\n?/m).map((part, index) =>
-    index % 2 ? make("pre", {}, make("code", {}, part)) : document.createTextNode(part));
+  return text.split(/^```[^\n]*\n?/m).flatMap((part, index) => index % 2
+    ? make("pre", {}, make("code", {}, part))
+    : part.split(/(?<=\n\n)/).map((paragraph) => make("div", {}, paragraph)));
+}
+
+/** Makes `old` look like `wanted`, and leaves what is equal alone: its focus, its selection, what is unfolded. */
+function morph(old, wanted) {
+  if (old.isEqualNode(wanted)) return;
+  if (old.nodeName !== wanted.nodeName || old.className !== wanted.className) return old.replaceWith(wanted);
+  if (old.nodeType === Node.TEXT_NODE) old.data = wanted.data;
+  const parts = [...wanted.childNodes];
+  while (old.childNodes.length > parts.length) old.lastChild.remove();
+  parts.forEach((part, index) => (index < old.childNodes.length ? morph(old.childNodes[index], part) : old.append(part)));
 }
 
 /** What one answer's stream has said so far; `add` takes an event's delta. */
@@ -197,10 +208,11 @@ export class Chat {
     const parts = [reason === "length" ? "cut at the limit of tokens" : ""];
     if (usage) {
       const count = usage.completion_tokens;
-      const seconds = (performance.now() - first) / 1000;
+      const rate = (count - 1) / ((performance.now() - first) / 1000);
       parts.push(`${usage.prompt_tokens} in, ${count} out`);
       if (first) parts.push(`first after ${((first - begun) / 1000).toFixed(2)} s`);
-      if (first && count > 1 && seconds > 0) parts.push(`${((count - 1) / seconds).toFixed(1)} tokens/s`);
+      // A few tokens come at once, whatever the engine's speed.
+      if (first && count > 8 && rate < 1e5) parts.push(`${rate.toFixed(rate < 100 ? 1 : 0)} tokens/s`);
     }
     return parts.filter((each) => each).join(" · ");
   }
@@ -208,12 +220,17 @@ export class Chat {
   // --- what is seen ----------------------------------------------------------------------------------------------
 
   buttons() {
-    document.getElementById("send").hidden = this.controller !== null;
-    document.getElementById("stop").hidden = this.controller === null;
+    const buttons = ["send", "stop"].map((id) => document.getElementById(id));
+    const [hidden, shown] = this.controller ? buttons : buttons.reverse();
+    shown.hidden = false;
+    if (document.activeElement === hidden) shown.focus();
+    hidden.hidden = true;
+    this.list.ariaBusy = String(this.controller !== null); // else each piece of the answer would be read aloud
   }
 
   showAll() {
     this.buttons();
+    if (this.list.contains(document.activeElement)) this.list.focus();
     this.list.replaceChildren(...this.messages.map((message, index) => this.element(message, index)));
     if (!this.messages.length) this.list.append(make("li", { className: "empty" }, "Say something to the model."));
     this.list.scrollTop = this.list.scrollHeight;
@@ -232,14 +249,7 @@ export class Chat {
   show(index) {
     const { scrollTop, scrollHeight, clientHeight } = this.list;
     const atEnd = scrollHeight - scrollTop - clientHeight < 40;
-    const old = this.list.children[index];
-    const open = old.querySelector("details.reasoning")?.open;
-    const fresh = this.element(this.messages[index], index);
-    if (open) fresh.querySelector("details.reasoning").open = true;
-    if (old.contains(document.activeElement) && document.activeElement.matches("summary")) {
-      old.replaceWith(fresh);
-      fresh.querySelector("summary")?.focus();
-    } else old.replaceWith(fresh);
+    morph(this.list.children[index], this.element(this.messages[index], index));
     if (atEnd) this.list.scrollTop = this.list.scrollHeight;
   }
 
@@ -249,7 +259,7 @@ export class Chat {
     if (message instanceof Answer) this.fillAnswer(item, message, index);
     else {
       item.append(make("div", { className: "text" }, ...prose(message.content)));
-      if (message.role === "user") item.append(this.actions(["Edit", () => this.edit(item, index)]));
+      if (message.role === "user") item.append(this.actions(["Edit", () => this.edit(index)]));
     }
     return item;
   }
@@ -258,7 +268,7 @@ export class Chat {
     if (answer.reasoning) {
       const words = answer.running && answer.isEmpty ? "Reasoning…" : "Reasoning";
       item.append(make("details", { className: "reasoning" }, make("summary", {}, words),
-        make("div", { className: "text" }, answer.reasoning)));
+        make("div", { className: "text" }, ...prose(answer.reasoning))));
     }
     item.append(make("div", { className: "text" }, ...prose(answer.content)));
     for (const each of answer.calls.filter((each) => each)) item.append(this.callElement(each, answer));
@@ -267,13 +277,18 @@ export class Chat {
       item.append(make("span", { className: "cursor", ariaLabel: "writing" }));
       return;
     }
-    if (answer.note) item.append(make("p", { className: "note" }, answer.note));
     const actions = [["Retry", () => this.answerFrom(index)]];
-    if (answer.content && navigator.clipboard) actions.push(["Copy", () => navigator.clipboard.writeText(answer.content)]);
+    if (answer.content && navigator.clipboard) actions.push(["Copy", (event) => this.copy(answer.content, event.target)]);
     if (answer.calls.length && index === this.messages.length - 1) {
       actions.unshift(["Send results", () => this.sendResults(answer)]);
     }
-    item.append(this.actions(...actions));
+    item.append(make("footer", {}, this.actions(...actions), make("p", { className: "note" }, answer.note)));
+  }
+
+  async copy(text, button) {
+    await navigator.clipboard.writeText(text);
+    button.textContent = "Copied";
+    setTimeout(() => (button.textContent = "Copy"), 1500);
   }
 
   callElement(each, answer) {
@@ -306,10 +321,11 @@ export class Chat {
     return make("div", { className: "actions" }, ...buttons);
   }
 
-  edit(item, index) {
+  edit(index) {
+    const item = this.list.children[index];
     const input = make("textarea", { rows: 3, value: this.messages[index].content, ariaLabel: "Edit the message" });
     const back = () => {
-      this.show(index);
+      item.replaceWith(this.element(this.messages[index], index));
       this.list.children[index].querySelector("button").focus();
     };
     const send = () => {
