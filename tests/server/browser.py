@@ -97,7 +97,7 @@ def browser(profile: Path) -> Iterator[Page]:
             stderr=errors,
         )
         try:
-            with connect(_tab(process, log), max_size=None, proxy=None) as socket:
+            with connect(_tab(process, log), max_size=None, ping_interval=None, proxy=None) as socket:
                 yield Page(socket)
         finally:
             process.terminate()

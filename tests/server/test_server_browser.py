@@ -113,6 +113,32 @@ def test_an_answer_is_stopped_by_keyboard(page: Page) -> None:
         assert texts(page, ".assistant .note") == ["stopped"]
         wait_until(lambda: server.engine.aborted == 1)
         page.wait("!document.getElementById('send').hidden")
+        # What has the focus and vanishes hands it on, so that the next Tab does not start at the top.
+        page.run("[...document.querySelectorAll('button')].find(each => each.textContent === 'Retry').focus()")
+        page.press("Enter")
+        page.wait("!document.getElementById('stop').hidden")
+        assert page.run("document.activeElement.id") == "messages"
+        page.run("document.getElementById('stop').focus()")
+        page.press("Enter")
+        page.wait("!document.getElementById('send').hidden")
+        assert page.run("document.activeElement.id") == "send"
+
+
+def test_a_growing_answer_leaves_alone_what_it_has_said(page: Page) -> None:
+    script = words("<think>\nHm.\n</think>\n\nOne <img src=x onerror=alert(1)>\n\nTwo\n```\ncode\n```\nThree")
+    with running_server(FakeEngine(script=script, hold_at=len(script) - 8), reasoning_parser="qwen3") as server:
+        connected(page, server)
+        say(page, "Count")
+        page.wait("document.querySelector('.assistant > .text')?.textContent.includes('Two')")
+        page.run("document.querySelector('.reasoning summary').focus()")
+        page.press("Enter")
+        page.run("getSelection().selectAllChildren(document.querySelector('.assistant > .text > div'))")
+        server.call(server.engine.gate.set)
+        answered(page, 1)
+        assert page.run("document.querySelector('.assistant > .text').textContent").endswith("\ncode\nThree")
+        assert page.run("getSelection().toString().trim()") == "One <img src=x onerror=alert(1)>"
+        assert page.run("document.activeElement.textContent") == "Reasoning"
+        assert page.run("document.querySelector('.reasoning').open")
 
 
 def test_a_call_is_shown_and_its_result_goes_back(page: Page, tmp_path: Path) -> None:
@@ -144,11 +170,20 @@ def test_a_key_is_asked_for_kept_in_the_tab_and_used(page: Page) -> None:
         page.type("wrong")
         page.press("Enter")
         page.wait("document.getElementById('key-dialog').open && !document.getElementById('key-wrong').hidden")
+        page.press("Escape")
+        page.wait("!document.getElementById('lost').hidden")  # who declined is not asked again by what merely looks
+        assert texts(page, "#lost-why") == ["The server asks for an API key. Trying again."]
+        say(page, "Hello")
+        page.wait("document.getElementById('key-dialog').open")
+        page.press("Escape")
+        answered(page, 1)
+        assert texts(page, ".assistant .error") == ["The server asks for an API key."]
+        click(page, "Retry")
+        page.wait("document.getElementById('key-dialog').open")
         page.type("sesame")
         page.press("Enter")
         page.wait("document.getElementById('state').textContent === 'connected'")
-        say(page, "Hello")
-        answered(page, 1)
+        page.wait(f"{ANSWERS}[0].querySelector('.note')?.textContent")
         assert texts(page, ".assistant > .text") == ["Hi."]
         connected(page, server)  # loaded again, without a question
         assert page.run("sessionStorage.getItem('miniserve-api-key')") == "sesame"

@@ -14,11 +14,11 @@ export function saveKey(key) {
 
 /** Seconds to wait before the next try, after `failures` in a row. */
 export function backOff(failures) {
-  return Math.min(15, 0.5 * 2 ** Math.max(0, failures - 1));
+  return Math.min(5, 0.5 * 2 ** Math.max(0, failures - 1));
 }
 
 /**
- * The answer to a request. `askForKey(refused)` is awaited where the server wants a key, or another one.
+ * The answer to a request. Where the server wants a key, or another one, `askForKey(refused)` says whether there is one.
  * Throws `Lost`, also where all of the answer is not there in `patience` ms, an AbortError, or an Error with the
  * server's own sentence.
  */
@@ -42,9 +42,9 @@ export async function call(path, { askForKey, body, signal, patience } = {}) {
     }
     if (response.ok) return response;
     if (response.status === 401 && savedKey() !== key) continue; // it was given in the meantime
-    if (response.status === 401 && askForKey) {
-      await Promise.race([askForKey(key !== null), aborted(signal)]);
-      continue;
+    if (response.status === 401) {
+      if (askForKey && (await Promise.race([askForKey(key !== null), aborted(signal)]))) continue;
+      throw new Error("The server asks for an API key.");
     }
     const answer = await response.json().catch(() => null);
     const message = answer?.error?.message ?? `The server answered ${response.status}.`;

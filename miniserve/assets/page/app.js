@@ -13,7 +13,7 @@ const element = (id) => document.getElementById(id);
 
 const dialog = element("key-dialog");
 let question = null; // what all wait for that need a key
-let declined = false; // then only those ask again whom the user sent
+let declined = false; // then only what the user does asks again
 
 function askForKey(refused) {
   element("show-key").hidden = false;
@@ -28,7 +28,7 @@ element("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   saveKey(element("key").value.trim());
   declined = false;
-  question?.resolve();
+  question?.resolve(true);
   question = null;
   dialog.close();
   wake();
@@ -36,7 +36,7 @@ element("key-form").addEventListener("submit", (event) => {
 dialog.addEventListener("close", () => {
   element("key").value = "";
   declined ||= question !== null;
-  question?.reject(new Error("The server asks for an API key."));
+  question?.resolve(false);
   question = null;
 });
 element("key-cancel").addEventListener("click", () => dialog.close());
@@ -140,7 +140,10 @@ element("which-engine").addEventListener("change", () => {
   view.forget();
   wake();
 });
-element("try-now").addEventListener("click", () => wake());
+element("try-now").addEventListener("click", () => {
+  declined = false;
+  wake();
+});
 addEventListener("online", () => wake());
 element("show-key").hidden = savedKey() === null;
 showEngine(matchMedia("(min-width: 1000px)").matches);

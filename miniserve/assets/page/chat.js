@@ -255,7 +255,8 @@ export class Chat {
 
   element(message, index) {
     const item = make("li", { className: message.role });
-    item.append(make("h3", {}, { user: "You", assistant: "Model", tool: "Tool result" }[message.role]));
+    const call = this.messages.flatMap(({ calls }) => calls ?? []).find(({ id }) => id === message.tool_call_id);
+    item.append(make("h3", {}, { user: "You", assistant: "Model", tool: `Result of ${call?.name}` }[message.role]));
     if (message instanceof Answer) this.fillAnswer(item, message, index);
     else {
       item.append(make("div", { className: "text" }, ...prose(message.content)));
@@ -270,11 +271,12 @@ export class Chat {
       item.append(make("details", { className: "reasoning" }, make("summary", {}, words),
         make("div", { className: "text" }, ...prose(answer.reasoning))));
     }
-    item.append(make("div", { className: "text" }, ...prose(answer.content)));
+    const text = make("div", { className: "text" }, ...prose(answer.content));
+    item.append(text);
     for (const each of answer.calls.filter((each) => each)) item.append(this.callElement(each, answer));
     if (answer.error) item.append(make("p", { className: "error" }, answer.error));
     if (answer.running) {
-      item.append(make("span", { className: "cursor", ariaLabel: "writing" }));
+      (answer.calls.length ? item : text.lastChild).append(make("span", { className: "cursor", ariaLabel: "writing" }));
       return;
     }
     const actions = [["Retry", () => this.answerFrom(index)]];
