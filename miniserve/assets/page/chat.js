@@ -232,7 +232,7 @@ export class Chat {
     this.buttons();
     if (this.list.contains(document.activeElement)) this.list.focus();
     this.list.replaceChildren(...this.messages.map((message, index) => this.element(message, index)));
-    if (!this.messages.length) this.list.append(make("li", { className: "empty" }, "Say something to the model."));
+    if (!this.messages.length) this.list.append(make("p", { className: "empty" }, "Say something to the model."));
     this.list.scrollTop = this.list.scrollHeight;
   }
 
@@ -254,9 +254,9 @@ export class Chat {
   }
 
   element(message, index) {
-    const item = make("li", { className: message.role });
+    const item = make("article", { className: message.role });
     const call = this.messages.flatMap(({ calls }) => calls ?? []).find(({ id }) => id === message.tool_call_id);
-    item.append(make("h3", {}, { user: "You", assistant: "Model", tool: `Result of ${call?.name}` }[message.role]));
+    item.append(make("h2", {}, { user: "You", assistant: "Model", tool: `Result of ${call?.name}` }[message.role]));
     if (message instanceof Answer) this.fillAnswer(item, message, index);
     else {
       item.append(make("div", { className: "text" }, ...prose(message.content)));
@@ -340,7 +340,7 @@ export class Chat {
       this.sendsOnEnter(event, send);
       if (event.key === "Escape") back();
     });
-    item.replaceChildren(make("h3", {}, "You"), input, this.actions(["Send", send], ["Cancel", back]));
+    item.replaceChildren(make("h2", {}, "You"), input, this.actions(["Send", send], ["Cancel", back]));
     input.focus();
   }
 }
