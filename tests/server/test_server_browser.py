@@ -72,7 +72,7 @@ def test_a_conversation_with_reasoning_parameters_retry_and_edit(page: Page) -> 
         assert page.run("document.querySelector('.reasoning').open") is False
         assert page.run("document.querySelector('.reasoning .text').textContent") == "A bear."
         (note,) = texts(page, ".assistant .note")
-        assert " in, " in note and "tokens/s" in note
+        assert " in, " in note and " out · first after " in note
         prompt, params = engine.seen[0]
         assert params.temperature == 0.25 and params.stop == ("END",)
         asked = tokenizer().decode(prompt, False)
@@ -124,8 +124,23 @@ def test_an_answer_is_stopped_by_keyboard(page: Page) -> None:
         assert page.run("document.activeElement.id") == "send"
 
 
+def test_a_new_chat_ends_the_answer_that_runs(page: Page) -> None:
+    with running_server(FakeEngine(hold_at=3)) as server:
+        connected(page, server)
+        say(page, "Go on and on")
+        page.wait("document.querySelector('.assistant .text').textContent")
+        click(page, "New chat")
+        wait_until(lambda: server.engine.aborted == 1)
+        assert page.run("!document.getElementById('send').hidden && document.getElementById('stop').hidden")
+        assert page.run("document.querySelectorAll('article').length") == 0
+        server.call(server.engine.gate.set)
+        say(page, "Something else")
+        answered(page, 1)
+        assert texts(page, ".user .text") == ["Something else"]
+
+
 def test_a_growing_answer_leaves_alone_what_it_has_said(page: Page) -> None:
-    script = words("<think>\nHm.\n</think>\n\nOne <img src=x onerror=alert(1)>\n\nTwo\n```\ncode\n```\nThree")
+    script = words("<think>\nHm.\n</think>\n\nOne <img src=x onerror=alert(1)>\n\nTwo\n```\ncode\n```\n**Three** `4`")
     with running_server(FakeEngine(script=script, hold_at=len(script) - 8), reasoning_parser="qwen3") as server:
         connected(page, server)
         say(page, "Count")
@@ -135,7 +150,9 @@ def test_a_growing_answer_leaves_alone_what_it_has_said(page: Page) -> None:
         page.run("getSelection().selectAllChildren(document.querySelector('.assistant > .text > div'))")
         server.call(server.engine.gate.set)
         answered(page, 1)
-        assert page.run("document.querySelector('.assistant > .text').textContent").endswith("\ncode\nThree")
+        assert page.run("document.querySelector('.assistant > .text').textContent").endswith("\ncode\n**Three** `4`")
+        assert texts(page, ".text strong, .text div > code") == ["**Three**", "`4`"]  # in weight, and as it was written
+        assert texts(page, ".assistant .note")[0].endswith(" tokens/s")
         assert page.run("getSelection().toString().trim()") == "One <img src=x onerror=alert(1)>"
         assert page.run("document.activeElement.textContent") == "Reasoning"
         assert page.run("document.querySelector('.reasoning').open")

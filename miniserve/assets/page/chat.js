@@ -11,11 +11,20 @@ export function make(tag, properties = {}, ...children) {
   return element;
 }
 
+const MARKED = /(`[^`\n]+`|\*\*[^\s*][^*\n]*\*\*|^#+ .*$)/m; // Markdown's code, bold text and headings
+
+/** A paragraph as it was written, its marks too, with weight where Markdown has it. */
+function paragraph(text) {
+  const parts = text.split(MARKED);
+  return make("div", {}, ...parts.map((part, index) =>
+    index % 2 ? make(part[0] === "`" ? "code" : "strong", {}, part) : part));
+}
+
 /** Text as blocks: paragraphs, and its ```fenced``` parts as code. As it grows only the last one changes. */
 function prose(text) {
   return text.split(/^```[^\n]*\n?/m).flatMap((part, index) => index % 2
     ? make("pre", {}, make("code", {}, part))
-    : part.split(/(?<=\n\n)/).map((paragraph) => make("div", {}, paragraph)));
+    : part.split(/(?<=\n\n)/).map(paragraph));
 }
 
 /** Makes `old` look like `wanted`, and leaves what is equal alone: its focus, its selection, what is unfolded. */
@@ -118,6 +127,7 @@ export class Chat {
 
   clear() {
     this.stop();
+    this.controller = null; // the next message need not wait for its end
     this.messages = [];
     this.showAll();
     this.prompt.focus();
