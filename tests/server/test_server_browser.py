@@ -178,6 +178,16 @@ def test_a_call_is_shown_and_its_result_goes_back(page: Page, tmp_path: Path) ->
         answered(page, 2)
         assert "snow, -3 °C" in model.prompt and '"Bern"' in model.prompt
         assert texts(page, ".assistant > .text")[1] == "It snows."
+        # A call that was cut asks for no result, and the conversation goes on without it.
+        model.says(WRITERS["hermes"]([("get_weather", {"city": "Chur"})]).partition("ur")[0])
+        say(page, "And in Chur?")
+        answered(page, 3)
+        assert texts(page, ".assistant:last-child pre") == ['{"city": "Ch']
+        assert texts(page, ".assistant:last-child .actions button") == ["Retry"]
+        model.says("It rains.")
+        say(page, "Well?")
+        answered(page, 4)
+        assert texts(page, ".assistant > .text")[3] == "It rains." and '"Ch' not in model.prompt
 
 
 def test_a_key_is_asked_for_kept_in_the_tab_and_used(page: Page) -> None:

@@ -62,24 +62,29 @@ export class Answer {
   get isEmpty() {
     return !this.content && !this.calls.length;
   }
+
+  /** The calls that came whole. One that was cut is shown, but the server would refuse it in the next request. */
+  get whole() {
+    return this.calls.filter((each) => parsed(each.arguments) !== undefined);
+  }
 }
 
 /** A message as the API wants it. */
 function forApi(message) {
   if (!(message instanceof Answer)) return message;
   const sent = { role: "assistant", content: message.content };
-  if (message.calls.length) {
-    sent.tool_calls = message.calls.map((each) =>
+  if (message.whole.length) {
+    sent.tool_calls = message.whole.map((each) =>
       ({ id: each.id, type: "function", function: { name: each.name, arguments: each.arguments } }));
   }
   return sent;
 }
 
-function pretty(json) {
+function parsed(json) {
   try {
-    return JSON.stringify(JSON.parse(json), null, 2);
+    return JSON.parse(json);
   } catch {
-    return json;
+    return undefined;
   }
 }
 
@@ -176,7 +181,7 @@ export class Chat {
   }
 
   async answer({ system, ...parameters }) {
-    const sent = this.messages.filter((each) => !(each instanceof Answer && each.isEmpty)).map(forApi);
+    const sent = this.messages.filter((each) => !(each instanceof Answer) || each.content || each.whole.length).map(forApi);
     if (system) sent.unshift({ role: "system", content: system });
     const answer = new Answer();
     this.messages.push(answer);
@@ -291,7 +296,7 @@ export class Chat {
     }
     const actions = [["Retry", () => this.answerFrom(index)]];
     if (answer.content && navigator.clipboard) actions.push(["Copy", (event) => this.copy(answer.content, event.target)]);
-    if (answer.calls.length && index === this.messages.length - 1) {
+    if (answer.whole.length && index === this.messages.length - 1) {
       actions.unshift(["Send results", () => this.sendResults(answer)]);
     }
     item.append(make("footer", {}, this.actions(...actions), make("p", { className: "note" }, answer.note)));
@@ -304,10 +309,12 @@ export class Chat {
   }
 
   callElement(each, answer) {
+    const isWhole = answer.whole.includes(each);
+    const text = isWhole ? JSON.stringify(parsed(each.arguments), null, 2) : each.arguments;
     const box = make("div", { className: "call" },
-      make("p", {}, "calls ", make("code", {}, each.name)), make("pre", {}, make("code", {}, pretty(each.arguments))));
+      make("p", {}, "calls ", make("code", {}, each.name)), make("pre", {}, make("code", {}, text)));
     const isLast = this.messages.at(-1) === answer;
-    if (!answer.running && isLast) {
+    if (!answer.running && isLast && isWhole) {
       const input = make("textarea", { rows: 2, value: each.result, spellcheck: false });
       input.addEventListener("input", () => (each.result = input.value));
       box.append(make("label", {}, `Result of ${each.name}`, input));
@@ -318,7 +325,7 @@ export class Chat {
   sendResults(answer) {
     const parameters = this.parameters();
     if (this.controller || parameters === null) return;
-    for (const each of answer.calls) {
+    for (const each of answer.whole) {
       this.messages.push({ role: "tool", tool_call_id: each.id, content: each.result });
     }
     this.answer(parameters);
