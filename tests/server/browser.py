@@ -88,6 +88,8 @@ def browser(profile: Path) -> Iterator[Page]:
     """A new browser with one tab, with its files under `profile`."""
     assert CHROMIUM is not None
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+    # It asks nobody but the server under test.
+    options += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
     log = profile / "log"
     with log.open("wb") as errors:
         process = subprocess.Popen(
