@@ -9,7 +9,7 @@ import enum
 import functools
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, get_type_hints
 
 import msgspec
 
@@ -243,13 +243,15 @@ class SchedulerStats(msgspec.Struct, kw_only=True):
 
 class PoolView(msgspec.Struct, kw_only=True, frozen=True):
     """Who holds the KV cache's blocks, by one of every `stride` of them. `owners`: the row of the running sequence that
-    was admitted first of those that hold the block; -1 for a free one; -2 for one that is free, but may still be found
-    as a prefix. `num_holders`: how many sequences share it. `num_tokens`: of each running sequence, by its row."""
+    holds the block, or one of the three below. `num_tokens`: of each running sequence, by its row."""
 
     stride: int
     owners: list[int]
-    num_holders: list[int]
     num_tokens: dict[int, int]
+
+    FREE: ClassVar[int] = -1
+    KEPT: ClassVar[int] = -2  # free, but may still be found as a prefix
+    SHARED: ClassVar[int] = -3  # held by several
 
 
 # --- one step: scheduler -> runner -> scheduler -------------------------------------------------------------------

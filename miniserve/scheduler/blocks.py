@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from miniserve.config import SchedulerConfig
+from miniserve.core import PoolView
 from miniserve.scheduler.block_pool import BlockPool
 from miniserve.scheduler.sequence import Sequence
 
@@ -16,6 +17,7 @@ class SequenceBlocks:
         self._size = config.block_size
         self._caching = config.enable_prefix_caching
         self._new: list[tuple[int, int, list[int]]] = []
+        self._row_sums = [0] * config.num_blocks  # of each block's holders: with one holder, its row
 
     def take_new(self) -> list[tuple[int, int, list[int]]]:
         """Additions since the last call, as (row, index in its table, blocks)."""
@@ -54,6 +56,8 @@ class SequenceBlocks:
     def _append(self, seq: Sequence, blocks: list[int]) -> None:
         self._new.append((seq.row, len(seq.blocks), blocks))
         seq.blocks += blocks
+        for block in blocks:
+            self._row_sums[block] += seq.row
         seq.limit = min(len(seq.blocks) * self._size, seq.end)
 
     def cache_full(self, seq: Sequence) -> None:
@@ -72,4 +76,13 @@ class SequenceBlocks:
         """Release all blocks of the sequence."""
         self.cache_full(seq)
         self.pool.release(seq.blocks)
+        for block in seq.blocks:
+            self._row_sums[block] -= seq.row
         seq.blocks = []
+
+    def owner(self, block: int) -> int:
+        """As in `PoolView.owners`."""
+        holders = self.pool.num_holders(block)
+        if holders:
+            return self._row_sums[block] if holders == 1 else PoolView.SHARED
+        return PoolView.KEPT if self.pool.is_cached(block) else PoolView.FREE

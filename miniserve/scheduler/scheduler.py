@@ -148,17 +148,11 @@ class Scheduler:
         )
 
     def pool_view(self, max_blocks: int) -> PoolView:
-        """At most `max_blocks` blocks of the pool. Looks at every block that is held: some 3 ms for 60,000."""
+        """At most `max_blocks` blocks of the pool. Looks at these and once at each sequence, whatever it holds."""
         stride = -(-self._config.num_blocks // max_blocks)
-        shown = sample(self._config.num_blocks, stride)
-        wanted = frozenset(shown)
-        owners: dict[int, int] = {}
-        for seq in reversed(self._running.values()):
-            owners.update(dict.fromkeys(wanted.intersection(seq.blocks), seq.row))
         return PoolView(
             stride=stride,
-            owners=[owners.get(block, -2 if self._pool.is_cached(block) else -1) for block in shown],
-            num_holders=[self._pool.num_holders(block) for block in shown],
+            owners=[self._blocks.owner(block) for block in sample(self._config.num_blocks, stride)],
             num_tokens={seq.row: seq.num_computed for seq in self._running.values()},
         )
 

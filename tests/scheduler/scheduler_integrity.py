@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+from miniserve.core import PoolView
 from miniserve.scheduler.block_pool import ROOT, BlockPool, sample
 from miniserve.scheduler.scheduler import Scheduler
 from miniserve.scheduler.sequence import Sequence
@@ -37,12 +38,11 @@ def check_integrity(scheduler: Scheduler) -> None:
 def _view_faults(scheduler: Scheduler, running: list[Sequence]) -> Iterable[str]:
     pool = scheduler._pool
     view = scheduler.pool_view(pool.num_blocks // 2 + 1)
-    owners = [-1 if key is None else -2 for key in pool._keys]
+    owners = [PoolView.FREE if key is None else PoolView.KEPT for key in pool._keys]
     for seq in running:
         for block in seq.blocks:
-            owners[block] = seq.row if owners[block] < 0 else owners[block]
-    shown = sample(pool.num_blocks, view.stride)
-    if view.owners != [owners[block] for block in shown] or view.num_holders != [pool._refs[block] for block in shown]:
+            owners[block] = seq.row if owners[block] in (PoolView.FREE, PoolView.KEPT) else PoolView.SHARED
+    if view.owners != [owners[block] for block in sample(pool.num_blocks, view.stride)]:
         yield "the view of the pool shows other holders"
 
 

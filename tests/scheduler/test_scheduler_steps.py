@@ -7,7 +7,7 @@ import pytest
 from scheduler_fakes import VOCAB, Driver, context_of, expected_of, make_config, make_request, next_token
 from scheduler_integrity import check_integrity
 
-from miniserve.core import FinishReason, InvalidRequest, Request, StepPlan, TokenLogprobs
+from miniserve.core import FinishReason, InvalidRequest, PoolView, Request, StepPlan, TokenLogprobs
 from miniserve.scheduler.block_pool import sample
 from miniserve.scheduler.scheduler import Scheduler
 
@@ -37,18 +37,18 @@ def test_the_view_of_the_pool_tells_requests_shared_prefixes_and_what_is_kept_ap
     driver = Driver(make_config(block_size=4, num_blocks=12))
     driver.add(make_request("gone", [*range(100, 108), 0], max_tokens=1))
     driver.drain()
-    assert driver.scheduler.pool_view(12).owners == [-2, -2] + [-1] * 10
+    assert driver.scheduler.pool_view(12).owners == [PoolView.KEPT] * 2 + [PoolView.FREE] * 10
     driver.add(make_request("a", [*range(8), 50], max_tokens=20))
     driver.turn()
     driver.add(make_request("b", [*range(8), 60], max_tokens=20))
     driver.turn()
     view = driver.scheduler.pool_view(12)
-    assert sorted(zip(view.owners, view.num_holders, strict=True)) == (
-        [(-2, 0)] * 2 + [(-1, 0)] * 6 + [(0, 1)] + [(0, 2)] * 2 + [(1, 1)]
-    )
+    assert sorted(view.owners) == [PoolView.SHARED] * 2 + [PoolView.KEPT] * 2 + [PoolView.FREE] * 6 + [0, 1]
     assert set(view.num_tokens) == {0, 1} and view.stride == 1
     fewer = driver.scheduler.pool_view(5)
     assert (fewer.stride, fewer.owners) == (3, [view.owners[block] for block in sample(12, 3)])
+    driver.scheduler.abort("a")  # the prefix is the other's alone now, whoever came first
+    assert sorted(driver.scheduler.pool_view(12).owners) == [PoolView.KEPT] * 2 + [PoolView.FREE] * 7 + [1] * 3
 
 
 # --- the shape of a step ------------------------------------------------------------------------------------------

@@ -88,6 +88,8 @@ def browser(profile: Path) -> Iterator[Page]:
     """A new browser with one tab, with its files under `profile`."""
     assert CHROMIUM is not None
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+    # It asks nobody but the server under test.
+    options += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
     log = profile / "log"
     with log.open("wb") as errors:
         process = subprocess.Popen(
@@ -97,7 +99,7 @@ def browser(profile: Path) -> Iterator[Page]:
             stderr=errors,
         )
         try:
-            with connect(_tab(process, log), max_size=None, proxy=None) as socket:
+            with connect(_tab(process, log), max_size=None, ping_interval=None, proxy=None) as socket:
                 yield Page(socket)
         finally:
             process.terminate()

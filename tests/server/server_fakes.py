@@ -163,14 +163,9 @@ class FakeEngine:
         if self.dead:
             raise EngineDead(self.dead)
         # Rows 0 and 1 share a prefix of two blocks; four blocks of others are kept.
-        owners = [0, 0, 0, 1, 1, -2, -2, -2, -2]
-        free = self.info.num_blocks - len(owners)
-        return PoolView(
-            stride=1,
-            owners=owners + [-1] * free,
-            num_holders=[2, 2, 1, 1, 1, 0, 0, 0, 0] + [0] * free,
-            num_tokens={0: 44, 1: 60},
-        )
+        owners = [PoolView.SHARED] * 2 + [0, 1, 1] + [PoolView.KEPT] * 4
+        owners += [PoolView.FREE] * (self.info.num_blocks - len(owners))
+        return PoolView(stride=1, owners=owners, num_tokens={0: 44, 1: 60})
 
     def generate(self, request: Request) -> CompletionStream:
         prompt_token_ids, params = request.prompt_token_ids, request.params

@@ -80,7 +80,7 @@ def test_a_look_at_the_engine_needs_the_key_and_says_what_the_page_shows(server:
     assert (look["decoded_tokens"], look["prefilled_tokens"]) == (88, 55)
     assert look["bandwidth_share"] == pytest.approx(0.7) and look["steps"].startswith("step 100 ms · 70 % of 1.0 TB/s")
     assert (look["running"], look["max_running"], look["num_blocks"], look["block_size"]) == (0, 256, 64, 16)
-    assert look["pool"]["owners"][:6] == [0, 0, 0, 1, 1, -2] and len(look["pool"]["num_holders"]) == 64
+    assert look["pool"]["owners"][:6] == [-3, -3, 0, 1, 1, -2] and len(look["pool"]["owners"]) == 64
     assert look["pool"]["num_tokens"] == {"0": 44, "1": 60}
     assert look["num_engines"] == 1
     refused = httpx.get(f"{url}?engine=1", headers={"x-api-key": "k"})

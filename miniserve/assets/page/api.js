@@ -14,14 +14,15 @@ export function saveKey(key) {
 
 /** Seconds to wait before the next try, after `failures` in a row. */
 export function backOff(failures) {
-  return Math.min(15, 0.5 * 2 ** Math.max(0, failures - 1));
+  return Math.min(5, 0.5 * 2 ** Math.max(0, failures - 1));
 }
 
 /**
- * The answer to a request. `askForKey(refused)` is awaited where the server wants a key, or another one.
- * Throws `Lost`, an AbortError, or an Error with the server's own sentence.
+ * The answer to a request. Where the server wants a key, or another one, `askForKey(refused)` says whether there is one.
+ * Throws `Lost`, also where all of the answer is not there in `patience` ms, an AbortError, or an Error with the
+ * server's own sentence.
  */
-export async function call(path, { askForKey, body, signal } = {}) {
+export async function call(path, { askForKey, body, signal, patience } = {}) {
   for (;;) {
     const key = savedKey();
     const headers = key ? { Authorization: `Bearer ${key}` } : {};
@@ -32,7 +33,7 @@ export async function call(path, { askForKey, body, signal } = {}) {
         method: body ? "POST" : "GET",
         headers,
         body: body && JSON.stringify(body),
-        signal,
+        signal: patience ? AbortSignal.timeout(patience) : signal,
         cache: "no-store",
       });
     } catch (error) {
@@ -40,9 +41,10 @@ export async function call(path, { askForKey, body, signal } = {}) {
       throw new Lost("The server does not answer.");
     }
     if (response.ok) return response;
-    if (response.status === 401 && askForKey) {
-      await Promise.race([askForKey(key !== null), aborted(signal)]);
-      continue;
+    if (response.status === 401 && savedKey() !== key) continue; // it was given in the meantime
+    if (response.status === 401) {
+      if (askForKey && (await Promise.race([askForKey(key !== null), aborted(signal)]))) continue;
+      throw new Error("The server asks for an API key.");
     }
     const answer = await response.json().catch(() => null);
     const message = answer?.error?.message ?? `The server answered ${response.status}.`;

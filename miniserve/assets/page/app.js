@@ -12,28 +12,32 @@ const element = (id) => document.getElementById(id);
 // --- the API key ---------------------------------------------------------------------------------------------------
 
 const dialog = element("key-dialog");
-let keyGiven = null; // what all wait for that need one
+let question = null; // what all wait for that need a key
+let declined = false; // then only what the user does asks again
 
 function askForKey(refused) {
   element("show-key").hidden = false;
   element("key-wrong").hidden = !refused;
-  if (!keyGiven) {
-    keyGiven = {};
-    keyGiven.promise = new Promise((resolve) => (keyGiven.resolve = resolve));
-    dialog.showModal();
-  }
-  element("state").textContent = "needs a key";
-  return keyGiven.promise;
+  question ??= Promise.withResolvers();
+  if (!dialog.open) dialog.showModal();
+  showState("needs a key");
+  return question.promise;
 }
 
 element("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   saveKey(element("key").value.trim());
-  element("key").value = "";
+  declined = false;
+  question?.resolve(true);
+  question = null;
   dialog.close();
-  keyGiven?.resolve();
-  keyGiven = null;
   wake();
+});
+dialog.addEventListener("close", () => {
+  element("key").value = "";
+  declined ||= question !== null;
+  question?.resolve(false);
+  question = null;
 });
 element("key-cancel").addEventListener("click", () => dialog.close());
 element("show-key").addEventListener("click", () => dialog.showModal());
@@ -51,28 +55,40 @@ const pause = (seconds) => new Promise((resolve) => {
   };
 });
 
+function showState(words, kind = "") {
+  if (element("state").textContent !== words) element("state").textContent = words; // it is read aloud
+  element("state").className = kind;
+}
+
 function lost(error) {
   failures += 1;
-  const seconds = backOff(failures);
-  element("state").textContent = "lost";
-  element("state").className = "bad";
-  element("lost-why").textContent = `${error.message} Next try in ${seconds} s.`;
+  showState(declined ? "needs a key" : "lost", "bad");
+  const words = `${error.message} Trying again.`;
+  if (element("lost-why").textContent !== words) element("lost-why").textContent = words;
   element("lost").hidden = false;
   document.body.classList.add("without-server");
-  return seconds;
+  return backOff(failures);
 }
 
 function found() {
-  element("state").textContent = "connected";
-  element("state").className = "good";
+  showState("connected", "good");
   element("lost").hidden = true;
+  element("lost-why").textContent = "";
   document.body.classList.remove("without-server");
   failures = 0;
 }
 
+async function ask(path) {
+  const response = await call(path, { askForKey: declined ? null : askForKey, patience: PATIENCE });
+  return response.json().catch((error) => {
+    throw new Lost("The server does not answer.", { cause: error });
+  });
+}
+
 async function loadModels() {
-  const { data } = await (await call("v1/models", { askForKey })).json();
-  element("model-name").textContent = data[0].id;
+  const { data } = await ask("v1/models");
+  element("model-name").textContent = element("model-name").title = data[0].id;
+  document.title = `${data[0].id} · miniserve`;
   const select = document.querySelector("[name=model]");
   const chosen = select.value;
   select.replaceChildren(...data.map(({ id }) => make("option", { value: id }, id)));
@@ -81,13 +97,11 @@ async function loadModels() {
 
 async function look() {
   if (!element("model-name").textContent || failures) await loadModels();
-  const signal = AbortSignal.timeout(PATIENCE);
   if (element("engine").hidden) {
-    await call("health", { signal });
+    await call("health", { patience: PATIENCE });
     return RESTING;
   }
-  const number = element("which-engine").value || "0";
-  view.show(await (await call(`debug/engine?engine=${number}`, { askForKey, signal })).json());
+  view.show(await ask(`debug/engine?engine=${element("which-engine").value || "0"}`));
   return WATCHING;
 }
 
@@ -126,7 +140,10 @@ element("which-engine").addEventListener("change", () => {
   view.forget();
   wake();
 });
-element("try-now").addEventListener("click", () => wake());
+element("try-now").addEventListener("click", () => {
+  declined = false;
+  wake();
+});
 addEventListener("online", () => wake());
 element("show-key").hidden = savedKey() === null;
 showEngine(matchMedia("(min-width: 1000px)").matches);

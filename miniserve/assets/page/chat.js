@@ -11,10 +11,30 @@ export function make(tag, properties = {}, ...children) {
   return element;
 }
 
-/** Text with its ```fenced``` parts as blocks of code. */
+const MARKED = /(`[^`\n]+`|\*\*[^\s*][^*\n]*\*\*|^#+ .*$)/m; // Markdown's code, bold text and headings
+
+/** A paragraph as it was written, its marks too, with weight where Markdown has it. */
+function paragraph(text) {
+  const parts = text.split(MARKED);
+  return make("div", {}, ...parts.map((part, index) =>
+    index % 2 ? make(part[0] === "`" ? "code" : "strong", {}, part) : part));
+}
+
+/** Text as blocks: paragraphs, and its ```fenced``` parts as code. As it grows only the last one changes. */
 function prose(text) {
-  return text.split(/^```[^\n]*\n?/m).map((part, index) =>
-    index % 2 ? make("pre", {}, make("code", {}, part)) : document.createTextNode(part));
+  return text.split(/^```[^\n]*\n?/m).flatMap((part, index) => index % 2
+    ? make("pre", {}, make("code", {}, part))
+    : part.split(/(?<=\n\n)/).map(paragraph));
+}
+
+/** Makes `old` look like `wanted`, and leaves what is equal alone: its focus, its selection, what is unfolded. */
+function morph(old, wanted) {
+  if (old.isEqualNode(wanted)) return;
+  if (old.nodeName !== wanted.nodeName || old.className !== wanted.className) return old.replaceWith(wanted);
+  if (old.nodeType === Node.TEXT_NODE) old.data = wanted.data;
+  const parts = [...wanted.childNodes];
+  while (old.childNodes.length > parts.length) old.lastChild.remove();
+  parts.forEach((part, index) => (index < old.childNodes.length ? morph(old.childNodes[index], part) : old.append(part)));
 }
 
 /** What one answer's stream has said so far; `add` takes an event's delta. */
@@ -42,24 +62,29 @@ export class Answer {
   get isEmpty() {
     return !this.content && !this.calls.length;
   }
+
+  /** The calls that came whole. One that was cut is shown, but the server would refuse it in the next request. */
+  get whole() {
+    return this.calls.filter((each) => parsed(each.arguments) !== undefined);
+  }
 }
 
 /** A message as the API wants it. */
 function forApi(message) {
   if (!(message instanceof Answer)) return message;
   const sent = { role: "assistant", content: message.content };
-  if (message.calls.length) {
-    sent.tool_calls = message.calls.map((each) =>
+  if (message.whole.length) {
+    sent.tool_calls = message.whole.map((each) =>
       ({ id: each.id, type: "function", function: { name: each.name, arguments: each.arguments } }));
   }
   return sent;
 }
 
-function pretty(json) {
+function parsed(json) {
   try {
-    return JSON.stringify(JSON.parse(json), null, 2);
+    return JSON.parse(json);
   } catch {
-    return json;
+    return undefined;
   }
 }
 
@@ -107,6 +132,7 @@ export class Chat {
 
   clear() {
     this.stop();
+    this.controller = null; // the next message need not wait for its end
     this.messages = [];
     this.showAll();
     this.prompt.focus();
@@ -155,7 +181,7 @@ export class Chat {
   }
 
   async answer({ system, ...parameters }) {
-    const sent = this.messages.filter((each) => !(each instanceof Answer && each.isEmpty)).map(forApi);
+    const sent = this.messages.filter((each) => !(each instanceof Answer) || each.content || each.whole.length).map(forApi);
     if (system) sent.unshift({ role: "system", content: system });
     const answer = new Answer();
     this.messages.push(answer);
@@ -197,10 +223,11 @@ export class Chat {
     const parts = [reason === "length" ? "cut at the limit of tokens" : ""];
     if (usage) {
       const count = usage.completion_tokens;
-      const seconds = (performance.now() - first) / 1000;
+      const rate = (count - 1) / ((performance.now() - first) / 1000);
       parts.push(`${usage.prompt_tokens} in, ${count} out`);
       if (first) parts.push(`first after ${((first - begun) / 1000).toFixed(2)} s`);
-      if (first && count > 1 && seconds > 0) parts.push(`${((count - 1) / seconds).toFixed(1)} tokens/s`);
+      // A few tokens come at once, whatever the engine's speed.
+      if (first && count > 8 && rate < 1e5) parts.push(`${rate.toFixed(rate < 100 ? 1 : 0)} tokens/s`);
     }
     return parts.filter((each) => each).join(" · ");
   }
@@ -208,14 +235,19 @@ export class Chat {
   // --- what is seen ----------------------------------------------------------------------------------------------
 
   buttons() {
-    document.getElementById("send").hidden = this.controller !== null;
-    document.getElementById("stop").hidden = this.controller === null;
+    const buttons = ["send", "stop"].map((id) => document.getElementById(id));
+    const [hidden, shown] = this.controller ? buttons : buttons.reverse();
+    shown.hidden = false;
+    if (document.activeElement === hidden) shown.focus();
+    hidden.hidden = true;
+    this.list.ariaBusy = String(this.controller !== null); // else each piece of the answer would be read aloud
   }
 
   showAll() {
     this.buttons();
+    if (this.list.contains(document.activeElement)) this.list.focus();
     this.list.replaceChildren(...this.messages.map((message, index) => this.element(message, index)));
-    if (!this.messages.length) this.list.append(make("li", { className: "empty" }, "Say something to the model."));
+    if (!this.messages.length) this.list.append(make("p", { className: "empty" }, "Say something to the model."));
     this.list.scrollTop = this.list.scrollHeight;
   }
 
@@ -232,24 +264,18 @@ export class Chat {
   show(index) {
     const { scrollTop, scrollHeight, clientHeight } = this.list;
     const atEnd = scrollHeight - scrollTop - clientHeight < 40;
-    const old = this.list.children[index];
-    const open = old.querySelector("details.reasoning")?.open;
-    const fresh = this.element(this.messages[index], index);
-    if (open) fresh.querySelector("details.reasoning").open = true;
-    if (old.contains(document.activeElement) && document.activeElement.matches("summary")) {
-      old.replaceWith(fresh);
-      fresh.querySelector("summary")?.focus();
-    } else old.replaceWith(fresh);
+    morph(this.list.children[index], this.element(this.messages[index], index));
     if (atEnd) this.list.scrollTop = this.list.scrollHeight;
   }
 
   element(message, index) {
-    const item = make("li", { className: message.role });
-    item.append(make("h3", {}, { user: "You", assistant: "Model", tool: "Tool result" }[message.role]));
+    const item = make("article", { className: message.role });
+    const call = this.messages.flatMap(({ calls }) => calls ?? []).find(({ id }) => id === message.tool_call_id);
+    item.append(make("h2", {}, { user: "You", assistant: "Model", tool: `Result of ${call?.name}` }[message.role]));
     if (message instanceof Answer) this.fillAnswer(item, message, index);
     else {
       item.append(make("div", { className: "text" }, ...prose(message.content)));
-      if (message.role === "user") item.append(this.actions(["Edit", () => this.edit(item, index)]));
+      if (message.role === "user") item.append(this.actions(["Edit", () => this.edit(index)]));
     }
     return item;
   }
@@ -258,29 +284,37 @@ export class Chat {
     if (answer.reasoning) {
       const words = answer.running && answer.isEmpty ? "Reasoning…" : "Reasoning";
       item.append(make("details", { className: "reasoning" }, make("summary", {}, words),
-        make("div", { className: "text" }, answer.reasoning)));
+        make("div", { className: "text" }, ...prose(answer.reasoning))));
     }
-    item.append(make("div", { className: "text" }, ...prose(answer.content)));
+    const text = make("div", { className: "text" }, ...prose(answer.content));
+    item.append(text);
     for (const each of answer.calls.filter((each) => each)) item.append(this.callElement(each, answer));
     if (answer.error) item.append(make("p", { className: "error" }, answer.error));
     if (answer.running) {
-      item.append(make("span", { className: "cursor", ariaLabel: "writing" }));
+      (answer.calls.length ? item : text.lastChild).append(make("span", { className: "cursor", ariaLabel: "writing" }));
       return;
     }
-    if (answer.note) item.append(make("p", { className: "note" }, answer.note));
     const actions = [["Retry", () => this.answerFrom(index)]];
-    if (answer.content && navigator.clipboard) actions.push(["Copy", () => navigator.clipboard.writeText(answer.content)]);
-    if (answer.calls.length && index === this.messages.length - 1) {
+    if (answer.content && navigator.clipboard) actions.push(["Copy", (event) => this.copy(answer.content, event.target)]);
+    if (answer.whole.length && index === this.messages.length - 1) {
       actions.unshift(["Send results", () => this.sendResults(answer)]);
     }
-    item.append(this.actions(...actions));
+    item.append(make("footer", {}, this.actions(...actions), make("p", { className: "note" }, answer.note)));
+  }
+
+  async copy(text, button) {
+    await navigator.clipboard.writeText(text);
+    button.textContent = "Copied";
+    setTimeout(() => (button.textContent = "Copy"), 1500);
   }
 
   callElement(each, answer) {
+    const isWhole = answer.whole.includes(each);
+    const text = isWhole ? JSON.stringify(parsed(each.arguments), null, 2) : each.arguments;
     const box = make("div", { className: "call" },
-      make("p", {}, "calls ", make("code", {}, each.name)), make("pre", {}, make("code", {}, pretty(each.arguments))));
+      make("p", {}, "calls ", make("code", {}, each.name)), make("pre", {}, make("code", {}, text)));
     const isLast = this.messages.at(-1) === answer;
-    if (!answer.running && isLast) {
+    if (!answer.running && isLast && isWhole) {
       const input = make("textarea", { rows: 2, value: each.result, spellcheck: false });
       input.addEventListener("input", () => (each.result = input.value));
       box.append(make("label", {}, `Result of ${each.name}`, input));
@@ -291,7 +325,7 @@ export class Chat {
   sendResults(answer) {
     const parameters = this.parameters();
     if (this.controller || parameters === null) return;
-    for (const each of answer.calls) {
+    for (const each of answer.whole) {
       this.messages.push({ role: "tool", tool_call_id: each.id, content: each.result });
     }
     this.answer(parameters);
@@ -306,10 +340,11 @@ export class Chat {
     return make("div", { className: "actions" }, ...buttons);
   }
 
-  edit(item, index) {
+  edit(index) {
+    const item = this.list.children[index];
     const input = make("textarea", { rows: 3, value: this.messages[index].content, ariaLabel: "Edit the message" });
     const back = () => {
-      this.show(index);
+      item.replaceWith(this.element(this.messages[index], index));
       this.list.children[index].querySelector("button").focus();
     };
     const send = () => {
@@ -322,7 +357,7 @@ export class Chat {
       this.sendsOnEnter(event, send);
       if (event.key === "Escape") back();
     });
-    item.replaceChildren(make("h3", {}, "You"), input, this.actions(["Send", send], ["Cancel", back]));
+    item.replaceChildren(make("h2", {}, "You"), input, this.actions(["Send", send], ["Cancel", back]));
     input.focus();
   }
 }

@@ -2,9 +2,9 @@
 
 import { make } from "./chat.js";
 
-const HISTORY = 120; // looks
-const CELL = 10, GAP = 2; // CSS pixels
-const MAX_ROWS = 32; // of the table
+const HISTORY = 120; // seconds
+const MAX_ROWS = 64; // that are listed
+const FREE = -1, KEPT = -2, SHARED = -3; // owners of blocks that are no rows
 
 const element = (id) => document.getElementById(id);
 const percent = (share) => (share === null ? "–" : `${Math.round(100 * share)} %`);
@@ -32,12 +32,12 @@ export class EngineView {
   /** Another engine is shown from now on. */
   forget() {
     this.last = null;
-    this.rates = [];
-    this.shares = [];
+    this.points = []; // [time, tokens/s, share of bandwidth]: values of the time since the point before
   }
 
   show(look) {
     this.chooseOf(look.num_engines);
+    if (this.last && look.time < this.last.time) this.forget(); // another clock
     const decode = rate(this.last, look, "decoded_tokens");
     const prefill = rate(this.last, look, "prefilled_tokens");
     element("running").textContent = `${look.running} of ${look.max_running}`;
@@ -48,8 +48,8 @@ export class EngineView {
     const asked = look.prefix_cache_queries;
     element("hits").textContent = asked ? percent(look.prefix_cache_hits / asked) : "–";
     element("steps").textContent = look.steps ?? "No step decoded in the last second.";
-    this.rates = [...this.rates, decode ?? 0].slice(-HISTORY);
-    this.shares = [...this.shares, look.bandwidth_share ?? 0].slice(-HISTORY);
+    this.points.push([look.time, decode ?? 0, look.bandwidth_share ?? 0]);
+    while (this.points[1]?.[0] < look.time - HISTORY) this.points.shift();
     this.last = look;
     this.showPool(look);
     this.draw();
@@ -63,20 +63,18 @@ export class EngineView {
   }
 
   showPool({ num_blocks, block_size, kv_cache_usage, preemptions, pool }) {
+    const count = (value) => value.toLocaleString("en");
     const every = pool.stride > 1 ? ` One of every ${pool.stride} blocks is shown.` : "";
-    const text = `${percent(kv_cache_usage)} of ${num_blocks.toLocaleString("en")} blocks of ${block_size} tokens are ` +
-      `held; ${preemptions} preemptions so far.${every}`;
+    const text = `${count(Math.round(kv_cache_usage * num_blocks))} of ${count(num_blocks)} blocks of ${block_size} ` +
+      `tokens are held (${percent(kv_cache_usage)}); ${count(preemptions)} preemptions so far.${every}`;
     element("pool-text").textContent = text;
     element("pool").ariaLabel = text;
-    const blocks = new Map();
-    for (const owner of pool.owners) blocks.set(owner, (blocks.get(owner) ?? 0) + 1);
     const rows = Object.entries(pool.num_tokens).map(([row, tokens]) => [Number(row), tokens]).sort((a, b) => a[0] - b[0]);
-    element("rows").hidden = !rows.length;
-    element("rows").tBodies[0].replaceChildren(...rows.slice(0, MAX_ROWS).map(([row, tokens]) => {
+    element("rows-title").hidden = !rows.length;
+    element("rows").replaceChildren(...rows.slice(0, MAX_ROWS).map(([row, tokens]) => {
       const swatch = make("span", { className: "key" });
       swatch.style.background = rowColour(row);
-      return make("tr", {}, make("td", {}, swatch, String(row)), make("td", {}, tokens.toLocaleString("en")),
-        make("td", {}, String(blocks.get(row) ?? 0)));
+      return make("li", {}, swatch, `${row}: ${count(tokens)}`);
     }));
     element("more-rows").textContent = rows.length > MAX_ROWS ? `and ${rows.length - MAX_ROWS} more` : "";
   }
@@ -84,9 +82,9 @@ export class EngineView {
   draw() {
     if (element("engine").hidden) return;
     this.colours = getComputedStyle(document.documentElement);
-    this.chart(element("rate-chart"), this.rates, Math.max(10, ...this.rates), (value) => rounded(value));
-    this.chart(element("share-chart"), this.shares, 1, percent);
-    this.grid(element("pool"), this.last.pool);
+    this.chart(element("rate-chart"), 1, Math.max(10, ...this.points.map((point) => point[1])), rounded);
+    this.chart(element("share-chart"), 2, 1, percent);
+    this.grid(element("pool"), this.last.pool.owners);
   }
 
   colour(name) {
@@ -104,18 +102,22 @@ export class EngineView {
     return [context, width];
   }
 
-  chart(canvas, values, top, words) {
+  /** One value of the points, as steps: each holds since the point before. */
+  chart(canvas, which, top, words) {
     const height = 56;
     const [context, width] = this.surface(canvas, height);
-    const step = width / (HISTORY - 1), left = width - step * (values.length - 1);
+    const x = (time) => width * (1 - (this.last.time - time) / HISTORY);
     const y = (value) => height - 1 - (height - 4) * Math.min(1, value / top);
     context.beginPath();
-    values.forEach((value, index) => context.lineTo(left + index * step, y(value)));
+    this.points.forEach((point, index) => {
+      context.lineTo(x(this.points[Math.max(0, index - 1)][0]), y(point[which]));
+      context.lineTo(x(point[0]), y(point[which]));
+    });
     context.strokeStyle = this.colour("--accent");
     context.lineWidth = 1.5;
     context.stroke();
     context.lineTo(width, height);
-    context.lineTo(left, height);
+    context.lineTo(x(this.points[0][0]), height);
     context.globalAlpha = 0.15;
     context.fillStyle = this.colour("--accent");
     context.fill();
@@ -125,17 +127,16 @@ export class EngineView {
     context.fillText(words(top), 4, 12);
   }
 
-  grid(canvas, { owners, num_holders }) {
-    const columns = Math.max(1, Math.floor((canvas.clientWidth + GAP) / (CELL + GAP)));
-    const [context] = this.surface(canvas, Math.ceil(owners.length / columns) * (CELL + GAP));
+  grid(canvas, owners) {
+    const [cell, gap] = owners.length > 512 ? [6, 1] : [10, 2]; // CSS pixels
+    const columns = Math.max(1, Math.floor((canvas.clientWidth + gap) / (cell + gap)));
+    const [context] = this.surface(canvas, Math.ceil(owners.length / columns) * (cell + gap));
+    const colours = { [FREE]: this.colour("--free"), [KEPT]: this.colour("--kept"), [SHARED]: this.colour("--text") };
     owners.forEach((owner, index) => {
-      const x = (index % columns) * (CELL + GAP), y = Math.floor(index / columns) * (CELL + GAP);
-      context.fillStyle = owner >= 0 ? rowColour(owner) : this.colour(owner === -2 ? "--kept" : "--free");
-      context.fillRect(x, y, CELL, CELL);
-      if (num_holders[index] > 1) { // a hole, so that it does not depend on seeing colours
-        context.fillStyle = this.colour("--back");
-        context.fillRect(x + 3, y + 3, CELL - 6, CELL - 6);
-      }
+      const x = (index % columns) * (cell + gap), y = Math.floor(index / columns) * (cell + gap);
+      context.fillStyle = colours[owner] ??= rowColour(owner);
+      context.fillRect(x, y, cell, cell);
+      if (owner === SHARED) context.clearRect(x + cell / 2 - 1, y + cell / 2 - 1, 2, 2); // seen without colours, too
     });
   }
 }
