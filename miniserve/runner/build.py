@@ -291,9 +291,8 @@ def _make_runner(
     graphs = DecodeGraphs(served, row_state, sampler.params, **sizes, buckets=buckets, num_draft_tokens=guesses)
     graphs.capture(partial(report, "decode graphs"))
     chunk_graphs = None
-    # What padding holds is anything, also NaN, for which experts cannot be chosen. Sums over ranks of so many rows are
-    # the library's, which is not known to work in graphs.
-    if served.backend.chunk_graphs and model.config.moe is None and alone:
+    # Sums over ranks of so many rows are the library's, which is not known to work in graphs.
+    if served.backend.chunks_in_graphs and alone:
         chunk_graphs = ChunkGraphs(served, **sizes, max_num_seqs=rows)
         chunk_graphs.capture(partial(report, "chunk graphs"))
     return ModelRunner(served, state, sampler, graphs, chunk_graphs)

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from miniserve.attention.backends.base import CHUNKS_IN_GRAPH
 from miniserve.attention.metadata import QueryRows, StepBatch, chunk_rows, decode_rows, table_width
 from miniserve.runner.device import to_device
 from miniserve.runner.served import ServedModel
@@ -25,7 +24,8 @@ from miniserve.runner.state import StepInputs
 
 Progress = Callable[[int, int], None]
 _ROWS = (16, 32, 64, 128, 256)
-_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512)
+_TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024)
+_MANY_ROWS, _MANY_TOKENS = 64, 512  # beyond both at once the device takes longer than the host anyway
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,7 @@ class ChunkGraphs:
     def __init__(self, served: ServedModel, *, block_size: int, max_num_seqs: int, max_seq_len: int) -> None:
         self._served, self._max_seq_len = served, max_seq_len
         self._rows = sorted({min(rows, max_num_seqs) for rows in _ROWS})
+        self._most_chunks = most = served.backend.chunks_in_graphs
         self._device = served.model.options.device
         tokens, width = self._rows[-1] + _TOKENS[-1], table_width(max_seq_len, block_size)
 
@@ -49,15 +50,19 @@ class ChunkGraphs:
         self._input_ids, self._positions, self._slots = (integers(tokens, dtype=torch.int64) for _ in range(3))
         self._decode_lens, self._decode_tables = integers(self._rows[-1]), integers(self._rows[-1], width)
         self._decode_starts = torch.arange(self._rows[-1] + 1, dtype=torch.int32, device=self._device)
-        self._chunk_lens, self._chunk_tables = integers(CHUNKS_IN_GRAPH), integers(CHUNKS_IN_GRAPH, width)
-        self._chunk_starts = integers(CHUNKS_IN_GRAPH + 1)
+        self._chunk_lens, self._chunk_tables = integers(most), integers(most, width)
+        self._chunk_starts = integers(most + 1)
         self._graphs: dict[tuple[int, int], _Graph] = {}
 
     @torch.inference_mode()
     def capture(self, progress: Progress = lambda done, total: None) -> None:
         """Record all graphs, the largest first, so that the smaller ones reuse its memory in the pool."""
         pool = torch.cuda.graph_pool_handle()
-        sizes = list(product(reversed(self._rows), reversed(_TOKENS)))
+        sizes = [
+            (rows, tokens)
+            for rows, tokens in product(reversed(self._rows), reversed(_TOKENS))
+            if rows <= _MANY_ROWS or tokens <= _MANY_TOKENS
+        ]
         self._slots.fill_(-1)
         for done, (rows, tokens) in enumerate(sizes):
             progress(done, len(sizes))
@@ -73,12 +78,12 @@ class ChunkGraphs:
         num_rows = 0 if batch.decode is None else batch.decode.end
         rows = next((rows for rows in self._rows if num_rows <= rows), None)
         tokens = next((tokens for tokens in _TOKENS if sum(lens) <= tokens), None)
-        if rows is None or tokens is None or not 0 < len(lens) <= CHUNKS_IN_GRAPH:
+        graph = None if rows is None or tokens is None else self._graphs.get((rows, tokens))
+        if rows is None or graph is None or not 0 < len(lens) <= self._most_chunks:
             return None
         self._fill_tokens(inputs, num_rows, rows)
         self._fill_decode(batch.decode, num_rows)
         self._fill_chunks(chunks, lens)
-        graph = self._graphs[rows, tokens]
         graph.replay()
         end = rows + sum(lens)
         if num_rows == rows:
@@ -107,7 +112,7 @@ class ChunkGraphs:
     def _fill_chunks(self, chunks: Sequence[QueryRows], lens: list[int]) -> None:
         """Copy each chunk's length, end and blocks; unused chunks have no token and no key."""
         ends = [*accumulate(lens, initial=0)]
-        ends += ends[-1:] * (CHUNKS_IN_GRAPH - len(lens))
+        ends += ends[-1:] * (self._most_chunks - len(lens))
         self._chunk_starts.copy_(to_device(np.array(ends, dtype=np.int32), self._device))
         self._chunk_lens.zero_()
         at = 0
@@ -121,7 +126,7 @@ class ChunkGraphs:
         starts = self._decode_starts[: rows + 1]
         tables, row_lens = self._decode_tables[:rows], self._decode_lens[:rows]
         decode = decode_rows(tables, row_lens, self._max_seq_len, cu_query_lens=starts)
-        none = (0,) * (CHUNKS_IN_GRAPH - 1)  # upper bounds for the host: one chunk may have all tokens and keys
+        none = (0,) * (self._most_chunks - 1)  # upper bounds for the host: one chunk may have all tokens and keys
         lens, contexts = (tokens, *none), (self._max_seq_len - tokens, *none)
         chunks = chunk_rows(rows, lens, contexts, self._chunk_starts, self._chunk_lens, self._chunk_tables)
         end = rows + tokens

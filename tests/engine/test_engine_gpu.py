@@ -15,6 +15,8 @@ import miniserve
 from miniserve.config import EngineConfig
 from miniserve.core import SamplingParams
 from miniserve.engine.build import build_engine
+from miniserve.runner.chunk_graph import ChunkGraphs
+from miniserve.runner.state import StepInputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -179,3 +181,40 @@ def test_no_request_waits_for_a_kernel_to_be_compiled(shape: str, layout: str, t
     finally:
         triton.knobs.runtime.jit_post_compile_hook = None
     assert not compiled
+
+
+@pytest.mark.parametrize("layout", ["linear", "shuffled"])
+@pytest.mark.parametrize("shape", ["dense", "experts"])
+def test_short_prompts_in_graphs_give_the_tokens_of_steps_without(
+    shape: str, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(2)
+    requests = []
+    for _ in range(60):
+        prompt = [rng.randrange(8192) for _ in range(rng.choice([1, 17, 60, 130, 400, 900]))]
+        requests.append((prompt, SamplingParams(temperature=0.0, max_tokens=rng.choice([4, 30]), ignore_eos=True)))
+    (tmp_path / "config.json").write_text(json.dumps(COMMON | SHAPES[shape]))
+    run, ran = ChunkGraphs.run, []
+
+    def counted(graphs: ChunkGraphs, inputs: StepInputs) -> torch.Tensor | None:
+        hidden = run(graphs, inputs)
+        ran.append((hidden is not None, sum(len(group.query_lens) for group in inputs.batch.chunks)))
+        return hidden
+
+    monkeypatch.setattr(ChunkGraphs, "run", counted)
+    found = []
+    for enforce_eager in (False, True):
+        config = EngineConfig(
+            device="cuda",
+            dtype="float32",
+            load_format="dummy",
+            kv_layout=layout,
+            max_num_seqs=64,
+            max_num_batched_tokens=1024,
+            max_model_len=2048,
+            enforce_eager=enforce_eager,
+        )
+        engine, _ = build_engine(config, tmp_path, shape)
+        found.append([tokens(output) for output in generate(engine, requests, [i // 3 for i in range(60)])])
+    assert found[0] == found[1]
+    assert any(in_graph and chunks > 2 for in_graph, chunks in ran)

@@ -73,6 +73,7 @@ def serve(model: CausalLM, layout_name: str, make_graphs: Callable[..., ChunkGra
     backend: Backend[Any] = TorchBackend(layout)
     if make_graphs is not None:
         backend = TritonBackend(layout, options)
+        backend.chunks_in_graphs = 2
     caches = [layout.allocate(spec, 32, DEVICE) for spec in model.attention_specs]
     served, graphs = ServedModel(model, backend, caches), None
     if make_graphs is not None:

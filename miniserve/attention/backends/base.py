@@ -18,7 +18,6 @@ from miniserve.attention.terms import LayerRoute
 Metadata = TypeVar("Metadata")
 QKV = tuple[Tensor, Tensor, Tensor]  # of a step's tokens: see `StepContext.attend`
 LatentTokens = tuple[Tensor, Tensor, Tensor, Tensor]  # q_nope, q_pe, kv_c, k_pe: see `StepContext.attend_latent`
-CHUNKS_IN_GRAPH = 2  # the end of one prompt and the start of the next
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +43,12 @@ class Backend(ABC, Generic[Metadata]):
 
     `graphs`: its decode step can be captured in a device graph, or as a CPU's native calls, and replayed with other
     lengths and block tables.
-    `chunk_graphs`: so can one with up to CHUNKS_IN_GRAPH chunks.
+    `chunks_in_graphs`: so can one with up to so many chunks.
     `fuses_rope`: it implements `attend_qkv`.
     """
 
     graphs: bool = False
-    chunk_graphs: bool = False
+    chunks_in_graphs: int = 0
     fuses_rope: bool = False
 
     def __init__(self, layout: KVLayout, options: BackendOptions | None = None) -> None:

@@ -17,7 +17,7 @@ from miniserve.attention.spec import AttentionLayer
 class RocmBackend(TritonBackend):
     def __init__(self, layout: KVLayout, options: BackendOptions) -> None:
         super().__init__(layout, options)
-        self.chunk_graphs = False  # nobody has seen aiter's decode in one
+        self.chunks_in_graphs = 0  # nobody has seen aiter's decode in one
         self._paged = PagedDecode(options, layout.block_size)
 
     @classmethod

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from miniserve.attention.backends.base import CHUNKS_IN_GRAPH, QKV, BackendOptions
+from miniserve.attention.backends.base import QKV, BackendOptions
 from miniserve.attention.backends.paged import PagedBackend, PagedMetadata, cache_terms
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import QueryRows, StepBatch
@@ -21,6 +21,7 @@ from miniserve.attention.spec import AttentionLayer, AttentionSpec
 from miniserve.kernels.triton.launch import Launch, cdiv, choose_splits, decode_launch, extend_launch, extend_splits
 
 LINEARIZE_FROM = 16  # query tokens of a chunk; shorter ones are read in place about as fast (measured on an H100)
+CHUNKS_IN_GRAPHS = 8
 LINEARIZED_TOKENS = 32768  # cached tokens that are copied at most, for all of a step's chunks; more are read in place
 
 
@@ -62,9 +63,10 @@ class TritonBackend(PagedBackend[PagedMetadata]):
         self._split_over = options.platform.compute_units if on_nvidia else 1
         self._copies = layout.name == "shuffled" and on_nvidia
         # A graph copies block tables of any length, so it must have room for the longest.
-        self.chunk_graphs = not self._copies or CHUNKS_IN_GRAPH * options.max_seq_len <= LINEARIZED_TOKENS
+        most = LINEARIZED_TOKENS // options.max_seq_len if self._copies else CHUNKS_IN_GRAPHS
+        self.chunks_in_graphs = min(most, CHUNKS_IN_GRAPHS)
         if self._copies:  # block tables of the copies
-            blocks = LINEARIZED_TOKENS // layout.block_size + CHUNKS_IN_GRAPH  # see `table_width`
+            blocks = LINEARIZED_TOKENS // layout.block_size + CHUNKS_IN_GRAPHS  # see `table_width`
             self._linear_tables = torch.arange(blocks, dtype=torch.int32, device=options.device)
         self._plans = {_shape(spec): SplitPlan(spec, options) for spec in options.specs}
 
