@@ -7,8 +7,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import msgspec
@@ -19,6 +18,7 @@ from miniserve import __version__
 from miniserve.core import Completion, FinishReason, InvalidRequest, SamplingParams, TokenLogprobs
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server.config import ServerConfig
+from miniserve.server.connection import direct_writer
 from miniserve.server.errors import APIError, as_api_error, json_response
 from miniserve.server.generation import ClientGone, Generation, while_connected
 from miniserve.server.metrics import RequestMetrics
@@ -32,7 +32,6 @@ from miniserve.server.protocol import (
 )
 from miniserve.server.request_log import log_request
 
-Deltas = AsyncGenerator[tuple[int, Completion], None]
 logger = logging.getLogger(__name__)
 
 KEEP_ALIVE = 15.0  # seconds without an event after which a comment says that the stream lives
@@ -88,6 +87,11 @@ class Answer(ABC):
     def failure(self, error: APIError) -> dict[str, Any]:
         """The event of a generation that failed."""
         return error.envelope()
+
+    def encode(self, event: dict[str, Any]) -> bytes:
+        """As it goes over the wire."""
+        name = b"event: " + event["type"].encode() + b"\n" if self.names_events else b""
+        return name + b"data: " + _encoder.encode(event) + b"\n\n"
 
     def count(self, number: int, delta: Completion) -> None:
         """Take a delta's tokens into the usage."""
@@ -238,13 +242,13 @@ class GenerationResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with self._generation as deltas:
+            async with self._generation:
                 if self._stream:
                     await while_connected(
-                        receive, self._send_events(deltas, send), every=KEEP_ALIVE, beat=lambda: self._beat(send)
+                        receive, self._send_events(scope, send), every=KEEP_ALIVE, beat=lambda: self._beat(send)
                     )
                     return
-                response = await while_connected(receive, self._whole(deltas))
+                response = await while_connected(receive, self._whole())
             await response(scope, receive, send)
         except ClientGone:
             return
@@ -253,33 +257,40 @@ class GenerationResponse(Response):
                 request_id = scope.get("state", {}).get("request_id", "")
                 self._answer.log(request_id, self._generation.records, self._config.log_prompts)
 
-    async def _whole(self, deltas: Deltas) -> Response:
-        async with aclosing(deltas):
-            async for number, delta in deltas:
-                self._answer.add(number, delta)
+    async def _whole(self) -> Response:
+        self._generation.is_ready, self._generation.take = lambda: True, self._answer.add
+        while (item := await self._generation.next()) is not None:
+            self._answer.add(*item)
         return json_response(self._answer.whole())
 
-    async def _send_events(self, deltas: Deltas, send: Send) -> None:
+    async def _send_events(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM_HEADERS})
-        answer = self._answer
+        generation, answer = self._generation, self._answer
+        if (direct := direct_writer(scope)) is not None:
+
+            def take(number: int, delta: Completion) -> None:
+                if data := self._data(answer.events(number, delta)):
+                    direct.write(data)
+
+            generation.is_ready, generation.take = direct.is_ready, take
         try:
-            await self._send_all(send, answer.opening())
-            async with aclosing(deltas):
-                async for number, delta in deltas:
-                    await self._send_all(send, answer.events(number, delta))
-            await self._send_all(send, answer.closing())
+            await self._send(send, answer.opening())
+            while (item := await generation.next()) is not None:
+                await self._send(send, answer.events(*item))
+            await self._send(send, answer.closing())
         except Exception as error:
             if not isinstance(error, APIError | InvalidRequest):
                 logger.error("A streaming request failed.", exc_info=error)
-            await self._send_all(send, [answer.failure(as_api_error(error))])
+            await self._send(send, [answer.failure(as_api_error(error))])
         await send({"type": "http.response.body", "body": answer.end, "more_body": False})
 
-    async def _send_all(self, send: Send, events: Iterable[dict[str, Any]]) -> None:
-        for event in events:
-            self._quiet = False
-            name = b"event: " + event["type"].encode() + b"\n" if self._answer.names_events else b""
-            data = name + b"data: " + _encoder.encode(event) + b"\n\n"
+    async def _send(self, send: Send, events: Iterable[dict[str, Any]]) -> None:
+        if data := self._data(events):
             await send({"type": "http.response.body", "body": data, "more_body": True})
+
+    def _data(self, events: Iterable[dict[str, Any]]) -> bytes:
+        self._quiet = False
+        return b"".join(map(self._answer.encode, events))
 
     async def _beat(self, send: Send) -> None:
         if self._quiet:
