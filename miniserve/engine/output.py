@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import replace
 
 import msgspec
 
@@ -50,10 +49,11 @@ class OutputAssembler:
         self._lack_prompt_logprobs = set(range(1, params.n)) if self._awaits_prompt_logprobs else set()
         self._prompt_logprobs: list[TokenLogprobs | None] | None = None
         self._held: dict[int, Completion] = {}
+        self._num_running = params.n
 
     @property
     def finished(self) -> bool:
-        return all(detokenizer is None for detokenizer in self._detokenizers)
+        return self._num_running == 0
 
     def push(self, index: int, output: RequestOutput) -> tuple[list[Completion], bool]:
         """The deltas that sequence `index`'s output brings, and whether the sequence ended here at a stop string, so
@@ -62,9 +62,11 @@ class OutputAssembler:
         if detokenizer is None:
             return [], False  # tokens that were on their way when the sequence met its stop string
         delta = self._decode(index, detokenizer, output)
-        met_stop = delta.finish_reason is FinishReason.STOP and isinstance(delta.stop_reason, str)
+        met_stop = False
         if delta.finish_reason is not None:
             self._detokenizers[index] = None
+            self._num_running -= 1
+            met_stop = delta.finish_reason is FinishReason.STOP and isinstance(delta.stop_reason, str)
         return self._release(delta), met_stop and output.finish_reason is None
 
     def fail(self, error: str) -> list[Completion]:
@@ -75,6 +77,7 @@ class OutputAssembler:
         for index, detokenizer in enumerate(self._detokenizers):
             if detokenizer is not None:
                 self._detokenizers[index] = None
+                self._num_running -= 1
                 reason = FinishReason.ERROR
                 deltas.append(Completion(index=index, text="", token_ids=[], finish_reason=reason, error=error))
         return deltas
@@ -114,7 +117,7 @@ class OutputAssembler:
             held_delta = self._held.get(delta.index)
             self._held[delta.index] = delta if held_delta is None else join((held_delta, delta))
             return []
-        return [self._with_prompt_logprobs(delta)]
+        return [self._with_prompt_logprobs(delta) if self._lack_prompt_logprobs else delta]
 
     def _with_prompt_logprobs(self, delta: Completion) -> Completion:
         if delta.index in self._lack_prompt_logprobs:
@@ -126,7 +129,7 @@ class OutputAssembler:
 def join(deltas: Sequence[Completion]) -> Completion:
     """Consecutive deltas of one sequence as one."""
     logprobs = [delta.logprobs for delta in deltas if delta.logprobs is not None]
-    return replace(
+    return msgspec.structs.replace(
         deltas[-1],
         text="".join(delta.text for delta in deltas),
         token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
@@ -139,19 +142,23 @@ class CompletionStream:
     """The deltas of one request, of all its n sequences as they come, on their way from the engine's client to a
     reader.
 
-    The client `put`s and `end`s. `notify` is the reader's: called at each of these, in the client's own turn, so it
-    must not raise and should not take long. What the reader has not fetched is merged, one delta per sequence, so that
-    a slow one holds back nobody and piles up nothing. If the engine dies, each unfinished sequence gets a last delta
-    with finish_reason `error` and the reason in `error`. `complete`: nothing comes any more but what `get` still has.
+    The client `put`s and `end`s. A delta that the reader is there for goes to `offer`, which says whether it was taken.
+    Those that were not are merged, one per sequence, so that a slow reader holds back nobody and piles up nothing;
+    then, and at the end, comes `notify`. Both are the reader's, called in the client's own turn: they must not raise,
+    and should not take long. If the engine dies, each unfinished sequence gets a last delta with finish_reason `error`
+    and the reason in `error`. `complete`: nothing comes any more but what `get` still has.
     """
 
     def __init__(self, abort: Callable[[], None]) -> None:
+        self.offer: Callable[[Completion], bool] = _refuse
         self.notify: Callable[[], None] = _nobody
         self.complete = False
         self._pending: dict[int, Completion] = {}
         self._abort = abort
 
     def put(self, delta: Completion) -> None:
+        if not self._pending and self.offer(delta):
+            return
         earlier = self._pending.get(delta.index)
         self._pending[delta.index] = delta if earlier is None else join((earlier, delta))
         self.notify()
@@ -168,11 +175,16 @@ class CompletionStream:
 
     def close(self) -> None:
         """Abort the request unless it has ended; what was not fetched is dropped. May be called again."""
-        self.notify, abort = _nobody, self._abort
+        self.offer, self.notify, abort = _refuse, _nobody, self._abort
         self._pending.clear()
         self.complete, self._abort = True, _nobody
         abort()
 
 
+def _refuse(delta: Completion) -> bool:
+    """Where there is no reader yet, or none any more."""
+    return False
+
+
 def _nobody() -> None:
-    """Listens to a stream that has no reader, and aborts one that has ended."""
+    """Has nobody to tell, and nothing to abort."""

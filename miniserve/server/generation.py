@@ -199,7 +199,10 @@ class Generation:
             await asyncio.sleep(0)
         while (item := self._get()) is None and self._num_ended < len(self._requests):
             self._reader = asyncio.get_running_loop().create_future()
-            await self._reader
+            try:
+                await self._reader
+            finally:
+                self._reader = None
         return item
 
     async def _feed(self) -> None:
@@ -220,20 +223,23 @@ class Generation:
             stream = self._engine.generate(self._requests[number])
         except EngineDead as error:
             raise APIError(503, str(error)) from error
-        stream.notify = partial(self._arrived, number)
+        stream.offer, stream.notify = partial(self._offered, number), partial(self._notified, number)
         self._streams.append(stream)
 
-    def _arrived(self, number: int) -> None:
-        self._news[number] = None
-        if self._reader is None or self._reader.done():
-            return
+    def _offered(self, number: int, delta: Completion) -> bool:
+        if self._reader is None or self._reader.done() or not self.is_ready():
+            return False
         try:
-            while self.is_ready() and (item := self._get()) is not None:
-                self.take(*item)
+            self._check(number, delta)
+            self.take(number, delta)
         except Exception as error:
             self._failure = error
-        if self._news or self._failure or self._num_ended == len(self._requests):
             self._wake()
+        return True
+
+    def _notified(self, number: int) -> None:
+        self._news[number] = None
+        self._wake()
 
     def _wake(self) -> None:
         if self._reader is not None and not self._reader.done():
@@ -247,20 +253,20 @@ class Generation:
             number = next(iter(self._news))
             delta = self._streams[number].get()
             if delta is not None:
-                return self._checked(number, delta)
+                self._check(number, delta)
+                return number, delta
             del self._news[number]
             if self._streams[number].complete:
                 self._num_ended += 1
                 self._turns.leave(self._n)
         return None
 
-    def _checked(self, number: int, delta: Completion) -> tuple[int, Completion]:
+    def _check(self, number: int, delta: Completion) -> None:
         self.records[number].observe(delta)
         if delta.finish_reason is FinishReason.REFUSED:
             raise APIError(400, delta.error or "The request cannot be followed.")
         if delta.finish_reason is FinishReason.ERROR:
             raise APIError(503 if self._engine.dead else 500, delta.error or "The engine failed on this request.")
-        return number, delta
 
 
 async def while_connected(

@@ -126,6 +126,8 @@ class ChoicesAnswer(Answer):
         super().__init__(model, tokenizer, token_ids)
         self._params = params
         self._body = body
+        self._chunk_head = b"data: " + _encoder.encode(self._head(self.chunk_kind)).removesuffix(b"}")
+        self._shows_tokens = bool(body.return_token_ids) or body.prompt_logprobs is not None
         options = body.stream_options or StreamOptions()
         self._usage_at_end = bool(options.include_usage)
         self._usage_in_every_chunk = self._usage_at_end and bool(options.continuous_usage_stats)
@@ -153,25 +155,38 @@ class ChoicesAnswer(Answer):
         }
 
     def events(self, number: int, delta: Completion) -> Iterator[dict[str, Any]]:
-        """The chunks for one delta. Token ids come with the first piece that is not the mere opening of a message."""
+        """The chunks for one delta, without what all have; see `encode`."""
         for choice in self.pieces(number, delta):
-            index = choice["index"]
-            is_first = index not in self._begun
-            beside = {} if self._begun or self.prompt_in_choice else self._about_prompt(0)
-            self._begun.add(index)
-            if "role" not in choice.get("delta", ()):
-                choice = {**choice, **self._ids_of(index, with_prompt=is_first)}
-            event = {**self._chunk(choice), **beside}
+            event: dict[str, Any] = self._with_tokens(choice) if self._shows_tokens else {"choices": (choice,)}
             if self._usage_at_end:
                 event["usage"] = self.usage() if self._usage_in_every_chunk else None
             yield event
 
     def closing(self) -> Iterator[dict[str, Any]]:
         if self._usage_at_end:
-            yield {**self._chunk(), "usage": self.usage()}
+            yield {"choices": (), "usage": self.usage()}
+
+    def encode(self, event: dict[str, Any]) -> bytes:
+        if "choices" not in event:  # an error
+            return super().encode(event)
+        # Their beginnings are the same, so it is encoded once.
+        return b"%b,%b\n\n" % (self._chunk_head, _encoder.encode(event)[1:])
+
+    def _with_tokens(self, choice: Mapping[str, Any]) -> dict[str, Any]:
+        """An event that says of tokens what was asked for. Their ids come with the first piece that is not the mere
+        opening of a message."""
+        index = choice["index"]
+        is_first = index not in self._begun
+        beside = {} if self._begun or self.prompt_in_choice else self._about_prompt(0)
+        self._begun.add(index)
+        if "role" not in choice.get("delta", ()):
+            choice = {**choice, **self._ids_of(index, with_prompt=is_first)}
+        return {"choices": (choice,), **beside}
 
     def count(self, number: int, delta: Completion) -> None:
         super().count(number, delta)
+        if not self._shows_tokens:
+            return
         if self._body.return_token_ids:
             self._new_ids[self.index(number, delta)] += delta.token_ids
         if self._body.prompt_logprobs is not None and delta.prompt_logprobs and number not in self._prompt_logprobs:
@@ -196,10 +211,6 @@ class ChoicesAnswer(Answer):
     def _head(self, kind: str) -> dict[str, Any]:
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
         return {**head, "system_fingerprint": _FINGERPRINT}
-
-    def _chunk(self, *choices: Mapping[str, Any]) -> dict[str, Any]:
-        """An event; one without choices is for the usage."""
-        return {**self._head(self.chunk_kind), "choices": choices}
 
     def _ids_of(self, index: int, with_prompt: bool = True) -> dict[str, Any]:
         """What a choice says of tokens beside its text, where it was asked for."""
