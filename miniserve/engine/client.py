@@ -40,8 +40,8 @@ _GPU_STEP, _CPU_STEP = 60.0, 600.0
 _FIRST_STEPS = 600.0  # at least, for the first ones: they may compile kernels
 _PERIOD = 1.0  # seconds, at least, that `recent` sums up
 _SHUT_DOWN = "The engine was shut down."
-# Outputs of a step passed on before their readers get a turn: with 1,024 streams all of them in one go would keep the
-# event loop for 0.1 s.
+# Outputs of a step passed on, and mostly written to their clients, in one go: all of 1,024 streams would keep the event
+# loop for 20 ms.
 _SLICE = 64
 _log = logging.getLogger(__name__)
 
@@ -290,7 +290,7 @@ class AsyncEngine:
                 for begin in range(0, max(1, len(outputs)), _SLICE):
                     for output in outputs[begin : begin + _SLICE]:
                         self._pass_on(output)
-                    await asyncio.sleep(0)  # the readers' turn; a fast engine's messages never run out
+                    await asyncio.sleep(0)  # the others' turn; a fast engine's messages never run out
                 continue
             reason = process.exit_reason() or self._look_after(process)
             if reason is not None and not await process.events.poll(0):
