@@ -109,16 +109,15 @@ def run_server(streams: int, step_ms: float) -> None:
                 busy.append(time.thread_time() - begin_cpu)
 
         def at_input() -> None:
-            asked = sys.stdin.readline().strip()
+            if sys.stdin.readline().strip() != "more":
+                asyncio.get_running_loop().remove_reader(0)
+                stop.set()
             usage = resource.getrusage(resource.RUSAGE_SELF)
             late = sorted(lateness)
             report = {"cpu": usage.ru_utime + usage.ru_stime, "late": late[-1], "late_p99": late[len(late) * 99 // 100]}
             report["busy"] = max(busy)
             del lateness[1:], busy[1:]
             print(json.dumps(report), flush=True)
-            if asked != "more":
-                asyncio.get_running_loop().remove_reader(0)
-                stop.set()
 
         with listening(config) as sock:
             asyncio.get_running_loop().add_reader(0, at_input)

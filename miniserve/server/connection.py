@@ -11,7 +11,8 @@ from typing import Any
 import httptools
 import msgspec
 from starlette.types import Scope
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from miniserve.server.errors import APIError
 from miniserve.server.gate import ThrottledLog, address, find_request_id
@@ -33,15 +34,16 @@ class DirectWriter:
     """Writes to the connection what ASGI's `send` would, without the way there: through all that stands around the app
     it costs as much as the rest of an event. For a part of an answer that has begun, and goes on, in chunks."""
 
-    def __init__(self, cycle: RequestResponseCycle) -> None:
-        self._cycle = cycle
+    def __init__(self, transport: asyncio.Transport, flow: FlowControl) -> None:
+        self._transport = transport
+        self._flow = flow
 
     def is_ready(self) -> bool:
         """Whether the client reads as fast as the server writes, or nearly so. Else `send` waits for it."""
-        return not (self._cycle.flow.write_paused or self._cycle.disconnected)
+        return not (self._flow.write_paused or self._transport.is_closing())
 
     def write(self, data: bytes) -> None:
-        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
 
 def direct_writer(scope: Scope) -> DirectWriter | None:
@@ -175,9 +177,8 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > _MAX_HEAD:
             raise _too_large()
-        self.scope["extensions"] = {_DIRECT: {}}
+        self.scope["extensions"] = {_DIRECT: {"writer": DirectWriter(self.transport, self.flow)}}
         super().on_headers_complete()
-        self.scope["extensions"][_DIRECT]["writer"] = DirectWriter(self.cycle)
         self._in_body, self._piece, self._unparsed = True, 0, 0
         self._deadline = self.loop.time() + _BODY_SECONDS
 

@@ -155,7 +155,7 @@ class Generation:
         self._params = params
         self._n = params.n
         self.is_ready: Callable[[], bool] = lambda: False
-        self.take: Callable[[int, Completion], None] = lambda number, delta: None
+        self.take: Callable[[int, Completion], None] = _drop
         self.records: list[RequestMetrics] = []  # of each prompt, once they were admitted
         self._streams: list[CompletionStream] = []  # of the first prompts: those that had their turn
         self._news: dict[int, None] = {}  # prompts whose streams have something, or have ended
@@ -189,6 +189,7 @@ class Generation:
             record.close()
         for stream in self._streams:
             stream.close()
+        self.take = _drop  # what it refers to refers to this object: the collector would have to find it
         self._turns.leave((self._num_entered - self._num_ended) * self._n)
         self._turns.withdraw((len(self._requests) - self._num_entered) * self._n)
 
@@ -267,6 +268,10 @@ class Generation:
             raise APIError(400, delta.error or "The request cannot be followed.")
         if delta.finish_reason is FinishReason.ERROR:
             raise APIError(503 if self._engine.dead else 500, delta.error or "The engine failed on this request.")
+
+
+def _drop(number: int, delta: Completion) -> None:
+    """Where there is no reader."""
 
 
 async def while_connected(

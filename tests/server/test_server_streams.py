@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import re
 import socket
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from server_fakes import FakeEngine, RunningServer, greedy, running_server, tokenizer, wait_until
+from server_fakes import FakeEngine, greedy, running_server, tokenizer, wait_until
 from starlette.types import Message, Receive, Scope, Send
 
 from miniserve.core import Completion
@@ -94,7 +96,7 @@ def test_tokens_are_joined_for_a_client_that_reads_slowly(tmp_path: Path, writte
     assert counts == sorted(counts) and counts[-1] == count
     assert counts[:100] == list(range(1, 101)), "as long as there is room each has its own event"
     assert len(written) < len(pieces) < count * 3 // 4
-    assert max(b - a for a, b in zip(counts, counts[1:], strict=False)) > count // 4
+    assert max(b - a for a, b in pairwise(counts)) > count // 4
 
 
 def test_the_direct_way_and_that_of_asgi_say_the_same() -> None:
@@ -146,13 +148,15 @@ def test_the_direct_way_and_that_of_asgi_say_the_same() -> None:
 
 
 def test_streams_one_behind_the_other_on_one_connection() -> None:
-    with running_server(FakeEngine(script=SCRIPT, step_seconds=0.01)) as server:
-        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as client:
-            bodies = [{"prompt": "x", "max_tokens": count, "stream": True} for count in (4, 2, 6)]
-            client.sendall(b"".join(request("/v1/completions", body) for body in bodies))
-            received = b""
-            while received.count(b"\r\n0\r\n\r\n") < 3:
-                received += client.recv(65_536)
+    bodies = [{"prompt": "x", "max_tokens": count, "stream": True} for count in (4, 2, 6)]
+    received = b""
+    with (
+        running_server(FakeEngine(script=SCRIPT, step_seconds=0.01)) as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=60) as client,
+    ):
+        client.sendall(b"".join(request("/v1/completions", body) for body in bodies))
+        while received.count(b"\r\n0\r\n\r\n") < 3:
+            received += client.recv(65_536)
     answers = [part + b"\r\n0\r\n\r\n" for part in received.split(b"\r\n0\r\n\r\n")[:-1]]
     for body, answer in zip(bodies, answers, strict=True):
         assert "".join(texts(b"".join(chunks(answer)))) == tokenizer().decode(SCRIPT) * (body["max_tokens"] // 2)
@@ -220,3 +224,36 @@ def test_of_many_requests_at_once_a_few_begin_in_each_turn_of_the_loop() -> None
         assert late.done(), "at rest nobody waits"
 
     asyncio.run(body())
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_leaves_nothing_that_the_garbage_collector_must_find(stream: bool) -> None:
+    """Which would hold up all streams to do so, or memory would grow until it does."""
+    bodies = [
+        ("/v1/completions", {"prompt": ["x", "y"], "n": 2}),
+        ("/v1/chat/completions", CHAT),
+        ("/v1/messages", CHAT),
+    ]
+    with running_server(FakeEngine()) as server:
+
+        def ask() -> None:
+            for path, body in bodies:
+                answer = httpx.post(server.root + path, json={**body, "max_tokens": 5, "stream": stream}, timeout=60)
+                assert answer.is_success
+
+        idle = server.num_tasks()
+        ask()
+        wait_until(lambda: server.num_tasks() == idle)
+        gc.collect()
+        gc.disable()
+        try:
+            ask()
+            wait_until(lambda: server.num_tasks() == idle)
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            gc.collect()
+            found = {f"{type(each).__module__}.{type(each).__name__}" for each in gc.garbage}
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+    assert not [name for name in found if name.startswith(("miniserve.", "uvicorn.", "starlette.", "fastapi."))]
