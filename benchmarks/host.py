@@ -1,9 +1,11 @@
 """What the API process does with an engine that costs nothing: `python -m benchmarks.host --streams 256,1024`.
 
 A fake engine gives every running request a token each `--step-ms`; one client process reads all streams and parses
-nothing. Printed: tokens a second as sent and for each CPU second of the API process (its rate on one core that it has
-for itself), tokens an event (above 1 the server was slower than the engine and joined them), and how late its event
-loop was at worst while tokens flowed.
+nothing. Printed: the median stream's time per output token, to compare with the step; tokens a second as sent and for
+each CPU second of the API process (its rate on one core that it has for itself); tokens an event (above 1 the server
+was slower than the engine and joined them); and how late its event loop was at worst while tokens flowed. On a machine
+that others use as well it may have waited for a core: the CPU time of its thread between two looks is what it did
+itself.
 """
 
 from __future__ import annotations
@@ -13,11 +15,13 @@ import asyncio
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import miniserve
 from miniserve.config import EngineConfig
@@ -81,6 +85,13 @@ def build_fake(
     return FakeRunner(float(model_name) / 1e3), info
 
 
+class Stream(NamedTuple):
+    """As its client saw it; `seconds` from the first event to the last."""
+
+    num_events: int
+    seconds: float
+
+
 def run_server(streams: int, step_ms: float) -> None:
     """Serve until stdin says something; the first line out is the port, the last what it cost."""
     engine_config, config = EngineConfig(max_num_seqs=streams), ServerConfig(port=0, log_requests=False)
@@ -88,24 +99,25 @@ def run_server(streams: int, step_ms: float) -> None:
     async def main() -> None:
         engine = AsyncEngine(engine_config, TINY, f"{step_ms:g}", runner_factory="benchmarks.host:build_fake")
         await engine.start()
-        stop, lateness = asyncio.Event(), [0.0]
+        stop, lateness, busy = asyncio.Event(), [0.0], [0.0]
 
         async def probe() -> None:
             while not stop.is_set():
-                begin = time.monotonic()
+                begin, begin_cpu = time.monotonic(), time.thread_time()
                 await asyncio.sleep(_PROBE)
                 lateness.append(time.monotonic() - begin - _PROBE)
+                busy.append(time.thread_time() - begin_cpu)
 
         def at_input() -> None:
-            asked = sys.stdin.readline().strip()
-            usage = resource.getrusage(resource.RUSAGE_SELF)
-            late = sorted(lateness)
-            del lateness[1:]
-            report = {"cpu": usage.ru_utime + usage.ru_stime, "late": late[-1], "late_p99": late[len(late) * 99 // 100]}
-            print(json.dumps(report), flush=True)
-            if asked != "more":
+            if sys.stdin.readline().strip() != "more":
                 asyncio.get_running_loop().remove_reader(0)
                 stop.set()
+            usage = resource.getrusage(resource.RUSAGE_SELF)
+            late = sorted(lateness)
+            report = {"cpu": usage.ru_utime + usage.ru_stime, "late": late[-1], "late_p99": late[len(late) * 99 // 100]}
+            report["busy"] = max(busy)
+            del lateness[1:], busy[1:]
+            print(json.dumps(report), flush=True)
 
         with listening(config) as sock:
             asyncio.get_running_loop().add_reader(0, at_input)
@@ -118,17 +130,21 @@ def run_server(streams: int, step_ms: float) -> None:
         runner.run(main())
 
 
-async def _stream(port: int, path: str, body: bytes, counts: list[int]) -> None:
+async def _stream(port: int, path: str, body: bytes) -> Stream:
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2**20)
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     writer.write(head.encode() + b"\r\nConnection: close\r\n\r\n" + body)
-    answer = b""
+    answer, num_events, first, last = b"", 0, 0.0, 0.0
     while data := await reader.read(65536):
-        counts[0] += data.count(b"data: {")
+        if found := data.count(b"data: {"):
+            last = time.monotonic()
+            first = first or last
+            num_events += found
         answer = (answer + data)[-400:]
     if b"[DONE]" not in answer:
         raise RuntimeError(answer.decode(errors="replace"))
     writer.close()
+    return Stream(num_events, last - first)
 
 
 def measure(streams: int, tokens: int, step_ms: float, chat: bool) -> None:
@@ -141,27 +157,25 @@ def measure(streams: int, tokens: int, step_ms: float, chat: bool) -> None:
         path = "/v1/chat/completions" if chat else "/v1/completions"
         body = json.dumps(asked | fields).encode()
 
-        def ask(counts: list[int], num: int) -> None:
-            async def all_streams() -> None:
-                async with asyncio.TaskGroup() as group:
-                    for _ in range(num):
-                        group.create_task(_stream(port, path, body, counts))
+        async def ask(num: int) -> list[Stream]:
+            return await asyncio.gather(*(_stream(port, path, body) for _ in range(num)))
 
-            asyncio.run(all_streams())
-
-        ask([0], 1)
+        asyncio.run(ask(1))
         print("more", file=server.stdin, flush=True)
         before = json.loads(server.stdout.readline())
-        counts, begin = [0], time.monotonic()
-        ask(counts, streams)
+        begin = time.monotonic()
+        answers = asyncio.run(ask(streams))
         seconds = time.monotonic() - begin
         print("end", file=server.stdin, flush=True)
         after = json.loads(server.stdout.readline())
     total, cpu = streams * tokens, after["cpu"] - before["cpu"]
+    tpot = 1e3 * statistics.median(answer.seconds for answer in answers) / (tokens - 1)
     print(
-        f"{'chat' if chat else 'completions':12} {streams:5} streams: {total / seconds:8,.0f} tokens/s, "
-        f"{total / cpu:8,.0f} a CPU second, {total / counts[0]:5.2f} tokens an event, event loop late by "
-        f"{1e3 * after['late_p99']:.1f} ms (p99), {1e3 * after['late']:.1f} ms (most)",
+        f"{'chat' if chat else 'completions':12} {streams:5} streams, a token each {step_ms:g} ms: TPOT {tpot:.2f} ms, "
+        f"{total / seconds:8,.0f} tokens/s, {total / cpu:8,.0f} a CPU second, "
+        f"{total / sum(answer.num_events for answer in answers):5.2f} tokens an event, event loop late by "
+        f"{1e3 * after['late_p99']:.1f} ms (p99), {1e3 * after['late']:.1f} ms (most; by its own CPU time "
+        f"{1e3 * after['busy']:.1f} ms)",
         flush=True,
     )
 

@@ -498,8 +498,7 @@ class EngineInfo(msgspec.Struct, kw_only=True, frozen=True):
         return None if self.traffic is None else self.traffic.bandwidth
 
 
-@dataclass(slots=True, kw_only=True)
-class Completion:
+class Completion(msgspec.Struct, kw_only=True):
     """One of a request's n sequences: all of it, or a piece of it (a delta), of which only the last has a
     `finish_reason`.
 

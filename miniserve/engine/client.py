@@ -7,8 +7,7 @@ import logging
 import os
 import time
 from collections import Counter, deque
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from miniserve.core import (
 from miniserve.engine import messages
 from miniserve.engine.build import RUNNER_FACTORY, ProgressCallback
 from miniserve.engine.launch import EngineProcess
-from miniserve.engine.output import CompletionStream, Mailbox, OutputAssembler, fan_out
+from miniserve.engine.output import CompletionStream, OutputAssembler, fan_out
 from miniserve.engine.tokenizer import Tokenizer, load_tokenizer
 from miniserve.models.generation_config import GenerationDefaults, load_generation_defaults
 
@@ -41,8 +40,8 @@ _GPU_STEP, _CPU_STEP = 60.0, 600.0
 _FIRST_STEPS = 600.0  # at least, for the first ones: they may compile kernels
 _PERIOD = 1.0  # seconds, at least, that `recent` sums up
 _SHUT_DOWN = "The engine was shut down."
-# Outputs of a step passed on before their readers get a turn: with 1,024 streams all of them in one go would keep the
-# event loop for 0.1 s.
+# Outputs of a step passed on, and mostly written to their clients, in one go: all of 1,024 streams would keep the event
+# loop for 20 ms.
 _SLICE = 64
 _log = logging.getLogger(__name__)
 
@@ -58,7 +57,7 @@ class _Running:
     request_id: str
     assembler: OutputAssembler
     sequence_ids: list[str]
-    mailbox: Mailbox = field(default_factory=Mailbox)
+    stream: CompletionStream
 
 
 class AsyncEngine:
@@ -188,8 +187,7 @@ class AsyncEngine:
     # --- requests -------------------------------------------------------------------------------------------------
 
     def generate(self, request: Request) -> CompletionStream:
-        """Start a request that has passed `check_request`, and return its deltas as an asynchronous iterator; see
-        `CompletionStream` for how it ends.
+        """Start a request that has passed `check_request`; its deltas come by the stream.
 
         Raises `InvalidRequest` for an id that is running, `EngineDead` where there is no engine any more.
         """
@@ -199,18 +197,18 @@ class AsyncEngine:
         # A caller may use an id again while tokens of its first request are still on their way.
         requests = fan_out(f"{next(self._serial)}:{request_id}", request)
         assembler = OutputAssembler(self.tokenizer, request.prompt_token_ids, request.params)
-        running = _Running(request_id, assembler, [request.request_id for request in requests])
+        stream = CompletionStream(lambda: self._abort(running))
+        running = _Running(request_id, assembler, [request.request_id for request in requests], stream)
         self._running[request_id] = running
         for index, sequence_id in enumerate(running.sequence_ids):
             self._sequences[sequence_id] = (running, index)
         process.send(messages.Add(requests))
-        return CompletionStream(running.mailbox, partial(self._abort, running))
+        return stream
 
     def _abort(self, running: _Running) -> None:
         """Its blocks are free within one step."""
         if self._running.get(running.request_id) is running:
             self._forget(running)
-            running.mailbox.end()
 
     @property
     def num_sequences(self) -> int:
@@ -273,8 +271,8 @@ class AsyncEngine:
             self._sequences.clear()
             for request in running.values():
                 for delta in request.assembler.fail(self.dead):
-                    request.mailbox.put(delta)
-                request.mailbox.end()
+                    request.stream.put(delta)
+                request.stream.end()
             while self._readers:
                 reader = self._readers.popleft()
                 if not reader.done():
@@ -292,7 +290,7 @@ class AsyncEngine:
                 for begin in range(0, max(1, len(outputs)), _SLICE):
                     for output in outputs[begin : begin + _SLICE]:
                         self._pass_on(output)
-                    await asyncio.sleep(0)  # the readers' turn; a fast engine's messages never run out
+                    await asyncio.sleep(0)  # the others' turn; a fast engine's messages never run out
                 continue
             reason = process.exit_reason() or self._look_after(process)
             if reason is not None and not await process.events.poll(0):
@@ -347,7 +345,7 @@ class AsyncEngine:
         if met_stop or output.finish_reason is not None:
             del self._sequences[output.request_id]
         for delta in deltas:
-            running.mailbox.put(delta)
+            running.stream.put(delta)
         if running.assembler.finished:
             self._forget(running)
-            running.mailbox.end()
+            running.stream.end()

@@ -55,6 +55,8 @@ class Detokenizer:
         Text that may be the beginning of a stop string, and bytes that may be the beginning of a character, are held
         back. A stop string counts from the token after the `min_tokens` first ones, and outside reasoning.
         """
+        if self._stops is None and not self._begun:
+            return Decoded("".join(map(self._decoder.push, token_ids)), len(token_ids), None)
         pieces = []
         for index, token_id in enumerate(token_ids):
             self._num_tokens += 1
@@ -212,12 +214,18 @@ class _ByteLevelDecoder:
             if token_id not in skipped:
                 end = tokenizer.token_bytes(token_id) + end
         self._utf8.decode(end)
-        begun, _ = self._utf8.getstate()
-        self.num_begun = len(begun.decode(errors="replace"))  # the prompt's text ends with so many U+FFFD for it
+        self._begun = self._utf8.getstate()[0]  # bytes of a character that is not whole yet
+        self.num_begun = len(self._begun.decode(errors="replace"))  # the prompt's text ends with so many U+FFFD for it
 
     def push(self, token_id: int) -> str:
         """The characters that are whole with this token."""
-        return "" if token_id in self._skipped else self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        if token_id in self._skipped:
+            return ""
+        if not self._begun and (whole := self._tokenizer.token_text(token_id)) is not None:
+            return whole
+        text = self._utf8.decode(self._tokenizer.token_bytes(token_id))
+        self._begun = self._utf8.getstate()[0]
+        return text
 
     def flush(self) -> str:
         """The bytes at the end that are no character, as U+FFFD."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import replace
 
 import msgspec
 
@@ -51,10 +49,11 @@ class OutputAssembler:
         self._lack_prompt_logprobs = set(range(1, params.n)) if self._awaits_prompt_logprobs else set()
         self._prompt_logprobs: list[TokenLogprobs | None] | None = None
         self._held: dict[int, Completion] = {}
+        self._num_running = params.n
 
     @property
     def finished(self) -> bool:
-        return all(detokenizer is None for detokenizer in self._detokenizers)
+        return self._num_running == 0
 
     def push(self, index: int, output: RequestOutput) -> tuple[list[Completion], bool]:
         """The deltas that sequence `index`'s output brings, and whether the sequence ended here at a stop string, so
@@ -63,9 +62,11 @@ class OutputAssembler:
         if detokenizer is None:
             return [], False  # tokens that were on their way when the sequence met its stop string
         delta = self._decode(index, detokenizer, output)
-        met_stop = delta.finish_reason is FinishReason.STOP and isinstance(delta.stop_reason, str)
+        met_stop = False
         if delta.finish_reason is not None:
             self._detokenizers[index] = None
+            self._num_running -= 1
+            met_stop = delta.finish_reason is FinishReason.STOP and isinstance(delta.stop_reason, str)
         return self._release(delta), met_stop and output.finish_reason is None
 
     def fail(self, error: str) -> list[Completion]:
@@ -76,6 +77,7 @@ class OutputAssembler:
         for index, detokenizer in enumerate(self._detokenizers):
             if detokenizer is not None:
                 self._detokenizers[index] = None
+                self._num_running -= 1
                 reason = FinishReason.ERROR
                 deltas.append(Completion(index=index, text="", token_ids=[], finish_reason=reason, error=error))
         return deltas
@@ -115,7 +117,7 @@ class OutputAssembler:
             held_delta = self._held.get(delta.index)
             self._held[delta.index] = delta if held_delta is None else join((held_delta, delta))
             return []
-        return [self._with_prompt_logprobs(delta)]
+        return [self._with_prompt_logprobs(delta) if self._lack_prompt_logprobs else delta]
 
     def _with_prompt_logprobs(self, delta: Completion) -> Completion:
         if delta.index in self._lack_prompt_logprobs:
@@ -127,7 +129,7 @@ class OutputAssembler:
 def join(deltas: Sequence[Completion]) -> Completion:
     """Consecutive deltas of one sequence as one."""
     logprobs = [delta.logprobs for delta in deltas if delta.logprobs is not None]
-    return replace(
+    return msgspec.structs.replace(
         deltas[-1],
         text="".join(delta.text for delta in deltas),
         token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
@@ -136,73 +138,53 @@ def join(deltas: Sequence[Completion]) -> Completion:
     )
 
 
-class Mailbox:
-    """Deltas on their way to their reader. Those not fetched yet are merged, one per sequence, so that a slow reader
-    holds back nobody and piles up nothing."""
-
-    def __init__(self) -> None:
-        self._pending: dict[int, Completion] = {}
-        self._arrived = asyncio.Event()
-        self.complete = False
-
-    def put(self, delta: Completion) -> None:
-        earlier = self._pending.get(delta.index)
-        self._pending[delta.index] = delta if earlier is None else join((earlier, delta))
-        self._arrived.set()
-
-    def end(self) -> None:
-        """Nothing comes any more but what is pending."""
-        self.complete = True
-        self._arrived.set()
-
-    async def get(self) -> Completion | None:
-        """The next delta, or None after the last."""
-        while not self._pending:
-            if self.complete:
-                return None
-            self._arrived.clear()
-            await self._arrived.wait()
-        return self._pending.pop(next(iter(self._pending)))
-
-
 class CompletionStream:
-    """The deltas of one request, of all its n sequences as they come; ends after the last delta of the last sequence.
+    """The deltas of one request, of all its n sequences as they come, on their way from the engine's client to a
+    reader.
 
-    Closing the stream early (`aclose`), cancelling the task that waits in it, or dropping it aborts the request in the
-    engine. To be read by one task. If the engine dies, each unfinished sequence gets a last delta with finish_reason
-    `error` and the reason in `error`; nothing is raised.
+    The client `put`s and `end`s. A delta that the reader is there for goes to `offer`, which says whether it was taken.
+    Those that were not are merged, one per sequence, so that a slow reader holds back nobody and piles up nothing;
+    then, and at the end, comes `notify`. Both are the reader's, called in the client's own turn: they must not raise,
+    and should not take long. If the engine dies, each unfinished sequence gets a last delta with finish_reason `error`
+    and the reason in `error`. `complete`: nothing comes any more but what `get` still has.
     """
 
-    def __init__(self, mailbox: Mailbox, abort: Callable[[], None]) -> None:
-        self._mailbox = mailbox
+    def __init__(self, abort: Callable[[], None]) -> None:
+        self.offer: Callable[[Completion], bool] = _refuse
+        self.notify: Callable[[], None] = _nobody
+        self.complete = False
+        self._pending: dict[int, Completion] = {}
         self._abort = abort
-        self._event_loop = asyncio.get_running_loop()
-        self._closed = False
 
-    def __aiter__(self) -> CompletionStream:
-        return self
+    def put(self, delta: Completion) -> None:
+        if not self._pending and self.offer(delta):
+            return
+        earlier = self._pending.get(delta.index)
+        self._pending[delta.index] = delta if earlier is None else join((earlier, delta))
+        self.notify()
 
-    async def __anext__(self) -> Completion:
-        if self._closed:
-            raise StopAsyncIteration
-        try:
-            delta = await self._mailbox.get()
-        except asyncio.CancelledError:
-            await self.aclose()
-            raise
-        if delta is None:
-            self._closed = True
-            raise StopAsyncIteration
-        return delta
+    def end(self) -> None:
+        self.complete, self._abort = True, _nobody
+        self.notify()
 
-    async def aclose(self) -> None:
-        """Abort the request unless it has ended. May be called again."""
-        if not self._closed:
-            self._closed = True
-            if not self._mailbox.complete:
-                self._abort()
+    def get(self) -> Completion | None:
+        """The next delta, or None where there is none now."""
+        for index in self._pending:
+            return self._pending.pop(index)
+        return None
 
-    def __del__(self) -> None:
-        # A dropped stream may be collected in any thread; the engine's client lives in its event loop.
-        if not (self._closed or self._mailbox.complete or self._event_loop.is_closed()):
-            self._event_loop.call_soon_threadsafe(self._abort)
+    def close(self) -> None:
+        """Abort the request unless it has ended; what was not fetched is dropped. May be called again."""
+        self.offer, self.notify, abort = _refuse, _nobody, self._abort
+        self._pending.clear()
+        self.complete, self._abort = True, _nobody
+        abort()
+
+
+def _refuse(delta: Completion) -> bool:
+    """Where there is no reader yet, or none any more."""
+    return False
+
+
+def _nobody() -> None:
+    """Has nobody to tell, and nothing to abort."""

@@ -52,6 +52,7 @@ class Tokenizer:
         # The tokens of a sentencepiece vocabulary that are one raw byte each (`<0xE4>`).
         self.fallback_bytes = _fallback_bytes(backend) if "ByteFallback" in steps else {}
         self._token_bytes = dict(self.fallback_bytes)
+        self._token_texts: dict[int, str | None] = {}
         # No token stands for more characters of a text.
         self.longest_token = max(map(len, backend.get_vocab(with_added_tokens=True)))
         self.special_token_ids = frozenset(
@@ -114,6 +115,19 @@ class Tokenizer:
         if found is None:
             found = self._token_bytes[token_id] = self._find_bytes(token_id)
         return found
+
+    def token_text(self, token_id: int) -> str | None:
+        """The token's bytes as text, or None where they are not whole characters."""
+        try:
+            return self._token_texts[token_id]
+        except KeyError:
+            pass
+        try:
+            text = self.token_bytes(token_id).decode()
+        except UnicodeDecodeError:
+            text = None
+        self._token_texts[token_id] = text
+        return text
 
     def token_piece(self, token_id: int) -> str:
         """The token as the vocabulary has it (`Ġthe`, `▁the`, `<0xE4>`). Empty for ids without one."""

@@ -141,6 +141,19 @@ class CompletionAnswer(ChoicesAnswer):
         yield choice
 
     def _choice(self, number: int, delta: Completion) -> CompletionChoice:
+        text, logprobs = delta.text, None
+        if self._echo or self._with_logprobs:
+            text, logprobs = self._annotated(number, delta)
+        return {
+            "index": self.index(number, delta),
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": finish_word(delta),
+            "stop_reason": delta.stop_reason,
+        }
+
+    def _annotated(self, number: int, delta: Completion) -> tuple[str, CompletionLogprobs | None]:
+        """The text with the prompt's, where that is to be repeated, and the arrays that were asked for."""
         index, text = self.index(number, delta), delta.text
         arrays: list[CompletionLogprobs] = []
         if is_first := index not in self._writers:
@@ -156,13 +169,7 @@ class CompletionAnswer(ChoicesAnswer):
                 arrays.append(writer.prompt(delta.prompt_logprobs, prompt_text))
         if delta.logprobs is not None and self._with_logprobs:
             arrays.append(writer.generated(delta.logprobs))
-        return {
-            "index": index,
-            "text": text,
-            "logprobs": _join(arrays) if arrays else None,
-            "finish_reason": finish_word(delta),
-            "stop_reason": delta.stop_reason,
-        }
+        return text, _join(arrays) if arrays else None
 
     def _joined(self, pieces: Sequence[CompletionChoice]) -> CompletionChoice:
         arrays = [piece["logprobs"] for piece in pieces if piece["logprobs"] is not None]

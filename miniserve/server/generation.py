@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import asyncio
 from bisect import insort
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ from miniserve.server.metrics import RequestMetrics, ServerMetrics
 
 T = TypeVar("T")
 _RETRY_AFTER = 5  # seconds
-_QUEUE = 32  # deltas of several prompts that wait to be written
+_RUN = 32  # deltas that are read in one go: with many prompts, as many may be there at once
 
 
 @dataclass(order=True, slots=True)
@@ -131,8 +132,12 @@ class Generation:
     its exit it aborts what still runs.
 
     What is wrong at once is raised at the entrance: `APIError` (busy, dead), `InvalidRequest`. Later an engine's
-    failure is raised from the deltas, as `APIError`. The requests, one for each prompt, have passed `check_request`;
-    `params` are as the client asked.
+    failure is raised by `next`, as `APIError`. The requests, one for each prompt, have passed `check_request`; `params`
+    are as the client asked.
+
+    `is_ready` and `take` are the reader's. While it waits in `next`, what comes goes to `take` at once where `is_ready`
+    says that it can: in the turn of the engine's client, since to wake the reader's task for each token would cost as
+    much as all else that is done for it. What `take` raises is raised by `next`.
     """
 
     def __init__(
@@ -149,12 +154,19 @@ class Generation:
         self._requests = requests
         self._params = params
         self._n = params.n
+        self.is_ready: Callable[[], bool] = lambda: False
+        self.take: Callable[[int, Completion], None] = _drop
         self.records: list[RequestMetrics] = []  # of each prompt, once they were admitted
         self._streams: list[CompletionStream] = []  # of the first prompts: those that had their turn
+        self._news: dict[int, None] = {}  # prompts whose streams have something, or have ended
+        self._reader: asyncio.Future[None] | None = None  # waits in `next`
+        self._feeder: asyncio.Task[None] | None = None
+        self._failure: Exception | None = None
         self._num_entered = 0
         self._num_ended = 0
+        self._num_read = 0
 
-    async def __aenter__(self) -> AsyncGenerator[tuple[int, Completion], None]:
+    async def __aenter__(self) -> Generation:
         self._turns.admit(len(self._requests), self._n)
         self._turns.num_requests += 1
         try:
@@ -165,20 +177,44 @@ class Generation:
         except BaseException:
             await self.__aexit__()
             raise
-        return self._one() if len(self._requests) == 1 else self._merged()
+        if self._num_entered < len(self._requests):
+            self._feeder = asyncio.create_task(self._feed())
+        return self
 
     async def __aexit__(self, *_: object) -> None:
         self._turns.num_requests -= 1
+        if self._feeder is not None:
+            await _cancel(self._feeder)
         for record in self.records:
             record.close()
         for stream in self._streams:
-            await stream.aclose()
+            stream.close()
+        self.take = _drop  # what it refers to refers to this object: the collector would have to find it
         self._turns.leave((self._num_entered - self._num_ended) * self._n)
         self._turns.withdraw((len(self._requests) - self._num_entered) * self._n)
 
-    async def _take_turn(self) -> None:
-        await self._turns.enter(self._n, self._requests[0].priority)
-        self._start()
+    async def next(self) -> tuple[int, Completion] | None:
+        """The next delta, or None after the last."""
+        self._num_read += 1
+        if self._num_read % _RUN == 0:
+            await asyncio.sleep(0)
+        while (item := self._get()) is None and self._num_ended < len(self._requests):
+            self._reader = asyncio.get_running_loop().create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+        return item
+
+    async def _feed(self) -> None:
+        try:
+            while self._num_entered < len(self._requests):
+                await self._turns.enter(self._n, self._requests[0].priority)
+                self._start()
+                await asyncio.sleep(0)  # other requests' tokens go on flowing
+        except Exception as error:
+            self._failure = error
+            self._wake()
 
     def _start(self) -> None:
         """Hand the next prompt to the engine; its sequences have entered."""
@@ -188,63 +224,54 @@ class Generation:
             stream = self._engine.generate(self._requests[number])
         except EngineDead as error:
             raise APIError(503, str(error)) from error
+        stream.offer, stream.notify = partial(self._offered, number), partial(self._notified, number)
         self._streams.append(stream)
 
-    def _checked(self, number: int, delta: Completion) -> tuple[int, Completion]:
+    def _offered(self, number: int, delta: Completion) -> bool:
+        if self._reader is None or self._reader.done() or not self.is_ready():
+            return False
+        try:
+            self._check(number, delta)
+            self.take(number, delta)
+        except Exception as error:
+            self._failure = error
+            self._wake()
+        return True
+
+    def _notified(self, number: int) -> None:
+        self._news[number] = None
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    def _get(self) -> tuple[int, Completion] | None:
+        """The next delta that is there."""
+        if self._failure is not None:
+            raise self._failure
+        while self._news:
+            number = next(iter(self._news))
+            delta = self._streams[number].get()
+            if delta is not None:
+                self._check(number, delta)
+                return number, delta
+            del self._news[number]
+            if self._streams[number].complete:
+                self._num_ended += 1
+                self._turns.leave(self._n)
+        return None
+
+    def _check(self, number: int, delta: Completion) -> None:
         self.records[number].observe(delta)
         if delta.finish_reason is FinishReason.REFUSED:
             raise APIError(400, delta.error or "The request cannot be followed.")
         if delta.finish_reason is FinishReason.ERROR:
             raise APIError(503 if self._engine.dead else 500, delta.error or "The engine failed on this request.")
-        return number, delta
 
-    async def _one(self) -> AsyncGenerator[tuple[int, Completion], None]:
-        if not self._streams:
-            await self._take_turn()
-        async for delta in self._streams[0]:
-            yield self._checked(0, delta)
 
-    async def _merged(self) -> AsyncGenerator[tuple[int, Completion], None]:
-        # Bounded, so that the deltas of a client who reads slowly gather in the engine, which joins them; and short, so
-        # that many that are there at once are not written in one go.
-        queue: asyncio.Queue[tuple[int, Completion] | Exception | None] = asyncio.Queue(_QUEUE)
-        tasks: list[asyncio.Task[None]] = []
-
-        async def feed() -> None:
-            try:
-                for number in range(len(self._requests)):
-                    if number == len(self._streams):
-                        await self._take_turn()
-                    tasks.append(asyncio.create_task(pump(number)))
-                    await asyncio.sleep(0)  # other requests' tokens go on flowing
-            except Exception as error:
-                await queue.put(error)
-
-        async def pump(number: int) -> None:
-            try:
-                async for delta in self._streams[number]:
-                    await queue.put(self._checked(number, delta))
-            except Exception as error:
-                await queue.put(error)
-            else:
-                self._num_ended += 1
-                self._turns.leave(self._n)
-                await queue.put(None)
-
-        feeder = asyncio.create_task(feed())
-        running = len(self._requests)
-        try:
-            while running:
-                item = await queue.get()
-                if isinstance(item, Exception):
-                    raise item
-                if item is None:
-                    running -= 1
-                else:
-                    yield item
-        finally:
-            await _cancel(feeder)
-            await _cancel(*tasks)
+def _drop(number: int, delta: Completion) -> None:
+    """Where there is no reader."""
 
 
 async def while_connected(

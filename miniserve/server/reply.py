@@ -7,8 +7,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import msgspec
@@ -19,6 +18,7 @@ from miniserve import __version__
 from miniserve.core import Completion, FinishReason, InvalidRequest, SamplingParams, TokenLogprobs
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server.config import ServerConfig
+from miniserve.server.connection import direct_writer
 from miniserve.server.errors import APIError, as_api_error, json_response
 from miniserve.server.generation import ClientGone, Generation, while_connected
 from miniserve.server.metrics import RequestMetrics
@@ -32,7 +32,6 @@ from miniserve.server.protocol import (
 )
 from miniserve.server.request_log import log_request
 
-Deltas = AsyncGenerator[tuple[int, Completion], None]
 logger = logging.getLogger(__name__)
 
 KEEP_ALIVE = 15.0  # seconds without an event after which a comment says that the stream lives
@@ -89,6 +88,11 @@ class Answer(ABC):
         """The event of a generation that failed."""
         return error.envelope()
 
+    def encode(self, event: dict[str, Any]) -> bytes:
+        """As it goes over the wire."""
+        name = b"event: " + event["type"].encode() + b"\n" if self.names_events else b""
+        return name + b"data: " + _encoder.encode(event) + b"\n\n"
+
     def count(self, number: int, delta: Completion) -> None:
         """Take a delta's tokens into the usage."""
         self._completion_tokens += len(delta.token_ids)
@@ -122,6 +126,8 @@ class ChoicesAnswer(Answer):
         super().__init__(model, tokenizer, token_ids)
         self._params = params
         self._body = body
+        self._chunk_head = b"data: " + _encoder.encode(self._head(self.chunk_kind)).removesuffix(b"}")
+        self._shows_tokens = bool(body.return_token_ids) or body.prompt_logprobs is not None
         options = body.stream_options or StreamOptions()
         self._usage_at_end = bool(options.include_usage)
         self._usage_in_every_chunk = self._usage_at_end and bool(options.continuous_usage_stats)
@@ -149,25 +155,38 @@ class ChoicesAnswer(Answer):
         }
 
     def events(self, number: int, delta: Completion) -> Iterator[dict[str, Any]]:
-        """The chunks for one delta. Token ids come with the first piece that is not the mere opening of a message."""
+        """The chunks for one delta, without what all have; see `encode`."""
         for choice in self.pieces(number, delta):
-            index = choice["index"]
-            is_first = index not in self._begun
-            beside = {} if self._begun or self.prompt_in_choice else self._about_prompt(0)
-            self._begun.add(index)
-            if "role" not in choice.get("delta", ()):
-                choice = {**choice, **self._ids_of(index, with_prompt=is_first)}
-            event = {**self._chunk(choice), **beside}
+            event: dict[str, Any] = self._with_tokens(choice) if self._shows_tokens else {"choices": (choice,)}
             if self._usage_at_end:
                 event["usage"] = self.usage() if self._usage_in_every_chunk else None
             yield event
 
     def closing(self) -> Iterator[dict[str, Any]]:
         if self._usage_at_end:
-            yield {**self._chunk(), "usage": self.usage()}
+            yield {"choices": (), "usage": self.usage()}
+
+    def encode(self, event: dict[str, Any]) -> bytes:
+        if "choices" not in event:  # an error
+            return super().encode(event)
+        # Their beginnings are the same, so it is encoded once.
+        return b"%b,%b\n\n" % (self._chunk_head, _encoder.encode(event)[1:])
+
+    def _with_tokens(self, choice: Mapping[str, Any]) -> dict[str, Any]:
+        """An event that says of tokens what was asked for. Their ids come with the first piece that is not the mere
+        opening of a message."""
+        index = choice["index"]
+        is_first = index not in self._begun
+        beside = {} if self._begun or self.prompt_in_choice else self._about_prompt(0)
+        self._begun.add(index)
+        if "role" not in choice.get("delta", ()):
+            choice = {**choice, **self._ids_of(index, with_prompt=is_first)}
+        return {"choices": (choice,), **beside}
 
     def count(self, number: int, delta: Completion) -> None:
         super().count(number, delta)
+        if not self._shows_tokens:
+            return
         if self._body.return_token_ids:
             self._new_ids[self.index(number, delta)] += delta.token_ids
         if self._body.prompt_logprobs is not None and delta.prompt_logprobs and number not in self._prompt_logprobs:
@@ -192,10 +211,6 @@ class ChoicesAnswer(Answer):
     def _head(self, kind: str) -> dict[str, Any]:
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
         return {**head, "system_fingerprint": _FINGERPRINT}
-
-    def _chunk(self, *choices: Mapping[str, Any]) -> dict[str, Any]:
-        """An event; one without choices is for the usage."""
-        return {**self._head(self.chunk_kind), "choices": choices}
 
     def _ids_of(self, index: int, with_prompt: bool = True) -> dict[str, Any]:
         """What a choice says of tokens beside its text, where it was asked for."""
@@ -238,13 +253,13 @@ class GenerationResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with self._generation as deltas:
+            async with self._generation:
                 if self._stream:
                     await while_connected(
-                        receive, self._send_events(deltas, send), every=KEEP_ALIVE, beat=lambda: self._beat(send)
+                        receive, self._send_events(scope, send), every=KEEP_ALIVE, beat=lambda: self._beat(send)
                     )
                     return
-                response = await while_connected(receive, self._whole(deltas))
+                response = await while_connected(receive, self._whole())
             await response(scope, receive, send)
         except ClientGone:
             return
@@ -253,33 +268,40 @@ class GenerationResponse(Response):
                 request_id = scope.get("state", {}).get("request_id", "")
                 self._answer.log(request_id, self._generation.records, self._config.log_prompts)
 
-    async def _whole(self, deltas: Deltas) -> Response:
-        async with aclosing(deltas):
-            async for number, delta in deltas:
-                self._answer.add(number, delta)
+    async def _whole(self) -> Response:
+        self._generation.is_ready, self._generation.take = lambda: True, self._answer.add
+        while (item := await self._generation.next()) is not None:
+            self._answer.add(*item)
         return json_response(self._answer.whole())
 
-    async def _send_events(self, deltas: Deltas, send: Send) -> None:
+    async def _send_events(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM_HEADERS})
-        answer = self._answer
+        generation, answer = self._generation, self._answer
+        if (direct := direct_writer(scope)) is not None:
+
+            def take(number: int, delta: Completion) -> None:
+                if data := self._data(answer.events(number, delta)):
+                    direct.write(data)
+
+            generation.is_ready, generation.take = direct.is_ready, take
         try:
-            await self._send_all(send, answer.opening())
-            async with aclosing(deltas):
-                async for number, delta in deltas:
-                    await self._send_all(send, answer.events(number, delta))
-            await self._send_all(send, answer.closing())
+            await self._send(send, answer.opening())
+            while (item := await generation.next()) is not None:
+                await self._send(send, answer.events(*item))
+            await self._send(send, answer.closing())
         except Exception as error:
             if not isinstance(error, APIError | InvalidRequest):
                 logger.error("A streaming request failed.", exc_info=error)
-            await self._send_all(send, [answer.failure(as_api_error(error))])
+            await self._send(send, [answer.failure(as_api_error(error))])
         await send({"type": "http.response.body", "body": answer.end, "more_body": False})
 
-    async def _send_all(self, send: Send, events: Iterable[dict[str, Any]]) -> None:
-        for event in events:
-            self._quiet = False
-            name = b"event: " + event["type"].encode() + b"\n" if self._answer.names_events else b""
-            data = name + b"data: " + _encoder.encode(event) + b"\n\n"
+    async def _send(self, send: Send, events: Iterable[dict[str, Any]]) -> None:
+        if data := self._data(events):
             await send({"type": "http.response.body", "body": data, "more_body": True})
+
+    def _data(self, events: Iterable[dict[str, Any]]) -> bytes:
+        self._quiet = False
+        return b"".join(map(self._answer.encode, events))
 
     async def _beat(self, send: Send) -> None:
         if self._quiet:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import signal
 import subprocess
@@ -11,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -49,8 +48,21 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(test(), 120))  # type: ignore[arg-type]
 
 
+async def following(stream: CompletionStream) -> Completion | None:
+    """The next delta, or None after the last."""
+    arrived = asyncio.Event()
+    stream.notify = arrived.set
+    while (delta := stream.get()) is None and not stream.complete:
+        arrived.clear()
+        await arrived.wait()
+    return delta
+
+
 async def collect(stream: CompletionStream) -> list[Completion]:
-    return [delta async for delta in stream]
+    deltas = []
+    while (delta := await following(stream)) is not None:
+        deltas.append(delta)
+    return deltas
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -129,33 +141,16 @@ def test_an_id_that_is_running_is_refused_at_the_call() -> None:
     run(body)
 
 
-async def _close(stream: CompletionStream) -> None:
-    await stream.aclose()
-    await stream.aclose()
-    with pytest.raises(StopAsyncIteration):
-        await anext(stream)
-
-
-async def _cancel(stream: CompletionStream) -> None:
-    async def read() -> None:
-        async for _ in stream:
-            pass
-
-    task = asyncio.create_task(read())
-    await asyncio.sleep(0.05)
-    task.cancel()
-    await asyncio.wait([task])
-
-
-@pytest.mark.parametrize("leave", [_close, _cancel])
-def test_a_reader_that_leaves_frees_its_blocks(leave: Callable[[CompletionStream], Awaitable[None]]) -> None:
+def test_a_reader_that_leaves_frees_its_blocks() -> None:
     async def body() -> None:
         async with running("step_seconds=0.01") as engine:
             stream = ask(engine, PROMPT, SamplingParams(max_tokens=100, n=4), "r")
-            await anext(stream)
+            await following(stream)
             await until(lambda: engine.stats.num_running == 4)
             steps = engine.stats.num_steps
-            await leave(stream)
+            stream.close()
+            stream.close()
+            assert stream.complete and stream.get() is None
             await until(lambda: engine.stats.num_running == 0)
             assert engine.stats.kv_cache_usage == 0.0
             assert engine.stats.num_steps < steps + 50, "it ran on"
@@ -164,14 +159,18 @@ def test_a_reader_that_leaves_frees_its_blocks(leave: Callable[[CompletionStream
     run(body)
 
 
-def test_a_stream_that_is_dropped_is_aborted() -> None:
+def test_a_stream_tells_its_reader_of_each_delta_and_of_the_end() -> None:
     async def body() -> None:
         async with running("step_seconds=0.01") as engine:
-            stream = ask(engine, PROMPT, ENDLESS, "r")
-            await anext(stream)
-            del stream
-            gc.collect()
-            await until(lambda: engine.stats.num_running == 0 and not engine._running)
+            stream, told = ask(engine, PROMPT, SamplingParams(max_tokens=5), "r"), list[tuple[bool, int]]()
+
+            def notify() -> None:
+                delta = stream.get()
+                told.append((stream.complete, 0 if delta is None else len(delta.token_ids)))
+
+            stream.notify = notify
+            await until(lambda: stream.complete)
+            assert told == [(False, 1)] * 5 + [(True, 0)]
 
     run(body)
 
@@ -180,8 +179,8 @@ def test_an_aborted_requests_id_can_be_used_again() -> None:
     async def body() -> None:
         async with running("step_seconds=0.01") as engine:
             stream = ask(engine, PROMPT, ENDLESS, "r")
-            await anext(stream)
-            await stream.aclose()
+            await following(stream)
+            stream.close()
             again = ask(engine, [700, 701], SamplingParams(max_tokens=5), "r")
             assert [t for delta in await collect(again) for t in delta.token_ids] == expected_tokens([700, 701], 5)
 
@@ -196,13 +195,14 @@ def test_of_200_readers_a_third_leaves_and_the_others_get_everything() -> None:
                 prompt = [300 + index, *range(700, 700 + index % 9)]
                 stream = ask(engine, prompt, SamplingParams(max_tokens=20 + index % 50), f"r{index}")
                 ids: list[int] = []
-                async with aclosing(stream):
-                    async for delta in stream:
-                        ids += delta.token_ids
-                        if index % 3 == 0 and len(ids) > index % 20:
-                            return
+                while (delta := await following(stream)) is not None:
+                    ids += delta.token_ids
+                    reason = delta.finish_reason
+                    if index % 3 == 0 and len(ids) > index % 20:
+                        stream.close()
+                        return
                 assert ids == expected_tokens(prompt, 20 + index % 50)
-                assert delta.finish_reason is FinishReason.LENGTH
+                assert reason is FinishReason.LENGTH
 
             await asyncio.gather(*map(read, range(200)))
             await until(lambda: engine.stats.kv_cache_usage == 0.0)
@@ -228,7 +228,7 @@ def test_a_killed_engine_ends_every_stream_with_an_error() -> None:
     async def body() -> None:
         async with running("step_seconds=0.01") as engine:
             streams = [ask(engine, PROMPT, SamplingParams(max_tokens=100, n=2), f"r{index}") for index in range(5)]
-            await asyncio.gather(*(anext(stream) for stream in streams))
+            await asyncio.gather(*map(following, streams))
             os.kill(pid_of(engine), signal.SIGKILL)
             async with asyncio.timeout(2):
                 results = await asyncio.gather(*map(collect, streams))
@@ -310,7 +310,7 @@ def test_a_drain_finishes_what_runs_and_takes_nothing_new() -> None:
         engine = make("step_seconds=0.005")
         await engine.start()
         stream = ask(engine, PROMPT, SamplingParams(max_tokens=60), "r")
-        await anext(stream)
+        await following(stream)
         shutdown = asyncio.create_task(engine.shutdown(drain=True, timeout=20))
         await asyncio.sleep(0)
         with pytest.raises(EngineDead, match="shutting down"):
@@ -329,7 +329,7 @@ def test_a_shutdown_can_cut_a_drain_short(how: str) -> None:
         engine = make("step_seconds=2")
         await engine.start()
         stream = ask(engine, PROMPT, ENDLESS, "r")
-        await anext(stream)
+        await following(stream)
         started = time.monotonic()
         match how:
             case "at once":
@@ -366,7 +366,7 @@ def test_an_engine_that_stays_stopped_counts_as_dead() -> None:
     async def body() -> None:
         async with running("step_seconds=0.01") as engine:
             stream = ask(engine, PROMPT, ENDLESS, "r")
-            await anext(stream)
+            await following(stream)
             os.kill(pid_of(engine), signal.SIGSTOP)
             deltas = await collect(stream)
             assert deltas[-1].finish_reason is FinishReason.ERROR

@@ -177,7 +177,7 @@ def test_an_engine_that_dies_leaves_nobody_waiting_for_its_answers() -> None:
         os.kill(engine._process.pid, signal.SIGKILL)
         for outcome in await asyncio.gather(*readers[1:], return_exceptions=True):
             assert isinstance(outcome, EngineDead)
-        await stream.aclose()
+        stream.close()
         with pytest.raises(EngineDead):
             await engine.steps(5)
         await engine.shutdown()

@@ -37,7 +37,7 @@ from miniserve.core import (
     TokenLogprobs,
 )
 from miniserve.engine.client import EngineDead
-from miniserve.engine.output import CompletionStream, Mailbox, OutputAssembler
+from miniserve.engine.output import CompletionStream, OutputAssembler
 from miniserve.engine.replicas import Engine
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server.config import ServerConfig
@@ -130,7 +130,7 @@ class FakeEngine:
         self.records: list[StepRecord] = []
         self.shutdowns: list[bool] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self._boxes: dict[int, tuple[Mailbox, OutputAssembler]] = {}
+        self._boxes: dict[int, tuple[CompletionStream, OutputAssembler]] = {}
         self._serial = count()
 
     @property
@@ -172,19 +172,20 @@ class FakeEngine:
         if self.dead or self.shutdowns:
             raise EngineDead(self.dead or "The engine is shutting down.")
         self.seen.append((prompt_token_ids, params))
-        number, mailbox = next(self._serial), Mailbox()
-        self._boxes[number] = mailbox, OutputAssembler(self.tokenizer, prompt_token_ids, params)
-        task = asyncio.get_running_loop().create_task(self._run(number, prompt_token_ids, params))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        self.num_running += params.n
+        number = next(self._serial)
 
         def abort() -> None:
             self.aborted += 1
             task.cancel()
             self._end(number, "aborted")
 
-        return CompletionStream(mailbox, abort)
+        stream = CompletionStream(abort)
+        self._boxes[number] = stream, OutputAssembler(self.tokenizer, prompt_token_ids, params)
+        task = asyncio.get_running_loop().create_task(self._run(number, prompt_token_ids, params))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        self.num_running += params.n
+        return stream
 
     def kill(self, reason: str) -> None:
         self.dead = reason
@@ -205,14 +206,14 @@ class FakeEngine:
         box = self._boxes.pop(number, None)
         if box is None:
             return
-        mailbox, assembler = box
+        stream, assembler = box
         for delta in assembler.fail(error):
             self.num_running -= 1
-            mailbox.put(delta)
-        mailbox.end()
+            stream.put(delta)
+        stream.end()
 
     async def _run(self, number: int, prompt: list[int], params: SamplingParams) -> None:
-        mailbox, assembler = self._boxes[number]
+        stream, assembler = self._boxes[number]
         started = time.monotonic()
         wanted = max(params.max_tokens or 0, 1)
         tokens = [self.script or greedy(prompt, wanted, index) for index in range(params.n)]
@@ -229,11 +230,11 @@ class FakeEngine:
                 deltas, _ = assembler.push(index, output)
                 for delta in deltas:
                     self.num_running -= delta.finish_reason is not None
-                    mailbox.put(delta)
+                    stream.put(delta)
             if assembler.finished:
                 break
         self._boxes.pop(number, None)
-        mailbox.end()
+        stream.end()
 
     def _output(
         self, prompt: list[int], params: SamplingParams, tokens: list[int], index: int, step: int
