@@ -18,9 +18,8 @@ from dialect_texts import WRITERS
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 from server_fakes import running_server
-from test_server_tools import Scripted, scripted
+from server_scripted import ASKED, CALLS, Scripted, scripted
 
-CALLS = [("get_weather", {"city": 'Bad "Ems"\nIII', "days": 2}), ("now", {})]
 SCHEMA = {
     "type": "object",
     "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
@@ -41,7 +40,6 @@ RESPONSES_TOOLS: Any = [
     },
     {"type": "function", "name": "now", "parameters": NOTHING, "strict": None},
 ]
-ASKED: Any = {"role": "user", "content": "How will the weather be?"}
 THOUGHT = "<think>\nLet me look.\n</think>\n\n"
 
 
