@@ -11,6 +11,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from miniserve.core import FinishReason, InvalidRequest
+from miniserve.scheduler.limits import ContextExceeded
 from miniserve.server.agents import (
     PartsAnswer,
     Translation,
@@ -23,7 +24,7 @@ from miniserve.server.agents import (
 )
 from miniserve.server.chat import thinking_switch
 from miniserve.server.errors import APIError, json_response
-from miniserve.server.fields import LEAVE_OUT, Body, Exact, refusals
+from miniserve.server.fields import LEAVE_OUT, Body, Exact, Refusal, refusals
 from miniserve.server.protocol import (
     CalledName,
     ChatCompletionRequest,
@@ -32,6 +33,7 @@ from miniserve.server.protocol import (
     Int,
     ListOf,
     NamedTool,
+    Parameters,
     Text,
     TextOrList,
     Texts,
@@ -74,7 +76,7 @@ class ToolDefinition(Body):
     type: Text | None = None
     name: FunctionName
     description: Text | None = None
-    input_schema: dict[str, Any] | None = None
+    input_schema: Parameters | None = None
     strict: bool | None = None
     # Without effect: the prefix cache needs no marks, and arguments are always sent as they come.
     cache_control: Any = None
@@ -127,18 +129,22 @@ class MessagesRequest(CountTokensRequest):
     top_k: Int | None = None
 
 
+# What Claude Code sends: all thinking stays in the prompt, as far as the chat template keeps it.
+_KEEP_THINKING = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
 _NAMES = {
+    "input_tokens": "prompt",
     "stop": "stop_sequences",
     "reasoning_effort": "output_config.effort",
     "chat_template_kwargs": "thinking",
     "response_format": "output_config.format",
 }
-MessagesRequest.refused = CountTokensRequest.refused = refused_beside(
+_REFUSED = refused_beside(
     MessagesRequest,
     _NAMES,
     {
-        "container": (), "context_management": ({"edits": []},), "mcp_servers": ([],), "speed": ("standard",),
-        "inference_geo": (), "diagnostics": (), "output_format": (), "betas": ([],),
+        "container": (), "context_management": ({"edits": []}, _KEEP_THINKING), "mcp_servers": ([],),
+        "speed": ("standard",), "inference_geo": (), "diagnostics": (), "output_format": (), "betas": ([],),
+        "compaction": (), "fallbacks": ([],),
     },
     {
         "output_format": "use output_config.format",
@@ -146,6 +152,11 @@ MessagesRequest.refused = CountTokensRequest.refused = refused_beside(
         "mcp_servers": "call them from the client",
     },
 )  # fmt: skip
+MessagesRequest.refused = CountTokensRequest.refused = {
+    **_REFUSED,
+    # Anthropic's client then sends the whole conversation by itself.
+    "thread": Refusal((), "send the whole conversation; none is kept", "thread_unsupported_request"),
+}
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -154,7 +165,6 @@ MessagesRequest.refused = CountTokensRequest.refused = refused_beside(
 class BlockOut(TypedDict):
     type: Literal["text", "thinking", "tool_use"]
     text: NotRequired[str]
-    citations: NotRequired[None]
     thinking: NotRequired[str]
     signature: NotRequired[str]
     id: NotRequired[str]
@@ -186,15 +196,24 @@ class TokenCount(TypedDict):
     input_tokens: int
 
 
+class AnthropicErrorCode(TypedDict):
+    error_code: str
+
+
 class AnthropicErrorDetail(TypedDict):
     type: str
     message: str
+    details: NotRequired[AnthropicErrorCode]
 
 
 class AnthropicError(TypedDict):
     type: Literal["error"]
     error: AnthropicErrorDetail
     request_id: str
+
+
+# Clients send thinking back only with one (the AI SDK's streams, litellm's). It is not looked at.
+_SIGNATURE = "miniserve"
 
 
 class MessagesAnswer(PartsAnswer):
@@ -220,14 +239,17 @@ class MessagesAnswer(PartsAnswer):
         return {"type": "content_block_delta", "index": part.number, "delta": {"type": kind, key: text}}
 
     def ended(self, part: Part) -> Iterator[dict[str, Any]]:
+        if part.kind == "thought":
+            delta = {"type": "signature_delta", "signature": _SIGNATURE}
+            yield {"type": "content_block_delta", "index": part.number, "delta": delta}
         yield {"type": "content_block_stop", "index": part.number}
 
     def closing(self) -> Iterator[dict[str, Any]]:
         yield {"type": "message_delta", "delta": self._stop(), "usage": self._usage()}
         yield {"type": "message_stop"}
 
-    def failure(self, error: APIError) -> dict[str, Any]:
-        return error.anthropic_envelope()
+    def failure(self, error: APIError) -> Iterator[dict[str, Any]]:
+        yield error.anthropic_envelope()
 
     def _message(self) -> dict[str, Any]:
         return {
@@ -263,9 +285,9 @@ class MessagesAnswer(PartsAnswer):
     def _block(self, part: Part, text: str) -> BlockOut:
         match part.kind:
             case "text":
-                return {"type": "text", "text": text, "citations": None}
+                return {"type": "text", "text": text}
             case "thought":
-                return {"type": "thinking", "thinking": text, "signature": ""}
+                return {"type": "thinking", "thinking": text, "signature": _SIGNATURE if text else ""}
             case "call":
                 return {"type": "tool_use", "id": part.id, "name": part.name, "input": _input(text)}
 
@@ -318,11 +340,26 @@ def _translated(service: Service, body: CountTokensRequest) -> Translation:
     if body.thinking is not None:
         _think(service, body.thinking, chat)
     if (output := body.output_config) is not None:
-        chat.reasoning_effort = output.effort
+        # The API's default is "high": to say so asks for nothing where the template knows no effort.
+        if output.effort != "high" or "reasoning_effort" in _template(service, chat):
+            chat.reasoning_effort = output.effort
         if output.format is not None:
             schema = JSONSchemaFormat(schema=output.format.json_schema)
             chat.response_format = ResponseFormat(type="json_schema", json_schema=schema)
-    return Translation(chat, _NAMES, turns)
+    return Translation(chat, _NAMES, turns, _too_long)
+
+
+def _too_long(error: ContextExceeded) -> str:
+    """In Anthropic's words, which clients look for: Claude Code then asks for less output, or sums up the
+    conversation."""
+    if error.prompt_len is None:
+        return f"prompt is too long: {error}"
+    if error.max_tokens is None:
+        return f"prompt is too long: {error.prompt_len} tokens > {error.limit - 1} maximum"
+    return (
+        f"input length and `max_tokens` exceed context limit: {error.prompt_len} + {error.max_tokens} > {error.limit}, "
+        "decrease input length or `max_tokens` and try again"
+    )
 
 
 def _think(service: Service, thinking: Thinking, chat: ChatCompletionRequest) -> None:
@@ -330,7 +367,7 @@ def _think(service: Service, thinking: Thinking, chat: ChatCompletionRequest) ->
     chat.include_reasoning = False if thinking.display == "omitted" else None
     if thinking.type == "adaptive":
         return
-    template = service.engine.tokenizer.chat_template.source(None, template_tools(chat.tools or []))
+    template = _template(service, chat)
     switch, enabled = thinking_switch(template), thinking.type == "enabled"
     if switch is not None:
         chat.chat_template_kwargs = {switch: enabled}
@@ -340,6 +377,10 @@ def _think(service: Service, thinking: Thinking, chat: ChatCompletionRequest) ->
             "it out.",
             "thinking",
         )
+
+
+def _template(service: Service, chat: ChatCompletionRequest) -> str:
+    return service.engine.tokenizer.chat_template.source(None, template_tools(chat.tools or []))
 
 
 def _tool(path: str, tool: ToolDefinition) -> Tool:

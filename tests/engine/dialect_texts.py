@@ -78,7 +78,12 @@ _CHATML = """
 {%- for message in messages %}
     {%- if message.role == 'tool' %}
         {{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response>' }}
-    {%- else %}{{- '<|im_start|>' + message.role + '\\n' + (message.content or '') }}{% endif %}
+    {%- else %}{{- '<|im_start|>' + message.role + '\\n' }}
+        {%- if message.reasoning_content %}
+            {{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}
+        {%- endif %}
+        {{- message.content or '' }}
+    {%- endif %}
     {%- for call in message.tool_calls or [] %}{{- '\\n' }}CALL{% endfor %}
     {{- '<|im_end|>\\n' }}
 {%- endfor %}
@@ -113,9 +118,12 @@ _LLAMA = """
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
 
 _MISTRAL = """
+{%- set first = namespace(user=messages | selectattr('role', 'equalto', 'user') | first) %}
 {%- for message in messages %}
     {%- if message.role == 'user' %}
-        {%- if tools and loop.first %}{{- '[AVAILABLE_TOOLS] ' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}{% endif %}
+        {%- if tools and message == first.user %}
+            {{- '[AVAILABLE_TOOLS] ' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}
+        {%- endif %}
         {{- '[INST] ' + message.content + '[/INST]' }}
     {%- elif message.tool_calls is defined %}CALLS
     {%- elif message.role == 'tool' %}
@@ -137,6 +145,7 @@ _MISTRAL_V11_CALLS = """
 _DEEPSEEK = """
 {%- if tools %}{% for tool in tools %}{{- tool | tojson }}{% endfor %}{% endif %}
 {%- for message in messages %}
+    {%- if message['role'] == 'system' %}{{- message['content'] }}{% endif %}
     {%- if message['role'] == 'user' %}{{- '<｜User｜>' + message['content'] }}{% endif %}
     {%- if message['role'] == 'assistant' %}
         {{- '<｜Assistant｜></think>' + message['content'] }}

@@ -113,6 +113,7 @@ class FakeEngine:
             traffic=StepTraffic(weights=10**9, kv=[(None, 1000)], bandwidth=1e12),
         )  # fmt: skip
         self.script = script
+        self.scripts: list[list[int]] = []  # of the next requests, one each; the last stays
         self.step_seconds = step_seconds
         self.fail_after = fail_after
         self.hold_at = hold_at  # the step at which all requests wait for `gate`
@@ -172,6 +173,8 @@ class FakeEngine:
         if self.dead or self.shutdowns:
             raise EngineDead(self.dead or "The engine is shutting down.")
         self.seen.append((prompt_token_ids, params))
+        if self.scripts:
+            self.script = self.scripts.pop(0)
         number = next(self._serial)
 
         def abort() -> None:
@@ -181,7 +184,7 @@ class FakeEngine:
 
         stream = CompletionStream(abort)
         self._boxes[number] = stream, OutputAssembler(self.tokenizer, prompt_token_ids, params)
-        task = asyncio.get_running_loop().create_task(self._run(number, prompt_token_ids, params))
+        task = asyncio.get_running_loop().create_task(self._run(number, prompt_token_ids, params, self.script))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         self.num_running += params.n
@@ -212,11 +215,11 @@ class FakeEngine:
             stream.put(delta)
         stream.end()
 
-    async def _run(self, number: int, prompt: list[int], params: SamplingParams) -> None:
+    async def _run(self, number: int, prompt: list[int], params: SamplingParams, script: list[int] | None) -> None:
         stream, assembler = self._boxes[number]
         started = time.monotonic()
         wanted = max(params.max_tokens or 0, 1)
-        tokens = [self.script or greedy(prompt, wanted, index) for index in range(params.n)]
+        tokens = [script or greedy(prompt, wanted, index) for index in range(params.n)]
         for step in range(wanted):
             await asyncio.sleep(self.step_seconds)
             if step == self.hold_at:

@@ -12,7 +12,7 @@ import pytest
 from browser import Page
 from dialect_texts import WRITERS
 from server_fakes import EOS, FakeEngine, RunningServer, running_server, tokenizer, wait_until
-from test_server_tools import WEATHER, scripted
+from server_scripted import WEATHER, scripted
 
 from miniserve.server.config import ServerConfig
 

@@ -4,92 +4,21 @@ server with a small template of its kind, which the answers are written in."""
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
-import msgspec
-import openai
 import pytest
-from dialect_texts import TEMPLATES, WRITERS
-from openai import OpenAI
-from server_fakes import EOS, TINY, FakeEngine, RunningServer, running_server, tokenizer
+from dialect_texts import WRITERS
+from server_fakes import running_server, tokenizer
+from server_scripted import ASKED, CALLS, NOW, TOOLS, WEATHER, Scripted, scripted
 
 from miniserve.core import InvalidRequest, UserError
-from miniserve.engine.tokenizer import Tokenizer
 from miniserve.engine.tool_dialects import TOOL_DIALECTS
 from miniserve.server.config import ServerConfig
 from miniserve.server.protocol import FunctionDefinition, Tool
 from miniserve.server.reading import template_tools
-
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "How the weather is.",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
-            "required": ["city"],
-        },
-    },
-}
-NOW = {"type": "function", "function": {"name": "now"}}
-TOOLS: Any = [WEATHER, NOW]
-ASKED = {"role": "user", "content": "How will the weather be?"}
-CALLS = [("get_weather", {"city": 'Bad "Ems"\nIII', "days": 2}), ("now", {})]
-
-
-def model(directory: Path, template: str, special: tuple[str, ...] = ()) -> Tokenizer:
-    """The built-in model's tokenizer with another template and more special tokens."""
-    shutil.copytree(TINY, directory, ignore=shutil.ignore_patterns("*.safetensors"))
-    (directory / "chat_template.jinja").write_text(template)
-    file = directory / "tokenizer.json"
-    data = json.loads(file.read_text())
-    first = max(token["id"] for token in data["added_tokens"]) + 1
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    data["added_tokens"] += [{"id": first + i, "content": text, **flags} for i, text in enumerate(special)]
-    file.write_text(json.dumps(data))
-    return Tokenizer(directory)
-
-
-@dataclass
-class Scripted:
-    """A server whose next answer is set by `says`."""
-
-    dialect: str
-    server: RunningServer
-    client: OpenAI
-
-    def says(self, text: str) -> None:
-        self.server.engine.script = [*self.server.engine.tokenizer.encode(text, False), EOS]
-
-    @property
-    def prompt(self) -> str:
-        return self.server.engine.tokenizer.decode(self.server.engine.seen[-1][0], False)
-
-    def ask(self, messages: list[Any], **options: Any) -> Any:
-        return self.client.chat.completions.create(model="tiny/fake", messages=messages, **options)
-
-    def refused(self, messages: list[Any], **options: Any) -> str:
-        with pytest.raises(openai.BadRequestError) as caught:
-            self.ask(messages, **options)
-        return str(caught.value.param)
-
-
-def scripted(dialect: str, directory: Path, **config: object) -> Iterator[Scripted]:
-    special = ("[TOOL_CALLS]", "[ARGS]") if dialect.startswith("mistral") else ()
-    engine = FakeEngine(max_model_len=2048)
-    engine.tokenizer = model(directory, TEMPLATES[dialect], special)
-    engine.info = msgspec.structs.replace(engine.info, vocab_size=engine.tokenizer.vocab_size)
-    with (
-        running_server(engine, **config) as server,
-        OpenAI(base_url=server.url, api_key="any", max_retries=0) as client,
-    ):
-        yield Scripted(dialect, server, client)
 
 
 @pytest.fixture(scope="module", params=WRITERS)
