@@ -20,6 +20,7 @@ from miniserve.kernels.triton import (
     moe_token,
     norm_router,
     reduce_norm,
+    rounded_linear,
     routing,
     sampling,
     small_linear,
@@ -191,12 +192,15 @@ def large_launches(chip: Chip) -> Iterator[Case]:
         tokens, num_experts, k, middle = 4096, 128, 8, 768
         weights = tensor(num_experts, 2 * middle, 2048), tensor(num_experts, 2048, middle)
         routed = tensor(tokens, k, dtype=torch.float32), int32(tokens, k)
+        x = tensor(4096, 12288)
         launch = partial(large_linear.large_experts, tensor(tokens, 2048), *weights, *routed, chip)
         yield "bf16 4096 tokens, 8 of 128", launch
         yield (
             "bf16 4096 rows 12288 x 4096",
             partial(large_linear.large_gated, tensor(4096, 4096), tensor(24576, 4096), chip),
         )
+        for group in (rounded_linear.GROUP, None):
+            yield f"4096 rows of 12288, groups of {group}", partial(rounded_linear.rounded, x, group, 4096)
 
 
 def step_launches(chip: Chip) -> Iterator[Case]:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -237,6 +238,31 @@ def test_where_a_step_is_finer_than_kernels_take_the_weight_is_widened() -> None
         told = experts.method.route.sentence(experts.method.name)
         wide = "the engine's Triton kernels, widened from 8 bits; not by triton experts_fp8: scales of 8 × 128"
         assert told.startswith("triton experts_fp8" if kept else wide)
+
+
+def test_activations_are_rounded_where_the_checkpoint_and_the_user_allow_it() -> None:
+    """On a GPU that multiplies in 8 bits, and in large steps alone."""
+    for inputs, wished, refused in (
+        (True, True, ""),
+        (True, False, "; not by the vendor's library in 8 bits: it rounds activations to 8 bits, and --no-fp8-act"),
+        (False, True, "; not by the vendor's library in 8 bits: it rounds activations to 8 bits, and this checkpoint"),
+    ):
+        quantization = Quantization("fp8", (Rule(("*",), replace(FORMATS["blocks"], inputs=inputs)),))
+        options = BuildOptions(
+            torch.bfloat16,
+            torch.bfloat16,
+            torch.device("meta"),
+            platform=NAMED_PLATFORMS["h200"],
+            fp8_activations=wished,
+            quantization=quantization,
+        )
+        method = options.linear(4096, {"a": 512, "b": 128}, bias=False).method
+        assert isinstance(method, ScaledMethod) and method.route is not None
+        told = method.route.sentence(method.name)
+        many = method.route.kernel(257)
+        assert many is not None and (many.tolerance is None) == bool(refused)
+        assert [kernel and kernel.name for kernel in map(method.route.kernel, (1, 256))] == ["triton linear_fp8"] * 2
+        assert refused in told and ("from 257 rows on" in told) == (not refused)
 
 
 def test_e4m3fn_codes_mean_the_same_in_fnuz_with_twice_the_scale() -> None:
