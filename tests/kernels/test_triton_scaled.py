@@ -209,6 +209,26 @@ def test_experts(swap: bool, block: Block) -> None:
         assert relative_error(parts.view(tokens, k, hidden).sum(1), want) < 1e-5
 
 
+@E4M3
+@pytest.mark.usefixtures("rounding")
+@BLOCKS
+@pytest.mark.parametrize("swap", [False, True])
+def test_experts_that_round_what_is_multiplied(swap: bool, block: Block) -> None:
+    """A group of a row ends within a tile of columns, and the last one early."""
+    num_experts, k, hidden, middle, tokens = 5, 2, 160, 192, 9
+    w1, s1, wide1 = scaled(1, num_experts, 2 * middle, hidden, block=block)
+    w2, s2, wide2 = scaled(3, num_experts, hidden, middle, block=block)
+    tiles = (moe.MoETile(16, 32, 32, 4, 2, swap), moe.MoETile(16, 32, 32, 4, 2, swap))
+    x, weights = normal(0, tokens, hidden, dtype=torch.float16), normal(4, tokens, k).abs()
+    x *= torch.logspace(-2, 0, tokens, device=DEVICE)[:, None]
+    ids = torch.stack([torch.randperm(num_experts)[:k] for _ in range(tokens)]).int().to(DEVICE)
+    parts = moe.experts(x, w1, w2, weights, ids, tiles, scales=(s1 / 16, s2 / 16), block=block, rounds=True)
+    got = parts.view(tokens, k, hidden).sum(1)
+    for number, row in enumerate(got):  # each row by itself: a scale of another would not show among all
+        want = experts_sum(x[number, None].float(), wide1 / 16, wide2 / 16, weights[number, None], ids[number, None])
+        assert 1e-3 < relative_error(row, want[0]) < 8e-2
+
+
 @pytest.mark.parametrize(("hidden", "middle"), [(1120, 32), (32, 576)])
 @BLOCKS
 def test_the_experts_of_one_token(block: Block, hidden: int, middle: int, monkeypatch: pytest.MonkeyPatch) -> None:

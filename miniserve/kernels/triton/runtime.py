@@ -144,13 +144,14 @@ class TritonKernels:
         first: int | None = None,
         scales: tuple[torch.Tensor, torch.Tensor] | None = None,
         block: tuple[int, int] | None = None,
+        rounds: bool = False,
     ) -> torch.Tensor:
         """See `moe.experts`."""
         plain = first is None and scales is None
         if plain and self._large is not None and self._large.can_group(x, w1, topk_ids.numel()):
             found: torch.Tensor = self._large.large_experts(x, w1, w2, topk_weights, topk_ids, self._chip)
             return found
-        return moe.experts(x, w1, w2, topk_weights, topk_ids, first=first, scales=scales, block=block)
+        return moe.experts(x, w1, w2, topk_weights, topk_ids, first=first, scales=scales, block=block, rounds=rounds)
 
     def add_norm_route(
         self,

@@ -111,9 +111,11 @@ _SCALED = ("tensor", "rows", "blocks")
 _FP8_ARCHS = ("sm_89+", *_INSTINCT, "gfx12*")  # those before have no instructions that read e4m3
 # Rounding what is multiplied costs 3 %, twice in a row 5 %, and a bad row more. Seen of aiter's experts: 9 % (#2421).
 _LINEAR_TOLERANCE, _EXPERTS_TOLERANCE = 6e-2, 1e-1
+_MANY_ROWS = 257  # steps of decode rows alone, which have fewer by default, keep 16 bits
 TRITON = "the engine's Triton kernels"
 TRITON_OR_LIBRARY = f"{TRITON} or the vendor's library, by size"
 TRITON_LINEAR_FP8, TRITON_EXPERTS_FP8 = "triton linear_fp8", "triton experts_fp8"
+TRITON_EXPERTS_ROUNDED = "triton experts in 8 bits"
 LIBRARY_FP8 = "the vendor's library in 8 bits"
 AITER_BLOCKSCALE, AITER_MOE = "aiter gemm_a8w8_blockscale", "aiter fused_moe"
 
@@ -124,7 +126,7 @@ _library = partial(
     archs=("sm_90",),
     dtypes=_HALF,
     row_multiple=16,
-    first_row=257,
+    first_row=_MANY_ROWS,
     tolerance=_LINEAR_TOLERANCE,
 )
 LINEAR = (
@@ -141,7 +143,6 @@ LINEAR = (
         first_row=65,
         tolerance=_LINEAR_TOLERANCE,
     ),
-    # Steps of decode rows alone have 256 at most by default: these keep 16 bits.
     _library(grains=("blocks",), block=(128, 128), column_multiple=512),
     _library(grains=("tensor", "rows"), column_multiple=16),
     ProductContract(name=TRITON_LINEAR_FP8, requires="triton", grains=_SCALED, archs=_FP8_ARCHS),
@@ -158,6 +159,15 @@ _fused_moe = partial(
 EXPERTS = (
     _fused_moe(grains=("plain",)),
     _fused_moe(grains=_SCALED, block=(128, 128), pads=True, tolerance=_EXPERTS_TOLERANCE),
+    ProductContract(
+        name=TRITON_EXPERTS_ROUNDED,
+        requires="triton",
+        grains=_SCALED,
+        archs=("sm_90",),
+        dtypes=_HALF,
+        first_row=_MANY_ROWS,
+        tolerance=_EXPERTS_TOLERANCE,
+    ),
     ProductContract(name=TRITON_EXPERTS_FP8, requires="triton", grains=_SCALED, archs=_FP8_ARCHS),
     ProductContract(name=TRITON, requires="triton", grains=("plain",)),
 )
