@@ -332,17 +332,16 @@ def _activation_bytes(model: CausalLM, tokens: int, rows: int) -> int:
     layer = tokens * (3 * widest + 3 * config.hidden_size + 2 * heads) * itemsize
     if config.moe is not None:  # what each of a token's experts gives, in float32
         layer += tokens * config.moe.top_k * config.hidden_size * 4
-    layer += max(_widened_bytes(model, tokens), default=0)
+    layer += max(_widened_bytes(model), default=0)
     if config.latent is not None:  # keys and values expanded from a piece of cached context
         layer += CONTEXT_TOKENS * q_heads * 2 * (config.head_dim + config.latent.v_head_dim) * itemsize
     logits = 3 * -(-min(rows, tokens) // shard.size) * config.vocab_size * 4
     return max(layer, logits)
 
 
-def _widened_bytes(model: CausalLM, tokens: int) -> Iterator[int]:
-    """Of each linear layer whose weight in 8 bits is written in 16 for steps of so many tokens."""
-    for layer in model.modules():
-        if isinstance(layer, Linear) and layer.method.route is not None:
-            kernel = layer.method.route.kernel(tokens)
-            if kernel is not None and kernel.name == TRITON_LINEAR_FP8:
-                yield layer.in_features * layer.out_features * model.options.dtype.itemsize
+def _widened_bytes(model: CausalLM) -> Iterator[int]:
+    """Of each linear layer whose weight in 8 bits is written in 16 for some number of rows."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Linear)]
+    for layer, route in ((layer, layer.method.route) for layer in layers):
+        if route is not None and TRITON_LINEAR_FP8 in (kernel.name for kernel in route.kernels):
+            yield layer.in_features * layer.out_features * model.options.dtype.itemsize
