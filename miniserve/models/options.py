@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
@@ -109,7 +110,10 @@ class BuildOptions:
         """Raises `UserError` where a checkpoint has some of the outputs' matrices in another format than others."""
         form, parts = self._format(outputs), placed(columns, outputs)
         size, out_features = whole(columns).size, sum(part.rows.size for part in parts.values())
-        product = Product(self.dtype, rows=out_features, columns=size, wide=self._wide(form))
+        # What divides those of every rank, which so take the same kernels.
+        rows = math.gcd(out_features, *(part.rows.sizes for part in parts.values()))
+        across = math.gcd(size, whole(columns).sizes)
+        product = Product(self.dtype, rows=rows, columns=across, wide=self._wide(form))
         if form is not None:
             step = step_of(form, parts.values())
             product = replace(product, grain=form.grain, step=step, cut=step)

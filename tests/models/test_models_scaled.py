@@ -236,8 +236,8 @@ def test_where_a_step_is_finer_than_kernels_take_the_weight_is_widened() -> None
         assert (experts.w1.dtype == CODES, experts.weights.widened) == (kept, not kept)
         assert experts.method.route is not None
         told = experts.method.route.sentence(experts.method.name)
-        wide = "the engine's Triton kernels, widened from 8 bits; not by triton experts_fp8: scales of 8 × 128"
-        assert told.startswith("triton experts_fp8" if kept else wide)
+        wide = "the engine's Triton kernels, widened from 8 bits; not by triton experts in 8 bits: scales of 8 × 128"
+        assert told.startswith("triton experts in 8 bits from 257 rows on, else triton experts_fp8" if kept else wide)
 
 
 def test_activations_are_rounded_where_the_checkpoint_and_the_user_allow_it() -> None:
@@ -263,6 +263,22 @@ def test_activations_are_rounded_where_the_checkpoint_and_the_user_allow_it() ->
         assert many is not None and (many.tolerance is None) == bool(refused)
         assert [kernel and kernel.name for kernel in map(method.route.kernel, (1, 256))] == ["triton linear_fp8"] * 2
         assert refused in told and ("from 257 rows on" in told) == (not refused)
+
+
+def test_ranks_take_the_same_kernels() -> None:
+    """5 and 4 heads of 128: the library would take the columns of the second rank alone."""
+    quantization = Quantization("fp8", (Rule(("*",), FORMATS["blocks"]),))
+    options = BuildOptions(
+        torch.bfloat16, torch.bfloat16, torch.device("meta"), platform=NAMED_PLATFORMS["h200"],
+        quantization=quantization,
+    )  # fmt: skip
+    routes = []
+    for rank in range(2):
+        heads, _ = Shard(rank, 2).heads(9, 9)
+        method = options.linear(heads.times(128), {"o_proj": 4096}, bias=False).method
+        assert method.route is not None
+        routes.append([kernel.name for kernel in method.route.kernels])
+    assert routes[0] == routes[1] == ["triton linear_fp8"]
 
 
 def test_e4m3fn_codes_mean_the_same_in_fnuz_with_twice_the_scale() -> None:

@@ -20,8 +20,8 @@ from miniserve.models.layers.weights import LEAST_STEP, Step
 @dataclass(frozen=True, slots=True)
 class Product:
     """A matrix of a linear layer, or both of each routed expert. grain: "plain", or of its scales. step: of these;
-    cut: the step but for where parts begin that a kernel pads. rows, columns: of the matrix, where that matters. wide:
-    why what is multiplied with it keeps its 16 bits, empty where it may be rounded to 8."""
+    cut: the step but for where parts begin that a kernel pads. rows, columns: of the matrix, or what divides
+    those of all ranks. wide: why what is multiplied with it keeps its 16 bits, empty where it may be rounded to 8."""
 
     dtype: torch.dtype
     grain: str = "plain"
