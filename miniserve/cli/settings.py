@@ -148,7 +148,7 @@ _OPTIONS: dict[type, dict[str, Any]] = {
         "aiter": _switch(help="Use AMD's aiter where it is installed.", show_default="on"),
         "fp8_activations": _switch(
             help="Where a checkpoint has weights and activations in 8 bits, multiply in 8 bits in steps of more than "
-            "256 tokens (on AMD 64); off: activations keep their 16 bits, and prefill is slower.",
+            "256 tokens (on AMD 64, experts always); off: activations keep their 16 bits, and prefill is slower.",
             show_default="on",
         ),
         "self_check": _switch(
