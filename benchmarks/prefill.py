@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--cached", type=int, default=0, help="first tokens that are in the prefix cache")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--kv-layout", default="auto")
+    parser.add_argument("--no-fp8-activations", action="store_true", help="as of `miniserve serve`")
     parser.add_argument("--uniform-routing", action="store_true", help="draw experts uniformly")
     parser.add_argument("--profile", action="store_true", help="also print the time of each kernel of a GPU")
     args = parser.parse_args()
@@ -66,13 +67,14 @@ def main() -> None:
         device=args.device,
         load_format="dummy",
         kv_layout=args.kv_layout,
+        fp8_activations=not args.no_fp8_activations,
         max_num_seqs=16,
         max_model_len=max(lengths) + 1,
         enforce_eager=True,  # no prompt of more than some hundred tokens meets a graph
     )
     with uniform_routing() if args.uniform_routing else nullcontext():
         engine, info = build_engine(config, args.model, args.model.name)
-    print(f"{args.model.name} on {info.device}; {info.attention[0]}")
+    print(f"{args.model.name} on {info.device}", *info.attention, sep="\n  ")
     rng, ids = random.Random(0), itertools.count()
 
     def prefill(length: int) -> float:

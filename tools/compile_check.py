@@ -204,7 +204,10 @@ def _token_indices() -> Case:
     return "block 16", partial(token_indices.token_indices, tables, lens, starts, out, **sizes)
 
 
-_QUICK = ("fp8 64 rows 4096 x 12288, blocks", "fp8 16 rows 12288 x 4096, rows gated", "fp8 1 tokens, 8 of 128 of 1536")
+_QUICK = (
+    "fp8 64 rows 4096 x 12288, blocks", "fp8 16 rows 12288 x 4096, rows gated", "fp8 1 tokens, 8 of 128 of 1536",
+    "fp8 4096 tokens, 8 of 128 of 1536, rounded",
+)  # fmt: skip
 _NAMES = {
     torch.float32: "fp32",
     torch.float16: "fp16",

@@ -20,6 +20,7 @@ from miniserve.kernels.triton import (
     moe_token,
     norm_router,
     reduce_norm,
+    rounded_linear,
     routing,
     sampling,
     small_linear,
@@ -90,7 +91,9 @@ def _scaled_linear(chip: Chip, codes: torch.dtype, m: int, n: int, k: int, block
         widen.widen(weight, given["scale"], block, _HALF)
 
 
-def _scaled_experts(chip: Chip, codes: torch.dtype, tokens: int, middle: int, block: Block) -> None:
+def _scaled_experts(
+    chip: Chip, codes: torch.dtype, tokens: int, middle: int, block: Block, *, rounds: bool = False
+) -> None:
     x, shapes = tensor(tokens, 4096), ((128, 2 * middle, 4096), (128, 4096, middle))
     w1, w2 = (tensor(*shape, dtype=codes) for shape in shapes)
     choice = tensor(tokens, 8, dtype=torch.float32), int32(tokens, 8)
@@ -98,8 +101,9 @@ def _scaled_experts(chip: Chip, codes: torch.dtype, tokens: int, middle: int, bl
     if tokens == 1:
         moe_token.token_experts(x, w1, w2, *choice, **given)
         return
-    tiles = moe.fitted(moe.choose_scaled_tiles(tokens * 8, 128, block), _HALF.itemsize, chip.shared_bytes)
-    moe.experts(x, w1, w2, *choice, tiles=tiles, **given)
+    tiles = moe.choose_scaled_tiles(tokens * 8, 128, block, rounded=rounds)
+    tiles = moe.fitted(tiles, 1 if rounds else _HALF.itemsize, chip.shared_bytes)
+    moe.experts(x, w1, w2, *choice, tiles=tiles, rounds=rounds, **given)
 
 
 def _scale(*shape_and_block: Any) -> torch.Tensor:
@@ -183,6 +187,9 @@ def scaled_launches(chip: Chip, codes: torch.dtype) -> Iterator[Case]:
         for tokens in _TOKENS:
             name = f"fp8 {tokens} tokens, 8 of 128 of {middle}"
             yield name, partial(_scaled_experts, chip, codes, tokens, middle, block)
+        for tokens in (512, 2048, 4096) if chip.wgmma else ():
+            name = f"fp8 {tokens} tokens, 8 of 128 of {middle}, rounded"
+            yield name, partial(_scaled_experts, chip, codes, tokens, middle, block, rounds=True)
 
 
 def large_launches(chip: Chip) -> Iterator[Case]:
@@ -191,12 +198,15 @@ def large_launches(chip: Chip) -> Iterator[Case]:
         tokens, num_experts, k, middle = 4096, 128, 8, 768
         weights = tensor(num_experts, 2 * middle, 2048), tensor(num_experts, 2048, middle)
         routed = tensor(tokens, k, dtype=torch.float32), int32(tokens, k)
+        x = tensor(4096, 12288)
         launch = partial(large_linear.large_experts, tensor(tokens, 2048), *weights, *routed, chip)
         yield "bf16 4096 tokens, 8 of 128", launch
         yield (
             "bf16 4096 rows 12288 x 4096",
             partial(large_linear.large_gated, tensor(4096, 4096), tensor(24576, 4096), chip),
         )
+        for group in (rounded_linear.GROUP, None):
+            yield f"4096 rows of 12288, groups of {group}", partial(rounded_linear.rounded, x, group, 4096)
 
 
 def step_launches(chip: Chip) -> Iterator[Case]:

@@ -77,6 +77,12 @@ KINDS = {
     "fp8-block": Kind(
         _FP8 | {"activation_scheme": "dynamic", "weight_block_size": [128, 128]}, "blocks", "weight_scale_inv"
     ),
+    "fp8-ue8m0": Kind(
+        _FP8 | {"activation_scheme": "dynamic", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"},
+        "blocks",
+        "weight_scale_inv",
+        dtype=torch.float8_e8m0fnu,
+    ),
     "fp8-tensor": Kind(_FP8 | {"activation_scheme": "static"}, "tensor", static=True),
     "compressed-dynamic": Kind(
         _compressed({"strategy": "channel"}, {"strategy": "token", "dynamic": True}), "rows", dtype=torch.bfloat16
@@ -117,7 +123,8 @@ def is_product(name: str) -> bool:
 
 
 def _quantised(module: str, weight: Tensor, kind: Kind) -> Iterator[tuple[str, Tensor]]:
-    codes, scale = quantised(weight.float(), kind.grain, kind.block)
+    powers = kind.dtype == torch.float8_e8m0fnu
+    codes, scale = quantised(weight.float(), kind.grain, kind.block, powers=powers)
     yield f"{module}.weight", codes
     if kind.grain != "blocks":
         scale = scale.reshape(kind.shape if kind.grain == "tensor" else (-1, 1))
@@ -128,13 +135,15 @@ def _quantised(module: str, weight: Tensor, kind: Kind) -> Iterator[tuple[str, T
         yield f"{module}.output_scale", torch.tensor(KV_SCALE)
 
 
-def quantised(weight: Tensor, grain: str, block: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """float32 [n, k] -> codes, and scales: one for all, [n], or one for each block."""
+def quantised(weight: Tensor, grain: str, block: tuple[int, int], *, powers: bool = False) -> tuple[Tensor, Tensor]:
+    """float32 [n, k] -> codes, and scales: one for all, [n], or one for each block; powers: of two."""
     rows, columns = weight.shape
     n, k = {"tensor": (rows, columns), "rows": (1, columns), "blocks": block}[grain]
     padded = torch.nn.functional.pad(weight, (0, -columns % k, 0, -rows % n))
     blocks = padded.unflatten(1, (-1, k)).unflatten(0, (-1, n))
     scale = (blocks.abs().amax((1, 3)) / LARGEST).clamp(min=1e-12)
+    if powers:
+        scale = scale.log2().ceil().exp2()
     codes = (blocks / scale[:, None, :, None]).flatten(2).flatten(0, 1)[:rows, :columns]
     return codes.to(CODES).contiguous(), scale if grain == "blocks" else scale.flatten()
 

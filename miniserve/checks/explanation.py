@@ -96,7 +96,7 @@ def explain(name: str, model: ModelConfig, config: EngineConfig, device: str, tp
         layout=config.kv_layout,
         preferred=load_preferred(tuning_dir(), platform, specs, config.block_size),
     )
-    built = described_model(model, dtype, platform, shard)
+    built = described_model(model, dtype, platform, shard, fp8_activations=config.fp8_activations)
     longest = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
     kinds = tuple(
         LayerKind(layers=tuple(index for index, other in enumerate(layers) if other == spec), spec=spec)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 @with_settings(
     only=(
-        "model", "revision", "kv_layout", "kv_cache_dtype", "attention_backend", "aiter", "block_size", "dtype",
-        "max_model_len",
+        "model", "revision", "kv_layout", "kv_cache_dtype", "attention_backend", "aiter", "fp8_activations",
+        "block_size", "dtype", "max_model_len",
     ),
 )  # fmt: skip
 def explain(

@@ -146,6 +146,11 @@ _OPTIONS: dict[type, dict[str, Any]] = {
         "master_port": _parallel(help="Port of it at which the ranks meet.", show_default="29500"),
         "enforce_eager": _switch("--enforce-eager", help="Launch every kernel from Python, without graphs."),
         "aiter": _switch(help="Use AMD's aiter where it is installed.", show_default="on"),
+        "fp8_activations": _switch(
+            help="Where a checkpoint has weights and activations in 8 bits, multiply in 8 bits in steps of more than "
+            "256 tokens (on AMD 64, experts always); off: activations keep their 16 bits, and prefill is slower.",
+            show_default="on",
+        ),
         "self_check": _switch(
             help="Try the attention path on problems with known answers before serving from it.", show_default="on"
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
@@ -19,6 +20,7 @@ from miniserve.models.layers.contracts import (
     AITER_BLOCKSCALE,
     AITER_MOE,
     EXPERTS,
+    LIBRARY_FP8,
     LINEAR,
     Product,
     ProductContract,
@@ -54,8 +56,9 @@ class BuildOptions:
     in tokens, None for all that the model has. native: the CPU's kernels, triton: the GPU's, aiter: its products on an
     AMD GPU, None to do without. group: the ranks that hold it together, this one's part is built. expert_parallel:
     ranks have experts, not parts of each. platform: the hardware; None: any that these kernels are for. failed: what is
-    wrong with kernels of `layers/contracts.py`, by name. quantization: the model's. prefix: the name of the module that
-    is being built."""
+    wrong with kernels of `layers/contracts.py`, by name. fp8_activations: what is multiplied with weights in 8 bits may
+    be rounded to them where the checkpoint asks for that. quantization: the model's. prefix: the name of the module
+    that is being built."""
 
     dtype: torch.dtype
     kv_dtype: torch.dtype
@@ -68,6 +71,7 @@ class BuildOptions:
     expert_parallel: bool = False
     platform: Platform | None = None
     failed: Mapping[str, str] = field(default_factory=dict)
+    fp8_activations: bool = True
     quantization: Quantization | None = None
     prefix: str = ""
 
@@ -105,15 +109,18 @@ class BuildOptions:
     def linear(self, columns: int | Part, outputs: Mapping[str, int | Part], *, bias: bool) -> Linear:
         """Raises `UserError` where a checkpoint has some of the outputs' matrices in another format than others."""
         form, parts = self._format(outputs), placed(columns, outputs)
-        size = whole(columns).size
-        product = Product(self.dtype, columns=size)
+        size, out_features = whole(columns).size, sum(part.rows.size for part in parts.values())
+        # What divides those of every rank, which so take the same kernels.
+        rows = math.gcd(out_features, *(part.rows.sizes for part in parts.values()))
+        across = math.gcd(size, whole(columns).sizes)
+        product = Product(self.dtype, rows=rows, columns=across, wide=self._wide(form))
         if form is not None:
             step = step_of(form, parts.values())
             product = replace(product, grain=form.grain, step=step, cut=step)
         route = self._route(LINEAR, product)
         widened = form is not None and not route.kernels
         if form is None or widened:
-            method = self.method(size, sum(part.rows.size for part in parts.values()))
+            method = self.method(size, out_features)
         else:
             products = [*map(self._scaled_product, route.kernels), ScaledProduct(widened_product)]
             method = ScaledMethod(products)
@@ -123,6 +130,12 @@ class BuildOptions:
             method.name = f"{plain.sentence(method.name)}, widened from 8 bits"
         weights = self._weights(form, widened=widened)
         return Linear(columns, outputs, bias=bias, dtype=self.dtype, method=method, weights=weights)
+
+    def _wide(self, form: WeightFormat | None) -> str:
+        """See `Product`."""
+        if form is not None and not form.inputs:
+            return "this checkpoint has 8 bits for weights alone"
+        return "" if self.fp8_activations else "--no-fp8-activations keeps their 16"
 
     def _weights(self, form: WeightFormat | None, *, widened: bool) -> Weights:
         return Weights() if form is None else ScaledWeights(form, self.fp8_dtype, widened=widened)
@@ -139,6 +152,8 @@ class BuildOptions:
             return aiter_blockscale(cast(AiterProducts, self.aiter), contract.first_row)
         if self.triton is None:  # of a model that is only described
             return ScaledProduct(widened_product)
+        if contract.name == LIBRARY_FP8:
+            return ScaledProduct(self.triton.rounded_linear, contract.first_row, gates=True)
         return ScaledProduct(self.triton.linear_fp8, gates=True)
 
     def widened(self, modules: Iterable[str]) -> Weights:
@@ -170,7 +185,8 @@ class BuildOptions:
         form, product = self._format(f"0.{name}" for name in (*w1, *w2)), Product(self.dtype)
         if form is not None:
             step = step_of(form, w1.values(), w2.values())
-            product = Product(self.dtype, form.grain, step, cut=step_of(form, [w1["gate_proj"]]))
+            cut = step_of(form, [w1["gate_proj"]])
+            product = Product(self.dtype, form.grain, step, cut, wide=self._wide(form))
         route = self._route(EXPERTS, product)
         widened = form is not None and not route.kernels
         plain = self._route(EXPERTS, Product(self.dtype)) if widened else route

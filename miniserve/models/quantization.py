@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -16,11 +16,12 @@ from typing import Any
 class WeightFormat:
     """float8_e4m3fn codes, and float32 numbers that multiply them: one for the whole matrix ("tensor"), one for each
     row ("rows"), or one for each block of `block` rows and columns ("blocks"). scale: the name of the numbers' tensor,
-    in place of "weight"."""
+    in place of "weight". inputs: what is multiplied with it is to be rounded to 8 bits, too."""
 
     grain: str
     scale: str = "weight_scale"
     block: tuple[int, int] = (0, 0)
+    inputs: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +115,8 @@ def _compressed_tensors(raw: dict[str, Any]) -> _Read:
         if group.get("output_activations"):
             raise _Unknown("compressed-tensors with quantised outputs")
         patterns = _EVERY if "Linear" in targets else targets
-        rules.append(Rule(patterns, _compressed_weights(weights)))
         inputs = group.get("input_activations") or {}
+        rules.append(Rule(patterns, replace(_compressed_weights(weights), inputs=bool(inputs))))
         if inputs and (inputs.get("type"), inputs.get("num_bits")) != ("float", 8):
             raise _Unknown(f"compressed-tensors with {_bits(inputs)} activations")
         static = static or (bool(inputs) and not inputs.get("dynamic"))
@@ -149,7 +150,8 @@ def _quark(raw: dict[str, Any]) -> _Read:
         inputs = config.get("input_tensors") or {}
         if inputs and (not isinstance(inputs, dict) or inputs.get("dtype") != "fp8_e4m3"):
             raise _Unknown(f"quark with {_quark_name(inputs)} activations")
-        rules.append(Rule(patterns, _quark_weights(config.get("weight"))))
+        form = _quark_weights(config.get("weight"))
+        rules.append(Rule(patterns, form and replace(form, inputs=bool(inputs))))
         static = static or (bool(inputs) and not inputs.get("is_dynamic"))
     return rules, static
 

@@ -36,6 +36,7 @@ def described_model(
     shard: Shard | None = None,
     *,
     expert_parallel: bool = False,
+    fp8_activations: bool = True,
 ) -> CausalLM:
     """The layers of a shard as they would be built on `platform`, which need not be here, to read sizes and names."""
     options = BuildOptions(
@@ -46,6 +47,7 @@ def described_model(
         group=Alone() if shard is None else Alone(shard.rank, shard.size),
         expert_parallel=expert_parallel,
         platform=platform,
+        fp8_activations=fp8_activations,
     )
     return CausalLM(config, options)
 

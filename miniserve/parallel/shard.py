@@ -22,6 +22,11 @@ class Part:
         """How many are held."""
         return int(self.held.stop - self.held.start)
 
+    @property
+    def sizes(self) -> int:
+        """What divides the size of every rank's part."""
+        return math.gcd(self.begins, self.count)
+
     def times(self, width: int) -> Part:
         """The same part in elements, of things that have `width` elements each."""
         held = slice(self.held.start * width, self.held.stop * width)
@@ -57,11 +62,16 @@ class Shard:
             kv = self.part(num_kv_heads)
             return kv.times(group), kv
         # The first KV heads have the fewest ranks, so that rank 0 has the most query heads.
-        head = ((self.rank + 1) * num_kv_heads - 1) // self.size
-        first, end = (self.size * each // num_kv_heads for each in (head, head + 1))
-        mine = Shard(self.rank - first, end - first).part(group).held
-        start = head * group
-        return Part(num_heads, slice(start + mine.start, start + mine.stop)), Part(num_kv_heads, slice(head, head + 1))
+        parts: list[tuple[int, slice]] = []
+        for rank in range(self.size):
+            head = ((rank + 1) * num_kv_heads - 1) // self.size
+            first, end = (self.size * each // num_kv_heads for each in (head, head + 1))
+            mine = Shard(rank - first, end - first).part(group).held
+            parts.append((head, slice(head * group + mine.start, head * group + mine.stop)))
+        head, queries = parts[self.rank]
+        begins = math.gcd(*(each.start for _, each in parts))
+        kv = Part(num_kv_heads, slice(head, head + 1), begins=min(1, num_kv_heads - 1))
+        return Part(num_heads, queries, begins), kv
 
 
 def _begin(count: int, index: int, parts: int) -> int:

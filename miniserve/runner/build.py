@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,8 @@ from miniserve.models.decoder import CausalLM
 from miniserve.models.description import ModelConfig
 from miniserve.models.generation_config import load_generation_defaults
 from miniserve.models.kv_scales import set_kv_scales
-from miniserve.models.layers.contracts import find_products
+from miniserve.models.layers.contracts import TRITON_LINEAR_FP8, find_products
+from miniserve.models.layers.linear import Linear
 from miniserve.models.loader import dummy_weights, load_weights, read_kv_scales
 from miniserve.models.options import BuildOptions
 from miniserve.models.registry import build_model, describe_products, weight_bytes
@@ -188,6 +189,7 @@ def _build_options(
         aiter=aiter,
         platform=platform,
         failed=failed,
+        fp8_activations=config.fp8_activations,
         group=group,
         expert_parallel=config.enable_expert_parallel,
     )
@@ -329,9 +331,19 @@ def _activation_bytes(model: CausalLM, tokens: int, rows: int) -> int:
     q_heads, kv_heads = (part.size for part in shard.heads(config.num_heads, config.num_kv_heads))
     heads = (q_heads + 2 * kv_heads) * config.head_dim
     widest = config.widest_mlp(shard, expert_parallel=options.expert_parallel)
-    copies = 3 + (config.moe.top_k if config.moe is not None else 0)  # each of a token's experts is given its own
-    layer = tokens * (3 * widest + copies * config.hidden_size + 2 * heads) * itemsize
+    layer = tokens * (3 * widest + 3 * config.hidden_size + 2 * heads) * itemsize
+    if config.moe is not None:  # what each of a token's experts gives, in float32
+        layer += tokens * config.moe.top_k * config.hidden_size * 4
+    layer += max(_widened_bytes(model), default=0)
     if config.latent is not None:  # keys and values expanded from a piece of cached context
         layer += CONTEXT_TOKENS * q_heads * 2 * (config.head_dim + config.latent.v_head_dim) * itemsize
     logits = 3 * -(-min(rows, tokens) // shard.size) * config.vocab_size * 4
     return max(layer, logits)
+
+
+def _widened_bytes(model: CausalLM) -> Iterator[int]:
+    """Of each linear layer whose weight in 8 bits is written in 16 for some number of rows."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Linear)]
+    for layer, route in ((layer, layer.method.route) for layer in layers):
+        if route is not None and TRITON_LINEAR_FP8 in (kernel.name for kernel in route.kernels):
+            yield layer.in_features * layer.out_features * model.options.dtype.itemsize

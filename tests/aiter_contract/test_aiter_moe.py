@@ -22,6 +22,7 @@ from miniserve.models.layers.contracts import (
     AITER_BLOCKSCALE,
     AITER_MOE,
     EXPERTS,
+    LIBRARY_FP8,
     LINEAR,
     TRITON,
     TRITON_EXPERTS_FP8,
@@ -179,7 +180,7 @@ def test_activations_are_rounded_to_what_each_format_holds() -> None:
         ({"aiter_version": (0, 1, 19)}, "it needs aiter v0.1.20 or newer, not v0.1.19, whose routing writes where"),
         ({"aiter_version": None, "aiter_unavailable": "aiter is not installed"}, "aiter is not installed"),
         ({"arch": "gfx1201"}, None),
-        ({"arch": "sm_90"}, None),
+        ({"arch": "sm_89"}, None),
     ],
 )
 def test_17_a_routing_kernel_that_corrupts_memory_is_not_used(change: dict[str, Any], why: str | None) -> None:
@@ -218,7 +219,23 @@ def test_rows_are_divided_between_kernels() -> None:
     failed = find_route(LINEAR, blocks, MI300X, {AITER_BLOCKSCALE: "the self-check failed: x"})
     assert failed.sentence("") == f"{TRITON_LINEAR_FP8}; not by {AITER_BLOCKSCALE}: the self-check failed: x"
     fine = find_route(LINEAR, Product(BF16, "blocks", (16, 128), (16, 128)), NAMED_PLATFORMS["h100"], {})
-    assert fine.sentence("PyTorch") == f"PyTorch; not by {TRITON_LINEAR_FP8}: scales of 16 × 128 are too fine for it"
+    assert fine.sentence("PyTorch") == (
+        f"PyTorch; not by {LIBRARY_FP8}: it takes scales of 128 × 128 blocks, not of 16 × 128; not by "
+        f"{TRITON_LINEAR_FP8}: scales of 16 × 128 are too fine for it"
+    )
+    blocks = replace(blocks, rows=640, columns=1536)
+    for product in (blocks, Product(BF16, "rows", rows=640, columns=400)):
+        hopper = find_route(LINEAR, product, NAMED_PLATFORMS["h100"], {})
+        assert hopper.sentence("") == f"{LIBRARY_FP8} from 257 rows on, else {TRITON_LINEAR_FP8}"
+    for changes, told in (
+        ({"columns": 640}, "it takes multiples of 512 columns, not 640"),
+        ({"rows": 648}, "it takes multiples of 16 rows, not 648"),
+        ({"wide": "x"}, "it rounds activations to 8 bits, and x"),
+    ):
+        refused = find_route(LINEAR, replace(blocks, **changes), NAMED_PLATFORMS["h100"], {})
+        assert refused.sentence("") == f"{TRITON_LINEAR_FP8}; not by {LIBRARY_FP8}: {told}"
+    kept = find_route(EXPERTS, Product(BF16, "blocks", (128, 128), (128, 128), wide="x"), MI300X, {})
+    assert kept.sentence("") == f"{TRITON_EXPERTS_FP8}; not by {AITER_MOE}: it rounds activations to 8 bits, and x"
 
 
 def test_an_aiter_whose_experts_cannot_be_imported_leaves_them_to_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:

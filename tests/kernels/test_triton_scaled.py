@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from triton_support import DEVICE, FP8, HALVES, NATIVE, every_other, normal, relative_error
 
-from miniserve.kernels.triton import medium_linear, moe, moe_token, runtime, small_linear, widen
+from miniserve.kernels.triton import medium_linear, moe, moe_token, rounded_linear, runtime, small_linear, widen
 from miniserve.kernels.triton.medium_linear import MediumTile
 from miniserve.kernels.triton.small_linear import Chip, LinearTile, Workspace, chip_of, largest_tile
 from miniserve.models.layers import ops
+from miniserve.models.layers.aiter_linear import rounded_groups
 
 Block = tuple[int, int] | None
 BLOCK_SHAPES: list[Block] = [None, (32, 32), (64, 96)]
@@ -109,6 +112,88 @@ def test_widening_a_weight(block: Block) -> None:
     assert torch.equal(widen.widen(weight, scale, block, torch.float16), wide.half())
 
 
+E4M3 = pytest.mark.skipif(torch.float8_e4m3fn != FP8, reason="e4m3fn, which is not this GPU's format")
+
+
+@pytest.fixture
+def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conversion to e4m3 as a GPU's: the interpreter's own carries nothing from the mantissa to the exponent."""
+    if NATIVE:
+        return
+    from triton.runtime import interpreter
+
+    real = interpreter._convert_float
+
+    def convert(values: Any, source: Any, target: Any, mode: Any) -> Any:
+        if str(target) != "fp8e4nv" or values.dtype != "float32":
+            return real(values, source, target, mode)
+        return torch.from_numpy(values.copy()).to(FP8).view(torch.uint8).numpy()
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
+
+
+@E4M3
+@pytest.mark.usefixtures("rounding")
+@pytest.mark.parametrize("group", [128, None])
+def test_rounding_to_8_bits(group: int | None) -> None:
+    """As aiter is given it. A row of zeros stays one; NaN and infinity stay no numbers, and in their group."""
+    x = normal(0, 37, 400)[:, :384] * torch.logspace(-6, 4, 37, device=DEVICE)[:, None]
+    x[3] = 0.0
+    codes, scale = rounded_linear.rounded(x, group, 48)
+    assert codes.shape == (48, 384) and scale.shape == (3 if group else 1, 48)
+    got = codes[:37].float().unflatten(1, (len(scale), -1)) * scale.T[:37, :, None]
+    if group:
+        want_codes, want_scale = rounded_groups(x, FP8)
+        want = want_codes.float().unflatten(1, (3, -1)) * want_scale[..., None]
+        assert ((got - want).abs() <= want.abs() * 2**-3 + want_scale[..., None] * 2**-9).all()  # a code apart
+        assert (((got - want).abs() > 1e-6 * want.abs()).float().mean()) < 1e-3
+    error = (got.flatten(1) - x).abs() / x.abs().amax(1, keepdim=True).clamp(min=1e-9)
+    assert error.max() < 1.001 * 16 / 448 and got[3].abs().max() == 0.0
+    x[5, 130], x[6, 1] = torch.nan, torch.inf
+    codes, scale = rounded_linear.rounded(x, group, 37)
+    got = codes.float().unflatten(1, (len(scale), -1)) * scale.T[:, :, None]
+    assert got.flatten(1)[5, 130].isnan() and got.flatten(1)[6, 1].isnan()
+    assert got.isfinite().all((1, 2))[[0, 4, 7, 36]].all()
+
+
+def scaled_mm_of_blocks(
+    a: torch.Tensor, b: torch.Tensor, a_scale: torch.Tensor, a_recipe: Any, b_scale: torch.Tensor, b_recipe: Any,
+    output_dtype: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    """As PyTorch's, of which a CPU has none for blocks; it refuses what that refuses, and what it would get wrong."""
+    (m, k), n = a.shape, b.shape[1]
+    assert str(a_recipe).endswith("BlockWise1x128") and str(b_recipe).endswith("BlockWise128x128")
+    assert a.is_contiguous() and b.stride() == (1, k) and n % 16 == k % 16 == m % 16 == 0
+    assert a_scale.shape == (m, k // 128) and a_scale.stride() == (1, m)
+    assert b_scale.shape == (-(-(k // 128) // 4) * 4, -(-n // 128)) and b_scale.stride() == (1, k // 128)
+    wide = b.float() * b_scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[:, :n]
+    return ((a.float() * a_scale.repeat_interleave(128, 1)) @ wide).to(output_dtype)
+
+
+@E4M3
+@pytest.mark.usefixtures("rounding")
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("block", [None, (128, 128)], ids=str)
+def test_products_that_round_what_is_multiplied(block: Block, gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not NATIVE:
+        monkeypatch.setattr(runtime, "chip_of", lambda device: Chip(132, 1 << 17))
+        if block is not None:
+            monkeypatch.setattr(torch.nn.functional, "scaled_mm", scaled_mm_of_blocks)
+    elif not chip_of(DEVICE).wgmma:
+        pytest.skip("Hopper GPUs alone multiply blocks so")
+    dtype = torch.bfloat16 if NATIVE else torch.float16  # the interpreter's bfloat16 is not exact
+    for m, n, k in ((21, 80, 512), *([(257, 6144, 4096), (4096, 256, 1536)] if NATIVE else [])):
+        weight, scale, wide = scaled(1, n * (2 if gated else 1), k, block=block)
+        wide, scale = wide / 30, scale / 30
+        x, bias = normal(0, m, k + 8, dtype=dtype)[:, :k], normal(3, len(weight), dtype=dtype)
+        got = runtime.TritonKernels(DEVICE).rounded_linear(x, weight, scale, block, bias, gated=gated)
+        codes, x_scale = rounded_linear.rounded(x, None if block is None else 128, m)
+        by_hand = codes.float() * x_scale.T.repeat_interleave(k // len(x_scale), 1)
+        assert got.dtype == dtype and got.shape == (m, n)
+        assert relative_error(got, product(by_hand, wide, bias, gated)) < 2e-2
+        assert relative_error(got, product(x, wide, bias, gated)) < 6e-2
+
+
 @BLOCKS
 @pytest.mark.parametrize("swap", [False, True])
 def test_experts(swap: bool, block: Block) -> None:
@@ -122,6 +207,26 @@ def test_experts(swap: bool, block: Block) -> None:
         want = experts_sum(x, wide1, wide2, weights, ids)
         parts = moe.experts(x, w1, w2, weights, ids, tiles, scales=(s1, s2), block=block)
         assert relative_error(parts.view(tokens, k, hidden).sum(1), want) < 1e-5
+
+
+@E4M3
+@pytest.mark.usefixtures("rounding")
+@BLOCKS
+@pytest.mark.parametrize("swap", [False, True])
+def test_experts_that_round_what_is_multiplied(swap: bool, block: Block) -> None:
+    """A group of a row ends within a tile of columns, and the last one early."""
+    num_experts, k, hidden, middle, tokens = 5, 2, 160, 192, 9
+    w1, s1, wide1 = scaled(1, num_experts, 2 * middle, hidden, block=block)
+    w2, s2, wide2 = scaled(3, num_experts, hidden, middle, block=block)
+    tiles = (moe.MoETile(16, 32, 32, 4, 2, swap), moe.MoETile(16, 32, 32, 4, 2, swap))
+    x, weights = normal(0, tokens, hidden, dtype=torch.float16), normal(4, tokens, k).abs()
+    x *= torch.logspace(-2, 0, tokens, device=DEVICE)[:, None]
+    ids = torch.stack([torch.randperm(num_experts)[:k] for _ in range(tokens)]).int().to(DEVICE)
+    parts = moe.experts(x, w1, w2, weights, ids, tiles, scales=(s1 / 16, s2 / 16), block=block, rounds=True)
+    got = parts.view(tokens, k, hidden).sum(1)
+    for number, row in enumerate(got):  # each row by itself: a scale of another would not show among all
+        want = experts_sum(x[number, None].float(), wide1 / 16, wide2 / 16, weights[number, None], ids[number, None])
+        assert 1e-3 < relative_error(row, want[0]) < 8e-2
 
 
 @pytest.mark.parametrize(("hidden", "middle"), [(1120, 32), (32, 576)])

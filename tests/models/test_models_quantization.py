@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -77,6 +78,7 @@ def test_compressed_tensors() -> None:
     assert (static.format_of(EXPERT), static.static_inputs) == (TENSOR, True)
     block = read(**compressed(weights=weights | {"strategy": "block", "block_structure": [64, 128]}))
     assert block.format_of(EXPERT) == WeightFormat("blocks", "weight_scale", (64, 128))
+    assert read(**compressed(input_activations=None)).format_of(EXPERT) == replace(ROWS, inputs=False)
     named = compressed(targets=["re:.*experts.*", Q_PROJ])
     named["config_groups"] = {"kv": {"targets": ["LlamaAttention"], "weights": None}} | named["config_groups"]
     assert [read(**named).format_of(name) for name in (Q_PROJ, EXPERT, GATE)] == [ROWS, ROWS, None]
@@ -88,7 +90,8 @@ def test_quark_with_scales_of_the_cache() -> None:
     assert found.kv_scales and found.static_inputs
     rows = {"weight": {"dtype": "fp8_e4m3", "is_dynamic": False, "qscheme": "per_channel", "ch_axis": 0}}
     ptpc = read(**quark(global_quant_config=rows, layer_quant_config={"*q_proj": {"weight": None}}, export={}))
-    assert (ptpc.format_of(EXPERT), ptpc.format_of(Q_PROJ), ptpc.kv_scales) == (ROWS, None, False)
+    weights_alone = replace(ROWS, inputs=False)
+    assert (ptpc.format_of(EXPERT), ptpc.format_of(Q_PROJ), ptpc.kv_scales) == (weights_alone, None, False)
 
 
 def test_every_kind_that_the_tool_makes_is_known() -> None:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +22,10 @@ from miniserve.attention.platform import NAMED_PLATFORMS
 from miniserve.core import UserError
 from miniserve.models.config import load_model_config
 from miniserve.models.description import MoEConfig
+from miniserve.models.layers.base import Piece
 from miniserve.models.layers.experts import Experts, GroupedMoE, expert_matrices
 from miniserve.models.layers.linear import PLAIN, Linear, LinearMethod, ScaledMethod
-from miniserve.models.layers.weights import LEAST_STEP, ScaledWeights, as_fnuz, spread, step_of, widen_
+from miniserve.models.layers.weights import LEAST_STEP, ScaledWeights, as_fnuz, placed, spread, step_of, widen_
 from miniserve.models.loader import dummy_weights
 from miniserve.models.options import BuildOptions
 from miniserve.models.quantization import Quantization, Rule, WeightFormat
@@ -56,9 +61,11 @@ class Stored:
         grid = scale.reshape(-(-rows // n), -(-columns // k))
         self.wide[module] = codes.float() * grid.repeat_interleave(n, 0)[:rows].repeat_interleave(k, 1)[:, :columns]
 
-    def fill(self, layer: Linear | Experts, prefix: str) -> None:
+    def fill(
+        self, layer: Linear | Experts, prefix: str, pieces: Callable[[str], Iterator[Piece]] | None = None
+    ) -> None:
         layer.allocate(CPU)
-        for piece in layer.pieces(prefix):
+        for piece in (pieces or layer.pieces)(prefix):
             tensor, target = self.tensors[piece.name], layer.target(piece)
             assert tuple(tensor.shape) == piece.shape
             if target.numel():
@@ -126,6 +133,48 @@ def test_every_cut_of_experts_scales_is_a_slice_of_the_whole(
         assert torch.equal(layer.w2[place], down[:, width.held])
 
 
+def stacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As transformers keeps experts: all of a layer in one tensor, ups below gates."""
+    apart = re.compile(r"(.*experts)\.(\d+)\.(gate|up|down)_proj\.weight(_scale_inv)?")
+    found = {name: each for name, each in tensors.items() if not apart.fullmatch(name)}
+    experts: dict[str, list[torch.Tensor]] = {}
+    for match in sorted(filter(None, map(apart.fullmatch, tensors)), key=lambda match: int(match[2])):
+        if match[3] != "up":
+            each = tensors[match[0]]
+            if match[3] == "gate":
+                both = each, tensors[match[0].replace("gate_proj", "up_proj")]
+                each = torch.cat([part.view(torch.uint8) if part.dtype.itemsize == 1 else part for part in both])
+                each = each.view(both[0].dtype)
+            name = "gate_up_proj" if match[3] == "gate" else "down_proj"
+            experts.setdefault(f"{match[1]}.{name}{match[4] or ''}", []).append(each)
+    return found | {name: torch.stack(each) for name, each in experts.items()}
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(hidden=sizes, blocks=st.integers(1, 4), ranks=st.integers(1, 8), rank=st.integers(0, 7), whole=st.booleans())
+def test_every_cut_of_stacked_experts_scales_is_a_slice_of_the_whole(
+    hidden: int, blocks: int, ranks: int, rank: int, whole: bool
+) -> None:
+    """Those that a rank gets of a stack are those that it gets of the experts one by one."""
+    form, shard, count, middle = FORMATS["blocks"], Shard(rank % ranks, ranks), 3, 128 * blocks
+    stored = Stored(form, rank)
+    for expert in range(count):
+        for module in ("gate_proj", "up_proj"):
+            stored.add(f"experts.{expert}.{module}", middle, hidden)
+        stored.add(f"experts.{expert}.down_proj", hidden, middle)
+    experts = shard.part(count) if whole else Part(count, slice(0, count))
+    width = Part(middle, slice(0, middle)) if whole else shard.part(middle)
+    layers = []
+    for tensors, name in ((stored.tensors, "pieces"), (stacked(stored.tensors), "stacked_pieces")):
+        weights = ScaledWeights(form)
+        layer = Experts(experts, hidden, width, dtype=torch.float32, method=_Kept(), weights=weights)
+        stored.tensors = tensors
+        stored.fill(layer, "experts", getattr(layer, name))
+        layers.append(layer)
+    for name, each in layers[0].named_parameters():
+        assert torch.equal(each.float(), layers[1].get_parameter(name).float())
+
+
 class _Kept(GroupedMoE):
     def __init__(self) -> None:
         super().__init__(PLAIN)
@@ -149,6 +198,27 @@ def test_the_shards_of_known_models_are_fine_enough_for_the_kernels(
         assert all(math.gcd(a, b) == b for a, b in zip(found, step, strict=True))
 
 
+@given(
+    kv=st.integers(1, 6), group=st.integers(1, 6), size=st.integers(1, 9), head_dim=st.sampled_from([16, 64, 96, 128]),
+    name=st.sampled_from(["blocks", "low blocks"]), width=st.integers(1, 400),
+)  # fmt: skip
+def test_a_step_is_the_same_on_all_ranks(kv: int, group: int, size: int, head_dim: int, name: str, width: int) -> None:
+    """Uneven heads, and KV heads that ranks share: else one rank would widen what others keep."""
+    steps, size = set(), min(size, kv * group)
+    for shard in (Shard(rank, size) for rank in range(size)):
+        q, k = (part.times(head_dim) for part in shard.heads(kv * group, kv))
+        middle = shard.part(width)
+        gate_up, down = expert_matrices(64, middle).values()
+        qkv = placed(64, {"q": q, "k": k, "v": k})
+        found = [step_of(FORMATS[name], each.values()) for each in (qkv, placed(q, {"o": 64}), gate_up, down)]
+        for step, parts in zip(found, (qkv, placed(q, {"o": 64}), gate_up, down), strict=True):
+            assert step is not None
+            for part in parts.values():
+                assert part.begin % step[0] == part.rows.held.start % step[0] == part.columns.held.start % step[1] == 0
+        steps.add(tuple(found))
+    assert len(steps) == 1
+
+
 def test_where_a_step_is_finer_than_kernels_take_the_weight_is_widened() -> None:
     """As if there were Triton's kernels, of which none is called."""
     platform = NAMED_PLATFORMS["h100"]
@@ -166,8 +236,49 @@ def test_where_a_step_is_finer_than_kernels_take_the_weight_is_widened() -> None
         assert (experts.w1.dtype == CODES, experts.weights.widened) == (kept, not kept)
         assert experts.method.route is not None
         told = experts.method.route.sentence(experts.method.name)
-        wide = "the engine's Triton kernels, widened from 8 bits; not by triton experts_fp8: scales of 8 × 128"
-        assert told.startswith("triton experts_fp8" if kept else wide)
+        wide = "the engine's Triton kernels, widened from 8 bits; not by triton experts in 8 bits: scales of 8 × 128"
+        assert told.startswith("triton experts in 8 bits from 257 rows on, else triton experts_fp8" if kept else wide)
+
+
+def test_activations_are_rounded_where_the_checkpoint_and_the_user_allow_it() -> None:
+    """On a GPU that multiplies in 8 bits, and in large steps alone."""
+    for inputs, wished, refused in (
+        (True, True, ""),
+        (True, False, "; not by the vendor's library in 8 bits: it rounds activations to 8 bits, and --no-fp8-act"),
+        (False, True, "; not by the vendor's library in 8 bits: it rounds activations to 8 bits, and this checkpoint"),
+    ):
+        quantization = Quantization("fp8", (Rule(("*",), replace(FORMATS["blocks"], inputs=inputs)),))
+        options = BuildOptions(
+            torch.bfloat16,
+            torch.bfloat16,
+            torch.device("meta"),
+            platform=NAMED_PLATFORMS["h200"],
+            fp8_activations=wished,
+            quantization=quantization,
+        )
+        method = options.linear(4096, {"a": 512, "b": 128}, bias=False).method
+        assert isinstance(method, ScaledMethod) and method.route is not None
+        told = method.route.sentence(method.name)
+        many = method.route.kernel(257)
+        assert many is not None and (many.tolerance is None) == bool(refused)
+        assert [kernel and kernel.name for kernel in map(method.route.kernel, (1, 256))] == ["triton linear_fp8"] * 2
+        assert refused in told and ("from 257 rows on" in told) == (not refused)
+
+
+def test_ranks_take_the_same_kernels() -> None:
+    """5 and 4 heads of 128: the library would take the columns of the second rank alone."""
+    quantization = Quantization("fp8", (Rule(("*",), FORMATS["blocks"]),))
+    options = BuildOptions(
+        torch.bfloat16, torch.bfloat16, torch.device("meta"), platform=NAMED_PLATFORMS["h200"],
+        quantization=quantization,
+    )  # fmt: skip
+    routes = []
+    for rank in range(2):
+        heads, _ = Shard(rank, 2).heads(9, 9)
+        method = options.linear(heads.times(128), {"o_proj": 4096}, bias=False).method
+        assert method.route is not None
+        routes.append([kernel.name for kernel in method.route.kernels])
+    assert routes[0] == routes[1] == ["triton linear_fp8"]
 
 
 def test_e4m3fn_codes_mean_the_same_in_fnuz_with_twice_the_scale() -> None:
@@ -214,6 +325,48 @@ def test_a_checkpoint_of_every_kind_is_what_its_scales_say(architecture: str, ki
     ids = torch.arange(20)
     got, want = (run(load(each), DenseContext(), [(0, ids)]) for each in (path, tmp_path / "wide"))
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("kind", ["fp8-block", "fp8-ue8m0"])
+def test_stacked_experts_as_transformers_keeps_them(kind: str, tmp_path: Path) -> None:
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize, FP8Experts
+
+    path = checkpoint(tmp_path, kind, "Qwen3MoeForCausalLM", hidden_size=128, moe_intermediate_size=128)
+    ids, tensors = torch.arange(20), load_file(path / "model.safetensors")
+    want = run(load(path), DenseContext(), [(0, ids)])
+    save_file(stacked(tensors), path / "model.safetensors")
+    assert torch.equal(run(load(path), DenseContext(), [(0, ids)]), want)
+
+    config = json.loads((path / "config.json").read_text())
+    theirs = FP8Experts(
+        SimpleNamespace(**config, hidden_activation="silu"),
+        block_size=(128, 128),
+        scale_fmt=config["quantization_config"].get("scale_fmt", "float"),
+    )
+    ours = stacked(tensors)
+    layer = next(name for name in ours if name.endswith("experts.gate_up_proj")).removesuffix("gate_up_proj")
+    for name, each in theirs.state_dict().items():
+        assert (ours[layer + name].shape, ours[layer + name].dtype) == (each.shape, each.dtype), name
+    widen, wide = Fp8Dequantize(None)._dequantize_one, stacked(load_file(tmp_path / "wide" / "model.safetensors"))
+    for name in ("gate_up_proj", "down_proj"):
+        codes, scales = ours[layer + name], ours[f"{layer}{name}_scale_inv"]
+        assert torch.equal(widen(codes, scales, output_dtype=torch.float32), wide[layer + name])
+
+
+def test_stacked_experts_whose_ups_begin_within_a_block_are_refused(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, "fp8-block", "Qwen3MoeForCausalLM", moe_intermediate_size=96)
+    save_file(stacked(load_file(path / "model.safetensors")), path / "model.safetensors")
+    told = refusal(path)
+    assert "not part of this architecture: " in told and "experts.gate_up_proj" in told and "missing: " in told
+
+
+def test_a_scale_of_e8m0_that_is_no_number_is_named(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, "fp8-ue8m0")
+    scale = load_file(path / "model.safetensors")[f"{K_PROJ}.weight_scale_inv"]
+    assert scale.dtype == torch.float8_e8m0fnu
+    scale.view(torch.uint8)[-1, -1] = 0xFF
+    edit(path, **{f"{K_PROJ}.weight_scale_inv": scale})
+    assert f"NaN or infinite values: {K_PROJ}.weight" in refusal(path)
 
 
 def edit(path: Path, **tensors: torch.Tensor | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,8 +13,11 @@ import torch
 from models_support import VOCAB, DenseContext, load, random_settings, reference_model, run
 from thread_ranks import TIMEOUT, InterpretedInboxes, ThreadGroup, make_inboxes, one_kernel_at_a_time, run_ranks
 
+from miniserve.attention.platform import NAMED_PLATFORMS
+from miniserve.models import options
 from miniserve.models.config import load_model_config
 from miniserve.models.decoder import CausalLM
+from miniserve.models.layers import contracts
 from miniserve.models.loader import load_weights
 from miniserve.models.options import BuildOptions
 from miniserve.models.registry import build_model
@@ -27,10 +31,10 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU th
 
 
 def _through(kernels: runtime.TritonKernels, model: Path, **more: Any) -> CausalLM:
-    options = BuildOptions(
+    built_for = BuildOptions(
         dtype=torch.float32, kv_dtype=torch.float32, device=torch.device("cpu"), triton=kernels, **more
     )
-    ours = build_model(load_model_config(model), options)
+    ours = build_model(load_model_config(model), built_for)
     load_weights(ours, model)
     return ours
 
@@ -75,6 +79,32 @@ def test_weights_in_8_bits_stay_codes(kind: str, tmp_path: Path, monkeypatch: py
         chunks = [(row, torch.randint(VOCAB, (1,), generator=generator)) for row in range(rows)]
         got, want = (run(model, ctx, chunks) for model, ctx in zip((ours, plain), contexts, strict=True))
         assert (got - want).abs().max() < 1e-4 * want.abs().max()
+
+
+def test_many_rows_round_what_is_multiplied_to_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 3 rows on here: linear layers by the library, experts by the engine's kernel. A row does not depend on what
+    is rounded beside it."""
+    settings = random_settings("Qwen3MoeForCausalLM", 0) | {"num_hidden_layers": 1, "hidden_size": 128}
+    settings |= {"mlp_only_layers": [], "decoder_sparse_step": 1, "moe_intermediate_size": 64, "head_dim": 32}
+    reference_model("Qwen3MoeForCausalLM", settings).save_pretrained(tmp_path / "plain")
+    quantise(KINDS["compressed-dynamic"], tmp_path / "plain", tmp_path / "fp8")
+    monkeypatch.setattr(runtime, "chip_of", lambda device: Chip(132, 1 << 17))
+    monkeypatch.setattr(runtime, "choose_tile", lambda *_, **__: None)
+    for name in ("LINEAR", "EXPERTS"):
+        table = getattr(contracts, name)
+        few = [replace(each, first_row=min(each.first_row, 3), dtypes=()) for each in table]
+        monkeypatch.setattr(options, name, tuple(few))
+    kernels, platform = runtime.TritonKernels(torch.device("cpu")), NAMED_PLATFORMS["h200"]
+    ours, plain = _through(kernels, tmp_path / "fp8", platform=platform), load(tmp_path / "fp8")
+    kept = _through(kernels, tmp_path / "fp8", platform=platform, fp8_activations=False)
+    chunks = [(row, torch.tensor([7 * row + 1])) for row in range(4)]
+    for count, off in ((2, 1e-4), (4, 1e-1)):
+        got, unrounded, want = (run(model, DenseContext(), chunks[:count]) for model in (ours, kept, plain))
+        assert (unrounded - want).abs().max() < 1e-4 * want.abs().max()
+        error = (got - want).abs().max() / want.abs().max()
+        assert (error < off) and (error > 1e-3) == (count == 4)
+    alone = run(ours, DenseContext(), [chunks[0], *chunks[2:]])
+    torch.testing.assert_close(alone, got[[0, 2, 3]], rtol=1e-4, atol=1e-4)
 
 
 def test_output_and_down_projections_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,8 @@ def test_parts_tile_the_whole_and_are_even(count: int, size: int, unit: int) -> 
     units = [-(-part.size // unit) for part in parts]
     assert units == sorted(units, reverse=True)
     assert max(units) - min(units) <= 1
+    assert all(part.held.start == 0 or part.held.start % part.begins == 0 for part in parts)
+    assert all(part.size % part.sizes == 0 for part in parts if part.size)
 
 
 @given(kv=st.integers(1, 9), group=st.integers(1, 9), size=st.integers(1, 40))
@@ -36,6 +38,8 @@ def test_heads_cover_and_read_what_their_rank_holds(kv: int, group: int, size: i
         assert len(mine) % len(held) == 0
         assert [head // group for head in mine] == [each for each in held for _ in range(len(mine) // len(held))]
         assert mine
+        for part in (q, kvs):
+            assert (part.held.start % part.begins if part.begins else part.held.start) == 0 == part.size % part.sizes
         queries += mine
     assert Shard(0, size).heads(kv * group, kv)[0].size == max(
         Shard(rank, size).heads(kv * group, kv)[0].size for rank in range(size)

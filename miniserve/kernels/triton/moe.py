@@ -15,6 +15,7 @@ import triton.language as tl
 
 from miniserve.kernels.triton.elementwise import rms_normed
 from miniserve.kernels.triton.pdl import launch_options, start, wait
+from miniserve.kernels.triton.rounded_linear import GROUP, rounded
 from miniserve.kernels.triton.small_linear import (
     accumulator,
     chip_of,
@@ -80,13 +81,14 @@ def _align_kernel(
 
 @triton.jit(do_not_specialize=["num_pairs"])
 def _grouped_kernel(
-    x_ptr, w_ptr, s_ptr, scale_ptr, y_ptr, pairs_ptr, experts_ptr, num_pairs, N, D,
+    x_ptr, w_ptr, s_ptr, xs_ptr, scale_ptr, y_ptr, pairs_ptr, experts_ptr, num_pairs, N, D,
     PAIRS_PER_ROW: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr, SWAP: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SCALE_N: tl.constexpr, SCALE_K: tl.constexpr, PDL: tl.constexpr,
+    SCALE_N: tl.constexpr, SCALE_K: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[pair] = x[pair // PAIRS_PER_ROW] W[expert]ᵀ, GATED and with `s_ptr` as in `small_linear`, SCALED by the pair's
-    weight. N counts outputs, D inputs. Not ALIGNED: a block is one pair, and `experts_ptr` has its expert."""
+    weight. N counts outputs, D inputs. Not ALIGNED: a block is one pair, and `experts_ptr` has its expert. xs_ptr: the
+    scales of x in 8 bits, [⌈D / GROUP⌉, num_pairs // PAIRS_PER_ROW], tiles lying within a group."""
     start(PDL)
     wait(PDL)
     block = tl.program_id(1)
@@ -115,6 +117,8 @@ def _grouped_kernel(
     acc = accumulator(BLOCK_M, BLOCK_N, SWAP)
     up_acc = tl.zeros_like(acc)
     for first in range(0, D, BLOCK_K):
+        at_scale = first // GROUP * (num_pairs // PAIRS_PER_ROW) + pairs // PAIRS_PER_ROW
+        x_scale = None if xs_ptr is None else tl.load(xs_ptr + at_scale, mask=valid, other=0.0)
         if EVEN_K:
             x = tl.load(x_ptrs, mask=valid[:, None], other=0.0)
             w = tl.load(w_ptrs, mask=inside_n[:, None], other=0.0)
@@ -122,13 +126,13 @@ def _grouped_kernel(
             inside_k = (first + cols_k < D)[None, :]
             x = tl.load(x_ptrs, mask=valid[:, None] & inside_k, other=0.0)
             w = tl.load(w_ptrs, mask=inside_n[:, None] & inside_k, other=0.0)
-        acc = product(acc, w, x, scale, True, SWAP)
+        acc = product(acc, w, x, scale, True, SWAP, x_scale)
         if GATED:
             if EVEN_K:
                 up = tl.load(up_ptrs, mask=inside_n[:, None], other=0.0)
             else:
                 up = tl.load(up_ptrs, mask=inside_n[:, None] & (first + cols_k < D)[None, :], other=0.0)
-            up_acc = product(up_acc, up, x, up_scale, True, SWAP)
+            up_acc = product(up_acc, up, x, up_scale, True, SWAP, x_scale)
         if SCALE_K > 0:  # of the next tile
             scale = load_scale(s_ptr, tile_n, first + BLOCK_K, D, SCALE_N, SCALE_K)
             if GATED:
@@ -144,9 +148,10 @@ def _grouped_kernel(
         if GATED:
             up_acc *= tl.load(s_ptr + N + cols_n, mask=inside_n, other=0.0)[None, :]
     if GATED:
-        acc = swiglu(acc, up_acc, x_ptr.dtype.element_ty)
+        acc = swiglu(acc, up_acc, y_ptr.dtype.element_ty)
     if SCALED:
-        acc = acc.to(x_ptr.dtype.element_ty).to(tl.float32)
+        if xs_ptr is None:
+            acc = acc.to(x_ptr.dtype.element_ty).to(tl.float32)
         acc = acc * tl.load(scale_ptr + pairs, mask=valid, other=0.0)[:, None]
     y_ptrs = y_ptr + pairs.to(tl.int64)[:, None] * N + cols_n[None, :]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=valid[:, None] & inside_n[None, :])
@@ -190,10 +195,16 @@ def choose_tiles(num_pairs: int, num_experts: int) -> tuple[MoETile, MoETile]:
     return MoETile(128, 64, 64, 8, 3), MoETile(128, 128, 64, 8, 3)
 
 
-def choose_scaled_tiles(num_pairs: int, num_experts: int, block: tuple[int, int] | None) -> tuple[MoETile, MoETile]:
-    """As `choose_tiles`, for weights in 8 bits with scales of `block`. Measured on an H200 for Qwen3-235B-A22B, whole
-    and an eighth of it."""
-    if num_pairs > 12 * num_experts:
+def choose_scaled_tiles(
+    num_pairs: int, num_experts: int, block: tuple[int, int] | None, *, rounded: bool = False
+) -> tuple[MoETile, MoETile]:
+    """As `choose_tiles`, for weights in 8 bits with scales of `block`; rounded: and x in 8 bits. Measured, but for
+    that, on an H200 for Qwen3-235B-A22B, whole and an eighth of it."""
+    if rounded:
+        rows = 128 if num_pairs > 100 * num_experts else 64 if num_pairs > 40 * num_experts else 32
+        warps = 8 if rows == 128 else 4
+        tiles = MoETile(rows, 64, 128, warps, 4, rows == 32), MoETile(rows, 128, 128, warps, 4, rows == 32)
+    elif num_pairs > 12 * num_experts:
         tiles = choose_tiles(num_pairs, num_experts)
     elif num_pairs <= 16:
         tiles = MoETile(16, 32, 128, 4, 3), MoETile(16, 64, 128, 2, 3)
@@ -249,20 +260,26 @@ def experts(
     first: int | None = None,
     scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     block: tuple[int, int] | None = None,
+    rounds: bool = False,
 ) -> torch.Tensor:
     """The weighted results of each token's SwiGLU experts. x [T, D], contiguous; w1 [E, 2 I, D], gates before ups; w2
     [E, D, I]; topk_weights float32, topk_ids int, [T, K]. tiles: of the two products, with the same block_m; chosen by
     default. first: the id of the first of these experts, where the model has more; the others give zeros. scales: of w1
-    and w2 in 8 bits, each expert's as in `small_linear`. Returns float32 [T * K, D], a token's after one another."""
+    and w2 in 8 bits, each expert's as in `small_linear`; rounds: what is multiplied with them is rounded to 8 bits, a
+    scale for each `GROUP` values of a row. Returns float32 [T * K, D], a token's after one another."""
     tokens, hidden = x.shape
     num_experts, k, middle = w1.shape[0], topk_ids.shape[1], w2.shape[2]
     num_pairs = tokens * k
     options = launch_options(x.device)
     if tiles is None:
         scaled = scales is not None
-        tiles = choose_scaled_tiles(num_pairs, num_experts, block) if scaled else choose_tiles(num_pairs, num_experts)
+        tiles = (
+            choose_scaled_tiles(num_pairs, num_experts, block, rounded=rounds)
+            if scaled
+            else choose_tiles(num_pairs, num_experts)
+        )
         if x.device.type == "cuda":
-            tiles = fitted(tiles, x.element_size(), chip_of(x.device).shared_bytes)
+            tiles = fitted(tiles, 1 if rounds else x.element_size(), chip_of(x.device).shared_bytes)
     gate_up, down = tiles
     aligned = tokens > 1 or first is not None
     if aligned:
@@ -273,12 +290,15 @@ def experts(
 
     def multiply(source: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, tile: MoETile, per_row: int) -> None:
         n, gated = target.shape[1], tile is gate_up
-        scale = None if scales is None else scales[0 if gated else 1]
+        scale, x_scale = None if scales is None else scales[0 if gated else 1], None
+        if rounds:
+            source, x_scale = rounded(source, GROUP, len(source))
         _grouped_kernel[(triton.cdiv(n, tile.block_n), num_blocks)](
-            source, weight, scale, topk_weights, target, pairs, block_experts, num_pairs, n, weight.shape[2],
+            source, weight, scale, x_scale, topk_weights, target, pairs, block_experts, num_pairs, n, weight.shape[2],
             PAIRS_PER_ROW=per_row, GATED=gated, SCALED=not gated, ALIGNED=aligned, SWAP=tile.swap,
             EVEN_K=weight.shape[2] % tile.block_k == 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k, num_warps=tile.num_warps, num_stages=tile.num_stages, **scale_sizes(block), **options,
+            BLOCK_K=tile.block_k, num_warps=tile.num_warps, num_stages=tile.num_stages, **scale_sizes(block),
+            GROUP=GROUP, **options,
         )  # fmt: skip
 
     activated = torch.empty(num_pairs, middle, dtype=x.dtype, device=x.device)

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from miniserve.kernels.triton import elementwise, moe, moe_token, norm_router, routing
+from miniserve.kernels.triton.rounded_linear import rounded_linear
 from miniserve.kernels.triton.small_linear import Workspace, chip_of, choose_scaled_tile, choose_tile, small_linear
 from miniserve.kernels.triton.widen import widen
 
@@ -110,7 +111,16 @@ class TritonKernels:
         tile = choose_scaled_tile(*sizes, self._chip, gated=gated)
         if tile is not None:
             return small_linear(x, weight, bias, tile, self._workspace, **given)
-        y = functional.linear(x, widen(weight, scale, block, x.dtype), bias)
+        wide = widen(weight, scale, block, x.dtype)
+        found = self.linear(x, wide, bias, gated=gated)
+        if found is not None:
+            return found
+        y = functional.linear(x, wide, bias)
+        return self.silu_and_mul(y) if gated else y
+
+    def rounded_linear(self, *given: Any, gated: bool = False) -> torch.Tensor:
+        """See the function of that name; gated as `linear_fp8`."""
+        y = rounded_linear(*given)
         return self.silu_and_mul(y) if gated else y
 
     def linear_parts_fp8(
@@ -134,13 +144,14 @@ class TritonKernels:
         first: int | None = None,
         scales: tuple[torch.Tensor, torch.Tensor] | None = None,
         block: tuple[int, int] | None = None,
+        rounds: bool = False,
     ) -> torch.Tensor:
         """See `moe.experts`."""
         plain = first is None and scales is None
         if plain and self._large is not None and self._large.can_group(x, w1, topk_ids.numel()):
             found: torch.Tensor = self._large.large_experts(x, w1, w2, topk_weights, topk_ids, self._chip)
             return found
-        return moe.experts(x, w1, w2, topk_weights, topk_ids, first=first, scales=scales, block=block)
+        return moe.experts(x, w1, w2, topk_weights, topk_ids, first=first, scales=scales, block=block, rounds=rounds)
 
     def add_norm_route(
         self,

@@ -48,12 +48,16 @@ class LinearTile:
 
 
 @triton.jit
-def product(acc, w, x, scale, DOT: tl.constexpr, SWAP: tl.constexpr):
+def product(acc, w, x, scale, DOT: tl.constexpr, SWAP: tl.constexpr, x_scale=None):
     """acc plus the product, in the weight's dtype or, if that has 8 bits, in x's. scale, unless it is None: one number
-    of all of w, or without DOT one for each of its `CHUNK`s."""
+    of all of w, or without DOT one for each of its `CHUNK`s. x_scale, of x in 8 bits: one for each row."""
     if DOT:
+        if x_scale is not None:
+            x_scale = x_scale[None, :] if SWAP else x_scale[:, None]
+            scale = x_scale if scale is None else x_scale * scale
         if w.dtype.primitive_bitwidth == 8:
-            w = widened(w, x.dtype)
+            if x.dtype.primitive_bitwidth > 8:
+                w = widened(w, x.dtype)
         else:
             x = x.to(w.dtype)
         left, right = (w, tl.trans(x)) if SWAP else (x, tl.trans(w))

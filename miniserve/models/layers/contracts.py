@@ -20,13 +20,16 @@ from miniserve.models.layers.weights import LEAST_STEP, Step
 @dataclass(frozen=True, slots=True)
 class Product:
     """A matrix of a linear layer, or both of each routed expert. grain: "plain", or of its scales. step: of these;
-    cut: the step but for where parts begin that a kernel pads. columns: of the matrix, where that matters."""
+    cut: the step but for where parts begin that a kernel pads. rows, columns: of the matrix, or what divides
+    those of all ranks. wide: why what is multiplied with it keeps its 16 bits, empty where it may be rounded to 8."""
 
     dtype: torch.dtype
     grain: str = "plain"
     step: Step = None
     cut: Step = None
+    rows: int = 0
     columns: int = 0
+    wide: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +46,7 @@ class ProductContract:
     dtypes: tuple[torch.dtype, ...] = ()
     block: Step = None
     pads: bool = False
+    row_multiple: int = 1
     column_multiple: int = 1
     first_row: int = 1
     min_aiter: Version = (0,)
@@ -59,8 +63,12 @@ class ProductContract:
             yield "it takes scales of {} × {} blocks, not of {} × {}".format(*self.block, *step)
         elif step is not None and self.block is None and min(step) < LEAST_STEP:
             yield "scales of {} × {} are too fine for it".format(*step)
+        if product.rows % self.row_multiple:
+            yield f"it takes multiples of {self.row_multiple} rows, not {product.rows}"
         if product.columns % self.column_multiple:
             yield f"it takes multiples of {self.column_multiple} columns, not {product.columns}"
+        if self.tolerance is not None and product.wide:
+            yield f"it rounds activations to 8 bits, and {product.wide}"
 
     def is_for(self, platform: Platform | None) -> bool:
         """Whether it is for such hardware."""
@@ -103,11 +111,24 @@ _SCALED = ("tensor", "rows", "blocks")
 _FP8_ARCHS = ("sm_89+", *_INSTINCT, "gfx12*")  # those before have no instructions that read e4m3
 # Rounding what is multiplied costs 3 %, twice in a row 5 %, and a bad row more. Seen of aiter's experts: 9 % (#2421).
 _LINEAR_TOLERANCE, _EXPERTS_TOLERANCE = 6e-2, 1e-1
+_MANY_ROWS = 257  # steps of decode rows alone, which have fewer by default, keep 16 bits
 TRITON = "the engine's Triton kernels"
 TRITON_OR_LIBRARY = f"{TRITON} or the vendor's library, by size"
 TRITON_LINEAR_FP8, TRITON_EXPERTS_FP8 = "triton linear_fp8", "triton experts_fp8"
+TRITON_EXPERTS_ROUNDED = "triton experts in 8 bits"
+LIBRARY_FP8 = "the vendor's library in 8 bits"
 AITER_BLOCKSCALE, AITER_MOE = "aiter gemm_a8w8_blockscale", "aiter fused_moe"
 
+_library = partial(
+    ProductContract,
+    name=LIBRARY_FP8,
+    requires="triton",
+    archs=("sm_90",),
+    dtypes=_HALF,
+    row_multiple=16,
+    first_row=_MANY_ROWS,
+    tolerance=_LINEAR_TOLERANCE,
+)
 LINEAR = (
     # Of fewer rows its time is not that of reading the weight: 123 µs for 64 x 1536 x 7168 on an MI325X
     # (InferenceX #863), five times what the bytes take.
@@ -122,6 +143,8 @@ LINEAR = (
         first_row=65,
         tolerance=_LINEAR_TOLERANCE,
     ),
+    _library(grains=("blocks",), block=(128, 128), column_multiple=512),
+    _library(grains=("tensor", "rows"), column_multiple=16),
     ProductContract(name=TRITON_LINEAR_FP8, requires="triton", grains=_SCALED, archs=_FP8_ARCHS),
     ProductContract(name=TRITON_OR_LIBRARY, requires="triton", grains=("plain",)),
 )
@@ -136,6 +159,15 @@ _fused_moe = partial(
 EXPERTS = (
     _fused_moe(grains=("plain",)),
     _fused_moe(grains=_SCALED, block=(128, 128), pads=True, tolerance=_EXPERTS_TOLERANCE),
+    ProductContract(
+        name=TRITON_EXPERTS_ROUNDED,
+        requires="triton",
+        grains=_SCALED,
+        archs=("sm_90",),
+        dtypes=_HALF,
+        first_row=_MANY_ROWS,
+        tolerance=_EXPERTS_TOLERANCE,
+    ),
     ProductContract(name=TRITON_EXPERTS_FP8, requires="triton", grains=_SCALED, archs=_FP8_ARCHS),
     ProductContract(name=TRITON, requires="triton", grains=("plain",)),
 )

@@ -186,7 +186,7 @@ class Linear(Layer):
         parent = prefix.rpartition(".")[0]
         for module, part in self._parts.items():
             name, rows = f"{parent}.{module}" if parent else module, part.rows
-            yield from self.weights.pieces(name, "weight", part)
+            yield from self.weights.pieces(f"{name}.weight", "weight", part)
             if self.bias is not None:
                 yield Piece(f"{name}.bias", "bias", part.place, (rows.count,), (rows.held,))
             elif self._has_bias:

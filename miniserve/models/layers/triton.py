@@ -99,7 +99,8 @@ class TritonOps(Ops):
 
 
 class TritonMoE(MoEMethod):
-    """The weights as they are, codes widened as they are read."""
+    """The weights as they are, codes widened as they are read, or in steps of many rows what is multiplied with them
+    rounded to 8 bits."""
 
     def __init__(self, kernels: TritonKernels) -> None:
         self._kernels = kernels
@@ -110,6 +111,9 @@ class TritonMoE(MoEMethod):
             given["first"] = layer.experts.held.start
         if layer.w1.dtype.itemsize == 1:
             given |= {"scales": (layer.w1_scale, layer.w2_scale), "block": layer.weights.step}
+        kernel = None if self.route is None else self.route.kernel(x.shape[0])
+        if kernel is not None and kernel.tolerance is not None:
+            given["rounds"] = True
         if x.shape[0] == 1:
             out: Tensor = self._kernels.token_experts(x, layer.w1, layer.w2, topk_weights, topk_ids, **given)
             return out

@@ -7,7 +7,6 @@ finer grid: each number is repeated for all steps of its block, the step being a
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -27,6 +26,7 @@ _ROWS_AT_ONCE = 1024
 
 # Rows and columns that share a number; None: scales of rows.
 Step = tuple[int, int] | None
+Lead = tuple[int | slice, ...]
 
 
 class Placed(NamedTuple):
@@ -70,18 +70,24 @@ class Weights:
         for parameter, parts in matrices.items():
             layer.declare(parameter, (*lead, *_shape(parts)), dtype)
 
-    def pieces(self, name: str, parameter: str, part: Placed, lead: tuple[int, ...] | None = ()) -> Iterator[Piece]:
-        """What fills one part. name: the module's in the checkpoint. lead: what comes before the rows in the
-        parameter's index, None for a part that other ranks alone hold."""
-        yield self._values(name, parameter, part, lead, "values")
+    def pieces(
+        self, tensor: str, parameter: str, part: Placed, lead: Lead | None = (), stack: Part | None = None
+    ) -> Iterator[Piece]:
+        """What fills one part. tensor: the matrix's name in the checkpoint. lead: what comes before the rows in the
+        parameter's index, None for a part that other ranks alone hold. stack: the tensor holds a matrix for each of
+        these."""
+        yield self._values(tensor, parameter, part, lead, stack, "values")
 
     def finish(self, layer: Layer, parameters: Iterable[str]) -> None:
         """All pieces are there."""
 
-    def _values(self, name: str, parameter: str, part: Placed, lead: tuple[int, ...] | None, kind: str) -> Piece:
+    def _values(
+        self, tensor: str, parameter: str, part: Placed, lead: Lead | None, stack: Part | None, kind: str
+    ) -> Piece:
         index: Index = NOWHERE if lead is None else (*lead, part.place)
-        shape, source = (part.rows.count, part.columns.count), (part.rows.held, part.columns.held)
-        return Piece(f"{name}.weight", parameter, index, shape, source, kind)
+        sides = (part.rows, part.columns) if stack is None else (stack, part.rows, part.columns)
+        shape, source = tuple(side.count for side in sides), tuple(side.held for side in sides)
+        return Piece(tensor, parameter, index, shape, source, kind)
 
 
 class ScaledWeights(Weights):
@@ -102,8 +108,10 @@ class ScaledWeights(Weights):
             grid = (rows,) if self.step is None else (-(-rows // self.step[0]), -(-columns // self.step[1]))
             layer.declare(f"{parameter}_scale", (*lead, *grid), torch.float32)
 
-    def pieces(self, name: str, parameter: str, part: Placed, lead: tuple[int, ...] | None = ()) -> Iterator[Piece]:
-        yield self._values(name, parameter, part, lead, "codes")
+    def pieces(
+        self, tensor: str, parameter: str, part: Placed, lead: Lead | None = (), stack: Part | None = None
+    ) -> Iterator[Piece]:
+        yield self._values(tensor, parameter, part, lead, stack, "codes")
         rows, columns, begin = part
         refine: Callable[[Tensor], Tensor]
         if self.step is None:
@@ -114,8 +122,10 @@ class ScaledWeights(Weights):
             shape = (-(-rows.count // block[0]), -(-columns.count // block[1]))
             place = slice(begin // step[0], -(-part.place.stop // step[0]))
             refine = partial(_of_blocks, block=block, step=step, parts=(rows, columns))
+        if stack is not None:
+            shape, refine = (stack.count, *shape), partial(_of_stack, held=stack.held, refine=refine)
         index: Index = NOWHERE if lead is None else (*lead, place)
-        scale = f"{name}.{self.form.scale}"
+        scale = tensor + self.form.scale.removeprefix("weight")
         yield Piece(scale, f"{parameter}_scale", index, shape, kind="scales", refine=refine)
 
     def finish(self, layer: Layer, parameters: Iterable[str]) -> None:
@@ -141,9 +151,11 @@ def step_of(form: WeightFormat, *parameters: Iterable[Placed]) -> Step:
     if form.grain != "blocks":
         return None
     rows, columns = form.block
-    for part in itertools.chain(*parameters):
-        rows = math.gcd(rows, part.rows.held.start, part.rows.begins, part.begin)
-        columns = math.gcd(columns, part.columns.held.start, part.columns.begins)
+    for parts in map(list, parameters):
+        for part in parts:
+            rows = math.gcd(rows, part.rows.held.start, part.rows.begins, part.begin)
+            columns = math.gcd(columns, part.columns.held.start, part.columns.begins)
+        rows = math.gcd(rows, *(part.rows.sizes for part in parts[:-1]))  # of which the begins after them are sums
     return rows, columns
 
 
@@ -154,10 +166,15 @@ def _of_rows(stored: Tensor, rows: Part) -> Tensor:
 
 def _of_blocks(stored: Tensor, block: tuple[int, int], step: tuple[int, int], parts: Sequence[Part]) -> Tensor:
     """stored: of each of the matrix's blocks -> of each step of what is held."""
-    for dim, (size, each, part) in enumerate(zip(block, step, parts, strict=True)):
+    for dim, size, each, part in zip((-2, -1), block, step, parts, strict=True):
         begins = torch.arange(part.held.start, part.held.stop, each, device=stored.device)
         stored = stored.index_select(dim, begins // size)
     return stored
+
+
+def _of_stack(stored: Tensor, held: slice, refine: Callable[[Tensor], Tensor]) -> Tensor:
+    """stored: of all matrices of a stack -> of those that are held. Of blocks alone."""
+    return refine(stored[held])
 
 
 def spread(scale: Tensor, step: Step, rows: int, columns: int) -> Tensor:
