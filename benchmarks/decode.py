@@ -89,12 +89,14 @@ def measure(engine: EngineLoop, info: EngineInfo, batch: int, prompt_len: int, o
     period = totals[-1].since(totals[2])
     roofline = describe(period, info.bandwidth)
     read = (period.weight_bytes + period.kv_bytes) / max(1, period.decode_steps)
-    print(f"{batch:5d} x {prompt_len}: {1e3 * step:8.3f} ms, {batch / step:10,.0f} tokens/s; on average {roofline}")
+    floor = read / info.bandwidth if info.bandwidth else None
+    beside = "" if floor is None else f", {step / floor:.2f} x the floor of {1e3 * floor:.3f} ms"
+    print(f"{batch:5d} x {prompt_len}: {1e3 * step:8.3f} ms{beside}, {batch / step:,.0f} tokens/s; mean: {roofline}")
     return {
         "batch": batch,
         "prompt_len": prompt_len,
         "step_s": step,
-        "floor_s": read / info.bandwidth if info.bandwidth else None,
+        "floor_s": floor,
         "num_steps": len(steps),
         "roofline": roofline,
     }
