@@ -32,7 +32,7 @@ from miniserve.models.layers.routing import Chosen, Router
 from miniserve.parallel.group import Alone
 from miniserve.runner import ranks
 from miniserve.runner.build import build_runner
-from miniserve.runner.ranked import RankStart
+from miniserve.runner.ranked import Progress, RankStart
 
 _UNIFORM_RANK = "benchmarks.decode:build_uniform_rank"
 _patches = ExitStack()
@@ -58,10 +58,10 @@ def uniform_routing() -> Iterator[None]:
         yield
 
 
-def build_uniform_rank(start: RankStart) -> Runner:
+def build_uniform_rank(start: RankStart, progress: Progress) -> Runner:
     """Another rank, in a process of its own that routes uniformly to its end."""
     _patches.enter_context(uniform_routing())
-    return ranks.build_rank(start)
+    return ranks.build_rank(start, progress)
 
 
 def one_rank(size: int) -> AbstractContextManager[object]:

@@ -37,6 +37,7 @@ from miniserve.runner.chunk_graph import ChunkGraphs
 from miniserve.runner.device import find_dtype, find_kv_dtype, rank_device
 from miniserve.runner.memory import MemoryPlan, available_bytes, check_weights_fit, plan_memory
 from miniserve.runner.native_graph import NativeGraphs
+from miniserve.runner.ranked import Progress
 from miniserve.runner.runner import ModelRunner
 from miniserve.runner.sampler import Sampler
 from miniserve.runner.self_check import check_backend
@@ -47,8 +48,6 @@ from miniserve.runner.tuning import load_preferred
 
 if TYPE_CHECKING:
     from miniserve.kernels.triton.runtime import TritonKernels
-
-Progress = Callable[[str, int, int], None]
 
 # Most tokens in a step. Qwen3-8B on an H200 (docs/BENCHMARKS.md): twice as many raise the output by 1 % at most and
 # double the gaps beside prefill; half as many cost up to 4 % and a third more TTFT.

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -38,14 +38,17 @@ _END_TIMEOUT = 5.0
 _encode = msgspec.msgpack.Encoder().encode
 
 
+Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
+
+
 class RankFailed(RuntimeError):
     """A rank is gone, and with it the model; `str(error)` says which, how, and in which step."""
 
 
 class RankStart(msgspec.Struct, frozen=True, kw_only=True):
     """What a rank's process is told first, through its stdin. config: with the number of ranks. builder:
-    "module:function", called with this, returns the rank's `Runner`. meeting: address and port of rank 0's store.
-    plans: where rank 0 of another host listens for this rank, None where stdin carries the plans too."""
+    "module:function", called with this and a `Progress`, returns the rank's `Runner`. meeting: address and port of rank
+    0's store. plans: where rank 0 of another host listens for this rank, None where stdin carries the plans too."""
 
     config: EngineConfig
     source_path: str
@@ -65,11 +68,13 @@ class Hello(msgspec.Struct, frozen=True):
 
 
 class Sign(msgspec.Struct, frozen=True, array_like=True):
-    """A rank's sign of life. launched: steps so far; present: it can meet the others. error: it ends with this;
-    lost_peer: because another rank has ended."""
+    """A rank's sign of life. launched: steps so far; present: it can meet the others; loaded: bytes of its `to_load`.
+    error: it ends with this; lost_peer: because another rank has ended."""
 
     launched: int
     present: bool
+    loaded: int = 0
+    to_load: int = 0
     error: str = ""
     lost_peer: bool = False
 
@@ -111,8 +116,9 @@ class _Peer:
     silence: float = 0.0
     gone: bool = False
 
-    def trouble(self, longest_silence: float) -> tuple[int, str] | None:
-        """What is wrong with it and how likely that is the cause of all trouble: 0 is certain."""
+    def trouble(self, stopped_for: float, longest_silence: float) -> tuple[int, str] | None:
+        """What is wrong with it and how likely that is the cause of all trouble: 0 is certain. Silence is seconds:
+        for how long at most if it is stopped, and else."""
         code = None if self.process is None else self.process.poll()
         if code is not None and code < 0:
             return 0, describe_exit(code, f"rank {self.rank}")
@@ -120,10 +126,10 @@ class _Peer:
             return (4 if self.sign.lost_peer else 1), f"rank {self.rank} failed: {self.sign.error}"
         if code is not None:
             return 2, describe_exit(code, f"rank {self.rank}")
-        if self.process is not None and self.silence > longest_silence:
+        if self.process is not None and self.silence > stopped_for:
             if is_stopped(self.process):
                 return 3, f"rank {self.rank} was stopped (SIGSTOP)"
-            if is_busy(self.process):
+            if self.silence > longest_silence and is_busy(self.process):
                 longest_silence = max(longest_silence, _SILENCE_AT_WORK)
         if self.silence > longest_silence:
             return 3, f"rank {self.rank} gave no sign of life for {longest_silence:.0f} s"
@@ -144,6 +150,7 @@ class Ranks:
         self._unfinished = 0.0  # seconds since all ranks had launched the oldest step in flight
         self._doubt = 0.0  # seconds since something is wrong
         self._failure: str | None = None
+        self.on_signs: Callable[[], None] = lambda: None  # called by the watch's thread, often
         self._failed, self._seen, self._closed = threading.Event(), threading.Event(), threading.Event()
         self._watch = threading.Thread(target=self._look_after_all, name="rank-watch", daemon=True)
 
@@ -190,6 +197,10 @@ class Ranks:
         if hello.rank in {peer.rank for peer in self._peers}:
             raise UserError(f"Two hosts have the same --node-rank, one of them {host}; number them from 0 on.")
         return _Peer(hello.rank, link, None)
+
+    def loaded(self) -> list[tuple[int, int]]:
+        """What each has loaded by its last sign, of how much: bytes, 0 where it has not begun."""
+        return [(peer.sign.loaded, peer.sign.to_load) for peer in self._peers]
 
     def serve(self) -> None:
         """From now on silence is judged by the limit of ranks that run steps."""
@@ -252,6 +263,7 @@ class Ranks:
             tick, last = min(now - last, 4 * _TICK), now
             try:
                 trouble = self._find_trouble(tick)
+                self.on_signs()
             except Exception as error:  # without a watch rank 0 might wait for ever
                 self._fail(f"the watch over the ranks failed ({type(error).__name__}: {error})")
                 return
@@ -270,7 +282,7 @@ class Ranks:
                     peer.sign, peer.silence = msgspec.msgpack.decode(message, type=Sign), 0.0
             except PeerLost:
                 peer.gone = True
-            if (trouble := peer.trouble(limit)) is not None:
+            if (trouble := peer.trouble(self._limit, limit)) is not None:
                 found.append(trouble)
         oldest = self._collected + 1
         # There may be none yet, while ranks of other hosts are still to come.
@@ -323,6 +335,44 @@ class Ranks:
                     if peer.process is not None:
                         peer.process.wait(max(0.0, deadline - time.monotonic()))
         self._end_all()
+
+
+class Loading:
+    """A `Progress` for rank 0 whose weights are those of all ranks, in bytes. Others go on when it waits for them."""
+
+    def __init__(self, ranks: Ranks, report: Progress) -> None:
+        self._ranks, self._report = ranks, report
+        self._lock = threading.Lock()  # the watch's thread reports, too, but never at another time than `__call__`
+        self._own, self._shown = (0, 0), (0, 0)
+        ranks.on_signs = self._show
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Of rank 0. Raises `RankFailed` where another rank has failed."""
+        self._ranks.check()
+        if what == "weights":
+            self._own = done, total
+            self._show()
+            return
+        self.end()
+        self._report(what, done, total)
+
+    def end(self) -> None:
+        """All ranks have loaded, if any has begun; signs of it may still be under way."""
+        with self._lock:
+            if self._own[1]:
+                self._own = (0, 0)
+                self._report("weights", self._shown[1], self._shown[1])
+
+    def _show(self) -> None:
+        with self._lock:
+            if not self._own[1]:
+                return
+            parts = [self._own, *self._ranks.loaded()]
+            # Those that have not begun have about as much to load as this one.
+            shown = sum(done for done, _ in parts), sum(total or self._own[1] for _, total in parts)
+            if shown != self._shown:
+                self._shown = shown
+                self._report("weights", *shown)
 
 
 class RankedRunner:

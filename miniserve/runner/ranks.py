@@ -20,9 +20,9 @@ from miniserve.models.registry import check_ranks, described_model, least_ranks,
 from miniserve.parallel.child import describe_exit
 from miniserve.parallel.distributed import DistributedGroup, find_store, open_store, own_address
 from miniserve.runner import memory
-from miniserve.runner.build import Progress, build_runner
+from miniserve.runner.build import build_runner
 from miniserve.runner.device import find_device, find_dtype, rank_device
-from miniserve.runner.ranked import Hello, RankedRunner, Ranks, RankStart, start_rank
+from miniserve.runner.ranked import Hello, Loading, Progress, RankedRunner, Ranks, RankStart, start_rank
 
 _BUILDER = "miniserve.runner.ranks:build_rank"
 _PLANS = "plans"  # key of the port at which rank 0 waits for ranks of other hosts
@@ -59,24 +59,20 @@ def build_ranks(
             ranks.start(_starts(config, source_path, range(1, here), (address, store.port)))
             ranks.meet(listener, Hello(0, __version__, config), size - here)
         group = DistributedGroup(store, 0, size, rank_device(config, 0), address)
-
-        def report(what: str, done: int, total: int) -> None:
-            ranks.check()
-            if progress is not None:
-                progress(what, done, total)
-
-        runner, info = build_runner(config, source_path, model_name, report, group)
+        loading = Loading(ranks, progress or (lambda what, done, total: None))
+        runner, info = build_runner(config, source_path, model_name, loading, group)
+        loading.end()
     return RankedRunner(runner, ranks), info
 
 
-def build_rank(start: RankStart) -> Runner:
+def build_rank(start: RankStart, progress: Progress) -> Runner:
     """Another rank than the first, in its own process."""
     config = start.config
     device = rank_device(config, start.rank)
     store = find_store(*start.meeting, _MEETING)
     size = config.tensor_parallel_size or 1
     group = DistributedGroup(store, start.rank, size, device, own_address(*start.meeting))
-    return build_runner(config, Path(start.source_path), start.source_path, None, group)[0]
+    return build_runner(config, Path(start.source_path), start.source_path, progress, group)[0]
 
 
 def run_node(config: EngineConfig, source_path: Path, report: Callable[[str], None]) -> int:
