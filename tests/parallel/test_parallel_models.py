@@ -128,6 +128,15 @@ def test_what_is_wrong_with_a_checkpoint_is_named_on_each_rank_though_another_wo
             model = build_model(config, options(Alone(rank, 3), expert_parallel=True))
             with pytest.raises(UserError, match=re.escape(said)):
                 load_weights(model, tmp_path)
+    save_file(tensors, file)
+    whole = file.read_bytes()
+    for torn in (whole[:-2], whole + b"xx"):
+        file.write_bytes(torn)
+        for rank in range(3):
+            model = build_model(config, options(Alone(rank, 3), expert_parallel=True))
+            with pytest.raises(UserError, match=re.escape("model.safetensors is not a readable safetensors file")):
+                load_weights(model, tmp_path)
+            assert all(parameter.is_meta for parameter in model.parameters()), "something was read"
 
 
 @pytest.mark.parametrize(
