@@ -58,7 +58,7 @@ def build_ranks(
             store.set(_PLANS, f"{listener.getsockname()[1]}")
             ranks.start(_starts(config, source_path, range(1, here), (address, store.port)))
             ranks.meet(listener, Hello(0, __version__, config), size - here)
-        group = DistributedGroup(store, 0, size, rank_device(config, 0), address)
+        group = DistributedGroup(store, 0, size, rank_device(config, 0), address, ranks.check)
         loading = Loading(ranks, progress or (lambda what, done, total: None))
         runner, info = build_runner(config, source_path, model_name, loading, group)
         loading.end()
