@@ -268,9 +268,9 @@ def _make_runner(
     state = StepState(rows, max_model_len, config.block_size, device)
     sampler = Sampler(rows, vocab_size, device, eos_token_ids, config.seed, _find_draw(options), options.group)
     row_state = RowState(state.tables, state.lens, sampler.last_tokens, sampler.num_outputs)
-    # Sums over ranks work in graphs where they are kernels of the graph.
-    alone = isinstance(options.group, Alone)
-    replays = served.backend.graphs and not config.enforce_eager and (alone or options.group.inboxes is not None)
+    # Sums over ranks work in graphs where most are kernels of the graph.
+    sums = isinstance(options.group, Alone) or options.group.inboxes is not None
+    replays = served.backend.graphs and not config.enforce_eager and sums
     if options.triton is None:
         native_graphs = None
         if replays and options.group.size == 1 and options.native is not None and served.zero_blocks is None:
@@ -287,9 +287,8 @@ def _make_runner(
     graphs = DecodeGraphs(served, row_state, sampler.params, **sizes, buckets=buckets, num_draft_tokens=guesses)
     graphs.capture(partial(report, "decode graphs"))
     chunk_graphs = None
-    # What padding holds is anything, also NaN, for which experts cannot be chosen. Sums over ranks of so many rows are
-    # the library's, which is not known to work in graphs.
-    if served.backend.chunk_graphs and model.config.moe is None and alone:
+    # What padding holds is anything, also NaN, for which experts cannot be chosen.
+    if served.backend.chunk_graphs and model.config.moe is None:
         chunk_graphs = ChunkGraphs(served, **sizes, max_num_seqs=rows)
         chunk_graphs.capture(partial(report, "chunk graphs"))
     return ModelRunner(served, state, sampler, graphs, chunk_graphs)

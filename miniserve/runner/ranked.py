@@ -34,7 +34,7 @@ _SILENCE_AT_WORK = 60.0  # imports, compilers and other programs may keep the in
 _COUNSEL = 0.3  # seconds in which other ranks may show who of them failed first
 _GRACE = 2.0  # seconds for rank 0 to see a failure; then it hangs in a call that nothing can end
 _TOKENS = 4096  # of a step that must finish within _SILENCE; more tokens may take more
-_END_TIMEOUT = 5.0
+_END_TIMEOUT = 4.0
 _encode = msgspec.msgpack.Encoder().encode
 
 

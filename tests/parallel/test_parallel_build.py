@@ -30,6 +30,7 @@ def answers(name: str, expert_parallel: bool, group: Group, device: str = "cpu")
         device=device,
         dtype="float32",
         max_num_seqs=4,
+        max_num_batched_tokens=32,  # so that steps have no more chunks than graphs have
         max_model_len=256,
         kv_cache_memory=16 << 20,
         enable_expert_parallel=expert_parallel,
