@@ -33,6 +33,7 @@ _SILENCE = 4.0  # seconds; what it leads to is there within 5
 _SILENCE_AT_WORK = 60.0  # imports, compilers and other programs may keep the interpreter from a thread for long
 _COUNSEL = 0.3  # seconds in which other ranks may show who of them failed first
 _GRACE = 2.0  # seconds for rank 0 to see a failure; then it hangs in a call that nothing can end
+_GRACE_AT_START = 60.0  # where it does other things meanwhile: it may load or compile for long
 _TOKENS = 4096  # of a step that must finish within _SILENCE; more tokens may take more
 _END_TIMEOUT = 4.0
 _encode = msgspec.msgpack.Encoder().encode
@@ -143,6 +144,7 @@ class Ranks:
 
     def __init__(self, silence: float = _SILENCE) -> None:
         self._limit = silence
+        self._thread = threading.get_ident()  # rank 0's own part runs in it
         self._peers: list[_Peer] = []
         self._serving = False
         self._sent = self._launched = self._collected = 0
@@ -300,13 +302,24 @@ class Ranks:
             when = "while the engine started"
         self._failure = f"{what}, {when}"
         busy = self._collected < self._sent or not self._serving
-        grace = _GRACE if self._serving else _SILENCE_AT_WORK  # while it starts it may load or compile for long
         self._failed.set()
         self._end_all()
-        if busy and not self._seen.wait(grace) and not self._closed.is_set():
+        if busy and not self._sees_failure() and not self._closed.is_set():
             # Rank 0 waits for a rank of another host, or for its own device, in a call that has no end.
             print(f"error: {self._failure}; this process hangs and is ended.", file=sys.stderr, flush=True)
             os._exit(1)
+
+    def _sees_failure(self) -> bool:
+        """Wait for rank 0 to look whether ranks have failed; False where it does not, as it hangs in a call."""
+        end = time.monotonic() + (_GRACE if self._serving else _GRACE_AT_START)
+        place, since = None, time.monotonic()
+        while not self._seen.wait(_TICK):
+            frame = sys._current_frames().get(self._thread)
+            now, last, place = time.monotonic(), place, frame and (id(frame), frame.f_lasti)
+            since = since if place == last else now
+            if now > end or now > since + _GRACE:
+                return False
+        return True
 
     def _end_all(self) -> None:
         for peer in self._peers:

@@ -1,6 +1,8 @@
 """Real ranks over gloo, one of which is killed or stopped at a point of its life: `python kill_points.py` tries all
 points with both signals, some minutes, `python kill_points.py KILL:sums` one. A line each: how long after the signal
-rank 0 raised, and what. Exits 1 where it took more than 5 s, or a process is left."""
+rank 0 raised, and what. Exits 1 where it took more than 5 s, or a process is left.
+
+With `KILL_ON=cuda` the ranks share one GPU; then one point at a time, and rank 0 may end itself with the sentence."""
 
 from __future__ import annotations
 
@@ -16,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from one_gpu import share_one_gpu
+
 import miniserve
 from miniserve.core import Grammar, Request, Runner, SamplingParams
 from miniserve.llm import LLM
@@ -24,6 +28,7 @@ from miniserve.runner.ranked import Progress, RankFailed, RankStart
 
 ASSETS = Path(miniserve.__file__).parent / "assets"
 LIMIT = 5.0  # seconds
+_DEVICE = os.environ.get("KILL_ON", "cpu")
 _GROUP, _RUNNER = "miniserve.parallel.distributed:DistributedGroup", "miniserve.runner.runner:ModelRunner"
 _SAMPLER = "miniserve.runner.sampler"
 # What the rank is about to call, and for which time, counted from the first step on if "steps" is said.
@@ -37,6 +42,7 @@ POINTS = {
     "prefill": f"{_GROUP}.reduce 1 steps",
     "prefill-sums": f"{_GROUP}.reduce 3 steps",
     "decode-sums": f"{_GROUP}.reduce 40 steps",
+    "capture": "miniserve.runner.decode_graph:DecodeGraphs._run 5",
     "launch": f"{_RUNNER}.launch 6 steps",
     "logits": f"{_GROUP}.rows 1 steps",
     "logits-later": f"{_GROUP}.rows 5 steps",
@@ -60,6 +66,8 @@ _GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
 
 def build_rank(start: RankStart, progress: Progress) -> Runner:
     """Of rank 1, which signals itself at the point in `$KILL_POINT` and says when in `$KILL_FILE`."""
+    if _DEVICE == "cuda":
+        share_one_gpu()
     name, number = os.environ["KILL_POINT"], int(os.environ["KILL_SIGNAL"])
 
     def strike() -> None:
@@ -112,6 +120,8 @@ def run(point: str, number: signal.Signals) -> tuple[float, str]:
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "struck"
         os.environ |= {"KILL_POINT": point, "KILL_SIGNAL": str(int(number)), "KILL_FILE": str(file)}
+        if _DEVICE == "cuda":
+            share_one_gpu()
         ranks._BUILDER = "kill_points:build_rank"
         try:
             _use_model()
@@ -122,7 +132,8 @@ def run(point: str, number: signal.Signals) -> tuple[float, str]:
 
 
 def _use_model() -> None:
-    settings = {"device": "cpu", "dtype": "float32", "max_model_len": 128, "kv_cache_memory": 16 << 20}
+    settings = {"device": _DEVICE, "dtype": "float32", "max_model_len": 128, "max_num_seqs": 4}
+    settings["kv_cache_memory"] = 16 << 20
     llm = LLM(ASSETS / "tiny-qwen3", progress=False, tensor_parallel_size=2, **settings)
     llm.generate(_PROMPTS, _PARAMS, progress=False)
     llm.generate(_PROMPTS, _GREEDY, progress=False)
@@ -151,7 +162,8 @@ def left_over() -> list[int]:
 
 def main(chosen: list[str]) -> int:
     worst, wrong = 0.0, 0
-    for name in chosen or [f"{kind}:{point}" for kind in ("KILL", "STOP") for point in POINTS]:
+    here = [point for point in POINTS if point != "capture" or _DEVICE == "cuda"]
+    for name in chosen or [f"{kind}:{point}" for kind in ("KILL", "STOP") for point in here]:
         kind, _, point = name.partition(":")
         seconds, said = run(point, signal.Signals[f"SIG{kind}"])
         right = seconds <= LIMIT and not left_over() and (("rank 1 was" in said) != (point == "end"))

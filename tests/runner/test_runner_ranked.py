@@ -229,17 +229,22 @@ def test_progress_is_that_of_all_ranks_also_while_rank_0_waits(tmp_path: Path) -
     )
 
 
-def test_a_start_that_waits_for_a_dead_rank_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, whose kernels wait for their peers while graphs are recorded."""
+@pytest.mark.parametrize("hangs", [True, False])
+def test_a_start_that_waits_for_a_dead_rank_is_ended(
+    hangs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one call, as on a GPU, whose kernels wait for their peers while graphs are recorded; or working on for long,
+    without a look at the other ranks."""
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
-    monkeypatch.setattr(ranked_module, "_SILENCE_AT_WORK", 0.5)
+    monkeypatch.setattr(ranked_module, "_GRACE" if hangs else "_GRACE_AT_START", 0.5)
+    monkeypatch.setattr(ranked_module, "_GRACE_AT_START" if hangs else "_GRACE", 2 * SLACK)
     ranks = start_ranks(tmp_path / "device", fake_config(at=0, phase="build", signal=int(signal.SIGKILL), rank=1))
     try:
         ranks._watch.start()  # and nothing asks what it has found
         deadline = time.monotonic() + SLACK
         while not codes and time.monotonic() < deadline:
-            time.sleep(0.05)
+            time.sleep(3.0 if hangs else 0.0)
         assert codes == [1]
     finally:
         ranks.close()
