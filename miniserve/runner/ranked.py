@@ -310,16 +310,18 @@ class Ranks:
             os._exit(1)
 
     def _sees_failure(self) -> bool:
-        """Wait for rank 0 to look whether ranks have failed; False where it does not, as it hangs in a call."""
-        end = time.monotonic() + (_GRACE if self._serving else _GRACE_AT_START)
-        place, since = None, time.monotonic()
-        while not self._seen.wait(_TICK):
+        """Wait for rank 0 to look whether ranks have failed; False where it does not, as it hangs in a call. Counted in
+        ticks, in each of which rank 0 may run: on a busy machine they are longer."""
+        place, still = None, 0
+        for _ in range(round((_GRACE if self._serving else _GRACE_AT_START) / _TICK)):
+            if self._seen.wait(_TICK):
+                return True
             frame = sys._current_frames().get(self._thread)
-            now, last, place = time.monotonic(), place, frame and (id(frame), frame.f_lasti)
-            since = since if place == last else now
-            if now > end or now > since + _GRACE:
-                return False
-        return True
+            last, place = place, frame and (id(frame), frame.f_lasti)
+            still = still + 1 if place == last else 0
+            if still > _GRACE / _TICK:
+                break
+        return False
 
     def _end_all(self) -> None:
         for peer in self._peers:
