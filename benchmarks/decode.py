@@ -32,7 +32,7 @@ from miniserve.models.layers.routing import Chosen, Router
 from miniserve.parallel.group import Alone
 from miniserve.runner import ranks
 from miniserve.runner.build import build_runner
-from miniserve.runner.ranked import RankStart
+from miniserve.runner.ranked import Progress, RankStart
 
 _UNIFORM_RANK = "benchmarks.decode:build_uniform_rank"
 _patches = ExitStack()
@@ -58,10 +58,10 @@ def uniform_routing() -> Iterator[None]:
         yield
 
 
-def build_uniform_rank(start: RankStart) -> Runner:
+def build_uniform_rank(start: RankStart, progress: Progress) -> Runner:
     """Another rank, in a process of its own that routes uniformly to its end."""
     _patches.enter_context(uniform_routing())
-    return ranks.build_rank(start)
+    return ranks.build_rank(start, progress)
 
 
 def one_rank(size: int) -> AbstractContextManager[object]:
@@ -89,12 +89,14 @@ def measure(engine: EngineLoop, info: EngineInfo, batch: int, prompt_len: int, o
     period = totals[-1].since(totals[2])
     roofline = describe(period, info.bandwidth)
     read = (period.weight_bytes + period.kv_bytes) / max(1, period.decode_steps)
-    print(f"{batch:5d} x {prompt_len}: {1e3 * step:8.3f} ms, {batch / step:10,.0f} tokens/s; on average {roofline}")
+    floor = read / info.bandwidth if info.bandwidth else None
+    beside = "" if floor is None else f", {step / floor:.2f} x the floor of {1e3 * floor:.3f} ms"
+    print(f"{batch:5d} x {prompt_len}: {1e3 * step:8.3f} ms{beside}, {batch / step:,.0f} tokens/s; mean: {roofline}")
     return {
         "batch": batch,
         "prompt_len": prompt_len,
         "step_s": step,
-        "floor_s": read / info.bandwidth if info.bandwidth else None,
+        "floor_s": floor,
         "num_steps": len(steps),
         "roofline": roofline,
     }

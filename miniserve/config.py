@@ -36,14 +36,14 @@ class EngineConfig:
     """What the user asked of the engine. `auto` and None are settled when the engine starts (see `core.EngineInfo`).
 
     model: local directory, hub id or None for the built-in model. Sizes are tokens unless the name says otherwise;
-    kv_cache_memory is in bytes. max_num_batched_tokens None: 4096 on a GPU, 2048 on a CPU. max_itl_ratio: by how much
-    prefill may slow down a step that also decodes, 0: no bound. speculative: "ngram:K", or None for no speculation.
-    aiter: whether to use it where it is installed. fp8_activations: round what is multiplied with weights in 8 bits to
-    them in large steps, where the checkpoint asks for that. tensor_parallel_size: ranks that share the model, None: 1,
-    or the GPUs that it takes; they are spread evenly over `nnodes` hosts, of which this is number `node_rank`, and
-    number 0 is at `master_addr`. enable_expert_parallel: ranks have whole experts. data_parallel_size: engines that
-    share out the requests, each with so many ranks; data_parallel_rank: which of them this is, set where they are
-    started. Raises `UserError` for a value out of range.
+    kv_cache_memory is in bytes, of each rank. max_num_batched_tokens None: 4096 on a GPU, 2048 on a CPU. max_itl_ratio:
+    by how much prefill may slow down a step that also decodes, 0: no bound. speculative: "ngram:K", or None for no
+    speculation. aiter: whether to use it where it is installed. fp8_activations: round what is multiplied with weights
+    in 8 bits to them in large steps, where the checkpoint asks for that. tensor_parallel_size: ranks that share the
+    model, None: 1, or the GPUs that it takes; they are spread evenly over `nnodes` hosts, of which this is number
+    `node_rank`, and number 0 is at `master_addr`. enable_expert_parallel: ranks have whole experts. data_parallel_size:
+    engines that share out the requests, each with so many ranks; data_parallel_rank: which of them this is, set where
+    they are started. Raises `UserError` for a value out of range.
     """
 
     model: str | None = None

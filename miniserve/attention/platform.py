@@ -64,19 +64,20 @@ ASSUMED_AITER: Version = (0, 1, 20)
 
 
 _NO_AITER = "aiter runs on AMD GPUs only"
-# Architecture, compute units, and memory in GiB as the driver states it.
+# Architecture, compute units, memory in GiB as the driver states it, and its bandwidth in TB/s as the vendor does.
 _GPUS = {
-    "mi300x": ("gfx942", 304, 192.0),
-    "mi300a": ("gfx942", 228, 128.0),
-    "mi308x": ("gfx942", 80, 192.0),
-    "mi325x": ("gfx942", 304, 256.0),
-    "mi350x": ("gfx950", 256, 288.0),
-    "mi355x": ("gfx950", 256, 288.0),
-    "a100": ("sm_80", 108, 80.0),
-    "h100": ("sm_90", 132, 79.6),
-    "h200": ("sm_90", 132, 140.4),
+    "mi300x": ("gfx942", 304, 192.0, 5.3),
+    "mi300a": ("gfx942", 228, 128.0, 5.3),
+    "mi308x": ("gfx942", 80, 192.0, 5.3),
+    "mi325x": ("gfx942", 304, 256.0, 6.0),
+    "mi350x": ("gfx950", 256, 288.0, 8.0),
+    "mi355x": ("gfx950", 256, 288.0, 8.0),
+    "a100": ("sm_80", 108, 80.0, 2.04),
+    "h100": ("sm_90", 132, 79.6, 3.35),
+    "h200": ("sm_90", 132, 140.4, 4.8),
 }
-DEVICE_MEMORY = {name: int(gib * 2**30) for name, (_, _, gib) in _GPUS.items()}  # bytes
+DEVICE_MEMORY = {name: int(gib * 2**30) for name, (_, _, gib, _) in _GPUS.items()}  # bytes
+DEVICE_BANDWIDTH = {name: rate * 1e12 for name, (*_, rate) in _GPUS.items()}  # bytes a second
 
 
 def _named(arch: str, compute_units: int) -> Platform:
@@ -85,7 +86,7 @@ def _named(arch: str, compute_units: int) -> Platform:
     return Platform(arch, compute_units, aiter_unavailable=_NO_AITER)
 
 
-NAMED_PLATFORMS = {name: _named(arch, units) for name, (arch, units, _) in _GPUS.items()} | {
+NAMED_PLATFORMS = {name: _named(arch, units) for name, (arch, units, *_) in _GPUS.items()} | {
     "cpu": Platform("cpu", aiter_unavailable=_NO_AITER, triton_unavailable="Triton compiles for GPUs only")
 }
 

@@ -25,6 +25,8 @@ from miniserve.models.config import describe_model
 from miniserve.models.hub import locate_config
 from miniserve.models.layers.attention import Attention
 from miniserve.models.layers.latent_attention import UpProjection
+from miniserve.models.registry import check_ranks
+from miniserve.parallel.shard import Shard
 from miniserve.runner.device import find_device, find_dtype, find_kv_dtype
 from miniserve.runner.self_check import Checked, CheckResult, check_backend
 
@@ -128,14 +130,17 @@ class Machine:
 
 
 def find_machine(config: EngineConfig) -> Machine:
-    """The device that `config` asks for, and the attention of its model, by config.json alone."""
+    """The device that `config` asks for, and the attention of its model, with ranks of the first one's part, by
+    config.json alone."""
     name, path = locate_config(config.model, config.revision)
     model = describe_model(path, name)
     device = find_device(config.device)
     dtype = find_dtype(config.dtype, model.dtype)
     layers = filter(model.has_kv_cache, range(model.num_layers))
+    size = config.tensor_parallel_size or 1
+    check_ranks(model, size, expert_parallel=config.enable_expert_parallel)
     return Machine(
-        specs=tuple(model.attention_spec(layer, dtype, dtype) for layer in layers),
+        specs=tuple(model.attention_spec(layer, dtype, dtype, Shard(0, size)) for layer in layers),
         platform=detect_platform(device, dtype),
         device=device,
         block_size=config.block_size,

@@ -9,18 +9,31 @@ import torch
 
 from miniserve.attention.backends.build import block_bytes, pool_limit, scratch_bytes
 from miniserve.attention.contracts import CONTRACTS
-from miniserve.attention.platform import DEVICE_MEMORY, NAMED_PLATFORMS, Platform, detect_platform
+from miniserve.attention.platform import DEVICE_BANDWIDTH, DEVICE_MEMORY, NAMED_PLATFORMS, Platform, detect_platform
 from miniserve.attention.select import Choice, select
 from miniserve.attention.spec import AttentionSpec
 from miniserve.attention.terms import LayerRoute
 from miniserve.config import EngineConfig, tuning_dir
 from miniserve.core import UserError
+from miniserve.engine.roofline import step_floor
 from miniserve.models.decoder import CausalLM
 from miniserve.models.description import ModelConfig
-from miniserve.models.registry import MXFP4, describe_products, described_model, weight_bytes
+from miniserve.models.registry import (
+    MXFP4,
+    check_ranks,
+    describe_products,
+    described_model,
+    least_ranks,
+    weight_bytes,
+)
 from miniserve.parallel.shard import Shard
 from miniserve.runner.device import find_dtype, find_kv_dtype
+from miniserve.runner.traffic import measure_bandwidth, step_traffic
 from miniserve.runner.tuning import load_preferred
+
+CONTEXT = 1024  # tokens of each row, in a step's floor
+_FLOOR_ROWS = (1, 8, 64)
+SUM_SECONDS = 7.3e-6  # one over ranks, of a row of 4096: two H200s, whatever library
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,28 +73,38 @@ class Memory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
-    """config: of the whole model. paths: every backend and layout, the chosen one among them. products: what multiplies
-    linear layers and experts, notes: sentences."""
+    """config: of the whole model. tp: how many ranks share it, of which the first one's part is shown. paths: every
+    backend and layout, the chosen one among them. products: what multiplies linear layers and experts, notes:
+    sentences. floors: by a decode step's rows the least seconds of its parts, with `num_sums` sums over ranks; none
+    where the device's bandwidth is not known or the engine cannot run the model."""
 
     model: str
     config: ModelConfig
     device: str
     tp: int
+    expert_parallel: bool
     max_model_len: int
     kinds: tuple[LayerKind, ...]
     choice: Choice
     paths: tuple[Path, ...]
     memory: Memory
     products: tuple[str, ...]
+    bandwidth: float
+    num_sums: int
+    floors: dict[int, dict[str, float]]
     notes: tuple[str, ...]
 
 
-def explain(name: str, model: ModelConfig, config: EngineConfig, device: str, tp: int) -> Explanation:
-    """device: auto or one of `NAMED_PLATFORMS`, in place of config's; tp: how many GPUs share the model. Raises
-    `UserError` where what was wished cannot be had, with every reason."""
+def explain(name: str, model: ModelConfig, config: EngineConfig, device: str) -> Explanation:
+    """device: auto or one of `NAMED_PLATFORMS`, in place of config's. Raises `UserError` where what was wished cannot
+    be had, with every reason."""
     dtype = find_dtype(config.dtype, model.dtype)
-    platform, total = _hardware(device, dtype)
+    platform, total, bandwidth = _hardware(device, dtype)
     platform = platform if config.aiter else platform.without_aiter()
+    by_expert = config.enable_expert_parallel
+    usable = None if total is None else int(total * config.gpu_memory_utilization)
+    tp = config.tensor_parallel_size or _least_tp(model, dtype, platform, usable, by_expert) or 1
+    check_ranks(model, tp, expert_parallel=by_expert)
     kv_dtype, shard = find_kv_dtype(config.kv_cache_dtype, dtype, platform), Shard(0, tp)  # which has the most
     layers = [
         model.attention_spec(layer, dtype, kv_dtype, shard) if model.has_kv_cache(layer) else None
@@ -96,7 +119,12 @@ def explain(name: str, model: ModelConfig, config: EngineConfig, device: str, tp
         layout=config.kv_layout,
         preferred=load_preferred(tuning_dir(), platform, specs, config.block_size),
     )
-    built = described_model(model, dtype, platform, shard, fp8_activations=config.fp8_activations)
+    built = described_model(
+        model, dtype, platform, shard, expert_parallel=by_expert, fp8_activations=config.fp8_activations
+    )
+    num_sums = 2 * model.num_layers if tp > 1 else 0
+    traffic = step_traffic(built, choice.kv_layout, bandwidth, num_sums * SUM_SECONDS)
+    rows = _FLOOR_ROWS if bandwidth and not model.missing else ()
     longest = min(config.max_model_len or model.max_position_embeddings, model.max_position_embeddings)
     kinds = tuple(
         LayerKind(layers=tuple(index for index, other in enumerate(layers) if other == spec), spec=spec)
@@ -107,25 +135,30 @@ def explain(name: str, model: ModelConfig, config: EngineConfig, device: str, tp
         config=model,
         device=device,
         tp=tp,
+        expert_parallel=by_expert,
         max_model_len=longest,
         kinds=kinds,
         choice=choice,
         paths=tuple(_paths(specs, platform, config.block_size)),
-        memory=_memory(built, choice, config, total, longest),
+        memory=_memory(built, choice, config, total, usable, longest),
         products=tuple(describe_products(built)),
+        bandwidth=bandwidth or 0.0,
+        num_sums=num_sums,
+        floors={count: step_floor(traffic, count, CONTEXT) for count in rows},
         notes=tuple(_notes(model, config, device, tp, platform)),
     )
 
 
-def _hardware(device: str, dtype: torch.dtype) -> tuple[Platform, int | None]:
-    """The platform and its memory in bytes."""
+def _hardware(device: str, dtype: torch.dtype) -> tuple[Platform, int | None, float | None]:
+    """The platform, its memory in bytes, and the memory's bandwidth in bytes a second."""
     if device in NAMED_PLATFORMS:
-        return NAMED_PLATFORMS[device], DEVICE_MEMORY.get(device)
+        return NAMED_PLATFORMS[device], DEVICE_MEMORY.get(device), DEVICE_BANDWIDTH.get(device)
     if device != "auto":
         raise UserError(f"--device {device!r} is not known; choose one of auto, {', '.join(NAMED_PLATFORMS)}.")
     if not torch.cuda.is_available():
-        return detect_platform(torch.device("cpu"), dtype), None
-    return detect_platform(torch.device("cuda"), dtype), torch.cuda.mem_get_info()[1]
+        return detect_platform(torch.device("cpu"), dtype), None, None
+    here = torch.device("cuda")
+    return detect_platform(here, dtype), torch.cuda.mem_get_info()[1], measure_bandwidth(here)
 
 
 def _paths(specs: Sequence[AttentionSpec], platform: Platform, block_size: int) -> Iterator[Path]:
@@ -139,12 +172,12 @@ def _paths(specs: Sequence[AttentionSpec], platform: Platform, block_size: int) 
             yield Path(backend=contract.name, layout=layout, routes=kinds, reasons=tuple(reasons))
 
 
-def _memory(built: CausalLM, choice: Choice, config: EngineConfig, total: int | None, longest: int) -> Memory:
+def _memory(
+    built: CausalLM, choice: Choice, config: EngineConfig, total: int | None, usable: int | None, longest: int
+) -> Memory:
     block, platform, model = block_bytes(choice), choice.platform, built.config
-    known = model.quantization is None or model.quantization.unknown in (None, MXFP4)
-    weights = weight_bytes(built, "cpu" if platform.arch == "cpu" else "cuda") if known else None
+    weights = weight_bytes(built, "cpu" if platform.arch == "cpu" else "cuda") if _is_counted(model) else None
     scratch = scratch_bytes(choice, config.max_num_seqs, longest)
-    usable = None if total is None else int(total * config.gpu_memory_utilization)
     limit = pool_limit(choice, config.max_num_seqs)
     tokens = bounded = None
     if usable is not None and weights is not None:
@@ -159,24 +192,31 @@ def _memory(built: CausalLM, choice: Choice, config: EngineConfig, total: int | 
         scratch=scratch,
         kv_bytes_per_token=block // config.block_size,
         tokens=tokens,
-        least_tp=_least_tp(built, platform, usable) if tokens == 0 and usable is not None else None,
+        least_tp=_least_tp(model, built.options.dtype, platform, usable, config.enable_expert_parallel)
+        if tokens == 0
+        else None,
         bounded=bounded,
     )
 
 
-def _least_tp(built: CausalLM, platform: Platform, usable: int) -> int | None:
-    for tp in (2, 4, 8, 16, 32, 64):
-        if tp > built.config.num_heads:
-            return None
-        if weight_bytes(described_model(built.config, built.options.dtype, platform, Shard(0, tp)), "cuda") < usable:
-            return tp
-    return None
+def _least_tp(
+    model: ModelConfig, dtype: torch.dtype, platform: Platform, usable: int | None, by_expert: bool
+) -> int | None:
+    if usable is None or not _is_counted(model):
+        return None
+    return least_ranks(model, dtype, platform, usable, expert_parallel=by_expert)
+
+
+def _is_counted(model: ModelConfig) -> bool:
+    """Whether it is known what its weights take."""
+    return model.quantization is None or model.quantization.unknown in (None, MXFP4)
 
 
 def _notes(model: ModelConfig, config: EngineConfig, device: str, tp: int, platform: Platform) -> Iterator[str]:
     yield from model.missing
     if tp > 1:
-        yield f"each of {tp} GPUs' part is shown; --tensor-parallel-size {tp} serves it"
+        fewest = "" if config.tensor_parallel_size else ", the fewest that the model fits, as `run` takes,"
+        yield f"the part of the first of {tp} GPUs{fewest} is shown; none has more"
     if model.latent is None and tp > (count := model.num_kv_heads):
         several = f"{tp // count}{'' if tp % count == 0 else f' or {tp // count + 1}'}"
         yield f"{count} KV heads on {tp} GPUs: each head's cache is kept on {several} of them"

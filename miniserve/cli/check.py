@@ -19,6 +19,7 @@ _MAX_NUM_SEQS = 8
 @with_settings(
     only=(
         "model", "revision", "device", "dtype", "kv_layout", "kv_cache_dtype", "attention_backend", "block_size",
+        "tensor_parallel_size", "enable_expert_parallel",
     ),
 )  # fmt: skip
 def check(

@@ -19,13 +19,12 @@ if TYPE_CHECKING:
 @with_settings(
     only=(
         "model", "revision", "kv_layout", "kv_cache_dtype", "attention_backend", "aiter", "fp8_activations",
-        "block_size", "dtype", "max_model_len",
+        "block_size", "dtype", "max_model_len", "tensor_parallel_size", "enable_expert_parallel",
     ),
 )  # fmt: skip
 def explain(
     engine: EngineConfig,
     device: Annotated[str, typer.Option(help="mi300x, mi355x, h100, cpu, …; auto: this machine.")] = "auto",
-    tp: Annotated[int, typer.Option(help="Number of GPUs that share the model.", min=1)] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show which attention backend, KV layout and kernels a model would use, why not others, and what fits in memory.
@@ -38,7 +37,7 @@ def explain(
     from miniserve.models.hub import locate_config
 
     name, path = locate_config(engine.model, engine.revision, notify=lambda sentence: print(sentence, file=sys.stderr))
-    found = explain_model(name, describe_model(path, name), engine, device, tp)
+    found = explain_model(name, describe_model(path, name), engine, device)
     print(json.dumps(to_json(found), indent=2) if as_json else to_text(found))
 
 
@@ -69,6 +68,7 @@ def to_text(found: Explanation) -> str:
         *(f"  {_where(path)}: {reason}" for path in facts["impossible"] for reason in path["reasons"]),
         "",
         *_memory(found),
+        *_floors(found),
     ]
     return "\n".join(lines)
 
@@ -84,7 +84,8 @@ def to_json(found: Explanation) -> dict[str, Any]:
         "architecture": found.config.architecture,
         "device": found.device,
         "arch": choice.platform.arch,
-        "tp": found.tp,
+        "tensor_parallel_size": found.tp,
+        "enable_expert_parallel": found.expert_parallel,
         "notes": list(found.notes),
         "layers": [{"layers": list(kind.layers), "attention": kind_text(kind.spec)} for kind in found.kinds],
         "chosen": {
@@ -102,6 +103,7 @@ def to_json(found: Explanation) -> dict[str, Any]:
             "scratch": memory.scratch,
             "kv_per_token": memory.kv_bytes_per_token,
         },
+        "step_floor_s": {str(rows): floor for rows, floor in found.floors.items()},
         "kv_tokens": memory.tokens,
         "kv_tokens_bounded": memory.bounded,
         "block_size": choice.block_size,
@@ -170,12 +172,31 @@ def _memory(found: Explanation) -> list[str]:
     return lines + _capacity(memory, found.max_model_len)
 
 
+def _floors(found: Explanation) -> list[str]:
+    from miniserve.checks.explanation import CONTEXT, SUM_SECONDS
+    from miniserve.engine.roofline import shares
+
+    if not found.floors:
+        return []
+    sums = f", and {found.num_sums} sums over ranks of {1e6 * SUM_SECONDS:.1f} µs" if found.num_sums else ""
+    lines = [
+        f"a decode step takes at least, by {found.bandwidth / 1e12:.1f} TB/s at {CONTEXT:,} tokens of context{sums}"
+    ]
+    for rows, floor in found.floors.items():
+        lines.append(f"  {_count(rows, 'row')}: {1e3 * sum(floor.values()):.2f} ms: {shares(floor)}")
+    return lines
+
+
 def _capacity(memory: Memory, longest: int) -> list[str]:
     if memory.tokens is None or memory.usable is None or memory.total is None:
         return []
     share = f"{memory.usable / memory.total:.0%} of {_gib(memory.total)}"
     if memory.tokens == 0:
-        remedy = f"the weights need --tp {memory.least_tp}" if memory.least_tp else "the weights are too large"
+        remedy = (
+            f"the weights need --tensor-parallel-size {memory.least_tp}"
+            if memory.least_tp
+            else "the weights are too large"
+        )
         return [f"  no room for tokens in {share}: {remedy}"]
     sequences = memory.tokens / longest
     lines = [f"  room for {memory.tokens:,} tokens in {share}: {sequences:.1f} sequences of {longest:,}"]

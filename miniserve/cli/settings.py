@@ -109,7 +109,7 @@ _OPTIONS: dict[type, dict[str, Any]] = {
         "kv_cache_dtype": _sched(help="auto (the model's), bfloat16, float16, float32 or fp8."),
         "attention_backend": _sched(help="auto, or the name of one."),
         "kv_cache_memory": _sched(
-            help="Size of the KV cache, such as 512M or 4G.",
+            help="Size of the KV cache, such as 512M or 4G; with ranks, on each of them.",
             show_default="computed",
             metavar="BYTES",
             parser=lambda value: parse_bytes(str(value), "--kv-cache-memory"),
@@ -127,6 +127,8 @@ _OPTIONS: dict[type, dict[str, Any]] = {
             metavar="ngram:K",
         ),
         "tensor_parallel_size": _parallel(
+            "--tensor-parallel-size",
+            "--tp",
             help="Ranks that share the model: GPUs, or processes on a CPU. auto: 1, or the fewest GPUs that it fits.",
             show_default="auto",
             metavar="N|auto",

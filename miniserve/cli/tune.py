@@ -13,7 +13,7 @@ from miniserve.config import EngineConfig, tuning_dir
 from miniserve.core import UserError
 
 
-@with_settings(only=("model", "revision", "device", "dtype", "kv_cache_dtype", "block_size"))
+@with_settings(only=("model", "revision", "device", "dtype", "kv_cache_dtype", "block_size", "tensor_parallel_size"))
 def tune(
     engine: EngineConfig,
     batch: Annotated[

@@ -7,6 +7,9 @@ those bytes at the memory's own speed is its floor (Williams et al., "Roofline",
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 from miniserve.core import StepTotals, StepTraffic
 
 
@@ -23,6 +26,23 @@ def weight_bytes(traffic: StepTraffic, num_tokens: int) -> int:
 def kv_bytes(traffic: StepTraffic, seq_len: int) -> int:
     """Bytes of cached keys and values that one row with `seq_len` tokens of context, its own included, reads."""
     return sum(size * (seq_len if window is None else min(seq_len, window)) for window, size in traffic.kv)
+
+
+def step_floor(traffic: StepTraffic, rows: int, seq_len: int) -> dict[str, float]:
+    """Seconds that a decode step of so many rows, each with so many tokens of context, takes at least for its weights,
+    its KV cache and its sums over ranks, where it has any. `traffic` knows its bandwidth."""
+    bandwidth = traffic.bandwidth or math.inf
+    floor = {
+        "weights": weight_bytes(traffic, rows) / bandwidth,
+        "KV": rows * kv_bytes(traffic, seq_len) / bandwidth,
+    }
+    return floor | ({"sums": traffic.sums} if traffic.sums else {})
+
+
+def shares(floor: Mapping[str, float]) -> str:
+    """What part of a floor each of them is: "weights 82 % KV 18 %"."""
+    whole = sum(floor.values())
+    return " ".join(f"{name} {100 * part / whole:.0f} %" for name, part in floor.items())
 
 
 def share_of_bandwidth(totals: StepTotals, bandwidth: float | None) -> float | None:
@@ -57,8 +77,7 @@ def describe(totals: StepTotals, bandwidth: float | None) -> str | None:
         floor = {"weights": float(totals.weight_bytes), "KV": float(totals.kv_bytes)}
         if bandwidth and totals.sum_seconds:
             floor["sums"] = totals.sum_seconds * bandwidth
-        whole = sum(floor.values())
-        parts.append(" ".join(f"{name} {100 * part / whole:.0f} %" for name, part in floor.items()))
+        parts.append(shares(floor))
     hidden = hidden_share(totals)
     if hidden is not None:
         parts.append(f"CPU hidden {100 * hidden:.0f} %")

@@ -15,6 +15,8 @@ from miniserve.parallel.group import Alone
 from miniserve.parallel.shard import Shard
 
 MXFP4 = "mxfp4"
+_FULL = 0.9  # of a GPU's memory that weights may take, where the number of GPUs is to be found
+_MOST_RANKS = 64
 _MXFP4_BYTES = 0.5 + 1 / 32  # of an expert's value: four bits, and a scale of eight for 32 of them
 
 
@@ -27,6 +29,34 @@ def build_model(config: ModelConfig, options: BuildOptions) -> CausalLM:
     if options.group.size > most:
         raise UserError(f"{config.architecture} of this size can be shared by {most} ranks, not {options.group.size}.")
     return CausalLM(config, options).eval()
+
+
+def check_ranks(config: ModelConfig, size: int, *, expert_parallel: bool) -> None:
+    """Raises `UserError` where so many ranks cannot share the model, or have nothing to share out in this way."""
+    if expert_parallel and size == 1:
+        raise UserError("--enable-expert-parallel is for several ranks; give --tensor-parallel-size, too.")
+    if expert_parallel and config.moe is None:
+        raise UserError("--enable-expert-parallel is for models with experts, and this one has none; leave it out.")
+    if size > (most := config.most_ranks(expert_parallel=expert_parallel)):
+        raise UserError(f"--tensor-parallel-size {size} is more than this model can be shared by; at most {most} can.")
+
+
+def least_ranks(
+    config: ModelConfig, dtype: torch.dtype, platform: Platform | None, room: int, *, expert_parallel: bool
+) -> int | None:
+    """How many GPUs, of `room` bytes each, the weights need at least, with a tenth left for the KV cache. None where
+    even the most are too few."""
+
+    def weights(size: int) -> int:
+        shard = Shard(0, size)
+        return weight_bytes(described_model(config, dtype, platform, shard, expert_parallel=expert_parallel), "cuda")
+
+    whole = weights(1)
+    for size in range(1, min(_MOST_RANKS, config.most_ranks(expert_parallel=expert_parallel)) + 1):
+        # To count takes seconds for a large model.
+        if whole <= size * room and (whole if size == 1 else weights(size)) <= room * _FULL:
+            return size
+    return None
 
 
 def described_model(

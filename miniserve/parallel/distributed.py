@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,7 @@ _dist: Any = distributed  # most of what it has from C++ is unknown to a type ch
 # The ranks' supervisor notices far earlier whatever is wrong; a first step may compile kernels.
 _TIMEOUT = timedelta(minutes=30)
 _MEETING = timedelta(seconds=60)  # for ranks that are all there
+_POLL = 0.05  # seconds
 # Below this all ranks get all parts; above, rows of the sum have owners, which moves twice the tensor for any `size`.
 _OWNED_FROM = 256 << 10  # bytes
 
@@ -61,9 +64,18 @@ def own_address(address: str, port: int) -> str:
 
 class DistributedGroup:
     """See `Group`. device: this rank's, of which no other rank of this host has a tensor; address: of this host, that
-    the other ranks reach. Waits for all ranks. Raises `PeerLost`, as all calls do where a peer is gone."""
+    the other ranks reach. Waits for all ranks, and calls `check` meanwhile, which may raise. Raises `PeerLost`, as all
+    calls do where a peer is gone."""
 
-    def __init__(self, store: Any, rank: int, size: int, device: torch.device, address: str) -> None:
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        size: int,
+        device: torch.device,
+        address: str,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self.rank, self.size = rank, size
         self._device = device
         with _losing_peers():
@@ -71,7 +83,8 @@ class DistributedGroup:
             options = _dist.ProcessGroupGloo._Options()
             options._devices = [_dist.ProcessGroupGloo.create_device(hostname=address)]
             options._timeout = _TIMEOUT
-            self._host = _dist.ProcessGroupGloo(_dist.PrefixStore("host", store), rank, size, options)
+            shared = _dist.PrefixStore("host", store)
+            self._host = _checked(lambda: _dist.ProcessGroupGloo(shared, rank, size, options), check)
             self._tensors = self._host
             if device.type == "cuda":
                 torch.cuda.set_device(device)
@@ -144,6 +157,22 @@ class DistributedGroup:
         out = torch.empty(self.size, *x.shape, dtype=x.dtype)
         self._host._allgather_base(_bytes(out), _bytes(x)).wait()
         return out
+
+
+def _checked(call: Callable[[], Any], check: Callable[[], None]) -> Any:
+    """The result of a call that nothing can end. Where `check` raises, it is left to its own timeout."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="meeting", daemon=True).start()
+    while not wait([future], _POLL).done:
+        check()
+    return future.result()
 
 
 def _bytes(x: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ from miniserve.runner.chunk_graph import ChunkGraphs
 from miniserve.runner.device import find_dtype, find_kv_dtype, rank_device
 from miniserve.runner.memory import MemoryPlan, available_bytes, check_weights_fit, plan_memory
 from miniserve.runner.native_graph import NativeGraphs
+from miniserve.runner.ranked import Progress
 from miniserve.runner.rehearsal import rehearse
 from miniserve.runner.runner import ModelRunner
 from miniserve.runner.sampler import Sampler
@@ -49,8 +50,6 @@ from miniserve.runner.tuning import load_preferred
 
 if TYPE_CHECKING:
     from miniserve.kernels.triton.runtime import TritonKernels
-
-Progress = Callable[[str, int, int], None]
 
 # Most tokens in a step. Qwen3-8B on an H200 (docs/BENCHMARKS.md): twice as many raise the output by 1 % at most and
 # double the gaps beside prefill; half as many cost up to 4 % and a third more TTFT.
@@ -273,9 +272,9 @@ def _make_runner(
     state = StepState(rows, max_model_len, config.block_size, device)
     sampler = Sampler(rows, vocab_size, device, eos_token_ids, config.seed, _find_draw(options), options.group)
     row_state = RowState(state.tables, state.lens, sampler.last_tokens, sampler.num_outputs)
-    # Sums over ranks work in graphs where they are kernels of the graph.
-    alone = isinstance(options.group, Alone)
-    replays = served.backend.graphs and not config.enforce_eager and (alone or options.group.inboxes is not None)
+    # Sums over ranks work in graphs where most are kernels of the graph.
+    sums = isinstance(options.group, Alone) or options.group.inboxes is not None
+    replays = served.backend.graphs and not config.enforce_eager and sums
     if options.triton is None:
         native_graphs = None
         if replays and options.group.size == 1 and options.native is not None and served.zero_blocks is None:
@@ -293,8 +292,7 @@ def _make_runner(
     graphs = DecodeGraphs(served, row_state, sampler.params, **sizes, buckets=buckets, num_draft_tokens=guesses)
     graphs.capture(partial(report, "decode graphs"))
     chunk_graphs = None
-    # Sums over ranks of so many rows are the library's, which is not known to work in graphs.
-    if served.backend.chunks_in_graphs and alone:
+    if served.backend.chunks_in_graphs:
         chunk_graphs = ChunkGraphs(served, **sizes, max_num_seqs=rows)
         chunk_graphs.capture(partial(report, "chunk graphs"))
     return ModelRunner(served, state, sampler, graphs, chunk_graphs)

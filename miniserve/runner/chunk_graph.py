@@ -66,7 +66,10 @@ class ChunkGraphs:
         self._slots.fill_(-1)
         for done, (rows, tokens) in enumerate(sizes):
             progress(done, len(sizes))
-            self._graphs[rows, tokens] = _record(partial(self._forward, rows, tokens), pool)
+            work = partial(self._forward, rows, tokens)
+            work()  # compiles and allocates, which a capture must not
+            torch.cuda.synchronize(self._device)
+            self._graphs[rows, tokens] = _record(work, pool)
         progress(len(sizes), len(sizes))
 
     def run(self, inputs: StepInputs) -> torch.Tensor | None:
@@ -135,8 +138,6 @@ class ChunkGraphs:
 
 
 def _record(work: Callable[[], torch.Tensor], pool: Any) -> _Graph:
-    work()  # the first run compiles and allocates, which a capture must not
-    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         hidden = work()

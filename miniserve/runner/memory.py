@@ -81,7 +81,7 @@ def plan_memory(
     wanted_len = config.max_model_len or longest_context
     useful_blocks = config.max_num_seqs * blocks_for(wanted_len, config.block_size)
     if config.kv_cache_memory is not None:
-        budget = config.kv_cache_memory // (config.ranks_here if device.type == "cpu" else 1)
+        budget = config.kv_cache_memory
         if budget > available - activations:
             room = size(max(available - activations, 0))
             raise UserError(

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -33,9 +33,13 @@ _SILENCE = 4.0  # seconds; what it leads to is there within 5
 _SILENCE_AT_WORK = 60.0  # imports, compilers and other programs may keep the interpreter from a thread for long
 _COUNSEL = 0.3  # seconds in which other ranks may show who of them failed first
 _GRACE = 2.0  # seconds for rank 0 to see a failure; then it hangs in a call that nothing can end
+_GRACE_AT_START = 60.0  # where it does other things meanwhile: it may load or compile for long
 _TOKENS = 4096  # of a step that must finish within _SILENCE; more tokens may take more
-_END_TIMEOUT = 5.0
+_END_TIMEOUT = 4.0
 _encode = msgspec.msgpack.Encoder().encode
+
+
+Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 
 
 class RankFailed(RuntimeError):
@@ -44,8 +48,8 @@ class RankFailed(RuntimeError):
 
 class RankStart(msgspec.Struct, frozen=True, kw_only=True):
     """What a rank's process is told first, through its stdin. config: with the number of ranks. builder:
-    "module:function", called with this, returns the rank's `Runner`. meeting: address and port of rank 0's store.
-    plans: where rank 0 of another host listens for this rank, None where stdin carries the plans too."""
+    "module:function", called with this and a `Progress`, returns the rank's `Runner`. meeting: address and port of rank
+    0's store. plans: where rank 0 of another host listens for this rank, None where stdin carries the plans too."""
 
     config: EngineConfig
     source_path: str
@@ -65,11 +69,13 @@ class Hello(msgspec.Struct, frozen=True):
 
 
 class Sign(msgspec.Struct, frozen=True, array_like=True):
-    """A rank's sign of life. launched: steps so far; present: it can meet the others. error: it ends with this;
-    lost_peer: because another rank has ended."""
+    """A rank's sign of life. launched: steps so far; present: it can meet the others; loaded: bytes of its `to_load`.
+    error: it ends with this; lost_peer: because another rank has ended."""
 
     launched: int
     present: bool
+    loaded: int = 0
+    to_load: int = 0
     error: str = ""
     lost_peer: bool = False
 
@@ -111,8 +117,9 @@ class _Peer:
     silence: float = 0.0
     gone: bool = False
 
-    def trouble(self, longest_silence: float) -> tuple[int, str] | None:
-        """What is wrong with it and how likely that is the cause of all trouble: 0 is certain."""
+    def trouble(self, stopped_for: float, longest_silence: float) -> tuple[int, str] | None:
+        """What is wrong with it and how likely that is the cause of all trouble: 0 is certain. Silence is seconds:
+        for how long at most if it is stopped, and else."""
         code = None if self.process is None else self.process.poll()
         if code is not None and code < 0:
             return 0, describe_exit(code, f"rank {self.rank}")
@@ -120,10 +127,10 @@ class _Peer:
             return (4 if self.sign.lost_peer else 1), f"rank {self.rank} failed: {self.sign.error}"
         if code is not None:
             return 2, describe_exit(code, f"rank {self.rank}")
-        if self.process is not None and self.silence > longest_silence:
+        if self.process is not None and self.silence > stopped_for:
             if is_stopped(self.process):
                 return 3, f"rank {self.rank} was stopped (SIGSTOP)"
-            if is_busy(self.process):
+            if self.silence > longest_silence and is_busy(self.process):
                 longest_silence = max(longest_silence, _SILENCE_AT_WORK)
         if self.silence > longest_silence:
             return 3, f"rank {self.rank} gave no sign of life for {longest_silence:.0f} s"
@@ -137,6 +144,7 @@ class Ranks:
 
     def __init__(self, silence: float = _SILENCE) -> None:
         self._limit = silence
+        self._thread = threading.get_ident()  # rank 0's own part runs in it
         self._peers: list[_Peer] = []
         self._serving = False
         self._sent = self._launched = self._collected = 0
@@ -144,6 +152,7 @@ class Ranks:
         self._unfinished = 0.0  # seconds since all ranks had launched the oldest step in flight
         self._doubt = 0.0  # seconds since something is wrong
         self._failure: str | None = None
+        self.on_signs: Callable[[], None] = lambda: None  # called by the watch's thread, often
         self._failed, self._seen, self._closed = threading.Event(), threading.Event(), threading.Event()
         self._watch = threading.Thread(target=self._look_after_all, name="rank-watch", daemon=True)
 
@@ -190,6 +199,10 @@ class Ranks:
         if hello.rank in {peer.rank for peer in self._peers}:
             raise UserError(f"Two hosts have the same --node-rank, one of them {host}; number them from 0 on.")
         return _Peer(hello.rank, link, None)
+
+    def loaded(self) -> list[tuple[int, int]]:
+        """What each has loaded by its last sign, of how much: bytes, 0 where it has not begun."""
+        return [(peer.sign.loaded, peer.sign.to_load) for peer in self._peers]
 
     def serve(self) -> None:
         """From now on silence is judged by the limit of ranks that run steps."""
@@ -252,6 +265,7 @@ class Ranks:
             tick, last = min(now - last, 4 * _TICK), now
             try:
                 trouble = self._find_trouble(tick)
+                self.on_signs()
             except Exception as error:  # without a watch rank 0 might wait for ever
                 self._fail(f"the watch over the ranks failed ({type(error).__name__}: {error})")
                 return
@@ -270,7 +284,7 @@ class Ranks:
                     peer.sign, peer.silence = msgspec.msgpack.decode(message, type=Sign), 0.0
             except PeerLost:
                 peer.gone = True
-            if (trouble := peer.trouble(limit)) is not None:
+            if (trouble := peer.trouble(self._limit, limit)) is not None:
                 found.append(trouble)
         oldest = self._collected + 1
         # There may be none yet, while ranks of other hosts are still to come.
@@ -288,13 +302,26 @@ class Ranks:
             when = "while the engine started"
         self._failure = f"{what}, {when}"
         busy = self._collected < self._sent or not self._serving
-        grace = _GRACE if self._serving else _SILENCE_AT_WORK  # while it starts it may load or compile for long
         self._failed.set()
         self._end_all()
-        if busy and not self._seen.wait(grace) and not self._closed.is_set():
+        if busy and not self._sees_failure() and not self._closed.is_set():
             # Rank 0 waits for a rank of another host, or for its own device, in a call that has no end.
             print(f"error: {self._failure}; this process hangs and is ended.", file=sys.stderr, flush=True)
             os._exit(1)
+
+    def _sees_failure(self) -> bool:
+        """Wait for rank 0 to look whether ranks have failed; False where it does not, as it hangs in a call. Counted in
+        ticks, in each of which rank 0 may run: on a busy machine they are longer."""
+        place, still = None, 0
+        for _ in range(round((_GRACE if self._serving else _GRACE_AT_START) / _TICK)):
+            if self._seen.wait(_TICK):
+                return True
+            frame = sys._current_frames().get(self._thread)
+            last, place = place, frame and (id(frame), frame.f_lasti)
+            still = still + 1 if place == last else 0
+            if still > _GRACE / _TICK:
+                break
+        return False
 
     def _end_all(self) -> None:
         for peer in self._peers:
@@ -323,6 +350,44 @@ class Ranks:
                     if peer.process is not None:
                         peer.process.wait(max(0.0, deadline - time.monotonic()))
         self._end_all()
+
+
+class Loading:
+    """A `Progress` for rank 0 whose weights are those of all ranks, in bytes. Others go on when it waits for them."""
+
+    def __init__(self, ranks: Ranks, report: Progress) -> None:
+        self._ranks, self._report = ranks, report
+        self._lock = threading.Lock()  # the watch's thread reports, too, but never at another time than `__call__`
+        self._own, self._shown = (0, 0), (0, 0)
+        ranks.on_signs = self._show
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Of rank 0. Raises `RankFailed` where another rank has failed."""
+        self._ranks.check()
+        if what == "weights":
+            self._own = done, total
+            self._show()
+            return
+        self.end()
+        self._report(what, done, total)
+
+    def end(self) -> None:
+        """All ranks have loaded, if any has begun; signs of it may still be under way."""
+        with self._lock:
+            if self._own[1]:
+                self._own = (0, 0)
+                self._report("weights", self._shown[1], self._shown[1])
+
+    def _show(self) -> None:
+        with self._lock:
+            if not self._own[1]:
+                return
+            parts = [self._own, *self._ranks.loaded()]
+            # Those that have not begun have about as much to load as this one.
+            shown = sum(done for done, _ in parts), sum(total or self._own[1] for _, total in parts)
+            if shown != self._shown:
+                self._shown = shown
+                self._report("weights", *shown)
 
 
 class RankedRunner:

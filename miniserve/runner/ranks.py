@@ -16,19 +16,16 @@ from miniserve.attention.platform import detect_platform
 from miniserve.config import EngineConfig
 from miniserve.core import EngineInfo, Runner, UserError
 from miniserve.models.config import load_model_config
-from miniserve.models.registry import described_model, weight_bytes
+from miniserve.models.registry import check_ranks, described_model, least_ranks, weight_bytes
 from miniserve.parallel.child import describe_exit
 from miniserve.parallel.distributed import DistributedGroup, find_store, open_store, own_address
-from miniserve.parallel.shard import Shard
 from miniserve.runner import memory
-from miniserve.runner.build import Progress, build_runner
+from miniserve.runner.build import build_runner
 from miniserve.runner.device import find_device, find_dtype, rank_device
-from miniserve.runner.ranked import Hello, RankedRunner, Ranks, RankStart, start_rank
+from miniserve.runner.ranked import Hello, Loading, Progress, RankedRunner, Ranks, RankStart, start_rank
 
 _BUILDER = "miniserve.runner.ranks:build_rank"
 _PLANS = "plans"  # key of the port at which rank 0 waits for ranks of other hosts
-_FULL = 0.9  # of a GPU's memory that weights may take, where the number of GPUs is to be found
-_MOST = 64
 _POLL = 0.1
 _MEETING = 60.0  # seconds
 
@@ -61,25 +58,21 @@ def build_ranks(
             store.set(_PLANS, f"{listener.getsockname()[1]}")
             ranks.start(_starts(config, source_path, range(1, here), (address, store.port)))
             ranks.meet(listener, Hello(0, __version__, config), size - here)
-        group = DistributedGroup(store, 0, size, rank_device(config, 0), address)
-
-        def report(what: str, done: int, total: int) -> None:
-            ranks.check()
-            if progress is not None:
-                progress(what, done, total)
-
-        runner, info = build_runner(config, source_path, model_name, report, group)
+        group = DistributedGroup(store, 0, size, rank_device(config, 0), address, ranks.check)
+        loading = Loading(ranks, progress or (lambda what, done, total: None))
+        runner, info = build_runner(config, source_path, model_name, loading, group)
+        loading.end()
     return RankedRunner(runner, ranks), info
 
 
-def build_rank(start: RankStart) -> Runner:
+def build_rank(start: RankStart, progress: Progress) -> Runner:
     """Another rank than the first, in its own process."""
     config = start.config
     device = rank_device(config, start.rank)
     store = find_store(*start.meeting, _MEETING)
     size = config.tensor_parallel_size or 1
     group = DistributedGroup(store, start.rank, size, device, own_address(*start.meeting))
-    return build_runner(config, Path(start.source_path), start.source_path, None, group)[0]
+    return build_runner(config, Path(start.source_path), start.source_path, progress, group)[0]
 
 
 def run_node(config: EngineConfig, source_path: Path, report: Callable[[str], None]) -> int:
@@ -158,15 +151,9 @@ def _find_size(config: EngineConfig, source_path: Path) -> int:
             f"--tensor-parallel-size {size} needs {size // config.nnodes} GPUs on each host and this one has "
             f"{count}{_for_each(config)}."
         )
-    if size == 1:
-        if config.enable_expert_parallel:
-            raise UserError("--enable-expert-parallel is for several ranks; give --tensor-parallel-size, too.")
-        return 1
-    model = load_model_config(source_path, weights=config.load_format != "dummy")
-    if config.enable_expert_parallel and model.moe is None:
-        raise UserError("--enable-expert-parallel is for models with experts, and this one has none; leave it out.")
-    if size > (most := model.most_ranks(expert_parallel=config.enable_expert_parallel)):
-        raise UserError(f"--tensor-parallel-size {size} is more than this model can be shared by; at most {most} can.")
+    if size > 1 or config.enable_expert_parallel:
+        model = load_model_config(source_path, weights=config.load_format != "dummy")
+        check_ranks(model, size, expert_parallel=config.enable_expert_parallel)
     return size
 
 
@@ -175,28 +162,18 @@ def _least_size(config: EngineConfig, source_path: Path, device: torch.device, c
     model = load_model_config(source_path, weights=config.load_format != "dummy")
     dtype = find_dtype(config.dtype, model.dtype)
     room = memory.available_bytes(device, config.gpu_memory_utilization)  # of one, for all of its kind
-    platform, by_expert = detect_platform(device, dtype), config.enable_expert_parallel
-
-    def weights(size: int) -> int:
-        shard = Shard(0, size)
-        return weight_bytes(described_model(model, dtype, platform, shard, expert_parallel=by_expert), device)
-
-    whole = weights(1)
-    if whole <= room * _FULL:
-        return 1
-    for size in range(2, min(_MOST, model.most_ranks(expert_parallel=by_expert)) + 1):
-        if whole > size * room:
-            continue  # to count takes seconds for a large model
-        if weights(size) > room * _FULL:
-            continue
-        if size <= count:
-            return size
-        raise UserError(
-            f"The model's weights need {memory.size(whole)}: they fit {size} GPUs with {memory.size(room)} available "
-            f"on each, and this machine has {count}{_for_each(config)}. Choose a smaller model or a smaller --dtype, "
-            f"or spread it over hosts with --tensor-parallel-size {size} and --nnodes."
-        )
-    return 1  # whose refusal says what is missing
+    platform = detect_platform(device, dtype)
+    size = least_ranks(model, dtype, platform, room, expert_parallel=config.enable_expert_parallel)
+    if size is None:
+        return 1  # whose refusal says what is missing
+    if size <= count:
+        return size
+    whole = weight_bytes(described_model(model, dtype, platform), device)
+    raise UserError(
+        f"The model's weights need {memory.size(whole)}: they fit {size} GPUs with {memory.size(room)} available on "
+        f"each, and this machine has {count}{_for_each(config)}. Choose a smaller model or a smaller --dtype, or "
+        f"spread it over hosts with --tensor-parallel-size {size} and --nnodes."
+    )
 
 
 def _for_each(config: EngineConfig) -> str:

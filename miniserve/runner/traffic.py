@@ -14,6 +14,7 @@ from miniserve.core import StepTraffic
 from miniserve.models.decoder import CausalLM
 from miniserve.models.layers.embedding import Embedding
 from miniserve.models.layers.experts import Experts
+from miniserve.parallel.group import Alone
 
 # Beyond any cache but the last level of large servers; there a small model reads from that cache as well.
 _CPU_BYTES = 96 << 20
@@ -51,9 +52,10 @@ def step_traffic(model: CausalLM, layout: KVLayout, bandwidth: float | None, sum
 
 def measure_sums(model: CausalLM) -> float:
     """Seconds that the sums over ranks take at least in a step of one row: by the fastest of some single ones. 0 for a
-    rank alone, and where the norm's kernel sums, whose time is not told from the norm's. Ranks call it together."""
+    rank alone, also one of the shapes of many, and where the norm's kernel sums, whose time is not told from the
+    norm's. Ranks call it together."""
     options, config = model.options, model.config
-    if options.group.size == 1 or options.group.inboxes is not None:
+    if isinstance(options.group, Alone) or options.group.inboxes is not None:
         return 0.0
     times = []
     for _ in range(_SUMS):

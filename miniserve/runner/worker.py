@@ -25,7 +25,7 @@ from miniserve import __version__
 from miniserve.core import Runner, Step, TokenMasks, UserError
 from miniserve.parallel.child import die_with_parent, ignore_signals
 from miniserve.parallel.link import Link, PeerLost
-from miniserve.runner.ranked import SIGN_INTERVAL, Hello, PlanReader, RankStart, Sign
+from miniserve.runner.ranked import SIGN_INTERVAL, Hello, PlanReader, Progress, RankStart, Sign
 
 _LAST_WORDS = 1.0  # seconds in which what was received before a connection's end may still be read
 _GONE = select.POLLRDHUP | select.POLLHUP | select.POLLERR
@@ -40,13 +40,19 @@ class _Signs:
         for each in {link, parent}:
             self._poll.register(each.fileno(), _GONE)
         self.launched = 0
+        self.loaded = (0, 0)  # bytes, of how many
         self.present = False
         threading.Thread(target=self._run, name="signs-of-life", daemon=True).start()
 
     def send(self, error: str = "", *, lost_peer: bool = False) -> None:
-        sign = Sign(self.launched, self.present, error, lost_peer)
+        sign = Sign(self.launched, self.present, *self.loaded, error, lost_peer)
         with self._lock:
             self._link.send(msgspec.msgpack.encode(sign))
+
+    def report(self, what: str, done: int, total: int) -> None:
+        """A `Progress` that goes with the next sign."""
+        if what == "weights":
+            self.loaded = done, total
 
     def _run(self) -> None:
         try:
@@ -84,10 +90,10 @@ def main() -> int:
 
 
 def _serve(start: RankStart, link: Link, signs: _Signs) -> None:
-    build: Callable[[RankStart], Runner] = resolve_name(start.builder)
+    build: Callable[[RankStart, Progress], Runner] = resolve_name(start.builder)
     signs.present = True
     signs.send()
-    runner = build(start)
+    runner = build(start, signs.report)
     # What exists now lives as long as the process: later collections need not look at it again.
     gc.collect()
     gc.freeze()

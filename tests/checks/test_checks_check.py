@@ -88,6 +88,13 @@ def test_the_asm_kernel_is_judged_apart(tile_bug: bool, right: bool, tmp_path: P
     assert others.ok and others.asm_lengths is None
 
 
+def test_attention_is_that_of_a_rank() -> None:
+    one, rank = (find_machine(EngineConfig(device="cpu", tensor_parallel_size=size)).specs[0] for size in (1, 2))
+    assert (2 * rank.num_heads, 2 * rank.num_kv_heads) == (one.num_heads, one.num_kv_heads)
+    with pytest.raises(UserError, match="--tensor-parallel-size 99 is more than"):
+        check(device="cpu", tensor_parallel_size=99)
+
+
 def test_a_path_that_cannot_be_had_is_a_sentence() -> None:
     with pytest.raises(UserError, match=r"with --attention-backend ROCM_ATTN"):
         check(device="cpu", attention_backend="ROCM_ATTN")

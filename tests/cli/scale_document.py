@@ -34,15 +34,15 @@ def _fit(name: str, device: str) -> str:
         (Path(directory) / "config.json").write_text(json.dumps(MODELS[name]))
         model = describe_model(Path(directory), name)
     assert not model.missing, name
-    count, memory = 1, explain(name, model, EngineConfig(), device, 1).memory
-    while not memory.tokens:
-        if count == _HOST or (memory.least_tp is None and count == 1):
-            return f"more than {_HOST} GPUs"
-        count = max(2 * count, memory.least_tp or 0)
-        if count > _HOST:
-            return f"{count} GPUs, of several hosts"
-        memory = explain(name, model, EngineConfig(), device, count).memory
-    return f"{count} GPU{'s' if count > 1 else ''}, {memory.tokens / 1000:,.0f}k tokens"
+    for count in (1, 2, 4, 8, 16):
+        memory = explain(name, model, EngineConfig(tensor_parallel_size=count), device).memory
+        if memory.tokens:
+            return f"{count} GPUs, of several hosts" if count > _HOST else _tokens(count, memory.tokens)
+    raise AssertionError(name)
+
+
+def _tokens(count: int, tokens: int) -> str:
+    return f"{count} GPU{'s' if count > 1 else ''}, {tokens / 1000:,.0f}k tokens"
 
 
 def renewed(text: str) -> str:

@@ -32,15 +32,35 @@ RUN = ARCHITECTURES.values()
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 # The flags that each model is asked with, beside each device.
 QUESTIONS: dict[str, list[dict[str, Any]]] = {
-    "Qwen3-235B-A22B": [{"tp": 1}, {"tp": 4}, {"tp": 8}],
-    "Qwen3-235B-A22B-FP8": [{"tp": 4}, {"tp": 4, "kv_cache_dtype": "fp8"}, {"tp": 1, "kv_cache_dtype": "fp8"}],
+    "Qwen3-235B-A22B": [{}, {"tensor_parallel_size": 1}, {"tensor_parallel_size": 4}, {"tensor_parallel_size": 8}],
+    "Qwen3-235B-A22B-FP8": [
+        {"tensor_parallel_size": 4},
+        {"tensor_parallel_size": 4, "kv_cache_dtype": "fp8"},
+        {"tensor_parallel_size": 1, "kv_cache_dtype": "fp8"},
+    ],
     "Llama-3.1-8B": [{}, {"kv_cache_dtype": "fp8"}, {"kv_cache_dtype": "fp8", "attention_backend": "ROCM_AITER_FA"}],
-    "Llama-3.1-70B": [{"tp": 1, "kv_cache_dtype": "fp8"}, {"tp": 8, "kv_cache_dtype": "fp8"}],
-    "Llama-3.1-405B-FP8-KV": [{"tp": 8}, {"tp": 8, "kv_cache_dtype": "fp8"}],
-    "Qwen3.5-397B-A17B": [{"tp": 1}, {"tp": 8}, {"tp": 8, "kv_layout": "shuffled"}],
-    "DeepSeek-V3": [{"tp": 1}, {"tp": 4}, {"tp": 8}, {"tp": 8, "kv_cache_dtype": "fp8"}],
+    "Llama-3.1-70B": [
+        {"tensor_parallel_size": 1, "kv_cache_dtype": "fp8"},
+        {"tensor_parallel_size": 8, "kv_cache_dtype": "fp8"},
+    ],
+    "Llama-3.1-405B-FP8-KV": [{"tensor_parallel_size": 8}, {"tensor_parallel_size": 8, "kv_cache_dtype": "fp8"}],
+    "Qwen3.5-397B-A17B": [
+        {"tensor_parallel_size": 1},
+        {"tensor_parallel_size": 8},
+        {"tensor_parallel_size": 8, "kv_layout": "shuffled"},
+    ],
+    "DeepSeek-V3": [
+        {"tensor_parallel_size": 1},
+        {"tensor_parallel_size": 4},
+        {"tensor_parallel_size": 8},
+        {"tensor_parallel_size": 8, "kv_cache_dtype": "fp8"},
+    ],
     "DeepSeek-V2-Lite": [{}, {"kv_cache_dtype": "fp8"}],
-    "gpt-oss-120b": [{"tp": 1}, {"tp": 8}, {"tp": 1, "kv_layout": "shuffled"}],
+    "gpt-oss-120b": [
+        {"tensor_parallel_size": 1},
+        {"tensor_parallel_size": 8},
+        {"tensor_parallel_size": 1, "kv_layout": "shuffled"},
+    ],
 }
 
 
@@ -134,7 +154,11 @@ def test_who_rounds_activations_is_said_and_can_be_told_not_to(device: str, roun
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"tp": 65}, "65 ranks cannot share 64 heads: use 64 ranks or fewer."),
+        (
+            {"tensor_parallel_size": 65},
+            "--tensor-parallel-size 65 is more than this model can be shared by; at most 64 can.",
+        ),
+        ({"enable_expert_parallel": True, "tensor_parallel_size": 1}, "--enable-expert-parallel is for several ranks"),
         ({"device": "mi9"}, "--device 'mi9' is not known; choose one of auto, mi300x"),
         ({"attention_backend": "CPU_ATTN", "device": "mi300x"}, "it runs on cpu, not on gfx942"),
         ({"kv_layout": "round"}, "--kv-layout 'round' is not known"),
@@ -152,7 +176,36 @@ def test_kv_heads_are_divided_or_kept_on_several_gpus(tmp_path: Path) -> None:
     specs = [model.attention_spec(0, torch.bfloat16, torch.bfloat16, Shard(0, size)) for size in (1, 2, 3, 4, 6, 8, 16)]
     heads = [(64, 4), (32, 2), (32, 2), (16, 1), (16, 1), (8, 1), (4, 1)]
     assert [(spec.num_heads, spec.num_kv_heads) for spec in specs] == heads
-    assert "cache is kept on 1 or 2 of them" in answer(write_model(tmp_path, "Qwen3-235B-A22B"), tp=6, device="h200")
+    assert "cache is kept on 1 or 2 of them" in answer(
+        write_model(tmp_path, "Qwen3-235B-A22B"), tensor_parallel_size=6, device="h200"
+    )
+
+
+def test_auto_is_the_fewest_gpus_that_the_model_fits_and_experts_may_be_whole(tmp_path: Path) -> None:
+    path = write_model(tmp_path, "Qwen3-235B-A22B")
+    found = json.loads(answer(path, device="h200", as_json=True))
+    assert (found["tensor_parallel_size"], found["enable_expert_parallel"]) == (4, False)
+    assert "weights need --tensor-parallel-size 4" in answer(path, device="h200", tensor_parallel_size=3)
+    # 128 experts on 5 ranks: the first has 26, which is more than a fifth.
+    uneven = [
+        json.loads(answer(path, device="h200", tensor_parallel_size=5, enable_expert_parallel=whole, as_json=True))
+        for whole in (False, True)
+    ]
+    by_width, by_expert = (each["memory_bytes"]["weights"] for each in uneven)
+    assert by_expert > 1.01 * by_width
+
+
+def test_a_step_has_a_floor_with_its_sums(tmp_path: Path) -> None:
+    path = write_model(tmp_path, "Qwen3-235B-A22B")
+    one, eight = (
+        json.loads(answer(path, device="h200", tensor_parallel_size=size, as_json=True))["step_floor_s"]
+        for size in (1, 8)
+    )
+    assert eight["1"]["sums"] == pytest.approx(188 * 7.3e-6) and "sums" not in one["1"]
+    # 5.7 GB at 1 row, 62.7 GB at 64 (with some KV): the figures of the plan for eight GPUs.
+    assert eight["1"]["weights"] * 4.8e12 == pytest.approx(5.7e9, rel=0.02)
+    assert (eight["64"]["weights"] + eight["64"]["KV"]) * 4.8e12 == pytest.approx(61e9, rel=0.03)
+    assert json.loads(answer(path, device="cpu", tensor_parallel_size=8, as_json=True))["step_floor_s"] == {}
 
 
 def test_an_unknown_model_type_is_refused_by_name(tmp_path: Path) -> None:
@@ -202,7 +255,7 @@ def test_weights_are_the_bytes_of_the_layers_that_the_engine_builds(name: str, t
     if name in MODELS:
         path = tmp_path
         described(path, {key: value for key, value in MODELS[name].items() if key != "quantization_config"})
-    found = json.loads(answer(str(path), device="h200", as_json=True))
+    found = json.loads(answer(str(path), device="h200", tensor_parallel_size=1, as_json=True))
     config = load_model_config(path)
     model = build_model(config, BuildOptions(torch.bfloat16, torch.bfloat16, torch.device("meta"), max_model_len=16))
     assert config.missing == ()

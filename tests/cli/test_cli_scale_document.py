@@ -17,7 +17,7 @@ def test_its_table_is_what_explain_says() -> None:
 
 def test_it_names_flags_and_files_that_exist() -> None:
     text = DOCUMENT.read_text()
-    known = {f"--{field.name.replace('_', '-')}" for field in fields(EngineConfig)} | {"--tp", "--device"}
+    known = {f"--{field.name.replace('_', '-')}" for field in fields(EngineConfig)} | {"--device"}
     assert set(re.findall(r"--[a-z][a-z-]+", text)) <= known
     for link in re.findall(r"\]\(([^)#]+)", text):
         assert (DOCUMENT.parent / link).exists(), link

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from thread_ranks import one_kernel_at_a_time, run_ranks
 from triton_support import DEVICE, NATIVE, on_gpu
 
 import miniserve
@@ -29,6 +30,7 @@ from miniserve.models.decoder import CausalLM
 from miniserve.models.loader import load_weights
 from miniserve.models.options import BuildOptions
 from miniserve.models.registry import build_model
+from miniserve.parallel.group import Alone, Group
 from miniserve.runner import chunk_graph
 from miniserve.runner.chunk_graph import ChunkGraphs
 from miniserve.runner.runner import ModelRunner
@@ -43,7 +45,7 @@ PROMPTS = (5, 4, 30, 20)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> CausalLM:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first two layers of the built-in model: Triton's interpreter takes its time."""
     folder = tmp_path_factory.mktemp("model")
     raw = json.loads((MODEL / "config.json").read_text())
@@ -53,7 +55,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> CausalLM:
     weights = load_file(MODEL / "model.safetensors")
     kept = {name: weight for name, weight in weights.items() if not name.startswith(dropped)}
     save_file(kept, folder / "model.safetensors")
-    options = BuildOptions(dtype=torch.float32, kv_dtype=torch.float32, device=torch.device(DEVICE))
+    return folder
+
+
+def load(folder: Path, group: Group) -> CausalLM:
+    options = BuildOptions(dtype=torch.float32, kv_dtype=torch.float32, device=torch.device(DEVICE), group=group)
     model = build_model(load_model_config(folder), options)
     load_weights(model, folder)
     return model
@@ -83,7 +89,7 @@ def serve(model: CausalLM, layout_name: str, make_graphs: Callable[..., ChunkGra
     runner = ModelRunner(
         served,
         StepState(ROWS, LONGEST, BLOCK, DEVICE),
-        Sampler(ROWS, model.config.vocab_size, DEVICE, frozenset(), seed=0),
+        Sampler(ROWS, model.config.vocab_size, DEVICE, frozenset(), seed=0, group=model.options.group),
         chunk_graphs=graphs,
     )
     config = SchedulerConfig(
@@ -102,26 +108,60 @@ def serve(model: CausalLM, layout_name: str, make_graphs: Callable[..., ChunkGra
     return tokens
 
 
-@pytest.mark.parametrize("layout", ["shuffled", pytest.param("linear", marks=on_gpu)])
-def test_tokens_are_those_of_steps_without_graphs(
-    layout: str, model: CausalLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Counted(ChunkGraphs):
+    def __init__(self, *args: Any, **sizes: Any) -> None:
+        super().__init__(*args, **sizes)
+        self.steps: list[bool] = []  # whether a graph held it
+
+    def run(self, inputs: StepInputs) -> torch.Tensor | None:
+        hidden = super().run(inputs)
+        self.steps.append(hidden is not None)
+        return hidden
+
+
+def counted(made: list[Counted]) -> Callable[..., ChunkGraphs]:
+    """Makes graphs and adds them to `made`."""
+
+    def make(*args: Any, **sizes: Any) -> ChunkGraphs:
+        made.append(Counted(*args, **sizes))
+        return made[-1]
+
+    return make
+
+
+@pytest.fixture
+def few_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunk_graph, "_TOKENS", (16, 24))
     if not NATIVE:
         monkeypatch.setattr(chunk_graph, "_record", run_again)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    steps: list[bool] = []
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
 
-    class Counted(ChunkGraphs):
-        def run(self, inputs: StepInputs) -> torch.Tensor | None:
-            hidden = super().run(inputs)
-            steps.append(hidden is not None)
-            return hidden
 
+@pytest.mark.usefixtures("few_graphs")
+@pytest.mark.parametrize("layout", ["shuffled", pytest.param("linear", marks=on_gpu)])
+def test_tokens_are_those_of_steps_without_graphs(layout: str, folder: Path) -> None:
+    model, made = load(folder, Alone()), list[Counted]()
     expected = serve(model, layout, None)
-    assert serve(model, layout, Counted) == expected
+    assert serve(model, layout, counted(made)) == expected
     assert len(expected) == len(PROMPTS)
-    assert steps.count(True) >= 2 and steps.count(False) >= 1  # the first step has too many chunks
+    (graphs,) = made
+    assert graphs.steps.count(True) >= 2 and graphs.steps.count(False) >= 1  # the first step has too many chunks
+
+
+@pytest.mark.usefixtures("few_graphs")
+@pytest.mark.skipif(NATIVE, reason="threads with graphs on one GPU: tests/parallel/test_parallel_gpu.py")
+def test_ranks_replay_alike(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_kernel_at_a_time(monkeypatch)
+    expected = serve(load(folder, Alone()), "shuffled", None)
+
+    def found(group: Group) -> tuple[dict[str, list[int]], list[bool]]:
+        made = list[Counted]()
+        return serve(load(folder, group), "shuffled", counted(made)), made[0].steps
+
+    first, second = run_ranks(2, found)
+    assert first == second
+    assert first[0] == expected and True in first[1]
 
 
 def run_again(work: Callable[[], torch.Tensor], pool: Any) -> chunk_graph._Graph:

@@ -19,7 +19,7 @@ from miniserve.llm import LLM
 from miniserve.parallel.distributed import DistributedGroup
 from miniserve.parallel.group import Group, parts_of_all, shard_of
 from miniserve.runner import build, ranks
-from miniserve.runner.ranked import RankStart
+from miniserve.runner.ranked import Progress, RankStart
 
 PROMPTS = [[*range(5, 25)], [*range(40, 47)], [9]]
 PARAMS = [
@@ -46,9 +46,9 @@ def share_one_gpu() -> None:
     DistributedGroup.rows = rows_by_gather  # type: ignore[method-assign,assignment]
 
 
-def build_rank(start: RankStart) -> Runner:
+def build_rank(start: RankStart, progress: Progress) -> Runner:
     share_one_gpu()
-    return ranks.build_rank(start)
+    return ranks.build_rank(start, progress)
 
 
 def tokens(model: str, size: int, params: list[SamplingParams], kill_after: float | None = None) -> list[list[int]]:

@@ -17,6 +17,7 @@ from miniserve.engine.loop import EngineLoop
 from miniserve.engine.step_log import StepLog
 from miniserve.parallel.group import Alone, Group
 from miniserve.runner.build import build_runner
+from miniserve.runner.memory import plan_memory
 from miniserve.scheduler.scheduler import Scheduler
 
 torch.set_num_threads(1)
@@ -29,6 +30,7 @@ def answers(name: str, expert_parallel: bool, group: Group, device: str = "cpu")
         device=device,
         dtype="float32",
         max_num_seqs=4,
+        max_num_batched_tokens=32,  # so that steps have no more chunks than graphs have
         max_model_len=256,
         kv_cache_memory=16 << 20,
         enable_expert_parallel=expert_parallel,
@@ -66,6 +68,22 @@ def test_built_ranks_give_the_tokens_of_one_process(name: str) -> None:
             assert info.traffic.weights < alone.traffic.weights
             assert info.vocab_size == alone.vocab_size
             assert info.num_blocks >= alone.num_blocks >= BLOCKS
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_each_rank_has_the_kv_cache_that_was_asked_for(device: str) -> None:
+    config = EngineConfig(kv_cache_memory=1 << 20, tensor_parallel_size=2)
+    plan = plan_memory(
+        config,
+        weights=0,
+        activations=0,
+        available=1 << 30,
+        block_bytes=1 << 10,
+        longest_context=1 << 20,
+        device=torch.device(device),
+        most_blocks=None,
+    )
+    assert (plan.num_blocks, plan.kv_cache) == (1 << 10, 1 << 20)
 
 
 def test_a_rank_alone_runs_in_the_shapes_of_one_of_many() -> None:

@@ -3,6 +3,9 @@ number of ranks; and all ranks say the same."""
 
 from __future__ import annotations
 
+import re
+from concurrent.futures import wait
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from tempfile import mkdtemp
@@ -14,7 +17,7 @@ from engine_real import BACKENDS, KERNELS, Setup, generate, make_engine, read_mo
 from models_support import CLASSES
 from thread_ranks import run_ranks
 
-from miniserve.core import RequestOutput, SamplingParams
+from miniserve.core import Grammar, Request, RequestOutput, SamplingParams
 from miniserve.models.config import load_model_config
 from miniserve.parallel.group import Alone, Group
 
@@ -33,15 +36,19 @@ REQUESTS = [
     (STEM[:9], SamplingParams(temperature=0.0, max_tokens=10, logprobs=0, prompt_logprobs=2, ignore_eos=True)),
     (STEM[:5], SamplingParams(temperature=0.9, repetition_penalty=1.3, presence_penalty=0.4, **DRAWN)),
     (STEM[:7], SamplingParams(temperature=0.0, frequency_penalty=0.6, max_tokens=14, ignore_eos=True)),
+    # A step of these alone draws for all ranks' rows by masks; beside others, for some.
+    (STEM[:6], SamplingParams(temperature=0.0, max_tokens=12, logprobs=2, grammar=Grammar("regex", "[A-Z]{9,}"))),
+    (STEM[:4], SamplingParams(temperature=1.0, grammar=Grammar("choice", '["ABRACADABRA", "ABBA"]'), **DRAWN)),
     ([8], SamplingParams(temperature=0.7, logit_bias={3: 4.0, 100: 3.0}, min_tokens=9, stop_token_ids=(3,), **DRAWN)),
 ]
 # Prompts in chunks, a pool so small that requests are preempted, more requests than rows.
 TIGHT = Setup(block_size=8, num_blocks=8, max_num_seqs=4, max_num_batched_tokens=13)
+OVERLAPPED = replace(TIGHT, overlap=True)
 GUESSING = Setup(backend=BACKENDS[0], layout="shuffled", max_num_seqs=12, num_draft_tokens=4)
 CASES = [
     (2, False, TIGHT),
     (2, True, GUESSING),
-    (3, True, TIGHT),
+    (3, True, OVERLAPPED),
     (3, False, GUESSING),
     (4, False, TIGHT),
     (4, True, GUESSING),
@@ -66,11 +73,21 @@ def outputs(path: Path, setup: Setup, expert_parallel: bool, group: Group) -> Ou
     native = KERNELS if setup.backend == "CPU_ATTN" else None
     model = read_model(path, native=native, group=group, expert_parallel=expert_parallel)
     engine, scheduler, _ = make_engine(model, setup, [7])
+    add = engine.add
+
+    def add_with_its_matcher(request: Request) -> None:
+        """Matchers are made in a thread: on each rank a request would join another step."""
+        add(request)
+        wait([future for _, future in engine._matched.values()])
+
+    engine.add = add_with_its_matcher  # type: ignore[method-assign]
     found = [*generate(engine, GREEDY_REQUESTS), *generate(engine, REQUESTS)]
     stats = scheduler.stats()
     # What the comparison would be hollow without.
     assert stats.num_accepted_tokens if setup.num_draft_tokens else stats.num_preemptions
     assert stats.prefix_cache_hits
+    letters, word = (bytes(tokens(each)).rstrip(b"\x07").decode() for each in found[-3:-1])
+    assert re.fullmatch("[A-Z]{9,}", letters) and word in ("ABRACADABRA", "ABBA")
     return found
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from torch import Tensor
 from miniserve.kernels.triton.pdl import launch_options
 from miniserve.parallel.distributed import DistributedGroup, open_store
 from miniserve.parallel.group import Alone
+from miniserve.runner import chunk_graph
+from miniserve.runner.chunk_graph import ChunkGraphs
 from miniserve.runner.decode_graph import DecodeGraphs
 
 pytestmark = [
@@ -160,7 +163,7 @@ class Unmet(DeviceGroup):
 
 @pytest.mark.usefixtures("no_early_start")
 @pytest.mark.parametrize("name", ["tiny-qwen3", "tiny-deepseek"])
-def test_threads_with_decode_graphs_give_the_tokens_of_one_rank(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_with_graphs_give_the_tokens_of_one_rank(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     want, _ = answers(name, False, Alone(), "cuda")
     hasty_memory, hasty = make_inboxes(2, cuda(), 1)
     for each in hasty:  # compiles and loads all kernels, see above
@@ -168,20 +171,35 @@ def test_threads_with_decode_graphs_give_the_tokens_of_one_rank(name: str, monke
     torch.cuda.synchronize()
     memory, inboxes = make_inboxes(2, cuda(), LIMIT)
     torch.cuda.synchronize()
-    record, recorded = DecodeGraphs._record, []
+    recorded: list[int] = []
 
-    def one_at_a_time(graphs: DecodeGraphs, *arguments: Any) -> torch.cuda.CUDAGraph:
+    def one_at_a_time(group: Any, record: Callable[[], Any]) -> Any:
         """Nothing else may happen on the device."""
-        group: Any = graphs._group
         for turn in range(group.size):
             group._meeting.barrier.wait()
             if turn == group.rank:
-                found = record(graphs, *arguments)
+                found = record()
                 recorded.append(turn)
         group._meeting.barrier.wait()
         return found
 
-    monkeypatch.setattr(DecodeGraphs, "_record", one_at_a_time)
+    decode, chunk, run_chunks = DecodeGraphs._record, chunk_graph._record, ChunkGraphs.run
+    replayed: list[bool] = []
+
+    def record_chunks(work: Any, pool: Any) -> Any:
+        return one_at_a_time(work.func.__self__._served.model.options.group, partial(chunk, work, pool))
+
+    def counted(graphs: ChunkGraphs, inputs: Any) -> Tensor | None:
+        hidden = run_chunks(graphs, inputs)
+        replayed.append(hidden is not None)
+        return hidden
+
+    def record_decode(graphs: DecodeGraphs, *arguments: Any) -> Any:
+        return one_at_a_time(graphs._group, partial(decode, graphs, *arguments))
+
+    monkeypatch.setattr(DecodeGraphs, "_record", record_decode)
+    monkeypatch.setattr(chunk_graph, "_record", record_chunks)
+    monkeypatch.setattr(ChunkGraphs, "run", counted)
 
     def found(plain: ThreadGroup) -> list[list[int]]:
         group = DeviceGroup(plain.rank, plain._meeting)
@@ -192,6 +210,7 @@ def test_threads_with_decode_graphs_give_the_tokens_of_one_rank(name: str, monke
     assert run_ranks(2, found) == [want] * 2
     assert [each.state.tolist()[3] for each in inboxes] == [0, 0], "a rank gave up"
     assert recorded.count(0) == recorded.count(1) > 0
+    assert any(replayed) == (name == "tiny-qwen3")  # models with experts have none for chunks
     assert len(memory) == len(hasty_memory) == 2
 
 

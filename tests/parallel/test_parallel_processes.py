@@ -19,15 +19,16 @@ import httpx
 import pytest
 
 import miniserve
-from miniserve.core import SamplingParams
+from miniserve.core import Grammar, SamplingParams
 from miniserve.llm import LLM
 
 ASSETS = Path(miniserve.__file__).parent / "assets"
-PROMPTS = ["Once upon a time", "The capital of France is", "def f(x):"]
+PROMPTS = ["Once upon a time", "The capital of France is", "def f(x):", "Say"]
 PARAMS = [
     SamplingParams(temperature=0.0, max_tokens=12, logprobs=1),
     SamplingParams(temperature=0.8, seed=3, max_tokens=12, repetition_penalty=1.2),
     SamplingParams(temperature=0.0, max_tokens=12),
+    SamplingParams(temperature=0.8, seed=3, max_tokens=12, grammar=Grammar("regex", "[a-z ]{8,30}")),
 ]
 SLACK = 60.0  # seconds, for a busy machine
 
@@ -104,6 +105,8 @@ def server() -> Iterator[tuple[subprocess.Popen[bytes], str]]:
         "--max-model-len=2048",
         "--kv-cache-memory=64M",
         "--tensor-parallel-size=2",
+        "--data-parallel-size=2",
+        "--max-num-seqs=4",
     ]
     command = [sys.executable, "-m", "miniserve", "serve", f"--port={port}", *flags]
     with subprocess.Popen(command) as process:
@@ -135,29 +138,35 @@ def command_line(pid: int) -> bytes:
         return b""
 
 
-def test_a_served_rank_that_is_stopped_ends_its_requests_and_the_server(
+def test_a_served_rank_that_is_stopped_ends_the_requests_of_its_engine_and_the_server(
     server: tuple[subprocess.Popen[bytes], str],
 ) -> None:
     process, url = server
     body = {"prompt": PROMPTS[2], "temperature": 0, "max_tokens": 12, "return_token_ids": True}
     (choice,) = httpx.post(f"{url}/v1/completions", json=body, timeout=120).json()["choices"]
     assert choice["token_ids"] == alone("tiny-qwen3")[2]
-    assert "miniserve:tensor_parallel_size{" in httpx.get(f"{url}/metrics").text
+    assert httpx.get(f"{url}/metrics").text.count("miniserve:tensor_parallel_size{") == 2
     below = children(process.pid)
-    (rank,) = [pid for pid in below if b"runner.worker" in command_line(pid)]
+    rank, _ = [pid for pid in below if b"runner.worker" in command_line(pid)]
     answers: list[httpx.Response] = []
     body |= {"max_tokens": 1900, "ignore_eos": True}
-    asking = threading.Thread(
-        target=lambda: answers.append(httpx.post(f"{url}/v1/completions", json=body, timeout=120))
-    )
-    asking.start()
-    while not httpx.get(f"{url}/health").json()["running"]:
-        time.sleep(0.05)
+    asking = [
+        threading.Thread(target=lambda: answers.append(httpx.post(f"{url}/v1/completions", json=body, timeout=120)))
+        for _ in range(2)
+    ]
+    for number, thread in enumerate(asking, 1):  # one goes to each engine
+        thread.start()
+        while httpx.get(f"{url}/health").json()["running"] < number:
+            time.sleep(0.05)
     os.kill(rank, signal.SIGSTOP)
     begin = time.monotonic()
-    asking.join(5.0 + SLACK)
-    assert time.monotonic() - begin < 5.0 + SLACK
-    (answer,) = answers
-    assert answer.status_code == 503 and "rank 1 was stopped (SIGSTOP), in step" in answer.text
+    while not answers:
+        assert time.monotonic() - begin < 5.0 + SLACK
+        time.sleep(0.05)
+    for thread in asking:
+        thread.join(2 * SLACK)
+    failed, finished = answers
+    assert failed.status_code == 503 and "rank 1 was stopped (SIGSTOP), in step" in failed.text
+    assert finished.json()["usage"]["completion_tokens"] == 1900
     assert process.wait(SLACK) == 1
     assert not [pid for pid in below if b"miniserve" in command_line(pid)], "an orphan"

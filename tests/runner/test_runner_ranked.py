@@ -11,17 +11,20 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from urllib.parse import parse_qs
 
 import msgspec
 import pytest
-from ranked_fakes import BUILDER, PHASES, fake_config, make_rank
+from ranked_fakes import BUILDER, PHASES, TO_LOAD, fake_config, make_rank
 
 from miniserve.config import EngineConfig
-from miniserve.core import Chunk, DraftRun, Request, RowStart, SamplingParams, Step, StepPlan
+from miniserve.core import Chunk, DraftRun, Request, RowStart, SamplingParams, Step, StepPlan, TokenMasks
 from miniserve.runner import ranked as ranked_module
-from miniserve.runner.ranked import PlanReader, RankedRunner, RankFailed, Ranks, RankStart, encode_plan
+from miniserve.runner.ranked import Loading, PlanReader, RankedRunner, RankFailed, Ranks, RankStart, encode_plan
 
 PLAN = StepPlan([], [], [], [0, 1], [])
+MASKED = StepPlan([], [], [], [0, 1], [], masked=[0])
+STOPS = StepPlan([0], [], [], [], [])
 STEADY = msgspec.structs.replace(PLAN, same_rows=True)
 SILENCE = 2.0  # seconds, of ranks that are stopped; in a served model 4
 SLACK = 60.0  # seconds, for a busy machine
@@ -47,8 +50,12 @@ def ranked(file: Path, config: EngineConfig, size: int = 3, silence: float = 10.
         yield RankedRunner(make_rank(file, 0, size, config), ranks)
     finally:
         ranks.close()
-        for peer in ranks._peers:
-            assert peer.process is not None and peer.process.returncode is not None, "an orphan"
+        _all_ended(ranks)
+
+
+def _all_ended(ranks: Ranks) -> None:
+    for peer in ranks._peers:
+        assert peer.process is not None and peer.process.returncode is not None, "an orphan"
 
 
 def test_plans_come_out_as_they_went_in_and_steady_ones_are_short() -> None:
@@ -77,8 +84,14 @@ def test_ranks_follow_every_plan_and_end_in_order(tmp_path: Path) -> None:
     assert [peer.process.returncode for peer in ranks._peers if peer.process is not None] == [0, 0, 0]
 
 
-# Steps, and when in the step; blocking: whether ranks wait for each other within `launch`, as over gloo.
-POINTS = [*product((1, 4), PHASES, ("", "1"))]
+# Step and when in it, 0: while it starts; and whether ranks wait for each other within `launch`, as over gloo. "rest":
+# between two steps, "end": when it has been told to end.
+POINTS = [
+    *product((0,), ("build", "load", "capture"), ("",)),
+    *product((1, 4), PHASES, ("", "1")),
+    *product((2,), ("sample",), ("", "1")),
+    *product((2,), ("abort", "rest", "end"), ("",)),
+]
 
 
 def test_a_rank_that_is_killed_ends_the_model(tmp_path: Path) -> None:
@@ -93,10 +106,38 @@ def _at_all_points(tmp_path: Path, number: signal.Signals, sentence: str, silenc
     def run(point: tuple[int, str, str]) -> None:
         step, phase, blocking = point
         config = fake_config(at=step, phase=phase, signal=int(number), rank=1, blocking=blocking)
-        _fails_with(tmp_path / f"{point}", config, sentence, step, silence)
+        file = tmp_path / f"{point}"
+        if step == 0:
+            _fails_to_start(file, config, sentence, silence)
+        elif phase == "end":
+            _ends(file, config, step, silence)
+        else:
+            _fails_with(file, config, sentence, step, silence, MASKED if phase == "sample" else PLAN, phase)
 
     with ThreadPoolExecutor(5) as pool:
-        assert len(list(pool.map(run, POINTS))) == 12
+        assert len(list(pool.map(run, POINTS))) == 20
+
+
+def _fails_to_start(file: Path, config: EngineConfig, sentence: str, silence: float) -> None:
+    ranks = start_ranks(file, config, silence=silence)
+    begin = time.monotonic()
+    try:
+        with pytest.raises(RankFailed, match=f"{sentence}.* while the engine started"):
+            ranks.meet()
+            while time.monotonic() < begin + silence + SLACK:
+                ranks.check()
+                time.sleep(0.02)
+    finally:
+        ranks.close()
+    _all_ended(ranks)
+
+
+def _ends(file: Path, config: EngineConfig, steps: int, silence: float) -> None:
+    """A rank that fails when it is told to end fails nobody, and is not left."""
+    with ranked(file, config, silence=silence) as runner:
+        _run(runner, *[PLAN] * steps)
+        begin = time.monotonic()
+    assert time.monotonic() - begin < 5.0 + SLACK
 
 
 def test_a_rank_that_raises_says_so(tmp_path: Path) -> None:
@@ -128,49 +169,82 @@ def _run(runner: RankedRunner, *plans: StepPlan) -> None:
     steps = [Step(plan) for plan in plans]
     for step in steps:
         runner.launch(step)
+        if step.plan.masked:
+            runner.sample(step, TokenMasks([0], bytearray(4)))
     for step in steps:
         runner.collect(step)
         assert step.token_ids == [1]
 
 
-def _fails_with(file: Path, config: EngineConfig, sentence: str, step: int, silence: float) -> None:
+def _fails_with(
+    file: Path,
+    config: EngineConfig,
+    sentence: str,
+    step: int,
+    silence: float,
+    plan: StepPlan = PLAN,
+    phase: str = "",
+) -> None:
     """In this step, or, where the rank fails when the step is done for the others, after it or in one soon behind."""
     with ranked(file, config, silence=silence) as runner, pytest.raises(RankFailed, match=sentence) as failed:
         begin = time.monotonic()
-        for _ in range(step + 3):
+        for number in range(1, step + 4):
             begin = time.monotonic()
-            _run(runner, PLAN)
+            _run(runner, plan)
+            if number == step and phase == "abort":
+                _run(runner, STOPS)
+            elif number == step and phase == "rest":
+                (first, *_) = runner._ranks._peers
+                assert first.process is not None
+                first.process.send_signal(int(parse_qs(config.model or "")["signal"][0]))
+                break
         while time.monotonic() < begin + silence + SLACK:  # at rest
             runner.check()
             time.sleep(0.02)
     assert time.monotonic() - begin < silence + SLACK
     number = int(str(failed.value).rpartition(" ")[2])
-    assert step <= number <= step + 3
+    assert step <= number <= step + 4
 
 
-def test_a_rank_that_dies_while_it_builds_is_named(tmp_path: Path) -> None:
-    config = fake_config(at=0, phase="build", signal=int(signal.SIGKILL), rank=1)
-    ranks = start_ranks(tmp_path / "device", config)
+def test_progress_is_that_of_all_ranks_also_while_rank_0_waits(tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    ranks = start_ranks(tmp_path / "device", fake_config())
     try:
-        with pytest.raises(RankFailed, match=r"rank 1 was killed by SIGKILL.* while the engine started"):
-            ranks.meet()
-            while True:
-                ranks.check()
+        report = Loading(ranks, lambda *each: seen.append(each))
+        ranks.meet()
+        report("weights", 100, 900)
+        report("weights", 900, 900)
+        deadline = time.monotonic() + SLACK
+        whole = 900 + 2 * TO_LOAD
+        while seen[-1] != ("weights", whole, whole) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert seen[-1] == ("weights", whole, whole)
+        report("decode graphs", 0, 7)
+        report.end()
     finally:
         ranks.close()
+    assert seen[-2:] == [("weights", whole, whole), ("decode graphs", 0, 7)]
+    assert [done for what, done, _ in seen if what == "weights"] == sorted(
+        done for what, done, _ in seen if what == "weights"
+    )
 
 
-def test_a_start_that_waits_for_a_dead_rank_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, whose kernels wait for their peers while graphs are recorded."""
+@pytest.mark.parametrize("hangs", [True, False])
+def test_a_start_that_waits_for_a_dead_rank_is_ended(
+    hangs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one call, as on a GPU, whose kernels wait for their peers while graphs are recorded; or working on for long,
+    without a look at the other ranks."""
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
-    monkeypatch.setattr(ranked_module, "_SILENCE_AT_WORK", 0.5)
+    monkeypatch.setattr(ranked_module, "_GRACE" if hangs else "_GRACE_AT_START", 0.5)
+    monkeypatch.setattr(ranked_module, "_GRACE_AT_START" if hangs else "_GRACE", 2 * SLACK)
     ranks = start_ranks(tmp_path / "device", fake_config(at=0, phase="build", signal=int(signal.SIGKILL), rank=1))
     try:
         ranks._watch.start()  # and nothing asks what it has found
         deadline = time.monotonic() + SLACK
         while not codes and time.monotonic() < deadline:
-            time.sleep(0.05)
+            time.sleep(3.0 if hangs else 0.0)
         assert codes == [1]
     finally:
         ranks.close()
