@@ -166,7 +166,7 @@ def _add_pairs_norm_kernel(
     wait(PDL)
     total = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(K):
-        total += tl.load(parts_ptr + (token * K + k) * size + cols, mask=inside, other=0.0)
+        total += tl.load(parts_ptr + (token * K + k) * size + cols, mask=inside, other=0.0).to(tl.float32)
     x = total.to(weight.dtype)
     if SHARED:
         x += tl.load(shared_ptr + token * size + cols, mask=inside, other=0.0)
@@ -175,10 +175,14 @@ def _add_pairs_norm_kernel(
     tl.store(out_ptr + token * size + cols, rms_normed(x, weight, size, eps), mask=inside)
 
 
-def choose_tiles(num_pairs: int, num_experts: int) -> tuple[MoETile, MoETile]:
+def choose_tiles(num_pairs: int, num_experts: int, middle: int) -> tuple[MoETile, MoETile]:
     """Tiles of the two products, by an expert's average number of rows; the fewer, the more time goes to reading
-    weights."""
+    weights. Of a narrow middle few rounds fill no deep ring: programs that share a multiprocessor hide each other's
+    waiting instead."""
     rows = num_pairs / num_experts
+    if middle <= 256 and middle % 64 == 0 and rows <= 40:
+        block_m = 16 if rows <= 12 else 32
+        return MoETile(block_m, 64, 64, 4, 5, swap=True), MoETile(block_m, 64, 64, 4, 3, swap=True)
     if num_pairs <= 16:
         return MoETile(16, 64, 64, 4, 5, swap=True), MoETile(16, 64, 128, 4, 5, swap=True)
     if rows <= 12:
@@ -190,11 +194,13 @@ def choose_tiles(num_pairs: int, num_experts: int) -> tuple[MoETile, MoETile]:
     return MoETile(128, 64, 64, 8, 3), MoETile(128, 128, 64, 8, 3)
 
 
-def choose_scaled_tiles(num_pairs: int, num_experts: int, block: tuple[int, int] | None) -> tuple[MoETile, MoETile]:
+def choose_scaled_tiles(
+    num_pairs: int, num_experts: int, middle: int, block: tuple[int, int] | None
+) -> tuple[MoETile, MoETile]:
     """As `choose_tiles`, for weights in 8 bits with scales of `block`. Measured on an H200 for Qwen3-235B-A22B, whole
     and an eighth of it."""
     if num_pairs > 12 * num_experts:
-        tiles = choose_tiles(num_pairs, num_experts)
+        tiles = choose_tiles(num_pairs, num_experts, middle)
     elif num_pairs <= 16:
         tiles = MoETile(16, 32, 128, 4, 3), MoETile(16, 64, 128, 2, 3)
     elif block is not None and block[1] < 128:
@@ -259,8 +265,8 @@ def experts(
     num_pairs = tokens * k
     options = launch_options(x.device)
     if tiles is None:
-        scaled = scales is not None
-        tiles = choose_scaled_tiles(num_pairs, num_experts, block) if scaled else choose_tiles(num_pairs, num_experts)
+        sizes = num_pairs, num_experts, middle
+        tiles = choose_tiles(*sizes) if scales is None else choose_scaled_tiles(*sizes, block)
         if x.device.type == "cuda":
             tiles = fitted(tiles, x.element_size(), chip_of(x.device).shared_bytes)
     gate_up, down = tiles
