@@ -74,21 +74,21 @@ def main() -> None:
     )
     with uniform_routing() if args.uniform_routing else nullcontext():
         engine, info = build_engine(config, args.model, args.model.name)
-    print(f"{args.model.name} on {info.device}", *info.attention, sep="\n  ")
-    rng, ids = random.Random(0), itertools.count()
+        print(f"{args.model.name} on {info.device}", *info.attention, sep="\n  ")
+        rng, ids = random.Random(0), itertools.count()
 
-    def prefill(length: int) -> float:
-        prompt = [rng.randrange(info.vocab_size) for _ in range(length)]
-        if args.cached:
-            seconds(engine, ids, prompt[: args.cached])
-        return 1e3 * seconds(engine, ids, prompt)
+        def prefill(length: int) -> float:
+            prompt = [rng.randrange(info.vocab_size) for _ in range(length)]
+            if args.cached:
+                seconds(engine, ids, prompt[: args.cached])
+            return 1e3 * seconds(engine, ids, prompt)
 
-    for length in lengths:
-        times = [prefill(length) for _ in range(WARM_UP + REPEATS)][WARM_UP:]
-        median = statistics.median(times)
-        print(f"{length:6d} tokens: {median:8.2f} ms ({min(times):.2f} to {max(times):.2f}), {args.cached} cached")
-        if args.profile:
-            print_kernels(lambda length=length: prefill(length))  # type: ignore[misc]
+        for length in lengths:
+            times = [prefill(length) for _ in range(WARM_UP + REPEATS)][WARM_UP:]
+            median = statistics.median(times)
+            print(f"{length:6d} tokens: {median:8.2f} ms ({min(times):.2f} to {max(times):.2f}), {args.cached} cached")
+            if args.profile:
+                print_kernels(lambda length=length: prefill(length))  # type: ignore[misc]
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def _experts(chip: Chip, tokens: int, num_experts: int, top_k: int, middle: int)
     if tokens == 1:
         moe_token.token_experts(x, w1, w2, *choice)
         return
-    tiles = moe.fitted(moe.choose_tiles(tokens * top_k, num_experts), _HALF.itemsize, chip.shared_bytes)
+    tiles = moe.fitted(moe.choose_tiles(tokens * top_k, num_experts, middle), _HALF.itemsize, chip.shared_bytes)
     parts = moe.experts(x, w1, w2, *choice, tiles=tiles)
     moe.add_pairs_norm(parts, x if num_experts == 64 else None, x, tensor(2048), 1e-6)
 
@@ -101,7 +101,7 @@ def _scaled_experts(
     if tokens == 1:
         moe_token.token_experts(x, w1, w2, *choice, **given)
         return
-    tiles = moe.choose_scaled_tiles(tokens * 8, 128, block, rounded=rounds)
+    tiles = moe.choose_scaled_tiles(tokens * 8, 128, middle, block, rounded=rounds)
     tiles = moe.fitted(tiles, 1 if rounds else _HALF.itemsize, chip.shared_bytes)
     moe.experts(x, w1, w2, *choice, tiles=tiles, rounds=rounds, **given)
 
@@ -118,7 +118,8 @@ def _route(chip: Chip, num_experts: int, top_k: int, groups: int, top_groups: in
     choice |= {"sigmoid": sigmoid, "normalize": True, "scaling": 2.5}
     routing.route(tensor(1, 64, num_experts, dtype=torch.float32), bias, **choice)
     weight = tensor(num_experts, 2048, dtype=torch.float32)
-    routing.route(routing.logit_parts(tensor(64, 2048), weight), bias, **choice)
+    for tokens in (64, 4096):
+        routing.route(routing.logit_parts(tensor(tokens, 2048), weight), bias, **choice)
     if chip.splits:
         choice["workspace"] = small_linear.Workspace(META)
         for hidden in (2048, 7168):
@@ -221,6 +222,7 @@ def step_launches(chip: Chip) -> Iterator[Case]:
     yield "fp32 router", partial(_linear, chip, 16, 128, 2048, False, torch.float32)
     for tokens in _TOKENS:
         yield f"bf16 {tokens} tokens, 8 of 128", partial(_experts, chip, tokens, 128, 8, 768)
+        yield f"bf16 {tokens} tokens, 8 of 128 of 192", partial(_experts, chip, tokens, 128, 8, 192)
     yield "bf16 64 tokens, 6 of 64", partial(_experts, chip, 64, 64, 6, 1408)
     yield "6 of 64 softmax", partial(_route, chip, 64, 6, 1, 1, False)
     yield "8 of 256 sigmoid, 4 of 8 groups", partial(_route, chip, 256, 8, 8, 4, True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from triton_support import DEVICE, DTYPES, NATIVE, normal, relative_error
@@ -117,11 +119,12 @@ def test_the_experts_of_one_token_in_several_rounds(hidden: int, middle: int, mo
     assert relative_error(moe_token.token_experts(x, w1, w2, weights, ids), want) < 1e-4
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize(("tokens", "k"), [(1, 3), (1, 4), (3, 3), (40, 3)])
 @pytest.mark.parametrize("swap", [False, True])
-def test_routed_experts(tokens: int, swap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_routed_experts(tokens: int, k: int, swap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one token a power of two of experts is fetched at once."""
     fewer_programs(monkeypatch, rows=16)
-    num_experts, k, hidden, middle = 12, 3, 80, 40
+    num_experts, hidden, middle = 12, 80, 40
     x, shared = normal(0, tokens, hidden), normal(1, tokens, hidden)
     w1, w2 = normal(2, num_experts, 2 * middle, hidden) * 0.1, normal(3, num_experts, hidden, middle) * 0.1
     ids = torch.stack([torch.randperm(num_experts)[:k] for _ in range(tokens)]).int().to(DEVICE)
@@ -147,12 +150,25 @@ def test_routed_experts(tokens: int, swap: bool, monkeypatch: pytest.MonkeyPatch
         if tokens == 1:
             assert relative_error(moe_token.token_experts(*choice, first=first), own.sum(1)) < 1e-4
     assert relative_error(apart, want) < 1e-4
-    for extra in (None, shared):
-        residual = start.clone()
-        got = moe.add_pairs_norm(parts, extra, residual, norm, 1e-6)
+    for extra, dtype in ((None, torch.float32), (shared, torch.float32), (shared, torch.float16)):
+        residual, tolerance = start.clone(), 1e-4 if dtype == torch.float32 else 1e-3
+        got = moe.add_pairs_norm(parts.to(dtype), extra, residual, norm, 1e-6)
         total = start + want if extra is None else start + want + extra
-        assert relative_error(residual, total) < 1e-4
-        assert relative_error(got, ops.rms_norm(total, norm, 1e-6)) < 1e-4
+        assert relative_error(residual, total) < tolerance
+        assert relative_error(got, ops.rms_norm(total, norm, 1e-6)) < tolerance
+        pending = ops.PendingSum(mock.Mock(), parts.to(dtype), extra)
+        assert relative_error(start + pending.total(start), total) < tolerance
+
+
+def test_tiles_of_experts() -> None:
+    """Rows of both products share blocks; a narrow middle is a whole number of tiles."""
+    for pairs in (8, 64, 512, 2048, 32768):
+        for middle in (64, 192, 256, 176, 768):
+            gate_up, down = moe.choose_tiles(pairs, 128, middle)
+            assert gate_up.block_m == down.block_m
+            assert middle > 256 or middle % 64 or middle % down.block_k == 0
+            narrow = middle in (64, 192, 256) and pairs <= 40 * 128
+            assert (moe.choose_tiles(pairs, 128, middle) == moe.choose_tiles(pairs, 128, 768)) is not narrow
 
 
 on_hopper = pytest.mark.skipif(not NATIVE or not chip_of(DEVICE).wgmma, reason="needs a Hopper GPU")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -285,8 +286,8 @@ def test_every_cut_fits(block: Block, chip: Chip) -> None:
                 assert m == 1 or rows * tile.block_k * tile.num_stages <= chip.shared_bytes
                 assert tile.split_k == 1 or chip.splits
             assert small_linear.choose_scaled_tile(65, n, k, block, chip, gated=gated) is None
-    for pairs in (8, 64, 512, 4096, 32768):
-        for tile in moe.choose_scaled_tiles(pairs, 128, block):
+    for pairs, middle in itertools.product((8, 64, 512, 4096, 32768), (192, 768)):
+        for tile in moe.choose_scaled_tiles(pairs, 128, middle, block):
             assert largest_tile(block, tile.block_n, tile.block_k) == (tile.block_n, tile.block_k)
 
 

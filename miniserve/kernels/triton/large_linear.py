@@ -141,7 +141,7 @@ def _store_gated(out, staged, y_desc, first_row, first_n):
 
 @gluon.jit
 def _store_parts(out, parts_ptr, scale_ptr, pairs_ptr, num_pairs, first_n, N):
-    """Each pair's row to its place, times its weight, in float32."""
+    """Each pair's row to its place, times its weight."""
     layout: gl.constexpr = out.type.layout
     pairs = gl.load(pairs_ptr + gl.arange(0, 64, gl.SliceLayout(1, layout)))
     valid = pairs < num_pairs
@@ -149,7 +149,7 @@ def _store_parts(out, parts_ptr, scale_ptr, pairs_ptr, num_pairs, first_n, N):
     scale = gl.load(scale_ptr + pairs, mask=valid, other=0.0)
     out = out.to(gl.float32) * scale[:, None]
     at = parts_ptr + (pairs.to(gl.int64) * N)[:, None] + cols[None, :]
-    gl.store(at, out, mask=valid[:, None] & (cols < N)[None, :])
+    gl.store(at, out.to(parts_ptr.dtype.element_ty), mask=valid[:, None] & (cols < N)[None, :])
 
 
 @gluon.jit(do_not_specialize=["num_pairs", "blocks"])
@@ -223,7 +223,7 @@ def large_experts(
     topk_ids: torch.Tensor,
     chip: Chip,
 ) -> torch.Tensor:
-    """As `moe.experts`, for what `can_group` allows."""
+    """As `moe.experts`, for what `can_group` allows, but in x's dtype: half the bytes to write and to read again."""
     (tokens, hidden), num_experts, k = x.shape, w1.shape[0], topk_ids.shape[1]
     num_pairs = tokens * k
     pairs, block_experts = aligned_pairs(topk_ids, num_experts, _BLOCK_M)
@@ -235,7 +235,7 @@ def large_experts(
     activated = torch.empty(len(pairs), w2.shape[2], dtype=x.dtype, device=x.device)
     _launch(ordered, w1, activated, chip, block_experts=block_experts)
     del ordered  # its memory serves the parts
-    parts = torch.empty(num_pairs, hidden, dtype=torch.float32, device=x.device)
+    parts = torch.empty(num_pairs, hidden, dtype=x.dtype, device=x.device)
     _launch(activated, w2, parts, chip, block_experts=block_experts, pairs=pairs, scales=topk_weights)
     return parts
 
@@ -286,5 +286,5 @@ def try_out(device: torch.device) -> None:
     w1[:, 64:] = torch.eye(64, 128, device=device)
     w2 = torch.arange(128 * 64, device=device).remainder(127).to(x.dtype).view(1, 128, 64) / 32
     ids, scales = torch.zeros(64, 1, dtype=torch.int32, device=device), torch.full((64, 1), 0.5, device=device)
-    if not torch.equal(large_experts(x, w1, w2, scales, ids, chip_of(device)), (30 * w2[0].T).float() / 2):
+    if not torch.equal(large_experts(x, w1, w2, scales, ids, chip_of(device)), 30 * w2[0].T / 2):
         raise RuntimeError("the expert of an identity is not that expert")

@@ -171,7 +171,7 @@ def _add_pairs_norm_kernel(
     wait(PDL)
     total = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(K):
-        total += tl.load(parts_ptr + (token * K + k) * size + cols, mask=inside, other=0.0)
+        total += tl.load(parts_ptr + (token * K + k) * size + cols, mask=inside, other=0.0).to(tl.float32)
     x = total.to(weight.dtype)
     if SHARED:
         x += tl.load(shared_ptr + token * size + cols, mask=inside, other=0.0)
@@ -180,10 +180,14 @@ def _add_pairs_norm_kernel(
     tl.store(out_ptr + token * size + cols, rms_normed(x, weight, size, eps), mask=inside)
 
 
-def choose_tiles(num_pairs: int, num_experts: int) -> tuple[MoETile, MoETile]:
+def choose_tiles(num_pairs: int, num_experts: int, middle: int) -> tuple[MoETile, MoETile]:
     """Tiles of the two products, by an expert's average number of rows; the fewer, the more time goes to reading
-    weights."""
+    weights. Of a narrow middle few rounds fill no deep ring: programs that share a multiprocessor hide each other's
+    waiting instead."""
     rows = num_pairs / num_experts
+    if middle <= 256 and middle % 64 == 0 and rows <= 40:
+        block_m = 16 if rows <= 12 else 32
+        return MoETile(block_m, 64, 64, 4, 5, swap=True), MoETile(block_m, 64, 64, 4, 3, swap=True)
     if num_pairs <= 16:
         return MoETile(16, 64, 64, 4, 5, swap=True), MoETile(16, 64, 128, 4, 5, swap=True)
     if rows <= 12:
@@ -196,16 +200,17 @@ def choose_tiles(num_pairs: int, num_experts: int) -> tuple[MoETile, MoETile]:
 
 
 def choose_scaled_tiles(
-    num_pairs: int, num_experts: int, block: tuple[int, int] | None, *, rounded: bool = False
+    num_pairs: int, num_experts: int, middle: int, block: tuple[int, int] | None, *, rounded: bool = False
 ) -> tuple[MoETile, MoETile]:
     """As `choose_tiles`, for weights in 8 bits with scales of `block`; rounded: and x in 8 bits. Measured, but for
     that, on an H200 for Qwen3-235B-A22B, whole and an eighth of it."""
     if rounded:
-        rows = 128 if num_pairs > 100 * num_experts else 64 if num_pairs > 40 * num_experts else 32
-        warps = 8 if rows == 128 else 4
-        tiles = MoETile(rows, 64, 128, warps, 4, rows == 32), MoETile(rows, 128, 128, warps, 4, rows == 32)
+        if num_pairs > 100 * num_experts:
+            return MoETile(128, 128, 128, 8, 3), MoETile(128, 128, 128, 8, 5)
+        rows = 64 if num_pairs > 40 * num_experts else 32
+        tiles = MoETile(rows, 64, 128, 4, 4, rows == 32), MoETile(rows, 128, 128, 4, 4, rows == 32)
     elif num_pairs > 12 * num_experts:
-        tiles = choose_tiles(num_pairs, num_experts)
+        tiles = choose_tiles(num_pairs, num_experts, middle)
     elif num_pairs <= 16:
         tiles = MoETile(16, 32, 128, 4, 3), MoETile(16, 64, 128, 2, 3)
     elif block is not None and block[1] < 128:
@@ -272,12 +277,8 @@ def experts(
     num_pairs = tokens * k
     options = launch_options(x.device)
     if tiles is None:
-        scaled = scales is not None
-        tiles = (
-            choose_scaled_tiles(num_pairs, num_experts, block, rounded=rounds)
-            if scaled
-            else choose_tiles(num_pairs, num_experts)
-        )
+        sizes = num_pairs, num_experts, middle
+        tiles = choose_tiles(*sizes) if scales is None else choose_scaled_tiles(*sizes, block, rounded=rounds)
         if x.device.type == "cuda":
             tiles = fitted(tiles, 1 if rounds else x.element_size(), chip_of(x.device).shared_bytes)
     gate_up, down = tiles

@@ -87,15 +87,28 @@ def _expert_rows(w_ptr, ids_ptr, k, rows, at, N, D, E: tl.constexpr, FIRST: tl.c
 @triton.jit
 def _out_kernel(
     x_ptr, w_ptr, s_ptr, ids_ptr, weights_ptr, y_ptr, N, D,
-    E: tl.constexpr, FIRST: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr, PDL: tl.constexpr,
+    E: tl.constexpr, FIRST: tl.constexpr, K: tl.constexpr, TILES: tl.constexpr, AT_ONCE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y = the weighted sum of the experts' products; one program: BLOCK_N outputs of all of them. Summed across threads
-    once, at the end: a sum for each expert would be a barrier that delays fetching the next one's weights."""
+    once, at the end: a sum for each expert would be a barrier that delays fetching the next one's weights. AT_ONCE: all
+    their weights are fetched before the wait."""
     start(PDL)
     row = tl.program_id(0) * BLOCK_N
     rows = row + tl.arange(0, BLOCK_N)
     cols = columns(BLOCK_D, s_ptr is not None)
+    if AT_ONCE:
+        ks = tl.arange(0, K)
+        expert = tl.load(ids_ptr + ks).to(tl.int64) - FIRST
+        here = ((expert >= 0) & (expert < E))[:, None, None] & (rows < N)[None, :, None] & (cols < D)[None, None, :]
+        w_ptrs = w_ptr + (expert[:, None, None] * N + rows[None, :, None]) * D + cols[None, None, :]
+        w = tl.load(w_ptrs, mask=here, other=0.0).to(tl.float32)
+        wait(PDL)
+        x = tl.load(x_ptr + ks[:, None] * D + cols[None, :], mask=(cols < D)[None, :], other=0.0).to(tl.float32)
+        x *= tl.load(weights_ptr + ks)[:, None]
+        y = tl.sum(tl.sum(w * x[:, None, :], axis=0), axis=1)
+        tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty), mask=rows < N)
+        return
     first = _expert_rows(w_ptr, ids_ptr, 0, rows, cols, N, D, E, FIRST)
     second = _expert_rows(w_ptr, ids_ptr, min(1, K - 1), rows, cols, N, D, E, FIRST)
     wait(PDL)
@@ -146,9 +159,11 @@ def token_experts(
     )  # fmt: skip
     out = torch.empty_like(x)
     block_d = min(out_tile[1], triton.next_power_of_2(middle))
+    at_once = scales is None and middle <= block_d <= 256 and k == triton.next_power_of_2(k) <= 8
     _out_kernel[(triton.cdiv(hidden, out_tile[0]),)](
         activated, w2, w2_scale, topk_ids, topk_weights, out, hidden, middle,
-        K=k, TILES=triton.cdiv(middle, block_d), BLOCK_N=out_tile[0], BLOCK_D=block_d, num_warps=out_tile[2],
+        K=k, TILES=triton.cdiv(middle, block_d), AT_ONCE=at_once, BLOCK_N=out_tile[0], BLOCK_D=block_d,
+        num_warps=1 if at_once else out_tile[2],
         **scale_sizes(block), **options,
     )  # fmt: skip
     return out

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 class PendingSum:
     """What routed experts or an MLP add to the residual stream, in parts that the norm that follows sums on its way.
 
-    parts: float32 [T * K, size], a token's after one another; shared: what all tokens share, [T, size].
+    parts: float32 or the model's dtype [T * K, size], a token's after one another; shared: what all tokens share,
+    [T, size].
     """
 
     kernels: TritonKernels
@@ -39,7 +40,7 @@ class PendingSum:
 
     def total(self, residual: Tensor) -> Tensor:
         """The sum of all parts, of the shape and dtype of `residual`, without it."""
-        total: Tensor = self.parts.unflatten(0, (len(residual), -1)).sum(1)
+        total: Tensor = self.parts.unflatten(0, (len(residual), -1)).sum(1, dtype=torch.float32)
         return (total if self.shared is None else total + self.shared).to(residual.dtype)
 
     def add_rms_norm(self, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
