@@ -204,9 +204,9 @@ def choose_scaled_tiles(
 ) -> tuple[MoETile, MoETile]:
     """As `choose_tiles`, for weights in 8 bits with scales of `block`; rounded: and x in 8 bits. Measured, but for
     that, on an H200 for Qwen3-235B-A22B, whole and an eighth of it."""
-    if rounded:
-        if num_pairs > 100 * num_experts:
-            return MoETile(128, 128, 128, 8, 3), MoETile(128, 128, 128, 8, 5)
+    if rounded and num_pairs > 100 * num_experts:
+        tiles = MoETile(128, 128, 128, 8, 3), MoETile(128, 128, 128, 8, 5)
+    elif rounded:
         rows = 64 if num_pairs > 40 * num_experts else 32
         tiles = MoETile(rows, 64, 128, 4, 4, rows == 32), MoETile(rows, 128, 128, 4, 4, rows == 32)
     elif num_pairs > 12 * num_experts:
