@@ -12,6 +12,24 @@ from miniserve.core import EngineInfo, InvalidRequest, Request, SamplingParams
 _MAX_LOGPROBS = 20
 
 
+class ContextExceeded(InvalidRequest):
+    """With the code and, by default, the field that clients know it by. limit: of the context. prompt_len: None where
+    the prompt was not tokenized. max_tokens: what was asked for beside a prompt that is not too long alone. All in
+    tokens."""
+
+    def __init__(
+        self,
+        limit: int,
+        reason: str,
+        prompt_len: int | None = None,
+        max_tokens: int | None = None,
+        param: str = "input_tokens",
+    ) -> None:
+        message = f"This model's maximum context length is {limit} tokens. However, {reason}"
+        super().__init__(message, param, "context_length_exceeded")
+        self.limit, self.prompt_len, self.max_tokens = limit, prompt_len, max_tokens
+
+
 def check_request(request: Request, info: EngineInfo) -> Request:
     """Return the request with its `max_tokens` resolved (see `check_lengths`).
 
@@ -67,10 +85,11 @@ def check_lengths(prompt_len: int, max_tokens: int | None, limits: EngineInfo | 
     least_output = 0 if max_tokens == 0 else 1
     room = limits.max_model_len - prompt_len
     if room < least_output:
-        raise too_long(
+        raise ContextExceeded(
             limits.max_model_len,
             f"your prompt contains {prompt_len} input tokens, which leaves no room for output. Please shorten the "
             "prompt.",
+            prompt_len,
         )
     capacity = limits.num_blocks * limits.block_size
     output_len = min(room, max(capacity - prompt_len, 1)) if max_tokens is None else min(room, max_tokens)
@@ -82,12 +101,6 @@ def check_lengths(prompt_len: int, max_tokens: int | None, limits: EngineInfo | 
             "prompt" if prompt_len + least_output > capacity else "max_tokens",
         )
     return output_len
-
-
-def too_long(max_model_len: int, reason: str, param: str = "input_tokens") -> InvalidRequest:
-    """With the code and, by default, the field that clients know it by."""
-    message = f"This model's maximum context length is {max_model_len} tokens. However, {reason}"
-    return InvalidRequest(message, param, "context_length_exceeded")
 
 
 def check_vocabulary(token_ids: Sequence[int], param: str, vocab_size: int) -> None:

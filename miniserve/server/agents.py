@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 from miniserve.core import Completion, InvalidRequest
 from miniserve.engine.tokenizer import Tokenizer
+from miniserve.scheduler.limits import ContextExceeded
 from miniserve.server.chat import Chat, prepare
 from miniserve.server.fields import ASK_CHAT, LEAVE_OUT, OTHER_LENGTHS, REFUSED, Body, Refusal, Refused
 from miniserve.server.protocol import (
@@ -81,11 +82,12 @@ class Turn:
 @dataclass(frozen=True, slots=True)
 class Translation:
     """A request as one of a chat, whose messages the turns are. names: what fields of the chat are called in the
-    request."""
+    request. too_long: the API's own sentence about a length, where its clients look for one."""
 
     chat: ChatCompletionRequest
     names: Mapping[str, str]
     turns: Sequence[Turn]
+    too_long: Callable[[ContextExceeded], str] = str
 
     async def prepared(self, service: Service) -> Chat:
         """Raises `InvalidRequest` in the request's words, or `APIError`."""
@@ -103,7 +105,8 @@ class Translation:
         try:
             yield
         except InvalidRequest as error:
-            message, param = str(error), error.param or ""
+            message = self.too_long(error) if isinstance(error, ContextExceeded) else str(error)
+            param = error.param or ""
             place, root = _MESSAGE.match(param), re.split(r"[.\[]", param)[0]
             if place is not None:
                 param = self._source(place)

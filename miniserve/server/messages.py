@@ -11,6 +11,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from miniserve.core import FinishReason, InvalidRequest
+from miniserve.scheduler.limits import ContextExceeded
 from miniserve.server.agents import (
     PartsAnswer,
     Translation,
@@ -32,6 +33,7 @@ from miniserve.server.protocol import (
     Int,
     ListOf,
     NamedTool,
+    Parameters,
     Text,
     TextOrList,
     Texts,
@@ -74,7 +76,7 @@ class ToolDefinition(Body):
     type: Text | None = None
     name: FunctionName
     description: Text | None = None
-    input_schema: dict[str, Any] | None = None
+    input_schema: Parameters | None = None
     strict: bool | None = None
     # Without effect: the prefix cache needs no marks, and arguments are always sent as they come.
     cache_control: Any = None
@@ -127,7 +129,10 @@ class MessagesRequest(CountTokensRequest):
     top_k: Int | None = None
 
 
+# What Claude Code sends: all thinking stays in the prompt, as far as the chat template keeps it.
+_KEEP_THINKING = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
 _NAMES = {
+    "input_tokens": "prompt",
     "stop": "stop_sequences",
     "reasoning_effort": "output_config.effort",
     "chat_template_kwargs": "thinking",
@@ -137,8 +142,8 @@ MessagesRequest.refused = CountTokensRequest.refused = refused_beside(
     MessagesRequest,
     _NAMES,
     {
-        "container": (), "context_management": ({"edits": []},), "mcp_servers": ([],), "speed": ("standard",),
-        "inference_geo": (), "diagnostics": (), "output_format": (), "betas": ([],),
+        "container": (), "context_management": ({"edits": []}, _KEEP_THINKING), "mcp_servers": ([],),
+        "speed": ("standard",), "inference_geo": (), "diagnostics": (), "output_format": (), "betas": ([],),
     },
     {
         "output_format": "use output_config.format",
@@ -154,7 +159,6 @@ MessagesRequest.refused = CountTokensRequest.refused = refused_beside(
 class BlockOut(TypedDict):
     type: Literal["text", "thinking", "tool_use"]
     text: NotRequired[str]
-    citations: NotRequired[None]
     thinking: NotRequired[str]
     signature: NotRequired[str]
     id: NotRequired[str]
@@ -263,7 +267,7 @@ class MessagesAnswer(PartsAnswer):
     def _block(self, part: Part, text: str) -> BlockOut:
         match part.kind:
             case "text":
-                return {"type": "text", "text": text, "citations": None}
+                return {"type": "text", "text": text}
             case "thought":
                 return {"type": "thinking", "thinking": text, "signature": ""}
             case "call":
@@ -318,11 +322,26 @@ def _translated(service: Service, body: CountTokensRequest) -> Translation:
     if body.thinking is not None:
         _think(service, body.thinking, chat)
     if (output := body.output_config) is not None:
-        chat.reasoning_effort = output.effort
+        # The API's default is "high": to say so asks for nothing where the template knows no effort.
+        if output.effort != "high" or "reasoning_effort" in _template(service, chat):
+            chat.reasoning_effort = output.effort
         if output.format is not None:
             schema = JSONSchemaFormat(schema=output.format.json_schema)
             chat.response_format = ResponseFormat(type="json_schema", json_schema=schema)
-    return Translation(chat, _NAMES, turns)
+    return Translation(chat, _NAMES, turns, _too_long)
+
+
+def _too_long(error: ContextExceeded) -> str:
+    """In Anthropic's words, which clients look for: Claude Code then asks for less output, or sums up the
+    conversation."""
+    if error.prompt_len is None:
+        return f"prompt is too long: {error}"
+    if error.max_tokens is None:
+        return f"prompt is too long: {error.prompt_len} tokens > {error.limit - 1} maximum"
+    return (
+        f"input length and `max_tokens` exceed context limit: {error.prompt_len} + {error.max_tokens} > {error.limit}, "
+        "decrease input length or `max_tokens` and try again"
+    )
 
 
 def _think(service: Service, thinking: Thinking, chat: ChatCompletionRequest) -> None:
@@ -330,7 +349,7 @@ def _think(service: Service, thinking: Thinking, chat: ChatCompletionRequest) ->
     chat.include_reasoning = False if thinking.display == "omitted" else None
     if thinking.type == "adaptive":
         return
-    template = service.engine.tokenizer.chat_template.source(None, template_tools(chat.tools or []))
+    template = _template(service, chat)
     switch, enabled = thinking_switch(template), thinking.type == "enabled"
     if switch is not None:
         chat.chat_template_kwargs = {switch: enabled}
@@ -340,6 +359,10 @@ def _think(service: Service, thinking: Thinking, chat: ChatCompletionRequest) ->
             "it out.",
             "thinking",
         )
+
+
+def _template(service: Service, chat: ChatCompletionRequest) -> str:
+    return service.engine.tokenizer.chat_template.source(None, template_tools(chat.tools or []))
 
 
 def _tool(path: str, tool: ToolDefinition) -> Tool:

@@ -245,12 +245,15 @@ def _of_an_object(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
+Parameters = Annotated[dict[str, Any], AfterValidator(_of_an_object)]
+
+
 class FunctionDefinition(Lenient):
     """`parameters` is the JSON schema of the arguments; with `strict` it is enforced wherever the model calls it."""
 
     name: FunctionName
     description: Text | None = None
-    parameters: Annotated[dict[str, Any], AfterValidator(_of_an_object)] | None = None
+    parameters: Parameters | None = None
     strict: bool | None = None
 
 

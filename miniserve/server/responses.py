@@ -3,6 +3,7 @@ request."""
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NotRequired
@@ -11,6 +12,7 @@ from pydantic import AfterValidator, Field
 from typing_extensions import TypedDict
 
 from miniserve.core import Completion, FinishReason, InvalidRequest, TokenLogprobs
+from miniserve.engine.call_reader import FUNCTION_NAME
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server.agents import (
     PartsAnswer,
@@ -34,6 +36,7 @@ from miniserve.server.protocol import (
     Int,
     ListOf,
     OrText,
+    Parameters,
     Text,
     TextOrList,
     TokenLogprob,
@@ -45,7 +48,8 @@ from miniserve.server.reply import GenerationResponse
 from miniserve.server.service import Service
 from miniserve.server.structured import JSONSchemaFormat, ResponseFormat
 
-_LOGPROBS = "message.output_text.logprobs"
+_LOGPROBS, _ENCRYPTED = "message.output_text.logprobs", "reasoning.encrypted_content"
+_SEAL = "miniserve:"
 _TEXTS = ("input_text", "output_text", "reasoning_text", "summary_text", "text")
 
 
@@ -68,6 +72,7 @@ class Item(Body):
     content: TextOrList[Piece] | None = None
     call_id: Text | None = None
     name: CalledName | None = None
+    namespace: CalledName | None = None
     arguments: CalledArguments | None = None
     output: TextOrList[Piece] | None = None
     summary: ListOf[Piece] | None = None
@@ -88,18 +93,26 @@ Schema = Annotated[dict[str, Any], AfterValidator(_writable)]
 
 
 class FunctionTool(Body):
+    """Or, of type `namespace`, several under one name."""
+
     refused = refusals({
-        LEAVE_OUT: {"defer_loading": (False,), "allowed_callers": (["direct"],), "output_schema": ()}
+        LEAVE_OUT: {
+            "defer_loading": (False,), "allowed_callers": (["direct"],), "output_schema": (), "async": (False,)
+        }
     })  # fmt: skip
 
     type: Text
     name: FunctionName | None = None
     description: Text | None = None
-    parameters: Schema | None = None
+    parameters: Annotated[Parameters, AfterValidator(_writable)] | None = None
     strict: bool | None = None
+    tools: ListOf[FunctionTool] | None = None
 
     def shown(self) -> dict[str, Any]:
-        return self.model_dump(exclude=set(self.extras)) | {"strict": bool(self.strict)}
+        if self.tools is not None:
+            tools = [tool.shown() for tool in self.tools]
+            return {"type": self.type, "name": self.name, "description": self.description, "tools": tools}
+        return self.model_dump(exclude={*self.extras, "tools"}) | {"strict": bool(self.strict)}
 
 
 class TextFormat(Exact):
@@ -197,8 +210,10 @@ class ItemOut(TypedDict):
     role: NotRequired[Literal["assistant"]]
     content: NotRequired[list[dict[str, Any]]]
     summary: NotRequired[list[Any]]
+    encrypted_content: NotRequired[str]
     call_id: NotRequired[str]
     name: NotRequired[str]
+    namespace: NotRequired[str]
     arguments: NotRequired[str]
 
 
@@ -236,6 +251,12 @@ class ResponsesAnswer(PartsAnswer):
         super().__init__(model, tokenizer, chat)
         self._body = body
         self._params = chat.params
+        self._seals = _ENCRYPTED in (body.include or ())
+        self._namespaces = {
+            _full_name(each.name or "", tool.name or ""): (each.name or "", tool.name or "")
+            for each in body.tools or ()
+            for tool in each.tools or ()
+        }
         self._serial = -1
         self._entries: list[TokenLogprobs] = []
         self._num_shown = 0  # of the entries
@@ -248,7 +269,9 @@ class ResponsesAnswer(PartsAnswer):
             yield self._event(f"response.{kind}", response=self._response("in_progress"))
 
     def begun(self, part: Part) -> Iterator[dict[str, Any]]:
-        yield self._event("response.output_item.added", output_index=part.number, item=_item(part, "", "in_progress"))
+        yield self._event(
+            "response.output_item.added", output_index=part.number, item=self._item(part, "", "in_progress")
+        )
         if part.kind != "call":
             yield self._about(part, "response.content_part.added", part=_content(part, ""))
 
@@ -263,14 +286,14 @@ class ResponsesAnswer(PartsAnswer):
     def ended(self, part: Part) -> Iterator[dict[str, Any]]:
         text = part.text
         if part.kind == "call":
-            yield self._about(part, "response.function_call_arguments.done", arguments=text, name=part.name)
+            yield self._about(part, "response.function_call_arguments.done", arguments=text, **self._called(part))
         else:
             if part.kind == "text":
                 self._new_logprobs(part)
             beside = {"logprobs": part.logprobs} if part.kind == "text" else {}
             yield self._about(part, f"response.{_WORDS[part.kind]}.done", text=text, **beside)
             yield self._about(part, "response.content_part.done", part=_content(part, text))
-        yield self._event("response.output_item.done", output_index=part.number, item=_item(part, text))
+        yield self._event("response.output_item.done", output_index=part.number, item=self._item(part, text))
 
     def closing(self) -> Iterator[dict[str, Any]]:
         status, reason = self._outcome()
@@ -322,7 +345,7 @@ class ResponsesAnswer(PartsAnswer):
             "error": error,
             "incomplete_details": incomplete,
             "model": self.model,
-            "output": [] if running else [_item(part, part.text) for part in self._reader.parts],
+            "output": [] if running else [self._item(part, part.text) for part in self._reader.parts],
             "usage": None if running else self._usage(),
             "store": False,
             "instructions": body.instructions,
@@ -341,6 +364,29 @@ class ResponsesAnswer(PartsAnswer):
             "background": False,
         }
 
+    def _item(self, part: Part, text: str, status: Literal["in_progress"] | None = None) -> ItemOut:
+        item: ItemOut = {
+            "id": _item_id(part),
+            "type": "message",
+            "status": status or ("completed" if part.complete else "incomplete"),
+        }
+        contents = [] if status else [_content(part, text)]
+        match part.kind:
+            case "text":
+                return {**item, "role": "assistant", "content": contents}
+            case "thought":
+                item = {**item, "type": "reasoning", "summary": [], "content": contents}
+                return {**item, "encrypted_content": _sealed(text)} if self._seals and not status else item
+            case "call":
+                beside = {"call_id": part.id, **self._called(part), "arguments": text}
+                return {**item, "type": "function_call", **beside}  # type: ignore[typeddict-item]
+
+    def _called(self, part: Part) -> dict[str, str]:
+        """The name of a call's function, and its namespace if it has one."""
+        if (found := self._namespaces.get(part.name)) is None:
+            return {"name": part.name}
+        return {"namespace": found[0], "name": found[1]}
+
     def _usage(self) -> ResponseUsage:
         return {
             "input_tokens": self._prompt_tokens,
@@ -356,23 +402,6 @@ _WORDS = {"text": "output_text", "thought": "reasoning_text", "call": "function_
 
 def _item_id(part: Part) -> str:
     return {"text": "msg_", "thought": "rs_", "call": "fc_"}[part.kind] + part.id
-
-
-def _item(part: Part, text: str, status: Literal["in_progress"] | None = None) -> ItemOut:
-    item: ItemOut = {
-        "id": _item_id(part),
-        "type": "message",
-        "status": status or ("completed" if part.complete else "incomplete"),
-    }
-    contents = [] if status else [_content(part, text)]
-    match part.kind:
-        case "text":
-            return {**item, "role": "assistant", "content": contents}
-        case "thought":
-            return {**item, "type": "reasoning", "summary": [], "content": contents}
-        case "call":
-            beside = {"call_id": part.id, "name": part.name, "arguments": text}
-            return {**item, "type": "function_call", **beside}  # type: ignore[typeddict-item]
 
 
 def _content(part: Part, text: str) -> dict[str, Any]:
@@ -403,7 +432,7 @@ def _translated(body: ResponsesRequest) -> Translation:
     chat.max_tokens, chat.temperature, chat.top_p = body.max_output_tokens, body.temperature, body.top_p
     chat.tool_choice, chat.parallel_tool_calls, chat.stream = body.tool_choice, body.parallel_tool_calls, body.stream
     if body.tools:
-        chat.tools = [_tool(f"tools[{index}]", tool) for index, tool in enumerate(body.tools)]
+        chat.tools = [each for index, tool in enumerate(body.tools) for each in _tools(f"tools[{index}]", tool)]
     chat.logprobs, chat.top_logprobs = _LOGPROBS in (body.include or ()) or None, body.top_logprobs
     if chat.top_logprobs and not chat.logprobs:
         raise InvalidRequest(f"top_logprobs needs include to have {_LOGPROBS}.", "top_logprobs")
@@ -421,13 +450,46 @@ def _translated(body: ResponsesRequest) -> Translation:
     return Translation(chat, _NAMES, turns)
 
 
-def _tool(path: str, tool: FunctionTool) -> Tool:
-    if tool.type != "function":
-        raise InvalidRequest(
-            f"{path}.type: there are no built-in tools here, such as {tool.type[:50]!r}; only functions.",
-            f"{path}.type",
-        )
-    return function_tool(needed(path, "name", tool.name), tool.description, tool.parameters, tool.strict)
+def _tools(path: str, tool: FunctionTool, namespace: str | None = None) -> Iterator[Tool]:
+    """The function, or those of a namespace, whose description goes before that of its first."""
+    match tool.type:
+        case "namespace" if namespace is None:
+            name = needed(path, "name", tool.name)
+            for index, each in enumerate(needed(path, "tools", tool.tools)):
+                if not index and tool.description:
+                    text = f"{tool.description}\n{each.description or ''}".rstrip()
+                    each = each.model_copy(update={"description": text})
+                yield from _tools(f"{path}.tools[{index}]", each, name)
+        case "function":
+            name = needed(path, "name", tool.name)
+            full = name if namespace is None else _full_name(namespace, name)
+            if FUNCTION_NAME.fullmatch(full) is None:
+                raise InvalidRequest(f"{path}.name: with its namespace it is too long.", f"{path}.name")
+            yield function_tool(full, tool.description, tool.parameters, tool.strict)
+        case _:
+            raise InvalidRequest(
+                f"{path}.type: there are no built-in tools here, such as {tool.type[:50]!r}; only functions.",
+                f"{path}.type",
+            )
+
+
+def _full_name(namespace: str, name: str) -> str:
+    """As the model knows a function of a namespace."""
+    return f"{namespace}__{name}"
+
+
+def _sealed(thought: str) -> str:
+    """Some clients send back reasoning in this form alone. It is no secret: the text stands beside it."""
+    return _SEAL + base64.b64encode(thought.encode()).decode()
+
+
+def _unsealed(value: str | None) -> list[str]:
+    """Raises `ValueError` for what `_sealed` has not made."""
+    if value is None:
+        return []
+    if not value.startswith(_SEAL):
+        raise ValueError("not from here")
+    return [base64.b64decode(value.removeprefix(_SEAL), validate=True).decode()]
 
 
 def _add(path: str, item: Item, turns: list[Turn]) -> None:
@@ -443,20 +505,29 @@ def _add(path: str, item: Item, turns: list[Turn]) -> None:
         case "reasoning":
             texts = texts_of(f"{path}.content", item.content or [], _TEXTS)
             texts = texts or texts_of(f"{path}.summary", item.summary or [], _TEXTS)
-            if not texts and item.encrypted_content:
+            try:
+                texts = texts or _unsealed(item.encrypted_content or None)
+            except ValueError:
                 raise InvalidRequest(
                     f"{path}.encrypted_content: what another server has encrypted cannot be read here; leave the item "
                     "out.",
                     f"{path}.encrypted_content",
-                )
+                ) from None
             turns.append(Turn(path, "assistant", thoughts=texts))
         case "function_call":
             if last is None:
                 turns.append(Turn(path, "assistant"))
             arguments = needed(path, "arguments", item.arguments)
-            turns[-1].calls.append(called(path, needed(path, "call_id", item.call_id), item.name, arguments))
+            name = item.name if item.namespace is None else _full_name(item.namespace, needed(path, "name", item.name))
+            turns[-1].calls.append(called(path, needed(path, "call_id", item.call_id), name, arguments))
         case "function_call_output":
             text = "\n".join(texts_of(f"{path}.output", needed(path, "output", item.output), _TEXTS))
             turns.append(Turn(path, "tool", [text], answers=needed(path, "call_id", item.call_id)))
+        case "item_reference":
+            raise InvalidRequest(
+                f"{path}.type: nothing is stored here that an item could refer to; send the item itself, as clients do "
+                "with store: false.",
+                f"{path}.type",
+            )
         case _:
             raise InvalidRequest(f"{path}.type: an item of type {item.type[:50]!r} is not supported.", f"{path}.type")

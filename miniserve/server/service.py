@@ -12,7 +12,7 @@ from typing import TypeVar
 from miniserve.core import Grammar, InvalidRequest, Request, SamplingParams
 from miniserve.engine.grammar import check_grammar
 from miniserve.engine.replicas import Engine
-from miniserve.scheduler.limits import check_request, too_long
+from miniserve.scheduler.limits import ContextExceeded, check_request
 from miniserve.server.config import ServerConfig
 from miniserve.server.errors import APIError
 from miniserve.server.fields import Body, FieldPolicy
@@ -79,10 +79,12 @@ class Service:
             requests.append(check_request(request, info))
             room = info.max_model_len - len(ids)
             if asked is not None and asked > room:
-                raise too_long(
+                raise ContextExceeded(
                     info.max_model_len,
                     f"you requested {len(ids) + asked} tokens: {len(ids)} in your prompt and {asked} of output. Please "
                     f"shorten the prompt, or ask for at most {room} tokens with {field}.",
+                    len(ids),
+                    asked,
                     field,
                 )
             if number % 32 == 31:
@@ -126,7 +128,7 @@ class Service:
         limit, longest = self.engine.info.max_model_len, self.engine.tokenizer.longest_token
         for text in texts:
             if not any_length and len(text) > limit * longest:
-                raise too_long(
+                raise ContextExceeded(
                     limit,
                     f"your prompt has {len(text)} characters, and no token stands for more than {longest}. Please "
                     "shorten the prompt.",

@@ -78,7 +78,10 @@ _CHATML = """
 {%- for message in messages %}
     {%- if message.role == 'tool' %}
         {{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response>' }}
-    {%- else %}{{- '<|im_start|>' + message.role + '\\n' + (message.content or '') }}{% endif %}
+    {%- else %}{{- '<|im_start|>' + message.role + '\\n' }}
+        {%- if message.reasoning_content %}{{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}{% endif %}
+        {{- message.content or '' }}
+    {%- endif %}
     {%- for call in message.tool_calls or [] %}{{- '\\n' }}CALL{% endfor %}
     {{- '<|im_end|>\\n' }}
 {%- endfor %}
@@ -137,6 +140,7 @@ _MISTRAL_V11_CALLS = """
 _DEEPSEEK = """
 {%- if tools %}{% for tool in tools %}{{- tool | tojson }}{% endfor %}{% endif %}
 {%- for message in messages %}
+    {%- if message['role'] == 'system' %}{{- message['content'] }}{% endif %}
     {%- if message['role'] == 'user' %}{{- '<｜User｜>' + message['content'] }}{% endif %}
     {%- if message['role'] == 'assistant' %}
         {{- '<｜Assistant｜></think>' + message['content'] }}

@@ -98,7 +98,7 @@ class Scripted:
 
 def scripted(dialect: str, directory: Path, **config: object) -> Iterator[Scripted]:
     special = ("[TOOL_CALLS]", "[ARGS]") if dialect.startswith("mistral") else ()
-    engine = FakeEngine(max_model_len=2048)
+    engine = FakeEngine(max_model_len=4096, num_blocks=256)
     engine.tokenizer = tokenizer_with(directory, TEMPLATES[dialect], special)
     engine.info = msgspec.structs.replace(engine.info, vocab_size=engine.tokenizer.vocab_size)
     with (

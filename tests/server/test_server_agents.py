@@ -286,6 +286,121 @@ def test_reasoning_is_switched_by_the_template(model: Scripted, claude: Anthropi
     assert block.text == "Four."
 
 
+def test_what_claude_code_sends(model: Scripted) -> None:
+    """Version 2.1.197, shortened: a system message among the others, and fields that ask for what is so anyway."""
+    body = {
+        "model": "tiny/fake",
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "Hello.", "cache_control": {"type": "ephemeral"}}]},
+            {"role": "system", "content": "Skills: review"},
+            {
+                "role": "assistant",
+                "content": [{"type": "thinking", "thinking": "I should look.", "signature": ""}, USE],
+            },
+            {
+                "role": "user",
+                "content": [{**RESULT, "is_error": False, "cache_control": {"type": "ephemeral"}}],
+            },
+        ],
+        "system": [
+            {"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1.197.f03; cc_entrypoint=sdk-cli;"},
+            {"type": "text", "text": "You are an agent.", "cache_control": {"type": "ephemeral"}},
+        ],
+        "tools": [
+            {
+                "name": "now",
+                "description": "The time.",
+                "input_schema": {
+                    "$schema": "https://json-schema.org/draft/2020-12/schema",
+                    "type": "object",
+                    "properties": {"zone": {"description": "Where.", "type": "string"}},
+                    "additionalProperties": False,
+                },
+            }
+        ],
+        "metadata": {"user_id": '{"device_id":"e","account_uuid":"","session_id":"2"}'},
+        "max_tokens": 100,
+        "thinking": {"type": "adaptive"},
+        "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+        "output_config": {"effort": "high"},
+        "stream": True,
+    }
+    model.says(THOUGHT + WRITERS["hermes"]([("now", {"zone": "UTC"})]))
+    answer = httpx.post(f"{model.server.url}/messages?beta=true", json=body)
+    assert answer.status_code == 200
+    assert "event: message_stop" in answer.text
+    places = [model.prompt.index(text) for text in ("You are an agent.", "The time.", "Hello.", "Skills: review",
+                                                    "<think>\nI should look.\n</think>")]  # fmt: skip
+    assert places[2:] == sorted(places[2:])
+
+
+def test_a_length_is_refused_in_anthropics_words(model: Scripted, claude: Anthropic) -> None:
+    """Claude Code 2.1.197 looks for both sentences, and asks again for as much output as the first leaves."""
+    limit = model.server.engine.info.max_model_len
+    room = limit - claude.messages.count_tokens(model="tiny/fake", messages=[ASKED]).input_tokens
+    model.says("Hi.")
+    assert message(claude, False, max_tokens=room).content[0].text == "Hi."
+    words = (
+        rf"\'message\': 'input length and `max_tokens` exceed context limit: {limit - room} \+ {room + 1} > {limit},"
+    )
+    with pytest.raises(anthropic.BadRequestError, match=words):
+        message(claude, False, max_tokens=room + 1)
+    long = {"role": "user", "content": "word " * limit}
+    num_tokens = claude.messages.count_tokens(model="tiny/fake", messages=[long]).input_tokens
+    words = rf"\'message\': 'prompt is too long: {num_tokens} tokens > {limit - 1} maximum'"
+    with pytest.raises(anthropic.BadRequestError, match=words):
+        message(claude, False, long)
+    with pytest.raises(anthropic.BadRequestError, match=r"\'message\': .prompt is too long: This model's maximum"):
+        message(claude, False, {"role": "user", "content": "word " * limit * 20})
+
+
+def test_blocks_have_no_fields_that_strict_clients_refuse(model: Scripted) -> None:
+    """The AI SDK (@ai-sdk/anthropic 3.0.140) takes no null as a text's citations."""
+    model.says("Hi.")
+    assert httpx.post(f"{model.server.url}/messages", json=MESSAGE_BODY).json()["content"] == [
+        {"type": "text", "text": "Hi."}
+    ]
+    (begun,) = [event for event in events_of(model, "messages", MESSAGE_BODY) if event["type"].endswith("block_start")]
+    assert begun["content_block"] == {"type": "text", "text": ""}
+
+
+def test_functions_in_a_namespace(model: Scripted) -> None:
+    """As Codex (0.171.0) sends those of its agents and of MCP servers."""
+    spawn = {"type": "function", "name": "spawn", "description": "A new one.", "strict": False, "parameters": SCHEMA}
+    close = {"type": "function", "name": "close", "strict": False, "parameters": NOTHING}
+    tools = [{"type": "namespace", "name": "agents", "description": "Of agents.", "tools": [spawn, close]}, close]
+    body = RESPONSE_BODY | {"tools": tools}
+    model.says(WRITERS["hermes"]([("agents__spawn", CALLS[0][1]), ("agents__close", {}), ("close", {})]))
+    answer = httpx.post(f"{model.server.url}/responses", json=body).json()
+    assert "Of agents.\\nA new one." in model.prompt
+    found = [(call["type"], call.get("namespace"), call["name"]) for call in answer["output"]]
+    assert found == [("function_call", *each) for each in (("agents", "spawn"), ("agents", "close"), (None, "close"))]
+    assert answer["tools"] == [
+        {**tools[0], "tools": [spawn, close | {"description": None}]}, close | {"description": None}
+    ]  # fmt: skip
+    events = events_of(model, "responses", body)
+    items = [event["item"] for event in events if event["type"].endswith("output_item.done")]
+    assert [(item.get("namespace"), item["name"]) for item in items] == [each[1:] for each in found]
+    results = [{"type": "function_call_output", "call_id": call["call_id"], "output": "done"} for call in items]
+    httpx.post(f"{model.server.url}/responses", json=body | {"input": [ASKED, *items, *results]}).raise_for_status()
+    places = [model.prompt.rindex(f'"name": "{name}"') for name in ("agents__spawn", "agents__close", "close")]
+    assert places == sorted(places)
+
+
+def test_reasoning_comes_back_also_sealed(model: Scripted) -> None:
+    """The AI SDK sends back `encrypted_content` alone."""
+    model.says(THOUGHT + "I look.")
+    asked: Any = {"include": ["reasoning.encrypted_content"], "store": False}
+    thought = response(model, False, **asked).output[0].to_dict()
+    assert thought["content"][0]["text"] == "Let me look."
+    sealed = {name: thought[name] for name in ("type", "id", "summary", "encrypted_content")}
+    response(model, False, [ASKED, sealed, {"role": "assistant", "content": "I look."}, ASKED], **asked)
+    assert model.prompt.count("<think>\nLet me look.\n</think>\n\nI look.") == 1
+    last = response(model, True, **asked)
+    assert last.output[0].to_dict()["encrypted_content"] == thought["encrypted_content"]
+    assert "encrypted_content" not in response(model, False).output[0].to_dict()
+
+
 def test_a_last_message_of_the_assistant_goes_on(model: Scripted, claude: Anthropic) -> None:
     model.says(" is four.")
     answer = message(claude, False, ASKED, {"role": "assistant", "content": "Two and two"})
@@ -329,7 +444,9 @@ def said(*blocks: Any, role: str = "user") -> dict[str, Any]:
         ({"tool_choice": {"type": "tool"}}, "tool_choice"),
         ({"tool_choice": {"type": "any"}, "tools": []}, "tool_choice"),
         ({"thinking": {"type": "between_tools"}}, "thinking.type"),
-        ({"output_config": {"effort": "high"}}, "output_config.effort"),
+        ({"tools": [{"name": "now", "input_schema": {"type": "array"}}]}, "tools[0].input_schema"),
+        ({"output_config": {"effort": "low"}}, "output_config.effort"),
+        ({"context_management": {"edits": [{"type": "clear_thinking_20251015"}]}}, "context_management"),
         ({"output_config": {"format": {"type": "json_schema", "schema": {"not": {}}}}}, "output_config.format"),
         ({"stop_sequences": [""]}, "stop_sequences"),
         ({"temperature": -1}, "temperature"),
@@ -369,6 +486,14 @@ CALL = {"type": "function_call", "call_id": "1", "name": "now", "arguments": "{}
         ({"input": [{"type": "reasoning", "summary": [], "encrypted_content": "x"}]}, "input[0].encrypted_content"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"type": "function"}]}, "tools[0].name"),
+        ({"tools": [{"type": "function", "name": "f", "parameters": {"type": "array"}}]}, "tools[0].parameters"),
+        ({"tools": [{"type": "namespace", "name": "n"}]}, "tools[0].tools"),
+        ({"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "namespace"}]}]}, "tools[0].tools[0].type"),
+        (
+            {"tools": [{"type": "namespace", "name": "n" * 99, "tools": [{"type": "function", "name": "f" * 99}]}]},
+            "tools[0].tools[0].name",
+        ),
+        ({"input": [{"type": "reasoning", "encrypted_content": "miniserve:?"}]}, "input[0].encrypted_content"),
         ({"tools": [*RESPONSES_TOOLS, RESPONSES_TOOLS[0]]}, "tools"),
         ({"tool_choice": {"type": "function", "name": "other"}}, "tool_choice"),
         ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
