@@ -201,6 +201,10 @@ class AnthropicError(TypedDict):
     request_id: str
 
 
+# Clients send thinking back only with one (the AI SDK's streams, litellm's). It is not looked at.
+_SIGNATURE = "miniserve"
+
+
 class MessagesAnswer(PartsAnswer):
     id_prefix = "msg_"
     beat = b'event: ping\ndata: {"type": "ping"}\n\n'
@@ -224,6 +228,9 @@ class MessagesAnswer(PartsAnswer):
         return {"type": "content_block_delta", "index": part.number, "delta": {"type": kind, key: text}}
 
     def ended(self, part: Part) -> Iterator[dict[str, Any]]:
+        if part.kind == "thought":
+            delta = {"type": "signature_delta", "signature": _SIGNATURE}
+            yield {"type": "content_block_delta", "index": part.number, "delta": delta}
         yield {"type": "content_block_stop", "index": part.number}
 
     def closing(self) -> Iterator[dict[str, Any]]:
@@ -269,7 +276,7 @@ class MessagesAnswer(PartsAnswer):
             case "text":
                 return {"type": "text", "text": text}
             case "thought":
-                return {"type": "thinking", "thinking": text, "signature": ""}
+                return {"type": "thinking", "thinking": text, "signature": _SIGNATURE if text else ""}
             case "call":
                 return {"type": "tool_use", "id": part.id, "name": part.name, "input": _input(text)}
 

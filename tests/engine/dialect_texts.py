@@ -79,7 +79,9 @@ _CHATML = """
     {%- if message.role == 'tool' %}
         {{- '<|im_start|>user\\n<tool_response>\\n' + message.content + '\\n</tool_response>' }}
     {%- else %}{{- '<|im_start|>' + message.role + '\\n' }}
-        {%- if message.reasoning_content %}{{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}{% endif %}
+        {%- if message.reasoning_content %}
+            {{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}
+        {%- endif %}
         {{- message.content or '' }}
     {%- endif %}
     {%- for call in message.tool_calls or [] %}{{- '\\n' }}CALL{% endfor %}

@@ -81,7 +81,7 @@ def test_messages_round_trip(model: Scripted, claude: Anthropic, stream: bool) -
     assert (first.type, first.role, first.model) == ("message", "assistant", "tiny/fake")
     assert (first.stop_reason, first.stop_sequence) == ("tool_use", None)
     thinking, text, *calls = first.content
-    assert (thinking.type, thinking.thinking) == ("thinking", "Let me look.")
+    assert (thinking.type, thinking.thinking, thinking.signature) == ("thinking", "Let me look.", "miniserve")
     assert (text.type, text.text) == ("text", "I look.")
     assert [(call.type, call.name, call.input) for call in calls] == [("tool_use", *call) for call in CALLS]
     assert len({call.id for call in calls}) == 2
@@ -171,10 +171,11 @@ def test_events_of_messages_are_anthropics(model: Scripted) -> None:
     assert (events[0]["message"]["content"], events[0]["message"]["stop_reason"]) == ([], None)
     assert events[0]["message"]["usage"]["output_tokens"] == 1
     assert events[-2]["usage"]["output_tokens"] == len(model.server.engine.script)
-    for index, delta_type in enumerate(["thinking_delta", "text_delta", "input_json_delta", "input_json_delta"]):
+    kinds = [{"thinking_delta", "signature_delta"}, {"text_delta"}, {"input_json_delta"}, {"input_json_delta"}]
+    for index, delta_types in enumerate(kinds):
         first, *deltas, last = [event for event in events if event.get("index") == index]
         assert (first["type"], last["type"]) == ("content_block_start", "content_block_stop")
-        assert {delta["delta"]["type"] for delta in deltas} == {delta_type}
+        assert {delta["delta"]["type"] for delta in deltas} == delta_types
     indexes = [event["index"] for event in events if "index" in event]
     assert indexes == sorted(indexes)
 
