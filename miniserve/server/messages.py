@@ -237,8 +237,8 @@ class MessagesAnswer(PartsAnswer):
         yield {"type": "message_delta", "delta": self._stop(), "usage": self._usage()}
         yield {"type": "message_stop"}
 
-    def failure(self, error: APIError) -> dict[str, Any]:
-        return error.anthropic_envelope()
+    def failure(self, error: APIError) -> Iterator[dict[str, Any]]:
+        yield error.anthropic_envelope()
 
     def _message(self) -> dict[str, Any]:
         return {

@@ -85,9 +85,9 @@ class Answer(ABC):
         """The events behind those of the last delta."""
         return ()
 
-    def failure(self, error: APIError) -> dict[str, Any]:
-        """The event of a generation that failed."""
-        return error.envelope()
+    def failure(self, error: APIError) -> Iterable[dict[str, Any]]:
+        """The events of a generation that failed."""
+        return (error.envelope(),)
 
     def count(self, number: int, delta: Completion) -> None:
         """Take a delta's tokens into the usage."""
@@ -271,7 +271,7 @@ class GenerationResponse(Response):
         except Exception as error:
             if not isinstance(error, APIError | InvalidRequest):
                 logger.error("A streaming request failed.", exc_info=error)
-            await self._send_all(send, [answer.failure(as_api_error(error))])
+            await self._send_all(send, answer.failure(as_api_error(error)))
         await send({"type": "http.response.body", "body": answer.end, "more_body": False})
 
     async def _send_all(self, send: Send, events: Iterable[dict[str, Any]]) -> None:

@@ -299,9 +299,12 @@ class ResponsesAnswer(PartsAnswer):
         status, reason = self._outcome()
         yield self._event(f"response.{status}", response=self._response(status, reason))
 
-    def failure(self, error: APIError) -> dict[str, Any]:
-        response = self._response("failed", error={"code": "server_error", "message": clip(error.message)})
-        return self._event("response.failed", response=response)
+    def failure(self, error: APIError) -> Iterator[dict[str, Any]]:
+        """Twice: openai-python raises an exception for the first, where programs that look for answers alone (such as
+        langchain) would pass over the second."""
+        shown = {"code": "server_error", "message": clip(error.message)}
+        yield self._event("error", **shown, param=None, error={"type": "server_error", **shown, "param": None})
+        yield self._event("response.failed", response=self._response("failed", error=shown))
 
     def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
         self._serial += 1

@@ -1,25 +1,47 @@
-"""langchain's ChatOpenAI."""
+"""langchain's ChatOpenAI, over both of OpenAI's APIs, and its ChatAnthropic."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import anthropic
+import openai
 import pytest
 from dialect_texts import WRITERS
 from pydantic import BaseModel, Field
 from server_fakes import running_server
-from server_scripted import CALLS, TOOLS, Scripted
+from server_scripted import CALLS, NOW, WEATHER, Scripted
 
-pytest.importorskip("langchain_openai", reason="needs langchain-openai: pip install -e '.[clients]'")
+WHY = "needs langchain: pip install -e '.[clients]'"
+messages = pytest.importorskip("langchain_core.messages", reason=WHY)
+exceptions = pytest.importorskip("langchain_core.exceptions", reason=WHY)
+langchain_openai = pytest.importorskip("langchain_openai", reason=WHY)
+langchain_anthropic = pytest.importorskip("langchain_anthropic", reason=WHY)
 
-import openai
-from langchain_core.messages import HumanMessage, ToolMessage
-from langchain_openai import ChatOpenAI
+TOOLS = [WEATHER, {"type": "function", "function": {**NOW["function"], "parameters": {"type": "object"}}}]
+APIS = ("chat", "responses", "messages")
+ASKED = "How will the weather be? Answer in JSON."
 
 
-def chat(model: Scripted, **options: Any) -> ChatOpenAI:
-    options = {"model": "tiny/fake", "max_retries": 0, "stream_usage": True, **options}
-    return ChatOpenAI(base_url=model.server.url, api_key="any", **options)
+def chat(scripted: Scripted, api: str, **options: Any) -> Any:
+    options = {"model": "tiny/fake", "api_key": "any", "max_retries": 0, "stream_usage": True, **options}
+    if api == "messages":
+        options = {"max_tokens": 500, **options}
+        return langchain_anthropic.ChatAnthropic(base_url=scripted.server.root, **options)
+    return langchain_openai.ChatOpenAI(base_url=scripted.server.url, use_responses_api=api == "responses", **options)
+
+
+def whole(llm: Any, asked: Any) -> Any:
+    return llm.invoke(asked)
+
+
+def streamed(llm: Any, asked: Any) -> Any:
+    """The chunks' sum, as langchain adds them up."""
+    first, *rest = llm.stream(asked)
+    for chunk in rest:
+        first += chunk
+    return first
 
 
 class Weather(BaseModel):
@@ -30,35 +52,21 @@ class Weather(BaseModel):
     notes: list[str] | None = None
 
 
-ANSWER = '{"city": "Bad \\"Ems\\"", "days": 2, "notes": ["wet"]}'
-WEATHER = Weather(city='Bad "Ems"', days=2, notes=["wet"])
-ASKED = "How will the weather be?"
+VALUES = Weather(city='Bad "Ems"', days=2, notes=["wet"])
 
 
-def whole(llm: Any, messages: Any, **options: Any) -> Any:
-    return llm.invoke(messages, **options)
-
-
-def streamed(llm: Any, messages: Any, **options: Any) -> Any:
-    """The chunks' sum, as langchain adds them up."""
-    first, *rest = llm.stream(messages, **options)
-    for chunk in rest:
-        first += chunk
-    return first
-
-
-@pytest.mark.parametrize("responses", [False, True], ids=["chat", "responses"])
 @pytest.mark.parametrize("ask", [whole, streamed])
-def test_calls_and_their_results(each: Scripted, ask: Any, responses: bool) -> None:
-    llm = chat(each, use_responses_api=responses).bind_tools(TOOLS)
+@pytest.mark.parametrize("api", APIS)
+def test_calls_and_their_results(each: Scripted, ask: Any, api: str) -> None:
+    llm = chat(each, api).bind_tools(TOOLS)
     each.says(WRITERS[each.dialect](CALLS), "It will be warm.")
-    question = HumanMessage(ASKED)
+    question = messages.HumanMessage(ASKED)
     answer = ask(llm, [question])
     assert [(call["name"], call["args"]) for call in answer.tool_calls] == CALLS
     assert not answer.invalid_tool_calls
-    if not responses:
-        assert answer.response_metadata["finish_reason"] == "tool_calls"
-    results = [ToolMessage(f"17 degrees {i}", tool_call_id=call["id"]) for i, call in enumerate(answer.tool_calls)]
+    results = [
+        messages.ToolMessage(f"17 degrees {i}", tool_call_id=call["id"]) for i, call in enumerate(answer.tool_calls)
+    ]
     last = ask(llm, [question, answer, *results])
     assert (last.text, last.tool_calls) == ("It will be warm.", [])
     assert "17 degrees 1" in each.prompt
@@ -66,59 +74,81 @@ def test_calls_and_their_results(each: Scripted, ask: Any, responses: bool) -> N
 
 
 @pytest.mark.parametrize("choice", ["any", "get_weather"])
-def test_a_call_that_must_come(each: Scripted, choice: str) -> None:
+@pytest.mark.parametrize("api", APIS)
+def test_a_call_that_must_come(each: Scripted, api: str, choice: str) -> None:
     each.says(WRITERS[each.dialect](CALLS[:1]))
-    answer = chat(each).bind_tools(TOOLS, tool_choice=choice).invoke(ASKED)
+    answer = chat(each, api).bind_tools(TOOLS, tool_choice=choice).invoke(ASKED)
     assert [(call["name"], call["args"]) for call in answer.tool_calls] == CALLS[:1]
     assert each.fits()
 
 
-@pytest.mark.parametrize("strict", [None, True])
-@pytest.mark.parametrize("method", ["function_calling", "json_mode", "json_schema"])
-@pytest.mark.parametrize("responses", [False, True], ids=["chat", "responses"])
-def test_structured_output(each: Scripted, method: Any, strict: bool | None, responses: bool) -> None:
-    if method == "json_mode" and strict:
-        pytest.skip("langchain has no strict json_mode")
-    llm = chat(each, use_responses_api=responses)
-    written = WRITERS[each.dialect]([("Weather", WEATHER.model_dump())])
-    each.says(written if method == "function_calling" else ANSWER)
-    options = {} if strict is None else {"strict": strict}
-    for ask in (whole, streamed):
+METHODS = [
+    *((api, method) for api in APIS[:2] for method in ("function_calling", "json_mode", "json_schema")),
+    *(("messages", method) for method in ("function_calling", "json_schema")),
+]
+
+
+@pytest.mark.parametrize(("api", "method"), METHODS)
+def test_structured_output(each: Scripted, api: str, method: str) -> None:
+    values = VALUES.model_dump()
+    called = method == "function_calling"
+    each.says(WRITERS[each.dialect]([("Weather", values)]) if called else json.dumps(values))
+    for strict in (None, True):
+        if strict and (method == "json_mode" or api == "messages"):
+            continue  # which langchain does not take
+        options = {} if strict is None else {"strict": strict}
         for schema in (Weather, Weather.model_json_schema()):
-            bound = llm.with_structured_output(schema, method=method, include_raw=True, **options)
-            found = ask(bound, ASKED + " Answer in JSON.")
-            assert found["parsing_error"] is None
-            assert found["parsed"] == (WEATHER if schema is Weather else WEATHER.model_dump()), found
-            assert each.fits()
+            llm = chat(each, api).with_structured_output(schema, method=method, include_raw=True, **options)
+            for ask in (whole, streamed):
+                found = ask(llm, ASKED)
+                assert found["parsing_error"] is None
+                assert found["parsed"] == (VALUES if schema is Weather else values)
+                assert each.fits()
 
 
-def test_reasoning(qwen: Scripted) -> None:
-    qwen.says("<think>\nTwo and two.\n</think>\n\nFour.")
-    for ask in (whole, streamed):
-        answer = ask(chat(qwen), ASKED)
-        assert answer.text == "Four."
-        assert answer.usage_metadata["output_token_details"]["reasoning"] > 2
-        answer = ask(chat(qwen, use_responses_api=True), ASKED)
-        assert answer.text == "Four."
-        print(answer)
+@pytest.mark.parametrize("ask", [whole, streamed])
+@pytest.mark.parametrize("api", APIS)
+def test_reasoning(qwen: Scripted, ask: Any, api: str) -> None:
+    """Of chats langchain reads none, and of the events of /v1/responses only summaries."""
+    qwen.says("<think>\nI look.\n</think>\n\n" + WRITERS["hermes"](CALLS[:1]), "<think>\nWarm.\n</think>\n\nFour.")
+    llm, question = chat(qwen, api).bind_tools(TOOLS), messages.HumanMessage(ASKED)
+    answer = ask(llm, [question])
+    result = messages.ToolMessage("17 degrees", tool_call_id=answer.tool_calls[0]["id"])
+    last = ask(llm, [question, answer, result])
+    assert last.text == "Four."
+    kept = api == "messages" or (api == "responses" and ask is whole)
+    assert ("<think>\nI look.\n</think>" in qwen.prompt) == kept
+    if api != "messages":
+        assert last.usage_metadata["output_token_details"]["reasoning"] > 2
 
 
-def test_logprobs_and_settings(qwen: Scripted) -> None:
+@pytest.mark.parametrize("ask", [whole, streamed])
+def test_logprobs_and_settings(qwen: Scripted, ask: Any) -> None:
     qwen.says("Four.")
-    llm = chat(qwen, temperature=0.5, top_p=0.9, max_tokens=9, seed=1, logprobs=True, top_logprobs=2, stop=["x"],
-               presence_penalty=0.1, frequency_penalty=0.1, n=1, logit_bias={5: -100})  # fmt: skip
-    for ask in (whole, streamed):
-        answer = ask(llm, ASKED)
-        assert len(answer.response_metadata["logprobs"]["content"][0]["top_logprobs"]) == 2
+    settings = {
+        "temperature": 0.5, "top_p": 0.9, "max_tokens": 9, "seed": 1, "stop": ["x"], "presence_penalty": 0.1,
+        "frequency_penalty": 0.1, "n": 1, "logit_bias": {5: -100}, "logprobs": True, "top_logprobs": 2,
+    }  # fmt: skip
+    answer = ask(chat(qwen, "chat", **settings), ASKED)
+    assert len(answer.response_metadata["logprobs"]["content"][0]["top_logprobs"]) == 2
 
 
-def test_errors_are_openais(qwen: Scripted) -> None:
-    with pytest.raises(openai.BadRequestError, match="max_tokens"):
-        chat(qwen, max_tokens=10**6).invoke(ASKED)
-    with pytest.raises(openai.NotFoundError):
-        ChatOpenAI(base_url=qwen.server.url, api_key="any", model="other", max_retries=0).invoke(ASKED)
-    with running_server(api_keys=("secret",)) as server, pytest.raises(openai.AuthenticationError):
-        ChatOpenAI(base_url=server.url, api_key="wrong", model="tiny/fake", max_retries=0).invoke(ASKED)
-    with pytest.raises(Exception) as caught:
-        chat(qwen).invoke("word " * 5000)
-    print(type(caught.value), caught.value)
+@pytest.mark.parametrize("ask", [whole, streamed])
+@pytest.mark.parametrize("api", APIS)
+def test_errors_are_the_clients_own(qwen: Scripted, ask: Any, api: str) -> None:
+    client: Any = anthropic if api == "messages" else openai
+    with pytest.raises(client.BadRequestError, match="temperature"):
+        ask(chat(qwen, api, temperature=-1), ASKED)
+    with pytest.raises(client.NotFoundError):
+        ask(chat(qwen, api, model="other"), ASKED)
+    with pytest.raises(exceptions.ContextOverflowError):
+        ask(chat(qwen, api), "word " * 5000)
+    with running_server(api_keys=("secret",)) as server, pytest.raises(client.AuthenticationError):
+        ask(chat(Scripted("", server, qwen.client), api), ASKED)
+    qwen.says("One, two, three.")
+    qwen.server.engine.fail_after = 2
+    try:
+        with pytest.raises(client.APIError, match="The fake device broke"):
+            ask(chat(qwen, api), ASKED)
+    finally:
+        qwen.server.engine.fail_after = None

@@ -541,7 +541,10 @@ def test_errors_are_the_clients_own(model: Scripted, claude: Anthropic) -> None:
             message(claude, False)
         with pytest.raises(openai.InternalServerError, match="The fake device broke"):
             response(model, False)
-        last = events_of(model, "responses", RESPONSE_BODY)[-1]
+        with pytest.raises(openai.APIError, match="The fake device broke"):
+            response(model, True)
+        error, last = events_of(model, "responses", RESPONSE_BODY)[-2:]
+        assert (error["type"], error["message"]) == ("error", "The fake device broke.")
         assert (last["type"], last["response"]["status"]) == ("response.failed", "failed")
         assert last["response"]["error"] == {"code": "server_error", "message": "The fake device broke."}
     finally:
