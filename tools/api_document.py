@@ -304,7 +304,7 @@ def _field_table(fields: Mapping[str, str], meanings: Mapping[str, str] = MEANIN
 
 def _refused(refused: Refused) -> list[str]:
     rows = []
-    for name, (neutrals, remedy) in refused.items():
+    for name, (neutrals, remedy, _) in refused.items():
         values = " ".join(f"`{msgspec.json.encode(value).decode()}`" for value in neutrals)
         rows.append((f"`{name}`", values, remedy))
     return _table(("field", "asks for nothing", "instead"), rows)

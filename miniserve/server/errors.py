@@ -57,8 +57,13 @@ class APIError(Exception):
         """It has no place for the field at fault but the message."""
         kind = _ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
         named = self.param is None or self.param in self.message
-        message = clip(self.message if named else f"{self.param}: {self.message}")
-        return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
+        error: dict[str, Any] = {
+            "type": kind,
+            "message": clip(self.message if named else f"{self.param}: {self.message}"),
+        }
+        if self.code is not None:
+            error["details"] = {"error_code": self.code}
+        return {"type": "error", "error": error, "request_id": request_id}
 
     def response(self, scope: Scope) -> Response:
         """In the envelope of the path's API."""

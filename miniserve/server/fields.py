@@ -18,10 +18,11 @@ _MAX_UNKNOWN = 64  # in one request: each is compared with every known name
 
 class Refusal(NamedTuple):
     """Of a field that would change the answer and is not supported. neutrals: the values that ask for nothing, beside
-    null. remedy: what to do instead."""
+    null. remedy: what to do instead. code: a word that clients know the refusal by."""
 
     neutrals: tuple[object, ...]
     remedy: str
+    code: str | None = None
 
 
 Refused = Mapping[str, Refusal]
@@ -190,7 +191,8 @@ class FieldPolicy:
         for name, value in body.extras.items():
             if name in refused:
                 if not _asks_for_nothing(name, value, body):
-                    raise InvalidRequest(f"{name} is not supported here; {refused[name].remedy}.", name)
+                    message = f"{name} is not supported here; {refused[name].remedy}."
+                    raise InvalidRequest(message, name, refused[name].code)
             elif name not in IGNORED and (type(body), name) not in self._warned:
                 unknown.append(name)
         if len(unknown) > _MAX_UNKNOWN:

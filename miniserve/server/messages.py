@@ -24,7 +24,7 @@ from miniserve.server.agents import (
 )
 from miniserve.server.chat import thinking_switch
 from miniserve.server.errors import APIError, json_response
-from miniserve.server.fields import LEAVE_OUT, Body, Exact, refusals
+from miniserve.server.fields import LEAVE_OUT, Body, Exact, Refusal, refusals
 from miniserve.server.protocol import (
     CalledName,
     ChatCompletionRequest,
@@ -138,12 +138,13 @@ _NAMES = {
     "chat_template_kwargs": "thinking",
     "response_format": "output_config.format",
 }
-MessagesRequest.refused = CountTokensRequest.refused = refused_beside(
+_REFUSED = refused_beside(
     MessagesRequest,
     _NAMES,
     {
         "container": (), "context_management": ({"edits": []}, _KEEP_THINKING), "mcp_servers": ([],),
         "speed": ("standard",), "inference_geo": (), "diagnostics": (), "output_format": (), "betas": ([],),
+        "compaction": (), "fallbacks": ([],),
     },
     {
         "output_format": "use output_config.format",
@@ -151,6 +152,11 @@ MessagesRequest.refused = CountTokensRequest.refused = refused_beside(
         "mcp_servers": "call them from the client",
     },
 )  # fmt: skip
+MessagesRequest.refused = CountTokensRequest.refused = {
+    **_REFUSED,
+    # Anthropic's client then sends the whole conversation by itself.
+    "thread": Refusal((), "send the whole conversation; none is kept", "thread_unsupported_request"),
+}
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -190,9 +196,14 @@ class TokenCount(TypedDict):
     input_tokens: int
 
 
+class AnthropicErrorCode(TypedDict):
+    error_code: str
+
+
 class AnthropicErrorDetail(TypedDict):
     type: str
     message: str
+    details: NotRequired[AnthropicErrorCode]
 
 
 class AnthropicError(TypedDict):

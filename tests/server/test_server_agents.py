@@ -355,6 +355,17 @@ def test_a_length_is_refused_in_anthropics_words(model: Scripted, claude: Anthro
         message(claude, False, {"role": "user", "content": "word " * limit * 20})
 
 
+def test_a_conversation_that_would_have_to_be_kept_is_refused_by_its_code(model: Scripted) -> None:
+    """What runs functions in anthropic-python 2.14 sends only what is new, unless this says that it cannot."""
+    model.says("Hi.")
+    for thread in ({"type": "create"}, {"type": "continue", "previous_message_id": "msg_1"}):
+        answer = httpx.post(f"{model.server.url}/messages?beta=true", json=MESSAGE_BODY | {"thread": thread})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["type"]) == (400, "invalid_request_error")
+        assert error["details"] == {"error_code": "thread_unsupported_request"}
+    httpx.post(f"{model.server.url}/messages", json=MESSAGE_BODY | {"thread": None}).raise_for_status()
+
+
 def test_blocks_have_no_fields_that_strict_clients_refuse(model: Scripted) -> None:
     """The AI SDK (@ai-sdk/anthropic 3.0.140) takes no null as a text's citations."""
     model.says("Hi.")
@@ -455,6 +466,7 @@ def said(*blocks: Any, role: str = "user") -> dict[str, Any]:
         ({"stop": ["x"]}, "stop"),
         ({"do_sample": False}, "do_sample"),
         ({"mcp_servers": [{}]}, "mcp_servers"),
+        ({"compaction": {"type": "enabled"}}, "compaction"),
         ({"max_token": 1}, "max_token"),
         ({"cache_contrl": {}}, "cache_contrl"),
     ],
