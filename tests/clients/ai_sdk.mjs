@@ -1,13 +1,9 @@
 // Answers each line of stdin, {"root", "provider", "task", …}, with a line: what the AI SDK made of the server's answer.
-// The packages are looked for in the working directory's node_modules.
-import { createRequire } from "node:module";
 import { createInterface } from "node:readline";
-
-const require = createRequire(`${process.cwd()}/`);
-const { generateObject, generateText, jsonSchema, Output, stepCountIs, streamObject, streamText, tool } = require("ai");
-const { createOpenAI } = require("@ai-sdk/openai");
-const { createOpenAICompatible } = require("@ai-sdk/openai-compatible");
-const { createAnthropic } = require("@ai-sdk/anthropic");
+import { createAnthropic } from "@ai-sdk/anthropic";
+import { createOpenAI } from "@ai-sdk/openai";
+import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
+import { generateObject, generateText, jsonSchema, Output, stepCountIs, streamObject, streamText, tool } from "ai";
 
 globalThis.AI_SDK_LOG_WARNINGS = false; // which would go to stdout
 const MODEL = "tiny/fake";

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -15,10 +14,9 @@ from dialect_texts import WRITERS
 from server_fakes import running_server
 from server_scripted import CALLS, TOOLS, Scripted
 
-FOLDER = Path(os.environ.get("AI_SDK", Path(__file__).parent))
-PACKAGES = "ai @ai-sdk/openai @ai-sdk/openai-compatible @ai-sdk/anthropic"
-if shutil.which("node") is None or not (FOLDER / "node_modules" / "ai").is_dir():
-    pytest.skip(f"needs node, and npm install --prefix tests/clients {PACKAGES}", allow_module_level=True)
+HERE = Path(__file__).parent
+if shutil.which("node") is None or not (HERE / "node_modules" / "ai").is_dir():
+    pytest.skip("needs node and the AI SDK: npm install --prefix tests/clients", allow_module_level=True)
 
 PROVIDERS = ("chat", "responses", "compatible", "anthropic")
 SCHEMA = {
@@ -34,9 +32,8 @@ Ask = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def ask() -> Iterator[Ask]:
-    script = str(Path(__file__).parent / "ai_sdk.mjs")
     with subprocess.Popen(
-        ["node", script], cwd=FOLDER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ["node", str(HERE / "ai_sdk.mjs")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
