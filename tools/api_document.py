@@ -140,7 +140,8 @@ MESSAGES_MEANINGS = {
     "thinking": "`enabled`, `disabled` or `adaptive` (as the model is used to, also the default). It sets the chat "
     "template's switch; where there is none, what the model does anyway is accepted and the rest a 400. "
     "`budget_tokens` is a target that nothing enforces; `display: omitted` leaves reasoning out of the answer.",
-    "output_config": "`format`: a JSON schema, enforced. `effort`: for templates that know `reasoning_effort`.",
+    "output_config": "`format`: a JSON schema, enforced. `effort`: for templates that know `reasoning_effort`; `high`, "
+    "the API's default, for all.",
     "cache_control": "Without effect, here and in blocks: the prefix cache is automatic. `cache_read_input_tokens` "
     "says what it had, and `cache_creation_input_tokens` is 0.",
     "max_tokens": "Needed. More than the context holds is a 400.",
@@ -149,7 +150,9 @@ MESSAGES_MEANINGS = {
 RESPONSES_MEANINGS = {
     "input": "A text, or items `message`, `function_call`, `function_call_output`, `reasoning`; texts alone.",
     "instructions": "A system message before the input.",
-    "tools": "Of type `function`; built-in tools are refused. A function is `strict` only where it says so.",
+    "tools": "Of type `function`, or of type `namespace` with functions in it; the model knows those as "
+    "`NAMESPACE__NAME`, and their calls say both. Built-in tools are refused. A function is `strict` only where it "
+    "says so.",
     "tool_choice": "`none`, `auto`, `required`, or a named function.",
     "text": "`format`: `text`, `json_object` or `json_schema`, enforced.",
     "reasoning": "`effort`, for templates that know it. Reasoning is shown as it is, as the content of `reasoning` "
@@ -158,8 +161,8 @@ RESPONSES_MEANINGS = {
     "stream_options": "`include_obfuscation: false`.",
     "store": "Nothing is stored; the answer says `store: false`.",
     "include": "`message.output_text.logprobs`, unless tools may be called: of the tokens behind the reasoning. "
-    "`reasoning.encrypted_content` is accepted and not needed: `reasoning` items hold their text, and can be sent "
-    "back. Others are refused.",
+    "With `reasoning.encrypted_content`, `reasoning` items hold their text in that form too, in base64 and no secret, "
+    "for clients that send back nothing else. Others are refused.",
     "top_logprobs": "0 to 20 alternatives; needs `include` to have `message.output_text.logprobs`.",
     "truncation": "`disabled`.",
     "metadata": "Up to 16 texts, which come back with the answer.",
@@ -192,6 +195,32 @@ DIFFERENCES = {
     "a missing API key": 'vLLM answers `{"error": "Unauthorized"}`; here it is the envelope of all errors.',
 }
 
+
+# Each was run against a server whose answers are scripted (`tests/clients`).
+CLIENTS_SEEN = "2026-12-01"
+CLIENTS = {
+    "openai 2.54.0, 3.57.0": "Chat, `/v1/responses` and completions: whole, streamed, `parse` with pydantic models, "
+    "functions.",
+    "anthropic 2.14.0": "Messages: whole, streamed, `parse`, `count_tokens`, `tool_runner`, which asks for a thread "
+    "first and, refused, sends the whole conversation.",
+    "langchain-openai 1.4.3, langchain-anthropic 1.7.10": "All three APIs, whole and streamed: `bind_tools`, "
+    "`with_structured_output` by its methods, errors, `ContextOverflowError` among them. ChatOpenAI drops reasoning, "
+    "but of whole answers of `/v1/responses`.",
+    "instructor 1.17.0": "TOOLS, TOOLS_STRICT, PARALLEL_TOOLS, JSON, JSON_SCHEMA, MD_JSON, RESPONSES_TOOLS, "
+    "ANTHROPIC_TOOLS, ANTHROPIC_PARALLEL_TOOLS, ANTHROPIC_JSON: models, retries, partial answers, iterables.",
+    "litellm 1.110.2": "The providers `openai`, `hosted_vllm` and `anthropic`, and `responses`, whole and streamed: "
+    "functions, structured output, reasoning, its own exceptions.",
+    "AI SDK: ai 6.0.326, @ai-sdk/openai 3.0.141, openai-compatible 2.0.92, anthropic 3.0.140": "`generateText`, "
+    "`streamText`, `generateObject`, `streamObject`, outputs beside functions, reasoning, errors. `openai(…)` asks "
+    "`/v1/responses` and refers to stored answers in its second request, unless it gets "
+    "`providerOptions: {openai: {store: false}}`; `openai.chat(…)` needs nothing.",
+    "Claude Code 2.1.197": "`claude -p` with `ANTHROPIC_BASE_URL` and `ANTHROPIC_MODEL`: a command run by its shell. "
+    "Where the context is too short for the 32,000 tokens that it asks for, it asks again for what there is room for.",
+    "Codex 0.171.0": '`codex exec` with a provider of `wire_api = "responses"`: a command run by its shell. Needs '
+    '`web_search = "disabled"` in its config.toml, or it offers the model a search that there is not.',
+    "openai-agents 0.24.0, pydantic-ai 2.68.0": "Functions, structured output, handoffs, streams, over the APIs that "
+    "they have.",
+}
 
 _CHAT_NAMES = {*ChatCompletionRequest.model_fields, *REFUSED, *IGNORED}
 
@@ -230,8 +259,8 @@ def render() -> str:
         "### Of `/v1/messages`",
         "`/v1/messages/count_tokens` takes " + _names(_fields(CountTokensRequest)) + ". `anthropic-version` and "
         "`anthropic-beta` change nothing. Errors are Anthropic's: `{\"type\": \"error\", \"error\": {\"type\", "
-        "\"message\"}, \"request_id\"}`. The arguments of a call that was cut, or are no JSON, are "
-        "`{\"INVALID_JSON\": text}`.",
+        "\"message\"}, \"request_id\"}`, with a code, if there is one, as the error's `details.error_code`. The "
+        "arguments of a call that was cut, or are no JSON, are `{\"INVALID_JSON\": text}`.",
         *_field_table(_fields(MessagesRequest), MEANINGS | MESSAGES_MEANINGS),
         "",
         "### Of `/v1/responses`",
@@ -271,6 +300,12 @@ def render() -> str:
         "",
         "### In `/tokenize` and `/detokenize` only",
         *_refused(REFUSED_OF_TOKENIZER),
+        "",
+        "## Clients",
+        f"Seen to work, unmodified, on {CLIENTS_SEEN}: calls, their results and answers in every way to write calls "
+        "that the server knows; of the last three rows in Hermes' alone, and by hand. For the others "
+        "[CONTRIBUTING.md](../CONTRIBUTING.md) has the command.",
+        *_table(("client", "what was seen"), CLIENTS.items()),
         "",
         "## Differences from vLLM",
         "Of its cases for what stands above; what is not listed answers alike.",
