@@ -218,7 +218,7 @@ CLIENTS = {
     "Where the context is too short for the 32,000 tokens that it asks for, it asks again for what there is room for.",
     "Codex 0.171.0": '`codex exec` with a provider of `wire_api = "responses"`: a command run by its shell. Needs '
     '`web_search = "disabled"` in its config.toml, or it offers the model a search that there is not.',
-    "openai-agents 0.24.0, pydantic-ai 2.68.0": "Functions, structured output, handoffs, streams, over the APIs that "
+    "langchain 1.5.2, openai-agents 0.24.0, pydantic-ai 2.68.0": "Agents: functions, structured output, handoffs, streams, over the APIs that "
     "they have.",
 }
 
@@ -303,7 +303,7 @@ def render() -> str:
         "",
         "## Clients",
         f"Seen to work, unmodified, on {CLIENTS_SEEN}: calls, their results and answers in every way to write calls "
-        "that the server knows; of the last three rows in Hermes' alone, and by hand. For the others "
+        "that the server knows; the last three rows by hand, and the last one in Hermes' way alone. For the others "
         "[CONTRIBUTING.md](../CONTRIBUTING.md) has the command.",
         *_table(("client", "what was seen"), CLIENTS.items()),
         "",

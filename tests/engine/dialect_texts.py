@@ -118,9 +118,10 @@ _LLAMA = """
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
 
 _MISTRAL = """
+{%- set first = namespace(user=messages | selectattr('role', 'equalto', 'user') | first) %}
 {%- for message in messages %}
     {%- if message.role == 'user' %}
-        {%- if tools and loop.first %}{{- '[AVAILABLE_TOOLS] ' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}{% endif %}
+        {%- if tools and message == first.user %}{{- '[AVAILABLE_TOOLS] ' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}{% endif %}
         {{- '[INST] ' + message.content + '[/INST]' }}
     {%- elif message.tool_calls is defined %}CALLS
     {%- elif message.role == 'tool' %}
