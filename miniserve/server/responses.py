@@ -286,7 +286,8 @@ class ResponsesAnswer(PartsAnswer):
     def ended(self, part: Part) -> Iterator[dict[str, Any]]:
         text = part.text
         if part.kind == "call":
-            yield self._about(part, "response.function_call_arguments.done", arguments=text, **self._called(part))
+            name = self._called(part)["name"]
+            yield self._about(part, "response.function_call_arguments.done", arguments=text, name=name)
         else:
             if part.kind == "text":
                 self._new_logprobs(part)
@@ -300,8 +301,7 @@ class ResponsesAnswer(PartsAnswer):
         yield self._event(f"response.{status}", response=self._response(status, reason))
 
     def failure(self, error: APIError) -> Iterator[dict[str, Any]]:
-        """Twice: openai-python raises an exception for the first, where programs that look for answers alone (such as
-        langchain) would pass over the second."""
+        """Twice: for the first openai-python raises an exception; the second langchain, for one, passes over."""
         shown = {"code": "server_error", "message": clip(error.message)}
         yield self._event("error", **shown, param=None, error={"type": "server_error", **shown, "param": None})
         yield self._event("response.failed", response=self._response("failed", error=shown))
@@ -455,10 +455,12 @@ def _translated(body: ResponsesRequest) -> Translation:
 
 def _tools(path: str, tool: FunctionTool, namespace: str | None = None) -> Iterator[Tool]:
     """The function, or those of a namespace, whose description goes before that of its first."""
+    if (tool.tools is not None) != (tool.type == "namespace"):
+        raise InvalidRequest(f"{path}.tools goes with the type namespace, which needs it.", f"{path}.tools")
     match tool.type:
         case "namespace" if namespace is None:
             name = needed(path, "name", tool.name)
-            for index, each in enumerate(needed(path, "tools", tool.tools)):
+            for index, each in enumerate(tool.tools or ()):
                 if not index and tool.description:
                     text = f"{tool.description}\n{each.description or ''}".rstrip()
                     each = each.model_copy(update={"description": text})
@@ -482,13 +484,13 @@ def _full_name(namespace: str, name: str) -> str:
 
 
 def _sealed(thought: str) -> str:
-    """Some clients send back reasoning in this form alone. It is no secret: the text stands beside it."""
+    """Some clients send reasoning back in this form alone. It is no secret: the text stands beside it."""
     return _SEAL + base64.b64encode(thought.encode()).decode()
 
 
 def _unsealed(value: str | None) -> list[str]:
     """Raises `ValueError` for what `_sealed` has not made."""
-    if value is None:
+    if not value:
         return []
     if not value.startswith(_SEAL):
         raise ValueError("not from here")
@@ -509,7 +511,7 @@ def _add(path: str, item: Item, turns: list[Turn]) -> None:
             texts = texts_of(f"{path}.content", item.content or [], _TEXTS)
             texts = texts or texts_of(f"{path}.summary", item.summary or [], _TEXTS)
             try:
-                texts = texts or _unsealed(item.encrypted_content or None)
+                texts = texts or _unsealed(item.encrypted_content)
             except ValueError:
                 raise InvalidRequest(
                     f"{path}.encrypted_content: what another server has encrypted cannot be read here; leave the item "

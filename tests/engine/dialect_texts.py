@@ -121,7 +121,9 @@ _MISTRAL = """
 {%- set first = namespace(user=messages | selectattr('role', 'equalto', 'user') | first) %}
 {%- for message in messages %}
     {%- if message.role == 'user' %}
-        {%- if tools and message == first.user %}{{- '[AVAILABLE_TOOLS] ' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}{% endif %}
+        {%- if tools and message == first.user %}
+            {{- '[AVAILABLE_TOOLS] ' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}
+        {%- endif %}
         {{- '[INST] ' + message.content + '[/INST]' }}
     {%- elif message.tool_calls is defined %}CALLS
     {%- elif message.role == 'tool' %}

@@ -501,7 +501,8 @@ CALL = {"type": "function_call", "call_id": "1", "name": "now", "arguments": "{}
         ({"tools": [{"type": "function"}]}, "tools[0].name"),
         ({"tools": [{"type": "function", "name": "f", "parameters": {"type": "array"}}]}, "tools[0].parameters"),
         ({"tools": [{"type": "namespace", "name": "n"}]}, "tools[0].tools"),
-        ({"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "namespace"}]}]}, "tools[0].tools[0].type"),
+        ({"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "custom"}]}]}, "tools[0].tools[0].type"),
+        ({"tools": [RESPONSES_TOOLS[0] | {"tools": []}]}, "tools[0].tools"),
         (
             {"tools": [{"type": "namespace", "name": "n" * 99, "tools": [{"type": "function", "name": "f" * 99}]}]},
             "tools[0].tools[0].name",
