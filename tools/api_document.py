@@ -218,8 +218,9 @@ CLIENTS = {
     "Where the context is too short for the 32,000 tokens that it asks for, it asks again for what there is room for.",
     "Codex 0.171.0": '`codex exec` with a provider of `wire_api = "responses"`: a command run by its shell. Needs '
     '`web_search = "disabled"` in its config.toml, or it offers the model a search that there is not.',
-    "langchain 1.5.2, openai-agents 0.24.0, pydantic-ai 2.68.0": "Agents: functions, structured output, "
-    "handoffs, streams, over the APIs that they have.",
+    "langchain 1.5.2, openai-agents 0.24.0, pydantic-ai 2.68.0, openai 6.49.0 and @anthropic-ai/sdk 1.15.0 for Node": (
+        "Agents and runners of functions, structured output, handoffs, streams, over the APIs that they have."
+    ),
 }
 
 _CHAT_NAMES = {*ChatCompletionRequest.model_fields, *REFUSED, *IGNORED}

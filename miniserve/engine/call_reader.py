@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -227,12 +227,15 @@ class CallReader:
         yield from self.value(self.arguments)
         self.end()
 
-    def json_call(self) -> Steps[None]:
-        """`{"name": …, "arguments": {…}}`, or with `parameters`, in any order; other keys are passed over."""
+    def json_call(self, before_name: Collection[str] | None = None) -> Steps[None]:
+        """`{"name": …, "arguments": {…}}`, or with `parameters`, in any order; other keys are passed over, before the
+        name only those of `before_name`, if given."""
         name, early, called = None, "{}", False
         yield from self.need("{")
         while not (yield from self.after_space("}")):
             key = yield from self.string()
+            if name is None and before_name is not None and key not in {"name", *before_name}:
+                raise NoCall
             yield from self.space()
             yield from self.need(":")
             yield from self.space()

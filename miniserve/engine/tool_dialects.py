@@ -51,10 +51,10 @@ def _read_hermes(reader: CallReader, _: str) -> Steps[None]:
 
 
 def _read_llama(reader: CallReader, _: str) -> Steps[None]:
-    """Several calls have `;` between them."""
+    """Several calls have `;` between them. Other objects are text, which should not be held back for long."""
     while True:
         yield from reader.space()
-        yield from reader.json_call()
+        yield from reader.json_call(("type", "id", "arguments", "parameters"))
         reader.attempt()
         yield from reader.space()
         if not (yield from reader.take(";")):

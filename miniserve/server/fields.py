@@ -135,7 +135,7 @@ IGNORED = frozenset({
     "user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
     "prediction", "stream_interval", "session_id", "do_sample", "models", "cache_prompt",
     "guided_decoding_backend", "keep_alive", "id_slot", "data_parallel_rank", "conversation_id",
-    "chat_id", "message_id", "prompt_cache_options", "include_obfuscation",
+    "chat_id", "message_id", "prompt_cache_options", "include_obfuscation", "client_metadata",
 })  # fmt: skip
 
 # Other names of max_tokens. lm_eval sends some beside it: there is nothing to refuse where max_tokens stops no later.

@@ -105,8 +105,7 @@ def test_structured_output_by_a_call(each: Scripted, ask: Ask, task: str) -> Non
 def test_calls_and_then_structured_output(each: Scripted, ask: Ask, provider: str, task: str) -> None:
     each.says(WRITERS[each.dialect](CALLS[:1]), json.dumps(VALUES))
     found = ask(each, provider, task, schema=SCHEMA, tools=TOOLS, steps=3, **OUTPUT_FORMAT)
-    pieces = found.pop("pieces", 9)
-    assert pieces > 1 or each.dialect == "llama3_json"  # whose calls begin as any object does
+    assert found.pop("pieces", 9) > 1
     assert found == {"object": VALUES}
     assert each.fits()
 

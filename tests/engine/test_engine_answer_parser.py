@@ -193,6 +193,13 @@ def test_the_name_comes_first_and_the_arguments_as_they_come() -> None:
     assert parser.push("\n</tool_call>") == parser.finish() == []
 
 
+def test_an_object_that_is_no_call_is_not_held_back() -> None:
+    """Of Llama's calls, which have no marker: answers by a JSON schema come beside tools."""
+    parser = parser_of("llama3_json")
+    assert parser.push('{"city"') == [Content('{"city"')]
+    assert parser.push(': "Bo') == [Content(': "Bo')]
+
+
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(
     thought=st.text("ab</think>\n", max_size=20).filter(lambda text: "</think>" not in text),
