@@ -11,6 +11,8 @@ from miniserve.core import Completion, FinishReason, Request, RequestOutput, Sam
 from miniserve.engine.detokenizer import Detokenizer
 from miniserve.engine.tokenizer import Tokenizer
 
+_MOST_PENDING = 64  # deltas; to join each one with what waits already would cost more, the more waits
+
 
 def fan_out(request_id: str, request: Request) -> list[Request]:
     """The engine's requests for one caller's request: one for each of its n sequences, whose ids begin with
@@ -128,6 +130,8 @@ class OutputAssembler:
 
 def join(deltas: Sequence[Completion]) -> Completion:
     """Consecutive deltas of one sequence as one."""
+    if len(deltas) == 1:
+        return deltas[0]
     logprobs = [delta.logprobs for delta in deltas if delta.logprobs is not None]
     return msgspec.structs.replace(
         deltas[-1],
@@ -153,14 +157,16 @@ class CompletionStream:
         self.offer: Callable[[Completion], bool] = _refuse
         self.notify: Callable[[], None] = _nobody
         self.complete = False
-        self._pending: dict[int, Completion] = {}
+        self._pending: dict[int, list[Completion]] = {}  # by the sequence
         self._abort = abort
 
     def put(self, delta: Completion) -> None:
         if not self._pending and self.offer(delta):
             return
-        earlier = self._pending.get(delta.index)
-        self._pending[delta.index] = delta if earlier is None else join((earlier, delta))
+        pending = self._pending.setdefault(delta.index, [])
+        pending.append(delta)
+        if len(pending) == _MOST_PENDING:
+            pending[:] = [join(pending)]
         self.notify()
 
     def end(self) -> None:
@@ -170,7 +176,7 @@ class CompletionStream:
     def get(self) -> Completion | None:
         """The next delta, or None where there is none now."""
         for index in self._pending:
-            return self._pending.pop(index)
+            return join(self._pending.pop(index))
         return None
 
     def close(self) -> None:

@@ -88,6 +88,8 @@ class AnswerReader:
 
     def push(self, delta: Completion) -> list[Step]:
         """What a delta brings, and at the last one what was held back."""
+        if self._reading.is_plain and self.parts and delta.text and delta.finish_reason is None:
+            return [("text", self.parts[-1], delta.text)]  # nothing is read of it
         for token_id in delta.token_ids:
             if self._split is None or self._split.over:
                 break

@@ -13,7 +13,7 @@ from miniserve.core import (
     SamplingParams,
     TokenLogprobs,
 )
-from miniserve.engine.output import OutputAssembler, fan_out, join
+from miniserve.engine.output import CompletionStream, OutputAssembler, fan_out, join
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.scheduler.limits import check_request
 
@@ -177,3 +177,26 @@ def test_what_cannot_be_served_is_refused_by_name(
     with pytest.raises(InvalidRequest, match=sentence) as refused:
         check_request(request(prompt, SamplingParams(**params)), INFO)  # type: ignore[arg-type]
     assert refused.value.param == param
+
+
+def test_a_stream_joins_what_nobody_takes_and_keeps_each_sequences_order() -> None:
+    taken: list[Completion] = []
+    stream = CompletionStream(lambda: None)
+
+    def offer(delta: Completion) -> bool:
+        taken.append(delta)
+        return len(taken) <= 2
+
+    stream.offer = offer
+    deltas = [Completion(index=number % 2, text=f"{number} ", token_ids=[number]) for number in range(400)]
+    for delta in deltas:
+        stream.put(delta)
+    assert taken == deltas[:3], "behind one that waits, none is offered"
+    for index in (0, 1):
+        joined = stream.get()
+        assert joined is not None and joined.index == index
+        assert joined.token_ids == list(range(index + 2, 400, 2))
+        assert joined.text == "".join(f"{number} " for number in joined.token_ids)
+    assert stream.get() is None
+    stream.put(deltas[5])
+    assert taken[3:] == [deltas[5]] and stream.get() is deltas[5]
