@@ -74,6 +74,8 @@ def _experts(chip: Chip, tokens: int, num_experts: int, top_k: int, middle: int)
         return
     tiles = moe.fitted(moe.choose_tiles(tokens * top_k, num_experts, middle), _HALF.itemsize, chip.shared_bytes)
     parts = moe.experts(x, w1, w2, *choice, tiles=tiles)
+    if tokens == 4096:
+        parts = parts.to(_HALF)  # as `large_experts` gives them
     moe.add_pairs_norm(parts, x if num_experts == 64 else None, x, tensor(2048), 1e-6)
 
 
