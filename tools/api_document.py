@@ -17,13 +17,14 @@ from miniserve.server.fields import (
     Body,
     Refused,
 )
-from miniserve.server.messages import CountTokensRequest, MessagesRequest
+from miniserve.server.messages import MessagesRequest
 from miniserve.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
     GenerationBody,
     RenderOptions,
+    SamplingBody,
     StreamOptions,
     TokenizeRequest,
 )
@@ -52,7 +53,7 @@ ENDPOINTS = {
     "GET /debug/engine": "What the engine does now, and who holds which blocks of its KV cache; for the page.",
     "GET /version": "The version.",
     "GET /": "The page, for browsers: a chat and a view of the engine. For others where things are, as JSON.",
-    "GET /docs": "The API's schema for people; `/openapi.json` for programs.",
+    "GET /openapi.json": "The API's schema.",
 }
 
 # What a field means where its name does not say it all, or where servers differ.
@@ -86,8 +87,8 @@ MEANINGS = {
     " (at most 32). The same letters through other tokens are not found, as in vLLM.",
     "prompt_logprobs": "0 to 20 alternatives at each place of the prompt; not with `stream`, and not from the prefix "
     "cache. In chat they stand beside the choices.",
-    "logprob_token_ids": "Up to 128 ids: the alternatives of each generated token are these, in this order. Needs "
-    "logprobs, and as many as ids, or 0.",
+    "logprob_token_ids": "Up to 128 ids: the alternatives of each generated token are these, in this order, and the "
+    "token that was drawn. Needs logprobs, whatever their number.",
     "return_token_ids": "`token_ids` in each choice; `prompt_token_ids` in each choice, in chat beside the choices; "
     "in a stream with the first event.",
     "return_tokens_as_token_ids": "Logprobs call tokens `token_id:N`, since several may have one text.",
@@ -119,10 +120,11 @@ MEANINGS = {
     "guided_regex": "`structured_outputs.regex` under its older name.",
     "guided_choice": "`structured_outputs.choice` under its older name.",
     "guided_grammar": "`structured_outputs.grammar` under its older name.",
-    "tools": "Functions that the answer may call; they go through the model's chat template.",
+    "tools": "Functions that the answer may call, up to 1024; they go through the model's chat template.",
     "tool_choice": "`none`, `auto`, `required`, or a named function.",
     "parallel_tool_calls": "Whether an answer may hold several calls.",
-    "reasoning_effort": "For templates that know it.",
+    "reasoning_effort": "For templates that know it. Where there is a switch alone, `none` turns reasoning off and "
+    "`minimal` to `max` turn it on; without one, what the model does anyway is accepted, and the rest a 400.",
     "include_reasoning": "Whether reasoning is part of the answer; true by default.",
     "documents": "For templates that use them; refused for others.",
     "tokens": "Token ids.",
@@ -140,7 +142,8 @@ MESSAGES_MEANINGS = {
     "thinking": "`enabled`, `disabled` or `adaptive` (as the model is used to, also the default). It sets the chat "
     "template's switch; where there is none, what the model does anyway is accepted and the rest a 400. "
     "`budget_tokens` is a target that nothing enforces; `display: omitted` leaves reasoning out of the answer.",
-    "output_config": "`format`: a JSON schema, enforced. `effort`: for templates that know `reasoning_effort`.",
+    "output_config": "`format`: a JSON schema, enforced. `effort`: for templates that know `reasoning_effort`; a hint "
+    "that others pass over.",
     "cache_control": "Without effect, here and in blocks: the prefix cache is automatic. `cache_read_input_tokens` "
     "says what it had, and `cache_creation_input_tokens` is 0.",
     "max_tokens": "Needed. More than the context holds is a 400.",
@@ -152,7 +155,7 @@ RESPONSES_MEANINGS = {
     "tools": "Of type `function`; built-in tools are refused. A function is `strict` only where it says so.",
     "tool_choice": "`none`, `auto`, `required`, or a named function.",
     "text": "`format`: `text`, `json_object` or `json_schema`, enforced.",
-    "reasoning": "`effort`, for templates that know it. Reasoning is shown as it is, as the content of `reasoning` "
+    "reasoning": "`effort`, as chat's `reasoning_effort`. Reasoning is shown as it is, as the content of `reasoning` "
     "items, never as a `summary`: `auto` and `detailed` are accepted.",
     "max_output_tokens": "Default: the model's own or else the rest of the context. More than it holds is a 400.",
     "stream_options": "`include_obfuscation: false`.",
@@ -228,14 +231,15 @@ def render() -> str:
         *_field_table(rendering),
         "",
         "### Of `/v1/messages`",
-        "`/v1/messages/count_tokens` takes " + _names(_fields(CountTokensRequest)) + ". `anthropic-version` and "
+        "`/v1/messages/count_tokens` takes the same fields, and needs no `max_tokens`. `anthropic-version` and "
         "`anthropic-beta` change nothing. Errors are Anthropic's: `{\"type\": \"error\", \"error\": {\"type\", "
         "\"message\"}, \"request_id\"}`. The arguments of a call that was cut, or are no JSON, are "
         "`{\"INVALID_JSON\": text}`.",
         *_field_table(_fields(MessagesRequest), MEANINGS | MESSAGES_MEANINGS),
         "",
         "### Of `/v1/responses`",
-        *_field_table(_fields(ResponsesRequest), MEANINGS | RESPONSES_MEANINGS),
+        "What says how to sample is as in chat: " + _names(_fields(SamplingBody)) + ".",
+        *_field_table(_without(_fields(ResponsesRequest), _fields(SamplingBody)), MEANINGS | RESPONSES_MEANINGS),
         "",
         "### Of `stream_options`",
         *_field_table(_fields(StreamOptions)),
