@@ -73,9 +73,9 @@ class Item(Body):
     output: TextOrList[Piece] | None = None
     summary: ListOf[Piece] | None = None
     encrypted_content: str | None = None
+    status: str | None = None
     # Without effect.
     id: str | None = None
-    status: str | None = None
     phase: str | None = None
 
 
@@ -405,6 +405,8 @@ def _translated(body: ResponsesRequest) -> Translation:
         for index, item in enumerate(body.input):
             _add(f"input[{index}]", item, turns)
     chat = ChatCompletionRequest(messages=[turn.message() for turn in turns])
+    if not isinstance(body.input, str) and _is_unfinished(body.input[-1]):
+        chat.continue_final_message, chat.add_generation_prompt = True, False
     for name in (*SamplingBody.model_fields, *_AS_IN_CHAT):
         setattr(chat, name, getattr(body, name))
     chat.max_tokens = body.max_output_tokens
@@ -427,6 +429,11 @@ def _translated(body: ResponsesRequest) -> Translation:
         schema = None if given.json_schema is None else JSONSchemaFormat(schema=given.json_schema)
         chat.response_format = ResponseFormat(type=given.type, json_schema=schema)
     return Translation(chat, _NAMES, turns)
+
+
+def _is_unfinished(item: Item) -> bool:
+    """Whether it is text of the model that was cut, as `max_output_tokens` does, and which the answer goes on with."""
+    return (item.type, item.role) == ("message", "assistant") and item.status in ("incomplete", "in_progress")
 
 
 def _tool(path: str, tool: FunctionTool) -> Tool:

@@ -331,6 +331,15 @@ def test_a_last_message_of_the_assistant_goes_on(model: Scripted, claude: Anthro
     answer = message(claude, False, ASKED, {"role": "assistant", "content": "Two and two"})
     assert model.prompt.endswith("Two and two")
     assert answer.content[0].text == " is four."
+    model.says(THOUGHT + "Two and two is four.")
+    cut = response(model, False, max_output_tokens=20)
+    assert (cut.status, cut.output[-1].status) == ("incomplete", "incomplete")
+    model.says(" is four.")
+    items = [ASKED, *[item.to_dict() for item in cut.output]]
+    assert response(model, False, items).output_text == " is four."
+    assert model.prompt.endswith(cut.output_text)
+    response(model, False, [*items, ASKED])
+    assert model.prompt.endswith("<|im_start|>assistant\n")
 
 
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "aaaa"}}
