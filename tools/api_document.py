@@ -134,8 +134,8 @@ MEANINGS = {
 # Of fields that mean something else there, or are not in chat.
 MESSAGES_MEANINGS = {
     "messages": "Of `user`, `assistant` and `system`: texts, or blocks `text`, `thinking`, `redacted_thinking` "
-    "(left out: it cannot be read), `tool_use`, `tool_result` (whose texts get `Error: ` before them where `is_error` is true). If the last one is the assistant's, the answer "
-    "continues it.",
+    "(left out: it cannot be read), `tool_use`, `tool_result` (whose texts get `Error: ` before them where `is_error` "
+    "is true). If the last one is the assistant's, the answer continues it.",
     "system": "A text, or blocks of type `text`; Claude Code's `x-anthropic-billing-header` is left out.",
     "tools": "With an `input_schema`; the tools that Anthropic's servers know (`web_search_…`, `bash_…`) are refused.",
     "tool_choice": "`auto`, `any`, `tool` with its `name`, `none`; `disable_parallel_tool_use`.",
@@ -150,8 +150,8 @@ MESSAGES_MEANINGS = {
     "stop_sequences": "Up to 256 strings.",
 }
 RESPONSES_MEANINGS = {
-    "input": "A text, or items `message`, `function_call`, `function_call_output`, `reasoning`; texts alone. If the last "
-    "one is the assistant's, and its `status` is `incomplete`, the answer continues it.",
+    "input": "A text, or items `message`, `function_call`, `function_call_output`, `reasoning`; texts alone. If the "
+    "last one is the assistant's, and its `status` is `incomplete`, the answer continues it.",
     "instructions": "A system message before the input.",
     "tools": "Of type `function`; built-in tools are refused. A function is `strict` only where it says so.",
     "tool_choice": "`none`, `auto`, `required`, or a named function.",
