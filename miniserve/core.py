@@ -84,7 +84,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     temperature 0 is greedy. top_k 0 or -1, top_p 1 and min_p 0 turn the filter off. `logprobs` is the number of
     alternatives beside the chosen token (0: the chosen token alone; None: no logprobs); `prompt_logprobs` likewise for
-    the prompt. `logprob_token_ids`: where `logprobs` is not None, the alternatives are these, in this order, instead of
+    the prompt. `logprob_token_ids`: whatever `logprobs` counts, the alternatives are these, in this order, instead of
     the most likely. `allowed_token_ids`: no other is drawn; None allows all. `bad_words`: sequences of tokens that the
     output never holds. `max_tokens` None means up to the context limit. `seed` makes the tokens depend on the prompt
     and these parameters alone. `grammar`: what the output must be; EOS comes where it may end (not before `min_tokens`
@@ -151,11 +151,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _check(all(1 <= len(word) <= MAX_BAD_WORD for word in self.bad_words), "bad_words", longest)
         num_asked = len(self.logprob_token_ids)
         _check(num_asked == len(set(self.logprob_token_ids)) <= 128, "logprob_token_ids", "at most 128 different ids")
-        if num_asked and self.logprobs not in (0, num_asked):
-            raise InvalidRequest(
-                f"logprob_token_ids needs logprobs, and no other number of them than {num_asked} or 0.",
-                "logprob_token_ids",
-            )
+        if num_asked and (self.logprobs is None or self.max_tokens == 0):
+            raise InvalidRequest("logprob_token_ids needs logprobs, and tokens to generate.", "logprob_token_ids")
         for token_id, bias in (self.logit_bias or {}).items():
             if not (token_id >= 0 and -100.0 <= bias <= 100.0):
                 raise InvalidRequest(

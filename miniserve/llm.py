@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -37,7 +38,7 @@ from miniserve.core import (
     UserError,
 )
 from miniserve.engine.build import RUNNER_FACTORY, build_engine
-from miniserve.engine.chat_template import is_list
+from miniserve.engine.chat_template import is_list, names_variable
 from miniserve.engine.grammar import check_grammar
 from miniserve.engine.output import OutputAssembler, fan_out, join
 from miniserve.engine.tokenizer import Tokenizer, load_tokenizer
@@ -45,6 +46,8 @@ from miniserve.models.generation_config import load_generation_defaults
 from miniserve.models.hub import locate
 from miniserve.parallel.child import on_signals
 from miniserve.scheduler.limits import check_request
+
+logger = logging.getLogger(__name__)
 
 Message = Mapping[str, Any]
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
@@ -145,16 +148,22 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
-        **template_variables: Any,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[Generation]:
-        """Answer a conversation, or each of several; they are rendered as the server does it. Without `sampling_params`
-        an answer may be as long as the model's own default or else the context allows. Raises as `generate` does, and
-        `InvalidRequest` where the chat template refuses a conversation."""
+        """Answer a conversation, or each of several; they are rendered as the server does it. `tools` are functions
+        that the template shows to the model, whose answer is text as it writes it, calls too. `chat_template_kwargs`
+        are the template's variables, such as `enable_thinking`. Without `sampling_params` an answer may be as long as
+        the model's own default or else the context allows. Raises as `generate` does, and `InvalidRequest` where the
+        chat template refuses a conversation or leaves out its tools."""
         if not is_list(messages):
             raise InvalidRequest("messages must be a conversation (a list of messages), or a list of them.", "messages")
         if not messages:
             return []
         conversations = [messages] if isinstance(messages[0], Mapping) else messages
+        template = self.tokenizer.chat_template.source(chat_template, tools or ())
+        for name in chat_template_kwargs or ():
+            if not names_variable(template, name):
+                logger.warning("The chat template does not name the variable %.100r, which changes nothing.", name)
         rendered = [
             self.tokenizer.chat_template.submit(
                 conversation,
@@ -163,7 +172,7 @@ class LLM:
                 tools=tools,
                 documents=documents,
                 chat_template=chat_template,
-                variables=template_variables,
+                variables=chat_template_kwargs,
             )
             for conversation in conversations
         ]

@@ -17,13 +17,14 @@ from miniserve.server.fields import (
     Body,
     Refused,
 )
-from miniserve.server.messages import CountTokensRequest, MessagesRequest
+from miniserve.server.messages import MessagesRequest
 from miniserve.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
     GenerationBody,
     RenderOptions,
+    SamplingBody,
     StreamOptions,
     TokenizeRequest,
 )
@@ -52,7 +53,7 @@ ENDPOINTS = {
     "GET /debug/engine": "What the engine does now, and who holds which blocks of its KV cache; for the page.",
     "GET /version": "The version.",
     "GET /": "The page, for browsers: a chat and a view of the engine. For others where things are, as JSON.",
-    "GET /docs": "The API's schema for people; `/openapi.json` for programs.",
+    "GET /openapi.json": "The API's schema.",
 }
 
 # What a field means where its name does not say it all, or where servers differ.
@@ -86,8 +87,8 @@ MEANINGS = {
     " (at most 32). The same letters through other tokens are not found, as in vLLM.",
     "prompt_logprobs": "0 to 20 alternatives at each place of the prompt; not with `stream`, and not from the prefix "
     "cache. In chat they stand beside the choices.",
-    "logprob_token_ids": "Up to 128 ids: the alternatives of each generated token are these, in this order. Needs "
-    "logprobs, and as many as ids, or 0.",
+    "logprob_token_ids": "Up to 128 ids: the alternatives of each generated token are these, in this order, and the "
+    "token that was drawn. Needs logprobs, whatever their number.",
     "return_token_ids": "`token_ids` in each choice; `prompt_token_ids` in each choice, in chat beside the choices; "
     "in a stream with the first event.",
     "return_tokens_as_token_ids": "Logprobs call tokens `token_id:N`, since several may have one text.",
@@ -119,10 +120,11 @@ MEANINGS = {
     "guided_regex": "`structured_outputs.regex` under its older name.",
     "guided_choice": "`structured_outputs.choice` under its older name.",
     "guided_grammar": "`structured_outputs.grammar` under its older name.",
-    "tools": "Functions that the answer may call; they go through the model's chat template.",
+    "tools": "Functions that the answer may call, up to 1024; they go through the model's chat template.",
     "tool_choice": "`none`, `auto`, `required`, or a named function.",
     "parallel_tool_calls": "Whether an answer may hold several calls.",
-    "reasoning_effort": "For templates that know it.",
+    "reasoning_effort": "For templates that know it. Where there is a switch alone, `none` turns reasoning off and "
+    "`minimal` to `max` turn it on; without one, what the model does anyway is accepted, and the rest a 400.",
     "include_reasoning": "Whether reasoning is part of the answer; true by default.",
     "documents": "For templates that use them; refused for others.",
     "tokens": "Token ids.",
@@ -131,31 +133,32 @@ MEANINGS = {
 
 # Of fields that mean something else there, or are not in chat.
 MESSAGES_MEANINGS = {
-    "messages": "Of `user`, `assistant` and `system`: texts, or blocks `text`, `thinking`, `tool_use`, `tool_result` "
-    "(whose texts get `Error: ` before them where `is_error` is true). If the last one is the assistant's, the answer "
-    "continues it.",
-    "system": "A text, or blocks of type `text`.",
+    "messages": "Of `user`, `assistant` and `system`: texts, or blocks `text`, `thinking`, `redacted_thinking` "
+    "(left out: it cannot be read), `tool_use`, `tool_result` (whose texts get `Error: ` before them where `is_error` "
+    "is true). If the last one is the assistant's, the answer continues it.",
+    "system": "A text, or blocks of type `text`; Claude Code's `x-anthropic-billing-header` is left out.",
     "tools": "With an `input_schema`; the tools that Anthropic's servers know (`web_search_…`, `bash_…`) are refused.",
     "tool_choice": "`auto`, `any`, `tool` with its `name`, `none`; `disable_parallel_tool_use`.",
     "thinking": "`enabled`, `disabled` or `adaptive` (as the model is used to, also the default). It sets the chat "
     "template's switch; where there is none, what the model does anyway is accepted and the rest a 400. "
     "`budget_tokens` is a target that nothing enforces; `display: omitted` leaves reasoning out of the answer.",
-    "output_config": "`format`: a JSON schema, enforced. `effort`: for templates that know `reasoning_effort`; `high`, "
-    "the API's default, for all.",
+    "output_config": "`format`: a JSON schema, enforced. `effort`: for templates that know `reasoning_effort`; a hint "
+    "that others pass over.",
     "cache_control": "Without effect, here and in blocks: the prefix cache is automatic. `cache_read_input_tokens` "
     "says what it had, and `cache_creation_input_tokens` is 0.",
     "max_tokens": "Needed. More than the context holds is a 400.",
     "stop_sequences": "Up to 256 strings.",
 }
 RESPONSES_MEANINGS = {
-    "input": "A text, or items `message`, `function_call`, `function_call_output`, `reasoning`; texts alone.",
+    "input": "A text, or items `message`, `function_call`, `function_call_output`, `reasoning`; texts alone. If the "
+    "last one is the assistant's, and its `status` is `incomplete`, the answer continues it.",
     "instructions": "A system message before the input.",
     "tools": "Of type `function`, or of type `namespace` with functions in it; the model knows those as "
     "`NAMESPACE__NAME`, and their calls say both. Built-in tools are refused. A function is `strict` only where it "
     "says so.",
     "tool_choice": "`none`, `auto`, `required`, or a named function.",
     "text": "`format`: `text`, `json_object` or `json_schema`, enforced.",
-    "reasoning": "`effort`, for templates that know it. Reasoning is shown as it is, as the content of `reasoning` "
+    "reasoning": "`effort`, as chat's `reasoning_effort`. Reasoning is shown as it is, as the content of `reasoning` "
     "items, never as a `summary`: `auto` and `detailed` are accepted.",
     "max_output_tokens": "Default: the model's own or else the rest of the context. More than it holds is a 400.",
     "stream_options": "`include_obfuscation: false`.",
@@ -168,31 +171,56 @@ RESPONSES_MEANINGS = {
     "metadata": "Up to 16 texts, which come back with the answer.",
 }
 
-# vLLM's cases of tests/entrypoints/openai that concern the fields above, and answers that differ.
+# vLLM 0.33's cases that a request to this server can repeat, and why the others answer otherwise.
 DIFFERENCES = {
-    "best_of": "vLLM ignores it; here it does what OpenAI says, by the sum of log probabilities.",
+    "the last event of a choice": "It has no text, no logprobs, an empty `token_ids` and the usage of the event "
+    "before; vLLM puts the end beside the last text.",
     "max_tokens beyond the context": "vLLM cuts it; here it is a 400, as its older versions and OpenAI have it.",
+    "n": "Up to 128; vLLM takes 16,384.",
+    "best_of": "vLLM ignores it; here it does what OpenAI says, by the sum of log probabilities.",
+    "logprobs of -1, `--max-logprobs`": "Not built: at most 20, or 128 ids by `logprob_token_ids`.",
+    "top_logprobs of completions": "The likeliest token first; vLLM has the drawn one first.",
     "continuous_usage_stats without include_usage": "vLLM ignores it; here it is a 400.",
-    "logprob_token_ids": "vLLM lists the drawn token in one of their places, so one id may be missing; here all are "
-    "listed, and `top_logprobs` must be their number or 0.",
-    "logprobs of -1, --max-logprobs": "Not built: at most 20, or 128 ids by `logprob_token_ids`.",
-    "words of messages": "Cases that match vLLM's own (such as `out of vocabulary`) find others.",
-    "the last event of a choice": "It has no text, no logprobs and an empty `token_ids`; vLLM puts the end beside the"
-    " last text.",
-    "cases that expect text in the last event of a choice": "test_completion_streaming and its like: see above.",
-    "cases of continuous_usage_stats alone": "test_completion_stream_options: see above.",
-    "cases of prompt_logprobs -1 and top_logprobs -1": "test_chat_echo: see above.",
+    "numbers sent as texts": '`"2"` is read as 2; vLLM refuses it where it counts log probabilities.',
+    "fields of answers that were not asked for": "Left out; vLLM sends `prompt_token_ids` and the like as null.",
+    "structural_tag": "In its older form, with `structures` and `triggers`; the newer one, with `format`, is a 400.",
+    "tools of `[]`": "As none; vLLM refuses it in chat.",
+    "a call that must come beside a format": "The call comes; vLLM refuses a named one beside `structured_outputs`.",
+    "reasoning and reasoning_content in one message": "The latter counts; in vLLM the former.",
     "echo in chat without a message to continue": "vLLM answers as if it were not there; here it is a 400.",
     "documents without a use, other engines' fields": "vLLM ignores them; here they are a 400.",
     "priority": "vLLM takes it with `--scheduling-policy priority` alone, and then also stops running requests; here "
     "it orders the queue always, and stops nobody.",
     "request_id in the body": "vLLM takes it; here the header `X-Request-Id` is the only way. The answer's own `id` "
     "is always new, so that two requests with one header do not meet.",
-    "x-request-id": "vLLM sends it with `--enable-request-id-headers`; here every answer has it, errors and streams "
-    "too.",
-    "/load": "vLLM needs `--enable-server-load-tracking`; here it is always there.",
-    "use_beam_search, length_penalty, prompt_embeds, images, audio, LoRA adapters": "Not built; refused by name.",
-    "a missing API key": 'vLLM answers `{"error": "Unauthorized"}`; here it is the envelope of all errors.',
+    "x-request-id, /load": "vLLM needs `--enable-request-id-headers` and `--enable-server-load-tracking`; here they "
+    "are always there, the header on errors and streams, too.",
+    "thinking_token_budget, use_beam_search, suffix, watermarking, vllm_xargs, kv_transfer_params": "Not built; "
+    "refused by name, as are the others in the tables above, but for the values that ask for nothing.",
+    "images, audio, prompt_embeds, LoRA adapters": "Not built; refused by name.",
+    "`--enable-force-include-usage`, `--return-tokens-as-token-ids`": "Not built; they are fields of requests.",
+    "`--enable-per-request-metrics`, a map of efforts": "Not built; `--log-format json` logs a request's times.",
+    "endpoint-load-metrics-format": "A header that is passed over: `/metrics` and `/load` say it.",
+    "/invocations, /v1/chat/completions/batch": "Not built: 404.",
+    "/v1/responses: store, background, previous_response_id, what is at /v1/responses/ID": "Nothing is stored: 400 and "
+    "404.",
+    "/v1/responses: tools of type custom, mcp and the like": "There are none but functions; refused.",
+    "/v1/responses: an empty input": "A 400; vLLM takes it.",
+    "/v1/responses: prompt_cache_key, prompt_cache_retention, safety_identifier": "Accepted, and not sent back.",
+    "/v1/messages: usage": "A stream begins with its first token, so `message_start` says how much was cached, and 1 "
+    "output token. `cache_creation_input_tokens` is 0, and `input_tokens` does not count what was cached.",
+    "/v1/messages: blocks of a system message": "Joined by a line break where the template takes a text; in vLLM by "
+    "nothing.",
+    "/v1/messages: an empty answer": "No block; vLLM sends an empty one.",
+    "/v1/messages: thinking": "Any `budget_tokens`, which vLLM wants between 1024 and `max_tokens`; `display` is not "
+    "`updates`.",
+    "/v1/messages: system blocks tool_addition and tool_removal": "Not built; refused.",
+    "/tokenizer_info": "The tokens with a part to play and the template; vLLM sends all of the tokenizer's settings.",
+    "/openapi.json": "Events are described as texts.",
+    "errors": "Cases that match vLLM's own words (such as `out of vocabulary`) find others, and `param` is "
+    '`messages`, not `body.messages`. Without the API key vLLM answers `{"error": "Unauthorized"}`; here it is the '
+    "envelope of all errors.",
+    "CORS": "A preflight from an origin that is not allowed is a 405; in vLLM a 400.",
 }
 
 
@@ -258,14 +286,15 @@ def render() -> str:
         *_field_table(rendering),
         "",
         "### Of `/v1/messages`",
-        "`/v1/messages/count_tokens` takes " + _names(_fields(CountTokensRequest)) + ". `anthropic-version` and "
+        "`/v1/messages/count_tokens` takes the same fields, and needs no `max_tokens`. `anthropic-version` and "
         "`anthropic-beta` change nothing. Errors are Anthropic's: `{\"type\": \"error\", \"error\": {\"type\", "
         "\"message\"}, \"request_id\"}`, with a code, if there is one, as the error's `details.error_code`. The "
         "arguments of a call that was cut, or are no JSON, are `{\"INVALID_JSON\": text}`.",
         *_field_table(_fields(MessagesRequest), MEANINGS | MESSAGES_MEANINGS),
         "",
         "### Of `/v1/responses`",
-        *_field_table(_fields(ResponsesRequest), MEANINGS | RESPONSES_MEANINGS),
+        "What says how to sample is as in chat: " + _names(_fields(SamplingBody)) + ".",
+        *_field_table(_without(_fields(ResponsesRequest), _fields(SamplingBody)), MEANINGS | RESPONSES_MEANINGS),
         "",
         "### Of `stream_options`",
         *_field_table(_fields(StreamOptions)),
@@ -309,7 +338,9 @@ def render() -> str:
         *_table(("client", "what was seen"), CLIENTS.items()),
         "",
         "## Differences from vLLM",
-        "Of its cases for what stands above; what is not listed answers alike.",
+        "vLLM 0.33.0 has 412 cases, parameters counted, that requests to this server can repeat: of chat, completions, "
+        "responses, messages, tools, reasoning, structured outputs, tokenizing and the server itself. 327 answer as "
+        "they check, 37 are refused by name, and 48 differ. Those, by what they are about:",
         *_table(("what", "how it differs"), DIFFERENCES.items()),
         "",
     ])  # fmt: skip

@@ -78,8 +78,9 @@ class ChatTemplate:
         reserved = _RESERVED.intersection(variables or {})
         if reserved:
             raise InvalidRequest(f"chat_template_kwargs must not hold {min(reserved)!r}.", "chat_template_kwargs")
+        tools = shown_tools(() if tools is None else tools)
         source = self.source(chat_template, tools)
-        if documents and re.search(r"\bdocuments\b", source) is None:
+        if documents and not names_variable(source, "documents"):
             raise InvalidRequest(
                 "The chat template does not use documents; put their text into a message.", "documents"
             )
@@ -90,21 +91,22 @@ class ChatTemplate:
             variables={
                 **self._tokenizer.special_tokens_map,
                 **(variables or {}),
-                "tools": None if tools is None else [dict(tool) for tool in tools],
+                "tools": tools or None,
                 "documents": None if documents is None else [dict(document) for document in documents],
                 "add_generation_prompt": add_generation_prompt,
             },
         )
         return (self._process if chat_template is None else self._foreign).submit(job)
 
-    def source(self, chat_template: str | None, tools: Sequence[Mapping[str, Any]] | None) -> str:
-        """The template that renders a conversation. Raises `InvalidRequest` where there is none."""
+    def source(self, chat_template: str | None, tools: Sequence[object]) -> str:
+        """The template that renders a conversation, with tools perhaps another. Raises `InvalidRequest` where there is
+        none."""
         if chat_template is None and self._tokenizer.chat_template is None:
             raise InvalidRequest(
                 "This model has no chat template; use the completions endpoint, or serve a chat model.", "messages"
             )
         try:
-            return cast(str, self._tokenizer.get_chat_template(chat_template, tools))
+            return cast(str, self._tokenizer.get_chat_template(chat_template, tools or None))
         except ValueError as error:
             raise InvalidRequest(str(error), "chat_template") from error
 
@@ -179,6 +181,29 @@ def _message(path: str, message: object) -> dict[str, Any]:
     elif not isinstance(content, str) and (content is not None or role != "assistant"):
         raise InvalidRequest(f"{path}.content must be a text or a list of parts.", f"{path}.content")
     return {**message, "content": content}
+
+
+def names_variable(template: str, variable: str) -> bool:
+    return re.search(rf"\b{re.escape(variable)}\b", template) is not None
+
+
+def shown_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """As templates see them: without `strict`, which is for those who enforce it. Raises `InvalidRequest` for what is
+    no function, and for two of one name."""
+    if not is_list(tools):
+        raise InvalidRequest('tools must be a list of {"type": "function", "function": {"name": …}}.', "tools")
+    shown: dict[str, dict[str, Any]] = {}
+    for position, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if function is None or not isinstance(name, str):
+            path = f"tools[{position}]"
+            raise InvalidRequest(f'{path} must be {{"type": "function", "function": {{"name": …}}}}.', path)
+        if name in shown:
+            raise InvalidRequest(f"tools: two functions have the name {name!r}.", "tools")
+        given = {key: value for key, value in function.items() if value is not None and key != "strict"}
+        shown[name] = {**tool, "function": given}
+    return list(shown.values())
 
 
 def _part(path: str, part: object, role: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import json
 import resource
 import signal
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
@@ -171,7 +171,7 @@ def render(job: Job) -> str:
     template = _compiled(job.template)
     if not job.messages:
         return ""
-    messages = [_with_reasoning(_said(message)) for message in job.messages]
+    messages = [_with_read_arguments(_with_reasoning(_said(message))) for message in job.messages]
     refusals = []
     for reading in _readings(messages, "developer" in job.template):
         try:
@@ -322,15 +322,30 @@ def _with_reasoning(message: Message) -> Message:
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
+def _with_read_arguments(message: Message) -> Message:
+    """The arguments of its calls as objects, where they are JSON texts of such."""
+
+    def read(arguments: object) -> object:
+        with suppress(ValueError, RecursionError):
+            if isinstance(arguments, str) and isinstance(found := json.loads(arguments or "{}"), dict):
+                return found
+        return arguments
+
+    return _with_arguments(message, read)
+
+
 def _with_written_arguments(message: Message) -> Message:
     """The arguments of its calls as JSON texts; templates take objects or texts."""
+    return _with_arguments(message, lambda arguments: _tojson(arguments) if isinstance(arguments, dict) else arguments)
+
+
+def _with_arguments(message: Message, change: Callable[[object], object]) -> Message:
     if not message.get("tool_calls"):
         return message
     calls = []
     for call in message["tool_calls"]:
-        function = call.get("function")
-        if isinstance(function, dict) and isinstance(function.get("arguments"), dict):
-            call = {**call, "function": {**function, "arguments": _tojson(function["arguments"])}}
+        if isinstance(call, dict) and isinstance(function := call.get("function"), dict) and "arguments" in function:
+            call = {**call, "function": {**function, "arguments": change(function["arguments"])}}
         calls.append(call)
     return {**message, "tool_calls": calls}
 

@@ -44,7 +44,10 @@ _EVENTS: _Responses = {200: {"content": {"text/event-stream": {"schema": _EVENT}
 def create_app(engine: Engine, config: ServerConfig, hosts: Collection[str] | None = None) -> FastAPI:
     """The OpenAI-compatible app over a started engine. `hosts`: the names it may be called by; None: any."""
     service = Service(engine, config)
-    app = FastAPI(title="miniserve", version=__version__, responses=_ERRORS, redirect_slashes=False)
+    # FastAPI's pages load their scripts from other servers.
+    app = FastAPI(
+        title="miniserve", version=__version__, responses=_ERRORS, redirect_slashes=False, docs_url=None, redoc_url=None
+    )
     app.router.route_class = body_route(engine.info.max_model_len, service.admit)
     errors.install(app)
     _openai_routes(app, service)

@@ -81,6 +81,13 @@ def _check_headers(headers: Headers) -> None:
 
 def _check_counts(raw: bytes, max_containers: int, max_values: int) -> None:
     """Raises `InvalidRequest` for a body of too many parts, by counting what separates them."""
+    # With those within texts; to take these out takes several times as long.
+    if (
+        raw.count(b'"') <= 2 * _MAX_STRINGS
+        and raw.count(b"{") + raw.count(b"[") <= max_containers
+        and raw.count(b",") < max_values
+    ):
+        return
     # Without escapes every quote begins or ends a string.
     bare = raw.replace(rb"\\", b"").replace(rb"\"", b"")
     num_strings = bare.count(b'"') // 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import msgspec
 
 from miniserve.core import Completion, InvalidRequest, SamplingParams, TokenLogprobs
+from miniserve.engine.chat_template import names_variable
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server.protocol import (
     ChatChoice,
@@ -30,10 +30,12 @@ from miniserve.server.protocol import (
     TopLogprob,
     Usage,
 )
-from miniserve.server.reading import AnswerReader, Part, Reading, chosen_tools, forced_calls, reading_of, template_tools
+from miniserve.server.reading import AnswerReader, Part, Reading, chosen_tools, forced_calls, reading_of
 from miniserve.server.reply import ChoicesAnswer, GenerationResponse, finish_word
 from miniserve.server.service import Service
 from miniserve.server.structured import find_grammar
+
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
 class ChatAnswer(ChoicesAnswer):
@@ -44,6 +46,7 @@ class ChatAnswer(ChoicesAnswer):
     def __init__(self, model: str, tokenizer: Tokenizer, chat: Chat, body: ChatCompletionRequest) -> None:
         super().__init__(model, tokenizer, [chat.token_ids], chat.params, body)
         self._echo = chat.echo
+        self._asks_ids = bool(chat.params.logprob_token_ids)
         self._reading = chat.reading
         self._readers: dict[int, AnswerReader] = {}
         self._last: dict[int, Completion] = {}
@@ -71,7 +74,7 @@ class ChatAnswer(ChoicesAnswer):
         messages = [message for step in self._reader(index).push(delta) if (message := _delta(*step))]
         if not messages and (delta.logprobs or (self._reading.is_plain and delta.finish_reason is None)):
             messages = [{"content": ""}]
-        logprobs = chat_logprobs(self._tokenizer, delta.logprobs, self.token_name) if delta.logprobs else None
+        logprobs = self._logprobs(delta.logprobs) if delta.logprobs else None
         for message in messages:
             yield {"index": index, "delta": message, "logprobs": logprobs, "finish_reason": None}
             logprobs = None
@@ -101,10 +104,13 @@ class ChatAnswer(ChoicesAnswer):
         return {
             "index": last.index,
             "message": self._message(self._reader(last.index).parts),
-            "logprobs": chat_logprobs(self._tokenizer, entries, self.token_name) if with_logprobs else None,
+            "logprobs": self._logprobs(entries) if with_logprobs else None,
             "finish_reason": self._finish_word(last),
             "stop_reason": last.stop_reason,
         }
+
+    def _logprobs(self, entries: Sequence[TokenLogprobs]) -> ChatLogprobs:
+        return chat_logprobs(self._tokenizer, entries, self.token_name, with_drawn=self._asks_ids)
 
     def _message(self, parts: Sequence[Part]) -> ChatMessageOut:
         """Content is null where there is only reasoning or calls."""
@@ -160,7 +166,7 @@ async def prepare(service: Service, body: ChatCompletionRequest) -> Chat:
             raise InvalidRequest(f"{found[0]} goes with tools only {only}.", found[0])
         await service.check_grammar(*found)
     service.turns.check(1, params.n)
-    template = tokenizer.chat_template.source(body.chat_template, template_tools(tools))
+    template = tokenizer.chat_template.source(body.chat_template, tools)
     dialect = service.config.tool_dialect(template) if tools else None
     text = await render(service, body.messages, body, tools)
     truncates = body.truncate_prompt_tokens is not None
@@ -172,8 +178,11 @@ async def prepare(service: Service, body: ChatCompletionRequest) -> Chat:
     continued = _final_text(body.messages[-1]) if body.continue_final_message else None
     reasoning = None if marks is None else marks.after(text, continued)
     reading = reading_of(body, dialect, tools, reasoning, tokenizer)
-    if (grammar := forced_calls(body, reading, tools, tokenizer, params.grammar)) is not None:
-        await service.check_grammar("tools", grammar)
+    grammar = None
+    if dialect is not None:
+        grammar = await service.in_grammar_thread(
+            forced_calls, body, reading, dialect, tools, tokenizer, params.grammar
+        )
     params = msgspec.structs.replace(
         params,
         grammar=grammar or params.grammar,
@@ -210,16 +219,15 @@ async def render(service: Service, messages: Sequence[ChatMessage], body: Render
             "it with --trust-request-chat-template.",
             "chat_template",
         )
-    continues = bool(body.continue_final_message)
-    shown = template_tools(tools)
-    rendered = service.engine.tokenizer.chat_template.submit(
+    continues, template = bool(body.continue_final_message), service.engine.tokenizer.chat_template
+    rendered = template.submit(
         [_message(f"messages[{position}]", message) for position, message in enumerate(messages)],
         add_generation_prompt=not continues if body.add_generation_prompt is None else body.add_generation_prompt,
         continue_final_message=continues,
-        tools=shown,
+        tools=[tool.model_dump() for tool in tools],
         documents=body.documents,
         chat_template=body.chat_template,
-        variables=_variables(service, body, service.engine.tokenizer.chat_template.source(body.chat_template, shown)),
+        variables=_variables(service, body, template.source(body.chat_template, tools)),
     )
     return await asyncio.wrap_future(rendered)
 
@@ -229,14 +237,14 @@ def _variables(service: Service, body: RenderOptions, template: str) -> dict[str
     `FieldPolicy.pass_over` for a variable that it does not name."""
     effort, variables = body.reasoning_effort, body.chat_template_kwargs or {}
     for name in variables:
-        if not _names(template, name):
+        if not names_variable(template, name):
             service.fields.pass_over(type(body), f"chat_template_kwargs.{name}")
     if effort is None:
         return variables
-    if "reasoning_effort" in template:
+    if knows_effort(template):
         return {"reasoning_effort": effort, **variables}
-    if effort == "none" and (switch := thinking_switch(template)) is not None:
-        return {switch: False, **variables}
+    if effort in _EFFORTS and (switched := reasoning_variables(service, template, effort != "none")) is not None:
+        return {**switched, **variables}
     raise InvalidRequest(
         f"reasoning_effort {effort[:50]!r} means nothing to this model's chat template; leave it out, or use "
         'chat_template_kwargs, for example {"enable_thinking": false}, where the template knows it.',
@@ -244,13 +252,17 @@ def _variables(service: Service, body: RenderOptions, template: str) -> dict[str
     )
 
 
-def thinking_switch(template: str) -> str | None:
-    """The template's variable that turns reasoning on and off."""
-    return next((name for name in ("enable_thinking", "thinking") if _names(template, name)), None)
+def knows_effort(template: str) -> bool:
+    return names_variable(template, "reasoning_effort")
 
 
-def _names(template: str, variable: str) -> bool:
-    return re.search(rf"\b{re.escape(variable)}\b", template) is not None
+def reasoning_variables(service: Service, template: str, reasons: bool) -> dict[str, Any] | None:
+    """What makes the model reason, or not: the template's switch, or nothing where it does so anyway. None: it does the
+    other thing."""
+    for switch in ("enable_thinking", "thinking"):
+        if names_variable(template, switch):
+            return {switch: reasons}
+    return {} if (service.config.reasoning_dialect(template) is not None) == reasons else None
 
 
 def _final_text(message: ChatMessage) -> str:
@@ -265,11 +277,17 @@ def _message(path: str, message: ChatMessage) -> dict[str, Any]:
     return message.model_dump(exclude=without, warnings=False)  # the content may be a text
 
 
-def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs], name: Callable[[int], str]) -> ChatLogprobs:
+def chat_logprobs(
+    tokenizer: Tokenizer, entries: Sequence[TokenLogprobs], name: Callable[[int], str], *, with_drawn: bool = False
+) -> ChatLogprobs:
+    """`with_drawn`: the token that was drawn is among the alternatives, too."""
     content: list[TokenLogprob] = []
     for entry in entries:
+        drawn = _top_logprob(tokenizer, entry.token_id, entry.logprob, name)
         top = [_top_logprob(tokenizer, *pair, name) for pair in zip(entry.top_ids, entry.top_logprobs, strict=True)]
-        content.append({**_top_logprob(tokenizer, entry.token_id, entry.logprob, name), "top_logprobs": top})
+        if with_drawn and entry.token_id not in entry.top_ids:
+            top.append(drawn)
+        content.append({**drawn, "top_logprobs": top})
     return {"content": content, "refusal": None}
 
 

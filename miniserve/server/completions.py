@@ -76,10 +76,10 @@ class CompletionLogprobsWriter:
     def _top(self, entry: TokenLogprobs) -> dict[str, float]:
         """Keyed by text, with the chosen token among them. Of several ids with the same text the likeliest counts."""
         top: dict[str, float] = {}
-        for token_id, logprob in zip(entry.top_ids, entry.top_logprobs, strict=True):
-            top.setdefault(self._name(token_id), logprob)
-        chosen = self._name(entry.token_id)
-        top[chosen] = max(entry.logprob, top.get(chosen, entry.logprob))
+        pairs = zip((*entry.top_ids, entry.token_id), (*entry.top_logprobs, entry.logprob), strict=True)
+        for token_id, logprob in pairs:
+            name = self._name(token_id)
+            top[name] = max(logprob, top.get(name, logprob))
         return top
 
 

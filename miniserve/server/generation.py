@@ -51,6 +51,7 @@ class Turns:
         self._inside = 0
         self.waiting = 0
         self.num_requests = 0  # of clients
+        self.num_refused = 0  # since the start, for want of room
         self._queue: list[_Turn] = []  # in order
         self._serial = count()
 
@@ -65,6 +66,7 @@ class Turns:
                 "prompt" if num_prompts > self._most else "n",
             )
         if num_prompts * n > most:
+            self.num_refused += 1
             raise APIError(
                 429,
                 f"The server is busy: {used} sequences (prompts times n) run or wait, so that it takes at most {most} "

@@ -22,10 +22,11 @@ from miniserve.server.agents import (
     refused_beside,
     texts_of,
 )
-from miniserve.server.chat import thinking_switch
+from miniserve.server.chat import knows_effort, reasoning_variables
 from miniserve.server.errors import APIError, json_response
 from miniserve.server.fields import LEAVE_OUT, Body, Exact, Refusal, refusals
 from miniserve.server.protocol import (
+    CacheSalt,
     CalledName,
     ChatCompletionRequest,
     Float,
@@ -38,8 +39,9 @@ from miniserve.server.protocol import (
     TextOrList,
     Texts,
     Tool,
+    ToolsOf,
 )
-from miniserve.server.reading import Part, template_tools
+from miniserve.server.reading import Part
 from miniserve.server.service import Service
 from miniserve.server.structured import JSONSchemaFormat, ResponseFormat
 
@@ -58,6 +60,7 @@ class Block(Body):
     is_error: bool | None = None
     # Without effect.
     signature: str | None = None
+    data: str | None = None
     citations: Any = None
     caller: Any = None
     cache_control: Any = None
@@ -107,26 +110,29 @@ class OutputConfig(Exact):
     format: OutputFormat | None = None
 
 
-class CountTokensRequest(Body):
-    """What the prompt is made of."""
-
+class MessagesRequest(Body):
     model: str | None = None
     messages: Annotated[ListOf[Message], Field(min_length=1)]
     system: TextOrList[Block] | None = None
-    tools: ListOf[ToolDefinition] | None = None
+    tools: ToolsOf[ToolDefinition] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     cache_control: Any = None
-
-
-class MessagesRequest(CountTokensRequest):
     max_tokens: Int
     stream: bool | None = None
     stop_sequences: Texts | None = None
     temperature: Float | None = None
     top_p: Float | None = None
     top_k: Int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    cache_salt: CacheSalt | None = None
+
+
+class CountTokensRequest(MessagesRequest):
+    """Clients may send all of a request whose prompt they want counted."""
+
+    max_tokens: Int | None = None  # type: ignore[assignment]
 
 
 # What Claude Code sends: all thinking stays in the prompt, as far as the chat template keeps it.
@@ -135,7 +141,6 @@ _NAMES = {
     "input_tokens": "prompt",
     "stop": "stop_sequences",
     "reasoning_effort": "output_config.effort",
-    "chat_template_kwargs": "thinking",
     "response_format": "output_config.format",
 }
 _REFUSED = refused_beside(
@@ -152,7 +157,7 @@ _REFUSED = refused_beside(
         "mcp_servers": "call them from the client",
     },
 )  # fmt: skip
-MessagesRequest.refused = CountTokensRequest.refused = {
+MessagesRequest.refused = {
     **_REFUSED,
     # Anthropic's client then sends the whole conversation by itself.
     "thread": Refusal((), "send the whole conversation; none is kept", "thread_unsupported_request"),
@@ -311,6 +316,7 @@ async def respond(service: Service, body: MessagesRequest) -> Response:
     chat = translation.chat
     chat.max_tokens, chat.stop, chat.stream = body.max_tokens, body.stop_sequences, body.stream
     chat.temperature, chat.top_p, chat.top_k = body.temperature, body.top_p, body.top_k
+    chat.cache_salt = body.cache_salt
     return await translation.respond(service, lambda chat: MessagesAnswer(service.model, tokenizer, chat))
 
 
@@ -320,7 +326,7 @@ async def count_tokens(service: Service, body: CountTokensRequest) -> Response:
     return json_response({"input_tokens": len(chat.token_ids)})
 
 
-def _translated(service: Service, body: CountTokensRequest) -> Translation:
+def _translated(service: Service, body: MessagesRequest) -> Translation:
     turns = list(_turns("system", "system", body.system)) if body.system else []
     for position, message in enumerate(body.messages):
         turns += _turns(f"messages[{position}]", message.role, message.content)
@@ -337,15 +343,18 @@ def _translated(service: Service, body: CountTokensRequest) -> Translation:
         word = "required" if choice.type == "any" else choice.type
         chat.tool_choice = word if choice.name is None else NamedTool(choice.name)
         chat.parallel_tool_calls = False if choice.disable_parallel_tool_use else None
-    if body.thinking is not None:
-        _think(service, body.thinking, chat)
-    if (output := body.output_config) is not None:
-        # The API's default is "high": to say so asks for nothing where the template knows no effort.
-        if output.effort != "high" or "reasoning_effort" in _template(service, chat):
+    chat.chat_template_kwargs = body.chat_template_kwargs
+    output, thinking = body.output_config or OutputConfig(), body.thinking or Thinking(type="adaptive")
+    if output.effort is not None or thinking.type != "adaptive":
+        template = service.engine.tokenizer.chat_template.source(None, chat.tools or [])
+        _think(service, template, thinking, chat)
+        # A hint, which agents send to every model: others pass over it.
+        if knows_effort(template) and thinking.type != "disabled":
             chat.reasoning_effort = output.effort
-        if output.format is not None:
-            schema = JSONSchemaFormat(schema=output.format.json_schema)
-            chat.response_format = ResponseFormat(type="json_schema", json_schema=schema)
+    chat.include_reasoning = False if thinking.display == "omitted" else None
+    if output.format is not None:
+        schema = JSONSchemaFormat(schema=output.format.json_schema)
+        chat.response_format = ResponseFormat(type="json_schema", json_schema=schema)
     return Translation(chat, _NAMES, turns, _too_long)
 
 
@@ -362,25 +371,19 @@ def _too_long(error: ContextExceeded) -> str:
     )
 
 
-def _think(service: Service, thinking: Thinking, chat: ChatCompletionRequest) -> None:
+def _think(service: Service, template: str, thinking: Thinking, chat: ChatCompletionRequest) -> None:
     """By the template's switch. Where it has none, what the model does must be what is asked for."""
-    chat.include_reasoning = False if thinking.display == "omitted" else None
     if thinking.type == "adaptive":
         return
-    template = _template(service, chat)
-    switch, enabled = thinking_switch(template), thinking.type == "enabled"
-    if switch is not None:
-        chat.chat_template_kwargs = {switch: enabled}
-    elif (service.config.reasoning_dialect(template) is not None) != enabled:
+    enabled = thinking.type == "enabled"
+    switched = reasoning_variables(service, template, enabled)
+    if switched is None:
         raise InvalidRequest(
             f"thinking: this model {'does not reason' if enabled else 'always reasons'}, by its chat template; leave "
             "it out.",
             "thinking",
         )
-
-
-def _template(service: Service, chat: ChatCompletionRequest) -> str:
-    return service.engine.tokenizer.chat_template.source(None, template_tools(chat.tools or []))
+    chat.chat_template_kwargs = {**switched, **(chat.chat_template_kwargs or {})}
 
 
 def _tool(path: str, tool: ToolDefinition) -> Tool:
@@ -404,7 +407,12 @@ def _turns(path: str, role: str, content: str | Sequence[Block]) -> Iterator[Tur
         where = f"{path}[{index}]" if path == "system" else f"{path}.content[{index}]"
         match block.type:
             case "text":
-                turn.texts.append(needed(where, "text", block.text))
+                text = needed(where, "text", block.text)
+                # Claude Code's note for its own servers differs in every request: no prefix would be found again.
+                if role != "system" or not text.startswith("x-anthropic-billing-header:"):
+                    turn.texts.append(text)
+            case "redacted_thinking" if role == "assistant":
+                pass  # which only those who encrypted it could read
             case "thinking" if role == "assistant":
                 turn.thoughts.append(needed(where, "thinking", block.thinking))
             case "tool_use" if role == "assistant":

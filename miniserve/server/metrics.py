@@ -143,7 +143,12 @@ class ServerMetrics:
             block_size=info.block_size,
             num_gpu_blocks=info.num_blocks,
             kv_cache_size_tokens=info.num_blocks * info.block_size,
+            kv_cache_max_concurrency=round(info.num_blocks * info.block_size / info.max_model_len, 2),
             enable_prefix_caching=info.enable_prefix_caching,
+        )
+        refused = [self._turns.num_refused]
+        yield self._counter(
+            "vllm:admission_rejections", "Requests answered 429.", refused, reason="max_num_queued_reqs"
         )
         ranks = [info.tensor_parallel_size] * len(engines)
         yield self._gauge("miniserve:tensor_parallel_size", "Ranks that share the model.", ranks)
@@ -206,10 +211,10 @@ class ServerMetrics:
             family.add_metric((self._labels[0], f"{number}", *map(str, labels.values())), value)
         return family
 
-    def _counter(self, name: str, about: str, values: Sequence[float]) -> Metric:
-        family = CounterMetricFamily(name, about, labels=_LABELS)
+    def _counter(self, name: str, about: str, values: Sequence[float], **labels: object) -> Metric:
+        family = CounterMetricFamily(name, about, labels=(*_LABELS, *labels))
         for number, value in enumerate(values):
-            family.add_metric((self._labels[0], f"{number}"), value)
+            family.add_metric((self._labels[0], f"{number}", *map(str, labels.values())), value)
         return family
 
 

@@ -91,8 +91,8 @@ def install(app: FastAPI, service: Service) -> None:
         if "text/html" in accept and "application/json" not in accept:
             answer = Response(index, headers=_HEADERS, media_type="text/html")
         else:
-            links = {"api": "/v1", "models": "/v1/models", "health": "/health", "metrics": "/metrics", "docs": "/docs"}
-            answer = json_response({"name": "miniserve", "version": __version__, **links})
+            links = {"models": "/v1/models", "health": "/health", "metrics": "/metrics", "schema": "/openapi.json"}
+            answer = json_response({"name": "miniserve", "version": __version__, "api": "/v1", **links})
         answer.headers["Vary"] = "Accept"
         return answer
 

@@ -91,9 +91,10 @@ def _bias(value: object) -> object:
     """OpenAI's keys are token ids written as strings."""
     if not isinstance(value, dict):
         return value
+    wrong = [key for key in value if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 12)]
+    if wrong:
+        raise ValueError(f"{', '.join(repr(str(key)[:50]) for key in wrong[:8])}: no token ids, which the keys must be")
     for key, number in value.items():
-        if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 12):
-            raise ValueError(f"the key {str(key)[:50]!r} is no token id")
         if isinstance(number, bool):
             raise ValueError(f"the value of key {key!r} must be a number")
     bias = {int(key): number for key, number in value.items()}
@@ -114,14 +115,12 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = None
 
 
-class GenerationBody(StructuredFields, Body):
-    """What completions and chat share: how to sample, when to stop, how to answer."""
+CacheSalt = Annotated[Text, Field(min_length=1, max_length=256)]
 
-    model: str | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: Int | None = None
-    max_tokens: Int | None = None
+
+class SamplingBody(Body):
+    """How to sample and when to stop: of completions, chat and responses."""
+
     min_tokens: Int | None = None
     temperature: Float | None = None
     top_p: Float | None = None
@@ -141,6 +140,18 @@ class GenerationBody(StructuredFields, Body):
     skip_special_tokens: bool | None = None
     allowed_token_ids: ListOf[Int] | None = None
     bad_words: Texts | None = None
+    priority: Int | None = None
+    cache_salt: CacheSalt | None = None
+
+
+class GenerationBody(StructuredFields, SamplingBody):
+    """What completions and chat share: beside how to sample, how to answer."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Int | None = None
+    max_tokens: Int | None = None
     prompt_logprobs: Int | None = None
     logprob_token_ids: Annotated[ListOf[Int], Field(min_length=1)] | None = None
     return_token_ids: bool | None = None
@@ -148,8 +159,6 @@ class GenerationBody(StructuredFields, Body):
     truncate_prompt_tokens: Int | None = None
     truncation_side: Literal["left", "right"] | None = None
     echo: bool | None = None
-    priority: Int | None = None
-    cache_salt: Annotated[Text, Field(min_length=1, max_length=256)] | None = None
 
     @property
     def asked_tokens(self) -> tuple[str, int | None]:
@@ -276,13 +285,15 @@ def _tool_choice(value: object) -> str | NamedTool:
     raise ValueError('must be none, auto, required or {"type": "function", "function": {"name": …}}')
 
 
+# Far more than clients send, and few enough to be looked through between two tokens of others.
+ToolsOf = Annotated[ListOf[T], Field(max_length=1024)]
 ToolChoice = Annotated[str | NamedTool, PlainValidator(_tool_choice, json_schema_input_type=str | dict[str, Any])]
 
 
 class RenderOptions(Body):
     """What chat and `/tokenize` share: how a conversation is rendered."""
 
-    tools: ListOf[Tool] | None = None
+    tools: ToolsOf[Tool] | None = None
     reasoning_effort: Text | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

@@ -12,6 +12,7 @@ from miniserve.core import Completion, FinishReason, Grammar, InvalidRequest, Re
 from miniserve.engine.answer_parser import AnswerParser
 from miniserve.engine.call_reader import CallArguments, CallBegin, CallEnd, Content, Thought
 from miniserve.engine.detokenizer import text_decoder
+from miniserve.engine.grammar import check_grammar
 from miniserve.engine.reasoning import ReasoningSplit
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.engine.tool_dialects import ToolDialect
@@ -167,6 +168,7 @@ def chosen_tools(body: ChatCompletionRequest) -> list[Tool]:
 def forced_calls(
     body: ChatCompletionRequest,
     reading: Reading,
+    dialect: ToolDialect,
     tools: Sequence[Tool],
     tokenizer: Tokenizer,
     content: Grammar | None,
@@ -177,11 +179,11 @@ def forced_calls(
     must_call = body.tool_choice not in (None, "auto")
     once = isinstance(body.tool_choice, NamedTool) or body.parallel_tool_calls is False
     strict = {tool.function.name for tool in tools if must_call or tool.function.strict}
-    if reading.dialect is None or not (strict or once or content):
+    if not (strict or once or content):
         return None
     schemas = {name: schema if name in strict else None for name, schema in reading.functions.items()}
-    return call_grammar(
-        reading.dialect,
+    grammar = call_grammar(
+        dialect,
         schemas,
         tokenizer,
         must_call=must_call,
@@ -189,6 +191,8 @@ def forced_calls(
         reasoning=reading.reasoning,
         content=None if content is None else json.loads(content.text),
     )
+    check_grammar(grammar, tokenizer, "tools")
+    return grammar
 
 
 def _functions(body: ChatCompletionRequest, tools: Sequence[Tool]) -> Functions:
@@ -200,20 +204,3 @@ def _functions(body: ChatCompletionRequest, tools: Sequence[Tool]) -> Functions:
         for tool in tools
         if named is None or tool.function.name == named
     }
-
-
-def template_tools(tools: Sequence[Tool]) -> list[dict[str, Any]] | None:
-    """As a template sees them. `strict` is for the server. Raises `InvalidRequest` for two of one name."""
-    shown: list[dict[str, Any]] = []
-    names: set[str] = set()
-    for tool in tools:
-        function = tool.function
-        if function.name in names:
-            raise InvalidRequest(f"tools: two functions have the name {function.name!r}.", "tools")
-        names.add(function.name)
-        optional = {"description": function.description, "parameters": function.parameters}
-        given = {name: value for name, value in optional.items() if value is not None}
-        shown.append(
-            {"type": tool.type, "function": {"name": function.name, **given, **function.extras}, **tool.extras}
-        )
-    return shown or None

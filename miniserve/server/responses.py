@@ -31,22 +31,23 @@ from miniserve.server.protocol import (
     CalledArguments,
     CalledName,
     ChatCompletionRequest,
-    Float,
     FunctionName,
     Int,
     ListOf,
     OrText,
     Parameters,
+    SamplingBody,
     Text,
     TextOrList,
     TokenLogprob,
     Tool,
     ToolChoice,
+    ToolsOf,
 )
 from miniserve.server.reading import Part
 from miniserve.server.reply import GenerationResponse
 from miniserve.server.service import Service
-from miniserve.server.structured import JSONSchemaFormat, ResponseFormat
+from miniserve.server.structured import JSONSchemaFormat, ResponseFormat, StructuredOutputs
 
 _LOGPROBS, _ENCRYPTED = "message.output_text.logprobs", "reasoning.encrypted_content"
 _SEAL = "miniserve:"
@@ -77,9 +78,9 @@ class Item(Body):
     output: TextOrList[Piece] | None = None
     summary: ListOf[Piece] | None = None
     encrypted_content: str | None = None
+    status: str | None = None
     # Without effect.
     id: str | None = None
-    status: str | None = None
     phase: str | None = None
 
 
@@ -140,18 +141,19 @@ class ResponseStreamOptions(Exact):
     include_obfuscation: Literal[False] | None = None
 
 
-class ResponsesRequest(Body):
+class ResponsesRequest(SamplingBody):
     model: str | None = None
     input: Annotated[ListOf[Item], Field(min_length=1), OrText()]
     instructions: Text | None = None
-    tools: ListOf[FunctionTool] | None = None
+    tools: ToolsOf[FunctionTool] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: ReasoningConfig | None = None
     max_output_tokens: Int | None = None
-    temperature: Float | None = None
-    top_p: Float | None = None
+    structured_outputs: StructuredOutputs | None = None
+    include_reasoning: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
     store: bool | None = None
@@ -424,6 +426,9 @@ async def respond(service: Service, body: ResponsesRequest) -> GenerationRespons
     return await _translated(body).respond(service, lambda chat: ResponsesAnswer(service.model, tokenizer, chat, body))
 
 
+_AS_IN_CHAT = ("parallel_tool_calls", "stream", "structured_outputs", "include_reasoning", "chat_template_kwargs")
+
+
 def _translated(body: ResponsesRequest) -> Translation:
     turns = [Turn("instructions", "system", [body.instructions])] if body.instructions else []
     if isinstance(body.input, str):
@@ -432,8 +437,13 @@ def _translated(body: ResponsesRequest) -> Translation:
         for index, item in enumerate(body.input):
             _add(f"input[{index}]", item, turns)
     chat = ChatCompletionRequest(messages=[turn.message() for turn in turns])
-    chat.max_tokens, chat.temperature, chat.top_p = body.max_output_tokens, body.temperature, body.top_p
-    chat.tool_choice, chat.parallel_tool_calls, chat.stream = body.tool_choice, body.parallel_tool_calls, body.stream
+    if not isinstance(body.input, str) and _is_unfinished(body.input[-1]):
+        chat.continue_final_message, chat.add_generation_prompt = True, False
+    for name in (*SamplingBody.model_fields, *_AS_IN_CHAT):
+        setattr(chat, name, getattr(body, name))
+    chat.max_tokens = body.max_output_tokens
+    # "auto" is what clients send without tools, too.
+    chat.tool_choice = body.tool_choice if body.tools or body.tool_choice != "auto" else None
     if body.tools:
         chat.tools = [each for index, tool in enumerate(body.tools) for each in _tools(f"tools[{index}]", tool)]
     chat.logprobs, chat.top_logprobs = _LOGPROBS in (body.include or ()) or None, body.top_logprobs
@@ -495,6 +505,11 @@ def _unsealed(value: str | None) -> list[str]:
     if not value.startswith(_SEAL):
         raise ValueError("not from here")
     return [base64.b64decode(value.removeprefix(_SEAL), validate=True).decode()]
+
+
+def _is_unfinished(item: Item) -> bool:
+    """Whether it is text of the model that was cut, as `max_output_tokens` does, and which the answer goes on with."""
+    return (item.type, item.role) == ("message", "assistant") and item.status in ("incomplete", "in_progress")
 
 
 def _add(path: str, item: Item, turns: list[Turn]) -> None:

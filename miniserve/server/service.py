@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 from miniserve.core import Grammar, InvalidRequest, Request, SamplingParams
 from miniserve.engine.grammar import check_grammar
@@ -23,6 +23,7 @@ from miniserve.server.reply import Answer, GenerationResponse
 from miniserve.server.sampling import SamplingRules
 
 T = TypeVar("T")
+P = ParamSpec("P")
 _LONG_TEXT = 16_384  # characters; beyond, encoding takes milliseconds
 _VERY_LONG_TEXT = 262_144  # characters; beyond, it takes a good part of a second
 _MAX_TEXT = 1_048_576  # characters of a text that need not fit into the context
@@ -93,10 +94,12 @@ class Service:
         return GenerationResponse(generation, answer, bool(body.stream), self.config)
 
     async def check_grammar(self, param: str, grammar: Grammar) -> None:
-        """Raises `InvalidRequest` naming the field `param` for what the output cannot be made to be. Takes a second at
-        most, in a thread."""
-        check = partial(check_grammar, grammar, self.engine.tokenizer, param)
-        await asyncio.get_running_loop().run_in_executor(self._grammars, check)
+        """Raises `InvalidRequest` naming the field `param` for what the output cannot be made to be."""
+        await self.in_grammar_thread(check_grammar, grammar, self.engine.tokenizer, param)
+
+    async def in_grammar_thread(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Of what makes and checks grammars: it may take a second."""
+        return await asyncio.get_running_loop().run_in_executor(self._grammars, partial(work, *args, **kwargs))
 
     def check_alive(self) -> None:
         """Raises `APIError` 503 once the engine is dead."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from miniserve.core import InvalidRequest, UserError
 from miniserve.engine import chat_template
-from miniserve.engine.chat_template import ChatTemplate
+from miniserve.engine.chat_template import ChatTemplate, shown_tools
 from miniserve.engine.tokenizer import Tokenizer, load_tokenizer
 
 USER = {"role": "user", "content": "Hi"}
@@ -226,12 +226,15 @@ def test_a_broken_template_is_reported_when_the_model_is_loaded(directory: Path)
 
 
 def test_several_templates_are_chosen_by_name_and_by_tools(directory: Path) -> None:
-    templates = [{"name": "default", "template": WRITTEN}, {"name": "tool_use", "template": "T" + WRITTEN}]
+    names = "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}"
+    templates = [{"name": "default", "template": WRITTEN}, {"name": "tool_use", "template": "T" + names + WRITTEN}]
     path = directory / "tokenizer_config.json"
     path.write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": templates}))
     chat = load_tokenizer(directory, "auto").chat_template
     assert chat.render([USER]) == "[user: Hi]"
-    assert chat.render([USER], tools=[{"name": "f"}]) == chat.render([USER], chat_template="tool_use") == "T[user: Hi]"
+    assert chat.render([USER], tools=[]) == "[user: Hi]"
+    assert chat.render([USER], tools=[{"function": {"name": "f"}}]) == "Tf[user: Hi]"
+    assert chat.render([USER], chat_template="tool_use") == "T[user: Hi]"
 
 
 def call(arguments: object, content: str | None = None) -> dict[str, Any]:
@@ -301,3 +304,39 @@ def test_tools_that_a_template_leaves_out_are_named(chat: ChatTemplate, shown: s
     with pytest.raises(InvalidRequest, match=lost) as caught:
         chat.render([USER], tools=tools, chat_template=shown + WRITTEN)
     assert caught.value.param == "tools"
+
+
+def test_tools_are_shown_as_the_server_shows_them(chat: ChatTemplate) -> None:
+    """Without what is null, and without `strict`, which the server enforces."""
+    function = {"name": "now", "description": None, "strict": True, "parameters": {"default": None}}
+    tools = [{"type": "function", "function": function, "more": 1}]
+    shown = [{"type": "function", "function": {"name": "now", "parameters": {"default": None}}, "more": 1}]
+    text = chat.render([USER], tools=tools, chat_template="{{ tools | tojson }}" + WRITTEN)
+    assert json.loads(text.removesuffix("[user: Hi]")) == shown
+    wrong: Any
+    for wrong in ({}, [{"name": "now"}], ["now"], [{"function": {"name": 5}}]):
+        with pytest.raises(InvalidRequest, match=r"tools.* must be"):
+            chat.render([USER], tools=wrong or {"a": 1})
+
+
+def test_one_name_twice_is_found_in_one_pass() -> None:
+    class Name(str):
+        compared = 0
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            Name.compared += 1
+            return str.__eq__(self, other)
+
+    names = [Name(f"f{number}") for number in range(300)]
+    with pytest.raises(InvalidRequest, match="'f299'"):
+        shown_tools([{"function": {"name": name}} for name in (*names, Name("f299"))])
+    assert Name.compared < 3000
+
+
+def test_arguments_may_come_as_texts(chat: ChatTemplate) -> None:
+    template = roles("{% for call in message.tool_calls or [] %}{{ call.function.name }}"
+                     "{{ call.function.arguments | tojson }}{% endfor %}{{ message.content or '' }}")  # fmt: skip
+    for arguments in ({"a": "é"}, '{"a": "é"}'):
+        assert chat.render([USER, call(arguments)], chat_template=template) == 'Hinow{"a": "é"}'
+    assert chat.render([USER, call("")], chat_template=template) == "Hinow{}"

@@ -91,7 +91,7 @@ def test_the_models_sampling_defaults_are_used_where_none_are_given(llm: LLM) ->
     assert make(generation_config="none").default_sampling_params() == SamplingParams()
 
 
-def test_chats(llm: LLM) -> None:
+def test_chats(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
     messages = [{"role": "user", "content": "Hi"}]
     ids = llm.tokenizer.encode(llm.tokenizer.chat_template.render(messages), add_special_tokens=False)
     (generation,) = llm.chat(messages, SamplingParams(max_tokens=4, ignore_eos=True))
@@ -105,6 +105,16 @@ def test_chats(llm: LLM) -> None:
     assert llm.chat([]) == []
     with pytest.raises(InvalidRequest, match="refuses"):
         llm.chat(messages, chat_template="{{ raise_exception('no') }}")
+    template = "{{ tools | tojson }}{{ mood }}{{ messages[0].content }}"
+    tools = [{"type": "function", "function": {"name": "now", "strict": True}}]
+    asked: Any = {"chat_template": template, "tools": tools, "chat_template_kwargs": {"mood": "!"}}
+    (generation,) = llm.chat(messages, SamplingParams(max_tokens=1), **asked)
+    assert generation.prompt == '[{"type": "function", "function": {"name": "now"}}]!Hi'
+    with caplog.at_level("WARNING"):
+        llm.chat(messages, SamplingParams(max_tokens=1), chat_template_kwargs={"enable_thinking": False})
+    assert "'enable_thinking'" in caplog.text
+    with pytest.raises(TypeError):
+        llm.chat(messages, temperature=0.0)  # type: ignore[call-arg]
     parts = ({"type": "image_url", "image_url": "x"}, {"type": "text"}, {"type": "text", "text": None}, "x")
     for wrong in (None, messages[0], *([{"role": "user", "content": [part]}] for part in parts)):
         with pytest.raises(InvalidRequest, match="messages"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ from typing import Any
 
 import httpx
 import pytest
+from dialect_texts import TEMPLATES
 
 import miniserve
 from miniserve.core import Grammar, SamplingParams
@@ -107,6 +109,7 @@ def server() -> Iterator[tuple[subprocess.Popen[bytes], str]]:
         "--tensor-parallel-size=2",
         "--data-parallel-size=2",
         "--max-num-seqs=4",
+        "--trust-request-chat-template",
     ]
     command = [sys.executable, "-m", "miniserve", "serve", f"--port={port}", *flags]
     with subprocess.Popen(command) as process:
@@ -138,10 +141,23 @@ def command_line(pid: int) -> bytes:
         return b""
 
 
-def test_a_served_rank_that_is_stopped_ends_the_requests_of_its_engine_and_the_server(
+def test_ranks_serve_enforced_calls_and_one_that_is_stopped_ends_its_requests_and_the_server(
     server: tuple[subprocess.Popen[bytes], str],
 ) -> None:
     process, url = server
+    schema = {"type": "object", "properties": {"city": {"enum": ["Bonn", "Bad Ems"]}}, "required": ["city"]}
+    body = {
+        "messages": [{"role": "user", "content": "Hi"}],
+        "tools": [{"type": "function", "function": {"name": "get_weather", "parameters": schema}}],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "chat_template": TEMPLATES["hermes"],
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    (choice,) = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120).json()["choices"]
+    (call,) = choice["message"]["tool_calls"]
+    assert call["function"]["name"] == "get_weather"
+    assert json.loads(call["function"]["arguments"])["city"] in ("Bonn", "Bad Ems")
     body = {"prompt": PROMPTS[2], "temperature": 0, "max_tokens": 12, "return_token_ids": True}
     (choice,) = httpx.post(f"{url}/v1/completions", json=body, timeout=120).json()["choices"]
     assert choice["token_ids"] == alone("tiny-qwen3")[2]

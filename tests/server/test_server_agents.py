@@ -413,11 +413,58 @@ def test_reasoning_comes_back_also_sealed(model: Scripted) -> None:
     assert "encrypted_content" not in response(model, False).output[0].to_dict()
 
 
+def test_what_agents_send_to_every_model_is_taken(model: Scripted, claude: Anthropic) -> None:
+    model.says("Four.")
+    thinking: Any = {"type": "adaptive", "display": "omitted"}
+    effort: Any = {"effort": "high"}
+    message(claude, False, thinking=thinking, output_config=effort)  # as Claude Code does
+    message(claude, False, thinking={"type": "disabled"}, output_config=effort)
+    assert model.prompt.endswith("</think>\n\n")
+    note: Any = {"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1; cch=1;"}
+    kind: Any = {"type": "text", "text": "Be kind."}
+    secret: Any = {"role": "assistant", "content": [{"type": "redacted_thinking", "data": "x"}, kind]}
+    message(claude, False, ASKED, secret, ASKED, system=[note, kind])
+    assert model.prompt.count("Be kind.") == 2
+    assert "billing" not in model.prompt
+    counted = {"max_tokens": 5, "stream": True, "temperature": 1, "stop_sequences": ["x"], "metadata": {"user_id": "u"}}
+    for body in ({}, counted):
+        answer = httpx.post(f"{model.server.url}/messages/count_tokens", json={"messages": [ASKED], **body})
+        assert set(answer.json()) == {"input_tokens"}
+    response(model, False, tools=[], tool_choice="auto")
+
+
+def test_how_to_sample_is_said_as_in_chat(model: Scripted, claude: Anthropic) -> None:
+    model.says("Four.")
+    how: Any = {"top_k": 7, "min_p": 0.1, "seed": 5, "stop": ["END"], "ignore_eos": True, "logit_bias": {"9": 1.0},
+                "repetition_penalty": 1.5, "cache_salt": "mine", "priority": 3}  # fmt: skip
+    response(model, False, max_output_tokens=5, extra_body=how)
+    params = model.server.engine.seen[-1][1]
+    assert (params.top_k, params.min_p, params.seed, params.stop) == (7, 0.1, 5, ("END",))
+    assert (params.ignore_eos, params.logit_bias, params.repetition_penalty) == (True, {9: 1.0}, 1.5)
+    for regex in ({"structured_outputs": {"regex": "Fo.*"}}, {}):
+        response(model, False, extra_body={**regex, "chat_template_kwargs": {"enable_thinking": False}})
+        assert model.prompt.endswith("</think>\n\n")
+        assert (model.server.engine.seen[-1][1].grammar is not None) == bool(regex)
+    message(claude, False, extra_body={"chat_template_kwargs": {"enable_thinking": False}, "cache_salt": "mine"})
+    assert model.prompt.endswith("</think>\n\n")
+    model.says(THOUGHT + "Four.")
+    assert [item.type for item in response(model, False, extra_body={"include_reasoning": False}).output] == ["message"]
+
+
 def test_a_last_message_of_the_assistant_goes_on(model: Scripted, claude: Anthropic) -> None:
     model.says(" is four.")
     answer = message(claude, False, ASKED, {"role": "assistant", "content": "Two and two"})
     assert model.prompt.endswith("Two and two")
     assert answer.content[0].text == " is four."
+    model.says(THOUGHT + "Two and two is four.")
+    cut = response(model, False, max_output_tokens=20)
+    assert (cut.status, cut.output[-1].status) == ("incomplete", "incomplete")
+    model.says(" is four.")
+    items = [ASKED, *[item.to_dict() for item in cut.output]]
+    assert response(model, False, items).output_text == " is four."
+    assert model.prompt.endswith(cut.output_text)
+    response(model, False, [*items, ASKED])
+    assert model.prompt.endswith("<|im_start|>assistant\n")
 
 
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "aaaa"}}
@@ -445,7 +492,7 @@ def said(*blocks: Any, role: str = "user") -> dict[str, Any]:
         (said({**USE, "name": ""}, role="assistant"), "messages[0].content[0].name"),
         (said({**USE, "input": None}, role="assistant"), "messages[0].content[0].input"),
         (said(USE, role="assistant"), "messages"),
-        (said({"type": "redacted_thinking", "data": "x"}, role="assistant"), "messages[0].content[0].type"),
+        (said({"type": "redacted_thinking", "data": "x"}), "messages[0].content[0].type"),
         (said(role="tool"), "messages[0].role"),
         ({"system": [IMAGE]}, "system[0].type"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
@@ -457,7 +504,6 @@ def said(*blocks: Any, role: str = "user") -> dict[str, Any]:
         ({"tool_choice": {"type": "any"}, "tools": []}, "tool_choice"),
         ({"thinking": {"type": "between_tools"}}, "thinking.type"),
         ({"tools": [{"name": "now", "input_schema": {"type": "array"}}]}, "tools[0].input_schema"),
-        ({"output_config": {"effort": "low"}}, "output_config.effort"),
         ({"context_management": {"edits": [{"type": "clear_thinking_20251015"}]}}, "context_management"),
         ({"output_config": {"format": {"type": "json_schema", "schema": {"not": {}}}}}, "output_config.format"),
         ({"stop_sequences": [""]}, "stop_sequences"),
@@ -511,7 +557,7 @@ CALL = {"type": "function_call", "call_id": "1", "name": "now", "arguments": "{}
         ({"tools": [*RESPONSES_TOOLS, RESPONSES_TOOLS[0]]}, "tools"),
         ({"tool_choice": {"type": "function", "name": "other"}}, "tool_choice"),
         ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
-        ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
+        ({"reasoning": {"effort": "extreme"}}, "reasoning.effort"),
         ({"reasoning": {"summary": "concise"}}, "reasoning.summary"),
         ({"text": {"format": {"type": "json_schema"}}, "tools": []}, "text.format"),
         ({"text": {"verbosity": "low"}}, "text.verbosity"),
@@ -526,7 +572,13 @@ CALL = {"type": "function_call", "call_id": "1", "name": "now", "arguments": "{}
         ({"prompt": {"id": "x"}}, "prompt"),
         ({"top_logprobs": 1}, "top_logprobs"),
         ({"max_tokens": 5}, "max_tokens"),
-        ({"seed": 5}, "seed"),
+        ({"seed": 2**63}, "seed"),
+        ({"n": 2}, "n"),
+        (
+            {"structured_outputs": {"regex": "a"}, "text": {"format": {"type": "json_object"}}, "tools": []},
+            "structured_outputs.regex",
+        ),
+        ({"enable_response_messages": True}, "enable_response_messages"),
         ({"stream_options": {"include_obfuscation": False}}, "stream_options"),
         ({"stream_options": {"include_usage": True}, "stream": True}, "stream_options.include_usage"),
         ({"instruction": "x"}, "instruction"),

@@ -60,6 +60,20 @@ def test_quotes_and_separators_within_texts_are_no_parts(server: RunningServer) 
     assert detokenized.json()["prompt"] == json.loads(f'"{text}"')
 
 
+def test_texts_are_not_gone_through_where_what_they_hold_could_not_matter() -> None:
+    """Each pass over them keeps the interpreter from everybody."""
+
+    class Raw(bytes):
+        def replace(self, *_: Any) -> Any:
+            raise AssertionError("a pass")
+
+    raw = b'{"prompt":"' + rb"\\" * 500_000 + b", {[" * 2000 + b'"}'
+    body._check_counts(Raw(raw), 8192, 262_144)
+    for many_more in (b"{" * 9000, b"," * 300_000, rb"\"" * 140_000):
+        with pytest.raises(AssertionError, match="a pass"):
+            body._check_counts(Raw(raw + many_more), 8192, 262_144)
+
+
 def test_large_bodies_are_read_off_the_event_loop_and_mean_the_same(
     server: RunningServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -271,7 +271,9 @@ def test_every_front_makes_the_ids_of_transformers(
             taken, chat_template=template, return_dict=False, **options, **variables
         )
         assert tokenized.json().get("tokens") == expected, (number, tokenized.json())
-        (generation,) = llm.chat(messages, SamplingParams(max_tokens=1), chat_template=template, **options, **variables)
+        (generation,) = llm.chat(
+            messages, SamplingParams(max_tokens=1), chat_template=template, chat_template_kwargs=variables, **options
+        )
         assert generation.prompt_token_ids == expected, number
         if number == len(CONVERSATIONS) - 1:  # the chat endpoint renders as /tokenize does
             assert web.post("/v1/chat/completions", json=body | {"max_tokens": 1}).status_code == 200

@@ -141,7 +141,14 @@ def test_only_allowed_tokens_and_no_bad_words_are_generated(server: RunningServe
         assert set(choice["token_ids"]) <= set(allowed)
     digits = sorted(set(tokenizer().encode("1 2 3", False)))
     arrays = complete(server, **{**asked, "logprobs": 0}, logprob_token_ids=digits, return_tokens_as_token_ids=True)
-    assert all(set(top) >= {f"token_id:{i}" for i in digits} for top in arrays[0]["logprobs"]["top_logprobs"])
+    tops = zip(arrays[0]["logprobs"]["tokens"], arrays[0]["logprobs"]["top_logprobs"], strict=True)
+    assert all(set(top) == {drawn, *(f"token_id:{i}" for i in digits)} for drawn, top in tops)
+    chat = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "return_tokens_as_token_ids": True}
+    for count in (None, 0, 5):  # which they do not depend on
+        asked = {**chat, "logprobs": True, "top_logprobs": count, "logprob_token_ids": [500], "allowed_token_ids": [42]}
+        choice = httpx.post(f"{server.url}/chat/completions", json=asked, timeout=120).json()["choices"][0]
+        (content,) = choice["logprobs"]["content"]
+        assert [top["token"] for top in content["top_logprobs"]] == ["token_id:500", "token_id:42"]
 
 
 def test_a_salt_keeps_others_out_of_a_cached_prefix(server: RunningServer) -> None:

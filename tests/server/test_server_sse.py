@@ -68,6 +68,16 @@ def test_a_chat_stream_byte_for_byte(server: RunningServer) -> None:
     )
 
 
+def test_white_space_of_a_plain_chat_streams_at_once() -> None:
+    """Only where reasoning or calls could begin it may have to wait for what follows."""
+    script = tokenizer().encode("\n\n one\n two \n", False)
+    with running_server(FakeEngine(script=script)) as server:
+        _, events = stream(server, "/v1/chat/completions", {**CHAT, "max_tokens": len(script)})
+    first, *deltas, last = [event["choices"][0]["delta"].get("content") for event in events]
+    assert (first, last) == ("", None)
+    assert deltas == [tokenizer().decode([token]) for token in script]
+
+
 @pytest.mark.parametrize(("path", "body"), [("/v1/completions", {"prompt": "x"}), ("/v1/chat/completions", CHAT)])
 def test_usage_comes_as_asked(server: RunningServer, path: str, body: dict[str, Any]) -> None:
     body = {**body, "max_tokens": 3}

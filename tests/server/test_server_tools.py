@@ -4,6 +4,7 @@ server with a small template of its kind, which the answers are written in."""
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,10 @@ from dialect_texts import WRITERS
 from server_fakes import running_server, tokenizer
 from server_scripted import ASKED, CALLS, NOW, TOOLS, WEATHER, Scripted, scripted
 
-from miniserve.core import InvalidRequest, UserError
+from miniserve.core import UserError
 from miniserve.engine.tool_dialects import TOOL_DIALECTS
+from miniserve.server import reading
 from miniserve.server.config import ServerConfig
-from miniserve.server.protocol import FunctionDefinition, Tool
-from miniserve.server.reading import template_tools
 
 
 @pytest.fixture(scope="module", params=WRITERS)
@@ -119,7 +119,8 @@ def test_tokenize_counts_the_tools(each: Scripted) -> None:
         ({"tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
         ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
         ({"functions": [{"name": "f"}]}, "functions"),
-        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"tools": [{"type": "function", "function": {"name": f"f{i}"}} for i in range(1025)]}, "tools"),
+        ({"reasoning_effort": "extreme"}, "reasoning_effort"),
     ],
 )
 def test_what_cannot_be_done_with_tools_is_named(qwen: Scripted, change: dict[str, Any], param: str) -> None:
@@ -199,6 +200,25 @@ def test_thinking_is_switched_off_by_the_template(qwen: Scripted) -> None:
     cut = {"truncate_prompt_tokens": 4, "truncation_side": "right", "chat_template_kwargs": {"enable_thinking": False}}
     qwen.says("<think>Two.</think>Four.")
     assert qwen.ask([ASKED], extra_body=cut).choices[0].message.content == "Four."
+
+
+def test_an_effort_is_what_the_template_makes_of_it(qwen: Scripted, deepseek: Scripted) -> None:
+    """Where it knows a switch alone, any but none turns reasoning on."""
+    qwen.says("Four.")
+    deepseek.says("Four.")
+    for effort, off in (("none", True), ("minimal", False), ("low", False), ("high", False), ("max", False)):
+        qwen.ask([ASKED], reasoning_effort=effort)
+        assert qwen.prompt.endswith("</think>\n\n") == off
+        deepseek.ask([ASKED], reasoning_effort=effort)
+        assert deepseek.prompt.endswith("<think>") != off
+    qwen.ask([ASKED], reasoning_effort="high", extra_body={"chat_template_kwargs": {"enable_thinking": False}})
+    assert qwen.prompt.endswith("</think>\n\n")
+    with running_server() as server:  # whose model does not reason
+        body = {"messages": [ASKED], "max_tokens": 1}
+        for effort, status in (("none", 200), ("low", 400)):
+            answer = httpx.post(f"{server.url}/chat/completions", json={**body, "reasoning_effort": effort})
+            assert answer.status_code == status
+        assert answer.json()["error"]["param"] == "reasoning_effort"
 
 
 def test_reasoning_that_the_prompt_begins(deepseek: Scripted) -> None:
@@ -281,19 +301,16 @@ def test_an_output_has_a_form_or_calls(qwen: Scripted) -> None:
     assert qwen.ask([ASKED], tools=TOOLS, tool_choice="none", response_format=form).choices[0].message.content == "{}"
 
 
-def test_one_name_twice_is_found_in_one_pass(qwen: Scripted) -> None:
-    assert qwen.refused([ASKED], tools=[*TOOLS, TOOLS[0]]) == "tools"
+def test_grammars_of_calls_are_made_off_the_event_loop(qwen: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With many tools it takes a good part of a second."""
+    threads = []
+    make = reading.call_grammar
 
-    class Name(str):
-        compared = 0
-        __hash__ = str.__hash__
+    def seen(*arguments: Any, **options: Any) -> Any:
+        threads.append(threading.current_thread())
+        return make(*arguments, **options)
 
-        def __eq__(self, other: object) -> bool:
-            Name.compared += 1
-            return str.__eq__(self, other)
-
-    names = [Name(f"f{number}") for number in range(300)]
-    functions = [FunctionDefinition.model_construct(name=name) for name in (*names, Name("f299"))]
-    with pytest.raises(InvalidRequest, match="'f299'"):
-        template_tools([Tool.model_construct(type="function", function=function) for function in functions])
-    assert Name.compared < 3000
+    monkeypatch.setattr(reading, "call_grammar", seen)
+    qwen.says(WRITERS["hermes"](CALLS[:1]))
+    qwen.ask([ASKED], tools=TOOLS, tool_choice="required")
+    assert threads and qwen.server._thread not in threads

@@ -132,6 +132,9 @@ def test_beyond_the_queue_requests_are_a_429() -> None:
             assert refused.headers["retry-after"] == "5"
             assert refused.json()["error"]["type"] == "RateLimitError"
         assert post(prompt=["a"] * 8).status_code == 400, "it would never fit"
+        (line,) = [line for line in httpx.get(f"{server.root}/metrics").text.splitlines()
+                   if line.startswith("vllm:admission_rejections_total{")]  # fmt: skip
+        assert line.endswith(" 2.0")
         fits = pool.submit(post, prompt=["a"] * 4)
         wait_until(lambda: engine.num_running == 10)
         server.call(engine.gate.set)
