@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from miniserve.kernels.sampling import NUM_COLUMNS, RowParams
+from miniserve.kernels.sampling import NUM_COLUMNS, RowMasks, RowParams
 from miniserve.kernels.step_tensors import RowState, StepTensors
 from miniserve.kernels.triton import (
     decode_step,
@@ -163,8 +163,11 @@ def _draw(vocab_size: int, dtype: torch.dtype, *, in_graph: bool) -> None:
     state = RowState(rows, rows, rows, rows)
     params = RowParams(rows, rows, tensor(256, NUM_COLUMNS, dtype=torch.float32))
     logits = tensor(256, vocab_size, dtype=dtype)
+    masks = RowMasks(int32(256, -(-vocab_size // 32)), int32(256))
+    sampling.forbid(logits, masks)
     if in_graph:
         sampling.sample(logits, rows, params, rows, state, undrawn=logits)
+        sampling.sample(logits, rows, params, rows, state, left_only=True)
     else:
         sampling.sample(logits, rows, params, rows, num_outputs=rows)
 

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import groupby
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ MAX_BYTES = 262_144  # of a grammar's text
 _MAX_LARK_BYTES = 16_384
 _MAX_TAGS = 512
 _MAX_PROPERTIES, _MAX_PATTERNS = 2_000, 64  # in all of a schema
+_SMALL = 8192  # words of a step's masks that are made in less time than it takes to hand them to other threads
 _KEPT = 32  # grammars of late; the largest take 8 MB each
 _LIMITS = LLParserLimits(verbose_errors=False)
 # JSON may be written on one line or indented, but white space must not go on for ever, as some models would have it.
@@ -80,6 +81,10 @@ class Matchers:
         return ThreadPoolExecutor(2, "grammar")
 
     @cached_property
+    def _mask_thread(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, "masks")
+
+    @cached_property
     def _executor(self) -> LLExecutor:
         return LLExecutor()
 
@@ -123,6 +128,13 @@ class Matchers:
         except GrammarError as error:
             raise GrammarError(f"The form of the output cannot be followed: {error}.") from None
 
+    def start_masks(self, entries: Sequence[tuple[int, Matcher]]) -> Callable[[], TokenMasks]:
+        """Begin with `masks`, in a thread if they are large; what is returned waits for them. Nothing else may be done
+        with these matchers before."""
+        if len(entries) * self._vocabulary[2] <= _SMALL:
+            return partial(self.masks, entries)
+        return self._mask_thread.submit(self.masks, entries).result
+
     def masks(self, entries: Sequence[tuple[int, Matcher]]) -> TokenMasks:
         """The masks of a step's entries. One whose matcher turns out to have ended or failed gets none."""
         live = [(entry, each) for entry, each in entries if isinstance(each, _TokenMatcher) and not each.over]
@@ -131,14 +143,16 @@ class Matchers:
         _, _, words = self._vocabulary
         bits = bytearray(4 * words * len(live))
         pointer = ctypes.addressof(ctypes.c_char.from_buffer(bits))
-        states = [(each.state, index) for index, (_, each) in enumerate(live)]
-        self._executor.unsafe_compute_mask_ptr(states, pointer, 4 * words, len(live))
-        masks = np.frombuffer(bits, dtype=np.uint32).reshape(len(live), words)
-        for (_, each), mask in zip(live, masks, strict=True):
-            each.settle(mask)
-        kept = [index for index, (_, each) in enumerate(live) if not each.over]
+        if len(live) == 1 or len(live) * words <= _SMALL:
+            for index, (_, each) in enumerate(live):
+                each.state.unsafe_compute_mask_ptr(pointer + 4 * words * index, 4 * words)
+        else:
+            states = [(each.state, index) for index, (_, each) in enumerate(live)]
+            self._executor.unsafe_compute_mask_ptr(states, pointer, 4 * words, len(live))
+        view = memoryview(bits).cast("I")  # of which reading a word takes a fraction of what it takes of an array
+        kept = [i for i, (_, each) in enumerate(live) if each.settle(view[i * words : (i + 1) * words])]
         if len(kept) < len(live):
-            bits = bytearray(masks[kept].tobytes())
+            bits = bytearray().join(bits[4 * words * index : 4 * words * (index + 1)] for index in kept)
         return TokenMasks([live[index][0] for index in kept], bits)
 
 
@@ -157,7 +171,8 @@ class _TokenMatcher:
         self.ended = False
         self.error: str | None = None
         self.state = state
-        self._params, self._early, self._never = params, early, never
+        self._params = params
+        self._early, self._never = _words_without(early), _words_without(never)
         self._num_tokens = 0
         self._latest: deque[int] = deque(maxlen=MAX_BAD_WORD - 1)
 
@@ -168,26 +183,35 @@ class _TokenMatcher:
     def accept(self, token_id: int) -> None:
         """See `core.Matcher`."""
         self._num_tokens += 1
-        self._latest.append(token_id)
+        if self._params.bad_words:
+            self._latest.append(token_id)
         self.state.consume_token(token_id)
         self._look()
 
-    def settle(self, mask: np.ndarray[Any, np.dtype[np.uint32]]) -> None:
-        """Take a mask that was made: remove from it what must not come, and see whether anything is left."""
+    def settle(self, mask: memoryview[int]) -> bool:
+        """Take a mask that was made, in 32-bit words: remove from it what must not come. Returns whether there is a
+        token that may; if not, the matcher has ended or failed."""
         self._look()
-        if (allowed := self._params.allowed_token_ids) is not None:
-            mask &= _bits(allowed, len(mask))
-        banned = self._early if self._num_tokens < self._params.min_tokens else self._never
-        for token_id in (*banned, *self._bad_ends()):
-            mask[token_id // 32] &= ~np.uint32(1 << token_id % 32)
-        if self.over or mask.any():
-            return
+        if self.ended:
+            return False
+        params = self._params
+        for word, kept in self._early if self._num_tokens < params.min_tokens else self._never:
+            mask[word] &= kept
+        if params.bad_words:
+            for word, kept in _words_without(self._bad_ends()):
+                mask[word] &= kept
+        if (allowed := params.allowed_token_ids) is not None:
+            words = np.frombuffer(mask, dtype=np.uint32)
+            words &= _bits(allowed, len(words))
+        if any(mask[:64]) or np.frombuffer(mask, dtype=np.uint32).any():  # of the lowest ids one is allowed mostly
+            return True
         self.ended = self.state.is_accepting()
         if not self.ended:
             self.error = (
                 "Nothing can be generated: of the tokens that may follow by the form of the output, allowed_token_ids, "
                 "bad_words, and stop tokens before min_tokens leave none."
             )
+        return False
 
     def _bad_ends(self) -> list[int]:
         """The tokens that would end a bad word now."""
@@ -195,9 +219,17 @@ class _TokenMatcher:
         return [word[-1] for word in self._params.bad_words if latest[len(latest) - len(word) + 1 :] == word[:-1]]
 
     def _look(self) -> None:
-        if self.state.is_error():
+        self.ended = self.state.is_stopped()  # also after an error
+        if self.ended and self.state.is_error():
             self.error = f"The grammar failed: {_first_line(self.state.get_error())}."
-        self.ended = self.state.is_stopped()
+
+
+def _words_without(token_ids: Collection[int]) -> list[tuple[int, int]]:
+    """The words of a mask that hold these tokens, and all other bits of them."""
+    bits: dict[int, int] = {}
+    for token_id in token_ids:
+        bits[token_id // 32] = bits.get(token_id // 32, 0) | 1 << token_id % 32
+    return [(word, 0xFFFFFFFF ^ each) for word, each in bits.items()]
 
 
 @lru_cache(_KEPT)

@@ -8,7 +8,7 @@ then takes in the results of step N, which say what the grammars allow next, and
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 from miniserve.core import (
@@ -20,6 +20,7 @@ from miniserve.core import (
     RequestOutput,
     Runner,
     SchedulerStats,
+    TokenMasks,
 )
 from miniserve.engine.grammar import GrammarError, Matchers
 from miniserve.engine.step_log import StepLog
@@ -105,40 +106,49 @@ class EngineLoop:
         return self._scheduler.pool_view(max_blocks)
 
     def _step_plain(self) -> list[RequestOutput]:
-        launched = self._launch()
-        if launched is None:
+        step = self._schedule()
+        if step is None:
             return self._idle()
-        self._sample(launched)
-        return self._finish(launched)
+        matchers, masks = self._matchers, None
+        if step.plan.masked and matchers is not None:
+            masks = matchers.start_masks(step.matchers())
+        self._launch(step)
+        if masks is not None:
+            self._sample(step, masks)
+        return self._finish(step)
 
     def _step_overlapped(self) -> list[RequestOutput]:
-        launched = self._launch()
-        previous, self._in_flight = self._in_flight, launched
-        if previous is None and launched is None:
+        step = self._schedule()
+        if step is not None:
+            self._launch(step)
+        previous, self._in_flight = self._in_flight, step
+        if previous is None and step is None:
             return self._idle()
         outputs = [] if previous is None else self._finish(previous)
-        if launched is not None:
-            self._sample(launched)
+        matchers = self._matchers
+        if step is not None and step.plan.masked and matchers is not None:
+            self._sample(step, lambda: matchers.masks(step.matchers()))
         return outputs
 
-    def _launch(self) -> PlannedStep | None:
-        clock = self.log.clock
-        start = clock()
+    def _schedule(self) -> PlannedStep | None:
+        start = self.log.clock()
         step = self._scheduler.schedule()
-        if step is None:
-            return None
-        scheduled = clock()
-        step.after_rest, self._rested = self._rested, False
-        self._runner.launch(step)
-        record = step.record
-        record.start, record.schedule, record.launch = start, scheduled - start, clock() - scheduled
-        self.log.open(step)
+        if step is not None:
+            step.record.start, step.record.schedule = start, self.log.clock() - start
         return step
 
-    def _sample(self, step: PlannedStep) -> None:
+    def _launch(self, step: PlannedStep) -> None:
+        start = self.log.clock()
+        step.after_rest, self._rested = self._rested, False
+        self._runner.launch(step)
+        step.record.launch = self.log.clock() - start
+        self.log.open(step)
+
+    def _sample(self, step: PlannedStep, find_masks: Callable[[], TokenMasks]) -> None:
         """Launch the choice of tokens by grammars, which depends on all that was collected before."""
-        if step.plan.masked and self._matchers is not None:
-            self._runner.sample(step, self._matchers.masks(step.matchers()))
+        start = self.log.clock()
+        self._runner.sample(step, find_masks())
+        step.record.launch += self.log.clock() - start
 
     def _finish(self, step: PlannedStep) -> list[RequestOutput]:
         clock, record = self.log.clock, step.record

@@ -132,12 +132,14 @@ void ms_advance(int is_explicit, const int64_t* rows, const int32_t* tables, int
 }
 
 // A token for each entry. num_outputs: of each entry; or, with last_tokens, of all rows: then the token is its row's last one from
-// now on.
-void ms_draw(int dtype, const void* logits, const int64_t* rows, const int64_t* keys, const float* numbers, int64_t* num_outputs, int64_t* tokens,
-             int64_t* last_tokens, int64_t count, int64_t vocab_size, int threads) {
+// now on. With bits, masks of `width` words, the logits of tokens that an entry's mask forbids become -inf; places: the mask of each
+// entry, negative where it has none.
+void ms_draw(int dtype, void* logits, const uint32_t* bits, const int32_t* places, int64_t width, const int64_t* rows, const int64_t* keys,
+             const float* numbers, int64_t* num_outputs, int64_t* tokens, int64_t* last_tokens, int64_t count, int64_t vocab_size, int threads) {
     with_type(dtype, [&](auto* t) {
         using T = std::remove_pointer_t<decltype(t)>;
-        share(count * vocab_size > 16384 ? threads : 1, count, [=](int64_t i) {
+        share(count * vocab_size > 65536 ? threads : 1, count, [=](int64_t i) {
+            if (bits && places[i] >= 0) forbid((T*)logits + i * vocab_size, bits + places[i] * width, vocab_size);
             const int64_t row = rows[i];
             int64_t& outputs = num_outputs[last_tokens ? row : i];
             tokens[i] = draw((const T*)logits + i * vocab_size, vocab_size, numbers + row * NUM_COLUMNS, uniform(keys[row], outputs));

@@ -54,6 +54,28 @@ inline float nucleus_bar(std::vector<Candidate>& all, double need) {
     return low->logit;
 }
 
+// What makes logits -infinity, as integers, for which compilers have vectors.
+inline uint32_t* whole(float* x) { return (uint32_t*)x; }
+inline uint16_t* whole(bf16* x) { return &x->bits; }
+inline uint16_t* whole(_Float16* x) { return (uint16_t*)x; }
+
+// The logits of tokens whose bit is not set become -infinity. bits: a word for each 32 logits.
+template <class T> void forbid(T* logits, const uint32_t* bits, int64_t n) {
+    auto* x = whole(logits);
+    T infinity;
+    store(&infinity, -INFINITY);
+    const auto lowest = *whole(&infinity);
+    for (int64_t first = 0; first < n; first += 32) {
+        const uint32_t allowed = bits[first / 32];
+        auto* word = x + first;
+        if (!~allowed) continue;
+        if (first + 32 <= n)
+            for (int i = 0; i < 32; i++) word[i] = allowed >> i & 1 ? word[i] : lowest;
+        else
+            for (int i = 0; i < n - first; i++) word[i] = allowed >> i & 1 ? word[i] : lowest;
+    }
+}
+
 // numbers: of the row. Sums are taken in blocks, in an order that only the vocabulary decides.
 template <class T> int64_t draw(const T* x, int64_t n, const float* numbers, double number) {
     constexpr int64_t BLOCK = 64;

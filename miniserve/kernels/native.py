@@ -7,7 +7,7 @@ import torch
 
 from miniserve.kernels.native_build import Unavailable
 from miniserve.kernels.native_calls import call, library
-from miniserve.kernels.sampling import RowParams
+from miniserve.kernels.sampling import RowMasks, RowParams
 from miniserve.kernels.step_tensors import RowState, StepTensors
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -143,18 +143,29 @@ class NativeKernels:
         )  # fmt: skip
 
     def draw(
-        self, logits: torch.Tensor, rows: torch.Tensor, params: RowParams, num_outputs: torch.Tensor
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        params: RowParams,
+        num_outputs: torch.Tensor,
+        masks: RowMasks | None = None,
     ) -> torch.Tensor:
         """See `sampling.Draw`."""
         tokens = torch.empty_like(rows)
-        self._draw(logits, rows, params, num_outputs, tokens, None)
+        self._draw(logits, rows, params, num_outputs, tokens, None, masks)
         return tokens
 
     def draw_next(
-        self, logits: torch.Tensor, rows: torch.Tensor, params: RowParams, state: RowState, tokens: torch.Tensor
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        params: RowParams,
+        state: RowState,
+        tokens: torch.Tensor,
+        masks: RowMasks | None = None,
     ) -> None:
         """As `draw`, into `tokens` int64 [batch] and the rows' last tokens; counts one more output for them."""
-        self._draw(logits, rows, params, state.num_outputs, tokens, state.last_tokens)
+        self._draw(logits, rows, params, state.num_outputs, tokens, state.last_tokens, masks)
 
     def _draw(
         self,
@@ -164,9 +175,11 @@ class NativeKernels:
         num_outputs: torch.Tensor,
         tokens: torch.Tensor,
         last_tokens: torch.Tensor | None,
+        masks: RowMasks | None,
     ) -> None:
+        allowed = (None, None, 0) if masks is None else (masks.bits, masks.places, masks.bits.shape[1])
         call(
-            "ms_draw", _DTYPES[logits.dtype], logits, rows, params.keys, params.numbers, num_outputs, tokens,
+            "ms_draw", _DTYPES[logits.dtype], logits, *allowed, rows, params.keys, params.numbers, num_outputs, tokens,
             last_tokens, *logits.shape, self.num_threads,
         )  # fmt: skip
 

@@ -26,7 +26,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "ms_paged_decode": [_INT, _INT, *[_POINTER] * 7, *[_SIZE] * 8, _FLOAT, _FLOAT, _INT],
     "ms_gather_rows": [*[_POINTER] * 3, _SIZE, _SIZE, _INT],
     "ms_advance": [_INT, *[_POINTER] * 9, *[_SIZE] * 3],
-    "ms_draw": [_INT, *[_POINTER] * 7, _SIZE, _SIZE, _INT],
+    "ms_draw": [_INT, *[_POINTER] * 3, _SIZE, *[_POINTER] * 6, _SIZE, _SIZE, _INT],
     "ms_pack_linear": [_POINTER, _POINTER, _SIZE, _SIZE, _INT],
     "ms_linear": [*[_POINTER] * 4, *[_SIZE] * 4, _INT],
 }

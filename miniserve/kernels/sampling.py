@@ -16,8 +16,8 @@ draw does not depend on the rest of the batch, and a preempted sequence continue
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -53,9 +53,28 @@ def row_numbers(params: SamplingParams, vocab_size: int, *, wants_logits: bool) 
     return temperature, top_k, params.top_p, params.min_p, wants_logits
 
 
-# draw(logits, rows, params, num_outputs) -> token ids int64 [batch]. logits: contiguous [batch, vocab_size] of any
-# float, not modified; rows: int64 [batch], may repeat; num_outputs: int64 [batch], output tokens before each draw.
-Draw = Callable[[torch.Tensor, torch.Tensor, RowParams, torch.Tensor], torch.Tensor]
+@dataclass(frozen=True, slots=True)
+class RowMasks:
+    """Which tokens may be drawn. bits: int32 [num_masks, words], contiguous: token i has bit i % 32 of word i // 32, of
+    as many words as the vocabulary needs or more. places: int32 [batch], each entry's mask, negative for none."""
+
+    bits: torch.Tensor
+    places: torch.Tensor
+
+
+class Draw(Protocol):
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        params: RowParams,
+        num_outputs: torch.Tensor,
+        masks: RowMasks | None = None,
+    ) -> torch.Tensor:
+        """A token for each entry, int64 [batch]. logits: contiguous [batch, vocab_size] of any float, in which
+        forbidden tokens get -inf. rows: int64 [batch], may repeat; num_outputs: int64 [batch], output tokens before
+        each draw."""
+        ...
 
 
 def uniform(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -79,8 +98,25 @@ def most_likely(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, 
     return best[:, 0], tokens.amin(-1)
 
 
-def draw(logits: torch.Tensor, rows: torch.Tensor, params: RowParams, num_outputs: torch.Tensor) -> torch.Tensor:
+def forbid(logits: torch.Tensor, masks: RowMasks) -> None:
+    """Make the logits of tokens that may not be drawn -inf, in place. logits: [batch, vocab_size]."""
+    entries = (masks.places >= 0).nonzero().squeeze(1)
+    words = masks.bits[masks.places[entries].long()]
+    bits = words[..., None] >> torch.arange(32, dtype=torch.int32, device=words.device) & 1
+    banned = bits.flatten(1)[:, : logits.shape[1]] == 0
+    logits[entries] = logits[entries].masked_fill_(banned, float("-inf"))
+
+
+def draw(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    params: RowParams,
+    num_outputs: torch.Tensor,
+    masks: RowMasks | None = None,
+) -> torch.Tensor:
     """See `Draw`."""
+    if masks is not None:
+        forbid(logits, masks)
     logits, vocab_size = logits.float(), logits.shape[1]
     ids = torch.arange(vocab_size, device=logits.device)
     numbers = params.numbers[rows]

@@ -3,8 +3,9 @@ step.
 
 A graph belongs to a bucket, a number of rows; a step runs in the smallest bucket that holds its rows, and the rest is
 padding. Graphs read and write tensors at fixed addresses, so that the host only sends changes of the rows. A bucket has
-two graphs: one takes each row's most likely token; the other draws, except for rows whose logits the sampler needs. All
-graphs share one memory pool, as only one of them runs at a time.
+two graphs: one takes each row's most likely token; the other draws, except for rows whose logits the sampler needs. A
+third draws for those of them that need nothing but their masks, once the host has these. All graphs share one memory
+pool, as only one of them runs at a time.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from typing import Any
 import torch
 
 from miniserve.attention.metadata import StepBatch, decode_rows
+from miniserve.core import TokenMasks
 from miniserve.kernels.sampling import WANTS_LOGITS, RowParams
 from miniserve.kernels.step_tensors import RowState, StepTensors
 from miniserve.kernels.triton.decode_step import advance, apply_changes, best_words, hand_over
-from miniserve.kernels.triton.sampling import sample
+from miniserve.kernels.triton.sampling import forbid, sample
 from miniserve.parallel.group import gather_rows, parts_of_all
 from miniserve.parallel.shard import Shard
+from miniserve.runner.sampling_masks import HostMasks
 from miniserve.runner.served import ServedModel
 from miniserve.runner.state import GraphInputs
 
@@ -66,6 +69,9 @@ class DecodeGraphs:
         self._logits = torch.empty(most, words, dtype=model.options.dtype, device=self._device)
         self._greedy: dict[int, torch.cuda.CUDAGraph] = {}
         self._drawn: dict[int, torch.cuda.CUDAGraph] = {}
+        self._masked: dict[int, torch.cuda.CUDAGraph] = {}
+        # Pinned memory, which the graphs read: a step's masks come when those of the step before are done with.
+        self._masks = HostMasks(most, self._vocab_size, pin_memory=True)
         self._rows: tuple[int, list[int]] = (0, [])
         # The device reads changes when it runs the step: at most two steps are in flight, and one is being staged.
         self._staging = [torch.empty(5 * most, dtype=torch.int32, pin_memory=True) for _ in range(_RING)]
@@ -80,10 +86,14 @@ class DecodeGraphs:
             logits = self._run(bucket)  # compiles and allocates, which a capture must not
             self._take_argmax(logits)
             self._draw(logits)
+            if self._group.size == 1:  # ranks have the logits of their words alone
+                self._draw_masked(bucket)
             del logits
             torch.cuda.synchronize(self._device)
-            self._greedy[bucket] = self._record(bucket, self._take_argmax, pool)
-            self._drawn[bucket] = self._record(bucket, self._draw, pool)
+            self._greedy[bucket] = _record(pool, lambda rows: self._take_argmax(self._run(rows)), bucket)
+            self._drawn[bucket] = _record(pool, lambda rows: self._draw(self._run(rows)), bucket)
+            if self._group.size == 1:
+                self._masked[bucket] = _record(pool, self._draw_masked, bucket)
         progress(len(self._buckets), len(self._buckets))
 
     def bucket(self, num_rows: int) -> int | None:
@@ -101,6 +111,15 @@ class DecodeGraphs:
         self._stage(bucket, inputs)
         self._drawn[bucket].replay()
         return self._tokens[: len(inputs.rows)], self._logits[: len(inputs.rows)]
+
+    def masked(self, masks: TokenMasks) -> torch.Tensor | None:
+        """See `StepGraphs.masked`; None with ranks."""
+        bucket, rows = self._rows
+        if self._group.size > 1:
+            return None
+        self._masks.take(masks, bucket)
+        self._masked[bucket].replay()
+        return self._tokens[: len(rows)]
 
     def _stage(self, bucket: int, inputs: GraphInputs) -> None:
         rows, num_blocks = inputs.rows, len(inputs.places)
@@ -125,12 +144,6 @@ class DecodeGraphs:
         host[end : end + num_blocks] = inputs.block_ids
         apply_changes(staged, num_rows, num_blocks, self._step, self._state.tables, explicit=self._explicit)
 
-    def _record(self, bucket: int, end: Callable[[torch.Tensor], None], pool: Any) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            end(self._run(bucket))
-        return graph
-
     def _take_argmax(self, logits: torch.Tensor) -> None:
         bucket, most_words = len(logits), Shard(0, self._group.size).part(self._vocab_size).size
         best = self._group.gather(best_words(logits, self._words.start, most_words))
@@ -145,6 +158,13 @@ class DecodeGraphs:
             sample(logits, rows, self._params, tokens, num_outputs=self._num_outputs(bucket), undrawn=undrawn)
         else:
             sample(logits, rows, self._params, tokens, self._state, undrawn=undrawn)
+
+    def _draw_masked(self, bucket: int) -> None:
+        """From the logits that `_draw` left."""
+        rows, tokens, logits = self._step.rows[:bucket], self._tokens[:bucket], self._logits[:bucket]
+        forbid(logits, self._masks.masks)
+        num_outputs, state = (self._num_outputs(bucket), None) if self._explicit else (None, self._state)
+        sample(logits, rows, self._params, tokens, state, num_outputs=num_outputs, left_only=True)
 
     def _num_outputs(self, bucket: int) -> torch.Tensor:
         """Output tokens before each entry of a step, int64 [bucket]."""
@@ -179,3 +199,10 @@ class DecodeGraphs:
         tables, lens = step.block_tables, step.seq_lens
         decode = decode_rows(tables, lens, self._max_seq_len, fresh=self._fresh, cu_query_lens=starts)
         return self._served.logits(step.input_ids, step.positions, StepBatch(step.slots, decode))
+
+
+def _record(pool: Any, work: Callable[[int], None], bucket: int) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        work(bucket)
+    return graph

@@ -15,27 +15,32 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from miniserve.attention.metadata import StepBatch, decode_rows
+from miniserve.core import TokenMasks
 from miniserve.kernels.native import NativeKernels
 from miniserve.kernels.native_calls import Call, encode, record, replay
 from miniserve.kernels.sampling import RowParams
 from miniserve.kernels.step_tensors import RowState, StepTensors
 from miniserve.runner.native_arena import plan_arena
+from miniserve.runner.sampling_masks import HostMasks
 from miniserve.runner.served import ServedModel
 from miniserve.runner.state import GraphInputs
 
 MOST_ROWS = 16  # with more rows the Python around the kernels hardly counts
+_LARGE = 65_536  # logits that threads share to draw from them
 _ALLOCATIONS = frozenset({"aten::empty", "aten::empty_like", "aten::new_empty"})
 _VIEWS = frozenset({"aten::view", "aten::slice", "aten::split_with_sizes", "aten::alias", "aten::detach"})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Graph:
-    """Words for `replay`: of a whole step, and of one without the draw. Intermediates and `logits` lie in `arena`."""
+    """Words for `replay`: of a whole step, of one without the draw, and of a draw with masks (None where the host sets
+    positions). Intermediates and `logits` lie in `arena`."""
 
     greedy: torch.Tensor
     drawn: torch.Tensor
     arena: torch.Tensor
     logits: torch.Tensor
+    masked: torch.Tensor | None = None
 
 
 class NativeGraphs:
@@ -51,6 +56,8 @@ class NativeGraphs:
         self._query_starts = torch.arange(most + 1, dtype=torch.int32)
         self._known_rows: list[int] = []
         self._arena = torch.empty(0, dtype=torch.uint8)  # of all graphs, as only one of them runs at a time
+        self._masks = HostMasks(most, served.model.config.vocab_size)
+        self._replayed: _Graph | None = None  # by the last step
         self._graphs: dict[tuple[int, bool], _Graph] = {}  # by rows, and whether the host sets positions and tokens
 
     def bucket(self, num_rows: int) -> int | None:
@@ -66,6 +73,15 @@ class NativeGraphs:
         """See `StepGraphs.drawn`: here the sampler draws for all rows."""
         return None, self._run(bucket, inputs, greedy=False)
 
+    def masked(self, masks: TokenMasks) -> torch.Tensor | None:
+        """See `StepGraphs.masked`: for all rows."""
+        graph = self._replayed
+        if graph is None or graph.masked is None:
+            return None
+        self._masks.take(masks, len(graph.logits))
+        replay(graph.masked, self._kernels.num_threads if graph.logits.numel() > _LARGE else 1)
+        return self._tokens[len(graph.logits)]
+
     def _run(self, bucket: int, inputs: GraphInputs, *, greedy: bool) -> torch.Tensor:
         """The step's logits [bucket, vocab_size], which the next step overwrites."""
         if inputs.rows is not self._known_rows:
@@ -76,6 +92,7 @@ class NativeGraphs:
             self._step.positions[:bucket] = torch.tensor(inputs.positions)
             self._step.input_ids[:bucket] = torch.tensor(inputs.token_ids)
         graph = self._graphs.get((bucket, explicit))
+        self._replayed = graph
         if graph is None:
             return self._record(bucket, explicit, greedy)
         replay(graph.greedy if greedy else graph.drawn, self._kernels.num_threads)
@@ -95,7 +112,12 @@ class NativeGraphs:
         if watch.foreign:
             self._num_rows = 0
         else:
-            self._graphs[rows, explicit] = self._make([*before, *calls, *after], watch.allocated, logits)
+            graph = self._make([*before, *calls, *after], watch.allocated, logits)
+            with record(execute=False) as masked:
+                draw = (graph.logits, step.rows, self._params, self._state, self._tokens[rows], self._masks.masks)
+                self._kernels.draw_next(*draw)
+            graph.masked = None if explicit else torch.tensor(encode(masked)[0])
+            self._graphs[rows, explicit] = graph
         return logits
 
     def _make(self, calls: list[Call], allocated: list[torch.Tensor], logits: torch.Tensor) -> _Graph:

@@ -42,6 +42,12 @@ class StepGraphs(Protocol):
         rows need be filled. Without tokens all rows are such. Both are valid until the next launch."""
         ...
 
+    def masked(self, masks: TokenMasks) -> torch.Tensor | None:
+        """Draw, from the logits that `drawn` left, for rows that need nothing but masks, and pass their tokens on.
+        Returns all of the step's tokens, as `drawn` does, or None where the sampler has to do it. No step may be
+        running that has masks of its own."""
+        ...
+
 
 @dataclass(slots=True)
 class _Work:
@@ -142,8 +148,17 @@ class ModelRunner:
         self._sampler.upload()
         tokens, logits = graphs.drawn(bucket, inputs)
         if tokens is None:
-            return partial(self._sampler.sample, logits, rows, positions)
-        return partial(self._sampler.complete, tokens, logits, rows, positions)
+            draw = partial(self._sampler.sample, logits, rows, positions)
+        else:
+            draw = partial(self._sampler.complete, tokens, logits, rows, positions)
+        if not plan.masked or not self._sampler.wants_masks_alone(rows):
+            return draw
+
+        def draw_masked(masks: TokenMasks) -> SampleOutput:
+            tokens = graphs.masked(masks)
+            return draw(masks=masks) if tokens is None else SampleOutput(tokens, None, (None,) * len(rows))
+
+        return draw_masked
 
     def is_done(self, step: Step) -> bool:
         """Whether `collect` would not wait."""

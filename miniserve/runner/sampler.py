@@ -1,8 +1,8 @@
 """From logits to tokens, for the whole batch at once.
 
 The order for a row is vLLM's: the grammar's mask, allowed_token_ids, bad_words, logit_bias, min_tokens, repetition
-penalty, frequency and presence penalty; then the draw (`kernels.sampling`). On a GPU graphs draw for rows that need
-nothing else.
+penalty, frequency and presence penalty; then the draw (`kernels.sampling`). It takes the mask, too: what that forbids
+stays so whatever an edit does to it. Graphs draw for rows that need nothing else, or nothing but a mask.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from miniserve.kernels import sampling
 from miniserve.kernels.sampling import Draw, RowParams
 from miniserve.parallel.group import Alone, Group, gather_rows, parts_of_all, shard_of
 from miniserve.runner.logprobs import LogprobTensors, gather_logprobs, share_logprobs
-from miniserve.runner.sampling_masks import apply_masks, masks_within
+from miniserve.runner.sampling_masks import masks_within, row_masks
 from miniserve.runner.sampling_rows import Batch, RowTable
 
 
@@ -123,13 +123,12 @@ class Sampler:
             in_place = masks is not None or (batch.edits and logits.dtype == torch.float32)
             if in_place and isinstance(batch.logprobs.entries, slice):
                 raw = raw.clone()
-        if masks is not None:
-            apply_masks(logits, masks)
         if batch.edits:
             logits = logits.float()
             for edit in batch.edits:
                 edit.apply(logits, num_outputs)
-        tokens = self._draw(logits, batch.rows, self.params, num_outputs)
+        allowed = None if masks is None else row_masks(masks, len(rows), logits.device)
+        tokens = self._draw(logits, batch.rows, self.params, num_outputs, allowed)
         if raw is None or batch.logprobs is None:
             return SampleOutput(tokens, None, batch.num_logprobs)
         asked = batch.logprobs
@@ -157,6 +156,10 @@ class Sampler:
         counts = [sum(count is not None for count in num_logprobs[part]) for part in parts]
         logprobs = share_logprobs(group, chosen.logprobs, counts, min(max(asked), self._vocab_size), logits.device)
         return SampleOutput(tokens, logprobs, num_logprobs)
+
+    def wants_masks_alone(self, rows: list[int]) -> bool:
+        """Whether no row needs more of the sampler than its mask."""
+        return self._table.want_masks_alone(rows)
 
     def takes_argmax(self, rows: list[int]) -> bool:
         """Whether `sample` would return each row's most likely token and nothing else."""

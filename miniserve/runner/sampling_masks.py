@@ -1,32 +1,57 @@
-"""Grammars' masks on the device: tokens that are not allowed get the logit -inf."""
+"""Grammars' masks for the draw, and those of a part of the rows."""
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from miniserve.core import TokenMasks
+from miniserve.kernels.sampling import RowMasks
 from miniserve.runner.device import to_device
 
+Int32 = npt.NDArray[np.int32]
 
-def apply_masks(logits: torch.Tensor, masks: TokenMasks) -> None:
-    """In place, on [num_rows, vocab_size] of any float dtype. Nothing waits."""
+
+class HostMasks:
+    """Room on the host for the masks of `num_rows` rows, at addresses that stay the same: `masks`."""
+
+    def __init__(self, num_rows: int, vocab_size: int, *, pin_memory: bool = False) -> None:
+        bits = torch.empty(num_rows, -(-vocab_size // 32), dtype=torch.int32, pin_memory=pin_memory)
+        places = torch.empty(num_rows, dtype=torch.int32, pin_memory=pin_memory).fill_(-1)
+        self.masks = RowMasks(bits, places)
+        self._words = bits.numpy()
+        self._bytes = memoryview(self._words.data).cast("B")
+        self._places = places.numpy()
+        self._known: tuple[list[int], int] = ([], 0)
+
+    def take(self, masks: TokenMasks, batch: int) -> None:
+        """Copy those of a step of `batch` entries."""
+        entries, bits = masks.entries, masks.bits
+        if self._known != (entries, batch):
+            self._known = entries, batch
+            self._places[:batch] = _places(entries, batch)
+        if len(bits) == len(entries) * self._words.shape[1] * 4:
+            self._bytes[: len(bits)] = bits
+        else:  # a tokenizer may have more words than the model
+            self._words[: len(entries)] = _words(masks)[:, : self._words.shape[1]]
+
+
+def row_masks(masks: TokenMasks, batch: int, device: torch.device) -> RowMasks | None:
+    """Those of the entries 0 … batch - 1, on the device; None where there are none. Nothing waits."""
     if not masks.entries:
-        return
-    vocab_size, device = logits.shape[1], logits.device
-    packed = np.frombuffer(masks.bits, dtype=np.uint8).reshape(len(masks.entries), -1)
-    if device.type == "cpu":
-        bits = torch.from_numpy(np.unpackbits(packed, axis=1, count=vocab_size, bitorder="little"))
-    else:
-        bits = (to_device(packed, device).unsqueeze(-1) & _bits_of_a_byte(device)).flatten(1)[:, :vocab_size]
-    banned = bits == 0
-    if len(masks.entries) == len(logits):
-        logits.masked_fill_(banned, float("-inf"))
-    else:
-        entries = to_device(np.array(masks.entries, dtype=np.int64), device)
-        logits[entries] = logits[entries].masked_fill_(banned, float("-inf"))
+        return None
+    return RowMasks(to_device(_words(masks), device), to_device(_places(masks.entries, batch), device))
+
+
+def _words(masks: TokenMasks) -> Int32:
+    return np.frombuffer(masks.bits, dtype="<i4").reshape(len(masks.entries), -1)
+
+
+def _places(entries: list[int], batch: int) -> Int32:
+    places = np.full(batch, -1, dtype=np.int32)
+    places[entries] = np.arange(len(entries), dtype=np.int32)
+    return places
 
 
 def masks_within(masks: TokenMasks, part: slice) -> TokenMasks:
@@ -35,8 +60,3 @@ def masks_within(masks: TokenMasks, part: slice) -> TokenMasks:
     held = [(place, entry) for place, entry in enumerate(masks.entries) if part.start <= entry < part.stop]
     bits = b"".join(masks.bits[place * each : (place + 1) * each] for place, _ in held)
     return TokenMasks([entry - part.start for _, entry in held], bytearray(bits))
-
-
-@cache
-def _bits_of_a_byte(device: torch.device) -> torch.Tensor:
-    return torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=device)

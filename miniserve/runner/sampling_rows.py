@@ -59,7 +59,9 @@ class RowTable:
         self._numbers = np.zeros((max_num_seqs, NUM_COLUMNS), dtype=np.float32)
         self._num_logprobs = np.full(max_num_seqs, -1, dtype=np.int64)
         self._asked_ids: dict[int, tuple[int, ...]] = {}
-        self._takes_argmax = [False] * max_num_seqs  # a list, because reading a few entries is many times as fast
+        # Lists, because reading a few entries is many times as fast.
+        self._takes_argmax = [False] * max_num_seqs
+        self._needs_sampler = [False] * max_num_seqs
         self._started: list[int] = []  # rows not yet copied to `params`
         arrays = (self._keys, self._prompt_lens, self._numbers)
         self.params = RowParams(*(torch.from_numpy(array).to(device) for array in arrays))
@@ -78,7 +80,8 @@ class RowTable:
         edits = [edit for edit in self._edits if edit.concerns(start)]
         for edit in edits:
             edit.start_row(start)
-        wants_logits = bool(edits) or params.logprobs is not None or params.grammar is not None
+        self._needs_sampler[row] = bool(edits) or params.logprobs is not None
+        wants_logits = self._needs_sampler[row] or params.grammar is not None
         self._numbers[row] = row_numbers(params, self._vocab_size, wants_logits=wants_logits)
         self._takes_argmax[row] = bool(self._numbers[row, TEMPERATURE] == 0.0) and not wants_logits
 
@@ -107,6 +110,10 @@ class RowTable:
     def take_argmax(self, rows: list[int]) -> bool:
         """Whether each row takes its most likely token and needs nothing else."""
         return all(map(self._takes_argmax.__getitem__, rows))
+
+    def want_masks_alone(self, rows: list[int]) -> bool:
+        """Whether no row's logits are edited, but for masks, or read after the draw."""
+        return not any(map(self._needs_sampler.__getitem__, rows))
 
     def wanting_logits(self, rows: list[int]) -> npt.NDArray[np.int64]:
         """The batch indices of rows whose logits are edited before the draw, or read after it."""

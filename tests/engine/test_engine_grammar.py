@@ -6,7 +6,10 @@ import json
 import re
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +226,49 @@ def test_what_else_is_asked_for_may_leave_a_grammar_no_token(tmp_path: Path, ove
             assert last.finish_reason is FinishReason.REFUSED and "leave none" in (last.error or ""), name
         else:
             assert (tokens(found[name]), last.finish_reason) == (want, FinishReason.STOP), name
+
+
+@pytest.mark.parametrize(("overlap", "small"), [(False, 8192), (False, 0), (True, 8192), (True, 0)])
+def test_when_masks_are_made(overlap: bool, small: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the launch of their step, or, if they are large and the results before it are in, in a thread beside it.
+    They are the same, and so are the tokens."""
+    monkeypatch.setattr("miniserve.engine.grammar._SMALL", small)
+    engine, _, _ = make_engine(small_model(tmp_path, "Qwen3ForCausalLM", 4), Setup(overlap=overlap), [7])
+    seen: list[str] = []
+
+    def spy(owner: Any, name: str) -> None:
+        method = getattr(owner, name)
+
+        def watched(*args: Any) -> Any:
+            is_ours = threading.current_thread() is threading.main_thread()
+            seen.append(name if is_ours else f"{name} in a thread")
+            return method(*args)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    for name in ("launch", "sample", "collect"):
+        spy(engine._runner, name)
+    spy(engine._matchers, "masks")
+    ticks = count()
+    monkeypatch.setattr(engine.log, "clock", lambda: float(next(ticks)))
+    params = SamplingParams(temperature=0.0, max_tokens=3, grammar=Grammar("regex", "[a-c]*"), ignore_eos=True)
+    for name in "01":
+        engine.add(Request(request_id=name, prompt_token_ids=[1, 2], params=params))
+    while not all(future.done() for _, future in engine._matched.values()):
+        time.sleep(0.001)
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    if overlap:
+        assert seen == ["launch", "masks", "sample", *["launch", "collect", "masks", "sample"] * 2, "collect"]
+    elif small:
+        assert seen == ["launch", "masks", "sample", "collect"] * 3
+    else:
+        assert [name for name in seen if "masks" not in name] == ["launch", "sample", "collect"] * 3
+        assert seen.count("masks in a thread") == 3 and "masks" not in seen
+    assert [record.launch for record in engine.log.records()] == [2.0] * 3, "a tick each for launch and sample"
+    found = [tokens([output for output in outputs if output.request_id == name]) for name in "01"]
+    assert found[0] == found[1] and len(found[0]) == 3 and set(found[0]) <= set(b"abc")
 
 
 def test_without_an_eos_a_grammar_ends_where_nothing_may_follow(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from thread_ranks import one_kernel_at_a_time, run_ranks
 
 from miniserve.attention.metadata import StepBatch
 from miniserve.config import SchedulerConfig
-from miniserve.core import Grammar, SamplingParams, StepPlan
+from miniserve.core import Grammar, SamplingParams, StepPlan, TokenMasks
 from miniserve.engine.loop import EngineLoop
 from miniserve.engine.step_log import StepLog
 from miniserve.kernels.step_tensors import RowState
@@ -53,8 +53,15 @@ class Unrecorded(DecodeGraphs):
         self._drawn[bucket] = SimpleNamespace(replay=lambda: self._draw(self._run(bucket)))  # type: ignore[assignment]
         return super().drawn(bucket, inputs)
 
+    def masked(self, masks: TokenMasks) -> torch.Tensor | None:
+        bucket, _ = self._rows
+        self._masked[bucket] = SimpleNamespace(replay=lambda: self._draw_masked(bucket))  # type: ignore[assignment]
+        return super().masked(masks)
 
-def make_engine(model: CausalLM, layout: str, num_draft_tokens: int, *, graphs: bool) -> EngineLoop:
+
+def make_engine(
+    model: CausalLM, layout: str, num_draft_tokens: int, *, graphs: bool, overlap: bool = False
+) -> EngineLoop:
     backend = make_backend(model, Setup(layout=layout))
     caches = [backend.layout.allocate(spec, BLOCKS, CPU) for spec in model.attention_specs]
     served = ServedModel(model, backend, caches)
@@ -84,7 +91,7 @@ def make_engine(model: CausalLM, layout: str, num_draft_tokens: int, *, graphs: 
     )
     runner = ModelRunner(served, state, sampler, recorded)
     matchers = make_matchers(model.config.vocab_size, config.eos_token_ids)
-    return EngineLoop(Scheduler(config), runner, StepLog(None, ROWS), matchers, overlap=False)
+    return EngineLoop(Scheduler(config), runner, StepLog(None, ROWS), matchers, overlap=overlap)
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +139,31 @@ def test_graphs_give_the_tokens_of_eager_steps(
     assert [tokens(outputs) for outputs in got] == [tokens(outputs) for outputs in want]
     assert (engine.stats.num_accepted_tokens > 0) == (num_draft_tokens > 0)
     assert fresh == {num_draft_tokens + 1}
+
+
+@pytest.mark.parametrize(("num_draft_tokens", "overlap"), [(0, False), (0, True), (3, False)])
+def test_masked_rows_are_drawn_by_graphs_beside_others(
+    model: CausalLM, num_draft_tokens: int, overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that asks for logprobs comes and goes: the host's sampler draws beside it. A grammar ends, and its row."""
+    without_pinned_memory(monkeypatch)
+    letters, short = Grammar("regex", "[0-9a-c]{20}"), Grammar("regex", "[a-z]{5}")
+    drawn: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 0.0, "grammar": letters},
+        {"seed": 2, "grammar": letters},
+        {"seed": 3, "top_k": 5},
+        {"seed": 4, "top_p": 0.8, "grammar": short},
+        {"seed": 5, "logprobs": 1, "max_tokens": 6},
+    ]
+    requests = [([3, 9, n], SamplingParams(**{"max_tokens": 16, **each})) for n, each in enumerate(drawn)]
+    arrivals = [0, 0, 2, 2, 2, 8]
+    want = generate(make_engine(model, "linear", 0, graphs=False), requests, arrivals)
+    with mock.patch.object(Unrecorded, "masked", autospec=True, side_effect=Unrecorded.masked) as masked:
+        engine = make_engine(model, "linear", num_draft_tokens, graphs=True, overlap=overlap)
+        got = generate(engine, requests, arrivals)
+    assert [tokens(outputs) for outputs in got] == [tokens(outputs) for outputs in want]
+    assert masked.call_count > 5
 
 
 @pytest.mark.parametrize("num_draft_tokens", [0, 3])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_real import CPU, KERNELS, MAX_LEN, generate, tokens
+from engine_real import CPU, KERNELS, MAX_LEN, generate, make_matchers, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +21,7 @@ from miniserve.attention.context import StepContext
 from miniserve.attention.layouts import LAYOUTS
 from miniserve.attention.metadata import StepBatch, decode_rows
 from miniserve.config import SchedulerConfig
-from miniserve.core import RequestOutput, SamplingParams
+from miniserve.core import Grammar, RequestOutput, SamplingParams
 from miniserve.engine.loop import EngineLoop
 from miniserve.engine.step_log import StepLog
 from miniserve.kernels.native import NativeKernels
@@ -105,7 +105,8 @@ def make_engine(
         num_draft_tokens=num_draft_tokens,
     )
     runner = ModelRunner(served, state, sampler, noted)
-    return EngineLoop(Scheduler(config), runner, StepLog(None, ROWS), overlap=False)
+    matchers = make_matchers(model.config.vocab_size, config.eos_token_ids)
+    return EngineLoop(Scheduler(config), runner, StepLog(None, ROWS), matchers, overlap=False)
 
 
 def rows_of(state: StepState, sampler: Sampler) -> RowState:
@@ -149,6 +150,27 @@ def test_rows_that_come_and_go(name: str, layout: str, tmp_path: Path, replays: 
     assert told(got) == told(want)
     assert len(replays) > 60
     assert len(set(replays)) == 2, "as many calls for any number of rows, and one less where the sampler draws"
+
+
+@pytest.mark.parametrize("num_draft_tokens", [0, 3])
+def test_masked_rows_are_drawn_natively_beside_others(
+    num_draft_tokens: int, tmp_path: Path, replays: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[dict[str, Any]] = [
+        {"temperature": 0.0, "ignore_eos": True},
+        {"temperature": 0.0, "grammar": Grammar("regex", "[0-9a-c]{20}")},
+        {"seed": 2, "grammar": Grammar("regex", "[0-9a-c]*"), "ignore_eos": True},
+        {"seed": 3, "top_k": 5, "ignore_eos": True},
+        {"seed": 4, "logprobs": 1, "max_tokens": 6, "ignore_eos": True},
+    ]
+    requests = [([*STEM, n], SamplingParams(**{"max_tokens": 30, **each})) for n, each in enumerate(drawn)]
+    model = make_model(tmp_path, QWEN3)
+    want = generate(make_engine(model, "shuffled", graphs=False), requests, ARRIVALS)
+    masked, calls = NativeGraphs.masked, []
+    monkeypatch.setattr(NativeGraphs, "masked", lambda self, masks: calls.append(masks) or masked(self, masks))
+    engine = make_engine(model, "shuffled", graphs=True, num_draft_tokens=num_draft_tokens)
+    assert told(generate(engine, requests, ARRIVALS)) == told(want)
+    assert len(replays) > 20 and len(calls) > 10
 
 
 def test_guesses_are_rows_like_others(tmp_path: Path, replays: list[int]) -> None:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from miniserve.kernels import sampling
-from miniserve.kernels.sampling import RowParams
+from miniserve.kernels.sampling import RowMasks, RowParams
 from miniserve.kernels.step_tensors import RowState
 from miniserve.kernels.triton.pdl import launch_options, start, wait
 
@@ -90,10 +90,27 @@ def _number(keys_ptr, outputs_ptr, index, row, ADVANCE: tl.constexpr):
     return _uniform(tl.load(keys_ptr + row), tl.load(outputs_ptr + place))
 
 
+@triton.jit(do_not_specialize=["width"])  # which is a tokenizer's, and known when its first mask comes
+def _forbid_kernel(logits_ptr, bits_ptr, places_ptr, vocab_size, width, WORDS: tl.constexpr, PDL: tl.constexpr):
+    start(PDL)
+    wait(PDL)
+    index = tl.program_id(0).to(tl.int64)
+    place = tl.load(places_ptr + index)
+    if place < 0:
+        return
+    words = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    bits = tl.load(bits_ptr + place * width + words, mask=words * 32 < vocab_size, other=0)
+    inside = tl.arange(0, 32)
+    ids = words[:, None] * 32 + inside[None, :]
+    logits = tl.load(logits_ptr + index * vocab_size + ids, mask=ids < vocab_size).to(tl.float32)
+    logits = tl.where((bits[:, None] >> inside[None, :]) & 1 != 0, logits, float("-inf"))
+    tl.store(logits_ptr + index * vocab_size + ids, logits, mask=ids < vocab_size)
+
+
 @triton.jit
 def _summarise_kernel(
     logits_ptr, rows_ptr, numbers_ptr, left_ptr, maxima_ptr, sums_ptr, vocab_size, num_blocks,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, LEAVE: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, LEAVE: tl.constexpr, LEFT_ONLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     start(PDL)
     wait(PDL)
@@ -109,6 +126,10 @@ def _summarise_kernel(
         leave = tl.load(numbers_ptr + _LEFT) != 0.0
         if leave:
             tl.store(left_ptr + index * vocab_size + ids, raw, mask=ids < vocab_size)
+            return
+    if LEFT_ONLY:
+        drawn = tl.load(numbers_ptr + _LEFT) == 0.0
+        if drawn:
             return
     logits = raw.to(tl.float32)
     maxima = tl.max(logits, axis=1)
@@ -145,7 +166,8 @@ def _floor(order, top, total, best, scale, top_k, top_p, min_p, vocab_size):
 def _draw_kernel(
     logits_ptr, rows_ptr, keys_ptr, numbers_ptr, last_ptr, outputs_ptr, tokens_ptr, maxima_ptr, sums_ptr,
     chosen_ptr, num_chosen_ptr, floors_ptr, totals_ptr, vocab_size, num_blocks,
-    BLOCK: tl.constexpr, SIZE: tl.constexpr, ADVANCE: tl.constexpr, LEAVE: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, SIZE: tl.constexpr, ADVANCE: tl.constexpr, LEAVE: tl.constexpr, LEFT_ONLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """The token of a row without filters. For other rows: `chosen`, the blocks that can hold a token that the filters
     keep, in order; `floors`, see `_floor`; `totals`, the maximum and the sum of all weights."""
@@ -160,6 +182,10 @@ def _draw_kernel(
     if LEAVE:
         leave = tl.load(numbers_ptr + _LEFT) != 0.0
         if leave:
+            return
+    if LEFT_ONLY:
+        drawn = tl.load(numbers_ptr + _LEFT) == 0.0
+        if drawn:
             return
     logits_ptr += index * vocab_size
     place, inside = tl.arange(0, SIZE), tl.arange(0, BLOCK)
@@ -333,6 +359,17 @@ def _filtered_draw_kernel(
     _hand_over(token, index, row, vocab_size, last_ptr, outputs_ptr, tokens_ptr, ADVANCE)
 
 
+def forbid(logits: torch.Tensor, masks: RowMasks) -> None:
+    """See `sampling.forbid`. logits: contiguous; the masks may lie in pinned memory, which the kernel reads in place,
+    once."""
+    batch, vocab_size = logits.shape
+    words = _TILE // 32
+    _forbid_kernel[(batch, triton.cdiv(vocab_size, _TILE))](
+        logits, masks.bits, masks.places, vocab_size, masks.bits.shape[1],
+        WORDS=words, num_warps=4, **launch_options(logits.device),
+    )  # fmt: skip
+
+
 def sample(
     logits: torch.Tensor,
     rows: torch.Tensor,
@@ -342,13 +379,14 @@ def sample(
     *,
     num_outputs: torch.Tensor | None = None,
     undrawn: torch.Tensor | None = None,
+    left_only: bool = False,
 ) -> None:
     """Draw a token from each of the logits, [batch, vocab_size] of any float and contiguous, into `tokens` int64
     [batch]. rows: int64 [batch], whose parameters are `params`; nothing is done where it is negative.
 
     With `state` a token becomes its row's last one; else `num_outputs`, int64 [batch], says how many output tokens come
     before each, and rows may repeat. With `undrawn`, shaped and typed as the logits, no token is drawn for rows that
-    want their logits: these are copied there.
+    want their logits: these are copied there. `left_only` draws for these rows alone, from what was copied.
     """
     batch, vocab_size = logits.shape
     num_blocks = triton.cdiv(vocab_size, _BLOCK)
@@ -372,11 +410,12 @@ def sample(
     programs = triton.cdiv(num_blocks, _TILE // _BLOCK)
     _summarise_kernel[(batch, programs)](
         logits, rows, params.numbers, undrawn, maxima, sums, vocab_size, num_blocks,
-        BLOCK=_BLOCK, BLOCKS=_TILE // _BLOCK, LEAVE=undrawn is not None, num_warps=4, **options,
+        BLOCK=_BLOCK, BLOCKS=_TILE // _BLOCK, LEAVE=undrawn is not None, LEFT_ONLY=left_only, num_warps=4, **options,
     )  # fmt: skip
     _draw_kernel[(batch,)](
         logits, *row, maxima, sums, *chosen, vocab_size, num_blocks, BLOCK=_BLOCK,
-        SIZE=triton.next_power_of_2(num_blocks), ADVANCE=advance, LEAVE=undrawn is not None, num_warps=8, **options,
+        SIZE=triton.next_power_of_2(num_blocks), ADVANCE=advance, LEAVE=undrawn is not None, LEFT_ONLY=left_only,
+        num_warps=8, **options,
     )  # fmt: skip
     _filtered_draw_kernel[(batch,)](
         logits, *row, *chosen, vocab_size, num_blocks, SHIFT=_ZERO_BITS.get(logits.dtype, 0), BLOCK=_BLOCK,
@@ -384,8 +423,16 @@ def sample(
     )  # fmt: skip
 
 
-def draw(logits: torch.Tensor, rows: torch.Tensor, params: RowParams, num_outputs: torch.Tensor) -> torch.Tensor:
+def draw(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    params: RowParams,
+    num_outputs: torch.Tensor,
+    masks: RowMasks | None = None,
+) -> torch.Tensor:
     """See `sampling.Draw`; nothing is drawn for a negative row."""
+    if masks is not None:
+        forbid(logits, masks)
     tokens = torch.empty_like(rows)
     sample(logits, rows, params, tokens, num_outputs=num_outputs)
     return tokens
@@ -394,5 +441,6 @@ def draw(logits: torch.Tensor, rows: torch.Tensor, params: RowParams, num_output
 def compile_draw(vocab_size: int, dtype: torch.dtype, params: RowParams) -> None:
     """Compile the kernels for logits in the model's dtype and for edited ones, so that no request waits for that."""
     padding = torch.full((1,), -1, dtype=torch.int64, device=params.keys.device)
+    masks = RowMasks(torch.zeros(1, -(-vocab_size // 32), dtype=torch.int32, device=padding.device), padding.int())
     for kind in {dtype, torch.float32}:
-        draw(torch.zeros(1, vocab_size, dtype=kind, device=padding.device), padding, params, padding)
+        draw(torch.zeros(1, vocab_size, dtype=kind, device=padding.device), padding, params, padding, masks)
