@@ -146,7 +146,7 @@ def test_a_tuning_table_decides_and_is_named(tmp_path: Path) -> None:
 def test_who_rounds_activations_is_said_and_can_be_told_not_to(device: str, rounding: str, tmp_path: Path) -> None:
     path = write_model(tmp_path, "Qwen3-235B-A22B-FP8")
     for wished in (True, False):
-        text = answer(path, device=device, tp=4, fp8_activations=wished)
+        text = answer(path, device=device, tensor_parallel_size=4, fp8_activations=wished)
         assert (f"qkv_proj, o_proj by {rounding}" in text) == wished
         assert ("it rounds activations to 8 bits, and --no-fp8-activations keeps their 16" in text) != wished
 
