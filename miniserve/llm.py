@@ -160,10 +160,6 @@ class LLM:
         if not messages:
             return []
         conversations = [messages] if isinstance(messages[0], Mapping) else messages
-        template = self.tokenizer.chat_template.source(chat_template, tools or ())
-        for name in chat_template_kwargs or ():
-            if not names_variable(template, name):
-                logger.warning("The chat template does not name the variable %.100r, which changes nothing.", name)
         rendered = [
             self.tokenizer.chat_template.submit(
                 conversation,
@@ -176,6 +172,10 @@ class LLM:
             )
             for conversation in conversations
         ]
+        template = self.tokenizer.chat_template.source(chat_template, tools or ())
+        for name in chat_template_kwargs or ():
+            if not names_variable(template, name):
+                logger.warning("The chat template does not name the variable %.100r, which changes nothing.", name)
         texts = [future.result() for future in rendered]
         tokenized = [(text, self.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
         if sampling_params is None:

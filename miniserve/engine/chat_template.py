@@ -75,6 +75,10 @@ class ChatTemplate:
                 "add_generation_prompt and continue_final_message exclude each other; set one of them to false.",
                 "continue_final_message",
             )
+        if not isinstance(variables or {}, Mapping):
+            raise InvalidRequest("chat_template_kwargs must be a dict.", "chat_template_kwargs")
+        if documents and not (is_list(documents) and all(isinstance(each, Mapping) for each in documents)):
+            raise InvalidRequest("documents must be a list of dicts.", "documents")
         reserved = _RESERVED.intersection(variables or {})
         if reserved:
             raise InvalidRequest(f"chat_template_kwargs must not hold {min(reserved)!r}.", "chat_template_kwargs")

@@ -366,6 +366,7 @@ class Scheduler:
         )
         if runs := step.plan.draft_runs:
             entries = compress(entries, self._speculation.verify(runs, step.sampling, step.token_ids))
+        latest: Sequence | None = None
         for seq, token_id, entry in entries:
             if seq.finished:
                 continue
@@ -378,10 +379,13 @@ class Scheduler:
             token_ids = seq.token_ids
             token_ids.append(token_id)
             step_tokens += 1 if len(token_ids) > seq.prompt_len + 1 else seq.prompt_len + 1
-            output = seq.output([token_id])
-            outputs.append(output)
+            if seq is latest:  # behind a right guess
+                output.new_token_ids.append(token_id)
+            else:
+                output, latest = seq.output([token_id]), seq
+                outputs.append(output)
             if entry is not None:
-                output.logprobs = [entry]
+                output.logprobs = [*(output.logprobs or ()), entry]
             if seq.prompt_logprobs is not None:
                 output.prompt_logprobs = seq.prompt_logprobs
                 seq.prompt_logprobs = None

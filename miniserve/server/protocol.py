@@ -286,7 +286,8 @@ def _tool_choice(value: object) -> str | NamedTool:
 
 
 # Far more than clients send, and few enough to be looked through between two tokens of others.
-ToolsOf = Annotated[ListOf[T], Field(max_length=1024)]
+MAX_TOOLS = 1024
+ToolsOf = Annotated[ListOf[T], Field(max_length=MAX_TOOLS)]
 ToolChoice = Annotated[str | NamedTool, PlainValidator(_tool_choice, json_schema_input_type=str | dict[str, Any])]
 
 

@@ -28,6 +28,7 @@ from miniserve.server.chat import Chat, chat_logprobs
 from miniserve.server.errors import APIError, clip
 from miniserve.server.fields import LEAVE_OUT, Body, Exact, refusals
 from miniserve.server.protocol import (
+    MAX_TOOLS,
     CalledArguments,
     CalledName,
     ChatCompletionRequest,
@@ -442,10 +443,14 @@ def _translated(body: ResponsesRequest) -> Translation:
     for name in (*SamplingBody.model_fields, *_AS_IN_CHAT):
         setattr(chat, name, getattr(body, name))
     chat.max_tokens = body.max_output_tokens
-    # "auto" is what clients send without tools, too.
-    chat.tool_choice = body.tool_choice if body.tools or body.tool_choice != "auto" else None
     if body.tools:
         chat.tools = [each for index, tool in enumerate(body.tools) for each in _tools(f"tools[{index}]", tool)]
+        if len(chat.tools) > MAX_TOOLS:
+            raise InvalidRequest(
+                f"tools: at most {MAX_TOOLS}, not {len(chat.tools)}, with those of namespaces.", "tools"
+            )
+    # "auto" is what clients send without tools, too.
+    chat.tool_choice = body.tool_choice if chat.tools or body.tool_choice != "auto" else None
     chat.logprobs, chat.top_logprobs = _LOGPROBS in (body.include or ()) or None, body.top_logprobs
     if chat.top_logprobs and not chat.logprobs:
         raise InvalidRequest(f"top_logprobs needs include to have {_LOGPROBS}.", "top_logprobs")

@@ -397,6 +397,8 @@ def test_functions_in_a_namespace(model: Scripted) -> None:
     httpx.post(f"{model.server.url}/responses", json=body | {"input": [ASKED, *items, *results]}).raise_for_status()
     places = [model.prompt.rindex(f'"name": "{name}"') for name in ("agents__spawn", "agents__close", "close")]
     assert places == sorted(places)
+    nothing = {"tools": [{"type": "namespace", "name": "agents", "tools": []}], "tool_choice": "auto"}
+    httpx.post(f"{model.server.url}/responses", json=body | nothing).raise_for_status()
 
 
 def test_reasoning_comes_back_also_sealed(model: Scripted) -> None:
@@ -530,6 +532,9 @@ def test_what_messages_cannot_do_is_named(model: Scripted, change: dict[str, Any
 CALL = {"type": "function_call", "call_id": "1", "name": "now", "arguments": "{}"}
 
 
+FUNCTIONS = [{"type": "function", "name": f"f{number}"} for number in range(513)]
+
+
 @pytest.mark.parametrize(
     ("change", "param"),
     [
@@ -549,6 +554,7 @@ CALL = {"type": "function_call", "call_id": "1", "name": "now", "arguments": "{}
         ({"tools": [{"type": "namespace", "name": "n"}]}, "tools[0].tools"),
         ({"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "custom"}]}]}, "tools[0].tools[0].type"),
         ({"tools": [RESPONSES_TOOLS[0] | {"tools": []}]}, "tools[0].tools"),
+        ({"tools": [{"type": "namespace", "name": f"n{i}", "tools": FUNCTIONS} for i in range(2)]}, "tools"),
         (
             {"tools": [{"type": "namespace", "name": "n" * 99, "tools": [{"type": "function", "name": "f" * 99}]}]},
             "tools[0].tools[0].name",
