@@ -142,8 +142,8 @@ MESSAGES_MEANINGS = {
     "thinking": "`enabled`, `disabled` or `adaptive` (as the model is used to, also the default). It sets the chat "
     "template's switch; where there is none, what the model does anyway is accepted and the rest a 400. "
     "`budget_tokens` is a target that nothing enforces; `display: omitted` leaves reasoning out of the answer.",
-    "output_config": "`format`: a JSON schema, enforced. `effort`: for templates that know `reasoning_effort`; a hint "
-    "that others pass over.",
+    "output_config": "`format`: a JSON schema, enforced. `effort`: for templates that know `reasoning_effort`; others "
+    "pass over it, and but for `high`, the API's default, with a warning, or a 400 with `--strict-fields`.",
     "cache_control": "Without effect, here and in blocks: the prefix cache is automatic. `cache_read_input_tokens` "
     "says what it had, and `cache_creation_input_tokens` is 0.",
     "max_tokens": "Needed. More than the context holds is a 400.",

@@ -348,9 +348,10 @@ def _translated(service: Service, body: MessagesRequest) -> Translation:
     if output.effort is not None or thinking.type != "adaptive":
         template = service.engine.tokenizer.chat_template.source(None, chat.tools or [])
         _think(service, template, thinking, chat)
-        # A hint, which agents send to every model: others pass over it.
         if knows_effort(template) and thinking.type != "disabled":
             chat.reasoning_effort = output.effort
+        elif output.effort not in (None, "high"):  # which is the API's default, and agents send it to every model
+            service.fields.pass_over(MessagesRequest, "output_config.effort")
     chat.include_reasoning = False if thinking.display == "omitted" else None
     if output.format is not None:
         schema = JSONSchemaFormat(schema=output.format.json_schema)

@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 import pytest
 from dialect_texts import TEMPLATES
+from kill_points import left_over
 
 import miniserve
 from miniserve.core import Grammar, SamplingParams
@@ -55,19 +56,6 @@ def alone(name: str) -> list[list[int]]:
     return tokens(name)
 
 
-def workers() -> list[int]:
-    """Ranks that this process has started and that still run."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == os.getpid() and b"runner.worker" in (entry / "cmdline").read_bytes():
-                found.append(int(entry.name))
-        except (OSError, ValueError):
-            continue
-    return found
-
-
 @pytest.mark.parametrize(
     ("name", "size", "options"),
     [
@@ -77,7 +65,7 @@ def workers() -> list[int]:
 )
 def test_ranks_give_the_tokens_of_one_process_and_leave_nothing(name: str, size: int, options: dict[str, Any]) -> None:
     assert tokens(name, tensor_parallel_size=size, **options) == alone(name)
-    assert not workers()
+    assert not left_over()
 
 
 def test_two_hosts_give_the_tokens_of_one_process() -> None:

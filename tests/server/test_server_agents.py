@@ -435,6 +435,22 @@ def test_what_agents_send_to_every_model_is_taken(model: Scripted, claude: Anthr
     response(model, False, tools=[], tool_choice="auto")
 
 
+def test_an_effort_without_effect_is_warned_about_or_refused(
+    model: Scripted, claude: Anthropic, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model.says("Four.")
+    low: Any = {"effort": "low"}
+    message(claude, False, output_config=low)
+    assert "output_config.effort" in caplog.text
+    for strict in scripted("hermes", tmp_path / "model", strict_fields=True):
+        strict.says("Four.")
+        for effort, status in (("high", 200), ("low", 400)):
+            body = MESSAGE_BODY | {"output_config": {"effort": effort}}
+            answer = httpx.post(f"{strict.server.url}/messages", json=body)
+            assert answer.status_code == status
+        assert "output_config.effort" in answer.text
+
+
 def test_how_to_sample_is_said_as_in_chat(model: Scripted, claude: Anthropic) -> None:
     model.says("Four.")
     how: Any = {"top_k": 7, "min_p": 0.1, "seed": 5, "stop": ["END"], "ignore_eos": True, "logit_bias": {"9": 1.0},
