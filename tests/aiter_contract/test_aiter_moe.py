@@ -226,7 +226,7 @@ def test_rows_are_divided_between_kernels() -> None:
     blocks = replace(blocks, rows=640, columns=1536)
     for product in (blocks, Product(BF16, "rows", rows=640, columns=400)):
         hopper = find_route(LINEAR, product, NAMED_PLATFORMS["h100"], {})
-        assert hopper.sentence("") == f"{LIBRARY_FP8} from 257 rows on, else {TRITON_LINEAR_FP8}"
+        assert hopper.sentence("") == f"{LIBRARY_FP8} from 65 rows on, else {TRITON_LINEAR_FP8}"
     for changes, told in (
         ({"columns": 640}, "it takes multiples of 512 columns, not 640"),
         ({"rows": 648}, "it takes multiples of 16 rows, not 648"),

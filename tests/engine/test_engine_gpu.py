@@ -250,4 +250,4 @@ def test_activations_in_8_bits_keep_the_score(kind: str, tmp_path: Path) -> None
     for wished in (True, False):
         got, told = solved("cuda", tmp_path, fp8_activations=wished)
         assert got >= 0.99 * want > 25
-        assert ("the vendor's library in 8 bits from 257 rows on" in told) == (rounding and wished)
+        assert ("the vendor's library in 8 bits from 65 rows on" in told) == (rounding and wished)

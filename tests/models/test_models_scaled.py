@@ -259,10 +259,9 @@ def test_activations_are_rounded_where_the_checkpoint_and_the_user_allow_it() ->
         method = options.linear(4096, {"a": 512, "b": 128}, bias=False).method
         assert isinstance(method, ScaledMethod) and method.route is not None
         told = method.route.sentence(method.name)
-        many = method.route.kernel(257)
-        assert many is not None and (many.tolerance is None) == bool(refused)
-        assert [kernel and kernel.name for kernel in map(method.route.kernel, (1, 256))] == ["triton linear_fp8"] * 2
-        assert refused in told and ("from 257 rows on" in told) == (not refused)
+        assert [method.route.rounds(rows) for rows in (1, 64, 65, 4096)] == [False, False, not refused, not refused]
+        assert [kernel and kernel.name for kernel in map(method.route.kernel, (1, 64))] == ["triton linear_fp8"] * 2
+        assert refused in told and ("from 65 rows on" in told) == (not refused)
 
 
 def test_ranks_take_the_same_kernels() -> None:

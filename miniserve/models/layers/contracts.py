@@ -96,6 +96,11 @@ class Route:
         """That multiplies so many rows."""
         return next((kernel for kernel in self.kernels if kernel.first_row <= rows), None)
 
+    def rounds(self, rows: int) -> bool:
+        """Whether that kernel rounds what it multiplies to 8 bits."""
+        kernel = self.kernel(rows)
+        return kernel is not None and kernel.tolerance is not None
+
     def sentence(self, rest: str) -> str:
         """Who multiplies how many rows, for people. rest: who multiplies those that no kernel here does."""
         names = [(kernel.first_row, kernel.name) for kernel in self.kernels]
@@ -111,7 +116,9 @@ _SCALED = ("tensor", "rows", "blocks")
 _FP8_ARCHS = ("sm_89+", *_INSTINCT, "gfx12*")  # those before have no instructions that read e4m3
 # Rounding what is multiplied costs 3 %, twice in a row 5 %, and a bad row more. Seen of aiter's experts: 9 % (#2421).
 _LINEAR_TOLERANCE, _EXPERTS_TOLERANCE = 6e-2, 1e-1
-_MANY_ROWS = 257  # steps of decode rows alone, which have fewer by default, keep 16 bits
+# From which on a product in 8 bits is faster than one that widens: up to 64 rows the time goes to reading the weight.
+# Of a step's rows experts get a few each: steps of decode rows alone, which have 256 by default, keep 16 bits there.
+_LINEAR_ROWS, _EXPERTS_ROWS = 65, 257
 TRITON = "the engine's Triton kernels"
 TRITON_OR_LIBRARY = f"{TRITON} or the vendor's library, by size"
 TRITON_LINEAR_FP8, TRITON_EXPERTS_FP8 = "triton linear_fp8", "triton experts_fp8"
@@ -126,7 +133,7 @@ _library = partial(
     archs=("sm_90",),
     dtypes=_HALF,
     row_multiple=16,
-    first_row=_MANY_ROWS,
+    first_row=_LINEAR_ROWS,
     tolerance=_LINEAR_TOLERANCE,
 )
 LINEAR = (
@@ -165,7 +172,7 @@ EXPERTS = (
         grains=_SCALED,
         archs=("sm_90",),
         dtypes=_HALF,
-        first_row=_MANY_ROWS,
+        first_row=_EXPERTS_ROWS,
         tolerance=_EXPERTS_TOLERANCE,
     ),
     ProductContract(name=TRITON_EXPERTS_FP8, requires="triton", grains=_SCALED, archs=_FP8_ARCHS),

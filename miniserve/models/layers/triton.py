@@ -70,7 +70,8 @@ class TritonOps(Ops):
         return self._kernels.silu_and_mul(layer(x)) if y is None else y
 
     def linear_to_add(self, layer: Linear, x: Tensor) -> Tensor | PendingSum:
-        if layer.bias is not None:
+        route = layer.method.route
+        if layer.bias is not None or (route is not None and route.rounds(x.shape[0])):
             parts = None
         elif layer.weight.dtype.itemsize == 1:
             parts = self._kernels.linear_parts_fp8(x, layer.weight, layer.weight_scale, layer.weights.step)
@@ -111,8 +112,7 @@ class TritonMoE(MoEMethod):
             given["first"] = layer.experts.held.start
         if layer.w1.dtype.itemsize == 1:
             given |= {"scales": (layer.w1_scale, layer.w2_scale), "block": layer.weights.step}
-        kernel = None if self.route is None else self.route.kernel(x.shape[0])
-        if kernel is not None and kernel.tolerance is not None:
+        if self.route is not None and self.route.rounds(x.shape[0]):
             given["rounds"] = True
         if x.shape[0] == 1:
             out: Tensor = self._kernels.token_experts(x, layer.w1, layer.w2, topk_weights, topk_ids, **given)
