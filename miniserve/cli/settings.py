@@ -149,8 +149,8 @@ _OPTIONS: dict[type, dict[str, Any]] = {
         "enforce_eager": _switch("--enforce-eager", help="Launch every kernel from Python, without graphs."),
         "aiter": _switch(help="Use AMD's aiter where it is installed.", show_default="on"),
         "fp8_activations": _switch(
-            help="Where a checkpoint has weights and activations in 8 bits, multiply in 8 bits in steps of more than 64 "
-            "tokens (experts: 256; on AMD always); off: activations keep their 16 bits, and large steps are slower.",
+            help="Where a checkpoint has weights and activations in 8 bits, multiply in 8 bits in steps of more than "
+            "64 tokens (experts: 256; on AMD always); off: activations keep their 16 bits, and large steps are slower.",
             show_default="on",
         ),
         "self_check": _switch(
