@@ -35,6 +35,18 @@ def fan_out(request_id: str, request: Request) -> list[Request]:
     return requests
 
 
+def extend(output: RequestOutput, later: RequestOutput) -> None:
+    """Take what a later step brought to the same sequence into an output that nobody has read yet."""
+    output.new_token_ids += later.new_token_ids
+    if later.logprobs is not None:
+        output.logprobs = later.logprobs if output.logprobs is None else output.logprobs + later.logprobs
+    output.prompt_logprobs = output.prompt_logprobs or later.prompt_logprobs
+    output.num_cached_tokens, output.num_preemptions = later.num_cached_tokens, later.num_preemptions
+    output.first_scheduled_time = later.first_scheduled_time
+    output.finish_reason, output.stop_token_id = later.finish_reason, later.stop_token_id
+    output.grammar_ended, output.error = later.grammar_ended, later.error
+
+
 class OutputAssembler:
     """Turns the outputs of one caller's request into deltas.
 
