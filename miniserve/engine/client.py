@@ -33,7 +33,7 @@ from miniserve.engine.output import CompletionStream, OutputAssembler, extend, f
 from miniserve.engine.tokenizer import Tokenizer, load_tokenizer
 from miniserve.models.generation_config import GenerationDefaults, load_generation_defaults
 
-_POLL_MS = 100  # how often an engine that says nothing is looked at
+_POLL = 0.1  # seconds; how often an engine that says nothing is looked at
 _HEARTBEAT = 1.0  # seconds of silence after which the engine is asked for a sign of life
 # Seconds that a step may take by default. A GPU's takes well under one; a CPU's may be a long prefill of a large model.
 _GPU_STEP, _CPU_STEP = 60.0, 600.0
@@ -152,13 +152,13 @@ class AsyncEngine:
             if info is not None:
                 # The answer shows that commands arrive: until the engine has connected they go nowhere.
                 process.send(messages.AskStats())
-            if not await process.events.poll(_POLL_MS):
+            if not await process.wait(_POLL):
                 reason = process.exit_reason()
-                # The message may have come between the poll and the look at the process.
-                if reason is None or await process.events.poll(0):
+                # The message may have come between the wait and the look at the process.
+                if reason is None or process.events.poll(0):
                     continue
                 raise EngineDead(f"The engine did not start: {reason}.")
-            match self._decode(await process.events.recv()):
+            match self._decode(process.events.recv()):
                 case messages.Progress(stage, done, total):
                     if progress is not None:
                         progress(stage, done, total)
@@ -289,22 +289,21 @@ class AsyncEngine:
 
         What the engine has said meanwhile is taken in first, so that a stream's tokens that wait are passed on as one.
         """
-        waiting = self._waiting
+        waiting, events = self._waiting, process.events
         while True:
+            if not waiting and not await process.wait(_POLL):
+                reason = process.exit_reason() or self._look_after(process)
+                if reason is not None and not events.poll(0):
+                    return None if self._shutting_down and process.ended_in_order else reason
             num_taken = 0
-            while num_taken < _INTAKE and await process.events.poll(0 if waiting or num_taken else _POLL_MS):
-                event = self._decode(await process.events.recv())
+            while num_taken < _INTAKE and events.poll(0):
+                event = self._decode(events.recv())
                 if isinstance(event, messages.Failed):
                     self._pass_on(len(waiting))
                     return event.message
                 num_taken += 1 + self._take(event)
-            if waiting or num_taken:
-                self._pass_on(_SLICE)
-                await asyncio.sleep(0)  # the others' turn; a fast engine's messages never run out
-                continue
-            reason = process.exit_reason() or self._look_after(process)
-            if reason is not None and not await process.events.poll(0):
-                return None if self._shutting_down and process.ended_in_order else reason
+            self._pass_on(_SLICE)
+            await asyncio.sleep(0)  # the others' turn; a fast engine's messages never run out
 
     def _look_after(self, process: EngineProcess) -> str | None:
         """Ask a silent engine for a sign of life, which it gives between steps. Why it counts as dead, if it does."""
