@@ -41,8 +41,8 @@ _FIRST_STEPS = 600.0  # at least, for the first ones: they may compile kernels
 _PERIOD = 1.0  # seconds, at least, that `recent` sums up
 _SHUT_DOWN = "The engine was shut down."
 # Outputs passed on, and mostly written to their clients, in one go: all of 1,024 streams would keep the event loop for
-# 20 ms.
-_SLICE = 64
+# 20 ms. The last one of a sequence, with which a request may end, counts as so many.
+_SLICE, _END = 64, 4
 # Outputs taken in between two such, if there are so many. A stream that falls behind gets up to _INTAKE ÷ _SLICE tokens
 # at once, for little more than the cost of one, so that no engine is faster than this for long.
 _INTAKE = 1024
@@ -299,10 +299,11 @@ class AsyncEngine:
             while num_taken < _INTAKE and events.poll(0):
                 event = self._decode(events.recv())
                 if isinstance(event, messages.Failed):
-                    self._pass_on(len(waiting))
+                    while waiting:
+                        self._pass_on()
                     return event.message
                 num_taken += 1 + self._take(event)
-            self._pass_on(_SLICE)
+            self._pass_on()
             await asyncio.sleep(0)  # the others' turn; a fast engine's messages never run out
 
     def _look_after(self, process: EngineProcess) -> str | None:
@@ -349,11 +350,12 @@ class AsyncEngine:
                 extend(earlier, output)
         return len(event.outputs)
 
-    def _pass_on(self, most: int) -> None:
-        """The oldest that wait, one for each sequence."""
-        waiting, find = self._waiting, self._sequences.get
-        for _ in range(min(most, len(waiting))):
+    def _pass_on(self) -> None:
+        """A slice of those that wait, the oldest first."""
+        waiting, find, room = self._waiting, self._sequences.get, _SLICE
+        while waiting and room > 0:
             sequence_id, output = waiting.popitem(last=False)
+            room -= 1 if output.finish_reason is None else _END
             if (entry := find(sequence_id)) is not None:  # else it was aborted while this was on its way
                 self._pass(*entry, output)
 

@@ -229,7 +229,9 @@ async def render(service: Service, messages: Sequence[ChatMessage], body: Render
         chat_template=body.chat_template,
         variables=_variables(service, body, template.source(body.chat_template, tools)),
     )
-    return await asyncio.wrap_future(rendered)
+    text = await asyncio.wrap_future(rendered)
+    await service.rendered.turn()
+    return text
 
 
 def _variables(service: Service, body: RenderOptions, template: str) -> dict[str, Any]:

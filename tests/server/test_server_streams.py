@@ -22,7 +22,7 @@ from miniserve.server.app import create_app
 from miniserve.server.completions import CompletionAnswer
 from miniserve.server.config import ServerConfig
 from miniserve.server.connection import DirectWriter
-from miniserve.server.gate import Pace
+from miniserve.server.gate import PaceMiddleware
 
 SCRIPT = tokenizer().encode("one two")[:2]
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -202,7 +202,7 @@ def test_of_many_requests_at_once_a_few_begin_in_each_turn_of_the_loop() -> None
             scope = {"type": "http", "method": method, "number": number}
             return asyncio.create_task(pace(scope, nothing, ignore))  # type: ignore[arg-type]
 
-        pace = Pace(app)
+        pace = PaceMiddleware(app)
         tasks = [ask(number) for number in range(100)]
         health = ask(1000, "GET")
         tasks[9].cancel()
