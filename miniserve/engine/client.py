@@ -45,7 +45,7 @@ _SHUT_DOWN = "The engine was shut down."
 _SLICE, _END = 64, 4
 # Outputs taken in between two such, if there are so many. A stream that falls behind gets up to _INTAKE ÷ _SLICE tokens
 # at once, for little more than the cost of one, so that no engine is faster than this for long.
-_INTAKE = 1024
+_INTAKE = 2048
 _log = logging.getLogger(__name__)
 
 
