@@ -40,12 +40,13 @@ _GPU_STEP, _CPU_STEP = 60.0, 600.0
 _FIRST_STEPS = 600.0  # at least, for the first ones: they may compile kernels
 _PERIOD = 1.0  # seconds, at least, that `recent` sums up
 _SHUT_DOWN = "The engine was shut down."
-# Outputs passed on, and mostly written to their clients, in one go: all of 1,024 streams would keep the event loop for
-# 20 ms. The last one of a sequence, with which a request may end, counts as so many.
-_SLICE, _END = 64, 4
-# Outputs taken in between two such, if there are so many. A stream that falls behind gets up to _INTAKE ÷ _SLICE tokens
-# at once, for little more than the cost of one, so that no engine is faster than this for long.
-_INTAKE = 2048
+# Outputs passed on, and mostly written to their clients, in one go, and the seconds after which it is enough: all of
+# 1,024 streams would keep the event loop for 20 ms. The last one of a sequence, with which a request may end, counts as
+# so many.
+_SLICE, _SLICE_SECONDS, _END = 64, 0.004, 4
+# Outputs taken in between two such, if there are so many: 3 ms. A stream that falls behind gets up to _INTAKE ÷ _SLICE
+# tokens at once, for little more than the cost of one, so that no engine is faster than this for long.
+_INTAKE = 4096
 _log = logging.getLogger(__name__)
 
 
@@ -352,8 +353,9 @@ class AsyncEngine:
 
     def _pass_on(self) -> None:
         """A slice of those that wait, the oldest first."""
-        waiting, find, room = self._waiting, self._sequences.get, _SLICE
-        while waiting and room > 0:
+        waiting, find, room, clock = self._waiting, self._sequences.get, _SLICE, time.monotonic
+        end = clock() + _SLICE_SECONDS
+        while waiting and room > 0 and clock() < end:
             sequence_id, output = waiting.popitem(last=False)
             room -= 1 if output.finish_reason is None else _END
             if (entry := find(sequence_id)) is not None:  # else it was aborted while this was on its way

@@ -64,8 +64,8 @@ class EngineProcess:
     async def wait(self, seconds: float) -> bool:
         """Wait for an event, so many seconds at most; returns whether there is one.
 
-        `zmq.asyncio` does so at ten times the cost, for every event. The socket's file is readable from the first event
-        on behind one that was looked for in vain.
+        `zmq.asyncio` makes several futures for each event, and a timer. The socket's file is readable from the first
+        event on that comes after one was looked for in vain.
         """
         if self.events.poll(0):
             return True
