@@ -82,6 +82,11 @@ class ChatAnswer(ChoicesAnswer):
             end: ChatChunkChoice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": reason}
             yield {**end, "stop_reason": delta.stop_reason}
 
+    def text_choice(self, index: int, text: str) -> ChatChunkChoice | None:
+        if not self._reading.is_plain:
+            return None
+        return {"index": index, "delta": {"content": text}, "logprobs": None, "finish_reason": None}
+
     def usage(self) -> Usage:
         usage = super().usage()
         if self._reading.reasoning is not None:
