@@ -172,11 +172,12 @@ class ChoicesAnswer(Answer):
                 event["usage"] = self.usage() if self._usage_in_every_chunk else None
             yield event
         index = self.index(number, delta)
-        if index not in self._around_text and not (self._shows_tokens or self._usage_in_every_chunk):
-            if (text_choice := self.text_choice(index, "?")) is not None:
-                usage = {"usage": None} if self._usage_at_end else {}
-                before, after = self.encode({"choices": (text_choice,), **usage}).rsplit(b'"?"', 1)
-                self._around_text[index] = before, after
+        if index in self._around_text or self._shows_tokens or self._usage_in_every_chunk:
+            return
+        if (text_choice := self.text_choice(index, "?")) is not None:
+            usage = {"usage": None} if self._usage_at_end else {}
+            before, after = self.encode({"choices": (text_choice,), **usage}).rsplit(b'"?"', 1)
+            self._around_text[index] = before, after
 
     def text_event(self, number: int, delta: Completion) -> bytes | None:
         around = self._around_text.get(self.index(number, delta))
