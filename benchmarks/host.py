@@ -1,11 +1,11 @@
 """What the API process does with an engine that costs nothing: `python -m benchmarks.host --streams 256,1024`.
 
-A fake engine gives every running request a token each `--step-ms`; one client process reads all streams and parses
-nothing. Printed: the median stream's time per output token, to compare with the step; tokens a second as sent and for
-each CPU second of the API process (its rate on one core that it has for itself); tokens an event (above 1 the server
-was slower than the engine and joined them); and how late its event loop was at worst while tokens flowed. On a machine
-that others use as well it may have waited for a core: the CPU time of its thread between two looks is what it did
-itself.
+A fake engine gives every running request a token each `--step-ms`; with `--real` the built-in model computes them on
+the CPU, as fast as it can. One client process reads all streams and parses nothing. Printed: the median stream's time
+per output token and the mean step of decode rows alone, to compare; tokens a second as sent and for each CPU second of
+the API process (its rate on one core that it has for itself); tokens an event (above 1 the server was slower than the
+engine and joined them); and how late its event loop was at worst while tokens flowed. On a machine that others use as
+well it may have waited for a core: the CPU time of its thread between two looks is what it did itself.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import NamedTuple
 import miniserve
 from miniserve.config import EngineConfig
 from miniserve.core import EngineInfo, Step, TokenMasks
+from miniserve.engine.build import RUNNER_FACTORY
 from miniserve.engine.client import AsyncEngine
 from miniserve.server.config import ServerConfig
 from miniserve.server.serve import listening, loop_factory, serve
@@ -92,12 +93,16 @@ class Stream(NamedTuple):
     seconds: float
 
 
-def run_server(streams: int, step_ms: float) -> None:
+def run_server(streams: int, step_ms: float, is_real: bool) -> None:
     """Serve until stdin says something; the first line out is the port, the last what it cost."""
-    engine_config, config = EngineConfig(max_num_seqs=streams), ServerConfig(port=0, log_requests=False)
+    engine_config = EngineConfig(max_num_seqs=streams, device="cpu") if is_real else EngineConfig(max_num_seqs=streams)
+    config, factory = (
+        ServerConfig(port=0, log_requests=False),
+        RUNNER_FACTORY if is_real else "benchmarks.host:build_fake",
+    )
 
     async def main() -> None:
-        engine = AsyncEngine(engine_config, TINY, f"{step_ms:g}", runner_factory="benchmarks.host:build_fake")
+        engine = AsyncEngine(engine_config, TINY, f"{step_ms:g}", runner_factory=factory)
         await engine.start()
         stop, lateness, busy = asyncio.Event(), [0.0], [0.0]
 
@@ -115,7 +120,7 @@ def run_server(streams: int, step_ms: float) -> None:
             usage = resource.getrusage(resource.RUSAGE_SELF)
             late = sorted(lateness)
             report = {"cpu": usage.ru_utime + usage.ru_stime, "late": late[-1], "late_p99": late[len(late) * 99 // 100]}
-            report["busy"] = max(busy)
+            report |= {"busy": max(busy), "steps": engine.totals.decode_steps, "seconds": engine.totals.decode_seconds}
             del lateness[1:], busy[1:]
             print(json.dumps(report), flush=True)
 
@@ -147,8 +152,9 @@ async def _stream(port: int, path: str, body: bytes) -> Stream:
     return Stream(num_events, last - first)
 
 
-def measure(streams: int, tokens: int, step_ms: float, chat: bool) -> None:
+def measure(streams: int, tokens: int, step_ms: float, chat: bool, is_real: bool) -> None:
     command = [sys.executable, "-m", "benchmarks.host", "--serve", "--streams", str(streams), "--step-ms", str(step_ms)]
+    command += ["--real"] * is_real
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as server:
         assert server.stdin is not None and server.stdout is not None
         port = int(server.stdout.readline())
@@ -169,9 +175,10 @@ def measure(streams: int, tokens: int, step_ms: float, chat: bool) -> None:
         print("end", file=server.stdin, flush=True)
         after = json.loads(server.stdout.readline())
     total, cpu = streams * tokens, after["cpu"] - before["cpu"]
+    step = 1e3 * (after["seconds"] - before["seconds"]) / max(after["steps"] - before["steps"], 1)
     tpot = 1e3 * statistics.median(answer.seconds for answer in answers) / (tokens - 1)
     print(
-        f"{'chat' if chat else 'completions':12} {streams:5} streams, a token each {step_ms:g} ms: TPOT {tpot:.2f} ms, "
+        f"{'chat' if chat else 'completions':12} {streams:5} streams, a step each {step:.2f} ms: TPOT {tpot:.2f} ms, "
         f"{total / seconds:8,.0f} tokens/s, {total / cpu:8,.0f} a CPU second, "
         f"{total / sum(answer.num_events for answer in answers):5.2f} tokens an event, event loop late by "
         f"{1e3 * after['late_p99']:.1f} ms (p99), {1e3 * after['late']:.1f} ms (most; by its own CPU time "
@@ -186,13 +193,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=400, help="of each stream")
     parser.add_argument("--step-ms", type=float, default=8.0)
     parser.add_argument("--chat", action="store_true", help="chat completions")
+    parser.add_argument("--real", action="store_true", help="the built-in model on the CPU instead of the fake engine")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        run_server(int(args.streams), args.step_ms)
+        run_server(int(args.streams), args.step_ms, args.real)
         return
     for streams in map(int, args.streams.split(",")):
-        measure(streams, args.tokens, args.step_ms, args.chat)
+        measure(streams, args.tokens, args.step_ms, args.chat, args.real)
 
 
 if __name__ == "__main__":

@@ -201,7 +201,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: list[float]
 
 
-class RequestOutput(msgspec.Struct, kw_only=True, omit_defaults=True):
+class RequestOutput(msgspec.Struct, kw_only=True, omit_defaults=True, gc=False):
     """What one step brought to one request. The last one of a request, and only that, has a `finish_reason`.
 
     `prompt_logprobs` comes once, with the first token (or alone where max_tokens is 0): one entry per prompt token, the
@@ -495,7 +495,7 @@ class EngineInfo(msgspec.Struct, kw_only=True, frozen=True):
         return None if self.traffic is None else self.traffic.bandwidth
 
 
-class Completion(msgspec.Struct, kw_only=True):
+class Completion(msgspec.Struct, kw_only=True, gc=False):
     """One of a request's n sequences: all of it, or a piece of it (a delta), of which only the last has a
     `finish_reason`.
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -29,20 +29,24 @@ from miniserve.core import (
 from miniserve.engine import messages
 from miniserve.engine.build import RUNNER_FACTORY, ProgressCallback
 from miniserve.engine.launch import EngineProcess
-from miniserve.engine.output import CompletionStream, OutputAssembler, fan_out
+from miniserve.engine.output import CompletionStream, OutputAssembler, extend, fan_out
 from miniserve.engine.tokenizer import Tokenizer, load_tokenizer
 from miniserve.models.generation_config import GenerationDefaults, load_generation_defaults
 
-_POLL_MS = 100  # how often an engine that says nothing is looked at
+_POLL = 0.1  # seconds; how often an engine that says nothing is looked at
 _HEARTBEAT = 1.0  # seconds of silence after which the engine is asked for a sign of life
 # Seconds that a step may take by default. A GPU's takes well under one; a CPU's may be a long prefill of a large model.
 _GPU_STEP, _CPU_STEP = 60.0, 600.0
 _FIRST_STEPS = 600.0  # at least, for the first ones: they may compile kernels
 _PERIOD = 1.0  # seconds, at least, that `recent` sums up
 _SHUT_DOWN = "The engine was shut down."
-# Outputs of a step passed on, and mostly written to their clients, in one go: all of 1,024 streams would keep the event
-# loop for 20 ms.
-_SLICE = 64
+# Outputs passed on, and mostly written to their clients, in one go, and the seconds after which it is enough: all of
+# 1,024 streams would keep the event loop for 20 ms. The last one of a sequence, with which a request may end, counts as
+# so many.
+_SLICE, _SLICE_SECONDS, _END = 64, 0.004, 4
+# Outputs taken in between two such, if there are so many: 3 ms. A stream that falls behind gets up to _INTAKE ÷ _SLICE
+# tokens at once, for little more than the cost of one, so that no engine is faster than this for long.
+_INTAKE = 4096
 _log = logging.getLogger(__name__)
 
 
@@ -93,6 +97,8 @@ class AsyncEngine:
         self._shutting_down = False
         self._running: dict[str, _Running] = {}  # by the caller's request id
         self._sequences: dict[str, tuple[_Running, int]] = {}  # by the id in the engine: whose, and which of them
+        # What the engine said and is not passed on yet: one output a sequence, in the order of their first tokens.
+        self._waiting: OrderedDict[str, RequestOutput] = OrderedDict()
         self._serial = count()
         self._last_sign: float | None = None
         self._asked: float | None = None  # since when a heartbeat is unanswered
@@ -147,13 +153,13 @@ class AsyncEngine:
             if info is not None:
                 # The answer shows that commands arrive: until the engine has connected they go nowhere.
                 process.send(messages.AskStats())
-            if not await process.events.poll(_POLL_MS):
+            if not await process.wait(_POLL):
                 reason = process.exit_reason()
-                # The message may have come between the poll and the look at the process.
-                if reason is None or await process.events.poll(0):
+                # The message may have come between the wait and the look at the process.
+                if reason is None or process.events.poll(0):
                     continue
                 raise EngineDead(f"The engine did not start: {reason}.")
-            match self._decode(await process.events.recv()):
+            match self._decode(process.events.recv()):
                 case messages.Progress(stage, done, total):
                     if progress is not None:
                         progress(stage, done, total)
@@ -280,21 +286,26 @@ class AsyncEngine:
             process.close()
 
     async def _take_all(self, process: EngineProcess) -> str | None:
-        """Returns why the engine died; None where it ended because it was asked to."""
+        """Returns why the engine died; None where it ended because it was asked to.
+
+        What the engine has said meanwhile is taken in first, so that a stream's tokens that wait are passed on as one.
+        """
+        waiting, events = self._waiting, process.events
         while True:
-            if await process.events.poll(_POLL_MS):
-                event = self._decode(await process.events.recv())
+            if not waiting and not await process.wait(_POLL):
+                reason = process.exit_reason() or self._look_after(process)
+                if reason is not None and not events.poll(0):
+                    return None if self._shutting_down and process.ended_in_order else reason
+            num_taken = 0
+            while num_taken < _INTAKE and events.poll(0):
+                event = self._decode(events.recv())
                 if isinstance(event, messages.Failed):
+                    while waiting:
+                        self._pass_on()
                     return event.message
-                outputs = self._take(event)
-                for begin in range(0, max(1, len(outputs)), _SLICE):
-                    for output in outputs[begin : begin + _SLICE]:
-                        self._pass_on(output)
-                    await asyncio.sleep(0)  # the others' turn; a fast engine's messages never run out
-                continue
-            reason = process.exit_reason() or self._look_after(process)
-            if reason is not None and not await process.events.poll(0):
-                return None if self._shutting_down and process.ended_in_order else reason
+                num_taken += 1 + self._take(event)
+            self._pass_on()
+            await asyncio.sleep(0)  # the others' turn; a fast engine's messages never run out
 
     def _look_after(self, process: EngineProcess) -> str | None:
         """Ask a silent engine for a sign of life, which it gives between steps. Why it counts as dead, if it does."""
@@ -314,13 +325,13 @@ class AsyncEngine:
         limit = self._step_timeout or (_CPU_STEP if self.info.device == "cpu" else _GPU_STEP)
         return limit if self.totals.decode_steps and self.totals.prefill_tokens else max(limit, _FIRST_STEPS)
 
-    def _take(self, event: messages.Event) -> list[RequestOutput]:
-        """What is to be passed on."""
+    def _take(self, event: messages.Event) -> int:
+        """Put what is to be passed on to what waits; returns how many outputs there were."""
         if isinstance(event, messages.Answer):
             reader = self._readers.popleft()
             if not reader.done():  # its caller may have left
                 reader.set_result(event.found)
-            return []
+            return 0
         if not isinstance(event, messages.StepOutputs):
             raise RuntimeError(f"unexpected {type(event).__name__} from the engine")
         self._last_sign = time.monotonic()
@@ -332,13 +343,25 @@ class AsyncEngine:
         if self._last_sign - begin >= _PERIOD:
             self.recent = event.totals.since(totals)
             self._period = (self._last_sign, event.totals)
-        return event.outputs
+        waiting = self._waiting
+        for output in event.outputs:
+            if (earlier := waiting.get(output.request_id)) is None:
+                waiting[output.request_id] = output
+            else:
+                extend(earlier, output)
+        return len(event.outputs)
 
-    def _pass_on(self, output: RequestOutput) -> None:
-        entry = self._sequences.get(output.request_id)
-        if entry is None:
-            return  # it was aborted while this was on its way
-        running, index = entry
+    def _pass_on(self) -> None:
+        """A slice of those that wait, the oldest first."""
+        waiting, find, room, clock = self._waiting, self._sequences.get, _SLICE, time.monotonic
+        end = clock() + _SLICE_SECONDS
+        while waiting and room > 0 and clock() < end:
+            sequence_id, output = waiting.popitem(last=False)
+            room -= 1 if output.finish_reason is None else _END
+            if (entry := find(sequence_id)) is not None:  # else it was aborted while this was on its way
+                self._pass(*entry, output)
+
+    def _pass(self, running: _Running, index: int, output: RequestOutput) -> None:
         deltas, met_stop = running.assembler.push(index, output)
         if met_stop and self._process is not None:
             self._process.send(messages.Abort([output.request_id]))

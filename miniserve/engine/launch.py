@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import logging
@@ -16,7 +17,6 @@ from pathlib import Path
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from miniserve.core import UserError
 from miniserve.engine import messages
@@ -39,7 +39,7 @@ class EngineProcess:
         self._directory = _private_directory()
         self._context = zmq.Context()
         self._commands = zmq.Socket(self._context, zmq.PUSH)
-        self.events = zmq.asyncio.Socket(self._context, zmq.PULL)
+        self.events = zmq.Socket(self._context, zmq.PULL)
         for socket, name in ((self._commands, messages.COMMANDS_SOCKET), (self.events, messages.OUTPUTS_SOCKET)):
             socket.set_hwm(0)  # no message is ever dropped or waits for the reader
             socket.bind(f"ipc://{self._directory / name}")
@@ -60,6 +60,25 @@ class EngineProcess:
             return
         with contextlib.suppress(zmq.Again):
             self._commands.send(self._encode(command), zmq.NOBLOCK)
+
+    async def wait(self, seconds: float) -> bool:
+        """Wait for an event, so many seconds at most; returns whether there is one.
+
+        `zmq.asyncio` makes several futures for each event, and a timer. The socket's file is readable from the first
+        event on that comes after one was looked for in vain.
+        """
+        if self.events.poll(0):
+            return True
+        loop = asyncio.get_running_loop()
+        woken = loop.create_future()
+        timer = loop.call_later(seconds, _wake, woken)
+        loop.add_reader(self.events.FD, _wake, woken)
+        try:
+            await woken
+        finally:
+            loop.remove_reader(self.events.FD)
+            timer.cancel()
+        return bool(self.events.poll(0))
 
     def exit_reason(self) -> str | None:
         """How the process ended, or None while it runs. One that stays stopped has ended, too: `close` kills it."""
@@ -94,6 +113,11 @@ class EngineProcess:
         self.events.close(linger=0)
         self._context.term()
         self.remove_directory()
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 def set_up_logging(level_name: str, log_format: str) -> None:

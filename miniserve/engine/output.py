@@ -35,6 +35,17 @@ def fan_out(request_id: str, request: Request) -> list[Request]:
     return requests
 
 
+def extend(output: RequestOutput, later: RequestOutput) -> None:
+    """Take what a later step brought to the same sequence into an output that nobody has read yet."""
+    output.new_token_ids += later.new_token_ids
+    if later.logprobs is not None:
+        output.logprobs = (output.logprobs or []) + later.logprobs
+    if later.finish_reason is not None:  # of what is counted, the last one's figures are those of the whole sequence
+        output.finish_reason, output.stop_token_id = later.finish_reason, later.stop_token_id
+        output.grammar_ended, output.error = later.grammar_ended, later.error
+        output.num_cached_tokens, output.num_preemptions = later.num_cached_tokens, later.num_preemptions
+
+
 class OutputAssembler:
     """Turns the outputs of one caller's request into deltas.
 

@@ -82,6 +82,11 @@ class ChatAnswer(ChoicesAnswer):
             end: ChatChunkChoice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": reason}
             yield {**end, "stop_reason": delta.stop_reason}
 
+    def text_choice(self, index: int, text: str) -> ChatChunkChoice | None:
+        if not self._reading.is_plain:
+            return None
+        return {"index": index, "delta": {"content": text}, "logprobs": None, "finish_reason": None}
+
     def usage(self) -> Usage:
         usage = super().usage()
         if self._reading.reasoning is not None:
@@ -229,7 +234,9 @@ async def render(service: Service, messages: Sequence[ChatMessage], body: Render
         chat_template=body.chat_template,
         variables=_variables(service, body, template.source(body.chat_template, tools)),
     )
-    return await asyncio.wrap_future(rendered)
+    text = await asyncio.wrap_future(rendered)
+    await service.rendered.turn()
+    return text
 
 
 def _variables(service: Service, body: RenderOptions, template: str) -> dict[str, Any]:

@@ -140,6 +140,11 @@ class CompletionAnswer(ChoicesAnswer):
             choice = {**choice, "text": "", "logprobs": None}
         yield choice
 
+    def text_choice(self, index: int, text: str) -> CompletionChoice | None:
+        if self._echo or self._with_logprobs:
+            return None
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": None, "stop_reason": None}
+
     def _choice(self, number: int, delta: Completion) -> CompletionChoice:
         text, logprobs = delta.text, None
         if self._echo or self._with_logprobs:

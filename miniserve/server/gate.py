@@ -55,24 +55,20 @@ def _address(client: Sequence[Any] | None) -> str:
 
 
 class Pace:
-    """Lets requests with a body begin a few in each turn of the event loop. To read one takes a good part of a
-    millisecond: a thousand that come together would hold up all streams by half a second."""
+    """Lets a few callers through in each turn of the event loop."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self) -> None:
         self._begun = 0  # in this turn
         self._waiting: deque[asyncio.Future[None]] = deque()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST":
-            loop = asyncio.get_running_loop()
-            if self._begun == 0:
-                loop.call_soon(self._next_turn)
-            self._begun += 1
-            if self._begun > _AT_ONCE:
-                self._waiting.append(loop.create_future())
-                await self._waiting[-1]
-        await self._app(scope, receive, send)
+    async def turn(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._begun == 0:
+            loop.call_soon(self._next_turn)
+        self._begun += 1
+        if self._begun > _AT_ONCE:
+            self._waiting.append(loop.create_future())
+            await self._waiting[-1]
 
     def _next_turn(self) -> None:
         waiting = self._waiting
@@ -83,6 +79,20 @@ class Pace:
                 turn.set_result(None)
         if self._begun:
             asyncio.get_running_loop().call_soon(self._next_turn)
+
+
+class PaceMiddleware:
+    """Lets requests with a body begin in turn. To read one takes a good part of a millisecond: a thousand that come
+    together would hold up all streams by half a second."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._pace = Pace()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST":
+            await self._pace.turn()
+        await self._app(scope, receive, send)
 
 
 class RequestIdMiddleware:

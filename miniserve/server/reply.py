@@ -76,6 +76,10 @@ class Answer(ABC):
     def events(self, number: int, delta: Completion) -> Iterator[dict[str, Any]]:
         """Those of one delta."""
 
+    def text_event(self, number: int, delta: Completion) -> bytes | None:
+        """`events`, encoded, of a delta that brings nothing but text; None where a template does not serve."""
+        return None
+
     def opening(self) -> Iterable[dict[str, Any]]:
         """The events before any token."""
         return ()
@@ -134,6 +138,12 @@ class ChoicesAnswer(Answer):
         self._prompt_logprobs: dict[int, PromptLogprobs] = {}  # by the prompt
         self._new_ids: defaultdict[int, list[int]] = defaultdict(list)  # generated and not shown yet, by the choice
         self._begun: set[int] = set()  # choices
+        self._around_text: dict[int, tuple[bytes, bytes]] = {}  # of an event with nothing but text, by the choice
+
+    @abstractmethod
+    def text_choice(self, index: int, text: str) -> Mapping[str, Any] | None:
+        """The one of `pieces` for a delta that is text alone, not its choice's first and not its last; None where there
+        may be more to say."""
 
     @abstractmethod
     def choices(self) -> Iterable[Mapping[str, Any]]:
@@ -161,6 +171,20 @@ class ChoicesAnswer(Answer):
             if self._usage_at_end:
                 event["usage"] = self.usage() if self._usage_in_every_chunk else None
             yield event
+        index = self.index(number, delta)
+        if index in self._around_text or self._shows_tokens or self._usage_in_every_chunk:
+            return
+        if (text_choice := self.text_choice(index, "?")) is not None:
+            usage = {"usage": None} if self._usage_at_end else {}
+            before, after = self.encode({"choices": (text_choice,), **usage}).rsplit(b'"?"', 1)
+            self._around_text[index] = before, after
+
+    def text_event(self, number: int, delta: Completion) -> bytes | None:
+        around = self._around_text.get(self.index(number, delta))
+        if around is None or delta.logprobs is not None or delta.finish_reason is not None:
+            return None
+        self.count(number, delta)
+        return b"%b%b%b" % (around[0], _encoder.encode(delta.text), around[1])
 
     def closing(self) -> Iterator[dict[str, Any]]:
         if self._usage_at_end:
@@ -280,7 +304,10 @@ class GenerationResponse(Response):
         if (direct := direct_writer(scope)) is not None:
 
             def take(number: int, delta: Completion) -> None:
-                if data := self._data(answer.events(number, delta)):
+                if (data := answer.text_event(number, delta)) is None:
+                    data = b"".join(map(answer.encode, answer.events(number, delta)))
+                if data:
+                    self._quiet = False
                     direct.write(data)
 
             generation.is_ready, generation.take = direct.is_ready, take
@@ -296,12 +323,9 @@ class GenerationResponse(Response):
         await send({"type": "http.response.body", "body": answer.end, "more_body": False})
 
     async def _send(self, send: Send, events: Iterable[dict[str, Any]]) -> None:
-        if data := self._data(events):
+        if data := b"".join(map(self._answer.encode, events)):
+            self._quiet = False
             await send({"type": "http.response.body", "body": data, "more_body": True})
-
-    def _data(self, events: Iterable[dict[str, Any]]) -> bytes:
-        self._quiet = False
-        return b"".join(map(self._answer.encode, events))
 
     async def _beat(self, send: Send) -> None:
         if self._quiet:

@@ -27,7 +27,7 @@ from miniserve.parallel.child import on_signals
 from miniserve.server.app import create_app
 from miniserve.server.config import ServerConfig
 from miniserve.server.connection import Connection, Guard
-from miniserve.server.gate import Pace, RequestIdMiddleware
+from miniserve.server.gate import PaceMiddleware, RequestIdMiddleware
 from miniserve.server.process import exit_at_once
 from miniserve.server.steps import ProgressLine
 
@@ -177,7 +177,7 @@ async def serve(
     guard = Guard(_max_connections(), max(_BODY_MEMORY, 2 * config.max_body_bytes))
     server = _Server(
         uvicorn.Config(
-            Pace(RequestIdMiddleware(create_app(engine, config, _known_hosts(config, sock)))),
+            PaceMiddleware(RequestIdMiddleware(create_app(engine, config, _known_hosts(config, sock)))),
             ssl_keyfile=config.ssl_keyfile,
             ssl_certfile=config.ssl_certfile,
             http=cast(type[asyncio.Protocol], partial(Connection, guard)),

@@ -16,6 +16,7 @@ from miniserve.scheduler.limits import ContextExceeded, check_request
 from miniserve.server.config import ServerConfig
 from miniserve.server.errors import APIError
 from miniserve.server.fields import Body, FieldPolicy
+from miniserve.server.gate import Pace
 from miniserve.server.generation import Generation, Turns
 from miniserve.server.metrics import ServerMetrics
 from miniserve.server.protocol import GenerationBody
@@ -39,6 +40,7 @@ class Service:
         self.started = int(time.time())
         # As many more than run as keep the engine from ever waiting for the next.
         self.turns = Turns(2 * engine.info.max_num_seqs * len(engine.engines), config.max_queue, config.max_prompts)
+        self.rendered = Pace()  # conversations that go on once they are rendered, which many may be at once
         self.metrics = ServerMetrics(engine, self.turns, self.model)
         self.fields = FieldPolicy(config.strict_fields)
         self.rules = SamplingRules(engine.generation_defaults.sampling, engine.info.vocab_size, engine.tokenizer)

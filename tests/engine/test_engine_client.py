@@ -9,17 +9,32 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
-from engine_fakes import FACTORY, TINY, expected_tokens
+from engine_fakes import FACTORY, TINY, expected_tokens, fake_info
 
 from miniserve.config import EngineConfig
-from miniserve.core import Completion, FinishReason, InvalidRequest, Request, SamplingParams, UserError
+from miniserve.core import (
+    Completion,
+    FinishReason,
+    InvalidRequest,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    SchedulerStats,
+    StepTotals,
+    TokenLogprobs,
+    UserError,
+)
+from miniserve.engine import messages
 from miniserve.engine.client import AsyncEngine, EngineDead
 from miniserve.engine.output import CompletionStream
+from miniserve.engine.tokenizer import Tokenizer
 from miniserve.scheduler.limits import check_request
 
 pytestmark = pytest.mark.timeout(180)
@@ -170,7 +185,125 @@ def test_a_stream_tells_its_reader_of_each_delta_and_of_the_end() -> None:
 
             stream.notify = notify
             await until(lambda: stream.complete)
-            assert told == [(False, 1)] * 5 + [(True, 0)]
+            *before, at_end = told  # the tokens of several steps come together where this process was slow
+            assert at_end == (True, 0) and sum(size for _, size in before) == 5
+            assert all(size and not complete for complete, size in before)
+
+    run(body)
+
+
+class SaidAlready:
+    """An engine process that has said all it will, and ended."""
+
+    is_stopped = False
+    ended_in_order = False
+
+    def __init__(self, events: list[messages.Event]) -> None:
+        self.events = self
+        self._said = [msgspec.msgpack.encode(event) for event in events]
+
+    def poll(self, timeout: int) -> int:
+        return bool(self._said)
+
+    def recv(self) -> bytes:
+        return self._said.pop(0)
+
+    async def wait(self, seconds: float) -> bool:
+        return bool(self._said)
+
+    def send(self, command: messages.Command) -> None:
+        pass
+
+    def exit_reason(self) -> str:
+        return "it ended"
+
+    def close(self) -> None:
+        pass
+
+
+@asynccontextmanager
+async def hearing(
+    steps: int, requests: int, *last: messages.Event
+) -> AsyncIterator[tuple[list[list[Completion]], list[int]]]:
+    """What each of the requests is offered, delta by delta, and in which turn of the event loop, by a client that hears
+    only now of as many steps, each with a token for each of the requests."""
+    engine = make()
+    engine.info, engine.tokenizer = fake_info(EngineConfig(), num_blocks=64), Tokenizer(TINY)
+    given: list[list[Completion]] = [[] for _ in range(requests)]
+    turns: list[int] = []
+    streams = []
+    turn = 0
+
+    def told(index: int) -> Callable[[Completion], bool]:
+        def offer(delta: Completion) -> bool:
+            given[index].append(delta)
+            turns.append(turn)
+            return True
+
+        return offer
+
+    engine._process = engine._receiver = SaidAlready([])  # type: ignore[assignment]
+    for index in range(requests):
+        stream = ask(engine, PROMPT, SamplingParams(max_tokens=steps, logprobs=0), f"r{index}")
+        stream.offer = told(index)
+        streams.append(stream)
+    ids = list(engine._sequences)
+    said: list[messages.Event] = [
+        messages.StepOutputs(
+            outputs=[
+                RequestOutput(
+                    request_id=each,
+                    new_token_ids=[300 + step],
+                    logprobs=[TokenLogprobs(300 + step, -step / 8, 1, [], [])],
+                    finish_reason=FinishReason.LENGTH if step == steps - 1 and not last else None,
+                    num_cached_tokens=16,
+                )
+                for each in ids
+            ],
+            stats=SchedulerStats(),
+            totals=StepTotals(),
+        )
+        for step in range(steps)
+    ]
+    receiving = asyncio.create_task(engine._receive(SaidAlready([*said, *last])))  # type: ignore[arg-type]
+    while not receiving.done():
+        turn += 1
+        await asyncio.sleep(0)
+    await receiving
+    assert all(stream.complete for stream in streams)
+    yield given, turns
+
+
+def test_tokens_that_wait_for_a_slow_api_process_are_passed_on_together() -> None:
+    async def body() -> None:
+        async with hearing(40, 3) as (given, _):
+            for (delta,) in given:
+                assert delta.token_ids == list(range(300, 340)) and delta.finish_reason is FinishReason.LENGTH
+                assert delta.text == Tokenizer(TINY).decode(delta.token_ids)
+                assert [entry.logprob for entry in delta.logprobs or ()] == [-step / 8 for step in range(40)]
+                assert delta.num_cached_tokens == 16
+
+    run(body)
+
+
+def test_what_waits_is_passed_on_in_turns_that_bound_what_is_taken_in_as_well() -> None:
+    async def body() -> None:
+        async with hearing(50, 300) as (given, turns):
+            assert all([t for delta in deltas for t in delta.token_ids] == list(range(300, 350)) for deltas in given)
+            assert max(Counter(turns).values()) <= 64
+            # A part of the 15,000 outputs is read before the first are passed on, and the rest between the slices.
+            first, last = given[0], given[-1]
+            assert 1 < len(first[0].token_ids) < len(last[0].token_ids) and len(last) <= len(first) < 10
+
+    run(body)
+
+
+def test_tokens_that_came_before_a_failure_are_passed_on() -> None:
+    async def body() -> None:
+        async with hearing(2, 200, messages.Failed("it broke", False)) as (given, _):
+            for tokens, end in given:
+                assert tokens.token_ids == [300, 301] and tokens.finish_reason is None
+                assert end.finish_reason is FinishReason.ERROR and end.error == "The engine died: it broke."
 
     run(body)
 

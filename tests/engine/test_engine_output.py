@@ -13,7 +13,7 @@ from miniserve.core import (
     SamplingParams,
     TokenLogprobs,
 )
-from miniserve.engine.output import CompletionStream, OutputAssembler, fan_out, join
+from miniserve.engine.output import CompletionStream, OutputAssembler, extend, fan_out, join
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.scheduler.limits import check_request
 
@@ -139,6 +139,47 @@ def test_merging_keeps_everything_in_order() -> None:
     assert merged.prompt_logprobs == LOGPROBS
     assert (merged.finish_reason, merged.stop_reason) == (FinishReason.STOP, "x")
     assert first.token_ids == [1] and second.token_ids == [2]
+
+
+@pytest.mark.parametrize(
+    ("stop", "last"),
+    [
+        ((), {"finish_reason": FinishReason.LENGTH}),
+        ((), {"finish_reason": FinishReason.STOP, "stop_token_id": 7}),
+        ((), {"finish_reason": FinishReason.STOP, "grammar_ended": True}),
+        ((), {"finish_reason": FinishReason.ERROR, "error": "it broke", "new_token_ids": [], "logprobs": None}),
+        (("ee f",), {"finish_reason": FinishReason.LENGTH}),
+        (("not there", "five"), {"finish_reason": FinishReason.LENGTH}),
+    ],
+)
+def test_outputs_taken_together_say_what_they_say_one_by_one(stop: tuple[str, ...], last: dict[str, object]) -> None:
+    ids = TOKENIZER.encode("one two three four é five")
+
+    def said() -> list[RequestOutput]:
+        each = [{"new_token_ids": [i], "logprobs": [TokenLogprobs(i, -i / 8, 1, [], [])]} for i in ids]
+        each[0] |= {"prompt_logprobs": LOGPROBS}
+        each[-1] |= {**last, "num_cached_tokens": 16, "num_preemptions": 2}
+        return [RequestOutput(request_id="r", first_scheduled_time=1.5, **fields) for fields in each]  # type: ignore[arg-type]
+
+    def read(outputs: list[RequestOutput]) -> tuple[Completion, bool]:
+        assembler = OutputAssembler(TOKENIZER, [1], SamplingParams(stop=stop, logprobs=0, prompt_logprobs=0))
+        pushed = [assembler.push(0, output) for output in outputs]
+        return join([delta for deltas, _ in pushed for delta in deltas]), any(met for _, met in pushed)
+
+    expected, met_stop = read(said())
+    for cut in range(1, len(ids) + 1):
+        first, *others = said()
+        outputs = [first]
+        for number, output in enumerate(others, 1):
+            if number == cut:
+                outputs.append(output)
+            else:
+                extend(outputs[-1], output)
+        got, met = read(outputs)
+        assert met <= met_stop, "one that ended by itself meanwhile is not aborted"
+        if got.stop_reason == "ee f":  # the figures are those of the last output that was read
+            got.num_cached_tokens, got.num_preemptions = expected.num_cached_tokens, expected.num_preemptions
+        assert got == expected
 
 
 INFO = fake_info(EngineConfig(max_model_len=20), num_blocks=64)

@@ -7,6 +7,8 @@ import gc
 import json
 import re
 import socket
+import time
+import uuid
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -17,12 +19,15 @@ import pytest
 from server_fakes import FakeEngine, greedy, running_server, tokenizer, wait_until
 from starlette.types import Message, Receive, Scope, Send
 
-from miniserve.core import Completion
+from miniserve.core import Completion, FinishReason, Reasoning, SamplingParams, TokenLogprobs
 from miniserve.server.app import create_app
+from miniserve.server.chat import Chat, ChatAnswer
 from miniserve.server.completions import CompletionAnswer
 from miniserve.server.config import ServerConfig
 from miniserve.server.connection import DirectWriter
-from miniserve.server.gate import Pace
+from miniserve.server.gate import PaceMiddleware
+from miniserve.server.protocol import ChatCompletionRequest, CompletionRequest
+from miniserve.server.reading import Reading
 
 SCRIPT = tokenizer().encode("one two")[:2]
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -147,6 +152,67 @@ def test_the_direct_way_and_that_of_asgi_say_the_same() -> None:
             assert said(own) == said(other) and len(said(own)) > 5
 
 
+@pytest.mark.parametrize(
+    "usage", [None, {"include_usage": True}, {"include_usage": True, "continuous_usage_stats": True}]
+)
+@pytest.mark.parametrize(
+    ("fields", "is_plain"),
+    [
+        ({}, True),
+        ({"logprobs": 1}, False),
+        ({"echo": True}, False),
+        ({"return_token_ids": True}, False),
+        ({"messages": True}, True),
+        ({"messages": True, "return_token_ids": True}, False),
+        ({"messages": True, "reasoning": True}, False),
+    ],
+)
+def test_the_template_of_a_text_says_what_its_event_does(
+    fields: dict[str, Any], is_plain: bool, usage: dict[str, bool] | None
+) -> None:
+    tokenizer, params, prompts = FakeEngine().tokenizer, SamplingParams(n=2), [[300, 301], [302]]
+    fields, is_chat, reasons = dict(fields), fields.get("messages"), fields.get("reasoning")
+
+    def make() -> ChatAnswer | CompletionAnswer:
+        answer: ChatAnswer | CompletionAnswer
+        options = {"stream": True, "n": 2, "stream_options": usage}
+        rest = {name: value for name, value in fields.items() if name not in ("messages", "reasoning")} | options
+        if is_chat:
+            reading = Reading(Reasoning("<think>", "</think>", False) if reasons else None)
+            body = ChatCompletionRequest.model_validate({**CHAT, **rest})
+            answer = ChatAnswer('a "?" model', tokenizer, Chat(prompts[0], params, reading, ""), body)
+        else:
+            whole = CompletionRequest.model_validate({"prompt": ["x", "y"], **rest})
+            answer = CompletionAnswer('a "?" model', tokenizer, ["x", "y"], prompts, params, whole)
+        return answer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=1))
+        patch.setattr(time, "time", lambda: 1.0)
+        first, second = make(), make()
+    used = 0
+    pieces = ["a", '"?"', "", 'é🤗 \n "quoted" \\', "\x00", "the end", ""]
+    for position, text in enumerate(pieces):
+        for number, index in ((0, 0), (0, 1)) if is_chat else ((0, 0), (1, 1), (1, 0)):
+            is_last = position == len(pieces) - 1
+            delta = Completion(
+                index=index,
+                text=text,
+                token_ids=[300 + position],
+                logprobs=[TokenLogprobs(300, -1.0, 1, [300], [-1.0])] if fields.get("logprobs") else None,
+                finish_reason=FinishReason.LENGTH if is_last else None,
+            )
+            expected = b"".join(map(first.encode, first.events(number, delta)))
+            got = second.text_event(number, delta)
+            used += got is not None
+            if got is None:
+                got = b"".join(map(second.encode, second.events(number, delta)))
+            assert got == expected
+    assert first.usage() == second.usage()
+    continuous = usage is not None and "continuous_usage_stats" in usage
+    assert used == (0 if continuous or not is_plain else 5 * (2 if is_chat else 3))
+
+
 def test_streams_one_behind_the_other_on_one_connection() -> None:
     bodies = [{"prompt": "x", "max_tokens": count, "stream": True} for count in (4, 2, 6)]
     received = b""
@@ -202,7 +268,7 @@ def test_of_many_requests_at_once_a_few_begin_in_each_turn_of_the_loop() -> None
             scope = {"type": "http", "method": method, "number": number}
             return asyncio.create_task(pace(scope, nothing, ignore))  # type: ignore[arg-type]
 
-        pace = Pace(app)
+        pace = PaceMiddleware(app)
         tasks = [ask(number) for number in range(100)]
         health = ask(1000, "GET")
         tasks[9].cancel()
