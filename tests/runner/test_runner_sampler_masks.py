@@ -16,7 +16,7 @@ from miniserve.kernels import native, sampling
 from miniserve.kernels.sampling import Draw, RowMasks, RowParams
 from miniserve.kernels.triton import sampling as triton_sampling
 from miniserve.runner.sampler import Sampler
-from miniserve.runner.sampling_masks import HostMasks, masks_within, row_masks
+from miniserve.runner.sampling_masks import MaskRoom, masks_within, row_masks
 
 CPU = torch.device("cpu")
 VOCAB = 77  # no multiple of 8 or 32
@@ -80,7 +80,7 @@ def test_the_masks_of_a_part_of_the_rows() -> None:
 
 @pytest.mark.parametrize("device", [pytest.param(DEVICE, marks=[pytest.mark.gpu] if NATIVE else [])])
 def test_a_room_holds_the_masks_of_the_latest_step(device: torch.device) -> None:
-    room = HostMasks(5, VOCAB, pin_memory=device.type != "cpu")
+    room = MaskRoom(5, VOCAB, device)
     some, all_rows = {1: [0, 31, 76], 2: [40]}, {entry: [3 * entry] for entry in range(5)}
     # The same rows again, others, more of them, none, in batches of other sizes; masks of a tokenizer with more words.
     for allowed, batch, longer in (
@@ -91,7 +91,7 @@ def test_a_room_holds_the_masks_of_the_latest_step(device: torch.device) -> None
         want, got = torch.zeros(2, batch, VOCAB, device=device)
         if (expected := row_masks(masks, batch, device)) is not None:
             sampling.forbid(want, expected)
-        sampling.forbid(got, RowMasks(room.masks.bits.to(device), room.masks.places[:batch].to(device)))
+        sampling.forbid(got, RowMasks(room.masks.bits, room.masks.places[:batch]))
         assert torch.equal(got, want)
 
 

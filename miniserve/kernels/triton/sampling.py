@@ -372,7 +372,7 @@ def sample(
     With `state` a token becomes its row's last one; else `num_outputs`, int64 [batch], says how many output tokens come
     before each, and rows may repeat. With `undrawn`, shaped and typed as the logits, no token is drawn for rows that
     want their logits: these are copied there. `left_only` draws for these rows alone, from what was copied. With
-    `masks`, which may lie in pinned memory and are read once, logits of forbidden tokens become -inf.
+    `masks` the logits of forbidden tokens become -inf.
     """
     batch, vocab_size = logits.shape
     num_blocks = triton.cdiv(vocab_size, _BLOCK)
