@@ -18,12 +18,15 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import torch
+
 from miniserve.bench.report import header, write_json
 from miniserve.config import EngineConfig
-from miniserve.core import EngineInfo, Grammar, Request, SamplingParams
+from miniserve.core import EngineInfo, Grammar, Request, SamplingParams, Step, TokenMasks
 from miniserve.engine.build import build_engine
 from miniserve.engine.grammar import Matchers
 from miniserve.engine.loop import EngineLoop
@@ -47,13 +50,13 @@ _SETTLED = 3  # steps of all rows before the first that counts
 
 
 @contextmanager
-def watch(seconds: dict[str, float], *methods: tuple[Any, str]) -> Iterator[None]:
-    """Within this block add up what each of these methods, (object, name), takes."""
+def watch(seconds: dict[str, list[float]], *methods: tuple[Any, str]) -> Iterator[None]:
+    """Within this block note what each call of these methods, (object, name), takes."""
 
     def watched(name: str, method: Callable[..., Any], *args: Any) -> Any:
         start = time.perf_counter()
         found = method(*args)
-        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+        seconds.setdefault(name, []).append(time.perf_counter() - start)
         return found
 
     with ExitStack() as stack:
@@ -92,6 +95,45 @@ def complete(model: Path, folder: Path) -> Path:
     return folder
 
 
+@contextmanager
+def watch_device(seconds: dict[str, list[float]], runner: Any) -> Iterator[None]:
+    """Within this block note, of masked steps of graphs, how long the device computes before the draw, waits for the
+    masks, and draws with them."""
+    launch, collect, graphs = runner.launch, runner.collect, runner._graphs
+    marks: dict[int, list[torch.cuda.Event]] = {}  # by step: the forward pass has ended; the masks have come
+    latest: list[torch.cuda.Event] = []
+
+    def mark() -> None:
+        latest.append(torch.cuda.Event(enable_timing=True))
+        latest[-1].record()
+
+    def launch_marked(step: Step) -> None:
+        nonlocal latest
+        launch(step)
+        if step.plan.masked and not step.plan.chunks:
+            latest = marks[id(step)] = []
+            mark()
+
+    def take(masks: TokenMasks, batch: int) -> None:
+        room.take(masks, batch)
+        mark()
+
+    def collect_marked(step: Step) -> None:
+        events = step.on_device.events
+        collect(step)
+        if len(own := marks.pop(id(step), [])) == 2:
+            parts = itertools.pairwise([events.start, *own, events.end])
+            for part, (before, after) in zip(("forward", "late", "draw"), parts, strict=True):
+                seconds.setdefault(part, []).append(before.elapsed_time(after) / 1000)
+
+    room = graphs._masks
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(graphs, "_masks", SimpleNamespace(masks=room.masks, take=take)))
+        stack.enter_context(mock.patch.object(runner, "launch", launch_marked))
+        stack.enter_context(mock.patch.object(runner, "collect", collect_marked))
+        yield
+
+
 def time_steps(
     engine: EngineLoop, info: EngineInfo, batch: int, params: list[SamplingParams], prompt_len: int
 ) -> tuple[float, float]:
@@ -115,16 +157,21 @@ def time_steps(
 def profile(
     engine: EngineLoop, info: EngineInfo, batch: int, params: list[SamplingParams], prompt_len: int
 ) -> dict[str, float]:
-    """Seconds a step of the parts: of the host, where launch holds masks and sample, and of the device."""
-    seconds: dict[str, float] = {}
-    with watch(seconds, (_matchers(engine), "masks"), (engine._runner, "sample")):
+    """Median seconds of a step's parts: of the host, where launch holds masks and sample, and sample the masks' copy,
+    the replay and what follows; and of the device, where `late` is how long it waits for masks."""
+    seconds: dict[str, list[float]] = {}
+    runner: Any = engine._runner
+    watched = [(_matchers(engine), "masks"), (runner, "sample")]
+    with ExitStack() as stack:
+        if info.device != "cpu" and runner._graphs is not None:
+            stack.enter_context(watch_device(seconds, runner))
+            watched += [(runner._graphs._masks, "take"), (runner._graphs, "masked")]
+        stack.enter_context(watch(seconds, *watched))
         time_steps(engine, info, batch, params, prompt_len)
-    count = (params[0].max_tokens or 1) - 1
-    records = engine.log.records(count)
-    parts = {part: total / count for part, total in seconds.items()}
+    records = engine.log.records((params[0].max_tokens or 1) - 1)
     for part in ("schedule", "launch", "wait", "update", "device", "idle"):
-        parts[part] = statistics.median(getattr(record, part) or 0.0 for record in records)
-    return parts
+        seconds[part] = [getattr(record, part) or 0.0 for record in records]
+    return {part: statistics.median(each) for part, each in seconds.items()}
 
 
 def measure(

@@ -163,12 +163,12 @@ def _draw(vocab_size: int, dtype: torch.dtype, *, in_graph: bool) -> None:
     params = RowParams(rows, rows, tensor(256, NUM_COLUMNS, dtype=torch.float32))
     logits = tensor(256, vocab_size, dtype=dtype)
     masks = RowMasks(int32(256, -(-vocab_size // 32)), int32(256))
-    sampling.forbid(logits, masks)
     if in_graph:
         sampling.sample(logits, rows, params, rows, state, undrawn=logits)
-        sampling.sample(logits, rows, params, rows, state, left_only=True)
+        sampling.sample(logits, rows, params, rows, state, left_only=True, masks=masks)
     else:
-        sampling.sample(logits, rows, params, rows, num_outputs=rows)
+        for given in (None, masks):
+            sampling.sample(logits, rows, params, rows, num_outputs=rows, masks=given)
 
 
 def medium_launches(chip: Chip) -> Iterator[Case]:

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import groupby
+from time import perf_counter
 from typing import Any, Literal
 
 import msgspec
@@ -31,7 +32,8 @@ MAX_BYTES = 262_144  # of a grammar's text
 _MAX_LARK_BYTES = 16_384
 _MAX_TAGS = 512
 _MAX_PROPERTIES, _MAX_PATTERNS = 2_000, 64  # in all of a schema
-_SMALL = 8192  # words of a step's masks that are made in less time than it takes to hand them to other threads
+_SMALL = 8192  # words of a step's masks that are made in less time than it takes to hand them to another thread
+_ALONE = 2e-4  # seconds that a thread gives a step's masks before others help: most masks take some microseconds
 _KEPT = 32  # grammars of late; the largest take 8 MB each
 _LIMITS = LLParserLimits(verbose_errors=False)
 # JSON may be written on one line or indented, but white space must not go on for ever, as some models would have it.
@@ -143,12 +145,13 @@ class Matchers:
         _, _, words = self._vocabulary
         bits = bytearray(4 * words * len(live))
         pointer = ctypes.addressof(ctypes.c_char.from_buffer(bits))
-        if len(live) == 1 or len(live) * words <= _SMALL:
-            for index, (_, each) in enumerate(live):
-                each.state.unsafe_compute_mask_ptr(pointer + 4 * words * index, 4 * words)
-        else:
-            states = [(each.state, index) for index, (_, each) in enumerate(live)]
-            self._executor.unsafe_compute_mask_ptr(states, pointer, 4 * words, len(live))
+        end = perf_counter() + _ALONE
+        for index, (_, each) in enumerate(live):
+            if perf_counter() > end:
+                remaining = [(other.state, place) for place, (_, other) in enumerate(live)][index:]
+                self._executor.unsafe_compute_mask_ptr(remaining, pointer, 4 * words, len(live))
+                break
+            each.state.unsafe_compute_mask_ptr(pointer + 4 * words * index, 4 * words)
         view = memoryview(bits).cast("I")  # of which reading a word takes a fraction of what it takes of an array
         kept = [i for i, (_, each) in enumerate(live) if each.settle(view[i * words : (i + 1) * words])]
         if len(kept) < len(live):

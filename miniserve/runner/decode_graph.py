@@ -20,10 +20,10 @@ from miniserve.core import TokenMasks
 from miniserve.kernels.sampling import WANTS_LOGITS, RowParams
 from miniserve.kernels.step_tensors import RowState, StepTensors
 from miniserve.kernels.triton.decode_step import advance, apply_changes, best_words, hand_over
-from miniserve.kernels.triton.sampling import forbid, sample
+from miniserve.kernels.triton.sampling import sample
 from miniserve.parallel.group import gather_rows, parts_of_all
 from miniserve.parallel.shard import Shard
-from miniserve.runner.sampling_masks import HostMasks
+from miniserve.runner.sampling_masks import MaskRoom
 from miniserve.runner.served import ServedModel
 from miniserve.runner.state import GraphInputs
 
@@ -70,8 +70,7 @@ class DecodeGraphs:
         self._greedy: dict[int, torch.cuda.CUDAGraph] = {}
         self._drawn: dict[int, torch.cuda.CUDAGraph] = {}
         self._masked: dict[int, torch.cuda.CUDAGraph] = {}
-        # Pinned memory, which the graphs read: a step's masks come when those of the step before are done with.
-        self._masks = HostMasks(most, self._vocab_size, pin_memory=True)
+        self._masks = MaskRoom(most, self._vocab_size, self._device)
         self._rows: tuple[int, list[int]] = (0, [])
         # The device reads changes when it runs the step: at most two steps are in flight, and one is being staged.
         self._staging = [torch.empty(5 * most, dtype=torch.int32, pin_memory=True) for _ in range(_RING)]
@@ -162,9 +161,9 @@ class DecodeGraphs:
     def _draw_masked(self, bucket: int) -> None:
         """From the logits that `_draw` left."""
         rows, tokens, logits = self._step.rows[:bucket], self._tokens[:bucket], self._logits[:bucket]
-        forbid(logits, self._masks.masks)
         num_outputs, state = (self._num_outputs(bucket), None) if self._explicit else (None, self._state)
-        sample(logits, rows, self._params, tokens, state, num_outputs=num_outputs, left_only=True)
+        masks = self._masks.masks
+        sample(logits, rows, self._params, tokens, state, num_outputs=num_outputs, left_only=True, masks=masks)
 
     def _num_outputs(self, bucket: int) -> torch.Tensor:
         """Output tokens before each entry of a step, int64 [bucket]."""

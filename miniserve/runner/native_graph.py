@@ -21,7 +21,7 @@ from miniserve.kernels.native_calls import Call, encode, record, replay
 from miniserve.kernels.sampling import RowParams
 from miniserve.kernels.step_tensors import RowState, StepTensors
 from miniserve.runner.native_arena import plan_arena
-from miniserve.runner.sampling_masks import HostMasks
+from miniserve.runner.sampling_masks import MaskRoom
 from miniserve.runner.served import ServedModel
 from miniserve.runner.state import GraphInputs
 
@@ -56,7 +56,7 @@ class NativeGraphs:
         self._query_starts = torch.arange(most + 1, dtype=torch.int32)
         self._known_rows: list[int] = []
         self._arena = torch.empty(0, dtype=torch.uint8)  # of all graphs, as only one of them runs at a time
-        self._masks = HostMasks(most, served.model.config.vocab_size)
+        self._masks = MaskRoom(most, served.model.config.vocab_size, state.tables.device)
         self._replayed: _Graph | None = None  # by the last step
         self._graphs: dict[tuple[int, bool], _Graph] = {}  # by rows, and whether the host sets positions and tokens
 

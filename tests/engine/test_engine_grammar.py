@@ -129,6 +129,18 @@ def test_a_grammar_is_compiled_once_for_sequences_that_go_their_own_ways(
     assert compiled == [grammar]
 
 
+def test_masks_do_not_depend_on_who_makes_them(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread, or from the first or the third on llguidance's."""
+    times = iter([*[0.0] * 6, 0.0, 9.0, *[0.0] * 3, 9.0])  # the start's, and one before each mask
+    monkeypatch.setattr("miniserve.engine.grammar.perf_counter", lambda: next(times))
+    matchers = Matchers(lambda: Words(tokenizer, 2048, [2047]))
+    regexes = ("[a-z]+", "a|b", "[0-9]{3}", "[a-z]+", ".*")
+    found = [matchers.start(SamplingParams(grammar=Grammar("regex", regex))).result() for regex in regexes]
+    masks = [matchers.masks(list(enumerate(found))) for _ in range(3)]
+    assert masks[0] == masks[1] == masks[2] and next(times, None) is None
+    assert len({bytes(masks[0].bits[i * 256 : (i + 1) * 256]) for i in range(5)}) == 4
+
+
 @pytest.mark.parametrize("text", ["^a|b$", r"\d\s\w", r"[\w/]+", "(?i)ab", ".", "é{2}"])
 def test_regexes_mean_what_they_mean_to_python(text: str, tokenizer: Tokenizer) -> None:
     for output in ("a", "b", "ab", "AB", "1 a", "٣ a", "1\x85a", "w/", "é", "éé", "\n", ""):

@@ -13,10 +13,10 @@ from triton_support import DEVICE, NATIVE
 
 from miniserve.core import Grammar, Request, RowStart, SamplingParams, TokenMasks
 from miniserve.kernels import native, sampling
-from miniserve.kernels.sampling import Draw, RowParams
+from miniserve.kernels.sampling import Draw, RowMasks, RowParams
 from miniserve.kernels.triton import sampling as triton_sampling
 from miniserve.runner.sampler import Sampler
-from miniserve.runner.sampling_masks import masks_within, row_masks
+from miniserve.runner.sampling_masks import MaskRoom, masks_within, row_masks
 
 CPU = torch.device("cpu")
 VOCAB = 77  # no multiple of 8 or 32
@@ -76,6 +76,23 @@ def test_the_masks_of_a_part_of_the_rows() -> None:
     allowed = {1: [3], 4: [5], 5: [6, 7], 8: [9]}
     assert masks_within(masks_of(allowed), slice(4, 8)) == masks_of({0: [5], 1: [6, 7]})
     assert masks_within(masks_of(allowed), slice(2, 4)) == masks_of({})
+
+
+@pytest.mark.parametrize("device", [pytest.param(DEVICE, marks=[pytest.mark.gpu] if NATIVE else [])])
+def test_a_room_holds_the_masks_of_the_latest_step(device: torch.device) -> None:
+    room = MaskRoom(5, VOCAB, device)
+    some, all_rows = {1: [0, 31, 76], 2: [40]}, {entry: [3 * entry] for entry in range(5)}
+    # The same rows again, others, more of them, none, in batches of other sizes; masks of a tokenizer with more words.
+    for allowed, batch, longer in (
+        (some, 4, 0), ({1: [5], 2: [6]}, 4, 0), (some, 3, 64), (all_rows, 5, 0), ({}, 5, 0), ({0: [7]}, 1, 0)
+    ):  # fmt: skip
+        masks = masks_of(allowed, VOCAB + longer)
+        room.take(masks, batch)
+        want, got = torch.zeros(2, batch, VOCAB, device=device)
+        if (expected := row_masks(masks, batch, device)) is not None:
+            sampling.forbid(want, expected)
+        sampling.forbid(got, RowMasks(room.masks.bits, room.masks.places[:batch]))
+        assert torch.equal(got, want)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -4,16 +4,18 @@
 The Gumbel-max trick would need a random number for every token of the vocabulary; by inversion of the CDF a CPU draws
 the same token from the same number.
 
-Three kernels, of which only the first reads all logits. It reduces every block of 64 logits to its maximum and the sum
-of its weights. The second has one program per row: it draws from these sums for a row without filters, or else finds
-which blocks can hold a token that the filters keep. k blocks have a maximum at or above the k-th largest of all maxima,
-so no token below that is among the k largest; for a nucleus the same holds with the maxima's weights for the count. The
-third reads only these blocks, and finds the bound of a filter by bisection over the ordered bits of a float, which is
-exact after as many halvings as there are bits (as in RTop-K, Xie et al., 2024). Sums are taken block by block in an
-order that depends only on the row, so that a row's token does not depend on its batch.
+Three kernels, of which only the first reads all logits. It applies the masks and reduces every block of 64 logits to
+its maximum and the sum of its weights. The second has one program per row: it draws from these sums for a row without
+filters, or else finds which blocks can hold a token that the filters keep. k blocks have a maximum at or above the k-th
+largest of all maxima, so no token below that is among the k largest; for a nucleus the same holds with the maxima's
+weights for the count. The third reads only these blocks, and finds the bound of a filter by bisection over the ordered
+bits of a float, which is exact after as many halvings as there are bits (as in RTop-K, Xie et al., 2024). Sums are
+taken block by block in an order that depends only on the row, so that a row's token does not depend on its batch.
 """
 
 from __future__ import annotations
+
+from itertools import product
 
 import torch
 import triton
@@ -91,26 +93,11 @@ def _number(keys_ptr, outputs_ptr, index, row, ADVANCE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["width"])  # which is a tokenizer's, and known when its first mask comes
-def _forbid_kernel(logits_ptr, bits_ptr, places_ptr, vocab_size, width, WORDS: tl.constexpr, PDL: tl.constexpr):
-    start(PDL)
-    wait(PDL)
-    index = tl.program_id(0).to(tl.int64)
-    place = tl.load(places_ptr + index)
-    if place < 0:
-        return
-    words = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
-    bits = tl.load(bits_ptr + place * width + words, mask=words * 32 < vocab_size, other=0)
-    inside = tl.arange(0, 32)
-    ids = words[:, None] * 32 + inside[None, :]
-    logits = tl.load(logits_ptr + index * vocab_size + ids, mask=ids < vocab_size).to(tl.float32)
-    logits = tl.where((bits[:, None] >> inside[None, :]) & 1 != 0, logits, float("-inf"))
-    tl.store(logits_ptr + index * vocab_size + ids, logits, mask=ids < vocab_size)
-
-
-@triton.jit
 def _summarise_kernel(
-    logits_ptr, rows_ptr, numbers_ptr, left_ptr, maxima_ptr, sums_ptr, vocab_size, num_blocks,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, LEAVE: tl.constexpr, LEFT_ONLY: tl.constexpr, PDL: tl.constexpr,
+    logits_ptr, rows_ptr, numbers_ptr, left_ptr, bits_ptr, places_ptr, maxima_ptr, sums_ptr, vocab_size, num_blocks,
+    width,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, LEAVE: tl.constexpr, LEFT_ONLY: tl.constexpr, MASKED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     start(PDL)
     wait(PDL)
@@ -132,6 +119,14 @@ def _summarise_kernel(
         if drawn:
             return
     logits = raw.to(tl.float32)
+    if MASKED:
+        place = tl.load(places_ptr + index)
+        words = blocks[:, None] * (BLOCK // 32) + tl.arange(0, BLOCK // 32)[None, :]
+        real = (place >= 0) & (words * 32 < vocab_size)
+        bits = tl.load(bits_ptr + place * width + words, mask=real, other=-1)[:, :, None]
+        allowed = tl.reshape((bits >> tl.arange(0, 32)[None, None, :]) & 1, (BLOCKS, BLOCK))
+        logits = tl.where(allowed != 0, logits, float("-inf"))
+        tl.store(logits_ptr + index * vocab_size + ids, logits, mask=(place >= 0) & (ids < vocab_size))
     maxima = tl.max(logits, axis=1)
     tl.store(maxima_ptr + index * num_blocks + blocks, maxima, mask=blocks < num_blocks)
     temperature = tl.load(numbers_ptr + _TEMPERATURE)
@@ -359,17 +354,6 @@ def _filtered_draw_kernel(
     _hand_over(token, index, row, vocab_size, last_ptr, outputs_ptr, tokens_ptr, ADVANCE)
 
 
-def forbid(logits: torch.Tensor, masks: RowMasks) -> None:
-    """See `sampling.forbid`. logits: contiguous; the masks may lie in pinned memory, which the kernel reads in place,
-    once."""
-    batch, vocab_size = logits.shape
-    words = _TILE // 32
-    _forbid_kernel[(batch, triton.cdiv(vocab_size, _TILE))](
-        logits, masks.bits, masks.places, vocab_size, masks.bits.shape[1],
-        WORDS=words, num_warps=4, **launch_options(logits.device),
-    )  # fmt: skip
-
-
 def sample(
     logits: torch.Tensor,
     rows: torch.Tensor,
@@ -380,13 +364,15 @@ def sample(
     num_outputs: torch.Tensor | None = None,
     undrawn: torch.Tensor | None = None,
     left_only: bool = False,
+    masks: RowMasks | None = None,
 ) -> None:
     """Draw a token from each of the logits, [batch, vocab_size] of any float and contiguous, into `tokens` int64
     [batch]. rows: int64 [batch], whose parameters are `params`; nothing is done where it is negative.
 
     With `state` a token becomes its row's last one; else `num_outputs`, int64 [batch], says how many output tokens come
     before each, and rows may repeat. With `undrawn`, shaped and typed as the logits, no token is drawn for rows that
-    want their logits: these are copied there. `left_only` draws for these rows alone, from what was copied.
+    want their logits: these are copied there. `left_only` draws for these rows alone, from what was copied. With
+    `masks` the logits of forbidden tokens become -inf.
     """
     batch, vocab_size = logits.shape
     num_blocks = triton.cdiv(vocab_size, _BLOCK)
@@ -406,11 +392,14 @@ def sample(
     outputs = num_outputs if state is None else state.num_outputs
     last = tokens if state is None else state.last_tokens
     row = (rows, params.keys, params.numbers, last, outputs, tokens)
+    bits, places = (None, None) if masks is None else (masks.bits, masks.places)
+    width = 0 if bits is None else bits.shape[1]
     options = launch_options(device)
     programs = triton.cdiv(num_blocks, _TILE // _BLOCK)
     _summarise_kernel[(batch, programs)](
-        logits, rows, params.numbers, undrawn, maxima, sums, vocab_size, num_blocks,
-        BLOCK=_BLOCK, BLOCKS=_TILE // _BLOCK, LEAVE=undrawn is not None, LEFT_ONLY=left_only, num_warps=4, **options,
+        logits, rows, params.numbers, undrawn, bits, places, maxima, sums, vocab_size, num_blocks, width,
+        BLOCK=_BLOCK, BLOCKS=_TILE // _BLOCK, LEAVE=undrawn is not None, LEFT_ONLY=left_only, MASKED=masks is not None,
+        num_warps=4, **options,
     )  # fmt: skip
     _draw_kernel[(batch,)](
         logits, *row, maxima, sums, *chosen, vocab_size, num_blocks, BLOCK=_BLOCK,
@@ -431,10 +420,8 @@ def draw(
     masks: RowMasks | None = None,
 ) -> torch.Tensor:
     """See `sampling.Draw`; nothing is drawn for a negative row."""
-    if masks is not None:
-        forbid(logits, masks)
     tokens = torch.empty_like(rows)
-    sample(logits, rows, params, tokens, num_outputs=num_outputs)
+    sample(logits, rows, params, tokens, num_outputs=num_outputs, masks=masks)
     return tokens
 
 
@@ -442,5 +429,5 @@ def compile_draw(vocab_size: int, dtype: torch.dtype, params: RowParams) -> None
     """Compile the kernels for logits in the model's dtype and for edited ones, so that no request waits for that."""
     padding = torch.full((1,), -1, dtype=torch.int64, device=params.keys.device)
     masks = RowMasks(torch.zeros(1, -(-vocab_size // 32), dtype=torch.int32, device=padding.device), padding.int())
-    for kind in {dtype, torch.float32}:
-        draw(torch.zeros(1, vocab_size, dtype=kind, device=padding.device), padding, params, padding, masks)
+    for kind, given in product({dtype, torch.float32}, (None, masks)):
+        draw(torch.zeros(1, vocab_size, dtype=kind, device=padding.device), padding, params, padding, given)
