@@ -67,6 +67,8 @@ _EXTEND: tuple[_Row, ...] = (
     ("hip", 256, 4, Launch(32, 16, 4, 1)),
 )
 _MLA: tuple[_Row, ...] = (  # by the number of heads instead of head_dim, which is 576 in every case
+    ("cuda", 16, 1, Launch(16, 32, 8, 3)),
+    ("cuda", 16, 2, Launch(16, 32, 4, 3)),
     ("cuda", 16, 4, Launch(16, 32, 8, 3)),
     ("cuda", 32, 4, Launch(32, 32, 8, 2)),
     ("cuda", 1 << 30, 1, Launch(32, 32, 8, 3)),
