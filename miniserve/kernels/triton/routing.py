@@ -10,7 +10,7 @@ import triton.language as tl
 
 from miniserve.kernels.triton.pdl import launch_options, start, wait
 
-MEDIUM_TOKENS = range(17, 257)  # for which `logit_parts` multiplies; for fewer a small linear is faster
+_LEAST_TOKENS, _MOST_SMALL = 17, 256  # of `logit_parts`; the most for tiles of 16 tokens
 _MOST_SPLITS, _PROGRAMS = 16, 256
 
 
@@ -171,11 +171,18 @@ def can_route(num_experts: int, num_groups: int, top_groups: int) -> bool:
     )
 
 
+def has_parts(x: torch.Tensor) -> bool:
+    """Whether `logit_parts` is the fastest product: for fewer tokens a small linear is, for many in float32 or float16,
+    which the matrix units do not multiply exactly, the vendor's library."""
+    return len(x) >= _LEAST_TOKENS and (len(x) <= _MOST_SMALL or x.dtype == torch.bfloat16)
+
+
 def logit_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """A router's logits for hidden states x [T, hidden], of its weight float32 [E, hidden], in parts to be summed:
     float32 [parts, T, E]."""
     (tokens, size), num_experts = x.shape, weight.shape[0]
-    block_m, block_e, block_d = 16, max(16, min(64, triton.next_power_of_2(num_experts))), 64
+    block_m = 16 if tokens <= _MOST_SMALL else 64
+    block_e, block_d = max(16, min(64, triton.next_power_of_2(num_experts))), 64
     blocks = triton.cdiv(tokens, block_m), triton.cdiv(num_experts, block_e)
     splits = min(_MOST_SPLITS, triton.cdiv(size, block_d), max(1, _PROGRAMS // (blocks[0] * blocks[1])))
     parts = torch.empty(splits, tokens, num_experts, dtype=torch.float32, device=x.device)
