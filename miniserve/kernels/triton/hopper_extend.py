@@ -11,7 +11,6 @@ visited from the last one, which alone has masked keys, to the first.
 from __future__ import annotations
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -24,6 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from miniserve.kernels.triton.common import LOG2E
+from miniserve.kernels.triton.launch import cdiv
+from miniserve.kernels.triton.quick_launch import quick
 
 _ROWS, _GROUPS = 64, 2  # pairs of a warpgroup, warpgroups
 _BLOCK_N = 128  # keys of a tile
@@ -239,6 +240,7 @@ def _consume(
         gl.store(lse_ptr + head * lse_head + first_token + token, lse, mask=token < query_len)
 
 
+@quick
 @gluon.jit(do_not_specialize=["table_row", "lse_head", "window"])
 def _hopper_extend_kernel(
     q_ptr, k_desc, pe_desc, v_desc, out_ptr, lse_ptr, tables_ptr, cu_query_lens, key_lens, sinks_ptr,
@@ -423,7 +425,7 @@ def _launch(
     if requests == 0 or max_query_len == 0:
         return
     stage = (k_dim + v_dim) * _BLOCK_N * 2
-    _hopper_extend_kernel[(kv_heads, triton.cdiv(max_query_len * (heads // kv_heads), _ROWS * _GROUPS), requests)](
+    _hopper_extend_kernel[(kv_heads, cdiv(max_query_len * (heads // kv_heads), _ROWS * _GROUPS), requests)](
         q, k_desc, pe, v_desc, out, lse, block_tables, *lens, sinks, *q.stride()[:2], *out.stride()[:2],
         0 if lse is None else lse.stride(0), 0 if block_tables is None else block_tables.stride(0),
         k_rows, v_rows, k_head, v_head, scale * LOG2E, window or 0,

@@ -8,7 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
+from miniserve.kernels.triton.launch import cdiv, next_power_of_2
 from miniserve.kernels.triton.pdl import launch_options, start, wait
+from miniserve.kernels.triton.quick_launch import quick
 
 _LEAST_TOKENS, _MOST_SMALL = 17, 256  # of `logit_parts`; the most for tiles of 16 tokens
 _MOST_SPLITS, _PROGRAMS = 16, 256
@@ -28,7 +30,7 @@ class Choice(NamedTuple):
 
     @staticmethod
     def of(num_experts: int, bias: torch.Tensor | None, **asked: Any) -> Choice:
-        return Choice(num_experts, max(16, triton.next_power_of_2(num_experts)), bias is not None, **asked)
+        return Choice(num_experts, max(16, next_power_of_2(num_experts)), bias is not None, **asked)
 
 
 @triton.jit
@@ -99,6 +101,7 @@ def _close_groups(choice, CHOICE: tl.constexpr):
     return tl.reshape(closed, (M, E))
 
 
+@quick
 @triton.jit(do_not_specialize=["num_tokens"])
 def _route_kernel(
     parts_ptr, bias_ptr, weights_ptr, ids_ptr, num_tokens, scaling,
@@ -133,6 +136,7 @@ def _add_product(acc, x, w):
     return tl.dot(x.to(tl.float32), tl.trans(w), acc, input_precision="ieee")
 
 
+@quick
 @triton.jit(do_not_specialize=["num_tokens"])
 def _logits_kernel(
     x_ptr, w_ptr, parts_ptr, num_tokens, size, x_row,
@@ -182,9 +186,9 @@ def logit_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     float32 [parts, T, E]."""
     (tokens, size), num_experts = x.shape, weight.shape[0]
     block_m = 16 if tokens <= _MOST_SMALL else 64
-    block_e, block_d = max(16, min(64, triton.next_power_of_2(num_experts))), 64
-    blocks = triton.cdiv(tokens, block_m), triton.cdiv(num_experts, block_e)
-    splits = min(_MOST_SPLITS, triton.cdiv(size, block_d), max(1, _PROGRAMS // (blocks[0] * blocks[1])))
+    block_e, block_d = max(16, min(64, next_power_of_2(num_experts))), 64
+    blocks = cdiv(tokens, block_m), cdiv(num_experts, block_e)
+    splits = min(_MOST_SPLITS, cdiv(size, block_d), max(1, _PROGRAMS // (blocks[0] * blocks[1])))
     parts = torch.empty(splits, tokens, num_experts, dtype=torch.float32, device=x.device)
     _logits_kernel[(*blocks, splits)](
         x, weight, parts, tokens, size, x.stride(0),

@@ -1,0 +1,89 @@
+"""Launches that cost the host a third of what Triton's own do, which bind, specialise and key all arguments anew: 12 to
+40 µs each, of which a step without a graph has some hundreds.
+
+The first launch of a kind goes Triton's way. What it compiled is kept under all that it may have compiled it for: the
+constants, each pointer's dtype and alignment, and of each number whether it is 1, whether 16 divides it, and its width.
+Later launches hand addresses to the compiled kernel's own launcher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+# Whose launchers take what `_launch` gives them. With other versions, and AMD's driver, Triton launches.
+_IS_KNOWN = triton.__version__.startswith("3.6.") and torch.version.hip is None
+
+
+class _Kept(NamedTuple):
+    """A compiled kernel's launcher and what it takes before the arguments, from the function on, and behind them.
+    alive: what a key has the id of."""
+
+    launch: Callable[..., None]
+    first: tuple[Any, ...]
+    last: tuple[Any, ...]
+    alive: list[Any]
+
+
+def quick(kernel: Any) -> Any:
+    """Decorates a kernel that the host launches, kernel[grid](*args, **constants), with no constant among args."""
+    return QuickKernel(kernel) if _IS_KNOWN and isinstance(kernel, JITFunction) else kernel
+
+
+class QuickKernel:
+    """kernel: Triton's. Triton's hooks (`knobs.runtime`) hear of the first launch of a kind alone."""
+
+    def __init__(self, kernel: JITFunction[Any]) -> None:
+        self.kernel = kernel
+        self._kept: dict[tuple[Any, ...], _Kept] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        device = driver.active.get_current_device()
+        kind: list[Any] = [device, *constants, *constants.values()]
+        given: list[Any] = []
+        for arg in args:
+            if isinstance(arg, Tensor):
+                address = arg.data_ptr()
+                kind += (arg.dtype, address % 16 == 0)
+                given.append(address)
+                continue
+            if type(arg) is int:
+                kind.append((arg == 1, arg % 16 == 0, arg.bit_length() // 32))
+            elif arg is None or type(arg) is float:
+                kind.append(arg is None)
+            elif hasattr(arg, "block_shape"):  # a descriptor
+                kind += (arg.base.dtype, *arg.block_shape, id(arg.layout))
+            else:
+                self.kernel[grid](*args, **constants)
+                return
+            given.append(arg)
+        kept = self._kept.get(key := tuple(kind))
+        if kept is None:
+            self._keep(key, self.kernel[grid](*args, **constants), args, constants)
+            return
+        x, y, z = (*grid, 1, 1)[:3]
+        kept.launch(x, y, z, driver.active.get_current_stream(device), *kept.first, *given, *kept.last)
+
+    def _keep(self, key: tuple[Any, ...], compiled: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        tensors = [arg.base if hasattr(arg, "block_shape") else arg for arg in args]
+        if any(isinstance(each, Tensor) and each.is_meta for each in tensors):  # it was compiled only
+            return
+        launcher = compiled.run
+        if launcher.global_scratch_size or launcher.profile_scratch_size:  # which Triton allocates
+            return
+        scratch = hooks = None, None
+        options = launcher.launch_cooperative_grid, launcher.launch_pdl
+        first = (compiled.function, *options, *scratch, compiled.packed_metadata, None, *hooks)
+        last = tuple(constants.get(each.name, each.default) for each in self.kernel.params[len(args) :])
+        alive = [arg.layout for arg in args if hasattr(arg, "block_shape")]
+        self._kept[key] = _Kept(launcher.launch, first, last, alive)
