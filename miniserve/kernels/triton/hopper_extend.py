@@ -31,6 +31,7 @@ _BLOCK_N = 128  # keys of a tile
 _CHUNK = 64  # columns that lie together in shared memory: 128 bytes, a row of a swizzled tile
 _REGISTERS, _PRODUCER_REGISTERS = 232, 24
 _LAYOUT = gl.NVMMASharedLayout(128, 16, rank=2)  # which takes longer to make than a descriptor
+DENSE_DIMS = (128, 64, 128)  # of keys without rope, of what all heads share, of values
 _SHARED_BYTES, _MOST_STAGES = 226 << 10, 4  # without the barriers
 
 
@@ -364,7 +365,7 @@ def can_attend_dense(q: torch.Tensor, k_nope: torch.Tensor, k_pe: torch.Tensor, 
         t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(8 * (step // 8) == step for step in t.stride()[:-1])
         for t in (q, k_nope, k_pe, v)
     )
-    return aligned and q.dtype.itemsize == 2 and dims == (128, 64, 128)
+    return aligned and q.dtype.itemsize == 2 and dims == DENSE_DIMS
 
 
 def hopper_dense(
