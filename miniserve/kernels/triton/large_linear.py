@@ -10,6 +10,8 @@ and stay in it between the products.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -65,25 +67,44 @@ def _place(tile, blocks, tiles_n, BAND: gl.constexpr):
 
 
 @gluon.jit
+def _has_upper(pairs_ptr, num_pairs, block):
+    """Whether a block has pairs in its upper 64 rows, not only in those before."""
+    upper = True
+    if pairs_ptr is not None:
+        upper = gl.load(pairs_ptr + block * 128 + 64) < num_pairs
+    return upper
+
+
+@gluon.jit
 def _produce(
-    x_desc, w_desc, xs, ws, ready, free, experts_ptr, blocks, tiles_n, outputs, weight_rows, rounds, BAND: gl.constexpr
-):
+    x_desc, w_desc, xs, ws, ready, free, pairs_ptr, num_pairs, experts_ptr, blocks, tiles_n, outputs, weight_rows,
+    rounds, BAND: gl.constexpr,
+):  # fmt: skip
     """Fills the ring for all of the program's tiles."""
     STAGES: gl.constexpr = ws.type.shape[0]
     GATED: gl.constexpr = len(w_desc.block_type.shape) == 4
     BYTES: gl.constexpr = (xs.type.shape[1] + ws.type.shape[1]) * 64 * 2
+    halves = xs._reinterpret(xs.dtype, [STAGES * 2, 64, 64], xs.layout)
     step = 0
     for tile in range(gl.program_id(0), blocks * tiles_n, gl.num_programs(0)):
         block, place = _place(tile, blocks, tiles_n, BAND)
         first_n = place * outputs
         if experts_ptr is not None:
             first_n += gl.load(experts_ptr + 1 + block) * weight_rows
+        upper = _has_upper(pairs_ptr, num_pairs, block)
         for k in range(rounds):
             stage = step % STAGES
             mbarrier.wait(free.index(stage), (step // STAGES - 1) & 1, pred=step >= STAGES)
             bar = ready.index(stage)
-            mbarrier.expect(bar, BYTES)
-            tma.async_copy_global_to_shared(x_desc, [block * xs.type.shape[1], k * 64], bar, xs.index(stage))
+            if pairs_ptr is None:
+                mbarrier.expect(bar, BYTES)
+            else:
+                mbarrier.expect(bar, BYTES, pred=upper)
+                mbarrier.expect(bar, BYTES - 64 * 64 * 2, pred=upper == 0)
+            tma.async_copy_global_to_shared(x_desc, [block * 128, k * 64], bar, halves.index(stage * 2))
+            tma.async_copy_global_to_shared(
+                x_desc, [block * 128 + 64, k * 64], bar, halves.index(stage * 2 + 1), pred=upper
+            )
             if GATED:
                 pairs = ws.index(stage)._reinterpret(w_desc.dtype, w_desc.block_type.shape, w_desc.layout)
                 tma.async_copy_global_to_shared(w_desc, [first_n // 8, 0, 0, k * 64], bar, pairs)
@@ -97,7 +118,8 @@ def _consume(
     group, xs, ws, staged, ready, free, y_desc, parts_ptr, scale_ptr, pairs_ptr, num_pairs, blocks, tiles_n, rounds, N,
     BAND: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: 64 rows of each of the program's tiles, times all its rows of the weight."""
+    """One warpgroup: 64 rows of each of the program's tiles, times all its rows of the weight. The second one lets
+    tiles pass of which it has no rows."""
     STAGES: gl.constexpr = ws.type.shape[0]
     BLOCK_N: gl.constexpr = ws.type.shape[1]
     halves = xs._reinterpret(xs.dtype, [STAGES * 2, 64, 64], xs.layout)
@@ -106,8 +128,12 @@ def _consume(
     )
     step = 0
     for tile in range(gl.program_id(0), blocks * tiles_n, gl.num_programs(0)):
+        block, place = _place(tile, blocks, tiles_n, BAND)
+        mine = rounds
+        if group == 1 and pairs_ptr is not None:
+            mine = gl.where(_has_upper(pairs_ptr, num_pairs, block), rounds, 0)
         acc = warpgroup_mma_init(gl.zeros((64, BLOCK_N), gl.float32, layout))
-        for k in range(rounds):
+        for k in range(mine):
             stage = step % STAGES
             mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
             left = halves.index(stage * 2 + group)
@@ -116,8 +142,11 @@ def _consume(
             mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), pred=k > 0)
             step += 1
         out = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(free.index((step + STAGES - 1) % STAGES))
-        block, place = _place(tile, blocks, tiles_n, BAND)
+        mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), pred=mine > 0)
+        for _ in range(mine, rounds):
+            mbarrier.wait(ready.index(step % STAGES), (step // STAGES) & 1)
+            mbarrier.arrive(free.index(step % STAGES))
+            step += 1
         first_row = block * 128 + group * 64
         if parts_ptr is None:
             _store_gated(out, staged, y_desc, first_row, place * (BLOCK_N // 2))
@@ -188,8 +217,8 @@ def _large_linear_kernel(
                 tiles_n, rounds, N, BAND,
             )),
             (_produce, (
-                x_desc, w_desc, xs, ws, ready, free, experts_ptr, blocks, tiles_n, OUTPUTS, weight_rows, rounds,
-                BAND,
+                x_desc, w_desc, xs, ws, ready, free, pairs_ptr, num_pairs, experts_ptr, blocks, tiles_n, OUTPUTS,
+                weight_rows, rounds, BAND,
             )),
         ],
         [4, 1],
@@ -237,10 +266,11 @@ def large_experts(
         PAIRS_PER_ROW=k, BLOCK_M=_BLOCK_M, BLOCK=next_power_of_2(hidden), num_warps=4,
     )  # fmt: skip
     activated = torch.empty(len(pairs), w2.shape[2], dtype=x.dtype, device=x.device)
-    _launch(ordered, w1, activated, chip, block_experts=block_experts)
+    aligned: dict[str, Any] = {"block_experts": block_experts, "pairs": pairs, "num_pairs": num_pairs}
+    _launch(ordered, w1, activated, chip, **aligned)
     del ordered  # its memory serves the parts
     parts = torch.empty(num_pairs, hidden, dtype=x.dtype, device=x.device)
-    _launch(activated, w2, parts, chip, block_experts=block_experts, pairs=pairs, scales=topk_weights)
+    _launch(activated, w2, parts, chip, **aligned, scales=topk_weights)
     return parts
 
 
@@ -258,13 +288,14 @@ def _launch(
     blocks: int | None = None,
     block_experts: torch.Tensor | None = None,
     pairs: torch.Tensor | None = None,
+    num_pairs: int = 0,
     scales: torch.Tensor | None = None,
     band: int = 1,
 ) -> None:
-    """x [rows, K] by weights [experts, N, K], gated where there are no pairs; with them y's rows are pairs. blocks: of
-    rows, where no block_experts have their number."""
+    """x [rows, K] by weights [experts, N, K], gated where there are no scales; with them y's rows are pairs. pairs: of
+    the rows. blocks: of rows, where no block_experts have their number."""
     (rows, k), (num_experts, n, _), outputs = x.shape, weights.shape, y.shape[1]
-    gated = pairs is None
+    gated = scales is None
     if gated:  # groups of 8 rows of the weight, each with its group of gates and, `outputs` rows on, of ups
         shape, strides = [(2 * num_experts - 1) * outputs // 8, 2, 8, k], [8 * k, outputs * k, k, 1]
         weight = TensorDescriptor(weights, shape, strides, [_BLOCK_N // 16, 2, 8, _BLOCK_K], _NESTED)
@@ -274,8 +305,8 @@ def _launch(
         out = None
     tiles_n = cdiv(outputs, _BLOCK_N // 2 if gated else _BLOCK_N)
     _large_linear_kernel[(min(chip.num_sms, tiles_n * cdiv(rows, _BLOCK_M)),)](
-        TensorDescriptor(x, [rows, k], [x.stride(0), 1], [_BLOCK_M, _BLOCK_K], _FLAT), weight, out,
-        None if gated else y, scales, pairs, block_experts, 0 if gated else len(y), blocks or 0, tiles_n, n,
+        TensorDescriptor(x, [rows, k], [x.stride(0), 1], [_BLOCK_M // 2, _BLOCK_K], _FLAT), weight, out,
+        None if gated else y, scales, pairs, block_experts, num_pairs, blocks or 0, tiles_n, n,
         cdiv(k, _BLOCK_K), outputs,
         BAND=band, STAGES=_STAGES, BLOCK_N=_BLOCK_N, REGISTERS=_REGISTERS, PRODUCER_REGISTERS=_PRODUCER_REGISTERS,
         num_warps=4,
