@@ -64,9 +64,9 @@ def test_the_second_launch_goes_to_the_launcher(device: Any) -> None:
 def test_what_triton_compiles_anew_for_is_another_kind(device: Any) -> None:
     x = torch.zeros(64)
     assert x.data_ptr() % 16 == 0
-    layout, other = object(), object()
+    layout, other = "flat", "nested"
 
-    def described(block: list[int], layout: object, dtype: torch.dtype = torch.float16) -> Any:
+    def described(block: list[int], layout: str, dtype: torch.dtype = torch.float16) -> Any:
         return SimpleNamespace(base=SimpleNamespace(dtype=dtype), block_shape=block, layout=layout)
 
     kinds: list[tuple[tuple[Any, ...], dict[str, Any]]] = [

@@ -23,13 +23,11 @@ _IS_KNOWN = triton.__version__.startswith("3.6.") and torch.version.hip is None
 
 
 class _Kept(NamedTuple):
-    """A compiled kernel's launcher and what it takes before the arguments, from the function on, and behind them.
-    alive: what a key has the id of."""
+    """A compiled kernel's launcher and what it takes before the arguments, from the function on, and behind them."""
 
     launch: Callable[..., None]
     first: tuple[Any, ...]
     last: tuple[Any, ...]
-    alive: list[Any]
 
 
 def quick(kernel: Any) -> Any:
@@ -62,7 +60,7 @@ class QuickKernel:
             elif arg is None or type(arg) is float:
                 kind.append(arg is None)
             elif hasattr(arg, "block_shape"):  # a descriptor
-                kind += (arg.base.dtype, *arg.block_shape, id(arg.layout))
+                kind += (arg.base.dtype, *arg.block_shape, arg.layout)
             else:
                 self.kernel[grid](*args, **constants)
                 return
@@ -85,5 +83,4 @@ class QuickKernel:
         options = launcher.launch_cooperative_grid, launcher.launch_pdl
         first = (compiled.function, *options, *scratch, compiled.packed_metadata, None, *hooks)
         last = tuple(constants.get(each.name, each.default) for each in self.kernel.params[len(args) :])
-        alive = [arg.layout for arg in args if hasattr(arg, "block_shape")]
-        self._kept[key] = _Kept(launcher.launch, first, last, alive)
+        self._kept[key] = _Kept(launcher.launch, first, last)
