@@ -8,6 +8,7 @@ Later launches hand addresses to the compiled kernel's own launcher.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -35,6 +36,12 @@ def quick(kernel: Any) -> Any:
     return QuickKernel(kernel) if _IS_KNOWN and isinstance(kernel, JITFunction) else kernel
 
 
+@functools.lru_cache(maxsize=1 << 16)
+def _of_number(number: int) -> tuple[bool, bool, int]:
+    """What the compiler may know of it."""
+    return number == 1, number % 16 == 0, number.bit_length() // 32
+
+
 class QuickKernel:
     """kernel: Triton's. Triton's hooks (`knobs.runtime`) hear of the first launch of a kind alone."""
 
@@ -50,15 +57,15 @@ class QuickKernel:
         kind: list[Any] = [device, *constants, *constants.values()]
         given: list[Any] = []
         for arg in args:
-            if isinstance(arg, Tensor):
-                address = arg.data_ptr()
-                kind += (arg.dtype, address % 16 == 0)
-                given.append(address)
-                continue
             if type(arg) is int:
-                kind.append((arg == 1, arg % 16 == 0, arg.bit_length() // 32))
+                kind.append(_of_number(arg))
             elif arg is None or type(arg) is float:
                 kind.append(arg is None)
+            elif isinstance(arg, Tensor):
+                address = arg.data_ptr()
+                kind.append((arg.dtype,) if address % 16 else arg.dtype)
+                given.append(address)
+                continue
             elif hasattr(arg, "block_shape"):  # a descriptor
                 kind += (arg.base.dtype, *arg.block_shape, arg.layout)
             else:
