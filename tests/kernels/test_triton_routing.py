@@ -95,7 +95,7 @@ def test_many_tokens_get_the_experts_that_float64_chooses(
     parts = triton_routing.logit_parts(x, weight)
     error = float((parts.sum(0) - exact).abs().max())
     print(f"logits of {tokens} x {hidden}: {error:.1e} off")
-    assert error < 1e-4
+    assert error < 2e-5
     weights, ids = triton_routing.route(parts, correction, **choice)
     best, best_ids = routing.route(exact, config, correction)
     rows = [

@@ -38,6 +38,7 @@ _FLAT, _NESTED = (gl.NVMMASharedLayout(128, 16, rank=rank) for rank in (2, 4))
 _STAGES = 4
 _REGISTERS, _PRODUCER_REGISTERS = 232, 24
 _BAND = 16  # blocks of rows that share what the L2 cache holds of a large weight
+_COPIED = 8192  # values of rows that a program copies
 _LEAST_EXPERT_ROWS = 100  # on average: fewer leave tiles too empty
 
 
@@ -45,16 +46,21 @@ _LEAST_EXPERT_ROWS = 100  # on average: fewer leave tiles too empty
 @triton.jit(do_not_specialize=["num_pairs"])
 def _sort_kernel(
     x_ptr, sorted_ptr, pairs_ptr, experts_ptr, num_pairs, D,
-    PAIRS_PER_ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
+    PAIRS_PER_ROW: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: one row of the aligned order; zeros where it has no pair."""
-    row = tl.program_id(0)
-    if row // BLOCK_M >= tl.load(experts_ptr):
+    """One program: ROWS rows of the aligned order; zeros where they have no pair, but in halves of blocks without any,
+    which nobody reads."""
+    first = tl.program_id(0) * ROWS
+    if first // BLOCK_M >= tl.load(experts_ptr):
         return
-    pair = tl.load(pairs_ptr + row)
-    cols = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + (pair // PAIRS_PER_ROW).to(tl.int64) * D + cols, mask=(pair < num_pairs) & (cols < D), other=0)
-    tl.store(sorted_ptr + row.to(tl.int64) * D + cols, x, mask=cols < D)
+    if tl.load(pairs_ptr + first // 64 * 64) >= num_pairs:
+        return
+    rows = (first + tl.arange(0, ROWS))[:, None]
+    pairs = tl.load(pairs_ptr + rows)
+    cols = tl.arange(0, BLOCK)[None, :]
+    at = (pairs // PAIRS_PER_ROW).to(tl.int64) * D + cols
+    x = tl.load(x_ptr + at, mask=(pairs < num_pairs) & (cols < D), other=0)
+    tl.store(sorted_ptr + rows.to(tl.int64) * D + cols, x, mask=cols < D)
 
 
 @gluon.jit
@@ -261,9 +267,11 @@ def large_experts(
     num_pairs = tokens * k
     pairs, block_experts = aligned_pairs(topk_ids, num_experts, _BLOCK_M)
     ordered = torch.empty(len(pairs), hidden, dtype=x.dtype, device=x.device)
-    _sort_kernel[(len(pairs),)](
+    block = next_power_of_2(hidden)
+    copied = min(64, max(1, _COPIED // block))
+    _sort_kernel[(len(pairs) // copied,)](
         x, ordered, pairs, block_experts, num_pairs, hidden,
-        PAIRS_PER_ROW=k, BLOCK_M=_BLOCK_M, BLOCK=next_power_of_2(hidden), num_warps=4,
+        PAIRS_PER_ROW=k, BLOCK_M=_BLOCK_M, ROWS=copied, BLOCK=block, num_warps=4,
     )  # fmt: skip
     activated = torch.empty(len(pairs), w2.shape[2], dtype=x.dtype, device=x.device)
     aligned: dict[str, Any] = {"block_experts": block_experts, "pairs": pairs, "num_pairs": num_pairs}
