@@ -3,16 +3,19 @@ taken for it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton_support import DEVICE, NATIVE, close, normal, on_gpu
 
 from miniserve.kernels.triton import elementwise, quick_launch
-from miniserve.kernels.triton.quick_launch import QuickKernel
+from miniserve.kernels.triton.quick_launch import Described, QuickKernel, describe
 
 NAMES = "x_ptr", "size", "scale", "other", "A", "B"
 
@@ -21,7 +24,9 @@ class Kernel:
     """Stands for Triton's: launches of it, and what its compiled kernels are launched with, are noted."""
 
     def __init__(self, scratch: int = 0) -> None:
-        self.params = [SimpleNamespace(name=name, default={"B": 7}.get(name)) for name in NAMES]
+        self.params = [
+            SimpleNamespace(name=name, default={"B": 7}.get(name), is_constexpr=name in "AB") for name in NAMES
+        ]
         self.scratch, self.compiled = scratch, 0
         self.launched: list[tuple[int, tuple[Any, ...]]] = []
 
@@ -29,8 +34,15 @@ class Kernel:
         def launch(*args: Any, **constants: Any) -> object:
             number = self.compiled
             self.compiled += 1
+            assert not any(isinstance(arg, Described) for arg in args)
+
+            def launch(*given: Any) -> None:
+                self.launched.append((number, given))
+
             launcher = SimpleNamespace(
-                launch=lambda *given: self.launched.append((number, given)),
+                launch=making_descriptors(launch, ["flat"])
+                if args and isinstance(args[-1], TensorDescriptor)
+                else launch,
                 global_scratch_size=self.scratch,
                 profile_scratch_size=0,
                 launch_cooperative_grid=False,
@@ -39,6 +51,15 @@ class Kernel:
             return SimpleNamespace(run=launcher, function=f"function {number}", packed_metadata="packed")
 
         return launch
+
+
+def making_descriptors(launcher: Callable[..., None], tensordesc_meta: list[str]) -> Callable[..., None]:
+    """As Triton's driver wraps a launcher whose kernel has descriptors."""
+
+    def inner(*given: Any) -> None:
+        launcher(*given, tensordesc_meta)
+
+    return inner
 
 
 @pytest.fixture
@@ -64,10 +85,10 @@ def test_the_second_launch_goes_to_the_launcher(device: Any) -> None:
 def test_what_triton_compiles_anew_for_is_another_kind(device: Any) -> None:
     x = torch.zeros(64)
     assert x.data_ptr() % 16 == 0
-    layout, other = "flat", "nested"
+    flat, narrow = (gl.NVMMASharedLayout(swizzle, 16, rank=2) for swizzle in (128, 64))
 
-    def described(block: list[int], layout: str, dtype: torch.dtype = torch.float16) -> Any:
-        return SimpleNamespace(base=SimpleNamespace(dtype=dtype), block_shape=block, layout=layout)
+    def described(rows: int, layout: Any, dtype: torch.dtype = torch.float16) -> Any:
+        return describe(x.to(dtype), (4, 16), (16, 1), (rows, 16), layout)
 
     kinds: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
         ((x, 5, 0.5, None), {"A": 1}),
@@ -83,16 +104,17 @@ def test_what_triton_compiles_anew_for_is_another_kind(device: Any) -> None:
         ((x, 5, 0.5, None), {"A": 2}),
         ((x, 5, 0.5, None), {"B": 1}),
         ((x, 5, 0.5, None), {"A": 1, "num_warps": 8}),
-        ((x, 5, 0.5, described([8, 64], layout)), {"A": 1}),
-        ((x, 5, 0.5, described([16, 64], layout)), {"A": 1}),
-        ((x, 5, 0.5, described([8, 64], other)), {"A": 1}),
-        ((x, 5, 0.5, described([8, 64], layout, torch.float32)), {"A": 1}),
+        ((x, 5, 0.5, described(8, flat)), {"A": 1}),
+        ((x, 5, 0.5, described(16, flat)), {"A": 1}),
+        ((x, 5, 0.5, described(8, narrow)), {"A": 1}),
+        ((x, 5, 0.5, described(8, flat, torch.bfloat16)), {"A": 1}),
     ]
     triton = Kernel()
     kernel = QuickKernel(triton)  # type: ignore[arg-type]
-    for _ in range(2):
-        for args, constants in kinds:
-            kernel[(1,)](*args, **constants)
+    with mock.patch.object(quick_launch, "make_tensordesc_arg", lambda of, layout: [0]):
+        for _ in range(2):
+            for args, constants in kinds:
+                kernel[(1,)](*args, **constants)
     assert triton.compiled == len(kinds)
     assert [number for number, _ in triton.launched] == list(range(len(kinds)))
     device.number = 2
@@ -100,9 +122,30 @@ def test_what_triton_compiles_anew_for_is_another_kind(device: Any) -> None:
     assert triton.compiled == len(kinds) + 1
 
 
+def test_descriptors_are_made_once(device: Any) -> None:
+    x, layout = torch.zeros(4, 64, dtype=torch.float16), gl.NVMMASharedLayout(128, 16, rank=2)
+    triton = Kernel()
+    kernel = QuickKernel(triton)  # type: ignore[arg-type]
+    with mock.patch.object(
+        quick_launch, "make_tensordesc_arg", lambda of, layout: [of.base.address, layout, *of.shape]
+    ):
+        for rows in (4, 4, 3, 4):
+            kernel[(1,)](x, 5, 0.5, describe(x, (rows, 64), (64, 1), (8, 64), layout), A=1)
+    address = x.data_ptr()
+    wanted = [(address, 5, 0.5, address, "flat", rows, 64, 1, 7) for rows in (4, 3, 4)]
+    assert triton.compiled == 1 and [given[13:] for _, given in triton.launched] == wanted
+    assert describe(x, (4, 64), (64, 1), (8, 64), layout) is describe(x, (4, 64), (64, 1), (8, 64), layout)
+    assert describe(x, (4, 64), (64, 1), (8, 64), layout) is not describe(x[1:], (4, 64), (64, 1), (8, 64), layout)
+
+
 def test_triton_launches_what_is_not_known(device: Any) -> None:
-    """Arguments of another type, kernels with scratch, and tensors that have no memory."""
+    """Arguments of another type, kernels with scratch, tensors that have no memory, and constants among arguments."""
     x = torch.zeros(32)
+    triton = Kernel()
+    kernel = QuickKernel(triton)  # type: ignore[arg-type]
+    for _ in range(3):
+        kernel[(1,)](x, 5, 0.5, None, 1)
+    assert (triton.compiled, triton.launched) == (3, [])
     for triton, args in ((Kernel(), (x, True)), (Kernel(scratch=8), (x, 5)), (Kernel(), (x.to("meta"), 5))):
         kernel = QuickKernel(triton)  # type: ignore[arg-type]
         for _ in range(3):

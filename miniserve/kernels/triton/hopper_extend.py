@@ -10,6 +10,8 @@ visited from the last one, which alone has masked keys, to the first.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -20,11 +22,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from miniserve.kernels.triton.common import LOG2E
 from miniserve.kernels.triton.launch import cdiv
-from miniserve.kernels.triton.quick_launch import quick
+from miniserve.kernels.triton.quick_launch import describe, quick
 
 _ROWS, _GROUPS = 64, 2  # pairs of a warpgroup, warpgroups
 _BLOCK_N = 128  # keys of a tile
@@ -344,16 +345,16 @@ def hopper_extend(
     allows."""
     block_size = key_cache.shape[1]
 
-    def described(plane: torch.Tensor) -> tuple[TensorDescriptor, int, int]:
+    def described(plane: torch.Tensor) -> tuple[Any, int, int]:
         """Its tokens in the order of memory; rows of a block, columns of a head."""
-        rows = plane.stride(0) // plane.stride(1)
-        tokens = plane.as_strided((len(plane) * rows, *plane.shape[2:]), plane.stride()[1:])
-        return _described(tokens, min(block_size, _BLOCK_N)), rows, plane.stride(2)
+        (blocks, _, heads, dim), (step, row, head, _) = plane.shape, plane.stride()
+        rows = step // row
+        return _described(plane, blocks * rows, heads, dim, row, head, min(block_size, _BLOCK_N)), rows, head
 
     keys, values = described(key_cache), described(value_cache)
     _launch(
         q, keys, None, values, out, None, block_tables, (cu_query_lens, seq_lens), sinks, max_query_len,
-        scale=scale, window=window, causal=True, block_size=block_size,
+        scale=scale, window=window, causal=True, kv_heads=key_cache.shape[2], block_size=block_size,
     )  # fmt: skip
     return out
 
@@ -389,25 +390,30 @@ def hopper_dense(
     """
     out = torch.empty((*q.shape[:2], v.shape[2]), dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
-    keys, values = ((_described(tensor, _BLOCK_N), 0, tensor.stride(1)) for tensor in (k_nope, v))
+
+    def described(dense: torch.Tensor) -> tuple[Any, int, int]:
+        (keys, heads, dim), (row, head, _) = dense.shape, dense.stride()
+        return _described(dense, keys, heads, dim, row, head, _BLOCK_N), 0, head
+
+    pe = _described(k_pe, len(k_pe), 1, k_pe.shape[1], k_pe.stride(0), 0, _BLOCK_N)
+    keys, values = described(k_nope), described(v)
     _launch(
-        q, keys, _described(k_pe[:, None], _BLOCK_N), values, out, lse, None, (cu_query_lens, cu_key_lens), None,
-        max_query_len, scale=scale, window=None, causal=causal, block_size=_BLOCK_N,
+        q, keys, pe, values, out, lse, None, (cu_query_lens, cu_key_lens), None,
+        max_query_len, scale=scale, window=None, causal=causal, kv_heads=q.shape[1], block_size=_BLOCK_N,
     )  # fmt: skip
     return out, lse
 
 
-def _described(tokens: torch.Tensor, rows: int) -> TensorDescriptor:
-    """[tokens, heads, dim], of which `rows` and 64 columns are copied at a time."""
-    columns = (tokens.shape[1] - 1) * tokens.stride(1) + tokens.shape[2]
-    return TensorDescriptor(tokens, [len(tokens), columns], [tokens.stride(0), 1], [rows, _CHUNK], _LAYOUT)
+def _described(memory: torch.Tensor, tokens: int, heads: int, dim: int, row: int, head: int, rows: int) -> Any:
+    """[tokens, heads, dim] with steps row and head, of which `rows` and 64 columns are copied at a time."""
+    return describe(memory, (tokens, (heads - 1) * head + dim), (row, 1), (rows, _CHUNK), _LAYOUT)
 
 
 def _launch(
     q: torch.Tensor,
-    keys: tuple[TensorDescriptor, int, int],
-    pe: TensorDescriptor | None,
-    values: tuple[TensorDescriptor, int, int],
+    keys: tuple[Any, int, int],
+    pe: Any,
+    values: tuple[Any, int, int],
     out: torch.Tensor,
     lse: torch.Tensor | None,
     block_tables: torch.Tensor | None,
@@ -418,11 +424,11 @@ def _launch(
     scale: float,
     window: int | None,
     causal: bool,
+    kv_heads: int,
     block_size: int,
 ) -> None:
     (k_desc, k_rows, k_head), (v_desc, v_rows, v_head) = keys, values
     requests, heads, k_dim, v_dim = len(lens[0]) - 1, q.shape[1], q.shape[2], out.shape[2]
-    kv_heads = (k_desc.shape[1] - k_dim) // k_head + 1 if pe is None else heads
     if requests == 0 or max_query_len == 0:
         return
     stage = (k_dim + v_dim) * _BLOCK_N * 2

@@ -25,12 +25,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from miniserve.kernels.triton.launch import cdiv, next_power_of_2
 from miniserve.kernels.triton.medium_linear import MOST_ROWS, can_describe
 from miniserve.kernels.triton.moe import aligned_pairs
-from miniserve.kernels.triton.quick_launch import quick
+from miniserve.kernels.triton.quick_launch import describe, quick
 from miniserve.kernels.triton.small_linear import Chip, chip_of
 
 _BLOCK_M, _BLOCK_N, _BLOCK_K = 128, 256, 64  # rows, rows of the weight and inputs of a tile
@@ -305,15 +304,15 @@ def _launch(
     (rows, k), (num_experts, n, _), outputs = x.shape, weights.shape, y.shape[1]
     gated = scales is None
     if gated:  # groups of 8 rows of the weight, each with its group of gates and, `outputs` rows on, of ups
-        shape, strides = [(2 * num_experts - 1) * outputs // 8, 2, 8, k], [8 * k, outputs * k, k, 1]
-        weight = TensorDescriptor(weights, shape, strides, [_BLOCK_N // 16, 2, 8, _BLOCK_K], _NESTED)
-        out = TensorDescriptor(y, list(y.shape), [outputs, 1], [_BLOCK_M // 2, _BLOCK_N // 2], _FLAT)
+        shape, strides = ((2 * num_experts - 1) * outputs // 8, 2, 8, k), (8 * k, outputs * k, k, 1)
+        weight = describe(weights, shape, strides, (_BLOCK_N // 16, 2, 8, _BLOCK_K), _NESTED)
+        out = describe(y, y.shape, (outputs, 1), (_BLOCK_M // 2, _BLOCK_N // 2), _FLAT)
     else:
-        weight = TensorDescriptor(weights, [num_experts * n, k], [k, 1], [_BLOCK_N, _BLOCK_K], _FLAT)
+        weight = describe(weights, (num_experts * n, k), (k, 1), (_BLOCK_N, _BLOCK_K), _FLAT)
         out = None
     tiles_n = cdiv(outputs, _BLOCK_N // 2 if gated else _BLOCK_N)
     _large_linear_kernel[(min(chip.num_sms, tiles_n * cdiv(rows, _BLOCK_M)),)](
-        TensorDescriptor(x, [rows, k], [x.stride(0), 1], [_BLOCK_M // 2, _BLOCK_K], _FLAT), weight, out,
+        describe(x, (rows, k), (x.stride(0), 1), (_BLOCK_M // 2, _BLOCK_K), _FLAT), weight, out,
         None if gated else y, scales, pairs, block_experts, num_pairs, blocks or 0, tiles_n, n,
         cdiv(k, _BLOCK_K), outputs,
         BAND=band, STAGES=_STAGES, BLOCK_N=_BLOCK_N, REGISTERS=_REGISTERS, PRODUCER_REGISTERS=_PRODUCER_REGISTERS,
