@@ -66,9 +66,8 @@ def making_descriptors(launcher: Callable[..., None], tensordesc_meta: list[str]
 def device() -> Any:
     """The current one, whose stream is its number times 10."""
     found = SimpleNamespace(number=1)
-    found.get_current_device = lambda: found.number
-    found.get_current_stream = lambda number: number * 10
-    with mock.patch.object(quick_launch, "driver", SimpleNamespace(active=found)):
+    given = {"_current_device": lambda: found.number, "_current_stream": lambda number: number * 10}
+    with mock.patch.multiple(quick_launch, **given):
         yield found
 
 

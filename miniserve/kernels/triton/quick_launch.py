@@ -28,6 +28,18 @@ if _IS_KNOWN:
     from triton.backends.nvidia.driver import make_tensordesc_arg
 
 
+def _current_device() -> int:
+    return int(driver.active.get_current_device())
+
+
+def _current_stream(device: int) -> int:
+    return int(driver.active.get_current_stream(device))
+
+
+if hasattr(torch._C, "_cuda_getDevice"):  # what the driver asks, by a detour
+    _current_device, _current_stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
+
+
 class _Memory(NamedTuple):
     """What Triton's descriptor asks of a tensor. It holds none."""
 
@@ -67,10 +79,11 @@ def describe(
 
 
 class _Kept(NamedTuple):
-    """A compiled kernel's launcher and what it takes before the arguments, from the function on, and behind them.
-    layouts: of the descriptors, in the driver's words."""
+    """A compiled kernel's launcher, its device, and what it takes before the arguments, from the function on, and
+    behind them. layouts: of the descriptors, in the driver's words."""
 
     launch: Callable[..., None]
+    device: int
     first: tuple[Any, ...]
     last: tuple[Any, ...]
     layouts: list[Any]
@@ -98,8 +111,7 @@ class QuickKernel:
         return partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-        device = driver.active.get_current_device()
-        kind: list[Any] = [device, *constants, *constants.values()]
+        kind: list[Any] = [*constants, *constants.values()]
         given: list[Any] = []
         unknown = False
         for arg in args:
@@ -120,13 +132,12 @@ class QuickKernel:
                     given += arg.values
                 continue
             else:
-                self.kernel[grid](*args, **constants)
+                self._by_triton(grid, args, constants)
                 return
             given.append(arg)
         kept = self._kept.get(key := tuple(kind))
         if kept is None:
-            args = tuple(arg.triton if type(arg) is Described else arg for arg in args)
-            self._keep(key, self.kernel[grid](*args, **constants), args, constants)
+            self._keep(key, self._by_triton(grid, args, constants), args, constants)
             return
         if unknown:
             described = [arg for arg in args if type(arg) is Described]
@@ -134,11 +145,18 @@ class QuickKernel:
                 each.values = make_tensordesc_arg(each.triton, layout)
             self._launch(grid, *args, **constants)
             return
+        device = _current_device()
+        if device != kept.device:
+            self._by_triton(grid, args, constants)
+            return
         x, y, z = (*grid, 1, 1)[:3]
-        kept.launch(x, y, z, driver.active.get_current_stream(device), *kept.first, *given, *kept.last)
+        kept.launch(x, y, z, _current_stream(device), *kept.first, *given, *kept.last)
+
+    def _by_triton(self, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> Any:
+        return self.kernel[grid](*(arg.triton if type(arg) is Described else arg for arg in args), **constants)
 
     def _keep(self, key: tuple[Any, ...], compiled: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
-        described = [arg for arg in args if isinstance(arg, TensorDescriptor)]
+        described = [arg.triton for arg in args if type(arg) is Described]
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         if any(each.is_meta for each in tensors) or not all(each.base.data_ptr() for each in described):
             return  # it was compiled only
@@ -155,4 +173,4 @@ class QuickKernel:
         if described:  # Triton's would make their values at each launch
             inner = inspect.getclosurevars(launch).nonlocals
             launch, layouts = inner["launcher"], inner["tensordesc_meta"]
-        self._kept[key] = _Kept(launch, first, last, layouts)
+        self._kept[key] = _Kept(launch, _current_device(), first, last, layouts)
