@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -26,6 +25,7 @@ from triton.runtime.jit import JITFunction
 _IS_KNOWN = triton.__version__.startswith("3.6.") and torch.version.hip is None
 if _IS_KNOWN:
     from triton.backends.nvidia.driver import make_tensordesc_arg
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 
 def _current_device() -> int:
@@ -55,7 +55,7 @@ class Described:
 
     __slots__ = ("kind", "triton", "values")
 
-    def __init__(self, triton: TensorDescriptor, kind: object) -> None:
+    def __init__(self, triton: Any, kind: object) -> None:
         self.triton, self.kind = triton, kind
         self.values: list[Any] | None = None
 
@@ -74,7 +74,9 @@ def describe(
 ) -> Any:
     """A Gluon kernel's descriptor of what begins where `tensor` does, `block` of which is copied at a time."""
     if not _IS_KNOWN:
-        return TensorDescriptor(tensor, list(shape), list(strides), list(block), layout)
+        from triton.experimental.gluon.nvidia import hopper
+
+        return hopper.TensorDescriptor(tensor, list(shape), list(strides), list(block), layout)
     return _described(_Memory(tensor.data_ptr(), tensor.dtype), shape, strides, block, layout)
 
 
