@@ -161,16 +161,9 @@ def test_routed_experts(tokens: int, k: int, swap: bool, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("first", [0, 3])
-@pytest.mark.parametrize(
-    ("few", "tokens", "k"),
-    [(8192, 200, 3), (64, 30, 3), (64, 200, 3), (64, 97, 1), pytest.param(None, 9000, 8, marks=pytest.mark.gpu)],
-)
-def test_pairs_in_the_order_of_their_experts(
-    few: int | None, tokens: int, k: int, first: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In parts from some number on. Some experts have none, one has many."""
-    for name, value in (("_FEW_PAIRS", few), ("_PART", 32), ("_MOST_PARTS", 8), ("_ROUND", 16)) if few else ():
-        monkeypatch.setattr(moe, name, value)
+@pytest.mark.parametrize(("tokens", "k"), [(30, 3), (97, 1), pytest.param(9000, 8, marks=pytest.mark.gpu)])
+def test_pairs_in_the_order_of_their_experts(tokens: int, k: int, first: int) -> None:
+    """Some experts have none, one has many."""
     num_experts, block_m, num_pairs = 12, 16, tokens * k
     ids = torch.randint(0, num_experts - 2, (tokens, k), generator=torch.Generator().manual_seed(tokens)).int()
     ids[: tokens // 2, 0] = 5

@@ -10,8 +10,6 @@ and stay in it between the products.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -37,7 +35,6 @@ _FLAT, _NESTED = (gl.NVMMASharedLayout(128, 16, rank=rank) for rank in (2, 4))
 _STAGES = 4
 _REGISTERS, _PRODUCER_REGISTERS = 232, 24
 _BAND = 16  # blocks of rows that share what the L2 cache holds of a large weight
-_COPIED = 8192  # values of rows that a program copies
 _LEAST_EXPERT_ROWS = 100  # on average: fewer leave tiles too empty
 
 
@@ -45,21 +42,16 @@ _LEAST_EXPERT_ROWS = 100  # on average: fewer leave tiles too empty
 @triton.jit(do_not_specialize=["num_pairs"])
 def _sort_kernel(
     x_ptr, sorted_ptr, pairs_ptr, experts_ptr, num_pairs, D,
-    PAIRS_PER_ROW: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    PAIRS_PER_ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: ROWS rows of the aligned order; zeros where they have no pair, but in halves of blocks without any,
-    which nobody reads."""
-    first = tl.program_id(0) * ROWS
-    if first // BLOCK_M >= tl.load(experts_ptr):
+    """One program: one row of the aligned order; zeros where it has no pair."""
+    row = tl.program_id(0)
+    if row // BLOCK_M >= tl.load(experts_ptr):
         return
-    if tl.load(pairs_ptr + first // 64 * 64) >= num_pairs:
-        return
-    rows = (first + tl.arange(0, ROWS))[:, None]
-    pairs = tl.load(pairs_ptr + rows)
-    cols = tl.arange(0, BLOCK)[None, :]
-    at = (pairs // PAIRS_PER_ROW).to(tl.int64) * D + cols
-    x = tl.load(x_ptr + at, mask=(pairs < num_pairs) & (cols < D), other=0)
-    tl.store(sorted_ptr + rows.to(tl.int64) * D + cols, x, mask=cols < D)
+    pair = tl.load(pairs_ptr + row)
+    cols = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + (pair // PAIRS_PER_ROW).to(tl.int64) * D + cols, mask=(pair < num_pairs) & (cols < D), other=0)
+    tl.store(sorted_ptr + row.to(tl.int64) * D + cols, x, mask=cols < D)
 
 
 @gluon.jit
@@ -72,44 +64,25 @@ def _place(tile, blocks, tiles_n, BAND: gl.constexpr):
 
 
 @gluon.jit
-def _has_upper(pairs_ptr, num_pairs, block):
-    """Whether a block has pairs in its upper 64 rows, not only in those before."""
-    upper = True
-    if pairs_ptr is not None:
-        upper = gl.load(pairs_ptr + block * 128 + 64) < num_pairs
-    return upper
-
-
-@gluon.jit
 def _produce(
-    x_desc, w_desc, xs, ws, ready, free, pairs_ptr, num_pairs, experts_ptr, blocks, tiles_n, outputs, weight_rows,
-    rounds, BAND: gl.constexpr,
-):  # fmt: skip
+    x_desc, w_desc, xs, ws, ready, free, experts_ptr, blocks, tiles_n, outputs, weight_rows, rounds, BAND: gl.constexpr
+):
     """Fills the ring for all of the program's tiles."""
     STAGES: gl.constexpr = ws.type.shape[0]
     GATED: gl.constexpr = len(w_desc.block_type.shape) == 4
     BYTES: gl.constexpr = (xs.type.shape[1] + ws.type.shape[1]) * 64 * 2
-    halves = xs._reinterpret(xs.dtype, [STAGES * 2, 64, 64], xs.layout)
     step = 0
     for tile in range(gl.program_id(0), blocks * tiles_n, gl.num_programs(0)):
         block, place = _place(tile, blocks, tiles_n, BAND)
         first_n = place * outputs
         if experts_ptr is not None:
             first_n += gl.load(experts_ptr + 1 + block) * weight_rows
-        upper = _has_upper(pairs_ptr, num_pairs, block)
         for k in range(rounds):
             stage = step % STAGES
             mbarrier.wait(free.index(stage), (step // STAGES - 1) & 1, pred=step >= STAGES)
             bar = ready.index(stage)
-            if pairs_ptr is None:
-                mbarrier.expect(bar, BYTES)
-            else:
-                mbarrier.expect(bar, BYTES, pred=upper)
-                mbarrier.expect(bar, BYTES - 64 * 64 * 2, pred=upper == 0)
-            tma.async_copy_global_to_shared(x_desc, [block * 128, k * 64], bar, halves.index(stage * 2))
-            tma.async_copy_global_to_shared(
-                x_desc, [block * 128 + 64, k * 64], bar, halves.index(stage * 2 + 1), pred=upper
-            )
+            mbarrier.expect(bar, BYTES)
+            tma.async_copy_global_to_shared(x_desc, [block * xs.type.shape[1], k * 64], bar, xs.index(stage))
             if GATED:
                 pairs = ws.index(stage)._reinterpret(w_desc.dtype, w_desc.block_type.shape, w_desc.layout)
                 tma.async_copy_global_to_shared(w_desc, [first_n // 8, 0, 0, k * 64], bar, pairs)
@@ -123,8 +96,7 @@ def _consume(
     group, xs, ws, staged, ready, free, y_desc, parts_ptr, scale_ptr, pairs_ptr, num_pairs, blocks, tiles_n, rounds, N,
     BAND: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: 64 rows of each of the program's tiles, times all its rows of the weight. The second one lets
-    tiles pass of which it has no rows."""
+    """One warpgroup: 64 rows of each of the program's tiles, times all its rows of the weight."""
     STAGES: gl.constexpr = ws.type.shape[0]
     BLOCK_N: gl.constexpr = ws.type.shape[1]
     halves = xs._reinterpret(xs.dtype, [STAGES * 2, 64, 64], xs.layout)
@@ -133,12 +105,8 @@ def _consume(
     )
     step = 0
     for tile in range(gl.program_id(0), blocks * tiles_n, gl.num_programs(0)):
-        block, place = _place(tile, blocks, tiles_n, BAND)
-        mine = rounds
-        if group == 1 and pairs_ptr is not None:
-            mine = gl.where(_has_upper(pairs_ptr, num_pairs, block), rounds, 0)
         acc = warpgroup_mma_init(gl.zeros((64, BLOCK_N), gl.float32, layout))
-        for k in range(mine):
+        for k in range(rounds):
             stage = step % STAGES
             mbarrier.wait(ready.index(stage), (step // STAGES) & 1)
             left = halves.index(stage * 2 + group)
@@ -147,11 +115,8 @@ def _consume(
             mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), pred=k > 0)
             step += 1
         out = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), pred=mine > 0)
-        for _ in range(mine, rounds):
-            mbarrier.wait(ready.index(step % STAGES), (step // STAGES) & 1)
-            mbarrier.arrive(free.index(step % STAGES))
-            step += 1
+        mbarrier.arrive(free.index((step + STAGES - 1) % STAGES))
+        block, place = _place(tile, blocks, tiles_n, BAND)
         first_row = block * 128 + group * 64
         if parts_ptr is None:
             _store_gated(out, staged, y_desc, first_row, place * (BLOCK_N // 2))
@@ -222,8 +187,8 @@ def _large_linear_kernel(
                 tiles_n, rounds, N, BAND,
             )),
             (_produce, (
-                x_desc, w_desc, xs, ws, ready, free, pairs_ptr, num_pairs, experts_ptr, blocks, tiles_n, OUTPUTS,
-                weight_rows, rounds, BAND,
+                x_desc, w_desc, xs, ws, ready, free, experts_ptr, blocks, tiles_n, OUTPUTS, weight_rows, rounds,
+                BAND,
             )),
         ],
         [4, 1],
@@ -266,18 +231,15 @@ def large_experts(
     num_pairs = tokens * k
     pairs, block_experts = aligned_pairs(topk_ids, num_experts, _BLOCK_M)
     ordered = torch.empty(len(pairs), hidden, dtype=x.dtype, device=x.device)
-    block = next_power_of_2(hidden)
-    copied = min(64, max(1, _COPIED // block))
-    _sort_kernel[(len(pairs) // copied,)](
+    _sort_kernel[(len(pairs),)](
         x, ordered, pairs, block_experts, num_pairs, hidden,
-        PAIRS_PER_ROW=k, BLOCK_M=_BLOCK_M, ROWS=copied, BLOCK=block, num_warps=4,
+        PAIRS_PER_ROW=k, BLOCK_M=_BLOCK_M, BLOCK=next_power_of_2(hidden), num_warps=4,
     )  # fmt: skip
     activated = torch.empty(len(pairs), w2.shape[2], dtype=x.dtype, device=x.device)
-    aligned: dict[str, Any] = {"block_experts": block_experts, "pairs": pairs, "num_pairs": num_pairs}
-    _launch(ordered, w1, activated, chip, **aligned)
+    _launch(ordered, w1, activated, chip, block_experts=block_experts)
     del ordered  # its memory serves the parts
     parts = torch.empty(num_pairs, hidden, dtype=x.dtype, device=x.device)
-    _launch(activated, w2, parts, chip, **aligned, scales=topk_weights)
+    _launch(activated, w2, parts, chip, block_experts=block_experts, pairs=pairs, scales=topk_weights)
     return parts
 
 
@@ -295,14 +257,13 @@ def _launch(
     blocks: int | None = None,
     block_experts: torch.Tensor | None = None,
     pairs: torch.Tensor | None = None,
-    num_pairs: int = 0,
     scales: torch.Tensor | None = None,
     band: int = 1,
 ) -> None:
-    """x [rows, K] by weights [experts, N, K], gated where there are no scales; with them y's rows are pairs. pairs: of
-    the rows. blocks: of rows, where no block_experts have their number."""
+    """x [rows, K] by weights [experts, N, K], gated where there are no pairs; with them y's rows are pairs. blocks: of
+    rows, where no block_experts have their number."""
     (rows, k), (num_experts, n, _), outputs = x.shape, weights.shape, y.shape[1]
-    gated = scales is None
+    gated = pairs is None
     if gated:  # groups of 8 rows of the weight, each with its group of gates and, `outputs` rows on, of ups
         shape, strides = ((2 * num_experts - 1) * outputs // 8, 2, 8, k), (8 * k, outputs * k, k, 1)
         weight = describe(weights, shape, strides, (_BLOCK_N // 16, 2, 8, _BLOCK_K), _NESTED)
@@ -312,8 +273,8 @@ def _launch(
         out = None
     tiles_n = cdiv(outputs, _BLOCK_N // 2 if gated else _BLOCK_N)
     _large_linear_kernel[(min(chip.num_sms, tiles_n * cdiv(rows, _BLOCK_M)),)](
-        describe(x, (rows, k), (x.stride(0), 1), (_BLOCK_M // 2, _BLOCK_K), _FLAT), weight, out,
-        None if gated else y, scales, pairs, block_experts, num_pairs, blocks or 0, tiles_n, n,
+        describe(x, (rows, k), (x.stride(0), 1), (_BLOCK_M, _BLOCK_K), _FLAT), weight, out,
+        None if gated else y, scales, pairs, block_experts, 0 if gated else len(y), blocks or 0, tiles_n, n,
         cdiv(k, _BLOCK_K), outputs,
         BAND=band, STAGES=_STAGES, BLOCK_N=_BLOCK_N, REGISTERS=_REGISTERS, PRODUCER_REGISTERS=_PRODUCER_REGISTERS,
         num_warps=4,

@@ -28,10 +28,6 @@ from miniserve.kernels.triton.small_linear import (
     swiglu,
 )
 
-# Up to so many pairs each expert's program looks through all of them. More are counted in parts first.
-_FEW_PAIRS = 8192
-_PART, _MOST_PARTS, _ROUND = 512, 64, 128
-
 
 @dataclass(frozen=True, slots=True)
 class MoETile:
@@ -70,6 +66,9 @@ def _align_kernel(
     if expert == E:
         tl.store(experts_ptr, first_block)
         return
+    num_blocks = tl.sum(tl.where(numbers == expert, blocks, 0), axis=0)
+    for block in range(num_blocks):
+        tl.store(experts_ptr + 1 + first_block + block, expert)
     rank = tl.zeros((), tl.int32)
     for first in range(0, num_pairs, BLOCK_P):
         pairs = first + tl.arange(0, BLOCK_P)
@@ -78,74 +77,9 @@ def _align_kernel(
         place = first_block * BLOCK_M + rank + tl.cumsum(mine, axis=0) - 1
         tl.store(pairs_ptr + place, pairs, mask=mine == 1)
         rank += tl.sum(mine, axis=0)
-    _fill(pairs_ptr, experts_ptr, num_pairs, expert, first_block, rank, BLOCK_M)
-
-
-@triton.jit
-def _fill(pairs_ptr, experts_ptr, num_pairs, expert, first_block, count, BLOCK_M: tl.constexpr):
-    """Name the expert of its blocks, and mark the places behind its `count` pairs."""
-    num_blocks = tl.cdiv(count, BLOCK_M)
-    for block in range(num_blocks):
-        tl.store(experts_ptr + 1 + first_block + block, expert)
-    rest = count + tl.arange(0, BLOCK_M)
-    tl.store(pairs_ptr + first_block * BLOCK_M + rest, num_pairs + rest * 0, mask=rest < num_blocks * BLOCK_M)
-
-
-@quick
-@triton.jit(do_not_specialize=["num_pairs"])
-def _count_kernel(
-    ids_ptr, counts_ptr, num_pairs,
-    E: tl.constexpr, FIRST: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One program: how many of BLOCK_P pairs each expert has."""
-    start(PDL)
-    wait(PDL)
-    part = tl.program_id(0)
-    pairs = part * BLOCK_P + tl.arange(0, BLOCK_P)
-    ids = tl.load(ids_ptr + pairs, mask=pairs < num_pairs, other=-1).to(tl.int32) - FIRST
-    counts = tl.histogram(tl.where((ids >= 0) & (ids < E), ids, BLOCK_E - 1), BLOCK_E)
-    tl.store(counts_ptr + part * BLOCK_E + tl.arange(0, BLOCK_E), counts)
-
-
-@quick
-@triton.jit(do_not_specialize=["num_pairs", "num_parts"])
-def _place_kernel(
-    ids_ptr, counts_ptr, pairs_ptr, experts_ptr, num_pairs, num_parts,
-    E: tl.constexpr, FIRST: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr,
-    PARTS: tl.constexpr, ROUND: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """As `_align_kernel`, of the `_count_kernel`'s counts: a program for each of its parts, then one for each expert
-    and one that counts the blocks in use. ROUND: pairs that are compared with one another at a time."""
-    start(PDL)
-    wait(PDL)
-    part = tl.program_id(0)
-    numbers = tl.arange(0, BLOCK_E)
-    rows = tl.arange(0, PARTS)[:, None]
-    known = (rows < num_parts) & (numbers < E)[None, :]
-    counts = tl.load(counts_ptr + rows * BLOCK_E + numbers[None, :], mask=known, other=0)
-    total = tl.sum(counts, axis=0)
-    blocks = (total + BLOCK_M - 1) // BLOCK_M
-    first_blocks = tl.cumsum(blocks, axis=0) - blocks
-    if part >= num_parts:
-        expert = part - num_parts
-        if expert == E:
-            tl.store(experts_ptr, tl.sum(blocks, axis=0))
-        else:
-            first_block = tl.sum(tl.where(numbers == expert, first_blocks, 0), axis=0)
-            count = tl.sum(tl.where(numbers == expert, total, 0), axis=0)
-            _fill(pairs_ptr, experts_ptr, num_pairs, expert, first_block, count, BLOCK_M)
-        return
-    places = first_blocks * BLOCK_M + tl.sum(tl.where(rows < part, counts, 0), axis=0)  # of each expert's next pair
-    order = tl.arange(0, ROUND)
-    earlier = order[None, :] < order[:, None]
-    for first in range(0, BLOCK_P, ROUND):
-        pairs = part * BLOCK_P + first + order
-        ids = tl.load(ids_ptr + pairs, mask=pairs < num_pairs, other=-1).to(tl.int32) - FIRST
-        mine = (ids >= 0) & (ids < E)
-        ids = tl.where(mine, ids, BLOCK_E - 1)
-        rank = tl.sum(((ids[None, :] == ids[:, None]) & earlier).to(tl.int32), axis=1)
-        tl.store(pairs_ptr + tl.gather(places, ids, 0) + rank, pairs, mask=mine)
-        places += tl.histogram(ids, BLOCK_E)
+    rest = tl.arange(0, BLOCK_M)
+    place = first_block * BLOCK_M + rank + rest
+    tl.store(pairs_ptr + place, num_pairs + rest * 0, mask=rank + rest < num_blocks * BLOCK_M)
 
 
 @quick
@@ -316,20 +250,12 @@ def aligned_pairs(
     num_blocks = min(num_pairs, num_experts + num_pairs // block_m)
     pairs = torch.empty(num_blocks * block_m, dtype=torch.int32, device=device)
     block_experts = torch.empty(num_blocks + 1, dtype=torch.int32, device=device)
-    sizes = {"E": num_experts, "FIRST": first, "BLOCK_E": next_power_of_2(num_experts + 1), **launch_options(device)}
-    if num_pairs <= _FEW_PAIRS:
-        _align_kernel[(num_experts + 1,)](
-            topk_ids, pairs, block_experts, num_pairs,
-            BLOCK_P=min(1024, next_power_of_2(num_pairs)), BLOCK_M=block_m, num_warps=4, **sizes,
-        )  # fmt: skip
-        return pairs, block_experts
-    part = max(_PART, next_power_of_2(cdiv(num_pairs, _MOST_PARTS)))
-    parts = cdiv(num_pairs, part)
-    counts = torch.empty(parts * sizes["BLOCK_E"], dtype=torch.int32, device=device)
-    _count_kernel[(parts,)](topk_ids, counts, num_pairs, BLOCK_P=part, num_warps=4, **sizes)
-    _place_kernel[(parts + num_experts + 1,)](
-        topk_ids, counts, pairs, block_experts, num_pairs, parts,
-        BLOCK_P=part, BLOCK_M=block_m, PARTS=next_power_of_2(parts), ROUND=_ROUND, num_warps=8, **sizes,
+    many = num_pairs > 8192  # in fewer rounds of more threads
+    _align_kernel[(num_experts + 1,)](
+        topk_ids, pairs, block_experts, num_pairs,
+        E=num_experts, FIRST=first, BLOCK_E=next_power_of_2(num_experts + 1),
+        BLOCK_P=8192 if many else min(1024, next_power_of_2(num_pairs)), BLOCK_M=block_m,
+        num_warps=16 if many else 4, **launch_options(device),
     )  # fmt: skip
     return pairs, block_experts
 
