@@ -120,7 +120,8 @@ def _route(chip: Chip, num_experts: int, top_k: int, groups: int, top_groups: in
     choice |= {"sigmoid": sigmoid, "normalize": True, "scaling": 2.5}
     routing.route(tensor(1, 64, num_experts, dtype=torch.float32), bias, **choice)
     weight = tensor(num_experts, 2048, dtype=torch.float32)
-    routing.route(routing.logit_parts(tensor(64, 2048), weight), bias, **choice)
+    for tokens in (64, 4096):
+        routing.route(routing.logit_parts(tensor(tokens, 2048), weight), bias, **choice)
     if chip.splits:
         choice["workspace"] = small_linear.Workspace(META)
         for hidden in (2048, 7168):

@@ -22,6 +22,7 @@ from miniserve.models.layers.contracts import (
     EXPERTS,
     LIBRARY_FP8,
     LINEAR,
+    TRITON_ROUTER,
     Product,
     ProductContract,
     Route,
@@ -98,6 +99,11 @@ class BuildOptions:
         if self.triton is not None:
             return TritonOps(self.triton)
         return Ops() if self.native is None else NativeOps(self.native)
+
+    @property
+    def router_ops(self) -> Ops:
+        """PyTorch's where the kernels were found to choose wrong experts."""
+        return Ops() if TRITON_ROUTER in self.failed else self.ops
 
     def method(self, in_features: int, out_features: int) -> LinearMethod:
         """The fastest there is for a plain weight [out_features, in_features]."""

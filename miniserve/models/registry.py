@@ -8,6 +8,7 @@ from miniserve.attention.platform import Platform
 from miniserve.core import UserError
 from miniserve.models.decoder import CausalLM
 from miniserve.models.description import ModelConfig
+from miniserve.models.layers.contracts import TRITON_ROUTER
 from miniserve.models.layers.experts import Experts
 from miniserve.models.layers.linear import Linear, can_pack
 from miniserve.models.options import BuildOptions
@@ -103,7 +104,9 @@ def describe_products(model: CausalLM) -> list[str]:
         if isinstance(layer, Linear | Experts) and layer.method.route is not None:
             sentence = layer.method.route.sentence(layer.method.name)
             layers.setdefault(sentence, {})[name.rpartition(".")[2]] = None
-    return [f"{', '.join(names)} by {sentence}" for sentence, names in layers.items()]
+    found = [f"{', '.join(names)} by {sentence}" for sentence, names in layers.items()]
+    failed = model.options.failed.get(TRITON_ROUTER)
+    return found if failed is None else [*found, f"choice of experts by PyTorch; not by {TRITON_ROUTER}: {failed}"]
 
 
 def _too_long(config: ModelConfig, length: int) -> str:

@@ -1,5 +1,6 @@
 """Before kernels of `models/layers/contracts.py` are used they run at the model's own shapes, beside float32: aiter's,
-whose choice may be wrong or none where these have no tuned kernel, and all that read weights in 8 bits."""
+whose choice may be wrong or none where these have no tuned kernel, all that read weights in 8 bits, and those that
+choose experts."""
 
 from __future__ import annotations
 
@@ -11,17 +12,21 @@ from torch.nn import functional
 
 from miniserve.core import summary
 from miniserve.models.decoder import CausalLM
-from miniserve.models.layers.contracts import ProductContract
+from miniserve.models.layers.contracts import TRITON_ROUTER, ProductContract
 from miniserve.models.layers.experts import Experts, GroupedMoE
 from miniserve.models.layers.linear import PLAIN, Linear, LinearMethod, Packing
-from miniserve.models.layers.ops import PendingSum
+from miniserve.models.layers.norm import Normed, Residual, RMSNorm
+from miniserve.models.layers.ops import Ops, PendingSum
+from miniserve.models.layers.routing import Router, route
 from miniserve.models.layers.weights import ScaledWeights
+from miniserve.parallel.group import Alone
 from miniserve.parallel.settle import all_values
 from miniserve.runner.self_check import TOLERANCE, distance
 
 _FLOAT32 = Packing("float32", lambda weight: weight, lambda x, weight, _: functional.linear(x, weight.float()))
 # Of steps: kernels for few tokens and for many differ.
 _TOKENS = (1, 16, 128, 1024)
+_NEAR_TIES = 1 / 256  # most tokens that may get other experts than float64 chooses, as two are about equally good
 
 
 def product_failure(model: CausalLM, most_tokens: int) -> tuple[str, str] | None:
@@ -36,6 +41,11 @@ def product_failure(model: CausalLM, most_tokens: int) -> tuple[str, str] | None
 
 def _own_failure(model: CausalLM, most_tokens: int) -> tuple[str, str] | None:
     tried = set()
+    router = next((layer for layer in model.modules() if isinstance(layer, Router)), None)
+    if router is not None and type(router.ops).choose_experts is not Ops.choose_experts:
+        sentence = _wrong_choice(model, router, most_tokens)
+        if sentence is not None:
+            return TRITON_ROUTER, sentence
     for name, layer in model.named_modules():
         if not isinstance(layer, Linear | Experts):
             continue
@@ -57,6 +67,34 @@ def _own_failure(model: CausalLM, most_tokens: int) -> tuple[str, str] | None:
                     return kernel.name, f"for {count} tokens it is {error:.2%} off ({tolerance:.0%} allowed)"
         except Exception as error:  # what a kernel raises is a failure, whatever it is
             return kernel.name, summary(error)
+    return None
+
+
+def _wrong_choice(model: CausalLM, router: Router, most_tokens: int) -> str | None:
+    """What is wrong with the kernels of routers like this one, a sentence."""
+    device, dtype, (num_experts, size) = model.options.device, model.options.dtype, router.weight.shape
+    tried, norm = Router(size, router.moe, router.ops), RMSNorm(size, 1e-6, dtype, router.ops, Alone())
+    for layer in (tried, norm):
+        layer.allocate(device)
+        layer.fill_dummy("gate", 0)
+    generator = torch.Generator(device=device).manual_seed(0)
+    try:
+        for count in sorted({min(count, most_tokens) for count in _TOKENS}):
+            part, stream = torch.randn(2, count, size, device=device, generator=generator).to(dtype)
+            x = Normed(norm, Residual(stream, part))
+            weights, ids = tried.ops.choose_experts(tried, x)
+            logits = x.read().double() @ tried.weight.double().T
+            best, best_ids = route(logits, tried.moe, tried.e_score_correction_bias)
+            known = ids.long().clamp(-1, num_experts) % (num_experts + 1)  # the last stands for those there are not
+            got, want = (
+                torch.zeros(count, num_experts + 1, dtype=best.dtype, device=device).scatter(1, which, each)
+                for each, which in ((weights.to(best.dtype), known), (best, best_ids))
+            )
+            wrong = int((~((got - want).abs().amax(1) <= TOLERANCE[torch.float32] * want.amax(1))).sum())  # NaN too
+            if wrong > _NEAR_TIES * count:
+                return f"for {count} tokens it chooses wrongly for {wrong}"
+    except Exception as error:  # what a kernel raises is a failure, whatever it is
+        return summary(error)
     return None
 
 

@@ -41,6 +41,7 @@ class ChunkGraphs:
         self._served, self._max_seq_len = served, max_seq_len
         self._rows = sorted({min(rows, max_num_seqs) for rows in _ROWS})
         self._most_chunks = most = served.backend.chunks_in_graphs
+        self._with_contexts = served.backend.contexts_in_graphs
         self._device = served.model.options.device
         tokens, width = self._rows[-1] + _TOKENS[-1], table_width(max_seq_len, block_size)
 
@@ -83,6 +84,8 @@ class ChunkGraphs:
         tokens = next((tokens for tokens in _TOKENS if sum(lens) <= tokens), None)
         graph = None if rows is None or tokens is None else self._graphs.get((rows, tokens))
         if rows is None or graph is None or not 0 < len(lens) <= self._most_chunks:
+            return None
+        if batch.extend is not None and not self._with_contexts:
             return None
         self._fill_tokens(inputs, num_rows, rows)
         self._fill_decode(batch.decode, num_rows)
@@ -130,10 +133,11 @@ class ChunkGraphs:
         tables, row_lens = self._decode_tables[:rows], self._decode_lens[:rows]
         decode = decode_rows(tables, row_lens, self._max_seq_len, cu_query_lens=starts)
         none = (0,) * (self._most_chunks - 1)  # upper bounds for the host: one chunk may have all tokens and keys
-        lens, contexts = (tokens, *none), (self._max_seq_len - tokens, *none)
+        lens, contexts = (tokens, *none), (self._max_seq_len - tokens if self._with_contexts else 0, *none)
         chunks = chunk_rows(rows, lens, contexts, self._chunk_starts, self._chunk_lens, self._chunk_tables)
         end = rows + tokens
-        batch = StepBatch(self._slots[:end], decode, chunks)
+        groups = (chunks, None) if self._with_contexts else (None, chunks)
+        batch = StepBatch(self._slots[:end], decode, *groups)
         return self._served.hidden(self._input_ids[:end], self._positions[:end], batch)
 
 

@@ -190,8 +190,10 @@ def test_no_request_waits_for_a_kernel_to_be_compiled(shape: str, layout: str, t
     assert not compiled
 
 
-@pytest.mark.parametrize("layout", ["linear", "shuffled"])
-@pytest.mark.parametrize("shape", ["dense", "experts"])
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [("dense", "linear"), ("dense", "shuffled"), ("experts", "linear"), ("experts", "shuffled"), ("latent", "auto")],
+)
 def test_short_prompts_in_graphs_give_the_tokens_of_steps_without(
     shape: str, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,7 +215,7 @@ def test_short_prompts_in_graphs_give_the_tokens_of_steps_without(
     for enforce_eager in (False, True):
         config = EngineConfig(
             device="cuda",
-            dtype="float32",
+            dtype="bfloat16" if shape == "latent" else "float32",
             load_format="dummy",
             kv_layout=layout,
             max_num_seqs=64,
@@ -223,7 +225,11 @@ def test_short_prompts_in_graphs_give_the_tokens_of_steps_without(
         )
         engine, _ = build_engine(config, tmp_path, shape)
         found.append([tokens(output) for output in generate(engine, requests, [i // 3 for i in range(60)])])
-    assert found[0] == found[1]
+    if shape == "latent":
+        # In 16 bits, which the kernel for chunks takes alone, padding changes tiles and so near-ties.
+        assert sum(one[0] == other[0] for one, other in zip(*found, strict=True)) > len(requests) // 2
+    else:
+        assert found[0] == found[1]
     assert any(in_graph and chunks > 2 for in_graph, chunks in ran)
 
 

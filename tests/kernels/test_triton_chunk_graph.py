@@ -18,7 +18,9 @@ from triton_support import DEVICE, NATIVE, on_gpu
 import miniserve
 from miniserve.attention.backends.base import Backend, BackendOptions
 from miniserve.attention.backends.torch_attn import TorchBackend
+from miniserve.attention.backends.torch_mla import TorchLatentBackend
 from miniserve.attention.backends.triton_attn import TritonBackend
+from miniserve.attention.backends.triton_mla import TritonLatentBackend
 from miniserve.attention.layouts import LAYOUTS
 from miniserve.attention.platform import NAMED_PLATFORMS, detect_platform
 from miniserve.config import SchedulerConfig
@@ -39,20 +41,29 @@ from miniserve.runner.served import ServedModel
 from miniserve.runner.state import StepInputs, StepState
 from miniserve.scheduler.scheduler import Scheduler
 
-MODEL = Path(miniserve.__file__).parent / "assets" / "tiny-qwen3"
+ASSETS = Path(miniserve.__file__).parent / "assets"
 ROWS, LONGEST, BLOCK = 3, 64, 16
 PROMPTS = (5, 4, 30, 20)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first two layers of the built-in model: Triton's interpreter takes its time."""
+    return two_layers("tiny-qwen3", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def latent_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return two_layers("tiny-deepseek", tmp_path_factory)
+
+
+def two_layers(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first ones of a built-in model: Triton's interpreter takes its time."""
     folder = tmp_path_factory.mktemp("model")
-    raw = json.loads((MODEL / "config.json").read_text())
+    raw = json.loads((ASSETS / model / "config.json").read_text())
     dropped = tuple(f"model.layers.{number}." for number in range(2, raw["num_hidden_layers"]))
-    raw |= {"num_hidden_layers": 2, "layer_types": raw["layer_types"][:2]}
+    raw |= {"num_hidden_layers": 2, "layer_types": raw.get("layer_types", [])[:2] or None}
     (folder / "config.json").write_text(json.dumps(raw))
-    weights = load_file(MODEL / "model.safetensors")
+    weights = load_file(ASSETS / model / "model.safetensors")
     kept = {name: weight for name, weight in weights.items() if not name.startswith(dropped)}
     save_file(kept, folder / "model.safetensors")
     return folder
@@ -76,9 +87,12 @@ def serve(model: CausalLM, layout_name: str, make_graphs: Callable[..., ChunkGra
         max_rows=ROWS,
         max_seq_len=LONGEST,
     )
-    backend: Backend[Any] = TorchBackend(layout)
+    kinds: tuple[type[Backend[Any]], type[Backend[Any]]] = (TorchBackend, TritonBackend)
+    if layout_name == "latent":
+        kinds = TorchLatentBackend, TritonLatentBackend
+    backend = kinds[0](layout)
     if make_graphs is not None:
-        backend = TritonBackend(layout, options)
+        backend = kinds[1](layout, options)
         backend.chunks_in_graphs = 2
     caches = [layout.allocate(spec, 32, DEVICE) for spec in model.attention_specs]
     served, graphs = ServedModel(model, backend, caches), None
@@ -112,10 +126,12 @@ class Counted(ChunkGraphs):
     def __init__(self, *args: Any, **sizes: Any) -> None:
         super().__init__(*args, **sizes)
         self.steps: list[bool] = []  # whether a graph held it
+        self.contexts: list[bool] = []  # whether chunks had cached tokens
 
     def run(self, inputs: StepInputs) -> torch.Tensor | None:
         hidden = super().run(inputs)
         self.steps.append(hidden is not None)
+        self.contexts.append(inputs.batch.extend is not None)
         return hidden
 
 
@@ -147,6 +163,17 @@ def test_tokens_are_those_of_steps_without_graphs(layout: str, folder: Path) -> 
     assert len(expected) == len(PROMPTS)
     (graphs,) = made
     assert graphs.steps.count(True) >= 2 and graphs.steps.count(False) >= 1  # the first step has too many chunks
+
+
+@pytest.mark.usefixtures("few_graphs")
+@pytest.mark.skipif(NATIVE, reason="PyTorch's operations, which take chunks in float32, cannot be captured")
+def test_chunks_of_latent_attention_are_in_graphs_where_nothing_of_them_is_cached(latent_folder: Path) -> None:
+    model, made = load(latent_folder, Alone()), list[Counted]()
+    expected = serve(model, "latent", None)
+    assert serve(model, "latent", counted(made)) == expected
+    (graphs,) = made
+    assert graphs.steps.count(True) >= 1 and graphs.contexts.count(True) >= 1
+    assert not any(in_graph and cached for in_graph, cached in zip(graphs.steps, graphs.contexts, strict=True))
 
 
 @pytest.mark.usefixtures("few_graphs")

@@ -160,6 +160,26 @@ def test_routed_experts(tokens: int, k: int, swap: bool, monkeypatch: pytest.Mon
         assert relative_error(start + pending.total(start), total) < tolerance
 
 
+@pytest.mark.parametrize("first", [0, 3])
+@pytest.mark.parametrize(("tokens", "k"), [(30, 3), (97, 1), pytest.param(9000, 8, marks=pytest.mark.gpu)])
+def test_pairs_in_the_order_of_their_experts(tokens: int, k: int, first: int) -> None:
+    """Some experts have none, one has many."""
+    num_experts, block_m, num_pairs = 12, 16, tokens * k
+    ids = torch.randint(0, num_experts - 2, (tokens, k), generator=torch.Generator().manual_seed(tokens)).int()
+    ids[: tokens // 2, 0] = 5
+    held = num_experts - first
+    pairs, blocks = moe.aligned_pairs(ids.to(DEVICE), held, block_m, first)
+    in_use = int(blocks[0])
+    found = pairs[: in_use * block_m].view(in_use, block_m).tolist()
+    experts = blocks[1 : 1 + in_use].tolist()
+    want: list[tuple[int, list[int]]] = []
+    for expert in range(held):
+        mine = (ids.flatten() == expert + first).nonzero()[:, 0].tolist()
+        mine += [num_pairs] * (-len(mine) % block_m)
+        want += [(expert, mine[at : at + block_m]) for at in range(0, len(mine), block_m)]
+    assert list(zip(experts, found, strict=True)) == want
+
+
 def test_tiles_of_experts() -> None:
     """Rows of both products share blocks; a narrow middle is a whole number of tiles."""
     for pairs in (8, 64, 512, 2048, 32768):

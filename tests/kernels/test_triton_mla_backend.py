@@ -12,7 +12,7 @@ from triton_support import DEVICE, DTYPES, HALVES, NATIVE
 
 from miniserve.attention.backends.base import BackendOptions
 from miniserve.attention.backends.triton_mla import TritonLatentBackend
-from miniserve.attention.metadata import StepBatch, decode_rows
+from miniserve.attention.metadata import StepBatch, chunk_rows, decode_rows
 from miniserve.attention.platform import NAMED_PLATFORMS, detect_platform
 from miniserve.attention.spec import AttentionSpec, LatentDims
 
@@ -130,3 +130,67 @@ def test_a_captured_decode_reads_what_lies_in_its_tensors_when_it_is_replayed() 
         fill(of)
         graph.replay()
         assert torch.allclose(out.double(), of.want, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not NATIVE, reason="needs a GPU to capture a graph on")
+@pytest.mark.parametrize("dtype", HALVES)
+def test_captured_chunks_are_those_that_lie_in_the_tensors_when_it_is_replayed(dtype: torch.dtype) -> None:
+    """Where Hopper's kernel takes them: without anything cached, as many of them and as long as the graph has room."""
+    spec = replace(DEEPSEEK, dtype=dtype, kv_dtype=dtype)
+    rows, tokens, most, width = 4, 256, 4, 16
+    steps = [
+        made(spec, [(40, 1), (2, 1), (0, 17), (0, 100), (0, 1)], 2),
+        made(spec, [(9, 1), (15, 1), (70, 1), (0, 256)], 3),
+        made(spec, [(0, 128), (0, 64), (0, 3), (0, 33)], 0),
+    ]
+    made_for = backend(steps[0])
+    if not made_for.chunks_in_graphs:
+        pytest.skip("these chunks need Hopper's matrix units")
+    inputs = tuple(each.new_zeros(rows + tokens, *each.shape[1:]) for each in steps[0].inputs)
+    tables, lens = (torch.zeros(rows + most, *size, dtype=torch.int32, device=DEVICE) for size in ((width,), ()))
+    starts, slots = torch.zeros(most + 1, dtype=torch.int32, device=DEVICE), torch.zeros(rows + tokens, device=DEVICE)
+    slots, cache = slots.long(), steps[0].layout.allocate(spec, 256, DEVICE)
+    cu_decode = torch.arange(rows + 1, dtype=torch.int32, device=DEVICE)
+
+    def fill(of: LatentStep) -> torch.Tensor:
+        """Returns where the step's tokens lie."""
+        decode, prefill = of.batch.decode, of.batch.prefill
+        assert prefill is not None and of.batch.extend is None
+        count, chunks = 0 if decode is None else decode.end, len(prefill.query_lens)
+        at = torch.cat([torch.arange(count), rows + torch.arange(prefill.end - count)]).to(DEVICE)
+        for fixed, given in zip(inputs, of.inputs, strict=True):
+            fixed.fill_(torch.nan)
+            fixed[at] = given
+        slots.fill_(-1)
+        slots[at] = of.batch.slot_mapping
+        lens.zero_()
+        for group, first in ((decode, 0), (prefill, rows)):
+            if group is not None:
+                end = first + len(group.seq_lens)
+                lens[first:end] = group.seq_lens
+                tables[first:end, : group.block_tables.shape[1]] = group.block_tables
+        starts.fill_(prefill.end - count)
+        starts[: chunks + 1] = prefill.cu_query_lens
+        cache.key[: of.cache.key.shape[0]].copy_(of.cache.key)
+        return at
+
+    def run(of: LatentStep) -> torch.Tensor:
+        decode = decode_rows(tables[:rows], lens[:rows], 128, cu_query_lens=cu_decode)
+        none = (0,) * (most - 1)
+        prefill = chunk_rows(rows, (tokens, *none), (0, *none), starts, lens[rows:], tables[rows:])
+        batch = StepBatch(slots, decode, None, prefill)
+        return made_for.attend_latent(of.layer, inputs, cache, made_for.build(batch))
+
+    fill(steps[0])
+    run(steps[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(steps[0])
+    for of in (*steps[1:], steps[0]):
+        at = fill(of)
+        # The layer's weights are captured: the same in all steps, as their seed is.
+        graph.replay()
+        errors = (out[at].double() - of.want).norm(dim=1) / of.want.norm(dim=1)
+        assert float(errors.max()) < 3 * TOLERANCE[dtype]

@@ -30,9 +30,12 @@ from miniserve.core import Chunk, SamplingParams, StepPlan, UserError
 from miniserve.llm import LLM
 from miniserve.models.config import load_model_config
 from miniserve.models.decoder import CausalLM
-from miniserve.models.layers.contracts import AITER_BLOCKSCALE
+from miniserve.models.layers.contracts import AITER_BLOCKSCALE, TRITON_ROUTER
+from miniserve.models.layers.norm import Normed
+from miniserve.models.layers.ops import Ops
+from miniserve.models.layers.routing import Chosen, Router
 from miniserve.models.options import BuildOptions
-from miniserve.models.registry import build_model
+from miniserve.models.registry import build_model, describe_products
 from miniserve.runner import self_check
 from miniserve.runner.check_problem import STALE_NAN, Problem
 from miniserve.runner.check_products import product_failure
@@ -453,6 +456,47 @@ def test_kernels_of_8_bits_are_tried_too(arch: str, tmp_path: Path) -> None:
                 assert found is None
             else:
                 assert found is not None and found[0] == AITER_BLOCKSCALE and found[1].startswith(failure)
+
+
+class _Choosing(Ops):
+    """Routes as PyTorch does, but where it is told to be wrong."""
+
+    def __init__(self, spoil: Callable[[Chosen], Chosen]) -> None:
+        self._spoil = spoil
+
+    def choose_experts(self, router: Router, x: Normed) -> Chosen:
+        weights, ids = super().choose_experts(router, x)
+        return self._spoil((weights, ids)) if len(ids) > 16 else (weights, ids)
+
+
+def test_a_wrong_choice_of_experts_is_found() -> None:
+    def last(chosen: Chosen, expert: int) -> Chosen:
+        weights, ids = (each.clone() for each in chosen)
+        ids[-1, 0] = expert
+        return weights, ids
+
+    cases: list[tuple[Callable[[Chosen], Chosen], str | None]] = [
+        (lambda chosen: chosen, None),
+        (lambda chosen: last(chosen, int(chosen[1][-1, 1])), "for 40 tokens it chooses wrongly for 1"),
+        (lambda chosen: last(chosen, 1 << 20), "for 40 tokens it chooses wrongly for 1"),
+        (lambda chosen: (chosen[0] * 1.01, chosen[1]), "for 40 tokens it chooses wrongly for 40"),
+        (lambda chosen: (chosen[0] * torch.nan, chosen[1]), "for 40 tokens it chooses wrongly for 40"),
+        (lambda chosen: chosen[3], "IndexError"),
+    ]
+    config = load_model_config(Path(DEEPSEEK))
+    options = BuildOptions(torch.float32, torch.float32, torch.device("cpu"))
+    built = build_model(config, options)
+    router = next(layer for layer in built.modules() if isinstance(layer, Router))
+    for spoil, failure in cases:
+        router.ops = _Choosing(spoil)
+        found = product_failure(built, 40)
+        if failure is None:
+            assert found is None
+        else:
+            assert found is not None and found[0] == TRITON_ROUTER and found[1].startswith(failure)
+    failed = build_model(config, dataclasses.replace(options, failed={TRITON_ROUTER: "wrong"}))
+    assert describe_products(failed)[-1] == f"choice of experts by PyTorch; not by {TRITON_ROUTER}: wrong"
+    assert all(type(layer.ops) is Ops for layer in failed.modules() if isinstance(layer, Router))
 
 
 def test_the_engine_says_why_aiters_experts_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

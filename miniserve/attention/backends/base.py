@@ -43,12 +43,13 @@ class Backend(ABC, Generic[Metadata]):
 
     `graphs`: its decode step can be captured in a device graph, or as a CPU's native calls, and replayed with other
     lengths and block tables.
-    `chunks_in_graphs`: so can one with up to so many chunks.
+    `chunks_in_graphs`: so can one with up to so many chunks; `contexts_in_graphs`: also of tokens that are cached.
     `fuses_rope`: it implements `attend_qkv`.
     """
 
     graphs: bool = False
     chunks_in_graphs: int = 0
+    contexts_in_graphs: bool = True
     fuses_rope: bool = False
 
     def __init__(self, layout: KVLayout, options: BackendOptions | None = None) -> None:

@@ -50,6 +50,8 @@ class TorchLatentBackend(LatentBackend[QueryRows]):
         starts, key_starts = lens.cu_query_lens.tolist(), lens.cu_key_lens.tolist()
         for row in range(len(starts) - 1):
             span, keys = slice(*starts[row : row + 2]), slice(*key_starts[row : row + 2])
+            if span.start == span.stop:  # a padding row
+                continue
             out[span], lse[:, span] = dense_attention(q[span], keys_of[keys], v[keys], layer.spec.scale, causal=causal)
         return out, lse
 

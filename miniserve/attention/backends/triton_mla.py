@@ -11,6 +11,7 @@ from miniserve.attention.backends.base import BackendOptions
 from miniserve.attention.backends.gathered import RaggedLens
 from miniserve.attention.backends.latent_base import whole
 from miniserve.attention.backends.torch_mla import TorchLatentBackend
+from miniserve.attention.backends.triton_attn import CHUNKS_IN_GRAPHS
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import QueryRows
 from miniserve.attention.platform import Platform
@@ -37,6 +38,7 @@ class TritonLatentBackend(TorchLatentBackend):
     """Where flash attention cannot serve a chunk (float32, AMD), PyTorch's plain operations do, as in TORCH_MLA."""
 
     graphs = True
+    contexts_in_graphs = False  # how much there is to gather of them the host must know
 
     def __init__(self, layout: KVLayout, options: BackendOptions) -> None:
         from miniserve.kernels.triton.cache_write import write_latent
@@ -47,11 +49,19 @@ class TritonLatentBackend(TorchLatentBackend):
         super().__init__(layout, options)
         self._decode_kernel, self._write_kernel = mla_decode, write_latent
         self._hopper = gluon_kernels("hopper_extend", options.device, "prefill attention runs slower")
+        # PyTorch's operations read the chunks' lengths on the host, its flash attention was not seen in a graph.
+        if self._hopper is not None and all(map(self._attends_dense, options.specs)):
+            self.chunks_in_graphs = CHUNKS_IN_GRAPHS
         self._max_seq_len, self._platform = options.max_seq_len, options.platform
         self._scratch = {
             spec: DecodeScratch.allocate(_launches(spec, options), spec.num_heads, spec.latent_rank, options.device)
             for spec in dict.fromkeys(options.specs)
         }
+
+    def _attends_dense(self, spec: AttentionSpec) -> bool:
+        dims = spec.latent
+        sizes = dims and (dims.nope_dim, dims.rope_dim, dims.v_head_dim)
+        return bool(spec.dtype.itemsize == 2 and self._hopper and sizes == self._hopper.DENSE_DIMS)
 
     @classmethod
     def scratch_bytes(cls, layout: str, options: BackendOptions) -> int:

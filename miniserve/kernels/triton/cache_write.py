@@ -13,6 +13,7 @@ import triton.language as tl
 from miniserve.kernels.triton.common import plane_strides
 from miniserve.kernels.triton.launch import cdiv, next_power_of_2
 from miniserve.kernels.triton.pdl import launch_options, start, wait
+from miniserve.kernels.triton.quick_launch import quick
 
 _TILE = 2048  # elements of K that one program handles
 
@@ -151,6 +152,7 @@ def _store_token(
     tl.store(value_at, _encoded(v, v_scale, value_cache.dtype.element_ty, LIMIT), mask=mask)
 
 
+@quick
 @triton.jit
 def _write_kernel(
     k, v, key_cache, value_cache, slots, k_scale, v_scale, k_row, k_in_head, v_row, v_in_head,
@@ -193,6 +195,7 @@ def _norm_rope(
     return (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
 
 
+@quick
 @triton.jit
 def _rope_write_kernel(
     qkv, cos_sin, q_weight, k_weight, key_cache, value_cache, slots, k_scale, v_scale, q_out, k_out,
@@ -261,6 +264,7 @@ def _rope_write_kernel(
         )  # fmt: skip
 
 
+@quick
 @triton.jit
 def _write_latent_kernel(
     kv_c, k_pe, kv_cache, slots, kv_scale, c_row, pe_row, block_stride, token_stride,

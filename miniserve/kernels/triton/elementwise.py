@@ -9,7 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
+from miniserve.kernels.triton.launch import cdiv, next_power_of_2
 from miniserve.kernels.triton.pdl import launch_options, start, wait
+from miniserve.kernels.triton.quick_launch import quick
 
 
 @triton.jit
@@ -20,6 +22,7 @@ def rms_normed(x, weight, size, eps):
     return weight * wide.to(x.dtype)
 
 
+@quick
 @triton.jit
 def _rms_norm_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, size, x_row, eps,
@@ -52,7 +55,7 @@ def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, 
 def _norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, *, add: bool) -> torch.Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     size = x.shape[-1]
-    block = triton.next_power_of_2(size)
+    block = next_power_of_2(size)
     _rms_norm_kernel[(x.numel() // size,)](
         x, residual, weight, out, size, x.stride(0), eps,
         ADD=add, BLOCK=block, num_warps=min(16, max(1, block // 512)), **launch_options(x.device),
@@ -60,6 +63,7 @@ def _norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: fl
     return out
 
 
+@quick
 @triton.jit
 def _silu_mul_kernel(x_ptr, out_ptr, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
     start(PDL)
@@ -77,12 +81,13 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """[T, 2 * size], contiguous, gate first -> [T, size]."""
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, size, dtype=gate_up.dtype, device=gate_up.device)
-    block = min(1024, triton.next_power_of_2(size))
-    grid = (rows, triton.cdiv(size, block))
+    block = min(1024, next_power_of_2(size))
+    grid = (rows, cdiv(size, block))
     _silu_mul_kernel[grid](gate_up, out, size, BLOCK=block, num_warps=4, **launch_options(gate_up.device))
     return out
 
 
+@quick
 @triton.jit
 def _norm_rope_kernel(
     qkv_ptr, cos_sin_ptr, q_weight_ptr, k_weight_ptr, eps, row_size, num_heads,
@@ -131,11 +136,12 @@ def norm_rope(
     norm = q_weight is not None and k_weight is not None
     _norm_rope_kernel[(qkv.shape[0], num_heads + num_kv_heads)](
         qkv, cos_sin, q_weight if norm else qkv, k_weight if norm else qkv, eps, qkv.shape[1], num_heads,
-        HEAD_DIM=head_dim, HALF=triton.next_power_of_2(head_dim // 2), NORM=norm, num_warps=1,
+        HEAD_DIM=head_dim, HALF=next_power_of_2(head_dim // 2), NORM=norm, num_warps=1,
         **launch_options(qkv.device),
     )  # fmt: skip
 
 
+@quick
 @triton.jit
 def _rope_pair_kernel(
     q_ptr, k_ptr, cos_sin_ptr, num_heads, q_row, q_head, k_row,
@@ -174,9 +180,9 @@ def rope_pair(q: torch.Tensor, k: torch.Tensor, cos_sin: torch.Tensor, *, interl
     dim], cosines first. interleaved: neighbours are paired instead of halves."""
     tokens, num_heads, dim = q.shape
     # Few tokens need many programs, many tokens few of them.
-    heads = min(16, triton.next_power_of_2(num_heads)) if tokens > 256 else 1
-    _rope_pair_kernel[(tokens, triton.cdiv(num_heads, heads) + 1)](
+    heads = min(16, next_power_of_2(num_heads)) if tokens > 256 else 1
+    _rope_pair_kernel[(tokens, cdiv(num_heads, heads) + 1)](
         q, k, cos_sin, num_heads, *q.stride()[:2], k.stride(0),
-        DIM=dim, HALF=triton.next_power_of_2(dim // 2), BLOCK_H=heads, INTERLEAVED=interleaved, num_warps=1,
+        DIM=dim, HALF=next_power_of_2(dim // 2), BLOCK_H=heads, INTERLEAVED=interleaved, num_warps=1,
         **launch_options(q.device),
     )  # fmt: skip

@@ -10,8 +10,9 @@ visited from the last one, which alone has masked keys, to the first.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -21,15 +22,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from miniserve.kernels.triton.common import LOG2E
+from miniserve.kernels.triton.launch import cdiv
+from miniserve.kernels.triton.quick_launch import describe, quick
 
 _ROWS, _GROUPS = 64, 2  # pairs of a warpgroup, warpgroups
 _BLOCK_N = 128  # keys of a tile
 _CHUNK = 64  # columns that lie together in shared memory: 128 bytes, a row of a swizzled tile
 _REGISTERS, _PRODUCER_REGISTERS = 232, 24
 _LAYOUT = gl.NVMMASharedLayout(128, 16, rank=2)  # which takes longer to make than a descriptor
+DENSE_DIMS = (128, 64, 128)  # of keys without rope, of what all heads share, of values
 _SHARED_BYTES, _MOST_STAGES = 226 << 10, 4  # without the barriers
 
 
@@ -239,6 +242,7 @@ def _consume(
         gl.store(lse_ptr + head * lse_head + first_token + token, lse, mask=token < query_len)
 
 
+@quick
 @gluon.jit(do_not_specialize=["table_row", "lse_head", "window"])
 def _hopper_extend_kernel(
     q_ptr, k_desc, pe_desc, v_desc, out_ptr, lse_ptr, tables_ptr, cu_query_lens, key_lens, sinks_ptr,
@@ -341,16 +345,16 @@ def hopper_extend(
     allows."""
     block_size = key_cache.shape[1]
 
-    def described(plane: torch.Tensor) -> tuple[TensorDescriptor, int, int]:
+    def described(plane: torch.Tensor) -> tuple[Any, int, int]:
         """Its tokens in the order of memory; rows of a block, columns of a head."""
-        rows = plane.stride(0) // plane.stride(1)
-        tokens = plane.as_strided((len(plane) * rows, *plane.shape[2:]), plane.stride()[1:])
-        return _described(tokens, min(block_size, _BLOCK_N)), rows, plane.stride(2)
+        (blocks, _, heads, dim), (step, row, head, _) = plane.shape, plane.stride()
+        rows = step // row
+        return _described(plane, blocks * rows, heads, dim, row, head, min(block_size, _BLOCK_N)), rows, head
 
     keys, values = described(key_cache), described(value_cache)
     _launch(
         q, keys, None, values, out, None, block_tables, (cu_query_lens, seq_lens), sinks, max_query_len,
-        scale=scale, window=window, causal=True, block_size=block_size,
+        scale=scale, window=window, causal=True, kv_heads=key_cache.shape[2], block_size=block_size,
     )  # fmt: skip
     return out
 
@@ -362,7 +366,7 @@ def can_attend_dense(q: torch.Tensor, k_nope: torch.Tensor, k_pe: torch.Tensor, 
         t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(8 * (step // 8) == step for step in t.stride()[:-1])
         for t in (q, k_nope, k_pe, v)
     )
-    return aligned and q.dtype.itemsize == 2 and dims == (128, 64, 128)
+    return aligned and q.dtype.itemsize == 2 and dims == DENSE_DIMS
 
 
 def hopper_dense(
@@ -386,25 +390,30 @@ def hopper_dense(
     """
     out = torch.empty((*q.shape[:2], v.shape[2]), dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
-    keys, values = ((_described(tensor, _BLOCK_N), 0, tensor.stride(1)) for tensor in (k_nope, v))
+
+    def described(dense: torch.Tensor) -> tuple[Any, int, int]:
+        (keys, heads, dim), (row, head, _) = dense.shape, dense.stride()
+        return _described(dense, keys, heads, dim, row, head, _BLOCK_N), 0, head
+
+    pe = _described(k_pe, len(k_pe), 1, k_pe.shape[1], k_pe.stride(0), 0, _BLOCK_N)
+    keys, values = described(k_nope), described(v)
     _launch(
-        q, keys, _described(k_pe[:, None], _BLOCK_N), values, out, lse, None, (cu_query_lens, cu_key_lens), None,
-        max_query_len, scale=scale, window=None, causal=causal, block_size=_BLOCK_N,
+        q, keys, pe, values, out, lse, None, (cu_query_lens, cu_key_lens), None,
+        max_query_len, scale=scale, window=None, causal=causal, kv_heads=q.shape[1], block_size=_BLOCK_N,
     )  # fmt: skip
     return out, lse
 
 
-def _described(tokens: torch.Tensor, rows: int) -> TensorDescriptor:
-    """[tokens, heads, dim], of which `rows` and 64 columns are copied at a time."""
-    columns = (tokens.shape[1] - 1) * tokens.stride(1) + tokens.shape[2]
-    return TensorDescriptor(tokens, [len(tokens), columns], [tokens.stride(0), 1], [rows, _CHUNK], _LAYOUT)
+def _described(memory: torch.Tensor, tokens: int, heads: int, dim: int, row: int, head: int, rows: int) -> Any:
+    """[tokens, heads, dim] with steps row and head, of which `rows` and 64 columns are copied at a time."""
+    return describe(memory, (tokens, (heads - 1) * head + dim), (row, 1), (rows, _CHUNK), _LAYOUT)
 
 
 def _launch(
     q: torch.Tensor,
-    keys: tuple[TensorDescriptor, int, int],
-    pe: TensorDescriptor | None,
-    values: tuple[TensorDescriptor, int, int],
+    keys: tuple[Any, int, int],
+    pe: Any,
+    values: tuple[Any, int, int],
     out: torch.Tensor,
     lse: torch.Tensor | None,
     block_tables: torch.Tensor | None,
@@ -415,15 +424,15 @@ def _launch(
     scale: float,
     window: int | None,
     causal: bool,
+    kv_heads: int,
     block_size: int,
 ) -> None:
     (k_desc, k_rows, k_head), (v_desc, v_rows, v_head) = keys, values
     requests, heads, k_dim, v_dim = len(lens[0]) - 1, q.shape[1], q.shape[2], out.shape[2]
-    kv_heads = (k_desc.shape[1] - k_dim) // k_head + 1 if pe is None else heads
     if requests == 0 or max_query_len == 0:
         return
     stage = (k_dim + v_dim) * _BLOCK_N * 2
-    _hopper_extend_kernel[(kv_heads, triton.cdiv(max_query_len * (heads // kv_heads), _ROWS * _GROUPS), requests)](
+    _hopper_extend_kernel[(kv_heads, cdiv(max_query_len * (heads // kv_heads), _ROWS * _GROUPS), requests)](
         q, k_desc, pe, v_desc, out, lse, block_tables, *lens, sinks, *q.stride()[:2], *out.stride()[:2],
         0 if lse is None else lse.stride(0), 0 if block_tables is None else block_tables.stride(0),
         k_rows, v_rows, k_head, v_head, scale * LOG2E, window or 0,

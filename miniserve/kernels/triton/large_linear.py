@@ -23,10 +23,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from miniserve.kernels.triton.launch import cdiv, next_power_of_2
 from miniserve.kernels.triton.medium_linear import MOST_ROWS, can_describe
 from miniserve.kernels.triton.moe import aligned_pairs
+from miniserve.kernels.triton.quick_launch import describe, quick
 from miniserve.kernels.triton.small_linear import Chip, chip_of
 
 _BLOCK_M, _BLOCK_N, _BLOCK_K = 128, 256, 64  # rows, rows of the weight and inputs of a tile
@@ -37,6 +38,7 @@ _BAND = 16  # blocks of rows that share what the L2 cache holds of a large weigh
 _LEAST_EXPERT_ROWS = 100  # on average: fewer leave tiles too empty
 
 
+@quick
 @triton.jit(do_not_specialize=["num_pairs"])
 def _sort_kernel(
     x_ptr, sorted_ptr, pairs_ptr, experts_ptr, num_pairs, D,
@@ -152,6 +154,7 @@ def _store_parts(out, parts_ptr, scale_ptr, pairs_ptr, num_pairs, first_n, N):
     gl.store(at, out.to(parts_ptr.dtype.element_ty), mask=valid[:, None] & (cols < N)[None, :])
 
 
+@quick
 @gluon.jit(do_not_specialize=["num_pairs", "blocks"])
 def _large_linear_kernel(
     x_desc, w_desc, y_desc, parts_ptr, scale_ptr, pairs_ptr, experts_ptr, num_pairs, blocks, tiles_n, weight_rows,
@@ -197,15 +200,15 @@ def can_gate(x: torch.Tensor, weight: torch.Tensor, chip: Chip) -> bool:
     """Whether `large_gated` takes these, and is faster than the vendor's library with a kernel for the activation: if
     programs have little to wait for in their last round. Measured on an H200 (docs/LAB.md)."""
     rows, middle, hidden = x.shape[0], weight.shape[0] // 2, weight.shape[1]
-    tiles = triton.cdiv(rows, _BLOCK_M) * triton.cdiv(middle, _BLOCK_N // 2)
-    full = 8 * tiles >= 7 * chip.num_sms * triton.cdiv(tiles, chip.num_sms)
+    tiles = cdiv(rows, _BLOCK_M) * cdiv(middle, _BLOCK_N // 2)
+    full = 8 * tiles >= 7 * chip.num_sms * cdiv(tiles, chip.num_sms)
     return rows > MOST_ROWS and full and _fits(x, weight, middle, hidden) and can_describe(x)
 
 
 def large_gated(x: torch.Tensor, weight: torch.Tensor, chip: Chip) -> torch.Tensor:
     """x [M, K], weight [2 N, K] -> [M, N], as of `small_linear` with `gated`, for what `can_gate` allows."""
     y = torch.empty(x.shape[0], weight.shape[0] // 2, dtype=x.dtype, device=x.device)
-    _launch(x, weight[None], y, chip, blocks=triton.cdiv(x.shape[0], _BLOCK_M), band=_BAND)
+    _launch(x, weight[None], y, chip, blocks=cdiv(x.shape[0], _BLOCK_M), band=_BAND)
     return y
 
 
@@ -230,7 +233,7 @@ def large_experts(
     ordered = torch.empty(len(pairs), hidden, dtype=x.dtype, device=x.device)
     _sort_kernel[(len(pairs),)](
         x, ordered, pairs, block_experts, num_pairs, hidden,
-        PAIRS_PER_ROW=k, BLOCK_M=_BLOCK_M, BLOCK=triton.next_power_of_2(hidden), num_warps=4,
+        PAIRS_PER_ROW=k, BLOCK_M=_BLOCK_M, BLOCK=next_power_of_2(hidden), num_warps=4,
     )  # fmt: skip
     activated = torch.empty(len(pairs), w2.shape[2], dtype=x.dtype, device=x.device)
     _launch(ordered, w1, activated, chip, block_experts=block_experts)
@@ -262,17 +265,17 @@ def _launch(
     (rows, k), (num_experts, n, _), outputs = x.shape, weights.shape, y.shape[1]
     gated = pairs is None
     if gated:  # groups of 8 rows of the weight, each with its group of gates and, `outputs` rows on, of ups
-        shape, strides = [(2 * num_experts - 1) * outputs // 8, 2, 8, k], [8 * k, outputs * k, k, 1]
-        weight = TensorDescriptor(weights, shape, strides, [_BLOCK_N // 16, 2, 8, _BLOCK_K], _NESTED)
-        out = TensorDescriptor(y, list(y.shape), [outputs, 1], [_BLOCK_M // 2, _BLOCK_N // 2], _FLAT)
+        shape, strides = ((2 * num_experts - 1) * outputs // 8, 2, 8, k), (8 * k, outputs * k, k, 1)
+        weight = describe(weights, shape, strides, (_BLOCK_N // 16, 2, 8, _BLOCK_K), _NESTED)
+        out = describe(y, y.shape, (outputs, 1), (_BLOCK_M // 2, _BLOCK_N // 2), _FLAT)
     else:
-        weight = TensorDescriptor(weights, [num_experts * n, k], [k, 1], [_BLOCK_N, _BLOCK_K], _FLAT)
+        weight = describe(weights, (num_experts * n, k), (k, 1), (_BLOCK_N, _BLOCK_K), _FLAT)
         out = None
-    tiles_n = triton.cdiv(outputs, _BLOCK_N // 2 if gated else _BLOCK_N)
-    _large_linear_kernel[(min(chip.num_sms, tiles_n * triton.cdiv(rows, _BLOCK_M)),)](
-        TensorDescriptor(x, [rows, k], [x.stride(0), 1], [_BLOCK_M, _BLOCK_K], _FLAT), weight, out,
+    tiles_n = cdiv(outputs, _BLOCK_N // 2 if gated else _BLOCK_N)
+    _large_linear_kernel[(min(chip.num_sms, tiles_n * cdiv(rows, _BLOCK_M)),)](
+        describe(x, (rows, k), (x.stride(0), 1), (_BLOCK_M, _BLOCK_K), _FLAT), weight, out,
         None if gated else y, scales, pairs, block_experts, 0 if gated else len(y), blocks or 0, tiles_n, n,
-        triton.cdiv(k, _BLOCK_K), outputs,
+        cdiv(k, _BLOCK_K), outputs,
         BAND=band, STAGES=_STAGES, BLOCK_N=_BLOCK_N, REGISTERS=_REGISTERS, PRODUCER_REGISTERS=_PRODUCER_REGISTERS,
         num_warps=4,
     )  # fmt: skip

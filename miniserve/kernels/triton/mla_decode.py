@@ -13,6 +13,7 @@ import triton.language as tl
 
 from miniserve.kernels.triton.common import LOG2E, dot_precision, platform, running_softmax
 from miniserve.kernels.triton.launch import Launch, cdiv, mla_launch, next_power_of_2
+from miniserve.kernels.triton.quick_launch import quick
 from miniserve.kernels.triton.split_kv import (
     DecodeScratch,
     fuses_merge,
@@ -74,6 +75,7 @@ def mla_decode(
     return out
 
 
+@quick
 @triton.jit(do_not_specialize=["table_row", "num_splits"])
 def _mla_kernel(
     q, q_pe, kv_cache, block_tables, seq_lens, kv_scale, out, partial, lse, arrivals,

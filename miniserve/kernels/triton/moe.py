@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 
 from miniserve.kernels.triton.elementwise import rms_normed
+from miniserve.kernels.triton.launch import cdiv, next_power_of_2
 from miniserve.kernels.triton.pdl import launch_options, start, wait
+from miniserve.kernels.triton.quick_launch import quick
 from miniserve.kernels.triton.rounded_linear import GROUP, rounded
 from miniserve.kernels.triton.small_linear import (
     accumulator,
@@ -40,6 +42,7 @@ class MoETile:
     swap: bool = False
 
 
+@quick
 @triton.jit(do_not_specialize=["num_pairs"])
 def _align_kernel(
     ids_ptr, pairs_ptr, experts_ptr, num_pairs,
@@ -79,6 +82,7 @@ def _align_kernel(
     tl.store(pairs_ptr + place, num_pairs + rest * 0, mask=rank + rest < num_blocks * BLOCK_M)
 
 
+@quick
 @triton.jit(do_not_specialize=["num_pairs"])
 def _grouped_kernel(
     x_ptr, w_ptr, s_ptr, xs_ptr, scale_ptr, y_ptr, pairs_ptr, experts_ptr, num_pairs, N, D,
@@ -157,6 +161,7 @@ def _grouped_kernel(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=valid[:, None] & inside_n[None, :])
 
 
+@quick
 @triton.jit
 def _add_pairs_norm_kernel(
     parts_ptr, shared_ptr, residual_ptr, weight_ptr, out_ptr, size, eps,
@@ -248,8 +253,8 @@ def aligned_pairs(
     many = num_pairs > 8192  # in fewer rounds of more threads
     _align_kernel[(num_experts + 1,)](
         topk_ids, pairs, block_experts, num_pairs,
-        E=num_experts, FIRST=first, BLOCK_E=triton.next_power_of_2(num_experts + 1),
-        BLOCK_P=8192 if many else min(1024, triton.next_power_of_2(num_pairs)), BLOCK_M=block_m,
+        E=num_experts, FIRST=first, BLOCK_E=next_power_of_2(num_experts + 1),
+        BLOCK_P=8192 if many else min(1024, next_power_of_2(num_pairs)), BLOCK_M=block_m,
         num_warps=16 if many else 4, **launch_options(device),
     )  # fmt: skip
     return pairs, block_experts
@@ -294,7 +299,7 @@ def experts(
         scale, x_scale = None if scales is None else scales[0 if gated else 1], None
         if rounds:
             source, x_scale = rounded(source, GROUP, len(source))
-        _grouped_kernel[(triton.cdiv(n, tile.block_n), num_blocks)](
+        _grouped_kernel[(cdiv(n, tile.block_n), num_blocks)](
             source, weight, scale, x_scale, topk_weights, target, pairs, block_experts, num_pairs, n, weight.shape[2],
             PAIRS_PER_ROW=per_row, GATED=gated, SCALED=not gated, ALIGNED=aligned, SWAP=tile.swap,
             EVEN_K=weight.shape[2] % tile.block_k == 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
@@ -321,7 +326,7 @@ def add_pairs_norm(
     returns its RMSNorm, `weight` [D]: one kernel instead of three."""
     tokens, size = residual.shape
     out = torch.empty_like(residual)
-    block = triton.next_power_of_2(size)
+    block = next_power_of_2(size)
     _add_pairs_norm_kernel[(tokens,)](
         parts, residual if shared is None else shared, residual, weight, out, size, eps,
         K=parts.shape[0] // tokens, SHARED=shared is not None, BLOCK=block, num_warps=min(16, max(1, block // 512)),

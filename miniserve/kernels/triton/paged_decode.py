@@ -20,6 +20,7 @@ from miniserve.kernels.triton.common import (
 )
 from miniserve.kernels.triton.launch import Launch, cdiv, decode_launch, next_power_of_2
 from miniserve.kernels.triton.pdl import launch_options, start, wait
+from miniserve.kernels.triton.quick_launch import quick
 from miniserve.kernels.triton.split_kv import (
     DecodeScratch,
     fuses_merge,
@@ -100,6 +101,7 @@ def paged_decode(
     return out
 
 
+@quick
 @triton.jit(do_not_specialize=["table_row", "window", "num_splits", "fresh"])
 def _decode_kernel(
     q, key_cache, value_cache, block_tables, seq_lens, sinks, k_scale, v_scale, out, partial, lse, arrivals,

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from miniserve.kernels.triton.common import capped, finite, key_tile, paged_arguments, platform, value_tile
 from miniserve.kernels.triton.launch import Launch, cdiv, extend_launch, next_power_of_2
+from miniserve.kernels.triton.quick_launch import quick
 from miniserve.kernels.triton.split_kv import merge_tile
 
 _MERGED_HEADS = 8  # of a token, by one program
@@ -81,6 +82,7 @@ def paged_extend(
 
 
 # A table is as wide as the step needs: it must not be compiled for.
+@quick
 @triton.jit(do_not_specialize=["table_row", "window", "num_splits"])
 def _extend_kernel(
     q, key_cache, value_cache, block_tables, cu_query_lens, seq_lens, sinks, k_scale, v_scale, out, partial, lse,
@@ -213,6 +215,7 @@ def _attend(
     return best, total, acc
 
 
+@quick
 @triton.jit(do_not_specialize=["num_splits"])
 def _merge_kernel(
     partial, lse, out, out_row, out_head, num_splits,

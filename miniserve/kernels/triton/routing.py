@@ -8,9 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
+from miniserve.kernels.triton.launch import cdiv, next_power_of_2
 from miniserve.kernels.triton.pdl import launch_options, start, wait
+from miniserve.kernels.triton.quick_launch import quick
 
-MEDIUM_TOKENS = range(17, 257)  # for which `logit_parts` multiplies; for fewer a small linear is faster
+_LEAST_TOKENS, _MOST_SMALL = 17, 256  # of `logit_parts`; the most for tiles of 16 tokens
 _MOST_SPLITS, _PROGRAMS = 16, 256
 
 
@@ -28,7 +30,7 @@ class Choice(NamedTuple):
 
     @staticmethod
     def of(num_experts: int, bias: torch.Tensor | None, **asked: Any) -> Choice:
-        return Choice(num_experts, max(16, triton.next_power_of_2(num_experts)), bias is not None, **asked)
+        return Choice(num_experts, max(16, next_power_of_2(num_experts)), bias is not None, **asked)
 
 
 @triton.jit
@@ -99,6 +101,7 @@ def _close_groups(choice, CHOICE: tl.constexpr):
     return tl.reshape(closed, (M, E))
 
 
+@quick
 @triton.jit(do_not_specialize=["num_tokens"])
 def _route_kernel(
     parts_ptr, bias_ptr, weights_ptr, ids_ptr, num_tokens, scaling,
@@ -121,18 +124,20 @@ def _route_kernel(
 @triton.jit
 def _add_product(acc, x, w):
     """acc + x wᵀ as in float32, x [tokens, k], w float32 [experts, k]. For bfloat16 x the weight is split into three
-    bfloat16 parts, whose sum is the weight: the matrix units multiply them exactly and sum in float32."""
+    bfloat16 parts, whose sum is the weight: the matrix units multiply them exactly. They sum in float32, but cut off
+    what does not fit instead of rounding: over 7,168 columns that adds up to 1e-4, so they sum a tile's alone."""
     if x.dtype == tl.bfloat16:
         high = w.to(tl.bfloat16)
         rest = w - high.to(tl.float32)
         middle = rest.to(tl.bfloat16)
         low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-        acc = tl.dot(x, tl.trans(low), acc)
-        acc = tl.dot(x, tl.trans(middle), acc)
-        return tl.dot(x, tl.trans(high), acc)
+        tile = tl.dot(x, tl.trans(low))
+        tile = tl.dot(x, tl.trans(middle), tile)
+        return acc + tl.dot(x, tl.trans(high), tile)
     return tl.dot(x.to(tl.float32), tl.trans(w), acc, input_precision="ieee")
 
 
+@quick
 @triton.jit(do_not_specialize=["num_tokens"])
 def _logits_kernel(
     x_ptr, w_ptr, parts_ptr, num_tokens, size, x_row,
@@ -171,13 +176,20 @@ def can_route(num_experts: int, num_groups: int, top_groups: int) -> bool:
     )
 
 
+def has_parts(x: torch.Tensor) -> bool:
+    """Whether `logit_parts` is the fastest product: for fewer tokens a small linear is, for many in float32 or float16,
+    which the matrix units do not multiply exactly, the vendor's library."""
+    return len(x) >= _LEAST_TOKENS and (len(x) <= _MOST_SMALL or x.dtype == torch.bfloat16)
+
+
 def logit_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """A router's logits for hidden states x [T, hidden], of its weight float32 [E, hidden], in parts to be summed:
     float32 [parts, T, E]."""
     (tokens, size), num_experts = x.shape, weight.shape[0]
-    block_m, block_e, block_d = 16, max(16, min(64, triton.next_power_of_2(num_experts))), 64
-    blocks = triton.cdiv(tokens, block_m), triton.cdiv(num_experts, block_e)
-    splits = min(_MOST_SPLITS, triton.cdiv(size, block_d), max(1, _PROGRAMS // (blocks[0] * blocks[1])))
+    block_m = 16 if tokens <= _MOST_SMALL else 64
+    block_e, block_d = max(16, min(64, next_power_of_2(num_experts))), 64
+    blocks = cdiv(tokens, block_m), cdiv(num_experts, block_e)
+    splits = min(_MOST_SPLITS, cdiv(size, block_d), max(1, _PROGRAMS // (blocks[0] * blocks[1])))
     parts = torch.empty(splits, tokens, num_experts, dtype=torch.float32, device=x.device)
     _logits_kernel[(*blocks, splits)](
         x, weight, parts, tokens, size, x.stride(0),

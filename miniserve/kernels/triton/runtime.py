@@ -173,7 +173,7 @@ class TritonKernels:
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **choice: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `routing.route`: the choice of experts for any number of tokens."""
-        if x.shape[0] in routing.MEDIUM_TOKENS:
+        if routing.has_parts(x):
             return routing.route(routing.logit_parts(x, weight), bias, **choice)
         return routing.route(self.logits(x, weight)[None], bias, **choice)
 

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from miniserve.kernels.triton.launch import Platform, next_power_of_2, scratch_sizes
 from miniserve.kernels.triton.pdl import launch_options, start, wait
+from miniserve.kernels.triton.quick_launch import quick
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,7 @@ def last_to_arrive(arrivals, splits):
     return is_last
 
 
+@quick
 @triton.jit(do_not_specialize=["window", "num_splits"])
 def _merge_kernel(
     partial, lse, seq_lens, out, out_row, out_head, window, num_splits,

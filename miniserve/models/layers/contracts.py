@@ -123,6 +123,7 @@ TRITON = "the engine's Triton kernels"
 TRITON_OR_LIBRARY = f"{TRITON} or the vendor's library, by size"
 TRITON_LINEAR_FP8, TRITON_EXPERTS_FP8 = "triton linear_fp8", "triton experts_fp8"
 TRITON_EXPERTS_ROUNDED = "triton experts in 8 bits"
+TRITON_ROUTER = "the engine's kernels of the choice of experts"
 LIBRARY_FP8 = "the vendor's library in 8 bits"
 AITER_BLOCKSCALE, AITER_MOE = "aiter gemm_a8w8_blockscale", "aiter fused_moe"
 

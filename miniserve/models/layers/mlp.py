@@ -33,7 +33,7 @@ class SparseMLP(Module):
     def __init__(self, config: ModelConfig, options: BuildOptions, moe: MoEConfig) -> None:
         super().__init__()
         hidden = config.hidden_size
-        self.gate = Router(hidden, moe, options.ops)
+        self.gate = Router(hidden, moe, options.router_ops)
         self.experts = options.within("experts").experts_of(moe, hidden)
         shared = options.within("shared_experts")
         self.shared_experts = MLP(config, shared, moe.shared_size) if moe.shared_size else None
