@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ pytestmark = [
 MODEL = Path(miniserve.__file__).parent / "assets" / "tiny-qwen3"
 
 
+@cache  # several tests compare with one run on the CPU
 def run(
     device: str, layout: str, overlap: bool, kv_cache_memory: int, speculative: str | None = None
 ) -> list[list[int]]:
@@ -154,10 +156,9 @@ COMMON = {
 }
 
 
-@pytest.mark.parametrize(
-    ("shape", "layout"),
-    [("dense", "linear"), ("dense", "shuffled"), ("experts", "linear"), ("experts", "shuffled"), ("latent", "auto")],
-)
+# A cold engine compiles for half a minute. Each shape and each layout is here once, and in the next test the other way
+# round.
+@pytest.mark.parametrize(("shape", "layout"), [("dense", "linear"), ("experts", "shuffled"), ("latent", "auto")])
 def test_no_request_waits_for_a_kernel_to_be_compiled(shape: str, layout: str, tmp_path: Path) -> None:
     import triton
 
@@ -190,8 +191,7 @@ def test_no_request_waits_for_a_kernel_to_be_compiled(shape: str, layout: str, t
     assert not compiled
 
 
-@pytest.mark.parametrize("layout", ["linear", "shuffled"])
-@pytest.mark.parametrize("shape", ["dense", "experts"])
+@pytest.mark.parametrize(("shape", "layout"), [("dense", "shuffled"), ("experts", "linear")])
 def test_short_prompts_in_graphs_give_the_tokens_of_steps_without(
     shape: str, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,6 +227,7 @@ def test_short_prompts_in_graphs_give_the_tokens_of_steps_without(
     assert any(in_graph and chunks > 2 for in_graph, chunks in ran)
 
 
+@cache
 def solved(device: str, model: Path, **more: Any) -> tuple[int, str]:
     """How many of 32 held-out problems, whose prompts come in one step, and what the engine says of its products."""
     tokenizer, asked = Tokenizer.from_file(str(model / "tokenizer.json")), list(problems("test", 2, 32))
