@@ -153,6 +153,12 @@ def test_a_unix_socket_serves_and_is_gone_afterwards(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+@pytest.mark.parametrize("other", [{"host": "0.0.0.0"}, {"port": 8312}])
+def test_a_unix_socket_has_no_port(other: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="leave these out"):
+        ServerConfig(uds="socket", **other)
+
+
 def test_a_unix_socket_takes_the_place_of_one_left_behind_and_of_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     bind_unix(str(path)).close()
