@@ -8,7 +8,7 @@ import re
 import tempfile
 from pathlib import Path
 
-from explain_models import MODELS
+from known_models import MODELS
 
 from miniserve.attention.platform import NAMED_PLATFORMS
 from miniserve.checks.explanation import explain

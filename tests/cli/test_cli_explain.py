@@ -15,7 +15,7 @@ from typing import Any
 import cli_terminal as cli
 import pytest
 import torch
-from explain_models import MODELS
+from known_models import MODELS
 
 from miniserve.cli.explain import explain, kind_text, ranges
 from miniserve.core import UserError
