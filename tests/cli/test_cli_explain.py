@@ -17,8 +17,12 @@ import pytest
 import torch
 from known_models import MODELS
 
+import miniserve
+from miniserve.checks.explanation import explain as checks_explain
 from miniserve.cli.explain import explain, kind_text, ranges
+from miniserve.config import EngineConfig
 from miniserve.core import UserError
+from miniserve.engine.build import build_engine
 from miniserve.models.config import describe_model, load_model_config
 from miniserve.models.config_families import ARCHITECTURES
 from miniserve.models.description import ModelConfig
@@ -278,6 +282,15 @@ def test_weights_are_as_large_as_published(name: str, gib: float, tmp_path: Path
 def test_weights_quantised_in_an_unknown_way_are_not_guessed(tmp_path: Path) -> None:
     described(tmp_path, MODELS["Llama-3.1-8B"] | {"quantization_config": {"quant_method": "gptq"}})
     assert json.loads(answer(str(tmp_path), device="mi300x", as_json=True))["memory_bytes"]["weights"] is None
+
+
+@pytest.mark.parametrize("model", ["tiny-qwen3", "tiny-deepseek"])
+def test_who_multiplies_on_a_cpu_is_what_run_says(model: str) -> None:
+    path = Path(miniserve.__file__).parent / "assets" / model
+    config = EngineConfig(device="cpu", kv_cache_memory=64 << 20, max_model_len=64, self_check=False)
+    _, info = build_engine(config, path, model)
+    products = checks_explain(model, load_model_config(path), config, "auto").products
+    assert products and set(products) <= set(info.attention)
 
 
 def test_ranges_of_layers() -> None:
