@@ -44,6 +44,11 @@ class Platform:
         return "hip" if self.arch.startswith("gfx") else "cuda"
 
     @property
+    def holder(self) -> str:
+        """What holds a part of a shared model, for people: ranks of a CPU share it."""
+        return "rank" if self.arch == "cpu" else "GPU"
+
+    @property
     def fp8_dtype(self) -> torch.dtype:
         """What the hardware calls fp8 e4m3: gfx942 (and its siblings 940, 941) have a format of their own, whose codes
         mean half of what the common format's mean."""

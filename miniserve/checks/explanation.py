@@ -217,12 +217,12 @@ def _notes(model: ModelConfig, config: EngineConfig, device: str, tp: int, platf
     yield from model.missing
     if tp > 1:
         fewest = "" if config.tensor_parallel_size else ", the fewest that the model fits, as `run` takes,"
-        yield f"the part of the first of {tp} GPUs{fewest} is shown; none has more"
+        yield f"the part of the first of {tp} {platform.holder}s{fewest} is shown; none has more"
     if model.latent is None and tp > (count := model.num_kv_heads):
         several = f"{tp // count}{'' if tp % count == 0 else f' or {tp // count + 1}'}"
-        yield f"{count} KV heads on {tp} GPUs: each head's cache is kept on {several} of them"
+        yield f"{count} KV heads on {tp} {platform.holder}s: each head's cache is kept on {several} of them"
     if model.latent is not None and tp > 1:
-        yield f"the latent cache is the same for all heads and is kept whole on each of {tp} GPUs"
+        yield f"the latent cache is the same for all heads and is kept whole on each of {tp} {platform.holder}s"
     if model.linear is not None:
         yield "layers of linear attention keep a state of fixed size for each sequence, which is not counted"
     if model.quantization is not None and model.quantization.kv_scales and config.kv_cache_dtype == "auto":

@@ -180,6 +180,8 @@ def test_kv_heads_are_divided_or_kept_on_several_gpus(tmp_path: Path) -> None:
     specs = [model.attention_spec(0, torch.bfloat16, torch.bfloat16, Shard(0, size)) for size in (1, 2, 3, 4, 6, 8, 16)]
     heads = [(64, 4), (32, 2), (32, 2), (16, 1), (16, 1), (8, 1), (4, 1)]
     assert [(spec.num_heads, spec.num_kv_heads) for spec in specs] == heads
+    on_cpu = answer(write_model(tmp_path, "Qwen3-235B-A22B"), tensor_parallel_size=6, device="cpu")
+    assert "4 KV heads on 6 ranks" in on_cpu and "memory of each rank" in on_cpu and "6 GPUs" not in on_cpu
     assert "cache is kept on 1 or 2 of them" in answer(
         write_model(tmp_path, "Qwen3-235B-A22B"), tensor_parallel_size=6, device="h200"
     )
