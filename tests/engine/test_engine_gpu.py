@@ -22,6 +22,7 @@ from miniserve.runner.state import StepInputs
 from tools.quantise import KINDS, quantise
 from tools.tiny_data import completion_prompt, final_answer, problems
 
+# Every engine has a pool of its own size, so that several workers can share a GPU (`-n 4 --dist load`).
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
@@ -91,7 +92,12 @@ def test_draws_are_the_same_in_graphs_and_without() -> None:
     found = []
     for enforce_eager in (False, True):
         config = EngineConfig(
-            device="cuda", dtype="float32", max_num_seqs=16, max_model_len=512, enforce_eager=enforce_eager
+            device="cuda",
+            dtype="float32",
+            max_num_seqs=16,
+            max_model_len=512,
+            kv_cache_memory=256 << 20,
+            enforce_eager=enforce_eager,
         )
         engine, _ = build_engine(config, MODEL, "tiny-qwen3")
         found.append([tokens(output) for output in generate(engine, requests, [0] * len(requests))])
@@ -163,7 +169,7 @@ def test_no_request_waits_for_a_kernel_to_be_compiled(shape: str, layout: str, t
     import triton
 
     (tmp_path / "config.json").write_text(json.dumps(COMMON | SHAPES[shape]))
-    config = EngineConfig(device="cuda", load_format="dummy", kv_layout=layout)
+    config = EngineConfig(device="cuda", load_format="dummy", kv_layout=layout, kv_cache_memory=4 << 30)
     engine, _ = build_engine(config, tmp_path, shape)
     compiled: list[str] = []
 
@@ -220,6 +226,7 @@ def test_short_prompts_in_graphs_give_the_tokens_of_steps_without(
             max_num_seqs=64,
             max_num_batched_tokens=1024,
             max_model_len=2048,
+            kv_cache_memory=1 << 30,
             enforce_eager=enforce_eager,
         )
         engine, _ = build_engine(config, MODEL if shape == "built-in" else tmp_path, shape)
