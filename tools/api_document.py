@@ -273,6 +273,10 @@ def render() -> str:
         "`x-api-key`). Every answer has an `x-request-id`: the client's (1 to 128 printable ASCII characters) or a new "
         "one. Errors are OpenAI's `{\"error\": {\"message\", \"type\", \"param\", \"code\"}}`.",
         "",
+        "A client of HTTP/1.0 gets streams without chunks, up to the connection's end. One that closes its half of the "
+        "connection behind the request (`shutdown(SHUT_WR)`, `nc -N`) gets no answer: a client that has left looks "
+        "just the same, and what nobody waits for is not generated. Keep it open until the answer is there.",
+        "",
         "## Fields of completions and chat",
         *_field_table(shared),
         "",
@@ -358,7 +362,11 @@ def _type(schema: Mapping[str, Any], defs: Mapping[str, Any]) -> str:
     if "enum" in schema:
         return " or ".join(f"`{each}`" for each in schema["enum"])
     kind = schema.get("type", "object")
-    return f"list of {_type(schema['items'], defs)}s" if kind == "array" and schema.get("items") else str(kind)
+    if kind != "array" or not schema.get("items"):
+        return str(kind)
+    items = _type(schema["items"], defs)
+    plural = items.replace("list ", "lists ", 1) if items.startswith(("list ", "`")) else f"{items}s"
+    return f"list of {plural}"
 
 
 def _without(fields: Mapping[str, Any], others: Iterable[str]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class Platform:
     `aiter_unavailable` says why; likewise `triton_unavailable`, and `native_unavailable` of the CPU's C++ kernels.
     triton_version: as its package states it, "" where that is not known.
     fastest_layout: the KV layout that its kernels were measured to read fastest, None where the contracts' own order
-    holds.
+    holds. memory: in bytes, as the driver states it; 0 where that is not known, or is a CPU's.
     """
 
     arch: str
@@ -36,6 +36,7 @@ class Platform:
     triton_version: str = ""
     native_unavailable: str | None = None
     fastest_layout: str | None = None
+    memory: int = 0
 
     @property
     def vendor(self) -> Literal["cuda", "hip"]:
@@ -43,10 +44,20 @@ class Platform:
         return "hip" if self.arch.startswith("gfx") else "cuda"
 
     @property
+    def holder(self) -> str:
+        """What holds a part of a shared model, for people: ranks of a CPU share it."""
+        return "rank" if self.arch == "cpu" else "GPU"
+
+    @property
     def fp8_dtype(self) -> torch.dtype:
         """What the hardware calls fp8 e4m3: gfx942 (and its siblings 940, 941) have a format of their own, whose codes
         mean half of what the common format's mean."""
         return torch.float8_e4m3fnuz if self.arch.startswith("gfx94") else torch.float8_e4m3fn
+
+    @property
+    def is_mi325x(self) -> bool:
+        """Told by its memory: no other gfx942 has as much, and what a driver calls a GPU differs."""
+        return self.arch == "gfx942" and self.memory > 200 * 2**30
 
     def without_aiter(self) -> Platform:
         """The same, for who does not want aiter where it is."""
@@ -76,17 +87,17 @@ _GPUS = {
     "h100": ("sm_90", 132, 79.6, 3.35),
     "h200": ("sm_90", 132, 140.4, 4.8),
 }
-DEVICE_MEMORY = {name: int(gib * 2**30) for name, (_, _, gib, _) in _GPUS.items()}  # bytes
 DEVICE_BANDWIDTH = {name: rate * 1e12 for name, (*_, rate) in _GPUS.items()}  # bytes a second
 
 
-def _named(arch: str, compute_units: int) -> Platform:
+def _named(arch: str, compute_units: int, gib: float, _: float) -> Platform:
+    memory = int(gib * 2**30)
     if arch.startswith("gfx"):
-        return Platform(arch, compute_units, ASSUMED_AITER)
-    return Platform(arch, compute_units, aiter_unavailable=_NO_AITER)
+        return Platform(arch, compute_units, ASSUMED_AITER, memory=memory)
+    return Platform(arch, compute_units, aiter_unavailable=_NO_AITER, memory=memory)
 
 
-NAMED_PLATFORMS = {name: _named(arch, units) for name, (arch, units, *_) in _GPUS.items()} | {
+NAMED_PLATFORMS = {name: _named(*terms) for name, terms in _GPUS.items()} | {
     "cpu": Platform("cpu", aiter_unavailable=_NO_AITER, triton_unavailable="Triton compiles for GPUs only")
 }
 
@@ -96,12 +107,12 @@ def detect_platform(device: torch.device, dtype: torch.dtype) -> Platform:
     if device.type == "cpu":
         return _detect_cpu(dtype)
     properties = torch.cuda.get_device_properties(device)
-    units, no_triton = properties.multi_processor_count, _triton_unavailable()
+    units, memory, no_triton = properties.multi_processor_count, properties.total_memory, _triton_unavailable()
     if torch.version.hip is None:
         arch = f"sm_{properties.major}{properties.minor}"
-        return Platform(arch, units, aiter_unavailable=_NO_AITER, triton_unavailable=no_triton)
+        return Platform(arch, units, aiter_unavailable=_NO_AITER, triton_unavailable=no_triton, memory=memory)
     arch = properties.gcnArchName.partition(":")[0]  # gfx942:sramecc+:xnack-
-    platform = Platform(arch, units, triton_unavailable=no_triton, triton_version=_triton_version())
+    platform = Platform(arch, units, triton_unavailable=no_triton, triton_version=_triton_version(), memory=memory)
     try:
         return replace(platform, aiter_version=load_aiter().version)
     except AiterUnavailable as error:

@@ -9,7 +9,7 @@ import torch
 
 from miniserve.attention.backends.build import block_bytes, pool_limit, scratch_bytes
 from miniserve.attention.contracts import CONTRACTS
-from miniserve.attention.platform import DEVICE_BANDWIDTH, DEVICE_MEMORY, NAMED_PLATFORMS, Platform, detect_platform
+from miniserve.attention.platform import DEVICE_BANDWIDTH, NAMED_PLATFORMS, Platform, detect_platform
 from miniserve.attention.select import Choice, select
 from miniserve.attention.spec import AttentionSpec
 from miniserve.attention.terms import LayerRoute
@@ -152,13 +152,14 @@ def explain(name: str, model: ModelConfig, config: EngineConfig, device: str) ->
 def _hardware(device: str, dtype: torch.dtype) -> tuple[Platform, int | None, float | None]:
     """The platform, its memory in bytes, and the memory's bandwidth in bytes a second."""
     if device in NAMED_PLATFORMS:
-        return NAMED_PLATFORMS[device], DEVICE_MEMORY.get(device), DEVICE_BANDWIDTH.get(device)
+        return NAMED_PLATFORMS[device], NAMED_PLATFORMS[device].memory or None, DEVICE_BANDWIDTH.get(device)
     if device != "auto":
         raise UserError(f"--device {device!r} is not known; choose one of auto, {', '.join(NAMED_PLATFORMS)}.")
     if not torch.cuda.is_available():
         return detect_platform(torch.device("cpu"), dtype), None, None
     here = torch.device("cuda")
-    return detect_platform(here, dtype), torch.cuda.mem_get_info()[1], measure_bandwidth(here)
+    platform = detect_platform(here, dtype)
+    return platform, platform.memory, measure_bandwidth(here)
 
 
 def _paths(specs: Sequence[AttentionSpec], platform: Platform, block_size: int) -> Iterator[Path]:
@@ -216,12 +217,12 @@ def _notes(model: ModelConfig, config: EngineConfig, device: str, tp: int, platf
     yield from model.missing
     if tp > 1:
         fewest = "" if config.tensor_parallel_size else ", the fewest that the model fits, as `run` takes,"
-        yield f"the part of the first of {tp} GPUs{fewest} is shown; none has more"
+        yield f"the part of the first of {tp} {platform.holder}s{fewest} is shown; none has more"
     if model.latent is None and tp > (count := model.num_kv_heads):
         several = f"{tp // count}{'' if tp % count == 0 else f' or {tp // count + 1}'}"
-        yield f"{count} KV heads on {tp} GPUs: each head's cache is kept on {several} of them"
+        yield f"{count} KV heads on {tp} {platform.holder}s: each head's cache is kept on {several} of them"
     if model.latent is not None and tp > 1:
-        yield f"the latent cache is the same for all heads and is kept whole on each of {tp} GPUs"
+        yield f"the latent cache is the same for all heads and is kept whole on each of {tp} {platform.holder}s"
     if model.linear is not None:
         yield "layers of linear attention keep a state of fixed size for each sequence, which is not counted"
     if model.quantization is not None and model.quantization.kv_scales and config.kv_cache_dtype == "auto":

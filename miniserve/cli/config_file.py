@@ -63,6 +63,8 @@ def _pairs(path: Path) -> list[tuple[str, Any]]:
 
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+        if node is not None and not isinstance(node, yaml.MappingNode):
+            raise ValueError("it holds no names with values")
         loader = yaml.SafeLoader("")
         pairs = [] if node is None else [(key.value, loader.construct_object(value, True)) for key, value in node.value]
     except OSError as error:

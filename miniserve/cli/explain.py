@@ -55,7 +55,7 @@ def to_text(found: Explanation) -> str:
         f"on {found.device}: {platform.arch}{units}{memory}",
         *(f"note: {note}" for note in found.notes),
         "",
-        f"attention layers{f', on each of {found.tp} GPUs' if found.tp > 1 else ''}",
+        f"attention layers{f', on each of {found.tp} {platform.holder}s' if found.tp > 1 else ''}",
         *(f"  {ranges(kind.layers)}: {kind_text(kind.spec)}" for kind in found.kinds),
         "",
         f"chosen: {chosen['backend']} over the {chosen['layout']} KV layout: {chosen['reason']}",
@@ -164,7 +164,7 @@ def _memory(found: Explanation) -> list[str]:
             shapes = [" × ".join(map(str, shape[1:])) for shape in layout.shapes(kind.spec, 1)]
             planes = ("one plane of [{}]" if len(shapes) == 1 else "keys [{}], values [{}]").format(*shapes)
             lines.append(f"  {ranges(kind.layers)}: a block is {layout.block_bytes(kind.spec):,} bytes: {planes}")
-    lines.append(f"memory{' of each GPU' if found.tp > 1 else ''}")
+    lines.append(f"memory{f' of each {found.choice.platform.holder}' if found.tp > 1 else ''}")
     weights = "unknown for this quantisation" if memory.weights is None else _gib(memory.weights)
     lines.append(f"  weights: {weights}")
     lines += [f"  scratch of the backend: {_gib(memory.scratch)}"] if memory.scratch else []

@@ -105,11 +105,16 @@ class BuildOptions:
         """PyTorch's where the kernels were found to choose wrong experts."""
         return Ops() if TRITON_ROUTER in self.failed else self.ops
 
+    @property
+    def _place(self) -> torch.device:
+        """Where layers multiply; of a model that is only described for a GPU, meta."""
+        return torch.device("cpu") if self.platform is not None and self.platform.arch == "cpu" else self.device
+
     def method(self, in_features: int, out_features: int) -> LinearMethod:
         """The fastest there is for a plain weight [out_features, in_features]."""
         if self.triton is not None:
             return TritonMethod(self.triton)
-        packing = choose_packing(self.dtype, self.device, [(in_features, out_features)], self.native)
+        packing = choose_packing(self.dtype, self._place, [(in_features, out_features)], self.native)
         return LinearMethod() if packing is PLAIN else PackedMethod(packing)
 
     def linear(self, columns: int | Part, outputs: Mapping[str, int | Part], *, bias: bool) -> Linear:
@@ -149,7 +154,7 @@ class BuildOptions:
     def _route(self, table: Sequence[ProductContract], product: Product) -> Route:
         """Of a model that is only described its platform says what there is. Why a known platform's aiter is not there
         the route says."""
-        told = () if self.platform is None else ("aiter", "triton") if self.device.type == "meta" else ("aiter",)
+        told = () if self.platform is None else ("aiter", "triton") if self._place.type == "meta" else ("aiter",)
         here = [each for each in table if each.requires in told or getattr(self, each.requires) is not None]
         return find_route(here, product, self.platform, self.failed)
 
@@ -197,7 +202,7 @@ class BuildOptions:
         widened = form is not None and not route.kernels
         plain = self._route(EXPERTS, Product(self.dtype)) if widened else route
         if not plain.kernels:
-            method = choose_moe_method(self.dtype, self.device, hidden_size, width.size, self.native)
+            method = choose_moe_method(self.dtype, self._place, hidden_size, width.size, self.native)
         elif plain.kernels[0].name == AITER_MOE:
             method = AiterMoE(cast(AiterProducts, self.aiter))
         else:

@@ -6,6 +6,7 @@ import torch
 
 from miniserve.attention.platform import Platform
 from miniserve.core import UserError
+from miniserve.kernels import native
 from miniserve.models.decoder import CausalLM
 from miniserve.models.description import ModelConfig
 from miniserve.models.layers.contracts import TRITON_ROUTER
@@ -70,6 +71,7 @@ def described_model(
     fp8_activations: bool = True,
 ) -> CausalLM:
     """The layers of a shard as they would be built on `platform`, which need not be here, to read sizes and names."""
+    is_cpu = platform is not None and platform.arch == "cpu"
     options = BuildOptions(
         dtype=dtype,
         kv_dtype=dtype,
@@ -77,6 +79,7 @@ def described_model(
         max_model_len=1,
         group=Alone() if shard is None else Alone(shard.rank, shard.size),
         expert_parallel=expert_parallel,
+        native=native.NativeKernels() if is_cpu and native.unavailable_reason() is None else None,
         platform=platform,
         fp8_activations=fp8_activations,
     )

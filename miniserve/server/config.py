@@ -14,6 +14,7 @@ from miniserve.engine.reasoning import REASONING_DIALECTS, ReasoningDialect, rea
 from miniserve.engine.tool_dialects import TOOL_DIALECTS, ToolDialect, tool_dialect
 
 _MAX_SOCKET_PATH = 107  # bytes, the system's limit
+_HOST, _PORT = "127.0.0.1", 8000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +34,8 @@ class ServerConfig:
     writes calls and reasoning; auto: as its chat template tells.
     """
 
-    host: str = "127.0.0.1"
-    port: int = 8000
+    host: str = _HOST
+    port: int = _PORT
     api_keys: tuple[str, ...] = ()
     served_model_names: tuple[str, ...] = ()
     max_body_bytes: int = 4 * 1024 * 1024
@@ -90,6 +91,8 @@ class ServerConfig:
             raise UserError("--ssl-keyfile and --ssl-certfile belong together; give both, for TLS, or none.")
         if self.uds is not None and not 0 < len(os.fsencode(self.uds)) <= _MAX_SOCKET_PATH:
             raise UserError(f"--uds must be a path of 1 to {_MAX_SOCKET_PATH} bytes.")
+        if self.uds is not None and (self.host, self.port) != (_HOST, _PORT):
+            raise UserError("--uds listens on that socket alone, on no --host and --port; leave these out, or --uds.")
         if self.log_prompts and not self.log_requests:
             raise UserError("--log-prompts adds prompts to the lines of --log-requests; leave --no-log-requests out.")
         _check_choice("--tool-call-parser", self.tool_call_parser, TOOL_DIALECTS)

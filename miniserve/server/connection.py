@@ -10,9 +10,9 @@ from typing import Any
 
 import httptools
 import msgspec
-from starlette.types import Scope
+from starlette.types import Message, Scope, Send
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from miniserve.server.errors import APIError
 from miniserve.server.gate import ThrottledLog, address, find_request_id
@@ -32,18 +32,19 @@ _SHARE = 16  # of so many idle connections one is closed where room is needed: a
 
 class DirectWriter:
     """Writes to the connection what ASGI's `send` would, without the way there: through all that stands around the app
-    it costs as much as the rest of an event. For a part of an answer that has begun, and goes on, in chunks."""
+    it costs as much as the rest of an event. For a part of an answer that has begun and goes on, `chunked` or not."""
 
-    def __init__(self, transport: asyncio.Transport, flow: FlowControl) -> None:
+    def __init__(self, transport: asyncio.Transport, flow: FlowControl, chunked: bool) -> None:
         self._transport = transport
         self._flow = flow
+        self._chunked = chunked
 
     def is_ready(self) -> bool:
         """Whether the client reads as fast as the server writes, or nearly so. Else `send` waits for it."""
         return not (self._flow.write_paused or self._transport.is_closing())
 
     def write(self, data: bytes) -> None:
-        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
 
 
 def direct_writer(scope: Scope) -> DirectWriter | None:
@@ -177,8 +178,13 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > _MAX_HEAD:
             raise _too_large()
-        self.scope["extensions"] = {_DIRECT: {"writer": DirectWriter(self.transport, self.flow)}}
+        chunked = self.parser.get_http_version() >= "1.1"
+        self.scope["extensions"] = {_DIRECT: {"writer": DirectWriter(self.transport, self.flow, chunked)}}
+        self.expect_100_continue &= chunked
         super().on_headers_complete()
+        if not chunked:
+            cycle: Any = self.cycle
+            cycle.send = _sends_until_close(cycle, cycle.send)
         self._in_body, self._piece, self._unparsed = True, 0, 0
         self._deadline = self.loop.time() + _BODY_SECONDS
 
@@ -239,6 +245,22 @@ class Connection(HttpToolsProtocol):
             f"Content-Length: {len(body)}\r\nX-Request-Id: {request_id}\r\nConnection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
+
+
+def _sends_until_close(cycle: RequestResponseCycle, send: Send) -> Send:
+    """ASGI's `send` for a client of HTTP/1.0, which knows no chunks: what has no length ends with the connection."""
+    unknown = False
+
+    async def sender(message: Message) -> None:
+        nonlocal unknown
+        if message["type"] == "http.response.start":
+            unknown = all(name.lower() != b"content-length" for name, _ in message.get("headers", ()))
+            cycle.chunked_encoding = False if unknown else None
+        elif unknown:
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    return sender
 
 
 def _too_large() -> APIError:

@@ -50,10 +50,6 @@ class ThrottledLog:
             self._logger.warning(text + "%s", *args, rest)
 
 
-def _address(client: Sequence[Any] | None) -> str:
-    return f"{client[0]}:{client[1]}" if client else "a client"
-
-
 class Pace:
     """Lets a few callers through in each turn of the event loop."""
 
@@ -139,11 +135,12 @@ class PathMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             method = "GET" if scope["method"] == "HEAD" else scope["method"]
-            path = scope["path"].rstrip("/")
-            # As often as it is there: the router would leave it out once more, behind the check of keys.
-            while self._root_path and f"{path}/".startswith(f"{self._root_path}/"):
-                path = path[len(self._root_path) :]
-            scope = {**scope, "method": method, "path": path or "/", "root_path": self._root_path}
+            path, root_path = scope["path"].rstrip("/"), self._root_path
+            if f"{path}/".startswith(f"{root_path}/"):
+                path = path[len(root_path) :]
+            if f"{path}/".startswith(f"{root_path}/"):
+                root_path = ""  # else the router would leave it out once more, behind the check of keys
+            scope = {**scope, "method": method, "path": path or "/", "root_path": root_path}
         await self._app(scope, receive, send)
 
 

@@ -468,6 +468,10 @@ def _translated(body: ResponsesRequest) -> Translation:
     return Translation(chat, _NAMES, turns)
 
 
+# What clients offer that were not told to leave it out.
+_WITHOUT_TOOL = {"web_search": 'leave it out, as Codex does with web_search = "disabled" in its config.toml'}
+
+
 def _tools(path: str, tool: FunctionTool, namespace: str | None = None) -> Iterator[Tool]:
     """The function, or those of a namespace, whose description goes before that of its first."""
     if (tool.tools is not None) != (tool.type == "namespace"):
@@ -488,7 +492,8 @@ def _tools(path: str, tool: FunctionTool, namespace: str | None = None) -> Itera
             yield function_tool(full, tool.description, tool.parameters, tool.strict)
         case _:
             raise InvalidRequest(
-                f"{path}.type: there are no built-in tools here, such as {tool.type[:50]!r}; only functions.",
+                f"{path}.type: there are no built-in tools here, such as {tool.type[:50]!r}, only functions; "
+                f"{_WITHOUT_TOOL.get(tool.type, 'leave it out')}.",
                 f"{path}.type",
             )
 
@@ -551,7 +556,7 @@ def _add(path: str, item: Item, turns: list[Turn]) -> None:
         case "item_reference":
             raise InvalidRequest(
                 f"{path}.type: nothing is stored here that an item could refer to; send the item itself, as clients do "
-                "with store: false.",
+                "with store: false (the AI SDK with providerOptions: {openai: {store: false}}).",
                 f"{path}.type",
             )
         case _:

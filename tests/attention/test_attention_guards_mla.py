@@ -216,3 +216,14 @@ def test_an_aiter_whose_planning_kernel_was_not_read_is_refused() -> None:
     choice = select([MLA], old, block_size=16)
     assert choice.backend == "TRITON_MLA"
     assert ("ROCM_AITER_MLA", "", "it needs aiter v0.1.20 or newer, not v0.1.19") in choice.rejected
+
+
+@pytest.mark.parametrize(("gpu", "route"), [("mi300x", "fmha_v3"), ("mi325x", "ck"), ("mi355x", "fmha_v3")])
+def test_an_mi325x_prefills_without_the_assembly_that_hung_it(gpu: str, route: str) -> None:
+    """aiter #3139: all GPUs of a host were lost, at heads of 192 and 128."""
+    platform = NAMED_PLATFORMS[gpu]
+    spec = replace(MLA, latent=LatentDims(512, 64, 128, 128))
+    with stand_in(platform.arch, platform.compute_units) as module:
+        step = make_latent_step((spec, 16, [(20, 5), (0, 9)], 0), 5, 0.5)
+        step.check(AiterLatentBackend(step.layout, replace(options_of(step), platform=platform)), 3e-2)
+        assert {each.route for each in module._standin.calls if each.function == "flash_attn_varlen_func"} == {route}

@@ -8,9 +8,9 @@ import re
 import tempfile
 from pathlib import Path
 
-from explain_models import MODELS
+from known_models import MODELS
 
-from miniserve.attention.platform import DEVICE_MEMORY
+from miniserve.attention.platform import NAMED_PLATFORMS
 from miniserve.checks.explanation import explain
 from miniserve.config import EngineConfig
 from miniserve.models.config import describe_model
@@ -22,7 +22,7 @@ _HOST = 8  # GPUs
 
 
 def fit_table() -> str:
-    places = [f"{name.upper()}, {DEVICE_MEMORY[name] / 2**30:.0f} GiB" for name in DEVICES]
+    places = [f"{name.upper()}, {NAMED_PLATFORMS[name].memory / 2**30:.0f} GiB" for name in DEVICES]
     rows = [f"| model | {' | '.join(places)} |", "|---|" + "---|" * len(DEVICES)]
     rows += [f"| {name} | {' | '.join(_fit(name, device) for device in DEVICES)} |" for name in SERVED]
     return "\n".join(rows)

@@ -15,10 +15,14 @@ from typing import Any
 import cli_terminal as cli
 import pytest
 import torch
-from explain_models import MODELS
+from known_models import MODELS
 
+import miniserve
+from miniserve.checks.explanation import explain as checks_explain
 from miniserve.cli.explain import explain, kind_text, ranges
+from miniserve.config import EngineConfig
 from miniserve.core import UserError
+from miniserve.engine.build import build_engine
 from miniserve.models.config import describe_model, load_model_config
 from miniserve.models.config_families import ARCHITECTURES
 from miniserve.models.description import ModelConfig
@@ -176,6 +180,8 @@ def test_kv_heads_are_divided_or_kept_on_several_gpus(tmp_path: Path) -> None:
     specs = [model.attention_spec(0, torch.bfloat16, torch.bfloat16, Shard(0, size)) for size in (1, 2, 3, 4, 6, 8, 16)]
     heads = [(64, 4), (32, 2), (32, 2), (16, 1), (16, 1), (8, 1), (4, 1)]
     assert [(spec.num_heads, spec.num_kv_heads) for spec in specs] == heads
+    on_cpu = answer(write_model(tmp_path, "Qwen3-235B-A22B"), tensor_parallel_size=6, device="cpu")
+    assert "4 KV heads on 6 ranks" in on_cpu and "memory of each rank" in on_cpu and "6 GPUs" not in on_cpu
     assert "cache is kept on 1 or 2 of them" in answer(
         write_model(tmp_path, "Qwen3-235B-A22B"), tensor_parallel_size=6, device="h200"
     )
@@ -278,6 +284,15 @@ def test_weights_are_as_large_as_published(name: str, gib: float, tmp_path: Path
 def test_weights_quantised_in_an_unknown_way_are_not_guessed(tmp_path: Path) -> None:
     described(tmp_path, MODELS["Llama-3.1-8B"] | {"quantization_config": {"quant_method": "gptq"}})
     assert json.loads(answer(str(tmp_path), device="mi300x", as_json=True))["memory_bytes"]["weights"] is None
+
+
+@pytest.mark.parametrize("model", ["tiny-qwen3", "tiny-deepseek"])
+def test_who_multiplies_on_a_cpu_is_what_run_says(model: str) -> None:
+    path = Path(miniserve.__file__).parent / "assets" / model
+    config = EngineConfig(device="cpu", kv_cache_memory=64 << 20, max_model_len=64, self_check=False)
+    _, info = build_engine(config, path, model)
+    products = checks_explain(model, load_model_config(path), config, "auto").products
+    assert products and set(products) <= set(info.attention)
 
 
 def test_ranges_of_layers() -> None:

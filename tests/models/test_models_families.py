@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from known_models import DEEPSEEK_V2_LITE, DEEPSEEK_V3, YARN
 from models_support import VOCAB, DenseContext, load, random_settings, read, reference_model, refusal, run
 from safetensors.torch import load_file, save_file
 
@@ -38,48 +39,13 @@ QWEN3_30B: dict[str, Any] = {
     "rope_theta": 1000000,
     "torch_dtype": "bfloat16",
 }
-YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
-V2_LITE: dict[str, Any] = {
-    "model_type": "deepseek_v2",
-    "architectures": ["DeepseekV2ForCausalLM"],
-    "vocab_size": 102400,
-    "hidden_size": 2048,
-    "intermediate_size": 10944,
-    "moe_intermediate_size": 1408,
-    "num_hidden_layers": 27,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "kv_lora_rank": 512,
-    "q_lora_rank": None,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "n_routed_experts": 64,
-    "n_shared_experts": 2,
-    "num_experts_per_tok": 6,
-    "first_k_dense_replace": 1,
+V2_LITE: dict[str, Any] = DEEPSEEK_V2_LITE | {
+    "rope_theta": 10000,
     "topk_method": "greedy",
     "scoring_func": "softmax",
-    "max_position_embeddings": 163840,
-    "rope_theta": 10000,
-    "rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
-    "torch_dtype": "bfloat16",
 }
-V3: dict[str, Any] = V2_LITE | {
-    "model_type": "deepseek_v3",
-    "architectures": ["DeepseekV3ForCausalLM"],
-    "vocab_size": 129280,
-    "hidden_size": 7168,
-    "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
-    "num_hidden_layers": 61,
-    "num_attention_heads": 128,
-    "num_key_value_heads": 128,
-    "q_lora_rank": 1536,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 8,
-    "first_k_dense_replace": 3,
+V3: dict[str, Any] = {key: value for key, value in DEEPSEEK_V3.items() if key != "quantization_config"} | {
+    "rope_theta": 10000,
     "n_group": 8,
     "topk_group": 4,
     "topk_method": "noaux_tc",
@@ -87,7 +53,6 @@ V3: dict[str, Any] = V2_LITE | {
     "norm_topk_prob": True,
     "routed_scaling_factor": 2.5,
     "num_nextn_predict_layers": 1,
-    "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
 }
 
 

@@ -269,7 +269,7 @@ class RunningServer:
     def __init__(self, engine: Any, config: ServerConfig, port: int = 0) -> None:
         self.engine = engine
         self._config = config
-        self._bound = listening(replace(config, host="127.0.0.1", port=port))
+        self._bound = listening(config if config.uds else replace(config, host="127.0.0.1", port=port))
         self._socket = self._bound.__enter__()
         self.port = 0 if config.uds else int(self._socket.getsockname()[1])
         self.root = f"http://127.0.0.1:{self.port}"

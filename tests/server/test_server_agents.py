@@ -612,6 +612,21 @@ def test_what_responses_cannot_do_is_named(model: Scripted, change: dict[str, An
     assert (answer.status_code, error["param"]) == (400, param)
 
 
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "providerOptions: {openai: {store: false}}"),
+        ({"tools": [{"type": "web_search", "external_web_access": True}]}, 'web_search = "disabled"'),
+        ({"tools": [{"type": "image_generation"}]}, "leave it out."),
+    ],
+)
+def test_who_sends_by_default_what_is_refused_reads_the_setting(
+    model: Scripted, change: dict[str, Any], remedy: str
+) -> None:
+    answer = httpx.post(f"{model.server.url}/responses", json=RESPONSE_BODY | change)
+    assert answer.status_code == 400 and remedy in answer.json()["error"]["message"]
+
+
 def test_errors_are_the_clients_own(model: Scripted, claude: Anthropic) -> None:
     with pytest.raises(anthropic.NotFoundError, match="not_found_error"):
         claude.messages.create(model="claude", max_tokens=5, messages=[ASKED])

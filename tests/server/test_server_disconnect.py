@@ -54,6 +54,17 @@ def test_closing_the_connection_aborts(server: RunningServer, path: str, body: d
     assert f'finished_reason="abort",model_name="tiny/fake"}} {aborted}.0' in text
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_half_a_connection_is_none(server: RunningServer, streams: bool) -> None:
+    """As docs/API.md says: closing one half looks like leaving."""
+    with post(server, "/v1/completions", {"prompt": "x", "max_tokens": 200, "stream": streams}) as connection:
+        wait_until(lambda: server.engine.num_running == 1)
+        connection.shutdown(socket.SHUT_WR)
+        wait_until(lambda: server.engine.aborted == 1)
+        with connection.makefile("rb") as file:
+            assert b"[DONE]" not in file.read()
+
+
 def test_a_client_that_does_not_read_and_goes_away(server: RunningServer) -> None:
     server.engine.step_seconds = 0.0
     body = {"prompt": [[7]] * 60, "max_tokens": 250, "logprobs": 20, "stream": True}

@@ -81,6 +81,32 @@ def test_each_token_is_an_event_that_is_written_at_once(
     assert all(data.endswith(b"\n\n") for data in written)
 
 
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_client_of_http_1_0_gets_no_chunks(
+    direct: bool, written: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has no length ends with the connection."""
+    if not direct:
+        monkeypatch.setattr(DirectWriter, "is_ready", lambda self: False)
+    with running_server(FakeEngine(script=SCRIPT, step_seconds=0.01)) as server:
+
+        def ask(data: bytes) -> tuple[bytes, bytes]:
+            with socket.create_connection(("127.0.0.1", server.port), timeout=60) as client, client.makefile() as file:
+                client.sendall(data.replace(b" HTTP/1.1\r\n", b" HTTP/1.0\r\nExpect: 100-continue\r\n"))
+                head, _, body = file.buffer.read().partition(b"\r\n\r\n")
+            return head.lower(), body
+
+        head, body = ask(request("/v1/completions", {"prompt": "x", "max_tokens": 6, "stream": True}))
+        assert b"transfer-encoding" not in head and b"connection: close" in head
+        assert "".join(texts(body)) == tokenizer().decode(SCRIPT) * 3
+        head, body = ask(request("/v1/completions", {"prompt": "x", "max_tokens": 6}))
+        assert b"content-length: %d\r\n" % len(body) in head
+        assert json.loads(body)["choices"][0]["text"] == tokenizer().decode(SCRIPT) * 3
+        head, body = ask(b"HEAD /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert head.startswith(b"http/1.1 200") and not body
+    assert bool(written) == direct
+
+
 def test_tokens_are_joined_for_a_client_that_reads_slowly(tmp_path: Path, written: list[bytes]) -> None:
     count, path = 6000, str(tmp_path / "socket")
     engine = FakeEngine(script=SCRIPT, max_model_len=10_000, num_blocks=1000)

@@ -115,14 +115,16 @@ def test_what_is_no_http_is_refused_with_an_id(server: RunningServer, head: str,
 
 
 def test_a_path_may_begin_with_what_a_proxy_puts_before_it(server: RunningServer) -> None:
-    for before in ("", "/models/small", "/models/small/models/small"):
+    for before in ("", "/models/small"):
         url = server.root + before
         assert httpx.post(f"{url}/v1/completions", json=COMPLETION, headers=KEYED).is_success
         assert httpx.get(f"{url}/v1/models/", headers=KEYED).is_success
         assert httpx.get(f"{url}/v1/models").status_code == 401, "the key is asked for whatever stands before"
         assert httpx.get(f"{url}/health").is_success
         assert httpx.get(f"{url}/openapi.json").is_success
-    assert httpx.get(f"{server.root}/models/smaller/health").status_code == 404
+    for wrong in ("/models/smaller", "/models/small/models/small", "/models/small/models/small/models/small"):
+        for path in ("/health", "/v1/models", "/"):
+            assert httpx.get(server.root + wrong + path, headers=KEYED).status_code == 404
     assert httpx.get(f"{server.root}/openapi.json").json()["servers"] == [{"url": "/models/small"}]
 
 
@@ -149,6 +151,12 @@ def test_a_unix_socket_serves_and_is_gone_afterwards(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="there already"):
             bind_unix(str(path))
     assert not path.exists()
+
+
+@pytest.mark.parametrize("other", [{"host": "0.0.0.0"}, {"port": 8312}])
+def test_a_unix_socket_has_no_port(other: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="leave these out"):
+        ServerConfig(uds="socket", **other)
 
 
 def test_a_unix_socket_takes_the_place_of_one_left_behind_and_of_nothing_else(tmp_path: Path) -> None:

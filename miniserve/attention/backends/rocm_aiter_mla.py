@@ -46,6 +46,8 @@ class AiterLatentBackend(LatentBackend[tuple[Tensor, ...]]):
         super().__init__(layout, options)
         self._aiter = aiter.load_latent()
         self._token_indices, self._write_kernel = token_indices, write_latent
+        # Its assembly hung all MI325X of a host in long prefills, until a cold reboot (aiter #3139, open).
+        self._asm_dense_dims = None if options.platform.is_mi325x else _ASM_DENSE_DIMS
         rows, device = options.max_rows, options.device
         self._kv_indptr = torch.zeros(rows + 1, dtype=torch.int32, device=device)
         self._kv_indices = torch.zeros(rows * options.max_seq_len, dtype=torch.int32, device=device)
@@ -137,7 +139,7 @@ class AiterLatentBackend(LatentBackend[tuple[Tensor, ...]]):
         self, layer: LatentLayer, q: Tensor, k: tuple[Tensor, Tensor], v: Tensor, lens: RaggedLens, *, causal: bool
     ) -> tuple[Tensor, Tensor]:
         width, keys = v.shape[-1], whole(k)
-        if (q.shape[-1], width) != _ASM_DENSE_DIMS:
+        if (q.shape[-1], width) != self._asm_dense_dims:
             q, keys, v = (padded(tensor, dense_dim(q, v)) for tensor in (q, keys, v))
         out, lse = self._aiter.flash_attn_varlen_func(
             q,

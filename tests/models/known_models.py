@@ -45,17 +45,12 @@ def llama(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, 
     }
 
 
+YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}  # DeepSeek's
 DEEPSEEK_V3 = {
     "architectures": ["DeepseekV3ForCausalLM"],
     "model_type": "deepseek_v3",
     "torch_dtype": "bfloat16",
-    "rope_scaling": {
-        "type": "yarn",
-        "factor": 40,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-        "original_max_position_embeddings": 4096,
-    },
+    "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
     "vocab_size": 129280,
     "max_position_embeddings": 163840,
     "hidden_size": 7168,
@@ -81,13 +76,7 @@ DEEPSEEK_V2_LITE = {
     "architectures": ["DeepseekV2ForCausalLM"],
     "model_type": "deepseek_v2",
     "torch_dtype": "bfloat16",
-    "rope_scaling": {
-        "type": "yarn",
-        "factor": 40,
-        "mscale": 0.707,
-        "mscale_all_dim": 0.707,
-        "original_max_position_embeddings": 4096,
-    },
+    "rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
     "vocab_size": 102400,
     "max_position_embeddings": 163840,
     "hidden_size": 2048,
