@@ -11,6 +11,7 @@ from triton_support import DEVICE, FP8, HALVES, NATIVE, every_other, normal, rel
 
 from miniserve.kernels.triton import medium_linear, moe, moe_token, rounded_linear, runtime, small_linear, widen
 from miniserve.kernels.triton.medium_linear import MediumTile
+from miniserve.kernels.triton.moe import MoETile
 from miniserve.kernels.triton.small_linear import Chip, LinearTile, Workspace, chip_of, largest_tile
 from miniserve.models.layers import ops
 from miniserve.models.layers.aiter_linear import rounded_groups
@@ -52,7 +53,13 @@ def experts_sum(
 
 @every_other(
     "tile,block,gated",
-    [LinearTile(16, 32, 1, 4, 2), LinearTile(32, 32, 1, 4, 2, True), LinearTile(16, 32, 3, 4, 2)],
+    [
+        LinearTile(16, 32, 1, 4, 2),
+        LinearTile(32, 32, 1, 4, 2, True),
+        LinearTile(16, 32, 3, 4, 2),
+        LinearTile(16, 32, 2, 4, 2, True, splits=2),
+        LinearTile(16, 32, 1, 4, 2, splits=4),
+    ],
     BLOCK_SHAPES,
     [False, True],
 )
@@ -61,6 +68,8 @@ def test_few_rows(tile: LinearTile, block: Block, gated: bool) -> None:
     workspace = Workspace(DEVICE)
     wide_k = 304 if NATIVE else 176  # the interpreter takes its time for each tile
     for m, n, k in ((1, 64, 96), (2, 64, wide_k - 32), (17, 64 if gated else 72, wide_k)):
+        if m == 1 and tile.splits > 1:  # without the matrix units
+            continue
         weight, scale, wide = scaled(1, n * (2 if gated else 1), k, block=block)
         x, bias = normal(0, m, k), normal(3, len(weight))
         got = small_linear.small_linear(x, weight, bias, tile, workspace, gated=gated, scale=scale, block=block)
@@ -196,12 +205,20 @@ def test_products_that_round_what_is_multiplied(block: Block, gated: bool, monke
 
 
 @BLOCKS
-@pytest.mark.parametrize("swap", [False, True])
-def test_experts(swap: bool, block: Block) -> None:
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        (MoETile(16, 32, 32, 4, 2), MoETile(16, 32, 32, 4, 2)),
+        (MoETile(16, 32, 32, 4, 2, swap=True), MoETile(16, 32, 32, 4, 2, swap=True)),
+        (MoETile(8, 32, 32, 4, 2, swap=True, splits=4), MoETile(8, 32, 32, 4, 2, splits=2)),
+    ],
+    ids=["plain", "swapped", "in splits"],
+)
+def test_experts(tiles: tuple[MoETile, MoETile], block: Block) -> None:
+    """The last of the splits end within a tile of columns, or have none."""
     num_experts, k, hidden, middle = 6, 3, 96, 64
     w1, s1, wide1 = scaled(1, num_experts, 2 * middle, hidden, block=block)
     w2, s2, wide2 = scaled(3, num_experts, hidden, middle, block=block)
-    tiles = (moe.MoETile(16, 32, 32, 4, 2, swap), moe.MoETile(16, 32, 32, 4, 2, swap))
     for tokens in (1, 9):
         x, weights = normal(0, tokens, hidden), normal(4, tokens, k).abs()
         ids = torch.stack([torch.randperm(num_experts)[:k] for _ in range(tokens)]).int().to(DEVICE)
@@ -219,7 +236,7 @@ def test_experts_that_round_what_is_multiplied(swap: bool, block: Block) -> None
     num_experts, k, hidden, middle, tokens = 5, 2, 160, 192, 9
     w1, s1, wide1 = scaled(1, num_experts, 2 * middle, hidden, block=block)
     w2, s2, wide2 = scaled(3, num_experts, hidden, middle, block=block)
-    tiles = (moe.MoETile(16, 32, 32, 4, 2, swap), moe.MoETile(16, 32, 32, 4, 2, swap))
+    tiles = (MoETile(16, 32, 32, 4, 2, swap), MoETile(16, 32, 32, 4, 2, swap))
     x, weights = normal(0, tokens, hidden, dtype=torch.float16), normal(4, tokens, k).abs()
     x *= torch.logspace(-2, 0, tokens, device=DEVICE)[:, None]
     ids = torch.stack([torch.randperm(num_experts)[:k] for _ in range(tokens)]).int().to(DEVICE)

@@ -18,19 +18,22 @@ from miniserve.kernels.triton.pdl import launch_options, start, wait
 from miniserve.kernels.triton.rounded_linear import GROUP, rounded
 from miniserve.kernels.triton.small_linear import (
     accumulator,
+    as_columns,
+    as_rows,
     chip_of,
     largest_tile,
     load_scale,
     product,
     scale_sizes,
+    split_begins,
     swiglu,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class MoETile:
-    """A program's part of a grouped product: BLOCK_M pairs, BLOCK_N outputs, BLOCK_K inputs a round. swap: as in
-    `LinearTile`."""
+    """A program's part of a grouped product: BLOCK_M pairs, BLOCK_N outputs, BLOCK_K inputs a round or, splits > 1,
+    so many times that. swap, splits: as in `LinearTile`."""
 
     block_m: int
     block_n: int
@@ -38,6 +41,7 @@ class MoETile:
     num_warps: int
     num_stages: int
     swap: bool = False
+    splits: int = 1
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -84,62 +88,69 @@ def _grouped_kernel(
     x_ptr, w_ptr, s_ptr, xs_ptr, scale_ptr, y_ptr, pairs_ptr, experts_ptr, num_pairs, N, D,
     PAIRS_PER_ROW: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr, SWAP: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SCALE_N: tl.constexpr, SCALE_K: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[pair] = x[pair // PAIRS_PER_ROW] W[expert]ᵀ, GATED and with `s_ptr` as in `small_linear`, SCALED by the pair's
     weight. N counts outputs, D inputs. Not ALIGNED: a block is one pair, and `experts_ptr` has its expert. xs_ptr: the
     scales of x in 8 bits, [⌈D / GROUP⌉, num_pairs // PAIRS_PER_ROW], tiles lying within a group."""
-    start(PDL)
     wait(PDL)
+    start(PDL)  # not earlier: the second product reads the pairs before it waits for the first
     block = tl.program_id(1)
     rows = tl.arange(0, BLOCK_M)
     if ALIGNED:
-        if block >= tl.load(experts_ptr):
-            return
-        expert = tl.load(experts_ptr + 1 + block).to(tl.int64)
+        used = tl.load(experts_ptr)
+        expert = tl.load(experts_ptr + 1 + block).to(tl.int64)  # all asked for before any of it is there
         pairs = tl.load(pairs_ptr + block * BLOCK_M + rows)
+        if block >= used:
+            return
     else:
         expert = tl.load(experts_ptr + block).to(tl.int64)
         pairs = tl.where(rows == 0, block, num_pairs)
     valid = pairs < num_pairs
     cols_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    cols_k = tl.arange(0, BLOCK_K)
+    cols_k = as_columns(tl.arange(0, BLOCK_K), SPLITS)
     inside_n = cols_n < N
+    x_mask = as_rows(valid, SPLITS)
+    w_mask = as_rows(inside_n, SPLITS)
     width: tl.constexpr = 2 if GATED else 1
-    x_ptrs = x_ptr + (pairs // PAIRS_PER_ROW).to(tl.int64)[:, None] * D + cols_k[None, :]
-    w_ptrs = w_ptr + expert * (width * N).to(tl.int64) * D + cols_n.to(tl.int64)[:, None] * D + cols_k[None, :]
+    x_ptrs = x_ptr + as_rows((pairs // PAIRS_PER_ROW).to(tl.int64), SPLITS) * D + cols_k
+    w_ptrs = w_ptr + expert * (width * N).to(tl.int64) * D + as_rows(cols_n.to(tl.int64), SPLITS) * D + cols_k
     up_ptrs = w_ptrs + N.to(tl.int64) * D
     if s_ptr is not None:
         s_ptr += expert * (tl.cdiv(width * N, SCALE_N) * (tl.cdiv(D, SCALE_K) if SCALE_K > 0 else 1))
     tile_n = tl.program_id(0) * BLOCK_N
-    scale = load_scale(s_ptr, tile_n, 0, D, SCALE_N, SCALE_K) if SCALE_K > 0 else None
-    up_scale = load_scale(s_ptr, N + tile_n, 0, D, SCALE_N, SCALE_K) if GATED and SCALE_K > 0 else None
-    acc = accumulator(BLOCK_M, BLOCK_N, SWAP)
+    ROUND: tl.constexpr = SPLITS * BLOCK_K
+    at_k = split_begins(BLOCK_K, SPLITS)
+    scale = load_scale(s_ptr, tile_n, at_k, D, SCALE_N, SCALE_K) if SCALE_K > 0 else None
+    up_scale = load_scale(s_ptr, N + tile_n, at_k, D, SCALE_N, SCALE_K) if GATED and SCALE_K > 0 else None
+    acc = accumulator(BLOCK_M, BLOCK_N, SWAP, SPLITS)
     up_acc = tl.zeros_like(acc)
-    for first in range(0, D, BLOCK_K):
+    for first in range(0, D, ROUND):
         at_scale = first // GROUP * (num_pairs // PAIRS_PER_ROW) + pairs // PAIRS_PER_ROW
         x_scale = None if xs_ptr is None else tl.load(xs_ptr + at_scale, mask=valid, other=0.0)
         if EVEN_K:
-            x = tl.load(x_ptrs, mask=valid[:, None], other=0.0)
-            w = tl.load(w_ptrs, mask=inside_n[:, None], other=0.0)
+            x = tl.load(x_ptrs, mask=x_mask, other=0.0)
+            w = tl.load(w_ptrs, mask=w_mask, other=0.0)
         else:
-            inside_k = (first + cols_k < D)[None, :]
-            x = tl.load(x_ptrs, mask=valid[:, None] & inside_k, other=0.0)
-            w = tl.load(w_ptrs, mask=inside_n[:, None] & inside_k, other=0.0)
+            x = tl.load(x_ptrs, mask=x_mask & (first + cols_k < D), other=0.0)
+            w = tl.load(w_ptrs, mask=w_mask & (first + cols_k < D), other=0.0)
         acc = product(acc, w, x, scale, True, SWAP, x_scale)
         if GATED:
             if EVEN_K:
-                up = tl.load(up_ptrs, mask=inside_n[:, None], other=0.0)
+                up = tl.load(up_ptrs, mask=w_mask, other=0.0)
             else:
-                up = tl.load(up_ptrs, mask=inside_n[:, None] & (first + cols_k < D)[None, :], other=0.0)
+                up = tl.load(up_ptrs, mask=w_mask & (first + cols_k < D), other=0.0)
             up_acc = product(up_acc, up, x, up_scale, True, SWAP, x_scale)
         if SCALE_K > 0:  # of the next tile
-            scale = load_scale(s_ptr, tile_n, first + BLOCK_K, D, SCALE_N, SCALE_K)
+            scale = load_scale(s_ptr, tile_n, at_k + (first + ROUND), D, SCALE_N, SCALE_K)
             if GATED:
-                up_scale = load_scale(s_ptr, N + tile_n, first + BLOCK_K, D, SCALE_N, SCALE_K)
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-        up_ptrs += BLOCK_K
+                up_scale = load_scale(s_ptr, N + tile_n, at_k + (first + ROUND), D, SCALE_N, SCALE_K)
+        x_ptrs += ROUND
+        w_ptrs += ROUND
+        up_ptrs += ROUND
+    if SPLITS > 1:
+        acc = tl.sum(acc, axis=0)
+        up_acc = tl.sum(up_acc, axis=0)
     if SWAP:
         acc = tl.trans(acc)
         up_acc = tl.trans(up_acc)
@@ -229,7 +240,7 @@ def fitted(tiles: tuple[MoETile, MoETile], itemsize: int, shared_bytes: int) -> 
     """Set as many stages, at least one each, as shared memory holds; the first of the two products is gated."""
 
     def fit(tile: MoETile, width: int) -> MoETile:
-        stage = (tile.block_n * width + tile.block_m) * tile.block_k * itemsize
+        stage = (tile.block_n * width + tile.block_m) * tile.block_k * tile.splits * itemsize
         return replace(tile, num_stages=max(1, min(tile.num_stages, shared_bytes // stage)))
 
     return fit(tiles[0], 2), fit(tiles[1], 1)
@@ -297,9 +308,9 @@ def experts(
         _grouped_kernel[(triton.cdiv(n, tile.block_n), num_blocks)](
             source, weight, scale, x_scale, topk_weights, target, pairs, block_experts, num_pairs, n, weight.shape[2],
             PAIRS_PER_ROW=per_row, GATED=gated, SCALED=not gated, ALIGNED=aligned, SWAP=tile.swap,
-            EVEN_K=weight.shape[2] % tile.block_k == 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k, num_warps=tile.num_warps, num_stages=tile.num_stages, **scale_sizes(block),
-            GROUP=GROUP, **options,
+            EVEN_K=weight.shape[2] % (tile.block_k * tile.splits) == 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            BLOCK_K=tile.block_k, SPLITS=tile.splits, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **scale_sizes(block), GROUP=GROUP, **options,
         )  # fmt: skip
 
     activated = torch.empty(num_pairs, middle, dtype=x.dtype, device=x.device)
