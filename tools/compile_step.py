@@ -99,11 +99,11 @@ def _scaled_experts(
     x, shapes = tensor(tokens, 4096), ((128, 2 * middle, 4096), (128, 4096, middle))
     w1, w2 = (tensor(*shape, dtype=codes) for shape in shapes)
     choice = tensor(tokens, 8, dtype=torch.float32), int32(tokens, 8)
-    given: dict[str, Any] = {"scales": tuple(_scale(*shape, block) for shape in shapes), "block": block}
+    given: dict[str, Any] = {"scales": tuple(_scale(*shape, block) for shape in shapes), "blocks": (block, block)}
     if tokens == 1:
         moe_token.token_experts(x, w1, w2, *choice, **given)
         return
-    tiles = moe.choose_scaled_tiles(tokens * 8, 128, middle, block, rounded=rounds)
+    tiles = moe.choose_scaled_tiles(tokens * 8, 128, middle, (block, block), rounded=rounds)
     tiles = moe.fitted(tiles, 1 if rounds else _HALF.itemsize, chip.shared_bytes)
     moe.experts(x, w1, w2, *choice, tiles=tiles, rounds=rounds, **given)
 

@@ -99,7 +99,7 @@ def test_every_cut_of_a_linear_layers_scales_is_a_slice_of_the_whole(data: Any, 
         weight = layer.weight.float()
         if not widened:
             assert layer.weight.dtype == CODES
-            weight = weight * spread(layer.weight_scale, weights.step, *weight.shape)
+            weight = weight * spread(layer.weight_scale, weights.steps["weight"], *weight.shape)
         assert torch.equal(weight, want)
 
 

@@ -17,6 +17,7 @@ from miniserve.kernels.triton.elementwise import rms_normed
 from miniserve.kernels.triton.pdl import launch_options, start, wait
 from miniserve.kernels.triton.rounded_linear import GROUP, rounded
 from miniserve.kernels.triton.small_linear import (
+    Block,
     accumulator,
     as_columns,
     as_rows,
@@ -83,17 +84,30 @@ def _align_kernel(
     tl.store(pairs_ptr + place, num_pairs + rest * 0, mask=rank + rest < num_blocks * BLOCK_M)
 
 
+@triton.jit
+def _ask_for(ptr, BYTES: tl.constexpr, wanted):
+    """If they are wanted, fetch so many bytes into the L2 cache; of NVIDIA's GPUs alone."""
+    lines: tl.constexpr = triton.next_power_of_2(tl.cdiv(BYTES, 128))
+    if wanted:
+        at = ptr.to(tl.pointer_type(tl.int8)) + tl.minimum(tl.arange(0, lines) * 128, BYTES - 1)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
 @triton.jit(do_not_specialize=["num_pairs"])
 def _grouped_kernel(
     x_ptr, w_ptr, s_ptr, xs_ptr, scale_ptr, y_ptr, pairs_ptr, experts_ptr, num_pairs, N, D,
     PAIRS_PER_ROW: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr, SWAP: tl.constexpr,
-    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLITS: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
+    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+    SCALE_N: tl.constexpr, SCALE_K: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[pair] = x[pair // PAIRS_PER_ROW] W[expert]ᵀ, GATED and with `s_ptr` as in `small_linear`, SCALED by the pair's
     weight. N counts outputs, D inputs. Not ALIGNED: a block is one pair, and `experts_ptr` has its expert. xs_ptr: the
-    scales of x in 8 bits, [⌈D / GROUP⌉, num_pairs // PAIRS_PER_ROW], tiles lying within a group."""
-    wait(PDL)
+    scales of x in 8 bits, [⌈D / GROUP⌉, num_pairs // PAIRS_PER_ROW], tiles lying within a group.
+    EARLY: bytes of the weight to ask for before the wait for x; 0 with GATED."""
+    if GATED:
+        wait(PDL)
     start(PDL)  # not earlier: the second product reads the pairs before it waits for the first
     block = tl.program_id(1)
     rows = tl.arange(0, BLOCK_M)
@@ -101,11 +115,16 @@ def _grouped_kernel(
         used = tl.load(experts_ptr)
         expert = tl.load(experts_ptr + 1 + block).to(tl.int64)  # all asked for before any of it is there
         pairs = tl.load(pairs_ptr + block * BLOCK_M + rows)
-        if block >= used:
-            return
     else:
+        used = block + 1
         expert = tl.load(experts_ptr + block).to(tl.int64)
         pairs = tl.where(rows == 0, block, num_pairs)
+    if not GATED:
+        if EARLY > 0 and PDL:
+            _ask_for(w_ptr + (expert * N + tl.program_id(0) * BLOCK_N) * D, EARLY, block < used)
+        wait(PDL)
+    if block >= used:
+        return
     valid = pairs < num_pairs
     cols_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols_k = as_columns(tl.arange(0, BLOCK_K), SPLITS)
@@ -211,9 +230,9 @@ def choose_tiles(num_pairs: int, num_experts: int, middle: int) -> tuple[MoETile
 
 
 def choose_scaled_tiles(
-    num_pairs: int, num_experts: int, middle: int, block: tuple[int, int] | None, *, rounded: bool = False
+    num_pairs: int, num_experts: int, middle: int, blocks: tuple[Block, Block], *, rounded: bool = False
 ) -> tuple[MoETile, MoETile]:
-    """As `choose_tiles`, for weights in 8 bits with scales of `block`; rounded: and x in 8 bits. Measured, but for
+    """As `choose_tiles`, for weights in 8 bits with scales of `blocks`; rounded: and x in 8 bits. Measured, but for
     that, on an H200 for Qwen3-235B-A22B, whole and an eighth of it."""
     if rounded and num_pairs > 100 * num_experts:
         tiles = MoETile(128, 128, 128, 8, 3), MoETile(128, 128, 128, 8, 5)
@@ -224,16 +243,16 @@ def choose_scaled_tiles(
         tiles = choose_tiles(num_pairs, num_experts, middle)
     elif num_pairs <= 16:
         tiles = MoETile(16, 32, 128, 4, 3), MoETile(16, 64, 128, 2, 3)
-    elif block is not None and block[1] < 128:
-        tiles = MoETile(16, 16, 64, 1, 8), MoETile(16, 64, 64, 2, 3)
+    elif num_pairs <= 5 * num_experts:
+        tiles = MoETile(8, 16, 128, 2, 4, swap=True, splits=2), MoETile(8, 128, 64, 4, 4, swap=True)
     else:
         tiles = MoETile(16, 32, 128, 4, 5), MoETile(16, 64, 128, 4, 5)
 
-    def fit(tile: MoETile) -> MoETile:
+    def fit(tile: MoETile, block: Block) -> MoETile:
         block_n, block_k = largest_tile(block, tile.block_n, tile.block_k)
         return replace(tile, block_n=block_n, block_k=block_k)
 
-    return fit(tiles[0]), fit(tiles[1])
+    return fit(tiles[0], blocks[0]), fit(tiles[1], blocks[1])
 
 
 def fitted(tiles: tuple[MoETile, MoETile], itemsize: int, shared_bytes: int) -> tuple[MoETile, MoETile]:
@@ -275,21 +294,22 @@ def experts(
     tiles: tuple[MoETile, MoETile] | None = None,
     first: int | None = None,
     scales: tuple[torch.Tensor, torch.Tensor] | None = None,
-    block: tuple[int, int] | None = None,
+    blocks: tuple[Block, Block] = (None, None),
     rounds: bool = False,
 ) -> torch.Tensor:
     """The weighted results of each token's SwiGLU experts. x [T, D], contiguous; w1 [E, 2 I, D], gates before ups; w2
     [E, D, I]; topk_weights float32, topk_ids int, [T, K]. tiles: of the two products, with the same block_m; chosen by
     default. first: the id of the first of these experts, where the model has more; the others give zeros. scales: of w1
-    and w2 in 8 bits, each expert's as in `small_linear`; rounds: what is multiplied with them is rounded to 8 bits, a
-    scale for each `GROUP` values of a row. Returns float32 [T * K, D], a token's after one another."""
+    and w2 in 8 bits, each expert's as in `small_linear`, with their `blocks`; rounds: what is multiplied with them is
+    rounded to 8 bits, a scale for each `GROUP` values of a row. Returns float32 [T * K, D], a token's after one
+    another."""
     tokens, hidden = x.shape
     num_experts, k, middle = w1.shape[0], topk_ids.shape[1], w2.shape[2]
     num_pairs = tokens * k
     options = launch_options(x.device)
     if tiles is None:
         sizes = num_pairs, num_experts, middle
-        tiles = choose_tiles(*sizes) if scales is None else choose_scaled_tiles(*sizes, block, rounded=rounds)
+        tiles = choose_tiles(*sizes) if scales is None else choose_scaled_tiles(*sizes, blocks, rounded=rounds)
         if x.device.type == "cuda":
             tiles = fitted(tiles, 1 if rounds else x.element_size(), chip_of(x.device).shared_bytes)
     gate_up, down = tiles
@@ -310,7 +330,8 @@ def experts(
             PAIRS_PER_ROW=per_row, GATED=gated, SCALED=not gated, ALIGNED=aligned, SWAP=tile.swap,
             EVEN_K=weight.shape[2] % (tile.block_k * tile.splits) == 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k, SPLITS=tile.splits, num_warps=tile.num_warps, num_stages=tile.num_stages,
-            **scale_sizes(block), GROUP=GROUP, **options,
+            **scale_sizes(blocks[0 if gated else 1]), GROUP=GROUP,
+            EARLY=0 if gated else tile.block_n * weight.shape[2] * weight.element_size(), **options,
         )  # fmt: skip
 
     activated = torch.empty(num_pairs, middle, dtype=x.dtype, device=x.device)

@@ -18,6 +18,7 @@ import triton.language as tl
 from miniserve.kernels.triton.pdl import launch_options, start, wait
 
 MAX_ROWS = 64
+Block = tuple[int, int] | None  # rows and columns that share a scale; None: one for each row, or there are none
 CHUNK = tl.constexpr(8)  # columns that a thread loads at once of a weight in 8 bits, and of x
 
 
@@ -313,18 +314,27 @@ def choose_tile(m: int, n: int, k: int, itemsize: int, chip: Chip, *, gated: boo
     return LinearTile(block_n, block_k, split_k, 4, stages, swap)
 
 
+def is_narrow(m: int, n: int, k: int, chip: Chip, *, gated: bool) -> bool:
+    """Whether a product in 8 bits has so few outputs that larger tiles of them would leave multiprocessors idle."""
+    return chip.wgmma and m <= 16 and not gated and n <= 16 * chip.num_sms and k >= 2048
+
+
 def choose_scaled_tile(
     m: int, n: int, k: int, block: tuple[int, int] | None, chip: Chip, *, gated: bool
 ) -> LinearTile | None:
     """As `choose_tile`, for a weight in 8 bits with scales of `block`.
 
-    Measured on an H200 over the shapes of Qwen3-8B (docs/LAB.md).
+    Measured on an H200 over the shapes of Qwen3-8B and of an eighth of Qwen3-235B-A22B (docs/LAB.md).
     """
     if m > MAX_ROWS or k % 16:
         return None
+    if m == 1 and is_narrow(m, n, k, chip, gated=gated):
+        return LinearTile(2, min(4096, triton.next_power_of_2(k)), 1, 4, 3)
     if m == 1:
         block_n = largest_tile(block, 8 if n > 4096 and not gated else 4, 1)[0]
         return LinearTile(block_n, min(2048, triton.next_power_of_2(k)), 1, 2 if gated else 4, 3)
+    if is_narrow(m, n, k, chip, gated=gated):
+        return LinearTile(*largest_tile(block, 16, 128), 1, 4, 3, swap=True, splits=4)
     block_m = max(16, triton.next_power_of_2(m))
     swap = gated and m > 32
     block_n, block_k = largest_tile(block, 64 if swap or m > 16 or (n > 4096 and not gated) else 32, 128)
