@@ -30,6 +30,8 @@ from miniserve.kernels.triton.small_linear import (
     swiglu,
 )
 
+_MOST_EARLY = 24 << 10  # bytes that a program asks for before it waits: more would be most of what it reads
+
 
 @dataclass(frozen=True, slots=True)
 class MoETile:
@@ -322,6 +324,7 @@ def experts(
 
     def multiply(source: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, tile: MoETile, per_row: int) -> None:
         n, gated = target.shape[1], tile is gate_up
+        size = tile.block_n * weight.shape[2] * weight.element_size()
         scale, x_scale = None if scales is None else scales[0 if gated else 1], None
         if rounds:
             source, x_scale = rounded(source, GROUP, len(source))
@@ -331,7 +334,7 @@ def experts(
             EVEN_K=weight.shape[2] % (tile.block_k * tile.splits) == 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k, SPLITS=tile.splits, num_warps=tile.num_warps, num_stages=tile.num_stages,
             **scale_sizes(blocks[0 if gated else 1]), GROUP=GROUP,
-            EARLY=0 if gated else tile.block_n * weight.shape[2] * weight.element_size(), **options,
+            EARLY=0 if gated or size > _MOST_EARLY else size, **options,
         )  # fmt: skip
 
     activated = torch.empty(num_pairs, middle, dtype=x.dtype, device=x.device)
