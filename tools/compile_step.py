@@ -103,7 +103,7 @@ def _scaled_experts(
     if tokens == 1:
         moe_token.token_experts(x, w1, w2, *choice, **given)
         return
-    tiles = moe.choose_scaled_tiles(tokens * 8, 128, middle, (block, block), rounded=rounds)
+    tiles = moe.choose_scaled_tiles(tokens * 8, 128, middle, (block, block), splits=chip.wgmma, rounded=rounds)
     tiles = moe.fitted(tiles, 1 if rounds else _HALF.itemsize, chip.shared_bytes)
     moe.experts(x, w1, w2, *choice, tiles=tiles, rounds=rounds, **given)
 

@@ -30,8 +30,6 @@ from miniserve.kernels.triton.small_linear import (
     swiglu,
 )
 
-_MOST_EARLY = 24 << 10  # bytes that a program asks for before it waits: more would be most of what it reads
-
 
 @dataclass(frozen=True, slots=True)
 class MoETile:
@@ -86,28 +84,16 @@ def _align_kernel(
     tl.store(pairs_ptr + place, num_pairs + rest * 0, mask=rank + rest < num_blocks * BLOCK_M)
 
 
-@triton.jit
-def _ask_for(ptr, BYTES: tl.constexpr, wanted):
-    """If they are wanted, fetch so many bytes into the L2 cache; of NVIDIA's GPUs alone."""
-    lines: tl.constexpr = triton.next_power_of_2(tl.cdiv(BYTES, 128))
-    if wanted:
-        at = ptr.to(tl.pointer_type(tl.int8)) + tl.minimum(tl.arange(0, lines) * 128, BYTES - 1)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-
 @triton.jit(do_not_specialize=["num_pairs"])
 def _grouped_kernel(
     x_ptr, w_ptr, s_ptr, xs_ptr, scale_ptr, y_ptr, pairs_ptr, experts_ptr, num_pairs, N, D,
     PAIRS_PER_ROW: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr, SWAP: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
-    SCALE_N: tl.constexpr, SCALE_K: tl.constexpr, GROUP: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    SCALE_N: tl.constexpr, SCALE_K: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[pair] = x[pair // PAIRS_PER_ROW] W[expert]ᵀ, GATED and with `s_ptr` as in `small_linear`, SCALED by the pair's
     weight. N counts outputs, D inputs. Not ALIGNED: a block is one pair, and `experts_ptr` has its expert. xs_ptr: the
-    scales of x in 8 bits, [⌈D / GROUP⌉, num_pairs // PAIRS_PER_ROW], tiles lying within a group.
-    EARLY: bytes of the weight to ask for before the wait for x; 0 with GATED."""
+    scales of x in 8 bits, [⌈D / GROUP⌉, num_pairs // PAIRS_PER_ROW], tiles lying within a group."""
     if GATED:
         wait(PDL)
     start(PDL)  # not earlier: the second product reads the pairs before it waits for the first
@@ -122,8 +108,6 @@ def _grouped_kernel(
         expert = tl.load(experts_ptr + block).to(tl.int64)
         pairs = tl.where(rows == 0, block, num_pairs)
     if not GATED:
-        if EARLY > 0 and PDL:
-            _ask_for(w_ptr + (expert * N + tl.program_id(0) * BLOCK_N) * D, EARLY, block < used)
         wait(PDL)
     if block >= used:
         return
@@ -232,10 +216,17 @@ def choose_tiles(num_pairs: int, num_experts: int, middle: int) -> tuple[MoETile
 
 
 def choose_scaled_tiles(
-    num_pairs: int, num_experts: int, middle: int, blocks: tuple[Block, Block], *, rounded: bool = False
+    num_pairs: int,
+    num_experts: int,
+    middle: int,
+    blocks: tuple[Block, Block],
+    *,
+    splits: bool,
+    rounded: bool = False,
 ) -> tuple[MoETile, MoETile]:
-    """As `choose_tiles`, for weights in 8 bits with scales of `blocks`; rounded: and x in 8 bits. Measured, but for
-    that, on an H200 for Qwen3-235B-A22B, whole and an eighth of it."""
+    """As `choose_tiles`, for weights in 8 bits with scales of `blocks`; rounded: and x in 8 bits. splits: whether tiles
+    may have them, for which AMD's compilers run out of registers. Measured, but for
+    that, on an H200 for Qwen3-235B-A22B, whole, a half and an eighth of it, and for Qwen3-30B-A3B."""
     if rounded and num_pairs > 100 * num_experts:
         tiles = MoETile(128, 128, 128, 8, 3), MoETile(128, 128, 128, 8, 5)
     elif rounded:
@@ -245,8 +236,14 @@ def choose_scaled_tiles(
         tiles = choose_tiles(num_pairs, num_experts, middle)
     elif num_pairs <= 16:
         tiles = MoETile(16, 32, 128, 4, 3), MoETile(16, 64, 128, 2, 3)
-    elif num_pairs <= 5 * num_experts:
-        tiles = MoETile(8, 16, 128, 2, 4, swap=True, splits=2), MoETile(8, 128, 64, 4, 4, swap=True)
+    elif splits and num_pairs <= (8 if middle <= 256 else 4) * num_experts:  # of more, many would be read twice
+        short = middle % 128 > 0
+        tiles = (
+            MoETile(8, 16, 128, 2, 4, swap=True, splits=2),
+            MoETile(8, 128 if short else 64, 64 if short else 128, 4, 4, swap=True),
+        )
+    elif middle <= 256:
+        tiles = MoETile(16, 16, 128, 1, 5), MoETile(16, 64, 64, 2, 3)
     else:
         tiles = MoETile(16, 32, 128, 4, 5), MoETile(16, 64, 128, 4, 5)
 
@@ -310,10 +307,13 @@ def experts(
     num_pairs = tokens * k
     options = launch_options(x.device)
     if tiles is None:
-        sizes = num_pairs, num_experts, middle
-        tiles = choose_tiles(*sizes) if scales is None else choose_scaled_tiles(*sizes, blocks, rounded=rounds)
-        if x.device.type == "cuda":
-            tiles = fitted(tiles, 1 if rounds else x.element_size(), chip_of(x.device).shared_bytes)
+        sizes, chip = (num_pairs, num_experts, middle), chip_of(x.device) if x.device.type == "cuda" else None
+        if scales is None:
+            tiles = choose_tiles(*sizes)
+        else:
+            tiles = choose_scaled_tiles(*sizes, blocks, splits=chip is not None and chip.wgmma, rounded=rounds)
+        if chip is not None:
+            tiles = fitted(tiles, 1 if rounds else x.element_size(), chip.shared_bytes)
     gate_up, down = tiles
     aligned = tokens > 1 or first is not None
     if aligned:
@@ -324,7 +324,6 @@ def experts(
 
     def multiply(source: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, tile: MoETile, per_row: int) -> None:
         n, gated = target.shape[1], tile is gate_up
-        size = tile.block_n * weight.shape[2] * weight.element_size()
         scale, x_scale = None if scales is None else scales[0 if gated else 1], None
         if rounds:
             source, x_scale = rounded(source, GROUP, len(source))
@@ -333,8 +332,7 @@ def experts(
             PAIRS_PER_ROW=per_row, GATED=gated, SCALED=not gated, ALIGNED=aligned, SWAP=tile.swap,
             EVEN_K=weight.shape[2] % (tile.block_k * tile.splits) == 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k, SPLITS=tile.splits, num_warps=tile.num_warps, num_stages=tile.num_stages,
-            **scale_sizes(blocks[0 if gated else 1]), GROUP=GROUP,
-            EARLY=0 if gated or size > _MOST_EARLY else size, **options,
+            **scale_sizes(blocks[0 if gated else 1]), GROUP=GROUP, **options,
         )  # fmt: skip
 
     activated = torch.empty(num_pairs, middle, dtype=x.dtype, device=x.device)

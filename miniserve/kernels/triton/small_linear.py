@@ -316,7 +316,7 @@ def choose_tile(m: int, n: int, k: int, itemsize: int, chip: Chip, *, gated: boo
 
 def is_narrow(m: int, n: int, k: int, chip: Chip, *, gated: bool) -> bool:
     """Whether a product in 8 bits has so few outputs that larger tiles of them would leave multiprocessors idle."""
-    return chip.wgmma and m <= 16 and not gated and n <= 16 * chip.num_sms and k >= 2048
+    return chip.wgmma and m <= 8 and not gated and n <= 16 * chip.num_sms and k >= 2048
 
 
 def choose_scaled_tile(
