@@ -94,16 +94,17 @@ def _scaled_linear(chip: Chip, codes: torch.dtype, m: int, n: int, k: int, block
 
 
 def _scaled_experts(
-    chip: Chip, codes: torch.dtype, tokens: int, middle: int, block: Block, *, rounds: bool = False
+    chip: Chip, codes: torch.dtype, tokens: int, middle: int, blocks: tuple[Block, Block], *, rounds: bool = False
 ) -> None:
     x, shapes = tensor(tokens, 4096), ((128, 2 * middle, 4096), (128, 4096, middle))
     w1, w2 = (tensor(*shape, dtype=codes) for shape in shapes)
     choice = tensor(tokens, 8, dtype=torch.float32), int32(tokens, 8)
-    given: dict[str, Any] = {"scales": tuple(_scale(*shape, block) for shape in shapes), "block": block}
+    scales = tuple(_scale(*shape, block) for shape, block in zip(shapes, blocks, strict=True))
+    given: dict[str, Any] = {"scales": scales, "blocks": blocks}
     if tokens == 1:
         moe_token.token_experts(x, w1, w2, *choice, **given)
         return
-    tiles = moe.choose_scaled_tiles(tokens * 8, 128, middle, block, rounded=rounds)
+    tiles = moe.choose_scaled_tiles(tokens * 8, 128, middle, blocks, splits=chip.wgmma, rounded=rounds)
     tiles = moe.fitted(tiles, 1 if rounds else _HALF.itemsize, chip.shared_bytes)
     moe.experts(x, w1, w2, *choice, tiles=tiles, rounds=rounds, **given)
 
@@ -189,13 +190,14 @@ def scaled_launches(chip: Chip, codes: torch.dtype) -> Iterator[Case]:
             for n, k, gated in ((6144, 4096, False), (4096, 12288, False), (12288, 4096, True)):
                 name = f"fp8 {m} rows {n} x {k}, {'blocks' if block else 'rows'}{' gated' if gated else ''}"
                 yield name, partial(_scaled_linear, chip, codes, m, n, k, block, gated)
-    for middle, block in ((1536, (128, 128)), (192, (64, 64)), (768, None)):
+    square = 128, 128
+    for middle, blocks in ((1536, (square, square)), (192, ((64, 128), (128, 64))), (768, (None, None))):
         for tokens in _TOKENS:
             name = f"fp8 {tokens} tokens, 8 of 128 of {middle}"
-            yield name, partial(_scaled_experts, chip, codes, tokens, middle, block)
+            yield name, partial(_scaled_experts, chip, codes, tokens, middle, blocks)
         for tokens in (512, 2048, 4096) if chip.wgmma else ():
             name = f"fp8 {tokens} tokens, 8 of 128 of {middle}, rounded"
-            yield name, partial(_scaled_experts, chip, codes, tokens, middle, block, rounds=True)
+            yield name, partial(_scaled_experts, chip, codes, tokens, middle, blocks, rounds=True)
 
 
 def large_launches(chip: Chip) -> Iterator[Case]:

@@ -11,6 +11,7 @@ from triton_support import DEVICE, FP8, HALVES, NATIVE, every_other, normal, rel
 
 from miniserve.kernels.triton import medium_linear, moe, moe_token, rounded_linear, runtime, small_linear, widen
 from miniserve.kernels.triton.medium_linear import MediumTile
+from miniserve.kernels.triton.moe import MoETile
 from miniserve.kernels.triton.small_linear import Chip, LinearTile, Workspace, chip_of, largest_tile
 from miniserve.models.layers import ops
 from miniserve.models.layers.aiter_linear import rounded_groups
@@ -52,7 +53,13 @@ def experts_sum(
 
 @every_other(
     "tile,block,gated",
-    [LinearTile(16, 32, 1, 4, 2), LinearTile(32, 32, 1, 4, 2, True), LinearTile(16, 32, 3, 4, 2)],
+    [
+        LinearTile(16, 32, 1, 4, 2),
+        LinearTile(32, 32, 1, 4, 2, True),
+        LinearTile(16, 32, 3, 4, 2),
+        LinearTile(16, 32, 2, 4, 2, True, splits=2),
+        LinearTile(16, 32, 1, 4, 2, splits=4),
+    ],
     BLOCK_SHAPES,
     [False, True],
 )
@@ -61,6 +68,8 @@ def test_few_rows(tile: LinearTile, block: Block, gated: bool) -> None:
     workspace = Workspace(DEVICE)
     wide_k = 304 if NATIVE else 176  # the interpreter takes its time for each tile
     for m, n, k in ((1, 64, 96), (2, 64, wide_k - 32), (17, 64 if gated else 72, wide_k)):
+        if m == 1 and tile.splits > 1:  # without the matrix units
+            continue
         weight, scale, wide = scaled(1, n * (2 if gated else 1), k, block=block)
         x, bias = normal(0, m, k), normal(3, len(weight))
         got = small_linear.small_linear(x, weight, bias, tile, workspace, gated=gated, scale=scale, block=block)
@@ -196,17 +205,26 @@ def test_products_that_round_what_is_multiplied(block: Block, gated: bool, monke
 
 
 @BLOCKS
-@pytest.mark.parametrize("swap", [False, True])
-def test_experts(swap: bool, block: Block) -> None:
+@pytest.mark.parametrize(
+    "tiles",
+    [
+        (MoETile(16, 32, 32, 4, 2), MoETile(16, 32, 32, 4, 2)),
+        (MoETile(16, 32, 32, 4, 2, swap=True), MoETile(16, 32, 32, 4, 2, swap=True)),
+        (MoETile(8, 32, 32, 4, 2, swap=True, splits=4), MoETile(8, 32, 32, 4, 2, splits=2)),
+    ],
+    ids=["plain", "swapped", "in splits"],
+)
+def test_experts(tiles: tuple[MoETile, MoETile], block: Block) -> None:
+    """The last of the splits end within a tile of columns, or have none."""
     num_experts, k, hidden, middle = 6, 3, 96, 64
     w1, s1, wide1 = scaled(1, num_experts, 2 * middle, hidden, block=block)
-    w2, s2, wide2 = scaled(3, num_experts, hidden, middle, block=block)
-    tiles = (moe.MoETile(16, 32, 32, 4, 2, swap), moe.MoETile(16, 32, 32, 4, 2, swap))
+    second = block and (32, 32)  # apart from the first's
+    w2, s2, wide2 = scaled(3, num_experts, hidden, middle, block=second)
     for tokens in (1, 9):
         x, weights = normal(0, tokens, hidden), normal(4, tokens, k).abs()
         ids = torch.stack([torch.randperm(num_experts)[:k] for _ in range(tokens)]).int().to(DEVICE)
         want = experts_sum(x, wide1, wide2, weights, ids)
-        parts = moe.experts(x, w1, w2, weights, ids, tiles, scales=(s1, s2), block=block)
+        parts = moe.experts(x, w1, w2, weights, ids, tiles, scales=(s1, s2), blocks=(block, second))
         assert relative_error(parts.view(tokens, k, hidden).sum(1), want) < 1e-5
 
 
@@ -219,29 +237,32 @@ def test_experts_that_round_what_is_multiplied(swap: bool, block: Block) -> None
     num_experts, k, hidden, middle, tokens = 5, 2, 160, 192, 9
     w1, s1, wide1 = scaled(1, num_experts, 2 * middle, hidden, block=block)
     w2, s2, wide2 = scaled(3, num_experts, hidden, middle, block=block)
-    tiles = (moe.MoETile(16, 32, 32, 4, 2, swap), moe.MoETile(16, 32, 32, 4, 2, swap))
+    tiles = (MoETile(16, 32, 32, 4, 2, swap), MoETile(16, 32, 32, 4, 2, swap))
     x, weights = normal(0, tokens, hidden, dtype=torch.float16), normal(4, tokens, k).abs()
     x *= torch.logspace(-2, 0, tokens, device=DEVICE)[:, None]
     ids = torch.stack([torch.randperm(num_experts)[:k] for _ in range(tokens)]).int().to(DEVICE)
-    parts = moe.experts(x, w1, w2, weights, ids, tiles, scales=(s1 / 16, s2 / 16), block=block, rounds=True)
+    parts = moe.experts(x, w1, w2, weights, ids, tiles, scales=(s1 / 16, s2 / 16), blocks=(block, block), rounds=True)
     got = parts.view(tokens, k, hidden).sum(1)
     for number, row in enumerate(got):  # each row by itself: a scale of another would not show among all
         want = experts_sum(x[number, None].float(), wide1 / 16, wide2 / 16, weights[number, None], ids[number, None])
         assert 1e-3 < relative_error(row, want[0]) < 8e-2
 
 
-@pytest.mark.parametrize(("hidden", "middle"), [(1120, 32), (32, 576)])
+@pytest.mark.parametrize(("hidden", "middle", "top_k"), [(1120, 32, 2), (32, 576, 2), (40, 96, 3)])
 @BLOCKS
-def test_the_experts_of_one_token(block: Block, hidden: int, middle: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In several rounds of columns."""
+def test_the_experts_of_one_token(
+    block: Block, hidden: int, middle: int, top_k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In several rounds of columns, all experts' rows at once, or neither."""
     if not NATIVE:  # fewer programs: the interpreter runs them one by one
         monkeypatch.setattr(moe_token, "_SCALED_MIDDLE", ((32, 1024, 4),) * 2)
         monkeypatch.setattr(moe_token, "_SCALED_OUT", ((32, 256, 4),) * 2)
-    w1, s1, wide1 = scaled(1, 3, 2 * middle, hidden, block=block and (32, block[1]))
-    w2, s2, wide2 = scaled(3, 3, hidden, middle, block=block and (32, block[1]))
-    x, weights = normal(0, 1, hidden), normal(4, 1, 2).abs()
-    ids = torch.tensor([[2, 0]], dtype=torch.int32, device=DEVICE)
-    got = moe_token.token_experts(x, w1, w2, weights, ids, scales=(s1, s2), block=block and (32, block[1]))
+    block = block and (32, block[1])
+    w1, s1, wide1 = scaled(1, 3, 2 * middle, hidden, block=block)
+    w2, s2, wide2 = scaled(3, 3, hidden, middle, block=block)
+    x, weights = normal(0, 1, hidden), normal(4, 1, top_k).abs()
+    ids = torch.tensor([[2, 0, 1][:top_k]], dtype=torch.int32, device=DEVICE)
+    got = moe_token.token_experts(x, w1, w2, weights, ids, scales=(s1, s2), blocks=(block, block))
     assert relative_error(got, experts_sum(x, wide1, wide2, weights, ids)) < 1e-5
 
 
@@ -286,9 +307,11 @@ def test_every_cut_fits(block: Block, chip: Chip) -> None:
                 assert m == 1 or rows * tile.block_k * tile.num_stages <= chip.shared_bytes
                 assert tile.split_k == 1 or chip.splits
             assert small_linear.choose_scaled_tile(65, n, k, block, chip, gated=gated) is None
-    for pairs, middle in itertools.product((8, 64, 512, 4096, 32768), (192, 768)):
-        for tile in moe.choose_scaled_tiles(pairs, 128, middle, block):
-            assert largest_tile(block, tile.block_n, tile.block_k) == (tile.block_n, tile.block_k)
+    for pairs, middle in itertools.product((8, 64, 512, 1024, 1536, 4096, 32768), (192, 768)):
+        tiles = moe.choose_scaled_tiles(pairs, 128, middle, (block, None), splits=chip.wgmma)
+        assert largest_tile(block, tiles[0].block_n, tiles[0].block_k) == (tiles[0].block_n, tiles[0].block_k)
+        assert tiles[0].block_m == tiles[1].block_m
+        assert all(tile.splits == 1 or chip.wgmma for tile in tiles)
 
 
 @pytest.mark.parametrize("parts", [False, True])
@@ -302,7 +325,8 @@ def test_cuts_of_medium_rows(m: int, gated: bool, parts: bool) -> None:
                 assert tile is None
                 continue
             if tile is None:
-                assert parts and (gated or n > 4224 or m > 128)
+                narrow = n == 1536 and m <= 8 and not gated  # `small_linear` cuts these finer
+                assert narrow if not parts else gated or n > 4224 or m > 128
                 continue
             assert tile.block_m >= min(m, 128)
             assert not tile.share or tile.num_stages % tile.groups == 0

@@ -31,7 +31,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from miniserve.kernels.triton.launch import fullness
 from miniserve.kernels.triton.pdl import start, wait
-from miniserve.kernels.triton.small_linear import MAX_ROWS, Chip, scale_sizes
+from miniserve.kernels.triton.small_linear import MAX_ROWS, Chip, is_narrow, scale_sizes
 
 MOST_ROWS = 256
 _GROUP_ROWS = 64  # of the weight; half as many outputs where they are gated
@@ -360,6 +360,8 @@ def choose_scaled_tile(
     """The cut for a weight in 8 bits with scales of `block`; None if this kernel cannot, or something else is as fast.
     parts: if it is cut in two parts (`linear_parts`), else None. Measured on an H200 over the shapes of Qwen3-8B."""
     if not chip.wgmma or not 2 <= m <= MOST_ROWS or k % 16 or n % 8 or (block is not None and block[1] % _ROW_BYTES):
+        return None
+    if not parts and is_narrow(m, n, k, chip, gated=gated):
         return None
     block_m = min(128, _rows(m))
     rows = triton.cdiv(m, block_m)

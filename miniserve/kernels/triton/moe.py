@@ -19,20 +19,24 @@ from miniserve.kernels.triton.pdl import launch_options, start, wait
 from miniserve.kernels.triton.quick_launch import quick
 from miniserve.kernels.triton.rounded_linear import GROUP, rounded
 from miniserve.kernels.triton.small_linear import (
+    Block,
     accumulator,
+    as_columns,
+    as_rows,
     chip_of,
     largest_tile,
     load_scale,
     product,
     scale_sizes,
+    split_begins,
     swiglu,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class MoETile:
-    """A program's part of a grouped product: BLOCK_M pairs, BLOCK_N outputs, BLOCK_K inputs a round. swap: as in
-    `LinearTile`."""
+    """A program's part of a grouped product: BLOCK_M pairs, BLOCK_N outputs, BLOCK_K inputs a round or, splits > 1,
+    so many times that. swap, splits: as in `LinearTile`."""
 
     block_m: int
     block_n: int
@@ -40,6 +44,7 @@ class MoETile:
     num_warps: int
     num_stages: int
     swap: bool = False
+    splits: int = 1
 
 
 @quick
@@ -87,63 +92,74 @@ def _align_kernel(
 def _grouped_kernel(
     x_ptr, w_ptr, s_ptr, xs_ptr, scale_ptr, y_ptr, pairs_ptr, experts_ptr, num_pairs, N, D,
     PAIRS_PER_ROW: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr, SWAP: tl.constexpr,
-    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
     SCALE_N: tl.constexpr, SCALE_K: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[pair] = x[pair // PAIRS_PER_ROW] W[expert]ᵀ, GATED and with `s_ptr` as in `small_linear`, SCALED by the pair's
     weight. N counts outputs, D inputs. Not ALIGNED: a block is one pair, and `experts_ptr` has its expert. xs_ptr: the
     scales of x in 8 bits, [⌈D / GROUP⌉, num_pairs // PAIRS_PER_ROW], tiles lying within a group."""
-    start(PDL)
-    wait(PDL)
+    if GATED:
+        wait(PDL)
+    start(PDL)  # not earlier: the second product reads the pairs before it waits for the first
     block = tl.program_id(1)
     rows = tl.arange(0, BLOCK_M)
     if ALIGNED:
-        if block >= tl.load(experts_ptr):
-            return
-        expert = tl.load(experts_ptr + 1 + block).to(tl.int64)
+        used = tl.load(experts_ptr)
+        expert = tl.load(experts_ptr + 1 + block).to(tl.int64)  # all asked for before any of it is there
         pairs = tl.load(pairs_ptr + block * BLOCK_M + rows)
     else:
+        used = block + 1
         expert = tl.load(experts_ptr + block).to(tl.int64)
         pairs = tl.where(rows == 0, block, num_pairs)
+    if not GATED:
+        wait(PDL)
+    if block >= used:
+        return
     valid = pairs < num_pairs
     cols_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    cols_k = tl.arange(0, BLOCK_K)
+    cols_k = as_columns(tl.arange(0, BLOCK_K), SPLITS)
     inside_n = cols_n < N
+    x_mask = as_rows(valid, SPLITS)
+    w_mask = as_rows(inside_n, SPLITS)
     width: tl.constexpr = 2 if GATED else 1
-    x_ptrs = x_ptr + (pairs // PAIRS_PER_ROW).to(tl.int64)[:, None] * D + cols_k[None, :]
-    w_ptrs = w_ptr + expert * (width * N).to(tl.int64) * D + cols_n.to(tl.int64)[:, None] * D + cols_k[None, :]
+    x_ptrs = x_ptr + as_rows((pairs // PAIRS_PER_ROW).to(tl.int64), SPLITS) * D + cols_k
+    w_ptrs = w_ptr + expert * (width * N).to(tl.int64) * D + as_rows(cols_n.to(tl.int64), SPLITS) * D + cols_k
     up_ptrs = w_ptrs + N.to(tl.int64) * D
     if s_ptr is not None:
         s_ptr += expert * (tl.cdiv(width * N, SCALE_N) * (tl.cdiv(D, SCALE_K) if SCALE_K > 0 else 1))
     tile_n = tl.program_id(0) * BLOCK_N
-    scale = load_scale(s_ptr, tile_n, 0, D, SCALE_N, SCALE_K) if SCALE_K > 0 else None
-    up_scale = load_scale(s_ptr, N + tile_n, 0, D, SCALE_N, SCALE_K) if GATED and SCALE_K > 0 else None
-    acc = accumulator(BLOCK_M, BLOCK_N, SWAP)
+    ROUND: tl.constexpr = SPLITS * BLOCK_K
+    at_k = split_begins(BLOCK_K, SPLITS)
+    scale = load_scale(s_ptr, tile_n, at_k, D, SCALE_N, SCALE_K) if SCALE_K > 0 else None
+    up_scale = load_scale(s_ptr, N + tile_n, at_k, D, SCALE_N, SCALE_K) if GATED and SCALE_K > 0 else None
+    acc = accumulator(BLOCK_M, BLOCK_N, SWAP, SPLITS)
     up_acc = tl.zeros_like(acc)
-    for first in range(0, D, BLOCK_K):
+    for first in range(0, D, ROUND):
         at_scale = first // GROUP * (num_pairs // PAIRS_PER_ROW) + pairs // PAIRS_PER_ROW
         x_scale = None if xs_ptr is None else tl.load(xs_ptr + at_scale, mask=valid, other=0.0)
         if EVEN_K:
-            x = tl.load(x_ptrs, mask=valid[:, None], other=0.0)
-            w = tl.load(w_ptrs, mask=inside_n[:, None], other=0.0)
+            x = tl.load(x_ptrs, mask=x_mask, other=0.0)
+            w = tl.load(w_ptrs, mask=w_mask, other=0.0)
         else:
-            inside_k = (first + cols_k < D)[None, :]
-            x = tl.load(x_ptrs, mask=valid[:, None] & inside_k, other=0.0)
-            w = tl.load(w_ptrs, mask=inside_n[:, None] & inside_k, other=0.0)
+            x = tl.load(x_ptrs, mask=x_mask & (first + cols_k < D), other=0.0)
+            w = tl.load(w_ptrs, mask=w_mask & (first + cols_k < D), other=0.0)
         acc = product(acc, w, x, scale, True, SWAP, x_scale)
         if GATED:
             if EVEN_K:
-                up = tl.load(up_ptrs, mask=inside_n[:, None], other=0.0)
+                up = tl.load(up_ptrs, mask=w_mask, other=0.0)
             else:
-                up = tl.load(up_ptrs, mask=inside_n[:, None] & (first + cols_k < D)[None, :], other=0.0)
+                up = tl.load(up_ptrs, mask=w_mask & (first + cols_k < D), other=0.0)
             up_acc = product(up_acc, up, x, up_scale, True, SWAP, x_scale)
         if SCALE_K > 0:  # of the next tile
-            scale = load_scale(s_ptr, tile_n, first + BLOCK_K, D, SCALE_N, SCALE_K)
+            scale = load_scale(s_ptr, tile_n, at_k + (first + ROUND), D, SCALE_N, SCALE_K)
             if GATED:
-                up_scale = load_scale(s_ptr, N + tile_n, first + BLOCK_K, D, SCALE_N, SCALE_K)
-        x_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
-        up_ptrs += BLOCK_K
+                up_scale = load_scale(s_ptr, N + tile_n, at_k + (first + ROUND), D, SCALE_N, SCALE_K)
+        x_ptrs += ROUND
+        w_ptrs += ROUND
+        up_ptrs += ROUND
+    if SPLITS > 1:
+        acc = tl.sum(acc, axis=0)
+        up_acc = tl.sum(up_acc, axis=0)
     if SWAP:
         acc = tl.trans(acc)
         up_acc = tl.trans(up_acc)
@@ -205,10 +221,17 @@ def choose_tiles(num_pairs: int, num_experts: int, middle: int) -> tuple[MoETile
 
 
 def choose_scaled_tiles(
-    num_pairs: int, num_experts: int, middle: int, block: tuple[int, int] | None, *, rounded: bool = False
+    num_pairs: int,
+    num_experts: int,
+    middle: int,
+    blocks: tuple[Block, Block],
+    *,
+    splits: bool,
+    rounded: bool = False,
 ) -> tuple[MoETile, MoETile]:
-    """As `choose_tiles`, for weights in 8 bits with scales of `block`; rounded: and x in 8 bits. Measured, but for
-    that, on an H200 for Qwen3-235B-A22B, whole and an eighth of it."""
+    """As `choose_tiles`, for weights in 8 bits with scales of `blocks`; rounded: and x in 8 bits. splits: whether tiles
+    may have them, for which AMD's compilers run out of registers. Measured, but for
+    that, on an H200 for Qwen3-235B-A22B, whole, a half and an eighth of it, and for Qwen3-30B-A3B."""
     if rounded and num_pairs > 100 * num_experts:
         tiles = MoETile(128, 128, 128, 8, 3), MoETile(128, 128, 128, 8, 5)
     elif rounded:
@@ -218,23 +241,29 @@ def choose_scaled_tiles(
         tiles = choose_tiles(num_pairs, num_experts, middle)
     elif num_pairs <= 16:
         tiles = MoETile(16, 32, 128, 4, 3), MoETile(16, 64, 128, 2, 3)
-    elif block is not None and block[1] < 128:
-        tiles = MoETile(16, 16, 64, 1, 8), MoETile(16, 64, 64, 2, 3)
+    elif splits and num_pairs <= (8 if middle <= 256 else 4) * num_experts:  # of more, many would be read twice
+        short = middle % 128 > 0
+        tiles = (
+            MoETile(8, 16, 128, 2, 4, swap=True, splits=2),
+            MoETile(8, 128 if short else 64, 64 if short else 128, 4, 4, swap=True),
+        )
+    elif middle <= 256:
+        tiles = MoETile(16, 16, 128, 1, 5), MoETile(16, 64, 64, 2, 3)
     else:
         tiles = MoETile(16, 32, 128, 4, 5), MoETile(16, 64, 128, 4, 5)
 
-    def fit(tile: MoETile) -> MoETile:
+    def fit(tile: MoETile, block: Block) -> MoETile:
         block_n, block_k = largest_tile(block, tile.block_n, tile.block_k)
         return replace(tile, block_n=block_n, block_k=block_k)
 
-    return fit(tiles[0]), fit(tiles[1])
+    return fit(tiles[0], blocks[0]), fit(tiles[1], blocks[1])
 
 
 def fitted(tiles: tuple[MoETile, MoETile], itemsize: int, shared_bytes: int) -> tuple[MoETile, MoETile]:
     """Set as many stages, at least one each, as shared memory holds; the first of the two products is gated."""
 
     def fit(tile: MoETile, width: int) -> MoETile:
-        stage = (tile.block_n * width + tile.block_m) * tile.block_k * itemsize
+        stage = (tile.block_n * width + tile.block_m) * tile.block_k * tile.splits * itemsize
         return replace(tile, num_stages=max(1, min(tile.num_stages, shared_bytes // stage)))
 
     return fit(tiles[0], 2), fit(tiles[1], 1)
@@ -269,23 +298,27 @@ def experts(
     tiles: tuple[MoETile, MoETile] | None = None,
     first: int | None = None,
     scales: tuple[torch.Tensor, torch.Tensor] | None = None,
-    block: tuple[int, int] | None = None,
+    blocks: tuple[Block, Block] = (None, None),
     rounds: bool = False,
 ) -> torch.Tensor:
     """The weighted results of each token's SwiGLU experts. x [T, D], contiguous; w1 [E, 2 I, D], gates before ups; w2
     [E, D, I]; topk_weights float32, topk_ids int, [T, K]. tiles: of the two products, with the same block_m; chosen by
     default. first: the id of the first of these experts, where the model has more; the others give zeros. scales: of w1
-    and w2 in 8 bits, each expert's as in `small_linear`; rounds: what is multiplied with them is rounded to 8 bits, a
-    scale for each `GROUP` values of a row. Returns float32 [T * K, D], a token's after one another."""
+    and w2 in 8 bits, each expert's as in `small_linear`, with their `blocks`; rounds: what is multiplied with them is
+    rounded to 8 bits, a scale for each `GROUP` values of a row. Returns float32 [T * K, D], a token's after one
+    another."""
     tokens, hidden = x.shape
     num_experts, k, middle = w1.shape[0], topk_ids.shape[1], w2.shape[2]
     num_pairs = tokens * k
     options = launch_options(x.device)
     if tiles is None:
-        sizes = num_pairs, num_experts, middle
-        tiles = choose_tiles(*sizes) if scales is None else choose_scaled_tiles(*sizes, block, rounded=rounds)
-        if x.device.type == "cuda":
-            tiles = fitted(tiles, 1 if rounds else x.element_size(), chip_of(x.device).shared_bytes)
+        sizes, chip = (num_pairs, num_experts, middle), chip_of(x.device) if x.device.type == "cuda" else None
+        if scales is None:
+            tiles = choose_tiles(*sizes)
+        else:
+            tiles = choose_scaled_tiles(*sizes, blocks, splits=chip is not None and chip.wgmma, rounded=rounds)
+        if chip is not None:
+            tiles = fitted(tiles, 1 if rounds else x.element_size(), chip.shared_bytes)
     gate_up, down = tiles
     aligned = tokens > 1 or first is not None
     if aligned:
@@ -302,9 +335,9 @@ def experts(
         _grouped_kernel[(cdiv(n, tile.block_n), num_blocks)](
             source, weight, scale, x_scale, topk_weights, target, pairs, block_experts, num_pairs, n, weight.shape[2],
             PAIRS_PER_ROW=per_row, GATED=gated, SCALED=not gated, ALIGNED=aligned, SWAP=tile.swap,
-            EVEN_K=weight.shape[2] % tile.block_k == 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k, num_warps=tile.num_warps, num_stages=tile.num_stages, **scale_sizes(block),
-            GROUP=GROUP, **options,
+            EVEN_K=weight.shape[2] % (tile.block_k * tile.splits) == 0, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            BLOCK_K=tile.block_k, SPLITS=tile.splits, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **scale_sizes(blocks[0 if gated else 1]), GROUP=GROUP, **options,
         )  # fmt: skip
 
     activated = torch.empty(num_pairs, middle, dtype=x.dtype, device=x.device)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from miniserve.kernels.triton.pdl import launch_options, start, wait
-from miniserve.kernels.triton.small_linear import CHUNK, columns, load_scale, product, scale_sizes
+from miniserve.kernels.triton.small_linear import CHUNK, Block, columns, load_scale, product, scale_sizes
 
 # The rows and columns of a weight that a program takes at a time, and its warps; of the first and the second product.
 # Measured on an H200 for Qwen3-30B-A3B and DeepSeek-V2-Lite.
@@ -15,6 +15,8 @@ _MIDDLE, _OUT = (2, 1024, 2), (2, 512, 2)
 # The same in 8 bits, measured for Qwen3-235B-A22B: of the first product for at most 512 rows and for more, of the
 # second likewise.
 _SCALED_MIDDLE, _SCALED_OUT = ((2, 1024, 4), (2, 1024, 1)), ((2, 256, 1), (8, 512, 4))
+# Where the second product fetches all experts' rows at once: how many a program, by a weight's bytes.
+_AT_ONCE = {2: 2, 1: 4}
 
 
 @triton.jit
@@ -22,7 +24,8 @@ def _scales(
     s_ptr, expert, row, at, N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SCALE_N: tl.constexpr,
     SCALE_K: tl.constexpr,
 ):  # fmt: skip
-    """Of BLOCK_N rows from `row` on of an expert's weight [N, D], for the chunks of BLOCK_D columns from `at` on."""
+    """Of BLOCK_N rows from `row` on of an expert's weight [N, D], for the chunks of BLOCK_D columns from `at` on; by
+    blocks also of several experts, [K, 1]."""
     if SCALE_K > 0:
         s_ptr += expert * (tl.cdiv(N, SCALE_N) * tl.cdiv(D, SCALE_K))
         chunks = at + tl.arange(0, BLOCK_D // CHUNK)[None, :] * CHUNK
@@ -103,10 +106,21 @@ def _out_kernel(
         here = ((expert >= 0) & (expert < E))[:, None, None] & (rows < N)[None, :, None] & (cols < D)[None, None, :]
         w_ptrs = w_ptr + (expert[:, None, None] * N + rows[None, :, None]) * D + cols[None, None, :]
         w = tl.load(w_ptrs, mask=here, other=0.0).to(tl.float32)
+        if s_ptr is not None:
+            expert = tl.where((expert >= 0) & (expert < E), expert, 0)[:, None]
+            if SCALE_K > 0:
+                scale = _scales(s_ptr, expert, row, 0, N, D, BLOCK_N, BLOCK_D, SCALE_N, SCALE_K)[:, None, :]
+            else:
+                scale = tl.load(s_ptr + expert * N + tl.minimum(rows, N - 1)[None, :])[:, :, None]
         wait(PDL)
         x = tl.load(x_ptr + ks[:, None] * D + cols[None, :], mask=(cols < D)[None, :], other=0.0).to(tl.float32)
-        x *= tl.load(weights_ptr + ks)[:, None]
-        y = tl.sum(tl.sum(w * x[:, None, :], axis=0), axis=1)
+        weights = tl.load(weights_ptr + ks)[:, None]
+        if s_ptr is None:
+            products = w * (x * weights)[:, None, :]
+        else:
+            products = tl.reshape(w * x[:, None, :], (K, BLOCK_N, BLOCK_D // CHUNK, CHUNK))
+            products = tl.sum(products, axis=3) * (scale * weights[:, None])
+        y = tl.sum(tl.sum(products, axis=0), axis=1)
         tl.store(y_ptr + rows, y.to(y_ptr.dtype.element_ty), mask=rows < N)
         return
     first = _expert_rows(w_ptr, ids_ptr, 0, rows, cols, N, D, E, FIRST)
@@ -140,7 +154,7 @@ def token_experts(
     topk_ids: torch.Tensor,
     first: int | None = None,
     scales: tuple[torch.Tensor, torch.Tensor] | None = None,
-    block: tuple[int, int] | None = None,
+    blocks: tuple[Block, Block] = (None, None),
 ) -> torch.Tensor:
     """The weighted sum of one token's SwiGLU experts, in float32. x [1, D]; the rest as `moe.experts`. Returns [1, D],
     x's dtype."""
@@ -155,15 +169,16 @@ def token_experts(
     _middle_kernel[(triton.cdiv(middle, middle_tile[0]), k)](
         x, w1, w1_scale, topk_ids, activated, middle, hidden,
         BLOCK_N=middle_tile[0], BLOCK_D=min(middle_tile[1], triton.next_power_of_2(hidden)), num_warps=middle_tile[2],
-        **scale_sizes(block), **options,
+        **scale_sizes(blocks[0]), **options,
     )  # fmt: skip
     out = torch.empty_like(x)
     block_d = min(out_tile[1], triton.next_power_of_2(middle))
-    at_once = scales is None and middle <= block_d <= 256 and k == triton.next_power_of_2(k) <= 8
-    _out_kernel[(triton.cdiv(hidden, out_tile[0]),)](
+    at_once = middle <= block_d <= 256 and k == triton.next_power_of_2(k) <= 8
+    rows = _AT_ONCE.get(w2.element_size(), 1) if at_once else out_tile[0]
+    _out_kernel[(triton.cdiv(hidden, rows),)](
         activated, w2, w2_scale, topk_ids, topk_weights, out, hidden, middle,
-        K=k, TILES=triton.cdiv(middle, block_d), AT_ONCE=at_once, BLOCK_N=out_tile[0], BLOCK_D=block_d,
+        K=k, TILES=triton.cdiv(middle, block_d), AT_ONCE=at_once, BLOCK_N=rows, BLOCK_D=block_d,
         num_warps=1 if at_once else out_tile[2],
-        **scale_sizes(block), **options,
+        **scale_sizes(blocks[1]), **options,
     )  # fmt: skip
     return out

@@ -13,7 +13,14 @@ from torch.nn import functional
 
 from miniserve.kernels.triton import elementwise, moe, moe_token, norm_router, routing
 from miniserve.kernels.triton.rounded_linear import rounded_linear
-from miniserve.kernels.triton.small_linear import Workspace, chip_of, choose_scaled_tile, choose_tile, small_linear
+from miniserve.kernels.triton.small_linear import (
+    Block,
+    Workspace,
+    chip_of,
+    choose_scaled_tile,
+    choose_tile,
+    small_linear,
+)
 from miniserve.kernels.triton.widen import widen
 
 _logger = logging.getLogger(__name__)
@@ -143,7 +150,7 @@ class TritonKernels:
         *,
         first: int | None = None,
         scales: tuple[torch.Tensor, torch.Tensor] | None = None,
-        block: tuple[int, int] | None = None,
+        blocks: tuple[Block, Block] = (None, None),
         rounds: bool = False,
     ) -> torch.Tensor:
         """See `moe.experts`."""
@@ -151,7 +158,7 @@ class TritonKernels:
         if plain and self._large is not None and self._large.can_group(x, w1, topk_ids.numel()):
             found: torch.Tensor = self._large.large_experts(x, w1, w2, topk_weights, topk_ids, self._chip)
             return found
-        return moe.experts(x, w1, w2, topk_weights, topk_ids, first=first, scales=scales, block=block, rounds=rounds)
+        return moe.experts(x, w1, w2, topk_weights, topk_ids, first=first, scales=scales, blocks=blocks, rounds=rounds)
 
     def add_norm_route(
         self,

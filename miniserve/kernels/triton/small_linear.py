@@ -18,6 +18,7 @@ import triton.language as tl
 from miniserve.kernels.triton.pdl import launch_options, start, wait
 
 MAX_ROWS = 64
+Block = tuple[int, int] | None  # rows and columns that share a scale; None: one for each row, or there are none
 CHUNK = tl.constexpr(8)  # columns that a thread loads at once of a weight in 8 bits, and of x
 
 
@@ -37,7 +38,9 @@ def largest_tile(block: tuple[int, int] | None, rows: int, columns: int) -> tupl
 @dataclass(frozen=True, slots=True)
 class LinearTile:
     """How a small linear is cut: BLOCK_N weight rows and BLOCK_K columns a tile, split_k programs along the columns.
-    swap: the weight is the left operand of the matrix unit, which may demand 64 rows of that side."""
+    swap: the weight is the left operand of the matrix unit, which may demand 64 rows of that side. splits: a tile has
+    so many times BLOCK_K columns, of which each warp multiplies some by itself, so that few rows keep as many warps
+    busy; the batched product's matrix unit is one whose operands stay in registers."""
 
     block_n: int
     block_k: int
@@ -45,6 +48,7 @@ class LinearTile:
     num_warps: int
     num_stages: int
     swap: bool = False
+    splits: int = 1
 
 
 @triton.jit
@@ -95,14 +99,33 @@ def chunk_product(w, x, scale):
 
 
 @triton.jit
+def as_rows(rows, SPLITS: tl.constexpr):
+    """[M] as [M, 1], or where a tile has SPLITS parts of its columns [1, M, 1]."""
+    return rows[:, None] if SPLITS == 1 else rows[None, :, None]
+
+
+@triton.jit
+def as_columns(cols, SPLITS: tl.constexpr):
+    """[K] as [1, K], or those and the next ones after another [SPLITS, 1, K]."""
+    return cols[None, :] if SPLITS == 1 else tl.arange(0, SPLITS)[:, None, None] * cols.shape[0] + cols[None, None, :]
+
+
+@triton.jit
+def split_begins(BLOCK_K: tl.constexpr, SPLITS: tl.constexpr):
+    """Where the parts of a tile's columns begin: 0, or [SPLITS, 1, 1]."""
+    return 0 if SPLITS == 1 else tl.arange(0, SPLITS)[:, None, None] * BLOCK_K
+
+
+@triton.jit
 def load_scale(s_ptr, row, col, K, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr):
     """Of the weight's block around (row, col), which may lie beyond its last column."""
     return tl.load(s_ptr + row // SCALE_N * tl.cdiv(K, SCALE_K) + tl.minimum(col, K - 1) // SCALE_K)
 
 
 @triton.jit
-def accumulator(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr):
-    return tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+def accumulator(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SWAP: tl.constexpr, SPLITS: tl.constexpr = 1):
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAP else (BLOCK_M, BLOCK_N), tl.float32)
+    return acc if SPLITS == 1 else tl.zeros((SPLITS, acc.shape[0], acc.shape[1]), tl.float32)
 
 
 @triton.jit
@@ -118,7 +141,7 @@ def _small_linear_kernel(
     x_ptr, w_ptr, s_ptr, b_ptr, y_ptr, parts_ptr, counts_ptr, M, N, K, x_stride,
     GATED: tl.constexpr, HAS_BIAS: tl.constexpr, DOT: tl.constexpr, SWAP: tl.constexpr, EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
-    SCALE_N: tl.constexpr, SCALE_K: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """N counts outputs. GATED: the weight has 2 N rows, gates first. Without DOT a program has one row, BLOCK_M = 1.
     A weight with scales: one for each row (SCALE_K = 0), or for each SCALE_N x SCALE_K, which a tile lies within
@@ -127,14 +150,16 @@ def _small_linear_kernel(
     tile, split = tl.program_id(0), tl.program_id(1)
     rows_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.arange(0, BLOCK_K) if DOT else columns(BLOCK_K, s_ptr is not None)
-    num_tiles = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K)
-    first = split * num_tiles * BLOCK_K
-    end = tl.minimum(first + num_tiles * BLOCK_K, K)
-    w_ptrs = w_ptr + rows_n[:, None].to(tl.int64) * K + (first + cols)[None, :]
+    cols = as_columns(tl.arange(0, BLOCK_K) if DOT else columns(BLOCK_K, s_ptr is not None), SPLITS)
+    ROUND: tl.constexpr = SPLITS * BLOCK_K
+    num_tiles = tl.cdiv(tl.cdiv(K, ROUND), SPLIT_K)
+    first = split * num_tiles * ROUND
+    end = tl.minimum(first + num_tiles * ROUND, K)
+    w_ptrs = w_ptr + as_rows(rows_n, SPLITS).to(tl.int64) * K + (first + cols)
     up_ptrs = w_ptrs + tl.cast(N, tl.int64) * K
     inside_n = rows_n < N
-    w_mask = inside_n[:, None] & (first + cols < end)[None, :]
+    n_mask = as_rows(inside_n, SPLITS)
+    w_mask = n_mask & (first + cols < end)
     if EVEN_N and EVEN_K:
         w = tl.load(w_ptrs)
         if GATED:
@@ -143,53 +168,56 @@ def _small_linear_kernel(
         w = tl.load(w_ptrs, mask=w_mask, other=0.0)
         if GATED:
             up_w = tl.load(up_ptrs, mask=w_mask, other=0.0)
-    at_k = first if DOT else first + tl.arange(0, BLOCK_K // CHUNK)[None, :] * CHUNK
+    at_k = first + (split_begins(BLOCK_K, SPLITS) if DOT else tl.arange(0, BLOCK_K // CHUNK)[None, :] * CHUNK)
     scale = load_scale(s_ptr, tile * BLOCK_N, at_k, K, SCALE_N, SCALE_K) if SCALE_K > 0 else None
     up_scale = load_scale(s_ptr, N + tile * BLOCK_N, at_k, K, SCALE_N, SCALE_K) if GATED and SCALE_K > 0 else None
     wait(PDL)
     if DOT:
-        x_ptrs = x_ptr + rows_m[:, None].to(tl.int64) * x_stride + (first + cols)[None, :]
-        inside_m = (rows_m < M)[:, None]
-        acc = accumulator(BLOCK_M, BLOCK_N, SWAP)
+        x_ptrs = x_ptr + as_rows(rows_m, SPLITS).to(tl.int64) * x_stride + (first + cols)
+        inside_m = as_rows(rows_m < M, SPLITS)
+        acc = accumulator(BLOCK_M, BLOCK_N, SWAP, SPLITS)
     else:
-        x_ptrs = x_ptr + tl.program_id(2).to(tl.int64) * x_stride + (first + cols)[None, :]
+        x_ptrs = x_ptr + tl.program_id(2).to(tl.int64) * x_stride + (first + cols)
         inside_m = True
         acc = tl.zeros((BLOCK_N, BLOCK_K if s_ptr is None else BLOCK_K // CHUNK), dtype=tl.float32)
     up_acc = tl.zeros_like(acc)
     if EVEN_K:
         x = tl.load(x_ptrs, mask=inside_m, other=0.0)
     else:
-        x = tl.load(x_ptrs, mask=inside_m & (first + cols < end)[None, :], other=0.0)
+        x = tl.load(x_ptrs, mask=inside_m & (first + cols < end), other=0.0)
     acc = product(acc, w, x, scale, DOT, SWAP)
     if GATED:
         up_acc = product(up_acc, up_w, x, up_scale, DOT, SWAP)
     if SCALE_K > 0:
-        scale = load_scale(s_ptr, tile * BLOCK_N, at_k + BLOCK_K, K, SCALE_N, SCALE_K)
+        scale = load_scale(s_ptr, tile * BLOCK_N, at_k + ROUND, K, SCALE_N, SCALE_K)
         if GATED:
-            up_scale = load_scale(s_ptr, N + tile * BLOCK_N, at_k + BLOCK_K, K, SCALE_N, SCALE_K)
-    for start_k in range(first + BLOCK_K, end, BLOCK_K):
-        w_ptrs += BLOCK_K
-        x_ptrs += BLOCK_K
-        up_ptrs += BLOCK_K
+            up_scale = load_scale(s_ptr, N + tile * BLOCK_N, at_k + ROUND, K, SCALE_N, SCALE_K)
+    for start_k in range(first + ROUND, end, ROUND):
+        w_ptrs += ROUND
+        x_ptrs += ROUND
+        up_ptrs += ROUND
         if EVEN_K:
             x = tl.load(x_ptrs, mask=inside_m, other=0.0)
-            w = tl.load(w_ptrs) if EVEN_N else tl.load(w_ptrs, mask=inside_n[:, None], other=0.0)
+            w = tl.load(w_ptrs) if EVEN_N else tl.load(w_ptrs, mask=n_mask, other=0.0)
         else:
-            inside_k = (start_k + cols < end)[None, :]
+            inside_k = start_k + cols < end
             x = tl.load(x_ptrs, mask=inside_m & inside_k, other=0.0)
-            w = tl.load(w_ptrs, mask=inside_n[:, None] & inside_k, other=0.0)
+            w = tl.load(w_ptrs, mask=n_mask & inside_k, other=0.0)
         acc = product(acc, w, x, scale, DOT, SWAP)
         if GATED:
             if EVEN_K and EVEN_N:
                 up_w = tl.load(up_ptrs)
             else:
-                up_w = tl.load(up_ptrs, mask=inside_n[:, None] & (start_k + cols < end)[None, :], other=0.0)
+                up_w = tl.load(up_ptrs, mask=n_mask & (start_k + cols < end), other=0.0)
             up_acc = product(up_acc, up_w, x, up_scale, DOT, SWAP)
         if SCALE_K > 0:  # of the next tile
-            at_next = at_k + (start_k - first) + BLOCK_K
+            at_next = at_k + (start_k - first) + ROUND
             scale = load_scale(s_ptr, tile * BLOCK_N, at_next, K, SCALE_N, SCALE_K)
             if GATED:
                 up_scale = load_scale(s_ptr, N + tile * BLOCK_N, at_next, K, SCALE_N, SCALE_K)
+    if SPLITS > 1:
+        acc = tl.sum(acc, axis=0)
+        up_acc = tl.sum(up_acc, axis=0)
     if not DOT:
         acc = tl.sum(acc, axis=1)[None, :]
         up_acc = tl.sum(up_acc, axis=1)[None, :]
@@ -286,18 +314,27 @@ def choose_tile(m: int, n: int, k: int, itemsize: int, chip: Chip, *, gated: boo
     return LinearTile(block_n, block_k, split_k, 4, stages, swap)
 
 
+def is_narrow(m: int, n: int, k: int, chip: Chip, *, gated: bool) -> bool:
+    """Whether a product in 8 bits has so few outputs that larger tiles of them would leave multiprocessors idle."""
+    return chip.wgmma and m <= 8 and not gated and n <= 16 * chip.num_sms and k >= 2048
+
+
 def choose_scaled_tile(
     m: int, n: int, k: int, block: tuple[int, int] | None, chip: Chip, *, gated: bool
 ) -> LinearTile | None:
     """As `choose_tile`, for a weight in 8 bits with scales of `block`.
 
-    Measured on an H200 over the shapes of Qwen3-8B (docs/LAB.md).
+    Measured on an H200 over the shapes of Qwen3-8B and of an eighth of Qwen3-235B-A22B (docs/LAB.md).
     """
     if m > MAX_ROWS or k % 16:
         return None
+    if m == 1 and is_narrow(m, n, k, chip, gated=gated):
+        return LinearTile(2, min(4096, triton.next_power_of_2(k)), 1, 4, 3)
     if m == 1:
         block_n = largest_tile(block, 8 if n > 4096 and not gated else 4, 1)[0]
         return LinearTile(block_n, min(2048, triton.next_power_of_2(k)), 1, 2 if gated else 4, 3)
+    if is_narrow(m, n, k, chip, gated=gated):
+        return LinearTile(*largest_tile(block, 16, 128), 1, 4, 3, swap=True, splits=4)
     block_m = max(16, triton.next_power_of_2(m))
     swap = gated and m > 32
     block_n, block_k = largest_tile(block, 64 if swap or m > 16 or (n > 4096 and not gated) else 32, 128)
@@ -331,7 +368,9 @@ def small_linear(
     dot = m > 1 and weight.dtype != torch.float32
     if block is not None and (block[0] % tile.block_n or (dot and block[1] % tile.block_k) or (gated and n % block[0])):
         raise ValueError(f"blocks of {block} with a scale do not fit tiles of {tile} for {n} outputs")
-    block_m = max(16, triton.next_power_of_2(m)) if dot else 1
+    block_m = max(16 if tile.splits == 1 else 8, triton.next_power_of_2(m)) if dot else 1
+    if tile.splits > 1 and not dot:
+        raise ValueError("splits of a tile need the matrix units")
     if tile.split_k > 1 and not dot and m > 1:
         raise ValueError("a split linear of several rows needs the matrix units")
     if tile.split_k > 1 and (
@@ -343,9 +382,9 @@ def small_linear(
     _small_linear_kernel[(triton.cdiv(n, tile.block_n), tile.split_k, 1 if dot else m)](
         x, weight, scale, weight if bias is None else bias, y, workspace.parts, workspace.counts, m, n, k, x.stride(0),
         GATED=gated, HAS_BIAS=bias is not None, DOT=dot, SWAP=tile.swap, EVEN_N=n % tile.block_n == 0,
-        EVEN_K=k % (tile.block_k * tile.split_k) == 0, BLOCK_M=block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        SPLIT_K=tile.split_k, num_warps=tile.num_warps, num_stages=tile.num_stages, **scale_sizes(block),
-        **launch_options(x.device),
+        EVEN_K=k % (tile.block_k * tile.splits * tile.split_k) == 0, BLOCK_M=block_m, BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k, SPLIT_K=tile.split_k, SPLITS=tile.splits, num_warps=tile.num_warps,
+        num_stages=tile.num_stages, **scale_sizes(block), **launch_options(x.device),
     )  # fmt: skip
     return y
 

@@ -45,14 +45,15 @@ class AiterMoE(MoEMethod):
     def _scales(self, layer: Experts, wider: int, more: int) -> dict[str, Any]:
         """Of the padded weights, and how to read them. Drops the layer's."""
         w1, w2 = layer.w1_scale.data.unflatten(1, (2, -1)), layer.w2_scale.data
-        if layer.weights.step is None:
+        first, second = layer.weights.steps["w1"], layer.weights.steps["w2"]
+        if first is None or second is None:
             quant_type = self._aiter.QuantType.per_Token
             w1 = functional.pad(w1, (0, wider)).flatten(1)[..., None]
             w2 = functional.pad(w2, (0, more))[..., None]
         else:  # each part begins with a block, so of a block's steps, which are alike, the first is taken
             quant_type = self._aiter.QuantType.per_1x128
-            rows, columns = (_GROUP // each for each in layer.weights.step)
-            w1, w2 = w1[:, :, ::rows, ::columns].flatten(1, 2), w2[:, ::rows, ::columns]
+            w1 = w1[:, :, :: _GROUP // first[0], :: _GROUP // first[1]].flatten(1, 2)
+            w2 = w2[:, :: _GROUP // second[0], :: _GROUP // second[1]]
         layer.register_parameter("w1_scale", None)
         layer.register_parameter("w2_scale", None)
         return {"w1_scale": w1.contiguous(), "w2_scale": w2.contiguous(), "quant_type": quant_type}

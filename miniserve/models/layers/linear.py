@@ -127,13 +127,14 @@ class ScaledMethod(LinearMethod):
         self._products = products
 
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
-        return self._product(x).multiply(x, layer.weight, layer.weight_scale, layer.weights.step, layer.bias)
+        return self._product(x).multiply(x, layer.weight, layer.weight_scale, layer.weights.steps["weight"], layer.bias)
 
     def gated(self, layer: Linear, x: Tensor) -> Tensor | None:
         product = self._product(x)
         if not product.gates:
             return None
-        return product.multiply(x, layer.weight, layer.weight_scale, layer.weights.step, layer.bias, gated=True)
+        step = layer.weights.steps["weight"]
+        return product.multiply(x, layer.weight, layer.weight_scale, step, layer.bias, gated=True)
 
     def _product(self, x: Tensor) -> ScaledProduct:
         return next(product for product in self._products if product.first_row <= x.shape[0])

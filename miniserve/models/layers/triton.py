@@ -74,7 +74,7 @@ class TritonOps(Ops):
         if layer.bias is not None or (route is not None and route.rounds(x.shape[0])):
             parts = None
         elif layer.weight.dtype.itemsize == 1:
-            parts = self._kernels.linear_parts_fp8(x, layer.weight, layer.weight_scale, layer.weights.step)
+            parts = self._kernels.linear_parts_fp8(x, layer.weight, layer.weight_scale, layer.weights.steps["weight"])
         else:
             parts = self._kernels.linear_parts(x, layer.weight)
         return layer(x) if parts is None else PendingSum(self._kernels, parts)
@@ -111,7 +111,8 @@ class TritonMoE(MoEMethod):
         if layer.num_experts < layer.experts.count:
             given["first"] = layer.experts.held.start
         if layer.w1.dtype.itemsize == 1:
-            given |= {"scales": (layer.w1_scale, layer.w2_scale), "block": layer.weights.step}
+            steps = layer.weights.steps
+            given |= {"scales": (layer.w1_scale, layer.w2_scale), "blocks": (steps["w1"], steps["w2"])}
         if self.route is not None and self.route.rounds(x.shape[0]):
             given["rounds"] = True
         if x.shape[0] == 1:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -56,11 +57,11 @@ class Weights:
     """Of one layer: its parameters [*lead, rows, columns], and the tensors of a checkpoint that fill them. Here: plain,
     in the layer's dtype.
 
-    form: None for plain ones; step: of its scales; widened: they are put into the layer's dtype once they are
-    loaded."""
+    form: None for plain ones; steps: of each parameter's scales; widened: they are put into the layer's dtype once they
+    are loaded."""
 
     form: WeightFormat | None = None
-    step: Step = None
+    steps: Mapping[str, Step] = MappingProxyType({})
     widened: bool = False
 
     def declare(
@@ -91,8 +92,8 @@ class Weights:
 
 
 class ScaledWeights(Weights):
-    """Each parameter has its scales in another, <parameter>_scale, beside it; all are on the same grid. dtype: the
-    hardware's 8 bits, as which codes are kept."""
+    """Each parameter has its scales in another, <parameter>_scale, beside it. dtype: the hardware's 8 bits, as which
+    codes are kept."""
 
     def __init__(self, form: WeightFormat, dtype: torch.dtype = CODES, *, widened: bool = False) -> None:
         self.form: WeightFormat = form
@@ -102,10 +103,10 @@ class ScaledWeights(Weights):
         self, layer: Layer, matrices: Mapping[str, Mapping[str, Placed]], dtype: torch.dtype, lead: tuple[int, ...] = ()
     ) -> None:
         super().declare(layer, matrices, dtype if self.widened else CODES, lead)
-        self.step = step_of(self.form, *(parts.values() for parts in matrices.values()))
+        self.steps = {parameter: step_of(self.form, parts.values()) for parameter, parts in matrices.items()}
         for parameter, parts in matrices.items():
-            rows, columns = _shape(parts)
-            grid = (rows,) if self.step is None else (-(-rows // self.step[0]), -(-columns // self.step[1]))
+            (rows, columns), step = _shape(parts), self.steps[parameter]
+            grid = (rows,) if step is None else (-(-rows // step[0]), -(-columns // step[1]))
             layer.declare(f"{parameter}_scale", (*lead, *grid), torch.float32)
 
     def pieces(
@@ -114,11 +115,12 @@ class ScaledWeights(Weights):
         yield self._values(tensor, parameter, part, lead, stack, "codes")
         rows, columns, begin = part
         refine: Callable[[Tensor], Tensor]
-        if self.step is None:
+        step = self.steps[parameter]
+        if step is None:
             shape: tuple[int, ...] = () if self.form.grain == "tensor" else (rows.count,)
             place, refine = part.place, partial(_of_rows, rows=rows)
         else:
-            block, step = self.form.block, self.step
+            block = self.form.block
             shape = (-(-rows.count // block[0]), -(-columns.count // block[1]))
             place = slice(begin // step[0], -(-part.place.stop // step[0]))
             refine = partial(_of_blocks, block=block, step=step, parts=(rows, columns))
@@ -133,7 +135,7 @@ class ScaledWeights(Weights):
             weight, scale = layer.get_parameter(parameter).data, layer.get_parameter(f"{parameter}_scale").data
             if self.widened:
                 for one, its_scale in [(weight, scale)] if weight.dim() == 2 else zip(weight, scale, strict=True):
-                    widen_(one, its_scale, self.step)
+                    widen_(one, its_scale, self.steps[parameter])
                 layer.register_parameter(f"{parameter}_scale", None)
             elif self._dtype != CODES:
                 layer.replace(parameter, as_fnuz(weight, scale))
