@@ -70,8 +70,7 @@ class TritonOps(Ops):
         return self._kernels.silu_and_mul(layer(x)) if y is None else y
 
     def linear_to_add(self, layer: Linear, x: Tensor) -> Tensor | PendingSum:
-        route = layer.method.route
-        if layer.bias is not None or (route is not None and route.rounds(x.shape[0])):
+        if layer.bias is not None:
             parts = None
         elif layer.weight.dtype.itemsize == 1:
             parts = self._kernels.linear_parts_fp8(x, layer.weight, layer.weight_scale, layer.weights.steps["weight"])
