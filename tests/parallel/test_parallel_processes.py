@@ -133,7 +133,8 @@ def test_ranks_serve_enforced_calls_and_one_that_is_stopped_ends_its_requests_an
     server: tuple[subprocess.Popen[bytes], str],
 ) -> None:
     process, url = server
-    schema = {"type": "object", "properties": {"city": {"enum": ["Bonn", "Bad Ems"]}}, "required": ["city"]}
+    cities = {"city": {"enum": ["Bonn", "Bad Ems"]}}
+    schema = {"type": "object", "properties": cities, "required": ["city"], "additionalProperties": False}
     body = {
         "messages": [{"role": "user", "content": "Hi"}],
         "tools": [{"type": "function", "function": {"name": "get_weather", "parameters": schema}}],
