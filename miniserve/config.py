@@ -36,14 +36,15 @@ class EngineConfig:
     """What the user asked of the engine. `auto` and None are settled when the engine starts (see `core.EngineInfo`).
 
     model: local directory, hub id or None for the built-in model. Sizes are tokens unless the name says otherwise;
-    kv_cache_memory is in bytes, of each rank. max_num_batched_tokens None: 4096 on a GPU, 2048 on a CPU. max_itl_ratio:
-    by how much prefill may slow down a step that also decodes, 0: no bound. speculative: "ngram:K", or None for no
-    speculation. aiter: whether to use it where it is installed. fp8_activations: round what is multiplied with weights
-    in 8 bits to them in large steps, where the checkpoint asks for that. tensor_parallel_size: ranks that share the
-    model, None: 1, or the GPUs that it takes; they are spread evenly over `nnodes` hosts, of which this is number
-    `node_rank`, and number 0 is at `master_addr`. enable_expert_parallel: ranks have whole experts. data_parallel_size:
-    engines that share out the requests, each with so many ranks; data_parallel_rank: which of them this is, set where
-    they are started. Raises `UserError` for a value out of range.
+    kv_cache_memory is in bytes, of each rank. gpu_memory_utilization None: 0.9; a CPU has none. max_num_batched_tokens
+    None: 4096 on a GPU, 2048 on a CPU. max_itl_ratio: by how much prefill may slow down a step that also decodes, 0: no
+    bound. speculative: "ngram:K", or None for no speculation. aiter: whether to use it where it is installed.
+    fp8_activations: round what is multiplied with weights in 8 bits to them in large steps, where the checkpoint asks
+    for that. tensor_parallel_size: ranks that share the model, None: 1, or the GPUs that it takes; they are spread
+    evenly over `nnodes` hosts, of which this is number `node_rank`, and number 0 is at `master_addr`.
+    enable_expert_parallel: ranks have whole experts. data_parallel_size: engines that share out the requests, each with
+    so many ranks; data_parallel_rank: which of them this is, set where they are started. Raises `UserError` for a value
+    out of range.
     """
 
     model: str | None = None
@@ -60,7 +61,7 @@ class EngineConfig:
     kv_cache_dtype: str = "auto"
     attention_backend: str = "auto"
     kv_cache_memory: int | None = None
-    gpu_memory_utilization: float = 0.9
+    gpu_memory_utilization: float | None = None
     enable_prefix_caching: bool = True
     async_scheduling: bool | None = None
     speculative: str | None = None
@@ -98,7 +99,7 @@ class EngineConfig:
             raise UserError(f"--seed must be a 64-bit integer, not {self.seed}.")
         if self.max_itl_ratio != 0.0 and not 1.0 < self.max_itl_ratio < math.inf:
             raise UserError("--max-itl-ratio must be above 1, for example 2, or 0 for no bound.")
-        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+        if self.gpu_memory_utilization is not None and not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise UserError("--gpu-memory-utilization must be above 0 and at most 1, for example 0.9.")
         if self.speculative is not None:
             self._check_speculative(self.speculative)

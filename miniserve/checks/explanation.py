@@ -28,6 +28,7 @@ from miniserve.models.registry import (
 )
 from miniserve.parallel.shard import Shard
 from miniserve.runner.device import find_dtype, find_kv_dtype
+from miniserve.runner.memory import GPU_SHARE
 from miniserve.runner.traffic import measure_bandwidth, step_traffic
 from miniserve.runner.tuning import load_preferred
 
@@ -102,7 +103,7 @@ def explain(name: str, model: ModelConfig, config: EngineConfig, device: str) ->
     platform, total, bandwidth = _hardware(device, dtype)
     platform = platform if config.aiter else platform.without_aiter()
     by_expert = config.enable_expert_parallel
-    usable = None if total is None else int(total * config.gpu_memory_utilization)
+    usable = None if total is None else int(total * (config.gpu_memory_utilization or GPU_SHARE))
     tp = config.tensor_parallel_size or _least_tp(model, dtype, platform, usable, by_expert) or 1
     check_ranks(model, tp, expert_parallel=by_expert)
     kv_dtype, shard = find_kv_dtype(config.kv_cache_dtype, dtype, platform), Shard(0, tp)  # which has the most

@@ -114,7 +114,7 @@ _OPTIONS: dict[type, dict[str, Any]] = {
             metavar="BYTES",
             parser=lambda value: parse_bytes(str(value), "--kv-cache-memory"),
         ),
-        "gpu_memory_utilization": _sched(help="Share of a GPU's memory to use."),
+        "gpu_memory_utilization": _sched(help="Share of a GPU's memory to use.", show_default="0.9"),
         "enable_prefix_caching": _switch(
             "--enable-prefix-caching/--no-prefix-caching",
             help="Reuse the KV blocks of prompts seen before.",

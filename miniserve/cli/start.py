@@ -30,6 +30,8 @@ from miniserve.parallel.child import on_signals
 from miniserve.server.config import ServerConfig
 from miniserve.server.process import ServerEnded, ServerProcess
 
+_WHERE = ("host", "port", "uds", "ssl_keyfile", "ssl_certfile")  # clients find a server
+
 
 def start(engine: EngineConfig, server: ServerConfig, *, prompt: str | None, chat: bool) -> int:
     """Returns the exit code of the process. `chat`: a prompt or piped text is welcome. Raises `UserError`."""
@@ -48,16 +50,13 @@ def start(engine: EngineConfig, server: ServerConfig, *, prompt: str | None, cha
     quiet = engine.log_level not in ("debug", "info")
     if prompt is not None:
         require_stdout()  # before a model is loaded for nothing
+        if any(getattr(server, name) != getattr(ServerConfig(), name) for name in _WHERE):
+            raise UserError(
+                "One answer has no use for --host, --port, --uds and TLS: leave them out or, to serve, leave out the "
+                "prompt (piped text with --no-chat)."
+            )
         # For this process alone: a free port, and a key that nobody else knows.
-        private = replace(
-            server,
-            host="127.0.0.1",
-            port=0,
-            uds=None,
-            ssl_keyfile=None,
-            ssl_certfile=None,
-            api_keys=(secrets.token_hex(16),),
-        )
+        private = replace(server, port=0, api_keys=(secrets.token_hex(16),))
         return _with_server(engine, private, True, lambda client: _answer_once(client, prompt))
     if chat and can_chat():
         if server.uds is not None or server.ssl_certfile is not None:

@@ -14,6 +14,7 @@ from miniserve.models.layers.linear import Linear
 
 # Limit of the KV cache on a CPU without --kv-cache-memory: other programs share the memory.
 _CPU_KV_LIMIT = 4 << 30
+GPU_SHARE = 0.9  # of its memory, without --gpu-memory-utilization
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +37,14 @@ class MemoryPlan:
         return [("weights", self.weights), ("activations", self.activations), ("KV cache", self.kv_cache)]
 
 
-def available_bytes(device: torch.device, utilization: float) -> int:
+def available_bytes(device: torch.device, utilization: float | None) -> int:
     """Bytes that may be used on the device: free memory on a CPU; on a GPU the user's share of all memory, less what
-    other programs use."""
+    other programs use. utilization: --gpu-memory-utilization; a CPU has none, and raises `UserError` for it."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return free - int(total * (1.0 - utilization))
+        return free - int(total * (1.0 - (utilization or GPU_SHARE)))
+    if utilization is not None:
+        raise UserError("--gpu-memory-utilization means nothing on a CPU; leave it out, or set --kv-cache-memory.")
     for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) << 10

@@ -112,6 +112,13 @@ def test_version(arguments: tuple[str, ...], forked: cli.Forked) -> None:
         (("serve", "--allowed-host", "http://a"), "--allowed-host 'http://a' is no host name"),
         (("run", "--step-timeout", "0"), "--step-timeout must be a number of seconds above 0"),
         (("run", "-p", " "), "There is nothing to answer"),
+        (
+            ("run", "-p", "Hi", "--port", "8123"),
+            "One answer has no use for --host, --port, --uds and TLS: leave them out",
+        ),
+        (("run", "-p", "Hi", "--host", "0.0.0.0"), "One answer has no use for --host"),
+        (("run", "-p", "Hi", "--uds", "socket"), "One answer has no use for --host"),
+        (("run", "-p", "Hi", "--ssl-keyfile", "k", "--ssl-certfile", "c"), "One answer has no use for --host"),
         (("run", "--port", "0", "./nowhere"), "There is no directory './nowhere'"),
         (
             ("run", "--port", "0", "nobody/nothing"),

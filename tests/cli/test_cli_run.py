@@ -208,8 +208,15 @@ def descendants(pid: int) -> Iterator[int]:
 
 def test_piped_text_is_answered() -> None:
     """As `-p` is, whose answer the test of a full disk waits for."""
-    flags = (*SHORT, "--port", "1", "--generation-config", "none", "--seed", "3")
-    piped = cli.run("run", *flags, text="Tom has 2 apples and buys 3 more. How many has he?\n")
+    piped = cli.run(
+        "run",
+        *SHORT,
+        "--generation-config",
+        "none",
+        "--seed",
+        "3",
+        text="Tom has 2 apples and buys 3 more. How many has he?\n",
+    )
     assert piped.returncode == 0, piped.stderr
     assert piped.stdout.strip() and "Traceback" not in piped.stderr
 

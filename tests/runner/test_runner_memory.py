@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from miniserve.attention.platform import NAMED_PLATFORMS
+from miniserve.core import UserError
 from miniserve.models.config import load_model_config
 from miniserve.models.registry import described_model
 from miniserve.runner.build import _activation_bytes
+from miniserve.runner.memory import available_bytes
 from tools.quantise import KINDS, quantise
 
 ASSETS = Path(__file__).parents[2] / "miniserve" / "assets"
@@ -39,3 +42,9 @@ def test_a_weight_that_is_widened_for_a_step_is_counted(tmp_path: Path) -> None:
     for platform, more in ((H200, largest), (CPU, 0)):
         one, other = (described_model(config, torch.bfloat16, platform) for config in (plain, scaled))
         assert _activation_bytes(other, 512, 4) - _activation_bytes(one, 512, 4) == more
+
+
+def test_a_cpu_has_no_gpu_memory_to_share() -> None:
+    assert available_bytes(torch.device("cpu"), None) > 0
+    with pytest.raises(UserError, match="--gpu-memory-utilization means nothing on a CPU"):
+        available_bytes(torch.device("cpu"), 0.9)
