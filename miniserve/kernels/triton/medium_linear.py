@@ -47,7 +47,9 @@ class MediumTile:
     tiles of 64 columns (in 8 bits 128) in the ring. early: tiles of the weight to fetch before x is there, whose
     traffic slows the kernel that computes x. splits: programs along the columns. share: the warpgroups have the same
     64 rows and take tiles of columns in turn (8 bits only), num_stages being a multiple of groups: a barrier tells
-    apart no more than two fillings of a stage."""
+    apart no more than two fillings of a stage. registers: of a thread on average, a multiple of 8, so that programs of
+    this kernel and the next share a multiprocessor; None: all there are. lead: how many tiles before its last one a
+    program lets the next kernel start; negative: at once."""
 
     block_m: int
     groups: int
@@ -55,6 +57,8 @@ class MediumTile:
     early: int = _MOST_STAGES
     splits: int = 1
     share: bool = False
+    registers: int | None = None
+    lead: int = -1
 
 
 @gluon.jit
@@ -72,7 +76,9 @@ def _fetch_weights(w_desc, ws, ready, stage, first_n, k):
 
 
 @gluon.jit
-def _produce(x_desc, w_desc, xs, ws, ready, free, first_m, first_n, rounds, first_k, EARLY: gl.constexpr):
+def _produce(
+    x_desc, w_desc, xs, ws, ready, free, first_m, first_n, rounds, first_k, EARLY: gl.constexpr, LEAD: gl.constexpr
+):
     """Keeps the ring filled; fetches the weights of its first EARLY tiles before x can be read."""
     STAGES: gl.constexpr = xs.type.shape[0]
     BLOCK_K: gl.constexpr = xs.type.shape[2]
@@ -89,13 +95,25 @@ def _produce(x_desc, w_desc, xs, ws, ready, free, first_m, first_n, rounds, firs
             mbarrier.expect(ready.index(i), BYTES)
             _fetch_weights(w_desc, ws, ready.index(i), i, first_n, k)
         tma.async_copy_global_to_shared(x_desc, [first_m, k], ready.index(i), xs.index(i))
-    for i in range(turn, rounds):
-        stage = i % STAGES
-        mbarrier.wait(free.index(stage), (i // STAGES - 1) & 1)
-        mbarrier.expect(ready.index(stage), BYTES)
-        k = first_k + i * BLOCK_K
-        _fetch_weights(w_desc, ws, ready.index(stage), stage, first_n, k)
-        tma.async_copy_global_to_shared(x_desc, [first_m, k], ready.index(stage), xs.index(stage))
+    last = rounds if LEAD < 0 else gl.maximum(turn, rounds - LEAD)
+    for i in range(turn, last):
+        _refill(x_desc, w_desc, xs, ws, ready, free, first_m, first_n, first_k, i, BYTES)
+    if LEAD >= 0:
+        start(True)
+        for i in range(last, rounds):
+            _refill(x_desc, w_desc, xs, ws, ready, free, first_m, first_n, first_k, i, BYTES)
+
+
+@gluon.jit
+def _refill(x_desc, w_desc, xs, ws, ready, free, first_m, first_n, first_k, i, BYTES: gl.constexpr):
+    """Fetches tile i into its stage, once the tile there is multiplied."""
+    STAGES: gl.constexpr = xs.type.shape[0]
+    stage = i % STAGES
+    mbarrier.wait(free.index(stage), (i // STAGES - 1) & 1)
+    mbarrier.expect(ready.index(stage), BYTES)
+    k = first_k + i * xs.type.shape[2]
+    _fetch_weights(w_desc, ws, ready.index(stage), stage, first_n, k)
+    tma.async_copy_global_to_shared(x_desc, [first_m, k], ready.index(stage), xs.index(stage))
 
 
 @gluon.jit
@@ -226,11 +244,13 @@ def _medium_linear_kernel(
     SHARE: gl.constexpr,
     STAGES: gl.constexpr,
     EARLY: gl.constexpr,
+    LEAD: gl.constexpr,
     REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
     """N counts outputs. Neighbouring programs share rows of the weight, which then come from the L2 cache."""
-    start(True)
+    if LEAD < 0:
+        start(True)
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
     OUTPUTS: gl.constexpr = 64 if y_desc is None else y_desc.block_type.shape[1]
@@ -258,7 +278,7 @@ def _medium_linear_kernel(
     n0 = gl.program_id(1) * len(ws) * OUTPUTS
     rounds = (K + BLOCK_K * gl.num_programs(2) - 1) // (BLOCK_K * gl.num_programs(2))
     first_k = gl.program_id(2) * rounds * BLOCK_K
-    produced = (x_desc, w_desc, xs, ws, ready, free, first_m, n0, rounds, first_k, EARLY)
+    produced = (x_desc, w_desc, xs, ws, ready, free, first_m, n0, rounds, first_k, EARLY, LEAD)
     given = (xs, ready, free, sums, done, y_desc, b_ptr, s_ptr, parts_ptr, first_m, rounds, first_k, M, N, K)
     # Tuples within the calls: in a variable's, constants would become values.
     if GROUPS == 1:
@@ -471,11 +491,20 @@ def _launch(
         SHARE=tile.share,
         STAGES=tile.num_stages,
         EARLY=min(tile.early, tile.num_stages),
-        REGISTERS=160 if tile.groups == 3 else 232,
+        LEAD=tile.lead,
+        REGISTERS=_registers(tile),
         PRODUCER_REGISTERS=_PRODUCER_REGISTERS,
         num_warps=4,
+        maxnreg=tile.registers,
         launch_pdl=True,
     )
+
+
+def _registers(tile: MediumTile) -> int:
+    """Of a thread that multiplies: what the fetching warpgroup leaves."""
+    if tile.registers is None:
+        return 160 if tile.groups == 3 else 232
+    return ((tile.groups + 1) * tile.registers - _PRODUCER_REGISTERS) // tile.groups // 8 * 8
 
 
 def try_out(device: torch.device) -> None:
