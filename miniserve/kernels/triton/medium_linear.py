@@ -49,7 +49,8 @@ class MediumTile:
     64 rows and take tiles of columns in turn (8 bits only), num_stages being a multiple of groups: a barrier tells
     apart no more than two fillings of a stage. registers: of a thread on average, a multiple of 8, so that programs of
     this kernel and the next share a multiprocessor; None: all there are. lead: how many tiles before its last one a
-    program lets the next kernel start; negative: at once."""
+    program lets the next kernel start; negative: at once. ahead: tiles of the weight
+    behind the ring's to have in the L2 cache before x is there."""
 
     block_m: int
     groups: int
@@ -59,6 +60,7 @@ class MediumTile:
     share: bool = False
     registers: int | None = None
     lead: int = -1
+    ahead: int = 0
 
 
 @gluon.jit
@@ -77,8 +79,9 @@ def _fetch_weights(w_desc, ws, ready, stage, first_n, k):
 
 @gluon.jit
 def _produce(
-    x_desc, w_desc, xs, ws, ready, free, first_m, first_n, rounds, first_k, EARLY: gl.constexpr, LEAD: gl.constexpr
-):
+    x_desc, w_desc, w_ptr, xs, ws, ready, free, first_m, first_n, rounds, first_k, N, K,
+    EARLY: gl.constexpr, LEAD: gl.constexpr, AHEAD: gl.constexpr,
+):  # fmt: skip
     """Keeps the ring filled; fetches the weights of its first EARLY tiles before x can be read."""
     STAGES: gl.constexpr = xs.type.shape[0]
     BLOCK_K: gl.constexpr = xs.type.shape[2]
@@ -88,6 +91,8 @@ def _produce(
     for i in range(gl.minimum(EARLY, turn)):
         mbarrier.expect(ready.index(i), BYTES)
         _fetch_weights(w_desc, ws, ready.index(i), i, first_n, first_k + i * BLOCK_K)
+    if AHEAD > 0:
+        _prefetch(w_desc, w_ptr, ws, first_n, first_k + turn * BLOCK_K, N, K, AHEAD * BLOCK_K)
     wait(True)
     for i in range(turn):
         k = first_k + i * BLOCK_K
@@ -102,6 +107,28 @@ def _produce(
         start(True)
         for i in range(last, rounds):
             _refill(x_desc, w_desc, xs, ws, ready, free, first_m, first_n, first_k, i, BYTES)
+
+
+@gluon.jit
+def _prefetch(w_desc, w_ptr, ws, first_n, k, N, K, COLUMNS: gl.constexpr):
+    """COLUMNS of the program's rows of the weight, from k on, into the L2 cache."""
+    GATED: gl.constexpr = len(w_desc.block_type.shape) == 4
+    ROWS: gl.constexpr = 32 if GATED else 64
+    rows = gl.arange(0, ROWS, gl.BlockedLayout([1], [32], [1], [0]))
+    if k + COLUMNS <= K:
+        for group in gl.static_range(len(ws)):
+            of = gl.minimum(first_n + group * ROWS + rows, N - 1)
+            _ask_for(w_ptr + of.to(gl.int64) * K + k, COLUMNS * w_desc.dtype.primitive_bitwidth // 8)
+            if GATED:
+                _ask_for(w_ptr + (of + N).to(gl.int64) * K + k, COLUMNS * w_desc.dtype.primitive_bitwidth // 8)
+
+
+@gluon.jit
+def _ask_for(pointers, SIZE: gl.constexpr):
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r", [pointers, SIZE],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -231,6 +258,7 @@ def _store(out, ws, y_desc, b_ptr, first_m, first_n, N):
 def _medium_linear_kernel(
     x_desc,
     w_desc,
+    w_ptr,
     y_desc,
     b_ptr,
     s_ptr,
@@ -245,6 +273,7 @@ def _medium_linear_kernel(
     STAGES: gl.constexpr,
     EARLY: gl.constexpr,
     LEAD: gl.constexpr,
+    AHEAD: gl.constexpr,
     REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
@@ -278,7 +307,9 @@ def _medium_linear_kernel(
     n0 = gl.program_id(1) * len(ws) * OUTPUTS
     rounds = (K + BLOCK_K * gl.num_programs(2) - 1) // (BLOCK_K * gl.num_programs(2))
     first_k = gl.program_id(2) * rounds * BLOCK_K
-    produced = (x_desc, w_desc, xs, ws, ready, free, first_m, n0, rounds, first_k, EARLY, LEAD)
+    produced = (
+        x_desc, w_desc, w_ptr, xs, ws, ready, free, first_m, n0, rounds, first_k, N, K, EARLY, LEAD, AHEAD
+    )  # fmt: skip
     given = (xs, ready, free, sums, done, y_desc, b_ptr, s_ptr, parts_ptr, first_m, rounds, first_k, M, N, K)
     # Tuples within the calls: in a variable's, constants would become values.
     if GROUPS == 1:
@@ -479,6 +510,7 @@ def _launch(
     _medium_linear_kernel[(triton.cdiv(m, tile.block_m), tiles_n, tile.splits)](
         TensorDescriptor(x, [m, k], [x.stride(0), 1], [tile.block_m, block_k], flat),
         rows,
+        weight,
         None if y is None else TensorDescriptor(y, [m, n], [n, 1], [tile.block_m, outputs], turned),
         bias,
         scale,
@@ -492,6 +524,7 @@ def _launch(
         STAGES=tile.num_stages,
         EARLY=min(tile.early, tile.num_stages),
         LEAD=tile.lead,
+        AHEAD=tile.ahead,
         REGISTERS=_registers(tile),
         PRODUCER_REGISTERS=_PRODUCER_REGISTERS,
         num_warps=4,
