@@ -92,7 +92,7 @@ def _produce(
         mbarrier.expect(ready.index(i), BYTES)
         _fetch_weights(w_desc, ws, ready.index(i), i, first_n, first_k + i * BLOCK_K)
     if AHEAD > 0:
-        _prefetch(w_desc, w_ptr, ws, first_n, first_k + turn * BLOCK_K, N, K, AHEAD * BLOCK_K)
+        _prefetch(w_desc, w_ptr, len(ws), first_n, first_k + turn * BLOCK_K, N, K, AHEAD * BLOCK_K, 1)
     wait(True)
     for i in range(turn):
         k = first_k + i * BLOCK_K
@@ -110,17 +110,20 @@ def _produce(
 
 
 @gluon.jit
-def _prefetch(w_desc, w_ptr, ws, first_n, k, N, K, COLUMNS: gl.constexpr):
+def _prefetch(w_desc, w_ptr, SETS: gl.constexpr, first_n, k, N, K, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
     """COLUMNS of the program's rows of the weight, from k on, into the L2 cache."""
     GATED: gl.constexpr = len(w_desc.block_type.shape) == 4
     ROWS: gl.constexpr = 32 if GATED else 64
-    rows = gl.arange(0, ROWS, gl.BlockedLayout([1], [32], [1], [0]))
+    PARTS: gl.constexpr = 32 * WARPS // ROWS if 32 * WARPS > ROWS else 1
+    BITS: gl.constexpr = w_desc.dtype.primitive_bitwidth
+    one = gl.arange(0, ROWS * PARTS, gl.BlockedLayout([1], [32], [WARPS], [0]))
     if k + COLUMNS <= K:
-        for group in gl.static_range(len(ws)):
-            of = gl.minimum(first_n + group * ROWS + rows, N - 1)
-            _ask_for(w_ptr + of.to(gl.int64) * K + k, COLUMNS * w_desc.dtype.primitive_bitwidth // 8)
+        at = k + one // ROWS * (COLUMNS // PARTS)
+        for group in gl.static_range(SETS):
+            of = gl.minimum(first_n + group * ROWS + one % ROWS, N - 1)
+            _ask_for(w_ptr + of.to(gl.int64) * K + at, COLUMNS // PARTS * BITS // 8)
             if GATED:
-                _ask_for(w_ptr + (of + N).to(gl.int64) * K + k, COLUMNS * w_desc.dtype.primitive_bitwidth // 8)
+                _ask_for(w_ptr + (of + N).to(gl.int64) * K + at, COLUMNS // PARTS * BITS // 8)
 
 
 @gluon.jit
@@ -283,6 +286,12 @@ def _medium_linear_kernel(
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
     OUTPUTS: gl.constexpr = 64 if y_desc is None else y_desc.block_type.shape[1]
+    SETS: gl.constexpr = 1 if SHARE else GROUPS
+    n0 = gl.program_id(1) * SETS * OUTPUTS
+    rounds = (K + BLOCK_K * gl.num_programs(2) - 1) // (BLOCK_K * gl.num_programs(2))
+    first_k = gl.program_id(2) * rounds * BLOCK_K
+    if AHEAD < 0:
+        _prefetch(w_desc, w_ptr, SETS, n0, first_k, N, K, STAGES * BLOCK_K, gl.num_warps())
     xs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
     w_layout: gl.constexpr = gl.NVMMASharedLayout(128, w_desc.dtype.primitive_bitwidth, rank=2)
     ws = (gl.allocate_shared_memory(w_desc.dtype, [STAGES, 64, BLOCK_K], w_layout),)
@@ -304,9 +313,6 @@ def _medium_linear_kernel(
         mbarrier.init(done, count=TURNS - 1)
     # If M is at least a tile, the last tile overlaps the one before instead of reaching beyond M.
     first_m = gl.minimum(gl.program_id(0) * BLOCK_M, gl.maximum(M - BLOCK_M, 0))
-    n0 = gl.program_id(1) * len(ws) * OUTPUTS
-    rounds = (K + BLOCK_K * gl.num_programs(2) - 1) // (BLOCK_K * gl.num_programs(2))
-    first_k = gl.program_id(2) * rounds * BLOCK_K
     produced = (
         x_desc, w_desc, w_ptr, xs, ws, ready, free, first_m, n0, rounds, first_k, N, K, EARLY, LEAD, AHEAD
     )  # fmt: skip
