@@ -39,6 +39,7 @@ _ROW_BYTES = 128  # of a swizzled tile of the weight
 _MOST_STAGES, _DEEP_STAGES = 8, 16  # the latter where programs have a multiprocessor each
 _PRODUCER_REGISTERS = 24
 _LEAST_COLUMNS = 256  # of a part
+_HELD_ROWS, _OTHER_REGISTERS = 128, 40  # the latter of a thread besides its results
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +49,7 @@ class MediumTile:
     traffic slows the kernel that computes x. splits: programs along the columns. share: the warpgroups have the same
     64 rows and take tiles of columns in turn (8 bits only), num_stages being a multiple of groups: a barrier tells
     apart no more than two fillings of a stage. registers: of a thread on average, a multiple of 8, so that programs of
-    this kernel and the next share a multiprocessor; None: all there are. lead: how many tiles before its last one a
-    program lets the next kernel start; negative: at once. ahead: tiles of the weight
-    behind the ring's to have in the L2 cache before x is there."""
+    the small kernels around this one have room beside it; None: all that a multiprocessor has."""
 
     block_m: int
     groups: int
@@ -59,8 +58,6 @@ class MediumTile:
     splits: int = 1
     share: bool = False
     registers: int | None = None
-    lead: int = -1
-    ahead: int = 0
 
 
 @gluon.jit
@@ -78,10 +75,7 @@ def _fetch_weights(w_desc, ws, ready, stage, first_n, k):
 
 
 @gluon.jit
-def _produce(
-    x_desc, w_desc, w_ptr, xs, ws, ready, free, first_m, first_n, rounds, first_k, N, K,
-    EARLY: gl.constexpr, LEAD: gl.constexpr, AHEAD: gl.constexpr,
-):  # fmt: skip
+def _produce(x_desc, w_desc, xs, ws, ready, free, first_m, first_n, rounds, first_k, EARLY: gl.constexpr):
     """Keeps the ring filled; fetches the weights of its first EARLY tiles before x can be read."""
     STAGES: gl.constexpr = xs.type.shape[0]
     BLOCK_K: gl.constexpr = xs.type.shape[2]
@@ -91,8 +85,6 @@ def _produce(
     for i in range(gl.minimum(EARLY, turn)):
         mbarrier.expect(ready.index(i), BYTES)
         _fetch_weights(w_desc, ws, ready.index(i), i, first_n, first_k + i * BLOCK_K)
-    if AHEAD > 0:
-        _prefetch(w_desc, w_ptr, len(ws), first_n, first_k + turn * BLOCK_K, N, K, AHEAD * BLOCK_K, 1)
     wait(True)
     for i in range(turn):
         k = first_k + i * BLOCK_K
@@ -100,50 +92,13 @@ def _produce(
             mbarrier.expect(ready.index(i), BYTES)
             _fetch_weights(w_desc, ws, ready.index(i), i, first_n, k)
         tma.async_copy_global_to_shared(x_desc, [first_m, k], ready.index(i), xs.index(i))
-    last = rounds if LEAD < 0 else gl.maximum(turn, rounds - LEAD)
-    for i in range(turn, last):
-        _refill(x_desc, w_desc, xs, ws, ready, free, first_m, first_n, first_k, i, BYTES)
-    if LEAD >= 0:
-        start(True)
-        for i in range(last, rounds):
-            _refill(x_desc, w_desc, xs, ws, ready, free, first_m, first_n, first_k, i, BYTES)
-
-
-@gluon.jit
-def _prefetch(w_desc, w_ptr, SETS: gl.constexpr, first_n, k, N, K, COLUMNS: gl.constexpr, WARPS: gl.constexpr):
-    """COLUMNS of the program's rows of the weight, from k on, into the L2 cache."""
-    GATED: gl.constexpr = len(w_desc.block_type.shape) == 4
-    ROWS: gl.constexpr = 32 if GATED else 64
-    PARTS: gl.constexpr = 32 * WARPS // ROWS if 32 * WARPS > ROWS else 1
-    BITS: gl.constexpr = w_desc.dtype.primitive_bitwidth
-    one = gl.arange(0, ROWS * PARTS, gl.BlockedLayout([1], [32], [WARPS], [0]))
-    if k + COLUMNS <= K:
-        at = k + one // ROWS * (COLUMNS // PARTS)
-        for group in gl.static_range(SETS):
-            of = gl.minimum(first_n + group * ROWS + one % ROWS, N - 1)
-            _ask_for(w_ptr + of.to(gl.int64) * K + at, COLUMNS // PARTS * BITS // 8)
-            if GATED:
-                _ask_for(w_ptr + (of + N).to(gl.int64) * K + at, COLUMNS // PARTS * BITS // 8)
-
-
-@gluon.jit
-def _ask_for(pointers, SIZE: gl.constexpr):
-    gl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r", [pointers, SIZE],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _refill(x_desc, w_desc, xs, ws, ready, free, first_m, first_n, first_k, i, BYTES: gl.constexpr):
-    """Fetches tile i into its stage, once the tile there is multiplied."""
-    STAGES: gl.constexpr = xs.type.shape[0]
-    stage = i % STAGES
-    mbarrier.wait(free.index(stage), (i // STAGES - 1) & 1)
-    mbarrier.expect(ready.index(stage), BYTES)
-    k = first_k + i * xs.type.shape[2]
-    _fetch_weights(w_desc, ws, ready.index(stage), stage, first_n, k)
-    tma.async_copy_global_to_shared(x_desc, [first_m, k], ready.index(stage), xs.index(stage))
+    for i in range(turn, rounds):
+        stage = i % STAGES
+        mbarrier.wait(free.index(stage), (i // STAGES - 1) & 1)
+        mbarrier.expect(ready.index(stage), BYTES)
+        k = first_k + i * BLOCK_K
+        _fetch_weights(w_desc, ws, ready.index(stage), stage, first_n, k)
+        tma.async_copy_global_to_shared(x_desc, [first_m, k], ready.index(stage), xs.index(stage))
 
 
 @gluon.jit
@@ -261,7 +216,6 @@ def _store(out, ws, y_desc, b_ptr, first_m, first_n, N):
 def _medium_linear_kernel(
     x_desc,
     w_desc,
-    w_ptr,
     y_desc,
     b_ptr,
     s_ptr,
@@ -275,23 +229,14 @@ def _medium_linear_kernel(
     SHARE: gl.constexpr,
     STAGES: gl.constexpr,
     EARLY: gl.constexpr,
-    LEAD: gl.constexpr,
-    AHEAD: gl.constexpr,
     REGISTERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
 ):
     """N counts outputs. Neighbouring programs share rows of the weight, which then come from the L2 cache."""
-    if LEAD < 0:
-        start(True)
+    start(True)
     BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
     BLOCK_K: gl.constexpr = x_desc.block_type.shape[1]
     OUTPUTS: gl.constexpr = 64 if y_desc is None else y_desc.block_type.shape[1]
-    SETS: gl.constexpr = 1 if SHARE else GROUPS
-    n0 = gl.program_id(1) * SETS * OUTPUTS
-    rounds = (K + BLOCK_K * gl.num_programs(2) - 1) // (BLOCK_K * gl.num_programs(2))
-    first_k = gl.program_id(2) * rounds * BLOCK_K
-    if AHEAD < 0:
-        _prefetch(w_desc, w_ptr, SETS, n0, first_k, N, K, STAGES * BLOCK_K, gl.num_warps())
     xs = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, BLOCK_K], x_desc.layout)
     w_layout: gl.constexpr = gl.NVMMASharedLayout(128, w_desc.dtype.primitive_bitwidth, rank=2)
     ws = (gl.allocate_shared_memory(w_desc.dtype, [STAGES, 64, BLOCK_K], w_layout),)
@@ -313,9 +258,10 @@ def _medium_linear_kernel(
         mbarrier.init(done, count=TURNS - 1)
     # If M is at least a tile, the last tile overlaps the one before instead of reaching beyond M.
     first_m = gl.minimum(gl.program_id(0) * BLOCK_M, gl.maximum(M - BLOCK_M, 0))
-    produced = (
-        x_desc, w_desc, w_ptr, xs, ws, ready, free, first_m, n0, rounds, first_k, N, K, EARLY, LEAD, AHEAD
-    )  # fmt: skip
+    n0 = gl.program_id(1) * len(ws) * OUTPUTS
+    rounds = (K + BLOCK_K * gl.num_programs(2) - 1) // (BLOCK_K * gl.num_programs(2))
+    first_k = gl.program_id(2) * rounds * BLOCK_K
+    produced = (x_desc, w_desc, xs, ws, ready, free, first_m, n0, rounds, first_k, EARLY)
     given = (xs, ready, free, sums, done, y_desc, b_ptr, s_ptr, parts_ptr, first_m, rounds, first_k, M, N, K)
     # Tuples within the calls: in a variable's, constants would become values.
     if GROUPS == 1:
@@ -382,11 +328,11 @@ def choose_medium_tile(m: int, n: int, k: int, itemsize: int, chip: Chip, *, gat
         waste = row_tiles * block_m - m
         fits = few or waste < (32 if large else 64) or (block_m == 128 and not large and not gated)
         if programs <= chip.num_sms and fits:
-            return _tile(block_m, groups, k, chip, early=_DEEP_STAGES if few else 2)
+            return _tile(m, block_m, groups, k, chip, early=_DEEP_STAGES if few else 2)
     if not few:
         return None
     groups = max((3, 2), key=lambda groups: fullness(n / (groups * outputs * chip.num_sms)))
-    return _tile(_rows(m), groups, k, chip)
+    return _tile(m, _rows(m), groups, k, chip)
 
 
 @functools.cache
@@ -407,7 +353,7 @@ def choose_parts_tile(m: int, n: int, k: int, itemsize: int, chip: Chip) -> Medi
     else:
         return None
     splits = min(splits, k // _LEAST_COLUMNS)
-    return None if splits < 2 else replace(_tile(block_m, groups, k, chip, early), splits=splits)
+    return None if splits < 2 else replace(_tile(m, block_m, groups, k, chip, early), splits=splits)
 
 
 @functools.cache
@@ -442,12 +388,17 @@ def _rows(m: int) -> int:
     return max(16, int(triton.next_power_of_2(m)))
 
 
-def _tile(block_m: int, groups: int, k: int, chip: Chip, early: int = _MOST_STAGES) -> MediumTile:
+def _tile(m: int, block_m: int, groups: int, k: int, chip: Chip, early: int = _MOST_STAGES) -> MediumTile:
     """early: more than `_MOST_STAGES` makes the ring deep, if rows are long enough to fill it twice."""
     rounds = k // (_ROW_BYTES // 2)
     most = max(_MOST_STAGES, min(early, rounds // 2))
-    stages = min(most, (chip.shared_bytes - 1024) // ((block_m + _GROUP_ROWS * groups) * _ROW_BYTES))
-    return MediumTile(block_m, groups, stages, min(early, stages))
+    stage = (block_m + _GROUP_ROWS * groups) * _ROW_BYTES
+    stages = min(most, (chip.shared_bytes - 1024) // stage)
+    # Of few rows the norm's few programs find room elsewhere. Two rings must not share a multiprocessor: another would
+    # have none.
+    held = 16 < m <= _HELD_ROWS and 2 * stages * stage > chip.shared_bytes
+    registers = block_m // 2 + _OTHER_REGISTERS if held else None
+    return MediumTile(block_m, groups, stages, min(early, stages), registers=registers)
 
 
 def can_describe(x: torch.Tensor) -> bool:
@@ -516,7 +467,6 @@ def _launch(
     _medium_linear_kernel[(triton.cdiv(m, tile.block_m), tiles_n, tile.splits)](
         TensorDescriptor(x, [m, k], [x.stride(0), 1], [tile.block_m, block_k], flat),
         rows,
-        weight,
         None if y is None else TensorDescriptor(y, [m, n], [n, 1], [tile.block_m, outputs], turned),
         bias,
         scale,
@@ -529,8 +479,6 @@ def _launch(
         SHARE=tile.share,
         STAGES=tile.num_stages,
         EARLY=min(tile.early, tile.num_stages),
-        LEAD=tile.lead,
-        AHEAD=tile.ahead,
         REGISTERS=_registers(tile),
         PRODUCER_REGISTERS=_PRODUCER_REGISTERS,
         num_warps=4,
@@ -540,7 +488,7 @@ def _launch(
 
 
 def _registers(tile: MediumTile) -> int:
-    """Of a thread that multiplies: what the fetching warpgroup leaves."""
+    """Of a thread that multiplies: an equal share of what the fetching warp and the three idle ones beside it leave."""
     if tile.registers is None:
         return 160 if tile.groups == 3 else 232
     return ((tile.groups + 1) * tile.registers - _PRODUCER_REGISTERS) // tile.groups // 8 * 8
