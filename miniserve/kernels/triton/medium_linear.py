@@ -499,5 +499,6 @@ def try_out(device: torch.device) -> None:
     kernel."""
     x = torch.eye(_GROUP_ROWS, dtype=torch.bfloat16, device=device)
     weight = torch.arange(_GROUP_ROWS**2, device=device).view(_GROUP_ROWS, -1).remainder(127).to(x.dtype)
-    if not torch.equal(medium_linear(x, weight, None, MediumTile(_GROUP_ROWS, 1, _MOST_STAGES)), weight.T):
+    tile = MediumTile(_GROUP_ROWS, 1, _MOST_STAGES, registers=_GROUP_ROWS // 2 + _OTHER_REGISTERS)
+    if not torch.equal(medium_linear(x, weight, None, tile), weight.T):
         raise RuntimeError("the product of an identity with a matrix is not that matrix")
