@@ -27,8 +27,9 @@ TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
 def test_products(m: int, n: int, k: int, block_m: int, groups: int, gated: bool, dtype: torch.dtype) -> None:
     x, weight = normal(0, m, k + 8, dtype=dtype)[:, :k], normal(1, n * (2 if gated else 1), k, dtype=dtype)
     bias = normal(2, len(weight), dtype=dtype)
-    tile = MediumTile(block_m, groups, 4, early=block_m // 64)
-    for given in (bias, None):
+    held = block_m // 2 + 40 if block_m <= 128 else None
+    for given, registers in ((bias, None), (None, held)):
+        tile = MediumTile(block_m, groups, 4, early=block_m // 64, registers=registers)
         got = medium_linear.medium_linear(x, weight, given, tile, gated=gated)
         want = torch.nn.functional.linear(x.float(), weight.float(), None if given is None else given.float())
         assert relative_error(got, ops.silu_and_mul(want) if gated else want) < TOLERANCE[dtype]
@@ -41,7 +42,9 @@ def test_products(m: int, n: int, k: int, block_m: int, groups: int, gated: bool
 @pytest.mark.parametrize(("m", "n", "k"), [(13, 40, 96), (65, 200, 264), (256, 4096, 12288)])
 def test_parts(m: int, n: int, k: int, splits: int, dtype: torch.dtype) -> None:
     x, weight = normal(0, m, k, dtype=dtype), normal(1, n, k, dtype=dtype)
-    parts = medium_linear.linear_parts(x, weight, MediumTile(max(16, m // 64 * 64), 1, 4, splits=splits))
+    block_m = max(16, m // 64 * 64)
+    tile = MediumTile(block_m, 1, 4, splits=splits, registers=block_m // 2 + 40 if splits > 1 and m < 256 else None)
+    parts = medium_linear.linear_parts(x, weight, tile)
     assert parts.dtype == torch.float32
     got, want = parts.view(m, splits, n), x.float() @ weight.float().T
     assert relative_error(got.sum(1), want) < 1e-4, "parts are not rounded"
@@ -78,16 +81,30 @@ def test_parts_run_in_one_round_and_are_rows_of_a_tile_at_least(m: int, n: int, 
         assert -(-m // tile.block_m) * -(-n // (64 * tile.groups)) * tile.splits <= 132
 
 
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+@pytest.mark.parametrize("m", [8, 16, 17, 32, 64, 96, 128, 129, 256])
+def test_the_norms_programs_find_room_beside_those_whose_parts_they_sum(m: int, n: int, k: int) -> None:
+    tile = choose_parts_tile(m, n, k, 2, HOPPER)
+    if tile is None:
+        return
+    shares = 2 * tile.num_stages * (tile.block_m + 64 * tile.groups) * 128 <= 232_448
+    assert (tile.registers is None) == (not 16 < m <= 128 or shares), "two rings would share a multiprocessor"
+    if tile.registers is not None:
+        warps, norm = 4 * (tile.groups + 1), 8 * 32 * 64  # registers of one of the norm's programs, at most
+        assert tile.registers % 8 == 0
+        assert warps * 32 * tile.registers + norm <= 65_536
+
+
 def test_shapes_of_an_8b_model() -> None:
     assert choose_medium_tile(8, 12288, 4096, 2, HOPPER, gated=True) == MediumTile(16, 3, 8, early=8)
     assert choose_medium_tile(256, 12288, 4096, 2, HOPPER, gated=True) == MediumTile(256, 3, 4, early=2)
     assert choose_medium_tile(8, 6144, 4096, 2, HOPPER, gated=False) == MediumTile(16, 1, 16, early=16)
-    assert choose_medium_tile(128, 6144, 4096, 2, HOPPER, gated=False) == MediumTile(128, 1, 8, early=2)
+    assert choose_medium_tile(128, 6144, 4096, 2, HOPPER, gated=False) == MediumTile(128, 1, 8, early=2, registers=104)
     assert choose_medium_tile(256, 6144, 4096, 2, HOPPER, gated=False) is None, "the vendor's library is faster"
-    assert choose_medium_tile(64, 151936, 4096, 2, HOPPER, gated=False) == MediumTile(64, 3, 7, early=7)
+    assert choose_medium_tile(64, 151936, 4096, 2, HOPPER, gated=False) == MediumTile(64, 3, 7, early=7, registers=72)
     assert choose_parts_tile(8, 4096, 4096, 2, HOPPER) == MediumTile(16, 2, 8, splits=4)
     assert choose_parts_tile(64, 4096, 4096, 2, HOPPER) is None, "reading the parts would take longer"
-    assert choose_parts_tile(64, 4096, 12288, 2, HOPPER) == MediumTile(64, 2, 8, splits=4)
+    assert choose_parts_tile(64, 4096, 12288, 2, HOPPER) == MediumTile(64, 2, 8, splits=4, registers=72)
     assert choose_parts_tile(256, 4096, 12288, 2, HOPPER) is None
     assert choose_parts_tile(32, 1024, 2048, 2, HOPPER) == MediumTile(32, 1, 8, splits=6)
 

@@ -39,6 +39,7 @@ _ROW_BYTES = 128  # of a swizzled tile of the weight
 _MOST_STAGES, _DEEP_STAGES = 8, 16  # the latter where programs have a multiprocessor each
 _PRODUCER_REGISTERS = 24
 _LEAST_COLUMNS = 256  # of a part
+_HELD_ROWS, _OTHER_REGISTERS = 128, 40  # the latter of a thread besides its results
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,8 @@ class MediumTile:
     tiles of 64 columns (in 8 bits 128) in the ring. early: tiles of the weight to fetch before x is there, whose
     traffic slows the kernel that computes x. splits: programs along the columns. share: the warpgroups have the same
     64 rows and take tiles of columns in turn (8 bits only), num_stages being a multiple of groups: a barrier tells
-    apart no more than two fillings of a stage."""
+    apart no more than two fillings of a stage. registers: of a thread on average, a multiple of 8, so that programs of
+    the small kernels around this one have room beside it; None: all that a multiprocessor has."""
 
     block_m: int
     groups: int
@@ -55,6 +57,7 @@ class MediumTile:
     early: int = _MOST_STAGES
     splits: int = 1
     share: bool = False
+    registers: int | None = None
 
 
 @gluon.jit
@@ -325,11 +328,11 @@ def choose_medium_tile(m: int, n: int, k: int, itemsize: int, chip: Chip, *, gat
         waste = row_tiles * block_m - m
         fits = few or waste < (32 if large else 64) or (block_m == 128 and not large and not gated)
         if programs <= chip.num_sms and fits:
-            return _tile(block_m, groups, k, chip, early=_DEEP_STAGES if few else 2)
+            return _tile(m, block_m, groups, k, chip, early=_DEEP_STAGES if few else 2)
     if not few:
         return None
     groups = max((3, 2), key=lambda groups: fullness(n / (groups * outputs * chip.num_sms)))
-    return _tile(_rows(m), groups, k, chip)
+    return _tile(m, _rows(m), groups, k, chip)
 
 
 @functools.cache
@@ -350,7 +353,7 @@ def choose_parts_tile(m: int, n: int, k: int, itemsize: int, chip: Chip) -> Medi
     else:
         return None
     splits = min(splits, k // _LEAST_COLUMNS)
-    return None if splits < 2 else replace(_tile(block_m, groups, k, chip, early), splits=splits)
+    return None if splits < 2 else replace(_tile(m, block_m, groups, k, chip, early), splits=splits)
 
 
 @functools.cache
@@ -385,12 +388,17 @@ def _rows(m: int) -> int:
     return max(16, int(triton.next_power_of_2(m)))
 
 
-def _tile(block_m: int, groups: int, k: int, chip: Chip, early: int = _MOST_STAGES) -> MediumTile:
+def _tile(m: int, block_m: int, groups: int, k: int, chip: Chip, early: int = _MOST_STAGES) -> MediumTile:
     """early: more than `_MOST_STAGES` makes the ring deep, if rows are long enough to fill it twice."""
     rounds = k // (_ROW_BYTES // 2)
     most = max(_MOST_STAGES, min(early, rounds // 2))
-    stages = min(most, (chip.shared_bytes - 1024) // ((block_m + _GROUP_ROWS * groups) * _ROW_BYTES))
-    return MediumTile(block_m, groups, stages, min(early, stages))
+    stage = (block_m + _GROUP_ROWS * groups) * _ROW_BYTES
+    stages = min(most, (chip.shared_bytes - 1024) // stage)
+    # Of few rows the norm's few programs find room elsewhere. Two rings must not share a multiprocessor: another would
+    # have none.
+    held = 16 < m <= _HELD_ROWS and 2 * stages * stage > chip.shared_bytes
+    registers = block_m // 2 + _OTHER_REGISTERS if held else None
+    return MediumTile(block_m, groups, stages, min(early, stages), registers=registers)
 
 
 def can_describe(x: torch.Tensor) -> bool:
@@ -471,11 +479,19 @@ def _launch(
         SHARE=tile.share,
         STAGES=tile.num_stages,
         EARLY=min(tile.early, tile.num_stages),
-        REGISTERS=160 if tile.groups == 3 else 232,
+        REGISTERS=_registers(tile),
         PRODUCER_REGISTERS=_PRODUCER_REGISTERS,
         num_warps=4,
+        maxnreg=tile.registers,
         launch_pdl=True,
     )
+
+
+def _registers(tile: MediumTile) -> int:
+    """Of a thread that multiplies: an equal share of what the fetching warp and the three idle ones beside it leave."""
+    if tile.registers is None:
+        return 160 if tile.groups == 3 else 232
+    return ((tile.groups + 1) * tile.registers - _PRODUCER_REGISTERS) // tile.groups // 8 * 8
 
 
 def try_out(device: torch.device) -> None:
@@ -483,5 +499,6 @@ def try_out(device: torch.device) -> None:
     kernel."""
     x = torch.eye(_GROUP_ROWS, dtype=torch.bfloat16, device=device)
     weight = torch.arange(_GROUP_ROWS**2, device=device).view(_GROUP_ROWS, -1).remainder(127).to(x.dtype)
-    if not torch.equal(medium_linear(x, weight, None, MediumTile(_GROUP_ROWS, 1, _MOST_STAGES)), weight.T):
+    tile = MediumTile(_GROUP_ROWS, 1, _MOST_STAGES, registers=_GROUP_ROWS // 2 + _OTHER_REGISTERS)
+    if not torch.equal(medium_linear(x, weight, None, tile), weight.T):
         raise RuntimeError("the product of an identity with a matrix is not that matrix")
