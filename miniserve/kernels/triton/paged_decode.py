@@ -28,7 +28,7 @@ from miniserve.kernels.triton.split_kv import (
     merge_splits,
     merge_tile,
     scratch_arrays,
-    shares,
+    share_of,
 )
 
 # Measured on an H100. With more programs, holding a tile in registers lets too few of them run at a time.
@@ -128,9 +128,7 @@ def _decode_kernel(
     if not SETTLED:
         wait(PDL)
     seq_len = tl.load(seq_lens + row)
-    low, first, last, share = shares(seq_len, window, num_splits, BLOCK_N, HAS_WINDOW)
-    begin = first + split * share
-    end = tl.minimum(begin + share, last)
+    low, begin, end, splits = share_of(split, seq_len, window, num_splits, BLOCK_N, HAS_WINDOW)
     if begin >= end:
         if SETTLED:
             wait(PDL)
@@ -216,8 +214,7 @@ def _decode_kernel(
         entry = (row * HEADS + head).to(tl.int64) * num_splits
         tl.store(partial + (entry + split)[:, None] * HEAD_DIM + d[None, :], acc, mask=mine)
         tl.store(lse + entry + split, best + tl.log2(denominator), mask=member < GROUP)
-        if FUSED_MERGE:
-            splits = tl.cdiv(last - first, share)
+        if FUSED_MERGE:  # noqa: SIM102 - the outer test is for the compiler, the inner one for the device
             if last_to_arrive(arrivals + row * tl.num_programs(0) + head_tile, splits):
                 few = head_tile % TILES * BLOCK_M + tl.arange(0, MERGE_M)
                 merge_tile(
