@@ -298,7 +298,7 @@ _time = operator.attrgetter("microseconds")
 
 def _ways(bench: Bench, tiles: list[Launch], batch: int, head_tiles: int, context: int) -> Iterator[Split]:
     for tile in tiles:
-        numbers = {choose_splits(batch, head_tiles, context, tile, bench.sms, programs_per_sm=p) for p in (1, 2, 4)}
+        numbers = {choose_splits(batch, head_tiles, context, tile, bench.sms, programs_per_sm=p) for p in (1, 2, 4, 6)}
         for num in sorted(numbers):
             yield from [Split(tile, num, fused) for fused in (True, False)] if num > 1 else [Split(tile, 1)]
 

@@ -249,7 +249,7 @@ def cases(arch: Arch) -> Iterator[Case]:
                 yield _prefill(dtype, head_dim, shuffled, dtype=dtype)
     yield _token_indices()
     if arch.target.backend == "cuda":  # elsewhere many rows use the same tiles as few
-        for rows, shuffled in itertools.product((64, 128, 160), (False, True)):
+        for rows, shuffled in itertools.product((80, 128, 160), (False, True)):
             tile = decode_launch("cuda", 128, half.itemsize, 4, rows * KV_HEADS / arch.chip.num_sms)
             yield _attention(half, 128, shuffled, rows=rows, tile=tile)
     if arch.chip.wgmma:

@@ -71,6 +71,19 @@ def test_ragged_rows(splits: tuple[int, bool | None], dtype: torch.dtype, shuffl
     check(cache, 4 * heads, LENGTHS, dtype, num_splits=num_splits, fused_merge=fused, launch=SMALL, again=again)
 
 
+def test_no_split_idles_while_another_has_two_tiles_more() -> None:
+    cache, num_splits = random_cache(16, 16, 1, 32, dtype=torch.float16, shuffled=False), 4
+    scratch = DecodeScratch.allocate([(1, num_splits)], 2, 32, DEVICE)
+    for tiles, used in ((5, 4), (3, 3)):
+        scratch.lse.fill_(float("nan"))
+        lengths = [tiles * SMALL.block_n - 1]
+        paged_decode(
+            normal(5, 1, 2, 32, dtype=torch.float16), *cache.planes, block_tables(lengths, 16, 16), int32(lengths),
+            scale=0.1, num_splits=num_splits, scratch=scratch, launch=SMALL, **cache.layout,
+        )  # fmt: skip
+        assert scratch.lse.view(2, num_splits).isfinite().sum(1).tolist() == [used, used]
+
+
 @LAYOUTS
 @pytest.mark.parametrize("num_splits", [1, 2] if NATIVE else [1])
 def test_every_length_around_a_partition_of_256(num_splits: int, shuffled: bool) -> None:

@@ -33,8 +33,15 @@ def test_choose_splits_fills_the_device_once(batch: int, head_tiles: int, length
 
 
 def test_programs_of_few_warps_come_in_greater_numbers() -> None:
-    assert choose_splits(8, 8, 4096, Launch(16, 32, 2, 2), 132) == 8
+    assert choose_splits(8, 8, 4096, Launch(16, 32, 2, 2), 132) == 12  # six a multiprocessor
     assert choose_splits(8, 8, 4096, Launch(16, 32, 8, 2), 132) == 4
+
+
+@pytest.mark.parametrize(("pairs", "splits"), [(264, 3), (396, 2), (400, 2), (528, 2), (536, 1), (1024, 1)])
+def test_rows_are_shared_while_all_programs_run_at_once(pairs: int, splits: int) -> None:
+    tile = decode_launch("cuda", 128, 2, 4, pairs / 132)
+    assert choose_splits(pairs // 4, 4, 4096, tile, 132) == splits
+    assert tile.num_stages == (2 if splits > 1 or pairs == 1024 else 3)
 
 
 @pytest.mark.parametrize("platform", ["cuda", "hip"])
@@ -54,8 +61,9 @@ def test_there_is_a_launch_for_every_shape(head_dim: int, itemsize: int, platfor
 @pytest.mark.parametrize(
     ("pairs", "tile"),
     [
-        (264, (32, 2)),  # rows are shared
-        (512, (32, 3)),  # all at once, six a multiprocessor at most
+        (528, (32, 2)),  # rows are shared
+        (529, (32, 3)),  # all at once, six a multiprocessor at most
+        (792, (32, 3)),
         (1024, (32, 2)),  # one round of eight
         (1280, (64, 2)),  # two of five
         (1536, (32, 3)),  # two of six

@@ -54,9 +54,10 @@ _DECODE: tuple[_Row, ...] = (  # block_m stands for any: it follows from the gro
 )
 # For one tile of the table others that are as fast, and how many programs of each a multiprocessor holds (by registers
 # and shared memory, seen in the compiled code): programs that wait for a second round leave most of the device idle in
-# it. Up to two programs a multiprocessor share rows anyway, see `choose_splits`.
+# it. Up to four pairs of a row and a kv head a multiprocessor share rows anyway, see `choose_splits`.
 _SAME = Launch(0, 32, 2, 2)
 _HELD = ((_SAME, 8), (Launch(0, 32, 2, 3), 6), (Launch(0, 64, 4, 2), 5))
+HELD_EARLY = 6  # of the first, where they hold a tile in registers
 _EXTEND: tuple[_Row, ...] = (
     ("cuda", 128, 2, Launch(128, 64, 8, 3)),
     ("cuda", 256, 2, Launch(64, 32, 8, 2)),
@@ -94,7 +95,7 @@ def decode_launch(platform: Platform, head_dim: int, kv_itemsize: int, group: in
     layout Triton 3.6 gives wrong results with 64, seen on an H100.) pairs_per_sm: rows times kv heads, for each
     multiprocessor. Measured on an H200 (docs/LAB.md)."""
     launch = _first(_DECODE, platform, next_power_of_2(head_dim), kv_itemsize)
-    if launch == _SAME and platform == "cuda" and pairs_per_sm > 2:
+    if launch == _SAME and platform == "cuda" and 2 * pairs_per_sm > _HELD[0][1]:
         # Where all run at once, more bytes in flight; else those of which the last round is fullest.
         deep, held = _HELD[1]
         launch = deep if pairs_per_sm <= held else max(_HELD, key=lambda each: fullness(pairs_per_sm / each[1]))[0]
@@ -140,7 +141,12 @@ def choose_splits(
 
     head_tiles: programs that one row needs at least (kv heads, times the tiles of a group above 32). Fixed when a graph
     is captured; every split then takes its share of the length, which it reads on the device. programs_per_sm: by
-    default two, or as many as make eight warps.
+    default two, or of two warps as many as a multiprocessor holds: if it could hold more, some would get fewer. Rows
+    that would have a program a head tile are still split in two where all programs run at once without a tile in
+    registers.
     """
-    fill = num_sms * (programs_per_sm or max(2, 8 // launch.num_warps)) // (batch * head_tiles)
+    pairs, two_warps = batch * head_tiles, launch.num_warps == 2
+    fill = num_sms * (programs_per_sm or (HELD_EARLY if two_warps else 2)) // pairs
+    if programs_per_sm is None and two_warps and 2 * pairs <= num_sms * _HELD[0][1]:
+        fill = max(2, fill)
     return max(1, min(fill, cdiv(max_seq_len, launch.block_n)))

@@ -21,7 +21,7 @@ from miniserve.kernels.triton.split_kv import (
     merge_splits,
     merge_tile,
     scratch_arrays,
-    shares,
+    share_of,
 )
 
 _FUSED_MERGE_VALUES = 32768  # measured on an H100
@@ -95,9 +95,7 @@ def _mla_kernel(
     out_at = out + row.to(tl.int64) * out_row + head[:, None] * out_head + r[None, :]
 
     seq_len = tl.load(seq_lens + row)
-    _, first, last, share = shares(seq_len, 0, num_splits, BLOCK_N, False)
-    begin = first + split * share
-    end = tl.minimum(begin + share, last)
+    _, begin, end, splits = share_of(split, seq_len, 0, num_splits, BLOCK_N, False)
     if begin >= end:
         if split == 0:
             tl.store(out_at, tl.zeros([BLOCK_M, BLOCK_R], out.dtype.element_ty), mask=mine)
@@ -144,8 +142,7 @@ def _mla_kernel(
         entry = (row * HEADS + head).to(tl.int64) * num_splits
         tl.store(partial + (entry + split)[:, None] * RANK + r[None, :], acc, mask=mine)
         tl.store(lse + entry + split, best + tl.log2(denominator), mask=head < HEADS)
-        if FUSED_MERGE:
-            splits = tl.cdiv(last - first, share)
+        if FUSED_MERGE:  # noqa: SIM102 - the outer test is for the compiler, the inner one for the device
             if last_to_arrive(arrivals + row * tl.num_programs(0) + head_tile, splits):
                 few = head_tile * BLOCK_M + tl.arange(0, MERGE_M)
                 merge_tile(

@@ -18,7 +18,7 @@ from miniserve.kernels.triton.common import (
     running_softmax,
     value_tile,
 )
-from miniserve.kernels.triton.launch import Launch, cdiv, decode_launch, next_power_of_2
+from miniserve.kernels.triton.launch import HELD_EARLY, Launch, cdiv, decode_launch, next_power_of_2
 from miniserve.kernels.triton.pdl import launch_options, start, wait
 from miniserve.kernels.triton.quick_launch import quick
 from miniserve.kernels.triton.split_kv import (
@@ -28,12 +28,15 @@ from miniserve.kernels.triton.split_kv import (
     merge_splits,
     merge_tile,
     scratch_arrays,
-    shares,
+    share_of,
 )
 
-# Measured on an H100. With more programs, holding a tile in registers lets too few of them run at a time.
-_FUSED_MERGE_VALUES, _EARLY_PROGRAMS = 16384, 768
-_REGISTERS = 128  # of a thread, with two warps: a multiprocessor then holds eight programs, with a few more seven
+_FUSED_MERGE_VALUES = 16384  # measured on an H100
+# Programs up to which each holds its first tile in registers, on an H200, and the registers of a thread with two warps:
+# so a multiprocessor has room for `HELD_EARLY` programs, else for eight. If it had room for more than it gets on
+# average, some would get more than others. Merging more values of a thread at once would take more registers.
+_EARLY_PROGRAMS, _EARLY_REGISTERS, _REGISTERS = 132 * HELD_EARLY, 168, 128
+_EARLY_VALUES, _VALUES = 64, 32
 
 
 def paged_decode(
@@ -87,12 +90,13 @@ def paged_decode(
     )  # fmt: skip
     grid = (num_kv_heads * cdiv(group, launch.block_m), num_splits, rows)
     early = settled and math.prod(grid) <= _EARLY_PROGRAMS
-    limit = {"maxnreg": _REGISTERS} if on == "cuda" and launch.num_warps == 2 and not early else {}
+    registers, values_at_once = (_EARLY_REGISTERS, _EARLY_VALUES) if early else (_REGISTERS, _VALUES)
+    limit = {"maxnreg": registers} if on == "cuda" and launch.num_warps == 2 else {}
     _decode_kernel[grid](
         q, key_cache, value_cache, block_tables, seq_lens, sinks, k_scale, v_scale, out, *arrays, *values,
         fresh or 0, KV_HEADS=num_kv_heads, SINGLE=single, MERGE_M=next_power_of_2(min(group, launch.block_m)),
-        FUSED_MERGE=fused_merge and not single, SETTLED=settled, EARLY=early, **constants, **limit,
-        **launch_options(q.device),
+        MERGE_VALUES=values_at_once * 32 * launch.num_warps, FUSED_MERGE=fused_merge and not single, SETTLED=settled,
+        EARLY=early, **constants, **limit, **launch_options(q.device),
     )  # fmt: skip
     if not single and not fused_merge and scratch is not None:
         merge_splits(
@@ -109,8 +113,8 @@ def _decode_kernel(
     qk_scale, window, softcap, num_splits, fresh,
     GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, X: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, SINGLE: tl.constexpr, MERGE_M: tl.constexpr, FUSED_MERGE: tl.constexpr,
-    SETTLED: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, SINGLE: tl.constexpr, MERGE_M: tl.constexpr, MERGE_VALUES: tl.constexpr,
+    FUSED_MERGE: tl.constexpr, SETTLED: tl.constexpr, EARLY: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: one row, one split of its keys, up to BLOCK_M query heads of one kv head. Scores are base 2."""
     head_tile = tl.program_id(0)
@@ -128,9 +132,7 @@ def _decode_kernel(
     if not SETTLED:
         wait(PDL)
     seq_len = tl.load(seq_lens + row)
-    low, first, last, share = shares(seq_len, window, num_splits, BLOCK_N, HAS_WINDOW)
-    begin = first + split * share
-    end = tl.minimum(begin + share, last)
+    low, begin, end, splits = share_of(split, seq_len, window, num_splits, BLOCK_N, HAS_WINDOW)
     if begin >= end:
         if SETTLED:
             wait(PDL)
@@ -216,13 +218,12 @@ def _decode_kernel(
         entry = (row * HEADS + head).to(tl.int64) * num_splits
         tl.store(partial + (entry + split)[:, None] * HEAD_DIM + d[None, :], acc, mask=mine)
         tl.store(lse + entry + split, best + tl.log2(denominator), mask=member < GROUP)
-        if FUSED_MERGE:
-            splits = tl.cdiv(last - first, share)
+        if FUSED_MERGE:  # noqa: SIM102 - the outer test is for the compiler, the inner one for the device
             if last_to_arrive(arrivals + row * tl.num_programs(0) + head_tile, splits):
                 few = head_tile % TILES * BLOCK_M + tl.arange(0, MERGE_M)
                 merge_tile(
                     partial, lse, out, row, kv_head * GROUP + few, few < GROUP, splits, num_splits,
-                    out_row, out_head, HEADS, HEAD_DIM, BLOCK_D, MERGE_M,
+                    out_row, out_head, HEADS, HEAD_DIM, BLOCK_D, MERGE_M, MERGE_VALUES,
                 )  # fmt: skip
 
 

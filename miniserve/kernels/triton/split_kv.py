@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs, disable-error-code="no-untyped-call"
 """Sharing one row's keys among several programs, and merging what they found.
 
-Split-KV as in Flash-Decoding (Dao et al. 2023): every split takes an equal share of its row's tiles. The row's length
+Split-KV as in Flash-Decoding (Dao et al. 2023): splits take equal shares of their row's tiles. The row's length
 is read on the device, so that nothing is planned on the CPU per step. The splits' partial results are merged by their
 log-sum-exp (base 2), either by the last split to arrive or by a second kernel.
 """
@@ -81,12 +81,19 @@ def merge_splits(
 
 
 @triton.jit
-def shares(seq_len, window, num_splits, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """A split's share of a row's visible keys: (first key, first tile, one past the last tile, tiles per split)."""
+def share_of(split, seq_len, window, num_splits, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """A split's share of a row's visible keys: (first key of the row, first tile, one past the last tile, how many
+    splits have any). Shares differ by one tile at most; the first splits have the larger ones, the last may have
+    none."""
     low = tl.maximum(seq_len - window, 0) if HAS_WINDOW else 0
     first = low // BLOCK_N
-    last = tl.cdiv(seq_len, BLOCK_N)
-    return low, first, last, tl.cdiv(last - first, num_splits)
+    tiles = tl.cdiv(seq_len, BLOCK_N) - first
+    splits = tl.maximum(tl.minimum(num_splits, tiles), 1)
+    share = tiles // splits
+    more = tiles - share * splits
+    begin = first + split * share + tl.minimum(split, more)
+    end = begin + tl.where(split < splits, share + (split < more).to(tl.int32), 0)
+    return low, begin, end, splits
 
 
 @triton.jit
@@ -117,9 +124,8 @@ def _merge_kernel(
     if SETTLED:
         wait(PDL)
     if seq_len > 0:
-        _, first, last, share = shares(seq_len, window, num_splits, BLOCK_N, HAS_WINDOW)
+        splits = share_of(0, seq_len, window, num_splits, BLOCK_N, HAS_WINDOW)[3]
         heads = head + tl.arange(0, 1)
-        splits = tl.cdiv(last - first, share)
         merge_tile(
             partial, lse, out, row, heads, heads < HEADS, splits, num_splits, out_row, out_head,
             HEADS, HEAD_DIM, BLOCK_D, 1,
@@ -130,9 +136,11 @@ def _merge_kernel(
 def merge_tile(
     partial, lse, out, row, heads, live, splits, num_splits, out_row, out_head,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MERGE_M: tl.constexpr,
+    VALUES: tl.constexpr = 8192,
 ):  # fmt: skip
-    """Weight `splits` partial results of MERGE_M heads by exp2(lse), several splits at once, and write the sum."""
-    CHUNK: tl.constexpr = 8192 // (MERGE_M * BLOCK_D) if MERGE_M * BLOCK_D < 8192 else 1
+    """Weight `splits` partial results of MERGE_M heads by exp2(lse), as many splits at once as have VALUES together,
+    and write the sum."""
+    CHUNK: tl.constexpr = VALUES // (MERGE_M * BLOCK_D) if MERGE_M * BLOCK_D < VALUES else 1
     entry = (row * HEADS + heads).to(tl.int64)[:, None] * num_splits + tl.arange(0, CHUNK)[None, :]  # [M, CHUNK]
     d = tl.arange(0, BLOCK_D)
     best = tl.full([MERGE_M], float("-inf"), tl.float32)
