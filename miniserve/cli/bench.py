@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from miniserve.bench.workload import ServeConfig, Shape
-from miniserve.cli.settings import parse_count, with_settings
+from miniserve.cli.settings import parse_count, refuse_given, with_settings
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
 from miniserve.server.config import check_api_key
@@ -59,6 +59,7 @@ def serve(shape: Shape, load: ServeConfig, json: JsonPath = None, plot: PlotPath
 @app.command()
 @with_settings(without=("log_level", "log_format"))
 def sweep(
+    ctx: typer.Context,
     engine: EngineConfig,
     url: Annotated[str | None, typer.Option(help="Measure this running server instead of starting one.")] = None,
     served_model: Annotated[str | None, typer.Option(help="Model name on that server.")] = None,
@@ -81,6 +82,9 @@ def sweep(
     from miniserve.bench import sweep as sweeping
     from miniserve.bench.report import write_json
 
+    if url is not None:
+        names = {each.name for each in fields(EngineConfig)} - {"seed"}
+        refuse_given(ctx, names, "--url names a running server, which has its own; leave this out.")
     if plot is not None:
         plotting.load_figure_class()
     config = sweeping.SweepConfig(
