@@ -68,14 +68,16 @@ def sweep(
         str, typer.Option(help="Pairs of prompt and output length in tokens; 1k is 1000, 1K is 1024.")
     ] = "1K/1K,1K/8K,8K/1K",
     concurrency: Annotated[str, typer.Option(help="Requests kept in flight; one measurement each.")] = "8,16,32,64,128",
-    rounds: Annotated[int, typer.Option(help="Requests that each concurrent client sends, one after another.")] = 2,
+    rounds: Annotated[
+        int, typer.Option(help="Requests that each concurrent client sends, one after another; 4 a point at least.")
+    ] = 2,
     timeout: Annotated[float, typer.Option(help="Fail a request after so many seconds without a byte.")] = 600.0,
     json: JsonPath = None,
     plot: PlotPath = None,
 ) -> None:
     """Measure throughput and TPOT over lengths × concurrency × KV layout; --kv-layout auto measures each layout.
 
-    Starts a server for each layout, unless --url names a running one. Exits 1 if a request fails.
+    Starts a server for each layout, unless --url names a running one. Exits 1 if a request fails, or a point.
     """
     from miniserve.bench import display
     from miniserve.bench import plot as plotting
