@@ -126,9 +126,7 @@ def sweep(config: SweepConfig, on_start: Callable[[str], None]) -> Iterator[Swee
         while left:
             num_left, warm = len(left), False
             try:
-                on_start(
-                    f"starting a server with the {layout} layout" if config.url is None else f"asking {config.url}"
-                )
+                on_start(f"starting a server ({layout})" if config.url is None else f"asking {config.url}")
                 with _server(config, layout) as url:
                     on_start(f"{layout}: warming up")
                     warm_up = _warm_up(config, url)
@@ -137,25 +135,21 @@ def sweep(config: SweepConfig, on_start: Callable[[str], None]) -> Iterator[Swee
                     while left:
                         seed, (shape, concurrency) = left[0]
                         on_start(f"{layout}: {shape.input_len} in, {shape.output_len} out, {concurrency} at a time")
-                        num_prompts = max(config.rounds * concurrency, _LEAST)
-                        measured = run(
-                            dataclasses.replace(
-                                warm_up, shape=shape, concurrency=concurrency, num_prompts=num_prompts, seed=seed
-                            )
-                        )
+                        load: dict[str, Any] = {"shape": shape, "concurrency": concurrency, "seed": seed}
+                        load["num_prompts"] = max(config.rounds * concurrency, _LEAST)
+                        found = run(dataclasses.replace(warm_up, **load))
                         left.popleft()
-                        summary = measured.summary
-                        result.points.append(
-                            Point(layout=layout, shape=shape, concurrency=concurrency, summary=summary)
-                        )
-                        result.model = measured.model
+                        point = Point(layout=layout, shape=shape, concurrency=concurrency, summary=found.summary)
+                        result.points.append(point)
+                        result.model = found.model
                         yield result
-                        if summary.failures:
+                        if found.summary.failures:
                             break
             except UserError as error:
-                if warm and len(left) < num_left:
-                    continue  # what was measured last may have ended the server: try again with a new one
                 reason = str(error)
+                if warm and len(left) < num_left:
+                    on_start(reason)
+                    continue  # what was measured last may have ended the server: a new one for what is left
                 if not warm and len(left) == len(config.shapes) * len(config.concurrencies):
                     if not result.points and layout == layouts[-1]:
                         raise
@@ -205,7 +199,7 @@ def _server(config: SweepConfig, layout: str) -> AbstractContextManager[str]:
 @contextmanager
 def running_server(engine: EngineConfig) -> Iterator[str]:
     """Start a server in another process and yield its URL. Raises `UserError` with the end of its log if it does not
-    start."""
+    start, or ends by itself."""
     with tempfile.TemporaryFile() as log:
         server = ServerProcess(engine, ServerConfig(port=0), quiet=False, log=log)
 
@@ -216,6 +210,8 @@ def running_server(engine: EngineConfig) -> Iterator[str]:
         try:
             with server:
                 yield server.url
+            if server.exit_code:
+                raise UserError(f"The server ended with exit code {server.exit_code}.")
         except ServerEnded:
             raise UserError(f"The server did not start (exit code {server.exit_code}): {log_end()}") from None
         except UserError as error:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 import pytest
@@ -125,6 +125,25 @@ def test_a_server_of_its_own_gets_every_setting() -> None:
 
 def test_a_server_that_does_not_start_says_why() -> None:
     with pytest.raises(UserError, match=r"did not start.*/nowhere"), running_server(EngineConfig(model="/nowhere")):
+        pass
+
+
+def test_a_server_that_ends_by_itself_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dying:
+        url, exit_code = "http://x", 1
+
+        def __init__(self, engine: EngineConfig, server: ServerConfig, *, quiet: bool, log: IO[bytes]) -> None:
+            log.write(b"all is well\nout of memory\n")
+
+        def __enter__(self) -> Dying:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(sweeping, "ServerProcess", Dying)
+    said = r"exit code 1\. The server's log ends: all is well\nout of memory"
+    with pytest.raises(UserError, match=said), running_server(EngineConfig()):
         pass
 
 
