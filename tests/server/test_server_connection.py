@@ -6,11 +6,13 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import socket
 import struct
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -368,6 +370,12 @@ def test_one_client_may_send_requests_without_waiting(watched: None) -> None:
                 assert len(served.pipeline) <= most and len(served.held) <= 1 << 20
             sending.result()
             assert ids == list(range(4000))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says how large the table is")
+def test_the_table_of_open_files_need_not_grow(server: RunningServer) -> None:
+    (size,) = re.findall(r"FDSize:\s*(\d+)", Path("/proc/self/status").read_text())
+    assert int(size) > serve._max_connections()
 
 
 def test_what_has_arrived_is_answered_before_the_server_ends(watched: None, monkeypatch: pytest.MonkeyPatch) -> None:
