@@ -5,7 +5,8 @@ the CPU, as fast as it can. One client process reads all streams and parses noth
 per output token and the mean step of decode rows alone, to compare; tokens a second as sent and for each CPU second of
 the API process (its rate on one core that it has for itself); tokens an event (above 1 the server was slower than the
 engine and joined them); and how late its event loop was at worst while tokens flowed. On a machine that others use as
-well it may have waited for a core: the CPU time of its thread between two looks is what it did itself.
+well it may have waited for a core, as the scheduler says of the latest look: the CPU time of its thread between two
+looks is what it did itself.
 """
 
 from __future__ import annotations
@@ -86,6 +87,14 @@ def build_fake(
     return FakeRunner(float(model_name) / 1e3), info
 
 
+def waited() -> float:
+    """Seconds that this thread has waited for a core; 0 where nobody counts them."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
+
+
 class Stream(NamedTuple):
     """As its client saw it; `seconds` from the first event to the last."""
 
@@ -104,24 +113,25 @@ def run_server(streams: int, step_ms: float, is_real: bool) -> None:
     async def main() -> None:
         engine = AsyncEngine(engine_config, TINY, f"{step_ms:g}", runner_factory=factory)
         await engine.start()
-        stop, lateness, busy = asyncio.Event(), [0.0], [0.0]
+        stop, looks = asyncio.Event(), [(0.0, 0.0, 0.0)]  # how late, the CPU time, the wait for a core
 
         async def probe() -> None:
             while not stop.is_set():
-                begin, begin_cpu = time.monotonic(), time.thread_time()
+                begin, begin_cpu, begin_wait = time.monotonic(), time.thread_time(), waited()
                 await asyncio.sleep(_PROBE)
-                lateness.append(time.monotonic() - begin - _PROBE)
-                busy.append(time.thread_time() - begin_cpu)
+                late = time.monotonic() - begin - _PROBE
+                looks.append((late, time.thread_time() - begin_cpu, waited() - begin_wait))
 
         def at_input() -> None:
             if sys.stdin.readline().strip() != "more":
                 asyncio.get_running_loop().remove_reader(0)
                 stop.set()
             usage = resource.getrusage(resource.RUSAGE_SELF)
-            late = sorted(lateness)
-            report = {"cpu": usage.ru_utime + usage.ru_stime, "late": late[-1], "late_p99": late[len(late) * 99 // 100]}
-            report |= {"busy": max(busy), "steps": engine.totals.decode_steps, "seconds": engine.totals.decode_seconds}
-            del lateness[1:], busy[1:]
+            late = sorted(looks)
+            report = {"cpu": usage.ru_utime + usage.ru_stime, "late_p99": late[len(late) * 99 // 100][0]}
+            report |= {"late": late[-1][0], "waited": late[-1][2], "busy": max(cpu for _, cpu, _ in looks)}
+            report |= {"steps": engine.totals.decode_steps, "seconds": engine.totals.decode_seconds}
+            del looks[1:]
             print(json.dumps(report), flush=True)
 
         with listening(config) as sock:
@@ -181,8 +191,8 @@ def measure(streams: int, tokens: int, step_ms: float, chat: bool, is_real: bool
         f"{'chat' if chat else 'completions':12} {streams:5} streams, a step each {step:.2f} ms: TPOT {tpot:.2f} ms, "
         f"{total / seconds:8,.0f} tokens/s, {total / cpu:8,.0f} a CPU second, "
         f"{total / sum(answer.num_events for answer in answers):5.2f} tokens an event, event loop late by "
-        f"{1e3 * after['late_p99']:.1f} ms (p99), {1e3 * after['late']:.1f} ms (most; by its own CPU time "
-        f"{1e3 * after['busy']:.1f} ms)",
+        f"{1e3 * after['late_p99']:.1f} ms (p99), {1e3 * after['late']:.1f} ms (most, of which "
+        f"{1e3 * after['waited']:.1f} for a core; by its own CPU time {1e3 * after['busy']:.1f} ms)",
         flush=True,
     )
 

@@ -76,7 +76,8 @@ MEANINGS = {
     "presence_penalty": "-2 to 2, over the output.",
     "frequency_penalty": "-2 to 2, over the output.",
     "logit_bias": "Token ids, as strings, to -100 … 100; at most 1024.",
-    "seed": "The tokens then depend on the prompt and the fields alone (in 16 bits but for near-ties).",
+    "seed": "The tokens then depend on the prompt and the fields alone (in 16 bits but for near-ties). -1 is "
+    "none, as in vLLM and llama.cpp.",
     "stop": "Up to 256 strings, not in the answer unless `include_stop_str_in_output`.",
     "stop_token_ids": "Up to 1024.",
     "include_stop_str_in_output": "Show the stop string or token that ended the text.",
@@ -102,8 +103,8 @@ MEANINGS = {
     "prompt": "A text, token ids, or a list of either; ids are used as they are.",
     "logprobs": "Completions: 0 to 20 alternatives. Chat: whether there are any.",
     "top_logprobs": "0 to 20 alternatives; needs `logprobs`.",
-    "best_of": "At least `n`: so many are generated, and the n with the largest sum of log probabilities returned, "
-    "the best first. Usage counts all. Not with `stream`.",
+    "best_of": "At least `n` (1 says nothing): so many are generated, and the n with the largest sum of log "
+    "probabilities returned, the best first. Usage counts all. Not with `stream`.",
     "add_special_tokens": "Put the model's BOS and the like around a text; true for prompts, false for conversations,"
     " whose template writes them.",
     "messages": "Roles and texts; parts of type text alone.",

@@ -14,7 +14,8 @@ from miniserve.engine.roofline import describe, hidden_share, share_of_bandwidth
 
 @dataclass(frozen=True, slots=True)
 class DecodeSteps:
-    """`totals` of a period; `bandwidth` in bytes a second as measured when the engine started, None if it was not."""
+    """`totals` of a period; `bandwidth` in bytes a second as measured when the engine started, None if it was not. Of
+    a server's first engine, where it has several."""
 
     totals: StepTotals
     bandwidth: float | None

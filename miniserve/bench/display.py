@@ -11,7 +11,7 @@ from rich.table import Table
 from miniserve.bench import offline, serve
 from miniserve.bench.decode_steps import DecodeSteps
 from miniserve.bench.stats import Summary
-from miniserve.bench.sweep import SweepResult
+from miniserve.bench.sweep import SweepResult, place
 from miniserve.bench.workload import ServeConfig
 from miniserve.core import EngineInfo
 from miniserve.engine.roofline import share_of_bandwidth
@@ -72,11 +72,12 @@ def print_serve(result: serve.ServeResult) -> None:
 
 
 def print_sweep(result: SweepResult) -> None:
-    """tokens/s are output tokens, TPOT and TTFT medians; decode, mixed, prefill: shares of the time; bandwidth: the
-    share of the memory's bandwidth that decode reached."""
+    """tokens/s are output tokens, TPOT and TTFT medians; decode, mixed, prefill, waiting: shares of the time;
+    bandwidth: the share of the memory's bandwidth that decode reached."""
     console = _console()
     table = Table(title=result.model, title_justify="left", title_style="bold")
-    measured = ("tokens/s", "TPOT ms", "p99", "TTFT ms", "decode", "mixed", "prefill", "bandwidth")
+    kinds = ("decode", "mixed", "prefill", "waiting")
+    measured = ("tokens/s", "TPOT ms", "p99", "TTFT ms", *kinds, "bandwidth")
     for column in ("in/out", "at once", "layout", *measured):
         table.add_column(column, justify="left" if column in ("in/out", "layout") else "right", no_wrap=True)
     order = sorted(result.points, key=lambda p: (p.shape.input_len, p.shape.output_len, p.concurrency))
@@ -92,7 +93,7 @@ def print_sweep(result: SweepResult) -> None:
             "-" if tpot is None else f"{1000 * tpot.median:,.2f}",
             "-" if tpot is None else f"{1000 * tpot.p99:,.2f}",
             "-" if ttft is None else f"{1000 * ttft.median:,.0f}",
-            *(f"{shares[kind]:.0%}" if shares else "-" for kind in ("decode", "mixed", "prefill")),
+            *(f"{shares[kind]:.0%}" if shares else "-" for kind in kinds),
             "-" if share is None else f"{share:.0%}",
         )
     needed = console.measure(table, options=console.options.update(width=_WIDEST)).maximum
@@ -100,10 +101,11 @@ def print_sweep(result: SweepResult) -> None:
     console.print(table)
     for layout, reason in result.refused.items():
         console.print(f"{layout} was not measured: {reason}", style="yellow", markup=False)
+    for where, reason in result.missed.items():
+        console.print(f"not measured ({where}): {reason}", style="red", markup=False)
     for point in order:
         for error, count in point.summary.failures.items():
-            shape = f"{point.shape.input_len}/{point.shape.output_len}"
-            where = f"{point.layout}, {shape}, {point.concurrency} at a time"
+            where = place(point.layout, point.shape, point.concurrency)
             console.print(f"{count} failed ({where}): {error}", style="red", markup=False)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -22,14 +23,15 @@ from miniserve.server.process import ServerEnded, ServerProcess
 
 AS_SERVED = "as served"  # the layout of a server that this sweep did not start
 _WARMUP_OUTPUT = 16  # tokens
-_SHOWN_LINES = 5  # of the log of a server that did not start
+_LEAST = 4  # requests of a point: one alone has no median
+_SHOWN_LINES = 5  # of the log of a server that did not start, or not go on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepConfig:
-    """Each of `shapes` at each of `concurrencies`, `rounds` requests a client, against the server at `url` or, if that
-    is None, against a new server with `engine`'s settings: with its KV layout, or for "auto" with each in turn. Prompts
-    are drawn from the engine's seed.
+    """Each of `shapes` at each of `concurrencies`, `rounds` requests a client and `_LEAST` at least, against the server
+    at `url` or, if that is None, against a new server with `engine`'s settings: with its KV layout, or for "auto" with
+    each in turn. Prompts are drawn from the engine's seed.
 
     Raises `UserError` for settings that conflict.
     """
@@ -75,18 +77,26 @@ class Point:
         }
 
 
+def place(layout: str, shape: Shape, concurrency: int) -> str:
+    """A point of the sweep, in words."""
+    return f"{layout}, {shape.input_len}/{shape.output_len}, {concurrency} at a time"
+
+
 @dataclass(slots=True, kw_only=True)
 class SweepResult:
-    """`points` in the order measured; `refused`: by layout, why it could not be measured."""
+    """`points` in the order measured; `refused`: by layout, why it could not be measured; `missed`: by `place`, why one
+    point could not."""
 
     config: SweepConfig
     model: str = ""
     points: list[Point] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    missed: dict[str, str] = field(default_factory=dict)
 
     @property
     def failed(self) -> int:
-        return sum(sum(point.summary.failures.values()) for point in self.points)
+        """Requests, and points without any."""
+        return len(self.missed) + sum(sum(point.summary.failures.values()) for point in self.points)
 
     def to_json(self) -> dict[str, Any]:
         config = asdict(self.config) | {"api_key": None if self.config.api_key is None else "***"}
@@ -95,6 +105,7 @@ class SweepResult:
             "model": self.model,
             "config": config,
             "refused": self.refused,
+            "missed": self.missed,
             "points": [point.to_json() for point in self.points],
         }
 
@@ -103,37 +114,50 @@ def sweep(config: SweepConfig, on_start: Callable[[str], None]) -> Iterator[Swee
     """Measure everything: the result so far after each point, and all of it at the end. `on_start` is called with what
     comes next.
 
-    A layout whose server does not start is skipped, and the reason recorded. Raises `UserError` if nothing can be
-    measured.
+    A layout whose server does not start is skipped, and the reason recorded. A point whose requests cannot be sent is
+    so, too; behind one, and behind a point with failures, the others are measured on a new server. Raises `UserError`
+    if nothing can be measured.
     """
     result = SweepResult(config=config)
     layouts = layouts_of(config)
     for layout in layouts:
-        on_start(f"starting a server with the {layout} layout" if config.url is None else f"asking {config.url}")
-        try:
-            with _server(config, layout) as url:
-                on_start(f"{layout}: warming up")
-                warm_up = _warm_up(config, url)
-                run(warm_up)
-                pairs = itertools.product(config.shapes, config.concurrencies)
-                for number, (shape, concurrency) in enumerate(pairs, 1):
-                    on_start(f"{layout}: {shape.input_len} in, {shape.output_len} out, {concurrency} at a time")
-                    load = dataclasses.replace(
-                        warm_up,
-                        shape=shape,
-                        concurrency=concurrency,
-                        num_prompts=config.rounds * concurrency,
-                        seed=warm_up.seed + number,  # new prompts: none is found in the prefix cache
-                    )
-                    measured = run(load)
-                    point = Point(layout=layout, shape=shape, concurrency=concurrency, summary=measured.summary)
-                    result.points.append(point)
-                    result.model = measured.model
-                    yield result
-        except UserError as error:
-            if not result.points and layout == layouts[-1]:
-                raise
-            result.refused[layout] = str(error)
+        # New prompts for each point: none is found in the prefix cache.
+        left = deque(enumerate(itertools.product(config.shapes, config.concurrencies), config.engine.seed + 1))
+        while left:
+            num_left, warm = len(left), False
+            try:
+                on_start(f"starting a server ({layout})" if config.url is None else f"asking {config.url}")
+                with _server(config, layout) as url:
+                    on_start(f"{layout}: warming up")
+                    warm_up = _warm_up(config, url)
+                    run(warm_up)
+                    warm = True
+                    while left:
+                        seed, (shape, concurrency) = left[0]
+                        on_start(f"{layout}: {shape.input_len} in, {shape.output_len} out, {concurrency} at a time")
+                        load: dict[str, Any] = {"shape": shape, "concurrency": concurrency, "seed": seed}
+                        load["num_prompts"] = max(config.rounds * concurrency, _LEAST)
+                        found = run(dataclasses.replace(warm_up, **load))
+                        left.popleft()
+                        point = Point(layout=layout, shape=shape, concurrency=concurrency, summary=found.summary)
+                        result.points.append(point)
+                        result.model = found.model
+                        yield result
+                        if found.summary.failures:
+                            break
+            except UserError as error:
+                reason = str(error)
+                if warm and len(left) < num_left:
+                    on_start(reason)
+                    continue  # what was measured last may have ended the server: a new one for what is left
+                if not warm and len(left) == len(config.shapes) * len(config.concurrencies):
+                    if not result.points and layout == layouts[-1]:
+                        raise
+                    result.refused[layout] = reason
+                    break
+                for _ in range(1 if warm else len(left)):
+                    _, (shape, concurrency) = left.popleft()
+                    result.missed[place(layout, shape, concurrency)] = reason
     yield result
 
 
@@ -175,13 +199,20 @@ def _server(config: SweepConfig, layout: str) -> AbstractContextManager[str]:
 @contextmanager
 def running_server(engine: EngineConfig) -> Iterator[str]:
     """Start a server in another process and yield its URL. Raises `UserError` with the end of its log if it does not
-    start."""
+    start, or ends by itself."""
     with tempfile.TemporaryFile() as log:
         server = ServerProcess(engine, ServerConfig(port=0), quiet=False, log=log)
+
+        def log_end() -> str:
+            log.seek(0)
+            return "\n".join(log.read().decode(errors="replace").strip().splitlines()[-_SHOWN_LINES:])
+
         try:
             with server:
                 yield server.url
+            if server.exit_code:
+                raise UserError(f"The server ended with exit code {server.exit_code}.")
         except ServerEnded:
-            log.seek(0)
-            lines = log.read().decode(errors="replace").strip().splitlines()[-_SHOWN_LINES:]
-            raise UserError(f"The server did not start (exit code {server.exit_code}): " + "\n".join(lines)) from None
+            raise UserError(f"The server did not start (exit code {server.exit_code}): {log_end()}") from None
+        except UserError as error:
+            raise UserError(f"{error} The server's log ends: {log_end()}") from error

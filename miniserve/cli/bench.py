@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from miniserve.bench.workload import ServeConfig, Shape
-from miniserve.cli.settings import parse_count, with_settings
+from miniserve.cli.settings import parse_count, refuse_given, with_settings
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
 from miniserve.server.config import check_api_key
@@ -59,6 +59,7 @@ def serve(shape: Shape, load: ServeConfig, json: JsonPath = None, plot: PlotPath
 @app.command()
 @with_settings(without=("log_level", "log_format"))
 def sweep(
+    ctx: typer.Context,
     engine: EngineConfig,
     url: Annotated[str | None, typer.Option(help="Measure this running server instead of starting one.")] = None,
     served_model: Annotated[str | None, typer.Option(help="Model name on that server.")] = None,
@@ -67,20 +68,25 @@ def sweep(
         str, typer.Option(help="Pairs of prompt and output length in tokens; 1k is 1000, 1K is 1024.")
     ] = "1K/1K,1K/8K,8K/1K",
     concurrency: Annotated[str, typer.Option(help="Requests kept in flight; one measurement each.")] = "8,16,32,64,128",
-    rounds: Annotated[int, typer.Option(help="Requests that each concurrent client sends, one after another.")] = 2,
+    rounds: Annotated[
+        int, typer.Option(help="Requests that each concurrent client sends, one after another; 4 a point at least.")
+    ] = 2,
     timeout: Annotated[float, typer.Option(help="Fail a request after so many seconds without a byte.")] = 600.0,
     json: JsonPath = None,
     plot: PlotPath = None,
 ) -> None:
     """Measure throughput and TPOT over lengths × concurrency × KV layout; --kv-layout auto measures each layout.
 
-    Starts a server for each layout, unless --url names a running one. Exits 1 if a request fails.
+    Starts a server for each layout, unless --url names a running one. Exits 1 if a request fails, or a point.
     """
     from miniserve.bench import display
     from miniserve.bench import plot as plotting
     from miniserve.bench import sweep as sweeping
     from miniserve.bench.report import write_json
 
+    if url is not None:
+        names = {each.name for each in fields(EngineConfig)} - {"seed"}
+        refuse_given(ctx, names, "--url names a running server, which has its own; leave this out.")
     if plot is not None:
         plotting.load_figure_class()
     config = sweeping.SweepConfig(

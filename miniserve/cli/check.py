@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from miniserve.cli.settings import with_settings
+from miniserve.cli.settings import refuse_given, with_settings
 from miniserve.config import EngineConfig
 
 _MAX_TOKENS = 32  # generated for each prompt
@@ -23,6 +23,7 @@ _MAX_NUM_SEQS = 8
     ),
 )  # fmt: skip
 def check(
+    ctx: typer.Context,
     engine: EngineConfig,
     every: Annotated[
         bool, typer.Option("--all", help="Check every backend, KV layout and KV dtype that works here.")
@@ -36,6 +37,9 @@ def check(
 
     Exits 1 if anything is wrong.
     """
+    if every:
+        one = ("attention_backend", "kv_layout", "kv_cache_dtype")
+        refuse_given(ctx, one, "--all checks every one that works here; leave this out, or --all.")
     # Here and not above: torch would slow down `miniserve --help`.
     from miniserve.checks.check_paths import AttentionPath, find_machine
     from miniserve.checks.check_report import CheckReport

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from miniserve.cli.config_file import ConfigFile
-from miniserve.cli.settings import with_settings
+from miniserve.cli.settings import refuse_given, with_settings
 from miniserve.config import EngineConfig, api_key_from_environment
 from miniserve.server.config import ServerConfig, read_api_keys
 
@@ -21,6 +22,7 @@ ApiKeyFile = Annotated[
 
 @with_settings()
 def run(
+    ctx: typer.Context,
     engine: EngineConfig,
     server: ServerConfig,
     api_key_file: ApiKeyFile = None,
@@ -45,17 +47,25 @@ def run(
     # Here and not above: the server's imports would slow down `miniserve --help`.
     from miniserve.cli.start import start
 
-    raise typer.Exit(start(engine, with_all_keys(server, api_key_file), prompt=prompt, chat=not no_chat))
+    server = with_all_keys(server, api_key_file)
+    _check_address(ctx, server)
+    raise typer.Exit(start(engine, server, prompt=prompt, chat=not no_chat, refuse=partial(refuse_given, ctx)))
 
 
 @with_settings()
 def serve(
-    engine: EngineConfig, server: ServerConfig, api_key_file: ApiKeyFile = None, config: ConfigFile = None
+    ctx: typer.Context,
+    engine: EngineConfig,
+    server: ServerConfig,
+    api_key_file: ApiKeyFile = None,
+    config: ConfigFile = None,
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP API, without chat."""
     from miniserve.cli.start import start
 
-    raise typer.Exit(start(engine, with_all_keys(server, api_key_file), prompt=None, chat=False))
+    server = with_all_keys(server, api_key_file)
+    _check_address(ctx, server)
+    raise typer.Exit(start(engine, server, prompt=None, chat=False, refuse=partial(refuse_given, ctx)))
 
 
 def serve_for_parent() -> None:
@@ -63,6 +73,13 @@ def serve_for_parent() -> None:
     from miniserve.cli.serving import run_for_parent
 
     raise typer.Exit(run_for_parent())
+
+
+def _check_address(ctx: typer.Context, server: ServerConfig) -> None:
+    if server.uds is not None:
+        refuse_given(
+            ctx, ("host", "port"), "with --uds the server listens on that socket alone; leave one of them out."
+        )
 
 
 def with_all_keys(server: ServerConfig, file: Path | None) -> ServerConfig:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from fractions import Fraction
 from typing import Annotated, Any, Literal, get_origin
 
@@ -246,6 +246,18 @@ _OPTIONS: dict[type, dict[str, Any]] = {
         "seed": typer.Option(help="Seed of prompts, lengths and arrival times."),
     },
 }
+
+
+def refuse_given(ctx: typer.Context, settings: Collection[str], why: str) -> None:
+    """Raises `UserError` where the command line or the file says something for one of these settings, which has no
+    effect in this use of the command: also where that is what it would be anyway."""
+    flags = [
+        each.opts[0] if each.opts[0].startswith("-") else each.opts[0].upper()
+        for each in ctx.command.params
+        if each.name in settings and ctx.get_parameter_source(each.name).name != "DEFAULT"  # type: ignore[union-attr]
+    ]
+    if flags:
+        raise UserError(f"{', '.join(flags)}: {why}")
 
 
 Command = Callable[..., None]

@@ -9,7 +9,7 @@ import os
 import secrets
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import NoReturn
 
@@ -30,11 +30,24 @@ from miniserve.parallel.child import on_signals
 from miniserve.server.config import ServerConfig
 from miniserve.server.process import ServerEnded, ServerProcess
 
-_WHERE = ("host", "port", "uds", "ssl_keyfile", "ssl_certfile")  # clients find a server
+# What is for the clients of a server, of which one answer has none.
+_FOR_CLIENTS = (
+    "host", "port", "uds", "ssl_keyfile", "ssl_certfile", "root_path", "api_keys", "api_key_file", "allowed_hosts",
+    "allowed_origins", "served_model_names", "max_queue", "enable_tokenizer_info", "trust_request_chat_template",
+    "strict_fields", "log_requests", "log_prompts",
+)  # fmt: skip
 
 
-def start(engine: EngineConfig, server: ServerConfig, *, prompt: str | None, chat: bool) -> int:
-    """Returns the exit code of the process. `chat`: a prompt or piped text is welcome. Raises `UserError`."""
+def start(
+    engine: EngineConfig,
+    server: ServerConfig,
+    *,
+    prompt: str | None,
+    chat: bool,
+    refuse: Callable[[Collection[str], str], None],
+) -> int:
+    """Returns the exit code of the process. `chat`: a prompt or piped text is welcome. `refuse` raises for settings
+    that the user chose, with the reason. Raises `UserError`."""
     if engine.node_rank:
         if prompt is not None:
             raise UserError("--prompt is for host 0; this one only runs ranks for it, as --node-rank says.")
@@ -50,11 +63,11 @@ def start(engine: EngineConfig, server: ServerConfig, *, prompt: str | None, cha
     quiet = engine.log_level not in ("debug", "info")
     if prompt is not None:
         require_stdout()  # before a model is loaded for nothing
-        if any(getattr(server, name) != getattr(ServerConfig(), name) for name in _WHERE):
-            raise UserError(
-                "One answer has no use for --host, --port, --uds and TLS: leave them out or, to serve, leave out the "
-                "prompt (piped text with --no-chat)."
-            )
+        refuse(
+            _FOR_CLIENTS,
+            "one answer has no use for this; leave it out or, to serve, leave out the prompt (piped text with "
+            "--no-chat).",
+        )
         # For this process alone: a free port, and a key that nobody else knows.
         private = replace(server, port=0, api_keys=(secrets.token_hex(16),))
         return _with_server(engine, private, True, lambda client: _answer_once(client, prompt))
@@ -63,6 +76,8 @@ def start(engine: EngineConfig, server: ServerConfig, *, prompt: str | None, cha
             raise UserError(
                 "The chat speaks HTTP over a port: with --uds or TLS add --no-chat, or use `miniserve serve`."
             )
+        if server.log_prompts:
+            refuse(("log_prompts",), "no line stands between those of a chat; add --no-chat, or use `miniserve serve`.")
         return _with_server(engine, server, quiet, lambda client: _chat(client, Report(quiet=quiet)))
     # Here and not above: beneath a conversation this process needs none of it.
     from miniserve.cli.serving import run_server

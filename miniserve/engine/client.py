@@ -41,12 +41,12 @@ _FIRST_STEPS = 600.0  # at least, for the first ones: they may compile kernels
 _PERIOD = 1.0  # seconds, at least, that `recent` sums up
 _SHUT_DOWN = "The engine was shut down."
 # Outputs passed on, and mostly written to their clients, in one go, and the seconds after which it is enough: all of
-# 1,024 streams would keep the event loop for 20 ms. The last one of a sequence, with which a request may end, counts as
-# so many.
-_SLICE, _SLICE_SECONDS, _END = 64, 0.004, 4
-# Outputs taken in between two such, if there are so many: 3 ms. A stream that falls behind gets up to _INTAKE ÷ _SLICE
+# 1,024 streams would keep the event loop for 20 ms, and a turn of it has other work as well. The last one of a
+# sequence, with which a request may end, counts as so many.
+_SLICE, _SLICE_SECONDS, _END = 64, 0.002, 4
+# Outputs taken in between two such, if there are so many: 2 ms. A stream that falls behind gets up to _INTAKE ÷ _SLICE
 # tokens at once, for little more than the cost of one, so that no engine is faster than this for long.
-_INTAKE = 4096
+_INTAKE = 2048
 _log = logging.getLogger(__name__)
 
 

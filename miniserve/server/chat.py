@@ -225,14 +225,15 @@ async def render(service: Service, messages: Sequence[ChatMessage], body: Render
             "chat_template",
         )
     continues, template = bool(body.continue_final_message), service.engine.tokenizer.chat_template
+    source = template.source(body.chat_template, tools)
     rendered = template.submit(
-        [_message(f"messages[{position}]", message) for position, message in enumerate(messages)],
+        [_message(f"messages[{position}]", message, source) for position, message in enumerate(messages)],
         add_generation_prompt=not continues if body.add_generation_prompt is None else body.add_generation_prompt,
         continue_final_message=continues,
         tools=[tool.model_dump() for tool in tools],
         documents=body.documents,
         chat_template=body.chat_template,
-        variables=_variables(service, body, template.source(body.chat_template, tools)),
+        variables=_variables(service, body, source),
     )
     text = await asyncio.wrap_future(rendered)
     await service.rendered.turn()
@@ -277,7 +278,11 @@ def _final_text(message: ChatMessage) -> str:
     return content if isinstance(content, str) else "".join(part.text or "" for part in content or ())
 
 
-def _message(path: str, message: ChatMessage) -> dict[str, Any]:
+def _message(path: str, message: ChatMessage, template: str) -> dict[str, Any]:
+    for name in ("prefix", "partial"):  # other servers' words for a last message that the answer continues
+        if message.extras.get(name) and name not in template:
+            where = f"{path}.{name}"
+            raise InvalidRequest(f"{where} is not supported here; use continue_final_message.", where)
     if message.function_call:
         raise InvalidRequest(f"{path}.function_call is not supported here; use tool_calls.", f"{path}.function_call")
     without = {"function_call"} if message.tool_calls else {"function_call", "tool_calls"}

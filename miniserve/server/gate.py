@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _REQUEST_ID = b"x-request-id"
 # Warnings of a kind that are logged, in so many seconds: nobody may fill the log from outside.
 _LINES, _PERIOD = 10, 60.0
-_AT_ONCE = 4  # requests that begin in one turn of the event loop
+_AT_ONCE = 2  # requests that begin in one turn of the event loop
 # Paths that need the API key: also the tokenizer's, which take long texts.
 _GUARDED = ("/v1/", "/debug/", "/tokenize/", "/detokenize/", "/tokenizer_info/")
 

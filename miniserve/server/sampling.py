@@ -90,6 +90,8 @@ class SamplingRules:
         for name in same:
             if (value := getattr(body, name)) is not None:
                 values[name] = tuple(value) if isinstance(value, list) else value
+        if values.get("seed") == -1:  # llama.cpp's word for none, and vLLM's
+            del values["seed"]
         values["top_k"] = min(int(values.get("top_k", 0)), self.vocab_size)
         if body.stream and body.prompt_logprobs is not None:
             raise InvalidRequest("prompt_logprobs cannot be streamed; set stream to false.", "prompt_logprobs")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import gc
 import ipaddress
 import logging
@@ -174,7 +175,9 @@ async def serve(
     error, those that come within `_LAST_WORDS` with 503, and the code is 1. Raises `UserError` where another program
     took the port meanwhile.
     """
-    guard = Guard(_max_connections(), max(_BODY_MEMORY, 2 * config.max_body_bytes))
+    max_connections = _max_connections()
+    _grow_file_table(sock, max_connections)
+    guard = Guard(max_connections, max(_BODY_MEMORY, 2 * config.max_body_bytes))
     server = _Server(
         uvicorn.Config(
             PaceMiddleware(RequestIdMiddleware(create_app(engine, config, _known_hosts(config, sock)))),
@@ -285,6 +288,14 @@ async def _supervise(engine: Engine, server: _Server, guard: Guard, config: Serv
     await asyncio.sleep(_GRACE)
     for connection in list(guard.connections):  # of clients that do not read their answers
         connection.transport.abort()
+
+
+def _grow_file_table(sock: socket.socket, size: int) -> None:
+    """Linux doubles a process's table of open files when it is full, and where there are threads that takes 8 to 30 ms
+    (a grace period of RCU), in which all streams stand still. So it is made large before there are any: it holds the
+    highest file for a moment, and does not shrink again."""
+    with suppress(OSError):
+        os.close(fcntl.fcntl(sock, fcntl.F_DUPFD_CLOEXEC, size))
 
 
 def _max_connections() -> int:

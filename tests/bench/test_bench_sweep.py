@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 import pytest
@@ -16,8 +16,10 @@ from typer.testing import CliRunner
 
 import miniserve
 from miniserve.bench import sweep as sweeping
+from miniserve.bench.display import print_sweep
+from miniserve.bench.serve import ServeResult, run
 from miniserve.bench.sweep import AS_SERVED, SweepConfig, SweepResult, layouts_of, running_server, sweep
-from miniserve.bench.workload import Shape
+from miniserve.bench.workload import ServeConfig, Shape
 from miniserve.cli.bench import app
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
@@ -53,14 +55,15 @@ def test_both_layouts_are_measured_and_drawn(tmp_path: Path, monkeypatch: pytest
     cases = [(12, 6, 1), (12, 6, 2), (24, 3, 1), (24, 3, 2)]
     assert found == [(layout, *case) for layout in ("linear", "shuffled") for case in cases]
     for point in written["points"]:
-        assert point["completed"] == 2 * point["concurrency"] and point["failures"] == {}
+        assert point["completed"] == 4 and point["failures"] == {}
         assert point["throughput"]["output_tokens_per_s"] > 0
         assert point["latency_s"]["tpot"]["count"] == point["latency_s"]["ttft"]["count"] == point["completed"]
         steps = point["steps"]
         assert steps["prefill_tokens"] == point["completed"] * point["input_len"]
         # One after the other there is nothing to mix: each request's tokens but the first are decode steps.
         if point["concurrency"] == 1:
-            assert steps["decode_steps"] == steps["decode_rows"] == 2 * (point["output_len"] - 1)
+            assert steps["decode_steps"] == steps["decode_rows"] == 4 * (point["output_len"] - 1)
+        assert sum(point["time_shares"].values()) == pytest.approx(1)
         assert steps["bandwidth"] > 0 and steps["share_of_bandwidth"] > 0
     assert "12/6" in result.output and "shuffled" in result.output and "TPOT" in result.output
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
@@ -125,6 +128,25 @@ def test_a_server_that_does_not_start_says_why() -> None:
         pass
 
 
+def test_a_server_that_ends_by_itself_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dying:
+        url, exit_code = "http://x", 1
+
+        def __init__(self, engine: EngineConfig, server: ServerConfig, *, quiet: bool, log: IO[bytes]) -> None:
+            log.write(b"all is well\nout of memory\n")
+
+        def __enter__(self) -> Dying:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(sweeping, "ServerProcess", Dying)
+    said = r"exit code 1\. The server's log ends: all is well\nout of memory"
+    with pytest.raises(UserError, match=said), running_server(EngineConfig()):
+        pass
+
+
 def test_a_server_that_runs_already_is_measured_as_it_is() -> None:
     stub = Stub()
     points: list[int] = []
@@ -135,7 +157,7 @@ def test_a_server_that_runs_already_is_measured_as_it_is() -> None:
         (AS_SERVED, 6, 5, 1), (AS_SERVED, 6, 5, 3), (AS_SERVED, 3, 4, 1), (AS_SERVED, 3, 4, 3),
     ]  # fmt: skip
     assert points == [1, 2, 3, 4, 4]
-    assert len(stub.bodies) == 3 + 2 * (1 + 3 + 1 + 3)  # the warm-up is as wide as the widest point
+    assert len(stub.bodies) == 3 + (4 + 6 + 4 + 6)  # the warm-up is as wide as the widest point
     assert len({tuple(body["prompt"]) for body in stub.bodies}) == len(stub.bodies)
     assert all(point.summary.steps is None for point in result.points)
     assert result.to_json()["config"]["api_key"] == "***"
@@ -148,15 +170,45 @@ def test_its_prompts_are_drawn_from_the_seed() -> None:
             load = ["--lengths", "4/3", "--concurrency", "1", "--rounds", "1", "--seed", seed]
             result = CliRunner().invoke(app, ["sweep", "--url", url, *load])
             assert result.exit_code == 0, (result.output, result.exception)
-    first, again, other = (stub.bodies[at : at + 2] for at in (0, 2, 4))
+    first, again, other = (stub.bodies[at : at + 5] for at in (0, 5, 10))
     assert first == again != other
 
 
 def test_failures_are_told_and_end_with_1() -> None:
     with Stub(fail=lambda n: "500" if n == 5 else None).running() as url:
-        result = CliRunner().invoke(app, ["sweep", "--url", url, "--lengths", "4/3", "--concurrency", "2"])
+        result = CliRunner().invoke(app, ["sweep", "--url", url, "--lengths", "4/3,5/3", "--concurrency", "2"])
     assert result.exit_code == 1
     assert "1 failed (as served, 4/3, 2 at a time): HTTP 500" in result.output
+    assert "5/3" in result.output
+
+
+def test_a_point_that_ends_its_server_does_not_cost_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first server does not outlive the first point; no server outlives the third."""
+    started: list[Stub] = []
+
+    @contextmanager
+    def server(engine: EngineConfig) -> Iterator[str]:
+        started.append(Stub())
+        with started[-1].running() as url:
+            yield url
+
+    def run_until_it_dies(asked: ServeConfig) -> ServeResult:
+        point = asked.shape.input_len, asked.concurrency
+        if asked.num_prompts == 4 and (point == (3, 1) or (point == (6, 3) and len(started) == 1)):
+            raise UserError("Cannot reach it.")
+        return run(asked)
+
+    monkeypatch.setattr(sweeping, "running_server", server)
+    monkeypatch.setattr(sweeping, "run", run_until_it_dies)
+    *_, result = sweep(config(engine=EngineConfig(kv_layout="linear"), rounds=1), lambda text: None)
+    assert len(started) == 4
+    assert [(point.shape.input_len, point.concurrency) for point in result.points] == [(6, 1), (6, 3), (3, 3)]
+    assert result.missed == {"linear, 3/4, 1 at a time": "Cannot reach it."}
+    assert (result.failed, result.to_json()["missed"]) == (1, result.missed)
+    print_sweep(result)
+    assert "not measured (linear, 3/4, 1 at a time): Cannot reach it." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -328,6 +328,12 @@ def test_a_chat_whose_server_does_not_start_ends_as_the_server_does(server: cli.
         assert len(terminal.output.splitlines()) == 1
 
 
+def test_a_chat_logs_no_prompts() -> None:
+    with cli.Terminal("run", *FLAGS, "--log-prompts") as terminal:
+        assert terminal.wait() == 2
+        assert terminal.output.startswith("error: --log-prompts: no line stands between those of a chat")
+
+
 def test_no_chat_at_a_terminal() -> None:
     with cli.Terminal("run", *FLAGS, "--no-chat") as terminal:
         terminal.wait_for("max_tokens")

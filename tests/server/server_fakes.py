@@ -37,7 +37,7 @@ from miniserve.core import (
     TokenLogprobs,
 )
 from miniserve.engine.client import EngineDead
-from miniserve.engine.output import CompletionStream, OutputAssembler
+from miniserve.engine.output import CompletionStream, OutputAssembler, extend
 from miniserve.engine.replicas import Engine
 from miniserve.engine.tokenizer import Tokenizer
 from miniserve.server.config import ServerConfig
@@ -115,6 +115,7 @@ class FakeEngine:
         self.script = script
         self.scripts: list[list[int]] = []  # of the next requests, one each; the last stays
         self.step_seconds = step_seconds
+        self.joined = 1  # steps whose outputs come as one, as where the server is slower than its engine
         self.fail_after = fail_after
         self.hold_at = hold_at  # the step at which all requests wait for `gate`
         self.gate = asyncio.Event()
@@ -220,6 +221,7 @@ class FakeEngine:
         started = time.monotonic()
         wanted = max(params.max_tokens or 0, 1)
         tokens = [script or greedy(prompt, wanted, index) for index in range(params.n)]
+        waiting: dict[int, RequestOutput] = {}
         for step in range(wanted):
             await asyncio.sleep(self.step_seconds)
             if step == self.hold_at:
@@ -230,7 +232,13 @@ class FakeEngine:
             for index in range(params.n):
                 output = self._output(prompt, params, tokens[index], index, step)
                 output.first_scheduled_time = started
-                deltas, _ = assembler.push(index, output)
+                if index in waiting:
+                    extend(waiting[index], output)
+                else:
+                    waiting[index] = output
+                if waiting[index].finish_reason is None and (step + 1) % self.joined:
+                    continue
+                deltas, _ = assembler.push(index, waiting.pop(index))
                 for delta in deltas:
                     self.num_running -= delta.finish_reason is not None
                     stream.put(delta)

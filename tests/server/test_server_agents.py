@@ -18,7 +18,7 @@ from dialect_texts import WRITERS
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 from server_fakes import running_server
-from server_scripted import ASKED, CALLS, Scripted, scripted
+from server_scripted import ASKED, CALLS, TOOLS, Scripted, scripted
 
 SCHEMA = {
     "type": "object",
@@ -40,6 +40,7 @@ RESPONSES_TOOLS: Any = [
     },
     {"type": "function", "name": "now", "parameters": NOTHING, "strict": None},
 ]
+TEXTS = ("content", "reasoning", "reasoning_content", "arguments", "delta", "text", "thinking", "partial_json")
 THOUGHT = "<think>\nLet me look.\n</think>\n\n"
 
 
@@ -156,6 +157,71 @@ def events_of(model: Scripted, path: str, body: dict[str, Any]) -> list[dict[str
 
 MESSAGE_BODY: dict[str, Any] = {"messages": [ASKED], "max_tokens": 500, "tools": MESSAGES_TOOLS}
 RESPONSE_BODY: dict[str, Any] = {"input": [ASKED], "tools": RESPONSES_TOOLS}
+
+
+def sorted_out(events: list[dict[str, Any]]) -> list[tuple[str, dict[str, str]]]:
+    """The events of any of the APIs without what is of one answer alone, and deltas of one kind that follow one another
+    as one."""
+    found: list[tuple[str, dict[str, str]]] = []
+    for event in events:
+        is_delta = event.get("object") == "chat.completion.chunk" or str(event.get("type")).endswith("delta")
+        texts: dict[str, str] = {}
+
+        def strip(value: Any, path: str = "", texts: dict[str, str] = texts, is_delta: bool = is_delta) -> Any:
+            name = path.rpartition(".")[2]
+            if isinstance(value, dict):
+                ids = ("id", "item_id", "call_id", "created", "created_at", "completed_at", "sequence_number")
+                return {key: strip(each, f"{path}.{key}") for key, each in value.items() if key not in ids}
+            if path == ".message.usage.output_tokens":  # with the first event
+                return 0
+            if isinstance(value, list):
+                return [strip(each, f"{path}.{number}") for number, each in enumerate(value)]
+            if is_delta and isinstance(value, str) and name in TEXTS:
+                texts[path] = value
+                return ""
+            return value
+
+        kind = json.dumps(strip(event))
+        if is_delta and found and found[-1][0] == kind:
+            for path, text in texts.items():
+                found[-1][1][path] += text
+        else:
+            found.append((kind, texts))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("path", "stop"),
+    [
+        ("/v1/chat/completions", False), ("/v1/chat/completions", True),
+        ("/v1/messages", False), ("/v1/messages", True),
+        ("/v1/responses", False),
+    ],
+)  # fmt: skip
+def test_joined_outputs_say_what_single_ones_do(model: Scripted, path: str, stop: bool) -> None:
+    """Reasoning, text and calls of a stream whose server is behind its engine."""
+    model.says(THOUGHT + "I look. " + WRITERS["hermes"](CALLS))
+    chat = {"messages": [ASKED], "max_tokens": 500}
+    body = {
+        "/v1/chat/completions": {**chat, "tools": TOOLS, "stream_options": {"include_usage": True}},
+        "/v1/messages": {**chat, "tools": MESSAGES_TOOLS},
+        "/v1/responses": {"input": "How will the weather be?", "tools": RESPONSES_TOOLS},
+    }[path]
+    if stop:  # within the arguments of the first call
+        body["stop_sequences" if path == "/v1/messages" else "stop"] = ["III"]
+
+    def streamed() -> list[tuple[str, dict[str, str]]]:
+        lines = httpx.post(model.server.root + path, json=body | {"stream": True}).text.splitlines()
+        return sorted_out([json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")])
+
+    single = streamed()
+    try:
+        for model.server.engine.joined in (2, 3, 7, 1000):
+            assert streamed() == single
+    finally:
+        model.server.engine.joined = 1
+    text = json.dumps(single)
+    assert "Let me look." in text and "get_weather" in text and ("now" in text) != stop
 
 
 def test_events_of_messages_are_anthropics(model: Scripted) -> None:

@@ -6,9 +6,14 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import socket
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -240,6 +245,149 @@ def test_warnings_are_limited_by_kind(caplog: pytest.LogCaptureFixture) -> None:
     log.warning("%s: wrong", "c")
     messages = [record.getMessage() for record in caplog.records]
     assert messages == ["b: wrong (40 more like this were left out before.)", "c: wrong"]
+
+
+# --- many that arrive together ------------------------------------------------------------------------------------
+
+
+def completion(prompt: str, **more: object) -> bytes:
+    body = json.dumps({"prompt": prompt, "max_tokens": 2, **more}).encode()
+    return HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+def version(number: int) -> bytes:
+    return b"GET /version HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: %d\r\nX: %b\r\n\r\n" % (number, b"x" * 400)
+
+
+def receive(client: socket.socket) -> bytes:
+    data = client.recv(1 << 16)
+    assert data, "closed before its last answer"
+    return data
+
+
+class Turns:
+    """Of an event loop."""
+
+    def __init__(self) -> None:
+        self.callbacks: list[Callable[[], None]] = []
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        self.callbacks.append(callback)
+
+    def next(self) -> None:
+        callbacks, self.callbacks = self.callbacks, []
+        for callback in callbacks:
+            callback()
+
+
+class Pieces:
+    """A connection with pieces to parse, each of which is enough for a turn."""
+
+    def __init__(self, loop: Turns, name: str, num_pieces: int, log: list[str]) -> None:
+        self.loop = loop
+        self._name, self._left, self._log = name, num_pieces, log
+
+    def read_piece(self) -> bool:
+        self._log.append(self._name)
+        self._left -= 1
+        return self._left > 0
+
+
+def test_what_arrives_is_parsed_in_its_order_and_little_in_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "_READ_SECONDS", 1e-12)
+    turns, guard, log = Turns(), Guard(10, 1000), []
+    waiting: list[Any] = [Pieces(turns, name, num, log) for name, num in (("a", 3), ("b", 1), ("c", 2), ("d", 1))]
+    for each in waiting:
+        guard.read(each)
+    guard.read(waiting[0])  # which waits already
+    guard.forget(waiting[3])
+    assert log == ["a"]
+    for num_parsed in range(2, 7):
+        turns.next()
+        assert len(log) == num_parsed
+    assert "".join(log) == "aabcac"
+    turns.next()
+    assert not turns.callbacks, "an idle server's loop must rest"
+    guard.read(Pieces(turns, "e", 1, log))  # type: ignore[arg-type]
+    assert log[6:] == ["e"]
+
+
+@pytest.fixture
+def slow(watched: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunningServer]:
+    """Parses one small piece of what has arrived in a turn of its loop."""
+    monkeypatch.setattr(connection, "_READ_SECONDS", 1e-12)
+    monkeypatch.setattr(connection, "_READ_PIECE", 100)
+    with running_server() as server:
+        yield server
+
+
+def test_hundreds_of_requests_at_once_are_all_answered(slow: RunningServer) -> None:
+    clients = [socket.create_connection(("127.0.0.1", slow.port), timeout=60) for _ in range(300)]
+    for number, client in enumerate(clients):
+        prompt = f"Number {number} " * (400 if number % 100 == 99 else 1)
+        client.sendall(completion(prompt, truncate_prompt_tokens=8, stream=bool(number % 2)))
+    assert healthy(slow)
+    for client in clients:
+        text = b""
+        while not text.endswith((b"}", b"0\r\n\r\n")):
+            text += receive(client)
+        assert text.startswith(b"HTTP/1.1 200") and text.count(b'"finish_reason":"length"') == 1
+        client.close()
+    assert len(slow.engine.seen) == 300
+    wait_until(lambda: not (guard().connections or guard()._unread))
+    assert guard().body_bytes == 0
+
+
+def test_clients_that_leave_while_they_wait_leave_nothing(slow: RunningServer) -> None:
+    idle = slow.num_tasks()
+    for number in range(300):
+        client = send(slow, completion("x" * 200, max_tokens=200))
+        if number % 2:  # so that the server gets a reset
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+    wait_until(lambda: not (guard().connections or guard()._unread or slow.engine.num_running))
+    wait_until(lambda: slow.num_tasks() == idle)
+    assert healthy(slow)
+
+
+def test_one_client_may_send_requests_without_waiting(watched: None) -> None:
+    """They are answered in their order, and do not pile up where the first takes its time."""
+    with running_server() as server:
+        server.engine.hold_at = 0
+        with ThreadPoolExecutor() as pool, send(server, completion("x")) as client:
+            wait_until(lambda: server.engine.num_running == 1)
+            requests = b"".join(map(version, range(4000)))  # more than fits into the sockets' buffers
+            sending = pool.submit(client.sendall, requests)
+            (served,) = guard().connections
+            wait_until(lambda: served.pipeline)
+            assert healthy(server)
+            most = connection._READ_PIECE // 400
+            assert len(served.pipeline) <= most
+            server.call(server.engine.gate.set)
+            rest, ids = b"", []
+            while len(ids) < 4000:
+                *lines, rest = (rest + receive(client)).split(b"\n")
+                ids += [int(line[14:]) for line in lines if line.startswith(b"x-request-id: ") and len(line) < 20]
+                assert len(served.pipeline) <= most and len(served.held) <= 1 << 20
+            sending.result()
+            assert ids == list(range(4000))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says how large the table is")
+def test_the_table_of_open_files_need_not_grow(server: RunningServer) -> None:
+    (size,) = re.findall(r"FDSize:\s*(\d+)", Path("/proc/self/status").read_text())
+    assert int(size) > serve._max_connections()
+
+
+def test_what_has_arrived_is_answered_before_the_server_ends(watched: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running_server() as server:
+        monkeypatch.setattr(Guard, "_read", lambda self: None)
+        monkeypatch.setattr(connection, "_HEAD_SECONDS", 0.0)
+        with send(server, version(0)) as client:
+            wait_until(lambda: any(each.held for each in guard().connections))
+            sweep(server)  # it is not the client who is late
+            server.request_stop()
+            assert receive(client).startswith(b"HTTP/1.1 200")
 
 
 # --- whose name the server goes by --------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from miniserve.server.protocol import ChatCompletionRequest, CompletionRequest, 
 COMPLETION: dict[str, Any] = {"prompt": "Once", "max_tokens": 2}
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
 TWO_PARTS = [{"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+TWO_TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well"}]
 BODIES = {"/v1/completions": COMPLETION, "/v1/chat/completions": CHAT}
 
 
@@ -203,6 +204,8 @@ def test_a_completion_field_out_of_range_is_named(web: httpx.Client, field: str,
         ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
         ({"add_generation_prompt": True, "continue_final_message": True}, "continue_final_message"),
+        ({"messages": [*TWO_TURNS[:1], {**TWO_TURNS[1], "prefix": True}]}, "messages[1].prefix"),
+        ({"messages": [*TWO_TURNS[:1], {**TWO_TURNS[1], "partial": True}]}, "messages[1].partial"),
         ({"best_of": 2}, "best_of"),
         ({"echo": True}, "echo"),
         ({"echo": True, "continue_final_message": True, "messages": TWO_PARTS}, "echo"),

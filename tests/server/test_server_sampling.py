@@ -69,6 +69,11 @@ def test_every_field_arrives(plain: RunningServer) -> None:
     assert asked(plain, "/chat/completions", {**CHAT, **fields, **more})[1] == expected
 
 
+def test_a_seed_of_minus_one_is_none(plain: RunningServer) -> None:
+    assert completion(plain, seed=-1).seed is None and completion(plain, seed=-2).seed == -2
+    assert asked(plain, "/chat/completions", {**CHAT, "seed": -1})[1].seed is None
+
+
 def test_shapes_of_stop(plain: RunningServer) -> None:
     assert completion(plain, stop="a").stop == ("a",)
     assert completion(plain, stop=[]).stop == ()
