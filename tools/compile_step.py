@@ -14,6 +14,7 @@ from miniserve.kernels.step_tensors import RowState, StepTensors
 from miniserve.kernels.triton import (
     decode_step,
     elementwise,
+    head_linear,
     large_linear,
     medium_linear,
     moe,
@@ -138,7 +139,11 @@ def _small_operations() -> None:
     norm = tensor(128)
     elementwise.norm_rope(tensor(64, 6144), cos_sin, norm, norm, 1e-6, num_heads=32, num_kv_heads=8, head_dim=128)
     rope = tensor(64, 64, dtype=torch.float32)
-    elementwise.rope_pair(tensor(64, 16, 192)[:, :, 128:], tensor(64, 576)[:, 512:], rope, interleaved=True)
+    heads, kv, latent = tensor(64, 16, 192), tensor(64, 576), (tensor(512), 1e-6)
+    elementwise.norm_rope_pair(heads[:, :, 128:], kv[:, :512], kv[:, 512:], *latent, rope, interleaved=True)
+    for tokens in (1, 16, 64):
+        head_linear.head_linear(heads[:tokens, :, :128], tensor(16, 256, 512)[:, :128])
+        head_linear.head_linear(tensor(tokens, 16, 512), tensor(16, 256, 512)[:, 128:].mT)
 
 
 def _reduce_norm(ranks: int, tokens: int, hidden: int, k: int) -> None:

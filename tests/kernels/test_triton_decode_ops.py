@@ -11,6 +11,7 @@ from triton_support import DEVICE, DTYPES, NATIVE, normal, relative_error
 from miniserve.attention.spec import AttentionSpec, QKRope
 from miniserve.kernels.step_tensors import RowState, StepTensors
 from miniserve.kernels.triton import decode_step, elementwise, moe, moe_token, small_linear
+from miniserve.kernels.triton.head_linear import head_linear
 from miniserve.kernels.triton.small_linear import Chip, LinearTile, Workspace, chip_of, choose_tile
 from miniserve.models.layers import ops
 
@@ -53,12 +54,30 @@ def test_norm_and_rope_within_a_fused_qkv(head_dim: int, with_norm: bool) -> Non
 
 
 @pytest.mark.parametrize(("tokens", "interleaved"), [(4, False), (4, True), (260, True)])
-def test_the_rope_of_latent_attention(interleaved: bool, tokens: int) -> None:
-    q, k, cos_sin = normal(0, tokens, 3, 20)[:, :, 4:], normal(1, tokens, 30)[:, 7:23], normal(2, tokens, 16)
-    want = ops.Ops().rope_pair(q.clone(), k.clone(), cos_sin, interleaved=interleaved)
-    elementwise.rope_pair(q, k, cos_sin, interleaved=interleaved)
-    assert relative_error(q, want[0]) < 1e-5
-    assert relative_error(k, want[1]) < 1e-5
+def test_the_norm_and_rope_of_latent_attention(interleaved: bool, tokens: int) -> None:
+    q, both, cos_sin = normal(0, tokens, 3, 20)[:, :, 4:], normal(1, tokens, 63), normal(2, tokens, 16)
+    latent, k, weight = both[:, 7:47], both[:, 47:], normal(3, 40)
+    given = latent.clone(), k.clone(), weight, 1e-6, cos_sin
+    want = ops.Ops().norm_rope_pair(q.clone(), *given, interleaved=interleaved)
+    elementwise.norm_rope_pair(q, latent, k, *given[2:], interleaved=interleaved)
+    for got, expected in zip((q, latent, k), want, strict=True):
+        assert relative_error(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("tokens", "n", "m"), [(1, 24, 40), (3, 128, 512), (17, 512, 40), (64, 16, 16)])
+def test_products_of_heads(tokens: int, n: int, m: int, transposed: bool) -> None:
+    x = normal(0, tokens, 3, n + 8)[:, :, 8:]
+    weights = normal(1, 3, m, n).mT if transposed else normal(1, 3, n, m)
+    got = head_linear(x, weights)
+    assert got is not None
+    assert got.is_contiguous()
+    assert relative_error(got, ops.Ops().head_linear(x, weights)) < 1e-5
+
+
+def test_products_of_heads_of_many_tokens_are_left_to_the_library() -> None:
+    assert head_linear(normal(0, 65, 2, 16), normal(1, 2, 16, 16)) is None
+    assert head_linear(normal(0, 1, 2, 1024), normal(1, 2, 1024, 16)) is None
 
 
 @pytest.mark.parametrize("gated", [False, True])

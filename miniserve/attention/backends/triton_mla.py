@@ -84,6 +84,7 @@ class TritonLatentBackend(TorchLatentBackend):
             scale=spec.scale,
             kv_scale=latent_scale(layer),
             num_splits=_splits(spec, self._platform, q.shape[0], longest),
+            fresh=meta.fresh,
             scratch=self._scratch[spec],
         )
 

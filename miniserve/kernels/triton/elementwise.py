@@ -144,13 +144,16 @@ def norm_rope(
 @quick
 @triton.jit
 def _rope_pair_kernel(
-    q_ptr, k_ptr, cos_sin_ptr, num_heads, q_row, q_head, k_row,
-    DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
+    q_ptr, k_ptr, cos_sin_ptr, latent_ptr, weight_ptr, eps, num_heads, q_row, q_head, k_row, latent_row,
+    DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, INTERLEAVED: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program a token and BLOCK_H of q's heads; one more for k's only one; in place."""
+    """One program a token and BLOCK_H of q's heads; one more for k's only one and for the latent; in place."""
     start(PDL)
-    wait(PDL)
     token, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    col = tl.arange(0, BLOCK)
+    weight = tl.load(weight_ptr + col, mask=(tile == tl.num_programs(1) - 1) & (col < SIZE), other=0.0)
+    wait(PDL)
     half: tl.constexpr = DIM // 2
     place = tl.arange(0, HALF)[None, :]
     inside = place < half
@@ -164,6 +167,9 @@ def _rope_pair_kernel(
         _rotate(q_ptr + token * q_row + head * q_head, first, second, cos, sin, inside & (head < num_heads))
     else:
         _rotate(k_ptr + token * k_row, first, second, cos, sin, inside)
+        latent_at = latent_ptr + token * latent_row + col
+        latent = tl.load(latent_at, mask=col < SIZE, other=0.0)
+        tl.store(latent_at, rms_normed(latent, weight, SIZE, eps), mask=col < SIZE)
 
 
 @triton.jit
@@ -175,14 +181,24 @@ def _rotate(base, first, second, cos, sin, inside):
     tl.store(base + second, (wide_b * cos + wide_a * sin).to(a.dtype), mask=inside)
 
 
-def rope_pair(q: torch.Tensor, k: torch.Tensor, cos_sin: torch.Tensor, *, interleaved: bool) -> None:
-    """Rotate q [T, num_heads, dim] and k [T, dim] in place (views with a dense last dimension); cos_sin float32 [T,
-    dim], cosines first. interleaved: neighbours are paired instead of halves."""
+def norm_rope_pair(
+    q: torch.Tensor,
+    latent: torch.Tensor,
+    k: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    cos_sin: torch.Tensor,
+    *,
+    interleaved: bool,
+) -> None:
+    """Rotate q [T, num_heads, dim] and k [T, dim], norm latent [T, size], in place (views with a dense last dimension);
+    weight [size]; cos_sin float32 [T, dim], cosines first. interleaved: neighbours are paired instead of halves."""
     tokens, num_heads, dim = q.shape
     # Few tokens need many programs, many tokens few of them.
     heads = min(16, next_power_of_2(num_heads)) if tokens > 256 else 1
     _rope_pair_kernel[(tokens, cdiv(num_heads, heads) + 1)](
-        q, k, cos_sin, num_heads, *q.stride()[:2], k.stride(0),
-        DIM=dim, HALF=next_power_of_2(dim // 2), BLOCK_H=heads, INTERLEAVED=interleaved, num_warps=1,
+        q, k, cos_sin, latent, weight, eps, num_heads, *q.stride()[:2], k.stride(0), latent.stride(0),
+        DIM=dim, HALF=next_power_of_2(dim // 2), BLOCK_H=heads, INTERLEAVED=interleaved,
+        SIZE=latent.shape[1], BLOCK=next_power_of_2(latent.shape[1]), num_warps=1,
         **launch_options(q.device),
     )  # fmt: skip

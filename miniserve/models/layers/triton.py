@@ -42,9 +42,15 @@ class TritonOps(Ops):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self._kernels.rms_norm(x, weight, eps)
 
-    def rope_pair(self, q: Tensor, k: Tensor, cos_sin: Tensor, *, interleaved: bool) -> tuple[Tensor, Tensor]:
-        self._kernels.rope_pair(q, k, cos_sin, interleaved=interleaved)
-        return q, k
+    def norm_rope_pair(
+        self, q: Tensor, latent: Tensor, k: Tensor, weight: Tensor, eps: float, cos_sin: Tensor, *, interleaved: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        self._kernels.norm_rope_pair(q, latent, k, weight, eps, cos_sin, interleaved=interleaved)
+        return q, latent, k
+
+    def head_linear(self, x: Tensor, weights: Tensor) -> Tensor:
+        y = self._kernels.head_linear(x, weights)
+        return super().head_linear(x, weights) if y is None else y
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return self._kernels.add_rms_norm(x, residual, weight, eps), residual
