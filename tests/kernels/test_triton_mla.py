@@ -30,7 +30,7 @@ LENGTHS = [1, 0, 16, 17, 129]
 def check(
     dtype: torch.dtype, kv_dtype: torch.dtype, *, heads: int, rank: int, rope: int, lengths: list[int] = LENGTHS,
     block_size: int = 16, num_splits: int = 1, fused: bool | None = None, kv_scale: float | None = None,
-    launch: Launch | None = SMALL, large_pool: bool = False,
+    launch: Launch | None = SMALL, large_pool: bool = False, fresh: int | None = None,
 ) -> None:  # fmt: skip
     num_blocks = 24
     cache = normal(1, num_blocks, block_size, rank + rope).to(kv_dtype)
@@ -43,7 +43,7 @@ def check(
             q[..., :rank], q[..., rank:], pool, tables + (len(pool) - num_blocks), int32(lengths), scale=0.1,
             num_splits=num_splits, scratch=scratch,
             kv_scale=None if kv_scale is None else torch.tensor([kv_scale], device=DEVICE), fused_merge=fused,
-            out=torch.full((len(lengths), heads, rank), float("nan"), dtype=dtype, device=DEVICE), launch=launch,
+            fresh=fresh, out=torch.full((len(lengths), heads, rank), float("nan"), dtype=dtype, device=DEVICE), launch=launch,
         )  # fmt: skip
         want = []
         for row, length in enumerate(lengths):
@@ -58,6 +58,12 @@ def check(
 @pytest.mark.parametrize(("num_splits", "fused"), [(1, None), (3, True), (3, False)])
 def test_ragged_rows(num_splits: int, fused: bool | None, dtype: torch.dtype) -> None:
     check(dtype, dtype, heads=16, rank=64, rope=16, num_splits=num_splits, fused=fused)
+
+
+@pytest.mark.parametrize("fresh", [1, 3])
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_tiles_that_are_read_before_the_step_is_done(num_splits: int, fresh: int) -> None:
+    check(torch.float16, torch.float16, heads=4, rank=48, rope=16, num_splits=num_splits, fresh=fresh)
 
 
 def test_every_length_around_a_partition_of_256() -> None:
