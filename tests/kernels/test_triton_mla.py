@@ -43,7 +43,8 @@ def check(
             q[..., :rank], q[..., rank:], pool, tables + (len(pool) - num_blocks), int32(lengths), scale=0.1,
             num_splits=num_splits, scratch=scratch,
             kv_scale=None if kv_scale is None else torch.tensor([kv_scale], device=DEVICE), fused_merge=fused,
-            fresh=fresh, out=torch.full((len(lengths), heads, rank), float("nan"), dtype=dtype, device=DEVICE), launch=launch,
+            out=torch.full((len(lengths), heads, rank), float("nan"), dtype=dtype, device=DEVICE), launch=launch,
+            fresh=fresh,
         )  # fmt: skip
         want = []
         for row, length in enumerate(lengths):

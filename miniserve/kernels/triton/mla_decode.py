@@ -28,8 +28,7 @@ from miniserve.kernels.triton.split_kv import (
 )
 
 _FUSED_MERGE_VALUES = 32768  # measured on an H100
-_EARLY_PROGRAMS = 264
-_REGISTERS = 128  # of a thread, with eight warps: a multiprocessor then holds two programs
+_EARLY_PROGRAMS = 264  # not timed yet
 
 
 def mla_decode(
@@ -70,14 +69,13 @@ def mla_decode(
         fused_merge = fuses_merge(on, min(launch.block_m, num_heads), rank, num_splits, _FUSED_MERGE_VALUES)
     grid = (cdiv(num_heads, launch.block_m), num_splits, rows)
     early = settled and launch.block_m == 16 and math.prod(grid) <= _EARLY_PROGRAMS
-    limit = {"maxnreg": _REGISTERS} if early and launch.num_warps == 8 else {}
     _mla_kernel[grid](
         q, q_pe, kv_cache, block_tables, seq_lens, kv_scale, out, *arrays, *q.stride()[:2], *q_pe.stride()[:2],
         *kv_cache.stride()[:2], block_tables.stride(0), *out.stride()[:2], scale * LOG2E, num_splits, fresh or 0,
         HEADS=num_heads, RANK=rank, ROPE=rope, BLOCK_R=next_power_of_2(rank), BLOCK_P=max(16, next_power_of_2(rope)),
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_SIZE=kv_cache.shape[1], SINGLE=single,
         MERGE_M=min(launch.block_m, next_power_of_2(num_heads)), FUSED_MERGE=fused_merge and not single,
-        SETTLED=settled, EARLY=early, PRECISION=dot_precision(on), **launch.options, **limit,
+        SETTLED=settled, EARLY=early, PRECISION=dot_precision(on), **launch.options,
         **launch_options(q.device),
     )  # fmt: skip
     if not single and not fused_merge and scratch is not None:

@@ -81,9 +81,6 @@ class LatentSelfAttention(Module):
         self.kv_sizes = (latent.kv_lora_rank, latent.rope_dim)
         self.q_lora_rank = config.q_lora_rank
         q_size, kv_size = heads.times(sum(self.q_sizes)), sum(self.kv_sizes)
-        if config.q_lora_rank is not None:
-            self.q_a_layernorm = options.norm(config.q_lora_rank, _LATENT_NORM_EPS)
-            self.q_b_proj = options.linear(config.q_lora_rank, {"q_b_proj": q_size}, bias=False)
         self.apart = config.q_lora_rank is None and (bias or options.quantization is not None)
         if self.apart:  # one alone has a bias, or they may differ in their formats
             self.q_proj = options.linear(hidden, {"q_proj": q_size}, bias=False)
@@ -92,6 +89,9 @@ class LatentSelfAttention(Module):
             # Both read the hidden states: one product instead of two.
             first = {"q_proj": q_size} if config.q_lora_rank is None else {"q_a_proj": config.q_lora_rank}
             self.qkv_a_proj = options.linear(hidden, {**first, "kv_a_proj_with_mqa": kv_size}, bias=bias)
+        if config.q_lora_rank is not None:
+            self.q_a_layernorm = options.norm(config.q_lora_rank, _LATENT_NORM_EPS)
+            self.q_b_proj = options.linear(config.q_lora_rank, {"q_b_proj": q_size}, bias=False)
         self.kv_a_layernorm = options.norm(latent.kv_lora_rank, _LATENT_NORM_EPS)
         spec = config.attention_spec(layer_index, options.dtype, options.kv_dtype, options.shard)
         weights = options.widened(["kv_b_proj"])
