@@ -209,6 +209,7 @@ def torch_mla_decode(
     scale: float,
     kv_scale: Tensor | None,
     num_splits: int,
+    fresh: int | None,
     scratch: object,
 ) -> Tensor:
     layout, cache = LatentLayout(kv_cache.shape[1]), KVCache(kv_cache, kv_cache[..., : q.shape[-1]])

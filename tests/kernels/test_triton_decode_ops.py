@@ -80,6 +80,26 @@ def test_products_of_heads_of_many_tokens_are_left_to_the_library() -> None:
     assert head_linear(normal(0, 1, 2, 1024), normal(1, 2, 1024, 16)) is None
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("out_dtype", [None, torch.float32])
+def test_parts_of_an_attention_merge_into_the_whole(dtype: torch.dtype, out_dtype: torch.dtype | None) -> None:
+    """Views with strides, large sums, and parts without keys, which hold NaN."""
+    tokens, heads, dim, nan, none = 37, 3, 24, float("nan"), float("-inf")
+    out = normal(0, tokens + 2, heads, dim + 8).to(out_dtype or dtype)[2:, :, :dim]
+    part = normal(1, tokens, heads, 2 * dim).to(dtype)[:, :, dim:]
+    lse, part_lse = 200.0 + 3 * normal(2, heads, tokens + 2)[:, 2:], 200.0 + 3 * normal(3, heads, tokens)
+    for (values, sums), token in (((out, lse), 4), ((part, part_lse), 9), ((out, lse), 30), ((part, part_lse), 30)):
+        values[token], sums[:, token] = nan, none
+    wide = lse.double(), part_lse.double()
+    want_lse = torch.logaddexp(*wide)
+    weights = ((each - want_lse).exp().nan_to_num(0.0).T[..., None] for each in wide)
+    want = sum((each.double() * weight).nan_to_num(0.0) for each, weight in zip((out, part), weights, strict=True))
+    elementwise.merge_lse(out, lse, part, part_lse)
+    assert relative_error(out, want) < (1e-6 if out.dtype == torch.float32 else 4 * torch.finfo(dtype).eps)
+    assert torch.allclose(lse.double(), want_lse, rtol=1e-6)
+    assert not out[30].any()
+
+
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(
     "tile", [LinearTile(16, 32, 1, 4, 2), LinearTile(64, 32, 1, 4, 2, True), LinearTile(16, 32, 3, 4, 2)]

@@ -42,12 +42,13 @@ class TritonLatentBackend(TorchLatentBackend):
 
     def __init__(self, layout: KVLayout, options: BackendOptions) -> None:
         from miniserve.kernels.triton.cache_write import write_latent
+        from miniserve.kernels.triton.elementwise import merge_lse
         from miniserve.kernels.triton.mla_decode import mla_decode
         from miniserve.kernels.triton.runtime import gluon_kernels
         from miniserve.kernels.triton.split_kv import DecodeScratch
 
         super().__init__(layout, options)
-        self._decode_kernel, self._write_kernel = mla_decode, write_latent
+        self._decode_kernel, self._write_kernel, self._merge_kernel = mla_decode, write_latent, merge_lse
         self._hopper = gluon_kernels("hopper_extend", options.device, "prefill attention runs slower")
         # PyTorch's operations read the chunks' lengths on the host, its flash attention was not seen in a graph.
         if self._hopper is not None and all(map(self._attends_dense, options.specs)):
@@ -90,6 +91,9 @@ class TritonLatentBackend(TorchLatentBackend):
 
     def write(self, layer: LatentLayer, cache: KVCache, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor) -> None:
         self._write_kernel(kv_c, k_pe, cache.key, slot_mapping, kv_scale=latent_scale(layer))
+
+    def merge(self, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+        self._merge_kernel(out, lse, part, part_lse)
 
     def attend_dense(
         self, layer: LatentLayer, q: Tensor, k: tuple[Tensor, Tensor], v: Tensor, lens: RaggedLens, *, causal: bool

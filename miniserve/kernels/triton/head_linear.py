@@ -14,6 +14,7 @@ import triton.language as tl
 from miniserve.kernels.triton.common import dot_precision, platform
 from miniserve.kernels.triton.launch import cdiv, next_power_of_2
 from miniserve.kernels.triton.pdl import launch_options, start, wait
+from miniserve.kernels.triton.quick_launch import quick
 
 MOST_TOKENS = 64
 _TILE = 8192  # weights that a program holds
@@ -37,6 +38,7 @@ def head_linear(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor | None:
     return out
 
 
+@quick
 @triton.jit(do_not_specialize=["tokens"])
 def _head_linear_kernel(
     x, weights, out, tokens, x_row, x_head, w_head, w_in, w_out, out_row, out_head,
