@@ -43,7 +43,7 @@ def _places(tables, tile, num_keys, block_rows, ROWS: gl.constexpr, BLOCK_SIZE: 
         first = tile * 64 + block * ROWS
         # Blocks behind the last key have no place in the table. Any block will do, as nobody sees it.
         id = gl.load(tables + gl.minimum(first, num_keys - 1) // BLOCK_SIZE)
-        found = found + (id * block_rows + first % BLOCK_SIZE,)
+        found += (id * block_rows + first % BLOCK_SIZE,)
     return found
 
 
@@ -279,3 +279,22 @@ def hopper_mla(
     if num_splits > 1 and scratch is not None:
         merge_splits(scratch, seq_lens, out, block_n=KEYS, num_splits=num_splits, settled=settled)
     return out
+
+
+def try_out(device: torch.device) -> None:
+    """Attend once. Raises RuntimeError if the result is wrong, and whatever Triton raises if it cannot compile the
+    kernel."""
+    length, head = 150, torch.arange(4, device=device)
+    latent = torch.arange(192, device=device)[:, None].repeat(1, _RANK + _ROPE).to(torch.float16)
+    latent[length:] = float("nan")  # keys that no query sees
+    q = torch.zeros(1, 4, _RANK + _ROPE, dtype=latent.dtype, device=device)
+    q[0, :, -1] = head  # a head sees the later keys alone, the more the higher it is
+    tables, lens = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([[*range(12)]], [length]))
+    scratch = DecodeScratch.allocate([(1, 2)], 4, _RANK, device)
+    out = hopper_mla(
+        q[..., :_RANK], q[..., _RANK:], latent.view(12, 16, -1), tables, lens, scale=1.0, num_splits=2, scratch=scratch
+    )
+    keys = latent[:length, 0].double()
+    want = (keys * head[:, None]).softmax(1) @ keys
+    if not torch.allclose(out[0].double(), want[:, None].expand(-1, _RANK), rtol=2e-3):
+        raise RuntimeError("queries that weigh late keys most do not get their values")
