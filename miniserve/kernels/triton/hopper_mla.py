@@ -28,7 +28,9 @@ from miniserve.kernels.triton.quick_launch import describe, quick
 from miniserve.kernels.triton.split_kv import DecodeScratch, merge_splits, scratch_arrays
 
 KEYS = 64  # of a tile
-_STAGES, _PRODUCER_REGISTERS = 2, 96
+_STAGES = 2
+# Of a thread, of eight warps: half a multiprocessor's. The rest is for kernels that start while this one ends.
+_REGISTERS, _PRODUCER_REGISTERS = 128, 96
 _CHUNK = 64  # columns that lie together in shared memory: 128 bytes, a row of a swizzled tile
 _LAYOUT = gl.NVMMASharedLayout(128, 16, rank=2)
 _MOST_HEADS, _RANK, _ROPE = 16, 512, 64
@@ -274,7 +276,7 @@ def hopper_mla(
         *out.stride()[:2], block_rows, block_tables.stride(0), scale * LOG2E, num_splits, fresh or 0,
         HEADS=heads, N=max(16, next_power_of_2(heads)), RANK=rank, STAGES=_STAGES, BLOCK_SIZE=block_size,
         SINGLE=num_splits == 1, SETTLED=settled, PRODUCER_REGISTERS=_PRODUCER_REGISTERS,
-        num_warps=4, **launch_options(q.device),
+        num_warps=4, maxnreg=_REGISTERS, **launch_options(q.device),
     )  # fmt: skip
     if num_splits > 1 and scratch is not None:
         merge_splits(scratch, seq_lens, out, block_n=KEYS, num_splits=num_splits, settled=settled)
