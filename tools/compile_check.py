@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction
 from miniserve.kernels.triton import (
     cache_write,
     hopper_extend,
+    hopper_mla,
     linearize,
     mla_decode,
     paged_decode,
@@ -169,9 +170,19 @@ def _mla(kv: torch.dtype, heads: int, num_splits: int) -> Case:
     cache = tensor(NUM_BLOCKS, 16, 576, dtype=kv)
     launch = partial(
         mla_decode.mla_decode, q, q_pe, cache, int32(ROWS, TABLE_WIDTH), int32(ROWS), scale=0.1, num_splits=num_splits,
-        kv_scale=_scale(kv), scratch=DecodeScratch.allocate([(ROWS, num_splits)], heads, 512, META),
+        kv_scale=_scale(kv), scratch=DecodeScratch.allocate([(ROWS, num_splits)], heads, 512, META), fresh=1,
     )  # fmt: skip
     return f"bf16/{_NAMES[kv]} block 16 {heads} heads{_merge(num_splits)}", launch
+
+
+def _hopper_mla(heads: int, num_splits: int, block_size: int = 16) -> Case:
+    q, q_pe = tensor(ROWS, heads, 512), tensor(ROWS, heads, 192)[..., 128:]
+    cache, scratch = tensor(NUM_BLOCKS, block_size, 576), DecodeScratch.allocate([(ROWS, num_splits)], heads, 512, META)
+    launch = partial(
+        hopper_mla.hopper_mla, q, q_pe, cache, int32(ROWS, TABLE_WIDTH), int32(ROWS), scale=0.1, num_splits=num_splits,
+        fresh=1, scratch=scratch,
+    )  # fmt: skip
+    return f"bf16 block {block_size} {heads} heads{_merge(num_splits)}", launch
 
 
 def _write(kv: torch.dtype, head_dim: int, shuffled: bool, normed: bool, keeps_k: bool = False) -> Case:
@@ -258,6 +269,8 @@ def cases(arch: Arch) -> Iterator[Case]:
             yield _hopper_extend(dtype, head_dim, group, block_size)
         yield from (_hopper_extend(half, head_dim, 8, 16, special=True) for head_dim in (64, 128))
         yield from (_hopper_dense(causal) for causal in (False, True))
+        yield from (_hopper_mla(heads, splits) for heads in (8, 16) for splits in (1, 2))
+        yield _hopper_mla(16, 1, block_size=64)
     for kv in (half, fp8):
         if arch.target.backend == "cuda":  # elsewhere it is not used
             yield from (_linearize(kv, head_dim) for head_dim in (64, 80, 128, 256))
@@ -282,6 +295,7 @@ def quick_cases(arch: Arch) -> Iterator[Case]:
     if arch.chip.wgmma:
         yield _hopper_extend(torch.bfloat16, 128, 4, 16)
         yield _hopper_dense(True)
+        yield _hopper_mla(16, 1)
         yield from large_launches(arch.chip)
 
 
