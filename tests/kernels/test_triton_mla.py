@@ -99,3 +99,38 @@ def test_the_dimensions_of_deepseek(heads: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", HALVES)
 def test_fp8_cache(dtype: torch.dtype) -> None:
     check(dtype, FP8, heads=16, rank=64, rope=16, num_splits=2, kv_scale=0.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not NATIVE, reason="no interpreter runs Gluon")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "block_size"), [(16, 16), (5, 128), (16, 64)])
+def test_by_hoppers_matrix_units(heads: int, block_size: int, dtype: torch.dtype) -> None:
+    """Beside keys that no query sees, which are NaN."""
+    from miniserve.kernels.triton.runtime import gluon_kernels
+
+    hopper = gluon_kernels("hopper_mla", DEVICE, "decode runs slower")
+    if hopper is None:
+        pytest.skip("needs Hopper's matrix units")
+    lengths = [1, 0, 63, 64, 65, 129, 300]
+    counts = [-(-length // block_size) for length in lengths]
+    order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0)).int().to(DEVICE)
+    cache = torch.full((len(order), block_size, 576), float("nan"), dtype=dtype, device=DEVICE)
+    tables = torch.full((len(lengths), max(counts) + 1), 1 << 30, dtype=torch.int32, device=DEVICE)
+    q = normal(2, len(lengths), heads + 1, 576, dtype=dtype)[:, 1:]
+    want = torch.zeros(len(lengths), heads, 512, dtype=torch.float64, device=DEVICE)
+    for row, (length, count, blocks) in enumerate(zip(lengths, counts, order.split(counts), strict=True)):
+        tables[row, :count] = blocks
+        latent = normal(row, length, 576, dtype=dtype)
+        at = torch.arange(length, device=DEVICE)
+        cache[blocks.long()[at // block_size], at % block_size] = latent
+        if length:
+            keys = latent[:, None].double()
+            want[row] = attend(q[row : row + 1], keys, keys[..., :512], 0.05)[0]
+    for num_splits, fresh in ((1, None), (1, 1), (2, 3), (5, 1)):
+        scratch = DecodeScratch.allocate([(len(lengths), num_splits)], heads, 512, DEVICE)
+        got = hopper.hopper_mla(
+            q[..., :512], q[..., 512:], cache, tables, int32(lengths), scale=0.05, num_splits=num_splits, fresh=fresh,
+            scratch=scratch,
+        )  # fmt: skip
+        close(got, want, dtype)
