@@ -63,7 +63,7 @@ def test_ragged_rows(num_splits: int, fused: bool | None, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("fresh", [1, 3])
 @pytest.mark.parametrize("num_splits", [1, 3])
-def test_tiles_that_are_read_before_the_step_is_done(num_splits: int, fresh: int) -> None:
+def test_lengths_that_are_read_before_the_step_is_done(num_splits: int, fresh: int) -> None:
     check(torch.float16, torch.float16, heads=4, rank=48, rope=16, num_splits=num_splits, fresh=fresh)
 
 

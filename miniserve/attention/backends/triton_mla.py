@@ -50,6 +50,7 @@ class TritonLatentBackend(TorchLatentBackend):
         super().__init__(layout, options)
         self._decode_kernel, self._write_kernel, self._merge_kernel = mla_decode, write_latent, merge_lse
         self._hopper = gluon_kernels("hopper_extend", options.device, "prefill attention runs slower")
+        self._hopper_mla = gluon_kernels("hopper_mla", options.device, "latent decode attention runs slower")
         # PyTorch's operations read the chunks' lengths on the host, its flash attention was not seen in a graph.
         if self._hopper is not None and all(map(self._attends_dense, options.specs)):
             self.chunks_in_graphs = CHUNKS_IN_GRAPHS
@@ -76,18 +77,15 @@ class TritonLatentBackend(TorchLatentBackend):
     def decode(self, layer: LatentLayer, q: Tensor, q_pe: Tensor, cache: KVCache, meta: QueryRows) -> Tensor:
         spec = layer.spec
         longest = min(self._max_seq_len, meta.block_tables.shape[1] * self.layout.block_size)
-        return self._decode_kernel(
-            q,
-            q_pe,
-            cache.key,
-            meta.block_tables,
-            meta.seq_lens,
-            scale=spec.scale,
-            kv_scale=latent_scale(layer),
-            num_splits=_splits(spec, self._platform, q.shape[0], longest),
-            fresh=meta.fresh,
-            scratch=self._scratch[spec],
-        )
+        given = q, q_pe, cache.key, meta.block_tables, meta.seq_lens
+        terms = {"scale": spec.scale, "fresh": meta.fresh, "scratch": self._scratch[spec]}
+        if self._hopper_mla is not None and self._hopper_mla.can_decode(q, q_pe, cache.key):
+            # Never more splits than the other kernel's, which the scratch has room for.
+            splits = self._hopper_mla.splits_of(q.shape[0], longest, self._platform.compute_units)
+            found: Tensor = self._hopper_mla.hopper_mla(*given, **terms, num_splits=splits)
+            return found
+        splits = _splits(spec, self._platform, q.shape[0], longest)
+        return self._decode_kernel(*given, **terms, kv_scale=latent_scale(layer), num_splits=splits)
 
     def write(self, layer: LatentLayer, cache: KVCache, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor) -> None:
         self._write_kernel(kv_c, k_pe, cache.key, slot_mapping, kv_scale=latent_scale(layer))

@@ -16,7 +16,7 @@ from miniserve.kernels.triton.launch import cdiv, next_power_of_2
 from miniserve.kernels.triton.pdl import launch_options, start, wait
 from miniserve.kernels.triton.quick_launch import quick
 
-MOST_TOKENS = 64
+MOST_TOKENS = 256
 _TILE = 8192  # weights that a program holds
 
 

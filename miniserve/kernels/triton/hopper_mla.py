@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from miniserve.kernels.triton.common import LOG2E
-from miniserve.kernels.triton.launch import next_power_of_2
+from miniserve.kernels.triton.launch import cdiv, next_power_of_2
 from miniserve.kernels.triton.pdl import launch_options, start, wait
 from miniserve.kernels.triton.quick_launch import describe, quick
 from miniserve.kernels.triton.split_kv import DecodeScratch, merge_splits, scratch_arrays
@@ -234,6 +234,11 @@ def _hopper_mla_kernel(
         [1],
         [PRODUCER_REGISTERS],
     )  # fmt: skip
+
+
+def splits_of(rows: int, max_seq_len: int, num_sms: int) -> int:
+    """How many programs share one row's keys: as many as fill the device, which runs one on each multiprocessor."""
+    return max(1, min(num_sms // rows, cdiv(max_seq_len, KEYS)))
 
 
 def can_decode(q: torch.Tensor, q_pe: torch.Tensor, kv_cache: torch.Tensor) -> bool:

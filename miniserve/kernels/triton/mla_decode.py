@@ -7,8 +7,6 @@ its value is the row's first part. A tile of latents is therefore read once and 
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -28,7 +26,6 @@ from miniserve.kernels.triton.split_kv import (
 )
 
 _FUSED_MERGE_VALUES = 32768  # measured on an H100
-_EARLY_PROGRAMS = 264  # not timed yet
 
 
 def mla_decode(
@@ -67,16 +64,13 @@ def mla_decode(
     single, settled = num_splits == 1, fresh is not None and on == "cuda"
     if fused_merge is None:
         fused_merge = fuses_merge(on, min(launch.block_m, num_heads), rank, num_splits, _FUSED_MERGE_VALUES)
-    grid = (cdiv(num_heads, launch.block_m), num_splits, rows)
-    early = settled and launch.block_m == 16 and math.prod(grid) <= _EARLY_PROGRAMS
-    _mla_kernel[grid](
+    _mla_kernel[(cdiv(num_heads, launch.block_m), num_splits, rows)](
         q, q_pe, kv_cache, block_tables, seq_lens, kv_scale, out, *arrays, *q.stride()[:2], *q_pe.stride()[:2],
-        *kv_cache.stride()[:2], block_tables.stride(0), *out.stride()[:2], scale * LOG2E, num_splits, fresh or 0,
+        *kv_cache.stride()[:2], block_tables.stride(0), *out.stride()[:2], scale * LOG2E, num_splits,
         HEADS=num_heads, RANK=rank, ROPE=rope, BLOCK_R=next_power_of_2(rank), BLOCK_P=max(16, next_power_of_2(rope)),
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, BLOCK_SIZE=kv_cache.shape[1], SINGLE=single,
         MERGE_M=min(launch.block_m, next_power_of_2(num_heads)), FUSED_MERGE=fused_merge and not single,
-        SETTLED=settled, EARLY=early, PRECISION=dot_precision(on), **launch.options,
-        **launch_options(q.device),
+        SETTLED=settled, PRECISION=dot_precision(on), **launch.options, **launch_options(q.device),
     )  # fmt: skip
     if not single and not fused_merge and scratch is not None:
         merge_splits(scratch, seq_lens, out, block_n=launch.block_n, num_splits=num_splits, settled=settled)
@@ -84,14 +78,14 @@ def mla_decode(
 
 
 @quick
-@triton.jit(do_not_specialize=["table_row", "num_splits", "fresh"])
+@triton.jit(do_not_specialize=["table_row", "num_splits"])
 def _mla_kernel(
     q, q_pe, kv_cache, block_tables, seq_lens, kv_scale, out, partial, lse, arrivals,
     q_row, q_head, pe_row, pe_head, block_stride, token_stride, table_row, out_row, out_head, qk_scale, num_splits,
-    fresh, HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+    HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, SINGLE: tl.constexpr,
-    MERGE_M: tl.constexpr, FUSED_MERGE: tl.constexpr, SETTLED: tl.constexpr, EARLY: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    MERGE_M: tl.constexpr, FUSED_MERGE: tl.constexpr, SETTLED: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: one row, one split of its keys, up to BLOCK_M heads. Scores are base 2."""
     head_tile = tl.program_id(0)
@@ -126,32 +120,28 @@ def _mla_kernel(
     pos = begin * BLOCK_N + tl.arange(0, BLOCK_N)
     # Block ids are read one tile ahead, so that a tile's latents never wait for them.
     ids = tl.load(table + pos // BLOCK_SIZE, mask=pos < seq_len, other=0)
-    if EARLY:
-        # The first tile as well, if all of it is older than the step, and the next one's block ids.
-        old = (begin + 1) * BLOCK_N <= seq_len - fresh
-        visible = (pos < seq_len) & old
-        latent, rope = _latent_tile(
-            kv_cache, ids, pos, visible, block_stride, token_stride, RANK, ROPE, BLOCK_R, BLOCK_P, BLOCK_SIZE
-        )
-        begin += old.to(tl.int32)
-        pos += old.to(tl.int32) * BLOCK_N
-        ids = tl.load(table + pos // BLOCK_SIZE, mask=pos < seq_len, other=0)
     if SETTLED:
         wait(PDL)
     q_latent = tl.load(q + row.to(tl.int64) * q_row + head[:, None] * q_head + r[None, :], mask=mine, other=0.0)
     q_rope_at = q_pe + row.to(tl.int64) * pe_row + head[:, None] * pe_head + p[None, :]
     q_rope = tl.load(q_rope_at, mask=(head < HEADS)[:, None] & (p < ROPE)[None, :], other=0.0)
-    if EARLY:  # noqa: SIM102 - the outer test is for the compiler, the inner one for the device
-        if old:
-            best, total, acc = _absorb(q_latent, q_rope, latent, rope, visible, best, total, acc, qk_scale, PRECISION)
     for _ in range(begin, end):
+        there = (pos < seq_len)[:, None]
+        at = (kv_cache + ids.to(tl.int64) * block_stride + pos % BLOCK_SIZE * token_stride)[:, None]
+        if BLOCK_R == RANK:
+            latent = tl.load(at + r[None, :], mask=there, other=0.0)
+        else:
+            latent = tl.load(at + r[None, :], mask=there & (r < RANK)[None, :], other=0.0)
+        rope = tl.load(at + RANK + p[None, :], mask=there & (p < ROPE)[None, :], other=0.0)
         visible = pos < seq_len
-        latent, rope = _latent_tile(
-            kv_cache, ids, pos, visible, block_stride, token_stride, RANK, ROPE, BLOCK_R, BLOCK_P, BLOCK_SIZE
-        )
         pos += BLOCK_N
         ids = tl.load(table + pos // BLOCK_SIZE, mask=pos < seq_len, other=0)
-        best, total, acc = _absorb(q_latent, q_rope, latent, rope, visible, best, total, acc, qk_scale, PRECISION)
+        latent = latent.to(q_latent.dtype)
+        scores = tl.dot(q_latent, tl.trans(latent), input_precision=PRECISION)
+        scores = tl.dot(q_rope, tl.trans(rope.to(q_latent.dtype)), scores, input_precision=PRECISION) * qk_scale
+        weights, decay, best, total = running_softmax(scores, visible, best, total)
+        acc = acc * decay[:, None]
+        acc = tl.dot(weights.to(q_latent.dtype), latent, acc, input_precision=PRECISION)
 
     start(PDL)
     denominator = tl.sum(total, 1)
@@ -172,31 +162,3 @@ def _mla_kernel(
                     partial, lse, out, row, few, few < HEADS, splits, num_splits, out_row, out_head,
                     HEADS, RANK, BLOCK_R, MERGE_M,
                 )  # fmt: skip
-
-
-@triton.jit
-def _latent_tile(
-    kv_cache, ids, pos, visible, block_stride, token_stride,
-    RANK: tl.constexpr, ROPE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-):  # fmt: skip
-    """Both parts of the tokens at `pos`, which lie in blocks `ids`: [BLOCK_N, BLOCK_R] and [BLOCK_N, BLOCK_P]; 0 where
-    not visible."""
-    r = tl.arange(0, BLOCK_R)
-    p = tl.arange(0, BLOCK_P)
-    at = (kv_cache + ids.to(tl.int64) * block_stride + pos % BLOCK_SIZE * token_stride)[:, None]
-    mask = visible[:, None]
-    if BLOCK_R != RANK:
-        mask = mask & (r < RANK)[None, :]
-    latent = tl.load(at + r[None, :], mask=mask, other=0.0)
-    return latent, tl.load(at + RANK + p[None, :], mask=visible[:, None] & (p < ROPE)[None, :], other=0.0)
-
-
-@triton.jit
-def _absorb(q_latent, q_rope, latent, rope, visible, best, total, acc, qk_scale, PRECISION: tl.constexpr):
-    """Add a tile of latents to the running softmax's maximum, sums and weighted values."""
-    latent = latent.to(q_latent.dtype)
-    scores = tl.dot(q_latent, tl.trans(latent), input_precision=PRECISION)
-    scores = tl.dot(q_rope, tl.trans(rope.to(q_latent.dtype)), scores, input_precision=PRECISION) * qk_scale
-    weights, decay, best, total = running_softmax(scores, visible, best, total)
-    acc = tl.dot(weights.to(q_latent.dtype), latent, acc * decay[:, None], input_precision=PRECISION)
-    return best, total, acc
