@@ -141,6 +141,8 @@ def _small_operations() -> None:
     rope = tensor(64, 64, dtype=torch.float32)
     heads, kv, latent = tensor(64, 16, 192), tensor(64, 576), (tensor(512), 1e-6)
     elementwise.norm_rope_pair(heads[:, :, 128:], kv[:, :512], kv[:, 512:], *latent, rope, interleaved=True)
+    many, kv, rope = tensor(4096, 16, 192), tensor(4096, 576), tensor(4096, 64, dtype=torch.float32)
+    elementwise.norm_rope_pair(many[:, :, 128:], kv[:, :512], kv[:, 512:], *latent, rope, interleaved=True)
     lse = tensor(16, 4096, dtype=torch.float32)
     elementwise.merge_lse(tensor(4096, 16, 128), lse, tensor(4096, 16, 128), lse)
     elementwise.merge_lse(tensor(4096, 16, 128, dtype=torch.float32), lse, tensor(4096, 16, 128), lse)

@@ -159,26 +159,37 @@ def _rope_pair_kernel(
     inside = place < half
     cos = tl.load(cos_sin_ptr + token * DIM + place, mask=inside, other=0.0)
     sin = tl.load(cos_sin_ptr + token * DIM + half + place, mask=inside, other=0.0)
-    first = 2 * place if INTERLEAVED else place
-    second = first + 1 if INTERLEAVED else half + place
     # Triton 3.6 cannot compile a choice between two pointers for AMD.
     head = tile * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     if tile < tl.num_programs(1) - 1:
-        _rotate(q_ptr + token * q_row + head * q_head, first, second, cos, sin, inside & (head < num_heads))
+        _rotate(q_ptr + token * q_row, head * q_head, head < num_heads, cos, sin, DIM, HALF, INTERLEAVED)
     else:
-        _rotate(k_ptr + token * k_row, first, second, cos, sin, inside)
+        _rotate(k_ptr + token * k_row, head * 0, head == tile * BLOCK_H, cos, sin, DIM, HALF, INTERLEAVED)
         latent_at = latent_ptr + token * latent_row + col
         latent = tl.load(latent_at, mask=col < SIZE, other=0.0)
         tl.store(latent_at, rms_normed(latent, weight, SIZE, eps), mask=col < SIZE)
 
 
 @triton.jit
-def _rotate(base, first, second, cos, sin, inside):
-    a = tl.load(base + first, mask=inside, other=0.0)
-    b = tl.load(base + second, mask=inside, other=0.0)
+def _rotate(row, heads, there, cos, sin, DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Vectors that begin at row + heads [BLOCK_H, 1], where `there`; cos, sin [1, HALF]."""
+    BLOCK_H: tl.constexpr = heads.shape[0]
+    if INTERLEAVED:  # neighbours are loaded together
+        col = tl.arange(0, 2 * HALF)[None, :]
+        inside = there & (col < DIM)
+        a, b = tl.split(tl.reshape(tl.load(row + heads + col, mask=inside, other=0.0), (BLOCK_H, HALF, 2)))
+    else:
+        col = tl.arange(0, HALF)[None, :]
+        inside = there & (col < DIM // 2)
+        a = tl.load(row + heads + col, mask=inside, other=0.0)
+        b = tl.load(row + heads + DIM // 2 + col, mask=inside, other=0.0)
     wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)
-    tl.store(base + first, (wide_a * cos - wide_b * sin).to(a.dtype), mask=inside)
-    tl.store(base + second, (wide_b * cos + wide_a * sin).to(a.dtype), mask=inside)
+    first, second = (wide_a * cos - wide_b * sin).to(a.dtype), (wide_b * cos + wide_a * sin).to(a.dtype)
+    if INTERLEAVED:
+        tl.store(row + heads + col, tl.reshape(tl.join(first, second), (BLOCK_H, 2 * HALF)), mask=inside)
+    else:
+        tl.store(row + heads + col, first, mask=inside)
+        tl.store(row + heads + DIM // 2 + col, second, mask=inside)
 
 
 def norm_rope_pair(
@@ -195,11 +206,11 @@ def norm_rope_pair(
     weight [size]; cos_sin float32 [T, dim], cosines first. interleaved: neighbours are paired instead of halves."""
     tokens, num_heads, dim = q.shape
     # Few tokens need many programs, many tokens few of them.
-    heads = min(16, next_power_of_2(num_heads)) if tokens > 256 else 1
+    heads, warps = (min(16, next_power_of_2(num_heads)), 4) if tokens > 256 else (1, 1)
     _rope_pair_kernel[(tokens, cdiv(num_heads, heads) + 1)](
         q, k, cos_sin, latent, weight, eps, num_heads, *q.stride()[:2], k.stride(0), latent.stride(0),
         DIM=dim, HALF=next_power_of_2(dim // 2), BLOCK_H=heads, INTERLEAVED=interleaved,
-        SIZE=latent.shape[1], BLOCK=next_power_of_2(latent.shape[1]), num_warps=1,
+        SIZE=latent.shape[1], BLOCK=next_power_of_2(latent.shape[1]), num_warps=warps,
         **launch_options(q.device),
     )  # fmt: skip
 
