@@ -203,10 +203,19 @@ def _write(kv: torch.dtype, head_dim: int, shuffled: bool, normed: bool, keeps_k
     return f"{_what(torch.bfloat16, kv, shuffled, 16)} d{head_dim}{more}", launch
 
 
-def _write_latent(kv: torch.dtype) -> Case:
-    cache, slots = tensor(NUM_BLOCKS, 16, 576, dtype=kv), tensor(ROWS, dtype=torch.int64)
-    launch = partial(cache_write.write_latent, tensor(ROWS, 512), tensor(ROWS, 64), cache, slots, kv_scale=_scale(kv))
-    return f"bf16/{_NAMES[kv]}", launch
+def _write_latent(kv: torch.dtype, tokens: int = ROWS) -> Case:
+    cache, slots, q = tensor(NUM_BLOCKS, 16, 576, dtype=kv), tensor(tokens, dtype=torch.int64), tensor(tokens, 16, 192)
+    latent, k, norm = tensor(tokens, 512), tensor(tokens, 64), (tensor(512), 1e-6)
+
+    def launch() -> None:
+        if tokens == ROWS:
+            cache_write.write_latent(latent, k, cache, slots, kv_scale=_scale(kv))
+        cache_write.norm_rope_latent(
+            q[:, :, 128:], latent, k, *norm, tensor(tokens, 64, dtype=torch.float32), interleaved=True, kv_cache=cache,
+            slot_mapping=slots, kv_scale=_scale(kv), settled=True,
+        )  # fmt: skip
+
+    return f"bf16/{_NAMES[kv]}, {tokens} tokens", launch
 
 
 def _token_indices() -> Case:
@@ -276,7 +285,7 @@ def cases(arch: Arch) -> Iterator[Case]:
             yield from (_linearize(kv, head_dim) for head_dim in (64, 80, 128, 256))
             for special in (False, True):
                 yield _attention(kv, 128, False, query_len=256, special=special, num_splits=4)
-        yield _write_latent(kv)
+        yield from (_write_latent(kv, tokens) for tokens in (ROWS, 4096))
         for heads in (8, 16, 32, 64, 128):
             yield from (_mla(kv, heads, splits) for splits in SPLITS)
 

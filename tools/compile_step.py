@@ -12,6 +12,7 @@ import torch
 from miniserve.kernels.sampling import NUM_COLUMNS, RowMasks, RowParams
 from miniserve.kernels.step_tensors import RowState, StepTensors
 from miniserve.kernels.triton import (
+    cache_write,
     decode_step,
     elementwise,
     head_linear,
@@ -140,9 +141,7 @@ def _small_operations() -> None:
     elementwise.norm_rope(tensor(64, 6144), cos_sin, norm, norm, 1e-6, num_heads=32, num_kv_heads=8, head_dim=128)
     rope = tensor(64, 64, dtype=torch.float32)
     heads, kv, latent = tensor(64, 16, 192), tensor(64, 576), (tensor(512), 1e-6)
-    elementwise.norm_rope_pair(heads[:, :, 128:], kv[:, :512], kv[:, 512:], *latent, rope, interleaved=True)
-    many, kv, rope = tensor(4096, 16, 192), tensor(4096, 576), tensor(4096, 64, dtype=torch.float32)
-    elementwise.norm_rope_pair(many[:, :, 128:], kv[:, :512], kv[:, 512:], *latent, rope, interleaved=True)
+    cache_write.norm_rope_latent(heads[:, :, 128:], kv[:, :512], kv[:, 512:], *latent, rope, interleaved=True)
     lse = tensor(16, 4096, dtype=torch.float32)
     elementwise.merge_lse(tensor(4096, 16, 128), lse, tensor(4096, 16, 128), lse)
     elementwise.merge_lse(tensor(4096, 16, 128, dtype=torch.float32), lse, tensor(4096, 16, 128), lse)

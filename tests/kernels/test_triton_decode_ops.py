@@ -53,17 +53,6 @@ def test_norm_and_rope_within_a_fused_qkv(head_dim: int, with_norm: bool) -> Non
         assert relative_error(got, expected) < 1e-5
 
 
-@pytest.mark.parametrize(("tokens", "interleaved"), [(4, False), (4, True), (260, True)])
-def test_the_norm_and_rope_of_latent_attention(interleaved: bool, tokens: int) -> None:
-    q, both, cos_sin = normal(0, tokens, 3, 20)[:, :, 4:], normal(1, tokens, 63), normal(2, tokens, 16)
-    latent, k, weight = both[:, 7:47], both[:, 47:], normal(3, 40)
-    given = latent.clone(), k.clone(), weight, 1e-6, cos_sin
-    want = ops.Ops().norm_rope_pair(q.clone(), *given, interleaved=interleaved)
-    elementwise.norm_rope_pair(q, latent, k, *given[2:], interleaved=interleaved)
-    for got, expected in zip((q, latent, k), want, strict=True):
-        assert relative_error(got, expected) < 1e-5
-
-
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("tokens", "n", "m"), [(1, 24, 40), (3, 128, 512), (17, 512, 40), (65, 16, 16)])
 def test_products_of_heads(tokens: int, n: int, m: int, transposed: bool) -> None:

@@ -19,7 +19,7 @@ from miniserve.attention.backends.base import Backend, LatentTokens
 from miniserve.attention.backends.gathered import GatheredRows, RaggedLens, add_context, context_pieces, merge_into
 from miniserve.attention.layouts import KVCache, decoded
 from miniserve.attention.metadata import QueryRows, StepBatch
-from miniserve.attention.spec import LatentLayer
+from miniserve.attention.spec import LatentLayer, LatentRope
 
 Decode = TypeVar("Decode")
 
@@ -68,6 +68,13 @@ class LatentBackend(Backend[LatentMetadata[Decode]]):
     def write(self, layer: LatentLayer, cache: KVCache, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor) -> None:
         self.layout.write(cache, kv_c, k_pe, slot_mapping, layer.kv_scale, layer.kv_scale)
 
+    def rope_and_write(
+        self, layer: LatentLayer, cache: KVCache, q_pe: Tensor, kv_c: Tensor, k_pe: Tensor, rope: LatentRope,
+        batch: StepBatch,
+    ) -> None:  # fmt: skip
+        """Norm and rotate the three in place, and write the latter two."""
+        raise NotImplementedError(f"{type(self).__name__} does not rotate")
+
     def build(self, batch: StepBatch) -> LatentMetadata[Decode]:
         extend = batch.extend
         return LatentMetadata(
@@ -78,10 +85,18 @@ class LatentBackend(Backend[LatentMetadata[Decode]]):
         )
 
     def attend_latent(
-        self, layer: LatentLayer, tokens: LatentTokens, cache: KVCache, meta: LatentMetadata[Decode]
+        self,
+        layer: LatentLayer,
+        tokens: LatentTokens,
+        cache: KVCache,
+        meta: LatentMetadata[Decode],
+        rope: LatentRope | None = None,
     ) -> Tensor:
         q_nope, q_pe, kv_c, k_pe = tokens
-        self.write(layer, cache, kv_c, k_pe, meta.batch.slot_mapping)
+        if rope is None:
+            self.write(layer, cache, kv_c, k_pe, meta.batch.slot_mapping)
+        else:
+            self.rope_and_write(layer, cache, q_pe, kv_c, k_pe, rope, meta.batch)
         parts: list[Tensor] = []
         if meta.batch.decode is not None and meta.decode is not None:
             rows = slice(0, meta.batch.decode.end)

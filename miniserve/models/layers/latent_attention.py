@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from miniserve.attention.context import StepContext
-from miniserve.attention.spec import AttentionSpec, LatentDims
+from miniserve.attention.spec import AttentionSpec, LatentDims, LatentRope
 from miniserve.models.description import ModelConfig
 from miniserve.models.layers.base import Module
 from miniserve.models.layers.linear import Linear, LinearMethod
@@ -115,6 +115,10 @@ class LatentSelfAttention(Module):
             q = self.q_b_proj(self.q_a_layernorm(q))
         kv_c, k_pe = kv.split(self.kv_sizes, dim=-1)
         q_nope, q_pe = q.unflatten(-1, (-1, sum(self.q_sizes))).split(self.q_sizes, dim=-1)
-        norm = self.kv_a_layernorm.weight, self.kv_a_layernorm.eps
-        q_pe, kv_c, k_pe = self.ops.norm_rope_pair(q_pe, kv_c, k_pe, *norm, cos_sin, interleaved=self.interleaved)
-        return self.ops.linear_to_add(self.o_proj, ctx.attend_latent(self.attn, q_nope, q_pe, kv_c, k_pe))
+        rope = LatentRope(self.kv_a_layernorm.weight, self.kv_a_layernorm.eps, cos_sin, self.interleaved)
+        if ctx.fuses_rope:
+            out = ctx.attend_latent(self.attn, q_nope, q_pe, kv_c, k_pe, rope)
+        else:
+            q_pe, kv_c, k_pe = self.ops.norm_rope_latent(q_pe, kv_c, k_pe, rope)
+            out = ctx.attend_latent(self.attn, q_nope, q_pe, kv_c, k_pe)
+        return self.ops.linear_to_add(self.o_proj, out)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from miniserve.attention.spec import AttentionSpec, QKRope
+from miniserve.attention.spec import AttentionSpec, LatentRope, QKRope
 from miniserve.kernels.native import NativeKernels
 from miniserve.models.layers.linear import Linear
 from miniserve.models.layers.routing import Chosen, Router, route
@@ -126,14 +126,14 @@ class Ops:
         q, k, v = split_heads(qkv, spec)
         return *qk_norm_rope(q, k, rope), v
 
-    def norm_rope_pair(
-        self, q: Tensor, latent: Tensor, k: Tensor, weight: Tensor, eps: float, cos_sin: Tensor, *, interleaved: bool
+    def norm_rope_latent(
+        self, q_pe: Tensor, kv_c: Tensor, k_pe: Tensor, how: LatentRope
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q [T, heads, dim] and k [T, dim], rotated as `rope` or `rope_interleaved` does, and between them latent [T,
-        size], normed with weight [size]. All three may be views and may be overwritten."""
-        rotate = rope_interleaved if interleaved else rope
-        normed = self.rms_norm(latent, weight, eps)
-        return rotate(q, cos_sin), normed, rotate(k[:, None], cos_sin)[:, 0]
+        """q_pe [T, heads, dim] and k_pe [T, dim], rotated as `rope` or `rope_interleaved` does, and kv_c [T, size],
+        normed. All three may be views and may be overwritten."""
+        rotate = rope_interleaved if how.interleaved else rope
+        normed = self.rms_norm(kv_c, how.weight, how.eps)
+        return rotate(q_pe, how.cos_sin), normed, rotate(k_pe[:, None], how.cos_sin)[:, 0]
 
     def head_linear(self, x: Tensor, weights: Tensor) -> Tensor:
         """x [T, heads, n], each head by its matrix of weights [heads, n, m] -> [T, heads, m], contiguous. Both may be

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.nn import functional
 
-from miniserve.attention.spec import AttentionSpec, QKRope
+from miniserve.attention.spec import AttentionSpec, LatentRope, QKRope
 from miniserve.models.layers.experts import Experts, MoEMethod
 from miniserve.models.layers.linear import Linear, LinearMethod
 from miniserve.models.layers.norm import Normed
@@ -42,11 +42,12 @@ class TritonOps(Ops):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self._kernels.rms_norm(x, weight, eps)
 
-    def norm_rope_pair(
-        self, q: Tensor, latent: Tensor, k: Tensor, weight: Tensor, eps: float, cos_sin: Tensor, *, interleaved: bool
+    def norm_rope_latent(
+        self, q_pe: Tensor, kv_c: Tensor, k_pe: Tensor, how: LatentRope
     ) -> tuple[Tensor, Tensor, Tensor]:
-        self._kernels.norm_rope_pair(q, latent, k, weight, eps, cos_sin, interleaved=interleaved)
-        return q, latent, k
+        given = how.weight, how.eps, how.cos_sin
+        self._kernels.norm_rope_latent(q_pe, kv_c, k_pe, *given, interleaved=how.interleaved)
+        return q_pe, kv_c, k_pe
 
     def head_linear(self, x: Tensor, weights: Tensor) -> Tensor:
         y = self._kernels.head_linear(x, weights)
