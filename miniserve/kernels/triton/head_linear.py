@@ -16,8 +16,9 @@ from miniserve.kernels.triton.launch import cdiv, next_power_of_2
 from miniserve.kernels.triton.pdl import launch_options, start, wait
 from miniserve.kernels.triton.quick_launch import quick
 
-MOST_TOKENS = 256
+MOST_TOKENS = 128  # measured on an H200
 _TILE = 8192  # weights that a program holds
+_BYTES = 64 << 10  # of x that a program holds
 
 
 def head_linear(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor | None:
@@ -29,7 +30,8 @@ def head_linear(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor | None:
     if not 0 < tokens <= MOST_TOKENS or block_n > _TILE // 16 or platform() != "cuda":
         return None
     out = x.new_empty(tokens, heads, m)
-    block_m, block_t = max(16, min(64, _TILE // block_n)), max(16, min(64, next_power_of_2(tokens)))
+    most = min(64, _BYTES // (block_n * x.element_size()))
+    block_m, block_t = max(16, min(64, _TILE // block_n)), max(16, min(most, next_power_of_2(tokens)))
     _head_linear_kernel[(cdiv(m, block_m), heads, cdiv(tokens, block_t))](
         x, weights, out, tokens, *x.stride()[:2], *weights.stride(), *out.stride()[:2],
         N=n, M=m, BLOCK_T=block_t, BLOCK_N=max(16, block_n), BLOCK_M=block_m, PRECISION=dot_precision(platform()),

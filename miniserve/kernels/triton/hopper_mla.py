@@ -38,7 +38,7 @@ _MOST_HEADS, _RANK, _ROPE = 16, 512, 64
 
 @gluon.jit
 def _places(tables, tile, num_keys, block_rows, ROWS: gl.constexpr, BLOCK_SIZE: gl.constexpr):
-    """Where the pieces of a tile begin in the cache: four at most, whatever ROWS is."""
+    """Where the pieces of a tile begin in the cache: blocks of it, or 64 keys of one."""
     BLOCKS: gl.constexpr = 64 // ROWS
     found = ()
     for block in gl.static_range(BLOCKS):
@@ -51,7 +51,7 @@ def _places(tables, tile, num_keys, block_rows, ROWS: gl.constexpr, BLOCK_SIZE: 
 
 @gluon.jit
 def _fetch(desc, latents, ropes, ready, stage, places):
-    """A tile's latents and the parts that are rotated, to their chunks of 64 columns."""
+    """Have a tile copied: its latents to chunks of 64 columns, and the parts that are rotated."""
     STAGES: gl.constexpr = ready.type.shape[0]
     CHUNKS: gl.constexpr = latents.type.shape[0] // STAGES
     ROWS: gl.constexpr = desc.block_type.shape[0]
@@ -73,7 +73,7 @@ def _produce(
     desc, latents, ropes, ready, free, tables, begin, middle, end, num_keys, block_rows,
     BLOCK_SIZE: gl.constexpr, SETTLED: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """Keeps the two tiles filled: those before `middle` are older than the step."""
+    """The warp that fetches: tiles before `middle`, which are older than the step, and once it may those from there."""
     if SETTLED:
         _fetch_all(desc, latents, ropes, ready, free, tables, begin, begin, middle, num_keys, block_rows, BLOCK_SIZE)
         wait(PDL)
