@@ -251,8 +251,8 @@ def test_short_prompts_in_graphs_give_the_tokens_of_steps_without(
         found.append(generate(engine, requests, [i // 3 for i in range(60)]))
     if shape == "latent":
         # Padding changes tiles and so roundings. On a CPU logits of this shape in bfloat16, summed in another order or
-        # beside float32, are 1 to 2 % off.
-        assert max(distances(*found)) < 0.04
+        # beside float32, are 1 to 2 % off; another token in the middle of 60 changes them by 29 %, of 400 by 9 %.
+        assert max(distances(*found)) < 0.05
     else:
         assert [*map(tokens, found[0])] == [*map(tokens, found[1])]
     assert any(in_graph and chunks > 2 for in_graph, chunks in ran)
