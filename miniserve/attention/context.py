@@ -10,6 +10,7 @@ from torch import Tensor
 
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.layouts import KVCache
+from miniserve.attention.metadata import StepBatch
 from miniserve.attention.spec import AttentionLayer, LatentLayer, LatentRope, QKRope
 
 
@@ -17,24 +18,42 @@ from miniserve.attention.spec import AttentionLayer, LatentLayer, LatentRope, QK
 class StepContext:
     """The step's state, handed to `model.forward` as an argument and by it to every attention layer: one backend, one
     cache a layer, the backend's metadata of the step. What a method is given has its last dimension contiguous; the
-    others may be strided."""
+    others may be strided.
+
+    read: indices int64 [R] of the tokens whose queries attend, which `metadata` then describes as decode rows; None for
+    all. last: the state for the last layer, where that computes fewer tokens; see `StepBatch.read`."""
 
     backend: Backend[Any]
     caches: Sequence[KVCache]
     metadata: object
+    read: Tensor | None = None
+    last: StepContext | None = None
+
+    @classmethod
+    def of(cls, backend: Backend[Any], caches: Sequence[KVCache], batch: StepBatch) -> StepContext:
+        """The state of a step."""
+        last = None
+        if (read := batch.read) is not None:
+            metadata = backend.build(StepBatch(batch.slot_mapping, decode=read.rows))
+            last = cls(backend, caches, metadata, read.indices)
+        return cls(backend, caches, backend.build(batch), last=last)
+
+    def reading(self, states: Tensor) -> Tensor:
+        """Of states [num_tokens, ...] those of the tokens that are read."""
+        return states if self.read is None else states[self.read]
 
     def attend(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write k, v of this step's tokens to the cache, then attend causally over all cached tokens of each sequence.
 
         q: [num_tokens, num_heads, head_dim], k, v: [num_tokens, num_kv_heads, head_dim], after norm and rope. Returns
-        [num_tokens, num_heads * head_dim], q's dtype.
+        [num_tokens, num_heads * head_dim], q's dtype; here and below of the tokens that are read alone.
         """
-        return self.backend.attend(layer, (q, k, v), self.caches[layer.layer_index], self.metadata)
+        return self.backend.attend(layer, (self.reading(q), k, v), self.caches[layer.layer_index], self.metadata)
 
     @property
     def fuses_rope(self) -> bool:
         """Whether `attend_qkv` is there, or `attend_latent` takes a rope: it turns and writes in one launch."""
-        return self.backend.fuses_rope
+        return self.backend.fuses_rope and self.read is None
 
     def attend_qkv(self, layer: AttentionLayer, qkv: Tensor, rope: QKRope) -> Tensor:
         """As `attend`, of qkv [num_tokens, (num_heads + 2 num_kv_heads) * head_dim] before norm and rope."""
@@ -52,5 +71,5 @@ class StepContext:
         """As `attend`, for MLA. q_nope [T, num_heads, nope_dim], q_pe [T, num_heads, rope_dim], kv_c [T, kv_lora_rank],
         k_pe [T, rope_dim], after norms and rope, or where the backend `fuses_rope` before `rope`, and may be
         overwritten. Returns [T, num_heads * v_head_dim], q_nope's dtype."""
-        tokens = q_nope, q_pe, kv_c, k_pe
+        tokens = self.reading(q_nope), self.reading(q_pe), kv_c, k_pe
         return self.backend.attend_latent(layer, tokens, self.caches[layer.layer_index], self.metadata, rope)

@@ -72,16 +72,26 @@ def chunk_rows(
 
 
 @dataclass(frozen=True, slots=True)
+class ReadTokens:
+    """The tokens of a step whose hidden states are read: indices int64 [R], each of them a row of `rows`."""
+
+    indices: Tensor
+    rows: QueryRows
+
+
+@dataclass(frozen=True, slots=True)
 class StepBatch:
     """Tokens lie in the order decode | extend (with cached context) | prefill (without).
 
     slot_mapping int64 [num_tokens]: where each token's key and value go; a negative slot is not written.
+    read: all that the last layer computes beside keys and values; None for all tokens.
     """
 
     slot_mapping: Tensor
     decode: QueryRows | None = None
     extend: QueryRows | None = None
     prefill: QueryRows | None = None
+    read: ReadTokens | None = None
 
     @property
     def chunks(self) -> tuple[QueryRows, ...]:

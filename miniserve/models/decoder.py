@@ -33,7 +33,8 @@ class DecoderLayer(Module):
         self.mlp = _mlp(config, options.within("mlp"), layer_index)
 
     def forward(self, x: Residual, cos_sin: Tensor, ctx: StepContext) -> Residual:
-        x += self.self_attn(self.input_layernorm(x), cos_sin, ctx)
+        attended = self.self_attn(self.input_layernorm(x), cos_sin, ctx)
+        x = x.reading(ctx.read) + attended
         x += self.mlp(self.post_attention_layernorm(x))
         return x
 
@@ -69,8 +70,10 @@ class Decoder(Module):
     def forward(self, input_ids: Tensor, positions: Tensor, ctx: StepContext) -> Tensor:
         cos_sin = self.rotary_emb(positions)  # first, so that it is settled by the look-up of embeddings (see `pdl.py`)
         x = Residual(self.embed_tokens(input_ids))
-        for layer in self.layers:
+        *layers, last = self.layers
+        for layer in layers:
             x = layer(x, cos_sin, ctx)
+        x = last(x, cos_sin, ctx.last or ctx)
         hidden: Normed = self.norm(x)
         return hidden.read()
 
@@ -98,7 +101,8 @@ class CausalLM(Module):
         self.lm_head = _head(config, options, self.model.embed_tokens)
 
     def forward(self, input_ids: Tensor, positions: Tensor, ctx: StepContext) -> Tensor:
-        """input_ids, positions: int64 [T] -> hidden states after the last norm, [T, hidden_size]."""
+        """input_ids, positions: int64 [T] -> hidden states after the last norm, [T, hidden_size], or of the tokens that
+        are read alone."""
         hidden: Tensor = self.model(input_ids, positions, ctx)
         return hidden
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import nn
 
-from miniserve.attention.metadata import StepBatch, chunk_rows, decode_rows, table_width
+from miniserve.attention.metadata import QueryRows, ReadTokens, StepBatch, chunk_rows, decode_rows, table_width
 from miniserve.models.decoder import CausalLM
 from miniserve.runner.device import to_device
 from miniserve.runner.served import ServedModel
@@ -42,7 +43,9 @@ def rehearse(served: ServedModel, *, block_size: int, max_num_seqs: int, max_tok
                 if rows * context <= _MOST_READ:
                     run(*steps.decode(rows, context))
         for tokens in _sizes(min(max_tokens, max_seq_len), 256):
-            run(*steps.chunks((tokens,), 0))
+            batch, positions = steps.chunks((tokens,), 0)
+            run(batch, positions)
+            run(replace(batch, read=steps.last(tokens)), positions)
         for tokens in _doubling(1, min(max_tokens, max_seq_len - 1), 2):
             for context in contexts:
                 if tokens + context <= max_seq_len and tokens * context <= _MOST_SCORES:
@@ -61,11 +64,8 @@ class _Steps:
 
     def decode(self, rows: int, context: int) -> tuple[StepBatch, torch.Tensor]:
         """Rows with `context` cached tokens each."""
-        lens = np.full(rows, context + 1)
-        seq_lens = to_device(lens.astype(np.int32), self._device)
-        positions = to_device(lens - 1, self._device)
-        decode = decode_rows(self._tables(rows, context + 1), seq_lens, context + 1, lens)
-        return StepBatch(positions % self._block_size, decode), positions
+        positions = torch.full((rows,), context, device=self._device)
+        return StepBatch(positions % self._block_size, self._rows(rows, context)), positions
 
     def chunks(self, query_lens: tuple[int, ...], context: int) -> tuple[StepBatch, torch.Tensor]:
         """Chunks behind `context` cached tokens each."""
@@ -83,6 +83,15 @@ class _Steps:
         positions = to_device(np.concatenate(spans), self._device)
         extend, prefill = (group, None) if context else (None, group)
         return StepBatch(positions % self._block_size, None, extend, prefill), positions
+
+    def last(self, tokens: int) -> ReadTokens:
+        """Of a batch of one chunk without context: its last token."""
+        return ReadTokens(torch.full((1,), tokens - 1, device=self._device), self._rows(1, tokens - 1))
+
+    def _rows(self, rows: int, context: int) -> QueryRows:
+        lens = np.full(rows, context + 1)
+        seq_lens = to_device(lens.astype(np.int32), self._device)
+        return decode_rows(self._tables(rows, context + 1), seq_lens, context + 1, lens)
 
     def _tables(self, rows: int, longest: int) -> torch.Tensor:
         return torch.zeros(rows, table_width(longest, self._block_size), dtype=torch.int32, device=self._device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -115,13 +115,16 @@ class ModelRunner:
             return self._replay(graphs, bucket, plan)
         inputs = self._state.prepare(plan, self._sampler.last_tokens)
         hidden = None if self._chunk_graphs is None else self._chunk_graphs.run(inputs)
+        read = None
         if hidden is None:
-            hidden = self._served.hidden(inputs.input_ids, inputs.positions, inputs.batch)
+            read = self._state.read_tokens(plan, inputs)
+            batch = replace(inputs.batch, read=read)
+            hidden = self._served.hidden(inputs.input_ids, inputs.positions, batch)
         work.prompt_logprobs = self._prompt_logprobs(plan, inputs.chunk_starts, hidden)
         rows = plan.sampling_rows
         if not rows:
             return None
-        chosen = hidden if inputs.sample_indices is None else hidden[inputs.sample_indices]
+        chosen = hidden if inputs.sample_indices is None or read is not None else hidden[inputs.sample_indices]
         return partial(self._sampler.sample, self._model.compute_logits(chosen), rows, _positions(plan))
 
     def _draw(self, step: Step, masks: TokenMasks | None) -> None:

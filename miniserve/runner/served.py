@@ -26,10 +26,10 @@ class ServedModel:
     zero_blocks: Callable[[torch.Tensor], None] | None = None
 
     def hidden(self, input_ids: torch.Tensor, positions: torch.Tensor, batch: StepBatch) -> torch.Tensor:
-        """input_ids, positions: int64 [num_tokens] -> [num_tokens, hidden_size]."""
+        """input_ids, positions: int64 [num_tokens] -> [num_tokens, hidden_size], or of `batch.read` alone."""
         if self.zero_blocks is not None:
             self.zero_blocks(batch.slot_mapping)
-        context = StepContext(self.backend, self.caches, self.backend.build(batch))
+        context = StepContext.of(self.backend, self.caches, batch)
         hidden: torch.Tensor = self.model(input_ids, positions, context)
         return hidden
 

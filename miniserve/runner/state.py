@@ -8,7 +8,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from miniserve.attention.metadata import Int64, QueryRows, StepBatch, chunk_rows, decode_rows, table_width
+from miniserve.attention.metadata import Int64, QueryRows, ReadTokens, StepBatch, chunk_rows, decode_rows, table_width
 from miniserve.core import Chunk, StepPlan
 from miniserve.runner.device import to_device
 
@@ -111,6 +111,26 @@ class StepState:
         )
         starts = [start_of[chunk.row] for chunk in plan.chunks]
         return StepInputs(_join(ids), _join(positions), batch, starts, self._sample_indices(plan, starts))
+
+    def read_tokens(self, plan: StepPlan, inputs: StepInputs) -> ReadTokens | None:
+        """The tokens that sample, of a step that was just prepared: its last layer need not compute others. None where
+        that is most of them or more than the state has rows, or prompt tokens are read, too."""
+        rows, indices = plan.sampling_rows, inputs.sample_indices
+        most = min(plan.num_tokens // 2, len(self._lens))
+        if indices is None or len(rows) > most or any(chunk.logprob_targets for chunk in plan.chunks):
+            return None
+        lens = np.array([position + 1 for position in plan.run_positions], dtype=np.int64)
+        if not rows:  # one token, as there is no step without any
+            rows, indices = [plan.chunks[0].row], self._to_device([inputs.chunk_starts[0]])
+            lens = np.array([plan.chunks[0].start + 1])
+        else:
+            others = rows[len(lens) :]
+            lens = np.concatenate([lens, self._lens[others]])
+        longest, device_rows = int(lens.max()), self._to_device(rows)
+        tables = self._device_tables[device_rows, : table_width(longest, self._block_size)]
+        seq_lens = to_device(lens.astype(np.int32), self._device)
+        starts = self._counting[: len(rows) + 1]
+        return ReadTokens(indices, decode_rows(tables, seq_lens, longest, lens, cu_query_lens=starts))
 
     def _note_blocks(self, new_blocks: list[tuple[int, int, list[int]]]) -> tuple[Int64, Int32]:
         """In the host's tables; returns them as in `GraphInputs`."""

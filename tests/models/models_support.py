@@ -183,6 +183,7 @@ class DenseContext:
     """
 
     fuses_rope = False
+    read = last = None
 
     def __init__(self) -> None:
         self.keys: dict[tuple[int, int], torch.Tensor] = {}

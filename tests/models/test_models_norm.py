@@ -52,3 +52,13 @@ def test_a_kernel_is_not_asked_for_what_it_cannot_add(ranks: int, part: torch.Te
 def test_a_second_part_without_a_norm_between_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="without a norm between them"):
         Residual(STREAM) + PART + PART
+
+
+def test_tokens_are_chosen_of_what_a_norm_has_summed() -> None:
+    stream, part, last = torch.cat([STREAM, 2 * STREAM]), torch.cat([PART, PART]), torch.tensor([1])
+    x = Residual(stream.clone()) + part
+    with pytest.raises(RuntimeError, match="without a norm before that"):
+        x.reading(last)
+    layer_norm()(x).read()
+    assert torch.equal(x.reading(last).stream, (stream + part)[last])
+    assert x.reading(None) is x

@@ -62,6 +62,14 @@ class Residual:
             raise RuntimeError("two parts were added to the residual stream without a norm between them")
         return Residual(self.stream, part)
 
+    def reading(self, indices: Tensor | None) -> Residual:
+        """The stream of the tokens `indices`, None for all. Raises `RuntimeError` as `+` does."""
+        if indices is None:
+            return self
+        if self.part is not None:
+            raise RuntimeError("tokens were chosen of a residual stream without a norm before that")
+        return Residual(self.stream[indices])
+
 
 class Normed:
     """A norm of the residual stream, not computed before it is read. Reading it also adds the stream's part to it."""
