@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction
 from miniserve.kernels.triton import (
     cache_write,
     hopper_extend,
+    hopper_mla,
     linearize,
     mla_decode,
     paged_decode,
@@ -169,9 +170,19 @@ def _mla(kv: torch.dtype, heads: int, num_splits: int) -> Case:
     cache = tensor(NUM_BLOCKS, 16, 576, dtype=kv)
     launch = partial(
         mla_decode.mla_decode, q, q_pe, cache, int32(ROWS, TABLE_WIDTH), int32(ROWS), scale=0.1, num_splits=num_splits,
-        kv_scale=_scale(kv), scratch=DecodeScratch.allocate([(ROWS, num_splits)], heads, 512, META),
+        kv_scale=_scale(kv), scratch=DecodeScratch.allocate([(ROWS, num_splits)], heads, 512, META), fresh=1,
     )  # fmt: skip
     return f"bf16/{_NAMES[kv]} block 16 {heads} heads{_merge(num_splits)}", launch
+
+
+def _hopper_mla(heads: int, num_splits: int, block_size: int = 16) -> Case:
+    q, q_pe = tensor(ROWS, heads, 512), tensor(ROWS, heads, 192)[..., 128:]
+    cache, scratch = tensor(NUM_BLOCKS, block_size, 576), DecodeScratch.allocate([(ROWS, num_splits)], heads, 512, META)
+    launch = partial(
+        hopper_mla.hopper_mla, q, q_pe, cache, int32(ROWS, TABLE_WIDTH), int32(ROWS), scale=0.1, num_splits=num_splits,
+        fresh=1, scratch=scratch,
+    )  # fmt: skip
+    return f"bf16 block {block_size} {heads} heads{_merge(num_splits)}", launch
 
 
 def _write(kv: torch.dtype, head_dim: int, shuffled: bool, normed: bool, keeps_k: bool = False) -> Case:
@@ -192,10 +203,19 @@ def _write(kv: torch.dtype, head_dim: int, shuffled: bool, normed: bool, keeps_k
     return f"{_what(torch.bfloat16, kv, shuffled, 16)} d{head_dim}{more}", launch
 
 
-def _write_latent(kv: torch.dtype) -> Case:
-    cache, slots = tensor(NUM_BLOCKS, 16, 576, dtype=kv), tensor(ROWS, dtype=torch.int64)
-    launch = partial(cache_write.write_latent, tensor(ROWS, 512), tensor(ROWS, 64), cache, slots, kv_scale=_scale(kv))
-    return f"bf16/{_NAMES[kv]}", launch
+def _write_latent(kv: torch.dtype, tokens: int = ROWS) -> Case:
+    cache, slots, q = tensor(NUM_BLOCKS, 16, 576, dtype=kv), tensor(tokens, dtype=torch.int64), tensor(tokens, 16, 192)
+    latent, k, norm = tensor(tokens, 512), tensor(tokens, 64), (tensor(512), 1e-6)
+
+    def launch() -> None:
+        if tokens == ROWS:
+            cache_write.write_latent(latent, k, cache, slots, kv_scale=_scale(kv))
+        cache_write.norm_rope_latent(
+            q[:, :, 128:], latent, k, *norm, tensor(tokens, 64, dtype=torch.float32), interleaved=True, kv_cache=cache,
+            slot_mapping=slots, kv_scale=_scale(kv), settled=True,
+        )  # fmt: skip
+
+    return f"bf16/{_NAMES[kv]}, {tokens} tokens", launch
 
 
 def _token_indices() -> Case:
@@ -258,12 +278,14 @@ def cases(arch: Arch) -> Iterator[Case]:
             yield _hopper_extend(dtype, head_dim, group, block_size)
         yield from (_hopper_extend(half, head_dim, 8, 16, special=True) for head_dim in (64, 128))
         yield from (_hopper_dense(causal) for causal in (False, True))
+        yield from (_hopper_mla(heads, splits) for heads in (8, 16) for splits in (1, 2))
+        yield _hopper_mla(16, 1, block_size=64)
     for kv in (half, fp8):
         if arch.target.backend == "cuda":  # elsewhere it is not used
             yield from (_linearize(kv, head_dim) for head_dim in (64, 80, 128, 256))
             for special in (False, True):
                 yield _attention(kv, 128, False, query_len=256, special=special, num_splits=4)
-        yield _write_latent(kv)
+        yield from (_write_latent(kv, tokens) for tokens in (ROWS, 4096))
         for heads in (8, 16, 32, 64, 128):
             yield from (_mla(kv, heads, splits) for splits in SPLITS)
 
@@ -282,6 +304,7 @@ def quick_cases(arch: Arch) -> Iterator[Case]:
     if arch.chip.wgmma:
         yield _hopper_extend(torch.bfloat16, 128, 4, 16)
         yield _hopper_dense(True)
+        yield _hopper_mla(16, 1)
         yield from large_launches(arch.chip)
 
 

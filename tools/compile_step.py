@@ -12,8 +12,10 @@ import torch
 from miniserve.kernels.sampling import NUM_COLUMNS, RowMasks, RowParams
 from miniserve.kernels.step_tensors import RowState, StepTensors
 from miniserve.kernels.triton import (
+    cache_write,
     decode_step,
     elementwise,
+    head_linear,
     large_linear,
     medium_linear,
     moe,
@@ -138,7 +140,14 @@ def _small_operations() -> None:
     norm = tensor(128)
     elementwise.norm_rope(tensor(64, 6144), cos_sin, norm, norm, 1e-6, num_heads=32, num_kv_heads=8, head_dim=128)
     rope = tensor(64, 64, dtype=torch.float32)
-    elementwise.rope_pair(tensor(64, 16, 192)[:, :, 128:], tensor(64, 576)[:, 512:], rope, interleaved=True)
+    heads, kv, latent = tensor(64, 16, 192), tensor(64, 576), (tensor(512), 1e-6)
+    cache_write.norm_rope_latent(heads[:, :, 128:], kv[:, :512], kv[:, 512:], *latent, rope, interleaved=True)
+    lse = tensor(16, 4096, dtype=torch.float32)
+    elementwise.merge_lse(tensor(4096, 16, 128), lse, tensor(4096, 16, 128), lse)
+    elementwise.merge_lse(tensor(4096, 16, 128, dtype=torch.float32), lse, tensor(4096, 16, 128), lse)
+    for tokens in (1, 16, 64):
+        head_linear.head_linear(heads[:tokens, :, :128], tensor(16, 256, 512)[:, :128])
+        head_linear.head_linear(tensor(tokens, 16, 512), tensor(16, 256, 512)[:, 128:].mT)
 
 
 def _reduce_norm(ranks: int, tokens: int, hidden: int, k: int) -> None:

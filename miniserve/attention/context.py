@@ -11,7 +11,7 @@ from torch import Tensor
 from miniserve.attention.backends.base import Backend
 from miniserve.attention.layouts import KVCache
 from miniserve.attention.metadata import StepBatch
-from miniserve.attention.spec import AttentionLayer, LatentLayer, QKRope
+from miniserve.attention.spec import AttentionLayer, LatentLayer, LatentRope, QKRope
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +52,24 @@ class StepContext:
 
     @property
     def fuses_rope(self) -> bool:
-        """Whether `attend_qkv` is there, which turns and writes in one launch."""
+        """Whether `attend_qkv` is there, or `attend_latent` takes a rope: it turns and writes in one launch."""
         return self.backend.fuses_rope and self.read is None
 
     def attend_qkv(self, layer: AttentionLayer, qkv: Tensor, rope: QKRope) -> Tensor:
         """As `attend`, of qkv [num_tokens, (num_heads + 2 num_kv_heads) * head_dim] before norm and rope."""
         return self.backend.attend_qkv(layer, qkv, rope, self.caches[layer.layer_index], self.metadata)
 
-    def attend_latent(self, layer: LatentLayer, q_nope: Tensor, q_pe: Tensor, kv_c: Tensor, k_pe: Tensor) -> Tensor:
+    def attend_latent(
+        self,
+        layer: LatentLayer,
+        q_nope: Tensor,
+        q_pe: Tensor,
+        kv_c: Tensor,
+        k_pe: Tensor,
+        rope: LatentRope | None = None,
+    ) -> Tensor:
         """As `attend`, for MLA. q_nope [T, num_heads, nope_dim], q_pe [T, num_heads, rope_dim], kv_c [T, kv_lora_rank],
-        k_pe [T, rope_dim], after norms and rope. Returns [T, num_heads * v_head_dim], q_nope's dtype."""
+        k_pe [T, rope_dim], after norms and rope, or where the backend `fuses_rope` before `rope`, and may be
+        overwritten. Returns [T, num_heads * v_head_dim], q_nope's dtype."""
         tokens = self.reading(q_nope), self.reading(q_pe), kv_c, k_pe
-        return self.backend.attend_latent(layer, tokens, self.caches[layer.layer_index], self.metadata)
+        return self.backend.attend_latent(layer, tokens, self.caches[layer.layer_index], self.metadata, rope)

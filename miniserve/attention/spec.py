@@ -101,3 +101,15 @@ class QKRope:
     q_weight: Tensor | None
     k_weight: Tensor | None
     eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class LatentRope:
+    """As `QKRope` for latent attention: a norm of the latent with weight [kv_lora_rank], and rope of the queries' and
+    the key's rotated parts with cos_sin float32 [num_tokens, rope_dim], cosines first; interleaved: neighbours are
+    paired instead of halves."""
+
+    weight: Tensor
+    eps: float
+    cos_sin: Tensor
+    interleaved: bool

@@ -25,7 +25,7 @@ from miniserve.attention.layouts import KVCache
 from miniserve.attention.metadata import StepBatch
 from miniserve.attention.routes import ASM_WRONG_LENGTHS, WRONG_LENGTHS, least_asm_rows
 from miniserve.attention.select import Choice
-from miniserve.attention.spec import AttentionLayer, AttentionSpec, LatentLayer, QKRope
+from miniserve.attention.spec import AttentionLayer, AttentionSpec, LatentLayer, LatentRope, QKRope
 from miniserve.attention.terms import KernelContract
 from miniserve.core import summary
 from miniserve.runner.check_problem import STALE_NAN, STALE_NOISE, CheckRow, CheckStep, Problem
@@ -216,11 +216,20 @@ def _attend(
 ) -> torch.Tensor:
     """As the model calls the backend: with rope, where the backend does it, that turns nothing."""
     meta, cache = backend.build(batch), problem.cache
-    if problem.layer.spec.latent is not None:
-        return backend.attend_latent(cast(LatentLayer, problem.layer), cast(LatentTokens, tokens), cache, meta)
+    if (latent := problem.layer.spec.latent) is not None:
+        how = None
+        if backend.fuses_rope:
+            # A norm that changes nothing: beside such an eps the values do not count.
+            weight = torch.full((latent.kv_lora_rank,), 2.0**10, dtype=tokens[0].dtype, device=problem.device)
+            how = LatentRope(weight, 2.0**20, _no_turn(len(tokens[0]), latent.rope_dim, problem.device), True)
+        return backend.attend_latent(cast(LatentLayer, problem.layer), cast(LatentTokens, tokens), cache, meta, how)
     layer = cast(AttentionLayer, problem.layer)
     if not backend.fuses_rope:
         return backend.attend(layer, cast(QKV, tokens), cache, meta)
-    cosines = torch.ones(len(tokens[0]), layer.spec.head_dim // 2, device=problem.device)
-    rope = QKRope(torch.cat([cosines, torch.zeros_like(cosines)], dim=1), None, None, 0.0)
+    rope = QKRope(_no_turn(len(tokens[0]), layer.spec.head_dim, problem.device), None, None, 0.0)
     return backend.attend_qkv(layer, torch.cat(tokens, dim=1).flatten(1), rope, cache, meta)
+
+
+def _no_turn(tokens: int, dim: int, device: torch.device) -> torch.Tensor:
+    cosines = torch.ones(tokens, dim // 2, device=device)
+    return torch.cat([cosines, torch.zeros_like(cosines)], dim=1)

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 
 from miniserve.attention import aiter
+from miniserve.attention.backends.gathered import merge_into
 from miniserve.attention.formula import attention_by_formula, visible_keys
 from miniserve.attention.layouts import LAYOUTS, KVCache, LatentLayout, ShuffledLayout, decoded
 from miniserve.attention.platform import Platform
+from miniserve.attention.spec import LatentRope
 from miniserve.config import EngineConfig
 from miniserve.core import EngineInfo, Runner
 from miniserve.kernels.triton.launch import cdiv
+from miniserve.models.layers.ops import Ops
 from miniserve.runner import build
 
 
@@ -199,6 +202,26 @@ def torch_write_latent(
     LatentLayout(kv_cache.shape[1]).write(cache, kv_c, k_pe, slot_mapping, kv_scale, kv_scale)
 
 
+def torch_norm_rope_latent(
+    q: Tensor,
+    latent: Tensor,
+    k: Tensor,
+    weight: Tensor,
+    eps: float,
+    cos_sin: Tensor,
+    *,
+    interleaved: bool,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    kv_scale: Tensor | None,
+    settled: bool,
+) -> None:
+    found = Ops().norm_rope_latent(q, latent, k, LatentRope(weight, eps, cos_sin, interleaved))
+    for tensor, value in zip((q, latent, k), found, strict=True):
+        tensor.copy_(value)
+    torch_write_latent(latent, k, kv_cache, slot_mapping, kv_scale=kv_scale)
+
+
 def torch_mla_decode(
     q: Tensor,
     q_pe: Tensor,
@@ -209,6 +232,7 @@ def torch_mla_decode(
     scale: float,
     kv_scale: Tensor | None,
     num_splits: int,
+    fresh: int | None,
     scratch: object,
 ) -> Tensor:
     layout, cache = LatentLayout(kv_cache.shape[1]), KVCache(kv_cache, kv_cache[..., : q.shape[-1]])
@@ -228,6 +252,8 @@ TWINS = {
     "cache_write.write_kv": torch_write,
     "cache_write.rope_and_write": torch_rope_and_write,
     "cache_write.write_latent": torch_write_latent,
+    "cache_write.norm_rope_latent": torch_norm_rope_latent,
+    "elementwise.merge_lse": merge_into,
     "linearize.linearize": torch_linearize,
     "token_indices.token_indices": torch_token_indices,
     "mla_decode.mla_decode": torch_mla_decode,

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 import miniserve
 from miniserve.config import EngineConfig
-from miniserve.core import Grammar, SamplingParams
+from miniserve.core import Grammar, RequestOutput, SamplingParams
 from miniserve.engine.build import build_engine
 from miniserve.runner.chunk_graph import ChunkGraphs
 from miniserve.runner.state import StepInputs
@@ -162,6 +162,20 @@ COMMON = {
 }
 
 
+def distances(found: list[list[RequestOutput]], others: list[list[RequestOutput]]) -> list[float]:
+    """How far two runs' logits behind the same tokens are from each other, of their spread: a figure for each output
+    token up to the first one that differs."""
+    far = []
+    for one, other in zip(found, others, strict=True):
+        for a, b in zip(*([e for output in run for e in output.logprobs or []] for run in (one, other)), strict=True):
+            assert a.top_ids == b.top_ids
+            logprobs = torch.tensor([a.top_logprobs, b.top_logprobs], dtype=torch.float64)
+            far.append(float((logprobs[0] - logprobs[1]).std() / logprobs[1].std()))
+            if a.token_id != b.token_id:
+                break
+    return far
+
+
 # A cold engine compiles for half a minute: each shape and each layout is here once, and in the next test the other way
 # round, of dense models the built-in one, whose kernels are there already.
 @pytest.mark.parametrize(("shape", "layout"), [("dense", "linear"), ("experts", "shuffled"), ("latent", "auto")])
@@ -203,11 +217,15 @@ def test_short_prompts_in_graphs_give_the_tokens_of_steps_without(
 ) -> None:
     rng = random.Random(2)
     requests = []
+    words: dict[str, Any] = {"logprobs": 1, "logprob_token_ids": [*range(0, 8192, 128)]} if shape == "latent" else {}
     for _ in range(60):
         prompt = [rng.randrange(2000) for _ in range(rng.choice([1, 17, 60, 130, 400, 900]))]
-        requests.append((prompt, SamplingParams(temperature=0.0, max_tokens=rng.choice([4, 30]), ignore_eos=True)))
+        params = SamplingParams(temperature=0.0, max_tokens=rng.choice([4, 30]), ignore_eos=True, **words)
+        requests.append((prompt, params))
     if shape != "built-in":
-        (tmp_path / "config.json").write_text(json.dumps(COMMON | SHAPES[shape]))
+        # Latent attention's chunks come in 16 bits alone, where near-ties would choose other experts.
+        dense = {"first_k_dense_replace": COMMON["num_hidden_layers"]} if shape == "latent" else {}
+        (tmp_path / "config.json").write_text(json.dumps(COMMON | SHAPES[shape] | dense))
     run, ran = ChunkGraphs.run, []
 
     def counted(graphs: ChunkGraphs, inputs: StepInputs) -> torch.Tensor | None:
@@ -216,7 +234,7 @@ def test_short_prompts_in_graphs_give_the_tokens_of_steps_without(
         return hidden
 
     monkeypatch.setattr(ChunkGraphs, "run", counted)
-    found = []
+    found: list[list[list[RequestOutput]]] = []
     for enforce_eager in (False, True):
         config = EngineConfig(
             device="cuda",
@@ -230,12 +248,13 @@ def test_short_prompts_in_graphs_give_the_tokens_of_steps_without(
             enforce_eager=enforce_eager,
         )
         engine, _ = build_engine(config, MODEL if shape == "built-in" else tmp_path, shape)
-        found.append([tokens(output) for output in generate(engine, requests, [i // 3 for i in range(60)])])
+        found.append(generate(engine, requests, [i // 3 for i in range(60)]))
     if shape == "latent":
-        # In 16 bits, which the kernel for chunks takes alone, padding changes tiles and so near-ties.
-        assert sum(one[0] == other[0] for one, other in zip(*found, strict=True)) > len(requests) // 2
+        # Padding changes tiles and so roundings. On a CPU logits of this shape in bfloat16, summed in another order or
+        # beside float32, are 1 to 2 % off; another token in the middle of 60 changes them by 29 %, of 400 by 9 %.
+        assert max(distances(*found)) < 0.05
     else:
-        assert found[0] == found[1]
+        assert [*map(tokens, found[0])] == [*map(tokens, found[1])]
     assert any(in_graph and chunks > 2 for in_graph, chunks in ran)
 
 

@@ -17,10 +17,10 @@ from triton_support import (
     relative_error,
 )
 
-from miniserve.attention.spec import QKRope
-from miniserve.kernels.triton.cache_write import rope_and_write, write_kv, write_latent
+from miniserve.attention.spec import LatentRope, QKRope
+from miniserve.kernels.triton.cache_write import norm_rope_latent, rope_and_write, write_kv, write_latent
 from miniserve.kernels.triton.zero_blocks import plane_table, zero_blocks
-from miniserve.models.layers.ops import qk_norm_rope
+from miniserve.models.layers.ops import Ops, qk_norm_rope
 
 SLOTS = [5, -1, 47, 16, 31, 0, -1, 95]
 
@@ -144,6 +144,34 @@ def test_write_latent(dtype: torch.dtype) -> None:
         if slot >= 0:
             want[slot] = torch.cat((kv_c[token], k_pe[token]))
     assert torch.equal(cache.flatten(0, 1), want)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "interleaved", "kv_dtype", "settled"),
+    [(8, False, torch.float32, False), (8, True, FP8, True), (260, True, torch.float32, True), (5, True, None, False)],
+)
+def test_the_norm_and_rope_of_latent_attention(
+    tokens: int, interleaved: bool, kv_dtype: torch.dtype | None, settled: bool
+) -> None:
+    """In place, and what it leaves there in the cache as well, if there is one."""
+    q, both, cos_sin = normal(0, tokens, 3, 20)[:, :, 4:], normal(1, tokens, 63), normal(2, tokens, 16)
+    kv_c, k_pe, weight, scale = both[:, 7:47], both[:, 47:], normal(3, 40), torch.tensor([0.5], device=DEVICE)
+    how = LatentRope(weight, 1e-6, cos_sin, interleaved)
+    want = Ops().norm_rope_latent(q.clone(), kv_c.clone(), k_pe.clone(), how)
+    given = q, kv_c, k_pe, weight, 1e-6, cos_sin
+    terms: dict[str, Any] = {"interleaved": interleaved, "settled": settled}
+    places = [*SLOTS, *range(96, 96 + tokens)][:tokens]
+    if kv_dtype is None:
+        norm_rope_latent(*given, **terms)
+    else:
+        got, expected = (torch.zeros(24, 16, 56, dtype=kv_dtype, device=DEVICE) for _ in range(2))
+        stores: dict[str, Any] = {"kv_scale": scale if kv_dtype == FP8 else None}
+        norm_rope_latent(*given, **terms, **stores, kv_cache=got, slot_mapping=slots(places))
+        write_latent(kv_c, k_pe, expected, slots(places), **stores)
+        assert torch.equal(got.float(), expected.float())
+        assert expected.float().any()
+    for found, wanted in zip((q, kv_c, k_pe), want, strict=True):
+        assert relative_error(found, wanted) < 1e-5
 
 
 @LAYOUTS

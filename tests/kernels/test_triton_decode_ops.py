@@ -11,6 +11,7 @@ from triton_support import DEVICE, DTYPES, NATIVE, normal, relative_error
 from miniserve.attention.spec import AttentionSpec, QKRope
 from miniserve.kernels.step_tensors import RowState, StepTensors
 from miniserve.kernels.triton import decode_step, elementwise, moe, moe_token, small_linear
+from miniserve.kernels.triton.head_linear import head_linear
 from miniserve.kernels.triton.small_linear import Chip, LinearTile, Workspace, chip_of, choose_tile
 from miniserve.models.layers import ops
 
@@ -52,13 +53,40 @@ def test_norm_and_rope_within_a_fused_qkv(head_dim: int, with_norm: bool) -> Non
         assert relative_error(got, expected) < 1e-5
 
 
-@pytest.mark.parametrize(("tokens", "interleaved"), [(4, False), (4, True), (260, True)])
-def test_the_rope_of_latent_attention(interleaved: bool, tokens: int) -> None:
-    q, k, cos_sin = normal(0, tokens, 3, 20)[:, :, 4:], normal(1, tokens, 30)[:, 7:23], normal(2, tokens, 16)
-    want = ops.Ops().rope_pair(q.clone(), k.clone(), cos_sin, interleaved=interleaved)
-    elementwise.rope_pair(q, k, cos_sin, interleaved=interleaved)
-    assert relative_error(q, want[0]) < 1e-5
-    assert relative_error(k, want[1]) < 1e-5
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("tokens", "n", "m"), [(1, 24, 40), (3, 128, 512), (17, 512, 40), (65, 16, 16)])
+def test_products_of_heads(tokens: int, n: int, m: int, transposed: bool) -> None:
+    x = normal(0, tokens, 3, n + 8)[:, :, 8:]
+    weights = normal(1, 3, m, n).mT if transposed else normal(1, 3, n, m)
+    got = head_linear(x, weights)
+    assert got is not None
+    assert got.is_contiguous()
+    assert relative_error(got, ops.Ops().head_linear(x, weights)) < 1e-5
+
+
+def test_products_of_heads_of_many_tokens_are_left_to_the_library() -> None:
+    assert head_linear(normal(0, 129, 2, 16), normal(1, 2, 16, 16)) is None
+    assert head_linear(normal(0, 1, 2, 1024), normal(1, 2, 1024, 16)) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("out_dtype", [None, torch.float32])
+def test_parts_of_an_attention_merge_into_the_whole(dtype: torch.dtype, out_dtype: torch.dtype | None) -> None:
+    """Views with strides, large sums, and parts without keys, which hold NaN."""
+    tokens, heads, dim, nan, none = 37, 3, 24, float("nan"), float("-inf")
+    out = normal(0, tokens + 2, heads, dim + 8).to(out_dtype or dtype)[2:, :, :dim]
+    part = normal(1, tokens, heads, 2 * dim).to(dtype)[:, :, dim:]
+    lse, part_lse = 200.0 + 3 * normal(2, heads, tokens + 2)[:, 2:], 200.0 + 3 * normal(3, heads, tokens)
+    for (values, sums), token in (((out, lse), 4), ((part, part_lse), 9), ((out, lse), 30), ((part, part_lse), 30)):
+        values[token], sums[:, token] = nan, none
+    wide = lse.double(), part_lse.double()
+    want_lse = torch.logaddexp(*wide)
+    weights = ((each - want_lse).exp().nan_to_num(0.0).T[..., None] for each in wide)
+    want = sum((each.double() * weight).nan_to_num(0.0) for each, weight in zip((out, part), weights, strict=True))
+    elementwise.merge_lse(out, lse, part, part_lse)
+    assert relative_error(out, want) < (1e-6 if out.dtype == torch.float32 else 4 * torch.finfo(dtype).eps)
+    assert torch.allclose(lse.double(), want_lse, rtol=1e-6)
+    assert not out[30].any()
 
 
 @pytest.mark.parametrize("gated", [False, True])

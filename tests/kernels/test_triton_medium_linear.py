@@ -8,7 +8,7 @@ import pytest
 import torch
 from triton_support import DEVICE, NATIVE, normal, relative_error
 
-from miniserve.kernels.triton import hopper_extend, large_linear, medium_linear, runtime
+from miniserve.kernels.triton import hopper_extend, hopper_mla, large_linear, medium_linear, runtime
 from miniserve.kernels.triton.medium_linear import _CUTS, MediumTile, choose_medium_tile, choose_parts_tile
 from miniserve.kernels.triton.small_linear import Chip, chip_of
 from miniserve.models.layers import ops
@@ -109,7 +109,7 @@ def test_shapes_of_an_8b_model() -> None:
     assert choose_parts_tile(32, 1024, 2048, 2, HOPPER) == MediumTile(32, 1, 8, splits=6)
 
 
-@pytest.mark.parametrize("module", [medium_linear, large_linear, hopper_extend])
+@pytest.mark.parametrize("module", [medium_linear, large_linear, hopper_extend, hopper_mla])
 def test_a_gluon_that_does_not_work_leaves_its_work_to_others(
     module: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -30,7 +30,7 @@ LENGTHS = [1, 0, 16, 17, 129]
 def check(
     dtype: torch.dtype, kv_dtype: torch.dtype, *, heads: int, rank: int, rope: int, lengths: list[int] = LENGTHS,
     block_size: int = 16, num_splits: int = 1, fused: bool | None = None, kv_scale: float | None = None,
-    launch: Launch | None = SMALL, large_pool: bool = False,
+    launch: Launch | None = SMALL, large_pool: bool = False, fresh: int | None = None,
 ) -> None:  # fmt: skip
     num_blocks = 24
     cache = normal(1, num_blocks, block_size, rank + rope).to(kv_dtype)
@@ -44,6 +44,7 @@ def check(
             num_splits=num_splits, scratch=scratch,
             kv_scale=None if kv_scale is None else torch.tensor([kv_scale], device=DEVICE), fused_merge=fused,
             out=torch.full((len(lengths), heads, rank), float("nan"), dtype=dtype, device=DEVICE), launch=launch,
+            fresh=fresh,
         )  # fmt: skip
         want = []
         for row, length in enumerate(lengths):
@@ -58,6 +59,12 @@ def check(
 @pytest.mark.parametrize(("num_splits", "fused"), [(1, None), (3, True), (3, False)])
 def test_ragged_rows(num_splits: int, fused: bool | None, dtype: torch.dtype) -> None:
     check(dtype, dtype, heads=16, rank=64, rope=16, num_splits=num_splits, fused=fused)
+
+
+@pytest.mark.parametrize("fresh", [1, 3])
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_lengths_that_are_read_before_the_step_is_done(num_splits: int, fresh: int) -> None:
+    check(torch.float16, torch.float16, heads=4, rank=48, rope=16, num_splits=num_splits, fresh=fresh)
 
 
 def test_every_length_around_a_partition_of_256() -> None:
@@ -92,3 +99,38 @@ def test_the_dimensions_of_deepseek(heads: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", HALVES)
 def test_fp8_cache(dtype: torch.dtype) -> None:
     check(dtype, FP8, heads=16, rank=64, rope=16, num_splits=2, kv_scale=0.5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not NATIVE, reason="no interpreter runs Gluon")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "block_size"), [(16, 16), (5, 128), (16, 64)])
+def test_by_hoppers_matrix_units(heads: int, block_size: int, dtype: torch.dtype) -> None:
+    """Beside keys that no query sees, which are NaN."""
+    from miniserve.kernels.triton.runtime import gluon_kernels
+
+    hopper = gluon_kernels("hopper_mla", DEVICE, "decode runs slower")
+    if hopper is None:
+        pytest.skip("needs Hopper's matrix units")
+    lengths = [1, 0, 63, 64, 65, 129, 300]
+    counts = [-(-length // block_size) for length in lengths]
+    order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0)).int().to(DEVICE)
+    cache = torch.full((len(order), block_size, 576), float("nan"), dtype=dtype, device=DEVICE)
+    tables = torch.full((len(lengths), max(counts) + 1), 1 << 30, dtype=torch.int32, device=DEVICE)
+    q = normal(2, len(lengths), heads + 1, 576, dtype=dtype)[:, 1:]
+    want = torch.zeros(len(lengths), heads, 512, dtype=torch.float64, device=DEVICE)
+    for row, (length, count, blocks) in enumerate(zip(lengths, counts, order.split(counts), strict=True)):
+        tables[row, :count] = blocks
+        latent = normal(row, length, 576, dtype=dtype)
+        at = torch.arange(length, device=DEVICE)
+        cache[blocks.long()[at // block_size], at % block_size] = latent
+        if length:
+            keys = latent[:, None].double()
+            want[row] = attend(q[row : row + 1], keys, keys[..., :512], 0.05)[0]
+    for num_splits, fresh in ((1, None), (1, 1), (2, 3), (5, 1)):
+        scratch = DecodeScratch.allocate([(len(lengths), num_splits)], heads, 512, DEVICE)
+        got = hopper.hopper_mla(
+            q[..., :512], q[..., 512:], cache, tables, int32(lengths), scale=0.05, num_splits=num_splits, fresh=fresh,
+            scratch=scratch,
+        )  # fmt: skip
+        close(got, want, dtype)

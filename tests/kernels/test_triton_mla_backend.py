@@ -14,7 +14,7 @@ from miniserve.attention.backends.base import BackendOptions
 from miniserve.attention.backends.triton_mla import TritonLatentBackend
 from miniserve.attention.metadata import StepBatch, chunk_rows, decode_rows
 from miniserve.attention.platform import NAMED_PLATFORMS, detect_platform
-from miniserve.attention.spec import AttentionSpec, LatentDims
+from miniserve.attention.spec import AttentionSpec, LatentDims, LatentRope
 
 SMALL = AttentionSpec(16, 1, 80, 0.2, torch.float16, torch.float16, latent=LatentDims(64, 16, 24, 20))
 DEEPSEEK = AttentionSpec(16, 1, 576, 192**-0.5, torch.float16, torch.float16, latent=LatentDims(512, 64, 128, 128))
@@ -58,6 +58,20 @@ def test_steps_of_all_kinds(dtype: torch.dtype) -> None:
     spec = replace(SMALL, dtype=dtype, kv_dtype=dtype)
     step = made(spec)
     step.check(backend(step), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tokens_that_it_norms_and_rotates(dtype: torch.dtype) -> None:
+    """By a norm and angles that change nothing."""
+    step = made(replace(SMALL, dtype=dtype, kv_dtype=dtype))
+    tokens, rope_dim = step.inputs[3].shape
+    cosines, weight = torch.ones(tokens, rope_dim // 2), torch.full((64,), 2.0**10, dtype=dtype, device=DEVICE)
+    how = LatentRope(weight, 2.0**20, torch.cat([cosines, 0 * cosines], dim=1).to(DEVICE), True)
+    rotates = backend(step)
+    assert rotates.fuses_rope
+    out = rotates.attend_latent(step.layer, step.inputs, step.cache, rotates.build(step.batch), how)
+    errors = (out.double() - step.want).norm(dim=1) / step.want.norm(dim=1)
+    assert float(errors.max()) < max(2e-5, 3 * TOLERANCE[dtype])
 
 
 def test_contexts_longer_than_a_piece() -> None:

@@ -21,5 +21,5 @@ def test_one_of_each_kernel_compiles_for_amd_and_nvidia() -> None:
         for arch in ("gfx942", "gfx950", "sm_90"):
             assert f"| {arch} | {kernel} |" in done.stdout
     # medium_linear: plain, gated, in parts, and two in 8 bits
-    for kernel, count in (("medium_linear", 5), ("hopper_extend", 2), ("large_linear", 3)):
+    for kernel, count in (("medium_linear", 5), ("hopper_extend", 2), ("hopper_mla", 1), ("large_linear", 3)):
         assert f"| sm_90 | {kernel} | {count} |" in done.stdout

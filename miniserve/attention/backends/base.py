@@ -12,7 +12,7 @@ from torch import Tensor
 from miniserve.attention.layouts import KVCache, KVLayout
 from miniserve.attention.metadata import StepBatch
 from miniserve.attention.platform import Platform
-from miniserve.attention.spec import AttentionLayer, AttentionSpec, LatentLayer, QKRope
+from miniserve.attention.spec import AttentionLayer, AttentionSpec, LatentLayer, LatentRope, QKRope
 from miniserve.attention.terms import LayerRoute
 
 Metadata = TypeVar("Metadata")
@@ -44,7 +44,7 @@ class Backend(ABC, Generic[Metadata]):
     `graphs`: its decode step can be captured in a device graph, or as a CPU's native calls, and replayed with other
     lengths and block tables.
     `chunks_in_graphs`: so can one with up to so many chunks; `contexts_in_graphs`: also of tokens that are cached.
-    `fuses_rope`: it implements `attend_qkv`.
+    `fuses_rope`: it implements `attend_qkv`, or `attend_latent` with a rope.
     """
 
     graphs: bool = False
@@ -79,6 +79,8 @@ class Backend(ABC, Generic[Metadata]):
         """See `StepContext.attend_qkv`."""
         raise NotImplementedError(f"{type(self).__name__} does not rotate")
 
-    def attend_latent(self, layer: LatentLayer, tokens: LatentTokens, cache: KVCache, meta: Metadata) -> Tensor:
+    def attend_latent(
+        self, layer: LatentLayer, tokens: LatentTokens, cache: KVCache, meta: Metadata, rope: LatentRope | None = None
+    ) -> Tensor:
         """The whole step for one MLA layer: see `StepContext.attend_latent`. The latent is `cache.key`."""
         raise NotImplementedError(f"{type(self).__name__} has no latent attention")

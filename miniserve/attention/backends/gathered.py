@@ -74,20 +74,29 @@ def merge_lse(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tup
     return total, lse
 
 
+def merge_into(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """As `merge_lse`, into out and lse."""
+    merged, merged_lse = merge_lse(out, lse, part, part_lse)
+    out.copy_(merged)
+    lse.copy_(merged_lse)
+
+
 def add_context(
     out: Tensor,
     lse: Tensor,
     start: int,
     pieces: Sequence[GatheredRows],
     attend: Callable[[GatheredRows], tuple[Tensor, Tensor]],
+    merge: Callable[[Tensor, Tensor, Tensor, Tensor], None] = merge_into,
 ) -> Tensor:
-    """out, lse (see `merge_lse`) of the step's tokens from `start` on among themselves, `attend` what it gives for a
-    piece of their context. Returns out with all pieces merged in, float32."""
-    merged = out.float()
+    """out, lse (see `merge_lse`) of the step's tokens from `start` on among themselves, which may be overwritten,
+    `attend` what it gives for a piece of their context, merged in as `merge_into` does. Returns out with all pieces
+    merged in, rounded to its dtype once."""
+    merged = out if len(pieces) == 1 else out.float()
     for piece in pieces:
         span = slice(piece.start - start, piece.end - start)
-        merged[span], lse[:, span] = merge_lse(merged[span], lse[:, span], *attend(piece))
-    return merged
+        merge(merged[span], lse[:, span], *attend(piece))
+    return merged.to(out.dtype)
 
 
 def _gathered(group: QueryRows, rows: slice, low: Int64, high: Int64, block_size: int) -> GatheredRows:

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from miniserve.attention.backends.base import Backend, LatentTokens
-from miniserve.attention.backends.gathered import GatheredRows, RaggedLens, add_context, context_pieces
+from miniserve.attention.backends.gathered import GatheredRows, RaggedLens, add_context, context_pieces, merge_into
 from miniserve.attention.layouts import KVCache, decoded
 from miniserve.attention.metadata import QueryRows, StepBatch
-from miniserve.attention.spec import LatentLayer
+from miniserve.attention.spec import LatentLayer, LatentRope
 
 Decode = TypeVar("Decode")
 
@@ -61,8 +61,19 @@ class LatentBackend(Backend[LatentMetadata[Decode]]):
         v_head_dim], row after row; causal: query i of a row sees its keys up to i, and there are as many of both.
         Returns out [tokens, num_heads, v_head_dim] and lse float32 [num_heads, tokens], as `merge_lse` has it."""
 
+    def merge(self, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+        """As `merge_into`: what `attend_dense` gives for other keys, into what it gave (out: or in float32)."""
+        merge_into(out, lse, part, part_lse)
+
     def write(self, layer: LatentLayer, cache: KVCache, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor) -> None:
         self.layout.write(cache, kv_c, k_pe, slot_mapping, layer.kv_scale, layer.kv_scale)
+
+    def rope_and_write(
+        self, layer: LatentLayer, cache: KVCache, q_pe: Tensor, kv_c: Tensor, k_pe: Tensor, rope: LatentRope,
+        batch: StepBatch,
+    ) -> None:  # fmt: skip
+        """Norm and rotate the three in place, and write the latter two."""
+        raise NotImplementedError(f"{type(self).__name__} does not rotate")
 
     def build(self, batch: StepBatch) -> LatentMetadata[Decode]:
         extend = batch.extend
@@ -74,10 +85,18 @@ class LatentBackend(Backend[LatentMetadata[Decode]]):
         )
 
     def attend_latent(
-        self, layer: LatentLayer, tokens: LatentTokens, cache: KVCache, meta: LatentMetadata[Decode]
+        self,
+        layer: LatentLayer,
+        tokens: LatentTokens,
+        cache: KVCache,
+        meta: LatentMetadata[Decode],
+        rope: LatentRope | None = None,
     ) -> Tensor:
         q_nope, q_pe, kv_c, k_pe = tokens
-        self.write(layer, cache, kv_c, k_pe, meta.batch.slot_mapping)
+        if rope is None:
+            self.write(layer, cache, kv_c, k_pe, meta.batch.slot_mapping)
+        else:
+            self.rope_and_write(layer, cache, q_pe, kv_c, k_pe, rope, meta.batch)
         parts: list[Tensor] = []
         if meta.batch.decode is not None and meta.decode is not None:
             rows = slice(0, meta.batch.decode.end)
@@ -95,7 +114,7 @@ class LatentBackend(Backend[LatentMetadata[Decode]]):
                     queries = q[piece.start - span.start : piece.end - span.start]
                     return self.attend_dense(layer, queries, *_expand(layer, *cached), piece.lens, causal=False)
 
-                out = add_context(out, lse, span.start, meta.context, attend).to(q.dtype)
+                out = add_context(out, lse, span.start, meta.context, attend, self.merge).to(q.dtype)
             parts.append(out.flatten(1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

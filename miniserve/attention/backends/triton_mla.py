@@ -3,6 +3,8 @@ GPUs; chunks by Hopper's matrix units or else through PyTorch's flash attention,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -13,9 +15,9 @@ from miniserve.attention.backends.latent_base import whole
 from miniserve.attention.backends.torch_mla import TorchLatentBackend
 from miniserve.attention.backends.triton_attn import CHUNKS_IN_GRAPHS
 from miniserve.attention.layouts import KVCache, KVLayout
-from miniserve.attention.metadata import QueryRows
+from miniserve.attention.metadata import QueryRows, StepBatch
 from miniserve.attention.platform import Platform
-from miniserve.attention.spec import AttentionSpec, LatentLayer
+from miniserve.attention.spec import AttentionSpec, LatentLayer, LatentRope
 from miniserve.kernels.triton.launch import cdiv, choose_splits, mla_launch, scratch_sizes
 
 _FLASH_DTYPES = (torch.float16, torch.bfloat16)
@@ -37,18 +39,21 @@ def _splits(spec: AttentionSpec, platform: Platform, rows: int, max_seq_len: int
 class TritonLatentBackend(TorchLatentBackend):
     """Where flash attention cannot serve a chunk (float32, AMD), PyTorch's plain operations do, as in TORCH_MLA."""
 
-    graphs = True
+    graphs = fuses_rope = True
     contexts_in_graphs = False  # how much there is to gather of them the host must know
 
     def __init__(self, layout: KVLayout, options: BackendOptions) -> None:
-        from miniserve.kernels.triton.cache_write import write_latent
+        from miniserve.kernels.triton.cache_write import norm_rope_latent, write_latent
+        from miniserve.kernels.triton.elementwise import merge_lse
         from miniserve.kernels.triton.mla_decode import mla_decode
         from miniserve.kernels.triton.runtime import gluon_kernels
         from miniserve.kernels.triton.split_kv import DecodeScratch
 
         super().__init__(layout, options)
-        self._decode_kernel, self._write_kernel = mla_decode, write_latent
+        self._decode_kernel, self._write_kernel, self._merge_kernel = mla_decode, write_latent, merge_lse
+        self._rope_kernel = norm_rope_latent
         self._hopper = gluon_kernels("hopper_extend", options.device, "prefill attention runs slower")
+        self._hopper_mla = gluon_kernels("hopper_mla", options.device, "latent decode attention runs slower")
         # PyTorch's operations read the chunks' lengths on the host, its flash attention was not seen in a graph.
         if self._hopper is not None and all(map(self._attends_dense, options.specs)):
             self.chunks_in_graphs = CHUNKS_IN_GRAPHS
@@ -75,20 +80,31 @@ class TritonLatentBackend(TorchLatentBackend):
     def decode(self, layer: LatentLayer, q: Tensor, q_pe: Tensor, cache: KVCache, meta: QueryRows) -> Tensor:
         spec = layer.spec
         longest = min(self._max_seq_len, meta.block_tables.shape[1] * self.layout.block_size)
-        return self._decode_kernel(
-            q,
-            q_pe,
-            cache.key,
-            meta.block_tables,
-            meta.seq_lens,
-            scale=spec.scale,
-            kv_scale=latent_scale(layer),
-            num_splits=_splits(spec, self._platform, q.shape[0], longest),
-            scratch=self._scratch[spec],
-        )
+        given = q, q_pe, cache.key, meta.block_tables, meta.seq_lens
+        terms: dict[str, Any] = {"scale": spec.scale, "fresh": meta.fresh, "scratch": self._scratch[spec]}
+        if self._hopper_mla is not None and self._hopper_mla.can_decode(q, q_pe, cache.key):
+            # Never more splits than the other kernel's, which the scratch has room for.
+            splits = self._hopper_mla.splits_of(q.shape[0], longest, self._platform.compute_units)
+            found: Tensor = self._hopper_mla.hopper_mla(*given, **terms, num_splits=splits)
+            return found
+        splits = _splits(spec, self._platform, q.shape[0], longest)
+        return self._decode_kernel(*given, **terms, kv_scale=latent_scale(layer), num_splits=splits)
 
     def write(self, layer: LatentLayer, cache: KVCache, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor) -> None:
         self._write_kernel(kv_c, k_pe, cache.key, slot_mapping, kv_scale=latent_scale(layer))
+
+    def rope_and_write(
+        self, layer: LatentLayer, cache: KVCache, q_pe: Tensor, kv_c: Tensor, k_pe: Tensor, rope: LatentRope,
+        batch: StepBatch,
+    ) -> None:  # fmt: skip
+        self._rope_kernel(
+            q_pe, kv_c, k_pe, rope.weight, rope.eps, rope.cos_sin, interleaved=rope.interleaved, kv_cache=cache.key,
+            slot_mapping=batch.slot_mapping, kv_scale=latent_scale(layer),
+            settled=batch.decode is not None and batch.decode.fresh is not None,
+        )  # fmt: skip
+
+    def merge(self, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+        self._merge_kernel(out, lse, part, part_lse)
 
     def attend_dense(
         self, layer: LatentLayer, q: Tensor, k: tuple[Tensor, Tensor], v: Tensor, lens: RaggedLens, *, causal: bool

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from miniserve.kernels.triton.common import plane_strides
+from miniserve.kernels.triton.elementwise import rms_normed
 from miniserve.kernels.triton.launch import cdiv, next_power_of_2
 from miniserve.kernels.triton.pdl import launch_options, start, wait
 from miniserve.kernels.triton.quick_launch import quick
@@ -108,6 +109,41 @@ def write_latent(
         kv_c, k_pe, kv_cache, slot_mapping, kv_scale, kv_c.stride(0), k_pe.stride(0), *kv_cache.stride()[:2],
         RANK=rank, ROPE=k_pe.shape[1], BLOCK=next_power_of_2(rank + k_pe.shape[1]), BLOCK_SIZE=kv_cache.shape[1],
         LIMIT=_limit(kv_cache.dtype), **launch_options(kv_c.device),
+    )  # fmt: skip
+
+
+def norm_rope_latent(
+    q: torch.Tensor,
+    latent: torch.Tensor,
+    k: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    cos_sin: torch.Tensor,
+    *,
+    interleaved: bool,
+    kv_cache: torch.Tensor | None = None,
+    slot_mapping: torch.Tensor | None = None,
+    kv_scale: torch.Tensor | None = None,
+    settled: bool = False,
+) -> None:
+    """Rotate q [T, num_heads, dim] and k [T, dim], norm latent [T, size], in place (views with a dense last dimension);
+    weight [size]; cos_sin float32 [T, dim], cosines first. interleaved: neighbours are paired instead of halves. With
+    a cache, slots and kv_scale as of `write_latent`, latent and k are stored there, too; settled as of
+    `rope_and_write`."""
+    tokens, num_heads, dim = q.shape
+    if tokens == 0:
+        return
+    size = latent.shape[1]
+    # Few tokens need many programs, many tokens few of them.
+    heads, warps = (min(16, next_power_of_2(num_heads)), 4) if tokens > 256 else (1, 1)
+    strides = (0, 0) if kv_cache is None else kv_cache.stride()[:2]
+    _norm_rope_latent_kernel[(tokens, cdiv(num_heads, heads) + 1)](
+        q, k, cos_sin, latent, weight, kv_cache, slot_mapping, kv_scale, eps, num_heads, *q.stride()[:2], k.stride(0),
+        latent.stride(0), *strides,
+        DIM=dim, HALF=next_power_of_2(dim // 2), BLOCK_H=heads, INTERLEAVED=interleaved, SIZE=size,
+        BLOCK=next_power_of_2(size), BLOCK_SIZE=1 if kv_cache is None else kv_cache.shape[1],
+        LIMIT=0.0 if kv_cache is None else _limit(kv_cache.dtype), SETTLED=settled, num_warps=warps,
+        **launch_options(q.device),
     )  # fmt: skip
 
 
@@ -284,3 +320,85 @@ def _write_latent_kernel(
     at = kv_cache + slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * token_stride + d
     x = _encoded(tl.where(d < RANK, latent, rope), kv_scale, kv_cache.dtype.element_ty, LIMIT)
     tl.store(at, x, mask=d < RANK + ROPE)
+
+
+@quick
+@triton.jit
+def _norm_rope_latent_kernel(
+    q_ptr, k_ptr, cos_sin_ptr, latent_ptr, weight_ptr, kv_cache, slots, kv_scale, eps, num_heads,
+    q_row, q_head, k_row, latent_row, block_stride, token_stride,
+    DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, INTERLEAVED: tl.constexpr, SIZE: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, LIMIT: tl.constexpr, SETTLED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program a token and BLOCK_H of q's heads; one more for k's only one and for the latent; in place."""
+    start(PDL)
+    token, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    col = tl.arange(0, BLOCK)
+    # Other layers' weights have evicted it from the L2 cache, so it is fetched before the wait.
+    weight = tl.load(weight_ptr + col, mask=(tile == tl.num_programs(1) - 1) & (col < SIZE), other=0.0)
+    if not SETTLED:
+        wait(PDL)
+    place = tl.arange(0, HALF)[None, :]
+    inside = place < DIM // 2
+    cos = tl.load(cos_sin_ptr + token * DIM + place, mask=inside, other=0.0)
+    sin = tl.load(cos_sin_ptr + token * DIM + DIM // 2 + place, mask=inside, other=0.0)
+    cached, written = None, False
+    if kv_cache is not None:
+        slot = tl.load(slots + token)
+        written = slot >= 0
+        cached = kv_cache + slot // BLOCK_SIZE * block_stride + slot % BLOCK_SIZE * token_stride
+    if SETTLED:
+        wait(PDL)
+    # Triton 3.6 cannot compile a choice between two pointers for AMD.
+    head = tile * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
+    if tile < tl.num_programs(1) - 1:
+        q_at = q_ptr + token * q_row + head * q_head
+        _rotate(q_at, None, head < num_heads, False, cos, sin, None, DIM, HALF, INTERLEAVED, LIMIT)
+    else:
+        k_at = k_ptr + token * k_row + head * 0
+        only = head == tile * BLOCK_H
+        pe_cached = None
+        if kv_cache is not None:
+            pe_cached = cached + SIZE + head * 0
+        _rotate(k_at, pe_cached, only, written, cos, sin, kv_scale, DIM, HALF, INTERLEAVED, LIMIT)
+        latent_at = latent_ptr + token * latent_row + col
+        latent = rms_normed(tl.load(latent_at, mask=col < SIZE, other=0.0), weight, SIZE, eps)
+        tl.store(latent_at, latent, mask=col < SIZE)
+        if kv_cache is not None:
+            code = _encoded(latent, kv_scale, kv_cache.dtype.element_ty, LIMIT)
+            tl.store(cached + col, code, mask=(col < SIZE) & written)
+
+
+@triton.jit
+def _rotate(
+    at, cached, there, written, cos, sin, scale,
+    DIM: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """Vectors that begin at `at` [BLOCK_H, 1], where `there`; cos, sin [1, HALF]. cached: where the only one of them is
+    stored as well, if it is to be `written`."""
+    BLOCK_H: tl.constexpr = at.shape[0]
+    if INTERLEAVED:  # neighbours are loaded together
+        col = tl.arange(0, 2 * HALF)[None, :]
+        inside = there & (col < DIM)
+        a, b = tl.split(tl.reshape(tl.load(at + col, mask=inside, other=0.0), (BLOCK_H, HALF, 2)))
+    else:
+        col = tl.arange(0, HALF)[None, :]
+        inside = there & (col < DIM // 2)
+        a = tl.load(at + col, mask=inside, other=0.0)
+        b = tl.load(at + DIM // 2 + col, mask=inside, other=0.0)
+    wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)
+    first, second = (wide_a * cos - wide_b * sin).to(a.dtype), (wide_b * cos + wide_a * sin).to(a.dtype)
+    if INTERLEAVED:
+        both = tl.reshape(tl.join(first, second), (BLOCK_H, 2 * HALF))
+        tl.store(at + col, both, mask=inside)
+        if cached is not None:
+            code = _encoded(both, scale, cached.dtype.element_ty, LIMIT)
+            tl.store(cached + col, code, mask=inside & written)
+    else:
+        tl.store(at + col, first, mask=inside)
+        tl.store(at + DIM // 2 + col, second, mask=inside)
+        if cached is not None:
+            code = _encoded(first, scale, cached.dtype.element_ty, LIMIT)
+            tl.store(cached + col, code, mask=inside & written)
+            code = _encoded(second, scale, cached.dtype.element_ty, LIMIT)
+            tl.store(cached + DIM // 2 + col, code, mask=inside & written)

@@ -142,47 +142,47 @@ def norm_rope(
 
 
 @quick
-@triton.jit
-def _rope_pair_kernel(
-    q_ptr, k_ptr, cos_sin_ptr, num_heads, q_row, q_head, k_row,
-    DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, INTERLEAVED: tl.constexpr, PDL: tl.constexpr,
+@triton.jit(do_not_specialize=["tokens", "lse_head", "part_lse_head"])
+def _merge_lse_kernel(
+    out_ptr, lse_ptr, part_ptr, part_lse_ptr, tokens, out_row, out_head, lse_head, part_row, part_head, part_lse_head,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program a token and BLOCK_H of q's heads; one more for k's only one; in place."""
+    """One program: BLOCK_T tokens of one head."""
     start(PDL)
     wait(PDL)
-    token, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    half: tl.constexpr = DIM // 2
-    place = tl.arange(0, HALF)[None, :]
-    inside = place < half
-    cos = tl.load(cos_sin_ptr + token * DIM + place, mask=inside, other=0.0)
-    sin = tl.load(cos_sin_ptr + token * DIM + half + place, mask=inside, other=0.0)
-    first = 2 * place if INTERLEAVED else place
-    second = first + 1 if INTERLEAVED else half + place
-    # Triton 3.6 cannot compile a choice between two pointers for AMD.
-    head = tile * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
-    if tile < tl.num_programs(1) - 1:
-        _rotate(q_ptr + token * q_row + head * q_head, first, second, cos, sin, inside & (head < num_heads))
-    else:
-        _rotate(k_ptr + token * k_row, first, second, cos, sin, inside)
+    head = tl.program_id(1).to(tl.int64)
+    token = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    there = token < tokens
+    lse = tl.load(lse_ptr + head * lse_head + token, mask=there, other=float("-inf"))
+    part_lse = tl.load(part_lse_ptr + head * part_lse_head + token, mask=there, other=float("-inf"))
+    higher = tl.maximum(lse, part_lse)
+    higher = tl.where(higher == float("-inf"), 0.0, higher)  # neither has a key
+    weight, part_weight = tl.exp(lse - higher), tl.exp(part_lse - higher)
+    total = weight + part_weight
+    some = tl.where(total > 0.0, total, 1.0)
+    cols = tl.arange(0, BLOCK_D)[None, :]
+    out_at = out_ptr + token[:, None] * out_row + head * out_head + cols
+    part_at = part_ptr + token[:, None] * part_row + head * part_head + cols
+    # Without keys a part may hold NaN, which a weight of 0 does not hide: it is not read.
+    inside = cols < DIM
+    out = tl.load(out_at, mask=inside & (weight > 0.0)[:, None], other=0.0).to(tl.float32)
+    part = tl.load(part_at, mask=inside & (part_weight > 0.0)[:, None], other=0.0).to(tl.float32)
+    merged = out * (weight / some)[:, None] + part * (part_weight / some)[:, None]
+    tl.store(out_at, merged.to(out_ptr.dtype.element_ty), mask=inside & there[:, None])
+    merged_lse = tl.where(total > 0.0, tl.log(some) + higher, float("-inf"))
+    tl.store(lse_ptr + head * lse_head + token, merged_lse, mask=there)
 
 
-@triton.jit
-def _rotate(base, first, second, cos, sin, inside):
-    a = tl.load(base + first, mask=inside, other=0.0)
-    b = tl.load(base + second, mask=inside, other=0.0)
-    wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)
-    tl.store(base + first, (wide_a * cos - wide_b * sin).to(a.dtype), mask=inside)
-    tl.store(base + second, (wide_b * cos + wide_a * sin).to(a.dtype), mask=inside)
-
-
-def rope_pair(q: torch.Tensor, k: torch.Tensor, cos_sin: torch.Tensor, *, interleaved: bool) -> None:
-    """Rotate q [T, num_heads, dim] and k [T, dim] in place (views with a dense last dimension); cos_sin float32 [T,
-    dim], cosines first. interleaved: neighbours are paired instead of halves."""
-    tokens, num_heads, dim = q.shape
-    # Few tokens need many programs, many tokens few of them.
-    heads = min(16, next_power_of_2(num_heads)) if tokens > 256 else 1
-    _rope_pair_kernel[(tokens, cdiv(num_heads, heads) + 1)](
-        q, k, cos_sin, num_heads, *q.stride()[:2], k.stride(0),
-        DIM=dim, HALF=next_power_of_2(dim // 2), BLOCK_H=heads, INTERLEAVED=interleaved, num_warps=1,
-        **launch_options(q.device),
+def merge_lse(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
+    """Merge an attention's result over some keys into that over others (Flash-Decoding, Dao et al. 2023): part
+    [T, num_heads, dim] into out, lse float32 [num_heads, T] of each, natural, -inf where there was no key (what out
+    holds there does not count); last dimensions dense, dtypes may differ. Sums in float32."""
+    tokens, num_heads, dim = out.shape
+    if tokens == 0:
+        return
+    block_d = next_power_of_2(dim)
+    block_t = max(1, 2048 // block_d)
+    _merge_lse_kernel[(cdiv(tokens, block_t), num_heads)](
+        out, lse, part, part_lse, tokens, *out.stride()[:2], lse.stride(0), *part.stride()[:2], part_lse.stride(0),
+        DIM=dim, BLOCK_D=block_d, BLOCK_T=block_t, num_warps=4, **launch_options(out.device),
     )  # fmt: skip

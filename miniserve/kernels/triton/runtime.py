@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from miniserve.kernels.triton import elementwise, moe, moe_token, norm_router, routing
+from miniserve.kernels.triton import cache_write, elementwise, head_linear, moe, moe_token, norm_router, routing
 from miniserve.kernels.triton.rounded_linear import rounded_linear
 from miniserve.kernels.triton.small_linear import (
     Block,
@@ -47,7 +47,8 @@ class TritonKernels:
     add_rms_norm = staticmethod(elementwise.add_rms_norm)
     silu_and_mul = staticmethod(elementwise.silu_and_mul)
     norm_rope = staticmethod(elementwise.norm_rope)
-    rope_pair = staticmethod(elementwise.rope_pair)
+    norm_rope_latent = staticmethod(cache_write.norm_rope_latent)
+    head_linear = staticmethod(head_linear.head_linear)
     can_route = staticmethod(routing.can_route)
     token_experts = staticmethod(moe_token.token_experts)
     add_pairs_norm = staticmethod(moe.add_pairs_norm)

@@ -7,12 +7,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from miniserve.attention.context import StepContext
-from miniserve.attention.spec import AttentionSpec, LatentDims
+from miniserve.attention.spec import AttentionSpec, LatentDims, LatentRope
 from miniserve.models.description import ModelConfig
 from miniserve.models.layers.base import Module
 from miniserve.models.layers.linear import Linear, LinearMethod
 from miniserve.models.layers.norm import Normed
-from miniserve.models.layers.ops import PendingSum
+from miniserve.models.layers.ops import Ops, PendingSum
 from miniserve.models.layers.weights import Weights
 from miniserve.models.options import BuildOptions
 from miniserve.parallel.shard import Part, whole
@@ -37,6 +37,7 @@ class UpProjection(Linear):
         heads: Part | None = None,
         *,
         weights: Weights | None = None,
+        ops: Ops | None = None,
     ) -> None:
         """heads: those of the checkpoint that are here, None for all. weights: plain or widened, as both uses of it are
         products of many matrices."""
@@ -46,6 +47,7 @@ class UpProjection(Linear):
         super().__init__(latent.kv_lora_rank, outputs, bias=False, dtype=spec.dtype, method=method, weights=weights)
         self.layer_index, self.spec = layer_index, spec
         self.kv_scale = torch.ones(1, device=device)
+        self._ops = ops or Ops()
         self._shape = (spec.num_heads, sum(self._sizes), latent.kv_lora_rank)
         self._key, self._value = torch.empty(0), torch.empty(0)
 
@@ -63,15 +65,11 @@ class UpProjection(Linear):
 
     def absorb(self, q_nope: Tensor) -> Tensor:
         """[T, num_heads, nope_dim] -> [T, num_heads, kv_lora_rank]."""
-        return torch.bmm(q_nope.transpose(0, 1), self._key).transpose(0, 1)
+        return self._ops.head_linear(q_nope, self._key)
 
     def project_out(self, latent_out: Tensor) -> Tensor:
         """[T, num_heads, kv_lora_rank] -> [T, num_heads * v_head_dim]."""
-        rows, heads = latent_out.shape[:2]
-        out = latent_out.new_empty(rows, heads, self._sizes[1])
-        # Into its place at once: the product of many matrices has the heads first, and turning it would be a copy.
-        torch.bmm(latent_out.transpose(0, 1), self._value, out=out.transpose(0, 1))
-        return out.flatten(1)
+        return self._ops.head_linear(latent_out, self._value).flatten(1)
 
 
 class LatentSelfAttention(Module):
@@ -83,19 +81,23 @@ class LatentSelfAttention(Module):
         self.kv_sizes = (latent.kv_lora_rank, latent.rope_dim)
         self.q_lora_rank = config.q_lora_rank
         q_size, kv_size = heads.times(sum(self.q_sizes)), sum(self.kv_sizes)
-        if config.q_lora_rank is None:
+        self.apart = config.q_lora_rank is None and (bias or options.quantization is not None)
+        if self.apart:  # one alone has a bias, or they may differ in their formats
             self.q_proj = options.linear(hidden, {"q_proj": q_size}, bias=False)
             self.kv_a_proj = options.linear(hidden, {"kv_a_proj_with_mqa": kv_size}, bias=bias)
         else:
             # Both read the hidden states: one product instead of two.
-            outputs: dict[str, int | Part] = {"q_a_proj": config.q_lora_rank, "kv_a_proj_with_mqa": kv_size}
-            self.qkv_a_proj = options.linear(hidden, outputs, bias=bias)
+            first = {"q_proj": q_size} if config.q_lora_rank is None else {"q_a_proj": config.q_lora_rank}
+            self.qkv_a_proj = options.linear(hidden, {**first, "kv_a_proj_with_mqa": kv_size}, bias=bias)
+        if config.q_lora_rank is not None:
             self.q_a_layernorm = options.norm(config.q_lora_rank, _LATENT_NORM_EPS)
             self.q_b_proj = options.linear(config.q_lora_rank, {"q_b_proj": q_size}, bias=False)
         self.kv_a_layernorm = options.norm(latent.kv_lora_rank, _LATENT_NORM_EPS)
         spec = config.attention_spec(layer_index, options.dtype, options.kv_dtype, options.shard)
         weights = options.widened(["kv_b_proj"])
-        self.kv_b_proj = UpProjection(layer_index, spec, latent, options.device, heads, weights=weights)
+        self.kv_b_proj = UpProjection(
+            layer_index, spec, latent, options.device, heads, weights=weights, ops=options.ops
+        )
         self.o_proj = options.linear(heads.times(latent.v_head_dim), {"o_proj": hidden}, bias=config.o_bias)
         self.ops, self.interleaved = options.ops, config.rope_interleaved
 
@@ -104,13 +106,19 @@ class LatentSelfAttention(Module):
         return self.kv_b_proj
 
     def forward(self, x: Normed, cos_sin: Tensor, ctx: StepContext) -> Tensor | PendingSum:
-        if self.q_lora_rank is None:
+        if self.apart:
             q, kv = self.q_proj(x.read()), self.kv_a_proj(x.read())
         else:
-            q_c, kv = self.qkv_a_proj(x.read()).split((self.q_lora_rank, sum(self.kv_sizes)), dim=-1)
-            q = self.q_b_proj(self.q_a_layernorm(q_c))
+            both = self.qkv_a_proj(x.read())
+            q, kv = both.tensor_split((both.shape[1] - sum(self.kv_sizes),), dim=-1)
+        if self.q_lora_rank is not None:
+            q = self.q_b_proj(self.q_a_layernorm(q))
         kv_c, k_pe = kv.split(self.kv_sizes, dim=-1)
-        kv_c = self.kv_a_layernorm(kv_c)
         q_nope, q_pe = q.unflatten(-1, (-1, sum(self.q_sizes))).split(self.q_sizes, dim=-1)
-        q_pe, k_pe = self.ops.rope_pair(q_pe, k_pe, cos_sin, interleaved=self.interleaved)
-        return self.ops.linear_to_add(self.o_proj, ctx.attend_latent(self.attn, q_nope, q_pe, kv_c, k_pe))
+        rope = LatentRope(self.kv_a_layernorm.weight, self.kv_a_layernorm.eps, cos_sin, self.interleaved)
+        if ctx.fuses_rope:
+            out = ctx.attend_latent(self.attn, q_nope, q_pe, kv_c, k_pe, rope)
+        else:
+            q_pe, kv_c, k_pe = self.ops.norm_rope_latent(q_pe, kv_c, k_pe, rope)
+            out = ctx.attend_latent(self.attn, q_nope, q_pe, kv_c, k_pe)
+        return self.ops.linear_to_add(self.o_proj, out)

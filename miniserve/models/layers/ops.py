@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from miniserve.attention.spec import AttentionSpec, QKRope
+from miniserve.attention.spec import AttentionSpec, LatentRope, QKRope
 from miniserve.kernels.native import NativeKernels
 from miniserve.models.layers.linear import Linear
 from miniserve.models.layers.routing import Chosen, Router, route
@@ -126,11 +126,22 @@ class Ops:
         q, k, v = split_heads(qkv, spec)
         return *qk_norm_rope(q, k, rope), v
 
-    def rope_pair(self, q: Tensor, k: Tensor, cos_sin: Tensor, *, interleaved: bool) -> tuple[Tensor, Tensor]:
-        """q [T, heads, dim] and k [T, dim], which may be views and may be overwritten, rotated as `rope` or
-        `rope_interleaved` does."""
-        rotate = rope_interleaved if interleaved else rope
-        return rotate(q, cos_sin), rotate(k[:, None], cos_sin)[:, 0]
+    def norm_rope_latent(
+        self, q_pe: Tensor, kv_c: Tensor, k_pe: Tensor, how: LatentRope
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q_pe [T, heads, dim] and k_pe [T, dim], rotated as `rope` or `rope_interleaved` does, and kv_c [T, size],
+        normed. All three may be views and may be overwritten."""
+        rotate = rope_interleaved if how.interleaved else rope
+        normed = self.rms_norm(kv_c, how.weight, how.eps)
+        return rotate(q_pe, how.cos_sin), normed, rotate(k_pe[:, None], how.cos_sin)[:, 0]
+
+    def head_linear(self, x: Tensor, weights: Tensor) -> Tensor:
+        """x [T, heads, n], each head by its matrix of weights [heads, n, m] -> [T, heads, m], contiguous. Both may be
+        views."""
+        out = x.new_empty(*x.shape[:2], weights.shape[2])
+        # Into its place at once: the product of many matrices has the heads first, and turning it would be a copy.
+        torch.bmm(x.transpose(0, 1), weights, out=out.transpose(0, 1))
+        return out
 
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         """As the function `silu_and_mul`."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.nn import functional
 
-from miniserve.attention.spec import AttentionSpec, QKRope
+from miniserve.attention.spec import AttentionSpec, LatentRope, QKRope
 from miniserve.models.layers.experts import Experts, MoEMethod
 from miniserve.models.layers.linear import Linear, LinearMethod
 from miniserve.models.layers.norm import Normed
@@ -42,9 +42,16 @@ class TritonOps(Ops):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return self._kernels.rms_norm(x, weight, eps)
 
-    def rope_pair(self, q: Tensor, k: Tensor, cos_sin: Tensor, *, interleaved: bool) -> tuple[Tensor, Tensor]:
-        self._kernels.rope_pair(q, k, cos_sin, interleaved=interleaved)
-        return q, k
+    def norm_rope_latent(
+        self, q_pe: Tensor, kv_c: Tensor, k_pe: Tensor, how: LatentRope
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        given = how.weight, how.eps, how.cos_sin
+        self._kernels.norm_rope_latent(q_pe, kv_c, k_pe, *given, interleaved=how.interleaved)
+        return q_pe, kv_c, k_pe
+
+    def head_linear(self, x: Tensor, weights: Tensor) -> Tensor:
+        y = self._kernels.head_linear(x, weights)
+        return super().head_linear(x, weights) if y is None else y
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return self._kernels.add_rms_norm(x, residual, weight, eps), residual
