@@ -27,6 +27,7 @@ from miniserve.kernels.triton.launch import Launch, cdiv, choose_splits, decode_
 from miniserve.kernels.triton.mla_decode import mla_decode
 from miniserve.kernels.triton.paged_decode import paged_decode
 from miniserve.kernels.triton.paged_extend import paged_extend
+from miniserve.kernels.triton.runtime import gluon_kernels
 from miniserve.kernels.triton.split_kv import DecodeScratch
 
 BLOCK_SIZE, HEAD_DIM = 16, 128
@@ -205,6 +206,7 @@ def mla(bench: Bench, heads: int, batch: int, context: int, splits: list[Split] 
     tables = shuffled_tables(batch, context, bench.device)
     lengths = torch.full((batch,), context, dtype=torch.int32, device=bench.device)
     q = torch.randn(batch, heads, 576, dtype=torch.bfloat16, device=bench.device)
+    hopper = gluon_kernels("hopper_mla", bench.device, "its time is missing") if splits is None else None
     if splits is None:
         launch = mla_launch(platform(), heads, 2)
         tiles = cdiv(heads, launch.block_m)
@@ -223,7 +225,13 @@ def mla(bench: Bench, heads: int, batch: int, context: int, splits: list[Split] 
         ]  # fmt: skip
 
     num_bytes = 2 * batch * context * 576
-    timed = _time_splits(bench, splits, calls, "mla bf16", f"{heads} heads {batch} x {context}", num_bytes)
+    case = f"{heads} heads {batch} x {context}"
+    timed = _time_splits(bench, splits, calls, "mla bf16", case, num_bytes)
+    if hopper is not None and hopper.can_decode(q[..., :512], q[..., 512:], layers[0][0]):
+        terms = {"scale": 0.1, "out": out, "num_splits": hopper.splits_of(batch, context, bench.sms)}
+        given = q[..., :512], q[..., 512:]
+        own = [partial(hopper.hopper_mla, *given, c, tables, lengths, scratch=scratch, **terms) for (c,) in layers]
+        timed.append(bench.time(own, "hopper mla bf16", case, f"{terms['num_splits']} splits", num_bytes))
     flops = 2.0 * batch * context * heads * (576 + 512)
     print(f"{'':15} {flops / timed[-1].microseconds / 1e6:.0f} TFLOP/s") if timed else None
     return timed
