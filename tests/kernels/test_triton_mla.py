@@ -112,7 +112,7 @@ def test_by_hoppers_matrix_units(heads: int, block_size: int, dtype: torch.dtype
     hopper = gluon_kernels("hopper_mla", DEVICE, "decode runs slower")
     if hopper is None:
         pytest.skip("needs Hopper's matrix units")
-    lengths = [1, 0, 63, 64, 65, 129, 300]
+    lengths = [1, 0, 63, 64, 65, 129, 300, 350]  # the last: 6 tiles, of which 5 splits have one or two
     counts = [-(-length // block_size) for length in lengths]
     order = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0)).int().to(DEVICE)
     cache = torch.full((len(order), block_size, 576), float("nan"), dtype=dtype, device=DEVICE)

@@ -25,7 +25,7 @@ from miniserve.kernels.triton.common import LOG2E
 from miniserve.kernels.triton.launch import cdiv, next_power_of_2
 from miniserve.kernels.triton.pdl import launch_options, start, wait
 from miniserve.kernels.triton.quick_launch import describe, quick
-from miniserve.kernels.triton.split_kv import DecodeScratch, merge_splits, scratch_arrays
+from miniserve.kernels.triton.split_kv import DecodeScratch, merge_splits, scratch_arrays, share_of
 
 KEYS = 64  # of a tile
 _STAGES = 2
@@ -188,10 +188,7 @@ def _hopper_mla_kernel(
     split = gl.program_id(0)
     row = gl.program_id(1).to(gl.int64)
     seq_len = gl.load(seq_lens + row)
-    tiles = (seq_len + 63) // 64
-    share = (tiles + num_splits - 1) // num_splits
-    begin = split * share
-    end = gl.minimum(begin + share, tiles)
+    _, begin, end, _ = share_of(split, seq_len, 0, num_splits, 64, False)
     if begin >= end:
         if SETTLED:
             wait(PDL)
