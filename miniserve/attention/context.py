@@ -21,22 +21,21 @@ class StepContext:
     others may be strided.
 
     read: indices int64 [R] of the tokens whose queries attend, which `metadata` then describes as decode rows; None for
-    all. last: the state for the last layer, where that computes fewer tokens; see `StepBatch.read`."""
+    all. batch: the step, of which `for_last_layer` is made."""
 
     backend: Backend[Any]
     caches: Sequence[KVCache]
     metadata: object
     read: Tensor | None = None
-    last: StepContext | None = None
+    batch: StepBatch | None = None
 
-    @classmethod
-    def of(cls, backend: Backend[Any], caches: Sequence[KVCache], batch: StepBatch) -> StepContext:
-        """The state of a step."""
-        last = None
-        if (read := batch.read) is not None:
-            metadata = backend.build(StepBatch(batch.slot_mapping, decode=read.rows))
-            last = cls(backend, caches, metadata, read.indices)
-        return cls(backend, caches, backend.build(batch), last=last)
+    def for_last_layer(self) -> StepContext:
+        """The state for the last layer, which may compute fewer tokens (`StepBatch.read`), once all others were called:
+        it replaces theirs."""
+        if self.batch is None or self.batch.read is None:
+            return self
+        metadata = self.backend.build(StepBatch(self.batch.slot_mapping, decode=self.batch.read.rows))
+        return StepContext(self.backend, self.caches, metadata, self.batch.read.indices)
 
     def reading(self, states: Tensor) -> Tensor:
         """Of states [num_tokens, ...] those of the tokens that are read."""

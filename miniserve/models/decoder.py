@@ -73,7 +73,7 @@ class Decoder(Module):
         *layers, last = self.layers
         for layer in layers:
             x = layer(x, cos_sin, ctx)
-        x = last(x, cos_sin, ctx.last or ctx)
+        x = last(x, cos_sin, ctx.for_last_layer())
         hidden: Normed = self.norm(x)
         return hidden.read()
 

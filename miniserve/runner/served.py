@@ -29,7 +29,7 @@ class ServedModel:
         """input_ids, positions: int64 [num_tokens] -> [num_tokens, hidden_size], or of `batch.read` alone."""
         if self.zero_blocks is not None:
             self.zero_blocks(batch.slot_mapping)
-        context = StepContext.of(self.backend, self.caches, batch)
+        context = StepContext(self.backend, self.caches, self.backend.build(batch), batch=batch)
         hidden: torch.Tensor = self.model(input_ids, positions, context)
         return hidden
 

@@ -183,13 +183,16 @@ class DenseContext:
     """
 
     fuses_rope = False
-    read = last = None
+    read = None
 
     def __init__(self) -> None:
         self.keys: dict[tuple[int, int], torch.Tensor] = {}
         self.values: dict[tuple[int, int], torch.Tensor] = {}
         self.lengths: dict[int, int] = {}
         self.chunks: list[tuple[int, int]] = []
+
+    def for_last_layer(self) -> DenseContext:
+        return self
 
     def begin(self, chunks: list[tuple[int, int]]) -> torch.Tensor:
         """chunks: (sequence, number of tokens), in the order of the step's tokens."""

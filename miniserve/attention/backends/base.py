@@ -69,7 +69,7 @@ class Backend(ABC, Generic[Metadata]):
 
     @abstractmethod
     def build(self, batch: StepBatch) -> Metadata:
-        """The step's metadata, once for all layers."""
+        """The step's metadata, for all layers that are called before the next `build`."""
 
     def attend(self, layer: AttentionLayer, tokens: QKV, cache: KVCache, meta: Metadata) -> Tensor:
         """The whole step for one layer: see `StepContext.attend`."""
