@@ -41,17 +41,17 @@ _patches = ExitStack()
 @contextmanager
 def uniform_routing() -> Iterator[None]:
     """Within this block routers keep their weights, but experts are drawn uniformly for each layer and row. Random
-    router weights may send all tokens to a few experts, and the others' weights would not be read. Ranks draw alike."""
-    choose = Router.__call__
-    drawn: dict[int, torch.Tensor] = {}
+    router weights may send all tokens to a few experts, and the others' weights would not be read. Ranks draw alike.
+    What was drawn stays with its router: graphs that were captured within this block read it later."""
+    choose, seeds = Router.__call__, itertools.count()
 
     def uniform(router: Router, x: Normed) -> Chosen:
         weights, ids = choose(router, x)
-        known = drawn.get(id(router))
+        known: torch.Tensor | None = vars(router).get("drawn")
         if known is None or len(known) < len(ids):
-            seed = torch.Generator(ids.device).manual_seed(len(drawn))
+            seed = torch.Generator(ids.device).manual_seed(next(seeds))
             scores = torch.rand(max(len(ids), 8192), router.moe.num_experts, device=ids.device, generator=seed)
-            known = drawn[id(router)] = scores.topk(router.moe.top_k, dim=1).indices.to(ids.dtype)
+            known = vars(router)["drawn"] = scores.topk(router.moe.top_k, dim=1).indices.to(ids.dtype)
         return weights, known[: len(ids)].contiguous()
 
     with mock.patch.object(Router, "__call__", uniform), mock.patch.object(ranks, "_BUILDER", _UNIFORM_RANK):

@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import miniserve
 from benchmarks import decode
-from benchmarks.decode import one_rank
+from benchmarks.decode import one_rank, uniform_routing
 from miniserve.config import EngineConfig
+from miniserve.models.description import MoEConfig
+from miniserve.models.layers.norm import Residual, RMSNorm
+from miniserve.models.layers.ops import Ops
+from miniserve.models.layers.routing import Router
+from miniserve.parallel.group import Alone
 from miniserve.runner import ranks
 
 MODEL = Path(miniserve.__file__).parent / "assets" / "tiny-qwen3"
@@ -39,7 +45,19 @@ SHAPE: dict[str, Any] = {
     "rope_theta": 1e6,
     "tie_word_embeddings": False,
 }
+MOE = MoEConfig(num_experts=16, top_k=4, intermediate_size=8, sparse_layers=(True,))
 FP8 = {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}}
+
+
+def test_experts_drawn_for_a_graph_live_as_long_as_their_router() -> None:
+    norm, router = RMSNorm(8, 1e-6, torch.float32, Ops(), Alone(0, 1)), Router(8, MOE, Ops())
+    norm.replace("weight", torch.ones(8))
+    router.replace("weight", torch.ones(16, 8))
+    with uniform_routing():
+        _, ids = router(norm(Residual(torch.ones(64, 8))))
+    assert len(ids.unique()) == 16, "its own weights choose the same experts for all"
+    drawn: torch.Tensor = vars(router)["drawn"]
+    assert drawn.untyped_storage().data_ptr() == ids.untyped_storage().data_ptr()
 
 
 def test_one_rank_has_its_part_of_the_weights() -> None:

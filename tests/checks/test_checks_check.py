@@ -11,18 +11,21 @@ import pytest
 import torch
 import typer
 from engine_support import stand_in
+from typer.main import get_command
 
 from miniserve.attention.backends.torch_attn import TorchBackend
 from miniserve.checks.check_paths import AttentionPath, find_machine, made_up_layer
 from miniserve.checks.check_tokens import Comparison, Verdict, judge
 from miniserve.cli.check import check
+from miniserve.cli.main import app
 from miniserve.config import EngineConfig
 from miniserve.core import UserError
 
 
 def run_check(**flags: Any) -> int:
+    command: Any = get_command(app)
     with pytest.raises(typer.Exit) as end:
-        check(**flags)
+        check(ctx=command.get_command(None, "check").make_context("check", []), **flags)
     return end.value.exit_code
 
 

@@ -35,7 +35,8 @@ def test_what_was_compiled_are_the_kernels_that_there_are() -> None:
     sources = (Path(miniserve.__file__).parent / "kernels" / "triton").glob("*.py")
     kernels = {name for path in sources for name in re.findall(r"^def _(\w+)_kernel\(", path.read_text(), re.M)}
     nvidias_alone = {
-        "hopper_extend", "large_linear", "linearize", "medium_linear", "norm_router", "round", "router", "sort",
+        "head_linear", "hopper_extend", "hopper_mla", "large_linear", "linearize", "medium_linear", "norm_router",
+        "round", "router", "sort",
     }  # fmt: skip
     for arch in ("gfx942", "gfx950"):
         assert {kernel for found, kernel, _, _ in rows if found == arch} == kernels - nvidias_alone
