@@ -8,6 +8,7 @@ import http
 import logging
 import time
 from collections import OrderedDict
+from contextlib import suppress
 from typing import Any
 
 import httptools
@@ -236,15 +237,35 @@ class Connection(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._unparsed += len(data)
         try:
-            self.parser.feed_data(data)
+            while data:
+                data = self._feed(data)
             if self._unparsed > _MAX_HEAD:
                 raise _too_large()
-        except httptools.HttpParserUpgrade:
-            pass  # a server may go on in HTTP/1.1
         except (httptools.HttpParserError, APIError) as error:
             self._refuse(error)
         if self._guard.body_bytes > self._guard.max_body_bytes:
             self._guard.make_room()
+
+    def _feed(self, data: bytes) -> bytes:
+        """Returns what is to be parsed next. A server may go on in HTTP/1.1 where a client asks for another protocol,
+        as Java's does in its first request; a parser takes what follows such a head for that protocol, so a new one
+        gets the head without it."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            if not self._upgrades:
+                return b""
+            kept = [b"%b: %b\r\n" % (name, value) for name, value in self.headers if name != b"upgrade"]
+            line = b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+            self.parser = httptools.HttpRequestParser(self)
+            with suppress(AttributeError):  # httptools before 0.6.3; as uvicorn makes it
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            return line + b"".join(kept) + b"\r\n" + data[upgrade.args[0] :]
+        return b""
+
+    @property
+    def _upgrades(self) -> bool:
+        return bool(self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT")
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -255,6 +276,8 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > _MAX_HEAD:
             raise _too_large()
+        if self._upgrades:
+            return
         chunked = self.parser.get_http_version() >= "1.1"
         self.scope["extensions"] = {_DIRECT: {"writer": DirectWriter(self.transport, self.flow, chunked)}}
         self.expect_100_continue &= chunked
@@ -274,6 +297,8 @@ class Connection(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._upgrades:
+            return
         super().on_message_complete()
         self._in_message, self._in_body, self._unparsed = False, False, 0
         self._release_body()

@@ -232,6 +232,22 @@ def test_an_upgrade_is_not_made(server: RunningServer, caplog: pytest.LogCapture
     assert "pgrade" not in caplog.text
 
 
+@pytest.mark.parametrize("cut", [1, 100, len(HEAD) + 60, -3000])
+def test_what_asks_for_an_upgrade_is_read_to_its_end(server: RunningServer, cut: int) -> None:
+    """Java's client sends its first request so, with a body; it was answered as if it had none."""
+    upgrade = HEAD + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+    body = json.dumps({"prompt": "x", "max_tokens": 2}).encode().ljust(5000)
+    request = upgrade + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    pieces = b"".join(b"3e8\r\n%b\r\n" % body[at : at + 1000] for at in range(0, 5000, 1000))
+    last = upgrade + b"Transfer-Encoding: chunked\r\n\r\n" + pieces + b"0\r\n\r\n"
+    with send(server, request[:cut]) as client:
+        wait_until(lambda: healthy(server))
+        client.sendall(request[cut:] + request + version(1) + last.replace(b"Upgrade,", b"close, Upgrade,"))
+        with client.makefile("rb") as file:
+            assert file.read().count(b"HTTP/1.1 200 OK") == 4
+    assert len(server.engine.seen) == 3
+
+
 def test_warnings_are_limited_by_kind(caplog: pytest.LogCaptureFixture) -> None:
     now = 0.0
     log = ThrottledLog(logging.getLogger("test"), clock=lambda: now)
