@@ -156,6 +156,7 @@ class Connection(HttpToolsProtocol):
         self._unparsed = 0  # bytes received since the last that were of any use
         self._refused = False
         self._lost: tuple[Exception | None] | None = None
+        self._running: RequestResponseCycle | None = None  # `cycle` may be of a later request, which waits
 
     @property
     def address(self) -> str:
@@ -201,8 +202,8 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget()
-        if self.cycle is not None and not self.cycle.response_complete:
-            self.cycle.disconnected = True  # nothing more is written; its task is told in its turn
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True  # nothing more is written; its task is told in its turn
         self._lost = (exc,)
         self._guard.read(self)
 
@@ -219,6 +220,8 @@ class Connection(HttpToolsProtocol):
         is not behind a request that waits for the answer to the one before it: it would take memory, and wait as well.
         """
         if self._lost is not None:
+            if self._running is not None:
+                self._running.message_event.set()
             super().connection_lost(*self._lost)
             return False
         if self.pipeline:
@@ -282,6 +285,8 @@ class Connection(HttpToolsProtocol):
         self.scope["extensions"] = {_DIRECT: {"writer": DirectWriter(self.transport, self.flow, chunked)}}
         self.expect_100_continue &= chunked
         super().on_headers_complete()
+        if not self.pipeline:
+            self._running = self.cycle
         if not chunked:
             cycle: Any = self.cycle
             cycle.send = _sends_until_close(cycle, cycle.send)
@@ -306,6 +311,8 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         self._release_body()
         self._deadline = self.loop.time() + _HEAD_SECONDS
+        if self.pipeline:
+            self._running, _ = self.pipeline[-1]
         super().on_response_complete()
         if self.held:
             self._guard.read(self)

@@ -248,6 +248,16 @@ def test_what_asks_for_an_upgrade_is_read_to_its_end(server: RunningServer, cut:
     assert len(server.engine.seen) == 3
 
 
+def test_a_client_with_a_second_request_leaves(server: RunningServer) -> None:
+    """The first, which is being answered, ends with it as if it were alone."""
+    server.engine.hold_at = 0
+    idle = server.num_tasks()
+    with send(server, completion("x") + version(1)) as client:
+        wait_until(lambda: server.engine.num_running == 1)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    wait_until(lambda: server.engine.num_running == 0 and server.num_tasks() == idle)
+
+
 def test_warnings_are_limited_by_kind(caplog: pytest.LogCaptureFixture) -> None:
     now = 0.0
     log = ThrottledLog(logging.getLogger("test"), clock=lambda: now)
