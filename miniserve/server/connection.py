@@ -8,6 +8,7 @@ import http
 import logging
 import time
 from collections import OrderedDict
+from contextlib import suppress
 from typing import Any
 
 import httptools
@@ -155,6 +156,7 @@ class Connection(HttpToolsProtocol):
         self._unparsed = 0  # bytes received since the last that were of any use
         self._refused = False
         self._lost: tuple[Exception | None] | None = None
+        self._running: RequestResponseCycle | None = None  # `cycle` may be of a later request, which waits
 
     @property
     def address(self) -> str:
@@ -200,8 +202,8 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget()
-        if self.cycle is not None and not self.cycle.response_complete:
-            self.cycle.disconnected = True  # nothing more is written; its task is told in its turn
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True  # nothing more is written; its task is told in its turn
         self._lost = (exc,)
         self._guard.read(self)
 
@@ -218,6 +220,8 @@ class Connection(HttpToolsProtocol):
         is not behind a request that waits for the answer to the one before it: it would take memory, and wait as well.
         """
         if self._lost is not None:
+            if self._running is not None:
+                self._running.message_event.set()
             super().connection_lost(*self._lost)
             return False
         if self.pipeline:
@@ -236,15 +240,35 @@ class Connection(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._unparsed += len(data)
         try:
-            self.parser.feed_data(data)
+            while data:
+                data = self._feed(data)
             if self._unparsed > _MAX_HEAD:
                 raise _too_large()
-        except httptools.HttpParserUpgrade:
-            pass  # a server may go on in HTTP/1.1
         except (httptools.HttpParserError, APIError) as error:
             self._refuse(error)
         if self._guard.body_bytes > self._guard.max_body_bytes:
             self._guard.make_room()
+
+    def _feed(self, data: bytes) -> bytes:
+        """Returns what is to be parsed next. A server may go on in HTTP/1.1 where a client asks for another protocol,
+        as Java's does in its first request; a parser takes what follows such a head for that protocol, so a new one
+        gets the head without it."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            if not self._upgrades:
+                return b""
+            kept = [b"%b: %b\r\n" % (name, value) for name, value in self.headers if name != b"upgrade"]
+            line = b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+            self.parser = httptools.HttpRequestParser(self)
+            with suppress(AttributeError):  # httptools before 0.6.3; as uvicorn makes it
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            return line + b"".join(kept) + b"\r\n" + data[upgrade.args[0] :]
+        return b""
+
+    @property
+    def _upgrades(self) -> bool:
+        return bool(self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT")
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -255,10 +279,14 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers) > _MAX_HEAD:
             raise _too_large()
+        if self._upgrades:
+            return
         chunked = self.parser.get_http_version() >= "1.1"
         self.scope["extensions"] = {_DIRECT: {"writer": DirectWriter(self.transport, self.flow, chunked)}}
         self.expect_100_continue &= chunked
         super().on_headers_complete()
+        if not self.pipeline:
+            self._running = self.cycle
         if not chunked:
             cycle: Any = self.cycle
             cycle.send = _sends_until_close(cycle, cycle.send)
@@ -274,6 +302,8 @@ class Connection(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._upgrades:
+            return
         super().on_message_complete()
         self._in_message, self._in_body, self._unparsed = False, False, 0
         self._release_body()
@@ -281,6 +311,8 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         self._release_body()
         self._deadline = self.loop.time() + _HEAD_SECONDS
+        if self.pipeline:
+            self._running, _ = self.pipeline[-1]
         super().on_response_complete()
         if self.held:
             self._guard.read(self)

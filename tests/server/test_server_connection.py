@@ -232,6 +232,32 @@ def test_an_upgrade_is_not_made(server: RunningServer, caplog: pytest.LogCapture
     assert "pgrade" not in caplog.text
 
 
+@pytest.mark.parametrize("cut", [1, 100, len(HEAD) + 60, -3000])
+def test_what_asks_for_an_upgrade_is_read_to_its_end(server: RunningServer, cut: int) -> None:
+    """Java's client sends its first request so, with a body; it was answered as if it had none."""
+    upgrade = HEAD + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+    body = json.dumps({"prompt": "x", "max_tokens": 2}).encode().ljust(5000)
+    request = upgrade + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    pieces = b"".join(b"3e8\r\n%b\r\n" % body[at : at + 1000] for at in range(0, 5000, 1000))
+    last = upgrade + b"Transfer-Encoding: chunked\r\n\r\n" + pieces + b"0\r\n\r\n"
+    with send(server, request[:cut]) as client:
+        wait_until(lambda: healthy(server))
+        client.sendall(request[cut:] + request + version(1) + last.replace(b"Upgrade,", b"close, Upgrade,"))
+        with client.makefile("rb") as file:
+            assert file.read().count(b"HTTP/1.1 200 OK") == 4
+    assert len(server.engine.seen) == 3
+
+
+def test_a_client_with_a_second_request_leaves(server: RunningServer) -> None:
+    """The first, which is being answered, ends with it as if it were alone."""
+    server.engine.hold_at = 0
+    idle = server.num_tasks()
+    with send(server, completion("x") + version(1)) as client:
+        wait_until(lambda: server.engine.num_running == 1)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    wait_until(lambda: server.engine.num_running == 0 and server.num_tasks() == idle)
+
+
 def test_warnings_are_limited_by_kind(caplog: pytest.LogCaptureFixture) -> None:
     now = 0.0
     log = ThrottledLog(logging.getLogger("test"), clock=lambda: now)
