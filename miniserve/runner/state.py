@@ -119,7 +119,7 @@ class StepState:
         most = min(plan.num_tokens // 2, len(self._lens))
         if indices is None or len(rows) > most or any(chunk.logprob_targets for chunk in plan.chunks):
             return None
-        lens = np.array([position + 1 for position in plan.run_positions], dtype=np.int64)
+        lens = np.array(plan.run_positions, dtype=np.int64) + 1
         if not rows:  # one token, as there is no step without any
             rows, indices = [plan.chunks[0].row], self._to_device([inputs.chunk_starts[0]])
             lens = np.array([plan.chunks[0].start + 1])

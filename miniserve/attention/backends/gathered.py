@@ -88,15 +88,15 @@ def add_context(
     pieces: Sequence[GatheredRows],
     attend: Callable[[GatheredRows], tuple[Tensor, Tensor]],
     merge: Callable[[Tensor, Tensor, Tensor, Tensor], None] = merge_into,
-) -> Tensor:
-    """out, lse (see `merge_lse`) of the step's tokens from `start` on among themselves, which may be overwritten,
-    `attend` what it gives for a piece of their context, merged in as `merge_into` does. Returns out with all pieces
-    merged in, rounded to its dtype once."""
+) -> None:
+    """Merge all pieces of a context into out and lse (see `merge_lse`), which are of the step's tokens from `start` on
+    among themselves. attend: what it gives for a piece; merge: as `merge_into`. Rounds to out's dtype once."""
     merged = out if len(pieces) == 1 else out.float()
     for piece in pieces:
         span = slice(piece.start - start, piece.end - start)
         merge(merged[span], lse[:, span], *attend(piece))
-    return merged.to(out.dtype)
+    if merged is not out:
+        out.copy_(merged)
 
 
 def _gathered(group: QueryRows, rows: slice, low: Int64, high: Int64, block_size: int) -> GatheredRows:

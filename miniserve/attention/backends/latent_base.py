@@ -114,7 +114,7 @@ class LatentBackend(Backend[LatentMetadata[Decode]]):
                     queries = q[piece.start - span.start : piece.end - span.start]
                     return self.attend_dense(layer, queries, *_expand(layer, *cached), piece.lens, causal=False)
 
-                out = add_context(out, lse, span.start, meta.context, attend, self.merge).to(q.dtype)
+                add_context(out, lse, span.start, meta.context, attend, self.merge)
             parts.append(out.flatten(1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

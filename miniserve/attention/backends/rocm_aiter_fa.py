@@ -113,7 +113,7 @@ class FlashBackend(AiterBackend[FlashMetadata]):
             lens = RaggedLens(rows.cu_query_lens, rows.cu_query_lens, rows.max_query_len, rows.max_query_len)
             _, lse = self._flash(layer, q, k, v, lens, causal=True, out=out)
             if has_context:
-                out.copy_(add_context(out, lse, rows.start, meta.pieces, attend))
+                add_context(out, lse, rows.start, meta.pieces, attend)
 
     def _flash(
         self,
